@@ -1,0 +1,375 @@
+"""Train a small unconditional DDPM UNet on CIFAR-10 and save it as a diffusers folder.
+
+    python examples/train_ddpm.py --data ../shared/data --out my_model --preset small16 --steps 4000
+
+The data folder holds ``cifar10_train_*.npz`` and ``cifar10_test.npz``: JPEG bytes (``jpeg``), ``offsets`` and ``labels``.
+The folder written by ``--out`` loads with ``UNet2DModel.from_pretrained(out)`` (EMA weights, fp16) and
+``DDIMScheduler.from_pretrained(out, subfolder="scheduler")``.  Give the same command with ``--resume`` to go on from the
+last checkpoint.  Every schedule counts steps, not seconds, so a run may be paused or restarted at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from PIL import Image
+from tqdm import tqdm
+
+CHECKPOINT = "checkpoint.pt"
+
+PRESETS: dict[str, dict] = {
+    # About 1.8 M parameters, for 16x16 images; trains in about an hour on two CPU cores.
+    "small16": {
+        "size": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (64, 96),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 32,
+        "norm_num_groups": 32,
+    },
+    # About 9 M parameters, for 32x32 images, attention at 16x16.
+    "base32": {
+        "size": 32,
+        "layers_per_block": 1,
+        "block_out_channels": (64, 128, 128, 192),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 64,
+        "norm_num_groups": 32,
+    },
+    # 35.7 M parameters: the configuration of google/ddpm-cifar10-32.
+    "ddpm_cifar10": {
+        "size": 32,
+        "layers_per_block": 2,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    },
+}
+
+
+class UserError(Exception):
+    """Bad input from the command line: reported as one line, exit code 2."""
+
+
+def positive(kind):
+    """Return an argparse type that accepts positive numbers of `kind` only."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str):
+            self.exit(2, f"{self.prog}: error: {message}\n")
+
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    flag = argparse.BooleanOptionalAction
+    add("--data", type=Path, default=Path("../shared/data"), help="folder of the CIFAR-10 npz files (%(default)s)")
+    add("--out", type=Path, required=True, help="folder to write the model to")
+    add("--size", type=int, choices=(16, 32), help="image size (default: that of the preset)")
+    add("--preset", choices=tuple(PRESETS), default="small16", help="network size (%(default)s)")
+    add("--steps", type=positive(int), default=4000, help="optimiser steps (%(default)s)")
+    add("--batch-size", type=positive(int), default=128, help="images per step (%(default)s)")
+    add("--lr", type=positive(float), default=1e-3, help="peak learning rate (%(default)s)")
+    add("--ema", type=positive(float), default=0.999, help="largest EMA decay, below 1 (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of weights, data order and noise (%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
+    add("--compile", action=flag, default=None, help="torch.compile the network (default: on CUDA only)")
+    add("--checkpoint-dir", type=Path, help="folder of the checkpoint (default: --out)")
+    add("--checkpoint-every", type=positive(int), default=100, help="steps between checkpoints (%(default)s)")
+    add("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    add("--export-at", type=positive(int), metavar="STEP", help="also write the model to --out after this step")
+    add("--quiet", action="store_true", help="no progress bar and no messages")
+    add("--sample-grid", action=flag, default=True, help="write sample_grid.png, 64 samples of DDIM-50")
+    args = parser.parse_args(argv)
+    if not args.ema < 1:
+        parser.error(f"argument --ema: must be below 1, got {args.ema}")
+    args.size = args.size or PRESETS[args.preset]["size"]
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: cuda asked for, but torch sees no CUDA device")
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
+    args.checkpoint_dir = args.checkpoint_dir or args.out
+    return args
+
+
+def load_images(folder: Path, pattern: str, size: int, quiet: bool) -> torch.Tensor:
+    """Decode every JPEG of the npz files matching `pattern` to a uint8 tensor (n, 3, size, size)."""
+    if not folder.is_dir():
+        raise UserError(f"data folder not found: {folder}")
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise UserError(f"no {pattern} in data folder {folder}")
+    images = []
+    for file in tqdm(files, desc=f"decode {pattern}", disable=quiet):
+        try:
+            with np.load(file) as archive:
+                jpeg, offsets = archive["jpeg"].tobytes(), archive["offsets"]
+            for start, stop in itertools.pairwise(offsets):
+                image = Image.open(io.BytesIO(jpeg[start:stop])).convert("RGB")
+                if image.size != (size, size):
+                    image = image.resize((size, size), Image.Resampling.BOX)
+                images.append(np.asarray(image))
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error
+    if not images:
+        raise UserError(f"no images in {pattern} of data folder {folder}")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def build_unet(preset: str, size: int) -> UNet2DModel:
+    """Build the network of a preset with fresh weights."""
+    config = {key: value for key, value in PRESETS[preset].items() if key != "size"}
+    return UNet2DModel(sample_size=size, in_channels=3, out_channels=3, **config)
+
+
+def lr_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 5 % of the steps (500 at most), then cosine decay to zero."""
+    warmup = max(1, min(500, steps // 20))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Trainer:
+    """Network, EMA copy, optimiser and random state of one training run."""
+
+    COUNTERS = ("step", "seconds", "cpu_seconds", "losses", "loss_sum")
+
+    def __init__(self, args: argparse.Namespace, train: torch.Tensor):
+        torch.manual_seed(args.seed)
+        self.args, self.device = args, torch.device(args.device)
+        self.train_set = train.to(self.device)
+        self.model = build_unet(args.preset, args.size).to(self.device, memory_format=torch.channels_last)
+        self.ema = build_unet(args.preset, args.size).to(self.device, memory_format=torch.channels_last)
+        self.ema.load_state_dict(self.model.state_dict())
+        self.ema.eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+        self.forward = torch.compile(self.model) if args.compile else self.model
+        self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0  # so far, resumed runs included
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.losses: list[tuple[int, float]] = []  # (step, mean training loss since the point before)
+        self.log_every = max(1, args.steps // 50)
+
+    def loss(self, model, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Mean squared error of the predicted noise on uint8 `images`, at random times."""
+        images = images.to(self.device).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(images.shape, generator=generator, device=self.device)
+        times = torch.randint(0, 1000, (len(images),), generator=generator, device=self.device)
+        noisy = self.schedule.add_noise(images, noise, times).contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            predicted = model(noisy, times, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), noise)
+
+    def autocast(self):
+        """bf16 on CUDA, nothing on the CPU."""
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def train_step(self) -> torch.Tensor:
+        """One optimiser step and one EMA update; returns the loss."""
+        args, generator = self.args, self.generator
+        shape = (args.batch_size,)
+        index = torch.randint(0, len(self.train_set), shape, generator=generator, device=self.device)
+        flip = torch.randint(0, 2, shape, generator=generator, device=self.device).bool()
+        images = self.train_set[index]
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(self.step, args.steps)
+        loss = self.loss(self.forward, images, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(args.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        self.step += 1
+        self.loss_sum += loss.detach()
+        if self.step % self.log_every == 0:
+            self.losses.append((self.step, round(self.loss_sum.item() / self.log_every, 5)))
+            self.loss_sum.zero_()
+        return loss.detach()
+
+    @property
+    def identity(self) -> dict:
+        """The options that a resumed run has to share with the run before."""
+        keys = ("preset", "size", "steps", "batch_size", "lr", "ema", "seed")
+        return {key: getattr(self.args, key) for key in keys}
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint under a temporary name, then move it into place."""
+        path = self.args.checkpoint_dir / CHECKPOINT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
+        state |= {name: getattr(self, name) for name in self.COUNTERS}
+        state |= {"identity": self.identity, "rng": self.generator.get_state()}
+        temporary = path.with_name(f"{path.name}.tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load_checkpoint(self) -> None:
+        """Go on from the checkpoint, where there is one."""
+        path = self.args.checkpoint_dir / CHECKPOINT
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:
+            raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+        differ = [f"{key} {state['identity'].get(key)}" for key, value in self.identity.items()
+                  if state["identity"].get(key) != value]
+        if differ:
+            raise UserError(f"checkpoint {path} is of a run with other options: {', '.join(differ)}")
+        for name in ("model", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
+        self.generator.set_state(state["rng"].cpu())
+
+    @torch.no_grad()
+    def test_loss(self, test: torch.Tensor) -> float:
+        """Loss of the EMA weights on the test set, with fixed noise and times."""
+        generator = torch.Generator(self.device).manual_seed(1234)
+        total = sum(self.loss(self.ema, batch, generator).item() * len(batch) for batch in test.split(250))
+        return total / len(test)
+
+    @torch.no_grad()
+    def sample(self, count: int = 64, steps: int = 50) -> np.ndarray:
+        """Draw `count` images with the EMA weights and DDIM; uint8, (count, size, size, 3)."""
+        scheduler = self.ddim()
+        scheduler.set_timesteps(steps)
+        size = self.args.size
+        x = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        for t in scheduler.timesteps:
+            with self.autocast():
+                noise = self.ema(x.contiguous(memory_format=torch.channels_last), t, return_dict=False)[0]
+            x = scheduler.step(noise.float(), t, x).prev_sample
+        return x.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def ddim(self) -> DDIMScheduler:
+        """The DDIM scheduler of the same noise schedule."""
+        return DDIMScheduler.from_config(self.schedule.config, clip_sample=True, set_alpha_to_one=True)
+
+    def command(self) -> str:
+        """The command that gives this result, with every option that matters spelt out."""
+        options = {"data": self.args.data, "out": self.args.out, **self.identity, "device": self.args.device}
+        pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
+        pairs.append(("--compile" if self.args.compile else "--no-compile",))
+        return shlex.join(["python", "examples/train_ddpm.py", *(word for pair in pairs for word in pair)])
+
+    def export(self, test: torch.Tensor, sample_grid: bool) -> dict:
+        """Write the EMA model, the scheduler, the training record and the sample grid to --out."""
+        args, out = self.args, self.args.out
+        out.mkdir(parents=True, exist_ok=True)
+        half = build_unet(args.preset, args.size).half()
+        half.load_state_dict(self.ema.state_dict())
+        half.save_pretrained(out)
+        self.ddim().save_pretrained(out / "scheduler")
+        record = {
+            "command": self.command(),
+            "duration_seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
+            "steps": self.step,
+            "steps_planned": args.steps,
+            "images_seen": self.step * args.batch_size,
+            "train_images": len(self.train_set),
+            "parameters": sum(p.numel() for p in self.ema.parameters()),
+            "test_images": len(test),
+            "test_loss_ema": round(self.test_loss(test), 5),
+            "train_loss_curve": self.losses,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu ({platform.machine()})",
+            "threads": torch.get_num_threads(),
+        }
+        (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        if sample_grid:
+            save_grid(self.sample(), out / "sample_grid.png")
+        return record
+
+
+def save_grid(images: np.ndarray, path: Path, columns: int = 8, zoom: int = 4) -> None:
+    """Save the images as one PNG, `columns` side by side, enlarged by nearest neighbour."""
+    n, h, w, c = images.shape
+    grid = images.reshape(n // columns, columns, h, w, c).transpose(0, 2, 1, 3, 4).reshape(-1, columns * w, c)
+    Image.fromarray(grid).resize((grid.shape[1] * zoom, grid.shape[0] * zoom), Image.Resampling.NEAREST).save(path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train from the options given, and write the result."""
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out is not a folder: {args.out}")
+    train = load_images(args.data, "cifar10_train_*.npz", args.size, args.quiet)
+    test = load_images(args.data, "cifar10_test.npz", args.size, args.quiet)
+    trainer = Trainer(args, train)
+    if args.resume:
+        trainer.load_checkpoint()
+    bar = tqdm(total=args.steps, initial=trainer.step, desc=args.preset, disable=args.quiet, mininterval=1)
+    last, last_cpu = time.perf_counter(), time.process_time()
+    while trainer.step < args.steps:
+        loss = trainer.train_step()
+        bar.update()
+        if trainer.step % 10 == 0 and not args.quiet:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        now, now_cpu = time.perf_counter(), time.process_time()
+        trainer.seconds += now - last
+        trainer.cpu_seconds += now_cpu - last_cpu
+        last, last_cpu = now, now_cpu
+        if trainer.step % args.checkpoint_every == 0 or trainer.step == args.steps:
+            trainer.save_checkpoint()
+        if trainer.step == args.export_at and trainer.step < args.steps:
+            trainer.export(test, sample_grid=False)
+    bar.close()
+    record = trainer.export(test, args.sample_grid)
+    if not args.quiet:
+        print(f"wrote {args.out}: {record['steps']} steps, test loss {record['test_loss_ema']:.4f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command-line entry point."""
+    args = parse_args(argv)
+    try:
+        run(args)
+    except UserError as error:
+        print(f"train_ddpm.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
