@@ -1,0 +1,45 @@
+"""Low-bit kernels with fused modulation and error compensation, as drop-in layers for diffusion UNets.
+
+Public names are imported on first use: `import modiff_kernels` needs neither diffusers nor the compiled library.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modiff_kernels.config import ModiffConfig
+    from modiff_kernels.integrations.diffusers import Handle, accelerate
+    from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Handle",
+    "ModiffConfig",
+    "ModulatedConv2d",
+    "ModulatedLinear",
+    "ModulationState",
+    "__version__",
+    "accelerate",
+]
+
+_HOME_OF = {
+    "Handle": "modiff_kernels.integrations.diffusers",
+    "ModiffConfig": "modiff_kernels.config",
+    "ModulatedConv2d": "modiff_kernels.nn",
+    "ModulatedLinear": "modiff_kernels.nn",
+    "ModulationState": "modiff_kernels.nn",
+    "accelerate": "modiff_kernels.integrations.diffusers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
