@@ -2,10 +2,10 @@
 
     python examples/train_ddpm.py --data ../shared/data --out my_model --preset small16 --steps 4000
 
-The data folder holds ``cifar10_train_*.npz`` and ``cifar10_test.npz``: JPEG bytes (``jpeg``), ``offsets`` and ``labels``.
+The data folder holds ``cifar10_train_*.npz`` and ``cifar10_test.npz``: JPEG bytes (``jpeg``), ``offsets``, ``labels``.
 The folder written by ``--out`` loads with ``UNet2DModel.from_pretrained(out)`` (EMA weights, fp16) and
-``DDIMScheduler.from_pretrained(out, subfolder="scheduler")``.  Give the same command with ``--resume`` to go on from the
-last checkpoint.  Every schedule counts steps, not seconds, so a run may be paused or restarted at any time.
+``DDIMScheduler.from_pretrained(out, subfolder="scheduler")``.  Give the same command with ``--resume`` to go on from
+the last checkpoint.  Every schedule counts steps, not seconds, so a run may be paused or restarted at any time.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def lr_factor(step: int, steps: int) -> float:
 class Trainer:
     """Network, EMA copy, optimiser and random state of one training run."""
 
-    COUNTERS = ("step", "seconds", "cpu_seconds", "losses", "loss_sum")
+    COUNTERS = ("step", "seconds", "cpu_seconds", "losses", "loss_sum", "loss_from", "plan")
 
     def __init__(self, args: argparse.Namespace, train: torch.Tensor):
         torch.manual_seed(args.seed)
@@ -182,9 +182,10 @@ class Trainer:
         self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0  # so far, resumed runs included
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum, self.loss_from = torch.zeros((), device=self.device), 0
         self.losses: list[tuple[int, float]] = []  # (step, mean training loss since the point before)
         self.log_every = max(1, args.steps // 50)
+        self.plan = [(0, args.steps)]  # (from this step on, --steps); longer where a resumed run changed --steps
 
     def loss(self, model, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Mean squared error of the predicted noise on uint8 `images`, at random times."""
@@ -222,14 +223,15 @@ class Trainer:
         self.step += 1
         self.loss_sum += loss.detach()
         if self.step % self.log_every == 0:
-            self.losses.append((self.step, round(self.loss_sum.item() / self.log_every, 5)))
+            self.losses.append((self.step, round(self.loss_sum.item() / (self.step - self.loss_from), 5)))
             self.loss_sum.zero_()
+            self.loss_from = self.step
         return loss.detach()
 
     @property
     def identity(self) -> dict:
-        """The options that a resumed run has to share with the run before."""
-        keys = ("preset", "size", "steps", "batch_size", "lr", "ema", "seed")
+        """The options that a resumed run has to share with the run before (all that matter but --steps)."""
+        keys = ("preset", "size", "batch_size", "lr", "ema", "seed")
         return {key: getattr(self.args, key) for key in keys}
 
     def save_checkpoint(self) -> None:
@@ -260,6 +262,8 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         for name in self.COUNTERS:
             setattr(self, name, state[name])
+        if self.plan[-1][1] != self.args.steps:
+            self.plan.append((self.step, self.args.steps))
         self.generator.set_state(state["rng"].cpu())
 
     @torch.no_grad()
@@ -288,9 +292,10 @@ class Trainer:
 
     def command(self) -> str:
         """The command that gives this result, with every option that matters spelt out."""
-        options = {"data": self.args.data, "out": self.args.out, **self.identity, "device": self.args.device}
+        args = self.args
+        options = {"data": args.data, "out": args.out, **self.identity, "steps": args.steps, "device": args.device}
         pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
-        pairs.append(("--compile" if self.args.compile else "--no-compile",))
+        pairs.append(("--compile" if args.compile else "--no-compile",))
         return shlex.join(["python", "examples/train_ddpm.py", *(word for pair in pairs for word in pair)])
 
     def export(self, test: torch.Tensor, sample_grid: bool) -> dict:
@@ -306,7 +311,7 @@ class Trainer:
             "duration_seconds": round(self.seconds, 1),
             "cpu_seconds": round(self.cpu_seconds, 1),
             "steps": self.step,
-            "steps_planned": args.steps,
+            "steps_planned": self.plan,
             "images_seen": self.step * args.batch_size,
             "train_images": len(self.train_set),
             "parameters": sum(p.numel() for p in self.ema.parameters()),

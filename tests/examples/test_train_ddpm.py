@@ -50,7 +50,8 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 
 def test_images_are_decoded_and_downscaled(train_ddpm, data):
     images = train_ddpm.load_images(data, "cifar10_train_*.npz", 16, quiet=True)
-    assert images.shape == (11, 3, 16, 16) and images.dtype == torch.uint8
+    assert images.shape == (11, 3, 16, 16)
+    assert images.dtype == torch.uint8
     full = train_ddpm.load_images(data, "cifar10_train_*.npz", 32, quiet=True).float()
     box = torch.nn.functional.avg_pool2d(full, 2)
     assert (images.float() - box).abs().max() <= 1  # PIL rounds once per axis
@@ -85,8 +86,20 @@ def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-3, atol=1e-4)
     assert DDIMScheduler.from_pretrained(parts, subfolder="scheduler").config.num_train_timesteps == 1000
     record = json.loads((parts / "training.json").read_text())
-    assert record["steps"] == 2 and record["images_seen"] == 4 and len(record["train_loss_curve"]) == 2
+    assert record["steps"] == 2
+    assert record["images_seen"] == 4
+    assert len(record["train_loss_curve"]) == 2
     assert 0 < record["test_loss_ema"] < 3
+
+
+def test_resume_may_change_the_number_of_steps(train_ddpm, data, tmp_path):
+    options = arguments(data, tmp_path, "--no-sample-grid")
+    assert train_ddpm.main(options) == 0
+    assert train_ddpm.main([*options, "--resume", "--steps", "3"]) == 0
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["steps"] == 3
+    assert record["steps_planned"] == [[0, 2], [2, 3]]
+    assert [step for step, _ in record["train_loss_curve"]] == [1, 2, 3]
 
 
 def test_checkpoint_of_other_options_is_refused(train_ddpm, data, tmp_path, capsys):
@@ -108,7 +121,8 @@ def test_missing_data_folder(train_ddpm, tmp_path, capsys):
     missing = tmp_path / "nowhere"
     assert train_ddpm.main(arguments(missing, tmp_path / "out")) == 2
     error = capsys.readouterr().err
-    assert str(missing) in error and error.count("\n") == 1
+    assert str(missing) in error
+    assert error.count("\n") == 1
 
 
 def test_folder_without_data(train_ddpm, tmp_path, capsys):
@@ -121,7 +135,9 @@ def test_bad_options(train_ddpm, tmp_path, capsys, bad):
     with pytest.raises(SystemExit) as stop:
         train_ddpm.main(["--out", str(tmp_path / "out"), *bad])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and bad[0] in error and error.count("\n") == 1
+    assert stop.value.code == 2
+    assert bad[0] in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("small16", 1.85), ("base32", 9.0), ("ddpm_cifar10", 35.7)])
