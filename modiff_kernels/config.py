@@ -1,0 +1,150 @@
+"""`ModiffConfig`: everything `accelerate` can be told about bits, scales and state, with a JSON round trip."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modiff_kernels.quant.spec import BITS, GRANULARITIES
+
+MODES = ("modulated", "quantized")
+SCALE_MODES = ("dynamic", "delayed", "static")
+STATE_DTYPES = ("float32", "float16", "bfloat16")
+BACKENDS = ("auto", "cpu", "reference")
+DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModiffConfig:
+    """How the layers of a UNet are computed.
+
+    Immutable. Every impossible value raises ValueError naming the field, the value and what is allowed.
+
+    weight_bits: 3, 4, 8, or None (weights untouched; then act_bits must be None too).
+    act_bits: bits of the residual codes (mode "modulated") or activation codes ("quantized"): 3, 4, 8, or None
+        (float activations with dequantised weights: the ceiling that weight quantisation alone sets).
+    granularity: how many activation scales a tensor has: "per_tensor", "per_sample" or "per_token". A convolution
+        whose scale per pixel does not factor out of its sum (anything but 1x1 with stride 1 and no padding) takes
+        "per_sample" in place of "per_token".
+    scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
+        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as static_scales.
+    first_step_bits: None computes the first call of a run with float activations; 3, 4 or 8 quantise them.
+    state_dtype: "float32", "float16", "bfloat16" or the torch dtype; None is float32 on the CPU, float16 on CUDA.
+    group_size: None for one weight scale per output channel, else the number of weights along K that share one.
+    skip_modules: parts of module paths that stay float. A part "a.b" fits a path with consecutive names that
+        contain "a" and "b"; a number must be equal ("down_blocks.1" does not fit "down_blocks.10").
+    backend: "auto", or a backend by name, which then never falls back.
+    mode: "modulated", or "quantized" (plain low-bit layers without state: scale_mode, first_step_bits, clip_ratio
+        and state_dtype are not used).
+    clip_ratio: above 0 and up to 1: dynamic and delayed scales cover this part of the absmax.
+    fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
+        exists.
+    """
+
+    weight_bits: int | None = 8
+    act_bits: int | None = 8
+    granularity: str = "per_sample"
+    scale_mode: str = "dynamic"
+    first_step_bits: int | None = None
+    state_dtype: str | None = None
+    group_size: int | None = None
+    skip_modules: tuple[str, ...] = DEFAULT_SKIP_MODULES
+    backend: str = "auto"
+    mode: str = "modulated"
+    clip_ratio: float = 1.0
+    fuse: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("weight_bits", "act_bits", "first_step_bits"):
+            _check_choice(field, getattr(self, field), (*BITS, None))
+        _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_choice("scale_mode", self.scale_mode, SCALE_MODES)
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("fuse", self.fuse, (True, False))
+        if self.state_dtype is not None:
+            object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
+        _check_choice("state_dtype", self.state_dtype, (*STATE_DTYPES, None))
+        if self.group_size is not None and not (_is_int(self.group_size) and self.group_size > 0):
+            raise _error("group_size", self.group_size, "a positive number, or None for one scale per output channel")
+        if not (_is_number(self.clip_ratio) and 0.0 < self.clip_ratio <= 1.0):
+            raise _error("clip_ratio", self.clip_ratio, "a number above 0 and up to 1")
+        object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
+        object.__setattr__(self, "skip_modules", _checked_skip_modules(self.skip_modules))
+        if self.weight_bits is None and self.act_bits is not None:
+            raise _error(
+                "act_bits",
+                self.act_bits,
+                "None as long as weight_bits is None: integer kernels need quantised weights (weight_bits 3, 4 or 8)",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; `from_dict` gives an equal config back."""
+        return {**dataclasses.asdict(self), "skip_modules": list(self.skip_modules)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
+        """Build a config from field names and values; missing ones take their default, unknown ones raise ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ValueError(
+                f"ModiffConfig: unknown field {', '.join(map(repr, unknown))}; the fields are {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The config as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModiffConfig":
+        """Read what `to_json` wrote; raises ValueError on text that is not a JSON object of known fields."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"ModiffConfig: the text is not JSON ({error}); give what to_json() returns") from error
+        return cls.from_dict(values)
+
+    def skips(self, path: str) -> str | None:
+        """The first of `skip_modules` that fits the dotted module path, or None."""
+        names = path.split(".")
+        for pattern in self.skip_modules:
+            parts = pattern.split(".")
+            for start in range(len(names) - len(parts) + 1):
+                if all(_fits(part, name) for part, name in zip(parts, names[start:])):
+                    return pattern
+        return None
+
+
+def _fits(part: str, name: str) -> bool:
+    return part == name if part.isdigit() else part in name
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_choice(field: str, value: Any, allowed: Sequence[Any]) -> None:
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+        raise _error(field, value, f"one of {', '.join(map(repr, allowed))}")
+
+
+def _checked_skip_modules(patterns: Any) -> tuple[str, ...]:
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise _error("skip_modules", patterns, "a list or tuple of parts of module paths, such as ('conv_in',)")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not all(pattern.split(".")):
+            raise _error("skip_modules", pattern, "parts of module paths without empty names, such as 'attentions.0'")
+    return tuple(patterns)
+
+
+def _error(field: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"ModiffConfig: {field}={value!r} is not allowed; give {allowed}")
