@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV ?= .venv
+CXX ?= g++
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+# The environment is its own: nothing from the caller's Python path or user site.
+unexport PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE := 1
+
+.PHONY: help setup demo test lint style bench clean
+
+help:
+	@echo "make setup   virtual environment ($(VENV)) with pinned dependencies and the compiled kernels"
+	@echo "make demo    the main job on the shipped model: pictures, table and numbers in demo/"
+	@echo "make test    style checks and tests        (PYTEST_ARGS='-k linear' narrows them)"
+	@echo "make style   fix what the formatters can fix"
+	@echo "make bench   benchmarks on this machine"
+	@echo "make clean   remove the environment, the build and the demo output"
+
+setup: $(STAMP)
+
+$(STAMP): $(BUILD_INPUTS)
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.10 or newer, or give one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; give a newer one: make PYTHON=/path/to/python3"; exit 1; }
+	@command -v $(CXX) >/dev/null || { echo "error: the C++ compiler '$(CXX)' was not found; install one (Debian, Ubuntu: apt install g++), or give one: make CXX=/path/to/c++"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=70.1,<82" cmake ninja torch
+	CXX=$(CXX) $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/modiff compare --out demo
+	@echo "demo: table in demo/compare.md, pictures in demo/compare_grid.png, numbers in demo/compare.json"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+style: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -type f \( -name '*.cpp' -o -name '*.h' \) -exec $(BIN)/clang-format -i {} +
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build demo modiff_kernels/_lib
