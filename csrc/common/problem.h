@@ -1,0 +1,80 @@
+// Plain structs that describe one kernel call: pointers, extents, modes. No torch types, usable from any compiler.
+#pragma once
+#include <cstdint>
+
+namespace modiff {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+inline int64_t element_size(DType t) { return t == DType::kFloat32 ? 4 : 2; }
+
+// How many values one residual scale covers. The index of the scale of row l of sample n is 0, n or n * rows + l.
+enum class Granularity : int32_t { kPerTensor = 0, kPerSample = 1, kPerToken = 2 };
+
+inline int64_t scale_index(Granularity g, int64_t n, int64_t l, int64_t rows) {
+  return g == Granularity::kPerTensor ? 0 : g == Granularity::kPerSample ? n : n * rows + l;
+}
+
+// What produces the activation x that is quantised.
+enum class Prologue : int32_t { kIdentity = 0, kGroupNorm = 1, kLayerNorm = 2, kGeglu = 3 };
+
+// One fused quantisation: rows of `channels` values, `rows` rows per sample, `samples` samples, all contiguous (an NHWC
+// image is rows = h * w). kGeglu reads rows of 2 * channels values.
+struct QuantizeProblem {
+  Prologue prologue;
+  int64_t samples, rows, channels;
+  const void* input;  // [samples, rows, channels] (kGeglu: 2 * channels)
+  DType input_dtype;
+  // Group and layer norm.
+  const float* gamma;  // [channels] or null (ones)
+  const float* beta;   // [channels] or null (zeros)
+  const float* shift;  // [samples, channels], added before group norm, or null
+  int64_t num_groups;
+  float eps;
+  bool silu;
+  // Residual form: x_hat is read and updated. Plain form (quantize_activation): x_hat is null.
+  void* x_hat;  // [samples, rows, channels]
+  DType x_hat_dtype;
+  bool affine;  // plain form only: asymmetric codes with a zero point
+  int act_bits;
+  Granularity granularity;
+  float clip_ratio;
+  const float* given_scale;  // null: dynamic
+  int64_t given_scale_count;
+  // Results.
+  int8_t* codes;        // [samples, rows, channels]
+  float* scale;         // one per granule
+  float* absmax;        // one per granule: of the residual (residual form), of the activation (plain symmetric)
+  int32_t* zero_point;  // one per granule, plain form only
+};
+
+// What the integer product does with its output.
+enum class Epilogue : int32_t {
+  kAccumulate = 0,  // y_hat += v;         out = y_hat (+ skip), if out is given
+  kInitialize = 1,  // y_hat  = v + bias;  out = y_hat (+ skip), if out is given
+  kOutput = 2,      // out    = v + bias (+ skip)
+};
+
+// v[m, n] = scale[m] * weight_scale[n] * sum_k (code[m, k] - zero_point[m]) * weight_q[n, k], NHWC implicit GEMM with
+// m = (sample, p, q), k = (r, s, c). A Linear is the case h = rows, w = 1, kernel 1x1.
+struct ConvProblem {
+  int64_t samples, h, w, c_in, c_out, kernel_h, kernel_w;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  int64_t out_h, out_w;
+  const int8_t* codes;  // [samples, h, w, c_in]
+  const float* scale;
+  Granularity granularity;    // of scale and zero_point, over output rows (kPerToken: 1x1, stride 1 only)
+  const int32_t* zero_point;  // null: zero
+  const int8_t* weight;       // layout vnni_v1
+  const float* weight_scale;  // [c_out]
+  const float* bias;          // [c_out] or null
+  Epilogue epilogue;
+  void* y_hat;  // [samples, out_h, out_w, c_out]
+  DType y_hat_dtype;
+  const void* skip;  // like out, or null
+  DType skip_dtype;
+  void* out;  // or null
+  DType out_dtype;
+};
+
+}  // namespace modiff

@@ -1,0 +1,106 @@
+// Conversions between the storage dtypes and float32, one row at a time. Included only by files compiled for one ISA.
+#pragma once
+#include <cstring>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "common/problem.h"
+
+namespace modiff::cpu {
+namespace {
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float bfloat16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+
+inline uint16_t float_to_bfloat16(float value) {  // round to nearest even, NaN stays NaN
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline float half_to_float(uint16_t h) {
+#if defined(__F16C__) || defined(__AVX512F__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7FFFu;
+  if (magnitude >= 0x7C00u) return bits_to_float(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+  // A half is a float whose exponent is 112 smaller; the product is exact, for subnormals too.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+#endif
+}
+
+inline uint16_t float_to_half(float value) {
+#if defined(__F16C__) || defined(__AVX512F__)
+  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
+  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {  // subnormal half: the addition rounds to nearest even at the right bit
+    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f);
+    return static_cast<uint16_t>(sign | (rounded - 0x3F000000u));
+  }
+  const uint32_t rebased = magnitude - 0x38000000u;
+  return static_cast<uint16_t>(sign | ((rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13));
+#endif
+}
+
+// Returns the row as float32: the memory itself, or `buffer` filled with converted values.
+inline const float* load_row(const void* base, DType dtype, int64_t offset, int64_t count, float* buffer) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(base) + offset;
+  const uint16_t* row = static_cast<const uint16_t*>(base) + offset;
+  int64_t i = 0;
+  if (dtype == DType::kFloat16) {
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+      _mm512_storeu_ps(buffer + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i))));
+#endif
+    for (; i < count; ++i) buffer[i] = half_to_float(row[i]);
+  } else {
+    for (; i < count; ++i) buffer[i] = bfloat16_to_float(row[i]);
+  }
+  return buffer;
+}
+
+inline void store_row(void* base, DType dtype, int64_t offset, int64_t count, const float* values) {
+  if (dtype == DType::kFloat32) {
+    float* row = static_cast<float*>(base) + offset;
+    if (row != values) std::memcpy(row, values, count * sizeof(float));
+    return;
+  }
+  uint16_t* row = static_cast<uint16_t*>(base) + offset;
+  int64_t i = 0;
+  if (dtype == DType::kFloat16) {
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i),
+                          _mm512_cvtps_ph(_mm512_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+    for (; i < count; ++i) row[i] = float_to_half(values[i]);
+  } else {
+    for (; i < count; ++i) row[i] = float_to_bfloat16(values[i]);
+  }
+}
+
+}  // namespace
+}  // namespace modiff::cpu

@@ -1,0 +1,247 @@
+// Binding of the CPU kernels to torch through its stable ABI: the only file here that includes torch headers. The ops live
+// in the private namespace modiff_cpu; modiff_kernels/backends/cpu.py validates, shapes and documents the calls.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/problem.h"
+#include "cpu/lowbit_conv2d.h"
+#include "cpu/parallel.h"
+#include "cpu/quantize.h"
+
+namespace modiff::cpu {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+void parallel_for_raw(int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+void* thread_scratch(int slot, int64_t bytes) {
+  constexpr int kSlots = 4;
+  constexpr int64_t kAlignment = 64;
+  struct Buffer {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffers[kSlots];
+  Buffer& buffer = buffers[slot];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = round_up(bytes, kAlignment);
+    buffer.data = std::aligned_alloc(kAlignment, buffer.size);
+    if (buffer.data == nullptr) std::abort();  // out of memory inside a parallel region: nothing can be reported
+  }
+  return buffer.data;
+}
+
+namespace {
+
+// Instruction sets, in rising order; kVnni is what the integer product needs.
+enum Isa : int64_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
+
+Isa detect_isa() {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) return kAvx512Vnni;
+  if (avx512) return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPlain;
+}
+
+int64_t isa() {
+  static const Isa detected = detect_isa();
+  return detected;
+}
+
+QuantizeFn quantize_for(int64_t requested) {
+  const int64_t chosen = requested < 0 ? isa() : requested;
+  STD_TORCH_CHECK(chosen <= isa(), "modiff_cpu: instruction set ", chosen, " is not available here (", isa(), ")");
+#if defined(__x86_64__)
+  if (chosen >= kAvx512) return &quantize_avx512;
+  if (chosen >= kAvx2) return &quantize_avx2;
+#endif
+  return &quantize_plain;
+}
+
+DType dtype_of(ScalarType t) {
+  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16,
+                  "modiff_cpu: float32, float16 or bfloat16 expected");
+  return t == ScalarType::Float ? DType::kFloat32 : t == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+}
+
+const float* floats(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+// Four dimensions are an NCHW image in channels_last memory; a Linear's input comes with fewer.
+Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
+  const auto format = sizes.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt, std::nullopt,
+                              std::nullopt, format);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
+    const Tensor& input, int64_t prologue, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+    std::optional<Tensor> shift, int64_t num_groups, double eps, bool silu, std::optional<Tensor> x_hat, bool affine,
+    int64_t act_bits, int64_t granularity, double clip_ratio, std::optional<Tensor> scale, int64_t samples, int64_t rows,
+    int64_t channels, int64_t requested_isa) {
+  QuantizeProblem p{};
+  p.prologue = static_cast<Prologue>(prologue);
+  p.samples = samples;
+  p.rows = rows;
+  p.channels = channels;
+  p.input = input.const_data_ptr();
+  p.input_dtype = dtype_of(input.scalar_type());
+  p.gamma = floats(gamma);
+  p.beta = floats(beta);
+  p.shift = floats(shift);
+  p.num_groups = num_groups;
+  p.eps = static_cast<float>(eps);
+  p.silu = silu;
+  p.x_hat = x_hat ? x_hat->mutable_data_ptr() : nullptr;
+  p.x_hat_dtype = x_hat ? dtype_of(x_hat->scalar_type()) : DType::kFloat32;
+  p.affine = affine;
+  p.act_bits = static_cast<int>(act_bits);
+  p.granularity = static_cast<Granularity>(granularity);
+  p.clip_ratio = static_cast<float>(clip_ratio);
+  p.given_scale = floats(scale);
+  p.given_scale_count = scale ? scale->numel() : 0;
+
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  if (p.prologue == Prologue::kGeglu) sizes.back() = channels;
+  const int64_t granules = p.granularity == Granularity::kPerTensor   ? 1
+                           : p.granularity == Granularity::kPerSample ? samples
+                                                                      : samples * rows;
+  Tensor codes = empty(sizes, ScalarType::Char);
+  Tensor scale_out = empty({granules}, ScalarType::Float), absmax = empty({granules}, ScalarType::Float);
+  Tensor zero_point = empty({x_hat ? 0 : granules}, ScalarType::Int);
+  p.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
+  p.scale = static_cast<float*>(scale_out.mutable_data_ptr());
+  p.absmax = static_cast<float*>(absmax.mutable_data_ptr());
+  p.zero_point = x_hat ? nullptr : static_cast<int32_t*>(zero_point.mutable_data_ptr());
+  const bool finite = input.numel() == 0 || quantize_for(requested_isa)(p);
+  STD_TORCH_CHECK(finite, "holds NaN or Inf");
+  return {codes, scale_out, absmax, zero_point};
+}
+
+// geometry: samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
+Tensor convolve(const Tensor& codes, const Tensor& scale, int64_t granularity, std::optional<Tensor> zero_point,
+                const Tensor& weight, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t epilogue,
+                std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
+                std::vector<int64_t> geometry) {
+  STD_TORCH_CHECK(isa() >= kAvx512Vnni, "modiff_cpu::convolve needs AVX-512 VNNI");
+  STD_TORCH_CHECK(geometry.size() == 14, "modiff_cpu::convolve: 14 geometry values expected, got ", geometry.size());
+  ConvProblem p{};
+  int64_t* fields[] = {&p.samples,  &p.h,        &p.w,     &p.c_in,  &p.c_out,      &p.kernel_h,   &p.kernel_w,
+                       &p.stride_h, &p.stride_w, &p.pad_h, &p.pad_w, &p.dilation_h, &p.dilation_w, &p.groups};
+  for (size_t i = 0; i < geometry.size(); ++i) *fields[i] = geometry[i];
+  p.out_h = (p.h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_w = (p.w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  STD_TORCH_CHECK(p.kernel_h * p.kernel_w <= 49, "modiff_cpu::convolve: kernels up to 7x7, got ", p.kernel_h, "x",
+                  p.kernel_w);
+  const VnniLayout layout(p.c_in, p.c_out, p.kernel_h * p.kernel_w, p.groups);
+  STD_TORCH_CHECK(weight.numel() == layout.total_bytes(), "modiff_cpu::convolve: weight of ", layout.total_bytes(),
+                  " bytes (layout vnni_v1) expected, got ", weight.numel());
+  STD_TORCH_CHECK(codes.numel() == p.samples * p.h * p.w * p.c_in, "modiff_cpu::convolve: ", codes.numel(),
+                  " codes do not match the geometry");
+  p.codes = static_cast<const int8_t*>(codes.const_data_ptr());
+  p.scale = static_cast<const float*>(scale.const_data_ptr());
+  p.granularity = static_cast<Granularity>(granularity);
+  p.zero_point = zero_point ? static_cast<const int32_t*>(zero_point->const_data_ptr()) : nullptr;
+  p.weight = static_cast<const int8_t*>(weight.const_data_ptr());
+  p.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
+  p.bias = floats(bias);
+  p.epilogue = static_cast<Epilogue>(epilogue);
+  p.y_hat = y_hat ? y_hat->mutable_data_ptr() : nullptr;
+  p.y_hat_dtype = y_hat ? dtype_of(y_hat->scalar_type()) : DType::kFloat32;
+  STD_TORCH_CHECK(p.epilogue == Epilogue::kOutput || p.y_hat != nullptr, "modiff_cpu::convolve: y_hat is missing");
+  p.skip = skip ? skip->const_data_ptr() : nullptr;
+  p.skip_dtype = skip ? dtype_of(skip->scalar_type()) : DType::kFloat32;
+  p.out_dtype = dtype_of(out_dtype);
+
+  Tensor out;
+  if (write_out) {
+    std::vector<int64_t> sizes(codes.sizes().begin(), codes.sizes().end());
+    if (sizes.size() == 4) {
+      sizes = {p.samples, p.c_out, p.out_h, p.out_w};
+    } else {
+      sizes.back() = p.c_out;
+    }
+    out = empty(sizes, out_dtype);
+    p.out = out.mutable_data_ptr();
+  } else {
+    out = empty({0}, out_dtype);
+  }
+#if defined(__x86_64__)
+  if (codes.numel() > 0) lowbit_conv2d_avx512(p);
+#endif
+  return out;
+}
+
+VnniLayout layout_of(IntHeaderOnlyArrayRef sizes, int64_t groups) {
+  return VnniLayout(sizes[3] * groups, sizes[0], sizes[1] * sizes[2], groups);
+}
+
+// weight_q: int8 [c_out, kernel_h, kernel_w, c_in / groups], contiguous.
+Tensor pack(const Tensor& weight_q, int64_t groups) {
+  STD_TORCH_CHECK(weight_q.dim() == 4 && weight_q.is_contiguous() && weight_q.scalar_type() == ScalarType::Char,
+                  "modiff_cpu::pack_vnni: contiguous int8 [c_out, kernel_h, kernel_w, c_in / groups] expected");
+  const VnniLayout layout = layout_of(weight_q.sizes(), groups);
+  Tensor packed = empty({layout.total_bytes()}, ScalarType::Char);
+  pack_vnni(static_cast<const int8_t*>(weight_q.const_data_ptr()), layout,
+            static_cast<int8_t*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor unpack(const Tensor& packed, std::vector<int64_t> sizes, int64_t groups) {
+  const VnniLayout layout = layout_of(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), groups);
+  STD_TORCH_CHECK(packed.numel() == layout.total_bytes(), "modiff_cpu::unpack_vnni: ", layout.total_bytes(),
+                  " bytes expected, got ", packed.numel());
+  // Not `empty`: four sizes mean channels_last there, and this one is row-major.
+  Tensor weight_q = torch::stable::empty(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), ScalarType::Char);
+  unpack_vnni(static_cast<const int8_t*>(packed.const_data_ptr()), layout,
+              static_cast<int8_t*>(weight_q.mutable_data_ptr()));
+  return weight_q;
+}
+
+}  // namespace
+}  // namespace modiff::cpu
+
+STABLE_TORCH_LIBRARY(modiff_cpu, m) {
+  m.def("isa() -> int");
+  m.def(
+      "quantize(Tensor input, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int num_groups, float eps, "
+      "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
+      "int samples, int rows, int channels, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "convolve(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
+      "Tensor? bias, int epilogue, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
+      "int[] geometry) -> Tensor");
+  m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
+  m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&modiff::cpu::isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&modiff::cpu::quantize));
+  m.impl("convolve", TORCH_BOX(&modiff::cpu::convolve));
+  m.impl("pack_vnni", TORCH_BOX(&modiff::cpu::pack));
+  m.impl("unpack_vnni", TORCH_BOX(&modiff::cpu::unpack));
+}

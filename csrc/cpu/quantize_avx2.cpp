@@ -1,0 +1,7 @@
+#include "cpu/quantize_kernels.h"
+
+namespace modiff::cpu {
+
+bool quantize_avx2(const QuantizeProblem& problem) { return Quantizer(problem).run(); }
+
+}  // namespace modiff::cpu
