@@ -32,13 +32,13 @@ def find_torch() -> Path:
         found = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text())
         if found and tuple(map(int, found.groups())) < OLDEST_TORCH:
             raise SystemExit(
-                f"modiff-kernels: torch {'.'.join(found.groups())} in {folder} is too old, the compiled kernels need 2.11 or newer. "
-                "Upgrade torch, or set MODIFF_SKIP_BUILD=1 for an install without compiled kernels."
+                f"modiff-kernels: torch {'.'.join(found.groups())} in {folder} is too old, the compiled kernels need 2.11 or "
+                "newer. Upgrade torch, or set MODIFF_SKIP_BUILD=1 for an install without compiled kernels."
             )
         return folder
     raise SystemExit(
-        "modiff-kernels: no torch in this environment. Install the torch build you want first (e.g. pip install torch==2.13.0) "
-        "and run this again, or set MODIFF_SKIP_BUILD=1 for an install without compiled kernels."
+        "modiff-kernels: no torch in this environment. Install the torch build you want first (e.g. pip install "
+        "torch==2.13.0) and run this again, or set MODIFF_SKIP_BUILD=1 for an install without compiled kernels."
     )
 
 
@@ -60,9 +60,10 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         cmake, ninja = find_program("cmake"), find_program("ninja")
         if cmake is None:
-            raise SystemExit("modiff-kernels: cmake >= 3.24 was not found. Install it (pip install cmake ninja) and run this again.")
+            raise SystemExit("modiff-kernels: cmake was not found. Run `pip install cmake ninja` and try again.")
         build_dir = ROOT / "build" / ("cmake-ninja" if ninja else "cmake-make")
-        configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), f"-DTORCH_DIR={TORCH_DIR}", "-DCMAKE_BUILD_TYPE=Release"]
+        configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DTORCH_DIR={TORCH_DIR}"]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
@@ -88,7 +89,7 @@ skip_build = os.environ.get("MODIFF_SKIP_BUILD", "0") not in ("", "0")
 if skip_build:
     setup()
 else:
-    # Asked for before pip resolves the dependencies: a missing torch must not start the download of the newest CUDA build.
+    # Looked up before pip resolves the dependencies: a missing torch must not start the download of the newest build.
     TORCH_DIR = None if "sdist" in sys.argv else find_torch()
     setup(
         ext_modules=[Extension("modiff_kernels._lib.libmodiff_cpu", [])],
