@@ -1,0 +1,26 @@
+"""Backends. Each module of this package implements ops under one name and says what it cannot do.
+
+A backend module has::
+
+    NAME: str
+    KERNELS: dict[str, Kernel]                     op name -> function with the op's arguments, without `backend`
+    unavailable() -> str | None                    why the whole backend cannot run here
+    preferred_layout(problem) -> str               weight layout that suits the problem best;
+                                                   problem.m is 0 when not known yet
+    prepare_weight(weight_packed, weight_bits, n, k, layout_from, layout_to, kernel_size, groups) -> Tensor
+                                                   ValueError if it does not know one of the layouts
+
+Backends never import each other, nor anything above them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Kernel(NamedTuple):
+    """One op of one backend: `fn(*op_arguments)`, and `why_not(problem)`, a reason why it cannot solve a problem, or
+    None.
+    """
+
+    fn: Callable[..., Any]
+    why_not: Callable[[Any], str | None]

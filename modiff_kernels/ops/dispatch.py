@@ -1,0 +1,175 @@
+"""Which backend solves which problem: one table, asked with `select` and printed with `table`.
+
+`backend="auto"` walks PRIORITY; a named backend is a demand and never falls back. The environment variable
+MODIFF_BACKEND, read once, puts one backend in the place of "auto". Backends are loaded at the first question; one that
+fails to load stays in the table with its reason.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..quant.packing import KPACK_V1
+from .problem import CHECKS, Problem
+
+AUTO = "auto"
+REFERENCE = "reference"
+BACKENDS = ("cpu", REFERENCE)
+PRIORITY = {"cpu": ("cpu", REFERENCE), "cuda": (REFERENCE,)}
+CONVERSIONS = ("pack_weight", "unpack_weight")  # once per weight, before sampling: the reference is their normal place
+
+logger = logging.getLogger("modiff_kernels")
+
+
+class BackendUnavailable(RuntimeError):
+    """No backend, or not the demanded one, can solve the problem; the message lists every reason."""
+
+
+class Selection(NamedTuple):
+    """The chosen backend, its function, and (backend, reason) of those that were asked before it."""
+
+    backend: str
+    fn: Callable[..., Any]
+    rejected: tuple[tuple[str, str], ...]
+
+
+class Row(NamedTuple):
+    """One cell of the table: `reason` says why `backend` has no `op` here, None if it has."""
+
+    op: str
+    backend: str
+    reason: str | None
+
+
+@cache
+def forced_backend() -> str | None:
+    """The backend that MODIFF_BACKEND demands, None if unset or "auto"."""
+    name = os.environ.get("MODIFF_BACKEND", AUTO)
+    if name not in (AUTO, *BACKENDS):
+        raise ValueError(f"MODIFF_BACKEND={name!r} is not known; choose one of {', '.join((AUTO, *BACKENDS))}")
+    return None if name == AUTO else name
+
+
+@cache
+def load(name: str) -> ModuleType | str:
+    """The module of backend `name`, or why it could not be loaded."""
+    module_name = f"modiff_kernels.backends.{name}"
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        return "it is not part of this installation" if error.name == module_name else f"it failed to load: {error}"
+    except (ImportError, OSError) as error:
+        return f"it failed to load: {error}"
+
+
+def _why_no_backend(name: str) -> str | None:
+    module = load(name)
+    return module if isinstance(module, str) else module.unavailable()
+
+
+def why_not(problem: Problem, name: str) -> str | None:
+    """Why backend `name` cannot solve `problem`, None if it can."""
+    if name not in PRIORITY.get(problem.device_type, ()):
+        return f"it does not run on {problem.device_type}"
+    reason = _why_no_backend(name)
+    if reason is not None:
+        return reason
+    kernel = load(name).KERNELS.get(problem.op)
+    return f"it has no {problem.op}" if kernel is None else kernel.why_not(problem)
+
+
+def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
+    """Backends to ask, in order, for a call with `backend` on `device_type`."""
+    if backend not in (AUTO, *BACKENDS):
+        raise ValueError(f"backend={backend!r} is not known; choose one of {', '.join((AUTO, *BACKENDS))}")
+    forced = forced_backend()
+    if forced is not None and backend not in (AUTO, forced):
+        raise BackendUnavailable(
+            f"backend={backend!r} was asked for, but MODIFF_BACKEND={forced} forces another for the whole run; unset "
+            f"MODIFF_BACKEND or pass backend='auto'"
+        )
+    demanded = forced or backend
+    return PRIORITY.get(device_type, ()) if demanded == AUTO else (demanded,)
+
+
+@cache
+def select(problem: Problem, backend: str = AUTO) -> Selection:
+    """The backend for `problem`. Raises BackendUnavailable with every reason if none, or not the demanded one, fits."""
+    rejected: list[tuple[str, str]] = []
+    for name in candidates(problem.device_type, backend):
+        reason = why_not(problem, name)
+        if reason is None:
+            if name == REFERENCE and problem.op not in CONVERSIONS:
+                _warn_slow(problem.op, tuple(rejected))
+            return Selection(name, load(name).KERNELS[problem.op].fn, tuple(rejected))
+        rejected.append((name, reason))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected) or "no backend runs on this device type"
+    raise BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {reasons}")
+
+
+@cache
+def _warn_slow(op: str, rejected: tuple[tuple[str, str], ...]) -> None:
+    for name, reason in rejected:
+        logger.warning("%s runs on the slow backend 'reference', not on '%s': %s", op, name, reason)
+
+
+def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
+    """The weight layout of the backend that would solve `problem` if the weight were in the layout this backend likes
+    best.
+
+    `problem.layout` is ignored. Raises BackendUnavailable like `select`.
+    """
+    for name in candidates(problem.device_type, backend):
+        if _why_no_backend(name) is None:
+            layout = load(name).preferred_layout(problem)
+            if why_not(replace(problem, layout=layout), name) is None:
+                return layout
+    select(replace(problem, layout=KPACK_V1), backend)
+    return KPACK_V1
+
+
+def prepare_weight(weight_packed: Tensor, layout_to: str, arguments: Sequence[Any], backend: str = AUTO) -> Tensor:
+    """`weight_packed` in `layout_to`, by the first backend that makes it; ValueError with every reason if none does."""
+    reasons = []
+    for name in candidates(weight_packed.device.type, backend):
+        reason = _why_no_backend(name)
+        if reason is None:
+            try:
+                return load(name).prepare_weight(weight_packed, *arguments)
+            except ValueError as error:
+                reason = str(error)
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"no backend makes the weight layout {layout_to!r}: {'; '.join(reasons)}")
+
+
+def table() -> list[Row]:
+    """Every op on every backend with the reason why it is not there."""
+    rows = []
+    for op in CHECKS:
+        for name in BACKENDS:
+            reason = _why_no_backend(name)
+            if reason is None and op not in load(name).KERNELS:
+                reason = f"it has no {op}"
+            rows.append(Row(op, name, reason))
+    return rows
+
+
+def on_reset(forget: Callable[[], None]) -> None:
+    """Have `reset` call `forget` too."""
+    _forgetters.append(forget)
+
+
+def reset() -> None:
+    """Forget all choices and read MODIFF_BACKEND again at the next one."""
+    for forget in _forgetters:
+        forget()
+
+
+_forgetters: list[Callable[[], None]] = [c.cache_clear for c in (forced_backend, load, select, _warn_slow)]

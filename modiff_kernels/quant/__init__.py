@@ -1,0 +1,1 @@
+"""Number formats: allowed bit widths and granularities, the affine quantiser, weight packing."""

@@ -1,0 +1,154 @@
+"""The affine quantiser in torch: the one place where its formulas stand.
+
+Rounding contract, the same on every backend::
+
+    qmin, qmax = -2^(bits-1), 2^(bits-1) - 1
+    inv_scale  = 1 / scale                                        fp32, computed once per scale
+    code       = clamp(rne(x * inv_scale) + zero_point, qmin, qmax)
+    x         ~= scale * (code - zero_point)
+
+`rne` rounds half to even; `zero_point` is 0 for residuals and weights. All functions here take *granules*: a float32
+tensor [granules, elements] whose rows share a scale (`granules` makes that view), with scales float32 [granules].
+"""
+
+import torch
+from torch import Tensor
+
+from .spec import check_bits, check_group_size, group_count, quant_max, quant_min
+
+MIN_SCALE = 2.0**-100
+WEIGHT_METHODS = ("absmax", "mse")
+
+
+def granules(x: Tensor, count: int, image: bool) -> Tensor:
+    """View `x` as [count, elements], one row per granule.
+
+    x: any dtype; `image` says channels_last [N, C, H, W] (elements in NHWC order), else contiguous [..., K]. The result
+    shares memory with `x`. Raises RuntimeError if `x` has another memory format.
+    """
+    if image:
+        x = x.permute(0, 2, 3, 1)
+    return x.view(count, -1)
+
+
+def residual_scale(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor:
+    """Dynamic scale of a symmetric quantiser: max(clip_ratio * absmax / (2^(bits-1) - 0.5), 2^-100).
+
+    The half step lets all 2^bits codes take part: at clip_ratio 1 the largest error stays half a step.
+    absmax: float32, any shape; returns float32 of the same shape. Give it the absmax of an earlier update for delayed
+        scales.
+    """
+    levels = torch.full_like(absmax, 2 ** (bits - 1) - 0.5)
+    return torch.clamp_min(absmax * clip_ratio / levels, MIN_SCALE)
+
+
+def affine_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero_point (int32) of an affine quantiser over [low, high], float32, low <= 0 <= high.
+
+    scale = max((high - low) / (2^bits - 1), 2^-100); zero_point = clamp(rne(-low / scale) + qmin, qmin, qmax).
+    """
+    steps = torch.full_like(low, 2**bits - 1)
+    scale = torch.clamp_min((high - low) / steps, MIN_SCALE)
+    zero_point = torch.round(-low * inverse(scale)) + quant_min(bits)
+    return scale, zero_point.clamp_(quant_min(bits), quant_max(bits)).to(torch.int32)
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale, correctly rounded in float32."""
+    return torch.ones_like(scale) / scale
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
+    """Codes int8 [granules, elements] of `x` float32 [granules, elements]; scale float32, zero_point int32
+    [granules].
+    """
+    codes = torch.round(x * inverse(scale).unsqueeze(-1))
+    if zero_point is not None:
+        codes += zero_point.unsqueeze(-1)
+    return codes.clamp_(quant_min(bits), quant_max(bits)).to(torch.int8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """scale * (code - zero_point), float32 [granules, elements]."""
+    values = codes.to(torch.float32)
+    if zero_point is not None:
+        values -= zero_point.unsqueeze(-1)
+    return values * scale.unsqueeze(-1)
+
+
+def weight_rows(weight: Tensor) -> Tensor:
+    """[N, K] from a Linear weight [N, K] or a conv weight [N, C, R, S]; K runs in (r, s, c) order for a conv."""
+    if weight.ndim == 4:
+        return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    if weight.ndim == 2:
+        return weight
+    raise ValueError(
+        f"weight has shape {tuple(weight.shape)}; expected [N, K] (Linear) or [N, C, R, S] (Conv2d); reshape it first"
+    )
+
+
+def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str = "absmax") -> tuple[Tensor, Tensor]:
+    """Symmetric round-to-nearest weight codes, one scale per output channel or per group along K.
+
+    weight: float [N, K] or [N, C, R, S], any memory format. Returns weight_q int8 [N, K] with K in (r, s, c) order and
+    codes in -2^(bits-1) .. 2^(bits-1)-1, and weight_scale float32 [N] (group_size -1) or [N, ceil(K / group_size)].
+
+    method "absmax": scale = absmax / (2^(bits-1) - 1), no weight is clipped. "mse": the scale out of 81 between 0.2 and
+    1.0 times that with the smallest squared error of its granule; it never has a larger error than "absmax". Raises
+    ValueError on bits, group_size, method or shape that are not allowed and on NaN or Inf.
+    """
+    where = "quantize_weight"
+    check_bits(where, "bits", bits)
+    check_group_size(where, group_size)
+    if method not in WEIGHT_METHODS:
+        raise ValueError(
+            f"{where}: method={method!r} is not known; choose one of {', '.join(map(repr, WEIGHT_METHODS))}"
+        )
+    rows = weight_rows(weight.detach()).to(torch.float32)
+    if not torch.isfinite(rows).all():
+        raise ValueError(f"{where}: weight holds NaN or Inf; repair the checkpoint before quantising it")
+    n, k = rows.shape
+    groups = group_count(k, group_size)
+    width = k if group_size == -1 else group_size
+    blocks = torch.nn.functional.pad(rows, (0, groups * width - k)).reshape(n * groups, width)
+    full = torch.clamp_min(blocks.abs().amax(1) / quant_max(bits), MIN_SCALE)
+    scale = full if method == "absmax" else _smallest_error_scale(blocks, full, bits)
+    weight_q = quantize(blocks, scale, bits).reshape(n, groups * width)[:, :k].contiguous()
+    return weight_q, scale if group_size == -1 else scale.reshape(n, groups)
+
+
+def _smallest_error_scale(blocks: Tensor, full: Tensor, bits: int) -> Tensor:
+    best_scale = full
+    best_error = torch.full_like(full, torch.inf)
+    for ratio in torch.linspace(1.0, 0.2, 81).tolist():
+        scale = torch.clamp_min(full * ratio, MIN_SCALE)
+        error = (dequantize(quantize(blocks, scale, bits), scale) - blocks).square().sum(1)
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return best_scale
+
+
+def expand_weight_scale(weight_scale: Tensor, k: int, group_size: int) -> Tensor:
+    """Scale of every weight: [N, 1] (group_size -1) or [N, k] from weight_scale [N] or [N, ceil(k / group_size)]."""
+    if group_size == -1:
+        return weight_scale.unsqueeze(1)
+    return weight_scale.repeat_interleave(group_size, dim=1)[:, :k]
+
+
+def dequantize_weight(
+    weight_q: Tensor, weight_scale: Tensor, group_size: int = -1, shape: tuple[int, ...] | torch.Size | None = None
+) -> Tensor:
+    """weight_scale * weight_q, float32 [N, K], or in `shape` [N, C, R, S] when given (the inverse of
+    `quantize_weight`'s order).
+    """
+    rows = weight_q.to(torch.float32) * expand_weight_scale(weight_scale, weight_q.shape[1], group_size)
+    return rows if shape is None else rows_to_weight(rows, shape)
+
+
+def rows_to_weight(rows: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """[N, K] back to a Linear weight [N, K] or a conv weight [N, C, R, S]: the inverse of `weight_rows`."""
+    if len(shape) == 4:
+        n, c, r, s = shape
+        return rows.reshape(n, r, s, c).permute(0, 3, 1, 2)
+    return rows

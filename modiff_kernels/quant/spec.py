@@ -1,0 +1,79 @@
+"""What the formats allow: bit widths, code ranges, granularities and their number of scales.
+
+A *granule* is the set of elements that share one scale. In memory order (row major for the input of a Linear, NHWC for
+an image) every granule is one consecutive block:
+
+========== ============================================ =======================
+name       granule                                      number of scales
+========== ============================================ =======================
+per_tensor the whole tensor, batch included             1
+per_sample everything at one index of dimension 0       shape[0]
+per_token  one row of a Linear input, one pixel         numel / channels
+========== ============================================ =======================
+"""
+
+from collections.abc import Sequence
+
+BITS = (3, 4, 8)
+GRANULARITIES = ("per_tensor", "per_sample", "per_token")
+
+
+def quant_min(bits: int) -> int:
+    """Smallest code of a signed `bits`-bit integer: -2^(bits-1)."""
+    return -(1 << (bits - 1))
+
+
+def quant_max(bits: int) -> int:
+    """Largest code of a signed `bits`-bit integer: 2^(bits-1) - 1."""
+    return (1 << (bits - 1)) - 1
+
+
+def check_bits(where: str, name: str, bits: int, allowed: Sequence[int] = BITS) -> None:
+    """Raise ValueError unless `bits` is one of `allowed`."""
+    if bits not in allowed or isinstance(bits, bool):
+        raise ValueError(f"{where}: {name}={bits!r} is not supported; choose one of {', '.join(map(str, allowed))}")
+
+
+def check_granularity(where: str, granularity: str) -> None:
+    """Raise ValueError unless `granularity` is a known name."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"{where}: granularity={granularity!r} is not known; choose one of {', '.join(map(repr, GRANULARITIES))}"
+        )
+
+
+def check_group_size(where: str, group_size: int) -> None:
+    """Raise ValueError unless `group_size` is -1 (one scale per output channel) or a positive number of elements along
+    K.
+    """
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+        raise ValueError(
+            f"{where}: group_size={group_size!r} is not allowed; give -1 (one scale per output channel) or a positive "
+            f"number of elements along K"
+        )
+
+
+def group_count(k: int, group_size: int) -> int:
+    """Number of weight scales per output channel: 1 for group_size -1, else ceil(k / group_size)."""
+    return 1 if group_size == -1 else -(-k // group_size)
+
+
+def row_count(shape: Sequence[int], image: bool) -> int:
+    """Rows of a Linear input [..., K] (product of all but the last size) or pixels of an image [N, C, H, W] (N * H *
+    W).
+    """
+    if image:
+        return shape[0] * shape[2] * shape[3]
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+def granule_count(shape: Sequence[int], granularity: str, image: bool) -> int:
+    """Number of scales of a tensor of `shape` at `granularity` (see the table of this module)."""
+    if granularity == "per_tensor":
+        return 1
+    if granularity == "per_sample":
+        return shape[0]
+    return row_count(shape, image)
