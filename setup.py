@@ -32,8 +32,8 @@ def find_torch() -> Path:
         found = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text())
         if found and tuple(map(int, found.groups())) < OLDEST_TORCH:
             raise SystemExit(
-                f"modiff-kernels: torch {'.'.join(found.groups())} in {folder} is too old, the compiled kernels need 2.11 "
-                "or newer. Upgrade torch, or set MODIFF_SKIP_BUILD=1 for an install without compiled kernels."
+                f"modiff-kernels: torch {'.'.join(found.groups())} in {folder} is too old, the compiled kernels need "
+                "2.11 or newer. Upgrade torch, or set MODIFF_SKIP_BUILD=1 for an install without compiled kernels."
             )
         return folder
     raise SystemExit(
