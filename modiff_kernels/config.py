@@ -85,7 +85,7 @@ class ModiffConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
-        """Build a config from field names and values; missing ones take their default, unknown ones raise ValueError."""
+        """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError."""
         if not isinstance(values, Mapping):
             raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
