@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -58,8 +57,8 @@ def forced_backend() -> str | None:
 
 
 @cache
-def load(name: str) -> ModuleType | str:
-    """The module of backend `name`, or why it could not be loaded."""
+def load(name: str) -> Any:
+    """The module of backend `name`, or, as a str, why it could not be loaded."""
     module_name = f"modiff_kernels.backends.{name}"
     try:
         return importlib.import_module(module_name)

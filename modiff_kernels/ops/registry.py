@@ -1,10 +1,9 @@
-"""How a declaration in schema.py becomes an op: a torch.library registration and a fast eager function of the same
-name.
-"""
+"""How a declaration in schema.py becomes an op: a torch.library registration and a fast eager function of the same name."""
 
 import functools
 import inspect
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -18,49 +17,65 @@ R = TypeVar("R")
 
 MAX_PLANS = 4096  # per op; a run needs one per layer shape, so reaching this means shapes that never repeat
 
+EAGER_TYPES = (Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
+
 _library = torch.library.Library("modiff", "DEF")
 
 
-def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register the decorated function as op `modiff::<its name>` with `schema` (arguments and returns, torch's
-    notation).
+def _items(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A fast function from a tuple to the tuple of its items at `positions`."""
+    return itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
 
-    The function's body is the op's fake: it returns empty tensors of the right shapes, dtypes and strides, and runs
-    only after the arguments were checked. The returned function checks, selects a backend and calls it: directly in
-    eager mode, through torch.ops where torch must see the op (compiling, fake tensors, dispatch modes). What was found
-    for a combination of shapes, strides, dtypes, devices and other arguments is kept.
+
+def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register the decorated function as op `modiff::<its name>` with `schema` (arguments and returns, torch's notation).
+
+    The function's body is the op's fake: it returns empty tensors of the right shapes, dtypes and strides, and runs only
+    after the arguments were checked. The returned function checks, selects a backend and calls it: directly in eager mode,
+    through torch.ops where torch must see the op (compiling, fake tensors, dispatch modes). What was found for a
+    combination of shapes, strides, dtypes, devices and other arguments is kept, so that a repeated call costs a lookup.
     """
 
     def register(fn: Callable[P, R]) -> Callable[P, R]:
         name = fn.__name__
+        _library.define(name + schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+        op = getattr(torch.ops.modiff, name).default
         signature = inspect.signature(fn)
         names = tuple(signature.parameters)
         defaults = {key: p.default for key, p in signature.parameters.items() if p.default is not p.empty}
+        is_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
+        tensors_of = _items([i for i, tensor in enumerate(is_tensor) if tensor])
+        others_of = _items([i for i, tensor in enumerate(is_tensor) if not tensor])
+        empty_results: Callable[..., Any] = fn
         plans: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        dispatch.on_reset(plans.clear)
 
         def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-            try:
-                values = [*args, *[kwargs[key] if key in kwargs else defaults[key] for key in names[len(args) :]]]
-            except KeyError:
-                values = []
-            if len(values) != len(names) or not kwargs.keys() <= set(names[len(args) :]):
+            rest = names[len(args) :]
+            known = all(key in kwargs or key in defaults for key in rest) and all(key in rest for key in kwargs)
+            if len(args) > len(names) or not known:
                 signature.bind(*args, **kwargs)  # raises the usual TypeError
-            return tuple([tuple(value) if isinstance(value, list) else value for value in values])
+            return args + tuple([kwargs[key] if key in kwargs else defaults[key] for key in rest])
 
         def plan(args: tuple[Any, ...]) -> Callable[..., Any]:
-            problem = check(name, dict(zip(names, args[:-1], strict=False)))
+            problem = check(name, dict(zip(names, args[:-1])))
             if problem.device_type == "meta":
-                return fn
+                return empty_results
             return dispatch.select(problem, args[-1]).fn
 
         def execute(args: tuple[Any, ...]) -> Any:
-            key = tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
             try:
+                key = (
+                    args[0].device,
+                    others_of(args),
+                    *[None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors_of(args)],
+                )
                 kernel = plans.get(key)
-            except TypeError:  # unhashable: integers given as a list
-                if not any(isinstance(a, list) for a in args):
-                    raise
-                return execute(bind(args, {}))
+            except (AttributeError, TypeError):  # not a tensor, or not hashable: integers in a list, or a wrong type
+                hashable = tuple([tuple(a) if isinstance(a, list) else a for a in args])
+                if hashable == args:
+                    return op(*args)
+                return execute(hashable)
             if kernel is None:
                 if len(plans) >= MAX_PLANS:
                     plans.clear()
@@ -69,33 +84,27 @@ def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         def fake(*args: Any) -> Any:
             bound = bind(args, {})
-            check(name, dict(zip(names, bound[:-1], strict=False)))
-            return fn(*bound)
+            check(name, dict(zip(names, bound[:-1])))
+            return empty_results(*bound)
 
-        def dispatched(*args: Any) -> Any:
+        def registered(*args: Any) -> Any:
             return execute(bind(args, {}))
 
-        _library.define(name + schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-        _library.impl(name, dispatched, "CPU")
-        _library.impl(name, dispatched, "CUDA")
+        _library.impl(name, registered, "CPU")
+        _library.impl(name, registered, "CUDA")
         torch.library.register_fake(f"modiff::{name}", fake, lib=_library)
-        op = getattr(torch.ops.modiff, name).default
-        dispatch.on_reset(plans.clear)
 
         @functools.wraps(fn)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = bind(args, kwargs) if kwargs or len(args) != len(names) else args
-            if torch.compiler.is_compiling() or _torch_must_see(bound[0]):
+            if (
+                torch.compiler.is_compiling()
+                or type(bound[0]) not in EAGER_TYPES
+                or torch._C._len_torch_dispatch_stack() > 0
+            ):
                 return op(*bound)
             return execute(bound)
 
         return call
 
     return register
-
-
-def _torch_must_see(x: Any) -> bool:
-    """Whether the call must go through torch's dispatcher: tensor subclasses (fake, functional) and active dispatch
-    modes.
-    """
-    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
