@@ -1,0 +1,441 @@
+"""`accelerate`: puts low-bit layers into a diffusers UNet in place, opens its runs, and takes everything out again.
+
+Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and
+announces the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is
+not imported.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import logging
+import types
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
+from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
+from modiff_kernels.nn.conv2d import why_not_conv2d
+from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.ops.problem import FLOAT_DTYPES
+
+logger = logging.getLogger("modiff_kernels")
+
+_accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """One line of `Handle.explain`: what became of a Linear or Conv2d. reason: why it is float, else empty."""
+
+    name: str
+    kind: str
+    shape: str
+    mode: str
+    bits: str
+    backend: str
+    reason: str
+
+
+def accelerate(
+    target: Any,
+    config: ModiffConfig | None = None,
+    *,
+    static_scales: Mapping[str, Tensor | float] | None = None,
+    share_edges: bool = True,
+) -> "Handle":
+    """Replace the Linear and Conv2d layers of a UNet in place; returns the handle that explains and removes it all.
+
+    target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
+    (UNet2DModel, UNet2DConditionModel or another module with a 4-D sample as first argument; runs are opened with
+    `with handle.sampling_run():`). static_scales: residual scale per layer path, for scale_mode "static".
+    share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
+
+    The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
+    stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
+    to replace or a scale is missing, RuntimeError if the UNet is accelerated already, BackendUnavailable if
+    config.backend cannot do it.
+    """
+    config = ModiffConfig() if config is None else config
+    unet, pipe = _resolve(target)
+    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
+        raise RuntimeError(
+            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
+            "before"
+        )
+    plan = _plan(unet, config, dict(static_scales or {}), share_edges)
+    handle = Handle(unet, pipe, config, plan)
+    with contextlib.ExitStack() as undo:
+        handle._install(undo)
+        handle._undo = undo.pop_all()
+    return handle
+
+
+class Handle:
+    """What `accelerate` did to one UNet.
+
+    config: the ModiffConfig. state: the ModulationState. unet: the UNet. layers: the low-bit layers by path.
+    """
+
+    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, plan: "_Plan") -> None:
+        self.unet = unet
+        self.pipe = pipe
+        self.config = config
+        self.state = plan.state
+        self.layers = plan.layers
+        self._plan = plan
+        self._door: _SetTimesteps | None = None
+        self._own_runs = 0
+        self._undo: contextlib.ExitStack | None = None
+
+    def sampling_run(self, num_calls: int | None = None) -> contextlib.AbstractContextManager[ModulationState]:
+        """One run of an own sampler: all UNet calls of one picture go inside. num_calls: more of them raise."""
+        self._require_active()
+        return self._own_run(num_calls)
+
+    def context(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A trajectory of its own for the UNet calls inside: "cond" and "uncond" for guidance in two passes."""
+        self._require_active()
+        return self.state.context(name)
+
+    def wrap_scheduler(self) -> None:
+        """Let the scheduler that the pipeline has now begin the runs. Call it after replacing `pipe.scheduler`."""
+        self._require_active()
+        if self.pipe is None:
+            raise RuntimeError(
+                "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
+                "with `with handle.sampling_run():`"
+            )
+        door = _SetTimesteps(self.pipe.scheduler, self.state)
+        if self._door is not None:
+            self._door.restore()
+        self._door = door
+        door.install()
+
+    def remove(self) -> None:
+        """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
+        if self._undo is not None:
+            self.state.release()
+            undo, self._undo = self._undo, None
+            undo.close()
+
+    def rows(self) -> list[LayerRow]:
+        """What became of every Linear and Conv2d of the original UNet, in its order."""
+        return [self._row(path, module) for path, module in self._plan.originals.items()]
+
+    def explain(self) -> str:
+        """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
+        rows = self.rows()
+        fields = [field.name for field in dataclasses.fields(LayerRow)]
+        cells = [fields, *[[getattr(row, field) for field in fields] for row in rows]]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+        low_bit = sum(row.mode != "float" for row in rows)
+        summary = (
+            f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
+            f"state {self.state.nbytes() / 2**20:.1f} MiB"
+        )
+        return "\n".join([summary, *lines])
+
+    @contextlib.contextmanager
+    def _own_run(self, num_calls: int | None) -> Iterator[ModulationState]:
+        with self.state.sampling_run(num_calls):
+            self._own_runs += 1
+            try:
+                yield self.state
+            finally:
+                self._own_runs -= 1
+
+    def _require_active(self) -> None:
+        if self._undo is None:
+            raise RuntimeError("this handle was removed; call accelerate() again")
+
+    def _install(self, undo: contextlib.ExitStack) -> None:
+        unet = self.unet
+        _accelerated.add(unet)
+        undo.callback(_accelerated.discard, unet)
+        for path, module in self._plan.replacements.items():
+            undo.callback(_set_module, unet, path, _set_module(unet, path, module))
+        undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
+        _set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
+        if self.pipe is not None:
+            self._door = _SetTimesteps(self.pipe.scheduler, self.state)
+            self._door.install()
+            undo.callback(lambda: self._door.restore())
+
+    def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if self._door is not None and self.state.outputs and not self._own_runs and not self._door.is_on(self.pipe):
+            raise RuntimeError(
+                "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
+                "handle.wrap_scheduler() once after the change, before set_timesteps()"
+            )
+        self.state.begin_call()
+        if args:
+            return (_channels_last(args[0]), *args[1:]), kwargs
+        return args, {name: _channels_last(value) for name, value in kwargs.items()}
+
+    def _leave(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self.state.end_call(failed=output is None)
+        return _contiguous(output)
+
+    def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
+        self.state.reset_after_pipeline()
+
+    def _row(self, path: str, module: nn.Module) -> LayerRow:
+        layer = self.layers.get(path)
+        shape = f"{module.weight.shape[1] * getattr(module, 'groups', 1)}->{module.weight.shape[0]}"
+        kind = "Linear"
+        if isinstance(module, nn.Conv2d):
+            kind = f"Conv2d {module.kernel_size[0]}x{module.kernel_size[1]}"
+            stride, groups = module.stride, module.groups
+            shape += f" /{stride[0]}" if stride != (1, 1) else ""
+            shape += f" groups {groups}" if groups != 1 else ""
+        if layer is not None:
+            bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
+            reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
+            return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
+        block = next((block for block in self._plan.fused if path.startswith(f"{block}.")), None)
+        if block is not None and path not in self._plan.reasons:
+            bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
+            return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
+        return LayerRow(path, kind, shape, "float", "-", "torch", self._plan.reasons[path])
+
+
+class _SetTimesteps:
+    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run."""
+
+    def __init__(self, scheduler: Any, state: ModulationState) -> None:
+        original = getattr(scheduler, "set_timesteps", None)
+        if not callable(original):
+            raise ValueError(
+                f"the pipeline's scheduler ({type(scheduler).__name__}) has no set_timesteps() to begin runs with; "
+                "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
+            )
+        functools.update_wrapper(self, original)
+        self._scheduler = scheduler
+        self._original = original
+        self._state = state
+        self._active = False
+        self._undo = contextlib.ExitStack()
+
+    def install(self) -> None:
+        """Put the wrapper on the scheduler."""
+        self._active = True
+        _set_attribute(self._scheduler, "set_timesteps", self, self._undo)
+
+    def restore(self) -> None:
+        """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
+        self._active = False
+        outermost = self._scheduler.__dict__.get("set_timesteps")
+        while isinstance(outermost, _SetTimesteps) and not outermost._active:
+            outermost._undo.close()
+            outermost = self._scheduler.__dict__.get("set_timesteps")
+
+    def is_on(self, pipe: Any) -> bool:
+        """Whether `pipe` still has the scheduler that this wraps."""
+        return pipe.scheduler is self._scheduler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._original(*args, **kwargs)
+        self._state.end_run()
+        result = self._original(*args, **kwargs)
+        self._state.begin_run(len(self._scheduler.timesteps))
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._scheduler))
+        return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What will be put where, made before anything is touched."""
+
+    state: ModulationState
+    originals: dict[str, nn.Module]
+    replacements: dict[str, nn.Module]
+    layers: dict[str, ModulatedLayer]
+    fused: list[str]
+    reasons: dict[str, str]
+
+
+def _resolve(target: Any) -> tuple[nn.Module, Any]:
+    if isinstance(target, nn.Module):
+        return target, None
+    unet = getattr(target, "unet", None)
+    if isinstance(unet, nn.Module):
+        return unet, target
+    raise TypeError(
+        f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) or a pipeline with a `unet`; "
+        "pipelines built on a transformer are not supported"
+    )
+
+
+def _plan(unet: nn.Module, config: ModiffConfig, static_scales: dict[str, Tensor | float], share_edges: bool) -> _Plan:
+    modules = dict(unet.named_modules(remove_duplicate=False))
+    originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    if not originals:
+        raise ValueError(
+            f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
+            "give the UNet itself"
+        )
+    _check_static_scales(static_scales, originals, config)
+    _warn_unmatched(config, modules)
+    reasons = {path: reason for path, module in originals.items() if (reason := _why_float(path, module, config))}
+    if len(reasons) == len(originals) and config.weight_bits is not None:
+        listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
+        raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
+    state = ModulationState(config.state_dtype)
+    fused = _fused_blocks(unet, state, config, reasons, static_scales)
+    layers = {
+        module.name: module
+        for block in fused.values()
+        for module in block.modules()
+        if isinstance(module, ModulatedLayer)
+    }
+    replacements: dict[str, nn.Module] = dict(fused)
+    edges = _shared_edges(modules, reasons) if share_edges else {}
+    made: dict[int, ModulatedLayer] = {}
+    for path, module in originals.items():
+        if path in reasons or any(path.startswith(f"{block}.") for block in fused):
+            continue
+        if id(module) not in made:
+            made[id(module)] = _make_layer(module, config, state, path, edges.get(path), static_scales.get(path))
+        layers[path] = replacements[path] = made[id(module)]
+    return _Plan(state, originals, replacements, layers, list(fused), reasons)
+
+
+def _make_layer(
+    module: nn.Module,
+    config: ModiffConfig,
+    state: ModulationState,
+    path: str,
+    edge: str | None,
+    static_scale: Tensor | float | None,
+) -> ModulatedLayer:
+    if isinstance(module, nn.Conv2d):
+        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, static_scale)
+    return ModulatedLinear.from_linear(module, config, state, path, edge, static_scale)
+
+
+def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
+    """Why the layer stays as it is, or None."""
+    pattern = config.skips(path)
+    if pattern is not None:
+        return f"skip_modules has {pattern!r}"
+    if config.weight_bits is None:
+        return "weight_bits is None"
+    plain = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    kind = type(module)
+    if kind.__name__ in ("LoRACompatibleLinear", "LoRACompatibleConv"):
+        if module.lora_layer is not None:
+            return "it has a LoRA layer; fuse it into the weight first"
+    elif parametrize.is_parametrized(module):
+        return "its weight is parametrised"
+    elif kind.__name__ == "NonDynamicallyQuantizableLinear":
+        return "torch.nn.MultiheadAttention reads its weight without calling it"
+    elif kind.forward is not plain.forward:
+        return f"{kind.__name__} has a forward of its own"
+    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks; accelerate() before they are added"
+    if module.weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {module.weight.dtype}"
+    if module.weight.is_meta:
+        return "its weight is not loaded (meta device)"
+    return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
+
+
+def _shared_edges(modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Edge key of the attention projections that read one tensor."""
+    edges: dict[str, str] = {}
+    for path, module in modules.items():
+        prefix = f"{path}." if path else ""
+        readers = ["to_k", "to_v"] if getattr(module, "is_cross_attention", False) else ["to_q", "to_k", "to_v"]
+        paths = [prefix + name for name in readers]
+        projections = [modules.get(name) for name in paths]
+        if not all(isinstance(projection, nn.Linear) for projection in projections):
+            continue
+        if any(name in reasons for name in paths) or len({p.in_features for p in projections}) != 1:
+            continue
+        edges.update(dict.fromkeys(paths, paths[0]))
+    return edges
+
+
+def _fused_blocks(
+    unet: nn.Module,
+    state: ModulationState,
+    config: ModiffConfig,
+    reasons: Mapping[str, str],
+    static_scales: Mapping[str, Any],
+) -> dict[str, nn.Module]:
+    """Whole blocks in fused form by path. They are replaced before the layers; layers below their paths are left "
+    "alone."""
+    if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
+        return {}
+    return blocks.fuse(unet, state, config, reasons, static_scales)
+
+
+def _check_static_scales(scales: Mapping[str, Any], originals: Mapping[str, nn.Module], config: ModiffConfig) -> None:
+    if scales and config.scale_mode != "static":
+        raise ValueError(
+            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
+            f"scale_mode='static' or leave them out"
+        )
+    unknown = [path for path in scales if path not in originals]
+    if unknown:
+        raise ValueError(
+            f"accelerate: static_scales names {', '.join(map(repr, unknown[:5]))}, which is no Linear or Conv2d of "
+            f"the UNet; use module paths such as {next(iter(originals))!r}"
+        )
+
+
+def _warn_unmatched(config: ModiffConfig, modules: Mapping[str, nn.Module]) -> None:
+    for pattern in config.skip_modules:
+        alone = dataclasses.replace(config, skip_modules=(pattern,))
+        if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
+            logger.warning("skip_modules: %r fits no module of the UNet", pattern)
+
+
+def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put `module` at `path` and return what was there."""
+    parent_path, _, name = path.rpartition(".")
+    children = root.get_submodule(parent_path)._modules
+    previous = children[name]
+    children[name] = module
+    return previous
+
+
+def _set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
+    """Set an instance attribute; `undo` puts back the instance's own one, or uncovers that of the class."""
+    attributes = owner.__dict__
+    if name in attributes:
+        undo.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        undo.callback(attributes.pop, name, None)
+    attributes[name] = value
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.ndim == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def _contiguous(output: Any) -> Any:
+    """The UNet's output with a contiguous sample: a tensor, a tuple, or an output object with a `sample`."""
+    if isinstance(output, Tensor):
+        return output.contiguous()
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return (output[0].contiguous(), *output[1:])
+    if isinstance(getattr(output, "sample", None), Tensor):
+        output.sample = output.sample.contiguous()
+    return output
