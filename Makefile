@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CXX ?= g++
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -18,7 +19,7 @@ help:
 	@echo "make demo    the main job on the shipped model: pictures, table and numbers in demo/"
 	@echo "make test    style checks and tests        (PYTEST_ARGS='-k linear' narrows them)"
 	@echo "make style   fix what the formatters can fix"
-	@echo "make bench   benchmarks on this machine"
+	@echo "make bench   time of one UNet call on this machine (BENCH_ARGS=--record keeps the rows)"
 	@echo "make clean   remove the environment, the build and the demo output"
 
 setup: $(STAMP)
@@ -28,6 +29,7 @@ $(STAMP): $(BUILD_INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; give a newer one: make PYTHON=/path/to/python3"; exit 1; }
 	@command -v $(CXX) >/dev/null || { echo "error: the C++ compiler '$(CXX)' was not found; install one (Debian, Ubuntu: apt install g++), or give one: make CXX=/path/to/c++"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv"; exit 1; }
+	@echo "setup: installing the pinned dependencies and building the kernels in $(VENV); this takes minutes the first time"
 	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=70.1,<82" cmake ninja torch
 	CXX=$(CXX) $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
@@ -50,7 +52,7 @@ style: setup
 	find csrc -type f \( -name '*.cpp' -o -name '*.h' \) -exec $(BIN)/clang-format -i {} +
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/bench_unet_step.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build demo modiff_kernels/_lib
