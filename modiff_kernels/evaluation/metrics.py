@@ -35,8 +35,8 @@ def ssim(images, reference) -> np.ndarray:
     """Structural similarity of each image, 1 where two images are equal.
 
     images, reference: float arrays [N, H, W, C] with values in 0..1. Returns float64 [N]. The window is 7 pixels
-    wide, or the largest odd number that fits a smaller image. Raises ValueError on shapes that differ, are not [N, H, W, C], or
-    hold images below 3 pixels.
+    wide, or the largest odd number that fits a smaller image. Raises ValueError on shapes that differ, are not
+    [N, H, W, C], or hold images below 3 pixels.
     """
     from skimage.metrics import structural_similarity
 

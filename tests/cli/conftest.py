@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+
+def build_tiny_unet(**changes):
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    options = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DModel(**{**options, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_unet():
+    """Builder of a tiny UNet2DModel with random weights; options change its configuration."""
+    return build_tiny_unet
+
+
+@pytest.fixture(scope="session")
+def unet_folder(tmp_path_factory):
+    """A diffusers folder of a tiny UNet with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_tiny_unet().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Options such as --threads must not outlive a test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,169 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from modiff_kernels.cli import main
+from modiff_kernels.cli.rows import build_rows, select_rows
+
+REQUIRED = {"model", "device", "steps", "batch", "scheduler", "threads", "rows", "command", "versions"}
+REQUIRED_ROW = {
+    "name",
+    "weight_bits",
+    "act_bits",
+    "mode",
+    "psnr_db",
+    "ssim",
+    "time_s",
+    "speedup",
+    "state_bytes",
+    "backend",
+}
+
+
+def compare(*argv):
+    assert main(["compare", "--quiet", "--repeats", "1", "--no-compile", *map(str, argv)]) == 0
+
+
+@pytest.fixture(scope="module")
+def report(unet_folder, tmp_path_factory):
+    """Everything that one comparison of all rows writes."""
+    out = tmp_path_factory.mktemp("compare") / "new" / "folder"
+    compare("--model", unet_folder, "--steps", 5, "--images", 3, "--batch", 2, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows(report):
+    return {row["name"]: row for row in json.loads((report / "compare.json").read_text())["rows"]}
+
+
+def test_json_has_the_promised_fields(report):
+    data = json.loads((report / "compare.json").read_text())
+    assert set(data) >= REQUIRED
+    assert all(set(row) >= REQUIRED_ROW for row in data["rows"])
+    assert (data["model"], data["steps"], data["batch"], data["scheduler"]) == ("tiny", 5, 2, "ddim")
+    assert data["command"].startswith("modiff compare --quiet")
+    assert "--out" not in data["command"]
+    assert data["versions"]["torch"] == torch.__version__
+    assert [row["mode"] for row in data["rows"]] == ["float"] * 2 + ["weight_only"] + ["quantized"] * 2 + [
+        "modulated"
+    ] * 3
+
+
+def test_full_precision_is_the_reference(rows):
+    reference, channels_last = rows["float32 eager contiguous"], rows["float32 eager channels_last"]
+    assert reference["psnr_db"] is None
+    assert channels_last["psnr_db"] is None or channels_last["psnr_db"] > 90
+    assert max(reference["speedup"], channels_last["speedup"]) == 1
+    assert channels_last["state_bytes"] == 0
+
+
+def test_modulated_rows_are_close_to_the_ceiling(rows):
+    ceiling = rows["W8 float activations"]["psnr_db"]
+    assert rows["modulated W8A8"]["psnr_db"] > ceiling - 3
+    assert rows["modulated W8A4"]["psnr_db"] > rows["plain W8A4"]["psnr_db"]
+    for row in rows.values():
+        assert 0 < row["ssim"] <= 1
+        assert row["time_s"] > 0
+
+
+def test_state_and_average_bits(rows):
+    assert rows["plain W8A8"]["state_bytes"] == rows["W8 float activations"]["state_bytes"] == 0
+    assert rows["modulated W8A8"]["state_bytes"] == rows["modulated W8A3"]["state_bytes"] > 10_000
+    assert rows["plain W8A4"]["average_bits"] == 4
+    assert rows["W8 float activations"]["average_bits"] == 32
+    assert rows["modulated W8A3"]["average_bits"] == pytest.approx((32 + 4 * 3) / 5)
+
+
+def test_markdown_and_grid(report):
+    text = (report / "compare.md").read_text()
+    assert text.startswith("| configuration | PSNR dB | SSIM | s/image | speed-up | state MB | avg bits | backend |")
+    assert "| float32 eager contiguous | reference | 1 |" in text
+    assert "Warm-up of 2 steps" in text
+    grid = Image.open(report / "compare_grid.png")
+    assert grid.height == 8 * (64 + 4) + 4
+
+
+def test_selected_rows_and_bits(unet_folder, tmp_path, capsys):
+    options = ["--steps", 2, "--images", 1, "--batch", 1, "--rows", "modulated", "--act-bits", "4", "--threads", 1]
+    compare("--model", unet_folder, *options, "--weight-bits", "8,4", "--json", tmp_path / "a.json", "--seed", 7)
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert [row["name"] for row in data["rows"]] == ["modulated W8A4", "modulated W4A4"]
+    assert [row["speedup"] for row in data["rows"]] == [None, None]
+    assert all(row["psnr_db"] > 0 for row in data["rows"])
+    assert data["threads"] == 1
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "pndm", "dpmsolver++", "unipc"])
+def test_every_scheduler_gives_the_same_images_twice(unet_folder, tmp_path, scheduler):
+    options = ["--steps", 4, "--images", 2, "--batch", 2, "--rows", "modulated-w8a8", "--scheduler", scheduler]
+    found = []
+    for name in ("a.json", "b.json"):
+        compare("--model", unet_folder, *options, "--json", tmp_path / name)
+        found.append(json.loads((tmp_path / name).read_text())["rows"][0]["psnr_db"])
+    assert found[0] == found[1] > 15
+
+
+def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, monkeypatch, capsys):
+    def broken(module):
+        module.forward = lambda *args, **kwargs: 1 / 0
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    code = main(
+        ["compare", "--model", str(unet_folder), "--steps", "2", "--images", "1", "--rows", "float", "--repeats", "1"]
+    )
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "float32 torch.compile channels_last is left out, torch.compile failed: division by zero" in out
+
+
+def test_class_conditional_unet(tiny_unet, tmp_path):
+    tiny_unet(num_class_embeds=4).save_pretrained(tmp_path / "model")
+    options = ["--steps", 2, "--images", 2, "--batch", 2, "--rows", "modulated-w8a8"]
+    compare("--model", tmp_path / "model", *options, "--json", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["psnr_db"] > 20
+
+
+def test_pipeline_folder_without_other_parts(tiny_unet, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    options = ["--steps", 2, "--images", 2, "--batch", 2, "--rows", "float-channels_last,modulated-w8a8"]
+    compare("--model", tmp_path / "pipeline", *options, "--json", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["rows"][1]["psnr_db"] > 20
+
+
+def test_latent_pipeline(tiny_unet, tmp_path):
+    from diffusers import DDIMScheduler, LDMPipeline, VQModel
+
+    torch.manual_seed(0)
+    vqvae = VQModel(block_out_channels=(16,), norm_num_groups=8, latent_channels=3)
+    LDMPipeline(vqvae=vqvae, unet=tiny_unet(), scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(
+        tmp_path / "ldm"
+    )
+    options = ["--steps", 3, "--images", 2, "--batch", 2, "--rows", "float-contiguous,modulated-w8a8"]
+    compare("--model", tmp_path / "ldm", *options, "--json", tmp_path / "a.json")
+    reference, modulated = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert reference["psnr_db"] is None
+    assert modulated["psnr_db"] > 20
+    assert modulated["state_bytes"] > 10_000
+
+
+def test_row_selection():
+    rows = build_rows((8,), None, True)
+    assert [row.key for row in select_rows(rows, ("weight-only", "modulated-w8a4"))] == [
+        "weight-only-w8",
+        "modulated-w8a4",
+    ]
+    assert select_rows(rows, ()) == rows
+    assert len([row for row in rows if row.mode == "float"]) == 3
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "modiff_kernels", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("modiff_kernels ")

@@ -1,0 +1,56 @@
+import sys
+
+import pytest
+
+from modiff_kernels.cli import doctor, main
+from modiff_kernels.ops import dispatch
+
+
+@pytest.fixture
+def fresh_dispatch():
+    dispatch.reset()
+    yield
+    dispatch.reset()
+
+
+def test_doctor_says_what_is_there(capsys, fresh_dispatch):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("versions", "torch", "devices", "backends", "reference", "modulated_conv2d", "self-check", "ok ("):
+        assert word in out
+
+
+def test_doctor_says_why_something_is_missing(capsys, monkeypatch, fresh_dispatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "modiff_kernels.backends.cpu", None)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "triton          cannot be imported" in out
+    assert "cpu        not available" in out
+    assert "[1]" in out
+
+
+def test_doctor_fails_on_a_backend_that_disagrees(capsys, monkeypatch):
+    linear = doctor._check_linear
+
+    def wrong(backend, act_bits):
+        codes, *outputs = linear(backend, act_bits)
+        return (codes if backend == "reference" else codes + 1, *outputs)
+
+    monkeypatch.setattr(doctor, "_check_linear", wrong)
+    monkeypatch.setattr(dispatch, "BACKENDS", ("broken", "reference"))
+    monkeypatch.setattr(doctor, "_reason", lambda name: None)
+    monkeypatch.setattr(doctor, "_backends", lambda: "")
+    monkeypatch.setattr(doctor, "_dispatch", lambda: "")
+    assert main(["doctor"]) == 1
+    assert "broken     FAILED" in capsys.readouterr().out
+
+
+def test_doctor_checks_every_backend_when_one_is_forced(capsys, monkeypatch, fresh_dispatch):
+    monkeypatch.setenv("MODIFF_BACKEND", "reference")
+    dispatch.reset()
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "MODIFF_BACKEND  reference" in out
+    assert "FAILED" not in out
+    assert dispatch.forced_backend() == "reference"
