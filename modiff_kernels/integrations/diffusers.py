@@ -377,8 +377,7 @@ def _fused_blocks(
     reasons: Mapping[str, str],
     static_scales: Mapping[str, Any],
 ) -> dict[str, nn.Module]:
-    """Whole blocks in fused form by path. They are replaced before the layers; layers below their paths are left "
-    "alone."""
+    """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
     if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
         return {}
     return blocks.fuse(unet, state, config, reasons, static_scales)

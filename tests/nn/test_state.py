@@ -1,0 +1,385 @@
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn import ModulatedLinear, ModulationState
+
+CONFIG = ModiffConfig(act_bits=4, backend="reference")
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def state():
+    return ModulationState()
+
+
+def linear(state, name="layer", edge=None, config=CONFIG):
+    return ModulatedLinear.from_linear(nn.Linear(8, 8), config, state, name, edge)
+
+
+def call(state, layer, x):
+    with state.call():
+        return layer(x)
+
+
+def test_actions_follow_the_calls(state):
+    linear(state)
+    actions = []
+    for _ in range(2):
+        state.begin_run()
+        for _ in range(3):
+            with state.call():
+                actions.append(state.action)
+            assert state.action is None
+    assert actions == ["initialize", "update", "update"] * 2
+
+
+def test_contexts_have_their_own_calls_and_tensors(state):
+    layer = linear(state)
+    state.begin_run()
+    actions = []
+    for _ in range(2):
+        for name in ("cond", "uncond"):
+            with state.context(name), state.call():
+                actions.append(state.action)
+                layer(torch.randn(2, 8))
+    assert actions == ["initialize", "initialize", "update", "update"]
+    assert set(layer.edge.slots) == {"cond", "uncond"}
+    assert state.context_name == "default"
+    assert state.nbytes() == 2 * 2 * 2 * 8 * 4
+
+
+def test_context_misuse(state):
+    linear(state)
+    with pytest.raises(ValueError, match="name='' is not allowed"), state.context(""):
+        pass
+    state.begin_run()
+    with state.call(), pytest.raises(RuntimeError, match="a UNet call is in progress"), state.context("cond"):
+        pass
+    with pytest.raises(KeyError), state.context("cond"):
+        raise KeyError
+    assert state.context_name == "default"
+
+
+def test_addresses_stay_over_runs(state):
+    layer = linear(state)
+    addresses = set()
+    for _ in range(3):
+        state.begin_run()
+        for _ in range(2):
+            call(state, layer, torch.randn(2, 8))
+            slots = layer.edge.slots["default"], layer.output.slots["default"]
+            addresses.add(tuple(slot.tensor.data_ptr() for slot in slots))
+    assert len(addresses) == 1
+    state.begin_run()
+    call(state, layer, torch.randn(3, 8))
+    assert layer.edge.slots["default"].tensor.shape == (3, 8)
+
+
+def test_interrupted_run_then_new_run_equals_a_fresh_run(state, poisoned_empty):
+    layer = linear(state, config=ModiffConfig(act_bits=4, scale_mode="delayed", backend="reference"))
+    xs = torch.randn(4, 2, 8)
+
+    def run():
+        state.begin_run()
+        return torch.stack([call(state, layer, x) for x in xs])
+
+    fresh = run()
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+    call(state, layer, 100 * torch.randn(2, 8))
+    assert torch.equal(run(), fresh)
+
+
+def test_layer_outside_a_call(state):
+    layer = linear(state)
+    with pytest.raises(RuntimeError, match=r"layer 'layer' was called outside a UNet call of a run.*begin a new run"):
+        layer(torch.randn(2, 8))
+
+
+def test_call_outside_a_run(state):
+    layer = linear(state)
+    with pytest.raises(RuntimeError, match=r"outside a run \(no run has begun\).*sampling_run"), state.call():
+        layer(torch.randn(2, 8))
+    with state.sampling_run():
+        call(state, layer, torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match=r"outside a run \(the run has ended\)"):
+        call(state, layer, torch.randn(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        (
+            torch.randn(3, 8),
+            r"got \(3, 8\) torch.float32 on cpu in a run that began with \(2, 8\) torch.float32 on cpu",
+        ),
+        (torch.randn(2, 8).half(), r"got \(2, 8\) torch.float16"),
+        (torch.randn(2, 8).to("meta"), r"got \(2, 8\) torch.float32 on meta"),
+    ],
+)
+def test_change_within_a_run(state, changed, text):
+    layer = linear(state)
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match=rf"layer 'layer' {text}.*begin a new run"):
+        call(state, layer, changed)
+    with pytest.raises(RuntimeError, match=r"outside a run \(a UNet call failed\)"):
+        call(state, layer, torch.randn(2, 8))
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+
+
+def test_layer_that_the_first_call_left_out(state):
+    first, second = linear(state, "first"), linear(state, "second")
+    state.begin_run()
+    call(state, first, torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match=r"layer 'second' has no state in context 'default': the first call"):
+        call(state, second, torch.randn(2, 8))
+
+
+def test_skipped_layers_may_come_back(state):
+    """A layer that is left out of some update calls only sees a larger residual."""
+    always, sometimes = linear(state, "always"), linear(state, "sometimes")
+    x = torch.randn(2, 8)
+    state.begin_run()
+    for step in range(12):
+        with state.call():
+            always(x)
+            if step % 2 == 0:
+                out = sometimes(x)
+    weight = sometimes.weight_scale[:, None] * sometimes.weight_packed
+    torch.testing.assert_close(out, nn.functional.linear(x, weight, sometimes.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_more_calls_than_announced(state):
+    layer = linear(state)
+    state.begin_run(num_calls=2)
+    for _ in range(2):
+        call(state, layer, torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match=r"call 3 of the UNet in context 'default'.*announced 2.*contexts"):
+        call(state, layer, torch.randn(2, 8))
+    with state.context("uncond"):
+        call(state, layer, torch.randn(2, 8))
+
+
+def test_keyboard_interrupt_ends_the_run(state):
+    layer = linear(state)
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+    state.begin_call()  # as with an interrupt inside forward: no end_call
+    with pytest.raises(RuntimeError, match=r"outside a run \(a UNet call was interrupted\)"):
+        state.begin_call()
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+    state.begin_call()
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+
+
+def in_thread(function):
+    """Run `function` in another thread and return what it raised."""
+    raised = []
+
+    def target():
+        try:
+            with torch.no_grad():
+                function()
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    return str(raised[0]) if raised else None
+
+
+def test_two_threads(state):
+    layer = linear(state)
+    x = torch.randn(2, 8)
+    state.begin_run()
+    call(state, layer, x)
+    assert "the run was begun by thread" in in_thread(lambda: call(state, layer, x))
+    call(state, layer, x)
+    with state.call():
+        assert "another thread is inside a call" in in_thread(lambda: call(state, layer, x))
+        assert "cannot begin a run" in in_thread(state.begin_run)
+        assert "cannot release the state" in in_thread(state.release)
+        in_thread(state.end_call)
+        layer(x)
+    assert in_thread(state.begin_run) is None
+    with pytest.raises(RuntimeError, match="the run was begun by thread"):
+        call(state, layer, x)
+
+
+def test_a_dead_thread_does_not_block(state):
+    layer = linear(state)
+
+    def die_in_call():
+        state.begin_run()
+        state.begin_call()
+
+    in_thread(die_in_call)
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+
+
+def test_reset_after_pipeline_spares_other_threads(state):
+    linear(state)
+    state.begin_run()
+    in_thread(state.reset_after_pipeline)
+    state.begin_call()
+    state.end_call()
+    state.reset_after_pipeline()
+    with pytest.raises(RuntimeError, match="the run has ended"):
+        state.begin_call()
+
+
+def test_release(state):
+    layer = linear(state)
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+    assert state.nbytes() == 2 * 2 * 8 * 4
+    state.release()
+    assert state.nbytes() == 0
+    with pytest.raises(RuntimeError, match="the state was released"):
+        call(state, layer, torch.randn(2, 8))
+
+
+def test_copies_are_refused(state):
+    layer = linear(state)
+    with pytest.raises(TypeError, match=r"remove\(\) first"):
+        copy.deepcopy(layer)
+
+
+def test_state_dtype(state):
+    assert state.dtype_on(torch.device("cpu")) is torch.float32
+    assert state.dtype_on(torch.device("cuda")) is torch.float16
+    assert ModulationState("bfloat16").dtype_on(torch.device("cpu")) is torch.bfloat16
+
+
+class TestSharedEdge:
+    @pytest.fixture
+    def layers(self, state):
+        return [linear(state, name, "q") for name in "qkv"]
+
+    def quantised_tensors(self, monkeypatch):
+        from modiff_kernels import ops
+
+        seen = []
+        original = ops.quantize_residual
+
+        def counting(x, *args):
+            seen.append(x)
+            return original(x, *args)
+
+        monkeypatch.setattr(ops, "quantize_residual", counting)
+        return seen
+
+    def test_one_quantisation_for_all(self, state, layers, monkeypatch):
+        seen = self.quantised_tensors(monkeypatch)
+        alone = [ModulatedLinear.from_linear(layer.original, CONFIG, state, f"{layer.name} alone") for layer in layers]
+        state.begin_run()
+        for _ in range(4):
+            x = torch.randn(2, 3, 8)
+            with state.call():
+                together = [layer(x) for layer in layers]
+                separate = [layer(x) for layer in alone]
+        assert len(seen) == 3
+        for a, b in zip(together, separate):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert len({id(layer.edge) for layer in layers}) == 1
+        assert state.nbytes() == (4 + 6) * 2 * 3 * 8 * 4
+
+    def test_source_is_not_kept_alive(self, state, layers):
+        state.begin_run()
+        for _ in range(2):
+            x = torch.randn(2, 8)
+            with state.call():
+                for layer in layers:
+                    layer(x)
+                assert layers[0].edge._memo is None
+
+    def test_different_tensors_from_the_start_split_the_edge(self, state, layers):
+        state.begin_run()
+        for _ in range(12):
+            with state.call():
+                xs = [torch.full((2, 8), float(i)) for i in range(3)]
+                outs = [layer(x) for layer, x in zip(layers, xs)]
+        assert len({id(layer.edge) for layer in layers}) == 3
+        for layer, x, out in zip(layers, xs, outs):
+            weight = layer.weight_scale[:, None] * layer.weight_packed
+            torch.testing.assert_close(out, nn.functional.linear(x, weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+    def test_two_tensors_of_different_shape(self, state, layers):
+        q, k, v = layers
+        state.begin_run()
+        for _ in range(3):
+            x, context = torch.randn(2, 8), torch.randn(5, 8)
+            with state.call():
+                q(x)
+                k(context)
+                v(context)
+        assert q.edge is not k.edge
+
+    def begin(self, state, layers, x):
+        state.begin_run()
+        with state.call():
+            for layer in layers:
+                layer(x)
+
+    def test_different_tensors_later_are_refused(self, state, layers):
+        x = torch.randn(2, 8)
+        self.begin(state, layers, x)
+        state.begin_call()
+        layers[0](x)
+        with pytest.raises(RuntimeError, match=r"share the input of 'q' got different tensors.*share_edges=False"):
+            layers[1](x.clone())
+
+    def test_tensor_changed_in_place_is_refused(self, state, layers):
+        x = torch.randn(2, 8)
+        self.begin(state, layers, x)
+        state.begin_call()
+        layers[0](x)
+        x += 1
+        with pytest.raises(RuntimeError, match="got different tensors"):
+            layers[1](x)
+
+    def test_second_round_in_one_call_is_refused(self, state, layers):
+        """A layer that reads two tensors per call cannot share: codes of the second would be added to the first."""
+        x = torch.randn(2, 8)
+        self.begin(state, layers, x)
+        state.begin_call()
+        for layer in layers:
+            layer(x)
+        with pytest.raises(RuntimeError, match="got different tensors"):
+            layers[2](torch.randn(2, 8))
+
+    def test_inference_mode(self, state, layers):
+        with torch.inference_mode():
+            state.begin_run()
+            for _ in range(3):
+                x = torch.randn(2, 8)
+                with state.call():
+                    outs = [layer(x) for layer in layers]
+        assert all(out.shape == (2, 8) for out in outs)
+
+    def test_plain_quantisation_shares_too(self, state):
+        config = ModiffConfig(act_bits=8, mode="quantized", backend="reference")
+        layers = [linear(state, name, "q", config) for name in "qkv"]
+        alone = [ModulatedLinear.from_linear(layer.original, config, ModulationState(), "alone") for layer in layers]
+        for _ in range(2):
+            x = torch.randn(2, 8)
+            for layer, other in zip(layers, alone):
+                assert torch.equal(layer(x), other(x))
+            x += 1
+            assert torch.equal(layers[0](x), alone[0](x))
