@@ -107,10 +107,10 @@ def load_model(name: str | None, prompt: str | None, device: torch.device) -> Mo
         raise UserError(f"--model {folder}: a {kind} cannot be sampled by itself; give the folder of its pipeline")
     try:
         if with_pipe:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder).to(device, torch.float32)
             unet = pipe.unet
         else:
-            unet = diffusers.UNet2DModel.from_pretrained(unet_folder, torch_dtype=torch.float32).to(device)
+            unet = diffusers.UNet2DModel.from_pretrained(unet_folder).to(device, torch.float32)
     except Exception as error:
         raise UserError(f"--model {folder}: diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
     for key, parameter in unet.named_parameters():

@@ -28,9 +28,12 @@ def tiny_unet():
 
 @pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory):
-    """A diffusers folder of a tiny UNet with random weights."""
+    """A diffusers folder of a tiny UNet with random weights, and a noise schedule that keeps contrast."""
+    from diffusers import DDIMScheduler
+
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_tiny_unet().save_pretrained(folder)
+    DDIMScheduler(beta_end=0.002).save_pretrained(folder / "scheduler")
     return folder
 
 

@@ -1,0 +1,142 @@
+"""One row format for all results: benchmarks/results/<device>.csv, one row per measurement, appended only.
+
+A row says what was measured, on what, with which versions and commit, and by which command. Only verified results are
+written: `append` refuses a row whose `verified` is not true.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+COLUMNS = (
+    "op",  # what ran: an op, or unet_step
+    "problem",  # its size, in words that benchmarks/shapes.py defines
+    "backend",
+    "metric",  # time, ratio, ...
+    "unit",
+    "p50",
+    "p20",
+    "p80",
+    "n",  # samples behind p50
+    "cache",  # cold or warm
+    "timer",
+    "sqnr_db",  # of the result, against what `verified` was checked with
+    "verified",
+    "device",
+    "threads",
+    "load",  # load average of the machine over the last minute before the measurement
+    "python",
+    "torch",
+    "diffusers",
+    "modiff_kernels",
+    "git_commit",
+    "dirty",
+    "utc",
+    "repro",
+)
+
+
+def device_name() -> str:
+    """Model of the CPU, with its number of cores."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = re.sub(r"\s+", " ", re.sub(r"\((R|TM)\)", "", line.split(":", 1)[1])).strip()
+            return f"{name}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def results_file(folder: Path = RESULTS) -> Path:
+    return folder / (re.sub(r"[^a-z0-9.]+", "-", device_name().lower()).strip("-") + ".csv")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def environment() -> dict[str, Any]:
+    """The columns that are the same for all rows of a process."""
+    from modiff_kernels import __version__
+
+    script = Path(sys.argv[0])
+    shown = script.relative_to(ROOT) if script.is_absolute() and script.is_relative_to(ROOT) else script
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "load": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": _version("diffusers"),
+        "modiff_kernels": __version__,
+        "git_commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
+        "utc": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "repro": shlex.join(["python", str(shown), *sys.argv[1:]]),
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile and number of `values`."""
+    if len(values) == 1:
+        return {"p50": values[0], "p20": values[0], "p80": values[0], "n": 1}
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p50": cuts[4], "p20": cuts[1], "p80": cuts[7], "n": len(values)}
+
+
+def append(rows: Sequence[dict[str, Any]], path: Path | None = None) -> Path:
+    """Append `rows`, completed by `environment()`, to `path` (default: the file of this device)."""
+    path = path or results_file()
+    common = environment()
+    complete = []
+    for row in rows:
+        unknown = set(row) - set(COLUMNS)
+        if unknown:
+            raise ValueError(f"row has unknown columns {sorted(unknown)}; allowed: {', '.join(COLUMNS)}")
+        if row.get("verified") is not True:
+            raise ValueError(f"row {row} is not verified; only verified results are recorded")
+        complete.append({name: _cell(({**common, **row}).get(name, "")) for name in COLUMNS})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            header = tuple(next(csv.reader(file), ()))
+        if header != COLUMNS:
+            raise ValueError(f"{path} has other columns ({', '.join(header)}); move it away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(complete)
+    return path
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
