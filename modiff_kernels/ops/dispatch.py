@@ -68,7 +68,8 @@ def load(name: str) -> Any:
         return f"it failed to load: {error}"
 
 
-def _why_no_backend(name: str) -> str | None:
+def why_unavailable(name: str) -> str | None:
+    """Why backend `name` cannot run on this machine at all, None if it can."""
     module = load(name)
     return module if isinstance(module, str) else module.unavailable()
 
@@ -77,7 +78,7 @@ def why_not(problem: Problem, name: str) -> str | None:
     """Why backend `name` cannot solve `problem`, None if it can."""
     if name not in PRIORITY.get(problem.device_type, ()):
         return f"it does not run on {problem.device_type}"
-    reason = _why_no_backend(name)
+    reason = why_unavailable(name)
     if reason is not None:
         return reason
     kernel = load(name).KERNELS.get(problem.op)
@@ -126,7 +127,7 @@ def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
     `problem.layout` is ignored. Raises BackendUnavailable like `select`.
     """
     for name in candidates(problem.device_type, backend):
-        if _why_no_backend(name) is None:
+        if why_unavailable(name) is None:
             layout = load(name).preferred_layout(problem)
             if why_not(replace(problem, layout=layout), name) is None:
                 return layout
@@ -138,7 +139,7 @@ def prepare_weight(weight_packed: Tensor, layout_to: str, arguments: Sequence[An
     """`weight_packed` in `layout_to`, by the first backend that makes it; ValueError with every reason if none does."""
     reasons = []
     for name in candidates(weight_packed.device.type, backend):
-        reason = _why_no_backend(name)
+        reason = why_unavailable(name)
         if reason is None:
             try:
                 return load(name).prepare_weight(weight_packed, *arguments)
@@ -153,7 +154,7 @@ def table() -> list[Row]:
     rows = []
     for op in CHECKS:
         for name in BACKENDS:
-            reason = _why_no_backend(name)
+            reason = why_unavailable(name)
             if reason is None and op not in load(name).KERNELS:
                 reason = f"it has no {op}"
             rows.append(Row(op, name, reason))

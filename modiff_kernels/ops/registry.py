@@ -1,4 +1,6 @@
-"""How a declaration in schema.py becomes an op: a torch.library registration and a fast eager function of the same name."""
+"""How a declaration in schema.py becomes an op: a torch.library registration and a fast eager function of the same
+name.
+"""
 
 import functools
 import inspect
@@ -28,12 +30,14 @@ def _items(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register the decorated function as op `modiff::<its name>` with `schema` (arguments and returns, torch's notation).
+    """Register the decorated function as op `modiff::<its name>` with `schema` (arguments and returns, torch's
+    notation).
 
-    The function's body is the op's fake: it returns empty tensors of the right shapes, dtypes and strides, and runs only
-    after the arguments were checked. The returned function checks, selects a backend and calls it: directly in eager mode,
-    through torch.ops where torch must see the op (compiling, fake tensors, dispatch modes). What was found for a
-    combination of shapes, strides, dtypes, devices and other arguments is kept, so that a repeated call costs a lookup.
+    The function's body is the op's fake: it returns empty tensors of the right shapes, dtypes and strides, and runs
+    only after the arguments were checked. The returned function checks, selects a backend and calls it: directly in
+    eager mode, through torch.ops where torch must see the op (compiling, fake tensors, dispatch modes). What was found
+    for a combination of shapes, strides, dtypes, devices and other arguments is kept, so that a repeated call costs a
+    lookup.
     """
 
     def register(fn: Callable[P, R]) -> Callable[P, R]:

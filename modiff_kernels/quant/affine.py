@@ -34,7 +34,8 @@ def granules(x: Tensor, count: int, image: bool) -> Tensor:
 def residual_scale(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor:
     """Dynamic scale of a symmetric quantiser: max(clip_ratio * absmax / (2^(bits-1) - 0.5), 2^-100).
 
-    The half step lets all 2^bits codes take part: at clip_ratio 1 the largest error stays half a step.
+    With the half step, absmax lies half a step above the largest code: at clip_ratio 1 no error is larger than half a step,
+    and the step is smaller than with 2^(bits-1) - 1. The lowest code is met at ties and with given scales only.
     absmax: float32, any shape; returns float32 of the same shape. Give it the absmax of an earlier update for delayed
         scales.
     """

@@ -1,0 +1,96 @@
+"""kpack_v1: exact round trip, the bit layout itself, and refusal of what does not fit."""
+
+import itertools
+
+import pytest
+import torch
+
+from modiff_kernels.quant.packing import KPACK_V1, check_layout, pack, packed_dtype, packed_width, unpack
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+BITS = (3, 4, 8)
+RANGE = {bits: (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in BITS}
+
+
+def every_code(bits):
+    low, high = RANGE[bits]
+    return torch.arange(low, high + 1, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1152])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("bits", BITS)
+def test_round_trip(bits, n, k):
+    low, high = RANGE[bits]
+    codes = torch.randint(low, high + 1, (n, k), dtype=torch.int8)
+    packed = pack(codes, bits)
+    assert packed.dtype == packed_dtype(bits)
+    assert packed.shape == (n, packed_width(bits, k))
+    assert packed.is_contiguous()
+    assert packed.data_ptr() != codes.data_ptr()
+    again = unpack(packed, bits, k)
+    assert again.dtype == torch.int8
+    assert again.is_contiguous()
+    assert torch.equal(again, codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_at_every_position(bits):
+    codes = every_code(bits)
+    rows = torch.zeros(17 * len(codes), 17, dtype=torch.int8)
+    for row, (position, code) in enumerate(itertools.product(range(17), codes.tolist())):
+        rows[row, position] = code
+    assert torch.equal(unpack(pack(rows, bits), bits, 17), rows)
+
+
+def test_every_byte_of_4_bits():
+    packed = torch.arange(256, dtype=torch.uint8).reshape(1, 256)
+    codes = unpack(packed, 4, 512)
+    for byte in range(256):
+        low, high = byte & 15, byte >> 4
+        assert codes[0, 2 * byte] == (low - 16 if low > 7 else low)
+        assert codes[0, 2 * byte + 1] == (high - 16 if high > 7 else high)
+    assert torch.equal(pack(codes, 4), packed)
+
+
+def test_every_byte_of_3_bits():
+    """All pairs of a byte in the 2-bit plane (4 codes) and the bits above it; two bytes share one of the 1-bit plane."""
+    low = torch.arange(256, dtype=torch.uint8)
+    for high in range(0, 256, 17):
+        packed = torch.stack([low, low.flip(0), torch.full_like(low, high)], dim=1)
+        codes = unpack(packed, 3, 8)
+        for row in (0, 1, 85, 170, 254, 255):
+            planes = [int(low[row]) | int(low.flip(0)[row]) << 8, high]
+            expected = [((planes[0] >> 2 * j) & 3) + 4 * ((planes[1] >> j) & 1) - 4 for j in range(8)]
+            assert codes[row].tolist() == expected
+        assert torch.equal(pack(codes, 3), packed)
+
+
+def test_known_bytes():
+    codes = torch.tensor([[-4, 3, 0, -1, 2]], dtype=torch.int8)  # code + 4: 0, 7, 4, 3, 6
+    assert pack(codes, 3).tolist() == [[0b11001100, 0b00000010, 0b11110110]]
+    assert pack(codes, 4).tolist() == [[0x3C, 0xF0, 0x02]]
+    assert pack(codes, 8).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize(("bits", "code"), [(3, 4), (3, -5), (4, 8), (4, -9)])
+def test_codes_out_of_range_are_refused(bits, code):
+    codes = torch.zeros(2, 5, dtype=torch.int8)
+    codes[1, 3] = code
+    with pytest.raises(ValueError, match=f"{bits} bits hold"):
+        pack(codes, bits)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 5, 6, 7, 16, True])
+def test_other_widths_are_refused(bits):
+    with pytest.raises(ValueError, match="choose one of 3, 4, 8"):
+        pack(torch.zeros(1, 1, dtype=torch.int8), bits)
+    with pytest.raises(ValueError, match="choose one of 3, 4, 8"):
+        unpack(torch.zeros(1, 1, dtype=torch.uint8), bits, 1)
+
+
+def test_unknown_layout_is_refused():
+    check_layout("here", KPACK_V1)
+    with pytest.raises(ValueError, match="layout='kpack_v2' is not known"):
+        check_layout("here", "kpack_v2")
