@@ -63,6 +63,11 @@ def accelerate(
     config.backend cannot do it.
     """
     config = ModiffConfig() if config is None else config
+    if not isinstance(config, ModiffConfig):
+        raise TypeError(
+            f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
+            "dict)"
+        )
     unet, pipe = _resolve(target)
     if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
         raise RuntimeError(
@@ -269,15 +274,15 @@ class _Plan:
 
 
 def _resolve(target: Any) -> tuple[nn.Module, Any]:
-    if isinstance(target, nn.Module):
-        return target, None
-    unet = getattr(target, "unet", None)
-    if isinstance(unet, nn.Module):
-        return unet, target
-    raise TypeError(
-        f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) or a pipeline with a `unet`; "
-        "pipelines built on a transformer are not supported"
-    )
+    unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
+    if not isinstance(unet, nn.Module):
+        raise TypeError(
+            f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) or a pipeline with a `unet`; "
+            f"pipelines built on a transformer are not supported"
+        )
+    if hasattr(unet, "_orig_mod"):
+        raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
+    return unet, pipe
 
 
 def _plan(unet: nn.Module, config: ModiffConfig, static_scales: dict[str, Tensor | float], share_edges: bool) -> _Plan:

@@ -26,16 +26,16 @@ _NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipelin
 
 
 class _Slot:
-    """The tensor of one context, with what it was allocated for and the run that wrote it."""
+    """The tensor of one context, what it was allocated for, and whether this run has written it."""
 
-    __slots__ = ("absmax", "device", "dtype", "run", "shape", "static_scale", "tensor")
+    __slots__ = ("absmax", "device", "dtype", "shape", "static_scale", "tensor", "written")
 
     def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
         self.tensor = tensor
         self.shape = tensor.shape
         self.dtype = dtype
         self.device = tensor.device
-        self.run = 0
+        self.written = False
         self.absmax: Tensor | None = None
         self.static_scale: Tensor | None = None
 
@@ -64,7 +64,7 @@ class StateTensor:
         state = self.state
         slot = self.slots.get(state.context_name)
         if state.action is UPDATE:
-            if slot is None or slot.run != state.run:
+            if slot is None or not slot.written:
                 self._refuse_uninitialised()
             if slot.shape != shape or slot.dtype is not dtype or slot.device != device:
                 self._refuse_change(slot, shape, dtype, device)
@@ -76,7 +76,7 @@ class StateTensor:
             tensor = torch.empty(shape, dtype=state_dtype, device=device, memory_format=memory_format)
             slot = self.slots[state.context_name] = _Slot(tensor, dtype)
         slot.dtype = dtype
-        slot.run = state.run
+        slot.written = True
         slot.absmax = None
         return slot.tensor
 
@@ -86,7 +86,7 @@ class StateTensor:
         slot = self.slots.get(state.context_name)
         if state.action is not UPDATE:
             self._refuse_outside()
-        if slot is None or slot.run != state.run:
+        if slot is None or not slot.written:
             self._refuse_uninitialised()
         return slot.tensor
 
@@ -181,7 +181,7 @@ class Edge(StateTensor):
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class ModulationState:
@@ -199,7 +199,6 @@ class ModulationState:
         self.state_dtype = state_dtype
         self.action: str | None = None
         self.context_name = DEFAULT_CONTEXT
-        self.run = 0
         self.edges: dict[str, Edge] = {}
         self.outputs: dict[str, StateTensor] = {}
         self._shared: list[Edge] = []
@@ -251,7 +250,9 @@ class ModulationState:
         Raises RuntimeError while another thread is inside a UNet call.
         """
         with self._between_calls("begin a run"):
-            self.run += 1
+            for holder in self._holders():
+                for slot in holder.slots.values():
+                    slot.written = False
             self._runner = threading.current_thread()
             self._calls = {}
             self._num_calls = num_calls

@@ -99,14 +99,14 @@ def noise(batch=2, channels=3):
     return torch.randn(batch, channels, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def sample(pipe, batch=2, steps=6, stop_after=None, model=None):
+def sample(pipe, batch=2, steps=6, stop_after=None):
     """A sampling loop as the pipelines have it."""
     scheduler, generator = pipe.scheduler, torch.Generator().manual_seed(2)
     scheduler.set_timesteps(steps)
     x = noise(batch) * scheduler.init_noise_sigma
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps[:stop_after]:
-        prediction = (model or pipe.unet)(scheduler.scale_model_input(x, t), t).sample
+        prediction = pipe.unet(scheduler.scale_model_input(x, t), t).sample
         x = scheduler.step(prediction, t, x, **options).prev_sample
     return x
 
@@ -579,6 +579,12 @@ class TestReplacement:
     def test_impossible_targets(self, target, error, text):
         with pytest.raises(error, match=text):
             mk.accelerate(target)
+
+    def test_compiled_unet_and_wrong_config(self):
+        with pytest.raises(TypeError, match="the UNet is compiled; accelerate the UNet itself"):
+            mk.accelerate(torch.compile(tiny_unet()))
+        with pytest.raises(TypeError, match="config is a dict; give a ModiffConfig"):
+            mk.accelerate(tiny_unet(), {"act_bits": 4})
 
     def test_errors_leave_everything_as_it_was(self, monkeypatch):
         pipe = pipeline()

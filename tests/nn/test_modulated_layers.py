@@ -395,3 +395,38 @@ def test_attributes_of_the_original_are_there():
     linear, layer, _ = build("linear")
     assert (layer.in_features, layer.out_features) == (linear.in_features, linear.out_features)
     assert "block.layer" in repr(layer)
+
+
+@pytest.mark.parametrize("scale_mode", ["dynamic", "delayed"])
+def test_compiled_layers_give_the_same_numbers(scale_mode, backend):
+    """Graphs: the first call, the first update (dynamic in any mode), later updates; a second run compiles nothing."""
+    torch._dynamo.reset()
+    config = ModiffConfig(act_bits=4, scale_mode=scale_mode, backend=backend)
+    state = ModulationState()
+    layers = [ModulatedLinear.from_linear(nn.Linear(8, 8), config, state, name, "q") for name in "qkv"]
+    layers.append(ModulatedConv2d.from_conv2d(nn.Conv2d(1, 4, 3), config, state, "conv"))
+
+    def net(x):
+        q, k, v = (layer(x) for layer in layers[:3])
+        return layers[3]((q * k + v).view(2, 1, 4, 8))
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    inputs = list(trajectory((2, 4, 8), 4))
+    compiled = torch.compile(net, backend=count, fullgraph=True)
+    results = []
+    with torch.no_grad():
+        for function in (net, compiled, compiled):
+            state.begin_run()
+            for x in inputs:
+                with state.call():
+                    out = function(x)
+            results.append((out, len(graphs)))
+    expected, (first, compiled_graphs), (second, graphs_in_the_end) = results[0][0], *results[1:]
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+    assert compiled_graphs == graphs_in_the_end == {"dynamic": 2, "delayed": 3}[scale_mode]
