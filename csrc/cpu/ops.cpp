@@ -89,12 +89,38 @@ const float* floats(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
-// Four dimensions are an NCHW image in channels_last memory; a Linear's input comes with fewer.
-Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
-  const auto format = sizes.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt, std::nullopt,
-                              std::nullopt, format);
+// Four dimensions are an NCHW image in channels_last memory; a Linear's input comes with fewer. Straight to the allocator:
+// torch::stable::empty looks an operator up by name at every call.
+Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  constexpr int64_t kMaxDim = 8;
+  STD_TORCH_CHECK(dim <= kMaxDim, "modiff_cpu: tensors of up to 8 dimensions, got ", dim);
+  int64_t strides[kMaxDim];
+  int64_t stride = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  if (dim == 4) {
+    strides[1] = 1;
+    strides[3] = sizes[1];
+    strides[2] = sizes[1] * sizes[3];
+  }
+  int32_t code = aoti_torch_dtype_float32();
+  if (dtype == ScalarType::Char) code = aoti_torch_dtype_int8();
+  if (dtype == ScalarType::Int) code = aoti_torch_dtype_int32();
+  if (dtype == ScalarType::Half) code = aoti_torch_dtype_float16();
+  if (dtype == ScalarType::BFloat16) code = aoti_torch_dtype_bfloat16();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+Tensor empty_vector(int64_t size, ScalarType dtype) { return empty(&size, 1, dtype); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
     const Tensor& input, int64_t prologue, std::optional<Tensor> gamma, std::optional<Tensor> beta,
@@ -129,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
                            : p.granularity == Granularity::kPerSample ? samples
                                                                       : samples * rows;
   Tensor codes = empty(sizes, ScalarType::Char);
-  Tensor scale_out = empty({granules}, ScalarType::Float), absmax = empty({granules}, ScalarType::Float);
-  Tensor zero_point = empty({x_hat ? 0 : granules}, ScalarType::Int);
+  Tensor scale_out = empty_vector(granules, ScalarType::Float), absmax = empty_vector(granules, ScalarType::Float);
+  Tensor zero_point = empty_vector(x_hat ? 0 : granules, ScalarType::Int);
   p.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
   p.scale = static_cast<float*>(scale_out.mutable_data_ptr());
   p.absmax = static_cast<float*>(absmax.mutable_data_ptr());
@@ -186,7 +212,7 @@ Tensor convolve(const Tensor& codes, const Tensor& scale, int64_t granularity, s
     out = empty(sizes, out_dtype);
     p.out = out.mutable_data_ptr();
   } else {
-    out = empty({0}, out_dtype);
+    out = empty_vector(0, out_dtype);
   }
 #if defined(__x86_64__)
   if (codes.numel() > 0) lowbit_conv2d_avx512(p);
@@ -203,7 +229,7 @@ Tensor pack(const Tensor& weight_q, int64_t groups) {
   STD_TORCH_CHECK(weight_q.dim() == 4 && weight_q.is_contiguous() && weight_q.scalar_type() == ScalarType::Char,
                   "modiff_cpu::pack_vnni: contiguous int8 [c_out, kernel_h, kernel_w, c_in / groups] expected");
   const VnniLayout layout = layout_of(weight_q.sizes(), groups);
-  Tensor packed = empty({layout.total_bytes()}, ScalarType::Char);
+  Tensor packed = empty_vector(layout.total_bytes(), ScalarType::Char);
   pack_vnni(static_cast<const int8_t*>(weight_q.const_data_ptr()), layout,
             static_cast<int8_t*>(packed.mutable_data_ptr()));
   return packed;

@@ -9,8 +9,9 @@
 //
 // Work is cut into chunks of rows. Each chunk goes through up to three phases (statistics, residual + range, codes); when
 // there are enough samples one thread takes a sample through all phases while it is in its cache, otherwise each phase is
-// one parallel loop over the chunks. With dynamic scales of a whole sample or tensor, the residuals wait in `residuals`
-// (float32, as large as the chunk set in flight) so that norm and activation are computed once.
+// one parallel loop over the chunks. Within a phase, blocks of rows of about kBlock values go through conversion, norm,
+// activation, residual and rounding in loops over buffers that stay in the first-level cache. With dynamic scales of a
+// whole sample or tensor, the residuals wait in float32 scratch so that norm and activation are computed once.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -29,6 +30,7 @@ inline float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float fma_(float a, float b, float c) { return a * b + c; }
 #endif
 
+constexpr int64_t kBlock = 1024;  // values of a block: five float32 buffers of it are 20 KiB
 constexpr float kMinScale = 0x1p-100f;  // keeps 1 / scale finite for an all-zero residual
 
 // exp on [-87, 88] (clamped), relative error below 2e-7: 2^n * p(r), Cephes polynomial.
@@ -48,13 +50,22 @@ inline float exp_(float x) {
   return p * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
-inline float silu_(float x) { return x / (1.0f + exp_(-x)); }
+// 1 / x for x in [1, 2^126], relative error below 2e-7: an integer estimate and three Newton steps, which together take less
+// time than one division.
+inline float reciprocal_(float x) {
+  float y = bits_to_float(0x7EF311C7u - float_to_bits(x));
+  y = y * fma_(-x, y, 2.0f);
+  y = y * fma_(-x, y, 2.0f);
+  return y * fma_(-x, y, 2.0f);
+}
+
+inline float silu_(float x) { return x * reciprocal_(1.0f + exp_(-x)); }
 
 // 0.5 x (1 + erf(x / sqrt 2)); erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
 inline float gelu_(float x) {
   const float z = x * 0.70710678118654752f;
   const float a = z < 0.0f ? -z : z;
-  const float t = 1.0f / fma_(0.3275911f, a, 1.0f);
+  const float t = reciprocal_(fma_(0.3275911f, a, 1.0f));
   float p = 1.061405429f;
   p = fma_(p, t, -1.453152027f);
   p = fma_(p, t, 1.421413741f);
@@ -89,6 +100,7 @@ class Quantizer {
                                                             : p_.samples * p_.rows;
     // One pass is enough when the scale is known before, or is settled within the row.
     single_pass_ = p_.given_scale != nullptr || p_.granularity == Granularity::kPerToken;
+    block_rows_ = p_.granularity == Granularity::kPerToken ? 1 : std::max<int64_t>(1, kBlock / p_.channels);
   }
 
   bool run() {
@@ -154,9 +166,15 @@ class Quantizer {
   }
 
  private:
-  struct Rows {
+  // The thread's buffers, each of one block.
+  struct Buffers {
     float *input, *x, *x_hat, *updated, *residual;
   };
+  Buffers buffers() const {
+    const int64_t stride = round_up16(block_rows_ * p_.channels * (p_.prologue == Prologue::kGeglu ? 2 : 1));
+    auto* base = static_cast<float*>(thread_scratch(2, 5 * stride * static_cast<int64_t>(sizeof(float))));
+    return {base, base + stride, base + 2 * stride, base + 3 * stride, base + 4 * stride};
+  }
 
   static int64_t round_up16(int64_t v) { return (v + 15) / 16 * 16; }
   int64_t begin(int64_t chunk) const { return chunk * p_.rows / chunks_; }
@@ -166,13 +184,13 @@ class Quantizer {
   // cancel the variance.
   void statistics(int64_t n, int64_t chunk) {
     const int64_t c = p_.channels;
-    float* sum = stats_ + (n * chunks_ + chunk) * 2 * c;
-    float* square = sum + c;
-    const Rows buffers = row_buffers();
-    const float* origin = load_row(p_.input, p_.input_dtype, n * p_.rows * c, c, buffers.x);
+    float* __restrict sum = stats_ + (n * chunks_ + chunk) * 2 * c;
+    float* __restrict square = sum + c;
+    const Buffers buffer = buffers();
+    const float* __restrict origin = load_row(p_.input, p_.input_dtype, n * p_.rows * c, c, buffer.x);
     for (int64_t i = 0; i < 2 * c; ++i) sum[i] = 0.0f;
     for (int64_t l = begin(chunk); l < end(chunk); ++l) {
-      const float* row = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * c, c, buffers.input);
+      const float* __restrict row = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * c, c, buffer.input);
       for (int64_t i = 0; i < c; ++i) {
         const float d = row[i] - origin[i];
         sum[i] += d;
@@ -184,115 +202,152 @@ class Quantizer {
   // Folds norm, gamma, beta and shift into x = a[c] * input + b[c].
   void coefficients_of(int64_t n) {
     const int64_t c = p_.channels, per_group = c / p_.num_groups;
-    float* a = coefficients_ + n * 2 * c;
-    float* b = a + c;
-    const float* origin = load_row(p_.input, p_.input_dtype, n * p_.rows * c, c, row_buffers().input);
-    const double rows = static_cast<double>(p_.rows);
-    for (int64_t g = 0; g < p_.num_groups; ++g) {
-      double mean = 0.0, m2 = 0.0;
-      for (int pass = 0; pass < 2; ++pass) {
-        for (int64_t i = g * per_group; i < (g + 1) * per_group; ++i) {
-          double sum = 0.0, square = 0.0;
-          for (int64_t k = 0; k < chunks_; ++k) {
-            const float* stats = stats_ + (n * chunks_ + k) * 2 * c;
-            sum += stats[i];
-            square += stats[c + i];
-          }
-          const double shift = p_.shift ? p_.shift[n * c + i] : 0.0f;
-          const double channel_mean = origin[i] + sum / rows + shift;
-          if (pass == 0) {
-            mean += channel_mean / static_cast<double>(per_group);
-          } else {
-            m2 += std::max(square - sum * sum / rows, 0.0) + rows * (channel_mean - mean) * (channel_mean - mean);
-          }
-        }
-      }
-      const double variance = m2 / (rows * static_cast<double>(per_group));
-      const double rstd = 1.0 / std::sqrt(variance + static_cast<double>(p_.eps));
-      for (int64_t i = g * per_group; i < (g + 1) * per_group; ++i) {
-        const double gamma = p_.gamma ? p_.gamma[i] : 1.0f, beta = p_.beta ? p_.beta[i] : 0.0f;
-        const double shift = p_.shift ? p_.shift[n * c + i] : 0.0f;
-        a[i] = static_cast<float>(rstd * gamma);
-        b[i] = static_cast<float>(beta + (shift - mean) * rstd * gamma);
+    float* __restrict a = coefficients_ + n * 2 * c;
+    float* __restrict b = a + c;
+    auto* __restrict mean = static_cast<double*>(thread_scratch(1, 2 * c * static_cast<int64_t>(sizeof(double))));
+    double* __restrict m2 = mean + c;  // sum of squares around the channel's own mean
+    const float* __restrict origin = load_row(p_.input, p_.input_dtype, n * p_.rows * c, c, buffers().input);
+    const double rows = static_cast<double>(p_.rows), inv_rows = 1.0 / rows;
+    for (int64_t i = 0; i < c; ++i) mean[i] = m2[i] = 0.0;
+    for (int64_t k = 0; k < chunks_; ++k) {
+      const float* __restrict stats = stats_ + (n * chunks_ + k) * 2 * c;
+      for (int64_t i = 0; i < c; ++i) {
+        mean[i] += stats[i];
+        m2[i] += stats[c + i];
       }
     }
+    for (int64_t i = 0; i < c; ++i) {
+      m2[i] = std::max(m2[i] - mean[i] * mean[i] * inv_rows, 0.0);
+      mean[i] = origin[i] + mean[i] * inv_rows;
+    }
+    if (p_.shift)
+      for (int64_t i = 0; i < c; ++i) mean[i] += p_.shift[n * c + i];
+    for (int64_t g = 0; g < p_.num_groups; ++g) {
+      double group_mean = 0.0, group_m2 = 0.0;
+      const int64_t first = g * per_group, last = first + per_group;
+      for (int64_t i = first; i < last; ++i) group_mean += mean[i];
+      group_mean /= static_cast<double>(per_group);
+      for (int64_t i = first; i < last; ++i)
+        group_m2 += m2[i] + rows * (mean[i] - group_mean) * (mean[i] - group_mean);
+      const double variance = group_m2 * inv_rows / static_cast<double>(per_group);
+      const double rstd = 1.0 / std::sqrt(variance + static_cast<double>(p_.eps));
+      for (int64_t i = first; i < last; ++i) {
+        a[i] = static_cast<float>(rstd);
+        b[i] = static_cast<float>(-group_mean * rstd);
+      }
+    }
+    if (p_.shift)
+      for (int64_t i = 0; i < c; ++i) b[i] = fma_(p_.shift[n * c + i], a[i], b[i]);
+    if (p_.gamma) {
+      for (int64_t i = 0; i < c; ++i) {
+        a[i] *= p_.gamma[i];
+        b[i] *= p_.gamma[i];
+      }
+    }
+    if (p_.beta)
+      for (int64_t i = 0; i < c; ++i) b[i] += p_.beta[i];
   }
 
-  // x of one row, as float32.
-  const float* activation(int64_t n, int64_t l, const Rows& buffers) const {
-    const int64_t c = p_.channels;
+  // residual = x - x_hat (or x) of `count` rows from row l, and its range.
+  void residual_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, float* residual, Range& range) const {
+    const int64_t c = p_.channels, size = count * c;
     const int64_t width = p_.prologue == Prologue::kGeglu ? 2 * c : c;
-    const float* __restrict row = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * width, width, buffers.input);
-    float* __restrict x = buffers.x;
+    const float* input = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * width, count * width, buffer.input);
+    const float* x_hat =
+        p_.x_hat == nullptr ? nullptr : load_row(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * c, size, buffer.x_hat);
     switch (p_.prologue) {
       case Prologue::kIdentity:
-        return row;
+        subtract(input, size, 1, size, x_hat, residual, [](const float* row, int64_t i) { return row[i]; });
+        break;
       case Prologue::kGroupNorm: {
         const float* __restrict a = coefficients_ + n * 2 * c;
         const float* __restrict b = a + c;
         if (p_.silu) {
-          for (int64_t i = 0; i < c; ++i) x[i] = silu_(fma_(a[i], row[i], b[i]));
+          subtract(input, width, count, c, x_hat, residual,
+                   [a, b](const float* row, int64_t i) { return silu_(fma_(a[i], row[i], b[i])); });
         } else {
-          for (int64_t i = 0; i < c; ++i) x[i] = fma_(a[i], row[i], b[i]);
+          subtract(input, width, count, c, x_hat, residual,
+                   [a, b](const float* row, int64_t i) { return fma_(a[i], row[i], b[i]); });
         }
-        return x;
+        break;
       }
-      case Prologue::kLayerNorm: {
-        float sum = 0.0f, square = 0.0f;
-        const float origin = row[0];
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < c; ++i) sum += row[i] - origin;
-        const float mean = sum / static_cast<float>(c) + origin;
-#pragma omp simd reduction(+ : square)
-        for (int64_t i = 0; i < c; ++i) square = fma_(row[i] - mean, row[i] - mean, square);
-        const float rstd = 1.0f / std::sqrt(square / static_cast<float>(c) + p_.eps);
-        for (int64_t i = 0; i < c; ++i) x[i] = (row[i] - mean) * rstd;
-        if (p_.gamma)
-          for (int64_t i = 0; i < c; ++i) x[i] *= p_.gamma[i];
-        if (p_.beta)
-          for (int64_t i = 0; i < c; ++i) x[i] += p_.beta[i];
-        return x;
-      }
+      case Prologue::kLayerNorm:
+        for (int64_t k = 0; k < count; ++k) layer_norm(input + k * c, buffer.x + k * c);
+        subtract(buffer.x, size, 1, size, x_hat, residual, [](const float* row, int64_t i) { return row[i]; });
+        break;
       case Prologue::kGeglu:
-        for (int64_t i = 0; i < c; ++i) x[i] = row[i] * gelu_(row[c + i]);
-        return x;
+        subtract(input, width, count, c, x_hat, residual,
+                 [c](const float* row, int64_t i) { return row[i] * gelu_(row[c + i]); });
+        break;
     }
-    return row;
+    measure(residual, size, range);
   }
 
-  // residual = x - x_hat (or x) of one row, and its range.
-  void residual_row(int64_t n, int64_t l, const Rows& buffers, float* __restrict residual, Range& range) const {
-    const int64_t c = p_.channels;
-    const float* __restrict x = activation(n, l, buffers);
-    if (p_.x_hat != nullptr) {
-      const float* __restrict x_hat = load_row(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * c, c, buffers.x_hat);
-      for (int64_t i = 0; i < c; ++i) residual[i] = x[i] - x_hat[i];
-    } else {
-      std::memcpy(residual, x, c * sizeof(float));
+  // residual[k, i] = value(row k of input, i) - x_hat[k, i], over `count` rows of `c` values.
+  template <class Value>
+  static void subtract(const float* input, int64_t width, int64_t count, int64_t c, const float* x_hat, float* residual,
+                       const Value& value) {
+    for (int64_t k = 0; k < count; ++k) {
+      const float* __restrict row = input + k * width;
+      float* __restrict out = residual + k * c;
+      if (x_hat != nullptr) {
+        const float* __restrict old = x_hat + k * c;
+        for (int64_t i = 0; i < c; ++i) out[i] = value(row, i) - old[i];
+      } else {
+        for (int64_t i = 0; i < c; ++i) out[i] = value(row, i);
+      }
     }
+  }
+
+  void measure(const float* __restrict residual, int64_t size, Range& range) const {
     uint32_t bits = 0;
-    for (int64_t i = 0; i < c; ++i) {
+#pragma omp simd reduction(max : bits)
+    for (int64_t i = 0; i < size; ++i) {
       const uint32_t magnitude = float_to_bits(residual[i]) & 0x7FFFFFFFu;
       bits = magnitude > bits ? magnitude : bits;
     }
     range.absmax_bits = std::max(range.absmax_bits, bits);
-    if (p_.affine) {
-      float lo = range.lo, hi = range.hi;
-      for (int64_t i = 0; i < c; ++i) {
-        lo = residual[i] < lo ? residual[i] : lo;
-        hi = residual[i] > hi ? residual[i] : hi;
-      }
-      range.lo = lo;
-      range.hi = hi;
+    if (!p_.affine) return;
+    float lo = range.lo, hi = range.hi;
+#pragma omp simd reduction(max : hi) reduction(min : lo)
+    for (int64_t i = 0; i < size; ++i) {
+      lo = residual[i] < lo ? residual[i] : lo;
+      hi = residual[i] > hi ? residual[i] : hi;
     }
+    range.lo = lo;
+    range.hi = hi;
+  }
+
+  // (row - mean) / sqrt(variance + eps) * gamma + beta.
+  void layer_norm(const float* __restrict row, float* __restrict x) const {
+    const int64_t c = p_.channels;
+    float sum = 0.0f, square = 0.0f;
+    const float origin = row[0];
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < c; ++i) sum += row[i] - origin;
+    const float mean = sum / static_cast<float>(c) + origin;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < c; ++i) square += (row[i] - mean) * (row[i] - mean);
+    const float rstd = 1.0f / std::sqrt(square / static_cast<float>(c) + p_.eps);
+    for (int64_t i = 0; i < c; ++i) x[i] = (row[i] - mean) * rstd;
+    if (p_.gamma)
+      for (int64_t i = 0; i < c; ++i) x[i] *= p_.gamma[i];
+    if (p_.beta)
+      for (int64_t i = 0; i < c; ++i) x[i] += p_.beta[i];
   }
 
   void range_pass(int64_t n, int64_t chunk, float* residual) {
     Range range;
-    const Rows buffers = row_buffers();
-    for (int64_t l = begin(chunk); l < end(chunk); ++l)
-      residual_row(n, l, buffers, residual + (l - begin(chunk)) * p_.channels, range);
+    const Buffers buffer = buffers();
+    for_blocks(chunk, [&](int64_t l, int64_t count) {
+      residual_rows(n, l, count, buffer, residual + (l - begin(chunk)) * p_.channels, range);
+    });
     ranges_[n * chunks_ + chunk] = range;
+  }
+
+  template <class Body>
+  void for_blocks(int64_t chunk, const Body& body) const {
+    for (int64_t l = begin(chunk); l < end(chunk); l += block_rows_) body(l, std::min(block_rows_, end(chunk) - l));
   }
 
   // Scale (and zero point) from a range.
@@ -331,13 +386,15 @@ class Quantizer {
     return {scale, 1.0f / scale, p_.zero_point ? p_.zero_point[g] : 0};
   }
 
-  void code_row(int64_t n, int64_t l, const Rows& buffers, const float* __restrict residual, const Code& code) const {
-    const int64_t c = p_.channels, offset = (n * p_.rows + l) * c;
+  // Codes of `count` rows with one scale, and x_hat.
+  void code_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, const float* __restrict residual,
+                 const Code& code) const {
+    const int64_t size = count * p_.channels, offset = (n * p_.rows + l) * p_.channels;
     int8_t* __restrict out = p_.codes + offset;
     const float lo = -half_, hi = half_ - 1.0f, inv_scale = code.inv_scale, scale = code.scale;
     if (p_.x_hat == nullptr) {
       const float zero = static_cast<float>(code.zero_point);
-      for (int64_t i = 0; i < c; ++i) {
+      for (int64_t i = 0; i < size; ++i) {
         float q = __builtin_rintf(residual[i] * inv_scale) + zero;
         q = q < lo ? lo : q;
         q = q > hi ? hi : q;
@@ -345,48 +402,50 @@ class Quantizer {
       }
       return;
     }
-    const float* __restrict old = load_row(p_.x_hat, p_.x_hat_dtype, offset, c, buffers.x_hat);
-    float* __restrict updated = buffers.updated;
-    for (int64_t i = 0; i < c; ++i) {
+    const float* __restrict old = load_row(p_.x_hat, p_.x_hat_dtype, offset, size, buffer.x_hat);
+    float* __restrict updated = buffer.updated;
+    for (int64_t i = 0; i < size; ++i) {
       float q = __builtin_rintf(residual[i] * inv_scale);
       q = q < lo ? lo : q;
       q = q > hi ? hi : q;
       out[i] = static_cast<int8_t>(static_cast<int32_t>(q));
       updated[i] = fma_(q, scale, old[i]);
     }
-    store_row(p_.x_hat, p_.x_hat_dtype, offset, c, updated);
+    store_row(p_.x_hat, p_.x_hat_dtype, offset, size, updated);
   }
 
   void code_pass(int64_t n, int64_t chunk, const float* residual, const Code& code) {
-    const Rows buffers = row_buffers();
-    for (int64_t l = begin(chunk); l < end(chunk); ++l)
-      code_row(n, l, buffers, residual + (l - begin(chunk)) * p_.channels, code);
+    const Buffers buffer = buffers();
+    for_blocks(chunk, [&](int64_t l, int64_t count) {
+      code_rows(n, l, count, buffer, residual + (l - begin(chunk)) * p_.channels, code);
+    });
   }
 
-  // Scale known before or settled per row: residual, codes and state in one go.
+  // Scale known before, or settled per row (a block is then one row): residual, codes and state in one go.
   void one_pass(int64_t n, int64_t chunk) {
-    const Rows buffers = row_buffers();
-    float* residual = buffers.residual;
+    const Buffers buffer = buffers();
     Range& range = ranges_[n * chunks_ + chunk];
-    for (int64_t l = begin(chunk); l < end(chunk); ++l) {
+    for_blocks(chunk, [&](int64_t l, int64_t count) {
+      Range block;
+      residual_rows(n, l, count, buffer, buffer.residual, block);
+      range.merge(block);
       const int64_t g = scale_index(p_.granularity, n, l, p_.rows);
+      Code code;
       if (p_.given_scale != nullptr) {
-        const float scale = std::max(p_.given_scale[p_.given_scale_count == 1 ? 0 : g], kMinScale);
-        Range row_range;
-        residual_row(n, l, buffers, residual, row_range);
-        range.merge(row_range);
-        if (p_.granularity == Granularity::kPerToken) write(g, {scale, 1.0f / scale, 0}, row_range);
-        code_row(n, l, buffers, residual, {scale, 1.0f / scale, 0});
+        code = given(g);
+      } else if (block.finite()) {
+        code = choose(block);
       } else {
-        Range row_range;
-        residual_row(n, l, buffers, residual, row_range);
-        range.merge(row_range);
-        if (!row_range.finite()) continue;
-        const Code code = choose(row_range);
-        write(g, code, row_range);
-        code_row(n, l, buffers, residual, code);
+        return;
       }
-    }
+      if (p_.granularity == Granularity::kPerToken) write(g, code, block);
+      code_rows(n, l, count, buffer, buffer.residual, code);
+    });
+  }
+
+  Code given(int64_t g) const {
+    const float scale = std::max(p_.given_scale[p_.given_scale_count == 1 ? 0 : g], kMinScale);
+    return {scale, 1.0f / scale, 0};
   }
 
   bool finish_single_pass() {
@@ -399,21 +458,14 @@ class Quantizer {
         range = Range{};
         for (int64_t k = 0; k < chunks_; ++k) range.merge(ranges_[g * chunks_ + k]);
       }
-      const float scale = std::max(p_.given_scale[p_.given_scale_count == 1 ? 0 : g], kMinScale);
-      write(g, {scale, 1.0f / scale, 0}, range);
+      write(g, given(g), range);
     }
     return all.finite();
   }
 
-  Rows row_buffers() const {
-    const int64_t stride = round_up16(p_.channels * (p_.prologue == Prologue::kGeglu ? 2 : 1));
-    auto* base = static_cast<float*>(thread_scratch(2, 5 * stride * static_cast<int64_t>(sizeof(float))));
-    return {base, base + stride, base + 2 * stride, base + 3 * stride, base + 4 * stride};
-  }
-
   const QuantizeProblem& p_;
   float half_;
-  int64_t granules_, chunks_ = 1;
+  int64_t granules_, block_rows_, chunks_ = 1;
   bool single_pass_;
   float* stats_ = nullptr;         // [tasks, 2, channels]
   float* coefficients_ = nullptr;  // [samples, 2, channels]

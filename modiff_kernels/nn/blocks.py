@@ -283,7 +283,7 @@ class FusedAttention(_FusedBlock):
             and block.norm_k is None
             and getattr(block, "add_k_proj", None) is None
             and block.rescale_output_factor == 1.0
-            and not (block.upcast_attention or block.upcast_softmax)
+            and not (block.upcast_attention and type(block.processor).__name__ == "AttnProcessor")
             and not (block.training and block.to_out[1].p > 0)
             and _is_untouched(block)
         )
