@@ -206,8 +206,10 @@ def test_import_is_fast():
     code = (
         "import torch, time\nstart = time.perf_counter()\nimport modiff_kernels\nprint(time.perf_counter() - start)\n"
     )
-    seconds = min(float(run_python(code, ROOT)) for _ in range(3))
-    assert seconds < 0.3, f"modiff_kernels and its layers take {seconds:.2f} s to import over torch"
+    measured: list[float] = []
+    while len(measured) < 3 and min(measured, default=1.0) >= 0.3:  # a busy machine gets three tries
+        measured.append(float(run_python(code, ROOT)))
+    assert min(measured) < 0.3, f"modiff_kernels and its layers take {measured} s to import over torch"
 
 
 def test_import_does_not_load_torch():
