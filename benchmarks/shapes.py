@@ -35,7 +35,7 @@ DDPM_CIFAR10 = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One Linear or Conv2d problem: `h`, `w` are of the input, kernel 0 means Linear with `h` rows per image."""
+    """One Linear or Conv2d problem: `h`, `w` are of the input, a Linear has `h` rows per image, w 1 and kernel 1."""
 
     kind: str
     c_in: int
@@ -89,7 +89,7 @@ def layer_table(network: str) -> dict[Layer, int]:
                 )
             ] += 1
         else:
-            table[Layer("linear", module.in_features, module.out_features, x.numel() // module.in_features, 1, 0)] += 1
+            table[Layer("linear", module.in_features, module.out_features, x.numel() // module.in_features, 1, 1)] += 1
 
     for name, module in unet.named_modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and "time_emb" not in name:

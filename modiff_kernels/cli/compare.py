@@ -23,11 +23,11 @@ from modiff_kernels.cli import models
 from modiff_kernels.cli.arguments import UserError, command_line, writable
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row, build_rows, select_rows
+from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation import image_grid, markdown_table, psnr, ssim, text_table, to_json
 
 __all__ = ["run"]
 
-HEADER = ("configuration", "PSNR dB", "SSIM", "s/image", "speed-up", "state MB", "avg bits", "backend")
 WARM_UP_STEPS = 2
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     reference, configurations = _warm_up(args, model, configurations, notes)
     _measure(args, model, reference, configurations)
     report = _report(args, model, device, calls, reference, configurations, notes)
-    cells = [_cells(row) for row in report["rows"]]
+    cells = [table_cells(row) for row in report["rows"]]
     print(text_table(HEADER, cells))
     if not args.quiet:
         print("\n" + "\n".join(report["notes"]))
@@ -229,23 +229,6 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
         "speedup_against": best,
         "notes": [sampled, timed, judged, *notes],
     }
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    quantised = row["mode"] != "float"
-    if row["is_reference"]:
-        fidelity = ("reference", "1")
-    else:
-        fidelity = ("equal" if np.isinf(row["psnr_db"]) else f"{row['psnr_db']:.1f}", f"{row['ssim']:.4f}")
-    return (
-        row["name"],
-        *fidelity,
-        f"{row['s_per_image']:.4f}",
-        "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-        f"{row['state_bytes'] / 1e6:.1f}" if quantised else "-",
-        f"{row['average_bits']:.1f}",
-        row["backend"],
-    )
 
 
 def _device_name(device: torch.device) -> str:

@@ -39,7 +39,8 @@ def unet_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Options such as --threads must not outlive a test."""
+    """One thread: enough for tiny networks, and steady on a busy machine. Options must not outlive a test."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -1,0 +1,42 @@
+import pytest
+
+from benchmarks import record
+
+ROW = {"op": "unet_step", "problem": "p", "backend": "cpu", "metric": "time", "unit": "ms", "verified": True}
+
+
+def test_rows_are_complete_and_appended(tmp_path):
+    path = tmp_path / "results" / "device.csv"
+    for value in (1.0, 2.5):
+        record.append([{**ROW, **record.percentiles([value])}], path)
+    rows = record.read(path)
+    assert [row["p50"] for row in rows] == ["1", "2.5"]
+    assert tuple(rows[0]) == record.COLUMNS
+    for column in ("device", "threads", "torch", "git_commit", "dirty", "utc", "repro"):
+        assert rows[0][column] != "", column
+
+
+def test_only_verified_rows_with_known_columns(tmp_path):
+    with pytest.raises(ValueError, match="not verified"):
+        record.append([{**ROW, "verified": False}], tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"unknown columns \['speed'\]"):
+        record.append([{**ROW, "speed": 3}], tmp_path / "a.csv")
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_a_file_with_other_columns_is_not_touched(tmp_path):
+    path = tmp_path / "old.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        record.append([ROW], path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_percentiles():
+    assert record.percentiles([3.0]) == {"p50": 3.0, "p20": 3.0, "p80": 3.0, "n": 1}
+    found = record.percentiles([float(i) for i in range(11)])
+    assert (found["p20"], found["p50"], found["p80"], found["n"]) == (2.0, 5.0, 8.0, 11)
+
+
+def test_file_name_tells_the_device():
+    assert record.results_file().name.endswith("-threads.csv")

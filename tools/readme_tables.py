@@ -1,0 +1,119 @@
+"""Write the tables of README.md from results, or check that they are up to date.
+
+    python tools/readme_tables.py            rewrite the tables
+    python tools/readme_tables.py --check    exit code 1 if a table is out of date
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
+
+    compare            benchmarks/results/compare.json, as `modiff compare --json` writes it
+    unet_step NETWORK  the newest rows of that network in each benchmarks/results/*.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.record import ROOT, read
+from modiff_kernels.cli.rows import build_rows
+from modiff_kernels.cli.table import HEADER, table_cells
+from modiff_kernels.evaluation.report import markdown_table
+
+MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+UNET_STEP_HEADER = (
+    "configuration",
+    "ms per call",
+    "20-80 %",
+    "vs best eager",
+    "vs torch.compile",
+    "over plain W8A8",
+    "SQNR dB",
+    "state MB",
+)
+
+
+def compare_table(results: Path) -> str:
+    report = json.loads((results / "compare.json").read_text())
+    table = markdown_table(HEADER, [table_cells(row) for row in report["rows"]])
+    notes = " ".join(note for note in report["notes"] if not note.startswith("Warm-up"))
+    return f"{table}\n\n`{report['command']}`: {notes}\n"
+
+
+def unet_step_table(results: Path, network: str) -> str:
+    """One table per device; of each configuration and metric the last row of the file counts."""
+    parts = []
+    for path in sorted(results.glob("*.csv")):
+        newest: dict[str, dict[str, dict[str, str]]] = {}
+        for row in read(path):
+            match = re.fullmatch(rf"{network}-b(\d+)-(.+)", row["problem"])
+            if row["op"] == "unet_step" and match:
+                newest.setdefault(match[2], {})[row["metric"]] = row | {"batch": match[1]}
+        names = {row.key: row.name for row in build_rows((8,), None, True)}
+        cells = [_step_cells(names[key], newest[key]) for key in names if key in newest]
+        if cells:
+            last = next(reversed(newest.values()))["update_time"]
+            commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
+            parts.append(
+                f"{markdown_table(UNET_STEP_HEADER, cells)}\n\n`{last['repro']}`: {network}, batch {last['batch']}; "
+                f"{last['device']}; torch {last['torch']}; commit {commit}, {last['utc'][:10]}.\n"
+            )
+    if not parts:
+        raise FileNotFoundError(f"no unet_step rows of {network} in {results}/*.csv")
+    return "\n".join(parts)
+
+
+def _step_cells(name: str, metrics: dict[str, dict[str, str]]) -> Sequence[str]:
+    update = metrics["update_time"]
+
+    def shown(metric: str, form: str, scale: float = 1.0) -> str:
+        return form.format(float(metrics[metric]["p50"]) * scale) if metric in metrics else "-"
+
+    sqnr_db = float(update["sqnr_db"])
+    return (
+        name,
+        f"{float(update['p50']):.1f}",
+        f"{float(update['p20']):.1f}-{float(update['p80']):.1f}",
+        shown("speedup_vs_best_eager", "{:.2f}x"),
+        shown("speedup_vs_compile", "{:.2f}x"),
+        shown("overhead_vs_plain", "{:+.0f} %"),
+        "reference" if sqnr_db == float("inf") else f"{sqnr_db:.1f}",
+        shown("state", "{:.1f}", 1e-6),
+    )
+
+
+def filled(text: str, results: Path) -> str:
+    """`text` with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, *options = match[2].split()
+        makers = {"compare": compare_table, "unet_step": unet_step_table}
+        if kind not in makers:
+            raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")
+        return f"{match[1]}\n{makers[kind](results, *options)}\n{match[4]}"
+
+    return MARKED.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit code 1 if a table is out of date")
+    args = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = filled(text, ROOT / "benchmarks" / "results")
+    if args.check:
+        if new != text:
+            print("README.md: tables are out of date; run python tools/readme_tables.py", file=sys.stderr)
+        return int(new != text)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
