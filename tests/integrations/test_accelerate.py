@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -15,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -115,7 +117,7 @@ def inputs_of(pipe):
     """The UNet inputs of one float run."""
     seen = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args))
-    sample(pipe, steps=10)
+    sample(pipe, steps=8)
     hook.remove()
     return seen
 
@@ -164,7 +166,7 @@ class TestSampling:
                 errors[act_bits] = sqnr_db(last_output(pipe.unet, inputs), reference)
             handle.remove()
         assert errors[4] > 10
-        assert errors[8] > 30
+        assert errors[8] > 25
 
     @pytest.mark.parametrize("make", [(DDIMPipeline, DDIMScheduler), (DDPMPipeline, DDPMScheduler)])
     def test_pipelines(self, make, fuse):
@@ -487,6 +489,51 @@ class TestGuidance:
                 unet(noise(2, 4), 1, cond)
             with pytest.raises(RuntimeError, match=r"with handle.context\('cond'\)"):
                 unet(noise(2, 4), 1, uncond)
+
+    def stable_diffusion(self):
+        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
+        parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+        pipe = StableDiffusionPipeline(
+            vae=vae, unet=tiny_condition_unet(), scheduler=PNDMScheduler(), requires_safety_checker=False, **parts
+        )
+        pipe.set_progress_bar_config(disable=True)
+        cond, uncond = self.inputs()
+
+        def latents(**options):
+            return pipe(
+                prompt_embeds=cond,
+                negative_prompt_embeds=uncond,
+                num_inference_steps=4,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+                **options,
+            ).images
+
+        return pipe, latents
+
+    def test_stable_diffusion_pipeline(self, fuse):
+        pipe, latents = self.stable_diffusion()
+        reference = latents()
+        handle = mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))
+        result = latents()
+        assert sqnr_db(result, reference) > 20
+        assert torch.equal(latents(), result)
+        handle.remove()
+        assert torch.equal(latents(), reference)
+
+    def test_guidance_cut_off_within_a_run(self):
+        """A callback that drops the unconditional half of the batch changes the shape within the run."""
+
+        def cut_off(pipe, step, timestep, tensors):
+            pipe._guidance_scale = 0.0
+            return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+        pipe, latents = self.stable_diffusion()
+        mk.accelerate(pipe)
+        options = {"callback_on_step_end": cut_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        with pytest.raises(RuntimeError, match=r"layer 'down_blocks.0.* got \(2, .* in a run that began with \(4, "):
+            latents(**options)
+        latents()
 
     def test_projections_share_their_input(self):
         unet = tiny_condition_unet()
