@@ -26,6 +26,7 @@ from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation.report import markdown_table
 
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NOTHING = "*No results recorded yet.*"
 UNET_STEP_HEADER = (
     "configuration",
     "ms per call",
@@ -39,6 +40,8 @@ UNET_STEP_HEADER = (
 
 
 def compare_table(results: Path) -> str:
+    if not (results / "compare.json").exists():
+        return f"{NOTHING}\n"
     report = json.loads((results / "compare.json").read_text())
     table = markdown_table(HEADER, [table_cells(row) for row in report["rows"]])
     notes = " ".join(note for note in report["notes"] if not note.startswith("Warm-up"))
@@ -63,9 +66,7 @@ def unet_step_table(results: Path, network: str) -> str:
                 f"{markdown_table(UNET_STEP_HEADER, cells)}\n\n`{last['repro']}`: {network}, batch {last['batch']}; "
                 f"{last['device']}; torch {last['torch']}; commit {commit}, {last['utc'][:10]}.\n"
             )
-    if not parts:
-        raise FileNotFoundError(f"no unet_step rows of {network} in {results}/*.csv")
-    return "\n".join(parts)
+    return "\n".join(parts) or f"{NOTHING}\n"
 
 
 def _step_cells(name: str, metrics: dict[str, dict[str, str]]) -> Sequence[str]:

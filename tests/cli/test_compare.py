@@ -25,7 +25,7 @@ REQUIRED_ROW = {
 
 
 def compare(*argv):
-    assert main(["compare", "--quiet", "--repeats", "1", "--no-compile", *map(str, argv)]) == 0
+    assert main(["compare", "--quiet", "--repeats", "1", "--threads", "1", "--no-compile", *map(str, argv)]) == 0
 
 
 @pytest.fixture(scope="module")
