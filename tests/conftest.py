@@ -30,7 +30,11 @@ def backend(request):
         reason = f"MODIFF_BACKEND={forced} forces another backend"
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
+    threads = torch.get_num_threads()
+    if request.param == dispatch.REFERENCE:  # nothing to gain from threads at these sizes
+        torch.set_num_threads(1)
+    yield request.param
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def _group_norm(
         x = x.transpose(1, 2)
     if shift is not None:
         x = x + shift.to(torch.float32).reshape(*shift.shape, *[1] * (x.ndim - 2))
-    x = F.group_norm(x.contiguous(), num_groups, _float32(gamma), _float32(beta), eps)
+    x = torch.group_norm(x.contiguous(), num_groups, _float32(gamma), _float32(beta), eps)
     if silu:
         x = F.silu(x)
     return x.transpose(1, 2) if tokens else x

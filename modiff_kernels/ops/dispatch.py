@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..quant.packing import KPACK_V1
 from .problem import CHECKS, Problem
 
 AUTO = "auto"
@@ -110,8 +109,12 @@ def select(problem: Problem, backend: str = AUTO) -> Selection:
                 _warn_slow(problem.op, tuple(rejected))
             return Selection(name, load(name).KERNELS[problem.op].fn, tuple(rejected))
         rejected.append((name, reason))
+    raise _nothing_fits(problem, backend, rejected)
+
+
+def _nothing_fits(problem: Problem, backend: str, rejected: Sequence[tuple[str, str]]) -> BackendUnavailable:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected) or "no backend runs on this device type"
-    raise BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {reasons}")
+    return BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {reasons}")
 
 
 @cache
@@ -126,13 +129,16 @@ def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
 
     `problem.layout` is ignored. Raises BackendUnavailable like `select`.
     """
+    rejected: list[tuple[str, str]] = []
     for name in candidates(problem.device_type, backend):
-        if why_unavailable(name) is None:
-            layout = load(name).preferred_layout(problem)
-            if why_not(replace(problem, layout=layout), name) is None:
+        reason = why_unavailable(name)
+        if reason is None:
+            layout: str = load(name).preferred_layout(problem)
+            reason = why_not(replace(problem, layout=layout), name)
+            if reason is None:
                 return layout
-    select(replace(problem, layout=KPACK_V1), backend)
-    return KPACK_V1
+        rejected.append((name, reason))
+    raise _nothing_fits(problem, backend, rejected)
 
 
 def prepare_weight(weight_packed: Tensor, layout_to: str, arguments: Sequence[Any], backend: str = AUTO) -> Tensor:

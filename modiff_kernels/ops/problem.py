@@ -117,8 +117,11 @@ def _require_image(op: str, name: str, t: Tensor) -> None:
 
 
 def _require_rows(op: str, name: str, t: Tensor) -> None:
-    if t.ndim < 2:
-        raise ValueError(f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); expected [..., K] with two or more")
+    if t.ndim not in (2, 3):
+        raise ValueError(
+            f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); expected [M, K] or [N, L, K]: flatten it first (4-D "
+            f"tensors are images)"
+        )
     if not t.is_contiguous():
         raise ValueError(f"{op}: {name} is not contiguous ({_text(t)}); call .contiguous() first")
     _require_elements(op, name, t)

@@ -69,11 +69,8 @@ def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         def execute(args: tuple[Any, ...]) -> Any:
             try:
-                key = (
-                    args[0].device,
-                    others_of(args),
-                    *[None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors_of(args)],
-                )
+                formats = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors_of(args)]
+                key = (others_of(args), *formats)
                 kernel = plans.get(key)
             except (AttributeError, TypeError):  # not a tensor, or not hashable: integers in a list, or a wrong type
                 hashable = tuple([tuple(a) if isinstance(a, list) else a for a in args])

@@ -7,7 +7,7 @@ inv_scale`, float32) stands in `modiff_kernels.quant.affine`; codes are the same
 
 For all ops:
 
-- Images are [N, C, H, W] channels_last, inputs of a Linear [..., K] contiguous with two or more dimensions. Ops that
+- Images are [N, C, H, W] channels_last, inputs of a Linear [..., K] are [M, K] or [N, L, K], contiguous. Ops that
   take both read a 4-D tensor as an image. Floating tensors are float32, float16 or bfloat16; state (x_hat, y_hat) may
   have another of these dtypes than x. All tensors are on one device; no size is 0.
 - Scales are float32 and 1-D: of length 1 (granularity per_tensor), N = shape[0] (per_sample) or the number of rows
@@ -18,8 +18,9 @@ For all ops:
 - `backend`: "auto", or a name, which is a demand (see `dispatch`). No gradients flow through any op.
 - Results are new tensors and never share memory with arguments.
 - Raises ValueError or TypeError for arguments that do not fit, `dispatch.BackendUnavailable` if no backend can do it;
-  nothing is mutated then. NaN or Inf in what is to be quantised raises ValueError on the backends reference and cpu,
-  before x_hat changes.
+  nothing is mutated then. NaN or Inf in what is to be quantised raises ValueError on the backends reference and cpu:
+  before any state changes (reference), or before the state of the granule that holds it changes (cpu; other samples may
+  have been updated, so begin a new run).
 """
 
 import torch
@@ -459,7 +460,7 @@ def modulated_linear(
     """Update call of a modulated Linear: `quantize_residual`, then `accumulate_linear` with out_dtype = x's dtype.
 
     x, x_hat [..., K]; y_hat [..., N_out] of x_hat's dtype; x_hat and y_hat are **mutated**. Other arguments as in the
-    two ops; x may be 4-D here and is then [..., K] as always in a Linear.
+    two ops.
 
     Returns:
         out [..., N_out] in x's dtype, or a tensor of shape [0]; the scales used and absmax, float32, one per granule.

@@ -34,10 +34,9 @@ def granules(x: Tensor, count: int, image: bool) -> Tensor:
 def residual_scale(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor:
     """Dynamic scale of a symmetric quantiser: max(clip_ratio * absmax / (2^(bits-1) - 0.5), 2^-100).
 
-    With the half step, absmax lies half a step above the largest code: at clip_ratio 1 no error is larger than half a step,
-    and the step is smaller than with 2^(bits-1) - 1. The lowest code is met at ties and with given scales only.
-    absmax: float32, any shape; returns float32 of the same shape. Give it the absmax of an earlier update for delayed
-        scales.
+    absmax lies half a step above the largest code, so at clip_ratio 1 no error is larger than half a step, and the step
+    is smaller than with 2^(bits-1) - 1. The lowest code is met at ties and with given scales only.
+    absmax: float32, any shape; returns float32 of the same shape. Delayed scales come from an earlier update's absmax.
     """
     levels = torch.full_like(absmax, 2 ** (bits - 1) - 0.5)
     return torch.clamp_min(absmax * clip_ratio / levels, MIN_SCALE)

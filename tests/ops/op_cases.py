@@ -15,8 +15,8 @@ GRANULARITIES = ("per_tensor", "per_sample", "per_token")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 IMAGE_SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (1, 63, 4, 4), (2, 64, 8, 8), (3, 65, 5, 1), (2, 1, 4, 4), (2, 128, 16, 16)]
-ROW_SHAPES = [(1, 1), (2, 7), (3, 5, 63), (2, 64), (65, 65), (2, 3, 4, 8), (2, 64, 320)]
-QUANTIZE_SHAPES = IMAGE_SHAPES + [shape for shape in ROW_SHAPES if len(shape) != 4]
+ROW_SHAPES = [(1, 1), (2, 7), (3, 5, 63), (2, 64), (65, 65), (2, 64, 320)]
+QUANTIZE_SHAPES = IMAGE_SHAPES + ROW_SHAPES
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ LINEAR_CASES = [
     LinearCase((63, 64), 65),
     LinearCase((2, 5, 64), 63),
     LinearCase((3, 65), 64),
-    LinearCase((2, 3, 4, 8), 6),
     LinearCase((2, 16, 320), 320),
 ]
 CONV_CASES = [
@@ -224,11 +223,11 @@ def per_row(values, shape, image):
 
 def assert_invariant(case, x_hat, y_hat, weight, bias, steps):
     """y_hat == A(x_hat) + bias, as well as `steps` roundings to the state dtype allow."""
-    image = case.kind == "conv2d"
     assert torch.isfinite(y_hat).all()
     expected = case.apply(x_hat.double(), weight.dense, None if bias is None else bias.double())
     spread = case.apply(x_hat.double().square(), weight.dense.square()).clamp_min(0).sqrt()
-    eps = torch.finfo(y_hat.dtype).eps
-    allowed = 6 * eps * (steps + 1) ** 0.5 * (expected.abs() + spread + 1e-3)
+    state_rounding = torch.finfo(y_hat.dtype).eps * (steps + 1) ** 0.5
+    float32_sum = torch.finfo(torch.float32).eps * weight.dense[0].numel() ** 0.5  # of the first call
+    allowed = (6 * state_rounding + 4 * float32_sum) * (expected.abs() + spread + 1e-3)
     excess = ((y_hat.double() - expected).abs() - allowed).max().item()
-    assert excess <= 0, f"y_hat is off by more than rounding ({excess:.3g} above the bound; image={image})"
+    assert excess <= 0, f"y_hat is off by more than rounding ({excess:.3g} above the bound)"

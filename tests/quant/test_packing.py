@@ -55,7 +55,7 @@ def test_every_byte_of_4_bits():
 
 
 def test_every_byte_of_3_bits():
-    """All pairs of a byte in the 2-bit plane (4 codes) and the bits above it; two bytes share one of the 1-bit plane."""
+    """Every byte in the 2-bit plane (4 codes) with the bits above it; two such bytes share one of the 1-bit plane."""
     low = torch.arange(256, dtype=torch.uint8)
     for high in range(0, 256, 17):
         packed = torch.stack([low, low.flip(0), torch.full_like(low, high)], dim=1)
