@@ -182,10 +182,10 @@ def test_prepare_weight(with_cpu):
     packed = torch.zeros(4, 8, dtype=torch.int8)
     assert ops.prepare_weight(packed, 8, 4, 8) is packed
     assert ops.prepare_weight(packed, 8, 4, 8, layout_to="tiled_v1", kernel_size=[2, 2]) == ("tiled_v1", (2, 2))
-    with pytest.raises(ValueError, match="no backend makes the weight layout 'tiled_v9'.*reference.*'tiled_v9'"):
+    with pytest.raises(ValueError, match=r"no backend makes the weight layout 'tiled_v9'.*reference.*'tiled_v9'"):
         ops.prepare_weight(packed, 8, 4, 8, layout_to="tiled_v9", backend="reference")
     with_cpu("it failed to load: libfoo.so")
-    with pytest.raises(ValueError, match="cpu: it failed to load: libfoo.so; reference: prepare_weight"):
+    with pytest.raises(ValueError, match=r"cpu: it failed to load: libfoo\.so; reference: prepare_weight"):
         ops.prepare_weight(packed, 8, 4, 8, layout_to="tiled_v1")
 
 
