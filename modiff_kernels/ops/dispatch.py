@@ -105,8 +105,9 @@ def select(problem: Problem, backend: str = AUTO) -> Selection:
     for name in candidates(problem.device_type, backend):
         reason = why_not(problem, name)
         if reason is None:
-            if name == REFERENCE and problem.op not in CONVERSIONS:
-                _warn_slow(problem.op, tuple(rejected))
+            if name == REFERENCE and problem.op not in CONVERSIONS and (forced_backend() or backend) == AUTO:
+                others = tuple(rejected) or ((problem.device_type, "no other backend runs on this device type"),)
+                _warn_slow(problem.op, others)
             return Selection(name, load(name).KERNELS[problem.op].fn, tuple(rejected))
         rejected.append((name, reason))
     raise _nothing_fits(problem, backend, rejected)
@@ -124,11 +125,7 @@ def _warn_slow(op: str, rejected: tuple[tuple[str, str], ...]) -> None:
 
 
 def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
-    """The weight layout of the backend that would solve `problem` if the weight were in the layout this backend likes
-    best.
-
-    `problem.layout` is ignored. Raises BackendUnavailable like `select`.
-    """
+    """The layout that the backend for `problem` likes best; `problem.layout` is ignored. Raises like `select`."""
     rejected: list[tuple[str, str]] = []
     for name in candidates(problem.device_type, backend):
         reason = why_unavailable(name)

@@ -79,6 +79,15 @@ def test_auto_falls_back_with_a_reason_and_one_warning(with_cpu, caplog, module,
     assert "modulated_conv2d runs on the slow backend 'reference', not on 'cpu'" in caplog.text
 
 
+def test_auto_without_other_backends_warns_too(with_cpu, caplog):
+    with_cpu(compiled_backend())
+    with caplog.at_level(logging.WARNING, logger="modiff_kernels"):
+        dispatch.select(replace(PROBLEM, device_type="cuda"), "reference")
+        assert not caplog.records
+        dispatch.select(replace(PROBLEM, device_type="cuda"))
+    assert "not on 'cuda': no other backend runs on this device type" in caplog.text
+
+
 def test_no_warning_for_conversions(with_cpu, caplog):
     with_cpu(compiled_backend(op_names=()))
     with caplog.at_level(logging.WARNING, logger="modiff_kernels"):
