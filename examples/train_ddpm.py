@@ -254,8 +254,11 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
             raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
-        differ = [f"{key} {state['identity'].get(key)}" for key, value in self.identity.items()
-                  if state["identity"].get(key) != value]
+        differ = [
+            f"{key} {state['identity'].get(key)}"
+            for key, value in self.identity.items()
+            if state["identity"].get(key) != value
+        ]
         if differ:
             raise UserError(f"checkpoint {path} is of a run with other options: {', '.join(differ)}")
         for name in ("model", "ema", "optimizer"):

@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "common/problem.h"
 #include "cpu/convert.h"
@@ -34,6 +35,7 @@ namespace {
 constexpr int kMaxPixels = 14;         // largest MR
 constexpr int64_t kTaskPixels = 256;   // output pixels of a task: a weight panel set is read once per task from the L2 cache
 constexpr int64_t kMaxRuns = 64;
+constexpr int64_t kMaxSums = 24 * kPanel;  // largest MR * NR, times the channels of a panel
 
 // A run is a contiguous piece of K in the padded image; the weights of all runs follow each other.
 struct Runs {
@@ -42,16 +44,32 @@ struct Runs {
   const int64_t* offset;
 };
 
+struct Block {
+  const ConvProblem* p;
+  const uint8_t* const* pixel;  // MR pointers into the padded image
+  const int64_t* output_pixel;  // MR flat output pixels
+  Runs runs;
+  const int8_t* weight;  // first panel
+  int64_t panel_bytes;
+  const int32_t* weight_sum;  // of the first panel's channels
+  int64_t channel;            // first output channel
+  int64_t channels;           // valid ones
+};
+
+// sums[MR][NR][16] = codes of MR pixels times NR weight panels. Kept apart from the epilogue so that the accumulators have
+// the registers to themselves.
 template <int MR, int NR>
-void multiply(const uint8_t* const* pixel, const Runs& runs, const int8_t* weight, int64_t panel_bytes,
-              __m512i (&acc)[MR][NR]) {
+void multiply(const Block& b, int32_t* sums) {
+  __m512i acc[MR][NR];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NR; ++n) acc[m][n] = _mm512_setzero_si512();
-  for (int64_t r = 0; r < runs.count; ++r) {
-    const int64_t offset = runs.offset[r];
+  const int8_t* weight = b.weight;
+  const int64_t panel_bytes = b.panel_bytes;
+  for (int64_t r = 0; r < b.runs.count; ++r) {
+    const int64_t offset = b.runs.offset[r];
     const uint8_t* row[MR];
-    for (int m = 0; m < MR; ++m) row[m] = pixel[m] + offset;
-    for (int64_t k = 0; k < runs.length; k += kDot) {
+    for (int m = 0; m < MR; ++m) row[m] = b.pixel[m] + offset;
+    for (int64_t k = 0; k < b.runs.length; k += kDot) {
       __m512i w[NR];
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) w[n] = _mm512_loadu_si512(weight + n * panel_bytes);
@@ -66,6 +84,8 @@ void multiply(const uint8_t* const* pixel, const Runs& runs, const int8_t* weigh
       weight += kPanel * kDot;
     }
   }
+  for (int m = 0; m < MR; ++m)
+    for (int n = 0; n < NR; ++n) _mm512_store_si512(sums + (m * NR + n) * kPanel, acc[m][n]);
 }
 
 inline __m512 load16(const void* base, DType dtype, int64_t offset, __mmask16 mask) {
@@ -95,73 +115,50 @@ inline void store16(void* base, DType dtype, int64_t offset, __mmask16 mask, __m
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(base) + offset, mask, raw);
 }
 
-struct Block {
-  const ConvProblem* p;
-  const uint8_t* const* pixel;    // MR pointers into the padded image
-  const int64_t* output_pixel;    // MR flat output pixels
-  Runs runs;
-  const int8_t* weight;           // first panel
-  int64_t panel_bytes;
-  const int32_t* weight_sum;      // of the first panel's channels
-  int64_t channel;                // first output channel
-  int64_t channels;               // valid ones
-};
-
-template <int MR, int NR>
-void block(const Block& b) {
+void epilogue(const Block& b, int pixels, int panels, const int32_t* sums) {
   const ConvProblem& p = *b.p;
-  __m512i acc[MR][NR];
-  multiply<MR, NR>(b.pixel, b.runs, b.weight, b.panel_bytes, acc);
-
-  __mmask16 mask[NR];
-  __m512 weight_scale[NR], bias[NR];
-  __m512i weight_sum[NR];
-  for (int n = 0; n < NR; ++n) {
-    const int64_t left = b.channels - n * kPanel;
-    mask[n] = left >= kPanel ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1u);
-    const int64_t c = b.channel + n * kPanel;
-    weight_scale[n] = _mm512_maskz_loadu_ps(mask[n], p.weight_scale + c);
-    bias[n] = p.bias ? _mm512_maskz_loadu_ps(mask[n], p.bias + c) : _mm512_setzero_ps();
-    weight_sum[n] = _mm512_loadu_si512(b.weight_sum + n * kPanel);
-  }
   const int64_t rows = p.out_h * p.out_w;
-  for (int m = 0; m < MR; ++m) {
-    const int64_t pixel = b.output_pixel[m];
-    const int64_t g = p.granularity == Granularity::kPerTensor   ? 0
-                      : p.granularity == Granularity::kPerSample ? pixel / rows
-                                                                 : pixel;
-    const __m512 scale = _mm512_set1_ps(p.scale[g]);
-    const __m512i correction = _mm512_set1_epi32(128 + (p.zero_point ? p.zero_point[g] : 0));
-    for (int n = 0; n < NR; ++n) {
-      const int64_t offset = pixel * p.c_out + b.channel + n * kPanel;
-      const __m512i sum = _mm512_sub_epi32(acc[m][n], _mm512_mullo_epi32(correction, weight_sum[n]));
-      __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), weight_scale[n]), scale);
-      if (p.epilogue == Epilogue::kAccumulate) {
-        value = _mm512_add_ps(value, load16(p.y_hat, p.y_hat_dtype, offset, mask[n]));
-      } else {
-        value = _mm512_add_ps(value, bias[n]);
-      }
-      if (p.epilogue != Epilogue::kOutput) store16(p.y_hat, p.y_hat_dtype, offset, mask[n], value);
-      if (p.out != nullptr) {
-        if (p.skip != nullptr) value = _mm512_add_ps(value, load16(p.skip, p.skip_dtype, offset, mask[n]));
-        store16(p.out, p.out_dtype, offset, mask[n], value);
-      }
+  int64_t granule[kMaxPixels];
+  for (int m = 0; m < pixels; ++m)
+    granule[m] = p.granularity == Granularity::kPerTensor   ? 0
+                 : p.granularity == Granularity::kPerSample ? b.output_pixel[m] / rows
+                                                            : b.output_pixel[m];
+  for (int n = 0; n < panels; ++n) {
+    const int64_t left = b.channels - n * kPanel, channel = b.channel + n * kPanel;
+    const __mmask16 mask = left >= kPanel ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1u);
+    const __m512 weight_scale = _mm512_maskz_loadu_ps(mask, p.weight_scale + channel);
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + channel) : _mm512_setzero_ps();
+    const __m512i weight_sum = _mm512_loadu_si512(b.weight_sum + n * kPanel);
+    __m512i correction = _mm512_slli_epi32(weight_sum, 7);  // (128 + zero_point) * weight_sum
+    for (int m = 0; m < pixels; ++m) {
+      if (p.zero_point != nullptr)
+        correction = _mm512_mullo_epi32(_mm512_set1_epi32(128 + p.zero_point[granule[m]]), weight_sum);
+      const int64_t offset = b.output_pixel[m] * p.c_out + channel;
+      const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + (m * panels + n) * kPanel), correction);
+      const __m512 scale = _mm512_set1_ps(p.scale[granule[m]]);
+      __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), weight_scale), scale);
+      value = _mm512_add_ps(
+          value, p.epilogue == Epilogue::kAccumulate ? load16(p.y_hat, p.y_hat_dtype, offset, mask) : bias);
+      if (p.epilogue != Epilogue::kOutput) store16(p.y_hat, p.y_hat_dtype, offset, mask, value);
+      if (p.out == nullptr) continue;
+      if (p.skip != nullptr) value = _mm512_add_ps(value, load16(p.skip, p.skip_dtype, offset, mask));
+      store16(p.out, p.out_dtype, offset, mask, value);
     }
   }
 }
 
-using BlockFn = void (*)(const Block&);
+using MultiplyFn = void (*)(const Block&, int32_t*);
 
 template <int NR, int... MR>
-constexpr BlockFn pick(int mr, std::integer_sequence<int, MR...>) {
-  BlockFn table[] = {&block<MR + 1, NR>...};
+constexpr MultiplyFn pick(int mr, std::integer_sequence<int, MR...>) {
+  MultiplyFn table[] = {&multiply<MR + 1, NR>...};
   return table[mr - 1];
 }
 
 // Pixels per block for a set of 1, 2, 3, 4 panels: MR * NR accumulators + NR weights + 1 broadcast <= 32 registers.
 constexpr int kPixels[] = {0, 14, 12, 8, 6};
 
-BlockFn block_for(int pixels, int panels) {
+MultiplyFn multiply_for(int pixels, int panels) {
   switch (panels) {
     case 1:
       return pick<1>(pixels, std::make_integer_sequence<int, kPixels[1]>());
@@ -232,6 +229,7 @@ class Convolution {
     const int64_t per_image = (row1 - row0) * p_.out_w, total = (n1 - n0) * per_image;
     const uint8_t* pixel[kMaxPixels];
     int64_t output_pixel[kMaxPixels];
+    alignas(64) int32_t sums[kMaxSums];
     for (int64_t g = 0; g < p_.groups; ++g) {
       for (int64_t panel = panel0; panel < panel1;) {
         const int nr = panel_set(panel1 - panel);
@@ -261,7 +259,8 @@ class Convolution {
               }
             }
           }
-          block_for(mr, nr)(b);
+          multiply_for(mr, nr)(b, sums);
+          epilogue(b, mr, nr, sums);
           done += mr;
         }
         panel += nr;

@@ -1,7 +1,7 @@
 """Compiled CPU kernels (csrc/cpu): fused quantisation passes and integer convolutions on AVX-512 VNNI.
 
-The library holds raw kernels in the private namespace `modiff_cpu`; this file gives them the shape of the ops. The quantising
-passes run on any CPU (AVX-512, AVX2 or plain, chosen at run time); the integer products need AVX-512 VNNI.
+The library holds raw kernels in the private namespace `modiff_cpu`; this file gives them the shape of the ops. The
+quantising passes run on any CPU (AVX-512, AVX2 or plain, chosen at run time); the integer products need AVX-512 VNNI.
 """
 
 from collections.abc import Sequence
@@ -62,11 +62,15 @@ def prepare_weight(
     kernel_size: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """Convert between kpack_v1 and vnni_v1 (csrc/cpu/lowbit_conv2d.h: int8 whatever weight_bits is, so 3 and 4 bits save no
-    memory here)."""
+    """Convert between kpack_v1 and vnni_v1 (csrc/cpu/lowbit_conv2d.h).
+
+    vnni_v1 is int8 whatever weight_bits is: 3 and 4 bits save no memory here.
+    """
     allowed = (KPACK_V1, VNNI_V1)
     if layout_from not in allowed or layout_to not in allowed:
-        raise ValueError(f"prepare_weight (cpu): {layout_from!r} to {layout_to!r}; the layouts known here are {allowed}")
+        raise ValueError(
+            f"prepare_weight (cpu): {layout_from!r} to {layout_to!r}; the layouts known here are {allowed}"
+        )
     if layout_from == layout_to:
         return weight_packed
     r, s = kernel_size
@@ -117,12 +121,30 @@ def _quantize(
     samples, rows, channels = _extents(x, channels)
     try:
         return torch.ops.modiff_cpu.quantize.default(
-            x, prologue, _float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu, x_hat, affine, act_bits,
-            _GRANULARITY[granularity], clip_ratio, scale, samples, rows, channels, _AUTO_ISA,
-        )  # fmt: skip
+            x,
+            prologue,
+            _float32(gamma),
+            _float32(beta),
+            _float32(shift),
+            num_groups,
+            eps,
+            silu,
+            x_hat,
+            affine,
+            act_bits,
+            _GRANULARITY[granularity],
+            clip_ratio,
+            scale,
+            samples,
+            rows,
+            channels,
+            _AUTO_ISA,
+        )
     except RuntimeError as error:
         if "holds NaN or Inf" in str(error):
-            raise ValueError(f"{op}: x holds NaN or Inf; check the model's input and weights, then start a new run") from None
+            raise ValueError(
+                f"{op}: x holds NaN or Inf; check the model's input and weights, then start a new run"
+            ) from None
         raise
 
 
@@ -134,16 +156,37 @@ def group_norm_silu_quantize_residual(
     h, shift, gamma, beta, num_groups, eps, silu, x_hat, scale, act_bits, granularity, clip_ratio=1.0
 ):
     return _quantize(
-        "group_norm_silu_quantize_residual", h, x_hat, scale, act_bits, granularity, prologue=_GROUP_NORM, gamma=gamma,
-        beta=beta, shift=shift, num_groups=num_groups, eps=eps, silu=silu, clip_ratio=clip_ratio,
-    )[:3]  # fmt: skip
+        "group_norm_silu_quantize_residual",
+        h,
+        x_hat,
+        scale,
+        act_bits,
+        granularity,
+        prologue=_GROUP_NORM,
+        gamma=gamma,
+        beta=beta,
+        shift=shift,
+        num_groups=num_groups,
+        eps=eps,
+        silu=silu,
+        clip_ratio=clip_ratio,
+    )[:3]
 
 
 def layer_norm_quantize_residual(h, gamma, beta, eps, x_hat, scale, act_bits, granularity, clip_ratio=1.0):
     return _quantize(
-        "layer_norm_quantize_residual", h, x_hat, scale, act_bits, granularity, prologue=_LAYER_NORM, gamma=gamma, beta=beta,
-        eps=eps, clip_ratio=clip_ratio,
-    )[:3]  # fmt: skip
+        "layer_norm_quantize_residual",
+        h,
+        x_hat,
+        scale,
+        act_bits,
+        granularity,
+        prologue=_LAYER_NORM,
+        gamma=gamma,
+        beta=beta,
+        eps=eps,
+        clip_ratio=clip_ratio,
+    )[:3]
 
 
 def geglu_quantize_residual(h, x_hat, scale, act_bits, granularity, clip_ratio=1.0):
@@ -165,18 +208,39 @@ def group_norm_silu_quantize_activation(
 ):
     return _without_absmax(
         _quantize(
-            "group_norm_silu_quantize_activation", h, None, None, act_bits, granularity, prologue=_GROUP_NORM, gamma=gamma,
-            beta=beta, shift=shift, num_groups=num_groups, eps=eps, silu=silu, affine=affine,
-        )  # fmt: skip
+            "group_norm_silu_quantize_activation",
+            h,
+            None,
+            None,
+            act_bits,
+            granularity,
+            prologue=_GROUP_NORM,
+            gamma=gamma,
+            beta=beta,
+            shift=shift,
+            num_groups=num_groups,
+            eps=eps,
+            silu=silu,
+            affine=affine,
+        )
     )
 
 
 def layer_norm_quantize_activation(h, gamma, beta, eps, act_bits, granularity, affine=True):
     return _without_absmax(
         _quantize(
-            "layer_norm_quantize_activation", h, None, None, act_bits, granularity, prologue=_LAYER_NORM, gamma=gamma,
-            beta=beta, eps=eps, affine=affine,
-        )  # fmt: skip
+            "layer_norm_quantize_activation",
+            h,
+            None,
+            None,
+            act_bits,
+            granularity,
+            prologue=_LAYER_NORM,
+            gamma=gamma,
+            beta=beta,
+            eps=eps,
+            affine=affine,
+        )
     )
 
 
@@ -216,13 +280,34 @@ def _convolve(
         kernel_size, stride, padding, dilation, groups = conv
         geometry = [samples, h, w, c_in, c_out, *kernel_size, *stride, *padding, *dilation, groups]
     return torch.ops.modiff_cpu.convolve.default(
-        codes, scale, granularity, zero_point, weight_packed, weight_scale, _float32(bias), epilogue, y_hat, skip, write_out,
-        out_dtype, geometry,
-    )  # fmt: skip
+        codes,
+        scale,
+        granularity,
+        zero_point,
+        weight_packed,
+        weight_scale,
+        _float32(bias),
+        epilogue,
+        y_hat,
+        skip,
+        write_out,
+        out_dtype,
+        geometry,
+    )
 
 
 def accumulate_linear(
-    residual_q, scale, weight_packed, weight_scale, y_hat, skip, weight_bits, group_size, layout, out_dtype, write_out=True
+    residual_q,
+    scale,
+    weight_packed,
+    weight_scale,
+    y_hat,
+    skip,
+    weight_bits,
+    group_size,
+    layout,
+    out_dtype,
+    write_out=True,
 ):
     return _convolve(
         residual_q, scale, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, out_dtype, None
@@ -230,9 +315,23 @@ def accumulate_linear(
 
 
 def accumulate_conv2d(
-    residual_q, scale, weight_packed, weight_scale, y_hat, skip, weight_bits, group_size, layout, kernel_size, stride,
-    padding, dilation, groups, out_dtype, write_out=True,
-):  # fmt: skip
+    residual_q,
+    scale,
+    weight_packed,
+    weight_scale,
+    y_hat,
+    skip,
+    weight_bits,
+    group_size,
+    layout,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    out_dtype,
+    write_out=True,
+):
     conv = (kernel_size, stride, padding, dilation, groups)
     return _convolve(
         residual_q, scale, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, out_dtype, conv
@@ -240,9 +339,21 @@ def accumulate_conv2d(
 
 
 def modulated_linear(
-    x, x_hat, scale, weight_packed, weight_scale, y_hat, skip, act_bits, granularity, clip_ratio, weight_bits, group_size,
-    layout, write_out=True,
-):  # fmt: skip
+    x,
+    x_hat,
+    scale,
+    weight_packed,
+    weight_scale,
+    y_hat,
+    skip,
+    act_bits,
+    granularity,
+    clip_ratio,
+    weight_bits,
+    group_size,
+    layout,
+    write_out=True,
+):
     codes, scale, absmax, _ = _quantize(
         "modulated_linear", x, x_hat, scale, act_bits, granularity, clip_ratio=clip_ratio
     )
@@ -253,9 +364,26 @@ def modulated_linear(
 
 
 def modulated_conv2d(
-    x, x_hat, scale, weight_packed, weight_scale, y_hat, skip, act_bits, granularity, clip_ratio, weight_bits, group_size,
-    layout, kernel_size, stride, padding, dilation, groups, write_out=True,
-):  # fmt: skip
+    x,
+    x_hat,
+    scale,
+    weight_packed,
+    weight_scale,
+    y_hat,
+    skip,
+    act_bits,
+    granularity,
+    clip_ratio,
+    weight_bits,
+    group_size,
+    layout,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    write_out=True,
+):
     codes, scale, absmax, _ = _quantize(
         "modulated_conv2d", x, x_hat, scale, act_bits, granularity, clip_ratio=clip_ratio
     )
@@ -303,18 +431,43 @@ def _initialize(
 
 
 def initialize_linear(
-    x, x_hat, y_hat, weight_packed, weight_scale, bias, skip, weight_bits, group_size, layout, first_step_bits=0,
+    x,
+    x_hat,
+    y_hat,
+    weight_packed,
+    weight_scale,
+    bias,
+    skip,
+    weight_bits,
+    group_size,
+    layout,
+    first_step_bits=0,
     write_out=True,
-):  # fmt: skip
+):
     return _initialize(
         "initialize_linear", x, x_hat, y_hat, weight_packed, weight_scale, bias, skip, first_step_bits, write_out, None
     )
 
 
 def initialize_conv2d(
-    x, x_hat, y_hat, weight_packed, weight_scale, bias, skip, weight_bits, group_size, layout, kernel_size, stride, padding,
-    dilation, groups, first_step_bits=0, write_out=True,
-):  # fmt: skip
+    x,
+    x_hat,
+    y_hat,
+    weight_packed,
+    weight_scale,
+    bias,
+    skip,
+    weight_bits,
+    group_size,
+    layout,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    first_step_bits=0,
+    write_out=True,
+):
     conv = (kernel_size, stride, padding, dilation, groups)
     return _initialize(
         "initialize_conv2d", x, x_hat, y_hat, weight_packed, weight_scale, bias, skip, first_step_bits, write_out, conv
@@ -330,9 +483,23 @@ def quantized_linear(
 
 
 def quantized_conv2d(
-    x_q, scale, zero_point, weight_packed, weight_scale, bias, skip, weight_bits, group_size, layout, kernel_size, stride,
-    padding, dilation, groups, out_dtype,
-):  # fmt: skip
+    x_q,
+    scale,
+    zero_point,
+    weight_packed,
+    weight_scale,
+    bias,
+    skip,
+    weight_bits,
+    group_size,
+    layout,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    out_dtype,
+):
     conv = (kernel_size, stride, padding, dilation, groups)
     return _convolve(
         x_q, scale, zero_point, weight_packed, weight_scale, bias, _OUTPUT, None, skip, True, out_dtype, conv

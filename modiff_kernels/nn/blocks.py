@@ -1,17 +1,18 @@
 """Fused forms of diffusers' blocks: what stands between two convolutions becomes one pass that ends in int8 codes.
 
-======================= =================================================================================================
-`ResnetBlock2D`         GroupNorm + SiLU (+ time embedding) + residual + quantise in one pass, twice; the second reads the
-                        first convolution's y_hat itself. A 1x1 shortcut adds its product onto the same y_hat as the second
-                        convolution, because only the sum of the two leaves the block: one state tensor less.
-`Attention` (self, with GroupNorm + residual + quantise in one pass, shared by q, k and v; the attention's input is added in
-its own GroupNorm)      the epilogue of the output projection.
-`Upsample2D`            x_hat and codes at the low resolution; the codes are repeated instead of the activation.
-======================= =================================================================================================
+ResnetBlock2D
+    GroupNorm + SiLU (+ time embedding) + residual + quantise in one pass, twice; the second reads the first
+    convolution's y_hat itself. A 1x1 shortcut adds its product onto the same y_hat as the second convolution, because
+    only the sum of the two leaves the block: one state tensor less.
+Attention (self, with its own GroupNorm)
+    GroupNorm + residual + quantise in one pass, shared by q, k and v; the attention's input is added in the epilogue
+    of the output projection.
+Upsample2D
+    x_hat and codes at the low resolution; the codes are repeated instead of the activation.
 
 `fuse` finds the blocks that have exactly this form; every other block stays as it is, with single layers replaced. The
-layers inside are those of `linear` and `conv2d`, so weights, state and explain() are the same. The results equal those of
-the single layers up to float rounding.
+layers inside are those of `linear` and `conv2d`, so weights, state and explain() are the same. The results equal those
+of the single layers up to float rounding.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -27,7 +28,6 @@ from modiff_kernels.nn.conv2d import ModulatedConv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.linear import ModulatedLinear
 from modiff_kernels.nn.state import INITIALIZE, ModulationState
-
 
 StaticScales = Mapping[str, Tensor | float]
 
@@ -48,17 +48,18 @@ def fuse(
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.upsampling import Upsample2D
 
-    forms = {
+    forms: dict[type, tuple[type[_FusedBlock], tuple[str, ...]]] = {
         ResnetBlock2D: (FusedResnetBlock2D, ("conv1", "conv2", "conv_shortcut")),
         Attention: (FusedAttention, ("to_q", "to_k", "to_v", "to_out.0")),
         Upsample2D: (FusedUpsample2D, ("conv",)),
     }
     fused: dict[str, nn.Module] = {}
     for path, module in unet.named_modules():
-        form, layers = forms.get(type(module), (None, ()))
-        if form is None or not form.fits(module) or any(f"{path}.{layer}" in left_float for layer in layers):
+        if type(module) not in forms:
             continue
-        fused[path] = form(module, config, state, path, static_scales)
+        form, layers = forms[type(module)]
+        if form.fits(module) and not any(f"{path}.{layer}" in left_float for layer in layers):
+            fused[path] = form(module, config, state, path, static_scales)
     return fused
 
 
@@ -86,18 +87,23 @@ class _FusedBlock(nn.Module):
 
         self.build(block, conv2d, linear)
 
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether `block` computes exactly what this form computes."""
+        raise NotImplementedError
+
     def build(
         self, block: nn.Module, conv2d: Callable[..., ModulatedConv2d], linear: Callable[..., ModulatedLinear]
     ) -> None:
-        """Set the children, under the names that they have in `block`; conv2d(name) and linear(name, edge) make layers."""
+        """Set the children, under their names in `block`; conv2d(name) and linear(name, edge) make layers."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The block's output, a new tensor in x's dtype; mutates the state of its layers. Errors as those of the layers."""
+        """The block's output, a new tensor in x's dtype; mutates the state of its layers, raises what they raise."""
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                f"block '{self.path}' has no gradient but its input asks for one; call the UNet inside `with torch.no_grad():`, "
-                f"or handle.remove() first to train or differentiate"
+                f"block '{self.path}' has no gradient but its input asks for one; call the UNet inside "
+                f"`with torch.no_grad():`, or handle.remove() first to train or differentiate"
             )
         try:
             return self.run(x, *args, **kwargs)
@@ -131,9 +137,20 @@ def _norm_residual(
     edge = layer.edge
     x_hat = edge.ensure(h.shape, dtype, h.device, layer.memory_format)
     codes, scale, absmax = ops.group_norm_silu_quantize_residual(
-        h, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, x_hat, edge.scale(), edge.act_bits,
-        edge.granularity, edge.clip_ratio, layer.backend,
-    )  # fmt: skip
+        h,
+        shift,
+        norm.weight,
+        norm.bias,
+        norm.num_groups,
+        norm.eps,
+        silu,
+        x_hat,
+        edge.scale(),
+        edge.act_bits,
+        edge.granularity,
+        edge.clip_ratio,
+        layer.backend,
+    )
     edge.record(absmax)
     return codes, scale
 
@@ -143,9 +160,18 @@ def _norm_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point of silu?(norm(h + shift))."""
     return ops.group_norm_silu_quantize_activation(
-        h, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, layer.act_bits, layer.granularity, True,
+        h,
+        shift,
+        norm.weight,
+        norm.bias,
+        norm.num_groups,
+        norm.eps,
+        silu,
+        layer.act_bits,
+        layer.granularity,
+        True,
         layer.backend,
-    )  # fmt: skip
+    )
 
 
 def _accumulate(
@@ -154,16 +180,33 @@ def _accumulate(
     """Adds the product onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing is written."""
     y_hat = layer.output.current()
     out = layer.accumulate_op(
-        *codes, layer.weight_packed, layer.weight_scale, y_hat, skip, *layer.weight_arguments, dtype, write_out, layer.backend
+        *codes,
+        layer.weight_packed,
+        layer.weight_scale,
+        y_hat,
+        skip,
+        *layer.weight_arguments,
+        dtype,
+        write_out,
+        layer.backend,
     )
     return out if write_out else y_hat
 
 
 def _initialize(layer: ModulatedLayer, x: Tensor, x_hat: Tensor, y_hat: Tensor, skip: Tensor | None) -> Tensor:
     return layer.initialize_op(
-        x, x_hat, y_hat, layer.weight_packed, layer.weight_scale, layer.bias_data, skip, *layer.weight_arguments,
-        layer.first_step_bits, True, layer.backend,
-    )  # fmt: skip
+        x,
+        x_hat,
+        y_hat,
+        layer.weight_packed,
+        layer.weight_scale,
+        layer.bias_data,
+        skip,
+        *layer.weight_arguments,
+        layer.first_step_bits,
+        True,
+        layer.backend,
+    )
 
 
 def _initialize_layer(layer: ModulatedLayer, x: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -176,7 +219,14 @@ def _quantized(
     layer: ModulatedLayer, codes: tuple[Tensor, Tensor, Tensor], skip: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return layer.quantized_op(
-        *codes, layer.weight_packed, layer.weight_scale, layer.bias_data, skip, *layer.weight_arguments, dtype, layer.backend
+        *codes,
+        layer.weight_packed,
+        layer.weight_scale,
+        layer.bias_data,
+        skip,
+        *layer.weight_arguments,
+        dtype,
+        layer.backend,
     )
 
 
@@ -265,7 +315,7 @@ class FusedResnetBlock2D(_FusedBlock):
 
 
 class FusedAttention(_FusedBlock):
-    """Self-attention over the pixels of an image or over tokens: out = to_out(sdpa(q, k, v)) (+ x), q, k, v = to_*(norm(x))."""
+    """Self-attention over pixels or tokens: out = to_out(sdpa(q, k, v)) (+ x) with q, k, v = to_*(norm(x))."""
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -309,8 +359,8 @@ class FusedAttention(_FusedBlock):
         """Refuses any other kind of processor: the fused block would not call it."""
         if type(processor) is not type(self.original.processor):
             raise RuntimeError(
-                f"block '{self.path}' is fused and would not call {type(processor).__name__}; set attention processors before "
-                f"accelerate(), or use ModiffConfig(fuse=False)"
+                f"block '{self.path}' is fused and would not call {type(processor).__name__}; set attention "
+                f"processors before accelerate(), or use ModiffConfig(fuse=False)"
             )
 
     def run(
@@ -326,7 +376,9 @@ class FusedAttention(_FusedBlock):
         if x.ndim == 3:
             return self._tokens(x.contiguous())
         samples, channels, height, width = x.shape
-        tokens = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).view(samples, height * width, channels)
+        tokens = (
+            x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).view(samples, height * width, channels)
+        )
         return self._tokens(tokens).view(samples, height, width, -1).permute(0, 3, 1, 2)
 
     def _tokens(self, x: Tensor) -> Tensor:
