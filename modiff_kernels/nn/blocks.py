@@ -27,7 +27,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.conv2d import ModulatedConv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.linear import ModulatedLinear
-from modiff_kernels.nn.state import INITIALIZE, ModulationState
+from modiff_kernels.nn.state import INITIALIZE, ModulationState, tensor_version
 
 StaticScales = Mapping[str, Tensor | float]
 
@@ -60,6 +60,8 @@ def fuse(
         form, layers = forms[type(module)]
         if form.fits(module) and not any(f"{path}.{layer}" in left_float for layer in layers):
             fused[path] = form(module, config, state, path, static_scales)
+    resnets = [block for block in fused.values() if isinstance(block, FusedResnetBlock2D)]
+    _TimeProjections.share([block for block in resnets if type(block.time_emb_proj) is nn.Linear])
     return fused
 
 
@@ -262,6 +264,7 @@ class FusedResnetBlock2D(_FusedBlock):
         self.conv2 = conv2d("conv2")
         self.conv_shortcut = None
         self.skip_time_act = block.skip_time_act
+        self.time_projections: _TimeProjections | None = None
         if block.conv_shortcut is not None:
             shortcut = conv2d("conv_shortcut")
             if shortcut.mode == "modulated":
@@ -309,9 +312,62 @@ class FusedResnetBlock2D(_FusedBlock):
         """The time embedding's projection [N, C], or None."""
         if temb is None:
             return None
-        if self.time_emb_proj is not None:
-            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
-        return temb.expand(samples, -1).contiguous()
+        if self.time_projections is not None and not torch.compiler.is_compiling():
+            shift = self.time_projections.of(self, temb)
+        elif self.time_emb_proj is not None:
+            shift = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+        else:
+            shift = temb
+        return shift.expand(samples, -1).contiguous()
+
+
+class _TimeProjections:
+    """silu and the projections of one time embedding for many blocks, as one product in the first block that asks.
+
+    The weights are stacked in a copy, made again when one of them has changed.
+    """
+
+    def __init__(self, blocks: list[FusedResnetBlock2D]) -> None:
+        self.blocks = blocks
+        self.index = {id(block): i for i, block in enumerate(blocks)}
+        self.widths = [block.time_emb_proj.out_features for block in blocks]
+        self.stamp: list[tuple[Tensor, int]] = []
+        self.temb: Tensor | None = None
+        self.temb_version = 0
+        self.shifts: list[Tensor] = []
+
+    @staticmethod
+    def share(blocks: list[FusedResnetBlock2D]) -> None:
+        """Give blocks of one kind (same embedding width, with or without bias, same activation) common projections."""
+        kinds: dict[tuple[Any, ...], list[FusedResnetBlock2D]] = {}
+        for block in blocks:
+            linear = block.time_emb_proj
+            kinds.setdefault((linear.in_features, linear.bias is None, block.skip_time_act), []).append(block)
+        for kind in kinds.values():
+            if len(kind) > 1:
+                shared = _TimeProjections(kind)
+                for block in kind:
+                    block.time_projections = shared
+
+    def of(self, block: FusedResnetBlock2D, temb: Tensor) -> Tensor:
+        """time_emb_proj(silu(temb)) of `block`: [N, C], possibly not contiguous."""
+        if temb is not self.temb or tensor_version(temb) != self.temb_version:
+            self._project(temb, block.skip_time_act)
+        return self.shifts[self.index[id(block)]]
+
+    def _project(self, temb: Tensor, skip_time_act: bool) -> None:
+        linears = [block.time_emb_proj for block in self.blocks]
+        parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+        if len(self.stamp) != len(parameters) or any(
+            p is not old or tensor_version(p) != version for p, (old, version) in zip(parameters, self.stamp)
+        ):
+            self.weight = torch.cat([linear.weight.detach() for linear in linears])
+            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+            self.bias = torch.cat(biases) if biases else None
+            self.stamp = [(p, tensor_version(p)) for p in parameters]
+        projected = F.linear(temb if skip_time_act else F.silu(temb), self.weight, self.bias)
+        self.shifts = list(projected.split(self.widths, dim=1))
+        self.temb, self.temb_version = temb, tensor_version(temb)
 
 
 class FusedAttention(_FusedBlock):

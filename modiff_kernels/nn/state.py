@@ -153,7 +153,7 @@ class Edge(StateTensor):
     def codes_of(self, source: Tensor) -> Any:
         """What `keep` got for this very tensor, unchanged since, in this call; else None."""
         memo = self._memo
-        if memo is None or memo[0] is not source or memo[1] != _version(source):
+        if memo is None or memo[0] is not source or memo[1] != tensor_version(source):
             return None
         self.uses += 1
         if self.uses >= self.consumers:
@@ -163,7 +163,7 @@ class Edge(StateTensor):
     def keep(self, source: Tensor, codes: Any) -> None:
         """Offer the codes of `source` to the other consumers of this call."""
         self.uses = 1
-        self._memo = (source, _version(source), codes)
+        self._memo = (source, tensor_version(source), codes)
 
     def forget(self) -> None:
         """Drop what was shared in the last call."""
@@ -180,7 +180,8 @@ class Edge(StateTensor):
             )
 
 
-def _version(tensor: Tensor) -> int:
+def tensor_version(tensor: Tensor) -> int:
+    """A number that grows with every in-place change of `tensor`; 0 for inference tensors, which do not count."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
