@@ -24,9 +24,10 @@ class ModiffConfig:
     weight_bits: 3, 4, 8, or None (weights untouched; then act_bits must be None too).
     act_bits: bits of the residual codes (mode "modulated") or activation codes ("quantized"): 3, 4, 8, or None
         (float activations with dequantised weights: the ceiling that weight quantisation alone sets).
-    granularity: how many activation scales a tensor has: "per_tensor", "per_sample" or "per_token". A convolution
-        whose scale per pixel does not factor out of its sum (anything but 1x1 with stride 1 and no padding) takes
-        "per_sample" in place of "per_token".
+    granularity: how many activation scales a tensor has: "per_tensor", "per_sample", "per_token" or "per_channel" (one
+        per sample and input channel; dynamic scales of residuals only). None is "per_channel" where it can be had at 3
+        and 4 bits, else "per_sample". A convolution whose scale per pixel does not factor out of its sum (anything but
+        1x1 with stride 1 and no padding) takes "per_sample" in place of "per_token".
     scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
         update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as static_scales.
     first_step_bits: None computes the first call of a run with float activations; 3, 4 or 8 quantise them.
@@ -44,7 +45,7 @@ class ModiffConfig:
 
     weight_bits: int | None = 8
     act_bits: int | None = 8
-    granularity: str = "per_sample"
+    granularity: str | None = None
     scale_mode: str = "dynamic"
     first_step_bits: int | None = None
     state_dtype: str | None = None
@@ -58,7 +59,7 @@ class ModiffConfig:
     def __post_init__(self) -> None:
         for field in ("weight_bits", "act_bits", "first_step_bits"):
             _check_choice(field, getattr(self, field), (*BITS, None))
-        _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_choice("granularity", self.granularity, (*GRANULARITIES, None))
         _check_choice("scale_mode", self.scale_mode, SCALE_MODES)
         _check_choice("mode", self.mode, MODES)
         _check_choice("backend", self.backend, BACKENDS)
@@ -72,12 +73,26 @@ class ModiffConfig:
             raise _error("clip_ratio", self.clip_ratio, "a number above 0 and up to 1")
         object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
         object.__setattr__(self, "skip_modules", _checked_skip_modules(self.skip_modules))
+        if self.granularity == "per_channel" and self.scale_mode != "dynamic":
+            raise _error(
+                "granularity", self.granularity, f"another one, or scale_mode='dynamic' (got {self.scale_mode!r})"
+            )
         if self.weight_bits is None and self.act_bits is not None:
             raise _error(
                 "act_bits",
                 self.act_bits,
                 "None as long as weight_bits is None: integer kernels need quantised weights (weight_bits 3, 4 or 8)",
             )
+
+    @property
+    def layer_granularity(self) -> str:
+        """The granularity that layers use: `granularity`, or what None stands for."""
+        channelwise = self.mode == "modulated" and self.scale_mode == "dynamic" and self.act_bits in (3, 4)
+        if self.granularity is None:
+            return "per_channel" if channelwise else "per_sample"
+        if self.granularity == "per_channel" and not channelwise:
+            return "per_sample"
+        return self.granularity
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; `from_dict` gives an equal config back."""

@@ -151,9 +151,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
 
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   if (p.prologue == Prologue::kGeglu) sizes.back() = channels;
-  const int64_t granules = p.granularity == Granularity::kPerTensor   ? 1
-                           : p.granularity == Granularity::kPerSample ? samples
-                                                                      : samples * rows;
+  const int64_t granules = p.granularity == Granularity::kPerTensor  ? 1
+                           : p.granularity == Granularity::kPerToken ? samples * rows
+                                                                     : samples;
   Tensor codes = empty(sizes, ScalarType::Char);
   Tensor scale_out = empty_vector(granules, ScalarType::Float), absmax = empty_vector(granules, ScalarType::Float);
   Tensor zero_point = empty_vector(x_hat ? 0 : granules, ScalarType::Int);

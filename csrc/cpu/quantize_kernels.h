@@ -4,6 +4,9 @@
 // Equations (granule = what one scale covers; b = act_bits; qmin = -2^(b-1), qmax = 2^(b-1) - 1):
 //   residual form:  r = x - x_hat;  scale = max(clip_ratio * max|r| / (2^(b-1) - 0.5), 2^-100) or given
 //                   q = clamp(rne(r * (1 / scale)), qmin, qmax);  x_hat += scale * q
+//   per channel:    scale = max(clip_ratio * max|r| / ((2^(b-1) - 0.5) * M), 2^-100) per sample, M = 2^(8-b);
+//                   m_c = clamp(ceil(clip_ratio * max|r_c| / ((2^(b-1) - 0.5) * scale)), 1, M) per channel;
+//                   q = clamp(rne(r * (1 / (scale * m_c))), qmin, qmax) * m_c, which fits int8; x_hat += scale * q
 //   plain form:     the same on x without x_hat, or affine: x ~ scale * (q - zero_point)
 //   with x = input | silu?(group_norm(input + shift)) | layer_norm(input) | input[:C] * gelu(input[C:])
 //
@@ -96,8 +99,10 @@ class Quantizer {
   explicit Quantizer(const QuantizeProblem& problem) : p_(problem) {
     half_ = static_cast<float>(1 << (p_.act_bits - 1));
     granules_ = p_.granularity == Granularity::kPerTensor   ? 1
-                : p_.granularity == Granularity::kPerSample ? p_.samples
-                                                            : p_.samples * p_.rows;
+                : p_.granularity == Granularity::kPerToken  ? p_.samples * p_.rows
+                                                            : p_.samples;
+    per_channel_ = p_.granularity == Granularity::kPerChannel;
+    step_ = (half_ - 0.5f) * (per_channel_ ? 128.0f / half_ : 1.0f);
     // One pass is enough when the scale is known before, or is settled within the row.
     single_pass_ = p_.given_scale != nullptr || p_.granularity == Granularity::kPerToken;
     block_rows_ = p_.granularity == Granularity::kPerToken ? 1 : std::max<int64_t>(1, kBlock / p_.channels);
@@ -116,12 +121,16 @@ class Quantizer {
     const int64_t stats = norm ? tasks * 2 * c : 0, coefficients = norm ? p_.samples * 2 * c : 0;
     const int64_t residuals = shared_residuals ? p_.samples * p_.rows * c : 0;
     const int64_t ranges = round_up16(tasks * static_cast<int64_t>(sizeof(Range)) / 4 + 1);
+    const int64_t magnitudes = per_channel_ ? tasks * c : 0, multipliers = per_channel_ ? p_.samples * 2 * c : 0;
     float* shared = static_cast<float*>(
-        thread_scratch(0, 4 * (round_up16(stats) + round_up16(coefficients) + residuals + ranges)));
+        thread_scratch(0, 4 * (round_up16(stats) + round_up16(coefficients) + round_up16(magnitudes) +
+                               round_up16(multipliers) + residuals + ranges)));
     stats_ = shared;
     coefficients_ = stats_ + round_up16(stats);
-    ranges_ = reinterpret_cast<Range*>(coefficients_ + round_up16(coefficients));
-    float* shared_residual = coefficients_ + round_up16(coefficients) + ranges;
+    magnitudes_ = reinterpret_cast<uint32_t*>(coefficients_ + round_up16(coefficients));
+    multipliers_ = reinterpret_cast<float*>(magnitudes_) + round_up16(magnitudes);
+    ranges_ = reinterpret_cast<Range*>(multipliers_ + round_up16(multipliers));
+    float* shared_residual = multipliers_ + round_up16(multipliers) + ranges;
     for (int64_t i = 0; i < tasks; ++i) ranges_[i] = Range{};
 
     if (chunks_ == 1) {
@@ -339,8 +348,18 @@ class Quantizer {
   void range_pass(int64_t n, int64_t chunk, float* residual) {
     Range range;
     const Buffers buffer = buffers();
+    const int64_t c = p_.channels;
+    uint32_t* __restrict largest = magnitudes_ + (n * chunks_ + chunk) * c;
+    if (per_channel_)
+      for (int64_t i = 0; i < c; ++i) largest[i] = 0;
     for_blocks(chunk, [&](int64_t l, int64_t count) {
-      residual_rows(n, l, count, buffer, residual + (l - begin(chunk)) * p_.channels, range);
+      float* block = residual + (l - begin(chunk)) * c;
+      residual_rows(n, l, count, buffer, block, range);
+      if (!per_channel_) return;
+      for (int64_t k = 0; k < count; ++k) {
+        const float* __restrict row = block + k * c;
+        for (int64_t i = 0; i < c; ++i) largest[i] = std::max(largest[i], float_to_bits(row[i]) & 0x7FFFFFFFu);
+      }
     });
     ranges_[n * chunks_ + chunk] = range;
   }
@@ -360,7 +379,7 @@ class Quantizer {
       const float zero = __builtin_rintf(-range.lo * code.inv_scale) - half_;
       code.zero_point = static_cast<int32_t>(std::min(std::max(zero, -half_), half_ - 1.0f));
     } else {
-      code.scale = std::max(p_.clip_ratio * bits_to_float(range.absmax_bits) / (half_ - 0.5f), kMinScale);
+      code.scale = std::max(p_.clip_ratio * bits_to_float(range.absmax_bits) / step_, kMinScale);
       code.inv_scale = 1.0f / code.scale;
     }
     return code;
@@ -372,7 +391,24 @@ class Quantizer {
     for (int64_t i = 0; i < count; ++i) range.merge(ranges_[first + i]);
     if (!range.finite()) return false;
     write(g, choose(range), range);
+    if (per_channel_) choose_multipliers(g);
     return true;
+  }
+
+  // multipliers_: 1 / (scale * m_c), then m_c, of the channels of sample n.
+  void choose_multipliers(int64_t n) {
+    const int64_t c = p_.channels;
+    const float most = 128.0f / half_, scale = p_.scale[n], reach = (half_ - 0.5f) * scale;
+    float* __restrict inverse = multipliers_ + n * 2 * c;
+    float* __restrict multiplier = inverse + c;
+    uint32_t* __restrict largest = magnitudes_ + n * chunks_ * c;
+    for (int64_t k = 1; k < chunks_; ++k)
+      for (int64_t i = 0; i < c; ++i) largest[i] = std::max(largest[i], largest[k * c + i]);
+    for (int64_t i = 0; i < c; ++i) {
+      const float m = __builtin_ceilf(p_.clip_ratio * bits_to_float(largest[i]) / reach);
+      multiplier[i] = std::min(std::max(m, 1.0f), most);
+      inverse[i] = 1.0f / (scale * multiplier[i]);
+    }
   }
 
   void write(int64_t g, const Code& code, const Range& range) {
@@ -404,6 +440,23 @@ class Quantizer {
     }
     const float* __restrict old = load_row(p_.x_hat, p_.x_hat_dtype, offset, size, buffer.x_hat);
     float* __restrict updated = buffer.updated;
+    if (per_channel_) {
+      const int64_t c = p_.channels;
+      const float* __restrict inverse = multipliers_ + n * 2 * c;
+      const float* __restrict multiplier = inverse + c;
+      for (int64_t k = 0; k < size; k += c) {
+        for (int64_t i = 0; i < c; ++i) {
+          float q = __builtin_rintf(residual[k + i] * inverse[i]);
+          q = q < lo ? lo : q;
+          q = q > hi ? hi : q;
+          q *= multiplier[i];
+          out[k + i] = static_cast<int8_t>(static_cast<int32_t>(q));
+          updated[k + i] = fma_(q, scale, old[k + i]);
+        }
+      }
+      store_row(p_.x_hat, p_.x_hat_dtype, offset, size, updated);
+      return;
+    }
     for (int64_t i = 0; i < size; ++i) {
       float q = __builtin_rintf(residual[i] * inv_scale);
       q = q < lo ? lo : q;
@@ -466,7 +519,10 @@ class Quantizer {
   const QuantizeProblem& p_;
   float half_;
   int64_t granules_, block_rows_, chunks_ = 1;
-  bool single_pass_;
+  bool single_pass_, per_channel_;
+  float step_;                     // scale = range / step_
+  uint32_t* magnitudes_ = nullptr; // [tasks, channels]: bits of the largest |residual|
+  float* multipliers_ = nullptr;   // [samples, 2, channels]
   float* stats_ = nullptr;         // [tasks, 2, channels]
   float* coefficients_ = nullptr;  // [samples, 2, channels]
   Range* ranges_ = nullptr;        // [tasks]

@@ -84,16 +84,29 @@ def _residual(
     residual = _granules_of(x, count, image) - state.to(torch.float32)
     absmax = residual.abs().amax(1)
     _require_finite(op, absmax)
-    if scale is None:
-        used = affine.residual_scale(absmax, act_bits, clip_ratio)
+    if granularity == "per_channel":
+        codes, used = _channel_codes(residual, x_hat.shape[1 if image else -1], act_bits, clip_ratio)
     else:
-        _require_usable_scale(op, scale)
-        used = scale.expand(count).clone()
-    codes = affine.quantize(residual, used, act_bits)
+        if scale is None:
+            used = affine.residual_scale(absmax, act_bits, clip_ratio)
+        else:
+            _require_usable_scale(op, scale)
+            used = scale.expand(count).clone()
+        codes = affine.quantize(residual, used, act_bits)
     residual_q = torch.empty_like(x_hat, dtype=torch.int8)
     affine.granules(residual_q, count, image).copy_(codes)
     state.copy_(state.to(torch.float32) + affine.dequantize(codes, used))
     return residual_q, used, absmax
+
+
+def _channel_codes(residual: Tensor, channels: int, act_bits: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    """Codes times multipliers, int8 like `residual` [N, rows * channels], and scales [N], for per_channel."""
+    values = residual.unflatten(1, (-1, channels))
+    scale, multiplier = affine.channel_multipliers(values.abs().amax(1), act_bits, clip_ratio)
+    by_channel = values.movedim(2, 1).flatten(0, 1)
+    codes = affine.quantize(by_channel, (scale.unsqueeze(1) * multiplier).flatten(), act_bits)
+    codes = codes * multiplier.to(torch.int8).reshape(-1, 1)
+    return codes.unflatten(0, (-1, channels)).movedim(1, 2).flatten(1), scale
 
 
 def _activation(

@@ -39,7 +39,7 @@ class ModulatedConv2d(ModulatedLayer):
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
-        granularity = config.granularity
+        granularity = config.layer_granularity
         if granularity == "per_token" and not _is_pointwise(conv):
             granularity = "per_sample"
         layer = cls(conv, config, state, name, edge, granularity, static_scale)

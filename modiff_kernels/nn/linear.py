@@ -36,7 +36,7 @@ class ModulatedLinear(ModulatedLayer):
         very same tensor share one, default: a tensor of its own. static_scale: for scale_mode "static". Raises
         ValueError on weights that hold NaN or Inf and on a missing or impossible static scale.
         """
-        layer = cls(linear, config, state, name, edge, config.granularity, static_scale)
+        layer = cls(linear, config, state, name, edge, config.layer_granularity, static_scale)
         layer.in_features = linear.in_features
         layer.out_features = linear.out_features
         return layer

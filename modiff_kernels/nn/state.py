@@ -214,7 +214,7 @@ class ModulationState:
         """The edge of `key`, made on first use; `add_consumer` it once per layer that reads it."""
         edge = self.edges.get(key)
         if edge is None:
-            edge = self.edges[key] = Edge(self, key, config, granularity or config.granularity)
+            edge = self.edges[key] = Edge(self, key, config, granularity or config.layer_granularity)
         return edge
 
     def add_consumer(self, edge: Edge) -> None:

@@ -42,6 +42,25 @@ def residual_scale(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor
     return torch.clamp_min(absmax * clip_ratio / levels, MIN_SCALE)
 
 
+def channel_multipliers(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale [N] and integer multipliers [N, C] of granularity per_channel, from the absmax [N, C] of every channel.
+
+    scale * multiplier is the scale of a channel; code * multiplier, with codes of `bits` bits, fits int8::
+
+        most       = 2^(8-bits)
+        scale      = max(clip_ratio * max_c absmax_c / ((2^(bits-1) - 0.5) * most), 2^-100)
+        multiplier = clamp(ceil(clip_ratio * absmax_c / ((2^(bits-1) - 0.5) * scale)), 1, most)
+
+    All float32. This is the per-channel scale of MoDiff's paper ("LCQ") in a form that an integer product can take:
+    exact ones would have to be applied inside its sum over channels.
+    """
+    reach, most = 2 ** (bits - 1) - 0.5, 2 ** (8 - bits)
+    levels = torch.full_like(absmax[:, 0], reach * most)
+    scale = torch.clamp_min(absmax.amax(1) * clip_ratio / levels, MIN_SCALE)
+    multiplier = torch.ceil(absmax * clip_ratio / (scale * reach).unsqueeze(1)).clamp_(1, most)
+    return scale, multiplier
+
+
 def affine_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale (float32) and zero_point (int32) of an affine quantiser over [low, high], float32, low <= 0 <= high.
 

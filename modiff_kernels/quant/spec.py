@@ -10,12 +10,15 @@ per_tensor the whole tensor, batch included             1
 per_sample everything at one index of dimension 0       shape[0]
 per_token  one row of a Linear input, one pixel         numel / channels
 ========== ============================================ =======================
+
+per_channel is per_sample with an integer multiplier on top for every (sample, input channel): a code of few bits times
+its multiplier still fits int8, so an integer product takes it without knowing (`affine.channel_multipliers`).
 """
 
 from collections.abc import Sequence
 
 BITS = (3, 4, 8)
-GRANULARITIES = ("per_tensor", "per_sample", "per_token")
+GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_channel")
 
 
 def quant_min(bits: int) -> int:
@@ -74,6 +77,6 @@ def granule_count(shape: Sequence[int], granularity: str, image: bool) -> int:
     """Number of scales of a tensor of `shape` at `granularity` (see the table of this module)."""
     if granularity == "per_tensor":
         return 1
-    if granularity == "per_sample":
+    if granularity in ("per_sample", "per_channel"):
         return shape[0]
     return row_count(shape, image)
