@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 CHANNELS = (1, 3, 63, 64, 65, 1030)
 SAMPLES = (1, 2, 3, 8)
-THREAD_SHAPES = [*itertools.product(SAMPLES, (1, 35), (3, 65)), (1, 35, 1030)]
+THREAD_SHAPES = [*itertools.product(SAMPLES, (1, 35), (65,)), (1, 35, 1030)]
 SHAPES = [
     *itertools.product(SAMPLES, (1, 5, 35), CHANNELS[:-1]),
     (1, 35, 1030),
@@ -411,9 +411,7 @@ class TestLayerNorm:
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     @pytest.mark.parametrize("channels", [3, 63, 64, 65, 1030])
-    def test_residual_is_half_a_step_from_the_oracle(
-        self, channels, granularity, dtype, mean, affine, threads, poisoned_empty
-    ):
+    def test_residual_is_half_a_step_from_the_oracle(self, channels, granularity, dtype, mean, affine, poisoned_empty):
         shape, eps = (3, 5, channels), 1e-5
         h = (torch.randn(shape) + mean).to(dtype)
         gamma, beta = (torch.randn(channels), torch.randn(channels)) if affine else (None, None)
@@ -606,7 +604,7 @@ class TestConvolve:
         geometry = Geometry(seed)
         self.check_epilogues(geometry, "per_sample" if seed % 2 else "per_tensor", state_dtype, dtype)
 
-    @pytest.mark.parametrize("seed", range(2, GEOMETRIES, 6))
+    @pytest.mark.parametrize("seed", range(2, GEOMETRIES, 9))
     def test_epilogues_with_two_threads(self, seed, two_threads, poisoned_empty):
         self.check_epilogues(Geometry(seed), "per_sample", torch.float16, torch.float32)
 
