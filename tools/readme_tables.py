@@ -1,4 +1,4 @@
-"""Write the tables of README.md from results, or check that they are up to date.
+"""Write the tables of README.md and docs/ from results, or check that they are up to date.
 
     python tools/readme_tables.py            rewrite the tables
     python tools/readme_tables.py --check    exit code 1 if a table is out of date
@@ -7,6 +7,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
 
     compare            benchmarks/results/compare.json, as `modiff compare --json` writes it
     unet_step NETWORK  the newest rows of that network in each benchmarks/results/*.csv
+    integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ UNET_STEP_HEADER = (
     "SQNR dB",
     "state MB",
 )
+
+
+INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
+PAGES = ("README.md", "docs/cpu_kernels.md")
 
 
 def compare_table(results: Path) -> str:
@@ -88,12 +93,35 @@ def _step_cells(name: str, metrics: dict[str, dict[str, str]]) -> Sequence[str]:
     )
 
 
+def integer_conv_table(results: Path) -> str:
+    """One table per device: the package's kernel, oneDNN's int8 and float32 convolution of every layer."""
+    parts = []
+    for path in sorted(results.glob("*.csv")):
+        newest: dict[str, dict[str, dict[str, str]]] = {}
+        for row in read(path):
+            if row["op"] == "integer_conv":
+                newest.setdefault(row["problem"], {})[row["backend"]] = row
+        cells = []
+        for problem, forms in newest.items():
+            time = {name: float(form["p50"]) for name, form in forms.items()}
+            ratios = [f"{time[name] / time['kernel']:.2f}x" for name in ("onednn", "float32")]
+            cells.append([problem, *[f"{time[name]:.0f}" for name in ("kernel", "onednn", "float32")], *ratios])
+        if cells:
+            last = forms["kernel"]
+            commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
+            parts.append(
+                f"{markdown_table(INTEGER_CONV_HEADER, cells)}\n\n`{last['repro']}`: {last['device']}; torch "
+                f"{last['torch']}; commit {commit}, {last['utc'][:10]}.\n"
+            )
+    return "\n".join(parts) or f"{NOTHING}\n"
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
         kind, *options = match[2].split()
-        makers = {"compare": compare_table, "unet_step": unet_step_table}
+        makers = {"compare": compare_table, "unet_step": unet_step_table, "integer_conv": integer_conv_table}
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")
         return f"{match[1]}\n{makers[kind](results, *options)}\n{match[4]}"
@@ -105,15 +133,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, exit code 1 if a table is out of date")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = filled(text, ROOT / "benchmarks" / "results")
-    if args.check:
-        if new != text:
-            print("README.md: tables are out of date; run python tools/readme_tables.py", file=sys.stderr)
-        return int(new != text)
-    readme.write_text(new)
-    return 0
+    outdated = False
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        new = filled(text, ROOT / "benchmarks" / "results")
+        if new == text:
+            continue
+        outdated = True
+        if args.check:
+            print(f"{page}: tables are out of date; run python tools/readme_tables.py", file=sys.stderr)
+        else:
+            (ROOT / page).write_text(new)
+    return int(args.check and outdated)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from modiff_kernels import __version__
 __all__ = ["SCHEDULERS", "UserError", "build_parser", "command_line", "writable"]
 
 BITS = (3, 4, 8)
+GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_channel")
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -95,6 +96,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive, default=None, help="CPU threads (default: torch decides)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample (%(default)s)")
     add("--backend", default="auto", help="backend of the quantised layers, see `modiff doctor` (%(default)s)")
+    add(
+        "--granularity",
+        choices=GRANULARITIES,
+        default=None,
+        help="one activation scale for what (default: per_channel for residuals of 3 and 4 bits, else per_sample)",
+    )
     add("--quiet", action="store_true", help="no progress bars, no notes")
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     model = models.load_model(args.model, args.prompt, device)
     calls = models.check_steps(model, args.scheduler, args.steps)
     notes: list[str] = []
-    configurations = _configurations(model, rows, args.backend)
+    configurations = _configurations(model, rows, args.backend, args.granularity)
     reference, configurations = _warm_up(args, model, configurations, notes)
     _measure(args, model, reference, configurations)
     report = _report(args, model, device, calls, reference, configurations, notes)
@@ -89,7 +89,7 @@ def _outputs(args: argparse.Namespace) -> list[tuple[str, Path]]:
     return [(kind, writable(path)) for kind, path in outputs if path]
 
 
-def _configurations(model: models.Model, rows: list[Row], backend: str) -> list[Configuration]:
+def _configurations(model: models.Model, rows: list[Row], backend: str, granularity: str | None) -> list[Configuration]:
     """One UNet per row. All share the weights of one channels_last copy, the contiguous row keeps the original ones."""
     channels_last = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
     configurations = []
@@ -100,7 +100,7 @@ def _configurations(model: models.Model, rows: list[Row], backend: str) -> list[
         unet = models.share_copy(channels_last)
         if row.compiled:
             unet.compile()
-        quantised = None if row.mode == "float" else Quantised(unet, row, backend)
+        quantised = None if row.mode == "float" else Quantised(unet, row, backend, granularity)
         configurations.append(Configuration(row, unet, quantised))
     return configurations
 

@@ -20,11 +20,15 @@ FLOAT_BITS = 32
 class Quantised:
     """Accelerates `unet` in place as `row` says. UserError for a configuration that cannot run here."""
 
-    def __init__(self, unet: torch.nn.Module, row: Row, backend: str = "auto") -> None:
+    def __init__(self, unet: torch.nn.Module, row: Row, backend: str = "auto", granularity: str | None = None) -> None:
         mode = "modulated" if row.mode == "modulated" else "quantized"
         act_bits = None if row.mode == "weight_only" else row.act_bits
+        if mode == "quantized" and granularity == "per_channel":
+            granularity = None
         try:
-            config = mk.ModiffConfig(weight_bits=row.weight_bits, act_bits=act_bits, mode=mode, backend=backend)
+            config = mk.ModiffConfig(
+                weight_bits=row.weight_bits, act_bits=act_bits, mode=mode, backend=backend, granularity=granularity
+            )
             self.handle = mk.accelerate(unet, config)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{row.name}: {error}") from error

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     quantised = None
     if args.mode != "float":
         act_bits = 32 if args.mode == "weight_only" else args.act_bits
-        quantised = Quantised(unet, Row("sample", args.mode, args.mode, args.weight_bits, act_bits), args.backend)
+        row = Row("sample", args.mode, args.mode, args.weight_bits, act_bits)
+        quantised = Quantised(unet, row, args.backend, args.granularity)
     images = []
     started = time.perf_counter()
     batches = math.ceil(args.images / args.batch)
