@@ -140,7 +140,7 @@ MODULATED = [
     {"scale_mode": scale_mode, "state_dtype": state_dtype, "first_step_bits": bits}
     for scale_mode in ("dynamic", "delayed", "static")
     for state_dtype in ("float32", "float16")
-    for bits in (None, 8)
+    for bits in ((None, 8) if scale_mode == "dynamic" else (None,))
 ]
 
 
@@ -239,6 +239,9 @@ class TestInvariant:
                 terms = product(layer, source, magnitudes=True)
                 assert_invariant(y_hat_of(layer), x_hat, terms, product(layer, source), self.UPDATES)
                 checked.add(name)
+        upsampling = unet.get_submodule(UPSAMPLE).conv
+        assert x_hat_of(upsampling).shape == (2, 64, 4, 4)  # the low resolution
+        assert y_hat_of(upsampling).shape == (2, 64, 8, 8)
         assert checked == {"conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "conv"}
 
     def test_conv2_and_the_shortcut_share_one_y_hat(self, unet):
@@ -253,11 +256,6 @@ class TestInvariant:
             terms = sum(product(layer, x_hat, magnitudes=True) for layer, x_hat in pairs)
             # Two roundings of y_hat per update: one for either product.
             assert_invariant(y_hat_of(conv2), x_hat_of(conv2), terms, expected, 2 * self.UPDATES)
-
-    def test_the_upsampling_keeps_its_input_at_the_low_resolution(self, unet):
-        layer = unet.get_submodule(UPSAMPLE).conv
-        assert x_hat_of(layer).shape == (2, 64, 4, 4)
-        assert y_hat_of(layer).shape == (2, 64, 8, 8)
 
 
 def with_resnet(unet, **options):
