@@ -117,8 +117,11 @@ class _FusedBlock(nn.Module):
 
 
 def _is_untouched(block: nn.Module) -> bool:
-    """No hooks and no forward of its own, which a fused block would not call."""
-    return "forward" not in block.__dict__ and not block._forward_hooks and not block._forward_pre_hooks
+    """No hooks and no forward of its own, in the block or below: a fused block would not call them."""
+    return all(
+        "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+        for module in block.modules()
+    )
 
 
 def _residual(layer: ModulatedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,8 +246,8 @@ class FusedResnetBlock2D(_FusedBlock):
     def fits(block: nn.Module) -> bool:
         """Whether the block computes exactly the equation above."""
         return (
-            isinstance(block.norm1, nn.GroupNorm)
-            and isinstance(block.norm2, nn.GroupNorm)
+            type(block.norm1) is nn.GroupNorm
+            and type(block.norm2) is nn.GroupNorm
             and isinstance(block.nonlinearity, nn.SiLU)
             and block.time_embedding_norm == "default"
             and block.upsample is None
@@ -379,7 +382,7 @@ class FusedAttention(_FusedBlock):
         linears = [block.to_q, block.to_k, block.to_v, block.to_out[0] if block.to_out is not None else None]
         return (
             type(block.processor).__name__ in ("AttnProcessor", "AttnProcessor2_0")
-            and isinstance(block.group_norm, nn.GroupNorm)
+            and type(block.group_norm) is nn.GroupNorm
             and all(isinstance(linear, nn.Linear) for linear in linears)
             and block.to_k.in_features == block.to_q.in_features
             and block.to_k.out_features == block.to_q.out_features
@@ -475,6 +478,7 @@ class FusedUpsample2D(_FusedBlock):
             and block.interpolate
             and block.norm is None
             and block.name == "conv"
+            and block.conv.kernel_size != (1, 1)  # its scales may be per pixel, which are not repeated
             and _is_untouched(block)
         )
 

@@ -495,3 +495,15 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
     assert names.count("addmm") == 3  # time embedding, and its projections for all blocks at once
     assert len(names) == 2 + 3
     assert len(products.seen) - len(names) == 4  # scaled_dot_product_attention, once per attention
+
+
+def test_hooks_below_a_block_keep_it_unfused():
+    calls = []
+    unet = tiny_unet()
+    unet.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: calls.append("norm1"))
+    handle = mk.accelerate(unet, mk.ModiffConfig())
+    assert type(unet.mid_block.resnets[0]).__name__ == "ResnetBlock2D"
+    assert type(unet.mid_block.resnets[1]).__name__ == "FusedResnetBlock2D"
+    with torch.no_grad(), handle.sampling_run():
+        unet(torch.randn(1, 3, 8, 8), 10)
+    assert calls == ["norm1"]
