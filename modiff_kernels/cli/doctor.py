@@ -119,9 +119,7 @@ def _dispatch() -> str:
     for row in dispatch.table():
         reason = row.reason and row.reason.replace(f"it has no {row.op}", "this backend does not have the op")
         table.setdefault(row.op, {})[row.backend] = reason
-    reasons: list[str] = []
-    for cells in table.values():
-        reasons += [reason for reason in cells.values() if reason and reason not in reasons]
+    reasons = list(dict.fromkeys(reason for cells in table.values() for reason in cells.values() if reason))
 
     def cell(reason: str | None) -> str:
         return "yes" if reason is None else f"no [{reasons.index(reason) + 1}]"

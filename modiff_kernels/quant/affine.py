@@ -87,6 +87,16 @@ def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = No
     return codes.clamp_(quant_min(bits), quant_max(bits)).to(torch.int8)
 
 
+def quantize_channels(x: Tensor, channels: int, bits: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Granularity per_channel: codes times multipliers, int8 like `x` float32 [N, rows * channels], and scales [N]."""
+    values = x.unflatten(1, (-1, channels))
+    scale, multiplier = channel_multipliers(values.abs().amax(1), bits, clip_ratio)
+    by_channel = values.movedim(2, 1).flatten(0, 1)
+    codes = quantize(by_channel, (scale.unsqueeze(1) * multiplier).flatten(), bits)
+    codes = codes * multiplier.to(torch.int8).reshape(-1, 1)
+    return codes.unflatten(0, (-1, channels)).movedim(1, 2).flatten(1), scale
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """scale * (code - zero_point), float32 [granules, elements]."""
     values = codes.to(torch.float32)

@@ -47,6 +47,7 @@ def with_cpu(monkeypatch, fresh_dispatch):
     fresh_dispatch.reset()
 
     def install(module):
+        monkeypatch.setattr(dispatch, "PRIORITY", {**dispatch.PRIORITY, "cpu": ("cpu", "reference")})
         monkeypatch.setattr(dispatch, "load", lambda name: reference if name == "reference" else module)
 
     return install
@@ -140,7 +141,9 @@ def test_environment_variable_forces_one_backend(with_cpu, monkeypatch):
 def test_unknown_environment_variable(fresh_dispatch, monkeypatch, name):
     monkeypatch.setenv("MODIFF_BACKEND", name)
     fresh_dispatch.reset()
-    with pytest.raises(ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, reference"):
+    with pytest.raises(
+        ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, reference"
+    ):
         dispatch.select(PROBLEM)
 
 

@@ -111,7 +111,7 @@ WRONG_LINEAR = [
     ("act_bits", 0, ValueError, r"act_bits=0 is not supported; choose one of 3, 4, 8"),
     ("weight_bits", 2, ValueError, r"weight_bits=2 is not supported; choose one of 3, 4, 8"),
     ("first_step_bits", 5, ValueError, r"first_step_bits=5 is not supported; choose one of 0, 3, 4, 8"),
-    ("granularity", "per_channel", ValueError, r"granularity='per_channel' is not known; choose one of 'per_tensor'"),
+    ("granularity", "per_pixel", ValueError, r"granularity='per_pixel' is not known; choose one of 'per_tensor'"),
     ("group_size", 0, ValueError, r"group_size=0 is not allowed"),
     ("group_size", 4, ValueError, r"group_size=4 with k=10 needs a contiguous \[N, 3\]"),
     ("clip_ratio", 0.0, ValueError, r"clip_ratio=0\.0 is not allowed"),
@@ -232,7 +232,9 @@ def test_pack_weight_refuses_codes_out_of_range():
 
 @pytest.mark.parametrize("backend", ["gpu", "", "Reference"])
 def test_unknown_backend(backend):
-    with pytest.raises(ValueError, match=f"backend='{backend}' is not known; choose one of auto, cpu, reference"):
+    with pytest.raises(
+        ValueError, match=f"backend='{backend}' is not known; choose one of auto, cpu, onednn, reference"
+    ):
         ops.quantize_activation(torch.randn(2, 4), 8, "per_tensor", backend=backend)
 
 
