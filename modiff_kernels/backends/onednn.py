@@ -277,7 +277,8 @@ def _initialize(
         if conv is None:
             values = F.linear(state, weight)
         else:
-            values = F.conv2d(state, weight, None, *map(tuple, conv[1:4]), conv[4])
+            _, stride, padding, dilation, groups = conv
+            values = F.conv2d(state, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
         values = values * passes.per_channel(weight_scale, conv)
     if bias is not None:
         values = values + passes.per_channel(bias.to(torch.float32), conv)
