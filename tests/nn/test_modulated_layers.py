@@ -194,7 +194,7 @@ def test_delayed_scales_begin_dynamic(backend):
     outs = {}
     for scale_mode in ("dynamic", "delayed"):
         torch.manual_seed(0)
-        _, layer, _ = build("linear", act_bits=4, scale_mode=scale_mode, backend=backend)
+        _, layer, _ = build("linear", act_bits=4, scale_mode=scale_mode, granularity="per_sample", backend=backend)
         outs[scale_mode] = [run(layer, inputs[:calls]) for calls in (1, 2, 3)]
     for calls in (0, 1):
         assert torch.equal(outs["dynamic"][calls], outs["delayed"][calls])
