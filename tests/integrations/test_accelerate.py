@@ -21,6 +21,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -774,3 +775,25 @@ class TestExplain:
         assert [row.shape for row in rows] == ["4->6 /2 groups 2", "5->7"]
         assert all((row.mode, row.bits, row.backend) == ("float", "w4a-", "torch") for row in rows)
         assert all("dequantised weights" in row.reason for row in rows)
+
+
+class TestDtype:
+    def test_is_answered_without_a_walk_over_the_modules(self):
+        unet = tiny_unet()
+        plain = type(unet)
+        handle = mk.accelerate(unet, mk.ModiffConfig())
+        assert isinstance(unet, plain)
+        assert type(unet).__name__ == plain.__name__
+        assert unet.dtype == torch.float32
+        unet.to(torch.bfloat16)
+        assert unet.dtype == torch.bfloat16
+        handle.remove()
+        assert type(unet) is plain
+
+    def test_hooks_that_change_it_are_still_asked(self):
+        unet = tiny_unet()
+        apply_layerwise_casting(unet.conv_out, storage_dtype=torch.float16, compute_dtype=torch.float32)
+        plain = type(unet)
+        mk.accelerate(unet, mk.ModiffConfig())
+        assert type(unet) is plain
+        assert unet.dtype == torch.float32
