@@ -26,6 +26,7 @@ _IDENTITY, _GROUP_NORM, _LAYER_NORM, _GEGLU = range(4)
 _ACCUMULATE, _INITIALIZE, _OUTPUT = range(3)
 _AUTO_ISA = -1
 _MAX_TAPS = 49
+_MAX_K = 65536  # 255 * 128 * k, the largest sum of unsigned codes times weights, stays within int32
 
 
 @lru_cache(maxsize=1)
@@ -515,6 +516,8 @@ def _product_why_not(problem: Any) -> str | None:
         return f"the integer products need AVX-512 VNNI, this CPU has {isa()}"
     if problem.layout != VNNI_V1:
         return f"layout {problem.layout} is not {VNNI_V1}; prepare the weight with ops.prepare_weight"
+    if problem.k > _MAX_K:
+        return f"k={problem.k} products can overflow int32; at most {_MAX_K} are summed"
     if problem.group_size != -1:
         return f"group_size {problem.group_size}: only one weight scale per output channel"
     if problem.kernel_size is not None:

@@ -432,8 +432,8 @@ def _set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack
 def _answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     """Give `unet` a subclass of its class whose `dtype` is that of its first floating parameter; `undo` takes it back.
 
-    diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call: 4 %
-    of a step of the shipped model. UNets that have such hooks, or modules kept in float32, keep the property.
+    diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call,
+    which small ones feel. UNets that have such hooks, or modules kept in float32, keep the property.
     """
     plain = type(unet)
     if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):

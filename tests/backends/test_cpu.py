@@ -734,6 +734,7 @@ QUANTISING_OPS = {
 PRODUCTS = ("accumulate", "initialize", "modulated", "quantized")
 REFUSED = {
     "taps": ({"kernel_size": (5, 10)}, r"kernel_size \(5, 10\) has more than 49 taps"),
+    "overflow": ({"k": 65537}, "k=65537 products can overflow int32; at most 65536"),
     "group-size": ({"group_size": 32}, "group_size 32: only one weight scale per output channel"),
     "kpack": ({"layout": "kpack_v1"}, "layout kpack_v1 is not vnni_v1"),
     "per-token": ({"granularity": "per_token"}, "per_token scales do not factor out"),
