@@ -24,10 +24,10 @@ class ModiffConfig:
     weight_bits: 3, 4, 8, or None (weights untouched; then act_bits must be None too).
     act_bits: bits of the residual codes (mode "modulated") or activation codes ("quantized"): 3, 4, 8, or None
         (float activations with dequantised weights: the ceiling that weight quantisation alone sets).
-    granularity: how many activation scales a tensor has: "per_tensor", "per_sample", "per_token" or "per_channel" (one
-        per sample and input channel; dynamic scales of residuals only). None is "per_channel" where it can be had at 3
-        and 4 bits, else "per_sample". A convolution whose scale per pixel does not factor out of its sum (anything but
-        1x1 with stride 1 and no padding) takes "per_sample" in place of "per_token".
+    granularity: how many activation scales a tensor has: "per_tensor", "per_sample", "per_token" or "per_block" (one
+        per sample, input channel and 16 rows or pixels; dynamic scales of residuals only). None is "per_block" where it
+        can be had at 3 and 4 bits, else "per_sample". A convolution whose scale per pixel does not factor out of its
+        sum (anything but 1x1 with stride 1 and no padding) takes "per_sample" in place of "per_token".
     scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
         update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as static_scales.
     first_step_bits: None computes the first call of a run with float activations; 3, 4 or 8 quantise them.
@@ -73,7 +73,7 @@ class ModiffConfig:
             raise _error("clip_ratio", self.clip_ratio, "a number above 0 and up to 1")
         object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
         object.__setattr__(self, "skip_modules", _checked_skip_modules(self.skip_modules))
-        if self.granularity == "per_channel" and self.scale_mode != "dynamic":
+        if self.granularity == "per_block" and self.scale_mode != "dynamic":
             raise _error(
                 "granularity", self.granularity, f"another one, or scale_mode='dynamic' (got {self.scale_mode!r})"
             )
@@ -87,10 +87,10 @@ class ModiffConfig:
     @property
     def layer_granularity(self) -> str:
         """The granularity that layers use: `granularity`, or what None stands for."""
-        channelwise = self.mode == "modulated" and self.scale_mode == "dynamic" and self.act_bits in (3, 4)
+        blockwise = self.mode == "modulated" and self.scale_mode == "dynamic" and self.act_bits in (3, 4)
         if self.granularity is None:
-            return "per_channel" if channelwise else "per_sample"
-        if self.granularity == "per_channel" and not channelwise:
+            return "per_block" if blockwise else "per_sample"
+        if self.granularity == "per_block" and not blockwise:
             return "per_sample"
         return self.granularity
 

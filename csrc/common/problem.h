@@ -9,8 +9,8 @@ enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 inline int64_t element_size(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 
 // How many values one residual scale covers. The index of the scale of row l of sample n is 0, n or n * rows + l.
-// kPerChannel: one scale per sample times a small integer per (sample, channel); see quantize_kernels.h.
-enum class Granularity : int32_t { kPerTensor = 0, kPerSample = 1, kPerToken = 2, kPerChannel = 3 };
+// kPerBlock: one scale per sample times a small integer per (sample, block of rows, channel); see quantize_kernels.h.
+enum class Granularity : int32_t { kPerTensor = 0, kPerSample = 1, kPerToken = 2, kPerBlock = 3 };
 
 inline int64_t scale_index(Granularity g, int64_t n, int64_t l, int64_t rows) {
   return g == Granularity::kPerTensor ? 0 : g == Granularity::kPerToken ? n * rows + l : n;

@@ -1,5 +1,5 @@
-// NHWC implicit-GEMM convolution (and GEMM) on AVX-512 VNNI: int8 codes times int8 weights, exact int32 sums, the epilogue
-// of modulation in the registers that hold the sums.
+// NHWC implicit-GEMM convolution (and GEMM) on AVX-512 VNNI: int8 codes times int8 weights, exact int32 sums, the
+// epilogue of modulation in the registers that hold the sums.
 //
 //   operand   shape                              dtype   layout
 //   codes     [samples, h, w, c_in]              int8    contiguous
@@ -7,14 +7,15 @@
 //   y_hat     [samples, out_h, out_w, c_out]     f32/f16/bf16, read and written
 //   skip, out like y_hat                         f32/f16/bf16
 //
-// vpdpbusd multiplies unsigned by signed bytes, so codes are stored as code + 128 and (128 + zero_point) * sum_k(weight) is
-// subtracted from the sum; padding holds the code of x = 0, which makes the subtraction right at the borders too.
+// vpdpbusd multiplies unsigned by signed bytes, so codes are stored as code + 128 and (128 + zero_point) *
+// sum_k(weight) is subtracted from the sum; padding holds the code of x = 0, which makes the subtraction right at the
+// borders too.
 //
 // A task is a block of output rows of one image, or several whole small images, times a range of output channels. It
-// copies the input it needs into a padded byte image (first-level or second-level cache), then for every set of NR weight panels walks
-// blocks of MR output pixels: MR * NR accumulators stay in registers over the whole of K. Per four values of K: NR weight
-// loads, MR broadcasts, MR * NR vpdpbusd. MR * NR = 24 of 32 registers keeps both multiply ports busy
-// (latency 5, 2 a cycle) and leaves room for operands.
+// copies the input it needs into a padded byte image (first-level or second-level cache), then for every set of NR
+// weight panels walks blocks of MR output pixels: MR * NR accumulators stay in registers over the whole of K. Per four
+// values of K: NR weight loads, MR broadcasts, MR * NR vpdpbusd. MR * NR = 24 of 32 registers keeps both multiply ports
+// busy (latency 5, 2 a cycle) and leaves room for operands.
 //
 // Limits: any kernel, stride, padding, dilation, groups; weights of 8, 4 and 3 bits are int8 here. Speed wants
 // c_in / groups >= 16 and c_out / groups >= 16.
@@ -32,8 +33,9 @@
 namespace modiff::cpu {
 namespace {
 
-constexpr int kMaxPixels = 14;         // largest MR
-constexpr int64_t kTaskPixels = 256;   // output pixels of a task: a weight panel set is read once per task from the L2 cache
+constexpr int kMaxPixels = 14;  // largest MR
+constexpr int64_t kTaskPixels =
+    256;  // output pixels of a task: a weight panel set is read once per task from the L2 cache
 constexpr int64_t kMaxRuns = 64;
 constexpr int64_t kMaxSums = 24 * kPanel;  // largest MR * NR, times the channels of a panel
 
@@ -56,8 +58,8 @@ struct Block {
   int64_t channels;           // valid ones
 };
 
-// sums[MR][NR][16] = codes of MR pixels times NR weight panels. Kept apart from the epilogue so that the accumulators have
-// the registers to themselves.
+// sums[MR][NR][16] = codes of MR pixels times NR weight panels. Kept apart from the epilogue so that the accumulators
+// have the registers to themselves.
 template <int MR, int NR>
 void multiply(const Block& b, int32_t* sums) {
   __m512i acc[MR][NR];
@@ -106,8 +108,7 @@ inline void store16(void* base, DType dtype, int64_t offset, __mmask16 mask, __m
   } else {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
     raw = _mm512_cvtepi32_epi16(rounded);
@@ -137,8 +138,8 @@ void epilogue(const Block& b, int pixels, int panels, const int32_t* sums) {
       const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + (m * panels + n) * kPanel), correction);
       const __m512 scale = _mm512_set1_ps(p.scale[granule[m]]);
       __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), weight_scale), scale);
-      value = _mm512_add_ps(
-          value, p.epilogue == Epilogue::kAccumulate ? load16(p.y_hat, p.y_hat_dtype, offset, mask) : bias);
+      value = _mm512_add_ps(value,
+                            p.epilogue == Epilogue::kAccumulate ? load16(p.y_hat, p.y_hat_dtype, offset, mask) : bias);
       if (p.epilogue != Epilogue::kOutput) store16(p.y_hat, p.y_hat_dtype, offset, mask, value);
       if (p.out == nullptr) continue;
       if (p.skip != nullptr) value = _mm512_add_ps(value, load16(p.skip, p.skip_dtype, offset, mask));
@@ -177,8 +178,7 @@ int panel_set(int64_t left) { return left >= 4 && left != 5 && left != 6 ? 4 : l
 void copy_codes(const int8_t* from, uint8_t* to, int64_t count) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   int64_t i = 0;
-  for (; i + 64 <= count; i += 64)
-    _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(from + i), flip));
+  for (; i + 64 <= count; i += 64) _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(from + i), flip));
   if (i < count) {
     const __mmask64 mask = ~uint64_t{0} >> (64 - (count - i));
     _mm512_mask_storeu_epi8(to + i, mask, _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from + i), flip));
@@ -248,8 +248,8 @@ class Convolution {
         for (int64_t done = 0; done < total;) {
           const int mr = static_cast<int>(std::min<int64_t>(kPixels[nr], total - done));
           for (int m = 0; m < mr; ++m) {
-            pixel[m] = image + n * image_bytes +
-                       (row * p_.stride_h * padded_w_ + column * p_.stride_w) * pixel_bytes_ + g * layout_.c_padded;
+            pixel[m] = image + n * image_bytes + (row * p_.stride_h * padded_w_ + column * p_.stride_w) * pixel_bytes_ +
+                       g * layout_.c_padded;
             output_pixel[m] = ((n0 + n) * p_.out_h + row0 + row) * p_.out_w + column;
             if (++column == p_.out_w) {
               column = 0;
@@ -292,8 +292,8 @@ class Convolution {
       std::memset(row + left * pixel_bytes_, border, middle * pixel_bytes_);
       for (int64_t x = 0; x < middle; ++x)
         for (int64_t g = 0; g < p_.groups; ++g)
-          copy_codes(source + x * p_.c_in + g * layout_.c_group,
-                     row + (left + x) * pixel_bytes_ + g * layout_.c_padded, layout_.c_group);
+          copy_codes(source + x * p_.c_in + g * layout_.c_group, row + (left + x) * pixel_bytes_ + g * layout_.c_padded,
+                     layout_.c_group);
     }
   }
 

@@ -1,5 +1,5 @@
-// Binding of the CPU kernels to torch through its stable ABI: the only file here that includes torch headers. The ops live
-// in the private namespace modiff_cpu; modiff_kernels/backends/cpu.py validates, shapes and documents the calls.
+// Binding of the CPU kernels to torch through its stable ABI: the only file here that includes torch headers. The ops
+// live in the private namespace modiff_cpu; modiff_kernels/backends/cpu.py validates, shapes and documents the calls.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -89,8 +89,8 @@ const float* floats(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
-// Four dimensions are an NCHW image in channels_last memory; a Linear's input comes with fewer. Straight to the allocator:
-// torch::stable::empty looks an operator up by name at every call.
+// Four dimensions are an NCHW image in channels_last memory; a Linear's input comes with fewer. Straight to the
+// allocator: torch::stable::empty looks an operator up by name at every call.
 Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   constexpr int64_t kMaxDim = 8;
   STD_TORCH_CHECK(dim <= kMaxDim, "modiff_cpu: tensors of up to 8 dimensions, got ", dim);
@@ -122,11 +122,13 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
 
 Tensor empty_vector(int64_t size, ScalarType dtype) { return empty(&size, 1, dtype); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
-    const Tensor& input, int64_t prologue, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-    std::optional<Tensor> shift, int64_t num_groups, double eps, bool silu, std::optional<Tensor> x_hat, bool affine,
-    int64_t act_bits, int64_t granularity, double clip_ratio, std::optional<Tensor> scale, int64_t samples, int64_t rows,
-    int64_t channels, int64_t requested_isa) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t prologue, std::optional<Tensor> gamma,
+                                                    std::optional<Tensor> beta, std::optional<Tensor> shift,
+                                                    int64_t num_groups, double eps, bool silu,
+                                                    std::optional<Tensor> x_hat, bool affine, int64_t act_bits,
+                                                    int64_t granularity, double clip_ratio, std::optional<Tensor> scale,
+                                                    int64_t samples, int64_t rows, int64_t channels,
+                                                    int64_t requested_isa) {
   QuantizeProblem p{};
   p.prologue = static_cast<Prologue>(prologue);
   p.samples = samples;
@@ -166,7 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
   return {codes, scale_out, absmax, zero_point};
 }
 
-// geometry: samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
+// geometry: samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+// groups
 Tensor convolve(const Tensor& codes, const Tensor& scale, int64_t granularity, std::optional<Tensor> zero_point,
                 const Tensor& weight, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t epilogue,
                 std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,

@@ -10,8 +10,8 @@ int64_t num_threads();
 // Calls body(begin, end, context) on disjoint ranges that cover [0, count). The body must not throw.
 void parallel_for_raw(int64_t count, void (*body)(int64_t, int64_t, void*), void* context);
 
-// Runs task(i) for i in [0, count), handing tasks to whichever thread is free (cores are shared with other work, so equal
-// shares are not equal times).
+// Runs task(i) for i in [0, count), handing tasks to whichever thread is free (cores are shared with other work, so
+// equal shares are not equal times).
 template <class Task>
 void parallel_tasks(int64_t count, const Task& task) {
   struct Context {

@@ -4,8 +4,8 @@
 
 namespace modiff::cpu {
 
-// Returns false when an activation was NaN or infinite. With dynamic scales x_hat is then unchanged in the granule that holds
-// it; other samples or rows may have been updated, because each goes through all phases while it is in the cache.
+// Returns false when an activation was NaN or infinite. With dynamic scales x_hat is then unchanged in the granule that
+// holds it; other samples or rows may have been updated, because each goes through all phases while it is in the cache.
 using QuantizeFn = bool (*)(const QuantizeProblem&);
 
 bool quantize_plain(const QuantizeProblem&);

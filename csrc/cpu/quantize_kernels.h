@@ -4,17 +4,19 @@
 // Equations (granule = what one scale covers; b = act_bits; qmin = -2^(b-1), qmax = 2^(b-1) - 1):
 //   residual form:  r = x - x_hat;  scale = max(clip_ratio * max|r| / (2^(b-1) - 0.5), 2^-100) or given
 //                   q = clamp(rne(r * (1 / scale)), qmin, qmax);  x_hat += scale * q
-//   per channel:    scale = max(clip_ratio * max|r| / ((2^(b-1) - 0.5) * M), 2^-100) per sample, M = 2^(8-b);
-//                   m_c = clamp(ceil(clip_ratio * max|r_c| / ((2^(b-1) - 0.5) * scale)), 1, M) per channel;
-//                   q = clamp(rne(r * (1 / (scale * m_c))), qmin, qmax) * m_c, which fits int8; x_hat += scale * q
+//   per block:      scale = max(clip_ratio * max|r| / ((2^(b-1) - 13/16) * M), 2^-100) per sample, M = 2^(8-b);
+//                   m = clamp(ceil(clip_ratio * max|r_block| / ((2^(b-1) - 13/16) * scale)), 1, M) per block, that is
+//                   16 rows of one channel (the last of a sample: up to 31);
+//                   q = clamp(rne(r * (1 / (scale * m))), qmin, qmax) * m, which fits int8; x_hat += scale * q
 //   plain form:     the same on x without x_hat, or affine: x ~ scale * (q - zero_point)
 //   with x = input | silu?(group_norm(input + shift)) | layer_norm(input) | input[:C] * gelu(input[C:])
 //
-// Work is cut into chunks of rows. Each chunk goes through up to three phases (statistics, residual + range, codes); when
-// there are enough samples one thread takes a sample through all phases while it is in its cache, otherwise each phase is
-// one parallel loop over the chunks. Within a phase, blocks of rows of about kBlock values go through conversion, norm,
-// activation, residual and rounding in loops over buffers that stay in the first-level cache. With dynamic scales of a
-// whole sample or tensor, the residuals wait in float32 scratch so that norm and activation are computed once.
+// Work is cut into chunks of rows. Each chunk goes through up to three phases (statistics, residual + range, codes);
+// when there are enough samples one thread takes a sample through all phases while it is in its cache, otherwise each
+// phase is one parallel loop over the chunks. Within a phase, blocks of rows of about kBlock values go through
+// conversion, norm, activation, residual and rounding in loops over buffers that stay in the first-level cache. With
+// dynamic scales of a whole sample or tensor, the residuals wait in float32 scratch so that norm and activation are
+// computed once.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -33,7 +35,8 @@ inline float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float fma_(float a, float b, float c) { return a * b + c; }
 #endif
 
-constexpr int64_t kBlock = 1024;  // values of a block: five float32 buffers of it are 20 KiB
+constexpr int64_t kBlock = 1024;        // values of a block: five float32 buffers of it are 20 KiB
+constexpr int64_t kBlockRows = 16;      // of a block with its own multiplier (quant/spec.py BLOCK_ROWS)
 constexpr float kMinScale = 0x1p-100f;  // keeps 1 / scale finite for an all-zero residual
 
 // exp on [-87, 88] (clamped), relative error below 2e-7: 2^n * p(r), Cephes polynomial.
@@ -53,8 +56,8 @@ inline float exp_(float x) {
   return p * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
-// 1 / x for x in [1, 2^126], relative error below 2e-7: an integer estimate and three Newton steps, which together take less
-// time than one division.
+// 1 / x for x in [1, 2^126], relative error below 2e-7: an integer estimate and three Newton steps, which together take
+// less time than one division.
 inline float reciprocal_(float x) {
   float y = bits_to_float(0x7EF311C7u - float_to_bits(x));
   y = y * fma_(-x, y, 2.0f);
@@ -98,39 +101,44 @@ class Quantizer {
  public:
   explicit Quantizer(const QuantizeProblem& problem) : p_(problem) {
     half_ = static_cast<float>(1 << (p_.act_bits - 1));
-    granules_ = p_.granularity == Granularity::kPerTensor   ? 1
-                : p_.granularity == Granularity::kPerToken  ? p_.samples * p_.rows
-                                                            : p_.samples;
-    per_channel_ = p_.granularity == Granularity::kPerChannel;
-    step_ = (half_ - 0.5f) * (per_channel_ ? 128.0f / half_ : 1.0f);
+    granules_ = p_.granularity == Granularity::kPerTensor  ? 1
+                : p_.granularity == Granularity::kPerToken ? p_.samples * p_.rows
+                                                           : p_.samples;
+    // Eight bits leave no room for a multiplier, and fewer than 16 rows would be a block of next to nothing.
+    blocks_ = p_.granularity == Granularity::kPerBlock && p_.act_bits < 8 ? p_.rows / kBlockRows : 0;
+    reach_ = half_ - (blocks_ > 0 ? 0.8125f : 0.5f);
+    step_ = reach_ * (blocks_ > 0 ? 128.0f / half_ : 1.0f);
     // One pass is enough when the scale is known before, or is settled within the row.
     single_pass_ = p_.given_scale != nullptr || p_.granularity == Granularity::kPerToken;
-    block_rows_ = p_.granularity == Granularity::kPerToken ? 1 : std::max<int64_t>(1, kBlock / p_.channels);
+    block_rows_ = p_.granularity == Granularity::kPerToken ? 1
+                  : blocks_ > 0                            ? kBlockRows
+                                                           : std::max<int64_t>(1, kBlock / p_.channels);
   }
 
   bool run() {
     const int64_t threads = num_threads();
     const bool by_sample = p_.samples % threads == 0 || p_.samples >= 4 * threads;
-    chunks_ = by_sample ? 1 : std::min<int64_t>(p_.rows, (2 * threads + p_.samples - 1) / p_.samples);
+    const int64_t most_chunks = blocks_ > 0 ? blocks_ : p_.rows;
+    chunks_ = by_sample ? 1 : std::min<int64_t>(most_chunks, (2 * threads + p_.samples - 1) / p_.samples);
     const int64_t tasks = p_.samples * chunks_;
     const bool whole_tensor = !single_pass_ && p_.granularity == Granularity::kPerTensor;
-    // Scratch of the calling thread, shared by all: statistics, coefficients, ranges, and residuals where they must wait.
+    // Scratch of the calling thread, shared by all: statistics, coefficients, ranges, and residuals where they must
+    // wait.
     const int64_t c = p_.channels;
     const bool norm = p_.prologue == Prologue::kGroupNorm;
     const bool shared_residuals = !single_pass_ && (whole_tensor || chunks_ > 1);
     const int64_t stats = norm ? tasks * 2 * c : 0, coefficients = norm ? p_.samples * 2 * c : 0;
     const int64_t residuals = shared_residuals ? p_.samples * p_.rows * c : 0;
     const int64_t ranges = round_up16(tasks * static_cast<int64_t>(sizeof(Range)) / 4 + 1);
-    const int64_t magnitudes = per_channel_ ? tasks * c : 0, multipliers = per_channel_ ? p_.samples * 2 * c : 0;
-    float* shared = static_cast<float*>(
-        thread_scratch(0, 4 * (round_up16(stats) + round_up16(coefficients) + round_up16(magnitudes) +
-                               round_up16(multipliers) + residuals + ranges)));
+    const int64_t magnitudes = p_.samples * blocks_ * c;
+    float* shared = static_cast<float*>(thread_scratch(
+        0, 4 * (round_up16(stats) + round_up16(coefficients) + round_up16(magnitudes) + residuals + ranges)));
     stats_ = shared;
     coefficients_ = stats_ + round_up16(stats);
     magnitudes_ = reinterpret_cast<uint32_t*>(coefficients_ + round_up16(coefficients));
-    multipliers_ = reinterpret_cast<float*>(magnitudes_) + round_up16(magnitudes);
-    ranges_ = reinterpret_cast<Range*>(multipliers_ + round_up16(multipliers));
-    float* shared_residual = multipliers_ + round_up16(multipliers) + ranges;
+    float* after = reinterpret_cast<float*>(magnitudes_) + round_up16(magnitudes);
+    ranges_ = reinterpret_cast<Range*>(after);
+    float* shared_residual = after + ranges;
     for (int64_t i = 0; i < tasks; ++i) ranges_[i] = Range{};
 
     if (chunks_ == 1) {
@@ -140,9 +148,10 @@ class Quantizer {
           coefficients_of(n);
         }
         if (single_pass_) return one_pass(n, 0);
-        float* residual = shared_residuals
-                              ? shared_residual + n * p_.rows * c
-                              : static_cast<float*>(thread_scratch(1, p_.rows * c * static_cast<int64_t>(sizeof(float))));
+        float* residual =
+            shared_residuals
+                ? shared_residual + n * p_.rows * c
+                : static_cast<float*>(thread_scratch(1, p_.rows * c * static_cast<int64_t>(sizeof(float))));
         range_pass(n, 0, residual);
         if (!whole_tensor && settle(n, n, 1)) code_pass(n, 0, residual, code(n));
       });
@@ -180,14 +189,17 @@ class Quantizer {
     float *input, *x, *x_hat, *updated, *residual;
   };
   Buffers buffers() const {
-    const int64_t stride = round_up16(block_rows_ * p_.channels * (p_.prologue == Prologue::kGeglu ? 2 : 1));
+    const int64_t rows = blocks_ > 0 ? 2 * kBlockRows - 1 : block_rows_;
+    const int64_t stride = round_up16(rows * p_.channels * (p_.prologue == Prologue::kGeglu ? 2 : 1));
     auto* base = static_cast<float*>(thread_scratch(2, 5 * stride * static_cast<int64_t>(sizeof(float))));
     return {base, base + stride, base + 2 * stride, base + 3 * stride, base + 4 * stride};
   }
 
   static int64_t round_up16(int64_t v) { return (v + 15) / 16 * 16; }
-  int64_t begin(int64_t chunk) const { return chunk * p_.rows / chunks_; }
-  int64_t end(int64_t chunk) const { return (chunk + 1) * p_.rows / chunks_; }
+  int64_t begin(int64_t chunk) const {
+    return blocks_ > 0 && chunk < chunks_ ? chunk * blocks_ / chunks_ * kBlockRows : chunk * p_.rows / chunks_;
+  }
+  int64_t end(int64_t chunk) const { return begin(chunk + 1); }
 
   // Per chunk and channel: sum and sum of squares of (value - first row of the sample), so that a large mean does not
   // cancel the variance.
@@ -236,8 +248,7 @@ class Quantizer {
       const int64_t first = g * per_group, last = first + per_group;
       for (int64_t i = first; i < last; ++i) group_mean += mean[i];
       group_mean /= static_cast<double>(per_group);
-      for (int64_t i = first; i < last; ++i)
-        group_m2 += m2[i] + rows * (mean[i] - group_mean) * (mean[i] - group_mean);
+      for (int64_t i = first; i < last; ++i) group_m2 += m2[i] + rows * (mean[i] - group_mean) * (mean[i] - group_mean);
       const double variance = group_m2 * inv_rows / static_cast<double>(per_group);
       const double rstd = 1.0 / std::sqrt(variance + static_cast<double>(p_.eps));
       for (int64_t i = first; i < last; ++i) {
@@ -289,7 +300,11 @@ class Quantizer {
                  [c](const float* row, int64_t i) { return row[i] * gelu_(row[c + i]); });
         break;
     }
-    measure(residual, size, range);
+    if (blocks_ > 0) {
+      measure_channels(residual, count, magnitudes_ + (n * blocks_ + l / kBlockRows) * c, range);
+    } else {
+      measure(residual, size, range);
+    }
   }
 
   // residual[k, i] = value(row k of input, i) - x_hat[k, i], over `count` rows of `c` values.
@@ -327,6 +342,21 @@ class Quantizer {
     range.hi = hi;
   }
 
+  // The largest magnitude of every channel, as bits.
+  void measure_channels(const float* __restrict residual, int64_t count, uint32_t* __restrict largest,
+                        Range& range) const {
+    const int64_t c = p_.channels;
+    for (int64_t i = 0; i < c; ++i) largest[i] = float_to_bits(residual[i]) & 0x7FFFFFFFu;
+    for (int64_t k = 1; k < count; ++k) {
+      const float* __restrict row = residual + k * c;
+      for (int64_t i = 0; i < c; ++i) largest[i] = std::max(largest[i], float_to_bits(row[i]) & 0x7FFFFFFFu);
+    }
+    uint32_t bits = range.absmax_bits;
+#pragma omp simd reduction(max : bits)
+    for (int64_t i = 0; i < c; ++i) bits = largest[i] > bits ? largest[i] : bits;
+    range.absmax_bits = bits;
+  }
+
   // (row - mean) / sqrt(variance + eps) * gamma + beta.
   void layer_norm(const float* __restrict row, float* __restrict x) const {
     const int64_t c = p_.channels;
@@ -348,25 +378,20 @@ class Quantizer {
   void range_pass(int64_t n, int64_t chunk, float* residual) {
     Range range;
     const Buffers buffer = buffers();
-    const int64_t c = p_.channels;
-    uint32_t* __restrict largest = magnitudes_ + (n * chunks_ + chunk) * c;
-    if (per_channel_)
-      for (int64_t i = 0; i < c; ++i) largest[i] = 0;
     for_blocks(chunk, [&](int64_t l, int64_t count) {
-      float* block = residual + (l - begin(chunk)) * c;
-      residual_rows(n, l, count, buffer, block, range);
-      if (!per_channel_) return;
-      for (int64_t k = 0; k < count; ++k) {
-        const float* __restrict row = block + k * c;
-        for (int64_t i = 0; i < c; ++i) largest[i] = std::max(largest[i], float_to_bits(row[i]) & 0x7FFFFFFFu);
-      }
+      residual_rows(n, l, count, buffer, residual + (l - begin(chunk)) * p_.channels, range);
     });
     ranges_[n * chunks_ + chunk] = range;
   }
 
   template <class Body>
   void for_blocks(int64_t chunk, const Body& body) const {
-    for (int64_t l = begin(chunk); l < end(chunk); l += block_rows_) body(l, std::min(block_rows_, end(chunk) - l));
+    for (int64_t l = begin(chunk), last = end(chunk), count; l < last; l += count) {
+      const int64_t left = last - l;
+      count = std::min(block_rows_, left);
+      if (blocks_ > 0 && left < 2 * kBlockRows) count = left;  // the last block of a sample takes the rest
+      body(l, count);
+    }
   }
 
   // Scale (and zero point) from a range.
@@ -391,20 +416,14 @@ class Quantizer {
     for (int64_t i = 0; i < count; ++i) range.merge(ranges_[first + i]);
     if (!range.finite()) return false;
     write(g, choose(range), range);
-    if (per_channel_) choose_multipliers(g);
     return true;
   }
 
-  // multipliers_: 1 / (scale * m_c), then m_c, of the channels of sample n.
-  void choose_multipliers(int64_t n) {
-    const int64_t c = p_.channels;
-    const float most = 128.0f / half_, scale = p_.scale[n], reach = (half_ - 0.5f) * scale;
-    float* __restrict inverse = multipliers_ + n * 2 * c;
-    float* __restrict multiplier = inverse + c;
-    uint32_t* __restrict largest = magnitudes_ + n * chunks_ * c;
-    for (int64_t k = 1; k < chunks_; ++k)
-      for (int64_t i = 0; i < c; ++i) largest[i] = std::max(largest[i], largest[k * c + i]);
-    for (int64_t i = 0; i < c; ++i) {
+  // Multiplier m and 1 / (scale * m) of the channels of a block.
+  void choose_multipliers(const uint32_t* __restrict largest, float scale, float* __restrict multiplier,
+                          float* __restrict inverse) const {
+    const float most = 128.0f / half_, reach = reach_ * scale;
+    for (int64_t i = 0; i < p_.channels; ++i) {
       const float m = __builtin_ceilf(p_.clip_ratio * bits_to_float(largest[i]) / reach);
       multiplier[i] = std::min(std::max(m, 1.0f), most);
       inverse[i] = 1.0f / (scale * multiplier[i]);
@@ -440,10 +459,11 @@ class Quantizer {
     }
     const float* __restrict old = load_row(p_.x_hat, p_.x_hat_dtype, offset, size, buffer.x_hat);
     float* __restrict updated = buffer.updated;
-    if (per_channel_) {
+    if (blocks_ > 0) {
       const int64_t c = p_.channels;
-      const float* __restrict inverse = multipliers_ + n * 2 * c;
-      const float* __restrict multiplier = inverse + c;
+      float* __restrict inverse = buffer.input;
+      float* __restrict multiplier = buffer.x;
+      choose_multipliers(magnitudes_ + (n * blocks_ + l / kBlockRows) * c, scale, multiplier, inverse);
       for (int64_t k = 0; k < size; k += c) {
         for (int64_t i = 0; i < c; ++i) {
           float q = __builtin_rintf(residual[k + i] * inverse[i]);
@@ -519,13 +539,14 @@ class Quantizer {
   const QuantizeProblem& p_;
   float half_;
   int64_t granules_, block_rows_, chunks_ = 1;
-  bool single_pass_, per_channel_;
-  float step_;                     // scale = range / step_
-  uint32_t* magnitudes_ = nullptr; // [tasks, channels]: bits of the largest |residual|
-  float* multipliers_ = nullptr;   // [samples, 2, channels]
-  float* stats_ = nullptr;         // [tasks, 2, channels]
-  float* coefficients_ = nullptr;  // [samples, 2, channels]
-  Range* ranges_ = nullptr;        // [tasks]
+  bool single_pass_;
+  int64_t blocks_;                  // of a sample, each with its own multipliers; 0: there are none
+  float reach_;                     // |residual| / scale of the largest code
+  float step_;                      // scale = range / step_
+  uint32_t* magnitudes_ = nullptr;  // [samples, blocks, channels]: bits of the largest |residual|
+  float* stats_ = nullptr;          // [tasks, 2, channels]
+  float* coefficients_ = nullptr;   // [samples, 2, channels]
+  Range* ranges_ = nullptr;         // [tasks]
 };
 
 }  // namespace

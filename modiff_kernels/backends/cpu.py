@@ -21,7 +21,7 @@ VNNI_V1 = "vnni_v1"
 
 _PLAIN, _AVX2, _AVX512, _AVX512_VNNI = range(4)
 _ISA_NAMES = ("plain", "AVX2", "AVX-512", "AVX-512 VNNI")
-_GRANULARITY = {"per_tensor": 0, "per_sample": 1, "per_token": 2, "per_channel": 3}
+_GRANULARITY = {"per_tensor": 0, "per_sample": 1, "per_token": 2, "per_block": 3}
 _IDENTITY, _GROUP_NORM, _LAYER_NORM, _GEGLU = range(4)
 _ACCUMULATE, _INITIALIZE, _OUTPUT = range(3)
 _AUTO_ISA = -1

@@ -11,7 +11,7 @@ from modiff_kernels import __version__
 __all__ = ["SCHEDULERS", "UserError", "build_parser", "command_line", "writable"]
 
 BITS = (3, 4, 8)
-GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_channel")
+GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_block")
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -100,7 +100,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--granularity",
         choices=GRANULARITIES,
         default=None,
-        help="one activation scale for what (default: per_channel for residuals of 3 and 4 bits, else per_sample)",
+        help="one activation scale for what (default: per_block for residuals of 3 and 4 bits, else per_sample)",
     )
     add("--quiet", action="store_true", help="no progress bars, no notes")
 

@@ -11,6 +11,7 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.cli.arguments import UserError
 from modiff_kernels.cli.rows import Row
+from modiff_kernels.quant.spec import BLOCK_ROWS
 
 __all__ = ["Quantised"]
 
@@ -23,7 +24,7 @@ class Quantised:
     def __init__(self, unet: torch.nn.Module, row: Row, backend: str = "auto", granularity: str | None = None) -> None:
         mode = "modulated" if row.mode == "modulated" else "quantized"
         act_bits = None if row.mode == "weight_only" else row.act_bits
-        if mode == "quantized" and granularity == "per_channel":
+        if mode == "quantized" and granularity == "per_block":
             granularity = None
         try:
             config = mk.ModiffConfig(
@@ -42,9 +43,14 @@ class Quantised:
             self.state_bytes = max(self.state_bytes, self.handle.state.nbytes())
 
     def average_bits(self, calls: int) -> float:
-        """Bits of the activations, averaged over the quantised layers and the `calls` of the UNet in a run."""
+        """Bits of the activations, averaged over the quantised layers and the `calls` of the UNet in a run.
+
+        Multipliers of granularity per_block count, with 8 - act_bits bits for every block.
+        """
         config = self.handle.config
         later = config.act_bits or FLOAT_BITS
+        if config.layer_granularity == "per_block":
+            later += (8 - later) / BLOCK_ROWS
         first = later if config.mode == "quantized" else config.first_step_bits or FLOAT_BITS
         low = (first + later * (calls - 1)) / calls
         layers = [layer for layer in self.handle.rows() if layer.bits != "-"]

@@ -215,8 +215,8 @@ def _check_codes_from(op: str, a: SimpleNamespace, x: Tensor, shape: Sequence[in
     _require_float(op, x=x)
     check_bits(op, "act_bits", a.act_bits)
     check_granularity(op, a.granularity)
-    if a.granularity == "per_channel" and not hasattr(a, "x_hat"):
-        raise ValueError(f"{op}: granularity='per_channel' is for residuals only; choose 'per_sample'")
+    if a.granularity == "per_block" and not hasattr(a, "x_hat"):
+        raise ValueError(f"{op}: granularity='per_block' is for residuals only; choose 'per_sample'")
     return _problem(
         op,
         x,
@@ -235,8 +235,8 @@ def _check_residual_from(op: str, a: SimpleNamespace, x: Tensor, shape: Sequence
     _require_device(op, x, x_hat=a.x_hat, scale=a.scale)
     _require_shape(op, "x_hat", a.x_hat, shape, image)
     if a.scale is not None:
-        if a.granularity == "per_channel":
-            raise ValueError(f"{op}: granularity='per_channel' finds its scales itself; leave scale None (dynamic)")
+        if a.granularity == "per_block":
+            raise ValueError(f"{op}: granularity='per_block' finds its scales itself; leave scale None (dynamic)")
         count = granule_count(shape, a.granularity, image)
         _require_scale(op, a.scale, (count, 1), f"granularity {a.granularity}, or one scale for all")
     _require_clip_ratio(op, a.clip_ratio)

@@ -77,9 +77,10 @@ def quantize_residual(
         scale: None, or the scales to use (static, delayed): positive and finite, as many as `granularity` has, or one
             for all.
         act_bits: 3, 4 or 8.
-        granularity: "per_tensor", "per_sample", "per_token", or, with scale None, "per_channel": residual_q is then
-            code * multiplier with an integer multiplier per (sample, input channel), still int8, and scale is per
-            sample (`quant.affine.channel_multipliers`); at 8 bits it equals "per_sample".
+        granularity: "per_tensor", "per_sample", "per_token", or, with scale None, "per_block": residual_q is then
+            code * multiplier with an integer multiplier per (sample, 16 consecutive rows, input channel), still int8,
+            and scale is per sample (`quant.affine.block_multipliers`); at 8 bits, and with fewer than 16 rows in a
+            sample, it equals "per_sample".
         clip_ratio: factor on absmax, dynamic scales only; below 1 clips the largest residuals.
 
     Returns:

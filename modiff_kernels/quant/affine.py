@@ -14,7 +14,7 @@ tensor [granules, elements] whose rows share a scale (`granules` makes that view
 import torch
 from torch import Tensor
 
-from .spec import check_bits, check_group_size, group_count, quant_max, quant_min
+from .spec import BLOCK_ROWS, block_count, check_bits, check_group_size, group_count, quant_max, quant_min
 
 MIN_SCALE = 2.0**-100
 WEIGHT_METHODS = ("absmax", "mse")
@@ -42,22 +42,24 @@ def residual_scale(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor
     return torch.clamp_min(absmax * clip_ratio / levels, MIN_SCALE)
 
 
-def channel_multipliers(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale [N] and integer multipliers [N, C] of granularity per_channel, from the absmax [N, C] of every channel.
+def block_multipliers(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale [N] and integer multipliers [N, B, C] of granularity per_block, from the absmax [N, B, C] of every block.
 
-    scale * multiplier is the scale of a channel; code * multiplier, with codes of `bits` bits, fits int8::
+    scale * multiplier is the scale of a block; code * multiplier, with codes of `bits` bits, fits int8::
 
         most       = 2^(8-bits)
-        scale      = max(clip_ratio * max_c absmax_c / ((2^(bits-1) - 0.5) * most), 2^-100)
-        multiplier = clamp(ceil(clip_ratio * absmax_c / ((2^(bits-1) - 0.5) * scale)), 1, most)
+        reach      = 2^(bits-1) - 13/16
+        scale      = max(clip_ratio * max_bc absmax_bc / (reach * most), 2^-100)
+        multiplier = clamp(ceil(clip_ratio * absmax_bc / (reach * scale)), 1, most)
 
-    All float32. This is the per-channel scale of MoDiff's paper ("LCQ") in a form that an integer product can take:
-    exact ones would have to be applied inside its sum over channels.
+    All float32. This is the per-channel scale of MoDiff's paper ("LCQ"), on blocks as small as those of NVFP4, in a
+    form that an integer product can take: exact ones would have to be applied inside its sum over channels. Why 13/16,
+    and not the half step of `residual_scale`: docs/cpu_kernels.md.
     """
-    reach, most = 2 ** (bits - 1) - 0.5, 2 ** (8 - bits)
-    levels = torch.full_like(absmax[:, 0], reach * most)
-    scale = torch.clamp_min(absmax.amax(1) * clip_ratio / levels, MIN_SCALE)
-    multiplier = torch.ceil(absmax * clip_ratio / (scale * reach).unsqueeze(1)).clamp_(1, most)
+    reach, most = 2 ** (bits - 1) - 13 / 16, 2 ** (8 - bits)
+    levels = torch.full_like(absmax[:, 0, 0], reach * most)
+    scale = torch.clamp_min(absmax.amax((1, 2)) * clip_ratio / levels, MIN_SCALE)
+    multiplier = torch.ceil(absmax * clip_ratio / (scale * reach)[:, None, None]).clamp_(1, most)
     return scale, multiplier
 
 
@@ -87,14 +89,21 @@ def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = No
     return codes.clamp_(quant_min(bits), quant_max(bits)).to(torch.int8)
 
 
-def quantize_channels(x: Tensor, channels: int, bits: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Granularity per_channel: codes times multipliers, int8 like `x` float32 [N, rows * channels], and scales [N]."""
+def quantize_blocks(x: Tensor, channels: int, bits: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Granularity per_block: codes times multipliers, int8 like `x` float32 [N, rows * channels], and scales [N]."""
     values = x.unflatten(1, (-1, channels))
-    scale, multiplier = channel_multipliers(values.abs().amax(1), bits, clip_ratio)
-    by_channel = values.movedim(2, 1).flatten(0, 1)
-    codes = quantize(by_channel, (scale.unsqueeze(1) * multiplier).flatten(), bits)
-    codes = codes * multiplier.to(torch.int8).reshape(-1, 1)
-    return codes.unflatten(0, (-1, channels)).movedim(1, 2).flatten(1), scale
+    rows = values.shape[1]
+    blocks = block_count(rows, bits)
+    if blocks == 0:
+        scale = residual_scale(x.abs().amax(1), bits, clip_ratio)
+        return quantize(x, scale, bits), scale
+    ends = [*range(BLOCK_ROWS, blocks * BLOCK_ROWS, BLOCK_ROWS), rows]
+    parts = values.tensor_split(ends[:-1], dim=1)
+    scale, multiplier = block_multipliers(torch.stack([p.abs().amax(1) for p in parts], 1), bits, clip_ratio)
+    sizes = torch.tensor([p.shape[1] for p in parts], device=x.device)
+    by_row = multiplier.repeat_interleave(sizes, dim=1)  # [N, rows, C]
+    codes = quantize(values.unsqueeze(-1).flatten(0, 2), (scale[:, None, None] * by_row).flatten(), bits)
+    return (codes.view_as(values) * by_row.to(torch.int8)).flatten(1), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:

@@ -60,8 +60,8 @@ def residual_codes(
     residual = _granules_of(x, count, image) - state.to(torch.float32)
     absmax = residual.abs().amax(1)
     require_finite(op, absmax)
-    if granularity == "per_channel":
-        codes, used = affine.quantize_channels(residual, x_hat.shape[1 if image else -1], act_bits, clip_ratio)
+    if granularity == "per_block":
+        codes, used = affine.quantize_blocks(residual, x_hat.shape[1 if image else -1], act_bits, clip_ratio)
     else:
         if scale is None:
             used = affine.residual_scale(absmax, act_bits, clip_ratio)

@@ -11,14 +11,16 @@ per_sample everything at one index of dimension 0       shape[0]
 per_token  one row of a Linear input, one pixel         numel / channels
 ========== ============================================ =======================
 
-per_channel is per_sample with an integer multiplier on top for every (sample, input channel): a code of few bits times
-its multiplier still fits int8, so an integer product takes it without knowing (`affine.channel_multipliers`).
+per_block is per_sample with an integer multiplier on top for every block of 16 consecutive rows of one channel of one
+sample: a code of few bits times its multiplier still fits int8, so an integer product takes it without knowing
+(`affine.block_multipliers`).
 """
 
 from collections.abc import Sequence
 
 BITS = (3, 4, 8)
-GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_channel")
+GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_block")
+BLOCK_ROWS = 16  # rows (pixels) of a per_block block; the last one of a sample takes the rest, up to 31
 
 
 def quant_min(bits: int) -> int:
@@ -73,10 +75,18 @@ def row_count(shape: Sequence[int], image: bool) -> int:
     return rows
 
 
+def block_count(rows: int, bits: int) -> int:
+    """Blocks of a sample of `rows` rows at granularity per_block; 0: there is nothing to gain, it is per_sample.
+
+    8-bit codes leave no room for a multiplier, and with fewer than 16 rows a block would hold next to nothing.
+    """
+    return 0 if bits == 8 else rows // BLOCK_ROWS
+
+
 def granule_count(shape: Sequence[int], granularity: str, image: bool) -> int:
     """Number of scales of a tensor of `shape` at `granularity` (see the table of this module)."""
     if granularity == "per_tensor":
         return 1
-    if granularity in ("per_sample", "per_channel"):
+    if granularity in ("per_sample", "per_block"):
         return shape[0]
     return row_count(shape, image)

@@ -76,7 +76,8 @@ def test_state_and_average_bits(rows):
     assert rows["modulated W8A8"]["state_bytes"] == rows["modulated W8A3"]["state_bytes"] > 10_000
     assert rows["plain W8A4"]["average_bits"] == 4
     assert rows["W8 float activations"]["average_bits"] == 32
-    assert rows["modulated W8A3"]["average_bits"] == pytest.approx((32 + 11 * 3) / 12)
+    assert rows["modulated W8A8"]["average_bits"] == pytest.approx((32 + 11 * 8) / 12)
+    assert rows["modulated W8A3"]["average_bits"] == pytest.approx((32 + 11 * (3 + 5 / 16)) / 12)
 
 
 def test_markdown_and_grid(report):
