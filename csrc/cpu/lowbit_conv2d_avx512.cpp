@@ -116,6 +116,18 @@ inline void store16(void* base, DType dtype, int64_t offset, __mmask16 mask, __m
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(base) + offset, mask, raw);
 }
 
+// Asks for the lines that the epilogue of this block will read, while multiply() still has arithmetic to do: the state
+// of a network does not fit into the caches, and rows of a few lines each are no pattern that the hardware prefetches.
+MODIFF_INLINE void prefetch_epilogue(const Block& b, int pixels, int panels) {
+  const ConvProblem& p = *b.p;
+  const int64_t count = std::min<int64_t>(b.channels, panels * kPanel);
+  for (int m = 0; m < pixels; ++m) {
+    const int64_t offset = b.output_pixel[m] * p.c_out + b.channel;
+    if (p.epilogue == Epilogue::kAccumulate) prefetch(p.y_hat, p.y_hat_dtype, offset, count);
+    if (p.skip != nullptr) prefetch(p.skip, p.skip_dtype, offset, count);
+  }
+}
+
 void epilogue(const Block& b, int pixels, int panels, const int32_t* sums) {
   const ConvProblem& p = *b.p;
   const int64_t rows = p.out_h * p.out_w;
@@ -259,6 +271,7 @@ class Convolution {
               }
             }
           }
+          prefetch_epilogue(b, mr, nr);
           multiply_for(mr, nr)(b, sums);
           epilogue(b, mr, nr, sums);
           done += mr;

@@ -201,6 +201,13 @@ class Quantizer {
   }
   int64_t end(int64_t chunk) const { return begin(chunk + 1); }
 
+  // x_hat is as large as the network's activations together, so it comes from far away: ask a pass (or a block) before.
+  MODIFF_INLINE void prefetch_state(int64_t n, int64_t l, int64_t count) const {
+    if (p_.x_hat == nullptr || l >= p_.rows) return;
+    count = std::min(count, p_.rows - l);
+    prefetch(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * p_.channels, count * p_.channels);
+  }
+
   // Per chunk and channel: sum and sum of squares of (value - first row of the sample), so that a large mean does not
   // cancel the variance.
   void statistics(int64_t n, int64_t chunk) {
@@ -212,6 +219,7 @@ class Quantizer {
     for (int64_t i = 0; i < 2 * c; ++i) sum[i] = 0.0f;
     for (int64_t l = begin(chunk); l < end(chunk); ++l) {
       const float* __restrict row = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * c, c, buffer.input);
+      prefetch_state(n, l, 1);
       for (int64_t i = 0; i < c; ++i) {
         const float d = row[i] - origin[i];
         sum[i] += d;
@@ -273,6 +281,7 @@ class Quantizer {
     const int64_t c = p_.channels, size = count * c;
     const int64_t width = p_.prologue == Prologue::kGeglu ? 2 * c : c;
     const float* input = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * width, count * width, buffer.input);
+    if (p_.prologue != Prologue::kGroupNorm) prefetch_state(n, l + count, count);
     const float* x_hat =
         p_.x_hat == nullptr ? nullptr : load_row(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * c, size, buffer.x_hat);
     switch (p_.prologue) {
