@@ -78,4 +78,14 @@ struct ConvProblem {
   DType out_dtype;
 };
 
+// out = softmax(scale * q k^T) v for every sample and head, float32. A row of a tensor holds the values of all heads.
+struct AttentionProblem {
+  int64_t samples, heads, queries, keys, width;  // width: of one head
+  float scale;
+  const float *q, *k, *v;                // [samples, queries or keys, heads * width]
+  int64_t q_sample, k_sample, v_sample;  // strides in values
+  int64_t q_row, k_row, v_row;
+  float* out;  // [samples, queries, heads * width], contiguous
+};
+
 }  // namespace modiff

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/problem.h"
+#include "cpu/attention.h"
 #include "cpu/lowbit_conv2d.h"
 #include "cpu/parallel.h"
 #include "cpu/quantize.h"
@@ -223,6 +224,38 @@ Tensor convolve(const Tensor& codes, const Tensor& scale, int64_t granularity, s
   return out;
 }
 
+// q [samples, queries, heads * width], k and v [samples, keys, heads * width]: float32, rows contiguous.
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
+  STD_TORCH_CHECK(isa() >= kAvx512, "modiff_cpu::attention needs AVX-512");
+  for (const Tensor* t : {&q, &k, &v})
+    STD_TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == ScalarType::Float,
+                    "modiff_cpu::attention: float32 [samples, tokens, heads * width] with contiguous rows expected");
+  AttentionProblem p{};
+  p.samples = q.size(0);
+  p.heads = heads;
+  p.queries = q.size(1);
+  p.keys = k.size(1);
+  p.width = q.size(2) / heads;
+  STD_TORCH_CHECK(p.keys > 0 && p.keys <= kAttentionKeys, "modiff_cpu::attention: 1 to ", kAttentionKeys, " keys, got ",
+                  p.keys);
+  p.scale = static_cast<float>(scale);
+  p.q = static_cast<const float*>(q.const_data_ptr());
+  p.k = static_cast<const float*>(k.const_data_ptr());
+  p.v = static_cast<const float*>(v.const_data_ptr());
+  p.q_sample = q.stride(0);
+  p.k_sample = k.stride(0);
+  p.v_sample = v.stride(0);
+  p.q_row = q.stride(1);
+  p.k_row = k.stride(1);
+  p.v_row = v.stride(1);
+  Tensor out = empty({p.samples, p.queries, q.size(2)}, ScalarType::Float);
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+#if defined(__x86_64__)
+  attention_avx512(p);
+#endif
+  return out;
+}
+
 VnniLayout layout_of(IntHeaderOnlyArrayRef sizes, int64_t groups) {
   return VnniLayout(sizes[3] * groups, sizes[0], sizes[1] * sizes[2], groups);
 }
@@ -262,6 +295,7 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
       "convolve(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
       "Tensor? bias, int epilogue, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
       "int[] geometry) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
   m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
 }
@@ -271,6 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) { m.impl("is
 STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CPU, m) {
   m.impl("quantize", TORCH_BOX(&modiff::cpu::quantize));
   m.impl("convolve", TORCH_BOX(&modiff::cpu::convolve));
+  m.impl("attention", TORCH_BOX(&modiff::cpu::attention));
   m.impl("pack_vnni", TORCH_BOX(&modiff::cpu::pack));
   m.impl("unpack_vnni", TORCH_BOX(&modiff::cpu::unpack));
 }

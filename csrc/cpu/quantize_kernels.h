@@ -25,36 +25,14 @@
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/quantize.h"
+#include "cpu/vector_math.h"
 
 namespace modiff::cpu {
 namespace {
 
-#if defined(__FMA__)
-inline float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-#else
-inline float fma_(float a, float b, float c) { return a * b + c; }
-#endif
-
 constexpr int64_t kBlock = 1024;        // values of a block: five float32 buffers of it are 20 KiB
 constexpr int64_t kBlockRows = 16;      // of a block with its own multiplier (quant/spec.py BLOCK_ROWS)
 constexpr float kMinScale = 0x1p-100f;  // keeps 1 / scale finite for an all-zero residual
-
-// exp on [-87, 88] (clamped), relative error below 2e-7: 2^n * p(r), Cephes polynomial.
-inline float exp_(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float n = __builtin_rintf(x * 1.44269504088896341f);
-  float r = fma_(n, -0.693359375f, x);
-  r = fma_(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = fma_(p, r, 1.3981999507e-3f);
-  p = fma_(p, r, 8.3334519073e-3f);
-  p = fma_(p, r, 4.1665795894e-2f);
-  p = fma_(p, r, 1.6666665459e-1f);
-  p = fma_(p, r, 5.0000001201e-1f);
-  p = fma_(p, r * r, r) + 1.0f;
-  return p * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-}
 
 // 1 / x for x in [1, 2^126], relative error below 2e-7: an integer estimate and three Newton steps, which together take
 // less time than one division.

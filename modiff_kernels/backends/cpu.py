@@ -26,6 +26,7 @@ _IDENTITY, _GROUP_NORM, _LAYER_NORM, _GEGLU = range(4)
 _ACCUMULATE, _INITIALIZE, _OUTPUT = range(3)
 _AUTO_ISA = -1
 _MAX_TAPS = 49
+_MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
 _MAX_K = 65536  # 255 * 128 * k, the largest sum of unsigned codes times weights, stays within int32
 
 
@@ -507,6 +508,20 @@ def quantized_conv2d(
     )
 
 
+def attention(q, k, v, heads, score_scale):
+    return torch.ops.modiff_cpu.attention.default(q, k, v, heads, score_scale)
+
+
+def _attention_why_not(problem: Any) -> str | None:
+    if torch.ops.modiff_cpu.isa() < _AVX512:
+        return f"attention needs AVX-512, this CPU has {isa()}"
+    if problem.dtype != torch.float32:
+        return f"attention is computed in float32 only, got {problem.dtype}"
+    if problem.n > _MAX_KEYS:
+        return f"attention over {problem.n} keys; at most {_MAX_KEYS} fit into the cache"
+    return None
+
+
 def _quantize_why_not(problem: Any) -> str | None:
     return None
 
@@ -530,6 +545,7 @@ def _product_why_not(problem: Any) -> str | None:
 
 
 KERNELS: dict[str, Kernel] = {
+    "attention": Kernel(attention, _attention_why_not),
     **{
         fn.__name__: Kernel(fn, _quantize_why_not)
         for fn in (

@@ -357,6 +357,12 @@ def quantized_conv2d(
 
 
 @torch.no_grad()
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
+    by_head = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*by_head, scale=score_scale).transpose(1, 2).flatten(2).contiguous()
+
+
+@torch.no_grad()
 def pack_weight(weight_q: Tensor, weight_bits: int, layout: str = KPACK_V1) -> Tensor:
     return packing.pack(weight_q, weight_bits)
 
@@ -382,6 +388,7 @@ _OPS: tuple[Callable[..., Any], ...] = (
     modulated_conv2d,
     quantized_linear,
     quantized_conv2d,
+    attention,
     pack_weight,
     unpack_weight,
 )

@@ -459,11 +459,10 @@ class FusedAttention(_FusedBlock):
         return _accumulate(to_out, _residual(to_out, attended), skip, dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        samples, tokens, width = q.shape
-        q, k, v = (t.view(samples, tokens, self.heads, -1).transpose(1, 2) for t in (q, k, v))
-        scale = self.scale if type(self.original.processor).__name__ == "AttnProcessor" else None
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        return out.transpose(1, 2).reshape(samples, tokens, width)
+        scale = (q.shape[-1] // self.heads) ** -0.5
+        if type(self.original.processor).__name__ == "AttnProcessor":
+            scale = self.scale
+        return ops.attention(q, k, v, self.heads, scale)
 
 
 class FusedUpsample2D(_FusedBlock):

@@ -13,6 +13,7 @@ from .problem import Problem, capability
 from .schema import (
     accumulate_conv2d,
     accumulate_linear,
+    attention,
     geglu_quantize_activation,
     geglu_quantize_residual,
     group_norm_silu_quantize_activation,
@@ -36,6 +37,7 @@ __all__ = [
     "Problem",
     "accumulate_conv2d",
     "accumulate_linear",
+    "attention",
     "dispatch",
     "geglu_quantize_activation",
     "geglu_quantize_residual",

@@ -21,7 +21,8 @@ AUTO = "auto"
 REFERENCE = "reference"
 BACKENDS = ("cpu", "onednn", REFERENCE)
 PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": (REFERENCE,)}
-CONVERSIONS = ("pack_weight", "unpack_weight")  # once per weight, before sampling: the reference is their normal place
+# Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
+REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -102,10 +103,13 @@ def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
 def select(problem: Problem, backend: str = AUTO) -> Selection:
     """The backend for `problem`. Raises BackendUnavailable with every reason if none, or not the demanded one, fits."""
     rejected: list[tuple[str, str]] = []
-    for name in candidates(problem.device_type, backend):
+    names = candidates(problem.device_type, backend)
+    if problem.op in REFERENCE_OPS and backend == AUTO and REFERENCE not in names:
+        names += (REFERENCE,)  # MODIFF_BACKEND chooses the kernels; nobody means these with it
+    for name in names:
         reason = why_not(problem, name)
         if reason is None:
-            if name == REFERENCE and problem.op not in CONVERSIONS and (forced_backend() or backend) == AUTO:
+            if name == REFERENCE and problem.op not in REFERENCE_OPS and (forced_backend() or backend) == AUTO:
                 others = tuple(rejected) or ((problem.device_type, "no other backend runs on this device type"),)
                 _warn_slow(problem.op, others)
             return Selection(name, load(name).KERNELS[problem.op].fn, tuple(rejected))

@@ -27,7 +27,8 @@ class Problem:
 
     m: rows (Linear), pixels of the output (conv) or of the image (quantising ops). n: output features (0: the op has
         none).
-    k: elements summed per output (r * s * c_in / groups for a conv), or channels of a quantising op. dtype: activations
+    k: elements summed per output (r * s * c_in / groups for a conv), or channels of a quantising op. attention: m
+    queries of all samples, n keys of a sample, k values of a head. dtype: activations
     or output. state_dtype: x_hat and/or y_hat, None for ops without state. act_bits of an initialize op is its
     first_step_bits. granularity of an op that is given scales is read from their number.
     """
@@ -415,6 +416,29 @@ def _quantized(op: str, a: SimpleNamespace) -> Problem:
     return _check_output(op, a, problem, shape, image, a.out_dtype)
 
 
+def _attention(op: str, a: SimpleNamespace) -> Problem:
+    _require_float(op, q=a.q)
+    _require_device(op, a.q, k=a.k, v=a.v)
+    for name, t in (("q", a.q), ("k", a.k), ("v", a.v)):
+        if t.ndim != 3 or t.stride(-1) != 1:
+            raise ValueError(f"{op}: {name} has {_text(t)}; expected [N, tokens, heads * width] with contiguous rows")
+        _require_elements(op, name, t)
+        _require_dtype(op, name, t, a.q.dtype)
+    samples, tokens, channels = a.q.shape
+    if a.k.shape != a.v.shape or (a.k.shape[0], a.k.shape[2]) != (samples, channels):
+        raise ValueError(
+            f"{op}: k has {_text(a.k)} and v {_text(a.v)}; for q {tuple(a.q.shape)} both must be "
+            f"[{samples}, tokens, {channels}]"
+        )
+    if a.heads < 1 or channels % a.heads != 0:
+        raise ValueError(f"{op}: heads={a.heads} does not divide the {channels} columns of q")
+    if not isfinite(a.score_scale):
+        raise ValueError(
+            f"{op}: score_scale={a.score_scale!r} is not allowed; give a finite number, usually width ** -0.5"
+        )
+    return _problem(op, a.q, dtype=a.q.dtype, m=samples * tokens, n=a.k.shape[1], k=channels // a.heads)
+
+
 def _pack_weight(op: str, a: SimpleNamespace) -> Problem:
     check_bits(op, "weight_bits", a.weight_bits)
     _require_dtype(op, "weight_q", a.weight_q, torch.int8)
@@ -448,6 +472,7 @@ CHECKS: dict[str, Callable[[str, SimpleNamespace], Problem]] = {
     "modulated_conv2d": _modulated,
     "quantized_linear": _quantized,
     "quantized_conv2d": _quantized,
+    "attention": _attention,
     "pack_weight": _pack_weight,
     "unpack_weight": _unpack_weight,
 }

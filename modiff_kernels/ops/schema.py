@@ -587,6 +587,26 @@ def quantized_conv2d(
     return torch.empty(shape, dtype=out_dtype, device=x_q.device, memory_format=torch.channels_last)
 
 
+@declare("(Tensor q, Tensor k, Tensor v, int heads, float score_scale, str backend='auto') -> Tensor")
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float, backend: str = "auto") -> Tensor:
+    """What stands between the projections of an attention block, in float.
+
+    ::
+
+        out[n, l, h] = sum_s softmax_s(score_scale * <q[n, l, h], k[n, s, h]>) v[n, s, h]        for every head h
+
+    Args:
+        q: [N, L, heads * width]; contiguous rows, any strides between them (a part of the columns of a wider tensor).
+        k, v: [N, S, heads * width] in q's dtype, likewise.
+        score_scale: usually width^-0.5.
+
+    Returns:
+        out [N, L, heads * width], contiguous, in q's dtype. Raises ValueError on shapes that do not fit. Backend
+        reference is torch's scaled_dot_product_attention.
+    """
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 @declare("(Tensor weight_q, int weight_bits, str layout='kpack_v1', str backend='auto') -> Tensor")
 def pack_weight(weight_q: Tensor, weight_bits: int, layout: str = "kpack_v1", backend: str = "auto") -> Tensor:
     """Storage of weight codes: exact, see `modiff_kernels.quant.packing` for the layout.

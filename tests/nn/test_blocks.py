@@ -495,7 +495,8 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
     assert names.count("convolution") == 2  # conv_in, conv_out
     assert names.count("addmm") == 3  # time embedding, and its projections for all blocks at once
     assert len(names) == 2 + 3
-    assert len(products.seen) - len(names) == 4  # scaled_dot_product_attention, once per attention
+    # scaled_dot_product_attention, once per attention, where there is no kernel for it
+    assert len(products.seen) - len(names) == (0 if torch.ops.modiff_cpu.isa() >= 2 else 4)
 
 
 def test_hooks_below_a_block_keep_it_unfused():

@@ -96,6 +96,16 @@ def test_no_warning_for_conversions(with_cpu, caplog):
     assert not caplog.records
 
 
+def test_a_forced_backend_leaves_conversions_to_the_reference(with_cpu, monkeypatch):
+    with_cpu(compiled_backend(op_names=("quantize_activation",)))
+    monkeypatch.setenv("MODIFF_BACKEND", "cpu")
+    dispatch.reset()
+    codes = torch.zeros(2, 4, dtype=torch.int8)
+    assert ops.pack_weight(codes, 4).shape == (2, 2)
+    with pytest.raises(ops.BackendUnavailable, match="it has no pack_weight"):
+        ops.pack_weight(codes, 4, backend="cpu")
+
+
 def test_a_named_backend_never_falls_back(with_cpu):
     with_cpu(compiled_backend(reason="c_in=3 is too small"))
     with pytest.raises(ops.BackendUnavailable, match=r"no backend for modulated_conv2d-.*cpu: c_in=3 is too small"):

@@ -51,6 +51,7 @@ def linear_arguments():
             **codes,
             **weight,
         },
+        "attention": {"q": x, "k": torch.randn(3, 7, 10), "v": torch.randn(3, 7, 10), "heads": 2, "score_scale": 0.5},
         "pack_weight": {"weight_q": weight_q, "weight_bits": 4, "layout": "kpack_v1"},
         "unpack_weight": {"weight_packed": packed, "weight_bits": 4, "n": 6, "k": 10, "layout": "kpack_v1"},
     }
