@@ -1,5 +1,6 @@
 // Threads: the kernels run on torch's own intra-op pool, reached through one function that the binding file defines.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -10,27 +11,42 @@ int64_t num_threads();
 // Calls body(begin, end, context) on disjoint ranges that cover [0, count). The body must not throw.
 void parallel_for_raw(int64_t count, void (*body)(int64_t, int64_t, void*), void* context);
 
-// Runs task(i) for i in [0, count), handing tasks to whichever thread is free (cores are shared with other work, so
-// equal shares are not equal times).
+// Runs task(i) for i in [0, count). Every thread begins with an equal share of consecutive tasks, the same in every
+// call with this count, so that what a task leaves in the caches of its core is read there by the next kernel; a thread
+// that is done takes over what others have not begun (cores are shared with other work, so equal shares are not equal
+// times).
 template <class Task>
 void parallel_tasks(int64_t count, const Task& task) {
+  constexpr int64_t kMaxWorkers = 128;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct Context {
     const Task* task;
-    std::atomic<int64_t> next;
-    int64_t count;
-  } context{&task, {0}, count};
-  if (count == 1) {
-    task(int64_t{0});
+    int64_t workers;
+    Share* shares;
+  };
+  const int64_t workers = std::min({count, num_threads(), kMaxWorkers});
+  if (workers <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  const int64_t workers = count < num_threads() ? count : num_threads();
+  Share shares[kMaxWorkers];
+  for (int64_t w = 0; w < workers; ++w) {
+    shares[w].next.store(w * count / workers, std::memory_order_relaxed);
+    shares[w].end = (w + 1) * count / workers;
+  }
+  Context context{&task, workers, shares};
   parallel_for_raw(
       workers,
       [](int64_t begin, int64_t end, void* raw) {
         auto* c = static_cast<Context*>(raw);
-        (void)begin;
-        (void)end;
-        for (int64_t i = c->next.fetch_add(1); i < c->count; i = c->next.fetch_add(1)) (*c->task)(i);
+        for (int64_t own = begin; own < end; ++own)
+          for (int64_t k = 0; k < c->workers; ++k) {
+            Share& share = c->shares[(own + k) % c->workers];
+            for (int64_t i = share.next.fetch_add(1); i < share.end; i = share.next.fetch_add(1)) (*c->task)(i);
+          }
       },
       &context);
 }

@@ -128,8 +128,16 @@ def _residual(layer: ModulatedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scale of the residual of `x`, for the input edge of `layer`; updates x_hat."""
     edge = layer.edge
     x_hat = edge.ensure(x.shape, x.dtype, x.device, layer.memory_format)
-    codes, scale, absmax = ops.quantize_residual(
-        x, x_hat, edge.scale(), edge.act_bits, edge.granularity, edge.clip_ratio, layer.backend
+    codes, scale, absmax = edge.call(
+        layer.name,
+        ops.quantize_residual,
+        x,
+        x_hat,
+        edge.scale(),
+        edge.act_bits,
+        edge.granularity,
+        edge.clip_ratio,
+        layer.backend,
     )
     edge.record(absmax)
     return codes, scale
@@ -141,7 +149,9 @@ def _norm_residual(
     """Codes and scale of the residual of silu?(norm(h + shift)); dtype is that of the block's activations."""
     edge = layer.edge
     x_hat = edge.ensure(h.shape, dtype, h.device, layer.memory_format)
-    codes, scale, absmax = ops.group_norm_silu_quantize_residual(
+    codes, scale, absmax = edge.call(
+        layer.name,
+        ops.group_norm_silu_quantize_residual,
         h,
         shift,
         norm.weight,
@@ -184,7 +194,9 @@ def _accumulate(
 ) -> Tensor:
     """Adds the product onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing is written."""
     y_hat = layer.output.current()
-    out = layer.accumulate_op(
+    out = layer.output.call(
+        layer.name,
+        layer.accumulate_op,
         *codes,
         layer.weight_packed,
         layer.weight_scale,

@@ -9,14 +9,17 @@ Everything here is decided on the host; nothing reads the device.
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.ops.registry import Op, torch_must_see
 from modiff_kernels.quant.affine import residual_scale
+
+R = TypeVar("R")
 
 INITIALIZE = "initialize"
 UPDATE = "update"
@@ -28,7 +31,7 @@ _NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipelin
 class _Slot:
     """The tensor of one context, what it was allocated for, and whether this run has written it."""
 
-    __slots__ = ("absmax", "device", "dtype", "shape", "static_scale", "tensor", "written")
+    __slots__ = ("absmax", "device", "dtype", "kernels", "shape", "static_scale", "tensor", "written")
 
     def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
         self.tensor = tensor
@@ -38,6 +41,7 @@ class _Slot:
         self.written = False
         self.absmax: Tensor | None = None
         self.static_scale: Tensor | None = None
+        self.kernels: dict[str, Callable[..., Any]] = {}
 
 
 class StateTensor:
@@ -78,7 +82,22 @@ class StateTensor:
         slot.dtype = dtype
         slot.written = True
         slot.absmax = None
+        slot.kernels.clear()
         return slot.tensor
+
+    def call(self, name: str, op: Op[..., R], *arguments: Any) -> R:
+        """op(*arguments) in an update call, checked and given a backend in the first one of the run only.
+
+        For what `ensure` vouches for: in a run the formats of tensors do not change. name: of the layer, or whatever
+        else tells its calls on this tensor apart.
+        """
+        if torch_must_see(arguments[0]):
+            return op(*arguments)
+        kernels = self.slots[self.state.context_name].kernels
+        kernel = kernels.get(name)
+        if kernel is None:
+            kernel = kernels[name] = op.plan(*arguments)
+        return kernel(*arguments[:-1])
 
     def current(self) -> Tensor:
         """The tensor of the current context in an update call. Raises RuntimeError where `ensure` does."""

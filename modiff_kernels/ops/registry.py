@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from . import dispatch
 from .problem import check
 
 P = ParamSpec("P")
-R = TypeVar("R")
+R = TypeVar("R", covariant=True)
 
 MAX_PLANS = 4096  # per op; a run needs one per layer shape, so reaching this means shapes that never repeat
 
@@ -24,12 +24,34 @@ EAGER_TYPES = (Tensor, torch.nn.Parameter)  # other types (fake, functional tens
 _library = torch.library.Library("modiff", "DEF")
 
 
+class Op(Protocol[P, R]):
+    """What `declare` makes of a declaration."""
+
+    __name__: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Check the arguments, select a backend, call it."""
+        ...
+
+    @property
+    def plan(self) -> Callable[P, Callable[..., R]]:
+        """Check the arguments (all of them, by position) and give the selected backend's function, which takes them
+        without `backend`: for callers that repeat a call on tensors of the same formats and cannot afford the checks.
+        """
+        ...
+
+
 def _items(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """A fast function from a tuple to the tuple of its items at `positions`."""
     return itemgetter(*positions) if len(positions) > 1 else itemgetter(slice(positions[0], positions[0] + 1))
 
 
-def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def torch_must_see(tensor: Any) -> bool:
+    """Whether an op on `tensor` has to go through torch's dispatcher: compiling, fake tensors, dispatch modes."""
+    return torch.compiler.is_compiling() or type(tensor) not in EAGER_TYPES or torch._C._len_torch_dispatch_stack() > 0
+
+
+def declare(schema: str) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Register the decorated function as op `modiff::<its name>` with `schema` (arguments and returns, torch's
     notation).
 
@@ -40,7 +62,7 @@ def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     lookup.
     """
 
-    def register(fn: Callable[P, R]) -> Callable[P, R]:
+    def register(fn: Callable[P, R]) -> Op[P, R]:
         name = fn.__name__
         _library.define(name + schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
         op = getattr(torch.ops.modiff, name).default
@@ -98,14 +120,12 @@ def declare(schema: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(fn)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = bind(args, kwargs) if kwargs or len(args) != len(names) else args
-            if (
-                torch.compiler.is_compiling()
-                or type(bound[0]) not in EAGER_TYPES
-                or torch._C._len_torch_dispatch_stack() > 0
-            ):
+            if torch_must_see(bound[0]):
                 return op(*bound)
             return execute(bound)
 
-        return call
+        result: Any = call
+        result.plan = lambda *args: plan(args)
+        return result
 
     return register
