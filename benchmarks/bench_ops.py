@@ -1,4 +1,5 @@
-"""Time of one layer of a network in each form: float32, plain quantised, modulated; checked first, then timed.
+"""Time of one layer of a network in each form: float32, plain quantised, modulated; and of attention against torch's.
+Everything is checked first, then timed.
 
 python -m pytest benchmarks/bench_ops.py --network ddpm_cifar10 --record
 """
@@ -117,11 +118,16 @@ def test_layer(benchmark, request, layer, backend, form):
     sqnr_db = verified(form, case, Case(layer, batch, "reference"))
     benchmark.group = f"{layer} batch {batch}"
     benchmark.pedantic(getattr(case, form), rounds=20 if backend == "cpu" else 5, warmup_rounds=3)
+    keep(request, benchmark, form, f"{layer}-b{batch}", "torch" if form == "float32" else backend, sqnr_db)
+
+
+def keep(request, benchmark, op: str, problem: str, backend: str, sqnr_db: float) -> None:
+    """A result row, with --record."""
     if request.config.getoption("--record"):
         row = {
-            "op": form,
-            "problem": f"{layer}-b{batch}",
-            "backend": "torch" if form == "float32" else backend,
+            "op": op,
+            "problem": problem,
+            "backend": backend,
             "metric": "time",
             "unit": "us",
             "cache": "warm",
@@ -131,3 +137,27 @@ def test_layer(benchmark, request, layer, backend, form):
             **record.percentiles([1e6 * seconds for seconds in benchmark.stats.stats.data]),
         }
         record.append([row])
+
+
+ATTENTIONS = {"cifar10_small16": (64, 3, 32), "ddpm_cifar10": (256, 1, 256), "sd15_level3": (256, 8, 160)}
+"""tokens, heads and width of a head of self-attention layers."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention(benchmark, request, name, backend):
+    """Backend reference is torch's scaled_dot_product_attention."""
+    reason = dispatch.why_unavailable(backend)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    tokens, heads, width = ATTENTIONS[name]
+    batch = request.config.getoption("--batch")
+    q, k, v = torch.randn(3, batch, tokens, heads * width)
+    expected = ops.attention(q, k, v, heads, width**-0.5, "reference")
+    found = ops.attention(q, k, v, heads, width**-0.5, backend)
+    sqnr_db = sqnr(found, expected)
+    assert sqnr_db >= 100, f"{sqnr_db:.1f} dB to torch, at least 100 expected"
+    benchmark.group = f"attention {name} batch {batch}"
+    benchmark.pedantic(ops.attention, (q, k, v, heads, width**-0.5, backend), rounds=50, warmup_rounds=5)
+    problem = f"attention-{name}-n{tokens}-h{heads}x{width}-b{batch}"
+    keep(request, benchmark, "attention", problem, "torch" if backend == "reference" else backend, sqnr_db)

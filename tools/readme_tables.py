@@ -6,8 +6,11 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
 
     compare            benchmarks/results/compare.json, as `modiff compare --json` writes it
-    unet_step NETWORK  the newest rows of that network in each benchmarks/results/*.csv
+    unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
     integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
+    attention          the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
+
+A table shows one device: the one that was measured last.
 """
 
 from __future__ import annotations
@@ -54,8 +57,8 @@ def compare_table(results: Path) -> str:
 
 
 def unet_step_table(results: Path, network: str) -> str:
-    """One table per device; of each configuration and metric the last row of the file counts."""
-    parts = []
+    """Of each configuration and metric the last row of the file counts."""
+    tables = []
     for path in sorted(results.glob("*.csv")):
         newest: dict[str, dict[str, dict[str, str]]] = {}
         for row in read(path):
@@ -67,11 +70,17 @@ def unet_step_table(results: Path, network: str) -> str:
         if cells:
             last = next(reversed(newest.values()))["update_time"]
             commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
-            parts.append(
+            text = (
                 f"{markdown_table(UNET_STEP_HEADER, cells)}\n\n`{last['repro']}`: {network}, batch {last['batch']}; "
                 f"{last['device']}; torch {last['torch']}; commit {commit}, {last['utc'][:10]}.\n"
             )
-    return "\n".join(parts) or f"{NOTHING}\n"
+            tables.append((last["utc"], text))
+    return _newest(tables)
+
+
+def _newest(tables: Sequence[tuple[str, str]]) -> str:
+    """The text with the latest time."""
+    return max(tables)[1] if tables else f"{NOTHING}\n"
 
 
 def _step_cells(name: str, metrics: dict[str, dict[str, str]]) -> Sequence[str]:
@@ -94,8 +103,8 @@ def _step_cells(name: str, metrics: dict[str, dict[str, str]]) -> Sequence[str]:
 
 
 def integer_conv_table(results: Path) -> str:
-    """One table per device: the package's kernel, oneDNN's int8 and float32 convolution of every layer."""
-    parts = []
+    """The package's kernel, oneDNN's int8 and float32 convolution of every layer."""
+    tables = []
     for path in sorted(results.glob("*.csv")):
         newest: dict[str, dict[str, dict[str, str]]] = {}
         for row in read(path):
@@ -109,11 +118,34 @@ def integer_conv_table(results: Path) -> str:
         if cells:
             last = forms["kernel"]
             commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
-            parts.append(
+            text = (
                 f"{markdown_table(INTEGER_CONV_HEADER, cells)}\n\n`{last['repro']}`: {last['device']}; torch "
                 f"{last['torch']}; commit {commit}, {last['utc'][:10]}.\n"
             )
-    return "\n".join(parts) or f"{NOTHING}\n"
+            tables.append((last["utc"], text))
+    return _newest(tables)
+
+
+def attention_table(results: Path) -> str:
+    """The package's attention and torch's, by layer."""
+    tables = []
+    for path in sorted(results.glob("*.csv")):
+        newest: dict[str, dict[str, dict[str, str]]] = {}
+        for row in read(path):
+            if row["op"] == "attention":
+                newest.setdefault(row["problem"], {})[row["backend"]] = row
+        cells = []
+        for problem, forms in newest.items():
+            kernel, torch_us = float(forms["cpu"]["p50"]), float(forms["torch"]["p50"])
+            cells.append([problem, f"{kernel:.0f}", f"{torch_us:.0f}", f"{torch_us / kernel:.2f}x"])
+        if cells:
+            last = forms["cpu"]
+            text = (
+                f"{markdown_table(('layer', 'kernel us', 'torch us', 'torch/kernel'), cells)}\n\n`{last['repro']}`: "
+                f"{last['device']}; torch {last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}.\n"
+            )
+            tables.append((last["utc"], text))
+    return _newest(tables)
 
 
 def filled(text: str, results: Path) -> str:
@@ -121,7 +153,12 @@ def filled(text: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind, *options = match[2].split()
-        makers = {"compare": compare_table, "unet_step": unet_step_table, "integer_conv": integer_conv_table}
+        makers = {
+            "compare": compare_table,
+            "unet_step": unet_step_table,
+            "integer_conv": integer_conv_table,
+            "attention": attention_table,
+        }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")
         return f"{match[1]}\n{makers[kind](results, *options)}\n{match[4]}"
