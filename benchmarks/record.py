@@ -82,7 +82,9 @@ def environment() -> dict[str, Any]:
     from modiff_kernels import __version__
 
     script = Path(sys.argv[0])
-    shown = script.relative_to(ROOT) if script.is_absolute() and script.is_relative_to(ROOT) else script
+    shown = [str(script.relative_to(ROOT) if script.is_absolute() and script.is_relative_to(ROOT) else script)]
+    if script.name == "__main__.py":  # python -m PACKAGE
+        shown = ["-m", script.parent.name]
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
@@ -94,7 +96,7 @@ def environment() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
         "utc": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "repro": shlex.join(["python", str(shown), *sys.argv[1:]]),
+        "repro": shlex.join(["python", *shown, *sys.argv[1:]]),
     }
 
 
