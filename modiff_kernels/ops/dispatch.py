@@ -19,8 +19,8 @@ from .problem import CHECKS, Problem
 
 AUTO = "auto"
 REFERENCE = "reference"
-BACKENDS = ("cpu", "onednn", REFERENCE)
-PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": (REFERENCE,)}
+BACKENDS = ("cpu", "onednn", "triton", REFERENCE)
+PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": ("triton", REFERENCE)}
 CONVERSIONS = ("pack_weight", "unpack_weight")  # once per weight, before sampling: the reference is their normal place
 
 logger = logging.getLogger("modiff_kernels")

@@ -142,7 +142,7 @@ def test_unknown_environment_variable(fresh_dispatch, monkeypatch, name):
     monkeypatch.setenv("MODIFF_BACKEND", name)
     fresh_dispatch.reset()
     with pytest.raises(
-        ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, reference"
+        ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, triton, reference"
     ):
         dispatch.select(PROBLEM)
 
