@@ -4,7 +4,6 @@ Arguments are those of ops/schema.py, already checked. Nothing here reads the de
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ...quant.packing import packed_width
-from .common import INTERPRETED
+from .launching import launch
 from .product_kernel import ACCUMULATE, OUTPUT, finish_kernel, product_kernel, weight_sums_kernel
 from .tile_configs import Gpu, Shape, TileConfig, choose
 
@@ -31,13 +30,6 @@ def gpu_of(device: torch.device) -> Gpu:
         return _INTERPRETED_GPU
     properties = torch.cuda.get_device_properties(device)
     return Gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
-
-
-def on(device: torch.device) -> AbstractContextManager:
-    """Make `device` the one that kernels are launched on."""
-    if INTERPRETED or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 class Geometry(NamedTuple):
@@ -100,10 +92,11 @@ def weight_sums(
     taps = geo.taps if geo.padded else 1
     grouped = group_size != -1
     sums = torch.empty((n, taps), dtype=torch.float32 if grouped else torch.int32, device=weight_packed.device)
-    weight_sums_kernel[(triton.cdiv(n, _SUMS_ROWS), taps)](
+    launch(
+        weight_sums_kernel, (triton.cdiv(n, _SUMS_ROWS), taps),
         weight_packed, weight_scale, sums, n, k // taps, k, packed_width(weight_bits, k),
         group_size if grouped else k, weight_scale.shape[1] if grouped else 1,
-        WEIGHT_BITS=weight_bits, GROUPED=grouped, BLOCK_N=_SUMS_ROWS, BLOCK_K=block_k if grouped else 128,
+        WEIGHT_BITS=weight_bits, GROUPED=grouped, BLOCK_N=_SUMS_ROWS, BLOCK_K=block_k if grouped else 128, num_warps=4,
     )  # fmt: skip
     return sums
 
@@ -149,29 +142,29 @@ def integer_product(
         "HAS_ZERO_POINT": zero_point is not None, "HAS_BIAS": bias is not None, "HAS_SKIP": skip is not None,
         "WRITE_OUT": write_out, "EPILOGUE": epilogue,
     }  # fmt: skip
-    with on(codes.device):
-        sums = partial = None
-        if zero_point is not None:
-            sums = weight_sums(weight_packed, weight_scale, weight_bits, group_size, geo, config.block_k)
-        if splits > 1:
-            partial_dtype = torch.float32 if grouped else torch.int32
-            partial = torch.empty((splits, geo.m, n), dtype=partial_dtype, device=codes.device)
-        product_kernel[(tiles, splits)](
-            codes, weight_packed, scale, zero_point, sums, weight_scale, bias, y_hat, skip, out, partial,
-            geo.m, n, geo.channels, geo.channels_in, packed_width(weight_bits, k), geo.groups,
-            steps_per_tap, steps_per_split, rows_per_scale,
-            group_size if grouped else k, weight_scale.shape[1] if grouped else 1, *geo.image, *geo.window,
-            WINDOW=geo.windowed, WEIGHT_BITS=weight_bits, SPLIT=splits > 1,
-            EVEN_K=geo.channels % config.block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, GROUP_M=config.group_m,
-            num_warps=config.num_warps, num_stages=config.num_stages, **flags,
+    sums = partial = None
+    if zero_point is not None:
+        sums = weight_sums(weight_packed, weight_scale, weight_bits, group_size, geo, config.block_k)
+    if splits > 1:
+        partial_dtype = torch.float32 if grouped else torch.int32
+        partial = torch.empty((splits, geo.m, n), dtype=partial_dtype, device=codes.device)
+    launch(
+        product_kernel, (tiles, splits),
+        codes, weight_packed, scale, zero_point, sums, weight_scale, bias, y_hat, skip, out, partial,
+        geo.m, n, geo.channels, geo.channels_in, packed_width(weight_bits, k), geo.groups,
+        steps_per_tap, steps_per_split, rows_per_scale,
+        group_size if grouped else k, weight_scale.shape[1] if grouped else 1, *geo.image, *geo.window,
+        WINDOW=geo.windowed, WEIGHT_BITS=weight_bits, SPLIT=splits > 1, EVEN_K=geo.channels % config.block_k == 0,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages, **flags,
+    )  # fmt: skip
+    if partial is not None:
+        grid = (triton.cdiv(geo.m, _FINISH_TILE["BLOCK_M"]), triton.cdiv(n, _FINISH_TILE["BLOCK_N"]))
+        launch(
+            finish_kernel, grid,
+            partial, splits, scale, zero_point, sums, weight_scale, bias, y_hat, skip, out,
+            geo.m, n, rows_per_scale, *geo.image, *geo.window, **flags, **_FINISH_TILE, num_warps=4,
         )  # fmt: skip
-        if partial is not None:
-            grid = (triton.cdiv(geo.m, _FINISH_TILE["BLOCK_M"]), triton.cdiv(n, _FINISH_TILE["BLOCK_N"]))
-            finish_kernel[grid](
-                partial, splits, scale, zero_point, sums, weight_scale, bias, y_hat, skip, out,
-                geo.m, n, rows_per_scale, *geo.image, *geo.window, **flags, **_FINISH_TILE,
-            )  # fmt: skip
     return codes.new_empty((0,), dtype=out_dtype) if out is None else out
 
 

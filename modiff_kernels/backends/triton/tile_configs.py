@@ -78,6 +78,8 @@ _MMA_TILES = (
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),
 )
+# modulated_linear in one launch: rows are what programs share out, so few of them; x and x_hat come through registers.
+ONE_LAUNCH = TileConfig(64, 64, 64, 4, 3)
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """What a program may use; `why_not` of the candidates is checked against it in tests/backends/triton."""
 
@@ -102,7 +104,9 @@ _L2_BYTES_PER_CYCLE = 48
 _STEP_CYCLES = 40
 _PROGRAM_CYCLES = 1500
 _STATE_BYTES = 6  # y_hat read and written, out written, 2 bytes each
-_SPLIT_CYCLES = 4000  # a second launch
+_LAUNCH_CYCLES = 4000  # of a second kernel, about 2 us
+_CODES_PER_CYCLE = 16  # residuals quantised: about ten instructions each on 128 lanes
+_QUANTISE_BYTES = 7  # x and x_hat read, x_hat and the code written
 _MEMORY_BYTES_PER_CYCLE = 1500  # of the whole device
 _LEAST_STEPS = 4  # per split: the pipeline has to fill
 
@@ -122,8 +126,26 @@ def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
     program = _PROGRAM_CYCLES + steps * (max(products, loads) + _STEP_CYCLES) + epilogue
     cycles = -(-tiles * config.split_k // gpu.multiprocessors) * program
     if config.split_k > 1:
-        cycles += _SPLIT_CYCLES + 8 * config.split_k * shape.m * shape.n / _MEMORY_BYTES_PER_CYCLE
+        cycles += _LAUNCH_CYCLES + 8 * config.split_k * shape.m * shape.n / _MEMORY_BYTES_PER_CYCLE
     return cycles
+
+
+@lru_cache(maxsize=4096)
+def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
+    """Whether `modulated_linear` in one launch is estimated to be faster than quantising and multiplying in two."""
+    tile = ONE_LAUNCH
+    if not fits(tile, shape):
+        return False
+    steps = -(-shape.n // tile.block_n) * -(-shape.channels // tile.block_k)
+    wgmma = gpu.capability == WGMMA
+    products = tile.block_m * tile.block_n * tile.block_k / _PRODUCTS_PER_CYCLE[wgmma]
+    codes = tile.block_m * tile.block_k / _CODES_PER_CYCLE
+    loads = (tile.block_m * 4 + tile.block_n * shape.weight_bits / 8) * tile.block_k / _L2_BYTES_PER_CYCLE
+    program = _PROGRAM_CYCLES + steps * (max(products, loads) + codes + _STEP_CYCLES)
+    one = -(-(-(-shape.m // tile.block_m)) // gpu.multiprocessors) * program
+    quantise = _LAUNCH_CYCLES + shape.m * shape.channels * _QUANTISE_BYTES / _MEMORY_BYTES_PER_CYCLE
+    best = ranked(shape, gpu)
+    return bool(best) and one < quantise + estimated_cycles(best[0], shape, gpu)
 
 
 def _with_splits(config: TileConfig, shape: Shape) -> list[TileConfig]:
