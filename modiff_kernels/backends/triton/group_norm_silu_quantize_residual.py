@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import quantize_passes as passes
+from .launching import launch
 from .quantize_device import GROUP_NORM, PER_TOKEN, tile_of_program, tile_offsets
 
 _MERGED = 2048  # elements of partial results that a program of the second kernel merges at a time
@@ -141,32 +142,19 @@ def _coefficients(
     block_r, block_c, num_warps = passes.tile(samples, rows, channels, whole_rows=False)
     row_blocks, channel_blocks = -(-rows // block_r), -(-channels // block_c)
     partial = torch.empty((samples, row_blocks, 2, channels), dtype=torch.float32, device=h.device)
-    statistics_kernel[(samples * row_blocks * channel_blocks,)](
-        h, partial, rows, channels, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps
-    )
+    launch(
+        statistics_kernel, (samples * row_blocks * channel_blocks,), h, partial, rows, channels,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps,
+    )  # fmt: skip
     a, b = torch.empty((2, samples, channels), dtype=torch.float32, device=h.device)
     ranges = passes.make_ranges(plan, affine, h.device, zeroed=False)
     block_p, block_g, num_warps = merge_tile(row_blocks, channels // num_groups)
-    coefficients_kernel[(samples * num_groups,)](
-        partial,
-        shift,
-        gamma,
-        beta,
-        a,
-        b,
-        *ranges,
-        rows,
-        channels,
-        plan.granules,
-        num_groups,
-        eps,
-        BLOCK_R=block_r,
-        BLOCK_P=block_p,
-        BLOCK_G=block_g,
-        CLEAR=plan.granularity != PER_TOKEN.value,
-        AFFINE=affine,
-        num_warps=num_warps,
-    )
+    clear = plan.granularity != PER_TOKEN.value
+    launch(
+        coefficients_kernel, (samples * num_groups,), partial, shift, gamma, beta, a, b, *ranges,
+        rows, channels, plan.granules, num_groups, eps,
+        BLOCK_R=block_r, BLOCK_P=block_p, BLOCK_G=block_g, CLEAR=clear, AFFINE=affine, num_warps=num_warps,
+    )  # fmt: skip
     return a, b, ranges
 
 

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .quantize_device import (
     GROUP_NORM,
     LAYER_NORM,
@@ -320,33 +321,19 @@ def quantize(
     shape = {"GRANULARITY": p.granularity, "AFFINE": affine, "BLOCK_R": p.block_r, "BLOCK_C": p.block_c}
     source = GIVEN if scale is not None else IN_TILE if p.granularity == PER_TOKEN.value else REDUCED
     if source is REDUCED:
-        range_kernel[p.grid](
-            h, x_hat, a, b, *ranges, *sizes, eps, PROLOGUE=prologue, SILU=silu, **shape, num_warps=p.num_warps
-        )
+        launch(
+            range_kernel, p.grid, h, x_hat, a, b, *ranges, *sizes, eps,
+            PROLOGUE=prologue, SILU=silu, **shape, num_warps=p.num_warps,
+        )  # fmt: skip
     codes = torch.empty_like(like, dtype=torch.int8)
     used = torch.empty(p.granules, dtype=torch.float32, device=h.device)
     zero_point = torch.empty(p.granules, dtype=torch.int32, device=h.device) if x_hat is None else None
-    quantize_kernel[p.grid](
-        h,
-        x_hat,
-        a,
-        b,
-        scale,
-        *ranges,
-        codes,
-        used,
-        zero_point,
-        *sizes,
-        0 if scale is None or scale.shape[0] == 1 else 1,
-        eps,
-        clip_ratio,
-        float(1 << (act_bits - 1)),
-        PROLOGUE=prologue,
-        SILU=silu,
-        SOURCE=source.value,
-        **shape,
-        num_warps=p.num_warps,
-    )
+    given_stride = 0 if scale is None or scale.shape[0] == 1 else 1
+    launch(
+        quantize_kernel, p.grid, h, x_hat, a, b, scale, *ranges, codes, used, zero_point,
+        *sizes, given_stride, eps, clip_ratio, float(1 << (act_bits - 1)),
+        PROLOGUE=prologue, SILU=silu, SOURCE=source.value, **shape, num_warps=p.num_warps,
+    )  # fmt: skip
     return codes, used, ranges.largest.view(torch.float32) if zero_point is None else zero_point
 
 
