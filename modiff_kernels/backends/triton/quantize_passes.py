@@ -1,0 +1,345 @@
+"""The passes of all quantising ops: `range_kernel` (dynamic scales that cover more than a row) and `quantize_kernel`.
+
+Operands (N samples, R rows of C channels per sample; an NHWC image has R = H * W), all row major:
+
+========== =================== ============ ========================================================================
+h          [N, R, C]           float        input (GEGLU: [N, R, 2C]); x = prologue(h), see quantize_device.py
+x_hat      [N, R, C]           float        state, read and written; None: the plain form, which quantises x itself
+a, b       [N, C] or [C]       float        GROUP_NORM: folded norm, float32; LAYER_NORM: gamma and beta or None
+given      [1] or [granules]   float32      scales of the caller
+range      [granules]          int32        bit patterns of absmax; it is the result absmax
+           (affine: twice)                  affine: of -min(x, 0), then of max(x, 0)
+channel    [N, C]              int32        PER_CHANNEL: bit patterns of absmax per channel
+codes      [N, R, C]           int8
+scale      [granules]          float32      zero_point [granules] int32: plain form only
+========== =================== ============ ========================================================================
+
+Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops; the equations are in ops/schema.py.
+A tile holds whole rows where a row must be reduced (PER_TOKEN scales, LAYER_NORM).
+
+Bytes per element (s = bytes of h, t = of x_hat), every tensor read at most once per pass:
+
+- scale given, or PER_TOKEN: one pass, s + 2 t + 1 (GEGLU: 2 s + 2 t + 1). absmax comes from the same registers.
+- other dynamic scales: the range pass reads s + t before it; the second reading comes from the L2 cache where h and
+  x_hat fit into it (50 MB on H100).
+- plain form: t = 0.
+
+Limits: whole-row tiles reach MAX_ROW channels (`why_not`).
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launching import launch
+from .quantize_device import (
+    GROUP_NORM,
+    LAYER_NORM,
+    PER_CHANNEL,
+    PER_SAMPLE,
+    PER_TENSOR,
+    PER_TOKEN,
+    affine_scale,
+    channel_multiplier,
+    channel_scale,
+    load_activation,
+    magnitude,
+    magnitude_above,
+    magnitude_below,
+    round_to_code,
+    symmetric_scale,
+    tile_of_program,
+    tile_offsets,
+)
+
+# SOURCE: where the scale comes from.
+GIVEN = tl.constexpr(0)  # the caller
+REDUCED = tl.constexpr(1)  # the range pass
+IN_TILE = tl.constexpr(2)  # this tile: PER_TOKEN
+
+MAX_ROW = 16384  # 32 float32 values per thread of 16 warps; more would spill
+_TILE = 4096  # elements: 32 per thread of 4 warps, which are four 16-byte loads of a 2-byte tensor in flight
+_LEAST_TILE = 1024  # 8 per thread: one 16-byte load
+_ENOUGH_PROGRAMS = 264  # two per SM of an H100
+_GRANULARITY = {"per_tensor": 0, "per_sample": 1, "per_token": 2, "per_channel": 3}
+
+
+@triton.jit
+def range_kernel(
+    h_ptr,
+    x_hat_ptr,
+    a_ptr,
+    b_ptr,
+    range_ptr,
+    channel_ptr,
+    rows,
+    channels,
+    granules,
+    eps,
+    PROLOGUE: tl.constexpr,
+    SILU: tl.constexpr,
+    GRANULARITY: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
+    mask = (row < rows)[:, None] & (col < channels)[None, :]
+    value = load_activation(
+        h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+    )
+    if x_hat_ptr is not None:
+        offsets = tile_offsets(sample, first, rows, channels, row, col)
+        value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = tl.where(mask, value, 0.0)
+    granule = sample
+    if GRANULARITY == PER_TENSOR:
+        granule = 0
+    if AFFINE:
+        tl.atomic_max(range_ptr + granule, tl.max(magnitude_below(value)), sem="relaxed")
+        tl.atomic_max(range_ptr + granules + granule, tl.max(magnitude_above(value)), sem="relaxed")
+    elif GRANULARITY == PER_CHANNEL:
+        largest = tl.max(magnitude(value), axis=0)
+        at = sample.to(tl.int64) * channels + col
+        tl.atomic_max(channel_ptr + at, largest, mask=col < channels, sem="relaxed")
+        tl.atomic_max(range_ptr + granule, tl.max(largest), sem="relaxed")
+    else:
+        tl.atomic_max(range_ptr + granule, tl.max(magnitude(value)), sem="relaxed")
+
+
+@triton.jit
+def quantize_kernel(
+    h_ptr,
+    x_hat_ptr,
+    a_ptr,
+    b_ptr,
+    given_ptr,
+    range_ptr,
+    channel_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    rows,
+    channels,
+    granules,
+    given_stride,
+    eps,
+    clip_ratio,
+    half,
+    PROLOGUE: tl.constexpr,
+    SILU: tl.constexpr,
+    GRANULARITY: tl.constexpr,
+    SOURCE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
+    mask = (row < rows)[:, None] & (col < channels)[None, :]
+    offsets = tile_offsets(sample, first, rows, channels, row, col)
+    value = load_activation(
+        h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+    )
+    if x_hat_ptr is not None:
+        old = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = value - old
+    value = tl.where(mask, value, 0.0)
+
+    # Scale and zero point are scalars or, PER_TOKEN, one per row; `owner` says which this program writes down.
+    if GRANULARITY == PER_TOKEN:
+        granule = sample * rows + row
+        owner = row < rows
+    elif GRANULARITY == PER_TENSOR:
+        granule = 0
+        owner = tl.program_id(0) == 0
+    else:
+        granule = sample
+        owner = (first == 0) & (tl.program_id(0) % tl.cdiv(channels, BLOCK_C) == 0)
+    zero_point = half * 0.0
+
+    if SOURCE == GIVEN:
+        if GRANULARITY == PER_TOKEN:
+            scale = tl.load(given_ptr + granule * given_stride, mask=owner, other=1.0)
+            tl.store(range_ptr + granule, tl.max(magnitude(value), axis=1), mask=owner)
+        else:
+            scale = tl.load(given_ptr + granule * given_stride)
+            tl.atomic_max(range_ptr + granule, tl.max(magnitude(value)), sem="relaxed")
+    elif AFFINE:
+        if SOURCE == IN_TILE:
+            below = tl.max(magnitude_below(value), axis=1)
+            above = tl.max(magnitude_above(value), axis=1)
+        else:
+            below = tl.load(range_ptr + granule)
+            above = tl.load(range_ptr + granules + granule)
+        scale, zero_point = affine_scale(below.to(tl.float32, bitcast=True), above.to(tl.float32, bitcast=True), half)
+    else:
+        if SOURCE == IN_TILE:
+            largest = tl.max(magnitude(value), axis=1)
+            if x_hat_ptr is not None:
+                tl.store(range_ptr + granule, largest, mask=owner)
+        else:
+            largest = tl.load(range_ptr + granule)
+        absmax = largest.to(tl.float32, bitcast=True)
+        if GRANULARITY == PER_CHANNEL:
+            scale = channel_scale(absmax, clip_ratio, half)
+        else:
+            scale = symmetric_scale(absmax, clip_ratio, half - 0.5)
+    tl.store(scale_ptr + granule, scale, mask=owner)
+    if zero_point_ptr is not None:
+        tl.store(zero_point_ptr + granule, zero_point.to(tl.int32), mask=owner)
+
+    if GRANULARITY == PER_CHANNEL:
+        at = sample.to(tl.int64) * channels + col
+        largest = tl.load(channel_ptr + at, mask=col < channels, other=0)
+        multiplier = channel_multiplier(largest.to(tl.float32, bitcast=True), scale, clip_ratio, half)
+        code = round_to_code(value * tl.div_rn(1.0, scale * multiplier)[None, :], -half, half - 1.0)
+        code = code * multiplier[None, :]
+    else:
+        if GRANULARITY == PER_TOKEN:
+            scale = scale[:, None]
+            if AFFINE:
+                zero_point = zero_point[:, None]
+        code = round_to_code(value * tl.div_rn(1.0, scale), -half - zero_point, half - 1.0 - zero_point) + zero_point
+    tl.store(codes_ptr + offsets, code.to(tl.int8), mask=mask)
+    if x_hat_ptr is not None:
+        tl.store(x_hat_ptr + offsets, (old + scale * code).to(x_hat_ptr.dtype.element_ty), mask=mask)
+
+
+class Plan(NamedTuple):
+    """How a tensor is cut into samples, rows and tiles, and what its granules are called inside the kernels."""
+
+    samples: int
+    rows: int
+    channels: int
+    granularity: int
+    granules: int
+    block_r: int
+    block_c: int
+    num_warps: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        """One program per tile."""
+        return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
+
+
+@lru_cache(maxsize=4096)
+def plan(samples: int, rows: int, channels: int, granularity: str, act_bits: int, prologue: int) -> Plan:
+    """The cut of [samples, rows, channels]. Samples are dissolved where nothing depends on them: one sample with all
+    rows makes better tiles, above all for the [M, K] input of a Linear, whose samples are single rows.
+    """
+    name = "per_sample" if granularity == "per_channel" and act_bits == 8 else granularity  # all multipliers are 1
+    if name == "per_sample" and rows == 1 and channels <= MAX_ROW:
+        name = "per_token"
+    granules = {"per_tensor": 1, "per_token": samples * rows}.get(name, samples)
+    if name in ("per_tensor", "per_token") and prologue != GROUP_NORM.value:
+        samples, rows = 1, samples * rows
+    whole_rows = name == "per_token" or prologue == LAYER_NORM.value
+    block_r, block_c, num_warps = tile(samples, rows, channels, whole_rows)
+    return Plan(samples, rows, channels, _GRANULARITY[name], granules, block_r, block_c, num_warps)
+
+
+def tile(samples: int, rows: int, channels: int, whole_rows: bool) -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_C, num_warps: _TILE elements, fewer where that leaves SMs idle.
+
+    Channels are cut without a remainder where a power of two from 32 on divides them (as it does in all UNets here):
+    no lane is masked, and a row segment is whole sectors of 32 bytes, also in the int8 codes.
+    """
+    if whole_rows:
+        block_c = triton.next_power_of_2(channels)
+    else:
+        divisor = channels & -channels
+        block_c = min(divisor, 256) if divisor >= 32 else min(triton.next_power_of_2(channels), 128)
+    block_r = max(1, min(_TILE // block_c, triton.next_power_of_2(rows)))
+    while (
+        block_r > 1
+        and block_r * block_c > _LEAST_TILE
+        and samples * -(-rows // block_r) * -(-channels // block_c) < _ENOUGH_PROGRAMS
+    ):
+        block_r //= 2
+    return block_r, block_c, max(4, block_r * block_c // _LEAST_TILE)
+
+
+def extents(shape: torch.Size, prologue: int) -> tuple[int, int, int]:
+    """samples, rows and channels of an input [N, C, H, W], [N, L, K] or [M, K] (GEGLU: last size 2K)."""
+    if len(shape) == 4:
+        return shape[0], shape[2] * shape[3], shape[1]
+    channels = shape[-1] // 2 if prologue == GEGLU.value else shape[-1]
+    return shape[0], (shape[1] if len(shape) == 3 else 1), channels
+
+
+def plan_of(x: Tensor, granularity: str, act_bits: int, prologue: int) -> Plan:
+    """`plan` for an activation of x's shape: [N, C, H, W], [N, L, K] or [M, K]."""
+    shape = x.shape
+    if len(shape) == 4:
+        return plan(shape[0], shape[2] * shape[3], shape[1], granularity, act_bits, prologue)
+    return plan(shape[0], shape[1] if len(shape) == 3 else 1, shape[-1], granularity, act_bits, prologue)
+
+
+class Ranges(NamedTuple):
+    """int32 scratch of the two passes: `largest` [granules] (affine: twice), `channel` [N, C] or None."""
+
+    largest: Tensor
+    channel: Tensor | None
+
+
+def make_ranges(p: Plan, affine: bool, device: torch.device, zeroed: bool = True) -> Ranges:
+    """Scratch for `quantize`; not `zeroed`: the caller's own kernel does that and saves a launch."""
+    sizes = p.granules * (2 if affine else 1), p.samples * p.channels if p.granularity == PER_CHANNEL.value else 0
+    make = torch.zeros if zeroed and p.granularity != PER_TOKEN.value else torch.empty
+    buffer = make(sum(sizes), dtype=torch.int32, device=device)
+    return Ranges(buffer, None) if sizes[1] == 0 else Ranges(*buffer.split(sizes))
+
+
+def quantize(
+    h: Tensor,
+    like: Tensor,
+    p: Plan,
+    prologue: int,
+    x_hat: Tensor | None,
+    scale: Tensor | None,
+    act_bits: int,
+    *,
+    clip_ratio: float = 1.0,
+    affine: bool = False,
+    silu: bool = False,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    eps: float = 0.0,
+    ranges: Ranges | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (shape and memory format of `like`) and scales of prologue(h) - x_hat, and absmax; in the plain form,
+    x_hat None, of prologue(h), and zero points.
+    """
+    if ranges is None:
+        ranges = make_ranges(p, affine, h.device)
+    sizes = p.rows, p.channels, p.granules
+    shape = {"GRANULARITY": p.granularity, "AFFINE": affine, "BLOCK_R": p.block_r, "BLOCK_C": p.block_c}
+    source = GIVEN if scale is not None else IN_TILE if p.granularity == PER_TOKEN.value else REDUCED
+    if source is REDUCED:
+        launch(
+            range_kernel, p.grid, h, x_hat, a, b, *ranges, *sizes, eps,
+            PROLOGUE=prologue, SILU=silu, **shape, num_warps=p.num_warps,
+        )  # fmt: skip
+    codes = torch.empty_like(like, dtype=torch.int8)
+    used = torch.empty(p.granules, dtype=torch.float32, device=h.device)
+    zero_point = torch.empty(p.granules, dtype=torch.int32, device=h.device) if x_hat is None else None
+    given_stride = 0 if scale is None or scale.shape[0] == 1 else 1
+    launch(
+        quantize_kernel, p.grid, h, x_hat, a, b, scale, *ranges, codes, used, zero_point,
+        *sizes, given_stride, eps, clip_ratio, float(1 << (act_bits - 1)),
+        PROLOGUE=prologue, SILU=silu, SOURCE=source.value, **shape, num_warps=p.num_warps,
+    )  # fmt: skip
+    return codes, used, ranges.largest.view(torch.float32) if zero_point is None else zero_point
+
+
+def why_not(problem: Any) -> str | None:
+    """Why the quantising kernels cannot solve `problem`, None if they can."""
+    whole_rows = problem.granularity == "per_token" or problem.op.startswith("layer_norm")
+    if whole_rows and problem.k > MAX_ROW:
+        return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"
+    return None
