@@ -83,7 +83,7 @@ def modulated_linear_kernel(
     for tile in range(tiles):
         col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         cols = tl.minimum(col, n - 1)
-        may_write = (row < m)[:, None] & (tile == tiles - 1)
+        may_write = (row < tl.where(tile == tiles - 1, m, 0))[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
         for first in range(0, channels, BLOCK_K):
             inside = first + k < channels
@@ -92,7 +92,9 @@ def modulated_linear_kernel(
             code = round_to_code(residual * inverse[:, None], -half, half - 1.0)
             new = (old + scale[:, None] * code).to(x_hat.dtype.element_ty)
             tl.store(x_hat + start[:, None] + (first + k)[None, :], new, mask=may_write & inside[None, :])
-            b = load_weight_tile(weight, cols, channels, row_bytes, first, channels - first, WEIGHT_BITS, BLOCK_K, EVEN_K)
+            b = load_weight_tile(
+                weight, cols, channels, row_bytes, first, channels - first, WEIGHT_BITS, BLOCK_K, EVEN_K
+            )
             if GROUPED:
                 group_scale = tl.load(weight_scale + cols * scale_groups + first // group_size)
                 sums = tl.dot(code.to(tl.int8), tl.trans(b), out_dtype=tl.int32)

@@ -164,7 +164,9 @@ def product_kernel(
             a = tl.load(at)
         else:
             a = tl.load(at, mask=(k < left_k)[None, :], other=0)
-        b = load_weight_tile(weight, cols, row_codes, row_bytes, tap * channels + channel, left_k, WEIGHT_BITS, BLOCK_K, EVEN_K)
+        b = load_weight_tile(
+            weight, cols, row_codes, row_bytes, tap * channels + channel, left_k, WEIGHT_BITS, BLOCK_K, EVEN_K
+        )
         if GROUPED:
             group_scale = tl.load(weight_scale + cols * scale_groups + (tap * channels + channel) // group_size)
             acc += tl.dot(a, tl.trans(b), out_dtype=tl.int32).to(tl.float32) * group_scale[None, :]
@@ -201,8 +203,10 @@ def finish_kernel(
     at = row.to(tl.int64)[:, None] * n + col[None, :]
     mask = (row < m)[:, None] & (col < n)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
-    for split in range(splits):
-        acc += tl.load(partial + split.to(tl.int64) * m * n + at, mask=mask, other=0)
+    sums = partial + at
+    for _ in range(splits):
+        acc += tl.load(sums, mask=mask, other=0)
+        sums += tl.cast(m, tl.int64) * n
     _finish(
         acc, rows, cols, at, mask,
         scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
@@ -227,7 +231,9 @@ def weight_sums_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32 if GROUPED else tl.int32)
     for done in range(0, codes_per_sum, BLOCK_K):
         first = tl.program_id(1) * codes_per_sum + done
-        tile = load_weight_tile(weight, cols, row_codes, row_bytes, first, codes_per_sum - done, WEIGHT_BITS, BLOCK_K, False)
+        tile = load_weight_tile(
+            weight, cols, row_codes, row_bytes, first, codes_per_sum - done, WEIGHT_BITS, BLOCK_K, False
+        )
         inside = (k < codes_per_sum - done)[None, :]
         part = tl.sum(tl.where(inside, tile.to(tl.int32), 0), axis=1)
         if GROUPED:

@@ -78,8 +78,8 @@ _MMA_TILES = (
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),
 )
-# modulated_linear in one launch: rows are what programs share out, so few of them; x and x_hat come through registers.
-ONE_LAUNCH = TileConfig(64, 64, 64, 4, 3)
+# modulated_linear in one launch: programs share out rows only, so few of them; wide, as rows are quantised once per tile.
+ONE_LAUNCH = TileConfig(64, 128, 64, 4, 3)
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """What a program may use; `why_not` of the candidates is checked against it in tests/backends/triton."""
 
@@ -189,9 +189,7 @@ def save(choices: dict[Shape, TileConfig], gpu_name: str, about: dict[str, str],
 
 def nearest(shape: Shape, choices: dict[Shape, TileConfig]) -> TileConfig | None:
     """The choice for `shape`, or for the one that differs in m alone and the least, up to NEAREST_FACTOR."""
-    distances = [
-        (abs(math.log2(known.m / shape.m)), known) for known in choices if known._replace(m=shape.m) == shape
-    ]
+    distances = [(abs(math.log2(known.m / shape.m)), known) for known in choices if known._replace(m=shape.m) == shape]
     distance, known = min(distances, default=(math.inf, shape))
     return choices[known] if distance <= math.log2(NEAREST_FACTOR) else None
 
@@ -207,5 +205,7 @@ def choose(shape: Shape, gpu: Gpu, folder: Path = TILES) -> TileConfig:
         return config
     found = ranked(shape, gpu)
     if not found:
-        raise ValueError(f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv")
+        raise ValueError(
+            f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv"
+        )
     return found[0]

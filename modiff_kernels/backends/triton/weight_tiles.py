@@ -100,9 +100,7 @@ def _three_bits(low, high):
     if _INTERPRETED:
         codes = (low + 4 * high).to(tl.int8) - 4
     else:
-        codes = tl.inline_asm_elementwise(
-            _THREE_BITS, "=&r,r,r", [low, high], dtype=tl.int8, is_pure=True, pack=4
-        )
+        codes = tl.inline_asm_elementwise(_THREE_BITS, "=&r,r,r", [low, high], dtype=tl.int8, is_pure=True, pack=4)
     return codes
 
 
