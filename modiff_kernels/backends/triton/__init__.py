@@ -13,7 +13,6 @@ from torch import Tensor
 from ...quant.packing import KPACK_V1, check_layout
 
 NAME = "triton"
-KERNELS: dict[str, Any]
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -60,5 +59,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .table import kernels
 
-    globals()["KERNELS"] = kernels()
-    return KERNELS
+    globals()[name] = made = kernels()
+    return made

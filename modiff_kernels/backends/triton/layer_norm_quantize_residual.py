@@ -39,4 +39,6 @@ def layer_norm_quantize_activation(
     affine: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = passes.plan_of(h, granularity, act_bits, LAYER_NORM.value)
-    return passes.quantize(h, h, plan, LAYER_NORM.value, None, None, act_bits, affine=affine, a=gamma, b=beta, eps=eps)
+    return passes.quantize(
+        h, h, plan, LAYER_NORM.value, None, None, act_bits, affine=affine, a=gamma, b=beta, eps=eps
+    )

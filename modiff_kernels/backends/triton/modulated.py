@@ -3,7 +3,6 @@
 Arguments are those of ops/schema.py, already checked. Nothing here reads the device.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,12 +20,12 @@ def modulated_linear(
 ):  # fmt: skip
     channels = x.shape[-1]
     shape = Shape(x.numel() // channels, weight_scale.shape[0], channels, 1, 1, weight_bits, group_size)
-    if granularity != "per_channel" and (scale is not None or granularity == "per_token"):
-        if one_launch_pays(shape, gpu_of(x.device)):
-            return modulated_linear_one_launch(
-                x, x_hat, scale, weight_packed, weight_scale, y_hat, skip, act_bits, granularity, clip_ratio,
-                weight_bits, group_size, write_out, ONE_LAUNCH.block_k,
-            )  # fmt: skip
+    rows_alone = scale is not None or granularity == "per_token"
+    if rows_alone and one_launch_pays(shape, gpu_of(x.device)):
+        return modulated_linear_one_launch(
+            x, x_hat, scale, weight_packed, weight_scale, y_hat, skip, act_bits, granularity, clip_ratio,
+            weight_bits, group_size, write_out, ONE_LAUNCH.block_k,
+        )  # fmt: skip
     codes, used, absmax = quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio)
     out = integer_product(
         codes, used, None, weight_packed, weight_scale, None, ACCUMULATE, y_hat, skip, write_out, x.dtype,

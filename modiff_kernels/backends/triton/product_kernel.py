@@ -25,9 +25,9 @@ m counts output pixels (sample, p, q). Integers are exact; the rest is float32. 
 WINDOW off a row's address is one multiplication, and what a window needs is not compiled.
 
 Mapping: program 0 of the grid is an output tile [BLOCK_M, BLOCK_N], in columns of GROUP_M tiles so that programs which
-run together share weights in the L2 cache; program 1 is a split of K. The K loop runs over (tap, block of channels) in one
-flat sequence, so the pipeline of loads never drains between taps; one step is always inside one tap, and inside one
-scale group of a grouped weight. Rows and columns past the end read the last one instead of a mask and are not stored.
+run together share weights in the L2 cache; program 1 is a split of K. The K loop runs over (tap, block of channels) in
+one flat sequence, so the pipeline of loads never drains between taps; one step is always inside one tap, and inside
+one scale group of a grouped weight. Rows and columns past the end read the last one instead of a mask and are not stored.
 
 With splits > 1 (fewer tiles than multiprocessors) every split writes its sums to `partial` and `finish_kernel` adds
 them in order and does the epilogue: deterministic, and exact for integers.
@@ -83,7 +83,7 @@ def _finish(
     if HAS_ZERO_POINT:
         zero = tl.load(zero_point + scale_at)
         if PADDED:
-            sample, top, left = _pixel(rows, out_height, out_width, stride_h, stride_w, pad_h, pad_w)
+            _, top, left = _pixel(rows, out_height, out_width, stride_h, stride_w, pad_h, pad_w)
             for tap in range(KERNEL_H * KERNEL_W):
                 h = top + tap // KERNEL_W * dilation_h
                 w = left + tap % KERNEL_W * dilation_w
@@ -113,7 +113,8 @@ def _finish(
 @triton.jit(do_not_specialize=["m", "rows_per_scale", *_STEPS, *_WINDOW])
 def product_kernel(
     codes, weight, scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out, partial,
-    m, n, channels, channels_in, row_bytes, groups, steps_per_tap, steps_per_split, rows_per_scale, group_size, scale_groups,
+    m, n, channels, channels_in, row_bytes, groups, steps_per_tap, steps_per_split, rows_per_scale,
+    group_size, scale_groups,
     height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     WINDOW: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr,
     WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,

@@ -89,7 +89,9 @@ def range_kernel(
 ):
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
-    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    value = load_activation(
+        h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+    )
     if x_hat_ptr is not None:
         offsets = tile_offsets(sample, first, rows, channels, row, col)
         value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -139,7 +141,9 @@ def quantize_kernel(
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
     offsets = tile_offsets(sample, first, rows, channels, row, col)
-    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    value = load_activation(
+        h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+    )
     if x_hat_ptr is not None:
         old = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value - old

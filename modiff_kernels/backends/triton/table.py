@@ -36,8 +36,8 @@ def weight_why_not(problem: Any) -> str | None:
     shape = product_shape(problem)
     if shape.weight_bits != 8 and shape.taps > 1 and shape.channels % 8 != 0:
         return (
-            f"{shape.weight_bits}-bit weights with {shape.channels} input channels per tap: a tap must begin at a byte, "
-            "so their number must be divisible by 8; use weight_bits=8"
+            f"{shape.weight_bits}-bit weights with {shape.channels} input channels per tap: a tap must begin at a "
+            "byte, so their number must be divisible by 8; use weight_bits=8"
         )
     if not any(fits(config, shape) for config in candidates(problem.capability or LEAST_CAPABILITY)):
         return (

@@ -1,14 +1,15 @@
 """Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU.
 
-`choose(shape, gpu)` takes the tuned choice of `tiles/<gpu>.json` for this or the nearest known shape, else the candidate
-with the least `estimated_cycles`. Nothing is measured while a user waits; `tools/tune_triton.py` makes the JSON files.
+`choose(shape, gpu)` takes the tuned choice of `tiles/<gpu>.json` for this or the nearest known shape, else the
+candidate with the least `estimated_cycles`. Nothing is measured while a user waits; `tools/tune_triton.py` makes the
+JSON files.
 """
 
 import json
 import math
 import re
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +59,8 @@ class Gpu(NamedTuple):
 
 WGMMA = (9, 0)
 # Warp-group products (sm_90) are 64 rows per four warps and read both operands from shared memory, so deep K steps are
-# free in registers. The accumulator is int32: 128x128 over 8 warps is 64 registers a thread; over 4 warps, or as 128x256
-# over 8, it is 128 and the epilogue spills.
+# free in registers. The accumulator is int32: 128x128 over 8 warps is 64 registers a thread; over 4 warps, or as
+# 128x256 over 8, it is 128 and the epilogue spills.
 _WGMMA_TILES = (
     TileConfig(128, 128, 128, 8, 4),  # 128 KiB: highest reuse that does not spill; K divisible by 128
     TileConfig(128, 128, 64, 8, 4),  # the same for channels that are odd multiples of 64 (320, 960)
@@ -70,15 +71,15 @@ _WGMMA_TILES = (
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),  # weight groups of 32, and channels that pad 64 badly
 )
-# mma.sync (sm_80, 86, 89, and newer GPUs through compatibility) holds both operands in registers as well: a K step of 64
-# bounds them. Four stages of 128x64 are 48 KiB, so that two programs fit the 99 KiB of sm_86 and sm_89.
+# mma.sync (sm_80, 86, 89, and newer GPUs through compatibility) holds both operands in registers as well: a K step of
+# 64 bounds them. Four stages of 128x64 are 48 KiB, so that two programs fit the 99 KiB of sm_86 and sm_89.
 _MMA_TILES = (
     TileConfig(128, 128, 64, 8, 3),
     TileConfig(128, 64, 64, 4, 4),
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),
 )
-# modulated_linear in one launch: programs share out rows only, so few of them; wide, as rows are quantised once per tile.
+# modulated_linear in one launch: programs share out rows only, so few of them; wide, as rows are quantised per tile.
 ONE_LAUNCH = TileConfig(64, 128, 64, 4, 3)
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """What a program may use; `why_not` of the candidates is checked against it in tests/backends/triton."""
@@ -142,7 +143,8 @@ def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
     codes = tile.block_m * tile.block_k / _CODES_PER_CYCLE
     loads = (tile.block_m * 4 + tile.block_n * shape.weight_bits / 8) * tile.block_k / _L2_BYTES_PER_CYCLE
     program = _PROGRAM_CYCLES + steps * (max(products, loads) + codes + _STEP_CYCLES)
-    one = -(-(-(-shape.m // tile.block_m)) // gpu.multiprocessors) * program
+    programs = -(-shape.m // tile.block_m)
+    one = -(-programs // gpu.multiprocessors) * program
     quantise = _LAUNCH_CYCLES + shape.m * shape.channels * _QUANTISE_BYTES / _MEMORY_BYTES_PER_CYCLE
     best = ranked(shape, gpu)
     return bool(best) and one < quantise + estimated_cycles(best[0], shape, gpu)
@@ -168,7 +170,7 @@ def tiles_file(gpu_name: str, folder: Path = TILES) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
 
 
-@lru_cache(maxsize=None)
+@cache
 def tuned(gpu_name: str, folder: Path = TILES) -> dict[Shape, TileConfig]:
     """The tuned choices for a GPU; empty if it was never tuned."""
     path = tiles_file(gpu_name, folder)

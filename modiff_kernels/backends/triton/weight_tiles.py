@@ -108,9 +108,9 @@ def _three_bits(low, high):
 def load_weight_tile(
     weight, rows, row_codes, row_bytes, first, left, BITS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
 ):
-    """Codes int8 [rows, BLOCK_K] of the weight at `weight`, from code `first` of rows with `row_codes` codes in `row_bytes`.
+    """Codes int8 [rows, BLOCK_K] of the weight at `weight`, from code `first` of every row on.
 
-    rows: int32 row numbers, all valid. left: codes that may be read from `first` on; EVEN_K says at least BLOCK_K.
+    rows: int32 row numbers, all valid, of `row_codes` codes in `row_bytes` bytes. left: codes that may be read from `first` on; EVEN_K says at least BLOCK_K.
     """
     row = weight + rows.to(tl.int64)[:, None] * row_bytes
     if BITS == 8:

@@ -92,8 +92,8 @@ def product(device, codes, scale, packed, weight_scale, *, zero_point=None, bias
 def unit_product(device, case, codes, rows, bits, config, **more):
     """With scales of 1 the product is the integer sums, exactly as long as they are below 2^24."""
     return product(
-        device, codes, torch.ones(1), pack(rows, bits), torch.ones(case.n), bits=bits, conv=conv_of(case), config=config,
-        **more,
+        device, codes, torch.ones(1), pack(rows, bits), torch.ones(case.n), bits=bits, conv=conv_of(case),
+        config=config, **more,
     )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_group_scales_and_zero_points(device, case, bits, group_size, split_k, p
 @pytest.mark.parametrize("case", [c for c in CONVS if begins_at_bytes(c)] + LINEARS[:4], ids=str)
 def test_zero_points_reach_the_border(device, case, bits, poisoned_empty):
     """Padding stands for x = 0, which has the code zero_point: nothing comes from outside of the image."""
-    codes, scale, packed, weight_scale, _ = float_case(case, bits)
+    codes, scale, _, weight_scale, _ = float_case(case, bits)
     rows, dense = weight_like(case, bits)
     zero_point = torch.randint(-128, 128, scale.shape, dtype=torch.int32)
     out = product(

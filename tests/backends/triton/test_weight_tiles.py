@@ -19,7 +19,7 @@ INSTRUCTION = re.compile(r"(\S+) \$(\d+), (\S+), (\S+)")
 
 
 def execute(ptx, outputs, *inputs):
-    """Registers $0 .. of `ptx` as bytes [outputs, ...], `inputs` (uint8) standing in the registers after the outputs."""
+    """Registers $0 .. of `ptx` as bytes [outputs, ...]; `inputs` (uint8) stand in the registers after the outputs."""
     registers = {outputs + i: np.ascontiguousarray(values).view(np.uint32) for i, values in enumerate(inputs)}
 
     def value(text):
