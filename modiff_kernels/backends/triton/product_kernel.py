@@ -27,7 +27,8 @@ WINDOW off a row's address is one multiplication, and what a window needs is not
 Mapping: program 0 of the grid is an output tile [BLOCK_M, BLOCK_N], in columns of GROUP_M tiles so that programs which
 run together share weights in the L2 cache; program 1 is a split of K. The K loop runs over (tap, block of channels) in
 one flat sequence, so the pipeline of loads never drains between taps; one step is always inside one tap, and inside
-one scale group of a grouped weight. Rows and columns past the end read the last one instead of a mask and are not stored.
+one scale group of a grouped weight. Rows and columns past the end read the last one instead of a mask and are not
+stored.
 
 With splits > 1 (fewer tiles than multiprocessors) every split writes its sums to `partial` and `finish_kernel` adds
 them in order and does the epilogue: deterministic, and exact for integers.

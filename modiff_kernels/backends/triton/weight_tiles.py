@@ -110,7 +110,8 @@ def load_weight_tile(
 ):
     """Codes int8 [rows, BLOCK_K] of the weight at `weight`, from code `first` of every row on.
 
-    rows: int32 row numbers, all valid, of `row_codes` codes in `row_bytes` bytes. left: codes that may be read from `first` on; EVEN_K says at least BLOCK_K.
+    rows: int32 row numbers, all valid; a row holds `row_codes` codes in `row_bytes` bytes. left: codes that may be read
+    from `first` on; EVEN_K says at least BLOCK_K.
     """
     row = weight + rows.to(tl.int64)[:, None] * row_bytes
     if BITS == 8:
