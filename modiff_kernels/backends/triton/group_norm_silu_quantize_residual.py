@@ -23,9 +23,9 @@ Programs and equations:
 
 - then the passes of quantize_passes.py, with a and b.
 
-Bytes per element: s (bytes of h) for the statistics and 8 / BLOCK_R for writing their scratch, which the L2 cache keeps, then those of
-quantize_passes.py. Launches: three with scales given or per token, otherwise four. Limits: groups of at most MAX_ROW
-channels, and those of quantize_passes.py.
+Bytes per element: s (bytes of h) for the statistics and 8 / BLOCK_R for writing their scratch, which stays in the L2
+cache; then those of quantize_passes.py. Launches: three with scales given or per token, otherwise four. Limits: groups
+of at most MAX_ROW channels, and those of quantize_passes.py.
 """
 
 import torch
@@ -139,7 +139,7 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor, passes.Ranges]:
     """a and b [N, C], and cleared scratch for the passes."""
     samples, rows, channels = plan.samples, plan.rows, plan.channels
-    block_r, block_c, num_warps = passes.tile(samples, rows, channels, whole_rows=False)
+    block_r, block_c, num_warps = passes.tile(samples, rows, channels, False, h.element_size())
     row_blocks, channel_blocks = -(-rows // block_r), -(-channels // block_c)
     partial = torch.empty((samples, row_blocks, 2, channels), dtype=torch.float32, device=h.device)
     launch(
@@ -177,9 +177,9 @@ def _quantize(
     affine: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     prologue = GROUP_NORM.value
-    plan = passes.plan_of(h, granularity, act_bits, prologue)
-    a, b, ranges = _coefficients(h, *norm, plan, affine)
     like = h if x_hat is None else x_hat
+    plan = passes.plan_of(h, like, granularity, act_bits, prologue)
+    a, b, ranges = _coefficients(h, *norm, plan, affine)
     return passes.quantize(
         h, like, plan, prologue, x_hat, scale, act_bits,
         clip_ratio=clip_ratio, affine=affine, silu=silu, a=a, b=b, ranges=ranges,

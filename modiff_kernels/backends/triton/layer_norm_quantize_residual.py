@@ -23,7 +23,7 @@ def layer_norm_quantize_residual(
     granularity: str,
     clip_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = passes.plan_of(h, granularity, act_bits, LAYER_NORM.value)
+    plan = passes.plan_of(h, x_hat, granularity, act_bits, LAYER_NORM.value)
     return passes.quantize(
         h, x_hat, plan, LAYER_NORM.value, x_hat, scale, act_bits, clip_ratio=clip_ratio, a=gamma, b=beta, eps=eps
     )
@@ -38,7 +38,5 @@ def layer_norm_quantize_activation(
     granularity: str,
     affine: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = passes.plan_of(h, granularity, act_bits, LAYER_NORM.value)
-    return passes.quantize(
-        h, h, plan, LAYER_NORM.value, None, None, act_bits, affine=affine, a=gamma, b=beta, eps=eps
-    )
+    plan = passes.plan_of(h, h, granularity, act_bits, LAYER_NORM.value)
+    return passes.quantize(h, h, plan, LAYER_NORM.value, None, None, act_bits, affine=affine, a=gamma, b=beta, eps=eps)

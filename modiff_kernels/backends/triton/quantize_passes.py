@@ -37,10 +37,10 @@ from torch import Tensor
 
 from .launching import launch
 from .quantize_device import (
+    GEGLU,
     GROUP_NORM,
     LAYER_NORM,
     PER_CHANNEL,
-    PER_SAMPLE,
     PER_TENSOR,
     PER_TOKEN,
     affine_scale,
@@ -61,9 +61,9 @@ GIVEN = tl.constexpr(0)  # the caller
 REDUCED = tl.constexpr(1)  # the range pass
 IN_TILE = tl.constexpr(2)  # this tile: PER_TOKEN
 
-MAX_ROW = 16384  # 32 float32 values per thread of 16 warps; more would spill
-_TILE = 4096  # elements: 32 per thread of 4 warps, which are four 16-byte loads of a 2-byte tensor in flight
-_LEAST_TILE = 1024  # 8 per thread: one 16-byte load
+MAX_ROW = 8192  # 16 float32 values per thread of 16 warps, of two inputs (GEGLU) and x_hat at the same time
+_TILE_BYTES = 8192  # of h or x_hat, the wider: four 16-byte loads per thread of 4 warps in flight, below 150 registers
+_LEAST_TILE = 1024  # elements: 8 per thread, which is one 16-byte load of a 2-byte tensor
 _ENOUGH_PROGRAMS = 264  # two per SM of an H100
 _GRANULARITY = {"per_tensor": 0, "per_sample": 1, "per_token": 2, "per_channel": 3}
 
@@ -89,9 +89,7 @@ def range_kernel(
 ):
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
-    value = load_activation(
-        h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
-    )
+    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
     if x_hat_ptr is not None:
         offsets = tile_offsets(sample, first, rows, channels, row, col)
         value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -141,9 +139,7 @@ def quantize_kernel(
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
     offsets = tile_offsets(sample, first, rows, channels, row, col)
-    value = load_activation(
-        h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
-    )
+    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
     if x_hat_ptr is not None:
         old = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value - old
@@ -227,8 +223,20 @@ class Plan(NamedTuple):
         return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
 
 
+def plan_of(x: Tensor, state: Tensor, granularity: str, act_bits: int, prologue: int) -> Plan:
+    """`plan` for x_hat or, in the plain form, x [N, C, H, W], [N, L, K] or [M, K], here called `state`, and input h."""
+    shape = state.shape
+    image = len(shape) == 4
+    rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
+    channels = shape[1] if image else shape[-1]
+    bytes_read = max(x.element_size(), state.element_size()) * (2 if prologue == GEGLU.value else 1)
+    return plan(shape[0], rows, channels, granularity, act_bits, prologue, bytes_read)
+
+
 @lru_cache(maxsize=4096)
-def plan(samples: int, rows: int, channels: int, granularity: str, act_bits: int, prologue: int) -> Plan:
+def plan(
+    samples: int, rows: int, channels: int, granularity: str, act_bits: int, prologue: int, bytes_read: int
+) -> Plan:
     """The cut of [samples, rows, channels]. Samples are dissolved where nothing depends on them: one sample with all
     rows makes better tiles, above all for the [M, K] input of a Linear, whose samples are single rows.
     """
@@ -239,45 +247,30 @@ def plan(samples: int, rows: int, channels: int, granularity: str, act_bits: int
     if name in ("per_tensor", "per_token") and prologue != GROUP_NORM.value:
         samples, rows = 1, samples * rows
     whole_rows = name == "per_token" or prologue == LAYER_NORM.value
-    block_r, block_c, num_warps = tile(samples, rows, channels, whole_rows)
+    block_r, block_c, num_warps = tile(samples, rows, channels, whole_rows, bytes_read)
     return Plan(samples, rows, channels, _GRANULARITY[name], granules, block_r, block_c, num_warps)
 
 
-def tile(samples: int, rows: int, channels: int, whole_rows: bool) -> tuple[int, int, int]:
-    """BLOCK_R, BLOCK_C, num_warps: _TILE elements, fewer where that leaves SMs idle.
+def tile(samples: int, rows: int, channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle.
 
     Channels are cut without a remainder where a power of two from 32 on divides them (as it does in all UNets here):
     no lane is masked, and a row segment is whole sectors of 32 bytes, also in the int8 codes.
     """
+    most = _TILE_BYTES // bytes_read
     if whole_rows:
         block_c = triton.next_power_of_2(channels)
     else:
         divisor = channels & -channels
         block_c = min(divisor, 256) if divisor >= 32 else min(triton.next_power_of_2(channels), 128)
-    block_r = max(1, min(_TILE // block_c, triton.next_power_of_2(rows)))
+    block_r = max(1, min(most // block_c, triton.next_power_of_2(rows)))
     while (
         block_r > 1
         and block_r * block_c > _LEAST_TILE
         and samples * -(-rows // block_r) * -(-channels // block_c) < _ENOUGH_PROGRAMS
     ):
         block_r //= 2
-    return block_r, block_c, max(4, block_r * block_c // _LEAST_TILE)
-
-
-def extents(shape: torch.Size, prologue: int) -> tuple[int, int, int]:
-    """samples, rows and channels of an input [N, C, H, W], [N, L, K] or [M, K] (GEGLU: last size 2K)."""
-    if len(shape) == 4:
-        return shape[0], shape[2] * shape[3], shape[1]
-    channels = shape[-1] // 2 if prologue == GEGLU.value else shape[-1]
-    return shape[0], (shape[1] if len(shape) == 3 else 1), channels
-
-
-def plan_of(x: Tensor, granularity: str, act_bits: int, prologue: int) -> Plan:
-    """`plan` for an activation of x's shape: [N, C, H, W], [N, L, K] or [M, K]."""
-    shape = x.shape
-    if len(shape) == 4:
-        return plan(shape[0], shape[2] * shape[3], shape[1], granularity, act_bits, prologue)
-    return plan(shape[0], shape[1] if len(shape) == 3 else 1, shape[-1], granularity, act_bits, prologue)
+    return block_r, block_c, min(16, max(4, 4 * block_r * block_c // most))
 
 
 class Ranges(NamedTuple):

@@ -14,12 +14,12 @@ from .quantize_device import IDENTITY
 def quantize_residual(
     x: Tensor, x_hat: Tensor, scale: Tensor | None, act_bits: int, granularity: str, clip_ratio: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = passes.plan_of(x, granularity, act_bits, IDENTITY.value)
+    plan = passes.plan_of(x, x_hat, granularity, act_bits, IDENTITY.value)
     return passes.quantize(x, x_hat, plan, IDENTITY.value, x_hat, scale, act_bits, clip_ratio=clip_ratio)
 
 
 def quantize_activation(
     x: Tensor, act_bits: int, granularity: str, affine: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = passes.plan_of(x, granularity, act_bits, IDENTITY.value)
+    plan = passes.plan_of(x, x, granularity, act_bits, IDENTITY.value)
     return passes.quantize(x, x, plan, IDENTITY.value, None, None, act_bits, affine=affine)

@@ -50,8 +50,8 @@ def aot_variants() -> list[Variant]:
 
 
 def _key(variant: Variant) -> tuple[Any, ...]:
-    kernel, signature, constexprs, divisible, num_warps = variant
-    return kernel, *signature.items(), *sorted(constexprs.items()), divisible, num_warps
+    kernel, signature, constexprs, *rest = variant
+    return kernel, *signature.items(), *sorted(constexprs.items()), *rest
 
 
 def _call_ops(shape: tuple[int, ...], dtype: torch.dtype, state_dtype: torch.dtype, stems: Iterable[str]) -> None:

@@ -80,7 +80,7 @@ _MMA_TILES = (
     TileConfig(64, 64, 32, 4, 4),
 )
 # modulated_linear in one launch: programs share out rows only, so few of them; wide, as rows are quantised per tile.
-ONE_LAUNCH = TileConfig(64, 128, 64, 4, 3)
+ONE_LAUNCH = TileConfig(64, 128, 64, 8, 3)
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """What a program may use; `why_not` of the candidates is checked against it in tests/backends/triton."""
 
