@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
 COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
+MAIN_SHARE = 16  # of the many forms of the quantising kernels, every 16th is a main one
 WITH_PRODUCT = ("product_kernel", "modulated_linear_kernel")
 
 
@@ -54,7 +55,7 @@ def variants(capability: int, main_only: bool) -> Iterator[tuple[str, Variant]]:
     from modiff_kernels.backends.triton import product_variants, quantizing
 
     yield from product_variants.aot_variants(divmod(capability, 10), main_only)
-    for variant in getattr(quantizing, "aot_variants", list)():
+    for variant in quantizing.aot_variants()[:: MAIN_SHARE if main_only else 1]:
         yield variant.kernel.__name__, variant
 
 

@@ -66,7 +66,7 @@ _WGMMA_TILES = (
     TileConfig(128, 128, 64, 8, 4),  # the same for channels that are odd multiples of 64 (320, 960)
     TileConfig(128, 64, 128, 4, 4),  # 320 columns are 5 tiles of 64 and 3 of 128; one warp group per 64 rows
     TileConfig(128, 64, 64, 4, 4),
-    TileConfig(64, 128, 128, 4, 4),  # few rows (8x8 level): twice the programs
+    TileConfig(64, 128, 128, 8, 4),  # few rows (8x8 level): twice the programs; two warp groups share the columns
     TileConfig(64, 64, 128, 4, 4),  # fewest products per program that one warp group can do
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),  # weight groups of 32, and channels that pad 64 badly
@@ -81,6 +81,7 @@ _MMA_TILES = (
 )
 # modulated_linear in one launch: programs share out rows only, so few of them; wide, as rows are quantised per tile.
 ONE_LAUNCH = TileConfig(64, 128, 64, 8, 3)
+_MOST_GROUPED_SUMS = 128 * 64
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """What a program may use; `why_not` of the candidates is checked against it in tests/backends/triton."""
 
@@ -91,9 +92,13 @@ def candidates(capability: tuple[int, int]) -> tuple[TileConfig, ...]:
 
 
 def fits(config: TileConfig, shape: Shape) -> bool:
-    """Whether `config` computes `shape`: a K step must stay inside one group of weight scales."""
+    """Whether `config` computes `shape`: a K step must stay inside one group of weight scales, and a tile must hold the
+    sums of a group beside those of all, which 128x128 cannot without spilling.
+    """
     if shape.group_size == -1:
         return True
+    if config.block_m * config.block_n > _MOST_GROUPED_SUMS:
+        return False
     whole_steps = shape.taps == 1 or shape.channels % config.block_k == 0
     return shape.group_size % config.block_k == 0 and whole_steps
 

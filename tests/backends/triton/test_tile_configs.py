@@ -26,7 +26,9 @@ def test_candidates_fit_the_shared_memory(gpu):
 
 def test_wgmma_needs_64_rows_per_four_warps():
     for config in tile_configs.candidates((9, 0)):
-        assert config.block_m >= 16 * config.num_warps
+        assert config.block_m % 64 == 0
+        assert config.num_warps % 4 == 0
+        assert (config.block_m // 64) * (config.block_n // 64) >= config.num_warps // 4, "a warp group without a tile"
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
