@@ -41,8 +41,10 @@ _MERGED = 2048  # elements of partial results that a program of the second kerne
 
 
 @triton.jit
-def statistics_kernel(h_ptr, partial_ptr, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
+def statistics_kernel(
+    h_ptr, partial_ptr, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr
+):
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, BACKWARDS)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
     h = tl.load(h_ptr + tile_offsets(sample, first, rows, channels, row, col), mask=mask, other=0.0).to(tl.float32)
     count = tl.minimum(rows - first, BLOCK_R).to(tl.float32)
@@ -136,15 +138,16 @@ def _coefficients(
     eps: float,
     plan: passes.Plan,
     affine: bool,
+    range_pass: bool,
 ) -> tuple[Tensor, Tensor, passes.Ranges]:
-    """a and b [N, C], and cleared scratch for the passes."""
+    """a and b [N, C], and cleared scratch for the passes; `range_pass`: there are two of them."""
     samples, rows, channels = plan.samples, plan.rows, plan.channels
     block_r, block_c, num_warps = passes.tile(samples, rows, channels, False, h.element_size())
     row_blocks, channel_blocks = -(-rows // block_r), -(-channels // block_c)
     partial = torch.empty((samples, row_blocks, 2, channels), dtype=torch.float32, device=h.device)
     launch(
         statistics_kernel, (samples * row_blocks * channel_blocks,), h, partial, rows, channels,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=num_warps,
+        BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=not range_pass, num_warps=num_warps,
     )  # fmt: skip
     a, b = torch.empty((2, samples, channels), dtype=torch.float32, device=h.device)
     ranges = passes.make_ranges(plan, affine, h.device, zeroed=False)
@@ -179,7 +182,8 @@ def _quantize(
     prologue = GROUP_NORM.value
     like = h if x_hat is None else x_hat
     plan = passes.plan_of(h, like, granularity, act_bits, prologue)
-    a, b, ranges = _coefficients(h, *norm, plan, affine)
+    range_pass = scale is None and plan.granularity != PER_TOKEN.value
+    a, b, ranges = _coefficients(h, *norm, plan, affine, range_pass)
     return passes.quantize(
         h, like, plan, prologue, x_hat, scale, act_bits,
         clip_ratio=clip_ratio, affine=affine, silu=silu, a=a, b=b, ranges=ranges,

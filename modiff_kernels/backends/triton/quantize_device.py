@@ -29,13 +29,18 @@ _SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
-def tile_of_program(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def tile_of_program(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
     """sample, first row, row numbers [BLOCK_R] and channels [BLOCK_C] of this program's tile; a tile lies in one
     sample. Blocks of channels follow each other, so that programs that run together read whole rows.
+
+    BACKWARDS: the last tile first. A pass runs against the pass before it, and so begins with what that one read last,
+    which is in the L2 cache even where the tensors do not fit.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     row_blocks = tl.cdiv(rows, BLOCK_R)
     program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
     col = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     block = program // channel_blocks
     first = (block % row_blocks) * BLOCK_R
@@ -114,8 +119,8 @@ def affine_scale(below, above, half):
     """Scale and zero point (a float) of `affine.affine_range` over [-below, above]; `half` = 2^(bits-1)."""
     scale = tl.div_rn(above + below, 2.0 * half - 1.0)
     scale = tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale)
-    # Clamped to integers before rounding, which gives the same as after it.
-    steps = tl.minimum(below * tl.div_rn(1.0, scale), 2.0 * half - 1.0)
+    # At most 2^bits - 1, because the range holds `below`: nothing is left to clamp.
+    steps = below * tl.div_rn(1.0, scale)
     return scale, rne(steps) - half
 
 

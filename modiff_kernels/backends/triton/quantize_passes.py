@@ -20,8 +20,8 @@ A tile holds whole rows where a row must be reduced (PER_TOKEN scales, LAYER_NOR
 Bytes per element (s = bytes of h, t = of x_hat), every tensor read at most once per pass:
 
 - scale given, or PER_TOKEN: one pass, s + 2 t + 1 (GEGLU: 2 s + 2 t + 1). absmax comes from the same registers.
-- other dynamic scales: the range pass reads s + t before it; the second reading comes from the L2 cache where h and
-  x_hat fit into it (50 MB on H100).
+- other dynamic scales: the range pass reads s + t before it, from the last tile to the first, so that the second
+  reading comes from the L2 cache (50 MB on H100) as far as it reaches.
 - plain form: t = 0.
 
 Limits: whole-row tiles reach MAX_ROW channels (`why_not`).
@@ -87,7 +87,7 @@ def range_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, True)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
     value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
     if x_hat_ptr is not None:
@@ -136,7 +136,7 @@ def quantize_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C)
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, False)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
     offsets = tile_offsets(sample, first, rows, channels, row, col)
     value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
@@ -202,7 +202,9 @@ def quantize_kernel(
         code = round_to_code(value * tl.div_rn(1.0, scale), -half - zero_point, half - 1.0 - zero_point) + zero_point
     tl.store(codes_ptr + offsets, code.to(tl.int8), mask=mask)
     if x_hat_ptr is not None:
-        tl.store(x_hat_ptr + offsets, (old + scale * code).to(x_hat_ptr.dtype.element_ty), mask=mask)
+        updated = (old + scale * code).to(x_hat_ptr.dtype.element_ty)
+        # x_hat is read again in the next step; the L2 cache is for the codes, which the product reads now.
+        tl.store(x_hat_ptr + offsets, updated, mask=mask, eviction_policy="evict_first")
 
 
 class Plan(NamedTuple):

@@ -10,7 +10,7 @@ from .geglu_quantize_residual import geglu_quantize_activation, geglu_quantize_r
 from .group_norm_silu_quantize_residual import group_norm_silu_quantize_activation, group_norm_silu_quantize_residual
 from .launching import Variant, recorded
 from .layer_norm_quantize_residual import layer_norm_quantize_activation, layer_norm_quantize_residual
-from .quantize_passes import why_not
+from .quantize_passes import MAX_ROW, why_not
 from .quantize_residual import quantize_activation, quantize_residual
 
 __all__ = ["QUANTIZING_KERNELS", "aot_variants", "why_not"]
@@ -29,32 +29,36 @@ QUANTIZING_KERNELS: dict[str, Callable[..., Any]] = {
     )
 }
 
-_DTYPES = ((torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))
-_MIXED = (torch.bfloat16, torch.float16)
-_IMAGES = ((2, 320, 64, 64), (2, 1280, 16, 16), (2, 1280, 8, 8))
-_TOKENS = ((2, 4096, 320), (2, 1024, 1280), (2, 77, 768))
+_IMAGE_OPS = ("quantize", "group_norm_silu_quantize")
+_TOKEN_OPS = ("quantize", "layer_norm_quantize", "geglu_quantize")
+_FIRST_IMAGE, _FIRST_TOKENS = (2, 320, 64, 64), (2, 4096, 320)
+_OTHER_SHAPES = ((2, 640, 32, 32), (2, 1280, 8, 8), (2, 1024, 640), (2, 64, 1280), (2, 77, 768))
+_OTHER_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32, torch.float32))
 
 
 def aot_variants() -> list[Variant]:
-    """The forms of the kernels that layers of SD 1.5 launch, each once: every prologue, granularity, source of the
-    scale and dtype, at image and token sizes from the first level to the last.
+    """Forms of the kernels that layers of SD 1.5 launch, each once: with float16 every prologue, granularity and source
+    of the scale at the first level; per_channel, which needs most registers, at other levels and with other dtypes; the
+    longest rows.
     """
+    half = (torch.float16, torch.float16)
     with recorded() as variants, torch.device("meta"):
-        for dtype, state_dtype in _DTYPES:
-            for shape in _IMAGES if dtype == torch.float16 else _IMAGES[:1]:
-                _call_ops(shape, dtype, state_dtype, ("quantize", "group_norm_silu_quantize"))
-            for shape in _TOKENS if dtype == torch.float16 else _TOKENS[:1]:
-                _call_ops(shape, dtype, state_dtype, ("quantize", "layer_norm_quantize", "geglu_quantize"))
-        _call_ops(_IMAGES[0], *_MIXED, ("quantize", "group_norm_silu_quantize"))
-    return list({_key(variant): variant for variant in variants}.values())
+        for granularity in GRANULARITIES:
+            _call_ops(_FIRST_IMAGE, half, _IMAGE_OPS, granularity)
+            _call_ops(_FIRST_TOKENS, half, _TOKEN_OPS[1:], granularity)
+        for dtypes in _OTHER_DTYPES:
+            _call_ops(_FIRST_IMAGE, dtypes, _IMAGE_OPS, "per_channel")
+            _call_ops(_FIRST_TOKENS, dtypes, _TOKEN_OPS, "per_channel")
+            _call_ops((2, 64, MAX_ROW), dtypes, _TOKEN_OPS, "per_token")
+        for shape in _OTHER_SHAPES:
+            _call_ops(shape, half, _IMAGE_OPS if len(shape) == 4 else _TOKEN_OPS, "per_channel")
+    return list({repr(variant): variant for variant in variants}.values())
 
 
-def _key(variant: Variant) -> tuple[Any, ...]:
-    kernel, signature, constexprs, *rest = variant
-    return kernel, *signature.items(), *sorted(constexprs.items()), *rest
-
-
-def _call_ops(shape: tuple[int, ...], dtype: torch.dtype, state_dtype: torch.dtype, stems: Iterable[str]) -> None:
+def _call_ops(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], stems: Iterable[str], granularity: str
+) -> None:
+    dtype, state_dtype = dtypes
     image = len(shape) == 4
     channels = shape[1] if image else shape[-1]
     memory_format = torch.channels_last if image else torch.contiguous_format
@@ -69,11 +73,8 @@ def _call_ops(shape: tuple[int, ...], dtype: torch.dtype, state_dtype: torch.dty
     for stem in stems:
         width = 2 * shape[-1] if stem == "geglu_quantize" else shape[-1]
         h = torch.empty((*shape[:-1], width), dtype=dtype, memory_format=memory_format)
-        for granularity in GRANULARITIES:
-            dynamic = (*prologues[stem], x_hat, None, 4, granularity)
-            QUANTIZING_KERNELS[f"{stem}_residual"](h, *dynamic)
-            if granularity != "per_channel":
-                given = (*prologues[stem], x_hat, torch.empty(1), 4, granularity)
-                QUANTIZING_KERNELS[f"{stem}_residual"](h, *given)
-                for affine in (True, False):
-                    QUANTIZING_KERNELS[f"{stem}_activation"](h, *prologues[stem], 8, granularity, affine)
+        residual, activation = (QUANTIZING_KERNELS[f"{stem}_{form}"] for form in ("residual", "activation"))
+        residual(h, *prologues[stem], x_hat, None, 4, granularity)
+        if granularity in ("per_sample", "per_token"):
+            residual(h, *prologues[stem], x_hat, torch.empty(1), 4, granularity)
+            activation(h, *prologues[stem], 8, granularity)

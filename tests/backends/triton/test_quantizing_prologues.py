@@ -48,7 +48,9 @@ LAYERS = {
 }
 ON_GPU = [pytest.param(make, marks=pytest.mark.gpu, id=name) for name, make in LAYERS.items()]
 ALL = [*(pytest.param(make, id=name) for name, make in CASES.items()), *ON_GPU]
-ONE_EACH = [pytest.param(CASES[name], id=name) for name in ("group_norm-1x32x13x5", "layer_norm-3x5x63", "geglu-2x9x128")]
+ONE_EACH = [
+    pytest.param(CASES[name], id=name) for name in ("group_norm-1x32x13x5", "layer_norm-3x5x63", "geglu-2x9x128")
+]
 
 
 def noise(x, largest):
