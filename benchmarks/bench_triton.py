@@ -195,7 +195,9 @@ def time_us(call: Callable[[], object], rounds: int) -> list[float]:
     return [1e3 * begin.elapsed_time(end) for begin, end in events]
 
 
-def rows_of(form: str, layer: Layer, batch: int, weight_bits: int, times: list[float], sqnr_db: float, device: str) -> list:
+def rows_of(
+    form: str, layer: Layer, batch: int, weight_bits: int, times: list[float], sqnr_db: float, device: str
+) -> list:
     """Rows of one measurement: time, rates, and the share of the roofline's bound where the device's peaks are known."""
     common = {
         "op": form,

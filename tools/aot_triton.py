@@ -89,7 +89,9 @@ def compile_variant(name: str, variant: Variant, capability: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _run(_binary("cuobjdump"), "-res-usage", file.name))
+        usage = re.search(
+            r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _run(_binary("cuobjdump"), "-res-usage", file.name)
+        )
         code = _run(_binary("nvdisasm"), "-c", file.name)
     if usage is None:
         raise RuntimeError(f"{name}: cuobjdump -res-usage says nothing about registers")
@@ -140,7 +142,9 @@ def row(report: Report) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=list(PRODUCT_INSTRUCTION), choices=PRODUCT_INSTRUCTION)
+    parser.add_argument(
+        "--capability", type=int, nargs="+", default=list(PRODUCT_INSTRUCTION), choices=PRODUCT_INSTRUCTION
+    )
     parser.add_argument("--main-only", action="store_true", help="only the forms that most time is spent in")
     parser.add_argument("--match", default="", help="only forms whose name contains this")
     parser.add_argument("--json", type=Path, help="write the reports there")

@@ -102,7 +102,10 @@ def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
 def select(problem: Problem, backend: str = AUTO) -> Selection:
     """The backend for `problem`. Raises BackendUnavailable with every reason if none, or not the demanded one, fits."""
     rejected: list[tuple[str, str]] = []
-    for name in candidates(problem.device_type, backend):
+    names = candidates(problem.device_type, backend)
+    if problem.op in CONVERSIONS and backend == AUTO:  # a forced backend need not have them
+        names = PRIORITY.get(problem.device_type, ())
+    for name in names:
         reason = why_not(problem, name)
         if reason is None:
             if name == REFERENCE and problem.op not in CONVERSIONS and (forced_backend() or backend) == AUTO:

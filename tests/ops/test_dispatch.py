@@ -138,6 +138,16 @@ def test_environment_variable_forces_one_backend(with_cpu, monkeypatch):
         ops.quantize_activation(x, 8, "per_tensor")
 
 
+def test_a_forced_backend_need_not_pack_weights(with_cpu, monkeypatch):
+    with_cpu(compiled_backend(op_names=("quantize_activation",)))
+    monkeypatch.setenv("MODIFF_BACKEND", "cpu")
+    dispatch.reset()
+    codes = torch.tensor([[-8, 7, 0]], dtype=torch.int8)
+    assert torch.equal(ops.unpack_weight(ops.pack_weight(codes, 4), 4, 1, 3), codes)
+    with pytest.raises(ops.BackendUnavailable, match="it has no pack_weight"):
+        ops.pack_weight(codes, 4, backend="cpu")
+
+
 @pytest.mark.parametrize("name", ["gpu", "", "CPU"])
 def test_unknown_environment_variable(fresh_dispatch, monkeypatch, name):
     monkeypatch.setenv("MODIFF_BACKEND", name)

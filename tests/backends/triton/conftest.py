@@ -20,7 +20,9 @@ def device(request):
     """Where the kernels run; the one that this process does not have is skipped."""
     if request.param == "interpreter":
         if not INTERPRETED:
-            pytest.skip("the kernels are compiled for the GPU in this process; set TRITON_INTERPRET=1 to interpret them")
+            pytest.skip(
+                "the kernels are compiled for the GPU in this process; set TRITON_INTERPRET=1 to interpret them"
+            )
         return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")

@@ -30,7 +30,9 @@ def reports(tmp_path, *options):
 
 
 def assert_kept(found, text):
-    broken = [f"sm_{report['capability']} {report['name']}: {report['failures']}" for report in found if report["failures"]]
+    broken = [
+        f"sm_{report['capability']} {report['name']}: {report['failures']}" for report in found if report["failures"]
+    ]
     assert not broken, "\n".join(broken) + "\n" + text[-3000:]
 
 
