@@ -2,8 +2,8 @@
 
 python -m benchmarks.bench_triton [--network sd15] [--batch 1 2 8] [--weight-bits 8] [--form NAME ...] [--record]
 
-Every form is verified first, then timed with a cold L2 cache (a buffer larger than it is written before every call, which
-also hides the launch from the device), by CUDA events. Needs a GPU that nothing else uses.
+Every form is verified first, then timed with a cold L2 cache (a buffer larger than it is written before every call,
+which also hides the launch from the device), by CUDA events. Needs a GPU that nothing else uses.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def time_us(call: Callable[[], object], rounds: int) -> list[float]:
 def rows_of(
     form: str, layer: Layer, batch: int, weight_bits: int, times: list[float], sqnr_db: float, device: str
 ) -> list:
-    """Rows of one measurement: time, rates, and the share of the roofline's bound where the device's peaks are known."""
+    """Rows of one measurement: time, rates, and the share of the roofline's bound if the device's peaks are known."""
     common = {
         "op": form,
         "problem": f"{layer}-b{batch}-w{16 if form == 'bf16' else weight_bits}",

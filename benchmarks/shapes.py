@@ -15,8 +15,8 @@ NETWORKS = ("cifar10_small16", "ddpm_cifar10")
 """cifar10_small16: the shipped model, 16x16. ddpm_cifar10: configuration of google/ddpm-cifar10-32, 35.7 M, 32x32."""
 
 LAYER_TABLES = (*NETWORKS, "sd15", "sdxl")
-"""Networks with a layer table. sd15, sdxl: the UNets of Stable Diffusion 1.5 (512x512) and XL (1024x1024), without weights
-(device meta)."""
+"""Networks with a layer table. sd15, sdxl: the UNets of Stable Diffusion 1.5 (512x512) and XL (1024x1024), without
+weights (device meta)."""
 
 SD15 = {
     "sample_size": 64,

@@ -2,9 +2,9 @@
 
 python tools/aot_triton.py [--main-only] [--capability 80 90] [--match TEXT] [--json FILE]
 
-Checked: int8 products became tensor core instructions (IGMMA on sm_90, IMMA on sm_80), nothing spills (no stack, no local
-memory, no LDL or STL), and the shared memory fits. Prints a row per compiled form; exit code 1 if a check fails. The
-disassemblers come with triton; its compile cache is not used.
+Checked: int8 products became tensor core instructions (IGMMA on sm_90, IMMA on sm_80), nothing spills (no stack, no
+local memory, no LDL or STL), and the shared memory fits. Prints a row per compiled form; exit code 1 if a check fails.
+The disassemblers come with triton; its compile cache is not used.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _finish(
     HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what of start + at may be written.
+    """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what may be written (start + at).
 
     start is in 64 bits, at, inside of the tile, in 32: that saves a register per address.
     """

@@ -48,7 +48,7 @@ def test_a_wrong_tile_is_never_timed(device, few_tiles, monkeypatch):
         arguments[7][0, 0, 0, 0] += 1
 
     monkeypatch.setattr(products, "integer_product", wrong)
-    with pytest.raises(RuntimeError, match="tile 64x64x32-w4-s2-k1 computes .* wrongly"):
+    with pytest.raises(RuntimeError, match=r"tile 64x64x32-w4-s2-k1 computes .* wrongly"):
         tune_triton.best_tile(scratch, GPU, lambda call: pytest.fail("a wrong tile was timed"))
 
 
