@@ -125,3 +125,43 @@ def test_the_package_needs_triton_only_for_its_kernels():
 def test_unknown_attributes_are_refused():
     with pytest.raises(AttributeError, match="has no attribute 'KERNEL'"):
         backend.KERNEL  # noqa: B018 (the access is what is tested)
+
+
+@pytest.fixture
+def interpreted_backend(fresh_dispatch, monkeypatch):
+    """`triton` as a backend of the CPU, with interpreted kernels."""
+    from modiff_kernels.backends.triton.common import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("the kernels are compiled for the GPU in this process")
+    monkeypatch.delenv("MODIFF_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    monkeypatch.setattr(dispatch, "PRIORITY", {"cpu": ("triton", "reference")})
+    fresh_dispatch.reset()
+
+
+@pytest.mark.parametrize(("weight_bits", "mode", "calls"), [(4, "modulated", 2), (8, "quantized", 1)])
+def test_a_unet_runs_through_the_table(interpreted_backend, weight_bits, mode, calls):
+    diffusers = pytest.importorskip("diffusers", reason="the network is a diffusers UNet")
+    import modiff_kernels as mk
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(32, 32), norm_num_groups=8, attention_head_dim=None,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    noise = torch.randn(calls, 1, 3, 8, 8)
+    outputs = []
+    for name in ("triton", "reference"):
+        config = mk.ModiffConfig(weight_bits=weight_bits, act_bits=8, backend=name, mode=mode, state_dtype="float32")
+        handle = mk.accelerate(unet, config)
+        assert {row.backend for row in handle.rows() if row.bits != "-"} == {name}
+        with handle.sampling_run(), torch.no_grad():
+            for i in range(calls):
+                out = unet(noise[0] + 0.02 * noise[i], 900 - 20 * i).sample
+        outputs.append(out)
+        handle.remove()
+    error = (outputs[0] - outputs[1]).square().mean() / outputs[1].square().mean()
+    # 45 dB. Float sums differ in their last bits, and with them 8-bit codes near a tie in every later layer.
+    assert error < 10**-4.5

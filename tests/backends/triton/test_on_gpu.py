@@ -92,8 +92,7 @@ def test_the_doctor_finds_the_backend_healthy(capsys):
     assert "triton" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("act_bits", [8, 4])
-def test_the_shipped_model_follows_the_reference(act_bits):
+def test_the_shipped_model_follows_the_reference():
     diffusers = pytest.importorskip("diffusers", reason="the shipped model is a diffusers UNet")
     from modiff_kernels.models import shipped_model_path
 
@@ -101,7 +100,7 @@ def test_the_shipped_model_follows_the_reference(act_bits):
     for device, backend in (("cuda", "triton"), ("cpu", "reference")):
         unet = diffusers.UNet2DModel.from_pretrained(shipped_model_path()).to(device)
         unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        config = mk.ModiffConfig(act_bits=act_bits, backend=backend, state_dtype="float16", fuse=False)
+        config = mk.ModiffConfig(act_bits=8, backend=backend, state_dtype="float16", fuse=False)
         handle = mk.accelerate(unet, config)
         torch.manual_seed(0)
         x = torch.randn(2, 3, 16, 16)
@@ -111,4 +110,5 @@ def test_the_shipped_model_follows_the_reference(act_bits):
                 x = x + 0.02 * torch.randn(x.shape)
         outputs.append(out)
     noise = (outputs[0] - outputs[1]).square().mean()
-    assert noise < outputs[1].square().mean() * 10 ** (-3), "30 dB: codes at ties differ, as the sums before them do"
+    # 40 dB. Float sums differ in their last bits, and with them 8-bit codes near a tie in every later layer.
+    assert noise < outputs[1].square().mean() * 1e-4
