@@ -253,6 +253,7 @@ def plan(
     return Plan(samples, rows, channels, _GRANULARITY[name], granules, block_r, block_c, num_warps)
 
 
+@lru_cache(maxsize=4096)
 def tile(samples: int, rows: int, channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
     """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle.
 
