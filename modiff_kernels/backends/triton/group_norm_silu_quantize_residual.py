@@ -24,9 +24,11 @@ Programs and equations:
 - then the passes of quantize_passes.py, with a and b.
 
 Bytes per element: s (bytes of h) for the statistics and 8 / BLOCK_R for writing their scratch, which stays in the L2
-cache; then those of quantize_passes.py. Launches: three with scales given or per token, otherwise four. Limits: groups
-of at most MAX_ROW channels, and those of quantize_passes.py.
+cache; then those of quantize_passes.py. Launches: three with scales given or per token, otherwise four. Limits: those
+of quantize_passes.py.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -161,11 +163,12 @@ def _coefficients(
     return a, b, ranges
 
 
+@lru_cache(maxsize=1024)
 def merge_tile(row_blocks: int, width: int) -> tuple[int, int, int]:
     """BLOCK_P, BLOCK_G, num_warps of `coefficients_kernel` for groups of `width` channels."""
     block_g = triton.next_power_of_2(width)
     block_p = min(triton.next_power_of_2(row_blocks), max(1, _MERGED // block_g))
-    return block_p, block_g, max(4, block_g // 1024)
+    return block_p, block_g, min(16, max(4, block_g // 1024))
 
 
 def _quantize(

@@ -41,6 +41,7 @@ from .quantize_device import (
     GROUP_NORM,
     LAYER_NORM,
     PER_CHANNEL,
+    PER_SAMPLE,
     PER_TENSOR,
     PER_TOKEN,
     affine_scale,
@@ -65,7 +66,12 @@ MAX_ROW = 8192  # 16 float32 values per thread of 16 warps, of two inputs (GEGLU
 _TILE_BYTES = 8192  # of h or x_hat, the wider: four 16-byte loads per thread of 4 warps in flight, below 150 registers
 _LEAST_TILE = 1024  # elements: 8 per thread, which is one 16-byte load of a 2-byte tensor
 _ENOUGH_PROGRAMS = 264  # two per SM of an H100
-_GRANULARITY = {"per_tensor": 0, "per_sample": 1, "per_token": 2, "per_channel": 3}
+_GRANULARITY = {
+    "per_tensor": PER_TENSOR.value,
+    "per_sample": PER_SAMPLE.value,
+    "per_token": PER_TOKEN.value,
+    "per_channel": PER_CHANNEL.value,
+}
 
 
 @triton.jit
@@ -225,13 +231,15 @@ class Plan(NamedTuple):
         return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
 
 
-def plan_of(x: Tensor, state: Tensor, granularity: str, act_bits: int, prologue: int) -> Plan:
-    """`plan` for x_hat or, in the plain form, x [N, C, H, W], [N, L, K] or [M, K], here called `state`, and input h."""
-    shape = state.shape
+def plan_of(h: Tensor, like: Tensor, granularity: str, act_bits: int, prologue: int) -> Plan:
+    """`plan` for the input h and a result of the shape and (x_hat) dtype of `like`, [N, C, H, W], [N, L, K] or
+    [M, K].
+    """
+    shape = like.shape
     image = len(shape) == 4
     rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
     channels = shape[1] if image else shape[-1]
-    bytes_read = max(x.element_size(), state.element_size()) * (2 if prologue == GEGLU.value else 1)
+    bytes_read = max(h.element_size(), like.element_size()) * (2 if prologue == GEGLU.value else 1)
     return plan(shape[0], rows, channels, granularity, act_bits, prologue, bytes_read)
 
 
@@ -253,6 +261,7 @@ def plan(
     return Plan(samples, rows, channels, _GRANULARITY[name], granules, block_r, block_c, num_warps)
 
 
+@lru_cache(maxsize=4096)
 def tile(samples: int, rows: int, channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
     """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle.
 
@@ -284,10 +293,14 @@ class Ranges(NamedTuple):
 
 def make_ranges(p: Plan, affine: bool, device: torch.device, zeroed: bool = True) -> Ranges:
     """Scratch for `quantize`; not `zeroed`: the caller's own kernel does that and saves a launch."""
-    sizes = p.granules * (2 if affine else 1), p.samples * p.channels if p.granularity == PER_CHANNEL.value else 0
+    largest = p.granules * (2 if affine else 1)
+    channel = p.samples * p.channels if p.granularity == PER_CHANNEL.value else 0
     make = torch.zeros if zeroed and p.granularity != PER_TOKEN.value else torch.empty
-    buffer = make(sum(sizes), dtype=torch.int32, device=device)
-    return Ranges(buffer, None) if sizes[1] == 0 else Ranges(*buffer.split(sizes))
+    if channel == 0:
+        return Ranges(make(largest, dtype=torch.int32, device=device), None)
+    start = -(-largest // 4) * 4  # at 16 bytes, so that channels are read in vectors
+    buffer = make(start + channel, dtype=torch.int32, device=device)
+    return Ranges(buffer[:largest], buffer[start:])
 
 
 def quantize(
