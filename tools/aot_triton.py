@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
-os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 if TYPE_CHECKING:
     from modiff_kernels.backends.triton.launching import Variant
@@ -149,6 +147,8 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only forms whose name contains this")
     parser.add_argument("--json", type=Path, help="write the reports there")
     args = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     reports = []
     for report in check(args.capability, args.main_only, args.match):
         print(row(report), flush=True)
