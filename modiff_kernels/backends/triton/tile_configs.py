@@ -8,7 +8,7 @@ JSON files.
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +83,7 @@ _MMA_TILES = (
 ONE_LAUNCH = TileConfig(64, 128, 64, 8, 3)
 _MOST_GROUPED_SUMS = 128 * 64
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
-"""What a program may use; `why_not` of the candidates is checked against it in tests/backends/triton."""
+"""What a program may use; the candidates are checked against it, compiled ones too (tools/aot_triton.py)."""
 
 
 def candidates(capability: tuple[int, int]) -> tuple[TileConfig, ...]:
@@ -158,7 +158,7 @@ def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
 def _with_splits(config: TileConfig, shape: Shape) -> list[TileConfig]:
     steps = shape.taps * -(-shape.channels // config.block_k)
     splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or steps // s >= _LEAST_STEPS]
-    return [TileConfig(**{**asdict(config), "split_k": s}) for s in splits]
+    return [replace(config, split_k=s) for s in splits]
 
 
 def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
