@@ -61,8 +61,9 @@ def device_name() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def results_file(folder: Path = RESULTS) -> Path:
-    return folder / (re.sub(r"[^a-z0-9.]+", "-", device_name().lower()).strip("-") + ".csv")
+def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
+    """The file of `device`, by default of this machine's CPU."""
+    return folder / (re.sub(r"[^a-z0-9.]+", "-", (device or device_name()).lower()).strip("-") + ".csv")
 
 
 def _git(*arguments: str) -> str:

@@ -30,7 +30,7 @@ LEVELS = {
     "models": 0,
 }
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.
-HOT_ROOMS = ("nn", "ops", "integrations")
+HOT_ROOMS = ("nn", "ops", "integrations", "backends/triton")
 HOST_READS = {"item", "cpu", "tolist", "numpy"}
 BINDING_FILES = {"csrc/cpu/ops.cpp"}
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2)/', re.MULTILINE)

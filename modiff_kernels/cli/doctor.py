@@ -147,6 +147,11 @@ def _self_check(backend: str) -> str:
     return f"ok ({'equal' if least == float('inf') else f'{least:.0f} dB'})"
 
 
+def _device_of(backend: str) -> str:
+    """The device type that `backend` runs on; the CPU for one that runs on all, or is not in the table."""
+    return next((device for device, names in dispatch.PRIORITY.items() if backend in names), "cpu")
+
+
 def _steps(
     x: torch.Tensor,
     y_hat: torch.Tensor,
@@ -158,16 +163,20 @@ def _steps(
     modulated: Callable,
     conv: tuple = (),
 ) -> tuple[torch.Tensor, ...]:
-    """One initialise and one update of a layer: codes of the update, both outputs, x_hat and y_hat."""
+    """One initialise and one update of a layer on the backend's device: codes of the update, both outputs, x_hat and
+    y_hat, on the CPU.
+    """
+    device = _device_of(backend)
+    x, y_hat, weight = x.to(device), y_hat.to(device), weight.to(device)
     n, k = weight.shape
     shape = {"kernel_size": conv[0], "padding": conv[2]} if conv else {}
-    layout = ops.preferred_layout(op, "cpu", n=n, k=k, weight_bits=8, act_bits=act_bits, backend=backend, **shape)
+    layout = ops.preferred_layout(op, device, n=n, k=k, weight_bits=8, act_bits=act_bits, backend=backend, **shape)
     kernel_size = conv[0] if conv else (1, 1)
     packed = ops.prepare_weight(
         ops.pack_weight(weight, 8), 8, n, k, layout_to=layout, kernel_size=kernel_size, backend=backend
     )
-    scale = torch.full((n,), 0.01)
-    bias = torch.linspace(-1, 1, n)
+    scale = torch.full((n,), 0.01, device=device)
+    bias = torch.linspace(-1, 1, n, device=device)
     x_hat = torch.zeros_like(x)
     arguments = (8, -1, layout, *conv)
     first = initialize(x, x_hat, y_hat, packed, scale, bias, None, *arguments, backend=backend)
@@ -176,7 +185,7 @@ def _steps(
     second, _, _ = modulated(
         x, x_hat, None, packed, scale, y_hat, None, act_bits, "per_sample", 1.0, *arguments, backend=backend
     )
-    return codes, first, second, x_hat, y_hat
+    return tuple(result.cpu() for result in (codes, first, second, x_hat, y_hat))
 
 
 def _check_linear(backend: str, act_bits: int) -> tuple[torch.Tensor, ...]:

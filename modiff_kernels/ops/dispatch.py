@@ -19,8 +19,8 @@ from .problem import CHECKS, Problem
 
 AUTO = "auto"
 REFERENCE = "reference"
-BACKENDS = ("cpu", "onednn", REFERENCE)
-PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": (REFERENCE,)}
+BACKENDS = ("cpu", "onednn", "triton", REFERENCE)
+PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": ("triton", REFERENCE)}
 # Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
 REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
 

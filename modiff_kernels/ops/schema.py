@@ -21,6 +21,8 @@ For all ops:
   nothing is mutated then. NaN or Inf in what is to be quantised raises ValueError on the backends reference and cpu:
   before any state changes (reference), or before the state of the granule that holds it changes (cpu; other samples may
   have been updated, so begin a new run).
+  Backends for CUDA read no value on the host and raise nothing: there NaN and Inf show in absmax and in dynamic scales,
+  and NaN in x_hat.
 """
 
 import torch

@@ -80,8 +80,9 @@ def test_auto_falls_back_with_a_reason_and_one_warning(with_cpu, caplog, module,
     assert "modulated_conv2d runs on the slow backend 'reference', not on 'cpu'" in caplog.text
 
 
-def test_auto_without_other_backends_warns_too(with_cpu, caplog):
+def test_auto_without_other_backends_warns_too(with_cpu, monkeypatch, caplog):
     with_cpu(compiled_backend())
+    monkeypatch.setattr(dispatch, "PRIORITY", {**dispatch.PRIORITY, "cuda": ("reference",)})
     with caplog.at_level(logging.WARNING, logger="modiff_kernels"):
         dispatch.select(replace(PROBLEM, device_type="cuda"), "reference")
         assert not caplog.records
@@ -152,7 +153,7 @@ def test_unknown_environment_variable(fresh_dispatch, monkeypatch, name):
     monkeypatch.setenv("MODIFF_BACKEND", name)
     fresh_dispatch.reset()
     with pytest.raises(
-        ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, reference"
+        ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, triton, reference"
     ):
         dispatch.select(PROBLEM)
 

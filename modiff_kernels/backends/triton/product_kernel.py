@@ -1,0 +1,250 @@
+"""The integer product of all ops: an implicit GEMM over NHWC images, of which a Linear is the case without a window.
+
+Operands (all contiguous, K fast):
+
+============ ========================================== ========================
+codes        [samples, height, width, groups * C]       int8; a Linear: [M, C]
+weight       [N, taps * C], packed (weight_tiles.py)    int8 or uint8
+scale        [ceil(M / rows_per_scale)]                 float32
+zero_point   like scale, or none                        int32
+weight_sums  [N, taps] with zero_point, [N] unpadded    int32 (grouped: float32)
+weight_scale [N], or [N, K / group_size] (grouped)      float32
+bias         [N] or none                                float
+y_hat        [M, N]                                     float, updated in place
+skip, out    [M, N]                                     float
+partial      [splits, M, N] with splits > 1             int32 (grouped: float32)
+============ ========================================== ========================
+
+    acc[m, n] = sum over taps t and channels c of codes[pixel(m, t), c] * weight[n, t, c]       0 outside of the image
+    v         = scale[m] * weight_scale[n] * (acc[m, n] - zero_point[m] * sum of weight_sums[n, t] over taps inside)
+    ACCUMULATE  y_hat += v              out = y_hat + skip
+    INITIALIZE  y_hat  = v + bias       out = y_hat + skip
+    OUTPUT                              out = v + bias + skip
+
+m counts output pixels (sample, p, q). Integers are exact; the rest is float32. One kernel serves both operators: with
+WINDOW off a row's address is one multiplication, and what a window needs is not compiled.
+
+Mapping: program 0 of the grid is an output tile [BLOCK_M, BLOCK_N], in columns of GROUP_M tiles so that programs which
+run together share weights in the L2 cache; program 1 is a split of K. The K loop runs over (tap, block of channels) in
+one flat sequence, so the pipeline of loads never drains between taps; one step is always inside one tap, and inside
+one scale group of a grouped weight. Rows and columns past the end read the last one instead of a mask and are not
+stored.
+
+With splits > 1 (fewer tiles than multiprocessors) every split writes its sums to `partial` and `finish_kernel` adds
+them in order and does the epilogue: deterministic, and exact for integers.
+
+Limits: k <= 65536, so that no sum of 8-bit products, also minus the zero point, leaves int32. A grouped weight costs a
+conversion and a multiplication per output and step; its groups must be multiples of BLOCK_K.
+"""
+
+import triton
+import triton.language as tl
+
+from .weight_tiles import load_weight_tile
+
+ACCUMULATE, INITIALIZE, OUTPUT = range(3)
+_ACCUMULATE, _INITIALIZE, _OUTPUT = tl.constexpr(ACCUMULATE), tl.constexpr(INITIALIZE), tl.constexpr(OUTPUT)
+
+# Extents on which no address alignment depends: their values must not lead to further compilations.
+_WINDOW = ["height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w"]
+_WINDOW += ["dilation_h", "dilation_w"]
+_STEPS = ["steps_per_tap", "steps_per_split", "group_size", "scale_groups"]
+
+
+@triton.jit
+def _tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of tile number `tile`: GROUP_M rows at a time, column after column."""
+    per_band = GROUP_M * tiles_n
+    first = tile // per_band * GROUP_M
+    size = tl.minimum(tiles_m - first, GROUP_M)
+    inside = tile % per_band
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def _pixel(rows, out_height, out_width, stride_h, stride_w, pad_h, pad_w):
+    """Sample, and the row and column of the input that the first tap meets, of output pixels `rows`."""
+    q = rows % out_width
+    line = rows // out_width
+    return line // out_height, line % out_height * stride_h - pad_h, q * stride_w - pad_w
+
+
+@triton.jit
+def _finish(
+    acc, rows, cols, start, at, mask,
+    scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
+    rows_per_scale, height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what may be written (start + at).
+
+    start is in 64 bits, at, inside of the tile, in 32: that saves a register per address.
+    """
+    scale_at = rows // rows_per_scale
+    row_scale = tl.load(scale + scale_at)
+    if HAS_ZERO_POINT:
+        zero = tl.load(zero_point + scale_at)
+        if PADDED:
+            _, top, left = _pixel(rows, out_height, out_width, stride_h, stride_w, pad_h, pad_w)
+            for tap in range(KERNEL_H * KERNEL_W):
+                h = top + tap // KERNEL_W * dilation_h
+                w = left + tap % KERNEL_W * dilation_w
+                inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+                sums = tl.load(weight_sums + cols * (KERNEL_H * KERNEL_W) + tap)
+                acc -= tl.where(inside, zero, 0)[:, None] * sums[None, :]
+        else:
+            acc -= zero[:, None] * tl.load(weight_sums + cols)[None, :]
+    if GROUPED:
+        v = acc * row_scale[:, None]
+    else:
+        v = acc.to(tl.float32) * (row_scale[:, None] * tl.load(weight_scale + cols)[None, :])
+    if HAS_BIAS:
+        v += tl.load(bias + cols).to(tl.float32)[None, :]
+    if EPILOGUE == _ACCUMULATE:
+        v += tl.load(y_hat + start + at, mask=mask, other=0.0).to(tl.float32)
+    if EPILOGUE != _OUTPUT:
+        stored = v.to(y_hat.dtype.element_ty)
+        tl.store(y_hat + start + at, stored, mask=mask)
+        v = stored.to(tl.float32)
+    if WRITE_OUT:
+        if HAS_SKIP:
+            v += tl.load(skip + start + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + start + at, v.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["m", "rows_per_scale", *_STEPS, *_WINDOW])
+def product_kernel(
+    codes, weight, scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out, partial,
+    m, n, channels, channels_in, row_bytes, groups, steps_per_tap, steps_per_split, rows_per_scale,
+    group_size, scale_groups,
+    height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    WINDOW: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of the output, or of one split's sums; operands and mapping at the top of this file."""
+    group_columns = n // groups
+    tiles_in_group = tl.cdiv(group_columns, BLOCK_N)
+    tile_m, tile_n = _tile_position(tl.program_id(0), tl.cdiv(m, BLOCK_M), groups * tiles_in_group, GROUP_M)
+    group = tile_n // tiles_in_group
+    column_end = (group + 1) * group_columns
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = group * group_columns + tile_n % tiles_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = tl.minimum(row, m - 1), tl.minimum(col, column_end - 1)
+
+    if WINDOW:
+        sample, top, left = _pixel(rows, out_height, out_width, stride_h, stride_w, pad_h, pad_w)
+        pixel = (sample.to(tl.int64) * height + top) * width + left
+    else:
+        pixel = rows.to(tl.int64)
+    first_code = codes + pixel * channels_in + group * channels
+    k = tl.arange(0, BLOCK_K)
+    row_codes = KERNEL_H * KERNEL_W * channels
+    first_step = tl.program_id(1) * steps_per_split
+    last_step = tl.minimum(first_step + steps_per_split, KERNEL_H * KERNEL_W * steps_per_tap)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
+    for step in range(first_step, last_step):
+        if WINDOW:
+            tap = step // steps_per_tap
+            channel = step % steps_per_tap * BLOCK_K
+            down, right = tap // KERNEL_W * dilation_h, tap % KERNEL_W * dilation_w
+            at = first_code[:, None] + ((down * width + right).to(tl.int64) * channels_in + channel + k)[None, :]
+        else:
+            tap = 0
+            channel = step * BLOCK_K
+            at = first_code[:, None] + (channel + k)[None, :]
+        left_k = channels - channel
+        if PADDED:
+            h, w = top + down, left + right
+            inside = ((h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None]
+            if not EVEN_K:
+                inside = inside & (k < left_k)[None, :]
+            a = tl.load(at, mask=inside, other=0)
+        elif EVEN_K:
+            a = tl.load(at)
+        else:
+            a = tl.load(at, mask=(k < left_k)[None, :], other=0)
+        b = load_weight_tile(
+            weight, cols, row_codes, row_bytes, tap * channels + channel, left_k, WEIGHT_BITS, BLOCK_K, EVEN_K
+        )
+        if GROUPED:
+            group_scale = tl.load(weight_scale + cols * scale_groups + (tap * channels + channel) // group_size)
+            acc += tl.dot(a, tl.trans(b), out_dtype=tl.int32).to(tl.float32) * group_scale[None, :]
+        else:
+            acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
+
+    start = (tile_m * BLOCK_M).to(tl.int64) * n
+    at = tl.arange(0, BLOCK_M)[:, None] * n + col[None, :]
+    mask = (row < m)[:, None] & (col < column_end)[None, :]
+    if SPLIT:
+        tl.store(partial + tl.program_id(1).to(tl.int64) * m * n + start + at, acc, mask=mask)
+    else:
+        _finish(
+            acc, rows, cols, start, at, mask,
+            scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
+            rows_per_scale, height, width, out_height, out_width,
+            stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+            KERNEL_H, KERNEL_W, PADDED, GROUPED, HAS_ZERO_POINT, HAS_BIAS, HAS_SKIP, WRITE_OUT, EPILOGUE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits", "m", "rows_per_scale", *_WINDOW])
+def finish_kernel(
+    partial, splits, scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
+    m, n, rows_per_scale, height, width, out_height, out_width,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of all splits, in order, and do the epilogue of one tile [BLOCK_M, BLOCK_N]."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = tl.minimum(row, m - 1), tl.minimum(col, n - 1)
+    start = (tl.program_id(0) * BLOCK_M).to(tl.int64) * n
+    at = tl.arange(0, BLOCK_M)[:, None] * n + col[None, :]
+    mask = (row < m)[:, None] & (col < n)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
+    sums = partial + start + at
+    for _ in range(splits):
+        acc += tl.load(sums, mask=mask, other=0)
+        sums += tl.cast(m, tl.int64) * n
+    _finish(
+        acc, rows, cols, start, at, mask,
+        scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
+        rows_per_scale, height, width, out_height, out_width,
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+        KERNEL_H, KERNEL_W, PADDED, GROUPED, HAS_ZERO_POINT, HAS_BIAS, HAS_SKIP, WRITE_OUT, EPILOGUE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "group_size", "scale_groups"])
+def weight_sums_kernel(
+    weight, weight_scale, sums, n, codes_per_sum, row_codes, row_bytes, group_size, scale_groups,
+    WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sums[n, t] of codes [t * codes_per_sum, (t + 1) * codes_per_sum) of each row, times their scale if grouped.
+
+    Program 0 of the grid: BLOCK_N rows; program 1: t. codes_per_sum is a multiple of 8, or there is one sum.
+    """
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.minimum(col, n - 1)
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_N,), tl.float32 if GROUPED else tl.int32)
+    for done in range(0, codes_per_sum, BLOCK_K):
+        first = tl.program_id(1) * codes_per_sum + done
+        tile = load_weight_tile(
+            weight, cols, row_codes, row_bytes, first, codes_per_sum - done, WEIGHT_BITS, BLOCK_K, False
+        )
+        inside = (k < codes_per_sum - done)[None, :]
+        part = tl.sum(tl.where(inside, tile.to(tl.int32), 0), axis=1)
+        if GROUPED:
+            total += part.to(tl.float32) * tl.load(weight_scale + cols * scale_groups + first // group_size)
+        else:
+            total += part
+    tl.store(sums + col * tl.num_programs(1) + tl.program_id(1), total, mask=col < n)

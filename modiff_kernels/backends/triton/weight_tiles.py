@@ -1,0 +1,147 @@
+"""Tiles of a packed weight as int8, read straight from layout kpack_v1 (quant/packing.py).
+
+==== ============================================ =========================
+bits row of a weight, K codes                     bytes for BLOCK_K codes
+==== ============================================ =========================
+8    int8 [K]                                     BLOCK_K
+4    uint8 [ceil(K/2)], two's complement nibbles  BLOCK_K / 2
+3    uint8 [ceil(K/4)] + [ceil(K/8)] of code + 4  BLOCK_K / 4 + BLOCK_K / 8
+==== ============================================ =========================
+
+A tile is [BLOCK_N, BLOCK_K] with K fast, which is what int8 tensor cores want of their second operand. Neighbouring
+codes share a byte, so a thread unpacks what it loaded itself: joining the parts of a byte along a new fastest dimension
+and folding it into K moves nothing between threads. Compiled, four bytes are unpacked at once in one register (PTX
+below; Triton would compute on each byte alone); the interpreter, which has no PTX, does the same on single bytes.
+
+Limits: a tile starts at a code whose index in its row is a multiple of 8. Codes past the end of a row are arbitrary:
+the other operand must be 0 there.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def _fields_ptx(bits: int) -> str:
+    """Output i: bits [i * bits, (i + 1) * bits) of every byte of the input, at bit 0."""
+    count, mask = 8 // bits, ((1 << bits) - 1) * 0x01010101
+    return "".join(f"shr.u32 ${i}, ${count}, {i * bits};\nand.b32 ${i}, ${i}, {mask};\n" for i in range(count))
+
+
+def _unbias_ptx(output: str, bias: int) -> str:
+    """Subtract `bias` from every byte, which is below 128: with bit 7 set no byte borrows from the next one."""
+    return (
+        f"or.b32 {output}, {output}, {0x80808080};\n"
+        f"sub.u32 {output}, {output}, {bias * 0x01010101};\n"
+        f"xor.b32 {output}, {output}, {0x80808080};\n"
+    )
+
+
+# A nibble's two's complement is (u ^ 8) - 8.
+NIBBLES_PTX = _fields_ptx(4) + "".join(
+    f"xor.b32 {output}, {output}, {0x08080808};\n" + _unbias_ptx(output, 8) for output in ("$0", "$1")
+)
+PAIRS_PTX = _fields_ptx(2)
+BITS_PTX = _fields_ptx(1)
+# From the two low bits ($1) and the high bit ($2) of code + 4.
+THREE_BITS_PTX = "shl.b32 $0, $2, 2;\nor.b32 $0, $0, $1;\n" + _unbias_ptx("$0", 4)
+
+_NIBBLES = tl.constexpr(NIBBLES_PTX)
+_PAIRS = tl.constexpr(PAIRS_PTX)
+_BITS = tl.constexpr(BITS_PTX)
+_THREE_BITS = tl.constexpr(THREE_BITS_PTX)
+
+
+@triton.jit
+def _nibbles(packed):
+    if _INTERPRETED:
+        signed = packed.to(tl.int8, bitcast=True)
+        low, high = (signed << 4) >> 4, signed >> 4
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _NIBBLES, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    return low, high
+
+
+@triton.jit
+def _pairs(packed):
+    if _INTERPRETED:
+        a, b, c, d = packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _PAIRS, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4
+        )
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def _bits(packed):
+    if _INTERPRETED:
+        a, b, c, d = packed & 1, (packed >> 1) & 1, (packed >> 2) & 1, (packed >> 3) & 1
+        e, f, g, h = (packed >> 4) & 1, (packed >> 5) & 1, (packed >> 6) & 1, packed >> 7
+    else:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _BITS,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            [packed],
+            dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8),
+            is_pure=True,
+            pack=4,
+        )
+    return tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+
+
+@triton.jit
+def _three_bits(low, high):
+    if _INTERPRETED:
+        codes = (low + 4 * high).to(tl.int8) - 4
+    else:
+        codes = tl.inline_asm_elementwise(_THREE_BITS, "=&r,r,r", [low, high], dtype=tl.int8, is_pure=True, pack=4)
+    return codes
+
+
+@triton.jit
+def load_weight_tile(
+    weight, rows, row_codes, row_bytes, first, left, BITS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """Codes int8 [rows, BLOCK_K] of the weight at `weight`, from code `first` of every row on.
+
+    rows: int32 row numbers, all valid; a row holds `row_codes` codes in `row_bytes` bytes. left: codes that may be read
+    from `first` on; EVEN_K says at least BLOCK_K.
+    """
+    row = weight + rows.to(tl.int64)[:, None] * row_bytes
+    if BITS == 8:
+        k = tl.arange(0, BLOCK_K)
+        at = row + (first + k)[None, :]
+        if EVEN_K:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(k < left)[None, :], other=0)
+    elif BITS == 4:
+        k = tl.arange(0, BLOCK_K // 2)
+        at = row + (first // 2 + k)[None, :]
+        if EVEN_K:
+            packed = tl.load(at)
+        else:
+            packed = tl.load(at, mask=(2 * k < left)[None, :], other=0)
+        low, high = _nibbles(packed)
+        tile = tl.reshape(tl.join(low, high), (rows.shape[0], BLOCK_K))
+    else:
+        k4 = tl.arange(0, BLOCK_K // 4)
+        k8 = tl.arange(0, BLOCK_K // 8)
+        at_pairs = row + (first // 4 + k4)[None, :]
+        at_bits = row + ((row_codes + 3) // 4 + first // 8 + k8)[None, :]
+        if EVEN_K:
+            low = tl.load(at_pairs)
+            high = tl.load(at_bits)
+        else:
+            low = tl.load(at_pairs, mask=(4 * k4 < left)[None, :], other=0)
+            high = tl.load(at_bits, mask=(8 * k8 < left)[None, :], other=0)
+        low = tl.reshape(_pairs(low), (rows.shape[0], BLOCK_K))
+        high = tl.reshape(_bits(high), (rows.shape[0], BLOCK_K))
+        tile = _three_bits(low, high)
+    return tile

@@ -1,0 +1,225 @@
+"""quantize_residual and quantize_activation: nothing in them depends on the order of a sum, so that codes, scales,
+absmax and zero points equal those of the reference bit for bit.
+"""
+
+import math
+
+import pytest
+import torch
+
+from modiff_kernels.backends.triton import quantize_passes
+from modiff_kernels.backends.triton.quantize_device import GEGLU, GROUP_NORM, IDENTITY, LAYER_NORM
+from modiff_kernels.backends.triton.quantizing import why_not
+from modiff_kernels.ops.problem import Problem
+from tests.backends.triton.quantizing_cases import (
+    DTYPE_PAIRS,
+    DTYPES,
+    GRANULARITIES,
+    assert_results_like,
+    assert_updated,
+    expected,
+    run,
+    scales,
+    skip_interpreted_bfloat16,
+)
+from tests.ops.op_cases import activation, is_image, memory_format_of
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+# 1, odd, one below, at and above a tile in rows (13 * 5 = 65) and channels, and layers of UNets.
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 7, 3, 5),
+    (1, 63, 4, 4),
+    (3, 65, 5, 1),
+    (2, 32, 13, 5),
+    (1, 128, 8, 8),
+    (1, 1),
+    (65, 65),
+    (3, 5, 63),
+    (2, 33, 320),
+]
+FEW_SHAPES = [(2, 7, 3, 5), (2, 32, 13, 5), (9, 65), (3, 5, 63)]
+LAYERS = [(2, 320, 64, 64), (2, 1280, 8, 8), (2, 1024, 640), (77, 768)]
+
+
+def on(device, shapes):
+    """A GPU takes the layers of UNets in full; the interpreter would need minutes."""
+    return [*shapes, *LAYERS] if device.type == "cuda" else shapes
+
+
+def check_residual(shape, device, dtype, state_dtype, scale, bits, granularity, clip_ratio=1.0, spread=1.0):
+    x, x_hat = activation(shape, dtype, spread=spread), activation(shape, state_dtype, spread=spread)
+    arguments = (x, x_hat, scale, bits, granularity, clip_ratio)
+    results, after = run("quantize_residual", *arguments, device=device)
+    wanted, _ = expected("quantize_residual", *arguments)
+    assert_results_like(results, wanted, memory_format_of(is_image(shape)))
+    for name, got, want in zip(("codes", "scale", "absmax"), results, wanted):
+        assert torch.equal(got, want), f"{name} of {shape}: {(got != want).sum()} of {want.numel()} differ"
+    assert torch.equal(after[0], x)
+    assert_updated(after[1], x_hat, results[0], results[1])
+
+
+# numpy reports the arithmetic with NaN that these tests are about.
+with_nan = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+class TestResidual:
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_shapes_and_sources_of_the_scale(self, device, granularity):
+        for shape in on(device, SHAPES):
+            for scale in scales(shape, granularity):
+                check_residual(shape, device, torch.float32, torch.float32, scale, 4, granularity)
+
+    @pytest.mark.parametrize("granularity", [*GRANULARITIES, "per_block"])
+    @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPE_PAIRS, ids=str)
+    def test_dtypes(self, device, dtype, state_dtype, granularity):
+        skip_interpreted_bfloat16(device, dtype, state_dtype)
+        for shape in on(device, FEW_SHAPES[1:3]):
+            check_residual(shape, device, dtype, state_dtype, None, 4, granularity)
+
+    @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
+    @pytest.mark.parametrize("bits", [3, 4, 8])
+    @pytest.mark.parametrize("granularity", [*GRANULARITIES, "per_block"])
+    def test_bits_and_clip_ratio(self, device, granularity, bits, clip_ratio):
+        for shape in on(device, FEW_SHAPES):
+            check_residual(shape, device, torch.float32, torch.float16, None, bits, granularity, clip_ratio)
+
+    @pytest.mark.parametrize("bits", [3, 4, 8])
+    def test_channels_of_uneven_range(self, device, bits):
+        """Multipliers from 1 to their largest; one block, a last block of 16, 17 and 31 rows, none."""
+        for shape in on(device, [(2, 32, 13, 5), (2, 31, 40), (3, 48, 33), (2, 32, 7, 9), (2, 9, 40)]):
+            channels = shape[1] if is_image(shape) else shape[-1]
+            ranges = 10.0 ** torch.linspace(-3, 0, channels)
+            ranges = ranges.view(1, -1, 1, 1) if is_image(shape) else ranges
+            check_residual(shape, device, torch.float32, torch.float32, None, bits, "per_block", spread=ranges)
+
+    def test_rounding_is_half_to_even(self, device):
+        ties = torch.arange(-9, 9, dtype=torch.float32).reshape(1, -1) + 0.5
+        x_hat = torch.zeros_like(ties)
+        (codes, _, absmax), _ = run("quantize_residual", ties, x_hat, torch.ones(1), 4, "per_tensor", device=device)
+        assert codes.tolist() == [[-8, -8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 7, 7]]
+        assert absmax.item() == 8.5
+
+    @pytest.mark.parametrize("granularity", [*GRANULARITIES, "per_block"])
+    def test_no_change_costs_no_code(self, device, granularity):
+        x = activation((2, 32, 4, 4))
+        (codes, scale, absmax), after = run("quantize_residual", x, x, None, 4, granularity, device=device)
+        assert not codes.any()
+        assert not absmax.any()
+        assert (scale == 2.0**-100).all()
+        assert torch.equal(after[1], x)
+
+    @with_nan
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("granularity", [*GRANULARITIES, "per_block"])
+    def test_nan_and_inf_reach_absmax_and_scale(self, device, granularity, value):
+        """Nothing is read on the host, so nothing can be raised: the numbers carry the news, in their granule only."""
+        x, x_hat = activation((2, 32, 5, 5)), activation((2, 32, 5, 5))
+        wanted, wanted_after = expected("quantize_residual", x, x_hat, None, 4, granularity)
+        x[1, 3, 2, 1] = value
+        (codes, scale, absmax), after = run("quantize_residual", x, x_hat, None, 4, granularity, device=device)
+        bad = {"per_tensor": 0, "per_token": 25 + 11}.get(granularity, 1)
+        assert not math.isfinite(absmax[bad])
+        assert not math.isfinite(scale[bad])
+        assert after[1][1, 3, 2, 1].isnan()
+        good = torch.arange(absmax.numel()) != bad
+        assert torch.equal(scale[good], wanted[1][good])
+        assert torch.equal(absmax[good], wanted[2][good])
+        if granularity != "per_tensor":
+            assert torch.equal(codes[0], wanted[0][0])
+            torch.testing.assert_close(after[1][0], wanted_after[1][0])
+
+    @with_nan
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_nan_reaches_absmax_and_state_with_a_given_scale(self, device, granularity):
+        x, x_hat = activation((2, 32, 5, 5)), activation((2, 32, 5, 5))
+        x[1, 3, 2, 1] = math.nan
+        (_, scale, absmax), after = run(
+            "quantize_residual", x, x_hat, torch.tensor([0.1]), 4, granularity, device=device
+        )
+        assert absmax.isnan().sum() == 1
+        assert (scale == torch.tensor(0.1)).all()
+        assert after[1].isnan().nonzero().tolist() == [[1, 3, 2, 1]]
+
+    def test_two_runs_agree(self, device):
+        x, x_hat = activation((2, 64, 9, 9), torch.float16), activation((2, 64, 9, 9), torch.float16)
+        for granularity in (*GRANULARITIES, "per_block"):
+            first, second = (run("quantize_residual", x, x_hat, None, 4, granularity, device=device) for _ in range(2))
+            for a, b in zip((*first[0], first[1][1]), (*second[0], second[1][1])):
+                assert torch.equal(a, b)
+
+
+class TestActivation:
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    @pytest.mark.parametrize("affine", [True, False], ids=["affine", "symmetric"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_equals_reference(self, device, dtype, affine, granularity):
+        skip_interpreted_bfloat16(device, dtype)
+        for shape in on(device, SHAPES if dtype == torch.float32 else FEW_SHAPES):
+            self.check(activation(shape, dtype), 8, granularity, affine, device)
+
+    @pytest.mark.parametrize("offset", [-3.0, 0.0, 3.0])
+    @pytest.mark.parametrize("bits", [3, 4, 8])
+    def test_bits_and_one_sided_ranges(self, device, bits, offset):
+        for granularity in GRANULARITIES:
+            self.check(activation((2, 7, 3, 5)) + offset, bits, granularity, True, device)
+            self.check(torch.full((2, 7), offset), bits, granularity, True, device)
+
+    @staticmethod
+    def check(x, bits, granularity, affine, device):
+        arguments = (x, bits, granularity, affine)
+        results, after = run("quantize_activation", *arguments, device=device)
+        wanted, _ = expected("quantize_activation", *arguments)
+        assert_results_like(results, wanted, memory_format_of(is_image(x.shape)))
+        for name, got, want in zip(("codes", "scale", "zero_point"), results, wanted):
+            assert torch.equal(got, want), f"{name} of {tuple(x.shape)}: {(got != want).sum()} differ"
+        assert torch.equal(after[0], x)
+
+    @with_nan
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_nan_and_inf_reach_the_scale(self, device, affine, value):
+        x = activation((2, 32, 3, 3))
+        x[1, 3, 2, 1] = value
+        for granularity in GRANULARITIES:
+            (_, scale, _), _ = run("quantize_activation", x, 8, granularity, affine, device=device)
+            assert (~scale.isfinite()).sum() == 1
+
+
+class TestPlan:
+    PROLOGUES = (IDENTITY.value, GROUP_NORM.value, LAYER_NORM.value, GEGLU.value)
+
+    @pytest.mark.parametrize("channels", [128, 192, 256, 320, 384, 512, 640, 960, 1280, 1920, 2560])
+    def test_no_lane_of_an_image_is_masked(self, channels):
+        for rows in (64 * 64, 32 * 32, 16 * 16, 8 * 8):
+            plan = quantize_passes.plan(2, rows, channels, "per_sample", 8, GROUP_NORM.value, 2)
+            assert channels % plan.block_c == 0
+            assert rows % plan.block_r == 0
+
+    @pytest.mark.parametrize("prologue", PROLOGUES)
+    @pytest.mark.parametrize("granularity", [*GRANULARITIES, "per_block"])
+    def test_tiles_cover_everything_in_powers_of_two(self, granularity, prologue):
+        for samples in (1, 3):
+            for rows in (1, 63, 64, 65, 4096):
+                for channels in (1, 33, 320, 5120):
+                    p = quantize_passes.plan(samples, rows, channels, granularity, 4, prologue, 2)
+                    assert p.samples * p.rows * p.channels == samples * rows * channels
+                    for size in (p.block_r, p.block_c, p.num_warps):
+                        assert size & (size - 1) == 0
+                    assert p.grid[0] * p.block_r * p.block_c >= samples * rows * channels
+                    whole_rows = granularity == "per_token" or prologue == LAYER_NORM.value
+                    assert not whole_rows or p.block_c >= channels
+
+    def test_one_image_of_the_first_level_fills_the_gpu(self):
+        for rows, channels in ((64 * 64, 320), (32 * 32, 640), (16 * 16, 1280)):
+            assert quantize_passes.plan(1, rows, channels, "per_sample", 8, IDENTITY.value, 2).grid[0] >= 132
+
+    def test_rows_too_long_for_registers_are_refused(self):
+        sizes = {"device_type": "cuda", "m": 4, "k": quantize_passes.MAX_ROW + 1}
+        reason = f"{quantize_passes.MAX_ROW + 1} channels: rows are held in registers"
+        assert reason in why_not(Problem("quantize_residual", granularity="per_token", **sizes))
+        assert reason in why_not(Problem("layer_norm_quantize_residual", granularity="per_tensor", **sizes))
+        assert why_not(Problem("quantize_residual", granularity="per_sample", **sizes)) is None
+        sizes["k"] -= 1
+        assert why_not(Problem("quantize_residual", granularity="per_token", **sizes)) is None

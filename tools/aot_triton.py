@@ -1,0 +1,164 @@
+"""Compile the Triton kernels for sm_80 and sm_90 without a GPU and check their machine code.
+
+python tools/aot_triton.py [--main-only] [--capability 80 90] [--match TEXT] [--json FILE]
+
+Checked: int8 products became tensor core instructions (IGMMA on sm_90, IMMA on sm_80), nothing spills (no stack, no
+local memory, no LDL or STL), and the shared memory fits. Prints a row per compiled form; exit code 1 if a check fails.
+The disassemblers come with triton; its compile cache is not used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from modiff_kernels.backends.triton.launching import Variant
+
+PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
+COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
+MAIN_SHARE = 16  # of the many forms of the quantising kernels, every 16th is a main one
+WITH_PRODUCT = ("product_kernel", "modulated_linear_kernel")
+
+
+@dataclass
+class Report:
+    """What the machine code of one form says; `failures` are the broken rules."""
+
+    name: str
+    capability: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: int
+    counts: dict[str, int]
+    failures: list[str] = field(default_factory=list)
+
+
+def variants(capability: int, main_only: bool) -> Iterator[tuple[str, Variant]]:
+    """(name, variant) of all kernels of the backend."""
+    from modiff_kernels.backends.triton import product_variants, quantizing
+
+    yield from product_variants.aot_variants(divmod(capability, 10), main_only)
+    for variant in quantizing.aot_variants()[:: MAIN_SHARE if main_only else 1]:
+        yield variant.kernel.__name__, variant
+
+
+def _binary(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_variant(name: str, variant: Variant, capability: int) -> Report:
+    """Compile one form and read its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(variant.signature)
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=variant.signature,
+        constexprs={(names.index(key),): value for key, value in variant.constexprs.items()},
+        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in variant.divisible},
+    )
+    options = {"num_warps": variant.num_warps}
+    if variant.num_stages is not None:
+        options["num_stages"] = variant.num_stages
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = re.search(
+            r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _run(_binary("cuobjdump"), "-res-usage", file.name)
+        )
+        code = _run(_binary("nvdisasm"), "-c", file.name)
+    if usage is None:
+        raise RuntimeError(f"{name}: cuobjdump -res-usage says nothing about registers")
+    registers, stack, local = map(int, usage.groups())
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", code, re.MULTILINE)
+    counts = Counter(opcodes)
+    report = Report(
+        name, capability, registers, stack + local, compiled.metadata.shared, len(opcodes),
+        {opcode: counts[opcode] for opcode in COUNTED if counts[opcode]},
+    )  # fmt: skip
+    report.failures = broken_rules(report, variant.kernel.__name__)
+    return report
+
+
+def broken_rules(report: Report, kernel: str) -> list[str]:
+    """What is wrong with the machine code of `kernel`, in words."""
+    from modiff_kernels.backends.triton.tile_configs import SHARED_MEMORY_BYTES
+
+    failures = []
+    wanted = PRODUCT_INSTRUCTION[report.capability]
+    if kernel in WITH_PRODUCT and not report.counts.get(wanted):
+        failures.append(f"no {wanted}: the int8 product does not use the tensor cores as it should")
+    if report.stack_bytes or report.counts.get("LDL") or report.counts.get("STL"):
+        failures.append(f"spills: {report.stack_bytes} bytes of stack")
+    limit = SHARED_MEMORY_BYTES[divmod(report.capability, 10)]
+    if report.shared_bytes > limit:
+        failures.append(f"{report.shared_bytes} bytes of shared memory, at most {limit} are there")
+    return failures
+
+
+def check(capabilities: Iterable[int], main_only: bool, match: str = "") -> Iterator[Report]:
+    """Reports of all forms whose name contains `match`, one after the other."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for capability in capabilities:
+            for name, variant in variants(capability, main_only):
+                if match in name:
+                    yield compile_variant(name, variant, capability)
+
+
+def row(report: Report) -> str:
+    """One line of the table."""
+    counts = " ".join(f"{opcode} {count}" for opcode, count in report.counts.items())
+    text = f"sm_{report.capability}  {report.registers:3d} regs  {report.shared_bytes:6d} B shared"
+    text += f"  {report.instructions:5d} instr  {report.name}  [{counts}]"
+    return text + "".join(f"\n       FAILED {failure}" for failure in report.failures)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--capability", type=int, nargs="+", default=list(PRODUCT_INSTRUCTION), choices=PRODUCT_INSTRUCTION
+    )
+    parser.add_argument("--main-only", action="store_true", help="only the forms that most time is spent in")
+    parser.add_argument("--match", default="", help="only forms whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the reports there")
+    args = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    reports = []
+    for report in check(args.capability, args.main_only, args.match):
+        print(row(report), flush=True)
+        reports.append(report)
+    failed = sum(bool(report.failures) for report in reports)
+    print(f"{len(reports)} forms compiled, {failed} failed")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return int(failed > 0 or not reports)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
