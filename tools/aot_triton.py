@@ -18,7 +18,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +57,9 @@ def variants(capability: int, main_only: bool) -> Iterator[tuple[str, Variant]]:
 
     yield from product_variants.aot_variants(divmod(capability, 10), main_only)
     for variant in quantizing.aot_variants()[:: MAIN_SHARE if main_only else 1]:
-        yield variant.kernel.__name__, variant
+        meta = "-".join(f"{key.lower()}{value}" for key, value in variant.constexprs.items() if key.isupper())
+        types = "-".join(kind for kind in variant.signature.values() if kind.startswith("*"))
+        yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.num_warps}", variant
 
 
 def _binary(name: str) -> str:
@@ -121,13 +126,28 @@ def broken_rules(report: Report, kernel: str) -> list[str]:
 
 
 def check(capabilities: Iterable[int], main_only: bool, match: str = "") -> Iterator[Report]:
-    """Reports of all forms whose name contains `match`, one after the other."""
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for capability in capabilities:
-            for name, variant in variants(capability, main_only):
-                if match in name:
-                    yield compile_variant(name, variant, capability)
+    """Reports of all forms whose name contains `match`, in order; as many processes as there are cores compile them."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        forms = [
+            (capability, main_only, i)
+            for capability in capabilities
+            for i, (name, _) in enumerate(_forms(capability, main_only))
+            if match in name
+        ]
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            yield from pool.map(_compile_form, forms, chunksize=4)
+
+
+@cache
+def _forms(capability: int, main_only: bool) -> list[tuple[str, Variant]]:
+    return list(variants(capability, main_only))
+
+
+def _compile_form(form: tuple[int, bool, int]) -> Report:
+    """Kernels cannot be sent to a process, but every process finds the same forms in the same order."""
+    capability, main_only, index = form
+    return compile_variant(*_forms(capability, main_only)[index], capability)
 
 
 def row(report: Report) -> str:
