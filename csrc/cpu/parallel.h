@@ -17,7 +17,7 @@ void parallel_for_raw(int64_t count, void (*body)(int64_t, int64_t, void*), void
 // times).
 template <class Task>
 void parallel_tasks(int64_t count, const Task& task) {
-  constexpr int64_t kMaxWorkers = 128;
+  constexpr int64_t kMaxWorkers = 256;
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
