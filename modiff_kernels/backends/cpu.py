@@ -150,7 +150,7 @@ def _quantize(
         raise
 
 
-def quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio=1.0):
+def quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio=1.0, packed=False):
     return _quantize("quantize_residual", x, x_hat, scale, act_bits, granularity, clip_ratio=clip_ratio)[:3]
 
 
@@ -523,6 +523,8 @@ def _attention_why_not(problem: Any) -> str | None:
 
 
 def _quantize_why_not(problem: Any) -> str | None:
+    if problem.packed:
+        return "packed=True: these passes store a code per byte; pack_weight packs codes afterwards"
     return None
 
 

@@ -137,6 +137,7 @@ def _residual(layer: ModulatedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
         edge.act_bits,
         edge.granularity,
         edge.clip_ratio,
+        False,  # packed: products take a code per byte
         layer.backend,
     )
     edge.record(absmax)

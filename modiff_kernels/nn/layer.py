@@ -238,7 +238,7 @@ class ModulatedLayer(nn.Module):
             edge.refuse_second_source()
             x_hat = edge.ensure(x.shape, x.dtype, x.device, self.memory_format)
             residual_q, scale, absmax = ops.quantize_residual(
-                x, x_hat, edge.scale(), edge.act_bits, edge.granularity, edge.clip_ratio, self.backend
+                x, x_hat, edge.scale(), edge.act_bits, edge.granularity, edge.clip_ratio, False, self.backend
             )
             edge.record(absmax)
             codes = residual_q, scale

@@ -30,7 +30,7 @@ class Problem:
     k: elements summed per output (r * s * c_in / groups for a conv), or channels of a quantising op. attention: m
     queries of all samples, n keys of a sample, k values of a head. dtype: activations
     or output. state_dtype: x_hat and/or y_hat, None for ops without state. act_bits of an initialize op is its
-    first_step_bits. granularity of an op that is given scales is read from their number.
+    first_step_bits. granularity of an op that is given scales is read from their number. packed: of the codes returned.
     """
 
     op: str
@@ -50,6 +50,7 @@ class Problem:
     weight_bits: int | None = None
     group_size: int = -1
     granularity: str | None = None
+    packed: bool = False
     layout: str | None = None
 
     def __str__(self) -> str:
@@ -68,7 +69,7 @@ class Problem:
         if self.group_size != -1:
             parts.append(f"group{self.group_size}")
         dtypes = [str(d).removeprefix("torch.") for d in (self.dtype, self.state_dtype) if d is not None]
-        parts += [text for text in ("/".join(dtypes), self.granularity, self.layout) if text]
+        parts += [text for text in ("/".join(dtypes), self.granularity, "packed" * self.packed, self.layout) if text]
         return "-".join(parts)
 
 
@@ -248,6 +249,18 @@ def _quantize(op: str, a: SimpleNamespace) -> Problem:
     image = a.x.ndim == 4
     _require_activation(op, "x", a.x, image)
     return _codes_check(a)(op, a, a.x, a.x.shape, image)
+
+
+def _quantize_residual(op: str, a: SimpleNamespace) -> Problem:
+    problem = _quantize(op, a)
+    if not isinstance(a.packed, bool):
+        raise TypeError(f"{op}: packed={a.packed!r} is not allowed; give True or False, and backend after it")
+    if a.packed and (a.act_bits == 8 or a.granularity == "per_block"):
+        raise ValueError(
+            f"{op}: packed=True with act_bits={a.act_bits} and granularity={a.granularity!r}, whose codes have 8 bits: "
+            "there is nothing to pack; choose act_bits 3 or 4 and 'per_tensor', 'per_sample' or 'per_token'"
+        )
+    return replace(problem, packed=a.packed)
 
 
 def _codes_check(a: SimpleNamespace) -> Callable[..., Problem]:
@@ -456,7 +469,7 @@ def _unpack_weight(op: str, a: SimpleNamespace) -> Problem:
 
 
 CHECKS: dict[str, Callable[[str, SimpleNamespace], Problem]] = {
-    "quantize_residual": _quantize,
+    "quantize_residual": _quantize_residual,
     "group_norm_silu_quantize_residual": _group_norm_silu_quantize,
     "layer_norm_quantize_residual": _layer_norm_quantize,
     "geglu_quantize_residual": _geglu_quantize,

@@ -28,7 +28,7 @@ For all ops:
 import torch
 from torch import Tensor
 
-from ..quant.packing import packed_dtype, packed_width
+from ..quant.packing import empty_packed, packed_dtype, packed_width
 from ..quant.spec import granule_count
 from .problem import conv2d_output_shape
 from .registry import declare
@@ -51,9 +51,8 @@ def _out(y_hat: Tensor, out_dtype: torch.dtype, write_out: bool) -> Tensor:
 
 
 @declare(
-    "(Tensor x, Tensor(a!) x_hat, Tensor? scale, int act_bits, str granularity, float clip_ratio=1.0, str "
-    "backend='auto')"
-    " -> (Tensor, Tensor, Tensor)"
+    "(Tensor x, Tensor(a!) x_hat, Tensor? scale, int act_bits, str granularity, float clip_ratio=1.0, "
+    "bool packed=False, str backend='auto') -> (Tensor, Tensor, Tensor)"
 )
 def quantize_residual(
     x: Tensor,
@@ -62,6 +61,7 @@ def quantize_residual(
     act_bits: int,
     granularity: str,
     clip_ratio: float = 1.0,
+    packed: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise the change of an activation; the error stays in x_hat and so enters the next residual.
@@ -84,12 +84,20 @@ def quantize_residual(
             and scale is per sample (`quant.affine.block_multipliers`); at 8 bits, and with fewer than 16 rows in a
             sample, it equals "per_sample".
         clip_ratio: factor on absmax, dynamic scales only; below 1 clips the largest residuals.
+        packed: whether residual_q is stored in kpack_v1: 1/2 (4 bits) or 3/8 (3 bits) of the bytes, for kernels that
+            read such codes (the s4 tensor cores of sm_80, sm_86 and sm_89) and for residuals that are kept or sent. No
+            op that multiplies takes them. act_bits 3 or 4, and not per_block, whose multiplied codes have 8 bits.
 
     Returns:
         residual_q int8, x's shape and memory format; the scales used, float32, one per granule; absmax float32, one per
         granule (without clip_ratio), from which `quant.affine.residual_scale` makes a delayed scale.
+        With `packed`, residual_q is uint8 [..., W], of an image [N, W, H, W_image] channels_last, with W bytes for the
+        channels of a row (`quant.packing.packed_width`), every row as `pack_weight` stores it: `unpack_weight` with n
+        rows and k channels gives the codes of residual_q.flatten(0, -2), of an image those of its NHWC rows,
+        residual_q.movedim(1, -1).flatten(0, -2).
     """
-    return _residual_results(x_hat, granularity, x.ndim == 4)
+    residual_q, scale, absmax = _residual_results(x_hat, granularity, x.ndim == 4)
+    return empty_packed(x_hat, act_bits) if packed else residual_q, scale, absmax
 
 
 @declare(

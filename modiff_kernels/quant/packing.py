@@ -43,6 +43,24 @@ def packed_dtype(weight_bits: int) -> torch.dtype:
     return torch.int8 if weight_bits == 8 else torch.uint8
 
 
+def empty_packed(codes: Tensor, bits: int) -> Tensor:
+    """Storage for `codes` ([..., K], or an image [N, C, H, W], channels_last) with every row, or pixel, in kpack_v1."""
+    if codes.ndim == 4:
+        n, c, h, w = codes.shape
+        shape, memory_format = (n, packed_width(bits, c), h, w), torch.channels_last
+    else:
+        shape, memory_format = (*codes.shape[:-1], packed_width(bits, codes.shape[-1])), torch.contiguous_format
+    return torch.empty(shape, dtype=packed_dtype(bits), device=codes.device, memory_format=memory_format)
+
+
+def pack_channels(codes: Tensor, bits: int) -> Tensor:
+    """`empty_packed`, filled."""
+    packed = empty_packed(codes, bits)
+    rows, bytes_of_rows = (t.movedim(1, -1) if t.ndim == 4 else t for t in (codes, packed))
+    bytes_of_rows.copy_(pack(rows.flatten(0, -2), bits).view(bytes_of_rows.shape))
+    return packed
+
+
 def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
     """kpack_v1 storage of weight_q int8 [N, K]; a new tensor. Raises ValueError if a code does not fit into
     `weight_bits`.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import affine
+from . import affine, packing
 from .spec import granule_count, row_count
 
 Conv = tuple[
@@ -128,9 +128,18 @@ def _geglu(h: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize_residual(
-    x: Tensor, x_hat: Tensor, scale: Tensor | None, act_bits: int, granularity: str, clip_ratio: float = 1.0
+    x: Tensor,
+    x_hat: Tensor,
+    scale: Tensor | None,
+    act_bits: int,
+    granularity: str,
+    clip_ratio: float = 1.0,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return residual_codes("quantize_residual", x, x_hat, scale, act_bits, granularity, clip_ratio, x.ndim == 4)
+    codes, used, absmax = residual_codes(
+        "quantize_residual", x, x_hat, scale, act_bits, granularity, clip_ratio, x.ndim == 4
+    )
+    return packing.pack_channels(codes, act_bits) if packed else codes, used, absmax
 
 
 @torch.no_grad()

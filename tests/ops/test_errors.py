@@ -213,6 +213,22 @@ def test_conv_arguments(op, name, value, error, message):
     assert_refused(op, conv_arguments()[op], name, value, error, message)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"act_bits": 8}, ValueError, r"packed=True with act_bits=8 and .*have 8 bits.*choose act_bits 3 or 4 and"),
+        ({"granularity": "per_block"}, ValueError, r"granularity='per_block', whose codes have 8 bits.*'per_token'"),
+        ({"packed": "cpu"}, TypeError, r"packed='cpu' is not allowed; give True or False, and backend after it"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [linear_arguments, conv_arguments])
+def test_what_cannot_be_packed(arguments, changes, error, message):
+    given = arguments()["quantize_residual"]
+    with pytest.raises(error, match=message):
+        call("quantize_residual", given, **{"packed": True, **changes})
+    assert not given["x_hat"].any()
+
+
 @pytest.mark.parametrize("op", ["modulated_linear", "initialize_linear"])
 def test_state_has_one_dtype(op):
     arguments = linear_arguments()[op]

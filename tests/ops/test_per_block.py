@@ -55,7 +55,9 @@ def test_codes_match_oracle(only_quantising, shape, bits, clip_ratio, state_dtyp
     x = uneven(shape)
     x_hat = torch.zeros_like(x, dtype=state_dtype)
     before = by_channel(x_hat).copy()
-    residual_q, scale, absmax = ops.quantize_residual(x, x_hat, None, bits, "per_block", clip_ratio, only_quantising)
+    residual_q, scale, absmax = ops.quantize_residual(
+        x, x_hat, None, bits, "per_block", clip_ratio, backend=only_quantising
+    )
     codes, expected_scale, _ = oracle(by_channel(x) - before, bits, clip_ratio)
     np.testing.assert_array_equal(by_channel(residual_q), codes)
     np.testing.assert_array_equal(scale.numpy(), expected_scale)
@@ -78,7 +80,7 @@ def only_quantising(request):
 def test_largest_error_is_half_a_step_of_the_block(only_quantising, bits):
     x = uneven((2, 24, 8, 6))
     x_hat = torch.zeros_like(x)
-    ops.quantize_residual(x, x_hat, None, bits, "per_block", 1.0, only_quantising)
+    ops.quantize_residual(x, x_hat, None, bits, "per_block", 1.0, backend=only_quantising)
     _, scale, multiplier = oracle(by_channel(x), bits, 1.0)
     error = np.abs(by_channel(x) - by_channel(x_hat))
     assert (error <= 0.5 * scale[:, None, None] * multiplier * (1 + 1e-5)).all()
@@ -91,8 +93,8 @@ def test_largest_error_is_half_a_step_of_the_block(only_quantising, bits):
 def test_equals_per_sample_where_there_is_no_room(only_quantising, shape, bits):
     x = uneven(shape)
     states = torch.zeros_like(x), torch.zeros_like(x)
-    block = ops.quantize_residual(x, states[0], None, bits, "per_block", 1.0, only_quantising)
-    sample = ops.quantize_residual(x, states[1], None, bits, "per_sample", 1.0, only_quantising)
+    block = ops.quantize_residual(x, states[0], None, bits, "per_block", 1.0, backend=only_quantising)
+    sample = ops.quantize_residual(x, states[1], None, bits, "per_sample", 1.0, backend=only_quantising)
     for found, expected in zip((*block, states[0]), (*sample, states[1])):
         assert torch.equal(found, expected)
 
@@ -129,7 +131,9 @@ def test_integer_product_needs_no_change(backend):
     x_hat, y_hat = torch.zeros_like(x), torch.zeros((2, 8, 6, 6)).contiguous(memory_format=torch.channels_last)
     conv = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     for step in range(5):
-        codes, scale, _ = ops.quantize_residual(x * (1 + 0.1 * step), x_hat, None, 3, "per_block", 1.0, "reference")
+        codes, scale, _ = ops.quantize_residual(
+            x * (1 + 0.1 * step), x_hat, None, 3, "per_block", 1.0, backend="reference"
+        )
         ops.accumulate_conv2d(
             codes, scale, packed, weight_scale, y_hat, None, 8, -1, layout, *conv, torch.float32, True, backend
         )

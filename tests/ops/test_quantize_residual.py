@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from modiff_kernels import ops
 from tests.ops.op_cases import (
     BITS,
     DTYPES,
@@ -179,3 +180,60 @@ def test_reference_refuses_unusable_scales(value):
     with pytest.raises(ValueError, match="not positive and finite"):
         run("quantize_residual", x, x_hat, torch.tensor([value]), 4, "per_tensor", backend="reference")
     assert not x_hat.any()
+
+
+# Channels: 1, odd, one below, at and above the 8 whose codes fill whole bytes, and a layer.
+PACKED_SHAPES = [(3, 1), (2, 5, 7), (4, 8), (2, 3, 9), (2, 64, 320), (1, 1, 1, 1), (2, 7, 3, 5), (2, 8, 4, 4)]
+
+
+def rows_of(codes):
+    """[rows, channels], of an image in NHWC order."""
+    return (codes.movedim(1, -1) if is_image(codes.shape) else codes).flatten(0, -2)
+
+
+def check_packed(backend, x, x_hat, scale, bits, granularity):
+    """With and without `packed` the op does the same, and says the same in two formats."""
+    states = [x_hat.clone(), x_hat.clone()]
+    plain, *numbers = run("quantize_residual", x, states[0], scale, bits, granularity, backend=backend)
+    packed, *same = run("quantize_residual", x, states[1], scale, bits, granularity, 1.0, True, backend=backend)
+    rows = rows_of(plain)
+    assert packed.dtype == torch.uint8
+    assert packed.is_contiguous(memory_format=memory_format_of(is_image(x.shape)))
+    assert torch.equal(rows_of(packed), ops.pack_weight(rows.contiguous(), bits))
+    assert torch.equal(ops.unpack_weight(rows_of(packed).contiguous(), bits, *rows.shape), rows)
+    for got, expected in zip((*same, states[1]), (*numbers, states[0]), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("shape", PACKED_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_packed_is_another_format_of_the_same(backend, shape, bits, granularity):
+    for scale in (None, torch.tensor([0.4])):
+        check_packed(backend, activation(shape), activation(shape), scale, bits, granularity)
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 5, 4), (2, 9, 40)], ids=["image", "rows"])
+def test_packed_dtypes(backend, shape, dtype, state_dtype):
+    check_packed(backend, activation(shape, dtype), activation(shape, state_dtype), None, 4, "per_sample")
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, [0xE1, 0x03]), (3, [0b00_11_10_01, 0b11111101])])
+def test_packed_bytes_by_hand(backend, bits, expected):
+    """Codes 1, -2, 3; at 3 bits they are stored as 5, 2, 7, and what is past the end as 4."""
+    x = torch.tensor([[1.0, -2.0, 3.0]])
+    arguments = (x, torch.zeros_like(x), torch.ones(1), bits, "per_tensor", 1.0, True)
+    packed, *_ = run("quantize_residual", *arguments, backend=backend)
+    assert packed.tolist() == [expected]
+
+
+def test_cpu_kernels_refuse_to_pack_and_others_take_over():
+    if ops.dispatch.why_unavailable("cpu") is not None:
+        pytest.skip(ops.dispatch.why_unavailable("cpu"))
+    x, x_hat = activation((2, 8)), torch.zeros(2, 8)
+    with pytest.raises(ops.BackendUnavailable, match="cpu: packed=True: these passes store a code per byte"):
+        ops.quantize_residual(x, x_hat, None, 4, "per_token", packed=True, backend="cpu")
+    assert not x_hat.any()
+    residual_q, *_ = ops.quantize_residual(x, x_hat, None, 4, "per_token", packed=True)
+    assert residual_q.shape == (2, 4)

@@ -14,6 +14,7 @@ from tests.ops.op_cases import ConvCase, LinearCase, activation, make_weight, po
 from tests.ops.test_errors import conv_arguments, linear_arguments
 
 ARGUMENTS = [f"{op}-linear" for op in linear_arguments()] + [f"{op}-conv" for op in conv_arguments()]
+ARGUMENTS += ["quantize_residual-linear-packed", "quantize_residual-conv-packed"]
 
 
 def positional(op, arguments):
@@ -23,9 +24,9 @@ def positional(op, arguments):
 
 
 def arguments_of(case):
-    op, kind = case.split("-")
+    op, kind, *switches = case.split("-")
     given = linear_arguments() if kind == "linear" else conv_arguments()
-    return op, positional(op, {**given[op], "backend": "reference"})
+    return op, positional(op, {**given[op], **dict.fromkeys(switches, True), "backend": "reference"})
 
 
 @pytest.mark.parametrize("op", CHECKS)
@@ -192,5 +193,23 @@ def test_compiled_steps_equal_eager_ones(backend, case, dynamic):
     options = {"fullgraph": True, "backend": "aot_eager", "dynamic": dynamic}
     compiled = run(torch.compile(first, **options), torch.compile(update, **options))
     for got, expected in zip(compiled, run(first, update), strict=True):
+        assert got.stride() == expected.stride()
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("shape", [(2, 9, 4, 4), (2, 5, 9)], ids=["image", "rows"])
+def test_compiled_packed_codes_equal_eager_ones(shape, bits, dynamic):
+    torch._dynamo.reset()
+    x, states = activation(shape), [torch.zeros_like(activation(shape)) for _ in range(2)]
+
+    def step(x, x_hat):
+        codes, *rest = ops.quantize_residual(x * 1.0, x_hat, None, bits, "per_token", packed=True, backend="reference")
+        return codes ^ 1, *rest
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for got, expected in zip((*compiled(x, states[0]), states[0]), (*step(x, states[1]), states[1]), strict=True):
+        assert got.dtype == expected.dtype
         assert got.stride() == expected.stride()
         assert torch.equal(got, expected)

@@ -144,3 +144,42 @@ def round_to_code(scaled, low, high):
     """
     scaled = tl.maximum(scaled, low, propagate_nan=tl.PropagateNan.ALL)
     return rne(tl.minimum(scaled, high, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def store_packed(codes_ptr, code, sample, first, rows, channels, row, first_col, BITS: tl.constexpr):
+    """Store the int8 codes of a tile, [rows, channels from first_col on], in kpack_v1 of `quant/packing.py`. The tile
+    has channels in multiples of 8; past the last one its codes are those of residual 0, as kpack_v1 wants them.
+    """
+    if BITS == 4:
+        width = _byte_count(channels, 2)
+        _store_plane(codes_ptr, code & 15, sample, first, rows, width, 0, channels, row, first_col, 4)
+    else:
+        biased = code + 4
+        second = _byte_count(channels, 4)
+        width = second + _byte_count(channels, 8)
+        _store_plane(codes_ptr, biased & 3, sample, first, rows, width, 0, channels, row, first_col, 2)
+        _store_plane(codes_ptr, (biased >> 2) & 1, sample, first, rows, width, second, channels, row, first_col, 1)
+
+
+@triton.jit
+def _byte_count(channels, PER_BYTE: tl.constexpr):
+    """ceil(channels / PER_BYTE), written so that the compiler sees what divides it where it knows what divides
+    `channels`: as many bytes are stored at once.
+    """
+    return channels - channels * (PER_BYTE - 1) // PER_BYTE
+
+
+@triton.jit
+def _store_plane(codes_ptr, values, sample, first, rows, width, begin, channels, row, first_col, BITS: tl.constexpr):
+    """`values` of BITS bits, 8 / BITS neighbours to a byte, the first in the lowest bits; the plane begins at byte
+    `begin` of the `width` bytes of a row.
+    """
+    PER_BYTE: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = values.shape[1] // PER_BYTE
+    shifts = tl.arange(0, PER_BYTE) * BITS
+    parts = tl.reshape(values.to(tl.int32), (values.shape[0], BYTES, PER_BYTE)) << shifts[None, None, :]
+    column = first_col // PER_BYTE + tl.arange(0, BYTES)
+    mask = (row < rows)[:, None] & (column < _byte_count(channels, PER_BYTE))[None, :]
+    offsets = tile_offsets(sample, first, rows, width, row, begin + column)
+    tl.store(codes_ptr + offsets, tl.sum(parts, axis=2).to(tl.uint8), mask=mask)

@@ -11,20 +11,20 @@ range      [granules]          int32        bit patterns of absmax; it is the re
            (affine: twice)                  affine: of -min(x, 0), then of max(x, 0)
 block      [N, ceil(R/16), C]  int32        PER_BLOCK: bit patterns of absmax per 16 rows of a channel; the last block
                                             of a sample takes the rows that are left, and so the last two entries
-codes      [N, R, C]           int8
+codes      [N, R, C]           int8         PACKED: uint8 [N, R, W], kpack_v1 of every row in its W bytes
 scale      [granules]          float32      zero_point [granules] int32: plain form only
 ========== =================== ============ ========================================================================
 
 Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops; the equations are in ops/schema.py.
-A tile holds whole rows where a row must be reduced (PER_TOKEN scales, LAYER_NORM), and no more than the 16 rows of a
-block with PER_BLOCK.
+A tile holds whole rows where a row must be reduced (PER_TOKEN scales, LAYER_NORM), no more than the 16 rows of a block
+with PER_BLOCK, and with PACKED channels in multiples of 8, which begin at a byte in both planes of kpack_v1.
 
 Bytes per element (s = bytes of h, t = of x_hat), every tensor read at most once per pass:
 
 - scale given, or PER_TOKEN: one pass, s + 2 t + 1 (GEGLU: 2 s + 2 t + 1). absmax comes from the same registers.
 - other dynamic scales: the range pass reads s + t before it, from the last tile to the first, so that the second
   reading comes from the L2 cache (50 MB on H100) as far as it reaches. PER_BLOCK writes and reads 1/4 byte more.
-- plain form: t = 0.
+- plain form: t = 0. PACKED: codes of 1/2 (4 bits) or 3/8 byte.
 
 Limits: whole-row tiles reach MAX_ROW channels (`why_not`).
 """
@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...quant.packing import empty_packed
 from ...quant.spec import BLOCK_ROWS, block_count
 from .launching import launch
 from .quantize_device import (
@@ -55,6 +56,7 @@ from .quantize_device import (
     magnitude_above,
     magnitude_below,
     round_to_code,
+    store_packed,
     symmetric_scale,
     tile_of_program,
     tile_offsets,
@@ -69,6 +71,7 @@ _BLOCK_ROWS = tl.constexpr(BLOCK_ROWS)
 
 MAX_ROW = 8192  # 16 float32 values per thread of 16 warps, of two inputs (GEGLU) and x_hat at the same time
 _TILE_BYTES = 8192  # of h or x_hat, the wider: four 16-byte loads per thread of 4 warps in flight, below 150 registers
+_PACKED_CHANNELS = 8  # whose codes fill whole bytes of every plane
 _LEAST_TILE = 1024  # elements: 8 per thread, which is one 16-byte load of a 2-byte tensor
 _ENOUGH_PROGRAMS = 264  # two per SM of an H100
 _GRANULARITY = {
@@ -146,6 +149,7 @@ def quantize_kernel(
     SILU: tl.constexpr,
     GRANULARITY: tl.constexpr,
     SOURCE: tl.constexpr,
+    PACKED: tl.constexpr,  # bits of packed codes, 0: a byte for each
     AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -220,7 +224,11 @@ def quantize_kernel(
             if AFFINE:
                 zero_point = zero_point[:, None]
         code = round_to_code(value * tl.div_rn(1.0, scale), -half - zero_point, half - 1.0 - zero_point) + zero_point
-    tl.store(codes_ptr + offsets, code.to(tl.int8), mask=mask)
+    if PACKED > 0:
+        first_col = (tl.program_id(0) % tl.cdiv(channels, BLOCK_C)) * BLOCK_C
+        store_packed(codes_ptr, code.to(tl.int8), sample, first, rows, channels, row, first_col, PACKED)
+    else:
+        tl.store(codes_ptr + offsets, code.to(tl.int8), mask=mask)
     if x_hat_ptr is not None:
         updated = (old + scale * code).to(x_hat_ptr.dtype.element_ty)
         # x_hat is read again in the next step; the L2 cache is for the codes, which the product reads now.
@@ -245,7 +253,7 @@ class Plan(NamedTuple):
         return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
 
 
-def plan_of(h: Tensor, like: Tensor, granularity: str, act_bits: int, prologue: int) -> Plan:
+def plan_of(h: Tensor, like: Tensor, granularity: str, act_bits: int, prologue: int, packed: bool = False) -> Plan:
     """`plan` for the input h and a result of the shape and (x_hat) dtype of `like`, [N, C, H, W], [N, L, K] or
     [M, K].
     """
@@ -254,12 +262,19 @@ def plan_of(h: Tensor, like: Tensor, granularity: str, act_bits: int, prologue: 
     rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
     channels = shape[1] if image else shape[-1]
     bytes_read = max(h.element_size(), like.element_size()) * (2 if prologue == GEGLU.value else 1)
-    return plan(shape[0], rows, channels, granularity, act_bits, prologue, bytes_read)
+    return plan(shape[0], rows, channels, granularity, act_bits, prologue, bytes_read, packed)
 
 
 @lru_cache(maxsize=4096)
 def plan(
-    samples: int, rows: int, channels: int, granularity: str, act_bits: int, prologue: int, bytes_read: int
+    samples: int,
+    rows: int,
+    channels: int,
+    granularity: str,
+    act_bits: int,
+    prologue: int,
+    bytes_read: int,
+    packed: bool = False,
 ) -> Plan:
     """The cut of [samples, rows, channels]. Samples are dissolved where nothing depends on them: one sample with all
     rows makes better tiles, above all for the [M, K] input of a Linear, whose samples are single rows.
@@ -276,7 +291,8 @@ def plan(
     if name == "per_block":
         block_r, block_c, num_warps = block_tile(channels, whole_rows, bytes_read)
     else:
-        block_r, block_c, num_warps = tile(samples, rows, channels, whole_rows, bytes_read)
+        columns = max(channels, _PACKED_CHANNELS) if packed else channels
+        block_r, block_c, num_warps = tile(samples, rows, columns, whole_rows, bytes_read)
     return Plan(samples, rows, channels, _GRANULARITY[name], granules, block_r, block_c, num_warps)
 
 
@@ -347,6 +363,7 @@ def quantize(
     act_bits: int,
     *,
     clip_ratio: float = 1.0,
+    packed: bool = False,
     affine: bool = False,
     silu: bool = False,
     a: Tensor | None = None,
@@ -354,8 +371,8 @@ def quantize(
     eps: float = 0.0,
     ranges: Ranges | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (shape and memory format of `like`) and scales of prologue(h) - x_hat, and absmax; in the plain form,
-    x_hat None, of prologue(h), and zero points.
+    """Codes (shape and memory format of `like`, or `packed`) and scales of prologue(h) - x_hat, and absmax; in the
+    plain form, x_hat None, of prologue(h), and zero points.
     """
     if ranges is None:
         ranges = make_ranges(p, affine, h.device)
@@ -367,14 +384,15 @@ def quantize(
             range_kernel, p.grid, h, x_hat, a, b, *ranges, *sizes, eps,
             PROLOGUE=prologue, SILU=silu, **shape, num_warps=p.num_warps,
         )  # fmt: skip
-    codes = torch.empty_like(like, dtype=torch.int8)
+    codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
     used = torch.empty(p.granules, dtype=torch.float32, device=h.device)
     zero_point = torch.empty(p.granules, dtype=torch.int32, device=h.device) if x_hat is None else None
     given_stride = 0 if scale is None or scale.shape[0] == 1 else 1
     launch(
         quantize_kernel, p.grid, h, x_hat, a, b, scale, *ranges, codes, used, zero_point,
         *sizes, given_stride, eps, clip_ratio, float(1 << (act_bits - 1)),
-        PROLOGUE=prologue, SILU=silu, SOURCE=source.value, **shape, num_warps=p.num_warps,
+        PROLOGUE=prologue, SILU=silu, SOURCE=source.value, PACKED=act_bits if packed else 0, **shape,
+        num_warps=p.num_warps,
     )  # fmt: skip
     return codes, used, ranges.largest.view(torch.float32) if zero_point is None else zero_point
 

@@ -12,10 +12,16 @@ from .quantize_device import IDENTITY
 
 
 def quantize_residual(
-    x: Tensor, x_hat: Tensor, scale: Tensor | None, act_bits: int, granularity: str, clip_ratio: float = 1.0
+    x: Tensor,
+    x_hat: Tensor,
+    scale: Tensor | None,
+    act_bits: int,
+    granularity: str,
+    clip_ratio: float = 1.0,
+    packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = passes.plan_of(x, x_hat, granularity, act_bits, IDENTITY.value)
-    return passes.quantize(x, x_hat, plan, IDENTITY.value, x_hat, scale, act_bits, clip_ratio=clip_ratio)
+    plan = passes.plan_of(x, x_hat, granularity, act_bits, IDENTITY.value, packed)
+    return passes.quantize(x, x_hat, plan, IDENTITY.value, x_hat, scale, act_bits, clip_ratio=clip_ratio, packed=packed)
 
 
 def quantize_activation(

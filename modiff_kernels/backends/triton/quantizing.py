@@ -39,7 +39,7 @@ _OTHER_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32, torch.float32)
 def aot_variants() -> list[Variant]:
     """Forms of the kernels that layers of SD 1.5 launch, each once: with float16 every prologue, granularity and source
     of the scale at the first level; per_block, which needs most registers, at other levels and with other dtypes; the
-    longest rows.
+    longest rows; packed codes.
     """
     half = (torch.float16, torch.float16)
     with recorded() as variants, torch.device("meta"):
@@ -52,6 +52,13 @@ def aot_variants() -> list[Variant]:
             _call_ops((2, 64, MAX_ROW), dtypes, _TOKEN_OPS, "per_token")
         for shape in _OTHER_SHAPES:
             _call_ops(shape, half, _IMAGE_OPS if len(shape) == 4 else _TOKEN_OPS, "per_block")
+        image = torch.empty(_FIRST_IMAGE, dtype=torch.float16, memory_format=torch.channels_last)
+        for bits in (3, 4):
+            for scale in (None, torch.empty(1)):
+                for granularity in ("per_tensor", "per_sample", "per_token"):
+                    quantize_residual(image, image, scale, bits, granularity, packed=True)
+            longest = torch.empty((2, 64, MAX_ROW), dtype=torch.float16)
+            quantize_residual(longest, longest, None, bits, "per_token", packed=True)
     return list({repr(variant): variant for variant in variants}.values())
 
 

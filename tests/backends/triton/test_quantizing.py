@@ -14,6 +14,7 @@ from modiff_kernels.ops.problem import Problem
 from tests.backends.triton.quantizing_cases import (
     DTYPE_PAIRS,
     DTYPES,
+    FLOATS,
     GRANULARITIES,
     assert_results_like,
     assert_updated,
@@ -40,6 +41,17 @@ SHAPES = [
     (2, 33, 320),
 ]
 FEW_SHAPES = [(2, 7, 3, 5), (2, 32, 13, 5), (9, 65), (3, 5, 63)]
+PACKED_SHAPES = [
+    (3, 1),
+    (9, 7),
+    (4, 8),
+    (3, 5, 9),
+    (2, 33, 320),
+    (1, 1, 1, 1),
+    (2, 7, 3, 5),
+    (3, 65, 5, 1),
+    (2, 32, 13, 5),
+]
 LAYERS = [(2, 320, 64, 64), (2, 1280, 8, 8), (2, 1024, 640), (77, 768)]
 
 
@@ -84,6 +96,22 @@ class TestResidual:
     def test_bits_and_clip_ratio(self, device, granularity, bits, clip_ratio):
         for shape in on(device, FEW_SHAPES):
             check_residual(shape, device, torch.float32, torch.float16, None, bits, granularity, clip_ratio)
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    @pytest.mark.parametrize("bits", [3, 4])
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_packed_codes(self, device, granularity, bits, dtype):
+        for shape in on(device, PACKED_SHAPES):
+            for scale in scales(shape, granularity):
+                x, x_hat = activation(shape, dtype), activation(shape, dtype)
+                arguments = (x, x_hat, scale, bits, granularity, 1.0)
+                results, after = run("quantize_residual", *arguments, True, device=device)
+                wanted, _ = expected("quantize_residual", *arguments, True)
+                assert_results_like(results, wanted, memory_format_of(is_image(shape)))
+                for name, got, want in zip(("codes", "scale", "absmax"), results, wanted):
+                    assert torch.equal(got, want), f"{name} of {shape}: {(got != want).sum()} of {want.numel()} differ"
+                (codes, *_), _ = expected("quantize_residual", *arguments)
+                assert_updated(after[1], x_hat, codes, results[1])
 
     @pytest.mark.parametrize("bits", [3, 4, 8])
     def test_channels_of_uneven_range(self, device, bits):
@@ -210,6 +238,13 @@ class TestPlan:
                     assert p.grid[0] * p.block_r * p.block_c >= samples * rows * channels
                     whole_rows = granularity == "per_token" or prologue == LAYER_NORM.value
                     assert not whole_rows or p.block_c >= channels
+
+    def test_packed_codes_of_a_tile_fill_whole_bytes(self):
+        for channels in (1, 2, 4, 7, 8, 9, 24, 33, 320):
+            for granularity in GRANULARITIES:
+                p = quantize_passes.plan(2, 64, channels, granularity, 4, IDENTITY.value, 2, packed=True)
+                assert p.block_c % 8 == 0
+                assert p.channels == channels
 
     def test_one_image_of_the_first_level_fills_the_gpu(self):
         for rows, channels in ((64 * 64, 320), (32 * 32, 640), (16 * 16, 1280)):

@@ -67,6 +67,7 @@ def is_residual(row):
 
 
 def test_the_main_forms_are_there(compiled):
+    assert {row["constants"].get("PACKED") for row in compiled} >= {"0", "3", "4"}
     assert {row["kernel"] for row in compiled} == {"quantize_kernel", "range_kernel"}
     assert {row["constants"]["PROLOGUE"] for row in compiled} >= {"0", "1"}
     assert {row["constants"]["GRANULARITY"] for row in compiled} >= {"1", "3"}
@@ -74,13 +75,19 @@ def test_the_main_forms_are_there(compiled):
 
 def test_tensors_move_in_16_byte_accesses(compiled):
     for row in compiled:
-        assert count(row, r"(ld|st)\.global\.(b16|u16|b8|u8|v2\.b16|v4\.b8|v2\.b8)") == 0, row["constants"]
+        packed = int(row["constants"].get("PACKED", 0))
+        # Packed codes of 3 bits: 16 divides the channels, so all that is known of a row's second plane is that 2
+        # divides its bytes.
+        narrow = row["per_thread"] * 3 // 16 if packed == 3 else 0
+        assert count(row, r"(ld|st)\.global\.(b8|u8|v2\.b16|v4\.b8|v2\.b8)") == 0, row["constants"]
+        assert count(row, r"(ld|st)\.global\.(b16|u16)") == narrow, row["constants"]
         # 16 or 32 elements of h, and of x_hat, for a thread, 8 per access.
         accesses = row["per_thread"] // 8
         assert accesses >= 2
         assert count(row, r"ld\.global\.v4\.b32") >= accesses * (2 if is_residual(row) else 1), row["constants"]
         if row["kernel"] == "quantize_kernel":  # codes of one byte, and x_hat
-            stores = accesses // 2 + (accesses if is_residual(row) else 0)
+            stores = (0 if packed else accesses // 2) + (accesses if is_residual(row) else 0)
+            assert count(row, r"st\.global\.v2\.b32") == (accesses // 2 if packed == 4 else 0), row["constants"]
             assert count(row, r"st\.global(\.L\S*)?\.v4\.b32") == stores, row["constants"]
 
 
