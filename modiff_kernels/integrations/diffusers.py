@@ -160,8 +160,12 @@ class Handle:
             f"state {self.state.nbytes() / 2**20:.1f} MiB"
         )
         if self._scheduled is not None:
-            summary += f"\nschedule: {self._scheduled.describe()}"
+            summary += f"\nschedule: {self.explain_schedule()}"
         return "\n".join([summary, *lines])
+
+    def explain_schedule(self) -> str:
+        """The step schedule, what it skips, and what the calls of the last run did; empty without a schedule."""
+        return "" if self._scheduled is None else self._scheduled.describe()
 
     def actions(self, context: str = DEFAULT_CONTEXT) -> tuple[str, ...]:
         """What the calls of the last run did in `context`: "initialize", "update", "hold", "forecast", "deep-hold" or
@@ -169,6 +173,12 @@ class Handle:
         trajectory = self.state.trajectories.get(context)
         names = [] if trajectory is None else [ACTION_NAMES[letter] for letter in trajectory.done]
         return tuple([INITIALIZE, *names[1:]] if names else [])
+
+    def skipped_calls(self, path: str, context: str = DEFAULT_CONTEXT) -> int:
+        """How many calls of the last run in `context` did not compute the module at `path`."""
+        if self._scheduled is None or context not in self.state.trajectories:
+            return 0
+        return self._scheduled.skipped_calls(path, context)
 
     @contextlib.contextmanager
     def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:

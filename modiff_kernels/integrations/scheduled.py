@@ -72,6 +72,16 @@ class ScheduledUNet:
             text += f"\n  last run, context {name}: {''.join(trajectory.done)}"
         return text
 
+    def skipped_calls(self, path: str, context: str) -> int:
+        """How many calls of the last run in `context` did not compute the module at `path`."""
+        done = "".join(self.state.trajectories[context].done)
+        skipped = done.count(letters.HOLD) + done.count(letters.FORECAST)
+        if self._cut is not None:
+            below = {id(module) for block in self._cut.below for module in block.modules()}
+            if id(self.unet.get_submodule(path)) in below:
+                skipped += done.count(letters.DEEP_HOLD) + done.count(letters.DEEP_FORECAST)
+        return skipped
+
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -220,11 +230,15 @@ class ScheduledUNet:
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """The blocks of a UNet below a cut. silent: hand their input on. down: down blocks. last_up: gives the boundary."""
+    """The blocks of a UNet below a cut. silent: hand their input on. down: down blocks. last_up: gives the boundary.
+
+    below: all that is skipped.
+    """
 
     silent: list[nn.Module]
     down: list[nn.Module]
     last_up: nn.Module
+    below: list[nn.Module]
 
     @classmethod
     def of(cls, unet: nn.Module, level: int | None) -> "_Cut":
@@ -253,7 +267,7 @@ class _Cut:
             count += _outputs_of(block)
             if count > needed:  # up block `level` does not read what this block hands to the next
                 silent += block.downsamplers
-        return cls(silent, below, ups[level - 1])
+        return cls(silent, below, ups[level - 1], [*silent, *below, ups[level - 1]])
 
 
 def _outputs_of(block: nn.Module) -> int:

@@ -11,6 +11,7 @@ from modiff_kernels.planning.schedule import StepSchedule
 
 LEAST_ALPHA = 2.0**-24  # of schedules that end in pure noise; diffusers' DPM-Solver takes the same
 STOCHASTIC = ("DDPM", "Ancestral", "DPMSolverSDE", "LCM", "TCD", "CMStochastic", "RePaint", "UnCLIP", "SdeVe")
+MANY_CALLS = 40  # from here on DDIM moves so little per call that most calls can be forecast
 FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less (docs/schedules.md)
 
 # Found by a greedy search on the shipped model (docs/schedules.md), whose error is made in the last calls.
@@ -84,4 +85,6 @@ def automatic(scheduler: Any, calls: int) -> StepSchedule | None:
     """What "auto" stands for with this sampler, or None where no skipping pays: few calls, or a stochastic sampler."""
     if calls < FEW_CALLS or is_stochastic(scheduler):
         return None
-    return StepSchedule.parse(DDIM) if type(scheduler).__name__.startswith("DDIM") else MULTISTEP
+    if type(scheduler).__name__.startswith("DDIM") and calls >= MANY_CALLS:
+        return StepSchedule.parse(DDIM)
+    return MULTISTEP

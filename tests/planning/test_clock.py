@@ -70,4 +70,5 @@ def test_automatic_choice():
     assert clock.automatic(DDIMScheduler(), 6) is None
     ddim = clock.automatic(DDIMScheduler(), 50)
     assert ddim.actions(50).count("U") <= 20
+    assert clock.automatic(DDIMScheduler(), 20).actions(20).count("U") == 12
     assert clock.automatic(DPMSolverMultistepScheduler(), 20).actions(20).count("U") == 12
