@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from modiff_kernels.config import ModiffConfig
     from modiff_kernels.integrations.diffusers import Handle, accelerate
     from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+    from modiff_kernels.planning.schedule import StepSchedule
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "ModulatedConv2d",
     "ModulatedLinear",
     "ModulationState",
+    "StepSchedule",
     "__version__",
     "accelerate",
 ]
@@ -29,6 +31,7 @@ _HOME_OF = {
     "ModulatedConv2d": "modiff_kernels.nn",
     "ModulatedLinear": "modiff_kernels.nn",
     "ModulationState": "modiff_kernels.nn",
+    "StepSchedule": "modiff_kernels.planning.schedule",
     "accelerate": "modiff_kernels.integrations.diffusers",
 }
 

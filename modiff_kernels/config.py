@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 MODES = ("modulated", "quantized")
@@ -39,6 +40,8 @@ class ModiffConfig:
     mode: "modulated", or "quantized" (plain low-bit layers without state: scale_mode, first_step_bits, clip_ratio
         and state_dtype are not used).
     clip_ratio: above 0 and up to 1: dynamic and delayed scales cover this part of the absmax.
+    schedule: which calls of a run compute the network and what takes the place of the others: None (all do), "auto" (by
+        sampler and number of calls), a StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U".
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
     """
@@ -55,6 +58,7 @@ class ModiffConfig:
     mode: str = "modulated"
     clip_ratio: float = 1.0
     fuse: bool = True
+    schedule: StepSchedule | str | None = None
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "act_bits", "first_step_bits"):
@@ -67,6 +71,7 @@ class ModiffConfig:
         if self.state_dtype is not None:
             object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
         _check_choice("state_dtype", self.state_dtype, (*STATE_DTYPES, None))
+        object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
         if self.group_size is not None and not (_is_int(self.group_size) and self.group_size > 0):
             raise _error("group_size", self.group_size, "a positive number, or None for one scale per output channel")
         if not (_is_number(self.clip_ratio) and 0.0 < self.clip_ratio <= 1.0):
@@ -96,7 +101,8 @@ class ModiffConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; `from_dict` gives an equal config back."""
-        return {**dataclasses.asdict(self), "skip_modules": list(self.skip_modules)}
+        schedule = None if self.schedule is None else str(self.schedule)
+        return {**dataclasses.asdict(self), "skip_modules": list(self.skip_modules), "schedule": schedule}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
@@ -159,6 +165,17 @@ def _checked_skip_modules(patterns: Any) -> tuple[str, ...]:
         if not isinstance(pattern, str) or not all(pattern.split(".")):
             raise _error("skip_modules", pattern, "parts of module paths without empty names, such as 'attentions.0'")
     return tuple(patterns)
+
+
+def _checked_schedule(schedule: Any) -> StepSchedule | str | None:
+    if schedule is None or schedule == "auto" or isinstance(schedule, StepSchedule):
+        return schedule
+    if not isinstance(schedule, str):
+        raise _error("schedule", schedule, "None, 'auto', a StepSchedule or its text, such as 'forecast every=3'")
+    try:
+        return StepSchedule.parse(schedule)
+    except ValueError as error:
+        raise _error("schedule", schedule, f"None, 'auto' or the text of a StepSchedule ({error})") from error
 
 
 def _error(field: str, value: Any, allowed: str) -> ValueError:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.planning.schedule import StepSchedule
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,24 @@ def test_json_round_trip():
         mode="quantized",
         clip_ratio=1,
         fuse=False,
+        schedule="forecast  every=3 order=1",
     )
+    assert config.schedule == StepSchedule("forecast", every=3, order=1)
+    assert config.to_dict()["schedule"] == "forecast every=3 order=1"
+    assert ModiffConfig(schedule="auto").to_dict()["schedule"] == "auto"
     assert config.state_dtype == "float16"
     assert config.skip_modules == ("mid_block",)
     assert ModiffConfig.from_json(config.to_json()) == config
     assert ModiffConfig.from_dict(config.to_dict()) == config
     assert ModiffConfig.from_dict({}) == ModiffConfig()
     assert hash(config) != hash(ModiffConfig())
+
+
+def test_impossible_schedules():
+    with pytest.raises(ValueError, match=r"ModiffConfig: schedule='hold every=1' is not allowed; .*every=1"):
+        ModiffConfig(schedule="hold every=1")
+    with pytest.raises(ValueError, match=r"ModiffConfig: schedule=3 is not allowed; give None, 'auto', a StepSchedule"):
+        ModiffConfig(schedule=3)
 
 
 def test_unreadable_json():

@@ -26,6 +26,7 @@ LEVELS = {
     "ops": 2,
     "backends": 1,
     "config": 1,
+    "planning.schedule": 0,  # a value that the config holds
     "quant": 0,
     "models": 0,
 }
@@ -46,7 +47,7 @@ def module_name(path: Path) -> str:
 
 
 def level(module: str) -> int | None:
-    return LEVELS.get(module.split(".")[0])
+    return LEVELS.get(module, LEVELS.get(module.split(".")[0]))
 
 
 def is_module(name: str) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 from modiff_kernels import __version__
+from modiff_kernels.planning.schedule import StepSchedule
 
 __all__ = ["SCHEDULERS", "UserError", "build_parser", "command_line", "writable"]
 
@@ -21,6 +23,8 @@ SCHEDULERS = {
 }
 MODES = ("modulated", "quantized", "weight_only", "float")
 
+SCHEDULE_HELP = """auto, none, a rule such as "forecast every=3", or a pattern such as "U3F2UF2U" (docs/schedules.md)"""
+
 COMPARE_HELP = """\
 Sample the same images from the same noise in several configurations and print how close they come to full precision,
 and how fast. Each configuration samples in turn (A B C A B C ...). A run is one whole sampling of a batch, all steps
@@ -34,11 +38,12 @@ columns:
   state MB    memory of x_hat and y_hat, 1 MB = 10^6 bytes
   avg bits    bits of the activations, averaged over the quantised layers (each counts the same) and the calls of the
               UNet in a run; a layer in full precision counts 32, and so does the first call of a modulated layer,
-              unless that call is quantised too
+              unless that call is quantised too; one that a schedule skips counts 0
 
 rows: float-contiguous, float-channels_last, float-compile; weight-only-w8 (quantised weights, float activations: the
-  most that any treatment of activations can reach); plain-w8a8 ...; modulated-w8a4 ... . --rows takes names or their
-  beginnings: "--rows float,modulated-w8a4"."""
+  most that any treatment of activations can reach); plain-w8a8 ...; modulated-w8a4 ...; scheduled-w8a8 (modulated, and
+  most calls of the UNet forecast from the last ones instead of computed). --rows takes names or their beginnings:
+  "--rows float,modulated-w8a4"."""
 
 
 class UserError(Exception):
@@ -78,6 +83,16 @@ def bits_list(text: str) -> tuple[int, ...]:
 
 def names(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def schedule(text: str) -> str | None:
+    """--schedule in its one spelling; "none" is no schedule."""
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
+    try:
+        return str(StepSchedule.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or auto, or none") from error
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +135,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_sampling_options(compare)
     add = compare.add_argument
+    add(
+        "--schedule",
+        type=schedule,
+        default="auto",
+        metavar="TEXT",
+        help=f"of the scheduled rows: {SCHEDULE_HELP} (auto)",
+    )
     add("--images", type=positive, default=16, metavar="N", help="images to judge, N / BATCH runs (%(default)s)")
     add("--rows", type=names, default=(), metavar="A,B", help="configurations to show (default: all)")
     add("--weight-bits", type=bits_list, default=(8,), metavar="A,B", help="of 3, 4, 8 (8)")
@@ -133,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="sample images in one configuration")
     add_sampling_options(sample)
     add = sample.add_argument
+    add("--schedule", type=schedule, default=None, metavar="TEXT", help=f"calls to skip: {SCHEDULE_HELP} (none)")
     add("--images", type=positive, default=8, metavar="N", help="images to sample (%(default)s)")
     add("--mode", choices=MODES, default="modulated", help="how layers are computed (%(default)s)")
     add("--weight-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float")
@@ -170,4 +193,4 @@ def command_line(argv: list[str]) -> str:
         if not skip and not re.match(r"--(json|grid|out)(=|$)", item):
             kept.append(item)
         skip = not skip and item in ("--json", "--grid", "--out")
-    return " ".join(["modiff", *kept])
+    return shlex.join(["modiff", *kept])

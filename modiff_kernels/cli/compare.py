@@ -41,13 +41,13 @@ class Configuration:
     images: list[np.ndarray] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def run(self):
-        return self.quantised.sampling_run() if self.quantised else contextlib.nullcontext()
+    def run(self, scheduler: Any):
+        return self.quantised.sampling_run(scheduler) if self.quantised else contextlib.nullcontext()
 
 
 def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
-    rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile), args.rows)
+    rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule), args.rows)
     models.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -200,6 +200,8 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
                 "time_max_s": max(c.seconds),
                 "average_bits": c.quantised.average_bits(calls) if c.quantised else 32.0,
                 "is_reference": is_reference,
+                "schedule": c.row.schedule,
+                "calls_computed": c.quantised.calls_computed(calls) if c.quantised else calls,
             }
         )
     runs = len(configurations[0].seconds)
@@ -211,6 +213,9 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
     timed += (
         f"Speed-up: against {best}, the fastest full-precision row." if best else "No full-precision row: no speed-up."
     )
+    for c in configurations:
+        if c.row.schedule is not None and c.quantised:
+            notes.append(f"{c.row.name}: {c.quantised.handle.explain_schedule()}")
     judged = f"PSNR and SSIM: mean over the images, against {reference.row.name}, same noise."
     return {
         "model": model.name,

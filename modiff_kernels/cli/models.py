@@ -179,13 +179,13 @@ def sample_images(
     steps: int,
     seeds: Sequence[int],
     channels_last: bool = True,
-    run: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
     on_step: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i].
 
-    `unet` takes the place of the model's own, `run` is entered around the calls of the UNet, `on_step` is called after
-    each of them (for a pipeline: not at all).
+    `unet` takes the place of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is
+    called after each of them (for a pipeline: not at all).
     """
     device = next(model.unet.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -204,7 +204,7 @@ def sample_images(
     if config.num_class_embeds is not None:
         conditions["class_labels"] = torch.tensor([seed % config.num_class_embeds for seed in seeds], device=device)
     extra = {"generator": generators} if "generator" in inspect.signature(schedule.step).parameters else {}
-    with torch.inference_mode(), run():
+    with torch.inference_mode(), run(schedule):
         schedule.set_timesteps(steps, device=device)
         x = x * schedule.init_noise_sigma
         for t in schedule.timesteps:
@@ -226,7 +226,7 @@ def _sample_pipeline(model: Model, unet, schedule, steps, generators, run) -> np
         options["batch_size"] = len(generators)
     elif "class_labels" in accepted:
         options["class_labels"] = [generator.initial_seed() % 1000 for generator in generators]
-    with run():
+    with run(schedule):
         images = pipe(**{key: value for key, value in options.items() if key in accepted}).images
     return np.asarray(images, dtype=np.float32)
 

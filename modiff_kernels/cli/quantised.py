@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -26,9 +27,15 @@ class Quantised:
         act_bits = None if row.mode == "weight_only" else row.act_bits
         if mode == "quantized" and granularity == "per_block":
             granularity = None
+        plain = row.mode == "float"
         try:
             config = mk.ModiffConfig(
-                weight_bits=row.weight_bits, act_bits=act_bits, mode=mode, backend=backend, granularity=granularity
+                weight_bits=None if plain else row.weight_bits,
+                act_bits=None if plain else act_bits,
+                mode=mode,
+                backend=backend,
+                granularity=granularity,
+                schedule=row.schedule,
             )
             self.handle = mk.accelerate(unet, config)
         except (ValueError, RuntimeError) as error:
@@ -36,25 +43,38 @@ class Quantised:
         self.state_bytes = 0
 
     @contextlib.contextmanager
-    def sampling_run(self) -> Iterator[None]:
-        """One sampling run; afterwards `state_bytes` is the most that the state has taken so far."""
-        with self.handle.sampling_run():
+    def sampling_run(self, scheduler: Any = None) -> Iterator[None]:
+        """One sampling run; afterwards `state_bytes` is the most that the state has taken so far.
+
+        scheduler: the one that samples, which step schedules need.
+        """
+        with self.handle.sampling_run(scheduler=scheduler):
             yield
             self.state_bytes = max(self.state_bytes, self.handle.state.nbytes())
 
     def average_bits(self, calls: int) -> float:
         """Bits of the activations, averaged over the quantised layers and the `calls` of the UNet in a run.
 
-        Multipliers of granularity per_block count, with 8 - act_bits bits for every block.
+        Multipliers of granularity per_block count, with 8 - act_bits bits for every block. A call that a schedule lets
+        a layer skip counts 0 bits; which these are is that of the last run.
         """
         config = self.handle.config
-        later = config.act_bits or FLOAT_BITS
+        later = float(config.act_bits or FLOAT_BITS)
         if config.layer_granularity == "per_block":
             later += (8 - later) / BLOCK_ROWS
         first = later if config.mode == "quantized" else config.first_step_bits or FLOAT_BITS
-        low = (first + later * (calls - 1)) / calls
+        total = 0.0
         layers = [layer for layer in self.handle.rows() if layer.bits != "-"]
-        return sum(FLOAT_BITS if layer.mode == "float" else low for layer in layers) / len(layers)
+        for layer in layers:
+            skipped = self.handle.skipped_calls(layer.name)
+            is_float = layer.mode == "float"
+            total += FLOAT_BITS if is_float else first
+            total += (FLOAT_BITS if is_float else later) * (calls - 1 - skipped)
+        return total / (calls * len(layers)) if layers else float(FLOAT_BITS)
+
+    def calls_computed(self, calls: int) -> int:
+        """How many of the `calls` of the last run computed the UNet, or a part of it."""
+        return calls - self.handle.skipped_calls("conv_in")
 
     @property
     def backend(self) -> str:

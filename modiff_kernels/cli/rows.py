@@ -11,11 +11,15 @@ __all__ = ["Row", "build_rows", "select_rows"]
 
 PLAIN_ACT_BITS = (8, 4)
 MODULATED_ACT_BITS = (8, 4, 3)
+SCHEDULED_ACT_BITS = (8,)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration. Full precision has 32 bits; `mode` is float, weight_only, quantized or modulated."""
+    """One configuration. Full precision has 32 bits; `mode` is float, weight_only, quantized or modulated.
+
+    schedule: as ModiffConfig takes it; None computes every call.
+    """
 
     key: str
     name: str
@@ -24,10 +28,16 @@ class Row:
     act_bits: int = 32
     channels_last: bool = True
     compiled: bool = False
+    schedule: str | None = None
 
 
-def build_rows(weight_bits: Sequence[int], act_bits: Sequence[int] | None, compiled: bool) -> list[Row]:
-    """All rows for these bits; `act_bits` None takes 8, 4 for plain and 8, 4, 3 for modulated layers."""
+def build_rows(
+    weight_bits: Sequence[int], act_bits: Sequence[int] | None, compiled: bool, schedule: str | None = None
+) -> list[Row]:
+    """All rows for these bits; `act_bits` None takes 8, 4 for plain layers, 8, 4, 3 for modulated ones.
+
+    schedule: of more rows, modulated ones with `act_bits` (None: 8); None leaves them out.
+    """
     rows = [
         Row("float-contiguous", "float32 eager contiguous", "float", channels_last=False),
         Row("float-channels_last", "float32 eager channels_last", "float"),
@@ -42,6 +52,10 @@ def build_rows(weight_bits: Sequence[int], act_bits: Sequence[int] | None, compi
     for w in weight_bits:
         for a in act_bits or MODULATED_ACT_BITS:
             rows.append(Row(f"modulated-w{w}a{a}", f"modulated W{w}A{a}", "modulated", w, a))
+    for w in weight_bits if schedule is not None else ():
+        for a in act_bits or SCHEDULED_ACT_BITS:
+            name = f"modulated W{w}A{a} scheduled"
+            rows.append(Row(f"scheduled-w{w}a{a}", name, "modulated", w, a, schedule=schedule))
     return rows
 
 

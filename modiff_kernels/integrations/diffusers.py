@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
+from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
 from modiff_kernels.ops.problem import FLOAT_DTYPES
+from modiff_kernels.planning.schedule import ACTION_NAMES
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -96,13 +99,22 @@ class Handle:
         self.layers = plan.layers
         self._plan = plan
         self._door: _SetTimesteps | None = None
-        self._own_runs = 0
+        self._own_runs: list[tuple[int | None, Any]] = []
+        self._scheduled: ScheduledUNet | None = None
+        if config.schedule is not None:
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run)
         self._undo: contextlib.ExitStack | None = None
 
-    def sampling_run(self, num_calls: int | None = None) -> contextlib.AbstractContextManager[ModulationState]:
-        """One run of an own sampler: all UNet calls of one picture go inside. num_calls: more of them raise."""
+    def sampling_run(
+        self, num_calls: int | None = None, scheduler: Any = None
+    ) -> contextlib.AbstractContextManager[ModulationState]:
+        """One run of an own sampler: all UNet calls of one picture go inside.
+
+        num_calls: more of them raise. scheduler: the one that samples; a step schedule reads its timesteps and noise
+        levels at the first call, so `set_timesteps` may come inside.
+        """
         self._require_active()
-        return self._own_run(num_calls)
+        return self._own_run(num_calls, scheduler)
 
     def context(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A trajectory of its own for the UNet calls inside: "cond" and "uncond" for guidance in two passes."""
@@ -147,16 +159,41 @@ class Handle:
             f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
             f"state {self.state.nbytes() / 2**20:.1f} MiB"
         )
+        if self._scheduled is not None:
+            summary += f"\nschedule: {self.explain_schedule()}"
         return "\n".join([summary, *lines])
 
+    def explain_schedule(self) -> str:
+        """The step schedule, what it skips, and what the calls of the last run did; empty without a schedule."""
+        return "" if self._scheduled is None else self._scheduled.describe()
+
+    def actions(self, context: str = DEFAULT_CONTEXT) -> tuple[str, ...]:
+        """What the calls of the last run did in `context`: "initialize", "update", "hold", "forecast", "deep-hold" or
+        "deep-forecast"; empty without a schedule."""
+        trajectory = self.state.trajectories.get(context)
+        names = [] if trajectory is None else [ACTION_NAMES[letter] for letter in trajectory.done]
+        return tuple([INITIALIZE, *names[1:]] if names else [])
+
+    def skipped_calls(self, path: str, context: str = DEFAULT_CONTEXT) -> int:
+        """How many calls of the last run in `context` did not compute the module at `path`."""
+        if self._scheduled is None or context not in self.state.trajectories:
+            return 0
+        return self._scheduled.skipped_calls(path, context)
+
     @contextlib.contextmanager
-    def _own_run(self, num_calls: int | None) -> Iterator[ModulationState]:
+    def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:
         with self.state.sampling_run(num_calls):
-            self._own_runs += 1
+            self._own_runs.append((num_calls, scheduler))
             try:
                 yield self.state
             finally:
-                self._own_runs -= 1
+                self._own_runs.pop()
+
+    def _layout_of_run(self) -> tuple[int | None, Any]:
+        """Number of calls and scheduler of this run, None for what is not known."""
+        if self._own_runs or self._door is None:
+            return self._own_runs[-1] if self._own_runs else (None, None)
+        return None, self._door.scheduler
 
     def _require_active(self) -> None:
         if self._undo is None:
@@ -172,13 +209,15 @@ class Handle:
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
         _set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
         _answer_dtype_quickly(unet, undo)
+        if self._scheduled is not None:
+            self._scheduled.install(undo)
         if self.pipe is not None:
             self._door = _SetTimesteps(self.pipe.scheduler, self.state)
             self._door.install()
             undo.callback(lambda: self._door.restore())
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if self._door is not None and self.state.outputs and not self._own_runs and not self._door.is_on(self.pipe):
+        if self._door is not None and self.state.needs_run and not self._own_runs and not self._door.is_on(self.pipe):
             raise RuntimeError(
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
@@ -226,7 +265,7 @@ class _SetTimesteps:
                 "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
             )
         functools.update_wrapper(self, original)
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._original = original
         self._state = state
         self._active = False
@@ -235,30 +274,30 @@ class _SetTimesteps:
     def install(self) -> None:
         """Put the wrapper on the scheduler."""
         self._active = True
-        _set_attribute(self._scheduler, "set_timesteps", self, self._undo)
+        _set_attribute(self.scheduler, "set_timesteps", self, self._undo)
 
     def restore(self) -> None:
         """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
         self._active = False
-        outermost = self._scheduler.__dict__.get("set_timesteps")
+        outermost = self.scheduler.__dict__.get("set_timesteps")
         while isinstance(outermost, _SetTimesteps) and not outermost._active:
             outermost._undo.close()
-            outermost = self._scheduler.__dict__.get("set_timesteps")
+            outermost = self.scheduler.__dict__.get("set_timesteps")
 
     def is_on(self, pipe: Any) -> bool:
         """Whether `pipe` still has the scheduler that this wraps."""
-        return pipe.scheduler is self._scheduler
+        return pipe.scheduler is self.scheduler
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._active:
             return self._original(*args, **kwargs)
         self._state.end_run()
         result = self._original(*args, **kwargs)
-        self._state.begin_run(len(self._scheduler.timesteps))
+        self._state.begin_run(len(self.scheduler.timesteps))
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._scheduler))
+        copied = memo.get(id(self.scheduler))
         return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
 
 

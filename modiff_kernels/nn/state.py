@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn.history import Trajectory
 from modiff_kernels.ops.registry import Op, torch_must_see
 from modiff_kernels.quant.affine import residual_scale
 
@@ -23,6 +24,8 @@ R = TypeVar("R")
 
 INITIALIZE = "initialize"
 UPDATE = "update"
+HOLD = "hold"
+FORECAST = "forecast"
 DEFAULT_CONTEXT = "default"
 
 _NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipeline, or `with handle.sampling_run():`)"
@@ -31,7 +34,18 @@ _NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipelin
 class _Slot:
     """The tensor of one context, what it was allocated for, and whether this run has written it."""
 
-    __slots__ = ("absmax", "device", "dtype", "kernels", "shape", "static_scale", "tensor", "written")
+    __slots__ = (
+        "absmax",
+        "call",
+        "device",
+        "dtype",
+        "gap",
+        "kernels",
+        "shape",
+        "static_scale",
+        "tensor",
+        "written",
+    )
 
     def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
         self.tensor = tensor
@@ -39,9 +53,15 @@ class _Slot:
         self.dtype = dtype
         self.device = tensor.device
         self.written = False
+        self.call = 0
+        self.gap = 1
         self.absmax: Tensor | None = None
         self.static_scale: Tensor | None = None
         self.kernels: dict[str, Callable[..., Any]] = {}
+
+    def calls_since(self, call: int) -> int:
+        """Calls from the last update to `call`; 1 for the second use of a layer in one call."""
+        return max(call - self.call, 1)
 
 
 class StateTensor:
@@ -81,6 +101,7 @@ class StateTensor:
             slot = self.slots[state.context_name] = _Slot(tensor, dtype)
         slot.dtype = dtype
         slot.written = True
+        slot.call = state.call_index
         slot.absmax = None
         slot.kernels.clear()
         return slot.tensor
@@ -154,20 +175,32 @@ class Edge(StateTensor):
         self._memo: tuple[Tensor, int, Any] | None = None
 
     def scale(self) -> Tensor | None:
-        """Scale for the quantising op of this call: None (dynamic), or float32 [1] (static) or [granules] (delayed)."""
+        """Scale for the quantising op of this call: None (dynamic), or float32 [1] (static) or [granules] (delayed).
+
+        A residual grows with the calls since the last update, of which a schedule leaves some out. A static scale (of
+        one call) and a delayed one (of the calls before the last update) grow by as much.
+        """
         if self.scale_mode == "dynamic":
             return None
         slot = self.slots[self.state.context_name]
+        gap = slot.calls_since(self.state.call_index)
         if self.scale_mode == "static":
             if slot.static_scale is None:
                 slot.static_scale = self.static_scale.to(slot.device)
-            return slot.static_scale
-        return None if slot.absmax is None else residual_scale(slot.absmax, self.act_bits, self.clip_ratio)
+            return slot.static_scale if gap == 1 else slot.static_scale * gap
+        if slot.absmax is None:
+            return None
+        absmax = slot.absmax if gap == slot.gap else slot.absmax * (gap / slot.gap)
+        return residual_scale(absmax, self.act_bits, self.clip_ratio)
 
     def record(self, absmax: Tensor) -> None:
-        """Keep the absmax of this update (float32 [granules]) for the delayed scale of the next one."""
+        """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one."""
+        if self.scale_mode == "dynamic":
+            return
+        slot, call = self.slots[self.state.context_name], self.state.call_index
+        slot.gap, slot.call = slot.calls_since(call), call
         if self.scale_mode == "delayed":
-            self.slots[self.state.context_name].absmax = absmax
+            slot.absmax = absmax
 
     def codes_of(self, source: Tensor) -> Any:
         """What `keep` got for this very tensor, unchanged since, in this call; else None."""
@@ -207,7 +240,11 @@ def tensor_version(tensor: Tensor) -> int:
 class ModulationState:
     """Owner of the state of one accelerated UNet. Layers hold an `Edge` and a `StateTensor`, never a tensor.
 
-    action: "initialize" in the first call of a context in a run, "update" in later ones, None outside a call.
+    action: "initialize" in the first call of a context in a run, "update" in later ones, "hold" or "forecast" in those
+        that a schedule skips, None outside a call.
+    call_index: number of the call in its context and run, from 0.
+    trajectories: by context, what a schedule remembers of this run.
+    scheduled: whether calls need a run even if no layer has a state.
 
     One thread samples at a time: the one that began the run. Every misuse raises RuntimeError; after a failed or
     interrupted call the run is over, because its layers hold a mix of two steps.
@@ -219,6 +256,9 @@ class ModulationState:
         self.state_dtype = state_dtype
         self.action: str | None = None
         self.context_name = DEFAULT_CONTEXT
+        self.call_index = 0
+        self.scheduled = False
+        self.trajectories: dict[str, Trajectory] = {}
         self.edges: dict[str, Edge] = {}
         self.outputs: dict[str, StateTensor] = {}
         self._shared: list[Edge] = []
@@ -263,6 +303,11 @@ class ModulationState:
             return self.state_dtype
         return torch.float16 if device.type == "cuda" else torch.float32
 
+    @property
+    def needs_run(self) -> bool:
+        """Whether a UNet call outside a run is an error."""
+        return self.scheduled or bool(self.outputs)
+
     def begin_run(self, num_calls: int | None = None) -> None:
         """Begin a run in this thread: the next call of every context initialises.
 
@@ -275,6 +320,7 @@ class ModulationState:
                     slot.written = False
             self._runner = threading.current_thread()
             self._calls = {}
+            self.trajectories = {}
             self._num_calls = num_calls
             self._over = None
 
@@ -312,7 +358,7 @@ class ModulationState:
 
     def begin_call(self) -> None:
         """Enter a UNet call and decide its action. Raises RuntimeError where a call would give a wrong picture."""
-        if not self.outputs:
+        if not self.needs_run:
             return
         thread = threading.current_thread()
         if not self._busy.acquire(blocking=False):
@@ -323,21 +369,22 @@ class ModulationState:
         except RuntimeError:
             self._busy.release()
             raise
-        self.action = UPDATE if self._calls.get(self.context_name, 0) else INITIALIZE
+        self.call_index = self._calls.get(self.context_name, 0)
+        self.action = UPDATE if self.call_index else INITIALIZE
         self._caller = thread
 
     def end_call(self, failed: bool = False) -> None:
         """Leave the UNet call of this thread, if it is in one; a failed one ends the run."""
-        if self.outputs and self._caller is not threading.current_thread():
+        if self.needs_run and self._caller is not threading.current_thread():
             return
         for edge in self._shared:
             edge.forget()
-        if not self.outputs:
+        if not self.needs_run:
             return
         if failed:
             self._end("a UNet call failed")
         else:
-            self._calls[self.context_name] = self._calls.get(self.context_name, 0) + 1
+            self._calls[self.context_name] = self.call_index + 1
         self._leave()
 
     @contextlib.contextmanager
@@ -356,14 +403,16 @@ class ModulationState:
         self._end(reason)
 
     def nbytes(self) -> int:
-        """Bytes of all x_hat and y_hat tensors of all contexts."""
+        """Bytes of all x_hat and y_hat tensors of all contexts, and of the values that a schedule forecasts from."""
         tensors = [slot.tensor for holder in self._holders() for slot in holder.slots.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        values = sum(trajectory.nbytes() for trajectory in self.trajectories.values())
+        return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def release(self) -> None:
         """Free all state tensors and end the run."""
         with self._between_calls("release the state"):
             self._end("the state was released")
+            self.trajectories = {}
             for holder in self._holders():
                 holder.slots.clear()
 

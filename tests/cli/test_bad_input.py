@@ -39,6 +39,7 @@ def refused(capsys, *argv):
         (["--weight-bits", "5"], "'5' is not a supported number of bits; allowed: 3, 4, 8"),
         (["--act-bits", "16"], "'16' is not a supported number of bits; allowed: 3, 4, 8"),
         (["--device", "tpu"], "--device"),
+        (["--schedule", "hold every=1"], "every=1 is not allowed; give a whole number, 2 or more; or auto, or none"),
         (["--prompt", "a cat"], "takes no text"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],

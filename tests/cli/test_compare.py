@@ -51,7 +51,7 @@ def test_json_has_the_promised_fields(report):
     assert data["versions"]["torch"] == torch.__version__
     assert [row["mode"] for row in data["rows"]] == ["float"] * 2 + ["weight_only"] + ["quantized"] * 2 + [
         "modulated"
-    ] * 3
+    ] * 4
 
 
 def test_full_precision_is_the_reference(rows):
@@ -80,13 +80,51 @@ def test_state_and_average_bits(rows):
     assert rows["modulated W8A3"]["average_bits"] == pytest.approx((32 + 11 * (3 + 5 / 16)) / 12)
 
 
+def test_scheduled_row_skips_calls(rows, report):
+    row = rows["modulated W8A8 scheduled"]
+    assert row["schedule"] == "auto"
+    assert row["calls_computed"] == 8  # of 12: the first three, every second one, the last
+    assert row["average_bits"] == pytest.approx((32 + 7 * 8) / 12)
+    assert rows["modulated W8A8"]["calls_computed"] == 12
+    assert row["psnr_db"] > 20
+    outputs = 3 * 2 * 3 * 8 * 8 * 4  # three values of a batch of two
+    assert row["state_bytes"] == rows["modulated W8A8"]["state_bytes"] + outputs
+    notes = json.loads((report / "compare.json").read_text())["notes"]
+    assert any("modulated W8A8 scheduled: auto, last forecast: skips the whole network" in note for note in notes)
+
+
+def test_given_schedule(unet_folder, tmp_path):
+    options = ["--steps", 9, "--images", 2, "--batch", 2, "--rows", "scheduled", "--act-bits", "8,4"]
+    schedule = "UUhhUhHFU axis=timestep order=1"
+    compare("--model", unet_folder, *options, "--schedule", schedule, "--json", tmp_path / "a.json")
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert f"--schedule '{schedule}'" in data["command"]
+    assert [row["name"] for row in data["rows"]] == ["modulated W8A8 scheduled", "modulated W8A4 scheduled"]
+    assert data["rows"][0]["schedule"] == "U2h2UhHFU order=1 axis=timestep"
+    assert data["rows"][0]["calls_computed"] == 7
+    every_layer, shallow_only = (32 + 3 * 8) / 9, (32 + 6 * 8) / 9
+    assert every_layer < data["rows"][0]["average_bits"] < shallow_only
+    compare(
+        "--model",
+        unet_folder,
+        *options[:-4],
+        "--schedule",
+        "none",
+        "--rows",
+        "modulated",
+        "--json",
+        tmp_path / "b.json",
+    )
+    assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 3
+
+
 def test_markdown_and_grid(report):
     text = (report / "compare.md").read_text()
     assert text.startswith("| configuration | PSNR dB | SSIM | s/image | speed-up | state MB | avg bits | backend |")
     assert "| float32 eager contiguous | reference | 1 |" in text
     assert "Warm-up of 2 steps" in text
     grid = Image.open(report / "compare_grid.png")
-    assert grid.height == 8 * (64 + 4) + 4
+    assert grid.height == 9 * (64 + 4) + 4
 
 
 def test_selected_rows_and_bits(unet_folder, tmp_path, capsys):

@@ -1,0 +1,317 @@
+"""Carries a `StepSchedule` out: takes the place of a UNet's `forward` and of those of its deep blocks.
+
+A call that is held or forecast as a whole never enters the UNet. One that skips the deep levels does: diffusers' own
+forward runs, but the blocks below the cut return at once. Down blocks hand on their input and, as skips, scalars of
+zero, which nobody reads but the up blocks that are skipped too; the last of those returns the boundary tensor.
+The layers that did not run keep their x_hat and y_hat, which stay consistent, and see a larger residual next time.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.history import History, Trajectory
+from modiff_kernels.nn.state import FORECAST, HOLD
+from modiff_kernels.planning import clock
+from modiff_kernels.planning import schedule as letters
+from modiff_kernels.planning.schedule import StepSchedule
+
+ADDITIONAL = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+
+
+class ScheduledUNet:
+    """Installs the schedule on `unet`. layout: gives number of calls and scheduler of a run at its first call."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        state: ModulationState,
+        schedule: StepSchedule | str,
+        layout: Callable[[], tuple[int | None, Any]],
+    ) -> None:
+        self.unet = unet
+        self.state = state
+        self.schedule = schedule
+        self._layout = layout
+        self._skip_deep = False
+        self._boundary: Tensor | None = None
+        self._warned: set[str] = set()
+        self._in_use: StepSchedule | None = None
+        deep = schedule != "auto" and schedule.is_deep
+        self._cut = _Cut.of(unet, schedule.level) if deep else None
+
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Put the schedule in; `undo` takes it out."""
+        self.state.scheduled = True
+        undo.callback(setattr, self.state, "scheduled", False)
+        if self._cut is not None:
+            for block in self._cut.silent:
+                _wrap_forward(block, self._silent, undo)
+            for block in self._cut.down:
+                _wrap_forward(block, functools.partial(self._down, block), undo)
+            _wrap_forward(self._cut.last_up, self._last_up, undo)
+        _wrap_forward(self.unet, self._forward, undo)
+
+    def describe(self) -> str:
+        """One line about the schedule, with the calls of the last run where there was one."""
+        chosen = self._in_use if self.schedule == "auto" else self.schedule
+        text = "auto" if chosen is None else chosen.describe()
+        if self.schedule == "auto" and chosen is not None:
+            text = f"auto, last {text}"
+        for name, trajectory in self.state.trajectories.items():
+            text += f"\n  last run, context {name}: {''.join(trajectory.done)}"
+        return text
+
+    def skipped_calls(self, path: str, context: str) -> int:
+        """How many calls of the last run in `context` did not compute the module at `path`."""
+        done = "".join(self.state.trajectories[context].done)
+        skipped = done.count(letters.HOLD) + done.count(letters.FORECAST)
+        if self._cut is not None:
+            below = {id(module) for block in self._cut.below for module in block.modules()}
+            if id(self.unet.get_submodule(path)) in below:
+                skipped += done.count(letters.DEEP_HOLD) + done.count(letters.DEEP_FORECAST)
+        return skipped
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        state = self.state
+        trajectory = state.trajectories.get(state.context_name)
+        if trajectory is None:
+            trajectory = state.trajectories[state.context_name] = self._begin(timestep)
+        call = len(trajectory.done)
+        if call >= len(trajectory.planned):
+            raise RuntimeError(
+                f"call {call + 1} of the UNet in context {state.context_name!r}, but the schedule was laid out for "
+                f"{call}; begin a new run for a new picture, and put passes of one step into contexts "
+                "(`with handle.context('cond'):` and 'uncond')"
+            )
+        if self._cut is not None and any(kwargs.get(name) is not None for name in ADDITIONAL):
+            raise ValueError(
+                f"schedule {str(self.schedule)!r}: deep levels cannot be skipped where ControlNet or T2I-Adapter "
+                "add to them; use a schedule for the whole network"
+            )
+        action = trajectory.planned[call]
+        position = trajectory.positions[call] if trajectory.positions else clock.host_timestep(timestep)
+        if action != letters.UPDATE and not self._fits(trajectory, sample):
+            action = letters.UPDATE
+        predicted = None
+        if action != letters.UPDATE:
+            predicted = self._predict(trajectory, action, position)
+            if predicted is None:
+                action = letters.UPDATE
+        trajectory.done.append(action)
+        if action in (letters.HOLD, letters.FORECAST):
+            state.action = HOLD if action == letters.HOLD else FORECAST
+            return _in_form(trajectory.form, predicted)
+        if action != letters.UPDATE:
+            return self._run_shallow(original, predicted, args, kwargs)
+        output = original(*args, **kwargs)
+        trajectory.output.push(position, _sample_of(output))
+        if self._boundary is not None:
+            trajectory.boundary.push(position, self._boundary)
+            self._boundary = None
+        trajectory.form = output
+        return output
+
+    def _begin(self, timestep: Any) -> Trajectory:
+        """Lays out the run of this context, at its first call."""
+        calls, scheduler = self._layout()
+        timesteps: list[float] = []
+        if scheduler is not None:
+            timesteps = clock.host_timesteps(scheduler)
+            timesteps = timesteps[clock.first_call(timesteps, clock.host_timestep(timestep)) :]
+            calls = len(timesteps)
+        if calls is None:
+            raise ValueError(
+                "schedule: the number of calls of this run is not known, so its last ones are not; open it with "
+                "`with handle.sampling_run(scheduler=...):` (or num_calls=..., for axis=timestep)"
+            )
+        chosen = self._choose(scheduler, calls)
+        self._in_use = chosen
+        if chosen is None:
+            return Trajectory(letters.UPDATE * calls, [0.0] * calls, History(1), History(1))
+        planned = chosen.actions(calls)
+        if chosen.needs_axis and chosen.axis != "timestep" and scheduler is None:
+            raise ValueError(
+                f"schedule: axis={chosen.axis} needs the noise levels of the sampler; open the run with "
+                "`with handle.sampling_run(scheduler=...):`, or give a schedule with axis=timestep"
+            )
+        positions: list[float] = []
+        if scheduler is not None and chosen.needs_axis:
+            positions = clock.positions(chosen.axis, timesteps, scheduler)
+        elif not chosen.needs_axis:
+            positions = [float(i) for i in range(calls)]
+        length = chosen.order + 1 if chosen.needs_axis else 1
+        return Trajectory(planned, positions, History(length), History(length))
+
+    def _choose(self, scheduler: Any, calls: int) -> StepSchedule | None:
+        """The schedule of this run; None computes every call."""
+        name = type(scheduler).__name__
+        stochastic = scheduler is not None and clock.is_stochastic(scheduler)
+        if self.schedule == "auto":
+            if scheduler is None:
+                raise ValueError(
+                    "schedule='auto' chooses by the sampler; open the run with "
+                    "`with handle.sampling_run(scheduler=...):`"
+                )
+            chosen = clock.automatic(scheduler, calls)
+            if chosen is None:
+                reason = f"{name} adds noise at its steps" if stochastic else f"{calls} calls are few"
+                self._warn(f"schedule='auto': every call is computed, because {reason}")
+            return chosen
+        if stochastic and not self.schedule.stochastic:
+            self._warn(
+                f"schedule {str(self.schedule)!r}: {name} adds noise at its steps, which a skipped call does not see, "
+                "and the pictures lose detail; say stochastic=True in the schedule if this is meant"
+            )
+        if set(self.schedule.actions(calls)) == {letters.UPDATE}:
+            self._warn(f"schedule {str(self.schedule)!r}: a run of {calls} calls is too short to skip any of them")
+        return self.schedule
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _fits(self, trajectory: Trajectory, sample: Tensor) -> bool:
+        """Whether what is remembered is of this batch and size: a callback may have changed them."""
+        value = trajectory.output.values[-1][1]
+        return value.shape[0] == sample.shape[0] and value.shape[2:] == sample.shape[2:]
+
+    def _predict(self, trajectory: Trajectory, action: str, position: float) -> Tensor | None:
+        """What stands in for the tensor that is not computed; None where the adaptive mode wants it computed."""
+        deep = action in (letters.DEEP_HOLD, letters.DEEP_FORECAST)
+        history = trajectory.boundary if deep else trajectory.output
+        if action in (letters.HOLD, letters.DEEP_HOLD):
+            return history.hold()
+        order, tolerance = self._in_use.order, self._in_use.tolerance
+        if tolerance is not None and (
+            len(history.values) < 2 or bool(history.disagreement(position, order) > tolerance)
+        ):
+            return None
+        return history.forecast(position, order)
+
+    def _run_shallow(self, original: Callable[..., Any], boundary: Tensor, args: Any, kwargs: Any) -> Any:
+        self._skip_deep, self._boundary = True, boundary
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._skip_deep, self._boundary = False, None
+
+    def _silent(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block that only hands its input on when it is skipped."""
+        if not self._skip_deep:
+            return original(*args, **kwargs)
+        return args[0] if args else kwargs["hidden_states"]
+
+    def _down(self, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._skip_deep:
+            return original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden, (hidden.new_zeros(()),) * _outputs_of(block)
+
+    def _last_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._skip_deep:
+            return self._boundary
+        self._boundary = original(*args, **kwargs)
+        return self._boundary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """The blocks of a UNet below a cut. silent: hand their input on. down: down blocks. last_up: gives the boundary.
+
+    below: all that is skipped.
+    """
+
+    silent: list[nn.Module]
+    down: list[nn.Module]
+    last_up: nn.Module
+    below: list[nn.Module]
+
+    @classmethod
+    def of(cls, unet: nn.Module, level: int | None) -> "_Cut":
+        """The cut before up block `level` (None: the last). ValueError naming the levels that the UNet has."""
+        ups, downs = list(getattr(unet, "up_blocks", ())), list(getattr(unet, "down_blocks", ()))
+        plain = all(hasattr(block, "resnets") and not hasattr(block, "skip_conv") for block in [*ups, *downs])
+        if len(ups) < 2 or not plain:
+            raise ValueError(
+                f"schedule: {type(unet).__name__} has no levels to skip (two or more up blocks of resnets, without "
+                "skip_conv); use a schedule for the whole network"
+            )
+        level = len(ups) - 1 if level is None else level
+        if level >= len(ups):
+            raise ValueError(
+                f"schedule: level={level} is not allowed; {type(unet).__name__} has {len(ups)} up blocks, so give 1 to "
+                f"{len(ups) - 1}"
+            )
+        needed = sum(len(block.resnets) for block in ups[level:])
+        silent, below, count = [*ups[: level - 1]], [], 1  # the first skip is that of conv_in
+        if unet.mid_block is not None:
+            silent.append(unet.mid_block)
+        for block in downs:
+            if count >= needed:
+                below.append(block)
+                continue
+            count += _outputs_of(block)
+            if count > needed:  # up block `level` does not read what this block hands to the next
+                silent += block.downsamplers
+        return cls(silent, below, ups[level - 1], [*silent, *below, ups[level - 1]])
+
+
+def _outputs_of(block: nn.Module) -> int:
+    """Skips that a down block gives: one per resnet, and one of its downsampler."""
+    return len(block.resnets) + (1 if block.downsamplers is not None else 0)
+
+
+def _wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
+    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`.
+
+    Where another wrapper has been put over it by then, it stays and only calls through.
+    """
+    original = module.forward
+    own = module.__dict__.get("forward")
+    active = True
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs) if active else original(*args, **kwargs)
+
+    def restore() -> None:
+        nonlocal active
+        active = False
+        if module.__dict__.get("forward") is not forward:
+            return
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = forward
+    undo.callback(restore)
+
+
+def _sample_of(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _in_form(form: Any, sample: Tensor) -> Any:
+    """`sample` as the UNet returned its last output: a tensor, a tuple, or an output object."""
+    if isinstance(form, Tensor):
+        return sample
+    if isinstance(form, tuple):
+        return (sample, *form[1:])
+    return type(form)(sample=sample)

@@ -1,0 +1,90 @@
+"""Where the calls of a run lie on the axis of a schedule, read from the scheduler once a run.
+
+Everything here works on host numbers; what stands on a device is read at the first call of a context.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from modiff_kernels.planning.schedule import StepSchedule
+
+LEAST_ALPHA = 2.0**-24  # of schedules that end in pure noise; diffusers' DPM-Solver takes the same
+STOCHASTIC = ("DDPM", "Ancestral", "DPMSolverSDE", "LCM", "TCD", "CMStochastic", "RePaint", "UnCLIP", "SdeVe")
+MANY_CALLS = 40  # from here on DDIM moves so little per call that most calls can be forecast
+FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less (docs/schedules.md)
+
+# Found by a greedy search on the shipped model (docs/schedules.md), whose error is made in the last calls.
+DDIM = "U2FUF2UF2UF5UFUFUF5UFUF4UF3UF3UFUF3UFU axis=sigma"
+MULTISTEP = StepSchedule("forecast", every=2, first=3, last=1)
+
+
+def host_timestep(timestep: Any) -> float:
+    """A timestep as the UNet gets it (a number, or a tensor of one or of equal elements) as a number."""
+    return float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
+
+
+def host_timesteps(scheduler: Any) -> list[float]:
+    """`scheduler.timesteps`, one per call of the UNet: schedulers that call it twice a step list each call."""
+    return [float(t) for t in scheduler.timesteps]
+
+
+def first_call(timesteps: Sequence[float], timestep: float) -> int:
+    """Index in `timesteps` of a run's first call, above 0 for image-to-image. ValueError for a timestep not in it."""
+    index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
+    if abs(timesteps[index] - timestep) > 0.01 * max(timesteps):
+        raise ValueError(
+            f"schedule: the UNet was called with timestep {timestep:g}, which is none of the scheduler's "
+            f"({timesteps[0]:g} ... {timesteps[-1]:g}); open the run with the scheduler that samples: "
+            "`with handle.sampling_run(scheduler=...):`"
+        )
+    return index
+
+
+def positions(axis: str, timesteps: Sequence[float], scheduler: Any) -> list[float]:
+    """The places of `timesteps` on `axis`. ValueError where the scheduler does not tell its noise levels."""
+    if axis == "timestep":
+        return list(timesteps)
+    log_snr = _log_snr(scheduler, timesteps)
+    place: dict[str, Callable[[float], float]] = {
+        "log_snr": float,
+        "sigma": lambda value: math.exp(-value / 2),
+        "root_sigma": lambda value: math.exp(-value / 4),
+    }
+    return [place[axis](value) for value in log_snr]
+
+
+def _log_snr(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is not None:
+        table = [math.log(max(a, LEAST_ALPHA) / (1 - max(a, LEAST_ALPHA))) for a in (float(a) for a in alphas)]
+        return [_interpolated(table, t) for t in timesteps]
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) >= len(timesteps):
+        return [-2 * math.log(float(sigma)) for sigma in sigmas[: len(timesteps)]]
+    raise ValueError(
+        f"schedule: {type(scheduler).__name__} has no alphas_cumprod and no sigmas to forecast over; give a schedule "
+        "with axis=timestep"
+    )
+
+
+def _interpolated(table: Sequence[float], index: float) -> float:
+    low = min(max(int(index), 0), len(table) - 1)
+    high = min(low + 1, len(table) - 1)
+    return table[low] + (index - low) * (table[high] - table[low])
+
+
+def is_stochastic(scheduler: Any) -> bool:
+    """Whether the sampler adds noise at its steps. DDIM with eta above 0 does too, but does not show it."""
+    kind = type(scheduler).__name__
+    algorithm = str(getattr(getattr(scheduler, "config", None), "algorithm_type", ""))
+    return any(name in kind for name in STOCHASTIC) or algorithm.startswith("sde")
+
+
+def automatic(scheduler: Any, calls: int) -> StepSchedule | None:
+    """What "auto" stands for with this sampler, or None where no skipping pays: few calls, or a stochastic sampler."""
+    if calls < FEW_CALLS or is_stochastic(scheduler):
+        return None
+    if type(scheduler).__name__.startswith("DDIM") and calls >= MANY_CALLS:
+        return StepSchedule.parse(DDIM)
+    return MULTISTEP

@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+
+from modiff_kernels.planning import clock
+
+
+def timesteps_of(scheduler, steps=5):
+    scheduler.set_timesteps(steps)
+    return clock.host_timesteps(scheduler)
+
+
+def test_axes_are_the_noise_of_the_scheduler():
+    scheduler = HeunDiscreteScheduler()
+    timesteps = timesteps_of(scheduler)
+    assert len(timesteps) == 9  # two calls a step, one at the last
+    sigma = clock.positions("sigma", timesteps, scheduler)
+    assert sigma == pytest.approx(scheduler.sigmas[:9].tolist(), rel=2e-3)
+    assert clock.positions("root_sigma", timesteps, scheduler) == pytest.approx([math.sqrt(value) for value in sigma])
+    assert clock.positions("log_snr", timesteps, scheduler) == pytest.approx([-2 * math.log(value) for value in sigma])
+    assert clock.positions("timestep", timesteps, object()) == timesteps
+
+
+def test_schedulers_without_alphas_tell_their_sigmas():
+    scheduler = EDMEulerScheduler()
+    timesteps = timesteps_of(scheduler)
+    assert clock.positions("sigma", timesteps, scheduler) == pytest.approx(scheduler.sigmas[:5].tolist())
+    with pytest.raises(ValueError, match=r"object has no alphas_cumprod .* axis=timestep"):
+        clock.positions("sigma", timesteps, object())
+
+
+def test_pure_noise_has_a_place():
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    timesteps = timesteps_of(scheduler)
+    assert scheduler.alphas_cumprod[int(timesteps[0])] == 0
+    assert math.isfinite(clock.positions("sigma", timesteps, scheduler)[0])
+
+
+@pytest.mark.parametrize("timestep", [601, 601.0, torch.tensor(601), torch.full((4,), 601)])
+def test_first_call_of_a_part_of_the_trajectory(timestep):
+    timesteps = timesteps_of(DDIMScheduler(steps_offset=1))
+    assert timesteps == [801, 601, 401, 201, 1]
+    assert clock.first_call(timesteps, clock.host_timestep(timestep)) == 1
+
+
+def test_first_call_of_another_scheduler_is_refused():
+    with pytest.raises(ValueError, match="timestep 500, which is none of the scheduler's"):
+        clock.first_call([801, 601, 401], 500)
+
+
+def test_stochastic_samplers():
+    assert clock.is_stochastic(DDPMScheduler())
+    assert clock.is_stochastic(EulerAncestralDiscreteScheduler())
+    assert clock.is_stochastic(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"))
+    assert not clock.is_stochastic(DPMSolverMultistepScheduler())
+    assert not clock.is_stochastic(DDIMScheduler())
+
+
+def test_automatic_choice():
+    assert clock.automatic(DDPMScheduler(), 50) is None
+    assert clock.automatic(DDIMScheduler(), 6) is None
+    ddim = clock.automatic(DDIMScheduler(), 50)
+    assert ddim.actions(50).count("U") <= 20
+    assert clock.automatic(DDIMScheduler(), 20).actions(20).count("U") == 12
+    assert clock.automatic(DPMSolverMultistepScheduler(), 20).actions(20).count("U") == 12
