@@ -215,7 +215,8 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
     )
     for c in configurations:
         if c.row.schedule is not None and c.quantised:
-            notes.append(f"{c.row.name}: {c.quantised.handle.explain_schedule()}")
+            first, *_ = c.quantised.handle.explain_schedule().splitlines()
+            notes.append(f"{c.row.name}: {first}")
     judged = f"PSNR and SSIM: mean over the images, against {reference.row.name}, same noise."
     return {
         "model": model.name,

@@ -12,9 +12,9 @@ from modiff_kernels.planning.schedule import StepSchedule
 LEAST_ALPHA = 2.0**-24  # of schedules that end in pure noise; diffusers' DPM-Solver takes the same
 STOCHASTIC = ("DDPM", "Ancestral", "DPMSolverSDE", "LCM", "TCD", "CMStochastic", "RePaint", "UnCLIP", "SdeVe")
 MANY_CALLS = 40  # from here on DDIM moves so little per call that most calls can be forecast
-FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less (docs/schedules.md)
+FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less
 
-# Found by a greedy search on the shipped model (docs/schedules.md), whose error is made in the last calls.
+# Found by a greedy search on the shipped model, whose error is made in the last calls.
 DDIM = "U2FUF2UF2UF5UFUFUF5UFUF4UF3UF3UFUF3UFU axis=sigma"
 MULTISTEP = StepSchedule("forecast", every=2, first=3, last=1)
 
