@@ -183,7 +183,8 @@ class Edge(StateTensor):
         if self.scale_mode == "dynamic":
             return None
         slot = self.slots[self.state.context_name]
-        gap = slot.calls_since(self.state.call_index)
+        # Without a schedule nothing here depends on the number of the call: compiled layers would compile again.
+        gap = slot.calls_since(self.state.call_index) if self.state.scheduled else 1
         if self.scale_mode == "static":
             if slot.static_scale is None:
                 slot.static_scale = self.static_scale.to(slot.device)
@@ -197,8 +198,10 @@ class Edge(StateTensor):
         """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one."""
         if self.scale_mode == "dynamic":
             return
-        slot, call = self.slots[self.state.context_name], self.state.call_index
-        slot.gap, slot.call = slot.calls_since(call), call
+        slot = self.slots[self.state.context_name]
+        if self.state.scheduled:
+            call = self.state.call_index
+            slot.gap, slot.call = slot.calls_since(call), call
         if self.scale_mode == "delayed":
             slot.absmax = absmax
 
