@@ -25,6 +25,9 @@ _IDENTITY, _GROUP_NORM, _LAYER_NORM, _GEGLU = range(4)
 MAX_ROW = 8192
 """Channels of a row that a thread block holds in registers: csrc/cuda/common/quantize_plan.h kMostRowChannels."""
 
+MAX_ROWS = 1 << 31
+MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vectors
+
 
 @lru_cache(maxsize=1)
 def why_not_loaded() -> str | None:
@@ -175,6 +178,10 @@ def geglu_quantize_activation(h, act_bits, granularity, affine=True):
 def _why_not(problem: Any) -> str | None:
     if problem.capability is not None and problem.capability < _LEAST_CAPABILITY:
         return f"compute capability {problem.capability[0]}.{problem.capability[1]}: the kernels need 8.0 or newer"
+    if problem.m >= MAX_ROWS:
+        return f"m={problem.m} rows; they are counted in 31 bits"
+    if problem.m * problem.k >= MAX_ELEMENTS:
+        return f"{problem.m} x {problem.k} elements may take more blocks than a launch has; less than 2^36 always fit"
     whole_rows = problem.granularity == "per_token" or problem.op.startswith("layer_norm")
     if whole_rows and problem.k > MAX_ROW:
         return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"

@@ -41,7 +41,7 @@ struct RowPlace {
   }
 };
 
-// Merges a value of every warp over the warps of a row.
+// Merges a value of every warp over the warps of a row. `warps` is free again after the next barrier: two take turns.
 template <class Cta, class Merge>
 MODIFF_HD uint32_t over_row(Cta& cta, uint32_t* warps, int width, uint32_t value, const Merge& merge) {
   if (width == kWarp) return value;
@@ -50,7 +50,6 @@ MODIFF_HD uint32_t over_row(Cta& cta, uint32_t* warps, int width, uint32_t value
   cta.sync();
   value = warps[first];
   for (int i = 1; i < count; ++i) value = merge(value, warps[first + i]);
-  cta.sync();
   return value;
 }
 

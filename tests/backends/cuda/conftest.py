@@ -7,20 +7,26 @@ import pytest
 import torch
 
 from modiff_kernels.backends import cuda
-from tests.backends.cuda.emulation import SOURCE, Emulator, compile_program
+from tests.backends.cuda.emulation import SANITIZED, SOURCE, Emulator, compile_source
 from tests.backends.quantizing_cases import Place
 
 KERNELS = {name: kernel.fn for name, kernel in cuda.KERNELS.items()}
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory):
+def compiler():
+    """Name of the C++ compiler."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        pytest.skip(f"the C++ compiler {name!r} was not found")
+    return name
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory, compiler):
     """A running program with the kernels; a sanitizer's complaint fails the test whose call it ends."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"the C++ compiler {compiler!r} was not found")
     program = tmp_path_factory.mktemp("emulator") / "emulator"
-    compile_program(compiler, SOURCE, program)
+    compile_source(compiler, SOURCE, program, *SANITIZED)
     running = Emulator(program)
     yield running
     running.close()

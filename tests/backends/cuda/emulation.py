@@ -14,14 +14,14 @@ from modiff_kernels.quant.spec import granule_count
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE = Path(__file__).parent / "emulator" / "main.cpp"
-SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/problem.h
 
 
-def compile_program(compiler: str, source: Path, program: Path) -> None:
+def compile_source(compiler: str, source: Path, out: Path, *flags: str) -> None:
     """-O0: more time goes into compiling than into running."""
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", *SANITIZED]
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", str(source), "-o", str(program)]
+    common = ["-std=c++17", "-O0", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    command = [compiler, *common, *flags, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
