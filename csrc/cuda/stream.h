@@ -7,6 +7,9 @@
 
 namespace modiff::cuda {
 
+// A stream of the CUDA runtime, cudaStream_t.
+using Stream = void*;
+
 // False if this torch has no CUDA, or does not tell.
 inline bool current_stream(int32_t device, void** stream) {
   using Lookup = int32_t (*)(int32_t device, void** stream);

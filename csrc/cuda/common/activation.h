@@ -153,7 +153,8 @@ MODIFF_HD void store_slot(const QuantizeArgs& args, int64_t row, int64_t column,
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i) codes[i] = i < count ? codes[i] : int8_t{0};
     store_packed(args, row, column, count, codes);
   }
-  if constexpr (kHasState<State>) store_raw(static_cast<State*>(args.x_hat) + offset, slot.old, count, whole);
+  // The state is read again a step later; the L2 cache is for the codes, which the product reads now.
+  if constexpr (kHasState<State>) store_raw(static_cast<State*>(args.x_hat) + offset, slot.old, count, whole, true);
 }
 
 }  // namespace modiff::cuda

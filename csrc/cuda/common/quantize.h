@@ -2,11 +2,9 @@
 #pragma once
 #include "common/problem.h"
 #include "cuda/common/quantize_plan.h"
+#include "cuda/stream.h"
 
 namespace modiff::cuda {
-
-// A stream of the CUDA runtime, cudaStream_t.
-using Stream = void*;
 
 struct QuantizeCall {
   QuantizeProblem problem;       // gamma, beta and shift stay null in it:

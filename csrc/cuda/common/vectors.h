@@ -67,14 +67,19 @@ MODIFF_HD Raw<T> load_raw(const T* p, int count, bool whole) {
   return raw;
 }
 
+// `streaming`: it leaves the L2 cache first.
 template <class T>
-MODIFF_HD void store_raw(T* p, const Raw<T>& raw, int count, bool whole) {
+MODIFF_HD void store_raw(T* p, const Raw<T>& raw, int count, bool whole, [[maybe_unused]] bool streaming) {
   if (whole) {
 #if defined(__CUDA_ARCH__)
-    // The state is read again a step later; the L2 cache is for the codes, which the product reads now.
-    MODIFF_UNROLL for (int i = 0; i < Raw<T>::kWords; i += 4)
-        __stcs(reinterpret_cast<uint4*>(p) + i / 4,
-               make_uint4(raw.word[i], raw.word[i + 1], raw.word[i + 2], raw.word[i + 3]));
+    MODIFF_UNROLL for (int i = 0; i < Raw<T>::kWords; i += 4) {
+      const uint4 part = make_uint4(raw.word[i], raw.word[i + 1], raw.word[i + 2], raw.word[i + 3]);
+      if (streaming) {
+        __stcs(reinterpret_cast<uint4*>(p) + i / 4, part);
+      } else {
+        reinterpret_cast<uint4*>(p)[i / 4] = part;
+      }
+    }
 #else
     std::memcpy(p, raw.word, sizeof(raw.word));
 #endif
