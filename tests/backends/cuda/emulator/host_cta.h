@@ -101,6 +101,11 @@ class HostCta {
       value = add_rn(value, bits_to_float(shuffle_xor(float_to_bits(value), lane)));
     return value;
   }
+  int32_t warp_sum(int32_t value) {
+    for (int lane = kWarp / 2; lane > 0; lane /= 2)
+      value += static_cast<int32_t>(shuffle_xor(static_cast<uint32_t>(value), lane));
+    return value;
+  }
   void atomic_max(uint32_t* address, uint32_t value) { *address = most(*address, value); }
 
  private:
