@@ -27,7 +27,9 @@ PACKED_MULTIPLE = 32
 MAX_K = 1 << 16
 """255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32."""
 
-MAX_ROWS = 1 << 30  # of the output, times the stride: 31 bits hold them, an image's border and a tile's rows past the end
+MAX_ROWS = (
+    1 << 30
+)  # of the output, times the stride: 31 bits hold them, an image's border and a tile's rows past the end
 MAX_OUTPUTS = 1 << 39  # 2^31 blocks of 64 x 64 outputs, with K in 16 splits
 
 
