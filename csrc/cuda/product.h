@@ -13,6 +13,7 @@ struct ProductCall {
                         // bias stays null in it:
   Parameter bias;       // [c_out], here it keeps the model's dtype
   int weight_bits;      // 8, 4, 3
+  int code_bits = 8;    // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
   int64_t rows_per_scale;  // output pixels that share a scale and a zero point
   void* scratch;           // aligned to 16
 };

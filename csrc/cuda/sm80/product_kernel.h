@@ -47,7 +47,7 @@ struct Product {
   static constexpr int kThreads = T::kThreads, kResident = T::kResident;
   using Args = ProductArgs;
 
-  static constexpr bool kUnpack = kOperands == Operands::kUnpacked;
+  static constexpr bool kUnpack = kOperands == Operands::kUnpacked, kS4 = kOperands == Operands::kNibbles;
   static constexpr int kStages = T::kStages;
   static constexpr int kMmaM = T::kWarpM / 16, kMmaN = T::kWarpN / 8;  // mma tiles of a warp
   static constexpr int kTileM = T::kM * kStepBytes, kTileN = T::kN * kStepBytes;
@@ -140,7 +140,7 @@ struct Product {
         cta.load_matrices(tile_n + swizzled(column + n * 8, chunk + lane / 8 % 2), two);
         MODIFF_UNROLL for (int i = 0; i < 4; ++i) b[n + i / 2][i % 2] = two[i];
       }
-      cta.template multiply<kOperands == Operands::kNibbles>(sums, a, b);
+      cta.template multiply<kS4>(sums, a, b);
     }
   }
 
