@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modiff_kernels.backends import cuda, reference
+from modiff_kernels.backends.cuda import library
 from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.packing import KPACK_V1
@@ -55,7 +56,7 @@ def test_reasons(op, fields, words):
 
 def test_unavailable(monkeypatch):
     ask = cuda.unavailable.__wrapped__
-    monkeypatch.setattr(cuda, "why_not_loaded", lambda: None)
+    monkeypatch.setattr(library, "why_not_loaded", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ask() == "torch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -64,13 +65,13 @@ def test_unavailable(monkeypatch):
     assert ask() == "compute capability 7.5: the kernels need 8.0 (A100) or newer"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert ask() is None
-    monkeypatch.setattr(cuda, "why_not_loaded", lambda: "it does not load")
+    monkeypatch.setattr(library, "why_not_loaded", lambda: "it does not load")
     assert ask() == "it does not load"
 
 
 def test_a_library_that_is_missing_or_broken_is_a_reason(monkeypatch, tmp_path):
-    ask = cuda.why_not_loaded.__wrapped__
-    monkeypatch.setattr(cuda, "_LIBRARY", tmp_path / "libmodiff_cuda.so")
+    ask = library.why_not_loaded.__wrapped__
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libmodiff_cuda.so")
     assert "libmodiff_cuda.so was not built" in ask()
     assert "MODIFF_CUDA=OFF" in ask()
     (tmp_path / "libmodiff_cuda.so").write_text("no library")
@@ -78,13 +79,13 @@ def test_a_library_that_is_missing_or_broken_is_a_reason(monkeypatch, tmp_path):
 
 
 def test_the_library_loads_without_a_gpu_and_registers_its_op():
-    if not cuda._LIBRARY.exists():
-        pytest.skip(cuda.why_not_loaded())
-    assert cuda.why_not_loaded() is None
+    if not library.LIBRARY.exists():
+        pytest.skip(library.why_not_loaded())
+    assert library.why_not_loaded() is None
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has_kernel("modiff_cuda::quantize", "CUDA")
     assert not has_kernel("modiff_cuda::quantize", "CPU")
-    assert not hasattr(ctypes.CDLL(str(cuda._LIBRARY)), "cudaMalloc"), "the CUDA runtime inside must stay hidden"
+    assert not hasattr(ctypes.CDLL(str(library.LIBRARY)), "cudaMalloc"), "the CUDA runtime inside must stay hidden"
 
 
 def test_the_quantising_ops_are_second_to_triton():
