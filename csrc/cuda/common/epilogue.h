@@ -32,7 +32,8 @@ struct EpilogueArgs {
   const float* weight_scale;
   Parameter bias;
   const int32_t* tap_sums;
-  // The window, for taps outside the image; taps == 1: none is.
+  // The window, for taps outside the image, which only padding brings about.
+  bool padded;
   int taps, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t h, w, out_h, out_w;
   Epilogue epilogue;
@@ -56,7 +57,8 @@ inline EpilogueArgs epilogue_args(const ProductCall& call, const int32_t* tap_su
   args.weight_scale = p.weight_scale;
   args.bias = call.bias;
   args.tap_sums = tap_sums;
-  args.taps = p.pad_h == 0 && p.pad_w == 0 ? 1 : static_cast<int>(p.kernel_h * p.kernel_w);
+  args.padded = p.pad_h != 0 || p.pad_w != 0;
+  args.taps = args.padded ? static_cast<int>(p.kernel_h * p.kernel_w) : 1;
   args.kernel_w = static_cast<int>(p.kernel_w);
   args.stride_h = static_cast<int>(p.stride_h);
   args.stride_w = static_cast<int>(p.stride_w);
@@ -119,7 +121,7 @@ MODIFF_HD int64_t quotient(int64_t a, int64_t b) { return static_cast<uint32_t>(
 // The sum of the weight's codes of output channel `column` over the taps inside the image for output pixel `row`.
 MODIFF_HD int32_t inside_weights(const EpilogueArgs& args, int64_t row, int64_t column) {
   const int32_t* sums = args.tap_sums + column * args.taps;
-  if (args.taps == 1) return sums[0];
+  if (!args.padded) return sums[0];
   const int64_t line = quotient(row, args.out_w), sample = quotient(line, args.out_h);
   const int64_t top = (line - sample * args.out_h) * args.stride_h - args.pad_h;
   const int64_t left = (row - line * args.out_w) * args.stride_w - args.pad_w;

@@ -88,7 +88,7 @@ inline TileChoice choose_tile(int64_t rows, int64_t columns, int64_t k, int weig
   double least_cycles = 0;
   const int steps = step_count(k, operands);
   for (int tile = 0; tile < kTileCount; ++tile) {
-    for (int splits = 1; splits <= kMostSplits && (splits == 1 || steps / splits >= kLeastSteps); splits *= 2) {
+    for (int splits = 1; splits <= kMostSplits && (splits == 1 || steps / splits >= kLeastSteps); ++splits) {
       const TileChoice choice{tile, used_splits(steps, splits)};
       const double cycles = estimated_cycles(choice, rows, columns, k, weight_bits, operands, multiprocessors);
       if ((tile == 0 && splits == 1) || cycles < least_cycles) {

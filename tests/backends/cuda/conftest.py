@@ -40,8 +40,8 @@ def emulator(tmp_path_factory, compiler):
 
 @pytest.fixture(scope="session")
 def product_emulator(tmp_path_factory, compiler):
-    """The products of csrc/cuda/sm80 on the host. -O1: here it is the running that takes time."""
-    yield from running(ProductEmulator, "products", tmp_path_factory, compiler, "-O1")
+    """The products of csrc/cuda/sm80 on the host."""
+    yield from running(ProductEmulator, "products", tmp_path_factory, compiler)
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -1,5 +1,5 @@
-"""The CUDA kernels on the host: builds the programs of emulator/ with sanitizers, and calls them in the place of the ops
-`modiff_cuda::quantize` and `modiff_cuda::product`.
+"""The CUDA kernels on the host: builds the programs of emulator/ with sanitizers, and calls them in the place of the
+ops `modiff_cuda::quantize` and `modiff_cuda::product`.
 """
 
 import struct
@@ -80,8 +80,9 @@ class QuantizingEmulator(Emulator):
 
 
 class ProductEmulator(Emulator):
-    """emulator/products.cpp; `product` has the arguments and results of the op. `tile` and `splits` are what the kernels
-    choose for a GPU (csrc/cuda/sm80/tile_config.h); CHOOSE leaves it to them, for as many multiprocessors as `splits`.
+    """emulator/products.cpp; `product` has the arguments and results of the op. `tile` and `splits` are what the
+    kernels choose for a GPU (csrc/cuda/sm80/tile_config.h); CHOOSE leaves it to them, for a GPU with as many
+    multiprocessors as `splits`.
     """
 
     CHOOSE = -1

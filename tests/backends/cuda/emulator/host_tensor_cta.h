@@ -10,6 +10,11 @@
 
 namespace modiff {
 
+// What the threads of a warp pass on to each other in a collective operation.
+struct Message {
+  std::array<uintptr_t, 24> words;
+};
+
 // The word of a warp's fragments that holds bytes 4 * quad to + 3 of a row of a, or of a column of b; whose and which.
 struct FragmentPlace {
   int lane, index;
@@ -17,15 +22,32 @@ struct FragmentPlace {
 inline FragmentPlace place_in_a(int row, int quad) { return {row % 8 * 4 + quad % 4, row / 8 + quad / 4 * 2}; }
 inline FragmentPlace place_in_b(int column, int quad) { return {column * 4 + quad % 4, quad / 4}; }
 
-// a * b over four bytes of int8, or eight nibbles.
-inline int32_t multiply_words(uint32_t a, uint32_t b, bool nibbles) {
-  const int bits = nibbles ? 4 : 8;
-  int32_t sum = 0;
-  for (int shift = 0; shift < 32; shift += bits) {
-    const auto code = [&](uint32_t word) { return static_cast<int32_t>(word << (32 - bits - shift)) >> (32 - bits); };
-    sum += code(a) * code(b);
+// sums[m][n][4] of a lane for the fragments a[m][4], b[n][2] in the messages of its warp. Most of the time of a test is
+// spent here: optimised, and left alone by the sanitizers.
+__attribute__((optimize("O3"), no_sanitize("address", "undefined"))) inline void multiply_fragments(
+    const Message* warp, int lane, int m_count, int n_count, bool nibbles, int32_t* sums) {
+  const auto codes_of = [&](FragmentPlace place, int begin, int8_t* codes) {
+    const auto word = static_cast<uint32_t>(warp[place.lane].words[static_cast<size_t>(begin + place.index)]);
+    for (int i = 0; i < 8; ++i) {
+      codes[i] = nibbles ? static_cast<int8_t>(static_cast<int8_t>(word >> (4 * i) << 4) >> 4)
+                         : static_cast<int8_t>(i < 4 ? word >> (8 * i) : 0);
+    }
+  };
+  for (int m = 0; m < m_count; ++m) {
+    int8_t a[2][64], b[2][64];
+    for (int i = 0; i < 2; ++i) {
+      for (int quad = 0; quad < 8; ++quad) codes_of(place_in_a(lane / 4 + 8 * i, quad), m * 4, a[i] + 8 * quad);
+    }
+    for (int n = 0; n < n_count; ++n, sums += 4) {
+      for (int i = 0; i < 2; ++i) {
+        const int column = 2 * (lane % 4) + i;
+        for (int quad = 0; quad < 8; ++quad) codes_of(place_in_b(column, quad), m_count * 4 + n * 2, b[i] + 8 * quad);
+      }
+      for (int i = 0; i < 4; ++i) {
+        for (int k = 0; k < 64; ++k) sums[i] += a[i / 2][k] * b[i % 2][k];
+      }
+    }
   }
-  return sum;
 }
 
 class HostTensorCta : public HostCta {
@@ -65,22 +87,11 @@ class HostTensorCta : public HostCta {
 
   template <bool kS4, int kM, int kN>
   void multiply(int32_t (&sums)[kM][kN][4], const uint32_t (&a)[kM][4], const uint32_t (&b)[kN][2]) {
-    static_assert(kM * 4 + kN * 2 <= kWords, "fragments fit into a message");
+    static_assert(kM * 4 + kN * 2 <= 24, "fragments fit into a message");
     Message message{};
     for (int m = 0; m < kM; ++m) std::copy(a[m], a[m] + 4, &message.words[static_cast<size_t>(m * 4)]);
     for (int n = 0; n < kN; ++n) std::copy(b[n], b[n] + 2, &message.words[static_cast<size_t>(kM * 4 + n * 2)]);
-    const auto& warp = exchange(message);
-    for (int m = 0; m < kM; ++m) {
-      for (int n = 0; n < kN; ++n) {
-        for (int i = 0; i < 4; ++i) {
-          const int row = lane() / 4 + 8 * (i / 2), column = 2 * (lane() % 4) + i % 2;
-          for (int quad = 0; quad < 8; ++quad) {
-            const FragmentPlace in_a = place_in_a(row, quad), in_b = place_in_b(column, quad);
-            sums[m][n][i] += multiply_words(word(warp, in_a, m * 4), word(warp, in_b, kM * 4 + n * 2), kS4);
-          }
-        }
-      }
-    }
+    multiply_fragments(exchange(message).data() + first_lane(), lane(), kM, kN, kS4, &sums[0][0][0]);
   }
 
  private:
@@ -89,10 +100,6 @@ class HostTensorCta : public HostCta {
     const void* from;
     size_t bytes;
     bool there;
-  };
-  static constexpr int kWords = 24;
-  struct Message {
-    std::array<uintptr_t, kWords> words;
   };
   struct Thread {
     std::vector<Copy> open;
@@ -119,11 +126,6 @@ class HostTensorCta : public HostCta {
     board[static_cast<size_t>(thread())] = message;
     sync();
     return board;
-  }
-
-  uint32_t word(const std::vector<Message>& warp, FragmentPlace place, int begin) const {
-    const Message& message = warp[first_lane() + static_cast<size_t>(place.lane)];
-    return static_cast<uint32_t>(message.words[static_cast<size_t>(begin + place.index)]);
   }
 
   bool early_;
