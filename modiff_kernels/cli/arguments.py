@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -23,12 +25,19 @@ SCHEDULERS = {
 }
 MODES = ("modulated", "quantized", "weight_only", "float")
 
-SCHEDULE_HELP = """auto, none, a rule such as "forecast every=3", or a pattern such as "U3F2UF2U" (docs/schedules.md)"""
+SCHEDULE_HELP = """\
+auto, none, a file of `modiff calibrate`, a rule such as "forecast every=3", or a pattern such as "U3F2UF2U", see
+docs/schedules.md"""
 
 COMPARE_HELP = """\
 Sample the same images from the same noise in several configurations and print how close they come to full precision,
 and how fast. Each configuration samples in turn (A B C A B C ...). A run is one whole sampling of a batch, all steps
 and the scheduler included; a warm-up of two steps, in which torch.compile compiles, is not counted."""
+
+CALIBRATE_HELP = """\
+Search for the calls of the UNet that can be forecast instead of computed, for one sampler and number of steps: the
+fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best pictures at
+--speedup (from times measured first). The result is verified on other seeds. An interrupted search goes on where it stopped."""
 
 COMPARE_NOTES = """\
 columns:
@@ -64,6 +73,20 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def speedup(text: str) -> float:
+    value = float(text)
+    if not 1 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 1, got {text}")
+    return value
+
+
 def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
@@ -89,6 +112,13 @@ def schedule(text: str) -> str | None:
     """--schedule in its one spelling; "none" is no schedule."""
     if text in ("auto", "none"):
         return text if text == "auto" else None
+    if text.endswith(".json"):
+        try:
+            text = json.loads(Path(text).read_text())["schedule"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise argparse.ArgumentTypeError(
+                f"cannot read {text} as `modiff calibrate` writes it ({error!r})"
+            ) from error
     try:
         return str(StepSchedule.parse(text))
     except ValueError as error:
@@ -166,6 +196,35 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("samples.png"),
         metavar="PATH",
         help="a PNG of all images, or a folder for one PNG each (%(default)s)",
+    )
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find the step schedule of a model",
+        description=CALIBRATE_HELP,
+        formatter_class=raw,
+    )
+    add_sampling_options(calibrate)
+    add = calibrate.add_argument
+    add("--schedule", action="store_true", required=True, help="search for a step schedule")
+    goal = calibrate.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--budget-db", type=positive_number, metavar="DB", help="least fidelity, with the fewest calls")
+    goal.add_argument("--speedup", type=speedup, metavar="X", help="speed-up over computing every call")
+    add(
+        "--images",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="images searched on, and N others to verify (%(default)s)",
+    )
+    add("--mode", choices=MODES, default="modulated", help="how layers are computed (%(default)s)")
+    add("--weight-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float")
+    add("--act-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float, weight_only")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON for --schedule of the other commands (modiff_schedule.json in the folder of --model, or here)",
     )
 
     commands.add_parser("doctor", help="what runs on this machine, what does not, and why")

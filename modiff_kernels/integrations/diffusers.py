@@ -26,7 +26,7 @@ from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
 from modiff_kernels.ops.problem import FLOAT_DTYPES
-from modiff_kernels.planning.schedule import ACTION_NAMES
+from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -162,6 +162,16 @@ class Handle:
         if self._scheduled is not None:
             summary += f"\nschedule: {self.explain_schedule()}"
         return "\n".join([summary, *lines])
+
+    def set_schedule(self, schedule: StepSchedule | None) -> None:
+        """Take another schedule, or None, from the next run on.
+
+        RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than that of `accelerate`.
+        """
+        self._require_active()
+        if self._scheduled is None:
+            raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
+        self._scheduled.set_schedule(schedule)
 
     def explain_schedule(self) -> str:
         """The step schedule, what it skips, and what the calls of the last run did; empty without a schedule."""

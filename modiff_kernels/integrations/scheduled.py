@@ -36,7 +36,7 @@ class ScheduledUNet:
         self,
         unet: nn.Module,
         state: ModulationState,
-        schedule: StepSchedule | str,
+        schedule: StepSchedule | str | None,
         layout: Callable[[], tuple[int | None, Any]],
     ) -> None:
         self.unet = unet
@@ -47,8 +47,11 @@ class ScheduledUNet:
         self._boundary: Tensor | None = None
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
-        deep = schedule != "auto" and schedule.is_deep
-        self._cut = _Cut.of(unet, schedule.level) if deep else None
+        self._cut: _Cut | None = None
+        self._level: int | None = None
+        if isinstance(schedule, StepSchedule) and schedule.is_deep:
+            self._level = schedule.level
+            self._cut = _Cut.of(unet, schedule.level)
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put the schedule in; `undo` takes it out."""
@@ -62,10 +65,24 @@ class ScheduledUNet:
             _wrap_forward(self._cut.last_up, self._last_up, undo)
         _wrap_forward(self.unet, self._forward, undo)
 
+    def set_schedule(self, schedule: StepSchedule | None) -> None:
+        """Take another schedule, or None to compute every call, from the next run on.
+
+        ValueError for deep levels other than the installed ones.
+        """
+        if schedule is not None and schedule.is_deep and (self._cut is None or schedule.level != self._level):
+            raise ValueError(
+                f"set_schedule: {str(schedule)!r} skips deep levels that were not prepared; call accelerate() with it"
+            )
+        self.schedule = schedule
+
     def describe(self) -> str:
         """One line about the schedule, with the calls of the last run where there was one."""
         chosen = self._in_use if self.schedule == "auto" else self.schedule
-        text = "auto" if chosen is None else chosen.describe()
+        if chosen is None:
+            text = "auto" if self.schedule == "auto" else "none"
+        else:
+            text = chosen.describe()
         if self.schedule == "auto" and chosen is not None:
             text = f"auto, last {text}"
         for name, trajectory in self.state.trajectories.items():
@@ -157,6 +174,8 @@ class ScheduledUNet:
 
     def _choose(self, scheduler: Any, calls: int) -> StepSchedule | None:
         """The schedule of this run; None computes every call."""
+        if self.schedule is None:
+            return None
         name = type(scheduler).__name__
         stochastic = scheduler is not None and clock.is_stochastic(scheduler)
         if self.schedule == "auto":
