@@ -37,7 +37,8 @@ and the scheduler included; a warm-up of two steps, in which torch.compile compi
 CALIBRATE_HELP = """\
 Search for the calls of the UNet that can be forecast instead of computed, for one sampler and number of steps: the
 fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best pictures at
---speedup (from times measured first). The result is verified on other seeds. An interrupted search goes on where it stopped."""
+--speedup (from times measured first). The result is verified on other seeds. An interrupted search goes on
+where it stopped."""
 
 COMPARE_NOTES = """\
 columns:

@@ -166,7 +166,7 @@ class Handle:
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None, from the next run on.
 
-        RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than that of `accelerate`.
+        RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than the one it got.
         """
         self._require_active()
         if self._scheduled is None:

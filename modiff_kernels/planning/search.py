@@ -40,7 +40,8 @@ def search(
 
     Order and axis are those that do best on a uniform rule. Then calls are taken away one by one, always that whose
     loss costs least (the loss of a call is only measured again where its last value could win: it grows with the calls
-    that are gone). A schedule that falls below the budget, or has the size asked for, is improved by moving calls by one.
+    that are gone). A schedule that falls below the budget, or has the size asked for, is improved by moving calls
+    by one.
     """
     if (budget_db is None) == (computed is None):
         raise ValueError("search: give exactly one of budget_db and computed")
