@@ -8,6 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     compare            benchmarks/results/compare.json, as `modiff compare --json` writes it
     unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
     integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
+    pareto NETWORK     what pays in benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
     attention          the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
 
 A table shows one device: the one that was measured last.
@@ -21,6 +22,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,7 +46,16 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/cpu_kernels.md")
+PAGES = ("README.md", "docs/cpu_kernels.md", "docs/schedules.md")
+PARETO_HEADER = (
+    "sampler, steps",
+    "schedule",
+    "evaluations",
+    "seconds",
+    "dB to every call",
+    "dB to converged",
+    "best without, same cost",
+)
 
 
 def compare_table(results: Path) -> str:
@@ -148,6 +159,44 @@ def attention_table(results: Path) -> str:
     return _newest(tables)
 
 
+def pareto_table(results: Path, network: str) -> str:
+    """The best row of every method for each sampler and number of steps.
+
+    Best: farthest above the best of all samplers that computes every call at no greater cost (in the last column).
+    """
+    if not (results / "pareto.json").exists():
+        return f"{NOTHING}\n"
+    report = json.loads((results / "pareto.json").read_text())
+    rows = [row for row in report["rows"] if row["network"] == network]
+    plain = [row for row in rows if row["method"] == "every call"]
+
+    def rival_db(row: dict[str, Any]) -> float:
+        costs = [rival["converged_db"] for rival in plain if rival["evaluations"] <= row["evaluations"]]
+        return max(costs, default=float("nan"))
+
+    best: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in rows:
+        key = row["sampler"], row["steps"], row["method"]
+        gain = row["converged_db"] - rival_db(row)
+        if row["method"] != "every call" and (key not in best or gain > best[key]["gain"]):
+            best[key] = {**row, "gain": gain}
+    cells = [
+        [
+            f"{row['sampler']}, {row['steps']}",
+            row["schedule"] if row["method"] != "DeepCache" else f"DeepCache, {row['schedule']}",
+            f"{row['evaluations']:.1f}",
+            f"{row['time_s']:.2f}",
+            "equal" if row["own_db"] is None else f"{row['own_db']:.1f}",
+            f"{row['converged_db']:.1f}",
+            f"{rival_db(row):.1f}",
+        ]
+        for row in best.values()
+    ]
+    table = markdown_table(PARETO_HEADER, cells)
+    notes = " ".join(report["notes"])
+    return f"{table}\n\n`{report['command']}`: {report['model']}, {report['images']} images. {notes}".rstrip() + "\n"
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every table made anew."""
 
@@ -158,6 +207,7 @@ def filled(text: str, results: Path) -> str:
             "unet_step": unet_step_table,
             "integer_conv": integer_conv_table,
             "attention": attention_table,
+            "pareto": pareto_table,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,8 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
     return {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-def make_scheduler(model: Model, name: str):
-    """A fresh diffusers scheduler on the noise schedule of the model."""
+def make_scheduler(model: Model, name: str, **more: Any):
+    """A fresh diffusers scheduler on the noise schedule of the model; `more` options are those of its class."""
     options: dict[str, Any] = {}
     if name == "pndm":
         options["skip_prk_steps"] = True
@@ -150,7 +150,7 @@ def make_scheduler(model: Model, name: str):
     elif model.pipe is None and name in ("ddim", "ddpm"):
         options["clip_sample"] = True
     config = {key: value for key, value in model.scheduler_config.items() if not key.startswith("_")}
-    return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **options)
+    return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **{**options, **more})
 
 
 def check_steps(model: Model, scheduler: str, steps: int) -> int:
@@ -181,15 +181,16 @@ def sample_images(
     channels_last: bool = True,
     run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
     on_step: Callable[[], None] = lambda: None,
+    scheduler_options: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i].
 
     `unet` takes the place of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is
-    called after each of them (for a pipeline: not at all).
+    called after each of them (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them.
     """
     device = next(model.unet.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    schedule = make_scheduler(model, scheduler)
+    schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:
         return _sample_pipeline(model, unet, schedule, steps, generators, run)
     config = unet.config
