@@ -505,3 +505,23 @@ def test_explain_names_the_schedule():
         for holder in [*handle.state.edges.values(), *handle.state.outputs.values()]
         for slot in holder.slots.values()
     )
+
+
+def test_another_schedule_from_the_next_run_on():
+    pipe = pipeline()
+    handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="hold every=2", **FLOAT))
+    sample(pipe, 6)
+    handle.set_schedule(mk.StepSchedule("UH4U"))
+    sample(pipe, 6)
+    assert letters(handle) == "UHHHHU"
+    handle.set_schedule(None)
+    found = sample(pipe, 6)
+    assert letters(handle) == "U" * 6
+    assert "schedule: none" in handle.explain()
+    with pytest.raises(ValueError, match="skips deep levels that were not prepared"):
+        handle.set_schedule(mk.StepSchedule("deep-hold"))
+    handle.remove()
+    handle = mk.accelerate(pipe, mk.ModiffConfig(**FLOAT))
+    assert torch.equal(found, sample(pipe, 6))
+    with pytest.raises(RuntimeError, match="got no schedule"):
+        handle.set_schedule(mk.StepSchedule("hold"))
