@@ -14,7 +14,7 @@ STOCHASTIC = ("DDPM", "Ancestral", "DPMSolverSDE", "LCM", "TCD", "CMStochastic",
 MANY_CALLS = 40  # from here on DDIM moves so little per call that most calls can be forecast
 FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less
 
-# Found by `modiff calibrate --schedule --budget-db 41 --images 32 --batch 32 --seed 1000` on the shipped model, DDIM-50.
+# `modiff calibrate --schedule --budget-db 41 --images 32 --batch 32 --seed 1000`, on the shipped model.
 DDIM = "U3F3UFUF2UF4UF3UF5UF2UF6UF3UF4UF2UF order=3 axis=sigma"
 MULTISTEP = StepSchedule("forecast", every=2, first=3, last=1)
 
