@@ -66,14 +66,15 @@ class Sampler:
 
 UNCLIPPED = {"clip_sample": False}
 LINSPACE = {"timestep_spacing": "linspace"}
-FEW = (8, 10, 12, 14, 15, 20, 25, 50)
+# Every number of steps that a schedule may cost, so that none is compared with a sampler that was given less.
+FEW = (*range(7, 30), 34, 38, 50)
 SAMPLERS = (
-    Sampler("DDIM", "ddim", (10, 14, 16, 20, 27, 50, 100), (20, 50, 100), UNCLIPPED),
+    Sampler("DDIM", "ddim", (*FEW, 100), (20, 50, 100), UNCLIPPED),
     Sampler("DPM-Solver++", "dpmsolver++", FEW, (20, 25, 50), LINSPACE),
     Sampler("DPM-Solver++ Karras", "dpmsolver++", FEW, (20, 25), {**LINSPACE, "use_karras_sigmas": True}),
     Sampler("DPM-Solver++ Lu", "dpmsolver++", FEW, (20, 25), {**LINSPACE, "use_lu_lambdas": True}),
     Sampler("DPM-Solver++(3)", "dpmsolver++", FEW, (20, 25), {**LINSPACE, "solver_order": 3}),
-    Sampler("UniPC", "unipc", FEW[:-1], (20, 25), LINSPACE),
+    Sampler("UniPC", "unipc", FEW, (20, 25), LINSPACE),
     Sampler("DDPM (adds noise)", "ddpm", (50,), (50,)),
 )
 
