@@ -54,7 +54,8 @@ PARETO_HEADER = (
     "seconds",
     "dB to every call",
     "dB to converged",
-    "best without, same cost",
+    "same sampler, same cost",
+    "any sampler, same cost",
 )
 
 
@@ -170,9 +171,13 @@ def pareto_table(results: Path, network: str) -> str:
     rows = [row for row in report["rows"] if row["network"] == network]
     plain = [row for row in rows if row["method"] == "every call"]
 
-    def rival_db(row: dict[str, Any]) -> float:
-        costs = [rival["converged_db"] for rival in plain if rival["evaluations"] <= row["evaluations"]]
-        return max(costs, default=float("nan"))
+    def rival_db(row: dict[str, Any], sampler: str = "") -> float:
+        cheap = [rival for rival in plain if rival["evaluations"] <= row["evaluations"]]
+        found = [rival["converged_db"] for rival in cheap if sampler in ("", rival["sampler"])]
+        return max(found, default=float("nan"))
+
+    def shown(value: float) -> str:
+        return "-" if value != value else f"{value:.1f}"
 
     best: dict[tuple[str, int, str], dict[str, Any]] = {}
     for row in rows:
@@ -188,7 +193,8 @@ def pareto_table(results: Path, network: str) -> str:
             f"{row['time_s']:.2f}",
             "equal" if row["own_db"] is None else f"{row['own_db']:.1f}",
             f"{row['converged_db']:.1f}",
-            f"{rival_db(row):.1f}",
+            shown(rival_db(row, row["sampler"])),
+            shown(rival_db(row)),
         ]
         for row in best.values()
     ]

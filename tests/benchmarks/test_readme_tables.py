@@ -61,6 +61,7 @@ def test_the_study_shows_the_best_of_every_method_beside_its_rival(tool, tmp_pat
     rows = [
         {**common, "method": "every call", "schedule": None, "evaluations": 20, "converged_db": 35.0, "own_db": None},
         {**common, "method": "every call", "schedule": None, "evaluations": 10, "converged_db": 30.0, "steps": 10},
+        {**common, "method": "every call", "schedule": None, "evaluations": 9, "converged_db": 31.0, "sampler": "T"},
         {**common, "method": "hold", "schedule": "hold every=2", "evaluations": 12, "converged_db": 31.0},
         {**common, "method": "hold", "schedule": "hold every=9", "evaluations": 11, "converged_db": 32.25},
         {**common, "method": "hold", "schedule": "hold every=8", "evaluations": 21, "converged_db": 36.0},
@@ -69,7 +70,7 @@ def test_the_study_shows_the_best_of_every_method_beside_its_rival(tool, tmp_pat
     report = {"rows": rows, "command": "python x", "model": "m", "images": 4, "notes": []}
     (tmp_path / "pareto.json").write_text(json.dumps(report))
     new = tool.pareto_table(tmp_path, "float32")
-    assert "| S, 20 | hold every=9 | 11.0 | 1.00 | 40.0 | 32.2 | 30.0 |" in new
+    assert "| S, 20 | hold every=9 | 11.0 | 1.00 | 40.0 | 32.2 | 30.0 | 31.0 |" in new
     assert new.count("\n| S") == 1
     assert "`python x`: m, 4 images." in new
 
