@@ -27,7 +27,12 @@ from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
 
 FLOAT = {"weight_bits": None, "act_bits": None}
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+# diffusers' Heun and KDPM2 schedulers hand tensors to NumPy functions, for every train step, and NumPy 2 wants more of
+# __array__ and __array_wrap__ than torch's tensors have. Nothing of the package is in between.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
