@@ -12,7 +12,7 @@ from modiff_kernels.quant.spec import BITS, GRANULARITIES
 MODES = ("modulated", "quantized")
 SCALE_MODES = ("dynamic", "delayed", "static")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
-BACKENDS = ("auto", "cpu", "onednn", "triton", "reference")
+BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
 DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
 
 

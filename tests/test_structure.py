@@ -33,7 +33,7 @@ LEVELS = {
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.
 HOT_ROOMS = ("nn", "ops", "integrations", "backends/triton")
 HOST_READS = {"item", "cpu", "tolist", "numpy"}
-BINDING_FILES = {"csrc/cpu/ops.cpp"}
+BINDING_FILES = {"csrc/cpu/ops.cpp", "csrc/cuda/ops.cpp"}
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2)/', re.MULTILINE)
 
 

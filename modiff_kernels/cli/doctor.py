@@ -133,7 +133,7 @@ def _dispatch() -> str:
 def _self_check(backend: str) -> str:
     """`ok`, with the smallest SQNR of all outputs against the reference, or what FAILED."""
     least = float("inf")
-    for check in (_check_linear, _check_conv2d):
+    for check in _checks(backend):
         for act_bits in (8, 4, 3):
             try:
                 (codes, *outputs), (expected_codes, *expected) = check(backend, act_bits), check("reference", act_bits)
@@ -145,6 +145,14 @@ def _self_check(backend: str) -> str:
     if not least >= LEAST_SQNR_DB:
         return f"FAILED: outputs are only {least:.0f} dB from the reference"
     return f"ok ({'equal' if least == float('inf') else f'{least:.0f} dB'})"
+
+
+def _checks(backend: str) -> tuple[Callable[[str, int], tuple[torch.Tensor, ...]], ...]:
+    """Layers, or the quantiser alone where `backend` has no products."""
+    kernels = getattr(dispatch.load(backend), "KERNELS", None)
+    if kernels is not None and "modulated_linear" not in kernels:
+        return (_check_quantizer,)
+    return _check_linear, _check_conv2d
 
 
 def _device_of(backend: str) -> str:
@@ -186,6 +194,15 @@ def _steps(
         x, x_hat, None, packed, scale, y_hat, None, act_bits, "per_sample", 1.0, *arguments, backend=backend
     )
     return tuple(result.cpu() for result in (codes, first, second, x_hat, y_hat))
+
+
+def _check_quantizer(backend: str, act_bits: int) -> tuple[torch.Tensor, ...]:
+    """Codes of an update, scales, absmax and x_hat, on the CPU."""
+    device = _device_of(backend)
+    generator = torch.Generator().manual_seed(0)
+    x, x_hat = (torch.randn(2, 33, 40, generator=generator).to(device) for _ in range(2))
+    results = ops.quantize_residual(x, x_hat, None, act_bits, "per_sample", backend=backend)
+    return tuple(result.cpu() for result in (*results, x_hat))
 
 
 def _check_linear(backend: str, act_bits: int) -> tuple[torch.Tensor, ...]:

@@ -19,8 +19,10 @@ from .problem import CHECKS, Problem
 
 AUTO = "auto"
 REFERENCE = "reference"
-BACKENDS = ("cpu", "onednn", "triton", REFERENCE)
-PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": ("triton", REFERENCE)}
+BACKENDS = ("cpu", "onednn", "triton", "cuda", REFERENCE)
+# No kernel for CUDA has been measured yet. triton comes first because it alone has the products, so that a layer stays
+# on one backend; cuda has the quantising ops, with the same codes and layouts, where triton is not installed.
+PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": ("triton", "cuda", REFERENCE)}
 # Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
 REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
 
