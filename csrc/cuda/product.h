@@ -25,9 +25,11 @@ struct Device {
 };
 
 // Bytes of scratch of a call, and the call. They launch on the current device and return 0, or the cudaError_t of the
-// launch. csrc/cuda/sm80 runs on every capability from 80 on, csrc/cuda/sm90 on 90 alone.
+// launch. csrc/cuda/sm80 runs on every capability from 80 on, csrc/cuda/sm90 on 90 alone, and there for calls without
+// a limit: product_sm90_limit says why it cannot run one, or gives null.
 int64_t product_sm80_scratch(const ProductCall& call, const Device& device);
 int product_sm80(const ProductCall& call, const Device& device, Stream stream);
+const char* product_sm90_limit(const ProductCall& call);
 int64_t product_sm90_scratch(const ProductCall& call, const Device& device);
 int product_sm90(const ProductCall& call, const Device& device, Stream stream);
 
