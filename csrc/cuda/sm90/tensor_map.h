@@ -93,7 +93,6 @@ inline const char* limit_of(const ProductCall& call) {
   const int64_t reach_h = (p.kernel_h - 1) * p.dilation_h, reach_w = (p.kernel_w - 1) * p.dilation_w;
   if (p.pad_h > 127 || p.pad_w > 127) return "the padding is greater than 127";
   if (reach_h - p.pad_h > 128 || reach_w - p.pad_w > 128) return "the kernel reaches more than 128 pixels inwards";
-  if (reach_h > 255 || reach_w > 255) return "the kernel is larger than 256 pixels";
   return nullptr;
 }
 

@@ -18,6 +18,13 @@
 #include "cuda/sm90/tensor_map.h"
 #include "hopper_fibers.h"
 
+// The tests are compiled without optimisation, because most of their time is the compiler's; not so these functions.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MODIFF_HOT __attribute__((optimize("O2")))
+#else
+#define MODIFF_HOT
+#endif
+
 namespace modiff::cuda::sm90 {
 
 [[noreturn]] inline void fail(const char* what) {
@@ -28,22 +35,25 @@ inline void require(bool holds, const char* what) {
   if (!holds) fail(what);
 }
 
-// The driver's documentation of cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col, for bytes.
-inline void require_valid(const TensorMap& map) {
-  require(reinterpret_cast<uintptr_t>(map.base) % 16 == 0, "TMA: the base is not aligned");
+// What the driver's documentation of cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col, for bytes, does not allow, or
+// null.
+inline const char* map_problem(const TensorMap& map) {
+  if (reinterpret_cast<uintptr_t>(map.base) % 16 != 0) return "TMA: the base is not aligned";
   const int rank = map.im2col ? 4 : 2;
-  for (int i = 0; i < rank; ++i) require(map.dims[i] > 0 && map.dims[i] <= int64_t{1} << 32, "TMA: extents");
-  for (int i = 0; i < rank - 1; ++i)
-    require(map.strides[i] % 16 == 0 && map.strides[i] < int64_t{1} << 40, "TMA: strides");
-  require(map.box[0] % 16 == 0 && map.box[0] <= 256, "TMA: bytes of a box");
-  require(map.span == 0 || map.box[0] <= map.span, "TMA: a box is wider than the swizzle");
-  if (!map.im2col) return require(map.box[1] > 0 && map.box[1] <= 256, "TMA: rows of a box");
-  require(map.box[1] > 0 && map.box[1] <= 1024, "TMA: pixels of a box");
-  for (int i = 0; i < 2; ++i) {
-    require(map.lower[i] >= -128 && map.lower[i] <= 127, "TMA: lower corner");
-    require(map.upper[i] >= -128 && map.upper[i] <= 127, "TMA: upper corner");
-    require(map.step[i] >= 1 && map.step[i] <= 8, "TMA: steps");
+  for (int i = 0; i < rank; ++i) {
+    if (map.dims[i] <= 0 || map.dims[i] > int64_t{1} << 32) return "TMA: extents";
   }
+  for (int i = 0; i < rank - 1; ++i) {
+    if (map.strides[i] % 16 != 0 || map.strides[i] >= int64_t{1} << 40) return "TMA: strides";
+  }
+  if (map.box[0] % 16 != 0 || map.box[0] > 256) return "TMA: bytes of a box";
+  if (map.span != 0 && map.box[0] > map.span) return "TMA: a box is wider than the swizzle";
+  if (map.box[1] <= 0 || map.box[1] > (map.im2col ? 1024 : 256)) return "TMA: rows of a box";
+  for (int i = 0; map.im2col && i < 2; ++i) {
+    if (map.lower[i] < -128 || map.lower[i] > 127 || map.upper[i] < -128 || map.upper[i] > 127) return "TMA: corners";
+    if (map.step[i] < 1 || map.step[i] > 8) return "TMA: steps";
+  }
+  return nullptr;
 }
 
 // What the blocks of a launch share.
@@ -254,7 +264,7 @@ class HopperCta {
   }
 
   Load issue(const TensorMap& map, uint8_t* to, uint64_t* barrier) {
-    require_valid(map);
+    if (const char* problem = map_problem(map)) fail(problem);
     const uint32_t address = shared_address(to);
     require(address % 128 == 0 && address % static_cast<uint32_t>(8 * most(16, map.span)) == 0, "TMA: destination");
     const auto bytes = static_cast<size_t>(map.box[0]) * static_cast<size_t>(map.box[1]);
@@ -280,8 +290,10 @@ class HopperCta {
     return true;
   }
 
-  void fill(const Load& load) {
+  MODIFF_HOT void fill(const Load& load) {
     const TensorMap& map = *load.map;
+    const auto* base = static_cast<const uint8_t*>(map.base);
+    const uint32_t to = shared_address(load.to);
     Corner pixel = load.corner;
     for (int row = 0; row < map.box[1]; ++row) {
       int64_t outer[3] = {load.y + row, 0, 0};
@@ -308,8 +320,8 @@ class HopperCta {
       for (int i = 0; i < map.box[0]; ++i) {
         const int64_t x = int64_t{load.x} + i;
         uint8_t byte = 0;
-        if (inside && x >= 0 && x < map.dims[0]) byte = static_cast<const uint8_t*>(map.base)[from + x];
-        const uint32_t address = shared_address(load.to) + static_cast<uint32_t>(row * map.box[0] + i);
+        if (inside && x >= 0 && x < map.dims[0]) byte = base[from + x];
+        const uint32_t address = to + static_cast<uint32_t>(row * map.box[0] + i);
         shared_[permuted(address, map.span) - kBase] = byte;
       }
     }
@@ -317,7 +329,7 @@ class HopperCta {
 
   // Swizzling: the 16-byte chunk in a span is XORed with the number of the 128-byte line, of which a span of 128 bytes
   // takes three bits and one of 64 bytes two.
-  static uint32_t permuted(uint32_t address, int span) {
+  MODIFF_HOT static uint32_t permuted(uint32_t address, int span) {
     const uint32_t line = address / 128, chunk = address / 16;
     if (span == 128) return (chunk ^ line % 8) * 16 + address % 16;
     if (span == 64) return (chunk ^ line % 4) * 16 + address % 16;
@@ -325,7 +337,7 @@ class HopperCta {
   }
 
   // 32 bytes of a row of an operand, K-major.
-  void read_row(uint64_t descriptor, int row, int8_t (&bytes)[32]) const {
+  MODIFF_HOT void read_row(uint64_t descriptor, int row, int8_t (&bytes)[32]) const {
     const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) * 16;
     const auto group = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) * 16;
     const int layout = static_cast<int>(descriptor >> 62);
@@ -336,13 +348,14 @@ class HopperCta {
       const uint32_t address = start + static_cast<uint32_t>(row / 8) * group + static_cast<uint32_t>(row % 8 * span);
       const uint32_t at = permuted(address + chunk, span) - kBase;
       require(at + 16 <= size_, "wgmma: an operand outside of shared memory");
-      for (uint32_t i = 0; i < 16; ++i) require(unpublished_[at + i] == 0, "wgmma reads what was not published");
+      const uint16_t* unpublished = unpublished_.data() + at;
+      for (uint32_t i = 0; i < 16; ++i) require(unpublished[i] == 0, "wgmma reads what was not published");
       std::memcpy(bytes + chunk, shared_ + at, 16);
     }
   }
 
   // The part of the result that this thread holds (PTX ISA, fragment D of wgmma.m64nNk32).
-  void multiply(const Mma& mma) const {
+  MODIFF_HOT void multiply(const Mma& mma) const {
     const int lane = thread() % 32, warp = thread() % 128 / 32;
     int8_t codes[2][32], weight[32];
     for (int half = 0; half < 2; ++half) read_row(mma.codes, warp * 16 + lane / 4 + half * 8, codes[half]);
