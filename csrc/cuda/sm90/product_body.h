@@ -5,7 +5,7 @@
 // Roles of a thread block, which stays for many units (schedule.h):
 //
 //   producer    one thread: waits for an `empty` stage, and lets TMA fill it with the codes' boxes (tiled or im2col)
-//               and the weight's; meanwhile asks for the lines of y_hat that the epilogue will read
+//               and the weight's; meanwhile asks for the lines of y_hat and skip that the epilogue will read
 //   unpackers   4 and 3 bits: a warpgroup turns packed rows of a stage into swizzled int8
 //   consumers   two warpgroups: wait for a `full` stage, multiply 64 kBlocks rows each by all columns, release the
 //   stage
@@ -129,7 +129,7 @@ struct Product {
         uint64_t* weight_full = kPacked ? &shared.packed_full[ring.stage] : full;
         cta.arrive_expecting(full, kCodesBytes + (kPacked ? 0 : kWeightBytes));
         if (kPacked) cta.arrive_expecting(weight_full, kPackedBytes);
-        for (int i = 0; i < boxes; ++i) {
+        MODIFF_ROLLED for (int i = 0; i < boxes; ++i) {
           const Box box = box_of(window, step * boxes + i);
           uint8_t* codes = shared.codes[ring.stage] + i * kRows * window.span;
           if (args.image.tiled) {
@@ -150,24 +150,32 @@ struct Product {
           }
         }
         ring.advance();
-        if (args.schedule.splits == 1) prefetch_state(cta, args.epilogue, unit, step, row, column);
+        if (args.schedule.splits == 1) prefetch_operands(cta, args.epilogue, unit, step, row, column);
       }
     }
   }
 
-  // Asks for the part of y_hat that the epilogue of this unit reads, a few rows with every step.
+  // Asks for what the epilogue of this unit reads, a few rows of it with every step.
   template <class Cta>
-  static MODIFF_HD void prefetch_state(Cta& cta, const EpilogueArgs& args, const Unit& unit, int step, int row,
-                                       int column) {
-    if (args.epilogue != Epilogue::kAccumulate || !args.whole) return;
-    const int size = args.y_hat_dtype == DType::kFloat32 ? 4 : 2, steps = unit.end_step - unit.first_step;
+  static MODIFF_HD void prefetch_operands(Cta& cta, const EpilogueArgs& args, const Unit& unit, int step, int row,
+                                          int column) {
+    if (!args.whole) return;
     const int rows = static_cast<int>(least<int64_t>(kRows, args.rows - row));
     const int width = static_cast<int>(least<int64_t>(kColumns, args.columns - column));
-    const int each = ceil_div(rows, steps), first = (step - unit.first_step) * each;
-    for (int i = first; i < least(first + each, rows); ++i) {
+    const int each = ceil_div(rows, unit.end_step - unit.first_step), first = (step - unit.first_step) * each;
+    const void* y_hat = args.epilogue == Epilogue::kAccumulate ? args.y_hat : nullptr;
+    const void* skip = args.out != nullptr ? args.skip : nullptr;
+    MODIFF_ROLLED for (int i = first; i < least(first + each, rows); ++i) {
       const int64_t at = (int64_t{row} + i) * args.columns + column;
-      cta.prefetch(static_cast<const char*>(args.y_hat) + at * size, width * size);
+      prefetch_row(cta, y_hat, args.y_hat_dtype, at, width);
+      prefetch_row(cta, skip, args.skip_dtype, at, width);
     }
+  }
+
+  template <class Cta>
+  static MODIFF_HD void prefetch_row(Cta& cta, const void* base, DType dtype, int64_t at, int width) {
+    const int size = dtype == DType::kFloat32 ? 4 : 2;
+    if (base != nullptr) cta.prefetch(static_cast<const char*>(base) + at * size, width * size);
   }
 
   // Packed rows of a stage to int8, 16 codes of a row to a thread at a time: neighbouring threads read neighbouring
@@ -294,25 +302,42 @@ struct Product {
     return true;
   }
 
+  static constexpr int kSlices = kColumns / kSlice, kPieces = kBlocks * kSlices * 2;
+
+  // This thread's pairs of a piece. Registers have no index, so the piece is found by bisection; without `held` the
+  // compiler would select every register from all pieces instead.
+  template <int low, int high>
+  static MODIFF_HD void pick_piece(int piece, const int32_t (&sums)[kBlocks][kSums], int32_t (&pairs)[4][2]) {
+    if constexpr (high - low == 1) {
+      const int first = low / 2 % kSlices * kSlice / 2 + low % 2 * 2;
+      MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
+        pairs[i / 2][i % 2] = held(sums[low / 2 / kSlices][first + i / 2 * 4 + i % 2]);
+      }
+    } else if (piece < (low + high) / 2) {
+      pick_piece<low, (low + high) / 2>(piece, sums, pairs);
+    } else {
+      pick_piece<(low + high) / 2, high>(piece, sums, pairs);
+    }
+  }
+
+  static MODIFF_HD int32_t held(int32_t value) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+  }
+
   // A piece at a time: 32 columns of every other eight of 64 rows, a vector to a thread. A loop, so that the epilogue's
-  // code is there once; what selects the piece is unrolled, so that sums stay in registers.
+  // code is there once.
   template <class Cta>
   static MODIFF_HD void finish(Cta& cta, const EpilogueArgs& args, const Unit& unit, int consumer,
                                const int32_t (&sums)[kBlocks][kSums]) {
-    constexpr int kSlices = kColumns / kSlice, kPieces = kBlocks * kSlices * 2;
     const int thread = cta.thread() % kWarpgroup, lane = thread % kWarp;
     const int64_t first_row = int64_t{unit.row_tile} * kRows + consumer * kBlocks * kMmaRows + sum_row(thread, 0);
     const int64_t first_column = int64_t{unit.column_tile} * kColumns + lane % 4 * kVector;
     MODIFF_ROLLED for (int piece = 0; piece < kPieces; ++piece) {
       int32_t pairs[4][2];
-      MODIFF_UNROLL for (int other = 0; other < kPieces; ++other) {
-        if (other == piece) {
-          const int first = other / 2 % kSlices * kSlice / 2 + other % 2 * 2;
-          MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
-            pairs[i / 2][i % 2] = sums[other / 2 / kSlices][first + i / 2 * 4 + i % 2];
-          }
-        }
-      }
+      pick_piece<0, kPieces>(piece, sums, pairs);
       gather_vector(cta, lane, pairs);
       int32_t vector[kVector];
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i) vector[i] = pairs[i / 2][i % 2];

@@ -1,5 +1,5 @@
-"""The products of csrc/cuda/sm90: whole kernels on a model of TMA, barriers and wgmma, under sanitizers. Bit for bit with
-the backend reference, for every tile, cut, epilogue and order of threads.
+"""The products of csrc/cuda/sm90: whole kernels on a model of TMA, barriers and wgmma, under sanitizers, bit for bit
+with the backend reference, for every tile, cut, epilogue and order of threads.
 """
 
 from dataclasses import replace
@@ -193,10 +193,11 @@ class TestEpilogues:
 
     @pytest.mark.parametrize(("splits", "all_of_it"), [(1, True), (2, False)])
     @pytest.mark.parametrize("tile", [0, 3])
-    def test_the_state_is_asked_for_once_and_whole(self, hopper, tile, splits, all_of_it):
-        case = Case(3, 11, 10, 256, 168)
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_what_the_epilogue_reads_is_asked_for_once_and_whole(self, hopper, tile, splits, all_of_it, skip):
+        case = Case(3, 11, 10, 256, 168, state=torch.float32, skip=skip)
         asked = case.check(hopper, Cut(tile, splits=splits))
-        assert asked == (case.y_hat.numel() * 2 if all_of_it else 0)
+        assert asked == (case.y_hat.numel() * (6 if skip else 4) if all_of_it else 0)
 
 
 def test_results_do_not_depend_on_the_cut(hopper):
