@@ -10,8 +10,8 @@ import torch
 from modiff_kernels.backends import reference
 from modiff_kernels.quant import packing
 from modiff_kernels.quant.spec import quant_max, quant_min
-from tests.backends.cuda.emulation import SANITIZED, compile_source
-from tests.backends.cuda.hopper_emulation import SOURCE, Cut, HopperEmulator
+from tests.backends.cuda.conftest import running
+from tests.backends.cuda.hopper_emulation import Cut, HopperEmulator
 
 ONE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel size, stride, padding, dilation
 THREE = ((3, 3), (1, 1), (1, 1), (1, 1))
@@ -22,15 +22,15 @@ ALL_TILES = [(bits, tile) for bits, tiles in TILES.items() for tile in tiles]
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory, compiler):
-    program = tmp_path_factory.mktemp("hopper") / "hopper"
-    compile_source(compiler, SOURCE, program, *SANITIZED)
-    running = HopperEmulator(program)
-    yield running
-    running.close()
+    yield from running(HopperEmulator, "hopper", tmp_path_factory, compiler)
+
+
+def image(nhwc):
+    return nhwc.permute(0, 3, 1, 2)
 
 
 class Case:
-    """A product of random codes, and its results by the reference. NHWC, contiguous."""
+    """A product of random codes, and its results by the reference. Images are channels_last."""
 
     def __init__(
         self, n, h, w, c_in, c_out, window=ONE, bits=8, *, seed=0, granules=None, state=torch.float16,
@@ -39,7 +39,7 @@ class Case:
         draw = torch.Generator().manual_seed(seed)
         (r, s), stride, padding, dilation = self.window = window
         self.bits = bits
-        self.codes = torch.randint(-128, 128, (n, h, w, c_in), dtype=torch.int8, generator=draw)
+        self.codes = image(torch.randint(-128, 128, (n, h, w, c_in), dtype=torch.int8, generator=draw))
         weight_q = torch.randint(
             quant_min(bits), quant_max(bits) + 1, (c_out, r * s * c_in), dtype=torch.int8, generator=draw
         )
@@ -53,26 +53,25 @@ class Case:
             (side + 2 * padding[i] - dilation[i] * (window[0][i] - 1) - 1) // stride[i] + 1
             for i, side in enumerate((h, w))
         ]
-        self.shape = (n, *sides, c_out)
-        self.y_hat = torch.randn(self.shape, generator=draw).to(state)
-        self.skip = torch.randn(self.shape, generator=draw).to(out) if skip else None
+        shape = (n, *sides, c_out)
+        self.y_hat = image(torch.randn(shape, generator=draw).to(state))
+        self.skip = image(torch.randn(shape, generator=draw).to(out)) if skip else None
         self.out_dtype = out
         self.bias = None if bias is None else torch.randn(c_out, generator=draw).to(bias)
 
     def product(self):
         """scale * weight_scale * sums, of the reference."""
-        total = reference._product(
-            self.codes.permute(0, 3, 1, 2), self.scale, self.zero_point, self.weight_packed, self.weight_scale,
-            self.bits, -1, (*self.window, 1),
+        return reference._product(
+            self.codes, self.scale, self.zero_point, self.weight_packed, self.weight_scale, self.bits, -1,
+            (*self.window, 1),
         )  # fmt: skip
-        return total.permute(0, 2, 3, 1)
 
     def check(self, hopper, cut, epilogue="accumulate", write_out=True):
         value = self.product()
         if epilogue == "accumulate":
             value = self.y_hat.float() + value
         elif self.bias is not None:
-            value = value + self.bias.float()
+            value = value + self.bias.float()[:, None, None]
         state = None if epilogue == "output" else value.to(self.y_hat.dtype)
         wanted = value if state is None else state.float()
         wanted = (wanted if self.skip is None else wanted + self.skip.float()).to(self.out_dtype)
@@ -80,7 +79,7 @@ class Case:
         y_hat = None
         if epilogue != "output":
             y_hat = self.y_hat.clone() if epilogue == "accumulate" else torch.full_like(self.y_hat, torch.nan)
-        out = torch.full(self.shape, torch.nan, dtype=self.out_dtype) if write_out else None
+        out = torch.full_like(self.y_hat, torch.nan, dtype=self.out_dtype) if write_out else None
         prefetched = hopper.product(
             self.codes, self.scale, self.zero_point, self.weight_packed, self.weight_scale, self.bits, self.window,
             epilogue, self.bias, y_hat, self.skip, out, cut,

@@ -1,48 +1,19 @@
-// Runs calls of the products of csrc/cuda/sm90 on the host: reads them from standard input and answers on standard
-// output until the input ends. tests/backends/cuda/hopper_emulation.py is the other side; buffers have their exact
-// sizes, so that the sanitizers find every access beside them.
-#include <cstdio>
-
+// Runs whole calls of the products of csrc/cuda/sm90 on the host until the input ends.
 #include "cuda/common/weight_sums.h"
 #include "cuda/sm90/product_body.h"
 #include "hopper_cta.h"
 #include "host_cta.h"
+#include "wire.h"
 
 namespace {
 
 using namespace modiff;
 using namespace modiff::cuda;
+using SumsLaunch = HostLaunch<HostCta>;
 
 struct Request {
-  int64_t samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-      out_h, out_w;
-  int64_t weight_bits, rows_per_scale, epilogue, y_hat_dtype, skip_dtype, out_dtype, bias_dtype;
+  int64_t geometry[14], weight_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
   int64_t tile, splits, multiprocessors, falling, seed;  // tile -1: as planned
-};
-
-void read_exactly(void* data, size_t size) {
-  if (std::fread(data, 1, size, stdin) != size) std::abort();
-}
-
-struct Buffer {
-  std::unique_ptr<uint8_t[]> bytes;  // aligned to 16
-  int64_t size = -1;
-
-  void read() {
-    read_exactly(&size, sizeof(size));
-    if (size < 0) return;
-    bytes.reset(new uint8_t[static_cast<size_t>(size)]);
-    read_exactly(bytes.get(), static_cast<size_t>(size));
-  }
-  void fill(int64_t count) {
-    size = count;
-    bytes.reset(new uint8_t[static_cast<size_t>(size)]);
-    std::memset(bytes.get(), 0xFF, static_cast<size_t>(size));
-  }
-  void write() const {
-    if (size > 0) std::fwrite(bytes.get(), 1, static_cast<size_t>(size), stdout);
-  }
-  void* data() const { return bytes.get(); }
 };
 
 template <class Body>
@@ -67,28 +38,13 @@ void launch_tile(int bits, int tile, const sm90::ProductArgs<sm90::TensorMap>& a
   return launch<sm90::Product<3, 1, 64>>(args, r, grid);
 }
 
-void answer(const Request& r, HostLaunch& sums_launch) {
+void answer(const Request& r, SumsLaunch& sums_launch) {
   Buffer codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch;
   for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip, &out})
     buffer->read();
   ProductCall call{};
   ConvProblem& p = call.problem;
-  p.samples = r.samples;
-  p.h = r.h;
-  p.w = r.w;
-  p.c_in = r.c_in;
-  p.c_out = r.c_out;
-  p.kernel_h = r.kernel_h;
-  p.kernel_w = r.kernel_w;
-  p.stride_h = r.stride_h;
-  p.stride_w = r.stride_w;
-  p.pad_h = r.pad_h;
-  p.pad_w = r.pad_w;
-  p.dilation_h = r.dilation_h;
-  p.dilation_w = r.dilation_w;
-  p.groups = 1;
-  p.out_h = r.out_h;
-  p.out_w = r.out_w;
+  set_geometry(p, r.geometry);
   p.codes = static_cast<const int8_t*>(codes.data());
   p.scale = static_cast<const float*>(scale.data());
   p.zero_point = static_cast<const int32_t*>(zero_point.data());
@@ -117,8 +73,7 @@ void answer(const Request& r, HostLaunch& sums_launch) {
 
   sm90::Grid grid{};
   launch_tile(call.weight_bits, plan.tile, sm90::product_args(call, plan, tap_sums), r, grid);
-  y_hat.write();
-  out.write();
+  for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
   std::fwrite(&grid.prefetched, sizeof(grid.prefetched), 1, stdout);
   std::fflush(stdout);
 }
@@ -126,6 +81,6 @@ void answer(const Request& r, HostLaunch& sums_launch) {
 }  // namespace
 
 int main() {
-  HostLaunch sums_launch;
+  SumsLaunch sums_launch;
   for (Request request; std::fread(&request, sizeof(request), 1, stdin) == 1;) answer(request, sums_launch);
 }

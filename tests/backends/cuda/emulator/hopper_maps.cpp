@@ -7,15 +7,10 @@ using namespace modiff::cuda;
 
 namespace {
 
-// samples, h, w, c_in, c_out, kernel, stride, padding, dilation (two each), groups
-ProductCall call_of(const int64_t* sizes, int bits) {
+ProductCall call_of(const int64_t* geometry, int bits) {
   ProductCall call{};
   ConvProblem& p = call.problem;
-  int64_t* fields[] = {&p.samples,  &p.h,        &p.w,     &p.c_in,  &p.c_out,      &p.kernel_h,   &p.kernel_w,
-                       &p.stride_h, &p.stride_w, &p.pad_h, &p.pad_w, &p.dilation_h, &p.dilation_w, &p.groups};
-  for (int64_t* field : fields) *field = *sizes++;
-  p.out_h = (p.h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
-  p.out_w = (p.w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  set_geometry(p, geometry);
   p.codes = reinterpret_cast<const int8_t*>(uintptr_t{4096});
   p.weight = p.codes;
   call.weight_bits = bits;
@@ -51,8 +46,8 @@ void units(int row_tiles, int column_tiles, int splits, int steps, int32_t* out)
 }
 
 // channel, offset_h, offset_w, code of every box of the steps; returns the codes of a box.
-int boxes(const int64_t* sizes, int bits, int32_t* out, int64_t* count) {
-  const sm90::Window window = sm90::window_of(call_of(sizes, bits).problem, bits);
+int boxes(const int64_t* geometry, int bits, int32_t* out, int64_t* count) {
+  const sm90::Window window = sm90::window_of(call_of(geometry, bits).problem, bits);
   *count = sm90::step_count(window) * (sm90::kStep / window.span);
   for (int i = 0; out != nullptr && i < *count; ++i) {
     const sm90::Box box = sm90::box_of(window, i);
@@ -62,8 +57,8 @@ int boxes(const int64_t* sizes, int bits, int32_t* out, int64_t* count) {
 }
 
 // w, h, n of every output pixel.
-void corners(const int64_t* sizes, int32_t* out) {
-  const ConvProblem p = call_of(sizes, 8).problem;
+void corners(const int64_t* geometry, int32_t* out) {
+  const ConvProblem p = call_of(geometry, 8).problem;
   const sm90::Image image = sm90::image_of(p);
   for (int64_t row = 0; row < p.samples * p.out_h * p.out_w; ++row) {
     const sm90::Corner corner = sm90::corner_of(image, static_cast<int>(row));
@@ -86,8 +81,8 @@ void fragment(int columns, int32_t* out) {
 }
 
 // tile, rows and columns of it, row_tiles, column_tiles, splits, steps; bytes of scratch.
-int64_t plan(const int64_t* sizes, int bits, int multiprocessors, int32_t* out) {
-  const ProductCall call = call_of(sizes, bits);
+int64_t plan(const int64_t* geometry, int bits, int multiprocessors, int32_t* out) {
+  const ProductCall call = call_of(geometry, bits);
   const sm90::Plan plan = sm90::plan_of(call, multiprocessors);
   const sm90::Schedule& s = plan.schedule;
   const sm90::Tile tile = sm90::kTiles[plan.tile];
@@ -96,16 +91,16 @@ int64_t plan(const int64_t* sizes, int bits, int multiprocessors, int32_t* out) 
   return sm90::scratch_of(call, plan, 0).words * 4;
 }
 
-const char* limit(const int64_t* sizes, int bits, int codes_offset, int weight_offset) {
-  ProductCall call = call_of(sizes, bits);
+const char* limit(const int64_t* geometry, int bits, int codes_offset, int weight_offset) {
+  ProductCall call = call_of(geometry, bits);
   call.problem.codes += codes_offset;
   call.problem.weight += weight_offset;
   return sm90::limit_of(call);
 }
 
 // What TMA does not allow in the maps of a call, with any tile, or null.
-const char* problem_of_maps(const int64_t* sizes, int bits) {
-  const ProductCall call = call_of(sizes, bits);
+const char* problem_of_maps(const int64_t* geometry, int bits) {
+  const ProductCall call = call_of(geometry, bits);
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
     const auto args = sm90::product_args(call, sm90::plan_of_tile(call, tile, 1), 0);
     for (const sm90::TensorMap* map : {&args.codes, &args.weight, bits == 3 ? &args.high_plane : &args.weight}) {
