@@ -31,7 +31,7 @@ LEVELS = {
     "models": 0,
 }
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.
-HOT_ROOMS = ("nn", "ops", "integrations", "backends/triton")
+HOT_ROOMS = ("nn", "ops", "integrations", "backends/triton", "backends/cuda")
 HOST_READS = {"item", "cpu", "tolist", "numpy"}
 BINDING_FILES = {"csrc/cpu/ops.cpp", "csrc/cuda/ops.cpp"}
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2)/', re.MULTILINE)

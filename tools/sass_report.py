@@ -89,8 +89,8 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def _shortened(name: str) -> str:
-    inner = re.fullmatch(r"void modiff::kernel<(.*?) ?>\(.*\)", name)
-    return re.sub(r"modiff::(cuda::)?", "", inner[1] if inner else name)
+    inner = re.fullmatch(r"void modiff::(?:\w+::)*\w*kernel<(.*?) ?>\(.*\)", name)
+    return re.sub(r"modiff::(cuda::)?(sm80::)?", "", inner[1] if inner else name)
 
 
 def report(library: Path, archs: list[str] | None = None) -> list[Row]:

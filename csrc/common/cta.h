@@ -4,7 +4,7 @@
 //   int thread(), int64_t block()      indices of the caller
 //   void sync()                        barrier of the whole block
 //   T warp_max(T), T warp_sum(T)       over the 32 threads of a warp, all of which call it; the same in every lane, and
-//                                      sums in the same order in every run
+//                                      sums in the same order in every run (T: uint32_t; float and int32_t)
 //   void atomic_max(uint32_t*, v)      in global memory
 //
 // A body is a struct with `kThreads`, `Args` (passed by value), `Shared` (one per block, uninitialised) and
@@ -32,6 +32,7 @@ struct DeviceCta {
         __fadd_rn(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
     return value;
   }
+  __device__ __forceinline__ int32_t warp_sum(int32_t value) const { return __reduce_add_sync(0xFFFFFFFFu, value); }
   __device__ __forceinline__ void atomic_max(uint32_t* address, uint32_t value) const { atomicMax(address, value); }
 };
 

@@ -10,9 +10,11 @@
 #if defined(__CUDACC__)
 #define MODIFF_HD __host__ __device__ __forceinline__
 #define MODIFF_UNROLL _Pragma("unroll")
+#define MODIFF_NO_UNROLL _Pragma("unroll 1")
 #else
 #define MODIFF_HD inline __attribute__((always_inline))
 #define MODIFF_UNROLL
+#define MODIFF_NO_UNROLL
 #endif
 
 namespace modiff {

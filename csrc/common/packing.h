@@ -57,4 +57,24 @@ MODIFF_HD void unpack_eight_nibbles(uint32_t word, uint32_t& first, uint32_t& se
   second = extend_nibbles(spread_nibbles(word >> 16));
 }
 
+// Four 3-bit codes, their low two bits in a byte and bit 2 in a nibble, to four int8: pairs and bits are spread to
+// bytes; u ^ 4 is the code in three bits, whose signs are extended at once.
+MODIFF_HD uint32_t spread_pairs(uint32_t byte) {
+  const uint32_t two = (byte | (byte << 12)) & 0x000F000Fu;
+  return (two | (two << 6)) & 0x03030303u;
+}
+
+MODIFF_HD uint32_t spread_bits(uint32_t nibble) { return (nibble * 0x00204081u) & 0x01010101u; }
+
+MODIFF_HD uint32_t join_planes(uint32_t byte, uint32_t nibble) {
+  const uint32_t codes = spread_pairs(byte) | ((spread_bits(nibble) ^ 0x01010101u) << 2);
+  return codes | ((codes & 0x04040404u) * 0x3Eu);
+}
+
+// Eight 3-bit codes in order: 16 bits of the low plane, 8 bits of the high one.
+MODIFF_HD void unpack_eight_planes(uint32_t low, uint32_t high, uint32_t& first, uint32_t& second) {
+  first = join_planes(low & 0xFFu, high & 0xFu);
+  second = join_planes((low >> 8) & 0xFFu, (high >> 4) & 0xFu);
+}
+
 }  // namespace modiff

@@ -17,6 +17,18 @@ struct ProductCall {
   void* scratch;           // aligned to 16
 };
 
+// Sizes in the order in which the callers have them: samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h,
+// stride_w, pad_h, pad_w, dilation_h, dilation_w, groups.
+constexpr int kGeometry = 14;
+
+inline void set_geometry(ConvProblem& p, const int64_t* values) {
+  int64_t* fields[kGeometry] = {&p.samples,  &p.h,        &p.w,     &p.c_in,  &p.c_out,      &p.kernel_h,   &p.kernel_w,
+                                &p.stride_h, &p.stride_w, &p.pad_h, &p.pad_w, &p.dilation_h, &p.dilation_w, &p.groups};
+  for (int i = 0; i < kGeometry; ++i) *fields[i] = values[i];
+  p.out_h = (p.h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_w = (p.w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+}
+
 // What a call needs to know of the GPU.
 struct Device {
   int index;
@@ -25,9 +37,11 @@ struct Device {
 };
 
 // Bytes of scratch of a call, and the call. They launch on the current device and return 0, or the cudaError_t of the
-// launch. csrc/cuda/sm80 runs on every capability from 80 on, csrc/cuda/sm90 on 90 alone.
+// launch. csrc/cuda/sm80 runs on every capability from 80 on, csrc/cuda/sm90 on 90 alone, and there for calls without
+// a limit: product_sm90_limit says why it cannot run one, or gives null.
 int64_t product_sm80_scratch(const ProductCall& call, const Device& device);
 int product_sm80(const ProductCall& call, const Device& device, Stream stream);
+const char* product_sm90_limit(const ProductCall& call);
 int64_t product_sm90_scratch(const ProductCall& call, const Device& device);
 int product_sm90(const ProductCall& call, const Device& device, Stream stream);
 

@@ -1,19 +1,23 @@
 // What becomes of the integer sums of a product, eight consecutive output channels of a row at a time:
 //
-//   v[m, n] = scale[m / rows_per_scale] * weight_scale[n] * (sum[m, n] - zero_point[m / rows_per_scale] * weights[m,
-//   n]) accumulate   y_hat += v           out = y_hat + skip, if there is an out initialize   y_hat  = v + bias    out
-//   = y_hat + skip, if there is an out output       out    = v + bias + skip
+//   v[m, n] = scale[m / rows_per_scale] * weight_scale[n]
+//             * (sum[m, n] - zero_point[m / rows_per_scale] * weights[m, n])
 //
-// in float32; out is made from y_hat as it is stored. weights[m, n]: the sum of the weight's codes
-// over the taps of the kernel that lie inside the image for pixel m (padding stands for x = 0, a code equal to the zero
-// point, while its code is 0 in `sum`).
+//   accumulate   y_hat += v              out = y_hat + skip, if there is an out
+//   initialize   y_hat  = v + bias       out = y_hat + skip, if there is an out
+//   output                               out = v + bias + skip
 //
-// Operands, row major, M = samples * out_h * out_w rows of N = c_out:
+// in float32; out is made from y_hat as it is stored. weights[m, n]: the sum of the weight's codes over the taps of the
+// kernel that lie inside the image for pixel m (padding stands for x = 0, a code equal to the zero point, while its
+// code is 0 in `sum`).
+//
+// Operands, row major, M = samples * out_h * out_w rows, less than 2^31, of N = c_out:
 //   scale, zero_point      [M / rows_per_scale]    float32, int32 or null
 //   weight_scale           [N]                     float32
 //   bias                   [N]                     float32, float16 or bfloat16, or null
 //   tap_sums               [N, T]                  int32, with zero points only; T = kernel_h * kernel_w with padding,
-//   else 1 y_hat, skip, out       [M, N]                  float32, float16 or bfloat16, or null
+//                                                  else 1
+//   y_hat, skip, out       [M, N]                  float32, float16 or bfloat16, or null
 //
 // Bytes per output: 2t + s with a state of t and an output of s bytes (accumulate), s more for skip.
 #pragma once
@@ -28,7 +32,8 @@ struct EpilogueArgs {
   const float* weight_scale;
   Parameter bias;
   const int32_t* tap_sums;
-  // The window, for taps outside the image; taps == 1: none is.
+  // The window, for taps outside the image, which only padding brings about.
+  bool padded;
   int taps, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t h, w, out_h, out_w;
   Epilogue epilogue;
@@ -52,7 +57,8 @@ inline EpilogueArgs epilogue_args(const ProductCall& call, const int32_t* tap_su
   args.weight_scale = p.weight_scale;
   args.bias = call.bias;
   args.tap_sums = tap_sums;
-  args.taps = p.pad_h == 0 && p.pad_w == 0 ? 1 : static_cast<int>(p.kernel_h * p.kernel_w);
+  args.padded = p.pad_h != 0 || p.pad_w != 0;
+  args.taps = args.padded ? static_cast<int>(p.kernel_h * p.kernel_w) : 1;
   args.kernel_w = static_cast<int>(p.kernel_w);
   args.stride_h = static_cast<int>(p.stride_h);
   args.stride_w = static_cast<int>(p.stride_w);
@@ -109,13 +115,16 @@ MODIFF_HD void store_row(void* base, DType dtype, int64_t at, int count, bool wh
   }
 }
 
+// Of numbers from 0 to 2^31 - 1, which a GPU divides much faster than those of 64 bits.
+MODIFF_HD int64_t quotient(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
+
 // The sum of the weight's codes of output channel `column` over the taps inside the image for output pixel `row`.
 MODIFF_HD int32_t inside_weights(const EpilogueArgs& args, int64_t row, int64_t column) {
   const int32_t* sums = args.tap_sums + column * args.taps;
-  if (args.taps == 1) return sums[0];
-  const int64_t pixel = row % (args.out_h * args.out_w);
-  const int64_t top = pixel / args.out_w * args.stride_h - args.pad_h;
-  const int64_t left = pixel % args.out_w * args.stride_w - args.pad_w;
+  if (!args.padded) return sums[0];
+  const int64_t line = quotient(row, args.out_w), sample = quotient(line, args.out_h);
+  const int64_t top = (line - sample * args.out_h) * args.stride_h - args.pad_h;
+  const int64_t left = (row - line * args.out_w) * args.stride_w - args.pad_w;
   int32_t total = 0;
   for (int tap = 0; tap < args.taps; ++tap) {
     const int64_t y = top + tap / args.kernel_w * args.dilation_h, x = left + tap % args.kernel_w * args.dilation_w;
@@ -129,7 +138,7 @@ MODIFF_HD void finish_vector(const EpilogueArgs& args, int64_t row, int64_t colu
   if (row >= args.rows || column >= args.columns) return;
   const int count = static_cast<int>(least<int64_t>(kVector, args.columns - column));
   const bool whole = args.whole;  // then count is kVector
-  const int64_t at = row * args.columns + column, granule = row / args.rows_per_scale;
+  const int64_t at = row * args.columns + column, granule = quotient(row, args.rows_per_scale);
   const float scale = args.scale[granule];
   const int32_t zero_point = args.zero_point == nullptr ? 0 : args.zero_point[granule];
   float value[kVector], weight_scale[kVector];

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from modiff_kernels.backends import cuda
-from tests.backends.cuda.emulation import SANITIZED, SOURCE, Emulator, compile_source
+from modiff_kernels.backends.cuda import library
+from tests.backends.cuda.emulation import EMULATOR, SANITIZED, ProductEmulator, QuantizingEmulator, compile_source
 from tests.backends.quantizing_cases import Place
 
 KERNELS = {name: kernel.fn for name, kernel in cuda.KERNELS.items()}
@@ -22,23 +23,34 @@ def compiler():
     return name
 
 
+def running(kind, name, tmp_path_factory, compiler, *flags):
+    """The program emulator/<name>.cpp; a sanitizer's complaint fails the test whose call it ends."""
+    program = tmp_path_factory.mktemp("emulator") / name
+    compile_source(compiler, EMULATOR / f"{name}.cpp", program, *SANITIZED, *flags)
+    emulator = kind(program)
+    yield emulator
+    emulator.close()
+
+
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory, compiler):
-    """A running program with the kernels; a sanitizer's complaint fails the test whose call it ends."""
-    program = tmp_path_factory.mktemp("emulator") / "emulator"
-    compile_source(compiler, SOURCE, program, *SANITIZED)
-    running = Emulator(program)
-    yield running
-    running.close()
+    """The quantising kernels on the host."""
+    yield from running(QuantizingEmulator, "quantizing", tmp_path_factory, compiler)
+
+
+@pytest.fixture(scope="session")
+def product_emulator(tmp_path_factory, compiler):
+    """The products of csrc/cuda/sm80 on the host."""
+    yield from running(ProductEmulator, "products", tmp_path_factory, compiler)
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request, monkeypatch):
-    """The quantising kernels where they run."""
+    """The kernels where they run."""
     if request.param == "cuda":
         if (reason := cuda.unavailable()) is not None:
             pytest.skip(reason)
         return Place(KERNELS, torch.device("cuda"))
-    running = request.getfixturevalue("emulator")
-    monkeypatch.setattr(cuda, "quantize_op", lambda: running.quantize)
+    quantize = request.getfixturevalue("emulator").quantize
+    monkeypatch.setattr(library, "quantize_op", lambda: quantize)
     return Place(KERNELS, torch.device("cpu"))

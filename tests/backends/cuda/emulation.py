@@ -1,19 +1,20 @@
-"""The CUDA kernels on the host: builds the program of emulator/ with sanitizers, and calls it in the place of the op
-`modiff_cuda::quantize`.
+"""The CUDA kernels on the host: builds the programs of emulator/ with sanitizers, and calls them in the place of the
+ops `modiff_cuda::quantize` and `modiff_cuda::product`.
 """
 
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from modiff_kernels.backends import cuda
+from modiff_kernels.backends.cuda import quantizing
 from modiff_kernels.quant.packing import empty_packed
 from modiff_kernels.quant.spec import granule_count
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCE = Path(__file__).parent / "emulator" / "main.cpp"
+EMULATOR = Path(__file__).parent / "emulator"
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/problem.h
 
@@ -27,7 +28,7 @@ def compile_source(compiler: str, source: Path, out: Path, *flags: str) -> None:
 
 
 class Emulator:
-    """A running program; `quantize` has the arguments and results of the op."""
+    """A running program that answers calls."""
 
     def __init__(self, program: Path):
         self.process = subprocess.Popen(
@@ -40,6 +41,27 @@ class Emulator:
         errors = self.process.stderr.read().decode()
         assert self.process.wait(timeout=60) == 0, errors
 
+    def ask(self, head: bytes, tensors: Sequence[torch.Tensor | None], results: Sequence[torch.Tensor | None]) -> None:
+        """Sends a call and fills `results`, as far as there are any, with the answer."""
+        try:
+            self.process.stdin.write(head + b"".join(map(_buffer, tensors)))
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise AssertionError(self.process.stderr.read().decode()) from None
+        for result in results:
+            if result is not None:
+                _in_memory_order(result).copy_(self._read(result))
+
+    def _read(self, like: torch.Tensor) -> torch.Tensor:
+        size = like.numel() * like.element_size()
+        data = self.process.stdout.read(size)
+        assert len(data) == size, self.process.stderr.read().decode()
+        return torch.frombuffer(bytearray(data), dtype=like.dtype).view(_in_memory_order(like).shape)
+
+
+class QuantizingEmulator(Emulator):
+    """emulator/quantizing.cpp; `quantize` has the arguments and results of the op."""
+
     def quantize(
         self, x, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity, clip_ratio,
         scale, packed, samples, rows, channels,
@@ -48,26 +70,47 @@ class Emulator:
             "16q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
             act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), self.falling, eps, clip_ratio,
         )  # fmt: skip
-        try:
-            self.process.stdin.write(head + b"".join(map(_buffer, (x, x_hat, gamma, beta, shift, scale))))
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise AssertionError(self.process.stderr.read().decode()) from None
         like = x if x.ndim == 4 else x[..., :channels].contiguous()
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
-        name = next(key for key, value in cuda._GRANULARITY.items() if value == granularity)
+        name = next(key for key, value in quantizing.GRANULARITY.items() if value == granularity)
         used = torch.empty(granule_count(like.shape, name, x.ndim == 4))
         third = torch.empty_like(used, dtype=torch.int32 if x_hat is None else torch.float32)
-        for result in (codes, used, third, x_hat):
-            if result is not None:
-                _in_memory_order(result).copy_(self._read(result))
+        self.ask(head, (x, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
         return codes, used, third
 
-    def _read(self, like: torch.Tensor) -> torch.Tensor:
-        size = like.numel() * like.element_size()
-        data = self.process.stdout.read(size)
-        assert len(data) == size, self.process.stderr.read().decode()
-        return torch.frombuffer(bytearray(data), dtype=like.dtype).view(_in_memory_order(like).shape)
+
+class ProductEmulator(Emulator):
+    """emulator/products.cpp; `product` has the arguments and results of the op. `tile` and `splits` are what the
+    kernels choose for a GPU (csrc/cuda/sm80/tile_config.h); CHOOSE leaves it to them, for a GPU with as many
+    multiprocessors as `splits`.
+    """
+
+    CHOOSE = -1
+
+    def __init__(self, program: Path):
+        super().__init__(program)
+        self.tile, self.splits = self.CHOOSE, 4
+
+    def product(
+        self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, epilogue, y_hat, skip, write_out,
+        out_dtype, geometry,
+    ):  # fmt: skip
+        samples, h, w, _, n, r, s, *window, _ = geometry
+        sizes = [
+            (size + 2 * window[2 + i] - window[4 + i] * (kernel - 1) - 1) // window[i] + 1
+            for i, (size, kernel) in enumerate(((h, r), (w, s)))
+        ]
+        head = struct.pack(
+            "25q", *geometry, weight_bits, samples * sizes[0] * sizes[1] // len(scale), epilogue, _dtype(bias),
+            _dtype(y_hat), _dtype(skip), DTYPES[out_dtype], write_out, self.tile, self.splits, self.falling,
+        )  # fmt: skip
+        if codes.ndim == 4:
+            out = torch.empty((samples, n, *sizes), dtype=out_dtype, memory_format=torch.channels_last)
+        else:
+            out = torch.empty((*codes.shape[:-1], n), dtype=out_dtype)
+        tensors = (codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip)
+        self.ask(head, tensors, (out if write_out else None, y_hat))
+        return out if write_out else torch.empty(0, dtype=out_dtype)
 
 
 def _dtype(t: torch.Tensor | None) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modiff_kernels.backends import cuda, reference
+from modiff_kernels.backends.cuda import library
 from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.packing import KPACK_V1
@@ -20,8 +21,8 @@ def why_not(op, **fields):
     return cuda.KERNELS[op].why_not(Problem(op, device_type="cuda", **fields))
 
 
-def test_it_has_the_quantising_ops():
-    assert set(cuda.KERNELS) == {name for name in reference.KERNELS if "quantize_" in name}
+def test_it_has_all_ops_that_run_in_a_step():
+    assert set(cuda.KERNELS) == set(reference.KERNELS) - set(dispatch.REFERENCE_OPS)
 
 
 def test_ops_take_the_arguments_of_the_schema():
@@ -53,9 +54,54 @@ def test_reasons(op, fields, words):
     assert reason is None if words is None else re.search(words, reason)
 
 
+CONV = {"kernel_size": (3, 3), "padding": (1, 1), "k": 9 * 320, "n": 640, "weight_bits": 8, "layout": KPACK_V1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, None),
+        ({"capability": (8, 9), "weight_bits": 3}, None),
+        ({"stride": (2, 2), "dilation": (2, 1), "padding": (0, 0)}, None),
+        ({"k": 9 * 16}, None),
+        ({"k": 1 << 16, "kernel_size": (1, 1), "padding": (0, 0), "granularity": "per_token"}, None),
+        ({"m": (1 << 30) - 1, "n": 320}, None),
+        ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 or newer"),
+        ({"k": 9 * 4}, "4 input channels: codes are read 16 at a time, so their number must be divisible by 16"),
+        ({"k": 9 * 24}, "24 input channels"),
+        ({"k": 9 * 16, "weight_bits": 4}, "4-bit weights with k=144: .* divisible by 32; use weight_bits=8"),
+        ({"k": 9 * 16, "weight_bits": 3}, "3-bit weights with k=144"),
+        ({"k": 9 * 7296}, "k=65664 products can overflow int32; at most 65536"),
+        ({"m": 1 << 30}, "m=1073741824 rows; less than 2\\^30 are counted"),
+        ({"m": 1 << 29, "n": 1 << 10}, "more blocks than a launch has"),
+        ({"group_size": 64}, "group_size=64: only one weight scale per output channel; use group_size=-1"),
+        ({"groups": 2}, "groups=2: only convolutions over all channels"),
+        ({"layout": "vnni_v1"}, "layout 'kpack_v1', not 'vnni_v1'"),
+        ({"granularity": "per_token"}, "do not factor out of a convolution"),
+    ],
+)
+@pytest.mark.parametrize("op", ["accumulate_conv2d", "quantized_conv2d", "modulated_conv2d", "initialize_conv2d"])
+def test_reasons_of_products(op, fields, words):
+    act_bits = {"modulated_conv2d": 4, "initialize_conv2d": 8}.get(op)
+    reason = why_not(op, **{"m": 4096, "act_bits": act_bits, **CONV, **fields})
+    assert reason is None if words is None else re.search(words, reason)
+
+
+def test_a_first_call_in_high_precision_needs_the_layout_alone():
+    fields = {**CONV, "m": 64, "act_bits": 0, "k": 9 * 3, "group_size": 64}
+    assert why_not("initialize_conv2d", **fields) is None
+    assert "not 'vnni_v1'" in why_not("initialize_conv2d", **{**fields, "layout": "vnni_v1"})
+
+
+def test_the_quantising_pass_may_be_the_limit():
+    fields = {**CONV, "kernel_size": (1, 1), "padding": (0, 0), "k": 8208, "m": 64, "act_bits": 8}
+    assert "of at most 8192 channels" in why_not("modulated_conv2d", **fields, granularity="per_token")
+    assert why_not("modulated_conv2d", **fields, granularity="per_sample") is None
+
+
 def test_unavailable(monkeypatch):
     ask = cuda.unavailable.__wrapped__
-    monkeypatch.setattr(cuda, "why_not_loaded", lambda: None)
+    monkeypatch.setattr(library, "why_not_loaded", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ask() == "torch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -64,30 +110,31 @@ def test_unavailable(monkeypatch):
     assert ask() == "compute capability 7.5: the kernels need 8.0 (A100) or newer"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert ask() is None
-    monkeypatch.setattr(cuda, "why_not_loaded", lambda: "it does not load")
+    monkeypatch.setattr(library, "why_not_loaded", lambda: "it does not load")
     assert ask() == "it does not load"
 
 
 def test_a_library_that_is_missing_or_broken_is_a_reason(monkeypatch, tmp_path):
-    ask = cuda.why_not_loaded.__wrapped__
-    monkeypatch.setattr(cuda, "_LIBRARY", tmp_path / "libmodiff_cuda.so")
+    ask = library.why_not_loaded.__wrapped__
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libmodiff_cuda.so")
     assert "libmodiff_cuda.so was not built" in ask()
     assert "MODIFF_CUDA=OFF" in ask()
     (tmp_path / "libmodiff_cuda.so").write_text("no library")
     assert "libmodiff_cuda.so does not load" in ask()
 
 
-def test_the_library_loads_without_a_gpu_and_registers_its_op():
-    if not cuda._LIBRARY.exists():
-        pytest.skip(cuda.why_not_loaded())
-    assert cuda.why_not_loaded() is None
+def test_the_library_loads_without_a_gpu_and_registers_its_ops():
+    if not library.LIBRARY.exists():
+        pytest.skip(library.why_not_loaded())
+    assert library.why_not_loaded() is None
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert has_kernel("modiff_cuda::quantize", "CUDA")
-    assert not has_kernel("modiff_cuda::quantize", "CPU")
-    assert not hasattr(ctypes.CDLL(str(cuda._LIBRARY)), "cudaMalloc"), "the CUDA runtime inside must stay hidden"
+    for op in ("modiff_cuda::quantize", "modiff_cuda::product"):
+        assert has_kernel(op, "CUDA")
+        assert not has_kernel(op, "CPU")
+    assert not hasattr(ctypes.CDLL(str(library.LIBRARY)), "cudaMalloc"), "the CUDA runtime inside must stay hidden"
 
 
-def test_the_quantising_ops_are_second_to_triton():
+def test_it_is_second_to_triton_as_long_as_nothing_is_measured():
     assert dispatch.PRIORITY["cuda"] == ("triton", "cuda", "reference")
 
 

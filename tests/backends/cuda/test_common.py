@@ -171,6 +171,15 @@ class TestPacking:
         call(common.unpack_words, words, got, count(words))
         assert torch.equal(got.view(-1, 8), packing.unpack(words.view(torch.uint8).view(-1, 4), 4, 8))
 
+    def test_planes_unpack(self, common):
+        """All low planes with one high plane, all high planes with one low plane, and random pairs."""
+        low = torch.cat((torch.arange(1 << 16), torch.full((256,), 0x1BE4), torch.randint(1 << 16, (4096,))))
+        high = torch.cat((torch.full((1 << 16,), 0xA6), torch.arange(256), torch.randint(256, (4096,))))
+        low, high = low.to(torch.uint16), high.to(torch.uint8)
+        got = torch.empty((len(low), 8), dtype=torch.int8)
+        call(common.unpack_planes, low, high, got, count(low))
+        assert torch.equal(got, packing.unpack(torch.cat((low.view(torch.uint8).view(-1, 2), high[:, None]), 1), 3, 8))
+
 
 def _ends(bits):
     return quant_min(bits), quant_max(bits) + 1

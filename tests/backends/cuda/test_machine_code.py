@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from modiff_kernels.backends import cuda
+from modiff_kernels.backends.cuda import library
 from tools import sass_report
 from tools.sass_report import Row
 
@@ -15,10 +15,10 @@ RULES = sass_report.load_rules(sass_report.RULES)
 
 @pytest.fixture(scope="module")
 def rows():
-    if not cuda._LIBRARY.exists():
-        pytest.skip(cuda.why_not_loaded())
+    if not library.LIBRARY.exists():
+        pytest.skip(library.why_not_loaded())
     pytest.importorskip("triton", reason="the disassemblers come with triton")
-    return sass_report.report(cuda._LIBRARY, ARCHS)
+    return sass_report.report(library.LIBRARY, ARCHS)
 
 
 @pytest.mark.slow
@@ -29,10 +29,10 @@ def test_rules_hold(rows, rule):
 
 
 def test_the_library_has_every_architecture():
-    if not cuda._LIBRARY.exists():
-        pytest.skip(cuda.why_not_loaded())
+    if not library.LIBRARY.exists():
+        pytest.skip(library.why_not_loaded())
     pytest.importorskip("triton", reason="the disassemblers come with triton")
-    listed = "".join(sass_report.lines(sass_report.disassembler("cuobjdump"), "-lelf", str(cuda._LIBRARY)))
+    listed = "".join(sass_report.lines(sass_report.disassembler("cuobjdump"), "-lelf", str(library.LIBRARY)))
     for arch in ("sm_80", "sm_86", "sm_89", "sm_90a"):
         assert f".{arch}.cubin" in listed
 

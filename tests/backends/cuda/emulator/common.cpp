@@ -79,4 +79,13 @@ void unpack_words(const uint32_t* words, int8_t* codes, int64_t count) {
     std::memcpy(codes + 8 * i, parts, sizeof(parts));
   }
 }
+
+// Both planes of eight codes each to eight codes each.
+void unpack_planes(const uint16_t* low, const uint8_t* high, int8_t* codes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t parts[2];
+    unpack_eight_planes(low[i], high[i], parts[0], parts[1]);
+    std::memcpy(codes + 8 * i, parts, sizeof(parts));
+  }
+}
 }

@@ -85,7 +85,7 @@ class Fibers {
 // warp.
 class HostCta {
  public:
-  HostCta(Fibers& fibers, int threads, int64_t block)
+  HostCta(Fibers& fibers, int threads, int64_t block, [[maybe_unused]] bool falling)
       : fibers_(fibers), block_(block), lanes_(static_cast<size_t>(threads)) {}
 
   int thread() const { return fibers_.current(); }
@@ -99,6 +99,11 @@ class HostCta {
   float warp_sum(float value) {
     for (int lane = kWarp / 2; lane > 0; lane /= 2)
       value = add_rn(value, bits_to_float(shuffle_xor(float_to_bits(value), lane)));
+    return value;
+  }
+  int32_t warp_sum(int32_t value) {
+    for (int lane = kWarp / 2; lane > 0; lane /= 2)
+      value += static_cast<int32_t>(shuffle_xor(static_cast<uint32_t>(value), lane));
     return value;
   }
   void atomic_max(uint32_t* address, uint32_t value) { *address = most(*address, value); }
@@ -117,7 +122,8 @@ class HostCta {
   std::vector<uint32_t> lanes_;
 };
 
-// Launches for quantize_launch.h. `falling`: threads and blocks in falling order.
+// Launches for quantize_launch.h and its like. `falling`: threads and blocks in falling order.
+template <class Cta>
 struct HostLaunch {
   bool falling = false;
 
@@ -125,7 +131,7 @@ struct HostLaunch {
   void run(int64_t blocks, const typename Body::Args& args) {
     Fibers& fibers = fibers_.try_emplace(Body::kThreads, Body::kThreads).first->second;
     for (int64_t i = 0; i < blocks; ++i) {
-      HostCta cta(fibers, Body::kThreads, falling ? blocks - 1 - i : i);
+      Cta cta(fibers, Body::kThreads, falling ? blocks - 1 - i : i, falling);
       auto shared = std::make_unique<typename Body::Shared>();
       std::memset(static_cast<void*>(shared.get()), 0xFF, sizeof(*shared));
       fibers.run([&](int) { Body::run(cta, *shared, args); }, falling);

@@ -1,16 +1,14 @@
-// Runs whole calls of the quantising kernels on the host: reads calls from standard input and answers on standard
-// output until the input ends. tests/backends/cuda/emulator.py is the other side; buffers have their exact sizes, so
-// that the sanitizers find every access beside them.
-#include <cstdio>
-#include <vector>
-
+// Runs whole calls of the quantising kernels on the host until the input ends.
 #include "cuda/common/quantize_launch.h"
 #include "host_cta.h"
+#include "wire.h"
 
 namespace {
 
+using modiff::Buffer;
 using modiff::DType;
 using namespace modiff::cuda;
+using Launch = modiff::HostLaunch<modiff::HostCta>;
 
 struct Request {
   int64_t prologue, samples, rows, channels, input_dtype, num_groups, silu, x_hat_dtype, affine, act_bits, granularity,
@@ -18,34 +16,7 @@ struct Request {
   double eps, clip_ratio;
 };
 
-void read_exactly(void* data, size_t size) {
-  if (std::fread(data, 1, size, stdin) != size) std::abort();
-}
-
-// A buffer as the request has it: its size (-1: null), then its bytes.
-struct Buffer {
-  std::vector<char> bytes;
-  bool there = false;
-
-  void read() {
-    int64_t size = 0;
-    read_exactly(&size, sizeof(size));
-    there = size >= 0;
-    if (!there) return;
-    bytes = std::vector<char>(static_cast<size_t>(size));
-    if (size > 0) read_exactly(bytes.data(), bytes.size());
-  }
-  void fill(int64_t size) {
-    bytes.assign(static_cast<size_t>(size), static_cast<char>(0xFF));
-    there = true;
-  }
-  void write() const {
-    if (!bytes.empty()) std::fwrite(bytes.data(), 1, bytes.size(), stdout);
-  }
-  void* data() { return there ? bytes.data() : nullptr; }
-};
-
-void answer(const Request& r, modiff::HostLaunch& launch) {
+void answer(const Request& r, Launch& launch) {
   Buffer input, x_hat, gamma, beta, shift, given, codes, scale, third, scratch;
   for (Buffer* buffer : {&input, &x_hat, &gamma, &beta, &shift, &given}) buffer->read();
   QuantizeCall call{};
@@ -105,6 +76,6 @@ void answer(const Request& r, modiff::HostLaunch& launch) {
 }  // namespace
 
 int main() {
-  modiff::HostLaunch launch;
+  Launch launch;
   for (Request request; std::fread(&request, sizeof(request), 1, stdin) == 1;) answer(request, launch);
 }
