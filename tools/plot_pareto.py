@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.pareto_report import Panel, panels
-from benchmarks.record import ROOT
 
 NETWORK = "float32"
 SHOWN = (
