@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.pareto_report import Panel, panels
+from benchmarks.pareto_report import Panel, panels  # noqa: E402 (the path is set first)
 
 NETWORK = "float32"
 SHOWN = (
