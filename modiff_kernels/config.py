@@ -40,8 +40,9 @@ class ModiffConfig:
     mode: "modulated", or "quantized" (plain low-bit layers without state: scale_mode, first_step_bits, clip_ratio
         and state_dtype are not used).
     clip_ratio: above 0 and up to 1: dynamic and delayed scales cover this part of the absmax.
-    schedule: which calls of a run compute the network and what takes the place of the others: None (all do), "auto" (by
-        sampler and number of calls), a StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U".
+    schedule: which calls of a run compute the network and what takes the place of the others: None (all do), a
+        StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U", or "auto": what `modiff calibrate` stored in
+        the model's folder for this sampler and these timesteps, else by sampler and number of calls.
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
     """

@@ -225,7 +225,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="JSON for --schedule of the other commands (modiff_schedule.json in the folder of --model, or here)",
+        help="JSON for --schedule of the other commands (modiff_schedule.json in the folder of --model, where "
+        "--schedule auto finds it, or here)",
     )
 
     commands.add_parser("doctor", help="what runs on this machine, what does not, and why")

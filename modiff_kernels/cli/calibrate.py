@@ -19,8 +19,10 @@ from modiff_kernels.cli.arguments import UserError, command_line, writable
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import psnr
+from modiff_kernels.planning.clock import host_timesteps
 from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.planning.search import Found, computed_for_speedup, search
+from modiff_kernels.planning.stored import FILE_NAME, run_of
 
 __all__ = ["run"]
 
@@ -29,7 +31,7 @@ TIMED_RUNS = 3
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
-    out = writable(args.out or folder / "modiff_schedule.json")
+    out = writable(args.out or folder / FILE_NAME)
     models.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -145,6 +147,8 @@ def _report(
     held_out_db: float,
     times: tuple[float, float] | None,
 ) -> dict[str, Any]:
+    scheduler = models.make_scheduler(model, args.scheduler)
+    scheduler.set_timesteps(args.steps)
     return {
         "schedule": str(found.schedule),
         "model": model.name,
@@ -158,4 +162,5 @@ def _report(
         "update_s": times and times[0],
         "skip_s": times and times[1],
         "command": command_line(args.argv),
+        **run_of(scheduler, host_timesteps(scheduler)),
     }

@@ -23,6 +23,7 @@ from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
 from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.planning.stored import beside
 
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -96,7 +97,8 @@ class Handle:
         self._own_runs: list[tuple[int | None, Any]] = []
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
-            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run)
+            stored = beside(unet, pipe) if config.schedule == "auto" else None
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run, stored)
         self._undo: contextlib.ExitStack | None = None
 
     def sampling_run(
