@@ -90,8 +90,11 @@ def draw(found: list[Panel], path: Path) -> None:
         axis.set_xlabel("evaluations of the network", fontsize=9)
         axis.set_ylabel("dB to converged", fontsize=9)
         axis.tick_params(labelsize=8)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_legend_handles_labels()[0]}
+    order = [label for label, _ in (*RIVALS.values(), *METHODS.values()) if label in lines]
+    figure.legend(
+        [lines[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=9, frameon=False
+    )
     figure.savefig(path, dpi=88, metadata={DIGEST: digest(found), "Software": None})
     pyplot.close(figure)
 
