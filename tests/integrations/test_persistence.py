@@ -44,6 +44,15 @@ def no_grad():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Enough for tiny networks, and steady on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def nothing_to_warn_of(caplog):
     """diffusers only warns of missing and unexpected keys."""
