@@ -42,7 +42,7 @@ class Process:
 
     @classmethod
     def launched(cls) -> Process:
-        """As torchrun and `accelerate launch` say it in RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
+        """As torchrun, and launchers built on it, say it in RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
         try:
             values = [int(os.environ.get(name, str(alone))) for name, alone in PLACE.items()]
         except ValueError:

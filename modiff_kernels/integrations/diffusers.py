@@ -11,7 +11,7 @@ import functools
 import os
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -165,14 +165,10 @@ class Handle:
 
         save(self, directory, max_shard_size)
 
-    def belongs_to_quantizer(self, quantizer: Any) -> None:
-        """Called by diffusers' `quantizer` that loaded the UNet: `accelerate` finds this handle then.
-
-        `remove` makes the UNet one in full precision for diffusers too, without quantizer and quantization_config.
-        """
-        self._undo.callback(_forget_quantization, self.unet)
+    def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
+        """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        self._undo.callback(on_remove, self.unet)
         _set_attribute(self.unet, _HANDLE, self, self._undo)
-        self.unet.hf_quantizer = quantizer
 
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
@@ -410,15 +406,6 @@ def _answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
 
 def _first_floating_dtype(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-
-
-def _forget_quantization(unet: Any) -> None:
-    """Let diffusers take `unet` for a model in full precision."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        unet.__dict__.pop(name, None)
-    config = dict(unet._internal_dict)
-    config.pop("quantization_config", None)
-    unet._internal_dict = type(unet._internal_dict)(config)
 
 
 def _channels_last(value: Any) -> Any:

@@ -117,7 +117,7 @@ class ModiffQuantizer(DiffusersQuantizer):
             )
             _take_weights(self.handle, stored)
             self._checkpoint = None
-        self.handle.belongs_to_quantizer(self)
+        self.handle.mark_as_loaded(_forget_quantization)
         return model
 
 
@@ -159,6 +159,14 @@ def _remove_other_form(folder: Path) -> None:
     single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.exists() and index.exists():
         (single if any(folder.glob(f"{single.stem}-*{single.suffix}")) else index).unlink()
+
+
+def _forget_quantization(unet: Any) -> None:
+    """Let diffusers take `unet` for a model in full precision."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        unet.__dict__.pop(name, None)
+    config = {key: value for key, value in unet._internal_dict.items() if key != "quantization_config"}
+    unet._internal_dict = type(unet._internal_dict)(config)
 
 
 def _stored(layer: Any) -> StoredLayer:
