@@ -28,7 +28,6 @@ from modiff_kernels.cli.rows import Row
 
 __all__ = ["Process", "run"]
 
-
 PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # what launchers set, and what no launcher means
 
 
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     mine = range(process.rank, math.ceil(args.images / batch), process.count)
     batches = [range(args.seed + i * batch, args.seed + (i + 1) * batch) for i in mine]
     end = args.seed + args.images
-    options = {} if as_grid else {**sampler.options(), "batch": batch}
+    options = {} if as_grid else sampler.options()
     kept = set() if as_grid else set(_kept(args.out, batches, end, options))
     batches = [seeds for seeds in batches if not kept.issuperset(seeds[: end - seeds.start])]
     started = time.perf_counter()
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                 if as_grid:
                     grid.append(image)
                 else:
-                    images.write_image(_path(args.out, seed), image, {**options, "seed": seed})
+                    images.write_image(_path(args.out, seed), image, _options_of(seed, seeds, options))
     if as_grid:
         images.write_grid(args.out, grid)
     if not args.quiet:
@@ -176,8 +175,13 @@ def _kept(folder: Path, batches: Sequence[range], end: int, options: dict[str, A
     """Seeds below `end` whose images are there. UserError for images of another run."""
     for seeds in batches:
         for seed in seeds:
-            if seed < end and images.is_kept(_path(folder, seed), {**options, "seed": seed}):
+            if seed < end and images.is_kept(_path(folder, seed), _options_of(seed, seeds, options)):
                 yield seed
+
+
+def _options_of(seed: int, seeds: range, options: dict[str, Any]) -> dict[str, Any]:
+    """All that one image of the batch `seeds` depends on."""
+    return {**options, "seed": seed, "batch": len(seeds), "batch_start": seeds.start}
 
 
 def _path(folder: Path, seed: int) -> Path:

@@ -120,6 +120,7 @@ class TestResuming:
             (["--steps", "4"], "was sampled with steps 3, but this run has 4"),
             (["--act-bits", "4"], "was sampled with config {"),
             (["--batch", "4"], "was sampled with batch 2, but this run has 4"),
+            (["--seed", "1"], "was sampled with batch_start 2, but this run has 1"),
             (["--scheduler", "ddpm"], "was sampled with scheduler 'ddim', but this run has 'ddpm'"),
         ],
     )
