@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import modiff_kernels as mk
+from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn import ModulatedLinear
@@ -403,7 +404,10 @@ class TestRefusedFiles:
             ({"weight_bits": 8}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=8.* asks for I8 "),
             ({"weight_bits": 3}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=3.* asks for U8 "),
             ({"group_size": 16}, rf"{WEIGHTS}: '.*weight_scale' is F32 .*group_size=16"),
-            ({"skip_modules": ["conv"]}, r"weight' is low-bit in the files, but not so for the quantization_config"),
+            (
+                {"skip_modules": [*DEFAULT_SKIP_MODULES, "conv1"]},
+                r"weight' is low-bit in the files, but not so",
+            ),
             ({"skip_modules": []}, r"weight' is in full precision in the files, but not so"),
             ({"weight_bits": 5}, r"weight_bits=5 is not allowed"),
             ({"bits": 4}, r"unknown field 'bits'"),
