@@ -1,10 +1,13 @@
 """Low-bit kernels with fused modulation and error compensation, as drop-in layers for diffusion UNets.
 
 Public names are imported on first use: `import modiff_kernels` needs neither diffusers nor the compiled library.
+diffusers learns the quantization method "modiff" when it is imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from modiff_kernels.integrations.registration import register_with_diffusers
 
 if TYPE_CHECKING:
     from modiff_kernels.config import ModiffConfig
@@ -46,3 +49,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+register_with_diffusers()

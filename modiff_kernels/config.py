@@ -1,10 +1,11 @@
 """`ModiffConfig`: everything `accelerate` can be told about bits, scales and state, with a JSON round trip."""
 
 import dataclasses
+import enum
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
@@ -14,6 +15,12 @@ SCALE_MODES = ("dynamic", "delayed", "static")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
 DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
+
+
+class QuantizationMethod(str, enum.Enum):
+    """What diffusers asks a quantization_config for; it reads `.value` too."""
+
+    MODIFF = "modiff"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +68,8 @@ class ModiffConfig:
     fuse: bool = True
     schedule: StepSchedule | str | None = None
 
+    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODIFF
+
     def __post_init__(self) -> None:
         for field in ("weight_bits", "act_bits", "first_step_bits"):
             _check_choice(field, getattr(self, field), (*BITS, None))
@@ -101,15 +110,22 @@ class ModiffConfig:
         return self.granularity
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; `from_dict` gives an equal config back."""
+        """The fields as JSON types, and `quant_method`; `from_dict` gives an equal config back."""
         schedule = None if self.schedule is None else str(self.schedule)
-        return {**dataclasses.asdict(self), "skip_modules": list(self.skip_modules), "schedule": schedule}
+        return {
+            "quant_method": self.quant_method.value,
+            **dataclasses.asdict(self),
+            "skip_modules": list(self.skip_modules),
+            "schedule": schedule,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
         """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError."""
         if not isinstance(values, Mapping):
             raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
+        values = dict(values)
+        _check_choice("quant_method", values.pop("quant_method", cls.quant_method.value), (cls.quant_method.value,))
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:

@@ -34,6 +34,15 @@ Sample the same images from the same noise in several configurations and print h
 and how fast. Each configuration samples in turn (A B C A B C ...). A run is one whole sampling of a batch, all steps
 and the scheduler included; a warm-up of two steps, in which torch.compile compiles, is not counted."""
 
+SAMPLE_HELP = """\
+Sample images. An image depends on its seed, the model and these options, --batch included, and not on how many
+images or processes there are. In a folder, images that are there already are checked and kept, so an interrupted run
+goes on where it stopped. Several processes or machines share the images of a folder:
+
+    torchrun --nproc-per-node 4 -m modiff_kernels sample --images 50000 --out DIR
+
+A model that was saved in low bits (handle.save_pretrained) is sampled as it was saved."""
+
 CALIBRATE_HELP = """\
 Search for the calls of the UNet that can be forecast instead of computed, for one sampler and number of steps: the
 fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best pictures at
@@ -183,14 +192,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grid", type=Path, metavar="FILE", help="write the first images of every row as PNG")
     add("--out", type=Path, metavar="DIR", help="write compare.json, compare.md and compare_grid.png")
 
-    sample = commands.add_parser("sample", help="sample images in one configuration")
+    sample = commands.add_parser(
+        "sample",
+        help="sample images in one configuration",
+        description=SAMPLE_HELP,
+        formatter_class=raw,
+    )
     add_sampling_options(sample)
     add = sample.add_argument
     add("--schedule", type=schedule, default=None, metavar="TEXT", help=f"calls to skip: {SCHEDULE_HELP} (none)")
     add("--images", type=positive, default=8, metavar="N", help="images to sample (%(default)s)")
-    add("--mode", choices=MODES, default="modulated", help="how layers are computed (%(default)s)")
-    add("--weight-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float")
-    add("--act-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float, weight_only")
+    add("--mode", choices=MODES, default=None, help="how layers are computed (modulated)")
+    add("--weight-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float")
+    add("--act-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float, weight_only")
     add(
         "--out",
         type=Path,

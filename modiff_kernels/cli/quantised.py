@@ -42,6 +42,14 @@ class Quantised:
             raise UserError(f"{row.name}: {error}") from error
         self.state_bytes = 0
 
+    @classmethod
+    def loaded(cls, handle: mk.Handle) -> Quantised:
+        """Of a UNet that diffusers loaded in low bits."""
+        quantised = cls.__new__(cls)
+        quantised.handle = handle
+        quantised.state_bytes = 0
+        return quantised
+
     @contextlib.contextmanager
     def sampling_run(self, scheduler: Any = None) -> Iterator[None]:
         """One sampling run; afterwards `state_bytes` is the most that the state has taken so far.

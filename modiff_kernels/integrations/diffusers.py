@@ -8,9 +8,10 @@ not imported.
 import contextlib
 import dataclasses
 import functools
+import os
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.planning.stored import beside
 
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +57,39 @@ def accelerate(
     `with handle.sampling_run():`). static_scales: residual scale per layer path, for scale_mode "static".
     share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
+    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
+    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
+    pipeline begins the runs from now on. The other arguments must be left out then.
+
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
     to replace or a scale is missing, RuntimeError if the UNet is accelerated already, BackendUnavailable if
     config.backend cannot do it.
     """
+    unet, pipe = _resolve(target)
+    if _HANDLE in unet.__dict__:
+        if config is not None or static_scales is not None or not share_edges:
+            raise ValueError(
+                f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
+                "loaded with; leave out config, static_scales and share_edges, or call remove() on the handle before"
+            )
+        loaded: Handle = unet.__dict__[_HANDLE]
+        if pipe is not None:
+            loaded._attach(pipe)
+        return loaded
     config = ModiffConfig() if config is None else config
     if not isinstance(config, ModiffConfig):
         raise TypeError(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
             "dict)"
         )
-    unet, pipe = _resolve(target)
     if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
         raise RuntimeError(
             f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
             "before"
         )
     plan = replacements_of(unet, config, dict(static_scales or {}), share_edges)
-    handle = Handle(unet, pipe, config, plan)
+    handle = Handle(unet, pipe, config, plan, share_edges)
     with contextlib.ExitStack() as undo:
         handle._install(undo)
         handle._undo = undo.pop_all()
@@ -84,12 +100,14 @@ class Handle:
     """What `accelerate` did to one UNet.
 
     config: the ModiffConfig. state: the ModulationState. unet: the UNet. layers: the low-bit layers by path.
+    share_edges: as `accelerate` got it.
     """
 
-    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, plan: Replacements) -> None:
+    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, plan: Replacements, share_edges: bool) -> None:
         self.unet = unet
         self.pipe = pipe
         self.config = config
+        self.share_edges = share_edges
         self.state = plan.state
         self.layers = plan.layers
         self._plan = plan
@@ -125,11 +143,7 @@ class Handle:
                 "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
                 "with `with handle.sampling_run():`"
             )
-        door = _SetTimesteps(self.pipe.scheduler, self.state)
-        if self._door is not None:
-            self._door.restore()
-        self._door = door
-        door.install()
+        self._attach(self.pipe)
 
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
@@ -137,6 +151,26 @@ class Handle:
             self.state.release()
             undo, self._undo = self._undo, None
             undo.close()
+
+    def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
+        """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
+
+        config.json gets this handle's config as `quantization_config`; the safetensors files hold codes and scales of
+        the low-bit layers, static activation scales where there are some, and all other parameters in their own dtype
+        (`quant.checkpoint` has the format). More than `max_shard_size` (bytes, or text such as "5GB") goes into several
+        files. Files of an earlier save there are replaced. The state of a run is not saved.
+
+        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
+        """
+        self._require_active()
+        from modiff_kernels.integrations.quantizer import save
+
+        save(self, directory, max_shard_size)
+
+    def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
+        """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        self._undo.callback(on_remove, self.unet)
+        _set_attribute(self.unet, _HANDLE, self, self._undo)
 
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
@@ -217,10 +251,20 @@ class Handle:
         _answer_dtype_quickly(unet, undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
+        undo.callback(self._close_door)
         if self.pipe is not None:
-            self._door = _SetTimesteps(self.pipe.scheduler, self.state)
-            self._door.install()
-            undo.callback(lambda: self._door.restore())
+            self._attach(self.pipe)
+
+    def _attach(self, pipe: Any) -> None:
+        """Let the scheduler of `pipe` begin the runs."""
+        door = _SetTimesteps(pipe.scheduler, self.state)
+        self._close_door()
+        self.pipe, self._door = pipe, door
+        door.install()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if self._door is not None and self.state.needs_run and not self._own_runs and not self._door.is_on(self.pipe):
@@ -228,7 +272,15 @@ class Handle:
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
             )
-        self.state.begin_call()
+        try:
+            self.state.begin_call()
+        except RuntimeError as error:
+            if self._door is not None or _HANDLE not in unet.__dict__:
+                raise
+            raise RuntimeError(
+                f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
+                "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
+            ) from error
         if args:
             return (_channels_last(args[0]), *args[1:]), kwargs
         return args, {name: _channels_last(value) for name, value in kwargs.items()}
