@@ -48,7 +48,7 @@ class Configuration:
 
 def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
-    rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule), args.rows)
+    rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule, args.plan), args.rows)
     models.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -202,6 +202,7 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
                 "average_bits": c.quantised.average_bits(calls) if c.quantised else 32.0,
                 "is_reference": is_reference,
                 "schedule": c.row.schedule,
+                "plan": c.row.plan,
                 "calls_computed": c.quantised.calls_computed(calls) if c.quantised else calls,
             }
         )
@@ -218,6 +219,9 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
         if c.row.schedule is not None and c.quantised:
             first, *_ = c.quantised.handle.explain_schedule().splitlines()
             notes.append(f"{c.row.name}: {first}")
+        if c.row.plan is not None and c.quantised:
+            plan = c.quantised.handle.plan
+            notes.append(f"{c.row.name} ({plan.source}): {plan.summary or 'as given'}")
     judged = f"PSNR and SSIM: mean over the images, against {reference.row.name}, same noise."
     return {
         "model": model.name,

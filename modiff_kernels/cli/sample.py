@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     calls = models.check_steps(model, args.scheduler, args.steps)
     unet = model.unet.to(memory_format=torch.channels_last)
     quantised = None
-    if args.mode != "float" or args.schedule is not None:
+    if args.mode != "float" or args.schedule is not None or args.plan is not None:
         act_bits = 32 if args.mode == "weight_only" else args.act_bits
-        row = Row("sample", args.mode, args.mode, args.weight_bits, act_bits, schedule=args.schedule)
+        row = Row("sample", args.mode, args.mode, args.weight_bits, act_bits, schedule=args.schedule, plan=args.plan)
         quantised = Quantised(unet, row, args.backend, args.granularity)
     images = []
     started = time.perf_counter()

@@ -58,6 +58,11 @@ def estimated(
     machine: None measures the device of the UNet, which takes about a second. Fidelity is not looked at: the low-bit
     mode is that of `config`.
     """
+    if config.weight_bits is None or config.act_bits is None:
+        raise ValueError(
+            f"plan: weight_bits={config.weight_bits}, act_bits={config.act_bits} leave no low-bit mode to choose; give "
+            "both, or plan=None"
+        )
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, dict(static_scales or {}), share_edges)
     shape, shapes = traced_shapes(unet)
