@@ -1,4 +1,4 @@
-"""`modiff calibrate`: the step schedule of a model for one sampler, within a budget of fidelity or time, or its plan."""
+"""`modiff calibrate`: the step schedule of a model, within a budget of fidelity or time, or its layer plan."""
 
 from __future__ import annotations
 
