@@ -27,7 +27,8 @@ from modiff_kernels.evaluation import psnr
 from modiff_kernels.integrations.diffusers import Handle, accelerate, channels_last
 from modiff_kernels.integrations.replacements import config_of
 from modiff_kernels.integrations.timing import timer_of
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, Mode, ModeCost
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, Mode, ModeCost
 
 MAX_SQNR_DB = 300.0  # stands for equal
 CALLS_TIMED = 12  # of a trajectory
@@ -175,14 +176,16 @@ class Bench:
         costs = []
         for mode, measured in times.items():
             handle = None if mode == FLOAT_MODE else self.subjects[mode].handle
-            holders = {}
-            for name in self.units[path] if mode.kind == MODULATED else ():
-                layer = handle.layers[name]
-                holders.update({id(holder): holder for holder in (layer.edge, layer.output)})
-            state = sum(slot.tensor.nbytes for holder in holders.values() for slot in holder.slots.values())
+            state = 0 if handle is None else self._state_bytes(handle.state, path)
             time_us = 1e6 * statistics.median(measured.units[path])
             costs.append(ModeCost(mode, time_us, None if handle is None else sqnr_db[path, mode], state))
         return costs
+
+    def _state_bytes(self, state: ModulationState, path: str) -> int:
+        """Bytes of x_hat and y_hat of a unit; their keys are those of its layers, or lie below its path."""
+        holders = [*state.edges.items(), *state.outputs.items()]
+        own = [holder for key, holder in holders if key in self.units[path] or key.startswith(f"{path}.")]
+        return sum(slot.tensor.nbytes for holder in own for slot in holder.slots.values())
 
     def time(self, subjects: Mapping[Any, Subject], rounds: int, per_unit: bool = False) -> dict[Any, Times]:
         """Times of the subjects' calls in turns over the first calls of the trajectory, `rounds` times."""
