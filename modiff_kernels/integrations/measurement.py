@@ -3,10 +3,10 @@
 Each mode has a copy of the UNet with a state of its own. Their inputs are those of a real trajectory, recorded from one
 sampling in float.
 
-Time of a unit: from its forward pass within whole UNet calls, so that caches hold what the rest of the step leaves
-there. The copies take turns; a turn is two calls, of which the second counts, because the first finds the caches full
-of another copy. Calls that initialise do not count. Fidelity of a unit: SQNR of its output against float, both fed with
-the float trajectory.
+Time of a unit: that of its forward pass within whole UNet calls, so that the caches hold what the rest of the call
+leaves there and shared work is counted once; the copies take turns at every call, those that initialise do not count
+(benchmarks/bench_unit_times.py compares this with two other ways). Fidelity of a unit: SQNR of its output against
+float, both fed with the float trajectory.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from modiff_kernels.planning.layer_plan import FLOAT_MODE, Mode, ModeCost
 
 MAX_SQNR_DB = 300.0  # stands for equal
 CALLS_TIMED = 12  # of a trajectory
-CALLS_A_TURN = 2
+LEAST_CALLS = 2  # the first one initialises
 
 Sample = Callable[[nn.Module], Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -145,7 +145,7 @@ class Bench:
                 sums[path, mode] = noise + (out - exact).square().sum(), signal + exact.square().sum()
 
         with contextlib.ExitStack() as undo:
-            for path, name in self._modules():
+            for path, name in self.modules():
                 module = self.float.unet.get_submodule(name)
                 undo.callback(
                     module.register_forward_hook(
@@ -163,7 +163,7 @@ class Bench:
         self.on_run()
         return {key: _sqnr_db(float(noise), float(signal)) for key, (noise, signal) in sums.items()}
 
-    def _modules(self) -> Iterator[tuple[str, str]]:
+    def modules(self) -> Iterator[tuple[str, str]]:
         """(unit, path of a module whose output belongs to it): a fused block, or the layers."""
         fused = next(iter(self.subjects.values())).handle.replaced.fused
         for path, layers in self.units.items():
@@ -197,17 +197,17 @@ class Bench:
                 with contextlib.ExitStack() as runs:
                     for subject in subjects.values():
                         runs.enter_context(subject.run())
-                    for turn, first in enumerate(range(0, len(calls) - CALLS_A_TURN + 1, CALLS_A_TURN)):
+                    for index, call in enumerate(calls):
                         order = list(subjects)
-                        shift = turn % len(order)
+                        shift = index % len(order)
                         for name in order[shift:] + order[:shift]:
-                            for call in calls[first : first + CALLS_A_TURN]:
-                                spans[name].clear()
-                                start = self.timer.mark()
-                                subjects[name](call)
-                                end = self.timer.mark()
+                            spans[name].clear()
+                            start = self.timer.mark()
+                            subjects[name](call)
+                            end = self.timer.mark()
                             self.timer.wait()
-                            self._note(times[name], start, end, spans[name])
+                            if index:
+                                self._note(times[name], start, end, spans[name])
                 self.on_run()
         return times
 
@@ -227,7 +227,7 @@ class Bench:
         def leave(path: str) -> None:
             spans.append((path, begun.pop(), self.timer.mark()))
 
-        for path, name in self._modules():
+        for path, name in self.modules():
             module = unet.get_submodule(name)
             undo.callback(module.register_forward_pre_hook(lambda m, x: begun.append(self.timer.mark())).remove)
             undo.callback(module.register_forward_hook(lambda m, x, y, path=path: leave(path)).remove)
@@ -256,9 +256,9 @@ def recorded(unet: nn.Module, sample: Sample) -> tuple[list[Call], np.ndarray]:
         pictures = np.asarray(sample(unet))
     finally:
         hook.remove()
-    if len(calls) < CALLS_A_TURN:
+    if len(calls) < LEAST_CALLS:
         raise ValueError(
-            f"make_plan: the sampling called the UNet {len(calls)} times; give one with {CALLS_A_TURN} calls or more"
+            f"make_plan: the sampling called the UNet {len(calls)} times; give one with {LEAST_CALLS} calls or more"
         )
     return calls, pictures
 

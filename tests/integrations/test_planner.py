@@ -248,3 +248,43 @@ def test_the_shape_and_config_are_in_the_key(unet):
     assert plan_cache.key_of(unet, dataclasses.replace(config, schedule="auto"), (1, 3, 8, 8)) == key
     assert plan_cache.key_of(unet, dataclasses.replace(config, act_bits=4), (1, 3, 8, 8)) != key
     assert plan_cache.key_of(unet.half(), config, (1, 3, 8, 8)) != key
+
+
+@pytest.mark.slow
+def test_the_shipped_model():
+    """A plan for the shipped model: faster than float in whole calls, and its pictures as good as promised."""
+    from modiff_kernels.models import shipped_model_path
+
+    unet = UNet2DModel.from_pretrained(shipped_model_path()).to(memory_format=torch.channels_last).eval()
+    noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def sample_shipped(unet):
+        scheduler = DDIMScheduler.from_pretrained(shipped_model_path(), subfolder="scheduler")
+        scheduler.set_timesteps(12)
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:  # time on the CPU: what else the machine does is not measured
+        plan = mk.make_plan(
+            unet, sample=sample_shipped, rounds=2, progress=False, use_cache=False, clock=time.thread_time
+        )
+    finally:
+        torch.set_num_threads(threads)
+    floats = [c.step_us for c in plan.candidates if c.name.startswith("float")]
+    best_db = max(c.psnr_db for c in plan.candidates if c.psnr_db is not None)
+    with torch.no_grad():
+        exact = sample_shipped(unet)
+        handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
+        with handle.sampling_run():
+            error = ((sample_shipped(unet) - exact) ** 2).mean(axis=(1, 2, 3))
+    db = float((-10 * np.log10(error)).mean())
+    assert db > 35
+    if handle.layers:
+        chosen = next(c for c in plan.candidates if plan.summary.startswith(f"{c.name}: "))
+        assert chosen.step_us < min(floats)
+        assert db == pytest.approx(chosen.psnr_db, abs=0.01)
+        assert db >= best_db - plan.max_loss_db
