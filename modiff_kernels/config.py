@@ -4,9 +4,11 @@ import dataclasses
 import enum
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
@@ -50,6 +52,10 @@ class ModiffConfig:
     schedule: which calls of a run compute the network and what takes the place of the others: None (all do), a
         StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U", or "auto": what `modiff calibrate` stored in
         the model's folder for this sampler and these timesteps, else by sampler and number of calls.
+    plan: a mode for every layer or block in the place of `mode` and `act_bits`: None, a LayerPlan, the path of one as
+        JSON, or "auto": the newest one that `make_plan` has stored for this device, model and configuration, else one
+        estimated from shapes, in which what would be slower in low bits stays float.
+    max_state_bytes: with a plan: bytes that x_hat and y_hat may take; the units that gain least are not modulated.
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
     """
@@ -67,6 +73,8 @@ class ModiffConfig:
     clip_ratio: float = 1.0
     fuse: bool = True
     schedule: StepSchedule | str | None = None
+    plan: LayerPlan | str | None = None
+    max_state_bytes: int | None = None
 
     quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODIFF
 
@@ -82,6 +90,12 @@ class ModiffConfig:
             object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
         _check_choice("state_dtype", self.state_dtype, (*STATE_DTYPES, None))
         object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
+        object.__setattr__(self, "plan", _checked_plan(self.plan))
+        limit = self.max_state_bytes
+        if limit is not None and not (_is_int(limit) and limit >= 0):
+            raise _error("max_state_bytes", limit, "a number of bytes, 0 or more, or None for no limit")
+        if limit is not None and self.plan is None:
+            raise _error("max_state_bytes", limit, "None without a plan; plan='auto' or a plan says what to leave out")
         if self.group_size is not None and not (_is_int(self.group_size) and self.group_size > 0):
             raise _error("group_size", self.group_size, "a positive number, or None for one scale per output channel")
         if not (_is_number(self.clip_ratio) and 0.0 < self.clip_ratio <= 1.0):
@@ -112,11 +126,14 @@ class ModiffConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, and `quant_method`; `from_dict` gives an equal config back."""
         schedule = None if self.schedule is None else str(self.schedule)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plan = json.loads(self.plan.to_json()) if isinstance(self.plan, LayerPlan) else self.plan
         return {
             "quant_method": self.quant_method.value,
-            **dataclasses.asdict(self),
+            **values,
             "skip_modules": list(self.skip_modules),
             "schedule": schedule,
+            "plan": plan,
         }
 
     @classmethod
@@ -193,6 +210,16 @@ def _checked_schedule(schedule: Any) -> StepSchedule | str | None:
         return StepSchedule.parse(schedule)
     except ValueError as error:
         raise _error("schedule", schedule, f"None, 'auto' or the text of a StepSchedule ({error})") from error
+
+
+def _checked_plan(plan: Any) -> LayerPlan | str | None:
+    if plan is None or isinstance(plan, LayerPlan):
+        return plan
+    if isinstance(plan, Mapping):
+        return LayerPlan.from_json(json.dumps(plan))
+    if not isinstance(plan, (str, os.PathLike)) or not str(plan):
+        raise _error("plan", plan, "None, 'auto', a LayerPlan or the path of one as JSON")
+    return str(plan)
 
 
 def _error(field: str, value: Any, allowed: str) -> ValueError:

@@ -18,7 +18,6 @@ PACKAGE = ROOT / "modiff_kernels"
 LEVELS = {
     "__main__": 8,
     "cli": 7,
-    "evaluation": 6,
     "integrations": 5,
     "planning": 4,
     "calibration": 4,
@@ -27,6 +26,8 @@ LEVELS = {
     "backends": 1,
     "config": 1,
     "planning.schedule": 0,  # a value that the config holds
+    "planning.layer_plan": 0,  # the same
+    "evaluation": 0,
     "quant": 0,
     "models": 0,
 }

@@ -1,4 +1,4 @@
-"""`modiff calibrate --schedule`: the step schedule of a model for one sampler, within a budget of fidelity or time."""
+"""`modiff calibrate`: the step schedule of a model, within a budget of fidelity or time, or its layer plan."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from modiff_kernels.cli import models
 from modiff_kernels.cli.arguments import UserError, command_line, writable
+from modiff_kernels.cli.plan import measure_plan
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import psnr
@@ -31,6 +32,12 @@ TIMED_RUNS = 3
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
+    if args.plan:
+        if args.budget_db is not None or args.speedup is not None:
+            raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
+        return measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
+    if args.budget_db is None and args.speedup is None:
+        raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
     out = writable(args.out or folder / FILE_NAME)
     models.quiet_libraries()
     if args.threads:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import json
 import logging
@@ -19,6 +18,7 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.cli.arguments import SCHEDULERS, UserError
+from modiff_kernels.integrations.measurement import share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 
 __all__ = ["Model", "choose_device", "load_model", "make_scheduler", "sample_images", "share_copy"]
@@ -183,12 +183,6 @@ def check_steps(model: Model, scheduler: str, steps: int) -> int:
     except Exception as error:
         raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
     return len(schedule.timesteps)
-
-
-def share_copy(unet: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the module tree whose parameters and buffers are those of `unet`."""
-    memo = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    return copy.deepcopy(unet, memo)
 
 
 def sample_images(

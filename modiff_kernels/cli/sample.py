@@ -116,9 +116,10 @@ class _Sampler:
             _refuse_options(args)
             self.quantised = Quantised.loaded(model.handle)
             self.mode = "saved low-bit model"
-        elif self.mode != "float" or args.schedule is not None:
+        elif self.mode != "float" or args.schedule is not None or args.plan is not None:
             act_bits = 32 if self.mode == "weight_only" else args.act_bits or 8
-            row = Row("sample", self.mode, self.mode, args.weight_bits or 8, act_bits, schedule=args.schedule)
+            weight_bits, plan = args.weight_bits or 8, args.plan
+            row = Row("sample", self.mode, self.mode, weight_bits, act_bits, schedule=args.schedule, plan=plan)
             self.quantised = Quantised(self.unet, row, args.backend, args.granularity)
 
     def options(self) -> dict[str, Any]:
@@ -162,7 +163,9 @@ class _Sampler:
 
 def _refuse_options(args: argparse.Namespace) -> None:
     """UserError for options that say how layers are computed."""
-    given = [name for name in ("mode", "weight_bits", "act_bits", "granularity", "schedule") if getattr(args, name)]
+    given = [
+        name for name in ("mode", "weight_bits", "act_bits", "granularity", "schedule", "plan") if getattr(args, name)
+    ]
     given += ["backend"] if args.backend != "auto" else []
     if given:
         raise UserError(

@@ -8,6 +8,8 @@ not imported.
 import contextlib
 import dataclasses
 import functools
+import logging
+import math
 import os
 import types
 import weakref
@@ -18,13 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations.plans import plan_of
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
+from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.planning.stored import beside
+
+logger = logging.getLogger("modiff_kernels")
 
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
@@ -66,7 +72,7 @@ def accelerate(
     to replace or a scale is missing, RuntimeError if the UNet is accelerated already, BackendUnavailable if
     config.backend cannot do it.
     """
-    unet, pipe = _resolve(target)
+    unet, pipe = _unet_and_pipe(target)
     if _HANDLE in unet.__dict__:
         if config is not None or static_scales is not None or not share_edges:
             raise ValueError(
@@ -83,13 +89,11 @@ def accelerate(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
             "dict)"
         )
-    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
-        raise RuntimeError(
-            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
-            "before"
-        )
-    plan = replacements_of(unet, config, dict(static_scales or {}), share_edges)
-    handle = Handle(unet, pipe, config, plan, share_edges)
+    _refuse_accelerated(unet)
+    scales = dict(static_scales or {})
+    layer_plan = plan_of(unet, config, scales, share_edges)
+    replaced = replacements_of(unet, config, scales, share_edges, layer_plan)
+    handle = Handle(unet, pipe, config, replaced, layer_plan, share_edges)
     with contextlib.ExitStack() as undo:
         handle._install(undo)
         handle._undo = undo.pop_all()
@@ -99,18 +103,31 @@ def accelerate(
 class Handle:
     """What `accelerate` did to one UNet.
 
-    config: the ModiffConfig. state: the ModulationState. unet: the UNet. layers: the low-bit layers by path.
-    share_edges: as `accelerate` got it.
+    config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
+    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_edges: as `accelerate` got
+    it.
     """
 
-    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, plan: Replacements, share_edges: bool) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        pipe: Any,
+        config: ModiffConfig,
+        replaced: Replacements,
+        plan: LayerPlan | None,
+        share_edges: bool,
+    ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.config = config
+        self.plan = plan
         self.share_edges = share_edges
-        self.state = plan.state
-        self.layers = plan.layers
-        self._plan = plan
+        self.state = replaced.state
+        self.layers = replaced.layers
+        self.replaced = replaced
+        self._untouched = plan is not None and not replaced.replacements
+        self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
+        self._seen: tuple[torch.Size, str] | None = None
         self._door: _SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
         self._scheduled: ScheduledUNet | None = None
@@ -174,16 +191,13 @@ class Handle:
 
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
-        return [self._row(path, module) for path, module in self._plan.originals.items()]
+        return [self._row(path, module) for path, module in self.replaced.originals.items()]
 
     def explain(self) -> str:
         """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
         rows = self.rows()
         fields = [field.name for field in dataclasses.fields(LayerRow)]
-        cells = [fields, *[[getattr(row, field) for field in fields] for row in rows]]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+        lines = _aligned([fields, *[[getattr(row, field) for field in fields] for row in rows]])
         low_bit = sum(row.mode != "float" for row in rows)
         summary = (
             f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
@@ -191,7 +205,19 @@ class Handle:
         )
         if self._scheduled is not None:
             summary += f"\nschedule: {self.explain_schedule()}"
+        if self.plan is not None:
+            summary += f"\n{self.explain_plan()}\n"
         return "\n".join([summary, *lines])
+
+    def explain_plan(self) -> str:
+        """The layer plan: the decision, whole plans that were timed, and a table of units with time per mode, speed-up,
+        SQNR, state and reason; empty without a plan."""
+        if self.plan is None:
+            return ""
+        lines = [f"plan ({self.plan.source}): {self.plan.summary or 'as given'}"]
+        lines += [f"  {candidate}" for candidate in self.plan.candidates]
+        header, rows = self.plan.table()
+        return "\n".join([*lines, *_aligned([header, *rows])])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None, from the next run on.
@@ -243,7 +269,7 @@ class Handle:
         unet = self.unet
         _accelerated.add(unet)
         undo.callback(_accelerated.discard, unet)
-        for path, module in self._plan.replacements.items():
+        for path, module in self.replaced.replacements.items():
             undo.callback(_set_module, unet, path, _set_module(unet, path, module))
         undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
@@ -272,6 +298,16 @@ class Handle:
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
             )
+        if self._planned_shape is not None:
+            self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
+        self._begin_call(unet)
+        if self._untouched:
+            return args, kwargs
+        if args:
+            return (channels_last(args[0]), *args[1:]), kwargs
+        return args, {name: channels_last(value) for name, value in kwargs.items()}
+
+    def _begin_call(self, unet: nn.Module) -> None:
         try:
             self.state.begin_call()
         except RuntimeError as error:
@@ -281,13 +317,30 @@ class Handle:
                 f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
                 "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
             ) from error
-        if args:
-            return (_channels_last(args[0]), *args[1:]), kwargs
-        return args, {name: _channels_last(value) for name, value in kwargs.items()}
 
     def _leave(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.state.end_call(failed=output is None)
-        return _contiguous(output)
+        return output if self._untouched else _contiguous(output)
+
+    def _look_at_shape(self, shape: torch.Size) -> None:
+        """Where the shape is not the one that the plan was made for: warn once, refuse more state than is allowed."""
+        if (shape, self.state.context_name) == self._seen:
+            return
+        limit, contexts = self.config.max_state_bytes, {*self.state.contexts(), self.state.context_name}
+        needed = self.plan.state_bytes * math.prod(shape) / math.prod(self._planned_shape) * len(contexts)
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"max_state_bytes={limit}: a sample {tuple(shape)} in {len(contexts)} context(s) needs about "
+                f"{needed:.0f} bytes of state, the plan was made for {tuple(self._planned_shape)}; give a plan for "
+                "this shape (make_plan), or a higher limit"
+            )
+        if tuple(shape) != tuple(self._planned_shape) and self._seen is None:
+            logger.warning(
+                "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these",
+                tuple(self._planned_shape),
+                tuple(shape),
+            )
+        self._seen = shape, self.state.context_name
 
     def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
         self.state.reset_after_pipeline()
@@ -305,11 +358,11 @@ class Handle:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
-        block = next((block for block in self._plan.fused if path.startswith(f"{block}.")), None)
-        if block is not None and path not in self._plan.reasons:
+        block = next((block for block in self.replaced.fused if path.startswith(f"{block}.")), None)
+        if block is not None and path not in self.replaced.reasons:
             bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
             return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
-        return LayerRow(path, kind, shape, "float", "-", "torch", self._plan.reasons[path])
+        return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
 
 
 class _SetTimesteps:
@@ -359,7 +412,17 @@ class _SetTimesteps:
         return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
 
 
-def _resolve(target: Any) -> tuple[nn.Module, Any]:
+def resolve(target: Any) -> tuple[nn.Module, Any]:
+    """The UNet of `target`, and the pipeline around it or None.
+
+    TypeError for anything else, RuntimeError for a UNet that is accelerated already.
+    """
+    unet, pipe = _unet_and_pipe(target)
+    _refuse_accelerated(unet)
+    return unet, pipe
+
+
+def _unet_and_pipe(target: Any) -> tuple[nn.Module, Any]:
     unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
     if not isinstance(unet, nn.Module):
         raise TypeError(
@@ -369,6 +432,21 @@ def _resolve(target: Any) -> tuple[nn.Module, Any]:
     if hasattr(unet, "_orig_mod"):
         raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
     return unet, pipe
+
+
+def _refuse_accelerated(unet: nn.Module) -> None:
+    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
+        raise RuntimeError(
+            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
+            "before"
+        )
+
+
+def _aligned(cells: list[Any]) -> list[str]:
+    """Lines of a table in plain text, the header `cells[0]` underlined."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in ruled]
 
 
 def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -410,7 +488,8 @@ def _first_floating_dtype(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
-def _channels_last(value: Any) -> Any:
+def channels_last(value: Any) -> Any:
+    """`value` in channels_last if it is a tensor of four dimensions, else as it is."""
     if isinstance(value, Tensor) and value.ndim == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value

@@ -7,6 +7,7 @@ compared with it); maybe_update_state_dict with the tensors of every file; _proc
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -143,8 +144,10 @@ def _quantized(handle: Handle) -> Iterator[None]:
         yield
         return
     config = unet._internal_dict
-    unet.hf_quantizer = ModiffQuantizer(handle.config, handle)
-    unet.register_to_config(quantization_config=handle.config)
+    # The plan itself: what "auto" or a path stands for may be another one where the files are loaded.
+    saved = handle.config if handle.plan is None else dataclasses.replace(handle.config, plan=handle.plan)
+    unet.hf_quantizer = ModiffQuantizer(saved, handle)
+    unet.register_to_config(quantization_config=saved)
     try:
         yield
     finally:

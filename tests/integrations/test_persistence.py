@@ -27,6 +27,7 @@ from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn import ModulatedLinear
 from modiff_kernels.ops import dispatch, pack_weight
+from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +177,19 @@ class TestRoundTrip:
         handle.save_pretrained(tmp_path)
         loaded = load(tmp_path, UNet2DConditionModel)
         assert loaded.config == handle.config
+        assert torch.equal(sample(loaded), before)
+
+    def test_layer_plan(self, tmp_path):
+        plan = LayerPlan.of({"mid_block": "float", "down_blocks.1": "quantized 8", "up_blocks": "modulated 4"})
+        path = tmp_path / "plan.json"
+        path.write_text(plan.to_json())
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(plan=str(path)))
+        before = sample(handle)
+        handle.save_pretrained(tmp_path / "model")
+        path.unlink()
+        loaded = load(tmp_path / "model")
+        assert loaded.config.plan == plan
+        assert [row.mode for row in loaded.rows()] == [row.mode for row in handle.rows()]
         assert torch.equal(sample(loaded), before)
 
     def test_codes_that_are_not_the_nearest(self, tmp_path):
