@@ -20,6 +20,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
 from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
@@ -251,7 +252,7 @@ class Handle:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
-        block = next((block for block in self._plan.fused if path.startswith(f"{block}.")), None)
+        block = covering(path, self._plan.fused)
         if block is not None and path not in self._plan.reasons:
             bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
             return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")

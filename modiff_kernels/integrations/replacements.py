@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
+from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops.problem import FLOAT_DTYPES
@@ -23,7 +24,7 @@ class Replacements:
     """What will be put where, by path.
 
     state: that of all new layers. originals: every Linear and Conv2d. replacements: the modules to put in, layers or
-    whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: paths of the fused blocks.
+    whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: the fused blocks.
     reasons: why a layer stays as it is.
     """
 
@@ -31,7 +32,7 @@ class Replacements:
     originals: dict[str, nn.Module]
     replacements: dict[str, nn.Module]
     layers: dict[str, ModulatedLayer]
-    fused: list[str]
+    fused: dict[str, FusedBlock]
     reasons: dict[str, str]
 
 
@@ -68,12 +69,12 @@ def replacements_of(
     edges = _shared_edges(modules, reasons) if share_edges else {}
     made: dict[int, ModulatedLayer] = {}
     for path, module in originals.items():
-        if path in reasons or any(path.startswith(f"{block}.") for block in fused):
+        if path in reasons or blocks.covering(path, fused) is not None:
             continue
         if id(module) not in made:
             made[id(module)] = _make_layer(module, config, state, path, edges.get(path), static_scales.get(path))
         layers[path] = replacements[path] = made[id(module)]
-    return Replacements(state, originals, replacements, layers, list(fused), reasons)
+    return Replacements(state, originals, replacements, layers, fused, reasons)
 
 
 def _make_layer(
@@ -138,7 +139,7 @@ def _fused_blocks(
     config: ModiffConfig,
     reasons: Mapping[str, str],
     static_scales: Mapping[str, Any],
-) -> dict[str, nn.Module]:
+) -> dict[str, FusedBlock]:
     """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
     if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
         return {}
