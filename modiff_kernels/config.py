@@ -44,6 +44,7 @@ class ModiffConfig:
         sampler and number of calls), a StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U".
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
+    cuda_graphs: run the calls of a UNet on a GPU as CUDA graphs, after two warm-up calls of each kind.
     """
 
     weight_bits: int | None = 8
@@ -59,6 +60,7 @@ class ModiffConfig:
     clip_ratio: float = 1.0
     fuse: bool = True
     schedule: StepSchedule | str | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "act_bits", "first_step_bits"):
@@ -68,6 +70,7 @@ class ModiffConfig:
         _check_choice("mode", self.mode, MODES)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("fuse", self.fuse, (True, False))
+        _check_choice("cuda_graphs", self.cuda_graphs, (True, False))
         if self.state_dtype is not None:
             object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
         _check_choice("state_dtype", self.state_dtype, (*STATE_DTYPES, None))

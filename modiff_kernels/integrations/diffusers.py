@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations.forward import UNetForward
+from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
@@ -57,8 +59,8 @@ def accelerate(
 
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
-    to replace or a scale is missing, RuntimeError if the UNet is accelerated already, BackendUnavailable if
-    config.backend cannot do it.
+    to replace, a scale is missing or cuda_graphs are not possible, RuntimeError if the UNet is accelerated already,
+    BackendUnavailable if config.backend cannot do it.
     """
     config = ModiffConfig() if config is None else config
     if not isinstance(config, ModiffConfig):
@@ -72,6 +74,8 @@ def accelerate(
             f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
             "before"
         )
+    if config.cuda_graphs:
+        _check_graphs(unet, config.schedule)
     plan = replacements_of(unet, config, dict(static_scales or {}), share_edges)
     handle = Handle(unet, pipe, config, plan)
     with contextlib.ExitStack() as undo:
@@ -95,6 +99,9 @@ class Handle:
         self._plan = plan
         self._door: _SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
+        self._forward = UNetForward(
+            unet, self.state, GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
+        )
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
             self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run)
@@ -137,6 +144,16 @@ class Handle:
             undo, self._undo = self._undo, None
             undo.close()
 
+    def compile(self, **options: Any) -> None:
+        """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
+
+        In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
+        first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
+        between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
+        """
+        self._require_active()
+        self._forward.compile(**options)
+
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
         return [self._row(path, module) for path, module in self._plan.originals.items()]
@@ -156,6 +173,8 @@ class Handle:
         )
         if self._scheduled is not None:
             summary += f"\nschedule: {self.explain_schedule()}"
+        if self._forward.graphs is not None:
+            summary += f"\n{self._forward.graphs.describe()}"
         return "\n".join([summary, *lines])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
@@ -164,6 +183,8 @@ class Handle:
         RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than the one it got.
         """
         self._require_active()
+        if self.config.cuda_graphs:
+            _check_graphs(self.unet, schedule)
         if self._scheduled is None:
             raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
         self._scheduled.set_schedule(schedule)
@@ -214,6 +235,7 @@ class Handle:
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
         _set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
         _answer_dtype_quickly(unet, undo)
+        self._forward.install(undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
         if self.pipe is not None:
@@ -316,6 +338,22 @@ def _resolve(target: Any) -> tuple[nn.Module, Any]:
     if hasattr(unet, "_orig_mod"):
         raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
     return unet, pipe
+
+
+def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
+    """ValueError where calls cannot be CUDA graphs."""
+    if isinstance(schedule, StepSchedule) and (schedule.tolerance is not None or schedule.is_deep):
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: an adaptive one decides "
+            f"by values on the device, and one of deep levels keeps a tensor from the middle of a call; give one of "
+            f"whole calls without tolerance, or leave cuda_graphs out"
+        )
+    device = next(unet.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible for a UNet on {device}; move it to a GPU before "
+            f"accelerate(), or leave cuda_graphs out"
+        )
 
 
 def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

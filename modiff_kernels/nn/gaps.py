@@ -16,13 +16,11 @@ class Gaps:
     A static scale (of one call) is multiplied by the gap, a delayed one (of the calls before the last update) by the
     ratio of the gaps. All of this happens around a call, never inside, and the factor is a tensor: compiled code sees
     no number that changes, so it is not compiled again for each gap, and one graph serves equal factors.
-
-    in_use: the factors of this call.
     """
 
     def __init__(self) -> None:
         self._factors: dict[tuple[float, torch.device], Tensor] = {}
-        self.in_use: frozenset[float] = frozenset()
+        self._in_use: frozenset[float] = frozenset()
 
     def begin_call(self, edges: "Iterable[Edge]", context: str, call: int) -> None:
         """Set the factors of `call`."""
@@ -36,7 +34,12 @@ class Gaps:
                 self._factors[value, slot.device] = factor
             slot.factor = factor
             values.add(value)
-        self.in_use = frozenset(values)
+        self._in_use = frozenset(values)
+
+    def kind_of_call(self, edges: "Iterable[Edge]", context: str) -> tuple[frozenset[float], bool]:
+        """The factors of this call, and whether a delayed scale is yet to come: the first update is dynamic."""
+        scaled = _scaled(edges, context)
+        return self._in_use, any(edge.scale_mode == "delayed" and slot.absmax is None for edge, slot in scaled)
 
     def end_call(self, edges: "Iterable[Edge]", context: str, call: int) -> None:
         """Note which edges `call` has updated."""

@@ -98,7 +98,11 @@ class StateTensor:
         slot.call = state.call_index
         slot.absmax = slot.factor = None
         slot.kernels.clear()
+        self.initialized(slot)
         return slot.tensor
+
+    def initialized(self, slot: _Slot) -> None:
+        """Called when the first call of a run takes `slot`."""
 
     def call(self, name: str, op: Op[..., R], *arguments: Any) -> R:
         """op(*arguments) in an update call, checked and given a backend in the first one of the run only.
@@ -168,6 +172,11 @@ class Edge(StateTensor):
         self.uses = 0
         self._memo: tuple[Tensor, int, Any] | None = None
 
+    def initialized(self, slot: _Slot) -> None:
+        """Puts the static scale on the device of `slot`."""
+        if self.static_scale is not None:
+            slot.static_scale = self.static_scale.to(slot.device)
+
     def scale(self) -> Tensor | None:
         """Scale for the quantising op of this call: None (dynamic), or float32 [1] (static) or [granules] (delayed).
 
@@ -178,17 +187,10 @@ class Edge(StateTensor):
         slot = self.slots[self.state.context_name]
         factor = slot.factor
         if self.scale_mode == "static":
-            if slot.static_scale is None:
-                slot.static_scale = self.static_scale.to(slot.device)
             return slot.static_scale if factor is None else slot.static_scale * factor
         if slot.absmax is None:
             return None
         return residual_scale(slot.absmax if factor is None else slot.absmax * factor, self.act_bits, self.clip_ratio)
-
-    def lacks_absmax(self) -> bool:
-        """Whether a delayed scale is yet to come: the next update is dynamic."""
-        slot = self.slots.get(self.state.context_name)
-        return self.scale_mode == "delayed" and slot is not None and slot.absmax is None
 
     def record(self, absmax: Tensor) -> None:
         """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one."""
@@ -290,10 +292,9 @@ class ModulationState:
     def drop_consumer(self, edge: Edge) -> None:
         """Count one layer less that reads `edge`; the edge goes with its last one."""
         edge.consumers -= 1
-        if edge.consumers == 1:
-            self._shared.remove(edge)
-        elif edge.consumers == 0:
+        if edge.consumers == 0:
             del self.edges[edge.key]
+            self._shared = [shared for shared in self._shared if shared is not edge]
 
     def split_edge(self, edge: Edge, key: str) -> Edge:
         """Give the layer `key` an edge of its own, because it does not read the tensor of the shared `edge`."""
@@ -318,8 +319,7 @@ class ModulationState:
 
     def kind_of_call(self) -> tuple[Any, ...]:
         """What else but the inputs decides which kernels this call runs: action, factors of scales, first update."""
-        first = any(edge.lacks_absmax() for edge in self.edges.values())
-        return self.action, self._gaps.in_use, first
+        return self.action, *self._gaps.kind_of_call(self.edges.values(), self.context_name)
 
     @property
     def needs_run(self) -> bool:
