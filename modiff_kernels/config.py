@@ -58,6 +58,7 @@ class ModiffConfig:
     max_state_bytes: with a plan: bytes that x_hat and y_hat may take; the units that gain least are not modulated.
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
+    cuda_graphs: run the calls of a UNet on a GPU as CUDA graphs, after two warm-up calls of each kind.
     """
 
     weight_bits: int | None = 8
@@ -75,6 +76,7 @@ class ModiffConfig:
     schedule: StepSchedule | str | None = None
     plan: LayerPlan | str | None = None
     max_state_bytes: int | None = None
+    cuda_graphs: bool = False
 
     quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODIFF
 
@@ -86,6 +88,7 @@ class ModiffConfig:
         _check_choice("mode", self.mode, MODES)
         _check_choice("backend", self.backend, BACKENDS)
         _check_choice("fuse", self.fuse, (True, False))
+        _check_choice("cuda_graphs", self.cuda_graphs, (True, False))
         if self.state_dtype is not None:
             object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
         _check_choice("state_dtype", self.state_dtype, (*STATE_DTYPES, None))

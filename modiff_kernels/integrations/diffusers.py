@@ -7,11 +7,9 @@ not imported.
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import os
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations.forward import UNetForward
+from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
+from modiff_kernels.integrations.patching import SetTimesteps, answer_dtype_quickly, set_attribute, set_module
 from modiff_kernels.integrations.plans import plan_of
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
 from modiff_kernels.planning.layer_plan import LayerPlan
@@ -69,8 +71,8 @@ def accelerate(
 
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
-    to replace or a scale is missing, RuntimeError if the UNet is accelerated already, BackendUnavailable if
-    config.backend cannot do it.
+    to replace, a scale is missing or cuda_graphs are not possible, RuntimeError if the UNet is accelerated already,
+    BackendUnavailable if config.backend cannot do it.
     """
     unet, pipe = _unet_and_pipe(target)
     if _HANDLE in unet.__dict__:
@@ -90,6 +92,8 @@ def accelerate(
             "dict)"
         )
     _refuse_accelerated(unet)
+    if config.cuda_graphs:
+        _check_graphs(unet, config.schedule)
     scales = dict(static_scales or {})
     layer_plan = plan_of(unet, config, scales, share_edges)
     replaced = replacements_of(unet, config, scales, share_edges, layer_plan)
@@ -128,8 +132,11 @@ class Handle:
         self._untouched = plan is not None and not replaced.replacements
         self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
         self._seen: tuple[torch.Size, str] | None = None
-        self._door: _SetTimesteps | None = None
+        self._door: SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
+        self._forward = UNetForward(
+            unet, self.state, GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
+        )
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
             stored = beside(unet, pipe) if config.schedule == "auto" else None
@@ -187,7 +194,17 @@ class Handle:
     def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
         """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
         self._undo.callback(on_remove, self.unet)
-        _set_attribute(self.unet, _HANDLE, self, self._undo)
+        set_attribute(self.unet, _HANDLE, self, self._undo)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
+
+        In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
+        first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
+        between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
+        """
+        self._require_active()
+        self._forward.compile(**options)
 
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
@@ -207,6 +224,8 @@ class Handle:
             summary += f"\nschedule: {self.explain_schedule()}"
         if self.plan is not None:
             summary += f"\n{self.explain_plan()}\n"
+        if self._forward.graphs is not None:
+            summary += f"\n{self._forward.graphs.describe()}"
         return "\n".join([summary, *lines])
 
     def explain_plan(self) -> str:
@@ -225,6 +244,8 @@ class Handle:
         RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than the one it got.
         """
         self._require_active()
+        if self.config.cuda_graphs:
+            _check_graphs(self.unet, schedule)
         if self._scheduled is None:
             raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
         self._scheduled.set_schedule(schedule)
@@ -270,11 +291,12 @@ class Handle:
         _accelerated.add(unet)
         undo.callback(_accelerated.discard, unet)
         for path, module in self.replaced.replacements.items():
-            undo.callback(_set_module, unet, path, _set_module(unet, path, module))
+            undo.callback(set_module, unet, path, set_module(unet, path, module))
         undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
-        _set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
-        _answer_dtype_quickly(unet, undo)
+        set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
+        answer_dtype_quickly(unet, undo)
+        self._forward.install(undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
         undo.callback(self._close_door)
@@ -283,7 +305,7 @@ class Handle:
 
     def _attach(self, pipe: Any) -> None:
         """Let the scheduler of `pipe` begin the runs."""
-        door = _SetTimesteps(pipe.scheduler, self.state)
+        door = SetTimesteps(pipe.scheduler, self.state)
         self._close_door()
         self.pipe, self._door = pipe, door
         door.install()
@@ -358,58 +380,11 @@ class Handle:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
-        block = next((block for block in self.replaced.fused if path.startswith(f"{block}.")), None)
+        block = covering(path, self.replaced.fused)
         if block is not None and path not in self.replaced.reasons:
             bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
             return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
         return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
-
-
-class _SetTimesteps:
-    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run."""
-
-    def __init__(self, scheduler: Any, state: ModulationState) -> None:
-        original = getattr(scheduler, "set_timesteps", None)
-        if not callable(original):
-            raise ValueError(
-                f"the pipeline's scheduler ({type(scheduler).__name__}) has no set_timesteps() to begin runs with; "
-                "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
-            )
-        functools.update_wrapper(self, original)
-        self.scheduler = scheduler
-        self._original = original
-        self._state = state
-        self._active = False
-        self._undo = contextlib.ExitStack()
-
-    def install(self) -> None:
-        """Put the wrapper on the scheduler."""
-        self._active = True
-        _set_attribute(self.scheduler, "set_timesteps", self, self._undo)
-
-    def restore(self) -> None:
-        """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
-        self._active = False
-        outermost = self.scheduler.__dict__.get("set_timesteps")
-        while isinstance(outermost, _SetTimesteps) and not outermost._active:
-            outermost._undo.close()
-            outermost = self.scheduler.__dict__.get("set_timesteps")
-
-    def is_on(self, pipe: Any) -> bool:
-        """Whether `pipe` still has the scheduler that this wraps."""
-        return pipe.scheduler is self.scheduler
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._active:
-            return self._original(*args, **kwargs)
-        self._state.end_run()
-        result = self._original(*args, **kwargs)
-        self._state.begin_run(len(self.scheduler.timesteps))
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.scheduler))
-        return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
 
 
 def resolve(target: Any) -> tuple[nn.Module, Any]:
@@ -449,43 +424,20 @@ def _aligned(cells: list[Any]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in ruled]
 
 
-def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Put `module` at `path` and return what was there."""
-    parent_path, _, name = path.rpartition(".")
-    children = root.get_submodule(parent_path)._modules
-    previous = children[name]
-    children[name] = module
-    return previous
-
-
-def _set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
-    """Set an instance attribute; `undo` puts back the instance's own one, or uncovers that of the class."""
-    attributes = owner.__dict__
-    if name in attributes:
-        undo.callback(attributes.__setitem__, name, attributes[name])
-    else:
-        undo.callback(attributes.pop, name, None)
-    attributes[name] = value
-
-
-def _answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Give `unet` a subclass of its class whose `dtype` is that of its first floating parameter; `undo` takes it back.
-
-    diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call,
-    which small ones feel. UNets that have such hooks, or modules kept in float32, keep the property.
-    """
-    plain = type(unet)
-    if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):
-        return
-    if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
-        return
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    unet.__class__ = type(plain.__name__, (plain,), {**names, "dtype": property(_first_floating_dtype)})
-    undo.callback(setattr, unet, "__class__", plain)
-
-
-def _first_floating_dtype(module: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
+    """ValueError where calls cannot be CUDA graphs."""
+    if isinstance(schedule, StepSchedule) and (schedule.tolerance is not None or schedule.is_deep):
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: an adaptive one decides "
+            f"by values on the device, and one of deep levels keeps a tensor from the middle of a call; give one of "
+            f"whole calls without tolerance, or leave cuda_graphs out"
+        )
+    device = next(unet.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible for a UNet on {device}; move it to a GPU before "
+            f"accelerate(), or leave cuda_graphs out"
+        )
 
 
 def channels_last(value: Any) -> Any:

@@ -93,11 +93,12 @@ def _estimated_costs(
 ) -> tuple[ModeCost, ...]:
     weight = replaced.originals[layers[0]].weight
     state = replaced.state.dtype_on(weight.device).itemsize
-    held: dict[int, int] = {}  # elements of x_hat and y_hat; some layers share one
+    held: dict[Any, int] = {}  # elements of x_hat and y_hat; some layers share one, in a stack each has a part of it
     for name in layers:
         if name in shapes:
-            held[id(replaced.layers[name].edge)] = shapes[name].inputs
-            held[id(replaced.layers[name].output)] = shapes[name].outputs
+            layer = replaced.layers[name]
+            held[id(layer.edge)] = shapes[name].inputs
+            held[id(layer.output) if layer.stack is None else name] = shapes[name].outputs
     costs = []
     for candidate in (FLOAT_MODE, mode):
         seconds = sum(

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
+from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops.problem import FLOAT_DTYPES
@@ -24,7 +25,7 @@ class Replacements:
     """What will be put where, by path.
 
     state: that of all new layers. originals: every Linear and Conv2d. replacements: the modules to put in, layers or
-    whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: paths of the fused blocks.
+    whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: the fused blocks.
     reasons: why a layer stays as it is.
     """
 
@@ -32,7 +33,7 @@ class Replacements:
     originals: dict[str, nn.Module]
     replacements: dict[str, nn.Module]
     layers: dict[str, ModulatedLayer]
-    fused: list[str]
+    fused: dict[str, FusedBlock]
     reasons: dict[str, str]
 
     def units(self) -> dict[str, tuple[str, ...]]:
@@ -40,7 +41,7 @@ class Replacements:
         and the other layers one by one; in the order of the UNet."""
         unit_of = {}
         for path, layer in self.layers.items():
-            block = next((block for block in self.fused if path.startswith(f"{block}.")), None)
+            block = blocks.covering(path, self.fused)
             unit_of[path] = block or (layer.edge.key if layer.edge is not None else layer.name)
         units: dict[str, tuple[str, ...]] = {}
         for path in self.originals:
@@ -77,7 +78,7 @@ def replacements_of(
     modes = {} if plan is None else _planned(plan, originals, reasons)
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
-    fused: list[str] = []
+    fused: dict[str, FusedBlock] = {}
     made: dict[int, ModulatedLayer] = {}
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
@@ -85,17 +86,19 @@ def replacements_of(
         whole = _fused_blocks(unet, state, own, left, static_scales)
         edges = _shared_edges(modules, left) if share_edges else {}
         replacements.update(whole)
-        fused += whole
+        fused.update(whole)
         for path, module in originals.items():
-            if path in left or any(path.startswith(f"{block}.") for block in whole):
+            if path in left or blocks.covering(path, whole) is not None:
                 continue
             if id(module) not in made:
                 made[id(module)] = _make_layer(module, own, state, path, edges.get(path), static_scales.get(path))
             replacements[path] = made[id(module)]
+    # Outer blocks first: a layer or block that one leaves out is put into that one.
+    replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
     layers = {
         module.name: module
-        for path in fused
-        for module in replacements[path].modules()
+        for block in fused.values()
+        for module in block.modules()
         if isinstance(module, ModulatedLayer)
     }
     layers.update({path: module for path, module in replacements.items() if isinstance(module, ModulatedLayer)})
@@ -184,7 +187,7 @@ def _fused_blocks(
     config: ModiffConfig,
     left_float: Collection[str],
     static_scales: Mapping[str, Any],
-) -> dict[str, nn.Module]:
+) -> dict[str, FusedBlock]:
     """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
     if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
         return {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.history import History, Trajectory
 from modiff_kernels.nn.state import FORECAST, HOLD
@@ -65,11 +66,11 @@ class ScheduledUNet:
         undo.callback(setattr, self.state, "scheduled", False)
         if self._cut is not None:
             for block in self._cut.silent:
-                _wrap_forward(block, self._silent, undo)
+                wrap_forward(block, self._silent, undo)
             for block in self._cut.down:
-                _wrap_forward(block, functools.partial(self._down, block), undo)
-            _wrap_forward(self._cut.last_up, self._last_up, undo)
-        _wrap_forward(self.unet, self._forward, undo)
+                wrap_forward(block, functools.partial(self._down, block), undo)
+            wrap_forward(self._cut.last_up, self._last_up, undo)
+        wrap_forward(self.unet, self._forward, undo)
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None to compute every call, from the next run on.
@@ -301,33 +302,6 @@ class _Cut:
 def _outputs_of(block: nn.Module) -> int:
     """Skips that a down block gives: one per resnet, and one of its downsampler."""
     return len(block.resnets) + (1 if block.downsamplers is not None else 0)
-
-
-def _wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`.
-
-    Where another wrapper has been put over it by then, it stays and only calls through.
-    """
-    original = module.forward
-    own = module.__dict__.get("forward")
-    active = True
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs) if active else original(*args, **kwargs)
-
-    def restore() -> None:
-        nonlocal active
-        active = False
-        if module.__dict__.get("forward") is not forward:
-            return
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
-
-    module.__dict__["forward"] = forward
-    undo.callback(restore)
 
 
 def _sample_of(output: Any) -> Tensor:

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 import modiff_kernels as mk
-from modiff_kernels.nn.blocks import _FusedBlock
+from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
 from tests.integrations.schedule_cases import FLOAT, letters, noise, pipeline, sample, unet_of
@@ -168,7 +168,7 @@ class TestDeepLevels:
         more = {"encoder_hidden_states": torch.ones(2, 5, 12)} if condition else {}
         shape = noise() if not condition else torch.randn(2, 4, 8, 8)
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule=f"U2h4U axis=timestep level={level}", **options))
-        kinds = (nn.Conv2d, ModulatedLayer, _FusedBlock)
+        kinds = (nn.Conv2d, ModulatedLayer, FusedBlock)
         counts = count_runs({path: module for path, module in unet.named_modules() if isinstance(module, kinds)})
         with handle.sampling_run(7):
             for t in range(7, 0, -1):
