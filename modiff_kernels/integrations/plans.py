@@ -47,7 +47,7 @@ def plan_of(
 
 
 def plan_text(plan: LayerPlan) -> str:
-    """The decision, the whole plans that were timed, and a table of units: time per mode, speed-up, SQNR, state, reason."""
+    """The decision, the whole plans that were timed, and a table of units with times, speed-up, SQNR, state, reason."""
     header, rows = plan.table()
     words = (header.index("unit"), header.index("mode"), header.index("reason"))
     cells = [header, *rows]
