@@ -295,10 +295,8 @@ struct Product {
     if (thread == 0 && consumer == 0) {
       shared.last = cta.count_arrival(args.arrived + unit.tile) + 1 == static_cast<uint32_t>(args.schedule.splits);
     }
-    cta.consumers_sync();
-    const bool last = shared.last != 0;
-    cta.consumers_sync();  // all have read it before the next unit writes it
-    if (!last) return false;
+    cta.consumers_sync();  // all read `last` before the first of these two barriers of another unit
+    if (shared.last == 0) return false;
     cta.add_is_visible();
     MODIFF_UNROLL for (int i = 0; i < kBlocks * kSums; ++i) {
       if (i / kSums * kMmaRows + sum_row(thread, i % kSums) < rows) {
