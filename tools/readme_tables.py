@@ -8,6 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     compare            benchmarks/results/compare.json, as `modiff compare --json` writes it
     unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
     integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
+    pareto NETWORK     benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
     attention          the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
 
 A table shows one device: the one that was measured last.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import pareto_report
 from benchmarks.record import ROOT, read
 from modiff_kernels.cli.rows import build_rows
 from modiff_kernels.cli.table import HEADER, table_cells
@@ -44,7 +46,18 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/cpu_kernels.md")
+PAGES = ("README.md", "docs/cpu_kernels.md", "docs/schedules.md")
+PARETO_HEADER = (
+    "sampler, steps",
+    "evaluations",
+    "hold",
+    "DeepCache",
+    "forecast",
+    "searched",
+    "same sampler, fewer steps",
+    "any sampler, fewer steps",
+    "every call",
+)
 
 
 def compare_table(results: Path) -> str:
@@ -148,6 +161,50 @@ def attention_table(results: Path) -> str:
     return _newest(tables)
 
 
+def pareto_table(results: Path, network: str) -> str:
+    """What every method reaches at the costs of the uniform forecasts, and how often the searched schedules win."""
+    if not (results / "pareto.json").exists():
+        return f"{NOTHING}\n"
+    report = json.loads((results / "pareto.json").read_text())
+    found = pareto_report.lines(report, network)
+    cells = [_pareto_cells(line) for line in found]
+    has_deepcache = any(line.deepcache_db is not None for line in found)
+    dropped = None if has_deepcache else PARETO_HEADER.index("DeepCache")
+    header, *cells = ([cell for i, cell in enumerate(row) if i != dropped] for row in (PARETO_HEADER, *cells))
+    rivals = {
+        "hold": lambda line: line.schedules.get("hold"),
+        "DeepCache": lambda line: line.deepcache_db,
+        "the uniform forecasts": lambda line: line.schedules[pareto_report.FORECAST],
+        "fewer steps of the same sampler": lambda line: line.fewer_steps_db,
+        "the best of all samplers": lambda line: line.any_sampler_db,
+    }
+    wins = {
+        name: pareto_report.wins((line.schedules.get("searched"), rival(line)) for line in found)
+        for name, rival in rivals.items()
+    }
+    counts = ", ".join(f"{name} in {won} of {of}" for name, (won, of) in wins.items() if of)
+    notes = " ".join([f"The searched schedules are above {counts} lines." if counts else "", *report["notes"]]).strip()
+    caption = f"`{report['command']}`: {report['model']}, {network}, {report['images']} images. {notes}".rstrip()
+    return f"{markdown_table(header, cells)}\n\n{caption}\n"
+
+
+def _pareto_cells(line: pareto_report.Line) -> list[str]:
+    """The row of one sampler, number of steps and cost, the highest of what costs so little in bold."""
+    values = [
+        line.schedules.get("hold"),
+        line.deepcache_db,
+        line.schedules.get(pareto_report.FORECAST),
+        line.schedules.get("searched"),
+        line.fewer_steps_db,
+        line.any_sampler_db,
+    ]
+    shown = ["-" if value is None else f"{value:.1f}" for value in values]
+    highest = max(float(text) for text in shown if text != "-")
+    shown = [f"**{text}**" if text != "-" and float(text) == highest else text for text in shown]
+    panel = line.panel
+    return [f"{panel.sampler}, {panel.steps}", f"{line.evaluations:g}", *shown, f"{panel.every_call_db:.1f}"]
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every table made anew."""
 
@@ -158,6 +215,7 @@ def filled(text: str, results: Path) -> str:
             "unet_step": unet_step_table,
             "integer_conv": integer_conv_table,
             "attention": attention_table,
+            "pareto": pareto_table,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")

@@ -19,7 +19,13 @@ from modiff_kernels.ops import dispatch
 
 __all__ = ["run"]
 
-OPTIONAL = {"diffusers": "diffusers", "skimage": "scikit-image", "PIL": "pillow", "triton": "triton"}
+OPTIONAL = {
+    "diffusers": "diffusers",
+    "accelerate": "accelerate",
+    "skimage": "scikit-image",
+    "PIL": "pillow",
+    "triton": "triton",
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 LEAST_SQNR_DB = 60.0
 

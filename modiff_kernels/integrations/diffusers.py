@@ -7,30 +7,35 @@ not imported.
 
 import contextlib
 import dataclasses
-import functools
-import importlib.util
 import logging
-import types
+import math
+import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations.forward import UNetForward
+from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
+from modiff_kernels.integrations.patching import SetTimesteps, answer_dtype_quickly, set_attribute, set_module
+from modiff_kernels.integrations.plans import plan_of, plan_text
+from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
-from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
-from modiff_kernels.nn.conv2d import why_not_conv2d
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
-from modiff_kernels.ops.problem import FLOAT_DTYPES
-from modiff_kernels.planning.schedule import ACTION_NAMES
+from modiff_kernels.planning.layer_plan import LayerPlan
+from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.planning.stored import beside
 
 logger = logging.getLogger("modiff_kernels")
 
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +65,39 @@ def accelerate(
     `with handle.sampling_run():`). static_scales: residual scale per layer path, for scale_mode "static".
     share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
+    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
+    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
+    pipeline begins the runs from now on. The other arguments must be left out then.
+
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
-    to replace or a scale is missing, RuntimeError if the UNet is accelerated already, BackendUnavailable if
-    config.backend cannot do it.
+    to replace, a scale is missing or cuda_graphs are not possible, RuntimeError if the UNet is accelerated already,
+    BackendUnavailable if config.backend cannot do it.
     """
+    unet, pipe = _unet_and_pipe(target)
+    if _HANDLE in unet.__dict__:
+        if config is not None or static_scales is not None or not share_edges:
+            raise ValueError(
+                f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
+                "loaded with; leave out config, static_scales and share_edges, or call remove() on the handle before"
+            )
+        loaded: Handle = unet.__dict__[_HANDLE]
+        if pipe is not None:
+            loaded._attach(pipe)
+        return loaded
     config = ModiffConfig() if config is None else config
     if not isinstance(config, ModiffConfig):
         raise TypeError(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
             "dict)"
         )
-    unet, pipe = _resolve(target)
-    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
-        raise RuntimeError(
-            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
-            "before"
-        )
-    plan = _plan(unet, config, dict(static_scales or {}), share_edges)
-    handle = Handle(unet, pipe, config, plan)
+    _refuse_accelerated(unet)
+    if config.cuda_graphs:
+        _check_graphs(unet, config.schedule)
+    scales = dict(static_scales or {})
+    layer_plan = plan_of(unet, config, scales, share_edges)
+    replaced = replacements_of(unet, config, scales, share_edges, layer_plan)
+    handle = Handle(unet, pipe, config, replaced, layer_plan, share_edges)
     with contextlib.ExitStack() as undo:
         handle._install(undo)
         handle._undo = undo.pop_all()
@@ -88,21 +107,40 @@ def accelerate(
 class Handle:
     """What `accelerate` did to one UNet.
 
-    config: the ModiffConfig. state: the ModulationState. unet: the UNet. layers: the low-bit layers by path.
+    config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
+    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_edges: as `accelerate` got
+    it.
     """
 
-    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, plan: "_Plan") -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        pipe: Any,
+        config: ModiffConfig,
+        replaced: Replacements,
+        plan: LayerPlan | None,
+        share_edges: bool,
+    ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.config = config
-        self.state = plan.state
-        self.layers = plan.layers
-        self._plan = plan
-        self._door: _SetTimesteps | None = None
+        self.plan = plan
+        self.share_edges = share_edges
+        self.state = replaced.state
+        self.layers = replaced.layers
+        self.replaced = replaced
+        self._untouched = plan is not None and not replaced.replacements
+        self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
+        self._seen: tuple[torch.Size, str] | None = None
+        self._door: SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
+        self._forward = UNetForward(
+            unet, self.state, GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
+        )
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
-            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run)
+            stored = beside(unet, pipe) if config.schedule == "auto" else None
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run, stored)
         self._undo: contextlib.ExitStack | None = None
 
     def sampling_run(
@@ -129,11 +167,7 @@ class Handle:
                 "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
                 "with `with handle.sampling_run():`"
             )
-        door = _SetTimesteps(self.pipe.scheduler, self.state)
-        if self._door is not None:
-            self._door.restore()
-        self._door = door
-        door.install()
+        self._attach(self.pipe)
 
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
@@ -142,9 +176,39 @@ class Handle:
             undo, self._undo = self._undo, None
             undo.close()
 
+    def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
+        """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
+
+        config.json gets this handle's config as `quantization_config`; the safetensors files hold codes and scales of
+        the low-bit layers, static activation scales where there are some, and all other parameters in their own dtype
+        (`quant.checkpoint` has the format). More than `max_shard_size` (bytes, or text such as "5GB") goes into several
+        files. Files of an earlier save there are replaced. The state of a run is not saved.
+
+        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
+        """
+        self._require_active()
+        from modiff_kernels.integrations.quantizer import save
+
+        save(self, directory, max_shard_size)
+
+    def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
+        """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        self._undo.callback(on_remove, self.unet)
+        set_attribute(self.unet, _HANDLE, self, self._undo)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
+
+        In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
+        first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
+        between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
+        """
+        self._require_active()
+        self._forward.compile(**options)
+
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
-        return [self._row(path, module) for path, module in self._plan.originals.items()]
+        return [self._row(path, module) for path, module in self.replaced.originals.items()]
 
     def explain(self) -> str:
         """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
@@ -161,7 +225,27 @@ class Handle:
         )
         if self._scheduled is not None:
             summary += f"\nschedule: {self.explain_schedule()}"
+        if self.plan is not None:
+            summary += f"\n{self.explain_plan()}\n"
+        if self._forward.graphs is not None:
+            summary += f"\n{self._forward.graphs.describe()}"
         return "\n".join([summary, *lines])
+
+    def explain_plan(self) -> str:
+        """The layer plan as `plan_text` shows it; empty without a plan."""
+        return "" if self.plan is None else plan_text(self.plan)
+
+    def set_schedule(self, schedule: StepSchedule | None) -> None:
+        """Take another schedule, or None, from the next run on.
+
+        RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than the one it got.
+        """
+        self._require_active()
+        if self.config.cuda_graphs:
+            _check_graphs(self.unet, schedule)
+        if self._scheduled is None:
+            raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
+        self._scheduled.set_schedule(schedule)
 
     def explain_schedule(self) -> str:
         """The step schedule, what it skips, and what the calls of the last run did; empty without a schedule."""
@@ -203,18 +287,29 @@ class Handle:
         unet = self.unet
         _accelerated.add(unet)
         undo.callback(_accelerated.discard, unet)
-        for path, module in self._plan.replacements.items():
-            undo.callback(_set_module, unet, path, _set_module(unet, path, module))
+        for path, module in self.replaced.replacements.items():
+            undo.callback(set_module, unet, path, set_module(unet, path, module))
         undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
-        _set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
-        _answer_dtype_quickly(unet, undo)
+        set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
+        answer_dtype_quickly(unet, undo)
+        self._forward.install(undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
+        undo.callback(self._close_door)
         if self.pipe is not None:
-            self._door = _SetTimesteps(self.pipe.scheduler, self.state)
-            self._door.install()
-            undo.callback(lambda: self._door.restore())
+            self._attach(self.pipe)
+
+    def _attach(self, pipe: Any) -> None:
+        """Let the scheduler of `pipe` begin the runs."""
+        door = SetTimesteps(pipe.scheduler, self.state)
+        self._close_door()
+        self.pipe, self._door = pipe, door
+        door.install()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if self._door is not None and self.state.needs_run and not self._own_runs and not self._door.is_on(self.pipe):
@@ -222,14 +317,49 @@ class Handle:
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
             )
-        self.state.begin_call()
+        if self._planned_shape is not None:
+            self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
+        self._begin_call(unet)
+        if self._untouched:
+            return args, kwargs
         if args:
-            return (_channels_last(args[0]), *args[1:]), kwargs
-        return args, {name: _channels_last(value) for name, value in kwargs.items()}
+            return (channels_last(args[0]), *args[1:]), kwargs
+        return args, {name: channels_last(value) for name, value in kwargs.items()}
+
+    def _begin_call(self, unet: nn.Module) -> None:
+        try:
+            self.state.begin_call()
+        except RuntimeError as error:
+            if self._door is not None or _HANDLE not in unet.__dict__:
+                raise
+            raise RuntimeError(
+                f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
+                "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
+            ) from error
 
     def _leave(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.state.end_call(failed=output is None)
-        return _contiguous(output)
+        return output if self._untouched else _contiguous(output)
+
+    def _look_at_shape(self, shape: torch.Size) -> None:
+        """Where the shape is not the one that the plan was made for: warn once, refuse more state than is allowed."""
+        if (shape, self.state.context_name) == self._seen:
+            return
+        limit, contexts = self.config.max_state_bytes, {*self.state.contexts(), self.state.context_name}
+        needed = self.plan.state_bytes * math.prod(shape) / math.prod(self._planned_shape) * len(contexts)
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"max_state_bytes={limit}: a sample {tuple(shape)} in {len(contexts)} context(s) needs about "
+                f"{needed:.0f} bytes of state, the plan was made for {tuple(self._planned_shape)}; give a plan for "
+                "this shape (make_plan), or a higher limit"
+            )
+        if tuple(shape) != tuple(self._planned_shape) and self._seen is None:
+            logger.warning(
+                "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these",
+                tuple(self._planned_shape),
+                tuple(shape),
+            )
+        self._seen = shape, self.state.context_name
 
     def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
         self.state.reset_after_pipeline()
@@ -247,73 +377,24 @@ class Handle:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
-        block = next((block for block in self._plan.fused if path.startswith(f"{block}.")), None)
-        if block is not None and path not in self._plan.reasons:
+        block = covering(path, self.replaced.fused)
+        if block is not None and path not in self.replaced.reasons:
             bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
             return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
-        return LayerRow(path, kind, shape, "float", "-", "torch", self._plan.reasons[path])
+        return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
 
 
-class _SetTimesteps:
-    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run."""
+def resolve(target: Any) -> tuple[nn.Module, Any]:
+    """The UNet of `target`, and the pipeline around it or None.
 
-    def __init__(self, scheduler: Any, state: ModulationState) -> None:
-        original = getattr(scheduler, "set_timesteps", None)
-        if not callable(original):
-            raise ValueError(
-                f"the pipeline's scheduler ({type(scheduler).__name__}) has no set_timesteps() to begin runs with; "
-                "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
-            )
-        functools.update_wrapper(self, original)
-        self.scheduler = scheduler
-        self._original = original
-        self._state = state
-        self._active = False
-        self._undo = contextlib.ExitStack()
-
-    def install(self) -> None:
-        """Put the wrapper on the scheduler."""
-        self._active = True
-        _set_attribute(self.scheduler, "set_timesteps", self, self._undo)
-
-    def restore(self) -> None:
-        """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
-        self._active = False
-        outermost = self.scheduler.__dict__.get("set_timesteps")
-        while isinstance(outermost, _SetTimesteps) and not outermost._active:
-            outermost._undo.close()
-            outermost = self.scheduler.__dict__.get("set_timesteps")
-
-    def is_on(self, pipe: Any) -> bool:
-        """Whether `pipe` still has the scheduler that this wraps."""
-        return pipe.scheduler is self.scheduler
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._active:
-            return self._original(*args, **kwargs)
-        self._state.end_run()
-        result = self._original(*args, **kwargs)
-        self._state.begin_run(len(self.scheduler.timesteps))
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.scheduler))
-        return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
+    TypeError for anything else, RuntimeError for a UNet that is accelerated already.
+    """
+    unet, pipe = _unet_and_pipe(target)
+    _refuse_accelerated(unet)
+    return unet, pipe
 
 
-@dataclasses.dataclass
-class _Plan:
-    """What will be put where, made before anything is touched."""
-
-    state: ModulationState
-    originals: dict[str, nn.Module]
-    replacements: dict[str, nn.Module]
-    layers: dict[str, ModulatedLayer]
-    fused: list[str]
-    reasons: dict[str, str]
-
-
-def _resolve(target: Any) -> tuple[nn.Module, Any]:
+def _unet_and_pipe(target: Any) -> tuple[nn.Module, Any]:
     unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
     if not isinstance(unet, nn.Module):
         raise TypeError(
@@ -325,170 +406,32 @@ def _resolve(target: Any) -> tuple[nn.Module, Any]:
     return unet, pipe
 
 
-def _plan(unet: nn.Module, config: ModiffConfig, static_scales: dict[str, Tensor | float], share_edges: bool) -> _Plan:
-    modules = dict(unet.named_modules(remove_duplicate=False))
-    originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    if not originals:
-        raise ValueError(
-            f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
-            "give the UNet itself"
-        )
-    _check_static_scales(static_scales, originals, config)
-    _warn_unmatched(config, modules)
-    reasons = {path: reason for path, module in originals.items() if (reason := _why_float(path, module, config))}
-    if len(reasons) == len(originals) and config.weight_bits is not None:
-        listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
-        raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
-    state = ModulationState(config.state_dtype)
-    fused = _fused_blocks(unet, state, config, reasons, static_scales)
-    layers = {
-        module.name: module
-        for block in fused.values()
-        for module in block.modules()
-        if isinstance(module, ModulatedLayer)
-    }
-    replacements: dict[str, nn.Module] = dict(fused)
-    edges = _shared_edges(modules, reasons) if share_edges else {}
-    made: dict[int, ModulatedLayer] = {}
-    for path, module in originals.items():
-        if path in reasons or any(path.startswith(f"{block}.") for block in fused):
-            continue
-        if id(module) not in made:
-            made[id(module)] = _make_layer(module, config, state, path, edges.get(path), static_scales.get(path))
-        layers[path] = replacements[path] = made[id(module)]
-    return _Plan(state, originals, replacements, layers, list(fused), reasons)
-
-
-def _make_layer(
-    module: nn.Module,
-    config: ModiffConfig,
-    state: ModulationState,
-    path: str,
-    edge: str | None,
-    static_scale: Tensor | float | None,
-) -> ModulatedLayer:
-    if isinstance(module, nn.Conv2d):
-        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, static_scale)
-    return ModulatedLinear.from_linear(module, config, state, path, edge, static_scale)
-
-
-def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
-    """Why the layer stays as it is, or None."""
-    pattern = config.skips(path)
-    if pattern is not None:
-        return f"skip_modules has {pattern!r}"
-    if config.weight_bits is None:
-        return "weight_bits is None"
-    plain = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    kind = type(module)
-    if kind.__name__ in ("LoRACompatibleLinear", "LoRACompatibleConv"):
-        if module.lora_layer is not None:
-            return "it has a LoRA layer; fuse it into the weight first"
-    elif parametrize.is_parametrized(module):
-        return "its weight is parametrised"
-    elif kind.__name__ == "NonDynamicallyQuantizableLinear":
-        return "torch.nn.MultiheadAttention reads its weight without calling it"
-    elif kind.forward is not plain.forward:
-        return f"{kind.__name__} has a forward of its own"
-    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-        return "it has hooks; accelerate() before they are added"
-    if module.weight.dtype not in FLOAT_DTYPES:
-        return f"its weight is {module.weight.dtype}"
-    if module.weight.is_meta:
-        return "its weight is not loaded (meta device)"
-    return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
-
-
-def _shared_edges(modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> dict[str, str]:
-    """Edge key of the attention projections that read one tensor."""
-    edges: dict[str, str] = {}
-    for path, module in modules.items():
-        prefix = f"{path}." if path else ""
-        readers = ["to_k", "to_v"] if getattr(module, "is_cross_attention", False) else ["to_q", "to_k", "to_v"]
-        paths = [prefix + name for name in readers]
-        projections = [modules.get(name) for name in paths]
-        if not all(isinstance(projection, nn.Linear) for projection in projections):
-            continue
-        if any(name in reasons for name in paths) or len({p.in_features for p in projections}) != 1:
-            continue
-        edges.update(dict.fromkeys(paths, paths[0]))
-    return edges
-
-
-def _fused_blocks(
-    unet: nn.Module,
-    state: ModulationState,
-    config: ModiffConfig,
-    reasons: Mapping[str, str],
-    static_scales: Mapping[str, Any],
-) -> dict[str, nn.Module]:
-    """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
-    if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
-        return {}
-    return blocks.fuse(unet, state, config, reasons, static_scales)
-
-
-def _check_static_scales(scales: Mapping[str, Any], originals: Mapping[str, nn.Module], config: ModiffConfig) -> None:
-    if scales and config.scale_mode != "static":
-        raise ValueError(
-            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
-            f"scale_mode='static' or leave them out"
-        )
-    unknown = [path for path in scales if path not in originals]
-    if unknown:
-        raise ValueError(
-            f"accelerate: static_scales names {', '.join(map(repr, unknown[:5]))}, which is no Linear or Conv2d of "
-            f"the UNet; use module paths such as {next(iter(originals))!r}"
+def _refuse_accelerated(unet: nn.Module) -> None:
+    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
+        raise RuntimeError(
+            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
+            "before"
         )
 
 
-def _warn_unmatched(config: ModiffConfig, modules: Mapping[str, nn.Module]) -> None:
-    for pattern in config.skip_modules:
-        alone = dataclasses.replace(config, skip_modules=(pattern,))
-        if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
-            logger.warning("skip_modules: %r fits no module of the UNet", pattern)
+def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
+    """ValueError where calls cannot be CUDA graphs."""
+    if isinstance(schedule, StepSchedule) and (schedule.tolerance is not None or schedule.is_deep):
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: an adaptive one decides "
+            f"by values on the device, and one of deep levels keeps a tensor from the middle of a call; give one of "
+            f"whole calls without tolerance, or leave cuda_graphs out"
+        )
+    device = next(unet.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible for a UNet on {device}; move it to a GPU before "
+            f"accelerate(), or leave cuda_graphs out"
+        )
 
 
-def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Put `module` at `path` and return what was there."""
-    parent_path, _, name = path.rpartition(".")
-    children = root.get_submodule(parent_path)._modules
-    previous = children[name]
-    children[name] = module
-    return previous
-
-
-def _set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
-    """Set an instance attribute; `undo` puts back the instance's own one, or uncovers that of the class."""
-    attributes = owner.__dict__
-    if name in attributes:
-        undo.callback(attributes.__setitem__, name, attributes[name])
-    else:
-        undo.callback(attributes.pop, name, None)
-    attributes[name] = value
-
-
-def _answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Give `unet` a subclass of its class whose `dtype` is that of its first floating parameter; `undo` takes it back.
-
-    diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call,
-    which small ones feel. UNets that have such hooks, or modules kept in float32, keep the property.
-    """
-    plain = type(unet)
-    if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):
-        return
-    if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
-        return
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    unet.__class__ = type(plain.__name__, (plain,), {**names, "dtype": property(_first_floating_dtype)})
-    undo.callback(setattr, unet, "__class__", plain)
-
-
-def _first_floating_dtype(module: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-
-
-def _channels_last(value: Any) -> Any:
+def channels_last(value: Any) -> Any:
+    """`value` in channels_last if it is a tensor of four dimensions, else as it is."""
     if isinstance(value, Tensor) and value.ndim == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value

@@ -10,17 +10,19 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.history import History, Trajectory
 from modiff_kernels.nn.state import FORECAST, HOLD
 from modiff_kernels.planning import clock
 from modiff_kernels.planning import schedule as letters
 from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.planning.stored import StoredSchedule
 
 ADDITIONAL = (
     "down_block_additional_residuals",
@@ -30,25 +32,33 @@ ADDITIONAL = (
 
 
 class ScheduledUNet:
-    """Installs the schedule on `unet`. layout: gives number of calls and scheduler of a run at its first call."""
+    """Installs the schedule on `unet`.
+
+    layout: gives number of calls and scheduler of a run at its first call. stored: what "auto" takes where it fits.
+    """
 
     def __init__(
         self,
         unet: nn.Module,
         state: ModulationState,
-        schedule: StepSchedule | str,
+        schedule: StepSchedule | str | None,
         layout: Callable[[], tuple[int | None, Any]],
+        stored: StoredSchedule | None = None,
     ) -> None:
         self.unet = unet
         self.state = state
         self.schedule = schedule
         self._layout = layout
+        self._stored = stored
         self._skip_deep = False
         self._boundary: Tensor | None = None
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
-        deep = schedule != "auto" and schedule.is_deep
-        self._cut = _Cut.of(unet, schedule.level) if deep else None
+        self._cut: _Cut | None = None
+        self._level: int | None = None
+        if isinstance(schedule, StepSchedule) and schedule.is_deep:
+            self._level = schedule.level
+            self._cut = _Cut.of(unet, schedule.level)
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put the schedule in; `undo` takes it out."""
@@ -56,18 +66,33 @@ class ScheduledUNet:
         undo.callback(setattr, self.state, "scheduled", False)
         if self._cut is not None:
             for block in self._cut.silent:
-                _wrap_forward(block, self._silent, undo)
+                wrap_forward(block, self._silent, undo)
             for block in self._cut.down:
-                _wrap_forward(block, functools.partial(self._down, block), undo)
-            _wrap_forward(self._cut.last_up, self._last_up, undo)
-        _wrap_forward(self.unet, self._forward, undo)
+                wrap_forward(block, functools.partial(self._down, block), undo)
+            wrap_forward(self._cut.last_up, self._last_up, undo)
+        wrap_forward(self.unet, self._forward, undo)
+
+    def set_schedule(self, schedule: StepSchedule | None) -> None:
+        """Take another schedule, or None to compute every call, from the next run on.
+
+        ValueError for deep levels other than the installed ones.
+        """
+        if schedule is not None and schedule.is_deep and (self._cut is None or schedule.level != self._level):
+            raise ValueError(
+                f"set_schedule: {str(schedule)!r} skips deep levels that were not prepared; call accelerate() with it"
+            )
+        self.schedule = schedule
 
     def describe(self) -> str:
         """One line about the schedule, with the calls of the last run where there was one."""
         chosen = self._in_use if self.schedule == "auto" else self.schedule
-        text = "auto" if chosen is None else chosen.describe()
+        if chosen is None:
+            text = "auto" if self.schedule == "auto" else "none"
+        else:
+            text = chosen.describe()
         if self.schedule == "auto" and chosen is not None:
-            text = f"auto, last {text}"
+            found = self._stored is not None and chosen is self._stored.schedule
+            text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
         for name, trajectory in self.state.trajectories.items():
             text += f"\n  last run, context {name}: {''.join(trajectory.done)}"
         return text
@@ -137,7 +162,7 @@ class ScheduledUNet:
                 "schedule: the number of calls of this run is not known, so its last ones are not; open it with "
                 "`with handle.sampling_run(scheduler=...):` (or num_calls=..., for axis=timestep)"
             )
-        chosen = self._choose(scheduler, calls)
+        chosen = self._choose(scheduler, calls, timesteps)
         self._in_use = chosen
         if chosen is None:
             return Trajectory(letters.UPDATE * calls, [0.0] * calls, History(1), History(1))
@@ -155,8 +180,10 @@ class ScheduledUNet:
         length = chosen.order + 1 if chosen.needs_axis else 1
         return Trajectory(planned, positions, History(length), History(length))
 
-    def _choose(self, scheduler: Any, calls: int) -> StepSchedule | None:
+    def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
         """The schedule of this run; None computes every call."""
+        if self.schedule is None:
+            return None
         name = type(scheduler).__name__
         stochastic = scheduler is not None and clock.is_stochastic(scheduler)
         if self.schedule == "auto":
@@ -165,6 +192,8 @@ class ScheduledUNet:
                     "schedule='auto' chooses by the sampler; open the run with "
                     "`with handle.sampling_run(scheduler=...):`"
                 )
+            if self._stored is not None and self._stored.fits(scheduler, timesteps):
+                return self._stored.schedule
             chosen = clock.automatic(scheduler, calls)
             if chosen is None:
                 reason = f"{name} adds noise at its steps" if stochastic else f"{calls} calls are few"
@@ -273,33 +302,6 @@ class _Cut:
 def _outputs_of(block: nn.Module) -> int:
     """Skips that a down block gives: one per resnet, and one of its downsampler."""
     return len(block.resnets) + (1 if block.downsamplers is not None else 0)
-
-
-def _wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`.
-
-    Where another wrapper has been put over it by then, it stays and only calls through.
-    """
-    original = module.forward
-    own = module.__dict__.get("forward")
-    active = True
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs) if active else original(*args, **kwargs)
-
-    def restore() -> None:
-        nonlocal active
-        active = False
-        if module.__dict__.get("forward") is not forward:
-            return
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
-
-    module.__dict__["forward"] = forward
-    undo.callback(restore)
 
 
 def _sample_of(output: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """What `ModulatedLinear` and `ModulatedConv2d` have in common: weights, modes, and the way through the state."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
 from modiff_kernels.quant.packing import KPACK_V1
 from modiff_kernels.quant.spec import row_count
 
+if TYPE_CHECKING:
+    from modiff_kernels.nn.stack import LinearStack
+
 NOMINAL_ROWS = 4096  # rows assumed for the choice of a weight layout, before the first input is seen
 
 
@@ -22,7 +25,8 @@ class ModulatedLayer(nn.Module):
     """A low-bit layer in the place of a float one.
 
     mode "modulated": the residual against x_hat is quantised and its product added onto y_hat; "quantized": plain
-    low-bit activations; "float": float activations with dequantised weights.
+    low-bit activations; "float": float activations with dequantised weights; "constant": the same from packed weights,
+    for inputs that do not change along a run, whose outputs fused blocks keep.
 
     `weight` and `bias` are the parameters of the original module, so the state_dict keeps its keys and values; the
     quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. The original module
@@ -35,6 +39,7 @@ class ModulatedLayer(nn.Module):
     modulated_op: ClassVar[Callable[..., Any]]
     accumulate_op: ClassVar[Callable[..., Any]]
     quantized_op: ClassVar[Callable[..., Any]]
+    stack: "LinearStack | None" = None
 
     def __init__(
         self,
@@ -92,26 +97,50 @@ class ModulatedLayer(nn.Module):
         Sets weight_packed (layout `layout`), weight_scale (float32) and, in mode "float", float_weight. Raises
         ValueError on weights that hold NaN or Inf.
         """
+        self._given = None
+        self._set_weight()
+
+    def take_weight(self, weight_packed: Tensor, weight_scale: Tensor) -> None:
+        """Compute with these codes instead of `weight` rounded to the nearest, until refresh_weight or load_state_dict.
+
+        weight_packed: in kpack_v1, weight_scale: float32 [N] or [N, groups], of the bits and group size of this layer.
+        `weight` should be what they stand for.
+        """
+        self._given = weight_packed, weight_scale
+        self._set_weight()
+
+    def portable_weight(self) -> tuple[Tensor, Tensor]:
+        """weight_packed in kpack_v1 and weight_scale (float32), the codes that this layer computes with."""
+        if self._given is not None:
+            weight_packed, weight_scale = self._given
+            return weight_packed.to(self.weight.device), weight_scale.to(self.weight.device)
+        weight_q, weight_scale = quantize_weight(self.weight.detach(), self.weight_bits, self.group_size)
+        return ops.pack_weight(weight_q, self.weight_bits), weight_scale
+
+    def _set_weight(self) -> None:
         weight = self.weight.detach()
         self.bias_data = None if self.bias is None else self.bias.detach()
         self.layout = KPACK_V1
         self.weight_packed = self.weight_scale = self.float_weight = None
+        self.state.addresses += 1
+        if self.stack is not None:
+            self.stack.refresh_weight()
         if self.weight_bits is None:
             self.float_weight = weight
             return
         try:
-            weight_q, weight_scale = quantize_weight(weight, self.weight_bits, self.group_size)
+            packed, weight_scale = self.portable_weight()
         except ValueError as error:
             raise ValueError(f"layer '{self.name}': {error}") from error
+        n, k = weight.shape[0], weight[0].numel()
         self.weight_scale = weight_scale
         if self.mode == "float":
+            weight_q = ops.unpack_weight(packed, self.weight_bits, n, k)
             dequantized = dequantize_weight(weight_q, weight_scale, self.group_size, weight.shape).to(weight.dtype)
             self.float_weight = dequantized.contiguous(memory_format=self.memory_format)
             return
-        packed = ops.pack_weight(weight_q, self.weight_bits)
         self.layout = self._common_layout()
         if self.layout != KPACK_V1:
-            n, k = weight_q.shape
             conv = self.conv_arguments()
             kernel_size, groups = (conv[0], conv[-1]) if conv else ((1, 1), 1)
             packed = ops.prepare_weight(
@@ -119,6 +148,13 @@ class ModulatedLayer(nn.Module):
             )
         self.weight_packed = packed
         self.weight_arguments = (self.weight_bits, self.group_size, self.layout, *self.conv_arguments())
+
+    def become_constant(self) -> None:
+        """Take mode "constant" and give up x_hat and y_hat."""
+        self.state.drop_consumer(self.edge)
+        self.state.outputs.pop(self.name, None)
+        self.mode, self.edge, self.output = "constant", None, None
+        self.act_bits, self.first_step_bits = None, 0
 
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulated", "accumulate", "initialize" or "quantized") with `rows` output rows."""
@@ -169,6 +205,8 @@ class ModulatedLayer(nn.Module):
                 return self._modulated_forward(x)
             if self.mode == "quantized":
                 return self._quantized_forward(x)
+            if self.mode == "constant":
+                return stateless_output(self, self.canonical(x)).view(*x.shape[:-1], -1)
             return self.float_forward(x, self.float_weight, self.bias_data)
         except (ValueError, TypeError, dispatch.BackendUnavailable) as error:
             raise type(error)(f"layer '{self.name}': {error}") from error
@@ -269,8 +307,8 @@ class ModulatedLayer(nn.Module):
         return out if x_q.ndim == source.ndim else out.view(*source.shape[:-1], -1)
 
     def _repeated_op(self) -> str:
-        if self.mode == "quantized":
-            return "quantized"
+        if self.mode in ("quantized", "constant"):
+            return {"quantized": "quantized", "constant": "initialize"}[self.mode]
         return "modulated" if self.edge.consumers == 1 else "accumulate"
 
     def _common_layout(self) -> str:
@@ -287,7 +325,7 @@ class ModulatedLayer(nn.Module):
         super()._apply(fn, recurse)
         self._adopt_parameters()
         if before != (self.weight.dtype, self.weight.device):
-            self.refresh_weight()
+            self._set_weight()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -297,6 +335,7 @@ class ModulatedLayer(nn.Module):
         self.state.invalidate("weights were loaded")
 
     def _adopt_parameters(self) -> None:
+        self.state.addresses += 1
         self.original.weight = self.weight
         if self.bias is not None:
             self.original.bias = self.bias
@@ -305,6 +344,25 @@ class ModulatedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Name, mode and bits."""
         return f"{self.name!r}, mode={self.mode}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
+
+
+def stateless_output(layer: "ModulatedLayer | LinearStack", x: Tensor) -> Tensor:
+    """The layer on x [..., K] from float activations and dequantised weights, in x's dtype; no state is touched."""
+    x_hat = torch.empty_like(x, dtype=layer.state.dtype_on(x.device))
+    y_hat = x_hat.new_empty(layer.output_shape(x.shape))
+    return layer.initialize_op(
+        x,
+        x_hat,
+        y_hat,
+        layer.weight_packed,
+        layer.weight_scale,
+        layer.bias_data,
+        None,
+        *layer.weight_arguments,
+        0,
+        True,
+        layer.backend,
+    )
 
 
 def _set_static_scale(edge: Edge, name: str, scale: Tensor | float | None, required: bool) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn.constants import Constants
+from modiff_kernels.nn.gaps import Gaps
 from modiff_kernels.nn.history import Trajectory
 from modiff_kernels.ops.registry import Op, torch_must_see
 from modiff_kernels.quant.affine import residual_scale
@@ -34,19 +36,6 @@ _NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipelin
 class _Slot:
     """The tensor of one context, what it was allocated for, and whether this run has written it."""
 
-    __slots__ = (
-        "absmax",
-        "call",
-        "device",
-        "dtype",
-        "gap",
-        "kernels",
-        "shape",
-        "static_scale",
-        "tensor",
-        "written",
-    )
-
     def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
         self.tensor = tensor
         self.shape = tensor.shape
@@ -55,13 +44,17 @@ class _Slot:
         self.written = False
         self.call = 0
         self.gap = 1
+        self.updated = False
+        self.factor: Tensor | None = None
         self.absmax: Tensor | None = None
+        self.buffer: Tensor | None = None
         self.static_scale: Tensor | None = None
         self.kernels: dict[str, Callable[..., Any]] = {}
 
-    def calls_since(self, call: int) -> int:
-        """Calls from the last update to `call`; 1 for the second use of a layer in one call."""
-        return max(call - self.call, 1)
+    def kept_absmax(self, absmax: Tensor) -> Tensor:
+        """`absmax` in a tensor whose address stays."""
+        self.buffer = absmax.clone() if self.buffer is None else self.buffer.copy_(absmax)
+        return self.buffer
 
 
 class StateTensor:
@@ -99,12 +92,17 @@ class StateTensor:
         if slot is None or slot.shape != shape or slot.tensor.dtype is not state_dtype or slot.device != device:
             tensor = torch.empty(shape, dtype=state_dtype, device=device, memory_format=memory_format)
             slot = self.slots[state.context_name] = _Slot(tensor, dtype)
+            state.addresses += 1
         slot.dtype = dtype
         slot.written = True
         slot.call = state.call_index
-        slot.absmax = None
+        slot.absmax = slot.factor = None
         slot.kernels.clear()
+        self.initialized(slot)
         return slot.tensor
+
+    def initialized(self, slot: _Slot) -> None:
+        """Called when the first call of a run takes `slot`."""
 
     def call(self, name: str, op: Op[..., R], *arguments: Any) -> R:
         """op(*arguments) in an update call, checked and given a backend in the first one of the run only.
@@ -174,36 +172,35 @@ class Edge(StateTensor):
         self.uses = 0
         self._memo: tuple[Tensor, int, Any] | None = None
 
+    def initialized(self, slot: _Slot) -> None:
+        """Puts the static scale on the device of `slot`."""
+        if self.static_scale is not None:
+            slot.static_scale = self.static_scale.to(slot.device)
+
     def scale(self) -> Tensor | None:
         """Scale for the quantising op of this call: None (dynamic), or float32 [1] (static) or [granules] (delayed).
 
-        A residual grows with the calls since the last update, of which a schedule leaves some out. A static scale (of
-        one call) and a delayed one (of the calls before the last update) grow by as much.
+        Where a schedule leaves calls out, they are multiplied by a factor (`nn.gaps`).
         """
         if self.scale_mode == "dynamic":
             return None
         slot = self.slots[self.state.context_name]
-        # Without a schedule nothing here depends on the number of the call: compiled layers would compile again.
-        gap = slot.calls_since(self.state.call_index) if self.state.scheduled else 1
+        factor = slot.factor
         if self.scale_mode == "static":
-            if slot.static_scale is None:
-                slot.static_scale = self.static_scale.to(slot.device)
-            return slot.static_scale if gap == 1 else slot.static_scale * gap
+            return slot.static_scale if factor is None else slot.static_scale * factor
         if slot.absmax is None:
             return None
-        absmax = slot.absmax if gap == slot.gap else slot.absmax * (gap / slot.gap)
-        return residual_scale(absmax, self.act_bits, self.clip_ratio)
+        return residual_scale(slot.absmax if factor is None else slot.absmax * factor, self.act_bits, self.clip_ratio)
 
     def record(self, absmax: Tensor) -> None:
         """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one."""
         if self.scale_mode == "dynamic":
             return
         slot = self.slots[self.state.context_name]
-        if self.state.scheduled:
-            call = self.state.call_index
-            slot.gap, slot.call = slot.calls_since(call), call
+        slot.updated = True
+        slot.factor = None  # of a second use in the same call
         if self.scale_mode == "delayed":
-            slot.absmax = absmax
+            slot.absmax = slot.kept_absmax(absmax) if self.state.fixed_addresses else absmax
 
     def codes_of(self, source: Tensor) -> Any:
         """What `keep` got for this very tensor, unchanged since, in this call; else None."""
@@ -248,6 +245,9 @@ class ModulationState:
     call_index: number of the call in its context and run, from 0.
     trajectories: by context, what a schedule remembers of this run.
     scheduled: whether calls need a run even if no layer has a state.
+    constants: outputs of layers whose input does not change along a run.
+    fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
+    addresses: grows whenever a tensor that calls read has moved.
 
     One thread samples at a time: the one that began the run. Every misuse raises RuntimeError; after a failed or
     interrupted call the run is over, because its layers hold a mix of two steps.
@@ -264,11 +264,15 @@ class ModulationState:
         self.trajectories: dict[str, Trajectory] = {}
         self.edges: dict[str, Edge] = {}
         self.outputs: dict[str, StateTensor] = {}
+        self.constants = Constants()
+        self.fixed_addresses = False
+        self.addresses = 0
         self._shared: list[Edge] = []
         self._busy = threading.Lock()
         self._caller: threading.Thread | None = None
         self._runner: threading.Thread | None = None
         self._calls: dict[str, int] = {}
+        self._gaps = Gaps()
         self._num_calls: int | None = None
         self._over: str | None = "no run has begun"
 
@@ -284,6 +288,13 @@ class ModulationState:
         edge.consumers += 1
         if edge.consumers == 2:
             self._shared.append(edge)
+
+    def drop_consumer(self, edge: Edge) -> None:
+        """Count one layer less that reads `edge`; the edge goes with its last one."""
+        edge.consumers -= 1
+        if edge.consumers == 0:
+            del self.edges[edge.key]
+            self._shared = [shared for shared in self._shared if shared is not edge]
 
     def split_edge(self, edge: Edge, key: str) -> Edge:
         """Give the layer `key` an edge of its own, because it does not read the tensor of the shared `edge`."""
@@ -306,6 +317,10 @@ class ModulationState:
             return self.state_dtype
         return torch.float16 if device.type == "cuda" else torch.float32
 
+    def kind_of_call(self) -> tuple[Any, ...]:
+        """What else but the inputs decides which kernels this call runs: action, factors of scales, first update."""
+        return self.action, *self._gaps.kind_of_call(self.edges.values(), self.context_name)
+
     @property
     def needs_run(self) -> bool:
         """Whether a UNet call outside a run is an error."""
@@ -324,6 +339,7 @@ class ModulationState:
             self._runner = threading.current_thread()
             self._calls = {}
             self.trajectories = {}
+            self.constants.forget()
             self._num_calls = num_calls
             self._over = None
 
@@ -361,6 +377,7 @@ class ModulationState:
 
     def begin_call(self) -> None:
         """Enter a UNet call and decide its action. Raises RuntimeError where a call would give a wrong picture."""
+        self.constants.expire()
         if not self.needs_run:
             return
         thread = threading.current_thread()
@@ -375,6 +392,8 @@ class ModulationState:
         self.call_index = self._calls.get(self.context_name, 0)
         self.action = UPDATE if self.call_index else INITIALIZE
         self._caller = thread
+        if self.scheduled:
+            self._gaps.begin_call(self.edges.values(), self.context_name, self.call_index)
 
     def end_call(self, failed: bool = False) -> None:
         """Leave the UNet call of this thread, if it is in one; a failed one ends the run."""
@@ -388,6 +407,8 @@ class ModulationState:
             self._end("a UNet call failed")
         else:
             self._calls[self.context_name] = self.call_index + 1
+            if self.scheduled:
+                self._gaps.end_call(self.edges.values(), self.context_name, self.call_index)
         self._leave()
 
     @contextlib.contextmanager
@@ -405,10 +426,14 @@ class ModulationState:
         """End the run because `reason` made its state worthless."""
         self._end(reason)
 
+    def contexts(self) -> set[str]:
+        """Names of the contexts that have state tensors."""
+        return {name for holder in self._holders() for name in holder.slots}
+
     def nbytes(self) -> int:
-        """Bytes of all x_hat and y_hat tensors of all contexts, and of the values that a schedule forecasts from."""
+        """Bytes of all x_hat, y_hat and constant outputs of all contexts, and of the values that a schedule keeps."""
         tensors = [slot.tensor for holder in self._holders() for slot in holder.slots.values()]
-        values = sum(trajectory.nbytes() for trajectory in self.trajectories.values())
+        values = self.constants.nbytes() + sum(trajectory.nbytes() for trajectory in self.trajectories.values())
         return values + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def release(self) -> None:
@@ -416,6 +441,7 @@ class ModulationState:
         with self._between_calls("release the state"):
             self._end("the state was released")
             self.trajectories = {}
+            self.constants.release()
             for holder in self._holders():
                 holder.slots.clear()
 
@@ -467,6 +493,7 @@ class ModulationState:
         )
 
     def _end(self, reason: str) -> None:
+        self.constants.forget()
         if self._over is None:
             self._over = reason
             self._num_calls = None

@@ -91,9 +91,9 @@ def quantize_residual(
     Returns:
         residual_q int8, x's shape and memory format; the scales used, float32, one per granule; absmax float32, one per
         granule (without clip_ratio), from which `quant.affine.residual_scale` makes a delayed scale.
-        With `packed`, residual_q is uint8 [..., W], of an image [N, W, H, W_image] channels_last, with W bytes for the
-        channels of a row (`quant.packing.packed_width`), every row as `pack_weight` stores it: `unpack_weight` with n
-        rows and k channels gives the codes of residual_q.flatten(0, -2), of an image those of its NHWC rows,
+        With `packed`, residual_q is uint8 of x's shape, for an image channels_last, but with
+        `quant.packing.packed_width(act_bits, channels)` bytes in place of the channels. `unpack_weight` with n rows and
+        k channels is the inverse on the flattened rows, residual_q.flatten(0, -2), or for an image
         residual_q.movedim(1, -1).flatten(0, -2).
     """
     residual_q, scale, absmax = _residual_results(x_hat, granularity, x.ndim == 4)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modiff_kernels as mk
-from modiff_kernels.nn.blocks import FusedAttention, FusedResnetBlock2D, FusedUpsample2D, _FusedBlock
+from modiff_kernels.nn.blocks import FusedAttention, FusedBlock, FusedResnetBlock2D, FusedUpsample2D
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops import dispatch
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
@@ -76,7 +76,7 @@ def run(unet, calls=CALLS, static_scales=None, dtype=torch.float32, **config):
 
 
 def fused_blocks(unet):
-    return {path: module for path, module in unet.named_modules() if isinstance(module, _FusedBlock)}
+    return {path: module for path, module in unet.named_modules() if isinstance(module, FusedBlock)}
 
 
 def relative_error(got, expected):
@@ -111,7 +111,8 @@ def x_hat_of(layer):
 
 
 def y_hat_of(layer):
-    return layer.output.slots[DEFAULT].tensor
+    y_hat, stack = layer.output.slots[DEFAULT].tensor, layer.stack
+    return y_hat if stack is None else stack.split(y_hat)[stack.layers.index(layer)]
 
 
 def dense_weight(layer):

@@ -68,7 +68,8 @@ def test_stochastic_samplers():
 def test_automatic_choice():
     assert clock.automatic(DDPMScheduler(), 50) is None
     assert clock.automatic(DDIMScheduler(), 6) is None
-    ddim = clock.automatic(DDIMScheduler(), 50)
-    assert ddim.actions(50).count("U") <= 20
+    assert clock.automatic(DDIMScheduler(clip_sample=True), 50).actions(50).count("U") == 14
+    assert clock.automatic(DDIMScheduler(clip_sample=True), 100).actions(100).count("U") == 36
+    assert clock.automatic(DDIMScheduler(clip_sample=False), 50).actions(50).count("U") == 19
     assert clock.automatic(DDIMScheduler(), 20).actions(20).count("U") == 12
     assert clock.automatic(DPMSolverMultistepScheduler(), 20).actions(20).count("U") == 12

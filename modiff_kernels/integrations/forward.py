@@ -1,0 +1,76 @@
+"""How the calls of an accelerated UNet are run: its forward as it is, compiled, or as CUDA graphs.
+
+It stands below a step schedule, so calls that are held or forecast do not come here. Calls whose Python does what later
+ones rely on stay as they are: the first one of a run, which allocates state, and those with other encoder states than
+the call before, which compute constants.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.integrations.graphs import GraphedCalls
+from modiff_kernels.integrations.wrapping import wrap_forward
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.state import INITIALIZE
+
+
+class UNetForward:
+    """Takes the place of the forward of `unet`. graphs: for CUDA graphs, or None."""
+
+    def __init__(self, unet: nn.Module, state: ModulationState, graphs: GraphedCalls | None) -> None:
+        self.state = state
+        self.graphs = graphs
+        self._plain = unet.forward
+        self._compiled: Callable[..., Any] | None = None
+        self._unet = unet
+        self._encoders: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
+
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Put it in; `undo` takes it out."""
+        if self.graphs is not None:
+            self.state.fixed_addresses = True
+        wrap_forward(self._unet, self._forward, undo)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the calls that are not excepted above, with the options of torch.compile."""
+        self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None and self.graphs is None:
+            return original(*args, **kwargs)
+        args, kwargs = _with_tensor_timestep(args, kwargs)
+        if self.graphs is None:
+            as_it_is = self._is_first(args, kwargs)
+            return (original if as_it_is else self._compiled)(*args, **kwargs)
+        args, kwargs, inputs = self.graphs.static(args, kwargs)
+        if self._is_first(args, kwargs):
+            return original(*args, **kwargs)
+        return self.graphs.call(original if self._compiled is None else self._compiled, args, kwargs, inputs)
+
+    def _is_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call leaves something to later ones that they do not compute again."""
+        state = self.state
+        encoder = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        changed = False
+        if isinstance(encoder, Tensor) and not encoder.is_inference():
+            seen = self._encoders.get(state.context_name)
+            changed = seen is None or seen[0]() is not encoder or seen[1:] != (encoder._version, state.constants.losses)
+            if changed:
+                self._encoders[state.context_name] = (weakref.ref(encoder), encoder._version, state.constants.losses)
+        return changed or state.action is INITIALIZE
+
+
+def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the timestep as a tensor: code is compiled for a number, and a graph captured with it."""
+    timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+    if not isinstance(timestep, (int, float)):
+        return args, kwargs
+    tensor = torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else torch.int64)
+    if len(args) > 1:
+        return (args[0], tensor, *args[2:]), kwargs
+    return args, {**kwargs, "timestep": tensor}

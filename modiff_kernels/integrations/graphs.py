@@ -1,0 +1,136 @@
+"""UNet calls as CUDA graphs: one graph per kind of call, input formats and context.
+
+A graph repeats kernels at fixed addresses and no Python. So inputs are copied into tensors of their own (those that are
+the same objects as in the call before stay), outputs are cloned, state has fixed addresses anyway, and what the Python
+of an update leaves to the next one is done here. The first calls of a kind run as they are: they are steps of a run
+like any other, and warm up what may not happen while a graph is captured (compiling kernels, choosing algorithms).
+Capturing runs nothing, so the captured call is done by the first replay, and no state is updated twice.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.state import StateTensor
+
+WARM_UP_CALLS = 2
+
+
+class Capture(Protocol):
+    """Captures a call: returns what repeats its kernels, and its outputs, written anew by each repetition."""
+
+    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Record `step` without running its kernels."""
+        ...
+
+
+class CudaCapture:
+    """Captures on the current device; all graphs share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = step()
+        return graph.replay, outputs
+
+
+@dataclasses.dataclass
+class _Input:
+    """The fixed place of an input, and which tensor it holds: its object and version."""
+
+    place: Tensor
+    source: Tensor | None = None
+    version: int = 0
+
+    def take(self, tensor: Tensor) -> None:
+        """Copy `tensor`, unless it is here already."""
+        if tensor is self.source and tensor._version == self.version:
+            return
+        self.place.copy_(tensor)
+        counts = not tensor.is_inference()  # inference tensors count no changes in place
+        self.source, self.version = (tensor, tensor._version) if counts else (None, 0)
+
+
+@dataclasses.dataclass
+class _Graph:
+    replay: Callable[[], None]
+    outputs: Any
+    updated: list[Any]  # slots of the state that the call updates
+
+
+class GraphedCalls:
+    """The graphs of one accelerated UNet.
+
+    captured, replayed, eager: numbers of calls so far; captured ones are replayed too.
+    """
+
+    def __init__(self, state: ModulationState, capture: Capture) -> None:
+        self.captured = self.replayed = self.eager = 0
+        self._state = state
+        self._capture = capture
+        self._inputs: dict[Hashable, list[_Input]] = {}
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._calls: dict[Hashable, int] = {}
+        self._addresses = state.addresses
+
+    def static(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Hashable]:
+        """The arguments in their fixed places, and a key that stands for them."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        device = leaves[0].device  # the sample
+        key = (self._state.context_name, spec, tuple([_format(leaf) for leaf in leaves]))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs = self._inputs.get(key)
+        if inputs is None:
+            inputs = self._inputs[key] = [_Input(torch.empty_like(tensor, device=device)) for tensor in tensors]
+        for held, tensor in zip(inputs, tensors):
+            held.take(tensor)
+        places = iter(inputs)
+        placed = [next(places).place if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(placed, spec)
+        return args, kwargs, key
+
+    def call(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Hashable) -> Any:
+        """step(*args, **kwargs), which `static` gave: by itself at first, then captured, then replayed."""
+        state = self._state
+        if self._addresses != state.addresses:  # what the graphs read and write has moved
+            self._graphs.clear()
+            self._calls.clear()
+            self._addresses = state.addresses
+        key = inputs, state.kind_of_call()
+        graph = self._graphs.get(key)
+        if graph is None:
+            if self._calls.get(key, 0) < WARM_UP_CALLS:
+                self._calls[key] = self._calls.get(key, 0) + 1
+                self.eager += 1
+                return step(*args, **kwargs)
+            replay, outputs = self._capture(lambda: step(*args, **kwargs))
+            graph = self._graphs[key] = _Graph(replay, outputs, self._updated())
+            self.captured += 1
+        graph.replay()
+        self.replayed += 1
+        for slot in graph.updated:
+            slot.updated, slot.factor, slot.absmax = True, None, slot.buffer
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, graph.outputs)
+
+    def describe(self) -> str:
+        """One line about the calls so far."""
+        return f"CUDA graphs: {self.captured} captured, {self.replayed} calls replayed, {self.eager} calls to warm up"
+
+    def _updated(self) -> list[Any]:
+        holders: list[StateTensor] = list(self._state.edges.values())
+        slots = [holder.slots.get(self._state.context_name) for holder in holders]
+        return [slot for slot in slots if slot is not None and slot.updated]
+
+
+def _format(leaf: Any) -> Hashable:
+    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,215 @@
+"""Which layers of a UNet are replaced by what, decided and made before anything is touched."""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
+from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
+from modiff_kernels.nn.blocks import FusedBlock
+from modiff_kernels.nn.conv2d import why_not_conv2d
+from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.ops.problem import FLOAT_DTYPES
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
+
+logger = logging.getLogger("modiff_kernels")
+
+
+@dataclasses.dataclass
+class Replacements:
+    """What will be put where, by path.
+
+    state: that of all new layers. originals: every Linear and Conv2d. replacements: the modules to put in, layers or
+    whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: the fused blocks.
+    reasons: why a layer stays as it is.
+    """
+
+    state: ModulationState
+    originals: dict[str, nn.Module]
+    replacements: dict[str, nn.Module]
+    layers: dict[str, ModulatedLayer]
+    fused: dict[str, FusedBlock]
+    reasons: dict[str, str]
+
+    def units(self) -> dict[str, tuple[str, ...]]:
+        """The paths of what a plan gives modes to, with the layers in it: fused blocks, layers that share their input,
+        and the other layers one by one; in the order of the UNet."""
+        unit_of = {}
+        for path, layer in self.layers.items():
+            block = blocks.covering(path, self.fused)
+            unit_of[path] = block or (layer.edge.key if layer.edge is not None else layer.name)
+        units: dict[str, tuple[str, ...]] = {}
+        for path in self.originals:
+            if path in unit_of:
+                units[unit_of[path]] = (*units.get(unit_of[path], ()), path)
+        return units
+
+
+def replacements_of(
+    unet: nn.Module,
+    config: ModiffConfig,
+    static_scales: Mapping[str, Tensor | float],
+    share_edges: bool,
+    plan: LayerPlan | None = None,
+) -> Replacements:
+    """What `accelerate` puts into `unet`, with the arguments it got and the plan that config.plan stands for.
+
+    The UNet is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does
+    not fit; BackendUnavailable if config.backend cannot do it.
+    """
+    modules = dict(unet.named_modules(remove_duplicate=False))
+    originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    if not originals:
+        raise ValueError(
+            f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
+            "give the UNet itself"
+        )
+    _check_static_scales(static_scales, originals, config)
+    _warn_unmatched(config, modules)
+    reasons = {path: reason for path, module in originals.items() if (reason := _why_float(path, module, config))}
+    if len(reasons) == len(originals) and config.weight_bits is not None:
+        listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
+        raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
+    modes = {} if plan is None else _planned(plan, originals, reasons)
+    state = ModulationState(config.state_dtype)
+    replacements: dict[str, nn.Module] = {}
+    fused: dict[str, FusedBlock] = {}
+    made: dict[int, ModulatedLayer] = {}
+    for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
+        own = config if mode is None else config_of(config, mode)
+        left = {path for path in originals if path in reasons or modes.get(path) != mode}
+        whole = _fused_blocks(unet, state, own, left, static_scales)
+        edges = _shared_edges(modules, left) if share_edges else {}
+        replacements.update(whole)
+        fused.update(whole)
+        for path, module in originals.items():
+            if path in left or blocks.covering(path, whole) is not None:
+                continue
+            if id(module) not in made:
+                made[id(module)] = _make_layer(module, own, state, path, edges.get(path), static_scales.get(path))
+            replacements[path] = made[id(module)]
+    # Outer blocks first: a layer or block that one leaves out is put into that one.
+    replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
+    layers = {
+        module.name: module
+        for block in fused.values()
+        for module in block.modules()
+        if isinstance(module, ModulatedLayer)
+    }
+    layers.update({path: module for path, module in replacements.items() if isinstance(module, ModulatedLayer)})
+    return Replacements(state, originals, replacements, layers, fused, reasons)
+
+
+def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
+    """`config` for layers in `mode`, quantized or modulated."""
+    return dataclasses.replace(
+        config, mode=mode.kind, act_bits=mode.act_bits, schedule=None, plan=None, max_state_bytes=None
+    )
+
+
+def _planned(plan: LayerPlan, originals: Mapping[str, nn.Module], reasons: dict[str, str]) -> dict[str, Mode]:
+    """The modes of the layers that the plan puts into low bits; layers that it leaves float are added to `reasons`."""
+    plan.check([path for path in originals if path not in reasons], reasons)
+    modes = {}
+    for path in originals:
+        unit = None if path in reasons else plan.unit_of(path)
+        if unit is not None and unit.mode == FLOAT_MODE:
+            reasons[path] = f"plan: {unit.reason or 'float'}"
+        elif unit is not None:
+            modes[path] = unit.mode
+    return modes
+
+
+def _make_layer(
+    module: nn.Module,
+    config: ModiffConfig,
+    state: ModulationState,
+    path: str,
+    edge: str | None,
+    static_scale: Tensor | float | None,
+) -> ModulatedLayer:
+    if isinstance(module, nn.Conv2d):
+        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, static_scale)
+    return ModulatedLinear.from_linear(module, config, state, path, edge, static_scale)
+
+
+def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
+    """Why the layer stays as it is, or None."""
+    pattern = config.skips(path)
+    if pattern is not None:
+        return f"skip_modules has {pattern!r}"
+    if config.weight_bits is None:
+        return "weight_bits is None"
+    plain = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    kind = type(module)
+    if kind.__name__ in ("LoRACompatibleLinear", "LoRACompatibleConv"):
+        if module.lora_layer is not None:
+            return "it has a LoRA layer; fuse it into the weight first"
+    elif parametrize.is_parametrized(module):
+        return "its weight is parametrised"
+    elif kind.__name__ == "NonDynamicallyQuantizableLinear":
+        return "torch.nn.MultiheadAttention reads its weight without calling it"
+    elif kind.forward is not plain.forward:
+        return f"{kind.__name__} has a forward of its own"
+    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks; accelerate() before they are added"
+    if module.weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {module.weight.dtype}"
+    if module.weight.is_meta:
+        return "its weight is not loaded (meta device)"
+    return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
+
+
+def _shared_edges(modules: Mapping[str, nn.Module], left: Collection[str]) -> dict[str, str]:
+    """Edge key of the attention projections that read one tensor. left: paths that share nothing."""
+    edges: dict[str, str] = {}
+    for path, module in modules.items():
+        prefix = f"{path}." if path else ""
+        readers = ["to_k", "to_v"] if getattr(module, "is_cross_attention", False) else ["to_q", "to_k", "to_v"]
+        paths = [prefix + name for name in readers]
+        projections = [modules.get(name) for name in paths]
+        if not all(isinstance(projection, nn.Linear) for projection in projections):
+            continue
+        if any(name in left for name in paths) or len({p.in_features for p in projections}) != 1:
+            continue
+        edges.update(dict.fromkeys(paths, paths[0]))
+    return edges
+
+
+def _fused_blocks(
+    unet: nn.Module,
+    state: ModulationState,
+    config: ModiffConfig,
+    left_float: Collection[str],
+    static_scales: Mapping[str, Any],
+) -> dict[str, FusedBlock]:
+    """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
+    if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
+        return {}
+    return blocks.fuse(unet, state, config, left_float, static_scales)
+
+
+def _check_static_scales(scales: Mapping[str, Any], originals: Mapping[str, nn.Module], config: ModiffConfig) -> None:
+    if scales and config.scale_mode != "static":
+        raise ValueError(
+            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
+            f"scale_mode='static' or leave them out"
+        )
+    unknown = [path for path in scales if path not in originals]
+    if unknown:
+        raise ValueError(
+            f"accelerate: static_scales names {', '.join(map(repr, unknown[:5]))}, which is no Linear or Conv2d of "
+            f"the UNet; use module paths such as {next(iter(originals))!r}"
+        )
+
+
+def _warn_unmatched(config: ModiffConfig, modules: Mapping[str, nn.Module]) -> None:
+    for pattern in config.skip_modules:
+        alone = dataclasses.replace(config, skip_modules=(pattern,))
+        if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
+            logger.warning("skip_modules: %r fits no module of the UNet", pattern)

@@ -1,0 +1,81 @@
+"""Fused forms of diffusers' blocks: what stands between two products becomes one pass that ends in int8 codes.
+
+`fuse` finds the blocks that have exactly the form that the fused ones compute; every other block stays as it is, with
+single layers replaced. The layers inside are those of `linear` and `conv2d`, so weights, state and explain() are the
+same. The results equal those of the single layers up to float rounding. docs/fused_blocks.md has the passes.
+"""
+
+from collections.abc import Container
+
+from torch import nn
+
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn.blocks.attention import FusedAttention
+from modiff_kernels.nn.blocks.base import FusedBlock, StaticScales
+from modiff_kernels.nn.blocks.resample import FusedDownsample2D, FusedUpsample2D
+from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D, TimeProjections
+from modiff_kernels.nn.blocks.transformer import FusedBasicTransformerBlock, FusedFeedForward, FusedTransformer2DModel
+from modiff_kernels.nn.state import ModulationState
+
+__all__ = [
+    "FusedAttention",
+    "FusedBasicTransformerBlock",
+    "FusedBlock",
+    "FusedDownsample2D",
+    "FusedFeedForward",
+    "FusedResnetBlock2D",
+    "FusedTransformer2DModel",
+    "FusedUpsample2D",
+    "covering",
+    "fuse",
+]
+
+
+def fuse(
+    unet: nn.Module,
+    state: ModulationState,
+    config: ModiffConfig,
+    left_float: Container[str],
+    static_scales: StaticScales,
+) -> dict[str, FusedBlock]:
+    """The fused form of every block of `unet` that has one, by path, outer blocks first. The UNet is only read.
+
+    left_float: paths of layers that must stay float; a block that holds one is not fused. static_scales: for scale_mode
+    "static", by path of the layer.
+    """
+    from diffusers.models.attention import BasicTransformerBlock, FeedForward
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.upsampling import Upsample2D
+
+    forms: dict[type, type[FusedBlock]] = {
+        ResnetBlock2D: FusedResnetBlock2D,
+        Attention: FusedAttention,
+        BasicTransformerBlock: FusedBasicTransformerBlock,
+        FeedForward: FusedFeedForward,
+        Transformer2DModel: FusedTransformer2DModel,
+        Upsample2D: FusedUpsample2D,
+        Downsample2D: FusedDownsample2D,
+    }
+    fused: dict[str, FusedBlock] = {}
+    for path, module in unet.named_modules():
+        form = forms.get(type(module))
+        if form is None or covering(path, fused) is not None or not form.fits(module):
+            continue
+        if not any(f"{path}.{name}" in left_float for name in form.layer_names(module)):
+            fused[path] = form(module, config, state, path, static_scales)
+    resnets = [block for block in fused.values() if isinstance(block, FusedResnetBlock2D)]
+    TimeProjections.share([block for block in resnets if type(block.time_emb_proj) is nn.Linear])
+    return fused
+
+
+def covering(path: str, fused: dict[str, FusedBlock]) -> str | None:
+    """Path of the fused block that stands for the module at `path` too, None if there is none."""
+    names = path.split(".")
+    for end in range(len(names) - 1, 0, -1):
+        outer = ".".join(names[:end])
+        if outer in fused and names[end] not in fused[outer].left_out:
+            return outer
+    return None

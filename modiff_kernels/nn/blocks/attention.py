@@ -1,0 +1,154 @@
+"""Fused attention, self and cross."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modiff_kernels import ops
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
+from modiff_kernels.nn.blocks.steps import PLAIN, GroupNorm, Prologue, constants, product, products
+from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.nn.stack import LinearStack
+
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+
+
+class FusedAttention(FusedBlock):
+    """out = to_out(softmax(q k^T) v) + skip with q, k, v = to_*(prologue(x)), or k, v = to_*(encoder states).
+
+    As a block of its own: self-attention over pixels or tokens with a GroupNorm before it and, as skip, its input. As
+    a part of `FusedBasicTransformerBlock`, which calls `attend`, prologue and skip are those of the block.
+
+    q, k and v of self-attention read one quantised residual and are one product where their weights can be stacked. k
+    and v of cross-attention have mode "constant": computed from float activations, and kept as long as the encoder
+    states are the same tensor (`nn.constants`).
+    """
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether the block, used alone, computes exactly the equation above."""
+        return (
+            is_plain_attention(block)
+            and type(block.group_norm) is nn.GroupNorm
+            and block.to_k.in_features == block.to_q.in_features
+            and not block.is_cross_attention
+        )
+
+    @staticmethod
+    def layer_names(block: nn.Module) -> list[str]:
+        """The four projections."""
+        return ["to_q", "to_k", "to_v", "to_out.0"]
+
+    def build(self, block: nn.Module, parts: Parts) -> None:
+        self.heads = block.heads
+        self.scale = block.scale
+        self.residual_connection = block.residual_connection
+        self.group_norm = block.group_norm
+        self.prologue = PLAIN if block.group_norm is None else GroupNorm(block.group_norm, silu=False)
+        self.is_cross_attention = block.is_cross_attention
+        shared = "to_k" if self.is_cross_attention else "to_q"
+        self.to_q = parts.linear("to_q", "to_q")
+        self.to_k = parts.linear("to_k", shared)
+        self.to_v = parts.linear("to_v", shared)
+        self.to_out = nn.ModuleList([parts.linear("to_out.0"), block.to_out[1]])
+        readers = (self.to_k, self.to_v) if self.is_cross_attention else (self.to_q, self.to_k, self.to_v)
+        if self.is_cross_attention:
+            for layer in readers:
+                layer.become_constant()
+        self.stacked: LinearStack | tuple[ModulatedLayer, ...] = readers
+        if LinearStack.fits(readers):
+            self.stacked = LinearStack(readers)
+
+    def get_processor(self, return_deprecated_lora: bool = False) -> Any:
+        """The attention processor that this block stands for."""
+        return self.original.processor
+
+    def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
+        """Refuses any other kind of processor: the fused block would not call it."""
+        if type(processor) is not type(self.original.processor):
+            raise RuntimeError(
+                f"block '{self.path}' is fused and would not call {type(processor).__name__}; set attention "
+                f"processors before accelerate(), or use ModiffConfig(fuse=False)"
+            )
+
+    def run(
+        self,
+        x: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("self-attention without a mask is fused here; use ModiffConfig(fuse=False) to pass either")
+        if x.ndim == 3:
+            x = x.contiguous()
+            return self.attend(self.prologue, x, x if self.residual_connection else None)
+        samples, channels, height, width = x.shape
+        x = x.contiguous(memory_format=torch.channels_last)
+        tokens = x.permute(0, 2, 3, 1).view(samples, height * width, channels)
+        out = self.attend(self.prologue, tokens, tokens if self.residual_connection else None)
+        return out.view(samples, height, width, -1).permute(0, 3, 1, 2)
+
+    def attend(
+        self,
+        prologue: Prologue,
+        x: Tensor,
+        skip: Tensor | None,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """to_out of the attention, plus `skip`: new tokens [N, L, C].
+
+        x: tokens [N, L, C], contiguous. encoder_hidden_states: [N, S, K], for cross-attention alone. attention_mask: as
+        for diffusers' `Attention`.
+        """
+        dtype = x.dtype
+        # In the activations' dtype y_hat itself is read, otherwise a converted copy is written.
+        write_out = self.state.dtype_on(x.device) != dtype
+        if self.is_cross_attention:
+            if encoder_hidden_states is None:
+                encoder_hidden_states = prologue.apply(x, None)
+            q = product(self.to_q, prologue, x, dtype, write_out=write_out)
+            k, v = constants(self.stacked, encoder_hidden_states)
+        elif encoder_hidden_states is None:
+            q, k, v = products(self.stacked, prologue, x, dtype, write_out)
+        else:
+            raise ValueError("this self-attention got encoder_hidden_states; use ModiffConfig(fuse=False) to pass them")
+        attended = self._softmax_product(q, k, v, attention_mask)
+        return product(self.to_out[0], PLAIN, attended, dtype, skip=skip)
+
+    def _softmax_product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scale = (q.shape[-1] // self.heads) ** -0.5
+        if type(self.original.processor).__name__ == "AttnProcessor":
+            scale = self.scale
+        if mask is None:
+            return ops.attention(q, k, v, self.heads, scale)
+        samples = q.shape[0]
+        mask = self.original.prepare_attention_mask(mask, k.shape[1], samples)
+        mask = mask.view(samples, self.heads, -1, mask.shape[-1])
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return attended.transpose(1, 2).flatten(2).contiguous()
+
+
+def is_plain_attention(block: nn.Module) -> bool:
+    """Whether diffusers' `Attention` is nothing but projections and softmax, with an optional GroupNorm."""
+    linears = [block.to_q, block.to_k, block.to_v, block.to_out[0] if block.to_out is not None else None]
+    return (
+        type(block.processor).__name__ in PROCESSORS
+        and all(isinstance(linear, nn.Linear) for linear in linears)
+        and block.to_k.in_features == block.to_v.in_features
+        and block.to_k.out_features == block.to_q.out_features
+        and block.spatial_norm is None
+        and block.norm_q is None
+        and block.norm_k is None
+        and block.norm_cross is None
+        and getattr(block, "add_k_proj", None) is None
+        and block.rescale_output_factor == 1.0
+        and not (block.upcast_attention and type(block.processor).__name__ == "AttnProcessor")
+        and not (block.training and block.to_out[1].p > 0)
+        and is_untouched(block)
+    )

@@ -1,0 +1,106 @@
+"""What all fused blocks have in common."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels import ops
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn.conv2d import ModulatedConv2d
+from modiff_kernels.nn.linear import ModulatedLinear
+from modiff_kernels.nn.state import ModulationState
+
+StaticScales = Mapping[str, Tensor | float]
+Block = TypeVar("Block", bound="FusedBlock")
+
+
+class Parts:
+    """Makes the layers and inner blocks of a fused block from those of `block`, under their paths in the UNet."""
+
+    def __init__(
+        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, scales: StaticScales
+    ) -> None:
+        self.block = block
+        self._rest = config, state
+        self._path = path
+        self._scales = scales
+
+    def conv2d(self, name: str) -> ModulatedConv2d:
+        """The low-bit form of the convolution `name`."""
+        key = f"{self._path}.{name}"
+        conv = self.block.get_submodule(name)
+        return ModulatedConv2d.from_conv2d(conv, *self._rest, key, static_scale=self._scales.get(key))
+
+    def linear(self, name: str, edge: str | None = None) -> ModulatedLinear:
+        """The low-bit form of the Linear `name`; edge: name of the layer whose input it shares."""
+        key = f"{self._path}.{name}"
+        edge = None if edge is None else f"{self._path}.{edge}"
+        return ModulatedLinear.from_linear(
+            self.block.get_submodule(name), *self._rest, key, edge, self._scales.get(key)
+        )
+
+    def inner(self, form: type[Block], name: str) -> Block:
+        """The fused form of the block `name`."""
+        return form(self.block.get_submodule(name), *self._rest, f"{self._path}.{name}", self._scales)
+
+
+class FusedBlock(nn.Module):
+    """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation.
+
+    left_out: children that stay as they are, and whose layers are replaced by themselves.
+    """
+
+    left_out: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, scales: StaticScales
+    ) -> None:
+        super().__init__()
+        self.__dict__["original"] = block  # not a child: its parameters are ours, under the same keys
+        self.state = state
+        self.path = path
+        self.training = block.training
+        self.build(block, Parts(block, config, state, path, scales))
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether `block` computes exactly what this form computes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def layer_names(block: nn.Module) -> list[str]:
+        """Names below `block` of the layers that the fused form computes in low bits."""
+        raise NotImplementedError
+
+    def build(self, block: nn.Module, parts: Parts) -> None:
+        """Set the children, under their names in `block`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block's output, new tensors in x's dtype; mutates the state of its layers, raises what they raise."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"block '{self.path}' has no gradient but its input asks for one; call the UNet inside "
+                f"`with torch.no_grad():`, or handle.remove() first to train or differentiate"
+            )
+        try:
+            return self.run(x, *args, **kwargs)
+        except (ValueError, TypeError, ops.BackendUnavailable) as error:
+            if str(error).startswith("block '"):  # from a block inside this one
+                raise
+            raise type(error)(f"block '{self.path}': {error}") from error
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`forward` without its checks."""
+        raise NotImplementedError
+
+
+def is_untouched(*modules: nn.Module) -> bool:
+    """No hooks and no forward of its own, in `modules` or below: a fused block would not call them."""
+    return all(
+        "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+        for top in modules
+        for module in top.modules()
+    )

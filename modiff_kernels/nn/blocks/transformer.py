@@ -1,0 +1,208 @@
+"""Fused blocks of transformers over the pixels of an image."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.nn.blocks.attention import FusedAttention, is_plain_attention
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
+from modiff_kernels.nn.blocks.steps import GEGLU, PLAIN, GroupNorm, LayerNorm, Prologue, product
+
+
+class FusedFeedForward(FusedBlock):
+    """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)).
+
+    As a block of its own prologue and skip are nothing.
+    """
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether the block computes exactly the equation above."""
+        net = block.net
+        return (
+            len(net) in (3, 4)
+            and type(net[0]).__name__ == "GEGLU"
+            and isinstance(net[2], nn.Linear)
+            and all(type(dropout) is nn.Dropout for dropout in net[1::2])
+            and not (block.training and any(dropout.p > 0 for dropout in net[1::2]))
+            and is_untouched(block)
+        )
+
+    @staticmethod
+    def layer_names(block: nn.Module) -> list[str]:
+        """Both projections."""
+        return ["net.0.proj", "net.2"]
+
+    def build(self, block: nn.Module, parts: Parts) -> None:
+        geglu = nn.Module()
+        geglu.proj = parts.linear("net.0.proj")
+        self.net = nn.ModuleList([geglu, block.net[1], parts.linear("net.2"), *block.net[3:]])
+
+    def run(self, x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
+        tokens = self.net[2].canonical(x)
+        return self.feed(PLAIN, tokens, None).view(*x.shape[:-1], -1)
+
+    def feed(self, prologue: Prologue, x: Tensor, skip: Tensor | None) -> Tensor:
+        """The equation above: new tokens [N, L, C] of contiguous ones."""
+        h = product(self.net[0].proj, prologue, x, x.dtype, write_out=False)
+        return product(self.net[2], GEGLU, h, x.dtype, skip=skip)
+
+
+class FusedBasicTransformerBlock(FusedBlock):
+    """h = x + attn1(norm1(x)); h = h + attn2(norm2(h), encoder states); out = h + ff(norm3(h)).
+
+    Each LayerNorm is computed in the pass that quantises its residual, each addition in the epilogue of a projection.
+    """
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether the block computes exactly the equation above, with attn1 over its own tokens."""
+        norms = [block.norm1, block.norm3] + ([] if block.attn2 is None else [block.norm2])
+        attentions = [block.attn1] + ([] if block.attn2 is None else [block.attn2])
+        return (
+            block.norm_type == "layer_norm"
+            and all(type(norm) is nn.LayerNorm for norm in norms)
+            and block.pos_embed is None
+            and not hasattr(block, "fuser")
+            and block._chunk_size is None
+            and not block.only_cross_attention
+            and not block.attn1.is_cross_attention
+            and all(is_plain_attention(attention) for attention in attentions)
+            and all(attention.group_norm is None for attention in attentions)
+            and not any(attention.residual_connection for attention in attentions)
+            and type(block.ff).__name__ == "FeedForward"
+            and FusedFeedForward.fits(block.ff)
+            and is_untouched(block)
+        )
+
+    @staticmethod
+    def layer_names(block: nn.Module) -> list[str]:
+        """Those of the attentions and of the feed-forward block."""
+        names = [f"attn1.{name}" for name in FusedAttention.layer_names(block.attn1)]
+        if block.attn2 is not None:
+            names += [f"attn2.{name}" for name in FusedAttention.layer_names(block.attn2)]
+        return names + [f"ff.{name}" for name in FusedFeedForward.layer_names(block.ff)]
+
+    def build(self, block: nn.Module, parts: Parts) -> None:
+        self.norm1 = block.norm1
+        self.attn1 = parts.inner(FusedAttention, "attn1")
+        self.norm2 = block.norm2
+        self.attn2 = None if block.attn2 is None else parts.inner(FusedAttention, "attn2")
+        self.norm3 = block.norm3
+        self.ff = parts.inner(FusedFeedForward, "ff")
+        self.prologue1, self.prologue3 = LayerNorm(block.norm1), LayerNorm(block.norm3)
+        self.prologue2 = None if block.attn2 is None else LayerNorm(block.norm2)
+
+    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
+        """Refuses to feed tokens forward in chunks: their state belongs to all of them."""
+        if chunk_size is not None:
+            raise RuntimeError(
+                f"block '{self.path}' is fused and feeds all tokens forward at once; call enable_forward_chunking() "
+                f"before accelerate(), or use ModiffConfig(fuse=False)"
+            )
+
+    def run(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *unused: Any,
+        **unused_too: Any,
+    ) -> Tensor:
+        h = x.contiguous()
+        h = self.attn1.attend(self.prologue1, h, h, None, attention_mask)
+        if self.attn2 is not None:
+            h = self.attn2.attend(self.prologue2, h, h, encoder_hidden_states, encoder_attention_mask)
+        return self.ff.feed(self.prologue3, h, h)
+
+
+class FusedTransformer2DModel(FusedBlock):
+    """out = proj_out(blocks(proj_in(norm(x)))) + x over the pixels of an image, proj_* Linear or 1x1 convolutions.
+
+    GroupNorm is computed in the pass that quantises the residual of proj_in, the addition in the epilogue of proj_out;
+    pixels become tokens without a copy. The blocks between have fused forms of their own, or none.
+    """
+
+    left_out = ("transformer_blocks",)
+
+    @staticmethod
+    def fits(block: nn.Module) -> bool:
+        """Whether the model computes exactly the equation above."""
+        return (
+            block.is_input_continuous
+            and type(block.norm) is nn.GroupNorm
+            and isinstance(block.proj_in, (nn.Linear, nn.Conv2d))
+            and type(block.proj_in) is type(block.proj_out)
+            and "forward" not in block.__dict__
+            and not block._forward_hooks
+            and not block._forward_pre_hooks
+            and is_untouched(block.norm, block.proj_in, block.proj_out)
+        )
+
+    @staticmethod
+    def layer_names(block: nn.Module) -> list[str]:
+        """Both projections."""
+        return ["proj_in", "proj_out"]
+
+    def build(self, block: nn.Module, parts: Parts) -> None:
+        make = parts.linear if isinstance(block.proj_in, nn.Linear) else parts.conv2d
+        self.is_linear = isinstance(block.proj_in, nn.Linear)
+        self.norm = block.norm
+        self.proj_in = make("proj_in")
+        self.transformer_blocks = block.transformer_blocks
+        self.proj_out = make("proj_out")
+        self.prologue = GroupNorm(block.norm, silu=False)
+
+    def run(
+        self,
+        x: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        dtype = x.dtype
+        x = x.contiguous(memory_format=torch.channels_last)
+        image = _tokens(x) if self.is_linear else x
+        h = product(self.proj_in, self.prologue, image, dtype)
+        tokens = h if self.is_linear else _tokens(h)
+        for block in self.transformer_blocks:
+            tokens = block(
+                tokens,
+                attention_mask=_bias(attention_mask, dtype),
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=_bias(encoder_attention_mask, dtype),
+                timestep=timestep,
+                cross_attention_kwargs=cross_attention_kwargs,
+                class_labels=class_labels,
+            )
+        h = tokens.contiguous()
+        samples, _, height, width = x.shape
+        if not self.is_linear:
+            h = h.view(samples, height, width, -1).permute(0, 3, 1, 2)
+        out = product(self.proj_out, PLAIN, h, dtype, skip=image)
+        if self.is_linear:
+            out = out.view(samples, height, width, -1).permute(0, 3, 1, 2)
+        if not return_dict:
+            return (out,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=out)
+
+
+def _tokens(image: Tensor) -> Tensor:
+    """[N, H * W, C] of a channels_last image [N, C, H, W], without a copy."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask [N, tokens] of ones and zeros as what is added to the scores, [N, 1, tokens]; others as they are."""
+    if mask is None or mask.ndim != 2:
+        return mask
+    return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)

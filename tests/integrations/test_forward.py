@@ -1,0 +1,327 @@
+"""Compiled calls and CUDA graphs of an accelerated UNet, against the same calls in plain Python."""
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import modiff_kernels as mk
+from modiff_kernels.integrations.graphs import WARM_UP_CALLS, CudaCapture, GraphedCalls
+
+WIDTH = 24
+CALLS = 6
+SCHEDULE = "forecast every=3 axis=timestep"
+
+
+class Net(nn.Module):
+    """A resnet and a transformer in the form of a UNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 32, 3, padding=1)
+        self.resnet = ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=16, groups=8)
+        self.transformer = Transformer2DModel(2, 16, 32, norm_num_groups=8, cross_attention_dim=WIDTH)
+        self.conv_out = nn.Conv2d(32, 4, 3, padding=1)
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
+        steps = torch.as_tensor(timestep).float() / 1000
+        temb = torch.cos(steps * torch.arange(16, device=sample.device))[None]
+        h = self.resnet(self.conv_in(sample), temb)
+        h = self.transformer(h, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        return (self.conv_out(h),)
+
+
+@pytest.fixture(autouse=True)
+def no_grad_and_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+
+
+def accelerated(scale_mode="dynamic", **config):
+    torch.manual_seed(0)
+    net = Net().eval()
+    scales = None
+    if scale_mode == "static":
+        kinds = nn.Linear, nn.Conv2d
+        paths = [path for path, module in net.named_modules() if isinstance(module, kinds)]
+        scales = {path: 0.02 for path in paths if not any(name in path for name in ("conv_in", "conv_out", "time_emb"))}
+    return net, mk.accelerate(net, mk.ModiffConfig(scale_mode=scale_mode, **config), static_scales=scales)
+
+
+def text(seed=1, batch=2):
+    return torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def samples(calls=CALLS, batch=2):
+    generator = torch.Generator().manual_seed(2)
+    x, change = (torch.randn(batch, 4, 8, 8, generator=generator) for _ in range(2))
+    return [x + 0.1 * call * change for call in range(calls)]
+
+
+def run(net, handle, encoder, timestep=lambda call: 500 - 10 * call, calls=CALLS, batch=2):
+    """Outputs of one run."""
+    with handle.sampling_run(num_calls=calls):
+        return [
+            net(x, timestep(call), encoder_hidden_states=encoder)[0] for call, x in enumerate(samples(calls, batch))
+        ]
+
+
+def assert_same(got, expected):
+    assert len(got) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def counting(graphs):
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+CONFIGS = [
+    ({}, 1),
+    ({"scale_mode": "static"}, 1),
+    ({"scale_mode": "delayed"}, 2),  # the first update has no scale yet
+    ({"mode": "quantized"}, 1),
+    ({"scale_mode": "static", "schedule": SCHEDULE}, 1),
+    ({"scale_mode": "delayed", "schedule": SCHEDULE}, 2),
+]
+
+
+class TestCompile:
+    """fullgraph=True is the default: a graph break would raise."""
+
+    @pytest.mark.parametrize(("options", "graphs"), CONFIGS, ids=str)
+    def test_nothing_is_compiled_again_between_updates(self, options, graphs):
+        calls = 12 if "schedule" in options else CALLS
+        encoder = text()
+        net, handle = accelerated(**options)
+        expected = [run(net, handle, encoder, calls=calls) for _ in range(2)]
+        net, handle = accelerated(**options)
+        compiled = []
+        handle.compile(backend=counting(compiled))
+        for outputs in expected:
+            for got, wanted in zip(run(net, handle, encoder, calls=calls), outputs, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert len(compiled) == graphs
+
+    def test_functionalised_code_updates_the_state(self):
+        encoder = text()
+        net, handle = accelerated()
+        expected = run(net, handle, encoder)
+        net, handle = accelerated()
+        handle.compile(backend="aot_eager")
+        for got, wanted in zip(run(net, handle, encoder), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+    def test_encoder_states_changed_in_place_are_seen(self):
+        results = []
+        for compiled in (False, True):
+            net, handle = accelerated()
+            if compiled:
+                handle.compile(backend="eager")
+            results.append(changing_text(net, handle))
+        for got, wanted in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+    def test_a_removed_handle_refuses(self):
+        _, handle = accelerated()
+        handle.remove()
+        with pytest.raises(RuntimeError, match="handle was removed"):
+            handle.compile()
+
+
+def changing_text(net, handle):
+    """Outputs of a run in which the encoder states change once in place and once as an object."""
+    encoder, outputs = text(), []
+    with handle.sampling_run():
+        for call, x in enumerate(samples(9)):
+            if call == 4:
+                encoder.copy_(text(7))
+            if call == 6:
+                encoder = text(8)
+            outputs.append(net(x, 500 - 10 * call, encoder_hidden_states=encoder)[0])
+    return outputs
+
+
+class FakeCapture:
+    """What CudaCapture does, on the CPU: kernels are recorded with the tensors that they read and write, run only by a
+    replay, and write the same tensors each time."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __call__(self, step):
+        before = [(tensor, tensor.clone()) for tensor in self._state_tensors()]
+        with Tape() as tape:
+            outputs = step()
+        for tensor, value in before:  # as if nothing had run
+            tensor.copy_(value)
+        for tensor in pytree.tree_leaves(outputs):
+            tensor.fill_(float("nan"))
+        return tape.replay, outputs
+
+    def _state_tensors(self):
+        for holder in [*self.state.edges.values(), *self.state.outputs.values()]:
+            for slot in holder.slots.values():
+                yield slot.tensor
+                if slot.buffer is not None:
+                    yield slot.buffer
+        for kept in self.state.constants._kept.values():
+            yield kept.value
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.kernels = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.kernels.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.kernels:
+            again = func(*args, **kwargs)
+            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def graphed(**options):
+    net, handle = accelerated(**options)
+    handle._forward.graphs = GraphedCalls(handle.state, FakeCapture(handle.state))
+    handle.state.fixed_addresses = True
+    return net, handle, handle._forward.graphs
+
+
+class TestGraphs:
+    @pytest.mark.parametrize("options", [options for options, _ in CONFIGS[:4]], ids=str)
+    def test_replays_equal_plain_calls(self, options):
+        net, handle = accelerated(**options)
+        encoder = text()
+        expected = [run(net, handle, encoder) for _ in range(4)]
+        net, handle, graphs = graphed(**options)
+        for outputs in expected:
+            assert_same(run(net, handle, encoder), outputs)
+        kinds = 2 if options.get("scale_mode") == "delayed" else 1
+        assert graphs.captured == kinds
+        assert graphs.eager == kinds * WARM_UP_CALLS
+        first_calls = 4
+        assert graphs.replayed == 4 * CALLS - first_calls - graphs.eager
+        assert f"{kinds} captured" in handle.explain()
+
+    @pytest.mark.parametrize("scale_mode", ["static", "delayed"])
+    def test_a_graph_per_gap_of_a_schedule(self, scale_mode):
+        options = {"scale_mode": scale_mode, "schedule": SCHEDULE}
+        encoder = text()
+        net, handle = accelerated(**options)
+        expected = [run(net, handle, encoder, calls=20) for _ in range(4)]
+        net, handle, graphs = graphed(**options)
+        for outputs in expected:
+            assert_same(run(net, handle, encoder, calls=20), outputs)
+        assert 2 <= graphs.captured <= 5
+        assert graphs.replayed > 0
+
+    def test_changed_encoder_states(self):
+        expected = changing_text(*accelerated())
+        net, handle, graphs = graphed()
+        assert_same(changing_text(net, handle), expected)
+        assert graphs.replayed > 0
+
+    def test_contexts_have_their_own_graphs(self):
+        def passes(net, handle):
+            outputs = []
+            encoders = {"cond": text(), "uncond": text(3)}
+            with handle.sampling_run():
+                for call, x in enumerate(samples()):
+                    for name, encoder in encoders.items():
+                        with handle.context(name):
+                            outputs.append(net(x, 500 - 10 * call, encoder_hidden_states=encoder)[0])
+            return outputs
+
+        expected = passes(*accelerated())
+        net, handle, graphs = graphed()
+        assert_same(passes(net, handle), expected)
+        assert graphs.captured == 2
+
+    def test_another_batch_and_back(self):
+        net, handle = accelerated()
+        encoders = {2: text(), 3: text(batch=3)}
+        order = (2, 3, 2)
+        expected = [run(net, handle, encoders[batch], batch=batch) for batch in order]
+        net, handle, graphs = graphed()
+        for batch, outputs in zip(order, expected):
+            assert_same(run(net, handle, encoders[batch], batch=batch), outputs)
+        assert graphs.captured == 3  # state has moved each time
+
+    def test_loaded_weights_are_captured_again(self):
+        net, handle, graphs = graphed()
+        encoder = text()
+        run(net, handle, encoder)
+        weights = {key: value * 1.1 for key, value in net.state_dict().items()}
+        net.load_state_dict(weights)
+        got = run(net, handle, encoder)
+        assert graphs.captured == 2
+        net, handle = accelerated()
+        net.load_state_dict(weights)
+        assert_same(got, run(net, handle, encoder))
+
+    def test_timesteps_in_any_form(self):
+        expected = run(*accelerated(), text())
+        for form in (float, torch.tensor, lambda call: torch.tensor(float(call))):
+            net, handle, _ = graphed()
+            got = run(net, handle, text(), timestep=lambda call, form=form: form(500 - 10 * call))
+            assert_same(got, expected)
+
+    def test_outputs_are_not_overwritten_by_later_calls(self):
+        net, handle, _ = graphed()
+        got = run(net, handle, text(), calls=8)
+        assert len({tensor.data_ptr() for tensor in got}) == 8
+
+
+class TestRefused:
+    def test_on_the_cpu(self):
+        net = Net()
+        with pytest.raises(ValueError, match=r"cuda_graphs=True is not possible for a UNet on cpu; move it to a GPU"):
+            mk.accelerate(net, mk.ModiffConfig(cuda_graphs=True))
+        assert type(net.resnet) is ResnetBlock2D
+
+    @pytest.mark.parametrize("schedule", ["forecast every=3 tolerance=0.1", "deep-hold every=2"])
+    def test_with_a_schedule_that_cannot_be_captured(self, schedule):
+        with pytest.raises(ValueError, match=r"cuda_graphs=True is not possible with schedule .* without tolerance"):
+            mk.accelerate(Net(), mk.ModiffConfig(cuda_graphs=True, schedule=schedule))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("scale_mode", ["dynamic", "static", "delayed"])
+def test_graphs_on_a_gpu(scale_mode):
+    encoder = text().cuda()
+    results = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(0)
+        net = Net().eval().cuda()
+        paths = [path for path, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        skipped = "conv_in", "conv_out", "time_emb"
+        scales = {path: 0.02 for path in paths if not any(name in path for name in skipped)}
+        config = mk.ModiffConfig(scale_mode=scale_mode, cuda_graphs=cuda_graphs)
+        handle = mk.accelerate(net, config, static_scales=scales if scale_mode == "static" else None)
+        outputs = []
+        for _ in range(4):
+            with handle.sampling_run():
+                outputs += [net(x.cuda(), 500, encoder_hidden_states=encoder)[0] for x in samples()]
+        results.append(outputs)
+    assert isinstance(handle._forward.graphs._capture, CudaCapture)
+    assert handle._forward.graphs.replayed > 0
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,172 @@
+"""Keys and values of cross-attention: computed once per run as long as the encoder states are the same tensor."""
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+import modiff_kernels as mk
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.blocks import steps
+from modiff_kernels.nn.constants import Constants
+
+WIDTH = 24
+
+
+class Net(nn.Module):
+    """Two blocks that read the same encoder states."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(BasicTransformerBlock(32, 2, 16, cross_attention_dim=WIDTH) for _ in range(2))
+
+    def forward(self, x, encoder=None):
+        for block in self.blocks:
+            x = block(x, encoder_hidden_states=encoder)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A line per computed output of a layer with a constant input."""
+    lines = []
+
+    def counted(layer, x):
+        lines.append(layer.name)
+        return original(layer, x)
+
+    original = steps.stateless_output
+    monkeypatch.setattr(steps, "stateless_output", counted)
+    return lines
+
+
+def accelerated(**config):
+    torch.manual_seed(0)
+    net = Net().eval()
+    return net, mk.accelerate(net, mk.ModiffConfig(**config))
+
+
+def tokens(seed=0, batch=2):
+    return torch.randn(batch, 9, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def text(seed=1, batch=2):
+    return torch.randn(batch, 7, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def last_output(x, encoders, **config):
+    """Output of the last call of a fresh run over `encoders`, each a tensor of its own."""
+    net, handle = accelerated(**config)
+    with handle.sampling_run():
+        return [net(x, encoder) for encoder in encoders][-1]
+
+
+@pytest.mark.parametrize("mode", ["modulated", "quantized"])
+class TestWhenTheyAreComputed:
+    def test_once_per_run(self, mode, computed):
+        net, handle = accelerated(mode=mode)
+        encoder = text()
+        for run in range(1, 3):
+            with handle.sampling_run():
+                for call in range(4):
+                    net(tokens(call), encoder)
+            assert len(computed) == 2 * run
+        assert set(computed) == {f"blocks.{i}.attn2.to_k+to_v" for i in (0, 1)}
+
+    def test_again_for_another_tensor_of_equal_values(self, mode, computed):
+        net, handle = accelerated(mode=mode)
+        with handle.sampling_run():
+            outputs = [net(tokens(), text()) for _ in range(3)]
+        assert len(computed) == 3 * 2
+        assert torch.equal(outputs[1], last_output(tokens(), [text()] * 2, mode=mode))
+
+    def test_again_after_a_change_in_place(self, mode, computed):
+        net, handle = accelerated(mode=mode)
+        encoder, other = text(), text(5)
+        with handle.sampling_run():
+            net(tokens(), encoder)
+            net(tokens(), encoder)
+            encoder.copy_(other)
+            changed = net(tokens(), encoder)
+        assert len(computed) == 2 * 2
+        assert torch.equal(changed, last_output(tokens(), [text(), text(), other], mode=mode))
+
+    def test_in_two_passes_with_contexts(self, mode, computed):
+        net, handle = accelerated(mode=mode)
+        encoders = {"cond": text(), "uncond": text(6)}
+        with handle.sampling_run():
+            for _ in range(3):
+                got = {}
+                for name, encoder in encoders.items():
+                    with handle.context(name):
+                        got[name] = net(tokens(), encoder)
+        assert len(computed) == 2 * 2
+        for name, encoder in encoders.items():
+            assert torch.equal(got[name], last_output(tokens(), [encoder] * 3, mode=mode))
+
+    def test_in_one_pass_for_both(self, mode, computed):
+        net, handle = accelerated(mode=mode, granularity="per_sample")
+        both = torch.cat([text(), text(6)])
+        with handle.sampling_run():
+            for _ in range(3):
+                got = net(tokens(batch=4), both)
+        assert len(computed) == 2
+        alone = last_output(tokens(batch=4)[:2], [text()] * 3, mode=mode, granularity="per_sample")
+        torch.testing.assert_close(got[:2], alone, rtol=1e-4, atol=1e-4)
+
+    def test_again_in_every_call_for_inference_tensors(self, mode, computed):
+        net, handle = accelerated(mode=mode)
+        with torch.inference_mode(), handle.sampling_run():
+            encoder = text()
+            net(tokens(), encoder)
+            encoder.mul_(2)  # nothing counts this
+            changed = net(tokens(), encoder)
+        assert len(computed) == 2 * 2
+        assert torch.equal(changed, last_output(tokens(), [text(), 2 * text()], mode=mode))
+
+
+def test_changed_weights_are_seen_in_mode_quantized():
+    net, handle = accelerated(mode="quantized")
+    encoder = text()
+    before = net(tokens(), encoder)
+    layer = handle.layers["blocks.0.attn2.to_v"]
+    layer.weight.mul_(2)
+    layer.refresh_weight()
+    assert not torch.equal(net(tokens(), encoder), before)
+
+
+def test_values_keep_their_address_and_are_counted():
+    net, handle = accelerated()
+    addresses = []
+    for seed in (1, 2):
+        with handle.sampling_run():
+            net(tokens(), text(seed))
+            addresses.append([kept.value.data_ptr() for kept in handle.state.constants._kept.values()])
+    assert addresses[0] == addresses[1]
+    assert handle.state.constants.nbytes() == 2 * (2 * 7 * 64 * 4)
+    assert handle.state.nbytes() > handle.state.constants.nbytes()
+    handle.state.release()
+    assert handle.state.constants.nbytes() == 0
+
+
+def test_tensors_of_a_finished_run_are_let_go():
+    state = ModulationState()
+    source = torch.zeros(1)
+    state.constants.keep("default", "layer", source, source, torch.ones(1))
+    state.begin_run()
+    assert all(kept.source is None for kept in state.constants._kept.values())
+
+
+def test_a_value_of_another_shape_takes_the_place():
+    constants, source = Constants(), torch.zeros(1)
+    constants.keep("default", "layer", source, source, torch.ones(2))
+    kept = constants.keep("default", "layer", source, source, torch.ones(3))
+    assert kept.shape == (3,)
+    assert constants.find("default", "layer", source, source) is kept
+    assert constants.find("other", "layer", source, source) is None
