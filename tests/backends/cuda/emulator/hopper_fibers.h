@@ -29,18 +29,17 @@ class WaitingFibers {
       for (int& stall : stalls)
         stall = stall > 0 ? stall - 1 : random() % 32 == 0 ? static_cast<int>(random() % 32) : 0;
       bool moved = false, stalled = false;
-      // Forwards, backwards, and across warps; none has a divisor in common with a multiple of 384 or 512 threads.
-      const int strides[] = {1, 5, 77, 131, 251, threads - 1};
+      // Forwards, backwards, and across warps: primes that divide no number of threads here.
+      const int strides[] = {1, 1009, 2003, 5003, 7919, threads - 1};
       const int64_t first = random() % fibers_.size(), stride = strides[random() % 6];
       for (int i = 0; i < threads; ++i) {
         current_ = static_cast<int>((first + i * stride) % threads);
         Fiber& fiber = fibers_[static_cast<size_t>(current_)];
-        if (fiber.done) continue;
+        if (fiber.done || (fiber.ready && !fiber.ready())) continue;
         if (stalls[static_cast<size_t>(current_ / 32)] > 0) {
           stalled = true;
           continue;
         }
-        if (fiber.ready && !fiber.ready()) continue;
         fiber.ready = nullptr;
         swapcontext(&scheduler_, &fiber.context);
         moved = true;
