@@ -36,6 +36,7 @@ class Quantised:
                 backend=backend,
                 granularity=granularity,
                 schedule=row.schedule,
+                cuda_graphs=row.cuda_graphs,
             )
             self.handle = mk.accelerate(unet, config)
         except (ValueError, RuntimeError) as error:

@@ -18,7 +18,8 @@ SCHEDULED_ACT_BITS = (8,)
 class Row:
     """One configuration. Full precision has 32 bits; `mode` is float, weight_only, quantized or modulated.
 
-    schedule: as ModiffConfig takes it; None computes every call.
+    schedule: as ModiffConfig takes it; None computes every call. cuda_graphs: as ModiffConfig takes it, for float rows
+    those of torch.compile.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Row:
     channels_last: bool = True
     compiled: bool = False
     schedule: str | None = None
+    cuda_graphs: bool = False
 
 
 def build_rows(
