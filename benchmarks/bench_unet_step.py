@@ -40,6 +40,7 @@ from modiff_kernels.cli.models import choose_device, share_copy
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row, build_rows, select_rows
 from modiff_kernels.evaluation import sqnr, text_table
+from modiff_kernels.planning.roofline import Machine
 
 LEAST_SQNR_DB = {"float": 80.0, "weight_only": 20.0, "quantized": 15.0, "modulated": 15.0}
 """Least SQNR of the last call of a run against eager contiguous, at 8 bits."""
@@ -192,7 +193,7 @@ def measure(configs: list[Configuration], inputs: list, keywords: dict[str, Any]
 
 
 def result_rows(
-    network: str, batch: int, configs: list[Configuration], machine: bounds.Machine | None, float_bytes: int
+    network: str, batch: int, configs: list[Configuration], machine: Machine, float_bytes: int
 ) -> list[dict]:
     """Rows for record.append: times, ratios paired call by call, memory, and the bound on `machine`."""
     by_key = {configuration.row.key: configuration for configuration in configs}
@@ -200,8 +201,9 @@ def result_rows(
     baselines = {}
     if eager:
         baselines["speedup_vs_best_eager"] = min(eager, key=lambda c: statistics.median(c.update))
-    if "float-compile" in by_key:
-        baselines["speedup_vs_compile"] = by_key["float-compile"]
+    compiled = [by_key[key] for key in ("float-compile", "float-compile-graphs") if key in by_key]
+    if compiled:
+        baselines["speedup_vs_compile"] = min(compiled, key=lambda c: statistics.median(c.update))
     rows = []
     for c in configs:
         common = {
@@ -229,10 +231,9 @@ def result_rows(
             add("state", "bytes", [c.quantised.state_bytes])
         if c.peak_bytes:
             add("peak_memory", "bytes", [c.peak_bytes])
-        if machine is not None:
-            state_bytes = 2 if c.unet.device.type == "cuda" else 4
-            mode = "quantized" if c.row.key == TORCHAO else c.row.mode
-            add("bound", "ms", [bounds.bound_ms(network, batch, mode, machine, float_bytes, state_bytes)])
+        state_bytes = 2 if c.unet.device.type == "cuda" else 4
+        mode = "quantized" if c.row.key == TORCHAO else c.row.mode
+        add("bound", "ms", [bounds.bound_ms(network, batch, mode, machine, float_bytes, state_bytes)])
     return rows
 
 
@@ -321,7 +322,8 @@ def main(argv: list[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     names = tuple(name for name in args.rows.split(",") if name)
     rows_wanted = select_rows(all_rows(device, dtype, args.compile), names)
-    machine = bounds.machine(device)
+    machine, source = bounds.machine(device)
+    print(f"bounds by rates {source}: {machine}")
     failed = False
     with torch.no_grad():
         for network in args.network or SMALL_NETWORKS:
@@ -336,7 +338,7 @@ def run_network(
     unet: torch.nn.Module,
     rows: list[Row],
     batch: int,
-    machine: bounds.Machine | None,
+    machine: Machine,
     args: argparse.Namespace,
 ) -> bool:
     """Verify, time and print one network at one batch; whether all rows were verified."""
@@ -355,8 +357,6 @@ def run_network(
     measure(kept, inputs, keywords, args.rounds, args.quiet)
     results = result_rows(network, batch, kept, machine, expected.element_size())
     print(show(results))
-    if machine is not None:
-        print(f"bound: {machine.source}")
     if args.record:
         print(f"appended to {record.append(results).relative_to(record.ROOT)}")
     return len(kept) == len(configs)

@@ -1,21 +1,27 @@
 """Low-bit kernels with fused modulation and error compensation, as drop-in layers for diffusion UNets.
 
 Public names are imported on first use: `import modiff_kernels` needs neither diffusers nor the compiled library.
+diffusers learns the quantization method "modiff" when it is imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from modiff_kernels.integrations.registration import register_with_diffusers
+
 if TYPE_CHECKING:
     from modiff_kernels.config import ModiffConfig
     from modiff_kernels.integrations.diffusers import Handle, accelerate
+    from modiff_kernels.integrations.planner import make_plan
     from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+    from modiff_kernels.planning.layer_plan import LayerPlan
     from modiff_kernels.planning.schedule import StepSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Handle",
+    "LayerPlan",
     "ModiffConfig",
     "ModulatedConv2d",
     "ModulatedLinear",
@@ -23,16 +29,19 @@ __all__ = [
     "StepSchedule",
     "__version__",
     "accelerate",
+    "make_plan",
 ]
 
 _HOME_OF = {
     "Handle": "modiff_kernels.integrations.diffusers",
+    "LayerPlan": "modiff_kernels.planning.layer_plan",
     "ModiffConfig": "modiff_kernels.config",
     "ModulatedConv2d": "modiff_kernels.nn",
     "ModulatedLinear": "modiff_kernels.nn",
     "ModulationState": "modiff_kernels.nn",
     "StepSchedule": "modiff_kernels.planning.schedule",
     "accelerate": "modiff_kernels.integrations.diffusers",
+    "make_plan": "modiff_kernels.integrations.planner",
 }
 
 
@@ -46,3 +55,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+register_with_diffusers()

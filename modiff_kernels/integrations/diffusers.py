@@ -7,10 +7,11 @@ not imported.
 
 import contextlib
 import dataclasses
-import functools
-import types
+import logging
+import math
+import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,15 +20,22 @@ from torch import Tensor, nn
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
+from modiff_kernels.integrations.patching import SetTimesteps, answer_dtype_quickly, set_attribute, set_module
+from modiff_kernels.integrations.plans import plan_of
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
+from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.planning.stored import beside
+
+logger = logging.getLogger("modiff_kernels")
 
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,27 +65,39 @@ def accelerate(
     `with handle.sampling_run():`). static_scales: residual scale per layer path, for scale_mode "static".
     share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
+    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
+    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
+    pipeline begins the runs from now on. The other arguments must be left out then.
+
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
     to replace, a scale is missing or cuda_graphs are not possible, RuntimeError if the UNet is accelerated already,
     BackendUnavailable if config.backend cannot do it.
     """
+    unet, pipe = _unet_and_pipe(target)
+    if _HANDLE in unet.__dict__:
+        if config is not None or static_scales is not None or not share_edges:
+            raise ValueError(
+                f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
+                "loaded with; leave out config, static_scales and share_edges, or call remove() on the handle before"
+            )
+        loaded: Handle = unet.__dict__[_HANDLE]
+        if pipe is not None:
+            loaded._attach(pipe)
+        return loaded
     config = ModiffConfig() if config is None else config
     if not isinstance(config, ModiffConfig):
         raise TypeError(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
             "dict)"
         )
-    unet, pipe = _resolve(target)
-    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
-        raise RuntimeError(
-            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
-            "before"
-        )
+    _refuse_accelerated(unet)
     if config.cuda_graphs:
         _check_graphs(unet, config.schedule)
-    plan = replacements_of(unet, config, dict(static_scales or {}), share_edges)
-    handle = Handle(unet, pipe, config, plan)
+    scales = dict(static_scales or {})
+    layer_plan = plan_of(unet, config, scales, share_edges)
+    replaced = replacements_of(unet, config, scales, share_edges, layer_plan)
+    handle = Handle(unet, pipe, config, replaced, layer_plan, share_edges)
     with contextlib.ExitStack() as undo:
         handle._install(undo)
         handle._undo = undo.pop_all()
@@ -87,24 +107,40 @@ def accelerate(
 class Handle:
     """What `accelerate` did to one UNet.
 
-    config: the ModiffConfig. state: the ModulationState. unet: the UNet. layers: the low-bit layers by path.
+    config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
+    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_edges: as `accelerate` got
+    it.
     """
 
-    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, plan: Replacements) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        pipe: Any,
+        config: ModiffConfig,
+        replaced: Replacements,
+        plan: LayerPlan | None,
+        share_edges: bool,
+    ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.config = config
-        self.state = plan.state
-        self.layers = plan.layers
-        self._plan = plan
-        self._door: _SetTimesteps | None = None
+        self.plan = plan
+        self.share_edges = share_edges
+        self.state = replaced.state
+        self.layers = replaced.layers
+        self.replaced = replaced
+        self._untouched = plan is not None and not replaced.replacements
+        self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
+        self._seen: tuple[torch.Size, str] | None = None
+        self._door: SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
         self._forward = UNetForward(
             unet, self.state, GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
         )
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
-            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run)
+            stored = beside(unet, pipe) if config.schedule == "auto" else None
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run, stored)
         self._undo: contextlib.ExitStack | None = None
 
     def sampling_run(
@@ -131,11 +167,7 @@ class Handle:
                 "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
                 "with `with handle.sampling_run():`"
             )
-        door = _SetTimesteps(self.pipe.scheduler, self.state)
-        if self._door is not None:
-            self._door.restore()
-        self._door = door
-        door.install()
+        self._attach(self.pipe)
 
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
@@ -143,6 +175,26 @@ class Handle:
             self.state.release()
             undo, self._undo = self._undo, None
             undo.close()
+
+    def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
+        """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
+
+        config.json gets this handle's config as `quantization_config`; the safetensors files hold codes and scales of
+        the low-bit layers, static activation scales where there are some, and all other parameters in their own dtype
+        (`quant.checkpoint` has the format). More than `max_shard_size` (bytes, or text such as "5GB") goes into several
+        files. Files of an earlier save there are replaced. The state of a run is not saved.
+
+        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
+        """
+        self._require_active()
+        from modiff_kernels.integrations.quantizer import save
+
+        save(self, directory, max_shard_size)
+
+    def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
+        """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        self._undo.callback(on_remove, self.unet)
+        set_attribute(self.unet, _HANDLE, self, self._undo)
 
     def compile(self, **options: Any) -> None:
         """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
@@ -156,16 +208,13 @@ class Handle:
 
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
-        return [self._row(path, module) for path, module in self._plan.originals.items()]
+        return [self._row(path, module) for path, module in self.replaced.originals.items()]
 
     def explain(self) -> str:
         """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
         rows = self.rows()
         fields = [field.name for field in dataclasses.fields(LayerRow)]
-        cells = [fields, *[[getattr(row, field) for field in fields] for row in rows]]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+        lines = _aligned([fields, *[[getattr(row, field) for field in fields] for row in rows]])
         low_bit = sum(row.mode != "float" for row in rows)
         summary = (
             f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
@@ -173,9 +222,21 @@ class Handle:
         )
         if self._scheduled is not None:
             summary += f"\nschedule: {self.explain_schedule()}"
+        if self.plan is not None:
+            summary += f"\n{self.explain_plan()}\n"
         if self._forward.graphs is not None:
             summary += f"\n{self._forward.graphs.describe()}"
         return "\n".join([summary, *lines])
+
+    def explain_plan(self) -> str:
+        """The layer plan: the decision, whole plans that were timed, and a table of units with time per mode, speed-up,
+        SQNR, state and reason; empty without a plan."""
+        if self.plan is None:
+            return ""
+        lines = [f"plan ({self.plan.source}): {self.plan.summary or 'as given'}"]
+        lines += [f"  {candidate}" for candidate in self.plan.candidates]
+        header, rows = self.plan.table()
+        return "\n".join([*lines, *_aligned([header, *rows])])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None, from the next run on.
@@ -229,19 +290,29 @@ class Handle:
         unet = self.unet
         _accelerated.add(unet)
         undo.callback(_accelerated.discard, unet)
-        for path, module in self._plan.replacements.items():
-            undo.callback(_set_module, unet, path, _set_module(unet, path, module))
+        for path, module in self.replaced.replacements.items():
+            undo.callback(set_module, unet, path, set_module(unet, path, module))
         undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
-        _set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
-        _answer_dtype_quickly(unet, undo)
+        set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
+        answer_dtype_quickly(unet, undo)
         self._forward.install(undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
+        undo.callback(self._close_door)
         if self.pipe is not None:
-            self._door = _SetTimesteps(self.pipe.scheduler, self.state)
-            self._door.install()
-            undo.callback(lambda: self._door.restore())
+            self._attach(self.pipe)
+
+    def _attach(self, pipe: Any) -> None:
+        """Let the scheduler of `pipe` begin the runs."""
+        door = SetTimesteps(pipe.scheduler, self.state)
+        self._close_door()
+        self.pipe, self._door = pipe, door
+        door.install()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if self._door is not None and self.state.needs_run and not self._own_runs and not self._door.is_on(self.pipe):
@@ -249,14 +320,49 @@ class Handle:
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
             )
-        self.state.begin_call()
+        if self._planned_shape is not None:
+            self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
+        self._begin_call(unet)
+        if self._untouched:
+            return args, kwargs
         if args:
-            return (_channels_last(args[0]), *args[1:]), kwargs
-        return args, {name: _channels_last(value) for name, value in kwargs.items()}
+            return (channels_last(args[0]), *args[1:]), kwargs
+        return args, {name: channels_last(value) for name, value in kwargs.items()}
+
+    def _begin_call(self, unet: nn.Module) -> None:
+        try:
+            self.state.begin_call()
+        except RuntimeError as error:
+            if self._door is not None or _HANDLE not in unet.__dict__:
+                raise
+            raise RuntimeError(
+                f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
+                "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
+            ) from error
 
     def _leave(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.state.end_call(failed=output is None)
-        return _contiguous(output)
+        return output if self._untouched else _contiguous(output)
+
+    def _look_at_shape(self, shape: torch.Size) -> None:
+        """Where the shape is not the one that the plan was made for: warn once, refuse more state than is allowed."""
+        if (shape, self.state.context_name) == self._seen:
+            return
+        limit, contexts = self.config.max_state_bytes, {*self.state.contexts(), self.state.context_name}
+        needed = self.plan.state_bytes * math.prod(shape) / math.prod(self._planned_shape) * len(contexts)
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"max_state_bytes={limit}: a sample {tuple(shape)} in {len(contexts)} context(s) needs about "
+                f"{needed:.0f} bytes of state, the plan was made for {tuple(self._planned_shape)}; give a plan for "
+                "this shape (make_plan), or a higher limit"
+            )
+        if tuple(shape) != tuple(self._planned_shape) and self._seen is None:
+            logger.warning(
+                "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these",
+                tuple(self._planned_shape),
+                tuple(shape),
+            )
+        self._seen = shape, self.state.context_name
 
     def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
         self.state.reset_after_pipeline()
@@ -274,61 +380,24 @@ class Handle:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
-        block = covering(path, self._plan.fused)
-        if block is not None and path not in self._plan.reasons:
+        block = covering(path, self.replaced.fused)
+        if block is not None and path not in self.replaced.reasons:
             bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
             return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
-        return LayerRow(path, kind, shape, "float", "-", "torch", self._plan.reasons[path])
+        return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
 
 
-class _SetTimesteps:
-    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run."""
+def resolve(target: Any) -> tuple[nn.Module, Any]:
+    """The UNet of `target`, and the pipeline around it or None.
 
-    def __init__(self, scheduler: Any, state: ModulationState) -> None:
-        original = getattr(scheduler, "set_timesteps", None)
-        if not callable(original):
-            raise ValueError(
-                f"the pipeline's scheduler ({type(scheduler).__name__}) has no set_timesteps() to begin runs with; "
-                "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
-            )
-        functools.update_wrapper(self, original)
-        self.scheduler = scheduler
-        self._original = original
-        self._state = state
-        self._active = False
-        self._undo = contextlib.ExitStack()
-
-    def install(self) -> None:
-        """Put the wrapper on the scheduler."""
-        self._active = True
-        _set_attribute(self.scheduler, "set_timesteps", self, self._undo)
-
-    def restore(self) -> None:
-        """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
-        self._active = False
-        outermost = self.scheduler.__dict__.get("set_timesteps")
-        while isinstance(outermost, _SetTimesteps) and not outermost._active:
-            outermost._undo.close()
-            outermost = self.scheduler.__dict__.get("set_timesteps")
-
-    def is_on(self, pipe: Any) -> bool:
-        """Whether `pipe` still has the scheduler that this wraps."""
-        return pipe.scheduler is self.scheduler
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._active:
-            return self._original(*args, **kwargs)
-        self._state.end_run()
-        result = self._original(*args, **kwargs)
-        self._state.begin_run(len(self.scheduler.timesteps))
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.scheduler))
-        return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
+    TypeError for anything else, RuntimeError for a UNet that is accelerated already.
+    """
+    unet, pipe = _unet_and_pipe(target)
+    _refuse_accelerated(unet)
+    return unet, pipe
 
 
-def _resolve(target: Any) -> tuple[nn.Module, Any]:
+def _unet_and_pipe(target: Any) -> tuple[nn.Module, Any]:
     unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
     if not isinstance(unet, nn.Module):
         raise TypeError(
@@ -338,6 +407,21 @@ def _resolve(target: Any) -> tuple[nn.Module, Any]:
     if hasattr(unet, "_orig_mod"):
         raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
     return unet, pipe
+
+
+def _refuse_accelerated(unet: nn.Module) -> None:
+    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
+        raise RuntimeError(
+            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
+            "before"
+        )
+
+
+def _aligned(cells: list[Any]) -> list[str]:
+    """Lines of a table in plain text, the header `cells[0]` underlined."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in ruled]
 
 
 def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
@@ -356,46 +440,8 @@ def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
         )
 
 
-def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Put `module` at `path` and return what was there."""
-    parent_path, _, name = path.rpartition(".")
-    children = root.get_submodule(parent_path)._modules
-    previous = children[name]
-    children[name] = module
-    return previous
-
-
-def _set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
-    """Set an instance attribute; `undo` puts back the instance's own one, or uncovers that of the class."""
-    attributes = owner.__dict__
-    if name in attributes:
-        undo.callback(attributes.__setitem__, name, attributes[name])
-    else:
-        undo.callback(attributes.pop, name, None)
-    attributes[name] = value
-
-
-def _answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Give `unet` a subclass of its class whose `dtype` is that of its first floating parameter; `undo` takes it back.
-
-    diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call,
-    which small ones feel. UNets that have such hooks, or modules kept in float32, keep the property.
-    """
-    plain = type(unet)
-    if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):
-        return
-    if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
-        return
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    unet.__class__ = type(plain.__name__, (plain,), {**names, "dtype": property(_first_floating_dtype)})
-    undo.callback(setattr, unet, "__class__", plain)
-
-
-def _first_floating_dtype(module: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-
-
-def _channels_last(value: Any) -> Any:
+def channels_last(value: Any) -> Any:
+    """`value` in channels_last if it is a tensor of four dimensions, else as it is."""
     if isinstance(value, Tensor) and value.ndim == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value

@@ -97,6 +97,27 @@ class ModulatedLayer(nn.Module):
         Sets weight_packed (layout `layout`), weight_scale (float32) and, in mode "float", float_weight. Raises
         ValueError on weights that hold NaN or Inf.
         """
+        self._given = None
+        self._set_weight()
+
+    def take_weight(self, weight_packed: Tensor, weight_scale: Tensor) -> None:
+        """Compute with these codes instead of `weight` rounded to the nearest, until refresh_weight or load_state_dict.
+
+        weight_packed: in kpack_v1, weight_scale: float32 [N] or [N, groups], of the bits and group size of this layer.
+        `weight` should be what they stand for.
+        """
+        self._given = weight_packed, weight_scale
+        self._set_weight()
+
+    def portable_weight(self) -> tuple[Tensor, Tensor]:
+        """weight_packed in kpack_v1 and weight_scale (float32), the codes that this layer computes with."""
+        if self._given is not None:
+            weight_packed, weight_scale = self._given
+            return weight_packed.to(self.weight.device), weight_scale.to(self.weight.device)
+        weight_q, weight_scale = quantize_weight(self.weight.detach(), self.weight_bits, self.group_size)
+        return ops.pack_weight(weight_q, self.weight_bits), weight_scale
+
+    def _set_weight(self) -> None:
         weight = self.weight.detach()
         self.bias_data = None if self.bias is None else self.bias.detach()
         self.layout = KPACK_V1
@@ -108,18 +129,18 @@ class ModulatedLayer(nn.Module):
             self.float_weight = weight
             return
         try:
-            weight_q, weight_scale = quantize_weight(weight, self.weight_bits, self.group_size)
+            packed, weight_scale = self.portable_weight()
         except ValueError as error:
             raise ValueError(f"layer '{self.name}': {error}") from error
+        n, k = weight.shape[0], weight[0].numel()
         self.weight_scale = weight_scale
         if self.mode == "float":
+            weight_q = ops.unpack_weight(packed, self.weight_bits, n, k)
             dequantized = dequantize_weight(weight_q, weight_scale, self.group_size, weight.shape).to(weight.dtype)
             self.float_weight = dequantized.contiguous(memory_format=self.memory_format)
             return
-        packed = ops.pack_weight(weight_q, self.weight_bits)
         self.layout = self._common_layout()
         if self.layout != KPACK_V1:
-            n, k = weight_q.shape
             conv = self.conv_arguments()
             kernel_size, groups = (conv[0], conv[-1]) if conv else ((1, 1), 1)
             packed = ops.prepare_weight(
@@ -304,7 +325,7 @@ class ModulatedLayer(nn.Module):
         super()._apply(fn, recurse)
         self._adopt_parameters()
         if before != (self.weight.dtype, self.weight.device):
-            self.refresh_weight()
+            self._set_weight()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
