@@ -12,11 +12,10 @@ from modiff_kernels.cli import models
 from modiff_kernels.cli.arguments import UserError
 from modiff_kernels.cli.quantised import config_of_row
 from modiff_kernels.cli.rows import Row
-from modiff_kernels.evaluation import text_table
 from modiff_kernels.integrations import plan_cache
-from modiff_kernels.planning.layer_plan import LayerPlan
+from modiff_kernels.integrations.plans import plan_text
 
-__all__ = ["measure_plan", "plan_text"]
+__all__ = ["measure_plan"]
 
 
 def measure_plan(args: argparse.Namespace, out: Path) -> int:
@@ -52,10 +51,3 @@ def measure_plan(args: argparse.Namespace, out: Path) -> int:
     if not args.quiet:
         print(f"\n--plan {out}, and plan='auto' for samples {'x'.join(map(str, plan.key.shape))} on {plan.key.device}")
     return 0
-
-
-def plan_text(plan: LayerPlan) -> str:
-    """Decision, whole plans and table of units."""
-    header, rows = plan.table()
-    candidates = [f"  {candidate}" for candidate in plan.candidates]
-    return "\n".join([f"plan ({plan.source}): {plan.summary or 'as given'}", *candidates, text_table(header, rows)])

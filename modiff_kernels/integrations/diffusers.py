@@ -21,7 +21,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.patching import SetTimesteps, answer_dtype_quickly, set_attribute, set_module
-from modiff_kernels.integrations.plans import plan_of
+from modiff_kernels.integrations.plans import plan_of, plan_text
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
@@ -214,7 +214,10 @@ class Handle:
         """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
         rows = self.rows()
         fields = [field.name for field in dataclasses.fields(LayerRow)]
-        lines = _aligned([fields, *[[getattr(row, field) for field in fields] for row in rows]])
+        cells = [fields, *[[getattr(row, field) for field in fields] for row in rows]]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
         low_bit = sum(row.mode != "float" for row in rows)
         summary = (
             f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
@@ -229,14 +232,8 @@ class Handle:
         return "\n".join([summary, *lines])
 
     def explain_plan(self) -> str:
-        """The layer plan: the decision, whole plans that were timed, and a table of units with time per mode, speed-up,
-        SQNR, state and reason; empty without a plan."""
-        if self.plan is None:
-            return ""
-        lines = [f"plan ({self.plan.source}): {self.plan.summary or 'as given'}"]
-        lines += [f"  {candidate}" for candidate in self.plan.candidates]
-        header, rows = self.plan.table()
-        return "\n".join([*lines, *_aligned([header, *rows])])
+        """The layer plan as `plan_text` shows it; empty without a plan."""
+        return "" if self.plan is None else plan_text(self.plan)
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None, from the next run on.
@@ -415,13 +412,6 @@ def _refuse_accelerated(unet: nn.Module) -> None:
             f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
             "before"
         )
-
-
-def _aligned(cells: list[Any]) -> list[str]:
-    """Lines of a table in plain text, the header `cells[0]` underlined."""
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in ruled]
 
 
 def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:

@@ -46,6 +46,23 @@ def plan_of(
     return choice.within_state(plan, config.max_state_bytes)
 
 
+def plan_text(plan: LayerPlan) -> str:
+    """The decision, the whole plans that were timed, and a table of units with times, speed-up, SQNR, state, reason."""
+    header, rows = plan.table()
+    words = (header.index("unit"), header.index("mode"), header.index("reason"))
+    cells = [header, *rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    cells.insert(1, tuple("-" * width for width in widths))
+    lines = [f"plan ({plan.source}): {plan.summary or 'as given'}"]
+    lines += [f"  {candidate}" for candidate in plan.candidates]
+    for line in cells:
+        aligned = (
+            cell.ljust(width) if i in words else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
 def estimated(
     unet: nn.Module,
     config: ModiffConfig,
