@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
-from benchmarks.shapes import LAYER_TABLES, Layer, layer_table
+from benchmarks.shapes import NETWORKS, Layer, layer_table
 from modiff_kernels import ops
 from modiff_kernels.evaluation import sqnr, text_table
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
@@ -244,7 +244,7 @@ def timed(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="sd15", choices=LAYER_TABLES, help="whose layers (%(default)s)")
+    parser.add_argument("--network", default="sd15", choices=NETWORKS, help="whose layers (%(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8], help="images (%(default)s)")
     parser.add_argument("--weight-bits", type=int, default=8, choices=(3, 4, 8), help="default: %(default)s")
     parser.add_argument("--backend", nargs="+", default=list(BACKENDS), choices=BACKENDS, help="default: all that run")
