@@ -15,7 +15,7 @@ from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops.problem import FLOAT_DTYPES
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -76,6 +76,12 @@ def replacements_of(
         listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
         raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
     modes = {} if plan is None else _planned(plan, originals, reasons)
+    unplanned = [path for path in originals if path not in reasons and path not in modes]
+    if config.max_state_bytes is not None and unplanned and config.mode == MODULATED:
+        raise ValueError(
+            f"max_state_bytes={config.max_state_bytes}: the plan says nothing of {unplanned[0]!r}, which would be "
+            "modulated with an unknown state; give a plan of the whole UNet (make_plan), or mode='quantized'"
+        )
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
     fused: dict[str, FusedBlock] = {}

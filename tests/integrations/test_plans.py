@@ -274,6 +274,23 @@ def test_max_state_bytes(unet):
             unet(torch.randn(2, 3, 8, 8), 5)
 
 
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ({"mid_block": "float"}, "the plan says nothing of 'down_blocks.0.resnets.0.conv1'"),
+        ({"mid_block": "modulated 8"}, "the plan does not say for which shape it is"),
+    ],
+)
+def test_state_that_is_not_known_is_not_allowed(unet, modes, message):
+    config = mk.ModiffConfig(plan=LayerPlan.of(modes), max_state_bytes=10**9)
+    with pytest.raises(ValueError, match=rf"max_state_bytes=1000000000: {message}"):
+        mk.accelerate(unet, config)
+    plain = dataclasses.replace(config, plan=LayerPlan.of({"mid_block": "float"}), mode="quantized", max_state_bytes=0)
+    handle = mk.accelerate(unet, plain)
+    run(unet, handle)
+    assert handle.state.nbytes() == 0
+
+
 def test_another_shape_than_the_planned_one_is_told(unet, caplog):
     handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=costed_plan(unet)))
     with caplog.at_level(logging.WARNING, logger="modiff_kernels"), torch.no_grad():
