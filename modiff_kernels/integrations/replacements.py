@@ -41,7 +41,8 @@ class Replacements:
         and the other layers one by one; in the order of the UNet."""
         unit_of = {}
         for path, layer in self.layers.items():
-            block = blocks.covering(path, self.fused)
+            around = [block for block in self.fused if path.startswith(f"{block}.")]
+            block = min(around, key=len, default=None)  # the outermost: its calls hold those of the blocks in it
             unit_of[path] = block or (layer.edge.key if layer.edge is not None else layer.name)
         units: dict[str, tuple[str, ...]] = {}
         for path in self.originals:
