@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.mode != "float" or args.schedule is not None:
         act_bits = 32 if args.mode == "weight_only" else args.act_bits
         row = Row("sample", args.mode, args.mode, args.weight_bits, act_bits, schedule=args.schedule)
-        quantised = Quantised(unet, row, args.backend, args.granularity)
+        quantised = Quantised(unet, row, args.backend, args.granularity, args.calibration)
     images = []
     started = time.perf_counter()
     batches = math.ceil(args.images / args.batch)
