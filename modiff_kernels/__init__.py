@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modiff_kernels.integrations.registration import register_with_diffusers
 
 if TYPE_CHECKING:
+    from modiff_kernels.calibration import CalibrationResult, calibrate
     from modiff_kernels.config import ModiffConfig
     from modiff_kernels.integrations.diffusers import Handle, accelerate
     from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationResult",
     "Handle",
     "ModiffConfig",
     "ModulatedConv2d",
@@ -26,9 +28,11 @@ __all__ = [
     "StepSchedule",
     "__version__",
     "accelerate",
+    "calibrate",
 ]
 
 _HOME_OF = {
+    "CalibrationResult": "modiff_kernels.calibration.result",
     "Handle": "modiff_kernels.integrations.diffusers",
     "ModiffConfig": "modiff_kernels.config",
     "ModulatedConv2d": "modiff_kernels.nn",
@@ -36,6 +40,7 @@ _HOME_OF = {
     "ModulationState": "modiff_kernels.nn",
     "StepSchedule": "modiff_kernels.planning.schedule",
     "accelerate": "modiff_kernels.integrations.diffusers",
+    "calibrate": "modiff_kernels.calibration",
 }
 
 

@@ -44,10 +44,16 @@ goes on where it stopped. Several processes or machines share the images of a fo
 A model that was saved in low bits (handle.save_pretrained) is sampled as it was saved."""
 
 CALIBRATE_HELP = """\
-Search for the calls of the UNet that can be forecast instead of computed, for one sampler and number of steps: the
-fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best pictures at
---speedup (from times measured first). The result is verified on other seeds. An interrupted search goes on
-where it stopped."""
+--method calibrates weight codes and, with --scale-mode static, activation scales, on the trajectories of the
+full-precision sampler: use them with `modiff sample --calibration DIR` or accelerate(pipe, calibration=DIR).
+
+--schedule searches for the calls of the UNet that can be forecast instead of computed, for one sampler and number of
+steps: the fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best
+pictures at --speedup (from times measured first). The result is verified on other seeds.
+
+Either one, when interrupted, goes on where it stopped."""
+
+METHODS = ("minmax", "mse", "percentile", "ndtc")
 
 COMPARE_NOTES = """\
 columns:
@@ -205,6 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=MODES, default=None, help="how layers are computed (modulated)")
     add("--weight-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float")
     add("--act-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float, weight_only")
+    add("--calibration", type=Path, metavar="DIR", help="folder of `modiff calibrate --method`; has mode and bits")
     add(
         "--out",
         type=Path,
@@ -215,14 +222,25 @@ def build_parser() -> argparse.ArgumentParser:
 
     calibrate = commands.add_parser(
         "calibrate",
-        help="find the step schedule of a model",
+        help="calibrate weights and activation scales, or find the step schedule of a model",
         description=CALIBRATE_HELP,
         formatter_class=raw,
     )
     add_sampling_options(calibrate)
     add = calibrate.add_argument
-    add("--schedule", action="store_true", required=True, help="search for a step schedule")
-    goal = calibrate.add_mutually_exclusive_group(required=True)
+    what = calibrate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", choices=METHODS, help="calibrate layers in this way, see docs/calibration.md")
+    what.add_argument("--schedule", action="store_true", help="search for a step schedule")
+    add("--samples", type=positive, default=64, metavar="N", help="--method: trajectories to learn from (%(default)s)")
+    add(
+        "--scale-mode",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="--method: activation scales (%(default)s)",
+    )
+    add("--group-size", type=positive, metavar="N", help="--method: weights that share a scale (a whole channel)")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="--method: an option of the method")
+    goal = calibrate.add_mutually_exclusive_group()
     goal.add_argument("--budget-db", type=positive_number, metavar="DB", help="least fidelity, with the fewest calls")
     goal.add_argument("--speedup", type=speedup, metavar="X", help="speed-up over computing every call")
     add(
@@ -230,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         default=16,
         metavar="N",
-        help="images searched on, and N others to verify (%(default)s)",
+        help="--schedule: images searched on, and N others to verify (%(default)s)",
     )
     add("--mode", choices=MODES, default="modulated", help="how layers are computed (%(default)s)")
     add("--weight-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float")
@@ -238,8 +256,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--out",
         type=Path,
-        metavar="FILE",
-        help="JSON for --schedule of the other commands (modiff_schedule.json in the folder of --model, or here)",
+        metavar="PATH",
+        help="--method: a folder (calibration); --schedule: JSON for --schedule of the other commands "
+        "(modiff_schedule.json in the folder of --model, or here)",
     )
 
     commands.add_parser("doctor", help="what runs on this machine, what does not, and why")

@@ -1,4 +1,7 @@
-"""`modiff calibrate --schedule`: the step schedule of a model for one sampler, within a budget of fidelity or time."""
+"""`modiff calibrate`: the step schedule of a model for one sampler, within a budget of fidelity or time.
+
+Weights and activation scales (`--method`) are in `calibrate_layers`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modiff_kernels.cli import models
+from modiff_kernels.cli import calibrate_layers, models
 from modiff_kernels.cli.arguments import UserError, command_line, writable
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row
@@ -28,6 +31,10 @@ TIMED_RUNS = 3
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.method is not None:
+        return calibrate_layers.run(args)
+    if args.budget_db is None and args.speedup is None:
+        raise UserError("--schedule: one of the arguments --budget-db --speedup is required")
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
     out = writable(args.out or folder / "modiff_schedule.json")
     models.quiet_libraries()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,24 +22,26 @@ FLOAT_BITS = 32
 
 
 class Quantised:
-    """Accelerates `unet` in place as `row` says. UserError for a configuration that cannot run here."""
+    """Accelerates `unet` in place as `row` says. UserError for a configuration that cannot run here.
 
-    def __init__(self, unet: torch.nn.Module, row: Row, backend: str = "auto", granularity: str | None = None) -> None:
-        mode = "modulated" if row.mode == "modulated" else "quantized"
-        act_bits = None if row.mode == "weight_only" else row.act_bits
-        if mode == "quantized" and granularity == "per_block":
-            granularity = None
-        plain = row.mode == "float"
+    calibration: folder of a CalibrationResult, whose mode and bits then count.
+    """
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        row: Row,
+        backend: str = "auto",
+        granularity: str | None = None,
+        calibration: Path | None = None,
+    ) -> None:
         try:
-            config = mk.ModiffConfig(
-                weight_bits=None if plain else row.weight_bits,
-                act_bits=None if plain else act_bits,
-                mode=mode,
-                backend=backend,
-                granularity=granularity,
-                schedule=row.schedule,
-            )
-            self.handle = mk.accelerate(unet, config)
+            result = None if calibration is None else mk.CalibrationResult.load(calibration)
+            if result is None:
+                config = _config(row, backend, granularity)
+            else:
+                config = dataclasses.replace(result.config, backend=backend, schedule=row.schedule)
+            self.handle = mk.accelerate(unet, config, calibration=result)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{row.name}: {error}") from error
         self.state_bytes = 0
@@ -91,3 +95,19 @@ class Quantised:
         if len(layers) == 1:
             return next(iter(layers))
         return ", ".join(f"{name} {count}" for name, count in layers.most_common())
+
+
+def _config(row: Row, backend: str, granularity: str | None) -> mk.ModiffConfig:
+    mode = "modulated" if row.mode == "modulated" else "quantized"
+    if mode == "quantized" and granularity == "per_block":
+        granularity = None
+    plain = row.mode == "float"
+    act_bits = None if row.mode == "weight_only" else row.act_bits
+    return mk.ModiffConfig(
+        weight_bits=None if plain else row.weight_bits,
+        act_bits=None if plain else act_bits,
+        mode=mode,
+        backend=backend,
+        granularity=granularity,
+        schedule=row.schedule,
+    )

@@ -25,6 +25,7 @@ from modiff_kernels.cli import images, models
 from modiff_kernels.cli.arguments import UserError, writable
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row
+from modiff_kernels.quant.checkpoint import encoded_layer
 
 __all__ = ["Process", "run"]
 
@@ -119,14 +120,14 @@ class _Sampler:
         elif self.mode != "float" or args.schedule is not None:
             act_bits = 32 if self.mode == "weight_only" else args.act_bits or 8
             row = Row("sample", self.mode, self.mode, args.weight_bits or 8, act_bits, schedule=args.schedule)
-            self.quantised = Quantised(self.unet, row, args.backend, args.granularity)
+            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, args.calibration)
 
     def options(self) -> dict[str, Any]:
         """All that an image depends on besides its seed and its batch, as JSON types."""
         config = None if self.quantised is None else self.quantised.handle.config.to_dict()
         options = {
             "model": self.model.name,
-            "weights": images.weights_crc32(self.unet),
+            "weights": images.tensors_crc32(self._tensors()),
             "config": config,
             "prompt": self.model.prompt,
             "scheduler": self.args.scheduler,
@@ -134,6 +135,13 @@ class _Sampler:
             "steps": self.args.steps,
         }
         return json.loads(json.dumps(options, default=str))
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = dict(self.unet.state_dict())
+        for path, layer in {} if self.quantised is None else self.quantised.handle.layers.items():
+            if layer.weight_bits is not None:
+                tensors.update(encoded_layer(path, layer.stored()))
+        return tensors
 
     def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
         """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
@@ -162,7 +170,11 @@ class _Sampler:
 
 def _refuse_options(args: argparse.Namespace) -> None:
     """UserError for options that say how layers are computed."""
-    given = [name for name in ("mode", "weight_bits", "act_bits", "granularity", "schedule") if getattr(args, name)]
+    given = [
+        name
+        for name in ("mode", "weight_bits", "act_bits", "granularity", "schedule", "calibration")
+        if getattr(args, name)
+    ]
     given += ["backend"] if args.backend != "auto" else []
     if given:
         raise UserError(

@@ -12,11 +12,13 @@ import os
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
@@ -24,6 +26,7 @@ from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
 from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.quant.calibrated import CalibratedLayer
 
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
@@ -46,6 +49,7 @@ def accelerate(
     target: Any,
     config: ModiffConfig | None = None,
     *,
+    calibration: CalibrationResult | str | Path | None = None,
     static_scales: Mapping[str, Tensor | float] | None = None,
     share_edges: bool = True,
 ) -> "Handle":
@@ -53,7 +57,9 @@ def accelerate(
 
     target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
     (UNet2DModel, UNet2DConditionModel or another module with a 4-D sample as first argument; runs are opened with
-    `with handle.sampling_run():`). static_scales: residual scale per layer path, for scale_mode "static".
+    `with handle.sampling_run():`). calibration: a CalibrationResult or its folder: weight codes and, for scale_mode
+    "static", activation scales; config None is then the one it was calibrated for. static_scales: scale per layer path
+    for scale_mode "static", without a calibration.
     share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
     A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
@@ -62,21 +68,23 @@ def accelerate(
 
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
-    to replace or a scale is missing, RuntimeError if the UNet is accelerated already, BackendUnavailable if
-    config.backend cannot do it.
+    to replace, a scale is missing or the calibration does not fit, RuntimeError if the UNet is accelerated already,
+    BackendUnavailable if config.backend cannot do it.
     """
     unet, pipe = _resolve(target)
     if _HANDLE in unet.__dict__:
-        if config is not None or static_scales is not None or not share_edges:
+        if (config, calibration, static_scales) != (None, None, None) or not share_edges:
             raise ValueError(
                 f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
-                "loaded with; leave out config, static_scales and share_edges, or call remove() on the handle before"
+                "loaded with; leave out the other arguments, or call remove() on the handle before"
             )
         loaded: Handle = unet.__dict__[_HANDLE]
         if pipe is not None:
             loaded._attach(pipe)
         return loaded
-    config = ModiffConfig() if config is None else config
+    result = None if calibration is None else read_result(calibration)
+    if config is None:
+        config = ModiffConfig() if result is None else result.config
     if not isinstance(config, ModiffConfig):
         raise TypeError(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
@@ -87,7 +95,9 @@ def accelerate(
             f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
             "before"
         )
-    plan = replacements_of(unet, config, dict(static_scales or {}), share_edges)
+    plan = replacements_of(unet, config, _calibrated(config, result, static_scales or {}), share_edges)
+    if result is not None:
+        _require_calibrated(plan, result)
     handle = Handle(unet, pipe, config, plan, share_edges)
     with contextlib.ExitStack() as undo:
         handle._install(undo)
@@ -367,6 +377,33 @@ def _resolve(target: Any) -> tuple[nn.Module, Any]:
     if hasattr(unet, "_orig_mod"):
         raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
     return unet, pipe
+
+
+def _calibrated(
+    config: ModiffConfig, result: CalibrationResult | None, static_scales: Mapping[str, Tensor | float]
+) -> dict[str, CalibratedLayer]:
+    if static_scales and result is not None:
+        raise ValueError("accelerate: give either calibration or static_scales; a calibration has scales of its own")
+    if static_scales and config.scale_mode != "static":
+        raise ValueError(
+            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
+            f"scale_mode='static' or leave them out"
+        )
+    if result is not None:
+        return layers_for(result, config)
+    return {
+        path: CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
+        for path, scale in static_scales.items()
+    }
+
+
+def _require_calibrated(plan: Replacements, result: CalibrationResult) -> None:
+    missing = [path for path in plan.layers if path not in result.layers]
+    if missing:
+        raise ValueError(
+            f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated ({result.method}); name them in "
+            "skip_modules, or calibrate with the skip_modules that are used here"
+        )
 
 
 def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
@@ -14,6 +14,7 @@ from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState,
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops.problem import FLOAT_DTYPES
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -36,7 +37,7 @@ class Replacements:
 
 
 def replacements_of(
-    unet: nn.Module, config: ModiffConfig, static_scales: Mapping[str, Tensor | float], share_edges: bool
+    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_edges: bool
 ) -> Replacements:
     """What `accelerate` puts into `unet`, with the arguments it got. The UNet is only read.
 
@@ -50,14 +51,14 @@ def replacements_of(
             f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
             "give the UNet itself"
         )
-    _check_static_scales(static_scales, originals, config)
+    _check_paths(calibrated, originals)
     _warn_unmatched(config, modules)
     reasons = {path: reason for path, module in originals.items() if (reason := _why_float(path, module, config))}
     if len(reasons) == len(originals) and config.weight_bits is not None:
         listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
         raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
     state = ModulationState(config.state_dtype)
-    fused = _fused_blocks(unet, state, config, reasons, static_scales)
+    fused = _fused_blocks(unet, state, config, reasons, calibrated)
     layers = {
         module.name: module
         for block in fused.values()
@@ -71,7 +72,8 @@ def replacements_of(
         if path in reasons or any(path.startswith(f"{block}.") for block in fused):
             continue
         if id(module) not in made:
-            made[id(module)] = _make_layer(module, config, state, path, edges.get(path), static_scales.get(path))
+            known = calibrated.get(path, NOT_CALIBRATED)
+            made[id(module)] = _make_layer(module, config, state, path, edges.get(path), known)
         layers[path] = replacements[path] = made[id(module)]
     return Replacements(state, originals, replacements, layers, list(fused), reasons)
 
@@ -82,11 +84,11 @@ def _make_layer(
     state: ModulationState,
     path: str,
     edge: str | None,
-    static_scale: Tensor | float | None,
+    calibrated: CalibratedLayer,
 ) -> ModulatedLayer:
     if isinstance(module, nn.Conv2d):
-        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, static_scale)
-    return ModulatedLinear.from_linear(module, config, state, path, edge, static_scale)
+        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, calibrated)
+    return ModulatedLinear.from_linear(module, config, state, path, edge, calibrated)
 
 
 def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
@@ -137,25 +139,21 @@ def _fused_blocks(
     state: ModulationState,
     config: ModiffConfig,
     reasons: Mapping[str, str],
-    static_scales: Mapping[str, Any],
+    calibrated: Mapping[str, CalibratedLayer],
 ) -> dict[str, nn.Module]:
     """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
-    if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
+    calibrated_codes = config.mode == "quantized" and config.scale_mode == "static"  # no fused pass makes them
+    if not config.fuse or calibrated_codes or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
         return {}
-    return blocks.fuse(unet, state, config, reasons, static_scales)
+    return blocks.fuse(unet, state, config, reasons, calibrated)
 
 
-def _check_static_scales(scales: Mapping[str, Any], originals: Mapping[str, nn.Module], config: ModiffConfig) -> None:
-    if scales and config.scale_mode != "static":
-        raise ValueError(
-            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
-            f"scale_mode='static' or leave them out"
-        )
-    unknown = [path for path in scales if path not in originals]
+def _check_paths(calibrated: Mapping[str, Any], originals: Mapping[str, nn.Module]) -> None:
+    unknown = [path for path in calibrated if path not in originals]
     if unknown:
         raise ValueError(
-            f"accelerate: static_scales names {', '.join(map(repr, unknown[:5]))}, which is no Linear or Conv2d of "
-            f"the UNet; use module paths such as {next(iter(originals))!r}"
+            f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, which is no Linear "
+            f"or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
         )
 
 

@@ -28,8 +28,7 @@ from modiff_kernels.nn.conv2d import ModulatedConv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.linear import ModulatedLinear
 from modiff_kernels.nn.state import INITIALIZE, ModulationState, tensor_version
-
-StaticScales = Mapping[str, Tensor | float]
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 
 def fuse(
@@ -37,12 +36,12 @@ def fuse(
     state: ModulationState,
     config: ModiffConfig,
     left_float: Container[str],
-    static_scales: StaticScales,
+    calibrated: Mapping[str, CalibratedLayer],
 ) -> dict[str, nn.Module]:
     """The fused form of every block of `unet` that has one, by path. The UNet itself is not changed.
 
-    left_float: paths of layers that must stay float; a block that holds one is not fused. static_scales: for scale_mode
-    "static", by path of the layer.
+    left_float: paths of layers that must stay float; a block that holds one is not fused. calibrated: by path of the
+    layer. Codes of an activation that a fused pass computes take no input_scale: such a block is not fused either.
     """
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
@@ -58,8 +57,10 @@ def fuse(
         if type(module) not in forms:
             continue
         form, layers = forms[type(module)]
-        if form.fits(module) and not any(f"{path}.{layer}" in left_float for layer in layers):
-            fused[path] = form(module, config, state, path, static_scales)
+        paths = [f"{path}.{layer}" for layer in layers if layer != "conv_shortcut"]
+        scaled = any(calibrated.get(key, NOT_CALIBRATED).input_scale is not None for key in paths)
+        if form.fits(module) and not scaled and not any(f"{path}.{layer}" in left_float for layer in layers):
+            fused[path] = form(module, config, state, path, calibrated)
     resnets = [block for block in fused.values() if isinstance(block, FusedResnetBlock2D)]
     _TimeProjections.share([block for block in resnets if type(block.time_emb_proj) is nn.Linear])
     return fused
@@ -69,7 +70,12 @@ class _FusedBlock(nn.Module):
     """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation."""
 
     def __init__(
-        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, scales: StaticScales
+        self,
+        block: nn.Module,
+        config: ModiffConfig,
+        state: ModulationState,
+        path: str,
+        calibrated: Mapping[str, CalibratedLayer],
     ) -> None:
         super().__init__()
         self.__dict__["original"] = block  # not a child: its parameters are ours, under the same keys
@@ -79,13 +85,13 @@ class _FusedBlock(nn.Module):
 
         def conv2d(name: str) -> ModulatedConv2d:
             key = f"{path}.{name}"
-            return ModulatedConv2d.from_conv2d(
-                block.get_submodule(name), config, state, key, static_scale=scales.get(key)
-            )
+            known = calibrated.get(key, NOT_CALIBRATED)
+            return ModulatedConv2d.from_conv2d(block.get_submodule(name), config, state, key, calibrated=known)
 
         def linear(name: str, edge: str | None = None) -> ModulatedLinear:
             key = f"{path}.{name}"
-            return ModulatedLinear.from_linear(block.get_submodule(name), config, state, key, edge, scales.get(key))
+            known = calibrated.get(key, NOT_CALIBRATED)
+            return ModulatedLinear.from_linear(block.get_submodule(name), config, state, key, edge, known)
 
         self.build(block, conv2d, linear)
 
@@ -296,8 +302,7 @@ class FusedResnetBlock2D(_FusedBlock):
             skip = x
             if self.conv_shortcut is not None:
                 layer = self.conv_shortcut
-                codes = ops.quantize_activation(x, layer.act_bits, layer.granularity, True, layer.backend)
-                skip = _quantized(layer, codes, None, dtype)
+                skip = _quantized(layer, layer.activation_codes(x), None, dtype)
             h = _quantized(self.conv1, _norm_activation(self.conv1, self.norm1, x, None, True), None, dtype)
             return _quantized(self.conv2, _norm_activation(self.conv2, self.norm2, h, shift, True), skip, dtype)
         if self.state.action is INITIALIZE:
@@ -307,7 +312,8 @@ class FusedResnetBlock2D(_FusedBlock):
         if self.conv_shortcut is None:
             return _accumulate(self.conv2, codes, x, dtype)
         _accumulate(self.conv2, codes, None, dtype, False)
-        return _accumulate(self.conv_shortcut, _residual(self.conv_shortcut, x), None, dtype)
+        codes = _residual(self.conv_shortcut, self.conv_shortcut.scaled(x))
+        return _accumulate(self.conv_shortcut, codes, None, dtype)
 
     def _initialize(self, x: Tensor, shift: Tensor | None) -> Tensor:
         h = _initialize_layer(self.conv1, F.silu(_group_norm(self.norm1, x)))
@@ -320,7 +326,7 @@ class FusedResnetBlock2D(_FusedBlock):
         layer, y_hat = self.conv_shortcut, self.conv2.output.slots[self.state.context_name].tensor
         x_hat = layer.edge.ensure(x.shape, x.dtype, x.device, layer.memory_format)
         product = torch.empty_like(y_hat)
-        out = _initialize(layer, x, x_hat, product, skip=out)
+        out = _initialize(layer, layer.scaled(x), x_hat, product, skip=out)
         y_hat += product
         return out
 

@@ -42,7 +42,6 @@ class _Slot:
         "gap",
         "kernels",
         "shape",
-        "static_scale",
         "tensor",
         "written",
     )
@@ -56,7 +55,6 @@ class _Slot:
         self.call = 0
         self.gap = 1
         self.absmax: Tensor | None = None
-        self.static_scale: Tensor | None = None
         self.kernels: dict[str, Callable[..., Any]] = {}
 
     def calls_since(self, call: int) -> int:
@@ -169,7 +167,8 @@ class Edge(StateTensor):
         self.granularity = granularity
         self.clip_ratio = config.clip_ratio
         self.scale_mode = config.scale_mode
-        self.static_scale: Tensor | None = None
+        self.static_scale: Tensor | None = None  # [1], or [calls]
+        self.static_zero_point: Tensor | None = None
         self.consumers = 0
         self.uses = 0
         self._memo: tuple[Tensor, int, Any] | None = None
@@ -186,13 +185,39 @@ class Edge(StateTensor):
         # Without a schedule nothing here depends on the number of the call: compiled layers would compile again.
         gap = slot.calls_since(self.state.call_index) if self.state.scheduled else 1
         if self.scale_mode == "static":
-            if slot.static_scale is None:
-                slot.static_scale = self.static_scale.to(slot.device)
-            return slot.static_scale if gap == 1 else slot.static_scale * gap
+            scale, _ = self.static_values(slot.device)
+            return scale if gap == 1 else scale * gap
         if slot.absmax is None:
             return None
         absmax = slot.absmax if gap == slot.gap else slot.absmax * (gap / slot.gap)
         return residual_scale(absmax, self.act_bits, self.clip_ratio)
+
+    def set_static(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32.
+
+        ValueError if another layer that reads the same tensor, or another table, has set something else.
+        """
+        old = self.static_scale
+        if old is not None and (old.shape != scale.shape or not torch.equal(old, scale)):
+            raise ValueError(
+                f"static scale {scale.tolist()} differs from {old.tolist()} of another layer that reads the same "
+                f"tensor ('{self.key}'); give them one value"
+            )
+        if scale.numel() > 1:
+            self.state.expect_calls(scale.numel())
+        if zero_point is None:
+            zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        self.static_scale, self.static_zero_point = scale, zero_point
+
+    def static_values(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Calibrated scale, float32 [1], and zero point, int32 [1], of this call on `device`."""
+        if self.static_scale.device != device:
+            self.static_scale = self.static_scale.to(device)
+            self.static_zero_point = self.static_zero_point.to(device)
+        if self.static_scale.numel() == 1:
+            return self.static_scale, self.static_zero_point
+        call = self.state.call_index
+        return self.static_scale[call : call + 1], self.static_zero_point[call : call + 1]
 
     def record(self, absmax: Tensor) -> None:
         """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one."""
@@ -248,6 +273,7 @@ class ModulationState:
     call_index: number of the call in its context and run, from 0.
     trajectories: by context, what a schedule remembers of this run.
     scheduled: whether calls need a run even if no layer has a state.
+    calls_calibrated: UNet calls of a run, where scales are tables over them; None: any number.
 
     One thread samples at a time: the one that began the run. Every misuse raises RuntimeError; after a failed or
     interrupted call the run is over, because its layers hold a mix of two steps.
@@ -261,6 +287,7 @@ class ModulationState:
         self.context_name = DEFAULT_CONTEXT
         self.call_index = 0
         self.scheduled = False
+        self.calls_calibrated: int | None = None
         self.trajectories: dict[str, Trajectory] = {}
         self.edges: dict[str, Edge] = {}
         self.outputs: dict[str, StateTensor] = {}
@@ -309,14 +336,31 @@ class ModulationState:
     @property
     def needs_run(self) -> bool:
         """Whether a UNet call outside a run is an error."""
-        return self.scheduled or bool(self.outputs)
+        return self.scheduled or bool(self.outputs) or self.calls_calibrated is not None
+
+    def expect_calls(self, calls: int) -> None:
+        """From now on runs have `calls` UNet calls: scales are given for each. ValueError if it was another number."""
+        if self.calls_calibrated not in (None, calls):
+            raise ValueError(
+                f"a table of {calls} scales, one per call, in a UNet with tables of {self.calls_calibrated}; give all "
+                "layers one table length"
+            )
+        self.calls_calibrated = calls
 
     def begin_run(self, num_calls: int | None = None) -> None:
         """Begin a run in this thread: the next call of every context initialises.
 
         num_calls: UNet calls per context that the sampler announced; one more raises. None = any number.
-        Raises RuntimeError while another thread is inside a UNet call.
+        Raises RuntimeError while another thread is inside a UNet call, and on a number other than that of calibrated
+        tables of scales.
         """
+        if self.calls_calibrated is not None:
+            if num_calls not in (None, self.calls_calibrated):
+                raise RuntimeError(
+                    f"the scales are calibrated for the {self.calls_calibrated} UNet calls of a run, but this run has "
+                    f"{num_calls}; sample with as many steps as in calibration, or calibrate for these"
+                )
+            num_calls = self.calls_calibrated
         with self._between_calls("begin a run"):
             for holder in self._holders():
                 for slot in holder.slots.values():

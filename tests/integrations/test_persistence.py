@@ -22,11 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import modiff_kernels as mk
+from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn import ModulatedLinear
-from modiff_kernels.ops import dispatch, pack_weight
+from modiff_kernels.ops import dispatch
 from modiff_kernels.quant.affine import quantize_weight
+from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -177,12 +179,25 @@ class TestRoundTrip:
         assert loaded.config == handle.config
         assert torch.equal(sample(loaded), before)
 
-    def test_codes_that_are_not_the_nearest(self, tmp_path):
-        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
-        nearest = sample(handle)
-        for layer in handle.layers.values():
-            codes, scale = quantize_weight(layer.weight, 3, method="mse")
-            layer.take_weight(pack_weight(codes, 3), scale)
+    @pytest.mark.parametrize("scale_mode", ["dynamic", "static"])
+    def test_calibrated_layers(self, tmp_path, scale_mode):
+        """Codes that are not the nearest, scaled input channels, a bias and scales per call."""
+        config = mk.ModiffConfig(weight_bits=3, scale_mode=scale_mode)
+        plain = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
+        nearest = sample(plain)
+        layers = {}
+        for path, layer in plain.layers.items():
+            input_scale = torch.linspace(0.5, 2, layer.weight.shape[1])
+            scaled = layer.weight / input_scale.view((1, -1, 1, 1) if layer.weight.ndim == 4 else (-1,))
+            weight = QuantizedWeight(*quantize_weight(scaled, 3, method="mse"), 3)
+            layers[path] = CalibratedLayer(
+                weight,
+                act_scale=torch.linspace(0.01, 0.02, STEPS),
+                input_scale=input_scale,
+                bias=None if layer.bias is None else layer.bias.detach() + 0.01,
+            )
+        result = mk.CalibrationResult("test", config, layers)
+        handle = mk.accelerate(tiny_unet(), config, calibration=result, share_edges=False)
         before = sample(handle)
         assert not torch.equal(before, nearest)
         handle.save_pretrained(tmp_path / "a")
@@ -277,7 +292,12 @@ class TestLoadedUNet:
 
     def test_has_one_config(self, saved_once):
         loaded = load(saved_once[0])
-        for arguments in ({"config": mk.ModiffConfig()}, {"static_scales": {}}, {"share_edges": False}):
+        for arguments in (
+            {"config": mk.ModiffConfig()},
+            {"static_scales": {}},
+            {"calibration": "folder"},
+            {"share_edges": False},
+        ):
             with pytest.raises(ValueError, match="was loaded in low bits, with the config it was saved"):
                 mk.accelerate(loaded.unet, **arguments)
         assert mk.accelerate(loaded.unet) is loaded
@@ -309,14 +329,10 @@ class TestLoadedUNet:
         assert torch.equal(plain["conv_in.weight"], unet.conv_in.weight)
         loaded.unet.to(torch.float64)
 
-    def test_new_weights_take_the_place_of_the_stored_codes(self, saved_once):
+    def test_other_weights_are_refused(self, saved_once):
         loaded = load(saved_once[0])
-        state = tiny_unet().state_dict()
-        loaded.unet.load_state_dict({key: 2 * value for key, value in state.items()})
-        layer = loaded.layers["mid_block.resnets.0.conv1"]
-        codes, scale = quantize_weight(2 * state["mid_block.resnets.0.conv1.weight"], 4)
-        assert torch.equal(layer.weight_scale, scale)
-        assert torch.equal(layer.portable_weight()[0], pack_weight(codes, 4))
+        with pytest.raises(ValueError, match="other weights were given, but its codes are calibrated"):
+            loaded.unet.load_state_dict(tiny_unet().state_dict())
 
     def test_dtype_of_the_model_may_not_change(self, saved_once):
         loaded = load(saved_once[0])
@@ -403,8 +419,11 @@ class TestRefusedFiles:
             ({"weight_bits": 8}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=8.* asks for I8 "),
             ({"weight_bits": 3}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=3.* asks for U8 "),
             ({"group_size": 16}, rf"{WEIGHTS}: '.*weight_scale' is F32 .*group_size=16"),
-            ({"skip_modules": ["conv"]}, r"weight' is low-bit in the files, but not so for the quantization_config"),
-            ({"skip_modules": []}, r"weight' is in full precision in the files, but not so"),
+            (
+                {"skip_modules": [*DEFAULT_SKIP_MODULES, "conv1"]},
+                r"weight' is low-bit in the files, but not so",
+            ),
+            ({"skip_modules": []}, r"config.json does not fit the files: .*'conv_in'.* were not calibrated"),
             ({"weight_bits": 5}, r"weight_bits=5 is not allowed"),
             ({"bits": 4}, r"unknown field 'bits'"),
         ],
