@@ -65,10 +65,9 @@ def encode(
     The tensors are contiguous; those that were so already share memory with the state_dict. KeyError for a layer whose
     weight is not in the state_dict, ValueError where layers differ in bits or group size.
     """
-    if len({(layer.weight.bits, layer.weight.group_size) for layer in layers.values()}) > 1:
-        raise ValueError(
-            "the layers differ in bits or group size of their weights, which files of this format cannot hold"
-        )
+    weights = (layer.weight for layer in layers.values())
+    if len({(weight.bits, weight.group_size) for weight in weights if weight is not None}) > 1:
+        raise ValueError("the layers differ in weight bits or group size, which files of this format cannot hold")
     tensors = dict(state_dict)
     for path, layer in layers.items():
         del tensors[path + WEIGHT]
