@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from modiff_kernels.calibration import static  # noqa: F401 (registers its methods)
+from modiff_kernels.calibration import qdiffusion, static  # noqa: F401 (they register their methods)
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
 from modiff_kernels.calibration.methods import METHODS, Job, Method, layers_of, method_of
 from modiff_kernels.calibration.result import CalibrationResult
