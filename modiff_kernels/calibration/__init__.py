@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from modiff_kernels.calibration import static  # noqa: F401 (registers its methods)
+from modiff_kernels.calibration import qdiffusion, static  # noqa: F401 (they register their methods)
+from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
 from modiff_kernels.calibration.methods import METHODS, Job, Method, layers_of, method_of
 from modiff_kernels.calibration.result import CalibrationResult
@@ -16,7 +17,7 @@ from modiff_kernels.calibration.workspace import Workspace
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
 
-__all__ = ["METHODS", "CalibrationResult", "Method", "calibrate"]
+__all__ = ["METHODS", "CalibrationResult", "Method", "calibrate", "import_qdiffusion"]
 
 
 def calibrate(

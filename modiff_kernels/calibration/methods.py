@@ -8,10 +8,10 @@ its name::
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from modiff_kernels.calibration.data import TIME_STEPS, CalibrationData, Sampler, collect, ndtc_calls, uniform_calls
@@ -43,6 +43,17 @@ class Options:
         check_positive("calls_per_sample", self.calls_per_sample)
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A layer whose input channels are quantised in parts.
+
+    group_size: of its weight. input_scale: float32 [C] that the input is multiplied by, or None.
+    """
+
+    group_size: int
+    input_scale: Tensor | None
+
+
 @dataclasses.dataclass
 class Job:
     """One calibration: what a method works on.
@@ -50,7 +61,7 @@ class Job:
     unet: the full-precision network, not to be changed for good. sampler: its sampler, for methods that sample. config:
     what is calibrated for. options: of the method's dataclass. samples: trajectories. batch: images at once. seed: of
     the first trajectory; the noise of trajectory i has seed + i. workspace: for everything that takes long. layers: the
-    layers to calibrate, by path.
+    layers to calibrate, by path. splits: those that are quantised in parts.
     """
 
     unet: nn.Module
@@ -63,6 +74,11 @@ class Job:
     workspace: Workspace
     quiet: bool
     layers: dict[str, nn.Module]
+    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
+
+    def input_scale(self, path: str) -> Tensor | None:
+        """What the input channels of a layer are multiplied by before they are quantised."""
+        return self.splits[path].input_scale if path in self.splits else None
 
     def bar(self, items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> "tqdm[T]":
         """A progress bar around `items`."""
@@ -71,6 +87,31 @@ class Job:
     def data(self) -> CalibrationData:
         """Inputs of the UNet at the time steps that the options ask for, from the full-precision sampler."""
         return CalibrationData.from_tensors(self.workspace.once("data", lambda: self._collect().tensors()))
+
+    def layers_once(
+        self, name: str, start: Mapping[str, CalibratedLayer], compute: Callable[[], Mapping[str, CalibratedLayer]]
+    ) -> dict[str, CalibratedLayer]:
+        """compute(), kept in the workspace: `start` with other codes, weight scales, act_scale and bias."""
+
+        def tensors_of() -> dict[str, Tensor]:
+            tensors: dict[str, Tensor] = {}
+            for path, layer in compute().items():
+                tensors |= {f"{path}/codes": layer.weight.codes, f"{path}/scale": layer.weight.scale}
+                tensors |= {f"{path}/{k}": v for k in ("act_scale", "bias") if (v := getattr(layer, k)) is not None}
+            return tensors
+
+        tensors = self.workspace.once(name, tensors_of)
+        return {
+            path: dataclasses.replace(
+                layer,
+                weight=dataclasses.replace(
+                    layer.weight, codes=tensors[f"{path}/codes"], scale=tensors[f"{path}/scale"]
+                ),
+                act_scale=tensors.get(f"{path}/act_scale"),
+                bias=tensors.get(f"{path}/bias"),
+            )
+            for path, layer in start.items()
+        }
 
     def _collect(self) -> CalibrationData:
         options, timesteps = self.options, self.sampler.timesteps()
@@ -145,6 +186,11 @@ def layers_of(unet: nn.Module, config: ModiffConfig) -> dict[str, nn.Module]:
         and module.weight.dtype in FLOAT_DTYPES
         and not (isinstance(module, nn.Conv2d) and why_not_conv2d(module))
     }
+
+
+def batches_of(job: Job, data: CalibrationData, description: str) -> Iterator[Tensor]:
+    """Batches of points behind a progress bar."""
+    yield from job.bar(list(data.batches(job.batch)), description, unit="batch")
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:

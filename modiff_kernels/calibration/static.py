@@ -1,18 +1,19 @@
-"""Layer-wise calibration from full-precision activations: methods "minmax", "mse", "percentile" and "ndtc" (PTQ4DM).
+"""Calibration from full-precision activations: methods "minmax", "mse", "percentile", "ndtc" (PTQ4DM) and "distill".
 
 Weight codes come from `weights`, activation scales from `scales`: of the layer's input in mode "quantized", of its
 change since the call before (MoDiff's residual) in mode "modulated".
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from modiff_kernels.calibration import scales
 from modiff_kernels.calibration.data import CalibrationData
-from modiff_kernels.calibration.methods import Job, Options, check_choice, check_positive, register
+from modiff_kernels.calibration.methods import Job, Options, batches_of, check_choice, check_positive, register
+from modiff_kernels.calibration.network import learn_network
 from modiff_kernels.calibration.streaming import input_rows, stream
 from modiff_kernels.calibration.weights import NEED_DATA, WEIGHT_METHODS, default_weight_method
 from modiff_kernels.quant.affine import weight_rows
@@ -29,7 +30,8 @@ class StaticOptions(Options):
     weight_method: a name of WEIGHT_METHODS; "auto" is "rtn" at 8 bits, "gptq" below. scale_search: "minmax", "mse" (the
     scale with the least L_p error) or "percentile". p: of "mse". percentile: per cent of the values that are not
     clipped. table: one scale per call of the run instead of one per layer; between the calls that gave data it is
-    interpolated.
+    interpolated. network_iterations: steps of learning the codes of the whole network at once (see `network`), 0 for
+    none. network_lr: first rate of Adam, in code steps. learn_batch: points of an iteration.
     """
 
     weight_method: str = "auto"
@@ -37,16 +39,24 @@ class StaticOptions(Options):
     p: float = 2.4
     percentile: float = 99.9
     table: bool = False
+    network_iterations: int = 0
+    network_lr: float = 0.003
+    learn_batch: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("weight_method", self.weight_method, ("auto", *WEIGHT_METHODS))
         check_choice("scale_search", self.scale_search, scales.SEARCHES)
         check_choice("table", self.table, (True, False))
-        check_positive("p", self.p)
-        check_choice("percentile > 50 and <= 100", 50 < self.percentile <= 100, (True,))
+        for name in ("p", "network_lr", "learn_batch"):
+            check_positive(name, getattr(self, name))
+        if self.network_iterations < 0:
+            raise ValueError(f"calibrate: network_iterations={self.network_iterations} is not allowed; give 0 or more")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"calibrate: percentile={self.percentile} is not allowed; give above 50 and up to 100")
 
 
+@register("distill", StaticOptions, "mse, and codes learnt with the whole network", network_iterations=1200)
 @register("ndtc", StaticOptions, "PTQ4DM: time steps from a clipped normal, least L_2.4 error", time_steps="ndtc")
 @register("percentile", StaticOptions, "uniform time steps, scales that clip 0.1 %", scale_search="percentile")
 @register("mse", StaticOptions, "uniform time steps, scales with the least L_p error (p = 2.4)")
@@ -55,8 +65,11 @@ def static(job: Job) -> dict[str, CalibratedLayer]:
     """Weight codes and activation scales of every layer, from full-precision activations."""
     data = job.data()
     weights = calibrated_weights(job, data, job.options.weight_method)
+    layers = {path: CalibratedLayer(weights[path]) for path in job.layers}
+    if job.options.network_iterations:
+        layers = learn_network(job, data, layers)
     activations = activation_scales(job, data) if needs_scales(job) else {}
-    return {path: CalibratedLayer(weights[path], **activations.get(path, {})) for path in job.layers}
+    return {path: dataclasses.replace(layer, **activations.get(path, {})) for path, layer in layers.items()}
 
 
 def needs_scales(job: Job) -> bool:
@@ -68,7 +81,8 @@ def calibrated_weights(job: Job, data: CalibrationData, method: str) -> dict[str
     """Codes of every layer by a method of WEIGHT_METHODS, or "auto"."""
     bits = job.config.weight_bits
     name = default_weight_method(bits) if method == "auto" else method
-    group_size = -1 if job.config.group_size is None else job.config.group_size
+    whole = -1 if job.config.group_size is None else job.config.group_size
+    group_sizes = {path: job.splits[path].group_size if path in job.splits else whole for path in job.layers}
     found: dict[str, QuantizedWeight] = {}
     for number, paths in enumerate(_memory_groups(job.layers, name in NEED_DATA)):
 
@@ -76,22 +90,35 @@ def calibrated_weights(job: Job, data: CalibrationData, method: str) -> dict[str
             hessians = second_moments(job, data, paths) if name in NEED_DATA else {}
             tensors: dict[str, Tensor] = {}
             for path in job.bar(paths, name, unit="layer"):
-                weight = quantize_layer(job.layers[path], hessians.pop(path, None), name, bits, group_size)
+                scale, hessian = job.input_scale(path), hessians.pop(path, None)
+                weight = quantize_layer(job.layers[path], hessian, name, bits, group_sizes[path], scale)
                 tensors.update({f"{path}/codes": weight.codes, f"{path}/scale": weight.scale})
             return tensors
 
         tensors = job.workspace.once(f"weights-{name}-{number}", compute)
         for path in paths:
-            found[path] = QuantizedWeight(tensors[f"{path}/codes"], tensors[f"{path}/scale"], bits, group_size)
+            found[path] = QuantizedWeight(tensors[f"{path}/codes"], tensors[f"{path}/scale"], bits, group_sizes[path])
     return found
 
 
 def quantize_layer(
-    module: nn.Module, hessian: Tensor | None, method: str, bits: int, group_size: int
+    module: nn.Module,
+    hessian: Tensor | None,
+    method: str,
+    bits: int,
+    group_size: int,
+    input_scale: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Codes of one layer. hessian: float32 [K, K], or [groups, K, K] for a convolution with groups."""
+    """Codes of one layer, for inputs that are multiplied by input_scale (then of weight / input_scale).
+
+    hessian: float32 [K, K], of the inputs as they are, or [groups, K, K] for a convolution with groups.
+    """
     rows = weight_rows(module.weight.detach()).float()
     function = WEIGHT_METHODS[method]
+    if input_scale is not None:
+        scale = input_scale.repeat(rows.shape[1] // len(input_scale))  # K runs in (r, s, c) order
+        rows = rows / scale
+        hessian = None if hessian is None else hessian * torch.outer(scale, scale)
     if hessian is None or hessian.ndim == 2:
         return function(rows, hessian, bits, group_size)
     parts = [function(part, own, bits, group_size) for part, own in zip(rows.chunk(len(hessian)), hessian)]
@@ -155,12 +182,6 @@ def activation_scales(job: Job, data: CalibrationData) -> dict[str, dict[str, Te
     return found
 
 
-def batches_of(job: Job, data: CalibrationData, description: str) -> Iterator[Tensor]:
-    """Batches of points behind a progress bar."""
-    batches = list(data.batches(job.batch))
-    yield from job.bar(batches, description, unit="batch")
-
-
 def _histograms(job: Job, data: CalibrationData, pairs: bool) -> dict[str, dict[int, scales.Histogram]]:
     """By layer and call (0 for all of them without `table`), the histogram of its inputs or of their changes."""
     ranges: dict[tuple[str, int], scales.Range] = {}
@@ -169,6 +190,9 @@ def _histograms(job: Job, data: CalibrationData, pairs: bool) -> dict[str, dict[
     def each(use: Callable[[tuple[str, int], Tensor], None]) -> Callable[..., None]:
         def on_input(path: str, x: Tensor, previous: Tensor | None, points: Tensor) -> None:
             values = (x if previous is None else x - previous).float()
+            scale = job.input_scale(path)
+            if scale is not None:
+                values = values * scale.view(1, -1, *[1] * (values.ndim - 2))
             if not job.options.table:
                 use((path, 0), values)
                 return

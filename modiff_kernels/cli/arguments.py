@@ -53,7 +53,7 @@ pictures at --speedup (from times measured first). The result is verified on oth
 
 Either one, when interrupted, goes on where it stopped."""
 
-METHODS = ("minmax", "mse", "percentile", "ndtc")
+METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion")
 
 COMPARE_NOTES = """\
 columns:
