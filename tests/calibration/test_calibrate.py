@@ -92,6 +92,24 @@ def test_what_is_saved_is_what_was_found(pipe, tmp_path):
     assert loaded.metadata["options"]["scale_search"] == "minmax"
 
 
+@pytest.mark.parametrize("method", ["mse", "qdiffusion"])
+def test_scales_alone_for_known_codes(pipe, method, monkeypatch):
+    few = {"weight_iterations": 3, "act_iterations": 2} if method == "qdiffusion" else {}
+    whole = mk.calibrate(pipe, method, dataclasses.replace(STATIC, mode="quantized"), **SMALL, **few)
+    monkeypatch.setattr(static_module, "quantize_layer", lambda *args: 1 / 0)
+    config = dataclasses.replace(STATIC, mode="quantized", act_bits=8)
+    scales = mk.calibrate(pipe, method, config, weights=whole, **SMALL, **few)
+    for path, layer in whole.layers.items():
+        other = scales.layers[path]
+        assert torch.equal(layer.weight.codes, other.weight.codes)
+        assert layer.input_scale is other.input_scale
+        assert other.act_scale < layer.act_scale  # 8 bits in place of 4
+    with pytest.raises(ValueError, match="config has weight_bits=8, but the calibration"):
+        mk.calibrate(pipe, method, mk.ModiffConfig(8, 8), weights=whole, **SMALL)
+    with pytest.raises(ValueError, match="weights holds no codes for conv_in"):
+        mk.calibrate(pipe, method, dataclasses.replace(config, skip_modules=()), weights=whole, **SMALL)
+
+
 class TestAccelerate:
     def test_layers_take_codes_and_scales(self, pipe, tmp_path):
         result = mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
