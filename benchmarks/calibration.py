@@ -190,11 +190,22 @@ def main() -> int:
         "samples": args.samples,
         "threads": args.threads,
         "torch": torch.__version__,
-        "command": command_line([item for item in sys.argv[1:] if item != "--resume"]).replace(
-            "modiff", "python benchmarks/calibration.py", 1
-        ),
-        "rows": json.loads(args.json.read_text())["rows"] if args.resume and args.json.exists() else [],
+        "commands": [],
+        "rows": [],
     }
+    if args.resume and args.json.exists():
+        kept = json.loads(args.json.read_text())
+        for name in ("images", "samples", "threads", "torch"):
+            if kept[name] != report[name]:
+                raise SystemExit(
+                    f"--resume: {args.json} has {name} {kept[name]!r}, this run {report[name]!r}; repeat its command, "
+                    "or leave --resume out to measure everything anew"
+                )
+        report |= {"commands": kept["commands"], "rows": kept["rows"]}
+    command = command_line([item for item in sys.argv[1:] if item != "--resume"])
+    command = command.replace("modiff", "python benchmarks/calibration.py", 1)
+    if command not in report["commands"]:
+        report["commands"].append(command)
     known = {key(row) for row in report["rows"]}
     wanted = [
         (sampler, method, bits, way)
