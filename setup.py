@@ -1,4 +1,6 @@
-"""Build of the compiled kernels: CMake puts libmodiff_cpu.so into modiff_kernels/_lib (see CONTRIBUTING.md)."""
+"""Build of the compiled kernels: CMake puts libmodiff_cpu.so and, where nvcc is found, libmodiff_cuda.so into
+modiff_kernels/_lib (see CONTRIBUTING.md).
+"""
 
 import importlib.util
 import os
@@ -63,7 +65,7 @@ class CMakeBuild(build_ext):
             raise SystemExit("modiff-kernels: cmake was not found. Run `pip install cmake ninja` and try again.")
         build_dir = ROOT / "build" / ("cmake-ninja" if ninja else "cmake-make")
         configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DTORCH_DIR={TORCH_DIR}"]
+        configure += [f"-DTORCH_DIR={TORCH_DIR}", f"-DMODIFF_CUDA={os.environ.get('MODIFF_CUDA') or 'AUTO'}"]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

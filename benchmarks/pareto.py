@@ -12,7 +12,7 @@ Rows of the method "searched" take the schedules that `modiff_kernels.planning.s
 noise than that of the rows, for as many computed calls as the uniform rules have; the report lists the searches.
 DeepCache rows need `pip install DeepCache`; without it they are left out, and the report says so.
 
-The report is written after every sampler. `--resume` keeps the rows and searches that it has and measures only those
+The report is written after every row. `--resume` keeps the rows and searches that it has and measures only those
 that are missing.
 """
 
@@ -24,7 +24,7 @@ import json
 import sys
 import time
 import types
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,10 @@ def main() -> int:
     for name in tqdm(args.networks.split(","), desc="networks"):
         for sampler in tqdm(samplers, desc=name, leave=False):
             known = {key(row) for row in report["rows"]}
-            report["rows"] += study.rows(NETWORKS[name], sampler, known)
-            _write(report, study, args.json)
+            for row in study.rows(NETWORKS[name], sampler, known):
+                report["rows"].append(row)
+                _write(report, study, args.json)
+    _write(report, study, args.json)
     return 0
 
 
@@ -172,15 +174,12 @@ class Study:
     def rows(self, network: Row, sampler: Sampler, known: Container[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
         """All rows of one network and sampler but those whose `key` is known."""
         for steps in sampler.steps:
-            trials = [
-                trial
-                for trial in self._trials(network, sampler, steps)
-                if (network.name, sampler.label, steps, *trial) not in known
-            ]
-            if not trials:
-                continue
-            dense, dense_row = self._scheduled(network, sampler, steps, None)
-            for method, text in trials:
+            dense = None
+            for method, text in self._trials(network, sampler, steps):
+                if (network.name, sampler.label, steps, method, text) in known:
+                    continue
+                if dense is None:
+                    dense, dense_row = self._scheduled(network, sampler, steps, None)
                 if method == "every call":
                     pictures, row = dense, dense_row
                 elif method == "DeepCache":
@@ -201,11 +200,34 @@ class Study:
         if steps in sampler.searched:
             yield from (("searched", found["schedule"]) for found in self._searched(sampler, steps))
 
-    def _searched(self, sampler: Sampler, steps: int) -> list[dict[str, Any]]:
+    def _searched(self, sampler: Sampler, steps: int) -> Iterator[dict[str, Any]]:
         """The searches for one sampler, most computed calls first; made where they were not yet."""
-        made = [found for found in self.searches if (found["sampler"], found["steps"]) == (sampler.label, steps)]
-        if made:
-            return made
+        made = {
+            found["computed"]: found
+            for found in self.searches
+            if (found["sampler"], found["steps"]) == (sampler.label, steps)
+        }
+        calls = self._calls(sampler, steps)
+        sizes = {StepSchedule.uniform(every).actions(calls).count(UPDATE) for every in SEARCHED_EVERY}
+        fidelity: Callable[[StepSchedule], float] | None = None
+        tried: dict[str, float] = {}
+        for computed in sorted(sizes, reverse=True):
+            if computed not in made:
+                fidelity = fidelity or self._fidelity_of_search(sampler, steps)
+                found = search(fidelity, calls, computed=computed, known=tried)
+                made[computed] = {
+                    "sampler": sampler.label,
+                    "steps": steps,
+                    "computed": computed,
+                    "schedule": str(found.schedule),
+                    "search_db": found.fidelity_db,
+                    "tried": len(tried),
+                }
+                self.searches.append(made[computed])
+            yield made[computed]
+
+    def _fidelity_of_search(self, sampler: Sampler, steps: int) -> Callable[[StepSchedule], float]:
+        """Mean PSNR of a schedule against every call, in float32 and on seeds that no row has."""
         seeds = range(SEARCH_SEED, SEARCH_SEED + len(self.seeds))
         unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
         quantised = Quantised(unet, Row("search", "search", "float", schedule="forecast"))
@@ -215,25 +237,7 @@ class Study:
             return self._sample(unet, sampler, steps, quantised.sampling_run, seeds)[0]
 
         dense = pictures(None)
-        calls = self._calls(sampler, steps)
-        sizes = {StepSchedule.uniform(every).actions(calls).count(UPDATE) for every in SEARCHED_EVERY}
-        known: dict[str, float] = {}
-        for computed in sorted(sizes, reverse=True):
-            found = search(
-                lambda schedule: float(psnr(pictures(schedule), dense).mean()), calls, computed=computed, known=known
-            )
-            made.append(
-                {
-                    "sampler": sampler.label,
-                    "steps": steps,
-                    "computed": computed,
-                    "schedule": str(found.schedule),
-                    "search_db": found.fidelity_db,
-                    "tried": len(known),
-                }
-            )
-        self.searches += made
-        return made
+        return lambda schedule: float(psnr(pictures(schedule), dense).mean())
 
     def _row(self, network, sampler, steps, method, row, pictures, dense) -> dict[str, Any]:
         return {

@@ -1,16 +1,21 @@
 """Low-bit kernels with fused modulation and error compensation, as drop-in layers for diffusion UNets.
 
 Public names are imported on first use: `import modiff_kernels` needs neither diffusers nor the compiled library.
+diffusers learns the quantization method "modiff" when it is imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from modiff_kernels.integrations.registration import register_with_diffusers
+
 if TYPE_CHECKING:
     from modiff_kernels.calibration import CalibrationResult, calibrate
     from modiff_kernels.config import ModiffConfig
     from modiff_kernels.integrations.diffusers import Handle, accelerate
+    from modiff_kernels.integrations.planner import make_plan
     from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+    from modiff_kernels.planning.layer_plan import LayerPlan
     from modiff_kernels.planning.schedule import StepSchedule
 
 __version__ = "0.1.0"
@@ -18,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationResult",
     "Handle",
+    "LayerPlan",
     "ModiffConfig",
     "ModulatedConv2d",
     "ModulatedLinear",
@@ -26,11 +32,13 @@ __all__ = [
     "__version__",
     "accelerate",
     "calibrate",
+    "make_plan",
 ]
 
 _HOME_OF = {
     "CalibrationResult": "modiff_kernels.calibration.result",
     "Handle": "modiff_kernels.integrations.diffusers",
+    "LayerPlan": "modiff_kernels.planning.layer_plan",
     "ModiffConfig": "modiff_kernels.config",
     "ModulatedConv2d": "modiff_kernels.nn",
     "ModulatedLinear": "modiff_kernels.nn",
@@ -38,6 +46,7 @@ _HOME_OF = {
     "StepSchedule": "modiff_kernels.planning.schedule",
     "accelerate": "modiff_kernels.integrations.diffusers",
     "calibrate": "modiff_kernels.calibration",
+    "make_plan": "modiff_kernels.integrations.planner",
 }
 
 
@@ -51,3 +60,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+register_with_diffusers()

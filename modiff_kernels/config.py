@@ -1,19 +1,28 @@
 """`ModiffConfig`: everything `accelerate` can be told about bits, scales and state, with a JSON round trip."""
 
 import dataclasses
+import enum
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 MODES = ("modulated", "quantized")
 SCALE_MODES = ("dynamic", "delayed", "static")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
-BACKENDS = ("auto", "cpu", "onednn", "triton", "reference")
+BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
 DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
+
+
+class QuantizationMethod(str, enum.Enum):
+    """What diffusers asks a quantization_config for; it reads `.value` too."""
+
+    MODIFF = "modiff"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +50,13 @@ class ModiffConfig:
     mode: "modulated", or "quantized" (plain low-bit layers without state: first_step_bits, clip_ratio and state_dtype
         are not used, and scale_mode "delayed" is "dynamic").
     clip_ratio: above 0 and up to 1: dynamic and delayed scales cover this part of the absmax.
-    schedule: which calls of a run compute the network and what takes the place of the others: None (all do), "auto" (by
-        sampler and number of calls), a StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U".
+    schedule: which calls of a run compute the network and what takes the place of the others: None (all do), a
+        StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U", or "auto": what `modiff calibrate` stored in
+        the model's folder for this sampler and these timesteps, else by sampler and number of calls.
+    plan: a mode for every layer or block in the place of `mode` and `act_bits`: None, a LayerPlan, the path of one as
+        JSON, or "auto": the newest one that `make_plan` has stored for this device, model and configuration, else one
+        estimated from shapes, in which what would be slower in low bits stays float.
+    max_state_bytes: with a plan: bytes that x_hat and y_hat may take; the units that gain least are not modulated.
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
     """
@@ -60,6 +74,10 @@ class ModiffConfig:
     clip_ratio: float = 1.0
     fuse: bool = True
     schedule: StepSchedule | str | None = None
+    plan: LayerPlan | str | None = None
+    max_state_bytes: int | None = None
+
+    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODIFF
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "act_bits", "first_step_bits"):
@@ -73,6 +91,12 @@ class ModiffConfig:
             object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
         _check_choice("state_dtype", self.state_dtype, (*STATE_DTYPES, None))
         object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
+        object.__setattr__(self, "plan", _checked_plan(self.plan))
+        limit = self.max_state_bytes
+        if limit is not None and not (_is_int(limit) and limit >= 0):
+            raise _error("max_state_bytes", limit, "a number of bytes, 0 or more, or None for no limit")
+        if limit is not None and self.plan is None:
+            raise _error("max_state_bytes", limit, "None without a plan; plan='auto' or a plan says what to leave out")
         if self.group_size is not None and not (_is_int(self.group_size) and self.group_size > 0):
             raise _error("group_size", self.group_size, "a positive number, or None for one scale per output channel")
         if not (_is_number(self.clip_ratio) and 0.0 < self.clip_ratio <= 1.0):
@@ -101,15 +125,25 @@ class ModiffConfig:
         return self.granularity
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; `from_dict` gives an equal config back."""
+        """The fields as JSON types, and `quant_method`; `from_dict` gives an equal config back."""
         schedule = None if self.schedule is None else str(self.schedule)
-        return {**dataclasses.asdict(self), "skip_modules": list(self.skip_modules), "schedule": schedule}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plan = json.loads(self.plan.to_json()) if isinstance(self.plan, LayerPlan) else self.plan
+        return {
+            "quant_method": self.quant_method.value,
+            **values,
+            "skip_modules": list(self.skip_modules),
+            "schedule": schedule,
+            "plan": plan,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
         """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError."""
         if not isinstance(values, Mapping):
             raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
+        values = dict(values)
+        _check_choice("quant_method", values.pop("quant_method", cls.quant_method.value), (cls.quant_method.value,))
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
@@ -177,6 +211,16 @@ def _checked_schedule(schedule: Any) -> StepSchedule | str | None:
         return StepSchedule.parse(schedule)
     except ValueError as error:
         raise _error("schedule", schedule, f"None, 'auto' or the text of a StepSchedule ({error})") from error
+
+
+def _checked_plan(plan: Any) -> LayerPlan | str | None:
+    if plan is None or isinstance(plan, LayerPlan):
+        return plan
+    if isinstance(plan, Mapping):
+        return LayerPlan.from_json(json.dumps(plan))
+    if not isinstance(plan, (str, os.PathLike)) or not str(plan):
+        raise _error("plan", plan, "None, 'auto', a LayerPlan or the path of one as JSON")
+    return str(plan)
 
 
 def _error(field: str, value: Any, allowed: str) -> ValueError:

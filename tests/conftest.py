@@ -28,6 +28,8 @@ def backend(request):
     forced = dispatch.forced_backend()
     if reason is None and forced not in (None, request.param):
         reason = f"MODIFF_BACKEND={forced} forces another backend"
+    if reason is None and request.param not in dispatch.PRIORITY["cpu"]:
+        reason = "the tensors of these tests are on the CPU; tests/backends has its tests"
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     threads = torch.get_num_threads()

@@ -8,7 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     compare            benchmarks/results/compare.json, as `modiff compare --json` writes it
     unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
     integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
-    pareto NETWORK     what pays in benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
+    pareto NETWORK     benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
     calibration        benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
     attention          the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
 
@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import pareto_report
 from benchmarks.record import ROOT, read
 from modiff_kernels.cli.rows import build_rows
 from modiff_kernels.cli.table import HEADER, table_cells
@@ -62,13 +63,14 @@ CALIBRATION_HEADER = (
 )
 PARETO_HEADER = (
     "sampler, steps",
-    "schedule",
     "evaluations",
-    "seconds",
-    "dB to every call",
-    "dB to converged",
-    "same sampler, same cost",
-    "any sampler, same cost",
+    "hold",
+    "DeepCache",
+    "forecast",
+    "searched",
+    "same sampler, fewer steps",
+    "any sampler, fewer steps",
+    "every call",
 )
 
 
@@ -174,46 +176,47 @@ def attention_table(results: Path) -> str:
 
 
 def pareto_table(results: Path, network: str) -> str:
-    """The best row of every method for each sampler and number of steps.
-
-    Best: farthest above the best of all samplers that computes every call at no greater cost (in the last column).
-    """
+    """What every method reaches at the costs of the uniform forecasts, and how often the searched schedules win."""
     if not (results / "pareto.json").exists():
         return f"{NOTHING}\n"
     report = json.loads((results / "pareto.json").read_text())
-    rows = [row for row in report["rows"] if row["network"] == network]
-    plain = [row for row in rows if row["method"] == "every call"]
+    found = pareto_report.lines(report, network)
+    cells = [_pareto_cells(line) for line in found]
+    has_deepcache = any(line.deepcache_db is not None for line in found)
+    dropped = None if has_deepcache else PARETO_HEADER.index("DeepCache")
+    header, *cells = ([cell for i, cell in enumerate(row) if i != dropped] for row in (PARETO_HEADER, *cells))
+    rivals = {
+        "hold": lambda line: line.schedules.get("hold"),
+        "DeepCache": lambda line: line.deepcache_db,
+        "the uniform forecasts": lambda line: line.schedules[pareto_report.FORECAST],
+        "fewer steps of the same sampler": lambda line: line.fewer_steps_db,
+        "the best of all samplers": lambda line: line.any_sampler_db,
+    }
+    wins = {
+        name: pareto_report.wins((line.schedules.get("searched"), rival(line)) for line in found)
+        for name, rival in rivals.items()
+    }
+    counts = ", ".join(f"{name} in {won} of {of}" for name, (won, of) in wins.items() if of)
+    notes = " ".join([f"The searched schedules are above {counts} lines." if counts else "", *report["notes"]]).strip()
+    caption = f"`{report['command']}`: {report['model']}, {network}, {report['images']} images. {notes}".rstrip()
+    return f"{markdown_table(header, cells)}\n\n{caption}\n"
 
-    def rival_db(row: dict[str, Any], sampler: str = "") -> float:
-        cheap = [rival for rival in plain if rival["evaluations"] <= row["evaluations"]]
-        found = [rival["converged_db"] for rival in cheap if sampler in ("", rival["sampler"])]
-        return max(found, default=float("nan"))
 
-    def shown(value: float) -> str:
-        return "-" if value != value else f"{value:.1f}"
-
-    best: dict[tuple[str, int, str], dict[str, Any]] = {}
-    for row in rows:
-        key = row["sampler"], row["steps"], row["method"]
-        gain = row["converged_db"] - rival_db(row)
-        if row["method"] != "every call" and (key not in best or gain > best[key]["gain"]):
-            best[key] = {**row, "gain": gain}
-    cells = [
-        [
-            f"{row['sampler']}, {row['steps']}",
-            row["schedule"] if row["method"] != "DeepCache" else f"DeepCache, {row['schedule']}",
-            f"{row['evaluations']:.1f}",
-            f"{row['time_s']:.2f}",
-            "equal" if row["own_db"] is None else f"{row['own_db']:.1f}",
-            f"{row['converged_db']:.1f}",
-            shown(rival_db(row, row["sampler"])),
-            shown(rival_db(row)),
-        ]
-        for row in best.values()
+def _pareto_cells(line: pareto_report.Line) -> list[str]:
+    """The row of one sampler, number of steps and cost, the highest of what costs so little in bold."""
+    values = [
+        line.schedules.get("hold"),
+        line.deepcache_db,
+        line.schedules.get(pareto_report.FORECAST),
+        line.schedules.get("searched"),
+        line.fewer_steps_db,
+        line.any_sampler_db,
     ]
-    table = markdown_table(PARETO_HEADER, cells)
-    notes = " ".join(report["notes"])
-    return f"{table}\n\n`{report['command']}`: {report['model']}, {report['images']} images. {notes}".rstrip() + "\n"
+    shown = ["-" if value is None else f"{value:.1f}" for value in values]
+    highest = max(float(text) for text in shown if text != "-")
+    shown = [f"**{text}**" if text != "-" and float(text) == highest else text for text in shown]
+    panel = line.panel
+    return [f"{panel.sampler}, {panel.steps}", f"{line.evaluations:g}", *shown, f"{panel.every_call_db:.1f}"]
 
 
 def calibration_table(results: Path) -> str:

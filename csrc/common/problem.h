@@ -43,7 +43,8 @@ struct QuantizeProblem {
   const float* given_scale;  // null: dynamic
   int64_t given_scale_count;
   // Results.
-  int8_t* codes;        // [samples, rows, channels]
+  int8_t* codes;  // [samples, rows, channels], or `packed`: every row in kpack_v1 (common/packing.h), GPU only
+  bool packed;
   float* scale;         // one per granule
   float* absmax;        // one per granule: of the residual (residual form), of the activation (plain symmetric)
   int32_t* zero_point;  // one per granule, plain form only

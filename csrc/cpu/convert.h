@@ -5,40 +5,17 @@
 #include <immintrin.h>
 #endif
 
+#include "common/dtype.h"
 #include "common/problem.h"
 
 namespace modiff::cpu {
 namespace {
 
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float bfloat16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
-
-inline uint16_t float_to_bfloat16(float value) {  // round to nearest even, NaN stays NaN
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
-}
-
 inline float half_to_float(uint16_t h) {
 #if defined(__F16C__) || defined(__AVX512F__)
   return _cvtsh_ss(h);
 #else
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  const uint32_t magnitude = h & 0x7FFFu;
-  if (magnitude >= 0x7C00u) return bits_to_float(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-  // A half is a float whose exponent is 112 smaller; the product is exact, for subnormals too.
-  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+  return half_bits_to_float(h);
 #endif
 }
 
@@ -46,15 +23,7 @@ inline uint16_t float_to_half(float value) {
 #if defined(__F16C__) || defined(__AVX512F__)
   return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
-  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 and more round to infinity
-  if (magnitude < 0x38800000u) {  // subnormal half: the addition rounds to nearest even at the right bit
-    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f);
-    return static_cast<uint16_t>(sign | (rounded - 0x3F000000u));
-  }
-  const uint32_t rebased = magnitude - 0x38000000u;
-  return static_cast<uint16_t>(sign | ((rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13));
+  return float_to_half_bits(value);
 #endif
 }
 
@@ -83,7 +52,7 @@ inline const float* load_row(const void* base, DType dtype, int64_t offset, int6
 #endif
     for (; i < count; ++i) buffer[i] = half_to_float(row[i]);
   } else {
-    for (; i < count; ++i) buffer[i] = bfloat16_to_float(row[i]);
+    for (; i < count; ++i) buffer[i] = bfloat16_bits_to_float(row[i]);
   }
   return buffer;
 }
@@ -108,7 +77,7 @@ inline void store_row(void* base, DType dtype, int64_t offset, int64_t count, co
 #endif
     for (; i < count; ++i) row[i] = float_to_half(values[i]);
   } else {
-    for (; i < count; ++i) row[i] = float_to_bfloat16(values[i]);
+    for (; i < count; ++i) row[i] = float_to_bfloat16_bits(values[i]);
   }
 }
 

@@ -22,6 +22,7 @@
 #include <cstring>
 
 #include "common/problem.h"
+#include "common/rounding.h"
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/quantize.h"
@@ -30,9 +31,7 @@
 namespace modiff::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;        // values of a block: five float32 buffers of it are 20 KiB
-constexpr int64_t kBlockRows = 16;      // of a block with its own multiplier (quant/spec.py BLOCK_ROWS)
-constexpr float kMinScale = 0x1p-100f;  // keeps 1 / scale finite for an all-zero residual
+constexpr int64_t kBlock = 1024;  // values of a block: five float32 buffers of it are 20 KiB
 
 // 1 / x for x in [1, 2^126], relative error below 2e-7: an integer estimate and three Newton steps, which together take
 // less time than one division.
@@ -78,14 +77,11 @@ struct Code {
 class Quantizer {
  public:
   explicit Quantizer(const QuantizeProblem& problem) : p_(problem) {
-    half_ = static_cast<float>(1 << (p_.act_bits - 1));
+    half_ = half_range(p_.act_bits);
     granules_ = p_.granularity == Granularity::kPerTensor  ? 1
                 : p_.granularity == Granularity::kPerToken ? p_.samples * p_.rows
                                                            : p_.samples;
-    // Eight bits leave no room for a multiplier, and fewer than 16 rows would be a block of next to nothing.
-    blocks_ = p_.granularity == Granularity::kPerBlock && p_.act_bits < 8 ? p_.rows / kBlockRows : 0;
-    reach_ = half_ - (blocks_ > 0 ? 0.8125f : 0.5f);
-    step_ = reach_ * (blocks_ > 0 ? 128.0f / half_ : 1.0f);
+    blocks_ = p_.granularity == Granularity::kPerBlock ? block_count(p_.rows, p_.act_bits) : 0;
     // One pass is enough when the scale is known before, or is settled within the row.
     single_pass_ = p_.given_scale != nullptr || p_.granularity == Granularity::kPerToken;
     block_rows_ = p_.granularity == Granularity::kPerToken ? 1
@@ -386,14 +382,14 @@ class Quantizer {
     Code code;
     code.zero_point = 0;
     if (p_.affine) {
-      code.scale = std::max((range.hi - range.lo) / (2.0f * half_ - 1.0f), kMinScale);
-      code.inv_scale = 1.0f / code.scale;
-      const float zero = __builtin_rintf(-range.lo * code.inv_scale) - half_;
-      code.zero_point = static_cast<int32_t>(std::min(std::max(zero, -half_), half_ - 1.0f));
+      code.scale = affine_scale(-range.lo, range.hi, half_);
+      code.zero_point = static_cast<int32_t>(affine_zero_point(-range.lo, code.scale, half_));
     } else {
-      code.scale = std::max(p_.clip_ratio * bits_to_float(range.absmax_bits) / step_, kMinScale);
-      code.inv_scale = 1.0f / code.scale;
+      const float absmax = bits_to_float(range.absmax_bits);
+      code.scale =
+          blocks_ > 0 ? block_scale(absmax, p_.clip_ratio, half_) : residual_scale(absmax, p_.clip_ratio, half_);
     }
+    code.inv_scale = 1.0f / code.scale;
     return code;
   }
 
@@ -409,10 +405,8 @@ class Quantizer {
   // Multiplier m and 1 / (scale * m) of the channels of a block.
   void choose_multipliers(const uint32_t* __restrict largest, float scale, float* __restrict multiplier,
                           float* __restrict inverse) const {
-    const float most = 128.0f / half_, reach = reach_ * scale;
     for (int64_t i = 0; i < p_.channels; ++i) {
-      const float m = __builtin_ceilf(p_.clip_ratio * bits_to_float(largest[i]) / reach);
-      multiplier[i] = std::min(std::max(m, 1.0f), most);
+      multiplier[i] = block_multiplier(bits_to_float(largest[i]), p_.clip_ratio, scale, half_);
       inverse[i] = 1.0f / (scale * multiplier[i]);
     }
   }
@@ -433,13 +427,11 @@ class Quantizer {
                  const Code& code) const {
     const int64_t size = count * p_.channels, offset = (n * p_.rows + l) * p_.channels;
     int8_t* __restrict out = p_.codes + offset;
-    const float lo = -half_, hi = half_ - 1.0f, inv_scale = code.inv_scale, scale = code.scale;
+    const float half = half_, inv_scale = code.inv_scale, scale = code.scale;
     if (p_.x_hat == nullptr) {
       const float zero = static_cast<float>(code.zero_point);
       for (int64_t i = 0; i < size; ++i) {
-        float q = __builtin_rintf(residual[i] * inv_scale) + zero;
-        q = q < lo ? lo : q;
-        q = q > hi ? hi : q;
+        const float q = code_of(residual[i], inv_scale, zero, half);
         out[i] = static_cast<int8_t>(static_cast<int32_t>(q));
       }
       return;
@@ -453,10 +445,7 @@ class Quantizer {
       choose_multipliers(magnitudes_ + (n * blocks_ + l / kBlockRows) * c, scale, multiplier, inverse);
       for (int64_t k = 0; k < size; k += c) {
         for (int64_t i = 0; i < c; ++i) {
-          float q = __builtin_rintf(residual[k + i] * inverse[i]);
-          q = q < lo ? lo : q;
-          q = q > hi ? hi : q;
-          q *= multiplier[i];
+          const float q = code_of(residual[k + i], inverse[i], 0.0f, half) * multiplier[i];
           out[k + i] = static_cast<int8_t>(static_cast<int32_t>(q));
           updated[k + i] = fma_(q, scale, old[k + i]);
         }
@@ -465,9 +454,7 @@ class Quantizer {
       return;
     }
     for (int64_t i = 0; i < size; ++i) {
-      float q = __builtin_rintf(residual[i] * inv_scale);
-      q = q < lo ? lo : q;
-      q = q > hi ? hi : q;
+      const float q = code_of(residual[i], inv_scale, 0.0f, half);
       out[i] = static_cast<int8_t>(static_cast<int32_t>(q));
       updated[i] = fma_(q, scale, old[i]);
     }
@@ -528,8 +515,6 @@ class Quantizer {
   int64_t granules_, block_rows_, chunks_ = 1;
   bool single_pass_;
   int64_t blocks_;                  // of a sample, each with its own multipliers; 0: there are none
-  float reach_;                     // |residual| / scale of the largest code
-  float step_;                      // scale = range / step_
   uint32_t* magnitudes_ = nullptr;  // [samples, blocks, channels]: bits of the largest |residual|
   float* stats_ = nullptr;          // [tasks, 2, channels]
   float* coefficients_ = nullptr;   // [samples, 2, channels]

@@ -1,4 +1,4 @@
-"""The command line `modiff`: compare, sample, calibrate, doctor."""
+"""The command line `modiff`: compare, sample, calibrate, explain, doctor."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 from modiff_kernels import __version__
+from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.schedule import StepSchedule
 
 __all__ = ["SCHEDULERS", "UserError", "build_parser", "command_line", "writable"]
@@ -34,17 +35,36 @@ Sample the same images from the same noise in several configurations and print h
 and how fast. Each configuration samples in turn (A B C A B C ...). A run is one whole sampling of a batch, all steps
 and the scheduler included; a warm-up of two steps, in which torch.compile compiles, is not counted."""
 
+SAMPLE_HELP = """\
+Sample images. An image depends on its seed, the model and these options, --batch included, and not on how many
+images or processes there are. In a folder, images that are there already are checked and kept, so an interrupted run
+goes on where it stopped. Several processes or machines share the images of a folder:
+
+    torchrun --nproc-per-node 4 -m modiff_kernels sample --images 50000 --out DIR
+
+A model that was saved in low bits (handle.save_pretrained) is sampled as it was saved."""
+PLAN_HELP = "auto, none, or a file of `modiff calibrate --plan`, see docs/layer_plan.md"
+
 CALIBRATE_HELP = """\
 --method calibrates weight codes and, with --scale-mode static, activation scales, on the trajectories of the
-full-precision sampler: use them with `modiff sample --calibration DIR` or accelerate(pipe, calibration=DIR).
+full-precision sampler: use them with `modiff sample --calibration DIR` or accelerate(pipe, calibration=DIR). An
+interrupted calibration goes on where it stopped.
 
 --schedule searches for the calls of the UNet that can be forecast instead of computed, for one sampler and number of
 steps: the fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best
-pictures at --speedup (from times measured first). The result is verified on other seeds.
+pictures at --speedup (from times measured first). The result is verified on other seeds. An interrupted search goes on
+where it stopped.
 
-Either one, when interrupted, goes on where it stopped."""
+--plan chooses a mode for every layer or block: float, quantized in 8 bits, or as --mode and --act-bits say. Times are
+those within whole calls of the UNet on this device with --batch pictures, and fidelity is measured along their
+trajectory. The plan is timed and its pictures are judged before it is written; where nothing is faster than float, it
+is all float. It is also stored for plan="auto"."""
 
 METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion")
+
+EXPLAIN_HELP = """\
+Print what becomes of every layer of a model: mode, bits, backend and reason, and with a plan the time of every mode,
+speed-up, SQNR and state of its units, as far as they were measured."""
 
 COMPARE_NOTES = """\
 columns:
@@ -58,8 +78,8 @@ columns:
 
 rows: float-contiguous, float-channels_last, float-compile; weight-only-w8 (quantised weights, float activations: the
   most that any treatment of activations can reach); plain-w8a8 ...; modulated-w8a4 ...; scheduled-w8a8 (modulated, and
-  most calls of the UNet forecast from the last ones instead of computed). --rows takes names or their beginnings:
-  "--rows float,modulated-w8a4"."""
+  most calls of the UNet forecast from the last ones instead of computed); planned-w8 (a mode for every layer, with
+  --plan). --rows takes names or their beginnings: "--rows float,modulated-w8a4"."""
 
 
 class UserError(Exception):
@@ -132,7 +152,25 @@ def schedule(text: str) -> str | None:
         raise argparse.ArgumentTypeError(f"{error}; or auto, or none") from error
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def plan(text: str) -> str | None:
+    """--plan: "auto", None for "none", or the path of a file that holds a layer plan."""
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
+    try:
+        LayerPlan.from_json(Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text} as a layer plan: {error}; or auto, or none") from error
+    return text
+
+
+def state_bytes(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -141,10 +179,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="UNet folder or pipeline folder of diffusers, or a hub id (default: the model shipped with the package)",
     )
     add("--prompt", default=None, help="text for a text-to-image pipeline")
-    add("--steps", type=positive, default=50, help="sampling steps (%(default)s)")
-    add("--batch", type=positive, default=8, help="images sampled at once (%(default)s)")
-    add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
-    add("--seed", type=seed, default=0, help="the noise of image i has seed SEED + i (%(default)s)")
     add("--threads", type=positive, default=None, help="CPU threads (default: torch decides)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample (%(default)s)")
     add("--backend", default="auto", help="backend of the quantised layers, see `modiff doctor` (%(default)s)")
@@ -155,6 +189,22 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="one activation scale for what (default: per_block for residuals of 3 and 4 bits, else per_sample)",
     )
     add("--quiet", action="store_true", help="no progress bars, no notes")
+
+
+def add_bits_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mode", choices=MODES, default="modulated", help="how layers are computed (%(default)s)")
+    add("--weight-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float")
+    add("--act-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float, weight_only")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--steps", type=positive, default=50, help="sampling steps (%(default)s)")
+    add("--batch", type=positive, default=8, help="images sampled at once (%(default)s)")
+    add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
+    add("--seed", type=seed, default=0, help="the noise of image i has seed SEED + i (%(default)s)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -180,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of the scheduled rows: {SCHEDULE_HELP} (auto)",
     )
     add("--images", type=positive, default=16, metavar="N", help="images to judge, N / BATCH runs (%(default)s)")
+    add("--plan", type=plan, default=None, metavar="FILE", help=f"adds a row with this layer plan: {PLAN_HELP} (none)")
     add("--rows", type=names, default=(), metavar="A,B", help="configurations to show (default: all)")
     add("--weight-bits", type=bits_list, default=(8,), metavar="A,B", help="of 3, 4, 8 (8)")
     add("--act-bits", type=bits_list, default=None, metavar="A,B", help="of 3, 4, 8 (plain: 8,4; modulated: 8,4,3)")
@@ -189,14 +240,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grid", type=Path, metavar="FILE", help="write the first images of every row as PNG")
     add("--out", type=Path, metavar="DIR", help="write compare.json, compare.md and compare_grid.png")
 
-    sample = commands.add_parser("sample", help="sample images in one configuration")
+    sample = commands.add_parser(
+        "sample",
+        help="sample images in one configuration",
+        description=SAMPLE_HELP,
+        formatter_class=raw,
+    )
     add_sampling_options(sample)
     add = sample.add_argument
     add("--schedule", type=schedule, default=None, metavar="TEXT", help=f"calls to skip: {SCHEDULE_HELP} (none)")
+    add("--plan", type=plan, default=None, metavar="FILE", help=f"modes of the layers: {PLAN_HELP} (none)")
     add("--images", type=positive, default=8, metavar="N", help="images to sample (%(default)s)")
-    add("--mode", choices=MODES, default="modulated", help="how layers are computed (%(default)s)")
-    add("--weight-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float")
-    add("--act-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float, weight_only")
+    add("--mode", choices=MODES, default=None, help="how layers are computed (modulated)")
+    add("--weight-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float")
+    add("--act-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float, weight_only")
     add("--calibration", type=Path, metavar="DIR", help="folder of `modiff calibrate --method`; has mode and bits")
     add(
         "--out",
@@ -208,15 +265,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     calibrate = commands.add_parser(
         "calibrate",
-        help="calibrate weights and activation scales, or find the step schedule of a model",
+        help="calibrate weights and scales of a model, or find its step schedule or layer plan",
         description=CALIBRATE_HELP,
         formatter_class=raw,
     )
     add_sampling_options(calibrate)
     add = calibrate.add_argument
-    what = calibrate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--method", choices=METHODS, help="calibrate layers in this way, see docs/calibration.md")
-    what.add_argument("--schedule", action="store_true", help="search for a step schedule")
+    wanted = calibrate.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--method", choices=METHODS, help="calibrate layers in this way, see docs/calibration.md")
+    wanted.add_argument("--schedule", action="store_true", help="search for a step schedule")
+    wanted.add_argument("--plan", action="store_true", help="measure a layer plan")
     add("--samples", type=positive, default=64, metavar="N", help="--method: trajectories to learn from (%(default)s)")
     add(
         "--scale-mode",
@@ -235,18 +293,45 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         default=16,
         metavar="N",
-        help="--schedule: images searched on, and N others to verify (%(default)s)",
+        help="for a schedule: images searched on, and N others to verify (%(default)s)",
     )
-    add("--mode", choices=MODES, default="modulated", help="how layers are computed (%(default)s)")
-    add("--weight-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float")
-    add("--act-bits", type=bits, default=8, help="3, 4 or 8 (%(default)s); unused with --mode float, weight_only")
+    add(
+        "--max-loss-db",
+        type=positive_number,
+        default=0.5,
+        metavar="DB",
+        help="for a plan: PSNR it may lose against the best single mode (%(default)s)",
+    )
+    add(
+        "--max-state-bytes",
+        type=state_bytes,
+        default=None,
+        metavar="N",
+        help="for a plan: bytes of x_hat and y_hat it may take (any number)",
+    )
+    add("--rounds", type=positive, default=5, help="for a plan: how often every call is timed (%(default)s)")
+    add_bits_options(calibrate)
     add(
         "--out",
         type=Path,
         metavar="PATH",
-        help="--method: a folder (calibration); --schedule: JSON for --schedule of the other commands "
-        "(modiff_schedule.json in the folder of --model, or here)",
+        help="--method: a folder (calibration); else JSON for --schedule or --plan of the other commands "
+        "(modiff_schedule.json or modiff_plan.json in the folder of --model, where --schedule auto finds the first, or "
+        "here)",
     )
+
+    explain = commands.add_parser(
+        "explain",
+        help="what becomes of every layer, and why",
+        description=EXPLAIN_HELP,
+        formatter_class=raw,
+    )
+    add_model_options(explain)
+    add = explain.add_argument
+    add("--plan", type=plan, default="auto", metavar="FILE", help=f"{PLAN_HELP} (%(default)s)")
+    add("--max-state-bytes", type=state_bytes, default=None, metavar="N", help="bytes of state that a plan may take")
+    add_bits_options(explain)
+    add("--json", type=Path, metavar="FILE", help="write the same as JSON")
 
     commands.add_parser("doctor", help="what runs on this machine, what does not, and why")
     return parser

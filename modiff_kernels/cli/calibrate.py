@@ -1,4 +1,4 @@
-"""`modiff calibrate`: the step schedule of a model for one sampler, within a budget of fidelity or time.
+"""`modiff calibrate`: the step schedule of a model, within a budget of fidelity or time, or its layer plan.
 
 Weights and activation scales (`--method`) are in `calibrate_layers`.
 """
@@ -19,11 +19,14 @@ from tqdm import tqdm
 
 from modiff_kernels.cli import calibrate_layers, models
 from modiff_kernels.cli.arguments import UserError, command_line, writable
+from modiff_kernels.cli.plan import measure_plan
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import psnr
+from modiff_kernels.planning.clock import host_timesteps
 from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.planning.search import Found, computed_for_speedup, search
+from modiff_kernels.planning.stored import FILE_NAME, run_of
 
 __all__ = ["run"]
 
@@ -33,10 +36,14 @@ TIMED_RUNS = 3
 def run(args: argparse.Namespace) -> int:
     if args.method is not None:
         return calibrate_layers.run(args)
-    if args.budget_db is None and args.speedup is None:
-        raise UserError("--schedule: one of the arguments --budget-db --speedup is required")
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
-    out = writable(args.out or folder / "modiff_schedule.json")
+    if args.plan:
+        if args.budget_db is not None or args.speedup is not None:
+            raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
+        return measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
+    if args.budget_db is None and args.speedup is None:
+        raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
+    out = writable(args.out or folder / FILE_NAME)
     models.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -152,6 +159,8 @@ def _report(
     held_out_db: float,
     times: tuple[float, float] | None,
 ) -> dict[str, Any]:
+    scheduler = models.make_scheduler(model, args.scheduler)
+    scheduler.set_timesteps(args.steps)
     return {
         "schedule": str(found.schedule),
         "model": model.name,
@@ -165,4 +174,5 @@ def _report(
         "update_s": times and times[0],
         "skip_s": times and times[1],
         "command": command_line(args.argv),
+        **run_of(scheduler, host_timesteps(scheduler)),
     }

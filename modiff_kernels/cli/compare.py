@@ -25,6 +25,7 @@ from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row, build_rows, select_rows
 from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation import image_grid, markdown_table, psnr, ssim, text_table, to_json
+from modiff_kernels.integrations.plan_cache import device_name
 
 __all__ = ["run"]
 
@@ -47,7 +48,7 @@ class Configuration:
 
 def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
-    rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule), args.rows)
+    rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule, args.plan), args.rows)
     models.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -201,13 +202,14 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
                 "average_bits": c.quantised.average_bits(calls) if c.quantised else 32.0,
                 "is_reference": is_reference,
                 "schedule": c.row.schedule,
+                "plan": c.row.plan,
                 "calls_computed": c.quantised.calls_computed(calls) if c.quantised else calls,
             }
         )
     runs = len(configurations[0].seconds)
     sampled = f"{model.name}, {args.scheduler}, {args.steps} steps ({calls} calls of the UNet), batch {args.batch}, "
     sampled += (
-        f"{args.images} images from seed {args.seed} on; {_device_name(device)}, {torch.get_num_threads()} threads."
+        f"{args.images} images from seed {args.seed} on; {device_name(device)}, {torch.get_num_threads()} threads."
     )
     timed = f"Times: median of {runs} whole sampling runs of a batch, the rows in turn. "
     timed += (
@@ -217,10 +219,13 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
         if c.row.schedule is not None and c.quantised:
             first, *_ = c.quantised.handle.explain_schedule().splitlines()
             notes.append(f"{c.row.name}: {first}")
+        if c.row.plan is not None and c.quantised:
+            plan = c.quantised.handle.plan
+            notes.append(f"{c.row.name} ({plan.source}): {plan.summary or 'as given'}")
     judged = f"PSNR and SSIM: mean over the images, against {reference.row.name}, same noise."
     return {
         "model": model.name,
-        "device": _device_name(device),
+        "device": device_name(device),
         "steps": args.steps,
         "batch": args.batch,
         "scheduler": args.scheduler,
@@ -235,15 +240,6 @@ def _report(args, model, device, calls, reference, configurations, notes) -> dic
         "speedup_against": best,
         "notes": [sampled, timed, judged, *notes],
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

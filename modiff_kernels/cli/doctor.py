@@ -19,7 +19,13 @@ from modiff_kernels.ops import dispatch
 
 __all__ = ["run"]
 
-OPTIONAL = {"diffusers": "diffusers", "skimage": "scikit-image", "PIL": "pillow", "triton": "triton"}
+OPTIONAL = {
+    "diffusers": "diffusers",
+    "accelerate": "accelerate",
+    "skimage": "scikit-image",
+    "PIL": "pillow",
+    "triton": "triton",
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 LEAST_SQNR_DB = 60.0
 
@@ -133,7 +139,7 @@ def _dispatch() -> str:
 def _self_check(backend: str) -> str:
     """`ok`, with the smallest SQNR of all outputs against the reference, or what FAILED."""
     least = float("inf")
-    for check in (_check_linear, _check_conv2d):
+    for check in _checks(backend):
         for act_bits in (8, 4, 3):
             try:
                 (codes, *outputs), (expected_codes, *expected) = check(backend, act_bits), check("reference", act_bits)
@@ -145,6 +151,14 @@ def _self_check(backend: str) -> str:
     if not least >= LEAST_SQNR_DB:
         return f"FAILED: outputs are only {least:.0f} dB from the reference"
     return f"ok ({'equal' if least == float('inf') else f'{least:.0f} dB'})"
+
+
+def _checks(backend: str) -> tuple[Callable[[str, int], tuple[torch.Tensor, ...]], ...]:
+    """Layers, or the quantiser alone where `backend` has no products."""
+    kernels = getattr(dispatch.load(backend), "KERNELS", None)
+    if kernels is not None and "modulated_linear" not in kernels:
+        return (_check_quantizer,)
+    return _check_linear, _check_conv2d
 
 
 def _device_of(backend: str) -> str:
@@ -186,6 +200,15 @@ def _steps(
         x, x_hat, None, packed, scale, y_hat, None, act_bits, "per_sample", 1.0, *arguments, backend=backend
     )
     return tuple(result.cpu() for result in (codes, first, second, x_hat, y_hat))
+
+
+def _check_quantizer(backend: str, act_bits: int) -> tuple[torch.Tensor, ...]:
+    """Codes of an update, scales, absmax and x_hat, on the CPU."""
+    device = _device_of(backend)
+    generator = torch.Generator().manual_seed(0)
+    x, x_hat = (torch.randn(2, 33, 40, generator=generator).to(device) for _ in range(2))
+    results = ops.quantize_residual(x, x_hat, None, act_bits, "per_sample", backend=backend)
+    return tuple(result.cpu() for result in (*results, x_hat))
 
 
 def _check_linear(backend: str, act_bits: int) -> tuple[torch.Tensor, ...]:

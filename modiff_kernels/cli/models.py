@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import json
 import logging
@@ -17,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import modiff_kernels as mk
 from modiff_kernels.cli.arguments import SCHEDULERS, UserError
+from modiff_kernels.integrations.measurement import share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 
 __all__ = ["Model", "choose_device", "load_model", "make_scheduler", "sample_images", "share_copy"]
@@ -28,7 +29,7 @@ class Model:
     """A UNet and what it takes to sample from it.
 
     `pipe` is None for an unconditional UNet on pixels, which is sampled by the loop in this module, and otherwise the
-    pipeline that holds the UNet.
+    pipeline that holds the UNet. `handle` is that of a UNet that was saved in low bits, else None.
     """
 
     name: str
@@ -36,14 +37,24 @@ class Model:
     scheduler_config: dict[str, Any]
     pipe: Any = None
     prompt: str | None = None
+    handle: mk.Handle | None = None
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local: int | None = None) -> torch.device:
+    """The device of --device; `local` is the number of this process on its machine, where there are several."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name != "cuda" or local is None:
+        return torch.device(name)
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local + 1} on this machine has no device of its own, torch sees {torch.cuda.device_count()}; "
+            "start as many processes as devices, or give --device cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device(name, local)
 
 
 def import_diffusers():
@@ -82,8 +93,11 @@ def _find_folder(name: str | None) -> tuple[str, Path]:
         ) from error
 
 
-def load_model(name: str | None, prompt: str | None, device: torch.device) -> Model:
-    """Load --model in float32 onto `device`. UserError for what cannot be loaded or sampled, and for NaN weights."""
+def load_model(name: str | None, prompt: str | None, device: torch.device, low_bit: bool = False) -> Model:
+    """Load --model in float32 onto `device`. UserError for what cannot be loaded or sampled, and for NaN weights.
+
+    low_bit: whether a UNet that was saved in low bits will do.
+    """
     label, folder = _find_folder(name)
     diffusers = import_diffusers()
     index, pipe = folder / "model_index.json", None
@@ -102,15 +116,19 @@ def load_model(name: str | None, prompt: str | None, device: torch.device) -> Mo
         raise UserError(
             f"--model {folder}: neither config.json (a UNet) nor model_index.json (a pipeline) in this folder"
         )
-    kind = _read_config(unet_folder / "config.json").get("_class_name")
+    unet_config = _read_config(unet_folder / "config.json")
+    method = (unet_config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and not (low_bit and method == mk.ModiffConfig.quant_method.value):
+        raise UserError(f"--model {folder}: was saved in low bits ({method}); give the model in full precision")
+    kind = unet_config.get("_class_name")
     if not with_pipe and kind != "UNet2DModel":
         raise UserError(f"--model {folder}: a {kind} cannot be sampled by itself; give the folder of its pipeline")
     try:
         if with_pipe:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(folder).to(device, torch.float32)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
             unet = pipe.unet
         else:
-            unet = diffusers.UNet2DModel.from_pretrained(unet_folder).to(device, torch.float32)
+            unet = diffusers.UNet2DModel.from_pretrained(unet_folder, torch_dtype=torch.float32).to(device)
     except Exception as error:
         raise UserError(f"--model {folder}: diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
     for key, parameter in unet.named_parameters():
@@ -129,7 +147,8 @@ def load_model(name: str | None, prompt: str | None, device: torch.device) -> Mo
         if prompt is not None:
             raise UserError(f"--prompt: {label} takes no text")
         scheduler_config = _scheduler_config(folder)
-    return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt)
+    handle = None if method is None else mk.accelerate(unet)
+    return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
@@ -164,12 +183,6 @@ def check_steps(model: Model, scheduler: str, steps: int) -> int:
     except Exception as error:
         raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
     return len(schedule.timesteps)
-
-
-def share_copy(unet: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the module tree whose parameters and buffers are those of `unet`."""
-    memo = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    return copy.deepcopy(unet, memo)
 
 
 def sample_images(

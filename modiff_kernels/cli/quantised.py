@@ -21,6 +21,24 @@ __all__ = ["Quantised"]
 FLOAT_BITS = 32
 
 
+def config_of_row(
+    row: Row, backend: str = "auto", granularity: str | None = None, max_state_bytes: int | None = None
+) -> mk.ModiffConfig:
+    """The configuration that `row` stands for; ValueError if it is impossible."""
+    mode = "modulated" if row.mode == "modulated" else "quantized"
+    plain = row.mode == "float"
+    return mk.ModiffConfig(
+        weight_bits=None if plain else row.weight_bits,
+        act_bits=None if plain or row.mode == "weight_only" else row.act_bits,
+        mode=mode,
+        backend=backend,
+        granularity=None if mode == "quantized" and granularity == "per_block" else granularity,
+        schedule=row.schedule,
+        plan=row.plan,
+        max_state_bytes=max_state_bytes,
+    )
+
+
 class Quantised:
     """Accelerates `unet` in place as `row` says. UserError for a configuration that cannot run here.
 
@@ -33,18 +51,28 @@ class Quantised:
         row: Row,
         backend: str = "auto",
         granularity: str | None = None,
+        max_state_bytes: int | None = None,
         calibration: Path | None = None,
     ) -> None:
         try:
-            result = None if calibration is None else mk.CalibrationResult.load(calibration)
-            if result is None:
-                config = _config(row, backend, granularity)
-            else:
-                config = dataclasses.replace(result.config, backend=backend, schedule=row.schedule)
+            config = config_of_row(row, backend, granularity, max_state_bytes)
+            result = None
+            if calibration is not None:
+                result = mk.CalibrationResult.load(calibration)
+                changes = {name: getattr(config, name) for name in ("backend", "schedule", "plan", "max_state_bytes")}
+                config = dataclasses.replace(result.config, **changes)
             self.handle = mk.accelerate(unet, config, calibration=result)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{row.name}: {error}") from error
         self.state_bytes = 0
+
+    @classmethod
+    def loaded(cls, handle: mk.Handle) -> Quantised:
+        """Of a UNet that diffusers loaded in low bits."""
+        quantised = cls.__new__(cls)
+        quantised.handle = handle
+        quantised.state_bytes = 0
+        return quantised
 
     @contextlib.contextmanager
     def sampling_run(self, scheduler: Any = None) -> Iterator[None]:
@@ -62,18 +90,15 @@ class Quantised:
         Multipliers of granularity per_block count, with 8 - act_bits bits for every block. A call that a schedule lets
         a layer skip counts 0 bits; which these are is that of the last run.
         """
-        config = self.handle.config
-        later = float(config.act_bits or FLOAT_BITS)
-        if config.layer_granularity == "per_block":
-            later += (8 - later) / BLOCK_ROWS
-        first = later if config.mode == "quantized" else config.first_step_bits or FLOAT_BITS
         total = 0.0
         layers = [layer for layer in self.handle.rows() if layer.bits != "-"]
-        for layer in layers:
-            skipped = self.handle.skipped_calls(layer.name)
-            is_float = layer.mode == "float"
-            total += FLOAT_BITS if is_float else first
-            total += (FLOAT_BITS if is_float else later) * (calls - 1 - skipped)
+        for row in layers:
+            layer = self.handle.layers[row.name]
+            later = float(layer.act_bits if layer.act_bits is not None and layer.mode != "float" else FLOAT_BITS)
+            if layer.mode == "modulated" and layer.granularity == "per_block":
+                later += (8 - later) / BLOCK_ROWS
+            first = (layer.first_step_bits or FLOAT_BITS) if layer.mode == "modulated" else later
+            total += first + later * (calls - 1 - self.handle.skipped_calls(row.name))
         return total / (calls * len(layers)) if layers else float(FLOAT_BITS)
 
     def calls_computed(self, calls: int) -> int:
@@ -87,19 +112,3 @@ class Quantised:
         if len(layers) == 1:
             return next(iter(layers))
         return ", ".join(f"{name} {count}" for name, count in layers.most_common())
-
-
-def _config(row: Row, backend: str, granularity: str | None) -> mk.ModiffConfig:
-    mode = "modulated" if row.mode == "modulated" else "quantized"
-    if mode == "quantized" and granularity == "per_block":
-        granularity = None
-    plain = row.mode == "float"
-    act_bits = None if row.mode == "weight_only" else row.act_bits
-    return mk.ModiffConfig(
-        weight_bits=None if plain else row.weight_bits,
-        act_bits=None if plain else act_bits,
-        mode=mode,
-        backend=backend,
-        granularity=granularity,
-        schedule=row.schedule,
-    )

@@ -18,7 +18,7 @@ SCHEDULED_ACT_BITS = (8,)
 class Row:
     """One configuration. Full precision has 32 bits; `mode` is float, weight_only, quantized or modulated.
 
-    schedule: as ModiffConfig takes it; None computes every call.
+    schedule, plan: as ModiffConfig takes them; None computes every call, and all layers as `mode` says.
     """
 
     key: str
@@ -29,14 +29,20 @@ class Row:
     channels_last: bool = True
     compiled: bool = False
     schedule: str | None = None
+    plan: str | None = None
 
 
 def build_rows(
-    weight_bits: Sequence[int], act_bits: Sequence[int] | None, compiled: bool, schedule: str | None = None
+    weight_bits: Sequence[int],
+    act_bits: Sequence[int] | None,
+    compiled: bool,
+    schedule: str | None = None,
+    plan: str | None = None,
 ) -> list[Row]:
     """All rows for these bits; `act_bits` None takes 8, 4 for plain layers, 8, 4, 3 for modulated ones.
 
-    schedule: of more rows, modulated ones with `act_bits` (None: 8); None leaves them out.
+    schedule: of more rows, modulated ones with `act_bits` (None: 8); None leaves them out. plan: of one more row for
+    each of `weight_bits`; its modes bring their own bits.
     """
     rows = [
         Row("float-contiguous", "float32 eager contiguous", "float", channels_last=False),
@@ -56,6 +62,8 @@ def build_rows(
         for a in act_bits or SCHEDULED_ACT_BITS:
             name = f"modulated W{w}A{a} scheduled"
             rows.append(Row(f"scheduled-w{w}a{a}", name, "modulated", w, a, schedule=schedule))
+    for w in weight_bits if plan is not None else ():
+        rows.append(Row(f"planned-w{w}", f"W{w} planned", "modulated", w, (act_bits or (8,))[0], plan=plan))
     return rows
 
 

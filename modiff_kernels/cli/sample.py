@@ -1,82 +1,190 @@
-"""`modiff sample`: images in one configuration."""
+"""`modiff sample`: images in one configuration.
+
+Batches have a fixed composition, `--batch` consecutive seeds, and are dealt out to processes as a whole: a network may
+round otherwise for another batch size (its kernels are chosen by shape), and scales per tensor see the whole batch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
+import os
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from modiff_kernels.cli import models
+from modiff_kernels.cli import images, models
 from modiff_kernels.cli.arguments import UserError, writable
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row
 
-__all__ = ["run"]
+__all__ = ["Process", "run"]
+
+PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # what launchers set, and what no launcher means
+
+
+@dataclass(frozen=True)
+class Process:
+    """The place of this process among those of a launcher. local: its number on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @classmethod
+    def launched(cls) -> Process:
+        """As torchrun, and launchers built on it, say it in RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
+        try:
+            values = [int(os.environ.get(name, str(alone))) for name, alone in PLACE.items()]
+        except ValueError:
+            values = [-1]
+        process = cls(*values)
+        if not 0 <= process.rank < process.count or process.local < 0:
+            given = ", ".join(f"{name}={os.environ.get(name)}" for name in PLACE)
+            raise UserError(
+                f"{given}: not the environment of a launcher; start with torchrun, or unset these variables"
+            )
+        return process
 
 
 def run(args: argparse.Namespace) -> int:
+    process = Process.launched()
     as_grid = args.out.suffix.lower() == ".png"
-    paths = [args.out] if as_grid else [args.out / f"image_{args.seed + i:04}.png" for i in range(args.images)]
-    writable(paths[0])
+    if as_grid and process.count > 1:
+        raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
+    writable(args.out if as_grid else args.out / f".process_{process.rank}")
     models.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = models.load_model(args.model, args.prompt, models.choose_device(args.device))
+    device = models.choose_device(args.device, process.local if process.count > 1 else None)
+    model = models.load_model(args.model, args.prompt, device, low_bit=True)
     calls = models.check_steps(model, args.scheduler, args.steps)
-    unet = model.unet.to(memory_format=torch.channels_last)
-    quantised = None
-    if args.mode != "float" or args.schedule is not None:
-        act_bits = 32 if args.mode == "weight_only" else args.act_bits
-        row = Row("sample", args.mode, args.mode, args.weight_bits, act_bits, schedule=args.schedule)
-        quantised = Quantised(unet, row, args.backend, args.granularity, args.calibration)
-    images = []
+    sampler = _Sampler(args, model)
+    batch = min(args.batch, args.images)
+    mine = range(process.rank, math.ceil(args.images / batch), process.count)
+    batches = [range(args.seed + i * batch, args.seed + (i + 1) * batch) for i in mine]
+    end = args.seed + args.images
+    options = {} if as_grid else sampler.options()
+    kept = set() if as_grid else set(_kept(args.out, batches, end, options))
+    batches = [seeds for seeds in batches if not kept.issuperset(seeds[: end - seeds.start])]
     started = time.perf_counter()
-    batches = math.ceil(args.images / args.batch)
-    unit, total = ("step", batches * calls) if model.pipe is None else ("run", batches)
-    with tqdm(total=total, desc="sample", unit=unit, disable=args.quiet, leave=False) as bar:
-        for first in range(0, args.images, args.batch):
-            seeds = range(args.seed + first, args.seed + min(first + args.batch, args.images))
-            around = quantised.sampling_run if quantised else contextlib.nullcontext
-            images.append(
-                models.sample_images(
-                    model,
-                    unet,
-                    args.scheduler,
-                    args.steps,
-                    seeds,
-                    run=around,
-                    on_step=bar.update if model.pipe is None else lambda: None,
-                )
-            )
-            if model.pipe is not None:
-                bar.update()
-    seconds = time.perf_counter() - started
-    pictures = np.concatenate(images)
-    if not np.isfinite(pictures).all():
-        raise UserError("the images hold NaN; try another --scheduler or more --steps")
-    _write(pictures, paths, as_grid)
+    grid: list[np.ndarray] = []
+    sampled = 0
+    name = f"sample {process.rank + 1}/{process.count}" if process.count > 1 else "sample"
+    unit, length = ("step", calls) if model.pipe is None else ("run", 1)
+    with tqdm(total=len(batches) * length, desc=name, unit=unit, disable=args.quiet, leave=False) as bar:
+        for seeds in batches:
+            # The last batch is a whole one too: its images beyond --images are dropped.
+            for seed, image in zip(seeds, sampler.sample(seeds, bar.update)):
+                if seed >= end or seed in kept:
+                    continue
+                sampled += 1
+                if as_grid:
+                    grid.append(image)
+                else:
+                    images.write_image(_path(args.out, seed), image, _options_of(seed, seeds, options))
+    if as_grid:
+        images.write_grid(args.out, grid)
     if not args.quiet:
-        state = f", state {quantised.state_bytes / 1e6:.1f} MB, backend {quantised.backend}" if quantised else ""
-        print(f"{len(pictures)} images in {seconds:.1f} s ({args.mode}{state}): {args.out}")
+        place = f", process {process.rank + 1} of {process.count}" if process.count > 1 else ""
+        already = f", {len(kept)} were there already" if kept else ""
+        print(
+            f"{sampled} images in {time.perf_counter() - started:.1f} s ({sampler.description()}{place}{already}): "
+            f"{args.out}"
+        )
     return 0
 
 
-def _write(pictures: np.ndarray, paths, as_grid: bool) -> None:
-    from PIL import Image
+class _Sampler:
+    """The model in the configuration of the command line: pictures, and what they depend on."""
 
-    pixels = (pictures.clip(0, 1) * 255).round().astype(np.uint8)
-    if pixels.shape[-1] == 1:
-        pixels = np.repeat(pixels, 3, axis=-1)
-    if as_grid:
-        columns = math.ceil(math.sqrt(len(pixels)))
-        empty = np.full_like(pixels[:1], 255).repeat(-len(pixels) % columns, axis=0)
-        _, height, width, _ = pixels.shape
-        cells = np.concatenate([pixels, empty]).reshape(-1, columns, height, width, 3)
-        pixels = cells.swapaxes(1, 2).reshape(1, -1, columns * width, 3)
-    for path, image in zip(paths, pixels, strict=True):
-        Image.fromarray(image).save(path)
+    def __init__(self, args: argparse.Namespace, model: models.Model) -> None:
+        self.args = args
+        self.model = model
+        self.unet = model.unet.to(memory_format=torch.channels_last)
+        self.mode = args.mode or "modulated"
+        self.quantised: Quantised | None = None
+        if model.handle is not None:
+            _refuse_options(args)
+            self.quantised = Quantised.loaded(model.handle)
+            self.mode = "saved low-bit model"
+        elif self.mode != "float" or args.schedule is not None or args.plan is not None:
+            act_bits = 32 if self.mode == "weight_only" else args.act_bits or 8
+            weight_bits, plan = args.weight_bits or 8, args.plan
+            row = Row("sample", self.mode, self.mode, weight_bits, act_bits, schedule=args.schedule, plan=plan)
+            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, calibration=args.calibration)
+
+    def options(self) -> dict[str, Any]:
+        """All that an image depends on besides its seed and its batch, as JSON types."""
+        config = None if self.quantised is None else self.quantised.handle.config.to_dict()
+        options = {
+            "model": self.model.name,
+            "weights": images.weights_crc32(self.unet),
+            "config": config,
+            "prompt": self.model.prompt,
+            "scheduler": self.args.scheduler,
+            "scheduler_config": {k: v for k, v in self.model.scheduler_config.items() if not k.startswith("_")},
+            "steps": self.args.steps,
+        }
+        return json.loads(json.dumps(options, default=str))
+
+    def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
+        """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
+        in_steps = self.model.pipe is None
+        pictures = models.sample_images(
+            self.model,
+            self.unet,
+            self.args.scheduler,
+            self.args.steps,
+            seeds,
+            run=self.quantised.sampling_run if self.quantised else contextlib.nullcontext,
+            on_step=on_step if in_steps else lambda: None,
+        )
+        if not in_steps:
+            on_step()
+        if not np.isfinite(pictures).all():
+            raise UserError("the images hold NaN; try another --scheduler or more --steps")
+        return pictures
+
+    def description(self) -> str:
+        """Mode, state and backend, for the last line."""
+        if self.quantised is None:
+            return self.mode
+        return f"{self.mode}, state {self.quantised.state_bytes / 1e6:.1f} MB, backend {self.quantised.backend}"
+
+
+def _refuse_options(args: argparse.Namespace) -> None:
+    """UserError for options that say how layers are computed."""
+    options = ("mode", "weight_bits", "act_bits", "granularity", "schedule", "plan", "calibration")
+    given = [name for name in options if getattr(args, name)]
+    given += ["backend"] if args.backend != "auto" else []
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')}: the model was saved in low bits and is sampled with the configuration in "
+            "its config.json; leave the option out"
+        )
+
+
+def _kept(folder: Path, batches: Sequence[range], end: int, options: dict[str, Any]) -> Iterator[int]:
+    """Seeds below `end` whose images are there. UserError for images of another run."""
+    for seeds in batches:
+        for seed in seeds:
+            if seed < end and images.is_kept(_path(folder, seed), _options_of(seed, seeds, options)):
+                yield seed
+
+
+def _options_of(seed: int, seeds: range, options: dict[str, Any]) -> dict[str, Any]:
+    """All that one image of the batch `seeds` depends on."""
+    return {**options, "seed": seed, "batch": len(seeds), "batch_start": seeds.start}
+
+
+def _path(folder: Path, seed: int) -> Path:
+    return folder / f"image_{seed:04}.png"

@@ -8,9 +8,12 @@ not imported.
 import contextlib
 import dataclasses
 import functools
+import logging
+import math
+import os
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,21 @@ from torch import Tensor, nn
 
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations.plans import plan_of
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
+from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.planning.stored import beside
 from modiff_kernels.quant.calibrated import CalibratedLayer
 
+logger = logging.getLogger("modiff_kernels")
+
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +69,27 @@ def accelerate(
     for scale_mode "static", without a calibration.
     share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
+    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
+    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
+    pipeline begins the runs from now on. The other arguments must be left out then.
+
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
     to replace, a scale is missing or the calibration does not fit, RuntimeError if the UNet is accelerated already,
     BackendUnavailable if config.backend cannot do it.
     """
+    unet, pipe = _unet_and_pipe(target)
+    if _HANDLE in unet.__dict__:
+        if config is not None or static_scales is not None or calibration is not None or not share_edges:
+            raise ValueError(
+                f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
+                "loaded with; leave out config, calibration, static_scales and share_edges, or call remove() on the "
+                "handle before"
+            )
+        loaded: Handle = unet.__dict__[_HANDLE]
+        if pipe is not None:
+            loaded._attach(pipe)
+        return loaded
     result = None if calibration is None else read_result(calibration)
     if config is None:
         config = ModiffConfig() if result is None else result.config
@@ -73,16 +98,13 @@ def accelerate(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
             "dict)"
         )
-    unet, pipe = _resolve(target)
-    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
-        raise RuntimeError(
-            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
-            "before"
-        )
-    plan = replacements_of(unet, config, _calibrated(config, result, static_scales or {}), share_edges)
+    _refuse_accelerated(unet)
+    calibrated = calibrated_layers(config, result, static_scales or {})
+    layer_plan = plan_of(unet, config, calibrated, share_edges)
+    replaced = replacements_of(unet, config, calibrated, share_edges, layer_plan)
     if result is not None:
-        _require_calibrated(plan, result)
-    handle = Handle(unet, pipe, config, plan)
+        _require_calibrated(replaced, result)
+    handle = Handle(unet, pipe, config, replaced, layer_plan, share_edges)
     with contextlib.ExitStack() as undo:
         handle._install(undo)
         handle._undo = undo.pop_all()
@@ -92,21 +114,37 @@ def accelerate(
 class Handle:
     """What `accelerate` did to one UNet.
 
-    config: the ModiffConfig. state: the ModulationState. unet: the UNet. layers: the low-bit layers by path.
+    config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
+    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_edges: as `accelerate` got
+    it.
     """
 
-    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, plan: Replacements) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        pipe: Any,
+        config: ModiffConfig,
+        replaced: Replacements,
+        plan: LayerPlan | None,
+        share_edges: bool,
+    ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.config = config
-        self.state = plan.state
-        self.layers = plan.layers
-        self._plan = plan
+        self.plan = plan
+        self.share_edges = share_edges
+        self.state = replaced.state
+        self.layers = replaced.layers
+        self.replaced = replaced
+        self._untouched = plan is not None and not replaced.replacements
+        self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
+        self._seen: tuple[torch.Size, str] | None = None
         self._door: _SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
-            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run)
+            stored = beside(unet, pipe) if config.schedule == "auto" else None
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run, stored)
         self._undo: contextlib.ExitStack | None = None
 
     def sampling_run(
@@ -133,11 +171,7 @@ class Handle:
                 "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
                 "with `with handle.sampling_run():`"
             )
-        door = _SetTimesteps(self.pipe.scheduler, self.state)
-        if self._door is not None:
-            self._door.restore()
-        self._door = door
-        door.install()
+        self._attach(self.pipe)
 
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
@@ -146,18 +180,35 @@ class Handle:
             undo, self._undo = self._undo, None
             undo.close()
 
+    def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
+        """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
+
+        config.json gets this handle's config as `quantization_config`; the safetensors files hold codes and scales of
+        the low-bit layers, static activation scales where there are some, and all other parameters in their own dtype
+        (`quant.checkpoint` has the format). More than `max_shard_size` (bytes, or text such as "5GB") goes into several
+        files. Files of an earlier save there are replaced. The state of a run is not saved.
+
+        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
+        """
+        self._require_active()
+        from modiff_kernels.integrations.quantizer import save
+
+        save(self, directory, max_shard_size)
+
+    def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
+        """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        self._undo.callback(on_remove, self.unet)
+        _set_attribute(self.unet, _HANDLE, self, self._undo)
+
     def rows(self) -> list[LayerRow]:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
-        return [self._row(path, module) for path, module in self._plan.originals.items()]
+        return [self._row(path, module) for path, module in self.replaced.originals.items()]
 
     def explain(self) -> str:
         """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
         rows = self.rows()
         fields = [field.name for field in dataclasses.fields(LayerRow)]
-        cells = [fields, *[[getattr(row, field) for field in fields] for row in rows]]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+        lines = _aligned([fields, *[[getattr(row, field) for field in fields] for row in rows]])
         low_bit = sum(row.mode != "float" for row in rows)
         summary = (
             f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
@@ -165,7 +216,19 @@ class Handle:
         )
         if self._scheduled is not None:
             summary += f"\nschedule: {self.explain_schedule()}"
+        if self.plan is not None:
+            summary += f"\n{self.explain_plan()}\n"
         return "\n".join([summary, *lines])
+
+    def explain_plan(self) -> str:
+        """The layer plan: the decision, whole plans that were timed, and a table of units with time per mode, speed-up,
+        SQNR, state and reason; empty without a plan."""
+        if self.plan is None:
+            return ""
+        lines = [f"plan ({self.plan.source}): {self.plan.summary or 'as given'}"]
+        lines += [f"  {candidate}" for candidate in self.plan.candidates]
+        header, rows = self.plan.table()
+        return "\n".join([*lines, *_aligned([header, *rows])])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None, from the next run on.
@@ -217,7 +280,7 @@ class Handle:
         unet = self.unet
         _accelerated.add(unet)
         undo.callback(_accelerated.discard, unet)
-        for path, module in self._plan.replacements.items():
+        for path, module in self.replaced.replacements.items():
             undo.callback(_set_module, unet, path, _set_module(unet, path, module))
         undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
@@ -225,10 +288,20 @@ class Handle:
         _answer_dtype_quickly(unet, undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
+        undo.callback(self._close_door)
         if self.pipe is not None:
-            self._door = _SetTimesteps(self.pipe.scheduler, self.state)
-            self._door.install()
-            undo.callback(lambda: self._door.restore())
+            self._attach(self.pipe)
+
+    def _attach(self, pipe: Any) -> None:
+        """Let the scheduler of `pipe` begin the runs."""
+        door = _SetTimesteps(pipe.scheduler, self.state)
+        self._close_door()
+        self.pipe, self._door = pipe, door
+        door.install()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if self._door is not None and self.state.needs_run and not self._own_runs and not self._door.is_on(self.pipe):
@@ -236,14 +309,49 @@ class Handle:
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
             )
-        self.state.begin_call()
+        if self._planned_shape is not None:
+            self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
+        self._begin_call(unet)
+        if self._untouched:
+            return args, kwargs
         if args:
-            return (_channels_last(args[0]), *args[1:]), kwargs
-        return args, {name: _channels_last(value) for name, value in kwargs.items()}
+            return (channels_last(args[0]), *args[1:]), kwargs
+        return args, {name: channels_last(value) for name, value in kwargs.items()}
+
+    def _begin_call(self, unet: nn.Module) -> None:
+        try:
+            self.state.begin_call()
+        except RuntimeError as error:
+            if self._door is not None or _HANDLE not in unet.__dict__:
+                raise
+            raise RuntimeError(
+                f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
+                "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
+            ) from error
 
     def _leave(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.state.end_call(failed=output is None)
-        return _contiguous(output)
+        return output if self._untouched else _contiguous(output)
+
+    def _look_at_shape(self, shape: torch.Size) -> None:
+        """Where the shape is not the one that the plan was made for: warn once, refuse more state than is allowed."""
+        if (shape, self.state.context_name) == self._seen:
+            return
+        limit, contexts = self.config.max_state_bytes, {*self.state.contexts(), self.state.context_name}
+        needed = self.plan.state_bytes * math.prod(shape) / math.prod(self._planned_shape) * len(contexts)
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"max_state_bytes={limit}: a sample {tuple(shape)} in {len(contexts)} context(s) needs about "
+                f"{needed:.0f} bytes of state, the plan was made for {tuple(self._planned_shape)}; give a plan for "
+                "this shape (make_plan), or a higher limit"
+            )
+        if tuple(shape) != tuple(self._planned_shape) and self._seen is None:
+            logger.warning(
+                "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these",
+                tuple(self._planned_shape),
+                tuple(shape),
+            )
+        self._seen = shape, self.state.context_name
 
     def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
         self.state.reset_after_pipeline()
@@ -261,11 +369,11 @@ class Handle:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
-        block = next((block for block in self._plan.fused if path.startswith(f"{block}.")), None)
-        if block is not None and path not in self._plan.reasons:
+        block = next((block for block in self.replaced.fused if path.startswith(f"{block}.")), None)
+        if block is not None and path not in self.replaced.reasons:
             bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
             return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
-        return LayerRow(path, kind, shape, "float", "-", "torch", self._plan.reasons[path])
+        return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
 
 
 class _SetTimesteps:
@@ -315,7 +423,17 @@ class _SetTimesteps:
         return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
 
 
-def _resolve(target: Any) -> tuple[nn.Module, Any]:
+def resolve(target: Any) -> tuple[nn.Module, Any]:
+    """The UNet of `target`, and the pipeline around it or None.
+
+    TypeError for anything else, RuntimeError for a UNet that is accelerated already.
+    """
+    unet, pipe = _unet_and_pipe(target)
+    _refuse_accelerated(unet)
+    return unet, pipe
+
+
+def _unet_and_pipe(target: Any) -> tuple[nn.Module, Any]:
     unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
     if not isinstance(unet, nn.Module):
         raise TypeError(
@@ -327,9 +445,10 @@ def _resolve(target: Any) -> tuple[nn.Module, Any]:
     return unet, pipe
 
 
-def _calibrated(
+def calibrated_layers(
     config: ModiffConfig, result: CalibrationResult | None, static_scales: Mapping[str, Tensor | float]
 ) -> dict[str, CalibratedLayer]:
+    """By path of the layer, what a calibration or static_scales say of it."""
     if static_scales and result is not None:
         raise ValueError("accelerate: give either calibration or static_scales; a calibration has scales of its own")
     if static_scales and config.scale_mode != "static":
@@ -352,6 +471,21 @@ def _require_calibrated(plan: Replacements, result: CalibrationResult) -> None:
             f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated ({result.method}); name them in "
             "skip_modules, or calibrate with the skip_modules that are used here"
         )
+
+
+def _refuse_accelerated(unet: nn.Module) -> None:
+    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
+        raise RuntimeError(
+            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
+            "before"
+        )
+
+
+def _aligned(cells: list[Any]) -> list[str]:
+    """Lines of a table in plain text, the header `cells[0]` underlined."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in ruled]
 
 
 def _set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -393,7 +527,8 @@ def _first_floating_dtype(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
-def _channels_last(value: Any) -> Any:
+def channels_last(value: Any) -> Any:
+    """`value` in channels_last if it is a tensor of four dimensions, else as it is."""
     if isinstance(value, Tensor) and value.ndim == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value

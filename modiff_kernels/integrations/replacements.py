@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState,
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops.problem import FLOAT_DTYPES
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 logger = logging.getLogger("modiff_kernels")
@@ -35,14 +36,31 @@ class Replacements:
     fused: list[str]
     reasons: dict[str, str]
 
+    def units(self) -> dict[str, tuple[str, ...]]:
+        """The paths of what a plan gives modes to, with the layers in it: fused blocks, layers that share their input,
+        and the other layers one by one; in the order of the UNet."""
+        unit_of = {}
+        for path, layer in self.layers.items():
+            block = next((block for block in self.fused if path.startswith(f"{block}.")), None)
+            unit_of[path] = block or (layer.edge.key if layer.edge is not None else layer.name)
+        units: dict[str, tuple[str, ...]] = {}
+        for path in self.originals:
+            if path in unit_of:
+                units[unit_of[path]] = (*units.get(unit_of[path], ()), path)
+        return units
+
 
 def replacements_of(
-    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_edges: bool
+    unet: nn.Module,
+    config: ModiffConfig,
+    calibrated: Mapping[str, CalibratedLayer],
+    share_edges: bool,
+    plan: LayerPlan | None = None,
 ) -> Replacements:
-    """What `accelerate` puts into `unet`, with the arguments it got. The UNet is only read.
+    """What `accelerate` puts into `unet`, with the arguments it got and the plan that config.plan stands for.
 
-    ValueError where there is nothing to replace or a scale is missing or unknown; BackendUnavailable if config.backend
-    cannot do it.
+    The UNet is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does
+    not fit; BackendUnavailable if config.backend cannot do it.
     """
     modules = dict(unet.named_modules(remove_duplicate=False))
     originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
@@ -57,25 +75,54 @@ def replacements_of(
     if len(reasons) == len(originals) and config.weight_bits is not None:
         listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
         raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
+    modes = {} if plan is None else _planned(plan, originals, reasons)
     state = ModulationState(config.state_dtype)
-    fused = _fused_blocks(unet, state, config, reasons, calibrated)
+    replacements: dict[str, nn.Module] = {}
+    fused: list[str] = []
+    made: dict[int, ModulatedLayer] = {}
+    for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
+        own = config if mode is None else config_of(config, mode)
+        left = {path for path in originals if path in reasons or modes.get(path) != mode}
+        whole = _fused_blocks(unet, state, own, left, calibrated)
+        edges = _shared_edges(modules, left) if share_edges else {}
+        replacements.update(whole)
+        fused += whole
+        for path, module in originals.items():
+            if path in left or any(path.startswith(f"{block}.") for block in whole):
+                continue
+            if id(module) not in made:
+                known = calibrated.get(path, NOT_CALIBRATED)
+                made[id(module)] = _make_layer(module, own, state, path, edges.get(path), known)
+            replacements[path] = made[id(module)]
     layers = {
         module.name: module
-        for block in fused.values()
-        for module in block.modules()
+        for path in fused
+        for module in replacements[path].modules()
         if isinstance(module, ModulatedLayer)
     }
-    replacements: dict[str, nn.Module] = dict(fused)
-    edges = _shared_edges(modules, reasons) if share_edges else {}
-    made: dict[int, ModulatedLayer] = {}
-    for path, module in originals.items():
-        if path in reasons or any(path.startswith(f"{block}.") for block in fused):
-            continue
-        if id(module) not in made:
-            known = calibrated.get(path, NOT_CALIBRATED)
-            made[id(module)] = _make_layer(module, config, state, path, edges.get(path), known)
-        layers[path] = replacements[path] = made[id(module)]
-    return Replacements(state, originals, replacements, layers, list(fused), reasons)
+    layers.update({path: module for path, module in replacements.items() if isinstance(module, ModulatedLayer)})
+    return Replacements(state, originals, replacements, layers, fused, reasons)
+
+
+def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
+    """`config` for layers in `mode`, quantized or modulated; static scales are those of the config's own mode only."""
+    own = (mode.kind, mode.act_bits) == (config.mode, config.act_bits)
+    scale_mode = config.scale_mode if own or config.scale_mode != "static" else "dynamic"
+    changes = {"scale_mode": scale_mode, "schedule": None, "plan": None, "max_state_bytes": None}
+    return dataclasses.replace(config, mode=mode.kind, act_bits=mode.act_bits, **changes)
+
+
+def _planned(plan: LayerPlan, originals: Mapping[str, nn.Module], reasons: dict[str, str]) -> dict[str, Mode]:
+    """The modes of the layers that the plan puts into low bits; layers that it leaves float are added to `reasons`."""
+    plan.check([path for path in originals if path not in reasons], reasons)
+    modes = {}
+    for path in originals:
+        unit = None if path in reasons else plan.unit_of(path)
+        if unit is not None and unit.mode == FLOAT_MODE:
+            reasons[path] = f"plan: {unit.reason or 'float'}"
+        elif unit is not None:
+            modes[path] = unit.mode
+    return modes
 
 
 def _make_layer(
@@ -118,8 +165,8 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
     return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
 
 
-def _shared_edges(modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> dict[str, str]:
-    """Edge key of the attention projections that read one tensor."""
+def _shared_edges(modules: Mapping[str, nn.Module], left: Collection[str]) -> dict[str, str]:
+    """Edge key of the attention projections that read one tensor. left: paths that share nothing."""
     edges: dict[str, str] = {}
     for path, module in modules.items():
         prefix = f"{path}." if path else ""
@@ -128,7 +175,7 @@ def _shared_edges(modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) 
         projections = [modules.get(name) for name in paths]
         if not all(isinstance(projection, nn.Linear) for projection in projections):
             continue
-        if any(name in reasons for name in paths) or len({p.in_features for p in projections}) != 1:
+        if any(name in left for name in paths) or len({p.in_features for p in projections}) != 1:
             continue
         edges.update(dict.fromkeys(paths, paths[0]))
     return edges
@@ -138,14 +185,14 @@ def _fused_blocks(
     unet: nn.Module,
     state: ModulationState,
     config: ModiffConfig,
-    reasons: Mapping[str, str],
+    left_float: Collection[str],
     calibrated: Mapping[str, CalibratedLayer],
 ) -> dict[str, nn.Module]:
     """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
     calibrated_codes = config.mode == "quantized" and config.scale_mode == "static"  # no fused pass makes them
     if not config.fuse or calibrated_codes or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
         return {}
-    return blocks.fuse(unet, state, config, reasons, calibrated)
+    return blocks.fuse(unet, state, config, left_float, calibrated)
 
 
 def _check_paths(calibrated: Mapping[str, Any], originals: Mapping[str, nn.Module]) -> None:

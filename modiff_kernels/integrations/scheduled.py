@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from modiff_kernels.nn.state import FORECAST, HOLD
 from modiff_kernels.planning import clock
 from modiff_kernels.planning import schedule as letters
 from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.planning.stored import StoredSchedule
 
 ADDITIONAL = (
     "down_block_additional_residuals",
@@ -30,7 +31,10 @@ ADDITIONAL = (
 
 
 class ScheduledUNet:
-    """Installs the schedule on `unet`. layout: gives number of calls and scheduler of a run at its first call."""
+    """Installs the schedule on `unet`.
+
+    layout: gives number of calls and scheduler of a run at its first call. stored: what "auto" takes where it fits.
+    """
 
     def __init__(
         self,
@@ -38,11 +42,13 @@ class ScheduledUNet:
         state: ModulationState,
         schedule: StepSchedule | str | None,
         layout: Callable[[], tuple[int | None, Any]],
+        stored: StoredSchedule | None = None,
     ) -> None:
         self.unet = unet
         self.state = state
         self.schedule = schedule
         self._layout = layout
+        self._stored = stored
         self._skip_deep = False
         self._boundary: Tensor | None = None
         self._warned: set[str] = set()
@@ -84,7 +90,8 @@ class ScheduledUNet:
         else:
             text = chosen.describe()
         if self.schedule == "auto" and chosen is not None:
-            text = f"auto, last {text}"
+            found = self._stored is not None and chosen is self._stored.schedule
+            text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
         for name, trajectory in self.state.trajectories.items():
             text += f"\n  last run, context {name}: {''.join(trajectory.done)}"
         return text
@@ -154,7 +161,7 @@ class ScheduledUNet:
                 "schedule: the number of calls of this run is not known, so its last ones are not; open it with "
                 "`with handle.sampling_run(scheduler=...):` (or num_calls=..., for axis=timestep)"
             )
-        chosen = self._choose(scheduler, calls)
+        chosen = self._choose(scheduler, calls, timesteps)
         self._in_use = chosen
         if chosen is None:
             return Trajectory(letters.UPDATE * calls, [0.0] * calls, History(1), History(1))
@@ -172,7 +179,7 @@ class ScheduledUNet:
         length = chosen.order + 1 if chosen.needs_axis else 1
         return Trajectory(planned, positions, History(length), History(length))
 
-    def _choose(self, scheduler: Any, calls: int) -> StepSchedule | None:
+    def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
         """The schedule of this run; None computes every call."""
         if self.schedule is None:
             return None
@@ -184,6 +191,8 @@ class ScheduledUNet:
                     "schedule='auto' chooses by the sampler; open the run with "
                     "`with handle.sampling_run(scheduler=...):`"
                 )
+            if self._stored is not None and self._stored.fits(scheduler, timesteps):
+                return self._stored.schedule
             chosen = clock.automatic(scheduler, calls)
             if chosen is None:
                 reason = f"{name} adds noise at its steps" if stochastic else f"{calls} calls are few"

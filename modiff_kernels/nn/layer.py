@@ -63,6 +63,8 @@ class ModulatedLayer(nn.Module):
         self.granularity = granularity
         self.calibrated = calibrated
         self._check_calibrated()
+        if calibrated.weight is not None and self.weight_bits is not None:
+            self.weight_bits, self.group_size = calibrated.weight.bits, calibrated.weight.group_size
         self.refresh_weight()
         self.edge: Edge | None = None
         self.output: StateTensor | None = None
@@ -95,6 +97,27 @@ class ModulatedLayer(nn.Module):
         Sets weight_packed (layout `layout`), weight_scale (float32) and, in mode "float", float_weight. Raises
         ValueError on weights that hold NaN or Inf.
         """
+        self._given = None
+        self._set_weight()
+
+    def take_weight(self, weight_packed: Tensor, weight_scale: Tensor) -> None:
+        """Compute with these codes instead of `weight` rounded to the nearest, until refresh_weight or load_state_dict.
+
+        weight_packed: in kpack_v1, weight_scale: float32 [N] or [N, groups], of the bits and group size of this layer.
+        `weight` should be what they stand for.
+        """
+        self._given = weight_packed, weight_scale
+        self._set_weight()
+
+    def portable_weight(self) -> tuple[Tensor, Tensor]:
+        """weight_packed in kpack_v1 and weight_scale (float32), the codes that this layer computes with."""
+        if self._given is not None:
+            weight_packed, weight_scale = self._given
+            return weight_packed.to(self.weight.device), weight_scale.to(self.weight.device)
+        quantized = self._quantized_weight()
+        return ops.pack_weight(quantized.codes, quantized.bits), quantized.scale
+
+    def _set_weight(self) -> None:
         weight = self.weight.detach()
         self._refresh_bias()
         self.input_scale = None
@@ -107,18 +130,19 @@ class ModulatedLayer(nn.Module):
             self.input_scale = None
             self.float_weight = weight
             return
-        quantized = self._quantized_weight(weight)
-        self.weight_bits, self.group_size = quantized.bits, quantized.group_size
-        self.weight_scale = quantized.scale
+        try:
+            packed, self.weight_scale = self.portable_weight()
+        except ValueError as error:
+            raise ValueError(f"layer '{self.name}': {error}") from error
+        n, k = weight.shape[0], weight[0].numel()
         if self.mode == "float":
+            weight_q = ops.unpack_weight(packed, self.weight_bits, n, k)
+            quantized = QuantizedWeight(weight_q, self.weight_scale, self.weight_bits, self.group_size)
             dequantized = quantized.dequantized(weight.shape).to(weight.dtype)
             self.float_weight = dequantized.contiguous(memory_format=self.memory_format)
             return
-        weight_q = quantized.codes
-        packed = ops.pack_weight(weight_q, self.weight_bits)
         self.layout = self._common_layout()
         if self.layout != KPACK_V1:
-            n, k = weight_q.shape
             conv = self.conv_arguments()
             kernel_size, groups = (conv[0], conv[-1]) if conv else ((1, 1), 1)
             packed = ops.prepare_weight(
@@ -136,16 +160,14 @@ class ModulatedLayer(nn.Module):
         except ValueError as error:
             raise ValueError(f"layer '{self.name}': {error}") from error
 
-    def _quantized_weight(self, weight: Tensor) -> QuantizedWeight:
+    def _quantized_weight(self) -> QuantizedWeight:
+        weight = self.weight.detach()
         scaled = weight if self.input_scale is None else weight / self.input_scale
-        try:
-            if self.calibrated.weight is None:
-                return QuantizedWeight.rounded(scaled, self.weight_bits, self.group_size)
-            quantized = self.calibrated.weight.to(weight.device)
-            quantized.check_belongs(scaled)
-            return quantized
-        except ValueError as error:
-            raise ValueError(f"layer '{self.name}': {error}") from error
+        if self.calibrated.weight is None:
+            return QuantizedWeight.rounded(scaled, self.weight_bits, self.group_size)
+        quantized = self.calibrated.weight.to(weight.device)
+        quantized.check_belongs(scaled)
+        return quantized
 
     def _refresh_bias(self) -> None:
         self.bias_data = None if self.bias is None else self.bias.detach()
@@ -330,7 +352,7 @@ class ModulatedLayer(nn.Module):
         super()._apply(fn, recurse)
         self._adopt_parameters()
         if before != (self.weight.dtype, self.weight.device):
-            self.refresh_weight()
+            self._set_weight()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

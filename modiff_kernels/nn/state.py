@@ -449,6 +449,10 @@ class ModulationState:
         """End the run because `reason` made its state worthless."""
         self._end(reason)
 
+    def contexts(self) -> set[str]:
+        """Names of the contexts that have state tensors."""
+        return {name for holder in self._holders() for name in holder.slots}
+
     def nbytes(self) -> int:
         """Bytes of all x_hat and y_hat tensors of all contexts, and of the values that a schedule forecasts from."""
         tensors = [slot.tensor for holder in self._holders() for slot in holder.slots.values()]

@@ -279,6 +279,36 @@ def rounded_out(values: Tensor, skip: Tensor | None, out_dtype: torch.dtype) -> 
     return torch.empty_like(values, dtype=out_dtype).copy_(total)
 
 
+def initialize_in_state_dtype(
+    x: Tensor,
+    x_hat: Tensor,
+    y_hat: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    weight_bits: int,
+    group_size: int,
+    conv: Conv | None,
+    write_out: bool,
+) -> Tensor:
+    """A first call with activations in high precision, by torch's own operator on the device of the tensors and in the
+    dtype of the state: x_hat needs no conversion, and y_hat gets no coarser rounding than its own. Waits for nothing.
+    """
+    x_hat.copy_(x)
+    k = summed(x, conv)
+    codes = packing.unpack(weight_packed, weight_bits, k)
+    shape = None if conv is None else (codes.shape[0], k // (conv[0][0] * conv[0][1]), *conv[0])
+    weight = affine.dequantize_weight(codes, weight_scale, group_size, shape).to(x_hat.dtype)
+    bias = None if bias is None else bias.to(x_hat.dtype)
+    if conv is None:
+        y_hat.copy_(F.linear(x_hat, weight, bias))
+    else:
+        _, stride, padding, dilation, groups = conv
+        y_hat.copy_(F.conv2d(x_hat, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups))
+    return rounded_out(y_hat, skip, x.dtype) if write_out else x.new_empty((0,))
+
+
 QUANTIZING_OPS: tuple[Callable[..., Any], ...] = (
     quantize_residual,
     group_norm_silu_quantize_residual,

@@ -56,23 +56,33 @@ def test_tables_come_from_results(tool, results):
     assert tool.filled(new, results) == new
 
 
-def test_the_study_shows_the_best_of_every_method_beside_its_rival(tool, tmp_path):
-    common = {"network": "float32", "sampler": "S", "steps": 20, "time_s": 1.0, "own_db": 40.0}
+def test_the_study_shows_every_method_at_one_cost(tool, tmp_path):
+    common = {"network": "W8A8", "sampler": "S", "steps": 20, "time_s": 1.0, "own_db": 40.0, "schedule": None}
+
+    def row(method, evaluations, converged_db, **more):
+        return {**common, "method": method, "evaluations": evaluations, "converged_db": converged_db, **more}
+
     rows = [
-        {**common, "method": "every call", "schedule": None, "evaluations": 20, "converged_db": 35.0, "own_db": None},
-        {**common, "method": "every call", "schedule": None, "evaluations": 10, "converged_db": 30.0, "steps": 10},
-        {**common, "method": "every call", "schedule": None, "evaluations": 9, "converged_db": 31.0, "sampler": "T"},
-        {**common, "method": "hold", "schedule": "hold every=2", "evaluations": 12, "converged_db": 31.0},
-        {**common, "method": "hold", "schedule": "hold every=9", "evaluations": 11, "converged_db": 32.25},
-        {**common, "method": "hold", "schedule": "hold every=8", "evaluations": 21, "converged_db": 36.0},
-        {**common, "method": "auto", "schedule": "auto", "evaluations": 9, "converged_db": 99.0, "network": "W8A8"},
+        row("every call", 20, 35.0),
+        row("every call", 10, 30.0, steps=10),
+        row("every call", 9, 31.0, steps=9, sampler="T"),
+        row("forecast", 12, 31.0),
+        row("hold", 11, 32.25),
+        row("searched", 12, 33.04),
     ]
-    report = {"rows": rows, "command": "python x", "model": "m", "images": 4, "notes": []}
-    (tmp_path / "pareto.json").write_text(json.dumps(report))
-    new = tool.pareto_table(tmp_path, "float32")
-    assert "| S, 20 | hold every=9 | 11.0 | 1.00 | 40.0 | 32.2 | 30.0 | 31.0 |" in new
-    assert new.count("\n| S") == 1
-    assert "`python x`: m, 4 images." in new
+    report = {"rows": rows, "command": "python x", "model": "m", "images": 4, "notes": ["A note."]}
+    path = tmp_path / "pareto.json"
+    path.write_text(json.dumps(report))
+    new = tool.pareto_table(tmp_path, "W8A8")
+    assert "DeepCache" not in new, "it has no row"
+    assert "| S, 20 | 12 | 32.2 | 31.0 | **33.0** | 30.0 | 31.0 | 35.0 |" in new
+    assert "`python x`: m, W8A8, 4 images." in new
+    assert "hold in 1 of 1, the uniform forecasts in 1 of 1" in new
+    assert new.endswith("A note.\n")
+    path.write_text(json.dumps({**report, "rows": [*rows, row("DeepCache", 12, 34.0)]}))
+    new = tool.pareto_table(tmp_path, "W8A8")
+    assert "| S, 20 | 12 | 32.2 | **34.0** | 31.0 | 33.0 | 30.0 | 31.0 | 35.0 |" in new
+    assert "hold in 1 of 1, DeepCache in 0 of 1" in new
 
 
 def test_unknown_tables_and_missing_results(tool, results, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -33,6 +34,27 @@ def test_the_other_commands_read_the_file(unet_folder, tmp_path):
     assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
     row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
     assert (row["schedule"], row["calls_computed"]) == ("UHUH2U", 3)
+
+
+# The runs that the stored schedule does not fit are short, and "auto" says that it computes all of their calls.
+@pytest.mark.filterwarnings("ignore:schedule='auto':UserWarning")
+def test_auto_takes_what_is_stored_beside_the_model(unet_folder, tmp_path):
+    folder = shutil.copytree(unet_folder, tmp_path / "model")
+    assert calibrate(folder, folder / "modiff_schedule.json", "--budget-db", "25") == 0
+    found = json.loads((folder / "modiff_schedule.json").read_text())
+    options = ["--images", "2", "--batch", "2", "--rows", "scheduled", "--repeats", "1", "--quiet"]
+
+    def compared(*more):
+        out = tmp_path / "out.json"
+        assert main(["compare", "--model", str(folder), *options, *more, "--json", str(out)]) == 0
+        return json.loads(out.read_text())
+
+    report = compared("--steps", "8")
+    assert report["rows"][0]["calls_computed"] == found["calls_computed"]
+    assert f"auto, last from {folder / 'modiff_schedule.json'}: {found['schedule']}" in " ".join(report["notes"])
+    for other in (["--steps", "9"], ["--steps", "8", "--scheduler", "unipc"]):
+        report = compared(*other)
+        assert report["rows"][0]["calls_computed"] == int(other[1]), "fewer than 12 calls are all computed"
 
 
 def test_an_interrupted_search_goes_on(unet_folder, tmp_path, monkeypatch):

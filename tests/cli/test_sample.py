@@ -1,14 +1,37 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 from PIL import Image
 
-from modiff_kernels.cli import main
+import modiff_kernels as mk
+from modiff_kernels.cli import main, models
+from modiff_kernels.cli.arguments import UserError
+from modiff_kernels.cli.images import is_kept
+from modiff_kernels.cli.sample import Process
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sample(folder, out, *options):
+    command = ["sample", "--model", folder, "--steps", "3", "--batch", "2", "--quiet", "--out", out, *options]
+    return main([str(item) for item in command])
+
+
+def pixels(folder):
+    images = {path.name: Image.open(path).tobytes() for path in folder.glob("*.png")}
+    assert len(set(images.values())) == len(images)
+    return images
 
 
 @pytest.mark.parametrize("mode", ["float", "weight_only", "quantized", "modulated"])
 def test_every_mode_writes_a_grid(unet_folder, tmp_path, capsys, mode):
     out = tmp_path / "grid.png"
-    options = ["--steps", "3", "--images", "3", "--batch", "2", "--act-bits", "4", "--out", str(out), "--quiet"]
-    assert main(["sample", "--model", str(unet_folder), "--mode", mode, *options]) == 0
+    assert sample(unet_folder, out, "--images", "3", "--mode", mode, "--act-bits", "4") == 0
     assert Image.open(out).size == (16, 16)
     assert capsys.readouterr().out == ""
 
@@ -22,9 +45,166 @@ def test_folder_gets_one_file_per_seed(unet_folder, tmp_path, capsys):
 
 
 def test_images_depend_on_the_seed_alone(unet_folder, tmp_path):
+    """Up to rounding: kernels are chosen by the size of the batch."""
     for name, options in (("a", ["--batch", "1"]), ("b", ["--batch", "3"])):
-        command = ["sample", "--model", str(unet_folder), "--steps", "3", "--images", "3", "--mode", "float", "--quiet"]
-        assert main([*command, *options, "--out", str(tmp_path / name)]) == 0
-    for image in (tmp_path / "a").iterdir():
-        one, three = Image.open(image), Image.open(tmp_path / "b" / image.name)
-        assert max(abs(a - b) for a, b in zip(one.tobytes(), three.tobytes(), strict=True)) <= 1
+        assert sample(unet_folder, tmp_path / name, "--images", "3", "--mode", "float", *options) == 0
+    a, b = pixels(tmp_path / "a"), pixels(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(max(abs(i - j) for i, j in zip(a[name], b[name], strict=True)) <= 1 for name in a)
+
+
+def test_images_do_not_depend_on_how_many_there_are(unet_folder, tmp_path):
+    """Per tensor, a scale depends on the whole batch: the last one is filled up. The dearest case for independence."""
+    for images in ("3", "6"):
+        options = ("--images", images, "--granularity", "per_tensor", "--act-bits", "4")
+        assert sample(unet_folder, tmp_path / images, *options) == 0
+    few, many = pixels(tmp_path / "3"), pixels(tmp_path / "6")
+    assert len(few) == 3
+    assert few == {name: many[name] for name in few}
+
+
+def test_two_processes_share_the_images(unet_folder, tmp_path):
+    options = ["--images", "5", "--act-bits", "4", "--threads", "1"]
+    assert sample(unet_folder, tmp_path / "one", *options) == 0
+    command = ["-m", "modiff_kernels", "sample", "--model", unet_folder, "--steps", "3", "--batch", "2", *options]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, *command, "--out", tmp_path / "two"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "3 images in" in result.stdout
+    assert "2 images in" in result.stdout
+    assert "process 2 of 2" in result.stdout
+    assert pixels(tmp_path / "two") == pixels(tmp_path / "one")
+
+
+class TestResuming:
+    @pytest.fixture
+    def out(self, unet_folder, tmp_path):
+        assert sample(unet_folder, tmp_path / "out", "--images", "4") == 0
+        return tmp_path / "out"
+
+    def test_whole_images_are_kept_and_others_sampled_again(self, unet_folder, out, capsys):
+        before = pixels(out)
+        kept = {path: path.stat().st_mtime_ns for path in (out / "image_0000.png", out / "image_0003.png")}
+        (out / "image_0001.png").unlink()
+        content = (out / "image_0002.png").read_bytes()
+        (out / "image_0002.png").write_bytes(content[:-20])
+        command = ["sample", "--model", unet_folder, "--steps", "3", "--batch", "2", "--images", "4", "--out", out]
+        assert main([str(item) for item in command]) == 0
+        assert "2 images in" in (text := capsys.readouterr().out)
+        assert "2 were there already" in text
+        assert pixels(out) == before
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    def test_nothing_is_sampled_where_all_is_there(self, unet_folder, out, monkeypatch):
+        monkeypatch.setattr(models, "sample_images", None)
+        assert sample(unet_folder, out, "--images", "4") == 0
+
+    def test_damaged_pixels(self, unet_folder, out):
+        path = out / "image_0001.png"
+        before, content = pixels(out), bytearray(path.read_bytes())
+        content[content.index(b"IDAT") + 20] ^= 1
+        path.write_bytes(content)
+        assert sample(unet_folder, out, "--images", "4") == 0
+        assert pixels(out) == before
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--steps", "4"], "was sampled with steps 3, but this run has 4"),
+            (["--act-bits", "4"], "was sampled with config {"),
+            (["--batch", "4"], "was sampled with batch 2, but this run has 4"),
+            (["--seed", "1"], "was sampled with batch_start 2, but this run has 1"),
+            (["--scheduler", "ddpm"], "was sampled with scheduler 'ddim', but this run has 'ddpm'"),
+        ],
+    )
+    def test_images_of_another_run(self, unet_folder, out, capsys, options, message):
+        before = pixels(out)
+        (out / "image_0001.png").unlink()
+        assert sample(unet_folder, out, "--images", "4", *options) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(pixels(out)) == sorted(set(before) - {"image_0001.png"})
+
+    def test_images_of_other_weights(self, unet_folder, out, tmp_path, tiny_unet, capsys):
+        other = tmp_path / "other" / unet_folder.name
+        unet = tiny_unet()
+        unet.conv_out.bias.data += 1e-3
+        unet.save_pretrained(other)
+        shutil.copytree(unet_folder / "scheduler", other / "scheduler")
+        assert sample(other, out, "--images", "4") == 2
+        assert "was sampled with weights '" in capsys.readouterr().err
+
+    def test_images_of_something_else(self, unet_folder, out, capsys):
+        Image.new("RGB", (8, 8)).save(out / "image_0002.png")
+        assert sample(unet_folder, out, "--images", "4") == 2
+        assert "image_0002.png was not written by `modiff sample`" in capsys.readouterr().err
+
+    def test_missing_image(self, tmp_path):
+        assert not is_kept(tmp_path / "image_0000.png", {})
+
+
+@pytest.fixture(scope="module")
+def low_bit_folder(tmp_path_factory, tiny_unet, unet_folder):
+    folder = tmp_path_factory.mktemp("low")
+    mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=4, act_bits=4)).save_pretrained(folder)
+    (folder / "scheduler").symlink_to(unet_folder / "scheduler")
+    return folder
+
+
+class TestSavedInLowBits:
+    def test_is_sampled_as_it_was_saved(self, unet_folder, low_bit_folder, tmp_path):
+        assert sample(unet_folder, tmp_path / "a", "--images", "2", "--weight-bits", "4", "--act-bits", "4") == 0
+        assert sample(low_bit_folder, tmp_path / "b", "--images", "2") == 0
+        assert pixels(tmp_path / "a") == pixels(tmp_path / "b")
+
+    @pytest.mark.parametrize("option", [("--act-bits", "8"), ("--mode", "float"), ("--backend", "reference")])
+    def test_has_its_own_configuration(self, low_bit_folder, tmp_path, capsys, option):
+        assert sample(low_bit_folder, tmp_path / "out", *option) == 2
+        assert f"{option[0]}: the model was saved in low bits" in capsys.readouterr().err
+
+    def test_cannot_be_compared(self, low_bit_folder, capsys):
+        assert main(["compare", "--model", str(low_bit_folder), "--quiet"]) == 2
+        assert "was saved in low bits (modiff); give the model in full precision" in capsys.readouterr().err
+
+
+class TestProcess:
+    def test_alone(self, monkeypatch):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        assert Process.launched() == Process(0, 1, 0)
+
+    def test_launched(self, monkeypatch):
+        for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+            monkeypatch.setenv(name, value)
+        assert Process.launched() == Process(5, 8, 1)
+
+    @pytest.mark.parametrize(("rank", "count"), [("2", "2"), ("-1", "2"), ("0", "many"), ("0", "0")])
+    def test_not_a_launcher(self, monkeypatch, rank, count):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with pytest.raises(UserError, match=f"RANK={rank}, WORLD_SIZE={count}, .*start with torchrun"):
+            Process.launched()
+
+    def test_cannot_share_one_file(self, monkeypatch, unet_folder, tmp_path, capsys):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert sample(unet_folder, tmp_path / "grid.png") == 2
+        assert "2 processes cannot write one file; give a folder" in capsys.readouterr().err
+        assert not (tmp_path / "grid.png").exists()
+
+    def test_every_process_has_its_device(self, monkeypatch):
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        assert models.choose_device("auto", 1) == torch.device("cuda", 1)
+        assert chosen == [1]
+        with pytest.raises(UserError, match="process 3 on this machine has no device of its own, torch sees 2"):
+            models.choose_device("cuda", 2)
+        assert models.choose_device("cpu", 2) == torch.device("cpu")

@@ -40,12 +40,6 @@ SCHEDULERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(params=[False, True], ids=["layers", "fused"])
 def fuse(request):
     return request.param

@@ -1,115 +1,18 @@
 """Step schedules on accelerated UNets: what runs, what is returned, and that the state stays consistent."""
 
-import types
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    PNDMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.nn.blocks import _FusedBlock
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
-
-FLOAT = {"weight_bits": None, "act_bits": None}
-# diffusers' Heun and KDPM2 schedulers hand tensors to NumPy functions, for every train step, and NumPy 2 wants more of
-# __array__ and __array_wrap__ than torch's tensors have. Nothing of the package is in between.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
-
-
-def unet_of(levels=2, condition=False):
-    torch.manual_seed(0)
-    widths = (8, 16, 16)[:levels]
-    if condition:
-        return UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=widths,
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=12,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D", *["DownBlock2D"] * (levels - 1)),
-            up_block_types=(*["UpBlock2D"] * (levels - 1), "CrossAttnUpBlock2D"),
-        ).eval()
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=widths,
-        layers_per_block=2,
-        norm_num_groups=4,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * (levels - 1)),
-        up_block_types=(*["AttnUpBlock2D"] * (levels - 1), "UpBlock2D"),
-    ).eval()
-
-
-def noise(batch=2, size=8):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def pipeline(scheduler=None, unet=None):
-    return types.SimpleNamespace(unet=unet or unet_of(), scheduler=scheduler or DDIMScheduler())
-
-
-def sample(pipe, steps=12, start=0, on_call=lambda: None):
-    """A sampling loop as pipelines have it; start: calls that image-to-image leaves out."""
-    pipe.scheduler.set_timesteps(steps)
-    x = noise() * pipe.scheduler.init_noise_sigma
-    for t in pipe.scheduler.timesteps[start:]:
-        prediction = pipe.unet(pipe.scheduler.scale_model_input(x, t), t).sample
-        on_call()
-        x = pipe.scheduler.step(prediction, t, x).prev_sample
-    return x
-
-
-def forecast_by_hand(pipe, handle, steps):
-    """The same loop without the package: the line through the last two computed values, in the timestep."""
-    actions = letters(handle)
-    handle.remove()
-    pipe.scheduler.set_timesteps(steps)
-    x = noise() * pipe.scheduler.init_noise_sigma
-    before = last = None
-    for action, t in zip(actions, pipe.scheduler.timesteps, strict=True):
-        if action == "U":
-            value = (float(t), pipe.unet(pipe.scheduler.scale_model_input(x, t), t).sample)
-            before, last = (before, value) if last is None or last[0] == value[0] else (last, value)
-            prediction = value[1]
-        else:
-            share = (float(t) - last[0]) / (last[0] - before[0])
-            prediction = last[1] + share * (last[1] - before[1])
-        x = pipe.scheduler.step(prediction, t, x).prev_sample
-    return x
-
-
-def letters(handle, context="default"):
-    short = {"initialize": "U", "update": "U", "hold": "H", "forecast": "F", "deep-hold": "h", "deep-forecast": "f"}
-    return "".join(short[action] for action in handle.actions(context))
+from tests.integrations.schedule_cases import FLOAT, letters, noise, pipeline, sample, unet_of
 
 
 def count_runs(modules):
@@ -256,82 +159,6 @@ def test_without_schedule_nothing_is_wrapped():
     assert all("forward" not in module.__dict__ for module in unet.modules())
 
 
-class TestSchedulers:
-    @pytest.mark.parametrize(
-        "scheduler",
-        [
-            DDIMScheduler,
-            PNDMScheduler,
-            DPMSolverMultistepScheduler,
-            UniPCMultistepScheduler,
-            EulerDiscreteScheduler,
-            HeunDiscreteScheduler,
-            KDPM2DiscreteScheduler,
-        ],
-    )
-    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-    def test_every_scheduler(self, scheduler, prediction_type):
-        made = scheduler(prediction_type=prediction_type) if prediction_type != "epsilon" else scheduler()
-        pipe = pipeline(made)
-        if prediction_type == "sample" and scheduler in (PNDMScheduler, KDPM2DiscreteScheduler):
-            pytest.skip(f"{scheduler.__name__} of diffusers has no sample prediction")
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="forecast every=2 order=1 axis=timestep", **FLOAT))
-        found = sample(pipe, steps=8)
-        assert "F" in letters(handle)
-        torch.testing.assert_close(found, forecast_by_hand(pipe, handle, steps=8), rtol=1e-3, atol=1e-3)
-
-    @pytest.mark.parametrize("steps", [4, 12, 30])
-    def test_a_pattern_fits_every_number_of_steps(self, steps):
-        pipe = pipeline()
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="U2FUF2UF5", **FLOAT))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sample(pipe, steps)
-        assert len(letters(handle)) == steps
-        assert letters(handle).count("U") == 4
-
-    def test_image_to_image_lays_the_schedule_over_its_part(self):
-        pipe = pipeline()
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="forecast every=3 first=2 last=2", **FLOAT))
-        sample(pipe, steps=20, start=10)
-        assert letters(handle) == "UUFFUFFUUU"
-
-    def test_real_pipeline(self):
-        pipe = DDIMPipeline(unet_of(), DDIMScheduler())
-        pipe.set_progress_bar_config(disable=True)
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="hold every=2"))
-        for _ in range(2):
-            pipe(num_inference_steps=6, output_type="np")
-        assert letters(handle) == "UUUHUU"
-
-    def test_two_contexts_have_their_own_values(self):
-        unet = unet_of()
-        scheduler = DDIMScheduler()
-        scheduler.set_timesteps(6)
-        handle = mk.accelerate(unet, mk.ModiffConfig(schedule="UH axis=timestep", **FLOAT))
-        with handle.sampling_run(scheduler=scheduler):
-            for call, t in enumerate(scheduler.timesteps):
-                with handle.context("cond"):
-                    cond = unet(noise(), t).sample
-                if call < 4:
-                    continue
-                with handle.context("uncond"):  # guidance that begins late
-                    uncond = unet(-noise(), t).sample
-        assert letters(handle, "cond") == "UHHHHH"
-        assert letters(handle, "uncond") == "UH"
-        handle.remove()
-        torch.testing.assert_close(cond, unet(noise(), scheduler.timesteps[0]).sample)
-        torch.testing.assert_close(uncond, unet(-noise(), scheduler.timesteps[4]).sample)
-
-    def test_a_changed_batch_is_computed(self):
-        unet = unet_of()
-        handle = mk.accelerate(unet, mk.ModiffConfig(schedule="UH3U axis=timestep", **FLOAT))
-        with handle.sampling_run(5):
-            sizes = [unet(noise(batch), t).sample.shape[0] for batch, t in zip((4, 4, 2, 2, 2), range(5, 0, -1))]
-        assert sizes == [4, 4, 2, 2, 2]
-        assert letters(handle) == "UHUHU"
-
-
 class TestDeepLevels:
     @pytest.mark.parametrize("condition", [False, True], ids=["unet2d", "condition"])
     @pytest.mark.parametrize("level", [1, 2])
@@ -474,29 +301,6 @@ class TestRefusals:
         with pytest.warns(UserWarning, match="a run of 3 calls is too short"):
             sample(pipe, 3)
         assert letters(handle) == "UUU"
-
-
-class TestAuto:
-    @pytest.mark.parametrize(
-        ("scheduler", "steps", "skips"), [(DDIMScheduler, 50, 30), (UniPCMultistepScheduler, 20, 8)]
-    )
-    def test_it_skips(self, scheduler, steps, skips):
-        pipe = pipeline(scheduler())
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="auto", **FLOAT))
-        sample(pipe, steps)
-        assert letters(handle).count("F") >= skips
-        assert "auto, last " in handle.explain()
-
-    @pytest.mark.parametrize(("scheduler", "steps"), [(DDPMScheduler, 20), (DDIMScheduler, 6)])
-    def test_it_computes_everything_where_skipping_does_not_pay(self, scheduler, steps):
-        pipe = pipeline(scheduler())
-        dense = sample(pipe, steps)
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="auto", **FLOAT))
-        with pytest.warns(UserWarning, match="every call is computed, because"):
-            found = sample(pipe, steps)
-        if scheduler is DDIMScheduler:
-            torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-3)  # channels_last adds up in another order
-        assert letters(handle) == "U" * steps
 
 
 def test_explain_names_the_schedule():

@@ -153,7 +153,8 @@ def test_unknown_environment_variable(fresh_dispatch, monkeypatch, name):
     monkeypatch.setenv("MODIFF_BACKEND", name)
     fresh_dispatch.reset()
     with pytest.raises(
-        ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, triton, reference"
+        ValueError,
+        match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, triton, cuda, reference",
     ):
         dispatch.select(PROBLEM)
 

@@ -250,7 +250,7 @@ def test_pack_weight_refuses_codes_out_of_range():
 @pytest.mark.parametrize("backend", ["gpu", "", "Reference"])
 def test_unknown_backend(backend):
     with pytest.raises(
-        ValueError, match=f"backend='{backend}' is not known; choose one of auto, cpu, onednn, triton, reference"
+        ValueError, match=f"backend='{backend}' is not known; choose one of auto, cpu, onednn, triton, cuda, reference"
     ):
         ops.quantize_activation(torch.randn(2, 4), 8, "per_tensor", backend=backend)
 

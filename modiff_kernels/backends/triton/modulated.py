@@ -3,10 +3,9 @@
 Arguments are those of ops/schema.py, already checked. Nothing here reads the device.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant import affine, packing
+from ...quant import passes
 from .modulated_linear import modulated_linear_one_launch
 from .product_kernel import ACCUMULATE, INITIALIZE
 from .products import Conv, gpu_of, integer_product
@@ -47,17 +46,6 @@ def modulated_conv2d(
     return out, used, absmax
 
 
-def _dense_weight(
-    weight_packed: Tensor, weight_scale: Tensor, weight_bits: int, group_size: int, k: int, conv: Conv | None
-) -> Tensor:
-    """The dequantised weight, float32 [N, K] or [N, C, R, S] channels_last."""
-    codes = packing.unpack(weight_packed, weight_bits, k)
-    if conv is None:
-        return affine.dequantize_weight(codes, weight_scale, group_size)
-    r, s = conv[0]
-    return affine.dequantize_weight(codes, weight_scale, group_size, (codes.shape[0], k // (r * s), r, s))
-
-
 def _initialize(
     x: Tensor,
     x_hat: Tensor,
@@ -79,20 +67,9 @@ def _initialize(
             codes, used, None, weight_packed, weight_scale, bias, INITIALIZE, y_hat, skip, write_out, x.dtype,
             weight_bits, group_size, conv,
         )  # fmt: skip
-    # In the state's dtype: x_hat needs no conversion, and y_hat gets no coarser rounding than its own.
-    x_hat.copy_(x)
-    taps = 1 if conv is None else conv[0][0] * conv[0][1]
-    k = x.shape[-1] if conv is None else taps * (x.shape[1] // conv[4])
-    weight = _dense_weight(weight_packed, weight_scale, weight_bits, group_size, k, conv).to(x_hat.dtype)
-    bias = None if bias is None else bias.to(x_hat.dtype)
-    if conv is None:
-        y_hat.copy_(F.linear(x_hat, weight, bias))
-    else:
-        _, stride, padding, dilation, groups = conv
-        y_hat.copy_(F.conv2d(x_hat, weight, bias, stride, padding, dilation, groups))
-    if not write_out:
-        return x.new_empty((0,))
-    return y_hat.to(x.dtype, copy=True) if skip is None else (y_hat.float() + skip.float()).to(x.dtype)
+    return passes.initialize_in_state_dtype(
+        x, x_hat, y_hat, weight_packed, weight_scale, bias, skip, weight_bits, group_size, conv, write_out
+    )
 
 
 def initialize_linear(

@@ -1,12 +1,15 @@
-"""What the tests of the quantising kernels share: calls on a device, and the comparison with the reference backend."""
+"""What the tests of quantising kernels share, whatever backend they are of: calls at a place, and the comparison with
+the reference backend.
+"""
 
 import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from modiff_kernels.backends import reference
-from modiff_kernels.backends.triton.quantizing import QUANTIZING_KERNELS
 from tests.ops.op_cases import is_image
 
 FLOATS = (torch.float32, torch.float16)
@@ -15,21 +18,33 @@ DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
 GRANULARITIES = ("per_tensor", "per_sample", "per_token")
 
 
-def skip_interpreted_bfloat16(device, *dtypes):
-    if device.type == "cpu" and torch.bfloat16 in dtypes:
-        pytest.skip("Triton's interpreter truncates float32 to bfloat16 instead of rounding it")
+class Place(NamedTuple):
+    """Kernels and where they run: a GPU, or the CPU that stands in for one and takes its time."""
+
+    kernels: Mapping[str, Callable[..., Any]]
+    device: torch.device
+    no_bfloat16: str | None = None  # why this dtype cannot be tested here
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def skip_bfloat16(place, *dtypes):
+    if place.no_bfloat16 is not None and torch.bfloat16 in dtypes:
+        pytest.skip(place.no_bfloat16)
 
 
 def to_device(argument, device):
     return argument.to(device) if isinstance(argument, torch.Tensor) else argument
 
 
-def run(op, *arguments, device):
+def run(op, *arguments, place):
     """The kernel's results and the tensors of its arguments afterwards, on the CPU. `arguments` stay as they are."""
-    moved = [to_device(a.clone() if isinstance(a, torch.Tensor) else a, device) for a in arguments]
-    results = QUANTIZING_KERNELS[op](*moved)
+    moved = [to_device(a.clone() if isinstance(a, torch.Tensor) else a, place.device) for a in arguments]
+    results = place.kernels[op](*moved)
     for result in results:
-        assert result.device.type == device.type
+        assert result.device.type == place.device.type
     return [to_device(t, "cpu") for t in results], [to_device(a, "cpu") for a in moved]
 
 

@@ -1,0 +1,130 @@
+// The kernels of one call in their order, for any way to launch them: `launch.run<Body>(blocks, args)` and
+// `launch.clear(words, count)`. A stream does that on a GPU (stream_launch.cuh), loops do it in tests.
+//
+//   identity, GEGLU   [clear], [RangePass], TilePass            or RowPass
+//   layer norm        RowStatistics, RangePass, TilePass        or [clear], RowPass
+//   group norm        TileStatistics, Coefficients, [RangePass], TilePass or RowPass
+//
+// RangePass: dynamic scales, not per_token. Nothing waits for the device; results are the same in every run.
+#pragma once
+#include "cuda/common/norm_statistics.h"
+#include "cuda/common/quantize.h"
+
+namespace modiff::cuda {
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+inline QuantizeArgs quantize_args(const QuantizeCall& call, const Plan& plan, const Scratch& at) {
+  const QuantizeProblem& p = call.problem;
+  char* scratch = static_cast<char*>(call.scratch);
+  QuantizeArgs args{};
+  args.samples = plan.samples;
+  args.rows = plan.rows;
+  args.channels = plan.channels;
+  args.granularity = plan.granularity;
+  args.granules = plan.granules;
+  args.grid = plan.grid;
+  args.row_width = plan.row_width;
+  args.whole = p.channels % kVector == 0 && aligned(p.input, 16) && aligned(p.x_hat, 16) && aligned(p.codes, kVector);
+  args.input = p.input;
+  args.x_hat = p.x_hat;
+  args.mean = reinterpret_cast<float*>(scratch + at.mean);
+  args.coefficient = reinterpret_cast<float*>(scratch + at.coefficient);
+  args.gamma = call.gamma;
+  args.beta = call.beta;
+  args.eps = p.eps;
+  args.clip_ratio = p.clip_ratio;
+  args.half = half_range(p.act_bits);
+  args.silu = p.silu;
+  args.affine = p.affine;
+  args.given = p.given_scale;
+  args.one_given = p.given_scale_count == 1;
+  args.range =
+      p.x_hat != nullptr ? reinterpret_cast<uint32_t*>(p.absmax) : reinterpret_cast<uint32_t*>(scratch + at.range);
+  args.range_count = plan.granularity == Granularity::kPerToken ? 0 : plan.granules * (p.affine ? 2 : 1);
+  args.block_range = reinterpret_cast<uint32_t*>(scratch + at.block_range);
+  args.codes = p.codes;
+  args.packed_bits = p.packed ? p.act_bits : 0;
+  args.scale = p.scale;
+  args.zero_point = p.zero_point;
+  return args;
+}
+
+template <class In, class Launch>
+void fold_group_norm(const QuantizeCall& call, const Plan& plan, const Scratch& at, const QuantizeArgs& args,
+                     Launch& launch) {
+  NormArgs norm{};
+  norm.samples = plan.samples;
+  norm.rows = plan.rows;
+  norm.channels = plan.channels;
+  norm.grid = plan.grid;
+  norm.whole = args.whole;
+  norm.backwards = !plan.range_pass;  // against the pass that follows
+  norm.input = args.input;
+  norm.statistics = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + at.statistics);
+  norm.coefficient = args.coefficient;
+  norm.gamma = call.gamma;
+  norm.beta = call.beta;
+  norm.shift = call.shift;
+  norm.num_groups = call.problem.num_groups;
+  norm.eps = args.eps;
+  norm.range = args.range;
+  norm.range_count = args.range_count;
+  launch.template run<TileStatistics<In>>(plan.grid.blocks, norm);
+  launch.template run<Coefficients>(plan.samples * norm.num_groups, norm);
+}
+
+template <Prologue P, class In, class State, class Launch>
+void quantize_typed(const QuantizeCall& call, Launch& launch) {
+  const Plan plan = plan_of(call.problem);
+  const Scratch at = scratch_of(call.problem, plan);
+  QuantizeArgs args = quantize_args(call, plan, at);
+  bool cleared = args.range_count == 0;
+  if constexpr (P == Prologue::kGroupNorm) {
+    fold_group_norm<In>(call, plan, at, args, launch);
+    cleared = true;
+  }
+  if constexpr (P == Prologue::kLayerNorm) {
+    if (!plan.by_rows) {
+      launch.template run<RowStatistics<In>>(plan.row_blocks, args);
+      cleared = true;
+    }
+  }
+  if (!cleared) launch.clear(args.range, args.range_count);
+  if (plan.by_rows) {
+    launch.template run<RowPass<P, In, State>>(plan.row_blocks, args);
+    return;
+  }
+  if (plan.range_pass) {
+    args.backwards = true;
+    launch.template run<RangePass<P, In, State>>(plan.grid.blocks, args);
+  }
+  launch.template run<TilePass<P, In, State>>(plan.grid.blocks, args);
+}
+
+template <Prologue P, class In, class Launch>
+void quantize_from(const QuantizeCall& call, Launch& launch) {
+  if (call.problem.x_hat == nullptr) return quantize_typed<P, In, NoState>(call, launch);
+  switch (call.problem.x_hat_dtype) {
+    case DType::kFloat32:
+      return quantize_typed<P, In, float>(call, launch);
+    case DType::kFloat16:
+      return quantize_typed<P, In, Half>(call, launch);
+    case DType::kBFloat16:
+      return quantize_typed<P, In, BFloat16>(call, launch);
+  }
+}
+
+template <Prologue P, class Launch>
+void quantize_with(const QuantizeCall& call, Launch& launch) {
+  switch (call.problem.input_dtype) {
+    case DType::kFloat32:
+      return quantize_from<P, float>(call, launch);
+    case DType::kFloat16:
+      return quantize_from<P, Half>(call, launch);
+    case DType::kBFloat16:
+      return quantize_from<P, BFloat16>(call, launch);
+  }
+}
+
+}  // namespace modiff::cuda

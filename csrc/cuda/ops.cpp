@@ -1,0 +1,241 @@
+// Binding of the CUDA kernels to torch through its stable ABI, compiled by the host compiler: the only file here that
+// includes torch headers. The ops live in the private namespace modiff_cuda; modiff_kernels/backends/cuda validates,
+// shapes and documents the calls.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/packing.h"
+#include "cuda/common/quantize.h"
+#include "cuda/product.h"
+#include "cuda/stream.h"
+
+namespace modiff::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(ScalarType t) {
+  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16,
+                  "modiff_cuda: float32, float16 or bfloat16 expected");
+  return t == ScalarType::Float ? DType::kFloat32 : t == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+}
+
+Parameter parameter(const std::optional<Tensor>& t) {
+  return t ? parameter_of(t->const_data_ptr(), dtype_of(t->scalar_type())) : Parameter{};
+}
+
+// Four dimensions are an NCHW image in channels_last memory. Straight to the allocator: torch::stable::empty looks an
+// operator up by name at every call.
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device) {
+  const size_t dim = sizes.size();
+  std::vector<int64_t> strides(dim);
+  int64_t stride = 1;
+  for (size_t i = dim; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  if (dim == 4) strides = {strides[0], 1, sizes[1] * sizes[3], sizes[1]};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
+Stream stream_of(int32_t device) {
+  Stream stream = nullptr;
+  STD_TORCH_CHECK(current_stream(device, &stream),
+                  "modiff_cuda: this torch has no CUDA (libtorch_cuda.so is not loaded)");
+  return stream;
+}
+
+int launch(const QuantizeCall& call, Stream stream) {
+  switch (call.problem.prologue) {
+    case Prologue::kIdentity:
+      return quantize_identity(call, stream);
+    case Prologue::kGroupNorm:
+      return quantize_group_norm(call, stream);
+    case Prologue::kLayerNorm:
+      return quantize_layer_norm(call, stream);
+    case Prologue::kGeglu:
+      return quantize_geglu(call, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Codes, scales, and absmax (residual form) or zero points (plain form).
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t prologue, std::optional<Tensor> gamma,
+                                            std::optional<Tensor> beta, std::optional<Tensor> shift, int64_t num_groups,
+                                            double eps, bool silu, std::optional<Tensor> x_hat, bool affine,
+                                            int64_t act_bits, int64_t granularity, double clip_ratio,
+                                            std::optional<Tensor> scale, bool packed, int64_t samples, int64_t rows,
+                                            int64_t channels) {
+  QuantizeCall call{};
+  QuantizeProblem& p = call.problem;
+  p.prologue = static_cast<Prologue>(prologue);
+  p.samples = samples;
+  p.rows = rows;
+  p.channels = channels;
+  p.input = input.const_data_ptr();
+  p.input_dtype = dtype_of(input.scalar_type());
+  call.gamma = parameter(gamma);
+  call.beta = parameter(beta);
+  call.shift = parameter(shift);
+  p.num_groups = num_groups;
+  p.eps = static_cast<float>(eps);
+  p.silu = silu;
+  p.x_hat = x_hat ? x_hat->mutable_data_ptr() : nullptr;
+  p.x_hat_dtype = x_hat ? dtype_of(x_hat->scalar_type()) : DType::kFloat32;
+  p.affine = affine;
+  p.act_bits = static_cast<int>(act_bits);
+  p.granularity = static_cast<Granularity>(granularity);
+  p.clip_ratio = static_cast<float>(clip_ratio);
+  p.given_scale = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
+  p.given_scale_count = scale ? scale->numel() : 0;
+  p.packed = packed;
+
+  const int32_t device = input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Plan plan = plan_of(p);
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  int64_t& width = sizes.size() == 4 ? sizes[1] : sizes.back();
+  width = packed ? packed_width(p.act_bits, channels) : channels;
+  Tensor codes = empty(sizes, packed ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8(), device);
+  Tensor scale_out = empty({plan.granules}, aoti_torch_dtype_float32(), device);
+  Tensor third = empty({plan.granules}, x_hat ? aoti_torch_dtype_float32() : aoti_torch_dtype_int32(), device);
+  p.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
+  p.scale = static_cast<float*>(scale_out.mutable_data_ptr());
+  p.absmax = x_hat ? static_cast<float*>(third.mutable_data_ptr()) : nullptr;
+  p.zero_point = x_hat ? nullptr : static_cast<int32_t*>(third.mutable_data_ptr());
+  std::optional<Tensor> scratch;
+  if (const int64_t bytes = scratch_of(p, plan).bytes; bytes > 0) {
+    scratch = empty({bytes}, aoti_torch_dtype_uint8(), device);
+    call.scratch = scratch->mutable_data_ptr();
+  }
+
+  Stream stream = stream_of(device);
+  const auto error = static_cast<cudaError_t>(launch(call, stream));
+  STD_TORCH_CHECK(error == cudaSuccess, "modiff_cuda::quantize (prologue ", prologue, ", ", samples, " samples of ",
+                  rows, " rows of ", channels, " channels) on cuda:", device, ": ", cudaGetErrorString(error));
+  return {codes, scale_out, third};
+}
+
+// The properties of a device, asked for once.
+const Device& device_of(int32_t index) {
+  static std::array<Device, 64> devices;
+  static std::array<std::once_flag, 64> asked;
+  const auto at = static_cast<size_t>(index);
+  STD_TORCH_CHECK(at < devices.size(), "modiff_cuda: cuda:", index, "; devices up to cuda:63 are known");
+  std::call_once(asked[at], [&] {
+    int major = 0, minor = 0, multiprocessors = 0;
+    for (const auto& [value, attribute] :
+         {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
+          std::pair{&multiprocessors, cudaDevAttrMultiProcessorCount}}) {
+      const cudaError_t error = cudaDeviceGetAttribute(value, attribute, index);
+      STD_TORCH_CHECK(error == cudaSuccess, "modiff_cuda: cuda:", index,
+                      " does not tell its properties: ", cudaGetErrorString(error));
+    }
+    devices[at] = {index, 10 * major + minor, multiprocessors};
+  });
+  return devices[at];
+}
+
+// Which kernels solve a call, and the scratch they need.
+struct Kernels {
+  int (*run)(const ProductCall& call, const Device& device, Stream stream);
+  int64_t scratch;
+};
+
+Kernels kernels_of(const ProductCall& call, const Device& device) {
+#if MODIFF_SM90
+  if (device.capability == 90 && product_sm90_limit(call) == nullptr)
+    return {product_sm90, product_sm90_scratch(call, device)};
+#endif
+  return {product_sm80, product_sm80_scratch(call, device)};
+}
+
+// geometry: product.h. Codes and weight are aligned to 16 bytes.
+Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& weight,
+               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t epilogue,
+               std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
+               std::vector<int64_t> geometry) {
+  STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::product: ", kGeometry, " geometry values expected, got ",
+                  geometry.size());
+  ProductCall call{};
+  ConvProblem& p = call.problem;
+  set_geometry(p, geometry.data());
+  STD_TORCH_CHECK(codes.numel() == p.samples * p.h * p.w * p.c_in, "modiff_cuda::product: ", codes.numel(),
+                  " codes do not match the geometry");
+  p.codes = static_cast<const int8_t*>(codes.const_data_ptr());
+  p.scale = static_cast<const float*>(scale.const_data_ptr());
+  p.zero_point = zero_point ? static_cast<const int32_t*>(zero_point->const_data_ptr()) : nullptr;
+  p.weight = static_cast<const int8_t*>(weight.const_data_ptr());
+  p.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
+  p.epilogue = static_cast<Epilogue>(epilogue);
+  p.y_hat = y_hat ? y_hat->mutable_data_ptr() : nullptr;
+  p.y_hat_dtype = y_hat ? dtype_of(y_hat->scalar_type()) : DType::kFloat32;
+  STD_TORCH_CHECK(p.epilogue == Epilogue::kOutput || p.y_hat != nullptr, "modiff_cuda::product: y_hat is missing");
+  p.skip = skip ? skip->const_data_ptr() : nullptr;
+  p.skip_dtype = skip ? dtype_of(skip->scalar_type()) : DType::kFloat32;
+  p.out_dtype = dtype_of(out_dtype);
+  call.bias = parameter(bias);
+  call.weight_bits = static_cast<int>(weight_bits);
+  call.rows_per_scale = p.samples * p.out_h * p.out_w / scale.numel();
+
+  const int32_t device = codes.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  std::vector<int64_t> sizes{0};
+  if (write_out) {
+    sizes.assign(codes.sizes().begin(), codes.sizes().end());
+    if (sizes.size() == 4) {
+      sizes = {p.samples, p.c_out, p.out_h, p.out_w};
+    } else {
+      sizes.back() = p.c_out;
+    }
+  }
+  const int32_t dtype = p.out_dtype == DType::kFloat32   ? aoti_torch_dtype_float32()
+                        : p.out_dtype == DType::kFloat16 ? aoti_torch_dtype_float16()
+                                                         : aoti_torch_dtype_bfloat16();
+  Tensor out = empty(sizes, dtype, device);
+  if (write_out) p.out = out.mutable_data_ptr();
+  const Kernels kernels = kernels_of(call, device_of(device));
+  std::optional<Tensor> scratch;
+  if (kernels.scratch > 0) {
+    scratch = empty({kernels.scratch}, aoti_torch_dtype_uint8(), device);
+    call.scratch = scratch->mutable_data_ptr();
+  }
+  const auto error = static_cast<cudaError_t>(kernels.run(call, device_of(device), stream_of(device)));
+  STD_TORCH_CHECK(error == cudaSuccess, "modiff_cuda::product (", p.samples, " x ", p.h, " x ", p.w, " x ", p.c_in,
+                  " codes, ", p.c_out, " columns, kernel ", p.kernel_h, " x ", p.kernel_w, ", ", weight_bits,
+                  "-bit weights) on cuda:", device, ": ", cudaGetErrorString(error));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(modiff_cuda, m) {
+  m.def(
+      "quantize(Tensor input, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int num_groups, float eps, "
+      "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
+      "bool packed, int samples, int rows, int channels) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, int weight_bits, Tensor weight_scale, "
+      "Tensor? bias, int epilogue, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
+      "int[] geometry) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CUDA, m) {
+  m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("product", TORCH_BOX(&product));
+}
+
+}  // namespace modiff::cuda

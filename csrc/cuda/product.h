@@ -1,0 +1,48 @@
+// The integer products on a GPU, as plain functions: what the binding calls, without a torch or device header.
+#pragma once
+#include "common/problem.h"
+#include "cuda/common/vectors.h"
+#include "cuda/stream.h"
+
+namespace modiff::cuda {
+
+// v[m, n] = scale[m / rows_per_scale] * weight_scale[n] * sum_k (code[m, k] - zero_point[m / rows_per_scale]) *
+// weight[n, k] for the output pixels m = (sample, p, q) of `problem`, whose granularity is not read here.
+struct ProductCall {
+  ConvProblem problem;  // weight: kpack_v1 (common/packing.h), c_out rows of kernel_h * kernel_w * c_in / groups codes;
+                        // bias stays null in it:
+  Parameter bias;       // [c_out], here it keeps the model's dtype
+  int weight_bits;      // 8, 4, 3
+  int64_t rows_per_scale;  // output pixels that share a scale and a zero point
+  void* scratch;           // aligned to 16
+};
+
+// Sizes in the order in which the callers have them: samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h,
+// stride_w, pad_h, pad_w, dilation_h, dilation_w, groups.
+constexpr int kGeometry = 14;
+
+inline void set_geometry(ConvProblem& p, const int64_t* values) {
+  int64_t* fields[kGeometry] = {&p.samples,  &p.h,        &p.w,     &p.c_in,  &p.c_out,      &p.kernel_h,   &p.kernel_w,
+                                &p.stride_h, &p.stride_w, &p.pad_h, &p.pad_w, &p.dilation_h, &p.dilation_w, &p.groups};
+  for (int i = 0; i < kGeometry; ++i) *fields[i] = values[i];
+  p.out_h = (p.h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_w = (p.w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+}
+
+// What a call needs to know of the GPU.
+struct Device {
+  int index;
+  int capability;  // 80, 86, 89, 90, ...
+  int multiprocessors;
+};
+
+// Bytes of scratch of a call, and the call. They launch on the current device and return 0, or the cudaError_t of the
+// launch. csrc/cuda/sm80 runs on every capability from 80 on, csrc/cuda/sm90 on 90 alone, and there for calls without
+// a limit: product_sm90_limit says why it cannot run one, or gives null.
+int64_t product_sm80_scratch(const ProductCall& call, const Device& device);
+int product_sm80(const ProductCall& call, const Device& device, Stream stream);
+const char* product_sm90_limit(const ProductCall& call);
+int64_t product_sm90_scratch(const ProductCall& call, const Device& device);
+int product_sm90(const ProductCall& call, const Device& device, Stream stream);
+
+}  // namespace modiff::cuda

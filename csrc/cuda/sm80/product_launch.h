@@ -1,0 +1,106 @@
+// The kernels of one call in their order, for any way to launch them (cuda/common/quantize_launch.h):
+//
+//   [WeightSums], Product, [FinishSplits]      with zero points; with splits of K
+#pragma once
+#include "cuda/common/weight_sums.h"
+#include "cuda/sm80/product_kernel.h"
+
+namespace modiff::cuda::sm80 {
+
+struct ProductPlan {
+  Operands operands;
+  TileChoice choice;
+  int64_t k;  // codes of a row of the weight
+  int64_t partial_columns;
+  int64_t partial_at, bytes;  // of scratch: the weight's sums, then those of splits
+};
+
+inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
+  const ConvProblem& p = call.problem;
+  ProductPlan plan{};
+  plan.operands = call.weight_bits == 8 ? Operands::kBytes : Operands::kUnpacked;
+  plan.choice = choice;
+  plan.k = p.kernel_h * p.kernel_w * p.c_in;
+  plan.partial_columns = ceil_div(p.c_out, kVector) * kVector;
+  if (p.zero_point != nullptr) plan.partial_at = ceil_div(p.c_out * tap_sum_count(p) * 4, 16) * 16;
+  plan.bytes = plan.partial_at;
+  if (choice.splits > 1)
+    plan.bytes += choice.splits * p.samples * p.out_h * p.out_w * plan.partial_columns * int64_t{4};
+  return plan;
+}
+
+inline ProductPlan plan_of(const ProductCall& call, int multiprocessors) {
+  const ConvProblem& p = call.problem;
+  const ProductPlan any = plan_of(call, TileChoice{0, 1});
+  return plan_of(call, choose_tile(p.samples * p.out_h * p.out_w, p.c_out, any.k, call.weight_bits, any.operands,
+                                   multiprocessors));
+}
+
+inline OperandArgs operand_args(const ProductCall& call, const ProductPlan& plan) {
+  const ConvProblem& p = call.problem;
+  OperandArgs args{};
+  args.codes = reinterpret_cast<const uint8_t*>(p.codes);
+  args.weight = reinterpret_cast<const uint8_t*>(p.weight);
+  args.rows = static_cast<int>(p.samples * p.out_h * p.out_w);
+  args.columns = static_cast<int>(p.c_out);
+  args.k = static_cast<int>(plan.k);
+  args.channels = static_cast<int>(p.c_in);
+  args.h = static_cast<int>(p.h);
+  args.w = static_cast<int>(p.w);
+  args.out_h = static_cast<int>(p.out_h);
+  args.out_w = static_cast<int>(p.out_w);
+  args.kernel_h = static_cast<int>(p.kernel_h);
+  args.kernel_w = static_cast<int>(p.kernel_w);
+  args.stride_h = static_cast<int>(p.stride_h);
+  args.stride_w = static_cast<int>(p.stride_w);
+  args.pad_h = static_cast<int>(p.pad_h);
+  args.pad_w = static_cast<int>(p.pad_w);
+  args.dilation_h = static_cast<int>(p.dilation_h);
+  args.dilation_w = static_cast<int>(p.dilation_w);
+  args.weight_bits = call.weight_bits;
+  args.row_bytes = packed_width(call.weight_bits, plan.k);
+  args.high_plane = ceil_div(plan.k, 4);
+  return args;
+}
+
+template <Operands kOperands, class Launch>
+void launch_tile(int tile, int64_t blocks, const ProductArgs& args, Launch& launch) {
+  switch (tile) {
+    case 0:
+      return launch.template run<Product<Large, kOperands>>(blocks, args);
+    case 1:
+      return launch.template run<Product<Narrow, kOperands>>(blocks, args);
+    default:
+      return launch.template run<Product<Small, kOperands>>(blocks, args);
+  }
+}
+
+template <class Launch>
+void multiply(const ProductCall& call, const ProductPlan& plan, Launch& launch) {
+  char* scratch = static_cast<char*>(call.scratch);
+  int32_t* tap_sums = nullptr;
+  if (call.problem.zero_point != nullptr) {
+    tap_sums = reinterpret_cast<int32_t*>(scratch);
+    sum_weights(call, tap_sums, launch);
+  }
+  const TileSize& tile = kTiles[plan.choice.tile];
+  ProductArgs args{};
+  args.operands = operand_args(call, plan);
+  args.epilogue = epilogue_args(call, tap_sums);
+  args.tiles_m = ceil_div(args.operands.rows, tile.m);
+  args.tiles_n = ceil_div(args.operands.columns, tile.n);
+  args.steps = step_count(plan.k, plan.operands);
+  args.splits = plan.choice.splits;
+  args.steps_per_split = ceil_div(args.steps, args.splits);
+  args.partial = reinterpret_cast<int32_t*>(scratch + plan.partial_at);
+  args.partial_columns = plan.partial_columns;
+  const int64_t blocks = static_cast<int64_t>(args.tiles_m) * args.tiles_n * args.splits;
+  if (plan.operands == Operands::kBytes) {
+    launch_tile<Operands::kBytes>(plan.choice.tile, blocks, args, launch);
+  } else {
+    launch_tile<Operands::kUnpacked>(plan.choice.tile, blocks, args, launch);
+  }
+  if (args.splits > 1) launch.template run<FinishSplits>(FinishSplits::blocks(args), args);
+}
+
+}  // namespace modiff::cuda::sm80

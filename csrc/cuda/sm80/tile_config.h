@@ -1,0 +1,103 @@
+// The tiles of the product and which one a call gets; no other file names a tile's size.
+#pragma once
+#include <cstdint>
+
+#include "common/hd.h"
+
+namespace modiff::cuda::sm80 {
+
+// How the operands of the tensor cores come about.
+enum class Operands {
+  kBytes,     // int8 codes times 8-bit weights, both as they are in memory
+  kUnpacked,  // int8 codes times 4- or 3-bit weights, which become bytes in shared memory
+  kNibbles,   // packed 4-bit codes times 4-bit weights, both as they are in memory: s4
+};
+
+constexpr int kStepBytes = 64;  // of a row of a tile and a step along K: half a line of shared memory. 128 would halve
+                                // the barriers, but two stages of it already fill what a block may have of sm_86.
+
+// kM x kN outputs of a block, in warps of kWarpM x 32; kStages steps along K are in shared memory. Sums are int32
+// registers: 64 rows of a warp are 64 of them per thread, and with operands and addresses 128 is the budget.
+template <int kM_, int kN_, int kWarpM_, int kStages_, int kResident_>
+struct Tile {
+  static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = 32, kStages = kStages_;
+  static constexpr int kThreads = kM / kWarpM * (kN / kWarpN) * 32;
+  static constexpr int kResident = kResident_;  // blocks of a multiprocessor that registers are limited for
+};
+
+// Each operand byte in shared memory is read kN / 32 or kM / kWarpM times by ldmatrix.
+using Large = Tile<128, 128, 64, 3, 2>;  // 48 KiB of bytes, so that two blocks fit the 99 KiB of sm_86 and sm_89
+using Narrow = Tile<128, 64, 64, 4, 3>;  // 320 columns are 5 of these and 3 (384) of the large one
+using Small = Tile<64, 64, 32, 4, 4>;    // few rows: most blocks, 32 KiB each
+
+struct TileSize {
+  int m, n, threads;
+};
+
+constexpr TileSize kTiles[] = {{Large::kM, Large::kN, Large::kThreads},
+                               {Narrow::kM, Narrow::kN, Narrow::kThreads},
+                               {Small::kM, Small::kN, Small::kThreads}};
+constexpr int kTileCount = 3;
+
+struct TileChoice {
+  int tile;    // index into kTiles
+  int splits;  // of K, between blocks
+};
+
+// Steps along K of `k` codes.
+inline int step_count(int64_t k, Operands operands) {
+  return static_cast<int>(ceil_div(operands == Operands::kNibbles ? ceil_div(k, 2) : k, kStepBytes));
+}
+
+// The number of splits that are not empty when `steps` are dealt out in equal shares.
+inline int used_splits(int steps, int splits) { return ceil_div(steps, ceil_div(steps, splits)); }
+
+// Cycles of one multiprocessor of an A100, from published peaks; they rank tiles, they are no measurement.
+constexpr double kProductsPerCycle = 2048;  // of bytes; twice that of nibbles
+constexpr double kL2BytesPerCycle = 48;
+constexpr double kStepCycles = 40;             // barrier, and the latency that stages do not hide
+constexpr double kBlockCycles = 1500;          // filling the pipeline and leaving
+constexpr double kOutputBytes = 6;             // y_hat read and written, out written, 2 bytes each
+constexpr double kLaunchCycles = 4000;         // of the second kernel of a split, about 2 us
+constexpr double kMemoryBytesPerCycle = 1000;  // of the whole device
+constexpr int kLeastSteps = 4;                 // of a split: the pipeline has to fill
+constexpr int kMostSplits = 16;
+
+inline double estimated_cycles(const TileChoice& choice, int64_t rows, int64_t columns, int64_t k, int weight_bits,
+                               Operands operands, int multiprocessors) {
+  const TileSize& tile = kTiles[choice.tile];
+  const bool nibbles = operands == Operands::kNibbles;
+  const double blocks = static_cast<double>(ceil_div(rows, tile.m) * ceil_div(columns, tile.n) * choice.splits);
+  const double steps = ceil_div(step_count(k, operands), choice.splits);
+  const double products = double(tile.m) * tile.n * kStepBytes / kProductsPerCycle;  // nibbles: twice as many, as fast
+  const double weight_bytes = nibbles ? kStepBytes : kStepBytes * weight_bits / 8.0;
+  const double loads = (tile.m * kStepBytes + tile.n * weight_bytes) / kL2BytesPerCycle;
+  const double epilogue = tile.m * tile.n * kOutputBytes / kL2BytesPerCycle;
+  const double block = kBlockCycles + steps * (most(products, loads) + kStepCycles) + epilogue;
+  // A block alone on a multiprocessor leaves its tensor cores idle at every barrier; that is in the step's cycles.
+  double cycles = static_cast<double>(ceil_div(static_cast<int64_t>(blocks), multiprocessors)) * block;
+  if (choice.splits > 1)
+    cycles += kLaunchCycles + 8.0 * choice.splits * static_cast<double>(rows * columns) / kMemoryBytesPerCycle;
+  return cycles;
+}
+
+// The choice with the least estimate; among equals the larger tile and fewer splits.
+inline TileChoice choose_tile(int64_t rows, int64_t columns, int64_t k, int weight_bits, Operands operands,
+                              int multiprocessors) {
+  TileChoice best{0, 1};
+  double least_cycles = 0;
+  const int steps = step_count(k, operands);
+  for (int tile = 0; tile < kTileCount; ++tile) {
+    for (int splits = 1; splits <= kMostSplits && (splits == 1 || steps / splits >= kLeastSteps); ++splits) {
+      const TileChoice choice{tile, used_splits(steps, splits)};
+      const double cycles = estimated_cycles(choice, rows, columns, k, weight_bits, operands, multiprocessors);
+      if ((tile == 0 && splits == 1) || cycles < least_cycles) {
+        best = choice;
+        least_cycles = cycles;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace modiff::cuda::sm80

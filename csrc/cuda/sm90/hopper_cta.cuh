@@ -1,0 +1,127 @@
+// The context of product_body.h on a GPU: PTX of capability 9.0.
+#pragma once
+#include <cuda.h>
+
+#include "common/cta.h"
+#include "cuda/sm90/schedule.h"
+#include "cuda/sm90/wgmma.cuh"
+
+namespace modiff::cuda::sm90 {
+
+struct HopperCta : DeviceCta {
+  __device__ __forceinline__ int blocks() const { return static_cast<int>(gridDim.x); }
+  __device__ __forceinline__ uint32_t shared_address(const void* p) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  }
+  __device__ __forceinline__ void exchange(uint32_t (&values)[4], int mask) const {
+    MODIFF_UNROLL for (int i = 0; i < 4; ++i) values[i] = __shfl_xor_sync(0xFFFFFFFFu, values[i], mask);
+  }
+  __device__ __forceinline__ void warp_sync() const { __syncwarp(); }
+  __device__ __forceinline__ void consumers_sync() const { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+  // Barriers that count arrivals and bytes.
+  __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  }
+  __device__ __forceinline__ void barriers_ready() const {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __device__ __forceinline__ void arrive(uint64_t* barrier) const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+  }
+  __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+  }
+  __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) const {
+    const uint32_t address = shared_address(barrier);
+    uint32_t passed;
+    do {
+      asm volatile(
+          "{\n.reg .pred passed;\nmbarrier.try_wait.parity.shared::cta.b64 passed, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, passed;\n}\n"
+          : "=r"(passed)
+          : "r"(address), "r"(parity)
+          : "memory");
+    } while (passed == 0);
+  }
+
+  // TMA. x, y: the first byte and row of the box; channel, corner: the first pixel's, before the tap's offsets.
+  __device__ __forceinline__ void load_matrix(const CUtensorMap& map, void* to, uint64_t* barrier, int x, int y) const {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(shared_address(to)),
+        "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier))
+        : "memory");
+  }
+  __device__ __forceinline__ void load_pixels(const CUtensorMap& map, void* to, uint64_t* barrier, int channel,
+                                              const Corner& corner, int offset_w, int offset_h) const {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+        "%5}], [%6], {%7, %8};" ::"r"(shared_address(to)),
+        "l"(&map), "r"(channel), "r"(corner.w), "r"(corner.h), "r"(corner.n), "r"(shared_address(barrier)),
+        "h"(static_cast<uint16_t>(offset_w)), "h"(static_cast<uint16_t>(offset_h))
+        : "memory");
+  }
+
+  __device__ __forceinline__ void shared_store(uint8_t* p, const uint32_t (&words)[4]) const {
+    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  // The tensor cores read through another proxy than the stores above wrote.
+  __device__ __forceinline__ void publish_stores() const {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+
+  template <int columns>
+  __device__ __forceinline__ void mma(int32_t (&sums)[columns / 2], uint64_t codes, uint64_t weight,
+                                      bool accumulate) const {
+    wgmma_s8(sums, codes, weight, accumulate);
+  }
+  __device__ __forceinline__ void mma_begin() const { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+  __device__ __forceinline__ void mma_commit() const { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+  // Until at most `pending` groups are under way; without any, the sums are there for the code that follows.
+  template <int pending, int blocks, int count>
+  __device__ __forceinline__ void mma_wait(int32_t (&sums)[blocks][count]) const {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+    if constexpr (pending == 0) {
+      MODIFF_UNROLL for (int i = 0; i < blocks * count; ++i) {
+        asm volatile("" : "+r"(sums[i / count][i % count])::"memory");
+      }
+    }
+  }
+
+  // Sums that blocks share.
+  __device__ __forceinline__ void add(int32_t* p, int32_t value) const {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+  }
+  __device__ __forceinline__ void add_is_visible() const { __threadfence(); }
+  __device__ __forceinline__ uint32_t count_arrival(uint32_t* p) const { return atomicAdd(p, 1u); }
+  __device__ __forceinline__ int32_t load_sum(const int32_t* p) const { return __ldcg(p); }
+
+  // Multiples of 16 bytes, into the L2 cache.
+  __device__ __forceinline__ void prefetch(const void* p, int bytes) const {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes));
+  }
+
+  // A warpgroup gives back registers, or takes those that others gave back.
+  template <int registers>
+  __device__ __forceinline__ void limit_registers() const {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+  }
+  template <int registers>
+  __device__ __forceinline__ void claim_registers() const {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+  }
+};
+
+template <class Body>
+__global__ void __launch_bounds__(Body::kThreads, 1)
+    product_kernel(const __grid_constant__ ProductArgs<CUtensorMap> args) {
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  HopperCta cta;
+  if (cta.shared_address(bytes) % 1024 != 0) __trap();  // swizzles are those of whole addresses
+  Body::run(cta, *reinterpret_cast<typename Body::Shared*>(bytes), args);
+}
+
+}  // namespace modiff::cuda::sm90

@@ -1,0 +1,66 @@
+// Where TMA and wgmma have the bytes of an operand in shared memory, and where wgmma has the sums in registers.
+//
+// A pipeline stage holds 128 codes of K for every row of a tile, as one box of rows of 128 bytes or two boxes of rows
+// of 64 (`span`). In a box the 16-byte chunks of a row are permuted by the bits of the row above them in the address
+// (PTX ISA, "Shared memory matrix layout", 128B and 64B swizzling), so that eight rows meet no bank twice.
+#pragma once
+#include "common/hd.h"
+
+#if defined(__CUDACC__)
+#define MODIFF_ROLLED _Pragma("unroll 1")
+#else
+#define MODIFF_ROLLED
+#endif
+
+namespace modiff::cuda::sm90 {
+
+constexpr int kStep = 128;     // codes of K in a stage
+constexpr int kMmaRows = 64;   // of a wgmma, 16 to a warp
+constexpr int kMmaDepth = 32;  // codes of K of a wgmma
+constexpr int kWarpgroup = 128;
+
+// An address in boxes whose rows have `span` bytes, 64 or 128; boxes begin at multiples of 1024.
+MODIFF_HD uint32_t swizzled(uint32_t address, int span) {
+  return address ^ ((address >> 3) & (span == 128 ? 0x70u : 0x30u));
+}
+
+// Bytes from the beginning of an operand of `rows` rows in a stage to those of the i-th wgmma, i < kStep / kMmaDepth.
+MODIFF_HD uint32_t depth_offset(int i, int rows, int span) {
+  const int at = i * kMmaDepth;
+  return static_cast<uint32_t>(at / span * rows * span + at % span);
+}
+
+// The matrix descriptor of an operand at `address` of shared memory: K-major, groups of eight rows 8 * span bytes
+// apart. The offset between groups of columns is not read with these layouts; 1 is its customary value.
+MODIFF_HD uint64_t descriptor(uint32_t address, int span) {
+  const uint64_t layout = span == 128 ? 1 : 2;
+  return (address & 0x3FFFFu) >> 4 | uint64_t{1} << 16 | static_cast<uint64_t>(span / 2) << 32 | layout << 62;
+}
+
+// Register i of the sums that a thread of a warpgroup holds of a [64, N] result.
+MODIFF_HD int sum_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
+MODIFF_HD int sum_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+
+// Four vectors of eight columns of a row are with four neighbouring lanes, a pair of each vector to a lane: pairs[v] is
+// that of vector v. Afterwards lane q has vector q, pairs[p] its p-th pair. exchange(values, mask) swaps values with
+// lane ^ mask.
+template <class Cta>
+MODIFF_HD void gather_vector(Cta& cta, int lane, int32_t (&pairs)[4][2]) {
+  MODIFF_UNROLL for (int mask = 1; mask <= 2; mask *= 2) {
+    const bool upper = (lane & mask) != 0;
+    uint32_t values[4];
+    MODIFF_UNROLL for (int i = 0; i < 4; ++i) {
+      const int low = mask == 1 ? i / 2 * 2 : i / 2;
+      values[i] = static_cast<uint32_t>(upper ? pairs[low][i % 2] : pairs[low + mask][i % 2]);
+    }
+    cta.exchange(values, mask);
+    MODIFF_UNROLL for (int i = 0; i < 4; ++i) {
+      const int low = mask == 1 ? i / 2 * 2 : i / 2;
+      const int32_t value = static_cast<int32_t>(values[i]);
+      pairs[low][i % 2] = upper ? value : pairs[low][i % 2];
+      pairs[low + mask][i % 2] = upper ? pairs[low + mask][i % 2] : value;
+    }
+  }
+}
+
+}  // namespace modiff::cuda::sm90

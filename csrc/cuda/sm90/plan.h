@@ -1,0 +1,99 @@
+// Which tile a call is cut into, and into how many parts along K. All choices stand here, with their reasons.
+#pragma once
+#include "cuda/sm90/tensor_map.h"
+
+namespace modiff::cuda::sm90 {
+
+// Tiles by the bytes of codes and weight that they load per multiplication, fewest first.
+//
+//   256 x 160  160 divides 320, 640, 960, 1280, 1920 and 2560, so no column of a UNet's layers is wasted; of all tiles
+//              whose sums fit into the registers of two warpgroups it loads least, 416 bytes for 40960 sums
+//   128 x 256  for multiples of 256 that are none of 160, and where rows are few
+//   128 x 128  for less than one wave of the larger ones
+//   128 x 64   for few rows and a large weight: many blocks, which all read it
+//
+// Packed weights have the first and the last: large tiles hide the unpacking, small ones read a weight from memory.
+struct Tile {
+  int rows, columns;
+};
+constexpr Tile kTiles[] = {{256, 160}, {128, 256}, {128, 128}, {128, 64}};
+constexpr int kTileCount = 4;
+
+constexpr bool has_tile(int tile, int weight_bits) { return weight_bits == 8 || tile == 0 || tile == kTileCount - 1; }
+
+struct Plan {
+  int tile;
+  Window window;
+  Schedule schedule;
+};
+
+// Estimated clocks of a multiprocessor; only their order matters, and none of them is measured yet.
+//   per step       multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
+//   per unit       1500 to fill the pipeline, and the sums: read, add and write 6 bytes each, or, in parts of a tile,
+//                  an addition in the L2 cache of 4
+//   per call       with parts: 3000 to clear the sums beforehand
+constexpr int64_t kMultiplications = 4096, kLoads = 32, kFill = 1500, kClear = 3000;
+
+inline int64_t estimated_clocks(const Plan& plan, int weight_bits, int multiprocessors) {
+  const Tile tile = kTiles[plan.tile];
+  const Schedule& s = plan.schedule;
+  const int64_t sums = int64_t{tile.rows} * tile.columns;
+  const int64_t loaded = int64_t{kStep} * (tile.rows + tile.columns * weight_bits / 8);
+  const int64_t step = most(sums * kStep / kMultiplications, loaded / kLoads);
+  const int64_t added = s.splits > 1 ? sums * 4 / kLoads : 0;
+  const int64_t unit = ceil_div(s.steps, s.splits) * step + kFill + sums * 6 / kLoads / s.splits + added;
+  return ceil_div(unit_count(s), multiprocessors) * unit + (s.splits > 1 ? kClear : 0);
+}
+
+// More parts than this, or parts of fewer steps, only add to each other's sums.
+constexpr int kMostSplits = 16, kFewestSteps = 4;
+
+inline Plan plan_of_tile(const ProductCall& call, int tile, int splits) {
+  const ConvProblem& p = call.problem;
+  Plan plan{};
+  plan.tile = tile;
+  plan.window = window_of(p, call.weight_bits);
+  plan.schedule.row_tiles = static_cast<int>(ceil_div(p.samples * p.out_h * p.out_w, kTiles[tile].rows));
+  plan.schedule.column_tiles = static_cast<int>(ceil_div(p.c_out, kTiles[tile].columns));
+  plan.schedule.steps = step_count(plan.window);
+  plan.schedule.splits = splits;
+  return plan;
+}
+
+// The plan with the fewest estimated clocks; among equals the earlier tile, then fewer parts.
+inline Plan plan_of(const ProductCall& call, int multiprocessors) {
+  Plan best{};
+  int64_t fewest = -1;
+  for (int tile = 0; tile < kTileCount; ++tile) {
+    if (!has_tile(tile, call.weight_bits)) continue;
+    Plan plan = plan_of_tile(call, tile, 1);
+    const int most_splits = most(1, least(kMostSplits, plan.schedule.steps / kFewestSteps));
+    for (int splits = 1; splits <= most_splits; ++splits) {
+      plan.schedule.splits = splits;
+      const int64_t clocks = estimated_clocks(plan, call.weight_bits, multiprocessors);
+      if (fewest >= 0 && clocks >= fewest) continue;
+      fewest = clocks;
+      best = plan;
+    }
+  }
+  return best;
+}
+
+// Scratch of a call, in words: with parts, those that have arrived of every tile, then the tiles' sums in the order of
+// registers; and the sums of the weight's codes, with zero points.
+struct Scratch {
+  int64_t arrived, sums, tap_sums, words;
+};
+
+inline Scratch scratch_of(const ProductCall& call, const Plan& plan, int64_t tap_sum_words) {
+  const Schedule& s = plan.schedule;
+  const int64_t tiles = int64_t{s.row_tiles} * s.column_tiles;
+  const bool parts = s.splits > 1;
+  Scratch scratch{};
+  scratch.sums = parts ? ceil_div(tiles, 4) * 4 : 0;
+  scratch.tap_sums = scratch.sums + (parts ? tiles * kTiles[plan.tile].rows * kTiles[plan.tile].columns : 0);
+  scratch.words = scratch.tap_sums + (call.problem.zero_point == nullptr ? 0 : tap_sum_words);
+  return scratch;
+}
+
+}  // namespace modiff::cuda::sm90

@@ -1,0 +1,42 @@
+// The products of capability 9.0 as csrc/cuda/product.h declares them.
+#include "cuda/common/weight_sums.h"
+#include "cuda/sm90/product.cuh"
+
+namespace modiff::cuda {
+
+const char* product_sm90_limit(const ProductCall& call) { return sm90::limit_of(call); }
+
+int64_t product_sm90_scratch(const ProductCall& call, const Device& device) {
+  const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
+  return sm90::scratch_of(call, sm90::plan_of(call, device.multiprocessors), tap_sums).words * 4;
+}
+
+int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
+  if (sm90::limit_of(call) != nullptr) return cudaErrorInvalidValue;
+  const sm90::Plan plan = sm90::plan_of(call, device.multiprocessors);
+  const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
+  const sm90::Scratch scratch = sm90::scratch_of(call, plan, tap_sums);
+  const sm90::ProductArgs<sm90::TensorMap> plain = sm90::product_args(call, plan, tap_sums);
+  sm90::ProductArgs<CUtensorMap> args{};
+  args.schedule = plain.schedule;
+  args.window = plain.window;
+  args.image = plain.image;
+  args.epilogue = plain.epilogue;
+  args.arrived = plain.arrived;
+  args.sums = plain.sums;
+  cudaError_t error = sm90::encode(plain.codes, args.codes);
+  if (error == cudaSuccess) error = sm90::encode(plain.weight, args.weight);
+  if (error == cudaSuccess && call.weight_bits == 3) error = sm90::encode(plain.high_plane, args.high_plane);
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (error == cudaSuccess && plan.schedule.splits > 1)
+    error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(scratch.tap_sums) * 4, on);
+  if (error == cudaSuccess && call.problem.zero_point != nullptr) {
+    int32_t* sums = static_cast<int32_t*>(call.scratch) + scratch.tap_sums;
+    error = static_cast<cudaError_t>(weight_tap_sums(call, sums, stream));
+  }
+  if (error != cudaSuccess) return error;
+  return call.weight_bits == 8 ? sm90::launch_8bit(plan.tile, args, device, on)
+                               : sm90::launch_packed(plan.tile, call.weight_bits, args, device, on);
+}
+
+}  // namespace modiff::cuda

@@ -1,0 +1,99 @@
+// What TMA is told about a tensor, as plain numbers: encoded for the driver by tensor_map.cuh, and read by the tests'
+// model of TMA. Elements are bytes.
+#pragma once
+#include "cuda/product.h"
+#include "cuda/sm90/schedule.h"
+
+namespace modiff::cuda::sm90 {
+
+struct TensorMap {
+  const void* base;
+  bool im2col;
+  int64_t dims[4];     // innermost first: {bytes, rows}, or {c, w, h, n} with im2col
+  int64_t strides[3];  // in bytes, of dims[1] on
+  int box[2];          // bytes and rows (pixels, with im2col) of a box
+  // im2col: the first pixel of windows is walked over [lower, extent + upper) of w and h, with these steps.
+  int lower[2], upper[2], step[2];
+  int span;  // of the swizzle, 0: none
+};
+
+inline TensorMap matrix_map(const void* base, int64_t bytes, int64_t rows, int box_bytes, int box_rows, int span) {
+  TensorMap map{};
+  map.base = base;
+  map.dims[0] = bytes;
+  map.dims[1] = rows;
+  map.strides[0] = bytes;
+  map.box[0] = box_bytes;
+  map.box[1] = box_rows;
+  map.span = span;
+  return map;
+}
+
+// The codes, `rows` rows of a tile to a box.
+inline TensorMap codes_map(const ConvProblem& p, const Window& window, int rows) {
+  if (is_matrix(p)) return matrix_map(p.codes, p.c_in, p.samples * p.h * p.w, window.span, rows, window.span);
+  TensorMap map{};
+  map.base = p.codes;
+  map.im2col = true;
+  const int64_t dims[4] = {p.c_in, p.w, p.h, p.samples};
+  for (int i = 0; i < 4; ++i) map.dims[i] = dims[i];
+  map.strides[0] = p.c_in;
+  map.strides[1] = p.c_in * p.w;
+  map.strides[2] = p.c_in * p.w * p.h;
+  map.box[0] = window.span;
+  map.box[1] = rows;
+  map.lower[0] = static_cast<int>(-p.pad_w);
+  map.lower[1] = static_cast<int>(-p.pad_h);
+  map.upper[0] = static_cast<int>(p.pad_w - (p.kernel_w - 1) * p.dilation_w);
+  map.upper[1] = static_cast<int>(p.pad_h - (p.kernel_h - 1) * p.dilation_h);
+  map.step[0] = static_cast<int>(p.stride_w);
+  map.step[1] = static_cast<int>(p.stride_h);
+  map.span = window.span;
+  return map;
+}
+
+// Bytes that hold `codes` codes: of 8 and 4 bits, or of the planes of 3 bits, low (two bits) and high (one).
+enum class Part { kWhole, kLow, kHigh };
+
+MODIFF_HD constexpr int part_bytes(int codes, int bits, Part part) {
+  return part == Part::kLow ? codes / 4 : part == Part::kHigh ? codes / 8 : codes * bits / 8;
+}
+
+// The weight, `columns` output channels to a box. Both planes of 3 bits stand in one row: the map of the high one
+// begins at the first row's high plane, and reaches past the last row's end no more than the low one.
+inline TensorMap weight_map(const ProductCall& call, const Window& window, int columns, Part part) {
+  const ConvProblem& p = call.problem;
+  const int64_t k = p.kernel_h * p.kernel_w * p.c_in, pitch = k * call.weight_bits / 8;
+  const int64_t first = part == Part::kHigh ? k / 4 : 0;
+  const int64_t bytes = part == Part::kLow ? k / 4 : part == Part::kHigh ? k / 8 : pitch;
+  TensorMap map =
+      matrix_map(reinterpret_cast<const char*>(p.weight) + first, bytes, p.c_out,
+                 part_bytes(window.span, call.weight_bits, part), columns, call.weight_bits == 8 ? window.span : 0);
+  map.strides[0] = pitch;
+  return map;
+}
+
+// Why these kernels cannot run a call, or null. The limits are those of TMA and of 32-bit coordinates; sm80 has none.
+inline const char* limit_of(const ProductCall& call) {
+  const ConvProblem& p = call.problem;
+  const int64_t k = p.kernel_h * p.kernel_w * p.c_in;
+  if (p.groups != 1) return "groups is not 1";
+  if (p.c_in % 16 != 0) return "the input channels are no multiple of 16";
+  if (call.weight_bits == 4 && k % 32 != 0) return "4-bit rows (channels * kernel) are no multiple of 32 codes";
+  if (call.weight_bits == 3 && k % 128 != 0) return "3-bit rows (channels * kernel) are no multiple of 128 codes";
+  if (reinterpret_cast<uintptr_t>(p.codes) % 16 != 0) return "the codes are not aligned to 16 bytes";
+  if (reinterpret_cast<uintptr_t>(p.weight) % 16 != 0) return "the weight is not aligned to 16 bytes";
+  const int64_t largest = int64_t{1} << 30;
+  const int64_t rows = p.samples * p.out_h * p.out_w;
+  if (rows > largest || p.samples * p.h * p.w > largest || p.c_out > largest || k > largest)
+    return "more than 2^30 rows, columns or codes of a row";
+  if (is_matrix(p)) return nullptr;
+  if (p.c_in * p.w * p.h >= int64_t{1} << 40) return "an image has 2^40 bytes or more";
+  if (p.stride_h > 8 || p.stride_w > 8) return "a stride is greater than 8";
+  const int64_t reach_h = (p.kernel_h - 1) * p.dilation_h, reach_w = (p.kernel_w - 1) * p.dilation_w;
+  if (p.pad_h > 127 || p.pad_w > 127) return "the padding is greater than 127";
+  if (reach_h - p.pad_h > 128 || reach_w - p.pad_w > 128) return "the kernel reaches more than 128 pixels inwards";
+  return nullptr;
+}
+
+}  // namespace modiff::cuda::sm90

@@ -1,0 +1,51 @@
+"""`modiff explain`: what becomes of every layer of a model, and why."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import torch
+
+from modiff_kernels.cli import models
+from modiff_kernels.cli.arguments import UserError, command_line, writable
+from modiff_kernels.cli.quantised import Quantised
+from modiff_kernels.cli.rows import Row
+from modiff_kernels.evaluation import to_json
+
+__all__ = ["run"]
+
+NOTES = """\
+times are microseconds of a call after the first, SQNR is of the unit's output against float, state is x_hat and y_hat
+in kB = 10^3 bytes; speed-up is against the unit in float; "-": not measured"""
+
+
+def run(args: argparse.Namespace) -> int:
+    plan = args.plan
+    if args.mode in ("float", "weight_only"):
+        if plan not in (None, "auto"):
+            raise UserError(f"--plan {plan}: --mode {args.mode} has no low bits to plan; give --mode modulated")
+        plan = None
+    out = writable(args.json) if args.json else None
+    models.quiet_libraries()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = models.load_model(args.model, args.prompt, models.choose_device(args.device))
+    act_bits = 32 if args.mode == "weight_only" else args.act_bits
+    row = Row("explain", model.name, args.mode, args.weight_bits, act_bits, plan=plan)
+    unet = model.unet.to(memory_format=torch.channels_last)
+    handle = Quantised(unet, row, args.backend, args.granularity, args.max_state_bytes).handle
+    print(handle.explain())
+    if handle.plan is not None and not args.quiet:
+        print(f"\n{NOTES}")
+    if out is not None:
+        report = {
+            "model": model.name,
+            "layers": [dataclasses.asdict(layer) for layer in handle.rows()],
+            "plan": None if handle.plan is None else json.loads(handle.plan.to_json()),
+            "config": handle.config.to_dict(),
+            "command": command_line(args.argv),
+        }
+        out.write_text(to_json(report))
+    return 0

@@ -1,0 +1,86 @@
+"""PNG files of sampled images: written whole or not at all, and known again by what they were sampled with."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modiff_kernels.cli.arguments import UserError
+
+__all__ = ["is_kept", "weights_crc32", "write_grid", "write_image"]
+
+TEXT = "modiff"  # keyword of the PNG text that holds the options
+
+
+def weights_crc32(unet: torch.nn.Module) -> str:
+    """CRC-32 of all parameters and buffers of `unet`, as 8 hexadecimal digits."""
+    total = 0
+    for key, tensor in sorted(unet.state_dict().items()):
+        total = zlib.crc32(key.encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data, total)
+    return f"{total:08x}"
+
+
+def is_kept(path: Path, options: Mapping[str, Any]) -> bool:
+    """Whether `path` holds a whole image that was sampled with `options`; False if there is none, or half of one.
+
+    UserError for a whole image that was sampled otherwise, and for one that `write_image` did not write.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(TEXT)
+            image.verify()
+    except (OSError, SyntaxError):  # what PIL raises on damaged files
+        return False
+    try:
+        found = json.loads(text) if text else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} was not written by `modiff sample`; give another --out")
+    for name in sorted({*found, *options}):
+        if found.get(name) != options.get(name):
+            raise UserError(
+                f"{path} was sampled with {name} {found.get(name)!r}, but this run has {options.get(name)!r}; give "
+                "another --out, or remove the images there"
+            )
+    return True
+
+
+def write_image(path: Path, image: np.ndarray, options: Mapping[str, Any]) -> None:
+    """`image` [H, W, C] in 0..1 as PNG, with `options` for `is_kept`. A file at `path` is whole at any time."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(TEXT, json.dumps(options, sort_keys=True))
+    new = path.with_suffix(".png.new")
+    Image.fromarray(_pixels(image[None])[0]).save(new, format="PNG", pnginfo=info)
+    new.replace(path)
+
+
+def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
+    """`images` [H, W, C] in 0..1 as one PNG, about as many columns as rows."""
+    from PIL import Image
+
+    pixels = _pixels(np.stack(images))
+    columns = math.ceil(math.sqrt(len(pixels)))
+    empty = np.full_like(pixels[:1], 255).repeat(-len(pixels) % columns, axis=0)
+    _, height, width, _ = pixels.shape
+    cells = np.concatenate([pixels, empty]).reshape(-1, columns, height, width, 3)
+    Image.fromarray(cells.swapaxes(1, 2).reshape(-1, columns * width, 3)).save(path)
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 RGB [N, H, W, 3] of `images` [N, H, W, C], C 1 or 3, in 0..1."""
+    pixels = (images.clip(0, 1) * 255).round().astype(np.uint8)
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels

@@ -1,0 +1,89 @@
+"""Plans in the user's cache folder, by what they were made for: one JSON file each, written as a whole."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modiff_kernels import __version__
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.planning.layer_plan import LayerPlan, PlanKey, digest
+
+# How calls are left out and where a plan comes from do not change what a unit costs.
+NOT_IN_KEY = ("schedule", "plan")
+
+
+def folder() -> Path:
+    """Where plans are kept: $MODIFF_CACHE, else modiff_kernels in $XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("MODIFF_CACHE")
+    if named:
+        return Path(named) / "plans"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "modiff_kernels" / "plans"
+
+
+def device_name(device: torch.device) -> str:
+    """Model of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def key_of(unet: nn.Module, config: ModiffConfig, shape: Sequence[int]) -> PlanKey:
+    """What a plan for `unet` (not accelerated), `config` and samples of `shape` is kept under."""
+    device = next(unet.parameters()).device
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    weights = [(name, list(value.shape), str(value.dtype)) for name, value in unet.named_parameters()]
+    own: Any = getattr(unet, "config", None)
+    settings = {name: str(value) for name, value in dict(own or {}).items() if not name.startswith("_")}
+    values = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_KEY}
+    return PlanKey(
+        device_name(device) + threads,
+        digest([type(unet).__name__, settings, weights]),
+        tuple(shape),
+        digest(values),
+        f"modiff_kernels {__version__}, torch {torch.__version__}",
+    )
+
+
+def path_of(key: PlanKey) -> Path:
+    """The file of the plan for `key`."""
+    return folder() / key.digest / f"{'x'.join(map(str, key.shape))}.json"
+
+
+def store(plan: LayerPlan) -> Path:
+    """Write `plan`, which has a key; gives the file. OSError where the folder cannot be written."""
+    path = path_of(plan.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}.new")
+    new.write_text(plan.to_json())
+    new.replace(path)
+    return path
+
+
+def stored(key: PlanKey) -> LayerPlan | None:
+    """The plan for exactly this key, or None."""
+    return _read(path_of(key), key)
+
+
+def newest(key: PlanKey) -> LayerPlan | None:
+    """The plan of any shape that was stored last for what else `key` says, or None."""
+    files = sorted(path_of(key).parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next((plan for path in files if (plan := _read(path, key)) is not None), None)
+
+
+def _read(path: Path, key: PlanKey) -> LayerPlan | None:
+    """The plan in `path` if it can be read and is for `key`, whatever its shape."""
+    try:
+        plan = LayerPlan.from_json(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return plan if plan.key is not None and plan.key.digest == key.digest else None

@@ -1,0 +1,235 @@
+"""`make_plan`: measures every mode of every unit of a UNet in real sampling on this device, and chooses.
+
+How a unit is measured stands in measurement.py. Plans are chosen by the sums of their units' times and errors, which
+are estimates; so what a plan does to whole calls and to the pictures is measured before it is taken, against float and
+against all units in one mode.
+"""
+
+import dataclasses
+import logging
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations import plan_cache
+from modiff_kernels.integrations.diffusers import resolve
+from modiff_kernels.integrations.measurement import Bench, Call, Sample, Subject, Times, recorded
+from modiff_kernels.planning import choice
+from modiff_kernels.planning.layer_plan import (
+    FLOAT_MODE,
+    MODULATED,
+    QUANTIZED,
+    Candidate,
+    LayerPlan,
+    Mode,
+    ModeCost,
+    PlanKey,
+    UnitPlan,
+)
+
+logger = logging.getLogger("modiff_kernels")
+
+MAX_LOSS_DB = 0.5
+LEAST_GAIN = 1.02  # a measured difference below 2 % is noise, and float is exact
+CHOICES = 3  # plans whose pictures are looked at before one mode for all is taken
+LEAST_STEP = 1.05  # by which an estimate that did not hold becomes worse, so that the next plan is another one
+LEAST_REPEAT_DB = 60.0  # of two float samplings from the same noise in different memory formats
+
+Modes = tuple[tuple[str, Mode], ...]
+Costs = Mapping[str, Sequence[ModeCost]]
+
+
+def make_plan(
+    target: Any,
+    config: ModiffConfig | None = None,
+    *,
+    sample: Sample | None = None,
+    call: Mapping[str, Any] | None = None,
+    max_loss_db: float = MAX_LOSS_DB,
+    rounds: int = 5,
+    static_scales: Mapping[str, Tensor | float] | None = None,
+    use_cache: bool = True,
+    progress: bool = True,
+    clock: Callable[[], float] | None = None,
+) -> LayerPlan:
+    """The fastest layer plan for `target` on this device whose pictures are nearly as good as low bits allow.
+
+    target: a pipeline or UNet that is not accelerated; it is not changed. config: bits, scales and the rest; its
+    schedule is not used, its max_state_bytes is respected. sample: takes a UNet, samples with it from the same noise at
+    every call and returns the pictures, floats [N, H, W, C] in 0..1 in an array or on the CPU; batch and size must be
+    those that the plan is for. Without it a pipeline is called with the arguments `call` and a generator of seed 0.
+    max_loss_db: how far the mean PSNR may fall below that of the best single mode. rounds: how often the trajectory is
+    timed. use_cache: take the plan that was stored for this device, model, shape, configuration, versions and
+    max_loss_db, if there is one, and store a new one; what is sampled is not part of that. progress: show a bar. clock:
+    gives seconds, in the place of the device's own.
+
+    The plan is all float where nothing is faster than the best float form by 2 %. Errors: TypeError for a target
+    without a UNet; ValueError for a UNet without a layer that can be replaced, a missing `sample`, one that gives other
+    pictures every time, and impossible values; RuntimeError if the UNet is accelerated.
+    """
+    config = ModiffConfig() if config is None else config
+    unet, pipe = resolve(target)
+    modes = _modes_to_compare(config)
+    if not max_loss_db > 0 or rounds < 1:
+        raise ValueError(f"make_plan: max_loss_db={max_loss_db!r}, rounds={rounds!r} are not allowed; give more than 0")
+    if sample is None:
+        if pipe is None:
+            raise ValueError("make_plan: a UNet alone cannot be sampled; give sample=, a function of a UNet")
+        sample = _sampler_of(pipe, dict(call or {}))
+    own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
+    with tqdm(desc="plan", unit="run", disable=not progress, leave=False) as bar, torch.no_grad():
+        calls, pictures = recorded(unet, sample)
+        key = plan_cache.key_of(unet, config, _shape_of(calls[0]))
+        known = plan_cache.stored(key) if use_cache else None
+        if known is not None and known.source == "measured" and known.max_loss_db == max_loss_db:
+            return known
+        bench = Bench(unet, own, modes, dict(static_scales or {}), sample, pictures, calls, clock, bar.update)
+        bar.reset(2 + len(modes) + CHOICES + 2 * rounds)
+        plan = _measured(bench, key, max_loss_db, config.max_state_bytes, rounds)
+    if use_cache:
+        try:
+            plan_cache.store(plan)
+        except OSError as error:
+            logger.warning("the plan could not be stored in %s (%s); set MODIFF_CACHE", plan_cache.folder(), error)
+    return plan
+
+
+def _measured(bench: Bench, key: PlanKey, max_loss_db: float, max_state_bytes: int | None, rounds: int) -> LayerPlan:
+    """Measures the units, chooses, verifies."""
+    again_db = bench.psnr_db(bench.float)
+    if again_db < LEAST_REPEAT_DB:
+        raise ValueError(
+            f"make_plan: two float samplings differ ({again_db:.1f} dB); let `sample` begin from the same noise at "
+            "every call"
+        )
+    sqnr_db = bench.fidelity()
+    times = bench.time({FLOAT_MODE: bench.float, **bench.subjects}, rounds, per_unit=True)
+    costs = {path: bench.costs(path, times, sqnr_db) for path in bench.units}
+    psnr_db = {mode: bench.psnr_db(subject) for mode, subject in bench.subjects.items()}
+    least_db = max(psnr_db.values()) - max_loss_db
+    limit = math.inf if max_state_bytes is None else max_state_bytes
+    rivals = {
+        tuple((path, mode) for path in bench.units): (subject, psnr_db[mode])
+        for mode, subject in bench.subjects.items()
+        if psnr_db[mode] >= least_db and subject.state_bytes <= limit
+    }
+    mixed = _verified(bench, costs, psnr_db, least_db, limit)
+    if mixed is not None:
+        rivals.setdefault(mixed[0], mixed[1:])
+    floats = bench.float_subjects()
+    last = bench.time({**floats, **{modes: subject for modes, (subject, _) in rivals.items()}}, rounds)
+    units, candidates, summary = _decided(bench.units, costs, rivals, floats, last, limit < math.inf)
+    return LayerPlan(units, key, "measured", candidates, summary, max_loss_db)
+
+
+def _verified(
+    bench: Bench, costs: Costs, psnr_db: Mapping[Mode, float], least_db: float, limit: float
+) -> tuple[Modes, Subject, float] | None:
+    """The fastest plan by the estimate whose pictures are good enough, and how good; None if no estimate held.
+
+    A plan whose pictures are worse than estimated makes the estimates worse by as much for the next one.
+    """
+    gains = choice.gains_of(costs, {mode: _error(db) for mode, db in psnr_db.items()})
+    for _ in range(CHOICES):
+        chosen = choice.choose(costs, gains, _error(least_db), limit)
+        if all(mode == FLOAT_MODE for mode in chosen.values()):
+            return None
+        units = tuple(UnitPlan(path, mode, bench.units[path]) for path, mode in chosen.items())
+        subject = bench.accelerated(dataclasses.replace(bench.config, plan=LayerPlan(units)))
+        db = bench.psnr_db(subject)
+        if db >= least_db:
+            return tuple(chosen.items()), subject, db
+        worse = _error(db) / choice.error_of(costs, chosen, gains)
+        gains = {mode: gain * max(worse, LEAST_STEP) for mode, gain in gains.items()}
+    return None
+
+
+def _decided(
+    layers: Mapping[str, tuple[str, ...]],
+    costs: Costs,
+    rivals: Mapping[Modes, tuple[Subject, float]],
+    floats: Mapping[str, Subject],
+    times: Mapping[Any, Times],
+    state_is_limited: bool,
+) -> tuple[tuple[UnitPlan, ...], tuple[Candidate, ...], str]:
+    """Units, candidates and summary: the fastest of `rivals` if it gains over the best float form, else float."""
+    step_us = {name: 1e6 * statistics.median(measured.steps) for name, measured in times.items()}
+    candidates = [Candidate(name, step_us[name], None) for name in floats]
+    for modes, (subject, db) in rivals.items():
+        candidates.append(Candidate(_name_of(modes), step_us[modes], _finite(db), subject.state_bytes))
+    best = min(floats, key=step_us.__getitem__)
+    gains = {}
+    for modes in rivals:
+        pairs = zip(times[best].steps, times[modes].steps, strict=True)
+        gains[modes] = statistics.median(plain / own for plain, own in pairs)
+    chosen = max(gains, key=gains.__getitem__, default=None)
+    if chosen is None or gains[chosen] < LEAST_GAIN:
+        found = "no plan is within the limits"
+        if chosen is not None:
+            found = f"the fastest plan ({_name_of(chosen)}) is {gains[chosen]:.3f}x as fast as {best}"
+        summary = f"all float: {found}; {LEAST_GAIN}x is asked for"
+        units = [UnitPlan(path, FLOAT_MODE, layers[path], tuple(own), "nothing gains") for path, own in costs.items()]
+        return tuple(units), tuple(candidates), summary
+    one_mode = len({mode for _, mode in chosen}) == 1
+    units = []
+    for path, mode in chosen:
+        reason = choice.reason_of(costs[path], mode, state_is_limited)
+        if one_mode and reason != "fastest":
+            reason = "one mode for all is the fastest as a whole"
+        units.append(UnitPlan(path, mode, layers[path], tuple(costs[path]), reason))
+    summary = f"{_name_of(chosen)}: {gains[chosen]:.2f}x as fast as {best}, {rivals[chosen][1]:.1f} dB to float"
+    return tuple(units), tuple(candidates), summary
+
+
+def _modes_to_compare(config: ModiffConfig) -> tuple[Mode, ...]:
+    """The low-bit modes that a plan may take besides float, that of `config` last."""
+    if config.weight_bits is None or config.act_bits is None:
+        raise ValueError(
+            f"make_plan: weight_bits={config.weight_bits}, act_bits={config.act_bits} leave no low-bit mode to choose; "
+            "give both"
+        )
+    if config.mode == QUANTIZED:
+        return (Mode(QUANTIZED, config.act_bits),)
+    return Mode(QUANTIZED, 8), Mode(MODULATED, config.act_bits)
+
+
+def _sampler_of(pipe: Any, options: dict[str, Any]) -> Sample:
+    """Pictures of a pipeline with another UNet in it, always from the same noise."""
+
+    def sample(unet: nn.Module) -> Any:
+        own, pipe.unet = pipe.unet, unet
+        try:
+            generator = torch.Generator().manual_seed(0)
+            return pipe(**{"generator": generator, "output_type": "np", **options}).images
+        finally:
+            pipe.unet = own
+
+    return sample
+
+
+def _shape_of(call: Call) -> tuple[int, ...]:
+    args, kwargs = call
+    return tuple((args[0] if args else kwargs["sample"]).shape)
+
+
+def _name_of(modes: Modes) -> str:
+    """One mode, or how many units of a mixed plan have which."""
+    counts = Counter(str(mode) for _, mode in modes)
+    if len(counts) == 1:
+        return f"all {next(iter(counts))}"
+    return "plan: " + ", ".join(f"{count} {mode}" for mode, count in counts.most_common())
+
+
+def _error(psnr_db: float) -> float:
+    return 10.0 ** (-psnr_db / 10)
+
+
+def _finite(db: float) -> float | None:
+    return db if math.isfinite(db) else None

@@ -1,0 +1,209 @@
+"""What `ModiffConfig.plan` stands for: a plan that is given, one from the cache, or one estimated from shapes."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations import plan_cache
+from modiff_kernels.integrations.replacements import Replacements, replacements_of
+from modiff_kernels.integrations.timing import Timer, timer_of
+from modiff_kernels.nn import ModulatedLinear, ModulationState
+from modiff_kernels.planning import choice, roofline
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
+from modiff_kernels.planning.roofline import LayerShape, Machine
+from modiff_kernels.quant.calibrated import CalibratedLayer
+
+TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
+PROBE_ROWS, PROBE_FEATURES = 4096, 1024  # compute-bound on everything this runs on
+PROBE_BYTES = 2**26  # above the caches
+PROBE_REPEATS = 5
+
+
+def plan_of(
+    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_edges: bool
+) -> LayerPlan | None:
+    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none.
+
+    ValueError for a file that is no plan, and where nothing is stored and the shapes are not known.
+    """
+    plan = config.plan
+    if plan == "auto":
+        plan = plan_cache.newest(plan_cache.key_of(unet, config, ()))
+        if plan is None:
+            plan = estimated(unet, config, calibrated, share_edges)
+    elif isinstance(plan, str):
+        try:
+            plan = LayerPlan.from_json(Path(plan).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"plan: {config.plan} cannot be read as a layer plan: {error}") from error
+    if plan is None or config.max_state_bytes is None:
+        return plan
+    return choice.within_state(plan, config.max_state_bytes)
+
+
+def estimated(
+    unet: nn.Module,
+    config: ModiffConfig,
+    calibrated: Mapping[str, CalibratedLayer] | None = None,
+    share_edges: bool = True,
+    machine: Machine | None = None,
+) -> LayerPlan:
+    """A plan from shapes at batch 1: units stay float whose low-bit form would be slower by the roofline of `machine`.
+
+    machine: None measures the device of the UNet, which takes about a second. Fidelity is not looked at: the low-bit
+    mode is that of `config`.
+    """
+    if config.weight_bits is None or config.act_bits is None:
+        raise ValueError(
+            f"plan: weight_bits={config.weight_bits}, act_bits={config.act_bits} leave no low-bit mode to choose; give "
+            "both, or plan=None"
+        )
+    own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
+    replaced = replacements_of(unet, own, calibrated or {}, share_edges)
+    shape, shapes = traced_shapes(unet)
+    device = next(unet.parameters()).device
+    machine = machine or measured_machine(device, config)
+    mode = Mode(own.mode, own.act_bits)
+    units = []
+    for path, layers in replaced.units().items():
+        costs = _estimated_costs(path, layers, replaced, shapes, mode, machine, own.weight_bits)
+        best = min(costs, key=lambda cost: cost.time_us)
+        units.append(UnitPlan(path, best.mode, layers, costs, f"estimated: {choice.reason_of(costs, best.mode)}"))
+    low_bit = sum(unit.mode != FLOAT_MODE for unit in units)
+    summary = (
+        f"estimated from shapes, nothing was measured: {low_bit} of {len(units)} units in low bits; "
+        "make_plan() or `modiff calibrate --plan` measures"
+    )
+    return LayerPlan(tuple(units), plan_cache.key_of(unet, config, shape), "roofline", (), summary)
+
+
+def _estimated_costs(
+    path: str,
+    layers: tuple[str, ...],
+    replaced: Replacements,
+    shapes: Mapping[str, LayerShape],
+    mode: Mode,
+    machine: Machine,
+    weight_bits: int,
+) -> tuple[ModeCost, ...]:
+    weight = replaced.originals[layers[0]].weight
+    state = replaced.state.dtype_on(weight.device).itemsize
+    held: dict[int, int] = {}  # elements of x_hat and y_hat; some layers share one
+    for name in layers:
+        if name in shapes:
+            held[id(replaced.layers[name].edge)] = shapes[name].inputs
+            held[id(replaced.layers[name].output)] = shapes[name].outputs
+    costs = []
+    for candidate in (FLOAT_MODE, mode):
+        seconds = sum(
+            roofline.seconds(
+                shapes[name],
+                candidate,
+                machine,
+                float_bytes=weight.element_size(),
+                state_bytes=state,
+                weight_bits=weight_bits,
+                fused=path in replaced.fused,
+            )
+            for name in layers
+            if name in shapes
+        )
+        state_bytes = state * sum(held.values()) if candidate.kind == MODULATED else 0
+        costs.append(ModeCost(candidate, 1e6 * seconds, None, state_bytes))
+    return tuple(costs)
+
+
+def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dict[str, LayerShape]]:
+    """Shape of a sample, and by path what the Linear and Conv2d layers compute in one call, found without computing.
+
+    Layers that a call does not reach are missing. ValueError for a UNet whose inputs cannot be made up.
+    """
+    tensors = [*unet.parameters(), *unet.buffers()]
+    memo = {id(t): _meta(t) for t in tensors}
+    hollow = copy.deepcopy(unet, memo).eval()
+    shapes: dict[str, LayerShape] = {}
+
+    def record(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = module.weight
+        per_output = weight[0].numel()
+        shapes[path] = LayerShape(inputs[0].numel(), output.numel(), weight.numel(), output.numel() * per_output)
+
+    for path, module in hollow.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(lambda m, i, o, path=path: record(path, m, i, o))
+    try:
+        sample, arguments = _example_inputs(hollow, batch)
+        with torch.inference_mode():
+            hollow(sample, **arguments)
+    except Exception as error:
+        raise ValueError(
+            f"plan: the inputs of {type(unet).__name__} could not be made up to see its shapes ({error}); measure with "
+            "make_plan(), which takes them from a run"
+        ) from error
+    return tuple(sample.shape), shapes
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _example_inputs(unet: nn.Module, batch: int) -> tuple[Tensor, dict[str, Any]]:
+    """Sample and keyword arguments of one call of a diffusers UNet, on the meta device."""
+    config: Any = unet.config
+    dtype = next(unet.parameters()).dtype
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch, *shape, dtype=dtype, device="meta")
+
+    size = config.sample_size
+    sample = empty(config.in_channels, *((size, size) if isinstance(size, int) else size))
+    arguments: dict[str, Any] = {"timestep": torch.empty((), device="meta")}
+    if getattr(config, "num_class_embeds", None) is not None:
+        arguments["class_labels"] = torch.empty(batch, dtype=torch.long, device="meta")
+    width = getattr(config, "cross_attention_dim", None)
+    if width is not None:
+        arguments["encoder_hidden_states"] = empty(TEXT_TOKENS, width if isinstance(width, int) else width[0])
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        times = 6
+        text = config.projection_class_embeddings_input_dim - times * config.addition_time_embed_dim
+        arguments["added_cond_kwargs"] = {"text_embeds": empty(text), "time_ids": empty(times)}
+    return sample, arguments
+
+
+def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | None = None) -> Machine:
+    """The three numbers of `device`, from a float product, a low-bit product and a copy: the best of a few repeats."""
+    timer = timer or timer_of(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    linear = nn.Linear(PROBE_FEATURES, PROBE_FEATURES, device=device, dtype=dtype).requires_grad_(False)
+    plain = dataclasses.replace(
+        config, mode=QUANTIZED, act_bits=8, granularity=None, schedule=None, plan=None, max_state_bytes=None
+    )
+    low_bit = ModulatedLinear.from_linear(linear, plain, ModulationState(), "probe")
+    x = torch.randn(PROBE_ROWS, PROBE_FEATURES, device=device, dtype=dtype)
+    source = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def best(run: Any) -> float:
+        seconds = []
+        for _ in range(PROBE_REPEATS):
+            start = timer.mark()
+            run()
+            end = timer.mark()
+            timer.wait()
+            seconds.append(timer.seconds(start, end))
+        return max(min(seconds), 1e-9)
+
+    operations = 2 * PROBE_ROWS * PROBE_FEATURES**2
+    with torch.inference_mode():
+        return Machine(
+            operations / best(lambda: linear(x)),
+            operations / best(lambda: low_bit(x)),
+            2 * PROBE_BYTES / best(lambda: target.copy_(source)),
+        )

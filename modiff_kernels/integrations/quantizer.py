@@ -1,0 +1,207 @@
+"""The quantization method "modiff" of diffusers: loads and saves low-bit UNets, and makes them while loading.
+
+diffusers' `from_pretrained` calls the methods of `ModiffQuantizer` in this order: validate_environment;
+maybe_update_loaded_keys and _process_model_before_weight_loading (the model is on the meta device: here the files are
+compared with it); maybe_update_state_dict with the tensors of every file; _process_model_after_weight_loading. Its
+`save_pretrained` calls get_state_dict_and_metadata. The format is that of `quant.checkpoint`.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations.diffusers import Handle, accelerate
+from modiff_kernels.quant import checkpoint
+from modiff_kernels.quant.checkpoint import Checkpoint, StoredLayer
+
+
+def register() -> None:
+    """Put the method into diffusers' tables."""
+    from diffusers.quantizers import auto
+
+    method = ModiffConfig.quant_method.value
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = ModiffConfig
+    auto.AUTO_QUANTIZER_MAPPING[method] = ModiffQuantizer
+
+
+class ModiffQuantizer(DiffusersQuantizer):
+    """One load of a UNet, and afterwards its way into files. `handle` is that of the UNet, once it is accelerated."""
+
+    quantization_config: ModiffConfig
+
+    def __init__(self, quantization_config: ModiffConfig, handle: Handle | None = None, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.handle = handle
+        self._checkpoint: Checkpoint | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """ImportError without Hugging Face accelerate, which diffusers loads with; ValueError for several devices."""
+        if importlib.util.find_spec("accelerate") is None:
+            raise ImportError(
+                "diffusers needs the package accelerate to load low-bit models; pip install 'modiff-kernels[diffusers]'"
+            )
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if isinstance(device_map, str) or len(set(devices)) > 1 or "disk" in devices:
+            raise ValueError(
+                f"device_map={device_map!r} is not allowed for a low-bit UNet, which has its state on one device; give "
+                "one device, such as device_map={'': 'cuda'}, or none and move the model with .to()"
+            )
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
+        """The keys of the state_dict that saved files stand for; ValueError where their headers are not those of one.
+
+        Files of a full-precision model are left alone.
+        """
+        if not self.pre_quantized:
+            return loaded_keys
+        wrong = [str(file) for file in checkpoint_files if not str(file).endswith(".safetensors")]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: low-bit models are stored in safetensors, and pickled files are not read")
+        self._checkpoint = Checkpoint(checkpoint_files)
+        return self._checkpoint.state_dict_keys()
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of one file as part of the state_dict of the UNet; ValueError for damaged ones."""
+        return state_dict if self._checkpoint is None else self._checkpoint.decode(state_dict)
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """False: the tensors of one layer may come with two files, and are put together here."""
+        return False
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata for the files of this UNet. ValueError unless they are safetensors."""
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is not allowed: low-bit models are stored in safetensors only")
+        layers = {path: _stored(layer) for path, layer in self.handle.layers.items()}
+        biases = {f"{path}.bias": layer.calibrated.bias for path, layer in self.handle.layers.items()}
+        learnt = {key: bias for key, bias in biases.items() if bias is not None}
+        return checkpoint.encode({**state_dict, **learnt}, layers, self.handle.share_edges)
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """`handle.remove()`: the UNet in full precision, with the weights that the codes stand for."""
+        self.handle.remove()
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: low-bit layers have no gradient."""
+        return False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._checkpoint is not None:
+            config = self.quantization_config
+            shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+            self._checkpoint.check(shapes, config.weight_bits, config.group_size or -1)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        stored = self._checkpoint
+        if stored is None:
+            self.handle = accelerate(model, self.quantization_config)
+        else:
+            scales = {path: layer.act_scale for path, layer in stored.layers.items() if layer.act_scale is not None}
+            self.handle = accelerate(
+                model, self.quantization_config, static_scales=scales, share_edges=stored.share_edges
+            )
+            _take_weights(self.handle, stored)
+            self._checkpoint = None
+        self.handle.mark_as_loaded(_forget_quantization)
+        return model
+
+
+def save(handle: Handle, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
+    """`Handle.save_pretrained`."""
+    unet, folder = handle.unet, Path(directory)
+    if not hasattr(unet, "save_pretrained") or not hasattr(unet, "_internal_dict"):
+        raise TypeError(f"save_pretrained: {type(unet).__name__} is no model of diffusers, so it has no config to save")
+    if handle.config.weight_bits is None:
+        raise ValueError("save_pretrained: weight_bits is None, nothing is low-bit; call save_pretrained() of the UNet")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"save_pretrained: {folder} is a file; give a folder")
+    for path, layer in handle.layers.items():
+        _require_storable(path, layer, handle.config)
+    with _quantized(handle):
+        unet.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+    _remove_other_form(folder)
+
+
+@contextlib.contextmanager
+def _quantized(handle: Handle) -> Iterator[None]:
+    """Inside, `save_pretrained` of the UNet writes low-bit weights, as it always does for one that was loaded so."""
+    unet = handle.unet
+    if "hf_quantizer" in unet.__dict__:
+        yield
+        return
+    config = unet._internal_dict
+    # The plan itself: what "auto" or a path stands for may be another one where the files are loaded.
+    saved = handle.config if handle.plan is None else dataclasses.replace(handle.config, plan=handle.plan)
+    unet.hf_quantizer = ModiffQuantizer(saved, handle)
+    unet.register_to_config(quantization_config=saved)
+    try:
+        yield
+    finally:
+        unet._internal_dict = config
+        del unet.hf_quantizer
+
+
+def _remove_other_form(folder: Path) -> None:
+    """Of an index of shards and a single file, remove the one that an earlier save left: diffusers reads the index."""
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.exists() and index.exists():
+        (single if any(folder.glob(f"{single.stem}-*{single.suffix}")) else index).unlink()
+
+
+def _forget_quantization(unet: Any) -> None:
+    """Let diffusers take `unet` for a model in full precision."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        unet.__dict__.pop(name, None)
+    config = {key: value for key, value in unet._internal_dict.items() if key != "quantization_config"}
+    unet._internal_dict = type(unet._internal_dict)(config)
+
+
+def _stored(layer: Any) -> StoredLayer:
+    weight_packed, weight_scale = layer.portable_weight()
+    return StoredLayer(weight_packed, weight_scale, None if layer.edge is None else layer.edge.static_scale)
+
+
+def _require_storable(path: str, layer: Any, config: ModiffConfig) -> None:
+    known = layer.calibrated
+    table = known.act_scale is not None and known.act_scale.numel() > 1
+    other_form = (layer.weight_bits, layer.group_size) != (config.weight_bits, config.group_size or -1)
+    if table or other_form or known.input_scale is not None or known.act_zero_point is not None:
+        raise ValueError(
+            f"save_pretrained: the calibration of layer '{path}' has parts that these files do not hold (a table of "
+            "scales, a zero point, a split input, or bits and groups of its own); keep the calibration beside the "
+            "model and give it to accelerate(calibration=...)"
+        )
+
+
+def _take_weights(handle: Handle, stored: Checkpoint) -> None:
+    different = set(handle.layers) ^ set(stored.layers)
+    if different:
+        path = min(different)
+        found = "low-bit in the files" if path in stored.layers else "in full precision in the files"
+        handle.remove()
+        raise ValueError(
+            f"{path + checkpoint.WEIGHT!r} is {found}, but not so for the quantization_config of config.json (look at "
+            "skip_modules); give the config.json that belongs to the files"
+        )
+    for path, layer in handle.layers.items():
+        layer.take_weight(stored.layers[path].weight_packed, stored.layers[path].weight_scale)

@@ -1,0 +1,199 @@
+"""Low-bit models in safetensors files: what stands in them, and how it is checked.
+
+A file holds the state_dict of the UNet; a low-bit layer at `path` has there, in the place of `path.weight`,
+
+- `path.weight_packed`: codes in kpack_v1 (`packing`), int8 (8 bits) or uint8 [N, packed_width(bits, K)],
+- `path.weight_scale`: float32 [N] (one per output channel) or [N, ceil(K / group_size)],
+- `path.act_scale`: float32 [1], the static scale of the residual of its input, where it has one.
+
+All other tensors have the dtype of the model. The metadata of every file says `modiff_format` (a version),
+`modiff_layout`, `modiff_share_edges` (the argument of `accelerate`), and `modiff_crc32`: as a JSON object, the CRC-32
+of the bytes of every tensor, little endian and row-major. Files hold tensors and text only: nothing in them is run.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .affine import dequantize_weight
+from .packing import KPACK_V1, packed_dtype, packed_width, unpack
+from .spec import group_count
+
+FORMAT_VERSION = "1"
+FORMAT = "modiff_format"
+LAYOUT = "modiff_layout"
+SHARE_EDGES = "modiff_share_edges"
+CRC32 = "modiff_crc32"
+
+WEIGHT = ".weight"
+WEIGHT_PACKED = ".weight_packed"
+WEIGHT_SCALE = ".weight_scale"
+ACT_SCALE = ".act_scale"
+_OF_LAYER = (WEIGHT_PACKED, WEIGHT_SCALE, ACT_SCALE)  # the fields of StoredLayer
+
+_ADVICE = "save the model again with handle.save_pretrained(), or copy its folder again"
+
+
+class StoredLayer(NamedTuple):
+    """A low-bit layer as it is stored; see the module for shapes and dtypes. act_scale: None for none."""
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    act_scale: Tensor | None = None
+
+
+def encode(
+    state_dict: Mapping[str, Tensor], layers: Mapping[str, StoredLayer], share_edges: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the files, from the state_dict of a UNet and its low-bit layers by path.
+
+    The tensors are contiguous; those that were so already share memory with the state_dict. KeyError for a layer whose
+    weight is not in the state_dict.
+    """
+    tensors = dict(state_dict)
+    for path, layer in layers.items():
+        del tensors[path + WEIGHT]
+        tensors[path + WEIGHT_PACKED] = layer.weight_packed
+        tensors[path + WEIGHT_SCALE] = layer.weight_scale
+        if layer.act_scale is not None:
+            tensors[path + ACT_SCALE] = layer.act_scale
+    tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    sums = {key: crc32(tensor) for key, tensor in tensors.items()}
+    metadata = {
+        FORMAT: FORMAT_VERSION,
+        LAYOUT: KPACK_V1,
+        SHARE_EDGES: json.dumps(share_edges),
+        CRC32: json.dumps(sums, sort_keys=True),
+    }
+    return tensors, metadata
+
+
+def crc32(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a contiguous tensor, on any device."""
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
+
+
+class Checkpoint:
+    """The files of one saved model. Reads their headers; `decode` gets their tensors.
+
+    share_edges: the argument of `accelerate` it was saved with. layers: those decoded so far, by path.
+
+    ValueError, naming file and key, for files that are no safetensors, are cut off, were not written by
+    `handle.save_pretrained` or by a version with another format.
+    """
+
+    def __init__(self, files: Iterable[Any]) -> None:
+        self.layers: dict[str, StoredLayer] = {}
+        self.share_edges = True
+        self._file_of: dict[str, str] = {}
+        self._form: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._crc32: dict[str, int] = {}
+        self._shapes: Mapping[str, Sequence[int]] = {}
+        self._weight_bits, self._group_size = 8, -1
+        self._waiting: dict[str, Tensor] = {}
+        for file in files:
+            self._read_header(str(file))
+
+    def state_dict_keys(self) -> list[str]:
+        """The keys of the state_dict that the files stand for."""
+        stems = [key.removesuffix(WEIGHT_PACKED) for key in self._form if key.endswith(WEIGHT_PACKED)]
+        own = {stem + suffix for stem in stems for suffix in _OF_LAYER}
+        return [key for key in self._form if key not in own] + [stem + WEIGHT for stem in stems]
+
+    def check(self, shapes: Mapping[str, Sequence[int]], weight_bits: int, group_size: int) -> None:
+        """Compare the files with a model. shapes: of its state_dict, by key. Raises ValueError, naming file and key."""
+        expected: dict[str, tuple[tuple[int, ...], str | None]] = {}
+        for key, shape in shapes.items():
+            stem = key.removesuffix(WEIGHT)
+            if stem == key or stem + WEIGHT_PACKED not in self._form:
+                expected[key] = (tuple(shape), None)
+                continue
+            n, k = shape[0], torch.Size(shape[1:]).numel()
+            codes = "I8" if packed_dtype(weight_bits) is torch.int8 else "U8"
+            expected[stem + WEIGHT_PACKED] = ((n, packed_width(weight_bits, k)), codes)
+            scales = (n,) if group_size == -1 else (n, group_count(k, group_size))
+            expected[stem + WEIGHT_SCALE] = (scales, "F32")
+            if stem + ACT_SCALE in self._form:
+                expected[stem + ACT_SCALE] = ((1,), "F32")
+        where = ", ".join(dict.fromkeys(self._file_of.values()))
+        for key, (shape, dtype) in expected.items():
+            if key not in self._form:
+                raise ValueError(f"{where}: the key {key!r} is missing, which the model of config.json has; {_ADVICE}")
+            found_shape, found_dtype = self._form[key]
+            if found_shape != shape or (dtype is not None and found_dtype != dtype):
+                raise ValueError(
+                    f"{self._file_of[key]}: {key!r} is {found_dtype} {list(found_shape)}, but config.json (weight_bits="
+                    f"{weight_bits}, group_size={None if group_size == -1 else group_size}) asks for "
+                    f"{dtype or found_dtype} {list(shape)}; {_ADVICE}"
+                )
+        for key, file in self._file_of.items():
+            if key not in expected:
+                raise ValueError(f"{file}: the key {key!r} is not known to the model of config.json; {_ADVICE}")
+        self._shapes, self._weight_bits, self._group_size = shapes, weight_bits, group_size
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of the state_dict that the tensors of one file stand for, after `check`.
+
+        Weights of low-bit layers are what their codes stand for, weight_scale * code, in float32; a layer whose tensors
+        are spread over files comes with the last of them. Layers go into `layers`. Raises ValueError, naming file and
+        key, where the bytes of a tensor are not those that were saved.
+        """
+        state_dict = {}
+        for key, tensor in tensors.items():
+            found = crc32(tensor.contiguous())
+            if found != self._crc32[key]:
+                raise ValueError(
+                    f"{self._file_of[key]}: {key!r} is damaged: the CRC-32 of its bytes is {found:08x}, that of what "
+                    f"was saved is {self._crc32[key]:08x}; {_ADVICE}"
+                )
+            stem = next((key.removesuffix(suffix) for suffix in _OF_LAYER if key.endswith(suffix)), None)
+            if stem is None or stem + WEIGHT_PACKED not in self._form:
+                state_dict[key] = tensor
+                continue
+            self._waiting[key] = tensor
+            parts = [stem + suffix for suffix in _OF_LAYER if stem + suffix in self._form]
+            if all(part in self._waiting for part in parts):
+                layer = self.layers[stem] = StoredLayer(*[self._waiting.pop(part) for part in parts])
+                shape = self._shapes[stem + WEIGHT]
+                codes = unpack(layer.weight_packed, self._weight_bits, torch.Size(shape[1:]).numel())
+                state_dict[stem + WEIGHT] = dequantize_weight(
+                    codes, layer.weight_scale, self._group_size, tuple(shape)
+                ).contiguous()
+        return state_dict
+
+    def _read_header(self, file: str) -> None:
+        try:
+            with safe_open(file, framework="pt") as header:
+                metadata = header.metadata() or {}
+                for key in header.keys():  # noqa: SIM118 (the file is no mapping)
+                    part = header.get_slice(key)
+                    self._form[key] = (tuple(part.get_shape()), part.get_dtype())
+                    self._file_of[key] = file
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: cannot be read as safetensors ({error}); {_ADVICE}") from error
+        version, layout = metadata.get(FORMAT), metadata.get(LAYOUT)
+        if version is None:
+            raise ValueError(
+                f"{file}: the metadata has no {FORMAT!r}, so this is no low-bit model; load it without quant_method "
+                "'modiff' in the quantization_config of config.json"
+            )
+        if version != FORMAT_VERSION or layout != KPACK_V1:
+            raise ValueError(
+                f"{file}: {FORMAT} is {version!r} and {LAYOUT} {layout!r}, but this version of modiff_kernels reads "
+                f"{FORMAT_VERSION!r} and {KPACK_V1!r}; take the version that wrote it, or save the model again"
+            )
+        try:
+            sums = json.loads(metadata[CRC32])
+            share_edges = json.loads(metadata[SHARE_EDGES])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{file}: {CRC32!r} or {SHARE_EDGES!r} in the metadata is damaged; {_ADVICE}") from error
+        for key in (key for key, at in self._file_of.items() if at == file):
+            if not isinstance(sums, dict) or not isinstance(sums.get(key), int):
+                raise ValueError(f"{file}: {CRC32!r} in the metadata has no sum of {key!r}; {_ADVICE}")
+            self._crc32[key] = sums[key]
+        self.share_edges = bool(share_edges)

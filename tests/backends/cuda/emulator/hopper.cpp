@@ -1,0 +1,86 @@
+// Runs whole calls of the products of csrc/cuda/sm90 on the host until the input ends.
+#include "cuda/common/weight_sums.h"
+#include "cuda/sm90/product_body.h"
+#include "hopper_cta.h"
+#include "host_cta.h"
+#include "wire.h"
+
+namespace {
+
+using namespace modiff;
+using namespace modiff::cuda;
+using SumsLaunch = HostLaunch<HostCta>;
+
+struct Request {
+  int64_t geometry[14], weight_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
+  int64_t tile, splits, multiprocessors, falling, seed;  // tile -1: as planned
+};
+
+template <class Body>
+void launch(const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r, sm90::Grid& grid) {
+  const int blocks = least(sm90::unit_count(args.schedule), static_cast<int>(r.multiprocessors));
+  sm90::launch_on_host<Body>(args, blocks, r.falling != 0, static_cast<uint32_t>(r.seed), grid);
+}
+
+void launch_tile(int bits, int tile, const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r,
+                 sm90::Grid& grid) {
+  if (bits == 8) {
+    if (tile == 0) return launch<sm90::Product<8, 2, 160>>(args, r, grid);
+    if (tile == 1) return launch<sm90::Product<8, 1, 256>>(args, r, grid);
+    if (tile == 2) return launch<sm90::Product<8, 1, 128>>(args, r, grid);
+    return launch<sm90::Product<8, 1, 64>>(args, r, grid);
+  }
+  if (bits == 4) {
+    if (tile == 0) return launch<sm90::Product<4, 2, 160>>(args, r, grid);
+    return launch<sm90::Product<4, 1, 64>>(args, r, grid);
+  }
+  if (tile == 0) return launch<sm90::Product<3, 2, 160>>(args, r, grid);
+  return launch<sm90::Product<3, 1, 64>>(args, r, grid);
+}
+
+void answer(const Request& r, SumsLaunch& sums_launch) {
+  Buffer codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch;
+  for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip, &out})
+    buffer->read();
+  ProductCall call{};
+  ConvProblem& p = call.problem;
+  set_geometry(p, r.geometry);
+  p.codes = static_cast<const int8_t*>(codes.data());
+  p.scale = static_cast<const float*>(scale.data());
+  p.zero_point = static_cast<const int32_t*>(zero_point.data());
+  p.weight = static_cast<const int8_t*>(weight.data());
+  p.weight_scale = static_cast<const float*>(weight_scale.data());
+  p.epilogue = static_cast<Epilogue>(r.epilogue);
+  p.y_hat = y_hat.data();
+  p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
+  p.skip = skip.data();
+  p.skip_dtype = static_cast<DType>(r.skip_dtype);
+  p.out = out.data();
+  p.out_dtype = static_cast<DType>(r.out_dtype);
+  call.bias = parameter_of(bias.data(), static_cast<DType>(r.bias_dtype));
+  call.weight_bits = static_cast<int>(r.weight_bits);
+  call.rows_per_scale = r.rows_per_scale;
+  if (const char* limit = sm90::limit_of(call)) sm90::fail(limit);
+
+  const sm90::Plan plan = r.tile < 0 ? sm90::plan_of(call, static_cast<int>(r.multiprocessors))
+                                     : sm90::plan_of_tile(call, static_cast<int>(r.tile), static_cast<int>(r.splits));
+  const int64_t tap_sums = p.c_out * tap_sum_count(p);
+  const sm90::Scratch words = sm90::scratch_of(call, plan, tap_sums);
+  scratch.fill(words.words * 4);
+  call.scratch = scratch.data();
+  if (plan.schedule.splits > 1) std::memset(scratch.data(), 0, static_cast<size_t>(words.tap_sums) * 4);
+  if (p.zero_point != nullptr) sum_weights(call, static_cast<int32_t*>(call.scratch) + words.tap_sums, sums_launch);
+
+  sm90::Grid grid{};
+  launch_tile(call.weight_bits, plan.tile, sm90::product_args(call, plan, tap_sums), r, grid);
+  for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
+  std::fwrite(&grid.prefetched, sizeof(grid.prefetched), 1, stdout);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  SumsLaunch sums_launch;
+  for (Request request; std::fread(&request, sizeof(request), 1, stdin) == 1;) answer(request, sums_launch);
+}

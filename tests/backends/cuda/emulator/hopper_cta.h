@@ -1,0 +1,407 @@
+// A thread block of capability 9.0 on the host: the context of csrc/cuda/sm90/product_body.h. It models what the PTX
+// ISA and the CUDA driver's documentation say of barriers, TMA and wgmma, on its own: nothing of it comes from the
+// kernels.
+//
+//   barriers   arrivals and bytes are counted by phase
+//   TMA        a box is poisoned when its load is issued, and filled at a random time until somebody needs it; only
+//   then
+//              its bytes are counted. Coordinates outside the tensor give zeros. Maps are checked against the driver's
+//              limits, and addresses in shared memory against the swizzle's
+//   wgmma      operands are read as late as allowed, when a thread waits for the group; operands that ordinary stores
+//              wrote must have been published by then. All threads of a warpgroup must issue the same operations
+//   blocks     run after each other, in rising or falling order
+#pragma once
+#include <cstring>
+#include <map>
+
+#include "common/cta.h"
+#include "cuda/sm90/tensor_map.h"
+#include "hopper_fibers.h"
+
+// The tests are compiled without optimisation, because most of their time is the compiler's; not so these functions.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MODIFF_HOT __attribute__((optimize("O2")))
+#else
+#define MODIFF_HOT
+#endif
+
+namespace modiff::cuda::sm90 {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+inline void require(bool holds, const char* what) {
+  if (!holds) fail(what);
+}
+
+// What the driver's documentation of cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col, for bytes, does not allow, or
+// null.
+inline const char* map_problem(const TensorMap& map) {
+  if (reinterpret_cast<uintptr_t>(map.base) % 16 != 0) return "TMA: the base is not aligned";
+  const int rank = map.im2col ? 4 : 2;
+  for (int i = 0; i < rank; ++i) {
+    if (map.dims[i] <= 0 || map.dims[i] > int64_t{1} << 32) return "TMA: extents";
+  }
+  for (int i = 0; i < rank - 1; ++i) {
+    if (map.strides[i] % 16 != 0 || map.strides[i] >= int64_t{1} << 40) return "TMA: strides";
+  }
+  if (map.box[0] % 16 != 0 || map.box[0] > 256) return "TMA: bytes of a box";
+  if (map.span != 0 && map.box[0] > map.span) return "TMA: a box is wider than the swizzle";
+  if (map.box[1] <= 0 || map.box[1] > (map.im2col ? 1024 : 256)) return "TMA: rows of a box";
+  for (int i = 0; map.im2col && i < 2; ++i) {
+    if (map.lower[i] < -128 || map.lower[i] > 127 || map.upper[i] < -128 || map.upper[i] > 127) return "TMA: corners";
+    if (map.step[i] < 1 || map.step[i] > 8) return "TMA: steps";
+  }
+  return nullptr;
+}
+
+// What the blocks of a launch share.
+struct Grid {
+  int blocks;
+  uint32_t seed;
+  int64_t prefetched = 0;
+};
+
+class HopperCta {
+ public:
+  // `shared`: of `size` bytes, aligned to 1024.
+  HopperCta(int threads, int64_t block, Grid& grid, uint8_t* shared, size_t size)
+      : fibers_(threads),
+        block_(block),
+        grid_(grid),
+        shared_(shared),
+        size_(size),
+        unpublished_(size, 0),
+        warps_(static_cast<size_t>(threads / kWarp)),
+        all_(threads),
+        consumers_(2 * kWarpgroup),
+        groups_(static_cast<size_t>(threads)),
+        issued_(static_cast<size_t>(threads / kWarpgroup)),
+        random_(grid.seed + static_cast<uint32_t>(block)) {
+    for (Meeting& warp : warps_) warp.members = kWarp;
+  }
+
+  template <class Body>
+  void run(const Body& body) {
+    const std::function<void(int)> thread = [&](int) { body(*this); };
+    const std::function<bool(bool)> some = [&](bool all) { return deliver(all); };
+    fibers_.run(thread, some, random_());
+    require(loads_.empty(), "a load is under way at the end of the block");
+    for (const auto& [address, barrier] : barriers_) require(barrier.bytes == 0, "bytes are missing at the end");
+    for (const auto& groups : groups_) require(groups.empty(), "a wgmma is under way at the end of its thread");
+  }
+
+  int thread() const { return fibers_.current(); }
+  int64_t block() const { return block_; }
+  int blocks() const { return grid_.blocks; }
+  void sync() { meet(all_); }
+  void warp_sync() { meet(warps_[static_cast<size_t>(thread() / kWarp)]); }
+  void consumers_sync() { meet(consumers_); }
+
+  void exchange(uint32_t (&values)[4], int mask) {
+    Meeting& warp = warps_[static_cast<size_t>(thread() / kWarp)];
+    const int lane = thread() % kWarp;
+    std::memcpy(warp.values[lane], values, sizeof(values));
+    meet(warp);
+    std::memcpy(values, warp.values[lane ^ mask], sizeof(values));
+    meet(warp);
+  }
+
+  // Shared memory begins at an address that is not 0.
+  uint32_t shared_address(const void* p) const {
+    const auto offset = static_cast<const uint8_t*>(p) - shared_;
+    require(offset >= 0 && static_cast<size_t>(offset) < size_, "an address outside of shared memory");
+    return static_cast<uint32_t>(offset) + kBase;
+  }
+
+  void barrier_init(uint64_t* barrier, int arrivals) { barriers_[barrier] = {arrivals, arrivals, 0, 0}; }
+  void barriers_ready() {}
+  void arrive(uint64_t* barrier) {
+    Barrier& b = at(barrier);
+    require(b.pending > 0, "more arrivals than the barrier was made for");
+    --b.pending;
+    complete(b);
+  }
+  void arrive_expecting(uint64_t* barrier, int bytes) {
+    at(barrier).bytes += bytes;
+    arrive(barrier);
+  }
+  void wait(uint64_t* barrier, uint32_t parity) {
+    const Barrier& b = at(barrier);
+    fibers_.wait([&b, parity] { return b.phase % 2 != parity; });
+  }
+
+  void load_matrix(const TensorMap& map, uint8_t* to, uint64_t* barrier, int x, int y) {
+    require(!map.im2col, "a tiled load with a map for im2col");
+    Load load = issue(map, to, barrier);
+    load.x = x;
+    load.y = y;
+    loads_.push_back(load);
+  }
+  void load_pixels(const TensorMap& map, uint8_t* to, uint64_t* barrier, int channel, const Corner& corner,
+                   int offset_w, int offset_h) {
+    require(map.im2col, "a load of pixels with a map for tiles");
+    require(offset_w >= 0 && offset_w < 256 && offset_h >= 0 && offset_h < 256, "TMA: offsets");
+    Load load = issue(map, to, barrier);
+    load.x = channel;
+    load.corner = corner;
+    load.offset_w = offset_w;
+    load.offset_h = offset_h;
+    loads_.push_back(load);
+  }
+
+  void shared_store(uint8_t* p, const uint32_t (&words)[4]) {
+    const uint32_t offset = shared_address(p) - kBase;
+    require(offset % 16 == 0, "a store of 16 bytes is not aligned");
+    std::memcpy(p, words, sizeof(words));
+    std::fill_n(unpublished_.begin() + offset, sizeof(words), static_cast<uint16_t>(thread() + 1));
+    stored_[thread()].push_back(offset);
+  }
+  void publish_stores() {
+    for (const uint32_t offset : stored_[thread()]) {
+      for (uint32_t i = 0; i < 16; ++i) {
+        uint16_t& owner = unpublished_[offset + i];
+        if (owner == thread() + 1) owner = 0;
+      }
+    }
+    stored_[thread()].clear();
+  }
+
+  void mma_begin() {}
+  template <int columns>
+  void mma(int32_t (&sums)[columns / 2], uint64_t codes, uint64_t weight, bool accumulate) {
+    auto& issued = issued_[static_cast<size_t>(thread() / kWarpgroup)];
+    const size_t mine = static_cast<size_t>(counts_[thread()]++);
+    if (mine == issued.size()) issued.push_back({codes, weight, accumulate});
+    const Issued& first = issued[mine];
+    require(first.codes == codes && first.weight == weight && first.accumulate == accumulate,
+            "threads of a warpgroup issue different wgmma");
+    open_[thread()].push_back({codes, weight, accumulate, sums, columns});
+  }
+  void mma_commit() {
+    groups_[static_cast<size_t>(thread())].push_back(open_[thread()]);
+    open_[thread()].clear();
+  }
+  template <int pending, int blocks, int count>
+  void mma_wait(int32_t (&)[blocks][count]) {
+    fibers_.wait(nullptr);  // others go on while the group is under way
+    auto& groups = groups_[static_cast<size_t>(thread())];
+    while (groups.size() > pending) {
+      for (const Mma& mma : groups.front()) multiply(mma);
+      groups.erase(groups.begin());
+    }
+    warp_sync();  // wgmma.wait_group is one instruction of the whole warp
+  }
+
+  void add(int32_t* p, int32_t value) { *p += value; }
+  void add_is_visible() {}
+  uint32_t count_arrival(uint32_t* p) { return (*p)++; }
+  int32_t load_sum(const int32_t* p) { return *p; }
+
+  // Touches the bytes, so that the sanitizers see them.
+  void prefetch(const void* p, int bytes) {
+    require(reinterpret_cast<uintptr_t>(p) % 16 == 0 && bytes % 16 == 0 && bytes > 0, "prefetch: alignment");
+    std::vector<uint8_t> copy(static_cast<size_t>(bytes));
+    std::memcpy(copy.data(), p, copy.size());
+    grid_.prefetched += bytes;
+  }
+
+  template <int registers>
+  void limit_registers() {}
+  template <int registers>
+  void claim_registers() {}
+
+ private:
+  static constexpr uint32_t kBase = 7 << 10;
+  struct Barrier {
+    int arrivals, pending, bytes;
+    uint32_t phase;
+  };
+  struct Meeting {
+    explicit Meeting(int count = 0) : members(count) {}
+    int members, there = 0;
+    uint64_t generation = 0;
+    uint32_t values[kWarp][4];
+  };
+  struct Load {
+    const TensorMap* map;
+    uint8_t* to;
+    uint64_t* barrier;
+    int x, y;
+    Corner corner;
+    int offset_w, offset_h;
+  };
+  struct Mma {
+    uint64_t codes, weight;
+    bool accumulate;
+    int32_t* sums;
+    int columns;
+  };
+  struct Issued {
+    uint64_t codes, weight;
+    bool accumulate;
+  };
+
+  void meet(Meeting& meeting) {
+    const uint64_t generation = meeting.generation;
+    if (++meeting.there == meeting.members) {
+      meeting.there = 0;
+      ++meeting.generation;
+    }
+    fibers_.wait([&meeting, generation] { return meeting.generation != generation; });
+  }
+
+  Barrier& at(uint64_t* barrier) {
+    const auto found = barriers_.find(barrier);
+    require(found != barriers_.end(), "a barrier is used before it is made");
+    return found->second;
+  }
+  void complete(Barrier& b) {
+    if (b.pending > 0 || b.bytes != 0) return;
+    b.pending = b.arrivals;
+    ++b.phase;
+  }
+
+  Load issue(const TensorMap& map, uint8_t* to, uint64_t* barrier) {
+    if (const char* problem = map_problem(map)) fail(problem);
+    const uint32_t address = shared_address(to);
+    require(address % 128 == 0 && address % static_cast<uint32_t>(8 * most(16, map.span)) == 0, "TMA: destination");
+    const auto bytes = static_cast<size_t>(map.box[0]) * static_cast<size_t>(map.box[1]);
+    require(address - kBase + bytes <= size_, "TMA: a box reaches past shared memory");
+    std::memset(to, 0x5A, bytes);
+    return Load{&map, to, barrier, 0, 0, {}, 0, 0};
+  }
+
+  bool deliver(bool all) {
+    if (loads_.empty()) return false;
+    std::vector<Load> later;
+    for (const Load& load : loads_) {
+      if (!all && random_() % 2 == 0) {
+        later.push_back(load);
+        continue;
+      }
+      fill(load);
+      Barrier& b = at(load.barrier);
+      b.bytes -= load.map->box[0] * load.map->box[1];
+      complete(b);
+    }
+    loads_.swap(later);
+    return true;
+  }
+
+  MODIFF_HOT void fill(const Load& load) {
+    const TensorMap& map = *load.map;
+    const auto* base = static_cast<const uint8_t*>(map.base);
+    const uint32_t to = shared_address(load.to);
+    Corner pixel = load.corner;
+    for (int row = 0; row < map.box[1]; ++row) {
+      int64_t outer[3] = {load.y + row, 0, 0};
+      if (map.im2col) {
+        outer[0] = pixel.w + load.offset_w;
+        outer[1] = pixel.h + load.offset_h;
+        outer[2] = pixel.n;
+        pixel.w += map.step[0];
+        if (pixel.w >= map.dims[1] + map.upper[0]) {
+          pixel.w = map.lower[0];
+          pixel.h += map.step[1];
+          if (pixel.h >= map.dims[2] + map.upper[1]) {
+            pixel.h = map.lower[1];
+            ++pixel.n;
+          }
+        }
+      }
+      bool inside = true;
+      int64_t from = 0;
+      for (int i = 0; i < (map.im2col ? 3 : 1); ++i) {
+        inside = inside && outer[i] >= 0 && outer[i] < map.dims[i + 1];
+        from += outer[i] * map.strides[i];
+      }
+      for (int i = 0; i < map.box[0]; ++i) {
+        const int64_t x = int64_t{load.x} + i;
+        uint8_t byte = 0;
+        if (inside && x >= 0 && x < map.dims[0]) byte = base[from + x];
+        const uint32_t address = to + static_cast<uint32_t>(row * map.box[0] + i);
+        shared_[permuted(address, map.span) - kBase] = byte;
+      }
+    }
+  }
+
+  // Swizzling: the 16-byte chunk in a span is XORed with the number of the 128-byte line, of which a span of 128 bytes
+  // takes three bits and one of 64 bytes two.
+  MODIFF_HOT static uint32_t permuted(uint32_t address, int span) {
+    const uint32_t line = address / 128, chunk = address / 16;
+    if (span == 128) return (chunk ^ line % 8) * 16 + address % 16;
+    if (span == 64) return (chunk ^ line % 4) * 16 + address % 16;
+    return address;
+  }
+
+  // 32 bytes of a row of an operand, K-major.
+  MODIFF_HOT void read_row(uint64_t descriptor, int row, int8_t (&bytes)[32]) const {
+    const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) * 16;
+    const auto group = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) * 16;
+    const int layout = static_cast<int>(descriptor >> 62);
+    require(layout == 1 || layout == 2, "wgmma: a layout that is not modelled");
+    require((descriptor >> 49 & 7) == 0, "wgmma: base offsets are not modelled");
+    const int span = layout == 1 ? 128 : 64;
+    for (uint32_t chunk = 0; chunk < 32; chunk += 16) {
+      const uint32_t address = start + static_cast<uint32_t>(row / 8) * group + static_cast<uint32_t>(row % 8 * span);
+      const uint32_t at = permuted(address + chunk, span) - kBase;
+      require(at + 16 <= size_, "wgmma: an operand outside of shared memory");
+      const uint16_t* unpublished = unpublished_.data() + at;
+      for (uint32_t i = 0; i < 16; ++i) require(unpublished[i] == 0, "wgmma reads what was not published");
+      std::memcpy(bytes + chunk, shared_ + at, 16);
+    }
+  }
+
+  // The part of the result that this thread holds (PTX ISA, fragment D of wgmma.m64nNk32).
+  MODIFF_HOT void multiply(const Mma& mma) const {
+    const int lane = thread() % 32, warp = thread() % 128 / 32;
+    int8_t codes[2][32], weight[32];
+    for (int half = 0; half < 2; ++half) read_row(mma.codes, warp * 16 + lane / 4 + half * 8, codes[half]);
+    for (int group = 0; group < mma.columns / 8; ++group) {
+      for (int i = 0; i < 2; ++i) {
+        read_row(mma.weight, group * 8 + lane % 4 * 2 + i, weight);
+        for (int half = 0; half < 2; ++half) {
+          int32_t sum = 0;
+          for (int k = 0; k < 32; ++k) sum += codes[half][k] * weight[k];
+          int32_t& total = mma.sums[group * 4 + half * 2 + i];
+          total = mma.accumulate ? total + sum : sum;
+        }
+      }
+    }
+  }
+
+  WaitingFibers fibers_;
+  int64_t block_;
+  Grid& grid_;
+  uint8_t* shared_;
+  size_t size_;
+  std::vector<uint16_t> unpublished_;  // the thread, plus one, whose store was not published
+  std::vector<Meeting> warps_;
+  Meeting all_, consumers_;
+  std::map<const uint64_t*, Barrier> barriers_;
+  std::vector<Load> loads_;
+  std::map<int, std::vector<uint32_t>> stored_;
+  std::map<int, int64_t> counts_;
+  std::map<int, std::vector<Mma>> open_;
+  std::vector<std::vector<std::vector<Mma>>> groups_;
+  std::vector<std::vector<Issued>> issued_;
+  std::mt19937 random_;
+};
+
+// Runs all blocks of a launch.
+template <class Body, class Args>
+void launch_on_host(const Args& args, int blocks, bool falling, uint32_t seed, Grid& grid) {
+  grid.blocks = blocks;
+  grid.seed = seed;
+  for (int i = 0; i < blocks; ++i) {
+    auto shared = std::make_unique<typename Body::Shared>();
+    std::memset(static_cast<void*>(shared.get()), 0xA5, sizeof(*shared));
+    HopperCta cta(Body::kThreads, falling ? blocks - 1 - i : i, grid, reinterpret_cast<uint8_t*>(shared.get()),
+                  sizeof(*shared));
+    cta.run([&](HopperCta& context) { Body::run(context, *shared, args); });
+  }
+}
+
+}  // namespace modiff::cuda::sm90

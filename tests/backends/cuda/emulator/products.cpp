@@ -1,0 +1,60 @@
+// Runs whole calls of the products of csrc/cuda/sm80 on the host until the input ends.
+#include "cuda/sm80/product_launch.h"
+#include "host_tensor_cta.h"
+#include "wire.h"
+
+namespace {
+
+using modiff::Buffer;
+using modiff::DType;
+using namespace modiff::cuda;
+using Launch = modiff::HostLaunch<modiff::HostTensorCta>;
+
+struct Request {
+  int64_t geometry[14], weight_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
+  int64_t write_out, tile, splits, falling;
+};
+
+void answer(const Request& r, Launch& launch) {
+  Buffer codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch;
+  for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip}) buffer->read();
+  ProductCall call{};
+  modiff::ConvProblem& p = call.problem;
+  set_geometry(p, r.geometry);
+  p.codes = static_cast<const int8_t*>(codes.data());
+  p.scale = static_cast<const float*>(scale.data());
+  p.zero_point = static_cast<const int32_t*>(zero_point.data());
+  p.weight = static_cast<const int8_t*>(weight.data());
+  p.weight_scale = static_cast<const float*>(weight_scale.data());
+  p.epilogue = static_cast<modiff::Epilogue>(r.epilogue);
+  p.y_hat = y_hat.data();
+  p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
+  p.skip = skip.data();
+  p.skip_dtype = static_cast<DType>(r.skip_dtype);
+  p.out_dtype = static_cast<DType>(r.out_dtype);
+  if (r.write_out != 0) {
+    out.fill(p.samples * p.out_h * p.out_w * p.c_out * modiff::element_size(p.out_dtype));
+    p.out = out.data();
+  }
+  call.bias = parameter_of(bias.data(), static_cast<DType>(r.bias_dtype));
+  call.weight_bits = static_cast<int>(r.weight_bits);
+  call.rows_per_scale = r.rows_per_scale;
+
+  // A tile below 0: what is chosen for a GPU of as many multiprocessors as there are splits.
+  const auto splits = static_cast<int>(r.splits);
+  const sm80::ProductPlan plan = r.tile < 0 ? sm80::plan_of(call, splits)
+                                            : sm80::plan_of(call, sm80::TileChoice{static_cast<int>(r.tile), splits});
+  scratch.fill(plan.bytes);
+  call.scratch = scratch.data();
+  launch.falling = r.falling != 0;
+  sm80::multiply(call, plan, launch);
+  for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  Launch launch;
+  for (Request request; std::fread(&request, sizeof(request), 1, stdin) == 1;) answer(request, launch);
+}

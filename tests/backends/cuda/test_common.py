@@ -1,0 +1,185 @@
+"""csrc/common, compiled by the host compiler, against quant/affine.py, quant/packing.py and torch: on all values where
+there are few.
+"""
+
+import ctypes
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from modiff_kernels.quant import affine, packing
+from modiff_kernels.quant.spec import BITS, quant_max, quant_min
+from tests.backends.cuda.emulation import compile_source
+
+PLURAL = {torch.float16: "halves", torch.bfloat16: "bfloat16s"}
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory, compiler):
+    library = tmp_path_factory.mktemp("common") / "libcommon.so"
+    source = Path(__file__).parent / "emulator" / "common.cpp"
+    compile_source(compiler, source, library, "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    loaded = ctypes.CDLL(str(library))
+    loaded.block_multipliers.restype = ctypes.c_float
+    loaded.width_of_packed.restype = ctypes.c_int64
+    return loaded
+
+
+def call(function, *arguments):
+    """Tensors as pointers, floats as float32, integers as they are for `int`, `Long` ones as int64."""
+    kinds = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), float: ctypes.c_float, int: ctypes.c_int}
+    return function(*(kinds.get(type(a), lambda other: other)(a) for a in arguments))
+
+
+def count(t):
+    return ctypes.c_int64(t.numel())
+
+
+def every_float16():
+    return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+
+
+@pytest.mark.parametrize("dtype", PLURAL, ids=str)
+class TestConversions:
+    def test_every_value_to_float32(self, common, dtype):
+        values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+        got = torch.empty(values.shape)
+        call(getattr(common, f"{PLURAL[dtype]}_to_floats"), values, got, count(values))
+        wanted = values.float()
+        assert torch.equal(got.isnan(), wanted.isnan())
+        assert torch.equal(got.nan_to_num(1.0), wanted.nan_to_num(1.0))
+
+    def test_float32_rounds_to_nearest_even(self, common, dtype):
+        """All values, all midpoints between two of them, and the float32 next to either: what rounding depends on."""
+        values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).double()
+        values = values[values.isfinite()].unique()
+        turning = torch.cat((values, (values[1:] + values[:-1]) / 2)).float()
+        near = torch.cat([turning.view(torch.int32) + d for d in (-1, 0, 1)]).view(torch.float32)
+        near = near[near.isfinite()]
+        extremes = torch.tensor([float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 65519.0, 65520.0])
+        got, x = self.converted(common, dtype, torch.cat((near, extremes)))
+        assert torch.equal(got.view(torch.int16), x.to(dtype).view(torch.int16))
+        got, _ = self.converted(common, dtype, torch.tensor([float("nan")]))
+        assert got.isnan().all()
+
+    @staticmethod
+    def converted(common, dtype, x):
+        got = torch.empty(x.shape, dtype=dtype)
+        call(getattr(common, f"floats_to_{PLURAL[dtype]}"), x, got, count(x))
+        return got, x
+
+
+@pytest.mark.parametrize("bits", BITS)
+class TestQuantiser:
+    @pytest.mark.parametrize("scale", [2.0**-100, 0.1, 1.0, 3.7, 1e30])
+    def test_codes_of_every_float16(self, common, bits, scale):
+        x = every_float16().float()
+        x = x[x.isfinite()]
+        for zero_point in (0, quant_min(bits), quant_max(bits), 1):
+            got = torch.empty(x.shape, dtype=torch.int8)
+            call(common.codes, x, got, count(x), scale, float(zero_point), bits)
+            wanted = affine.quantize(
+                x[None], torch.tensor([scale]), bits, torch.tensor([zero_point], dtype=torch.int32)
+            )
+            assert torch.equal(got, wanted[0])
+
+    def test_ties_go_to_even(self, common, bits):
+        ties = torch.arange(quant_min(bits), quant_max(bits)) + 0.5
+        got = torch.empty(ties.shape, dtype=torch.int8)
+        call(common.codes, ties, got, count(ties), 1.0, 0.0, bits)
+        assert got.tolist() == [min(round(tie), quant_max(bits)) for tie in ties.tolist()]
+
+    @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
+    def test_scales_of_every_float16(self, common, bits, clip_ratio):
+        absmax = every_float16().float().abs()
+        absmax = absmax[absmax.isfinite()]
+        got = torch.empty(absmax.shape)
+        call(common.residual_scales, absmax, got, count(absmax), clip_ratio, bits)
+        assert torch.equal(got, affine.residual_scale(absmax, bits, clip_ratio))
+
+    def test_a_range_that_is_nan_stays_one(self, common, bits):
+        absmax = torch.tensor([float("nan"), float("inf")])
+        got = torch.empty(2)
+        call(common.residual_scales, absmax, got, count(absmax), 1.0, bits)
+        assert got[0].isnan()
+        assert got[1].isinf()
+
+    @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
+    def test_multipliers_of_blocks(self, common, bits, clip_ratio):
+        if bits == 8:
+            pytest.skip("8-bit codes have no multiplier")
+        for spread in (0.0, 1.0, 3.0, 30.0):
+            absmax = 10.0 ** (spread * (torch.rand(1, 4096, 1) - 0.5))
+            absmax[0, :2] = torch.tensor([[0.0], [1e-42]])
+            got = torch.empty(absmax.shape)
+            scale = call(common.block_multipliers, absmax, got, count(absmax), clip_ratio, bits)
+            wanted_scale, wanted = affine.block_multipliers(absmax, bits, clip_ratio)
+            assert scale == wanted_scale.item()
+            assert torch.equal(got, wanted)
+
+    def test_affine_ranges(self, common, bits):
+        ends = torch.tensor([0.0, 1e-42, 2.0**-100, 1e-3, 0.5, 1.0, 1.7, 255.0, 65504.0, 1e38])
+        pairs = torch.tensor(list(itertools.product(ends.tolist(), repeat=2)))
+        low, high = torch.cat((-pairs[:, 0], -torch.rand(4096))), torch.cat((pairs[:, 1], torch.rand(4096) * 3))
+        scale, zero_point = torch.empty(low.shape), torch.empty(low.shape, dtype=torch.int32)
+        call(common.affine_ranges, low, high, scale, zero_point, count(low), bits)
+        wanted_scale, wanted_zero_point = affine.affine_range(low, high, bits)
+        assert torch.equal(scale, wanted_scale)
+        assert torch.equal(zero_point, wanted_zero_point)
+
+
+class TestPacking:
+    @pytest.mark.parametrize("bits", BITS)
+    def test_rows_unpack(self, common, bits):
+        for k in range(1, 40):
+            assert call(common.width_of_packed, bits, ctypes.c_int64(k)) == packing.packed_width(bits, k)
+            codes = torch.randint(quant_min(bits), quant_max(bits) + 1, (5, k), dtype=torch.int8)
+            packed = packing.pack(codes, bits)
+            for row, wanted in zip(packed, codes):
+                got = torch.empty(k, dtype=torch.int8)
+                call(common.unpack_row, row, got, bits, ctypes.c_int64(k))
+                assert torch.equal(got, wanted)
+
+    def test_every_byte_of_4_bits(self, common):
+        packed = torch.arange(256, dtype=torch.uint8)
+        got = torch.empty(512, dtype=torch.int8)
+        call(common.unpack_row, packed, got, 4, ctypes.c_int64(512))
+        assert torch.equal(got[None], packing.unpack(packed[None], 4, 512))
+
+    @pytest.mark.parametrize("bits", [3, 4])
+    def test_eight_codes_pack(self, common, bits):
+        """Every code at every place, beside neighbours of every kind."""
+        values = range(quant_min(bits), quant_max(bits) + 1)
+        rows = [
+            [other] * place + [value] + [other] * (7 - place)
+            for value, other, place in itertools.product(values, values, range(8))
+        ]
+        codes = torch.cat((torch.tensor(rows, dtype=torch.int8), torch.randint(*_ends(bits), (2000, 8)).to(torch.int8)))
+        wanted = packing.pack(codes, bits)
+        for row, want in zip(codes, wanted):
+            got = torch.empty(bits, dtype=torch.uint8)
+            call(common.pack_eight, row, got, bits)
+            assert torch.equal(got, want)
+
+    def test_words_of_nibbles_unpack(self, common):
+        """All 16-bit halves, in the lower and in the upper place."""
+        halves = torch.arange(1 << 16)
+        words = torch.cat((halves, halves << 16 | 0x1234)).to(torch.uint32)
+        got = torch.empty(len(words) * 8, dtype=torch.int8)
+        call(common.unpack_words, words, got, count(words))
+        assert torch.equal(got.view(-1, 8), packing.unpack(words.view(torch.uint8).view(-1, 4), 4, 8))
+
+    def test_planes_unpack(self, common):
+        """All low planes with one high plane, all high planes with one low plane, and random pairs."""
+        low = torch.cat((torch.arange(1 << 16), torch.full((256,), 0x1BE4), torch.randint(1 << 16, (4096,))))
+        high = torch.cat((torch.full((1 << 16,), 0xA6), torch.arange(256), torch.randint(256, (4096,))))
+        low, high = low.to(torch.uint16), high.to(torch.uint8)
+        got = torch.empty((len(low), 8), dtype=torch.int8)
+        call(common.unpack_planes, low, high, got, count(low))
+        assert torch.equal(got, packing.unpack(torch.cat((low.view(torch.uint8).view(-1, 2), high[:, None]), 1), 3, 8))
+
+
+def _ends(bits):
+    return quant_min(bits), quant_max(bits) + 1

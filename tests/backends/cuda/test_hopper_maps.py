@@ -1,0 +1,223 @@
+"""How the kernels of csrc/cuda/sm90 cut and walk a call: compiled by the host compiler, against definitions."""
+
+import ctypes
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.backends.cuda.emulation import compile_source
+
+MULTIPROCESSORS = 132
+ONE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel size, stride, padding, dilation
+THREE = ((3, 3), (1, 1), (1, 1), (1, 1))
+DOWN = ((3, 3), (2, 2), (1, 1), (1, 1))
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory, compiler):
+    library = tmp_path_factory.mktemp("maps") / "libmaps.so"
+    source = Path(__file__).parent / "emulator" / "hopper_maps.cpp"
+    compile_source(compiler, source, library, "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    loaded = ctypes.CDLL(str(library))
+    loaded.plan.restype = ctypes.c_int64
+    loaded.limit.restype = loaded.problem_of_maps.restype = ctypes.c_char_p
+    return loaded
+
+
+def sizes(samples, h, w, c_in, c_out, window=ONE, groups=1):
+    return (ctypes.c_int64 * 14)(samples, h, w, c_in, c_out, *(side for pair in window for side in pair), groups)
+
+
+def filled(count, call):
+    out = (ctypes.c_int32 * count)()
+    call(out)
+    return list(out)
+
+
+def grouped(values, width):
+    return [tuple(values[i : i + width]) for i in range(0, len(values), width)]
+
+
+class TestUnits:
+    @pytest.mark.parametrize(
+        ("row_tiles", "column_tiles", "splits", "steps"),
+        [*itertools.product((1, 7, 8, 9, 20), (1, 2, 5), (1, 3), (7,)), (3, 2, 16, 90), (64, 64, 1, 1)],
+    )
+    def test_every_step_of_every_tile_once(self, maps, row_tiles, column_tiles, splits, steps):
+        count = row_tiles * column_tiles * splits
+        units = grouped(filled(5 * count, lambda out: maps.units(row_tiles, column_tiles, splits, steps, out)), 5)
+        done = [(u[0], u[1], step) for u in units for step in range(u[2], u[3])]
+        assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(steps)))
+        assert all(u[4] == u[0] * column_tiles + u[1] and u[3] > u[2] for u in units)
+
+    def test_a_wave_shares_rows_and_columns(self, maps):
+        """The first 132 of 32 x 32 tiles: 8 tiles of rows and 17 of columns, not 132 of one."""
+        units = grouped(filled(5 * 1024, lambda out: maps.units(32, 32, 1, 4, out)), 5)[:MULTIPROCESSORS]
+        assert len({u[0] for u in units}) == 8
+        assert len({u[1] for u in units}) == 17
+
+
+class TestWalks:
+    @pytest.mark.parametrize("bits", [8, 4, 3])
+    @pytest.mark.parametrize("window", [ONE, THREE, ((2, 3), (1, 1), (0, 1), (3, 2))], ids=["1x1", "3x3", "2x3"])
+    @pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 320, 640, 960])
+    def test_every_code_of_the_weight_once(self, maps, channels, window, bits):
+        """Codes of boxes inside the channels are all of K, in order; the rest of a box is past the channels, where TMA
+        fills zeros.
+        """
+        (r, s), _, _, (dilation_h, dilation_w) = window
+        call = sizes(1, 16, 16, channels, 64, window)
+        count = ctypes.c_int64()
+        span = maps.boxes(call, bits, None, ctypes.byref(count))
+        boxes = grouped(filled(4 * count.value, lambda out: maps.boxes(call, bits, out, ctypes.byref(count))), 4)
+        codes = []
+        for channel, offset_h, offset_w, first in boxes:
+            inside = range(min(span, max(0, channels - channel)))
+            tap = (offset_h // dilation_h) * s + offset_w // dilation_w
+            assert all(first + i == tap * channels + channel + i for i in inside)
+            codes += [first + i for i in inside]
+        assert codes == list(range(r * s * channels))
+        assert len(boxes) * span % 128 == 0
+        assert len(boxes) * span - 128 < -(-channels // span) * span * r * s  # no step of zeros alone
+
+    def test_the_320_channels_of_a_unet_cost_half_a_step_of_zeros(self, maps):
+        count = ctypes.c_int64()
+        assert maps.boxes(sizes(2, 64, 64, 320, 320, THREE), 8, None, ctypes.byref(count)) == 64
+        assert count.value * 64 == 9 * 320 + 64
+
+    @pytest.mark.parametrize("window", [ONE, THREE, DOWN, ((3, 2), (1, 3), (0, 2), (2, 1))])
+    def test_windows_begin_where_unfold_has_them(self, maps, window):
+        n, h, w = 3, 9, 7
+        kernel, stride, padding, dilation = window
+        place = torch.arange(n * h * w, dtype=torch.float64).view(n, 1, h, w) + 1
+        first = torch.nn.functional.unfold(place, kernel, dilation, padding, stride)[:, 0].flatten()
+        call = sizes(n, h, w, 16, 16, window)
+        corners = grouped(filled(3 * first.numel(), lambda out: maps.corners(call, out)), 3)
+        got = [n_ * h * w + y * w + x + 1 if 0 <= x < w and 0 <= y < h else 0 for x, y, n_ in corners]
+        assert got == first.int().tolist()
+
+
+class TestSharedMemory:
+    @pytest.mark.parametrize("span", [64, 128])
+    def test_swizzles_permute_chunks_within_their_span(self, maps, span):
+        at = (ctypes.c_uint32 * 4096)()
+        maps.swizzle(span, at, 4096)
+        assert sorted(at) == list(range(4096))
+        assert all(at[i] // span == i // span and at[i] % 16 == i % 16 for i in range(4096))
+
+    @pytest.mark.parametrize("span", [64, 128])
+    def test_eight_rows_of_a_chunk_meet_every_bank_once(self, maps, span):
+        """A wgmma reads 16 bytes of eight rows at a time: 128 bytes, the width of the 32 banks."""
+        at = (ctypes.c_uint32 * 4096)()
+        maps.swizzle(span, at, 4096)
+        for group, chunk in itertools.product(range(0, 4096, 8 * span), range(0, span, 16)):
+            assert len({at[group + row * span + chunk] // 16 % 8 for row in range(8)}) == 8
+
+    @pytest.mark.parametrize("columns", [64, 128, 160, 256])
+    def test_a_warpgroup_holds_every_sum_once(self, maps, columns):
+        held = grouped(filled(64 * columns * 2, lambda out: maps.fragment(columns, out)), 2)
+        assert sorted(held) == list(itertools.product(range(64), range(columns)))
+
+    def test_kernels_fit_a_multiprocessor(self, maps):
+        """227 KiB of shared memory, 65536 registers, 255 a thread; sums leave a consumer 64 registers at least."""
+        count = maps.kernels((ctypes.c_int32 * 80)())
+        for row in grouped(filled(10 * count, maps.kernels), 10):
+            bits, rows, columns, stages, shared, threads, blocks, producer, unpacker, consumer = row
+            assert shared <= 227 * 1024
+            assert stages >= 3
+            assert rows == 2 * 64 * blocks
+            others = [producer] + [unpacker] * (bits != 8)
+            assert threads == 128 * (2 + len(others))
+            assert 128 * (2 * consumer + sum(others)) <= 65536
+            assert consumer <= 255
+            assert consumer - blocks * columns // 2 >= 64
+            assert all(registers % 8 == 0 for registers in (producer, unpacker, consumer))
+
+
+class TestPlan:
+    def plan(self, maps, call, bits=8, multiprocessors=MULTIPROCESSORS):
+        out = (ctypes.c_int32 * 7)()
+        scratch = maps.plan(call, bits, multiprocessors, out)
+        _, rows, columns, row_tiles, column_tiles, splits, steps = out
+        return (rows, columns), row_tiles * column_tiles, splits, steps, scratch
+
+    @pytest.mark.parametrize(
+        ("samples", "side", "channels"), [(8, 64, 320), (16, 64, 320), (8, 32, 640), (16, 32, 640), (16, 16, 1280)]
+    )
+    def test_large_convolutions_waste_no_column(self, maps, samples, side, channels):
+        """256 x 160, whole along K, and three quarters of all multiprocessors busy at least."""
+        tile, tiles, splits, _, scratch = self.plan(maps, sizes(samples, side, side, channels, channels, THREE))
+        assert (tile, splits, scratch) == ((256, 160), 1, 0)
+        assert tiles / (-(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS) >= 0.75
+
+    @pytest.mark.parametrize("bits", [8, 4, 3])
+    @pytest.mark.parametrize(("samples", "side"), [(1, 8), (2, 8), (1, 16)])
+    def test_few_rows_are_split_along_k(self, maps, samples, side, bits):
+        """One tile of rows: without parts 20 multiprocessors at most would read a weight of 14.7 million codes."""
+        _, tiles, splits, steps, scratch = self.plan(maps, sizes(samples, side, side, 1280, 1280, THREE), bits)
+        assert steps == 90
+        assert splits > 1
+        assert 0.6 * MULTIPROCESSORS <= tiles * splits <= MULTIPROCESSORS
+        assert scratch > 0
+
+    @pytest.mark.parametrize("bits", [8, 4, 3])
+    def test_plans_of_any_call_are_whole(self, maps, bits):
+        random.seed(bits)
+        for _ in range(300):
+            side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
+            call = sizes(
+                random.randint(1, 16), side, side, 16 * random.randint(1, 160), random.randint(1, 3000), window
+            )
+            (rows, columns), tiles, splits, steps, scratch = self.plan(maps, call, bits, random.choice((78, 114, 132)))
+            out_side = side if window is not DOWN else (side - 1) // 2 + 1
+            assert tiles == -(-call[0] * out_side * out_side // rows) * -(-call[4] // columns)
+            assert 1 <= splits <= max(1, steps // 4)
+            assert (bits == 8) or (rows, columns) in ((256, 160), (128, 64))
+            assert scratch == (0 if splits == 1 else 4 * (-(-tiles // 4) * 4 + tiles * rows * columns))
+
+
+class TestLimits:
+    @pytest.mark.parametrize(
+        ("call", "bits", "offsets", "words"),
+        [
+            (sizes(1, 8, 8, 64, 64, THREE, groups=2), 8, (0, 0), "groups"),
+            (sizes(1, 8, 8, 24, 64), 8, (0, 0), "multiple of 16"),
+            (sizes(1, 8, 8, 16, 64), 4, (0, 0), "multiple of 32 codes"),
+            (sizes(1, 8, 8, 320, 64, THREE), 3, (0, 0), "multiple of 128 codes"),
+            (sizes(1, 8, 8, 64, 64), 8, (8, 0), "codes are not aligned"),
+            (sizes(1, 8, 8, 64, 64), 8, (0, 4), "weight is not aligned"),
+            (sizes(1 << 20, 64, 64, 16, 64), 8, (0, 0), "2^30"),
+            (sizes(1, 64, 64, 16, 64, ((1, 1), (9, 1), (0, 0), (1, 1))), 8, (0, 0), "stride"),
+            (sizes(1, 64, 64, 16, 64, ((1, 1), (1, 1), (0, 128), (1, 1))), 8, (0, 0), "padding"),
+            (sizes(1, 400, 400, 16, 64, ((3, 1), (1, 1), (0, 0), (65, 1))), 8, (0, 0), "inwards"),
+        ],
+    )
+    def test_a_limit_says_why(self, maps, call, bits, offsets, words):
+        assert words in maps.limit(call, bits, *offsets).decode()
+
+    def test_layers_of_unets_have_none(self, maps):
+        for channels, window in itertools.product((64, 128, 320, 640, 960, 1280, 1920, 2560), (ONE, THREE, DOWN)):
+            for bits in (8, 4):
+                assert maps.limit(sizes(2, 16, 16, channels, 320, window), bits, 0, 0) is None
+            if channels % 128 == 0:
+                assert maps.limit(sizes(2, 16, 16, channels, 320, window), 3, 0, 0) is None
+
+    def test_what_has_no_limit_has_maps_that_tma_takes(self, maps):
+        random.seed(0)
+        pick = random.choice
+        taken = 0
+        for _ in range(4000):
+            window = tuple(
+                (pick(options), pick(options))
+                for options in ((1, 2, 3, 7), (1, 2, 8, 9), (0, 1, 127, 128), (1, 2, 65, 128))
+            )
+            channels = 8 * random.randint(1, 40)
+            call = sizes(random.randint(1, 3), 600, 600, channels, random.randint(1, 400), window, pick((1, 1, 1, 2)))
+            bits = pick((8, 4, 3))
+            if maps.limit(call, bits, 0, 0) is None:
+                taken += 1
+                assert maps.problem_of_maps(call, bits) is None
+        assert taken > 100

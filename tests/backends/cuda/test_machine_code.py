@@ -1,0 +1,84 @@
+"""The machine code of the library that was built here, against the rules of tools/sass_rules.json; and the reader."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from modiff_kernels.backends.cuda import library
+from tools import sass_report
+from tools.sass_report import Row
+
+ARCHS = ["sm_80", "sm_90a"]  # sm_86 and sm_89 are made of the same PTX as sm_80
+RULES = sass_report.load_rules(sass_report.RULES)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    if not library.LIBRARY.exists():
+        pytest.skip(library.why_not_loaded())
+    pytest.importorskip("triton", reason="the disassemblers come with triton")
+    return sass_report.report(library.LIBRARY, ARCHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES, ids=[rule["why"] for rule in RULES])
+def test_rules_hold(rows, rule):
+    assert {row.arch for row in rows} == set(ARCHS)
+    assert sass_report.broken(rule, rows) == []
+
+
+def test_the_library_has_every_architecture():
+    if not library.LIBRARY.exists():
+        pytest.skip(library.why_not_loaded())
+    pytest.importorskip("triton", reason="the disassemblers come with triton")
+    listed = "".join(sass_report.lines(sass_report.disassembler("cuobjdump"), "-lelf", str(library.LIBRARY)))
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_90a"):
+        assert f".{arch}.cubin" in listed
+
+
+ROW = Row("sm_90a", "TilePass<float>", 96, 0, 1040, Counter({"LDG.E.128": 4, "STG.E": 2, "FADD": 9}))
+RULE = {"why": "w", "arch": "sm_90a", "kernel": "^Tile"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"must": [r"LDG\.E\.128"], "never": ["STL", "LDL"], "registers": 96, "stack_bytes": 0}, None),
+        ({"arch": "sm_.*", "kernels": 1}, None),
+        ({"must": ["IGMMA"]}, "sm_90a TilePass<float>: no IGMMA"),
+        ({"never": ["STG"]}, "sm_90a TilePass<float>: STG.E"),
+        ({"registers": 95}, "sm_90a TilePass<float>: registers 96, at most 95"),
+        ({"shared_bytes": 1024}, "sm_90a TilePass<float>: shared_bytes 1040, at most 1024"),
+        ({"kernels": 2}, "sm_90a: applies to 1 kernels, 2 are expected"),
+        ({"arch": "sm_90"}, "applies to no kernel"),
+        ({"kernel": "RowPass"}, "applies to no kernel"),
+    ],
+)
+def test_a_broken_rule_says_how(changes, reason):
+    assert sass_report.broken({**RULE, **changes}, [ROW]) == ([] if reason is None else [reason])
+
+
+@pytest.mark.parametrize(("registers", "code"), [(96, 0), (95, 1)])
+def test_exit_code(tmp_path, monkeypatch, capsys, registers, code):
+    monkeypatch.setattr(sass_report, "report", lambda library, archs: [ROW])
+    rules = tmp_path / "rules.json"
+    rule = {"why": "few registers", "arch": "sm_90a", "kernel": "Tile", "registers": registers}
+    rules.write_text(json.dumps([rule]))
+    assert sass_report.main([str(rules), str(rules)]) == code
+    assert ("BROKEN few registers" in capsys.readouterr().out) == bool(code)
+
+
+def test_an_unknown_key_of_a_rule_is_refused(tmp_path):
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"why": "w", "arch": "a", "kernel": "k", "max_registers": 3}]')
+    with pytest.raises(ValueError, match="max_registers is not known in a rule"):
+        sass_report.load_rules(rules)
+
+
+def test_a_missing_library_is_a_clear_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sass_report.main([str(tmp_path / "none.so")])
+    assert stopped.value.code == 2
+    assert "build the library first" in capsys.readouterr().err

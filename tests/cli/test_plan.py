@@ -1,0 +1,127 @@
+"""`modiff calibrate --plan`, `modiff explain`, and `--plan` of the other commands."""
+
+import json
+
+import pytest
+
+from modiff_kernels.cli import main
+from modiff_kernels.integrations import plans
+from modiff_kernels.planning.layer_plan import LayerPlan
+from modiff_kernels.planning.roofline import Machine
+
+SAMPLING = ["--steps", "4", "--batch", "2", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """A plan in a file."""
+    path = tmp_path / "by_hand.json"
+    path.write_text('{"units": {"mid_block": "float", "up_blocks": "quantized 8"}}')
+    return path
+
+
+def test_calibrate_then_use(unet_folder, tmp_path, cache, capsys):
+    out = tmp_path / "plan.json"
+    model = ["--model", str(unet_folder)]
+    assert main(["calibrate", "--plan", *model, *SAMPLING, "--rounds", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    plan = LayerPlan.from_json(out.read_text())
+    assert plan.source == "measured"
+    assert plan.summary in printed
+    assert all(unit.path in printed for unit in plan.units)
+    assert LayerPlan.from_json(next(cache.rglob("2x3x8x8.json")).read_text()) == plan
+    compare = ["compare", *model, *SAMPLING, "--images", "2", "--repeats", "1", "--rows", "planned"]
+    assert main([*compare, "--plan", str(out), "--json", str(tmp_path / "c.json")]) == 0
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert [(row["name"], row["plan"]) for row in report["rows"]] == [("W8 planned", str(out))]
+    assert any(note.startswith("W8 planned (measured): ") for note in report["notes"])
+    assert main(["sample", *model, *SAMPLING, "--plan", str(out), "--out", str(tmp_path / "s.png")]) == 0
+    capsys.readouterr()
+    assert main(["explain", *model, "--threads", "1", "--quiet", "--json", str(tmp_path / "e.json")]) == 0
+    assert plan.summary in capsys.readouterr().out
+    explained = json.loads((tmp_path / "e.json").read_text())
+    assert LayerPlan.from_json(json.dumps(explained["plan"])) == plan
+
+
+def test_explain_a_plan_by_hand(unet_folder, by_hand, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    assert main(["explain", "--model", str(unet_folder), "--plan", str(by_hand), "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "plan (given)" in printed
+    assert "times are microseconds" in printed
+    report = json.loads(out.read_text())
+    modes = {layer["name"]: layer["mode"] for layer in report["layers"]}
+    assert modes["mid_block.resnets.0.conv1"] == "float"
+    assert modes["up_blocks.0.resnets.0.conv1"] == "quantized"
+    assert modes["down_blocks.0.resnets.0.conv1"] == "modulated"
+    assert modes["conv_in"] == "float"
+
+
+def test_explain_estimates_where_nothing_is_stored(unet_folder, capsys, monkeypatch):
+    monkeypatch.setattr(plans, "measured_machine", lambda *_: Machine(1e12, 1e10, 1e12))
+    assert main(["explain", "--model", str(unet_folder), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "plan (roofline): estimated from shapes" in printed
+    assert "times are microseconds" not in printed
+
+
+@pytest.mark.parametrize("mode", ["float", "weight_only"])
+def test_explain_without_a_plan(unet_folder, capsys, mode):
+    assert main(["explain", "--model", str(unet_folder), "--mode", mode]) == 0
+    assert "plan (" not in capsys.readouterr().out
+
+
+def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
+    """Modulated layers count 32 bits in the first of 4 calls, then 8; plain ones 8; float ones are not counted."""
+    out = tmp_path / "c.json"
+    options = ["--images", "2", "--repeats", "1", "--rows", "planned", "--plan", str(by_hand), "--json", str(out)]
+    assert main(["compare", "--model", str(unet_folder), *SAMPLING, *options]) == 0
+    assert (
+        main(["explain", "--model", str(unet_folder), "--plan", str(by_hand), "--json", str(tmp_path / "e.json")]) == 0
+    )
+    modes = [layer["mode"] for layer in json.loads((tmp_path / "e.json").read_text())["layers"]]
+    modulated, plain = modes.count("modulated"), modes.count("quantized")
+    expected = (modulated * (32 + 3 * 8) / 4 + plain * 8) / (modulated + plain)
+    assert json.loads(out.read_text())["rows"][0]["average_bits"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "--plan", "--schedule"], "not allowed with argument"),
+        (["calibrate", "--plan", "--speedup", "2"], "--plan: --budget-db and --speedup are for a schedule"),
+        (["calibrate"], "one of the arguments --schedule --plan is required"),
+        (["calibrate", "--plan", "--max-loss-db", "0"], "--max-loss-db: must be above 0"),
+        (["calibrate", "--plan", "--max-state-bytes", "-1"], "--max-state-bytes: must be 0 or more"),
+        (["calibrate", "--plan", "--mode", "float"], "leave no low-bit mode to choose"),
+        (["calibrate", "--plan", "--steps", "1"], "called the UNet 1 times"),
+        (["explain", "--plan", "none.json"], "cannot read none.json as a layer plan"),
+        (["explain", "--mode", "float", "--plan", "BY_HAND"], "--mode float has no low bits to plan"),
+        (["explain", "--plan", "FOREIGN"], "'no_such_block' is no Linear, Conv2d or block"),
+        (["explain", "--plan", "BY_HAND", "--max-state-bytes", "0"], "does not say what"),
+        (["compare", "--plan", "FOREIGN", "--rows", "planned"], "'no_such_block' is no Linear, Conv2d or block"),
+        (["sample", "--plan", "README.md"], "cannot read README.md as a layer plan"),
+    ],
+)
+def test_bad_requests(unet_folder, by_hand, tmp_path, capsys, arguments, message):
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text('{"units": {"no_such_block": "float"}}')
+    if "--max-state-bytes" in arguments and "BY_HAND" in arguments:
+        by_hand.write_text('{"units": {"mid_block": "modulated 8"}}')
+    names = {"BY_HAND": str(by_hand), "FOREIGN": str(foreign)}
+    command = [arguments[0], "--model", str(unet_folder), *(names.get(item, item) for item in arguments[1:])]
+    if arguments[0] in ("calibrate", "sample"):
+        command += ["--out", str(tmp_path / "out")]
+    try:
+        code = main([*command, "--quiet"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err

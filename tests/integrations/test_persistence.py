@@ -1,0 +1,523 @@
+import inspect
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import modiff_kernels as mk
+from modiff_kernels.config import DEFAULT_SKIP_MODULES
+from modiff_kernels.integrations import quantizer
+from modiff_kernels.models import shipped_model_path
+from modiff_kernels.nn import ModulatedLinear
+from modiff_kernels.ops import dispatch, pack_weight
+from modiff_kernels.planning.layer_plan import LayerPlan
+from modiff_kernels.quant.affine import quantize_weight
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+ON_CPU = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+    for name, reason in ((name, dispatch.why_unavailable(name)) for name in dispatch.PRIORITY["cpu"])
+]
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Enough for tiny networks, and steady on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_warn_of(caplog):
+    """diffusers only warns of missing and unexpected keys."""
+    loggers = [logging.getLogger("diffusers.models.modeling_utils"), logging.getLogger("diffusers.configuration_utils")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def tiny_unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+def tiny_condition_unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+def sample(handle):
+    """A run of an own sampler with `handle`."""
+    unet, scheduler = handle.unet, DDIMScheduler()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator).to(unet.dtype)
+    conditions = ()
+    if "encoder_hidden_states" in inspect.signature(unet.forward).parameters:
+        conditions = (torch.randn(2, 3, 12, generator=generator).to(unet.dtype),)
+    with handle.sampling_run(scheduler=scheduler):
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, *conditions).sample, t, x).prev_sample
+    return x
+
+
+def load(folder, kind=UNet2DModel, **options):
+    return mk.accelerate(kind.from_pretrained(folder, **options))
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    """Folder of a low-bit model, and a sample of it."""
+    folder = tmp_path_factory.mktemp("saved")
+    with torch.no_grad():
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=4))
+        handle.save_pretrained(folder)
+        return folder, sample(handle)
+
+
+@pytest.fixture
+def folder(saved_once, tmp_path):
+    """A copy of the folder of `saved_once` to spoil."""
+    return Path(shutil.copytree(saved_once[0], tmp_path / "saved"))
+
+
+def rewrite(folder, change, change_metadata=lambda metadata: None):
+    """Change the tensors and the metadata of the file in `folder`."""
+    path = folder / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    change_metadata(metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("backend", ON_CPU)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"weight_bits": 8, "act_bits": 8, "fuse": False},
+            {"weight_bits": 4, "act_bits": 4},
+            {"weight_bits": 3, "act_bits": 3, "scale_mode": "delayed", "first_step_bits": 8},
+            {"weight_bits": 4, "act_bits": 8, "mode": "quantized"},
+        ],
+        ids=["w8a8-layers", "w4a4", "w3a3-delayed", "w4a8-plain"],
+    )
+    def test_samples_are_bit_identical(self, tmp_path, backend, options):
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(backend=backend, **options))
+        before = sample(handle)
+        handle.save_pretrained(tmp_path)
+        loaded = load(tmp_path)
+        assert loaded.config == handle.config
+        assert [row.mode for row in loaded.rows()] == [row.mode for row in handle.rows()]
+        assert torch.equal(sample(loaded), before)
+        assert torch.equal(sample(handle), before)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"weight_bits": 4, "act_bits": None},
+            {"weight_bits": 3, "group_size": 20, "backend": "reference"},
+            {"skip_modules": ("attentions",), "schedule": "hold every=2 first=1"},
+        ],
+        ids=["weight-only", "groups", "schedule"],
+    )
+    def test_condition_unet(self, tmp_path, options):
+        handle = mk.accelerate(tiny_condition_unet(), mk.ModiffConfig(**options))
+        before = sample(handle)
+        handle.save_pretrained(tmp_path)
+        loaded = load(tmp_path, UNet2DConditionModel)
+        assert loaded.config == handle.config
+        assert torch.equal(sample(loaded), before)
+
+    def test_layer_plan(self, tmp_path):
+        plan = LayerPlan.of({"mid_block": "float", "down_blocks.1": "quantized 8", "up_blocks": "modulated 4"})
+        path = tmp_path / "plan.json"
+        path.write_text(plan.to_json())
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(plan=str(path)))
+        before = sample(handle)
+        handle.save_pretrained(tmp_path / "model")
+        path.unlink()
+        loaded = load(tmp_path / "model")
+        assert loaded.config.plan == plan
+        assert [row.mode for row in loaded.rows()] == [row.mode for row in handle.rows()]
+        assert torch.equal(sample(loaded), before)
+
+    def test_codes_that_are_not_the_nearest(self, tmp_path):
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
+        nearest = sample(handle)
+        for layer in handle.layers.values():
+            codes, scale = quantize_weight(layer.weight, 3, method="mse")
+            layer.take_weight(pack_weight(codes, 3), scale)
+        before = sample(handle)
+        assert not torch.equal(before, nearest)
+        handle.save_pretrained(tmp_path / "a")
+        loaded = load(tmp_path / "a")
+        assert torch.equal(sample(loaded), before)
+        loaded.unet.save_pretrained(tmp_path / "b")
+        first, again = (load_file(tmp_path / name / WEIGHTS) for name in "ab")
+        assert first.keys() == again.keys()
+        assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
+
+    def test_static_scales_and_edges(self, tmp_path):
+        unet = tiny_unet()
+        handle = mk.accelerate(unet, mk.ModiffConfig(), share_edges=False)
+        names = list(handle.layers)
+        handle.remove()
+        scales = {name: 0.01 + 0.001 * i for i, name in enumerate(names)}
+        config = mk.ModiffConfig(scale_mode="static", fuse=False)  # fused attention reads one tensor with one scale
+        handle = mk.accelerate(unet, config, static_scales=scales, share_edges=False)
+        before = sample(handle)
+        handle.save_pretrained(tmp_path)
+        loaded = load(tmp_path)
+        assert not loaded.share_edges
+        assert {name: layer.edge.static_scale.item() for name, layer in loaded.layers.items()} == pytest.approx(scales)
+        assert torch.equal(sample(loaded), before)
+
+    def test_half_precision(self, tmp_path):
+        handle = mk.accelerate(tiny_unet().half(), mk.ModiffConfig(weight_bits=4, backend="reference"))
+        before = sample(handle)
+        handle.save_pretrained(tmp_path)
+        assert load_file(tmp_path / WEIGHTS)["conv_in.weight"].dtype == torch.float16
+        loaded = load(tmp_path, torch_dtype=torch.float16)
+        assert loaded.layers["mid_block.resnets.0.conv1"].weight_scale.dtype == torch.float32
+        assert torch.equal(sample(loaded), before)
+
+    def test_shards(self, tmp_path):
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=4))
+        before = sample(handle)
+        handle.save_pretrained(tmp_path)
+        handle.save_pretrained(tmp_path, max_shard_size=4000)
+        assert not (tmp_path / WEIGHTS).exists()
+        shard_of = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+        layers = [key.removesuffix("_packed") for key in shard_of if key.endswith("weight_packed")]
+        assert any(shard_of[key + "_packed"] != shard_of[key + "_scale"] for key in layers)
+        loaded = load(tmp_path)
+        assert torch.equal(sample(loaded), before)
+        loaded.save_pretrained(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+        assert torch.equal(sample(load(tmp_path)), before)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_size_of_the_file(tmp_path, bits):
+    unet = UNet2DModel.from_pretrained(shipped_model_path())
+    total = sum(parameter.numel() for parameter in unet.parameters())
+    handle = mk.accelerate(unet, mk.ModiffConfig(weight_bits=bits, fuse=False))
+    low_bit = sum(layer.weight.numel() for layer in handle.layers.values())
+    assert low_bit > 0.8 * total
+    handle.save_pretrained(tmp_path)
+    size = (tmp_path / WEIGHTS).stat().st_size
+    assert size <= 1.03 * (low_bit * bits / 8 + 4 * (total - low_bit))
+
+
+class TestLoadedUNet:
+    def test_pipeline(self, tmp_path):
+        """Quantise while loading, sample, save the pipeline, load it again."""
+        pipe = DDIMPipeline(tiny_unet(), DDIMScheduler())
+        pipe.save_pretrained(tmp_path / "float")
+        config = mk.ModiffConfig(weight_bits=4, act_bits=4)
+        handle = mk.accelerate(pipe, config)
+        before = pictures(pipe)
+        handle.remove()
+
+        quantization_config = PipelineQuantizationConfig(quant_mapping={"unet": config})
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "float", quantization_config=quantization_config).to("cpu")
+        with pytest.raises(RuntimeError, match=r"loaded in low bits: `handle = modiff_kernels.accelerate\(pipe\)`"):
+            pictures(pipe)
+        handle = mk.accelerate(pipe)
+        assert handle.config == config
+        assert mk.accelerate(pipe.unet) is handle
+        assert torch.equal(pictures(pipe), before)
+        pipe.save_pretrained(tmp_path / "low")
+        assert (tmp_path / "low/unet" / WEIGHTS).stat().st_size < (tmp_path / "float/unet" / WEIGHTS).stat().st_size
+
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "low")
+        mk.accelerate(pipe)
+        assert torch.equal(pictures(pipe), before)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        with pytest.raises(RuntimeError, match="wrap_scheduler"):
+            pictures(pipe)
+        mk.accelerate(pipe)
+        assert torch.equal(pictures(pipe), before)
+
+    def test_has_one_config(self, saved_once):
+        loaded = load(saved_once[0])
+        for arguments in ({"config": mk.ModiffConfig()}, {"static_scales": {}}, {"share_edges": False}):
+            with pytest.raises(ValueError, match="was loaded in low bits, with the config it was saved"):
+                mk.accelerate(loaded.unet, **arguments)
+        assert mk.accelerate(loaded.unet) is loaded
+
+    def test_pipeline_without_a_usable_scheduler_changes_nothing(self, saved_once):
+        loaded = load(saved_once[0])
+        with pytest.raises(ValueError, match="has no set_timesteps"):
+            mk.accelerate(types.SimpleNamespace(unet=loaded.unet, scheduler=object()))
+        assert loaded.pipe is None
+        sample(loaded)
+
+    @pytest.mark.parametrize("way", ["remove", "dequantize"])
+    def test_back_to_full_precision(self, tmp_path, saved_once, way):
+        """The weights are scale * code, and diffusers takes the UNet for one in full precision."""
+        unet = tiny_unet()
+        loaded = load(saved_once[0])
+        assert loaded.unet.is_quantized
+        if way == "remove":
+            loaded.remove()
+        else:
+            assert loaded.unet.dequantize() is loaded.unet
+        loaded.unet.save_pretrained(tmp_path / "float")
+        assert "quantization_config" not in json.loads((tmp_path / "float/config.json").read_text())
+        plain = UNet2DModel.from_pretrained(tmp_path / "float").state_dict()
+        assert plain.keys() == unet.state_dict().keys()
+        weight = unet.mid_block.resnets[0].conv1.weight
+        scale = weight.abs().amax((1, 2, 3), keepdim=True) / 7
+        torch.testing.assert_close(plain["mid_block.resnets.0.conv1.weight"], scale * torch.round(weight / scale))
+        assert torch.equal(plain["conv_in.weight"], unet.conv_in.weight)
+        loaded.unet.to(torch.float64)
+
+    def test_new_weights_take_the_place_of_the_stored_codes(self, saved_once):
+        loaded = load(saved_once[0])
+        state = tiny_unet().state_dict()
+        loaded.unet.load_state_dict({key: 2 * value for key, value in state.items()})
+        layer = loaded.layers["mid_block.resnets.0.conv1"]
+        codes, scale = quantize_weight(2 * state["mid_block.resnets.0.conv1.weight"], 4)
+        assert torch.equal(layer.weight_scale, scale)
+        assert torch.equal(layer.portable_weight()[0], pack_weight(codes, 4))
+
+    def test_dtype_of_the_model_may_not_change(self, saved_once):
+        loaded = load(saved_once[0])
+        with pytest.raises(ValueError, match="Casting a quantized model"):
+            loaded.unet.to(torch.float16)
+
+
+def pictures(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    options = {"batch_size": 2, "num_inference_steps": STEPS, "output_type": "np"}
+    return torch.from_numpy(pipe(**options, generator=torch.Generator().manual_seed(0)).images)
+
+
+class TestRefusedFiles:
+    LAYER = "mid_block.resnets.0.conv1"
+
+    @pytest.mark.parametrize("key", [f"{LAYER}.weight_packed", f"{LAYER}.weight_scale", "conv_in.weight"])
+    def test_damaged_bytes(self, folder, key):
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            raw = file.get_tensor(key).view(torch.uint8).numpy().tobytes()
+        content = bytearray((folder / WEIGHTS).read_bytes())
+        assert content.count(raw) == 1
+        content[content.index(raw) + len(raw) // 2] ^= 0x10
+        (folder / WEIGHTS).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}: '{key}' is damaged: the CRC-32"):
+            UNet2DModel.from_pretrained(folder)
+
+    def test_truncated(self, folder):
+        content = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(content[:-100])
+        with pytest.raises(OSError, match=WEIGHTS):  # diffusers reads a single file before it asks us
+            UNet2DModel.from_pretrained(folder)
+
+    def test_truncated_shard(self, tmp_path):
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig())
+        handle.save_pretrained(tmp_path, max_shard_size=20_000)
+        shard = sorted(tmp_path.glob("*-00002-of-*"))[0]
+        shard.write_bytes(shard.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=rf"{shard.name}: cannot be read as safetensors"):
+            UNet2DModel.from_pretrained(tmp_path)
+
+    def test_missing_and_unknown_keys(self, folder):
+        keys = sorted(load_file(folder / WEIGHTS))
+        for key in ("conv_out.bias", f"{self.LAYER}.weight_scale", f"{self.LAYER}.weight_packed"):
+            original = (folder / WEIGHTS).read_bytes()
+            rewrite(folder, lambda tensors: tensors.pop(key))  # noqa: B023 (called here)
+            with pytest.raises(ValueError, match=rf"{WEIGHTS}: the key '{self.LAYER}|conv_out.bias.*is missing"):
+                UNet2DModel.from_pretrained(folder)
+            (folder / WEIGHTS).write_bytes(original)
+        assert keys == sorted(load_file(folder / WEIGHTS))
+
+        def add(metadata):
+            metadata["modiff_crc32"] = json.dumps({**json.loads(metadata["modiff_crc32"]), "extra.weight": 0})
+
+        rewrite(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}), add)
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}: the key 'extra.weight' is not known"):
+            UNet2DModel.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("modiff_format", "2", r"modiff_format is '2' .* reads '1' and 'kpack_v1'"),
+            ("modiff_layout", "kpack_v2", r"modiff_layout 'kpack_v2'"),
+            ("modiff_crc32", "{}", r"'modiff_crc32' in the metadata has no sum of "),
+            ("modiff_crc32", "{", r"'modiff_crc32' or 'modiff_share_edges' in the metadata is damaged"),
+            ("modiff_format", None, r"the metadata has no 'modiff_format', so this is no low-bit model"),
+        ],
+    )
+    def test_metadata(self, folder, name, value, message):
+
+        def change(metadata):
+            if value is None:
+                del metadata[name]
+            else:
+                metadata[name] = value
+
+        rewrite(folder, lambda tensors: None, change)
+        with pytest.raises(ValueError, match=f"{WEIGHTS}: .*{message}"):
+            UNet2DModel.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"weight_bits": 8}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=8.* asks for I8 "),
+            ({"weight_bits": 3}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=3.* asks for U8 "),
+            ({"group_size": 16}, rf"{WEIGHTS}: '.*weight_scale' is F32 .*group_size=16"),
+            (
+                {"skip_modules": [*DEFAULT_SKIP_MODULES, "conv1"]},
+                r"weight' is low-bit in the files, but not so",
+            ),
+            ({"skip_modules": []}, r"weight' is in full precision in the files, but not so"),
+            ({"weight_bits": 5}, r"weight_bits=5 is not allowed"),
+            ({"bits": 4}, r"unknown field 'bits'"),
+        ],
+    )
+    def test_config_of_another_model(self, folder, change, message):
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"].update(change)
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            UNet2DModel.from_pretrained(folder)
+
+    def test_another_unet(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["block_out_channels"] = [8, 32]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}: '.*' is .* asks for"):
+            UNet2DModel.from_pretrained(folder)
+
+    def test_pickled_files(self, tmp_path, saved_once):
+        loading = quantizer.ModiffQuantizer(mk.ModiffConfig(), pre_quantized=True)
+        with pytest.raises(ValueError, match=r"model.bin: low-bit models are stored in safetensors"):
+            loading.maybe_update_loaded_keys([], [tmp_path / "model.bin"])
+        loaded = load(saved_once[0])
+        with pytest.raises(ValueError, match="safe_serialization=False is not allowed"):
+            loaded.unet.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+        assert not list((tmp_path / "pickled").glob("*.bin"))
+
+
+class TestRefusedSaving:
+    def test_no_model_of_diffusers(self, tmp_path):
+        handle = mk.accelerate(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+        assert isinstance(handle.layers["0"], ModulatedLinear)
+        with pytest.raises(TypeError, match="Sequential is no model of diffusers"):
+            handle.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_nothing_low_bit(self, tmp_path):
+        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=None, act_bits=None))
+        with pytest.raises(ValueError, match="weight_bits is None"):
+            handle.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_file_is_in_the_way(self, tmp_path):
+        (tmp_path / "file").write_text("kept")
+        with pytest.raises(NotADirectoryError, match="file is a file; give a folder"):
+            mk.accelerate(tiny_unet()).save_pretrained(tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "kept"
+
+    def test_removed_handle(self, tmp_path):
+        handle = mk.accelerate(tiny_unet())
+        handle.remove()
+        with pytest.raises(RuntimeError, match="this handle was removed"):
+            handle.save_pretrained(tmp_path)
+
+    def test_unet_is_as_before(self, tmp_path):
+        unet = tiny_unet()
+        handle = mk.accelerate(unet, mk.ModiffConfig(weight_bits=4))
+        config, attributes = dict(unet.config), sorted(unet.__dict__)
+        handle.save_pretrained(tmp_path / "low")
+        assert (dict(unet.config), sorted(unet.__dict__)) == (config, attributes)
+        unet.save_pretrained(tmp_path / "float")  # which an accelerated UNet still saves in full precision
+        plain = UNet2DModel.from_pretrained(tmp_path / "float").state_dict()
+        assert all(torch.equal(plain[key], value) for key, value in tiny_unet().state_dict().items())
+
+
+class TestLoadingOptions:
+    @pytest.mark.parametrize("device_map", ["auto", {"": "cpu", "mid_block": "cuda"}, {"": "disk"}])
+    def test_several_devices(self, saved_once, device_map):
+        with pytest.raises(ValueError, match="is not allowed for a low-bit UNet, which has its state on one device"):
+            UNet2DModel.from_pretrained(saved_once[0], device_map=device_map)
+
+    def test_one_device(self, saved_once):
+        folder, before = saved_once
+        assert torch.equal(sample(load(folder, device_map={"": "cpu"})), before)
+        assert torch.equal(sample(load(folder, disable_mmap=True)), before)
+
+    def test_without_hugging_face_accelerate(self, saved_once, monkeypatch):
+        monkeypatch.setattr(quantizer.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="needs the package accelerate"):
+            UNet2DModel.from_pretrained(saved_once[0])
+
+
+def test_diffusers_knows_the_method_whatever_is_imported_first(saved_once):
+    """modiff_kernels first; this file imports diffusers first."""
+    code = (
+        "import sys, modiff_kernels\n"
+        "assert not {'torch', 'diffusers'} & set(sys.modules)\n"
+        "from diffusers import UNet2DModel\n"
+        "unet = UNet2DModel.from_pretrained(sys.argv[1])\n"
+        "print(modiff_kernels.accelerate(unet).config.weight_bits)\n"
+        "assert 'modiff' not in type(sys.meta_path[0]).__module__\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, saved_once[0]], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "4"

@@ -1,0 +1,290 @@
+"""`make_plan`: what it measures, what it decides, what it keeps and refuses."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from torch import nn
+
+import modiff_kernels as mk
+from modiff_kernels.integrations import plan_cache, planner
+from modiff_kernels.integrations.measurement import recorded
+from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
+
+PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def unet():
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+def sample(unet, seed=0, steps=STEPS):
+    """Two pictures from the noise of `seed`."""
+    scheduler = DDIMScheduler(beta_end=0.002)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+class Clock:
+    """Seconds that pass only in layers: in float ones and in low-bit ones as told, by name where a name is given."""
+
+    def __init__(self, monkeypatch, float_s, low_bit_s, slow=(), slow_s=0.0):
+        self.now = 0.0
+
+        def passing(original, seconds_of):
+            def forward(module, *args, **kwargs):
+                self.now += seconds_of(module)
+                return original(module, *args, **kwargs)
+
+            return forward
+
+        def low_bit(layer):
+            return slow_s if layer.name in slow else low_bit_s
+
+        for kind in (nn.Conv2d, nn.Linear):
+            monkeypatch.setattr(kind, "forward", passing(kind.forward, lambda module: float_s))
+        monkeypatch.setattr(ModulatedLayer, "forward", passing(ModulatedLayer.forward, low_bit))
+
+    def __call__(self):
+        return self.now
+
+
+def plan_for(unet, config=None, **options):
+    config = config or mk.ModiffConfig(fuse=False)
+    return mk.make_plan(unet, config, **{"sample": sample, "rounds": 1, "progress": False, **options})
+
+
+def test_end_to_end_in_little_time(unet, cache):
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    started = time.perf_counter()
+    plan = mk.make_plan(unet, mk.ModiffConfig(act_bits=4), sample=sample, rounds=2, progress=False)
+    assert time.perf_counter() - started < 60  # about 3 s on an idle machine
+    assert plan.source == "measured"
+    assert plan.key.shape == (2, 3, 8, 8)
+    assert not any(isinstance(module, ModulatedLayer) for module in unet.modules())
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4))
+    units = handle.replaced.units()
+    assert {unit.path: unit.layers for unit in plan.units} == units
+    with handle.sampling_run():
+        sample(unet)
+        state = handle.state.nbytes()
+    handle.remove()
+    modes = (FLOAT_MODE, PLAIN, Mode("modulated", 4))
+    assert all(tuple(cost.mode for cost in unit.costs) == modes for unit in plan.units)
+    assert all(cost.time_us > 0 for unit in plan.units for cost in unit.costs)
+    assert sum(unit.cost(modes[2]).state_bytes for unit in plan.units) == state
+    assert all(unit.cost(modes[1]).state_bytes == 0 for unit in plan.units)
+    assert all(10 < unit.cost(mode).sqnr_db < 80 for unit in plan.units for mode in modes[1:])
+    assert {"float", "float channels_last"} <= {candidate.name for candidate in plan.candidates}
+    # kept, found again, and what plan="auto" takes
+    assert LayerPlan.from_json(next(cache.rglob("*.json")).read_text()) == plan
+    assert mk.make_plan(unet, mk.ModiffConfig(act_bits=4), sample=sample, progress=False) == plan
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan="auto"))
+    assert handle.plan == plan
+    assert plan.summary in handle.explain()
+
+
+def test_never_slower_all_float_where_low_bits_lose(unet, monkeypatch):
+    plan = plan_for(unet, clock=Clock(monkeypatch, float_s=1.0, low_bit_s=1.0))
+    assert plan.is_float
+    assert plan.summary.startswith("all float: the fastest plan (all ")
+    assert "1.000x as fast as float" in plan.summary
+    assert {unit.reason for unit in plan.units} == {"nothing gains"}
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
+    assert not handle.layers
+    assert "all float" in handle.explain()
+
+
+def test_low_bits_where_they_win(unet, monkeypatch):
+    plan = plan_for(unet, clock=Clock(monkeypatch, float_s=1.0, low_bit_s=0.25))
+    assert not plan.is_float
+    unit = next(unit for unit in plan.units if unit.layers == ("mid_block.attentions.0.to_out.0",))
+    assert [cost.time_us for cost in unit.costs] == [1e6, 0.25e6, 0.25e6]
+    shared = next(unit for unit in plan.units if "mid_block.attentions.0.to_k" in unit.layers)
+    assert len(shared.layers) == 3
+    assert shared.cost(FLOAT_MODE).time_us == 3e6
+
+
+def test_a_unit_that_loses_stays_float(unet, monkeypatch):
+    slow = ("mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.conv2")
+    clock = Clock(monkeypatch, float_s=1.0, low_bit_s=0.25, slow=slow, slow_s=3.0)
+    plan = plan_for(unet, clock=clock, max_loss_db=3.0)
+    modes = {unit.path: unit.mode for unit in plan.units}
+    assert all((mode == FLOAT_MODE) == (path in slow) for path, mode in modes.items())
+    assert "plan: " in plan.summary
+    mixed = next(candidate for candidate in plan.candidates if candidate.name.startswith("plan: "))
+    floats = next(candidate for candidate in plan.candidates if candidate.name == "float")
+    assert floats.step_us - mixed.step_us == pytest.approx(
+        0.75e6 * sum(len(u.layers) for u in plan.units if u.path not in slow)
+    )
+
+
+def test_max_state_bytes_is_respected(unet, monkeypatch):
+    config = mk.ModiffConfig(fuse=False, plan="auto", max_state_bytes=0)
+    plan = plan_for(unet, config, clock=Clock(monkeypatch, float_s=1.0, low_bit_s=0.25), max_loss_db=40.0)
+    assert {unit.mode for unit in plan.units} == {PLAIN}
+    assert plan.state_bytes == 0
+    whole = plan_for(unet, clock=Clock(monkeypatch, float_s=1.0, low_bit_s=0.25))
+    assert whole.key != plan.key
+
+
+def psnr_db(unet, config, exact):
+    """Mean over the pictures of a sampling with `config`, by the definition."""
+    handle = mk.accelerate(unet, config)
+    with handle.sampling_run():
+        error = ((sample(unet) - exact) ** 2).mean(axis=(1, 2, 3))
+    handle.remove()
+    return float((-10 * np.log10(error)).mean())
+
+
+def test_pictures_that_are_worse_than_allowed_are_not_taken(unet, monkeypatch):
+    """Plain 3-bit layers are far worse than modulated ones, and here they take the least time."""
+    plain3 = Mode("quantized", 3)
+    monkeypatch.setattr(planner, "_modes_to_compare", lambda config: (plain3, MODULATED))
+    exact = sample(unet)
+    best_db = psnr_db(unet, mk.ModiffConfig(fuse=False), exact)
+    assert psnr_db(unet, mk.ModiffConfig(fuse=False, act_bits=3, mode="quantized"), exact) < best_db - 3
+    clock = Clock(monkeypatch, float_s=1.0, low_bit_s=0.25)
+    plan = plan_for(unet, clock=clock, max_loss_db=3.0)
+    monkeypatch.undo()
+    assert {MODULATED} <= {unit.mode for unit in plan.units}
+    assert psnr_db(unet, mk.ModiffConfig(fuse=False, plan=plan), exact) >= best_db - 3.0
+    assert "all quantized 3" not in {candidate.name for candidate in plan.candidates}
+
+
+def test_a_pipeline_is_sampled_by_itself(unet):
+    pipe = DDIMPipeline(unet, DDIMScheduler(beta_end=0.002))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"batch_size": 3, "num_inference_steps": 4}
+    plan = mk.make_plan(pipe, mk.ModiffConfig(), call=call, rounds=1, progress=False)
+    assert plan.key.shape == (3, 3, 8, 8)
+    assert pipe.unet is unet
+    handle = mk.accelerate(pipe, mk.ModiffConfig(plan=plan))
+    pipe(**call)
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample": None}, "give sample="),
+        ({"rounds": 0}, "rounds=0"),
+        ({"max_loss_db": 0}, "max_loss_db=0"),
+        ({"config": mk.ModiffConfig(act_bits=None)}, "act_bits=None leave no low-bit mode"),
+        ({"sample": lambda unet: sample(unet, steps=1)}, "called the UNet 1 times"),
+    ],
+)
+def test_bad_input(unet, options, message):
+    with pytest.raises(ValueError, match=f"make_plan: .*{message}"):
+        plan_for(unet, **options)
+
+
+def test_pictures_from_other_noise_every_time_are_refused(unet):
+    seeds = iter(range(100))
+    with pytest.raises(ValueError, match=r"two float samplings differ .* begin from the same noise"):
+        plan_for(unet, sample=lambda unet: sample(unet, seed=next(seeds)))
+
+
+def test_an_accelerated_unet_is_refused(unet):
+    mk.accelerate(unet, mk.ModiffConfig())
+    with pytest.raises(RuntimeError, match="accelerated already"):
+        plan_for(unet)
+
+
+def test_a_cache_that_cannot_be_written_is_told(unet, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "file"))
+    plan_for(unet)
+    assert "could not be stored" in caplog.text
+
+
+def test_recorded_calls_keep_tensors_that_do_not_change():
+    layer = nn.Linear(2, 2)
+
+    def sampling(module):
+        text, x = torch.ones(1, 2), torch.zeros(1, 2)
+        for _ in range(3):
+            module(x)
+            x += 1  # in place, as a sampler may
+            module(text)
+        return x.detach().reshape(1, 1, 1, 2).numpy()
+
+    with torch.no_grad():
+        calls, _ = recorded(layer, sampling)
+    values = [args[0] for args, _ in calls]
+    assert [value[0, 0].item() for value in values] == [0, 1, 1, 1, 2, 1]
+    assert values[1] is values[2] is values[3]
+
+
+def test_the_shape_and_config_are_in_the_key(unet):
+    config = mk.ModiffConfig()
+    key = plan_cache.key_of(unet, config, (1, 3, 8, 8))
+    assert plan_cache.key_of(unet, dataclasses.replace(config, schedule="auto"), (1, 3, 8, 8)) == key
+    assert plan_cache.key_of(unet, dataclasses.replace(config, act_bits=4), (1, 3, 8, 8)) != key
+    assert plan_cache.key_of(unet.half(), config, (1, 3, 8, 8)) != key
+
+
+@pytest.mark.slow
+def test_the_shipped_model():
+    """A plan for the shipped model: faster than float in whole calls, and its pictures as good as promised."""
+    from modiff_kernels.models import shipped_model_path
+
+    unet = UNet2DModel.from_pretrained(shipped_model_path()).to(memory_format=torch.channels_last).eval()
+    noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def sample_shipped(unet):
+        scheduler = DDIMScheduler.from_pretrained(shipped_model_path(), subfolder="scheduler")
+        scheduler.set_timesteps(12)
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+        return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:  # time on the CPU: what else the machine does is not measured
+        plan = mk.make_plan(
+            unet, sample=sample_shipped, rounds=2, progress=False, use_cache=False, clock=time.thread_time
+        )
+    finally:
+        torch.set_num_threads(threads)
+    floats = [c.step_us for c in plan.candidates if c.name.startswith("float")]
+    best_db = max(c.psnr_db for c in plan.candidates if c.psnr_db is not None)
+    with torch.no_grad():
+        exact = sample_shipped(unet)
+        handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
+        with handle.sampling_run():
+            error = ((sample_shipped(unet) - exact) ** 2).mean(axis=(1, 2, 3))
+    db = float((-10 * np.log10(error)).mean())
+    assert db > 35
+    if handle.layers:
+        chosen = next(c for c in plan.candidates if plan.summary.startswith(f"{c.name}: "))
+        assert chosen.step_us < min(floats)
+        assert db == pytest.approx(chosen.psnr_db, abs=0.01)
+        assert db >= best_db - plan.max_loss_db

@@ -1,0 +1,299 @@
+"""`ModiffConfig(plan=...)`: what a plan does to a UNet, where it comes from, what is refused."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+import modiff_kernels as mk
+from modiff_kernels.integrations import plan_cache, plans
+from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.planning.layer_plan import LayerPlan, Mode, ModeCost, UnitPlan
+from modiff_kernels.planning.roofline import Machine
+
+FLOAT, PLAIN, MODULATED = Mode("float"), Mode("quantized", 8), Mode("modulated", 4)
+SLOW_INT8 = Machine(float_ops=1e12, int8_ops=1e10, bandwidth=1e12)
+FAST_INT8 = Machine(float_ops=1e10, int8_ops=1e13, bandwidth=1e13)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def unet():
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+
+
+def run(unet, handle=None, calls=4):
+    """Outputs along a slowly changing input."""
+    generator = torch.Generator().manual_seed(1)
+    start, end = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(2))
+    outputs = []
+    with torch.no_grad(), handle.sampling_run() if handle is not None else torch.no_grad():
+        for i in range(calls):
+            x = start + (end - start) * i / 20
+            outputs.append(unet(x, 900 - 20 * i).sample)
+    return torch.stack(outputs)
+
+
+def modes_of(handle):
+    return {row.name: row.mode for row in handle.rows()}
+
+
+def test_one_mode_for_all_is_the_same_as_the_config(unet):
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4))
+    expected, units = run(unet, handle), handle.replaced.units()
+    handle.remove()
+    plan = LayerPlan(tuple(UnitPlan(path, MODULATED, layers) for path, layers in units.items()))
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=8, mode="quantized", plan=plan))
+    assert torch.equal(run(unet, handle), expected)
+    assert handle.replaced.fused
+    assert all(layer.act_bits == 4 for layer in handle.layers.values())
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_modes_of_a_mixed_plan(unet, fuse):
+    exact = run(unet)
+    plan = LayerPlan.of({"mid_block": "float", "down_blocks.0": "quantized 8", "up_blocks.1.resnets.0": "modulated 8"})
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=plan, fuse=fuse))
+    modes = modes_of(handle)
+    assert modes["mid_block.resnets.0.conv1"] == "float"
+    assert modes["down_blocks.0.resnets.0.conv1"] == "quantized"
+    assert (modes["up_blocks.1.resnets.0.conv1"], handle.layers["up_blocks.1.resnets.0.conv1"].act_bits) == (
+        "modulated",
+        8,
+    )
+    assert handle.layers["up_blocks.0.resnets.0.conv1"].act_bits == 4  # not in the plan: as the config says
+    reasons = {row.name: row.reason for row in handle.rows()}
+    assert reasons["mid_block.resnets.0.conv1"] == "plan: float"
+    out = run(unet, handle)
+    assert ((out - exact).square().sum() / exact.square().sum()).item() < 1e-3
+    assert "plan (given): as given" in handle.explain()
+    handle.remove()
+    assert torch.equal(run(unet), exact)
+
+
+def test_layers_of_one_input_may_have_different_modes(unet):
+    attention = "mid_block.attentions.0"
+    exact = run(unet)
+    plan = LayerPlan.of({f"{attention}.to_q": "float", f"{attention}.to_k": "quantized 8"})
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
+    modes = modes_of(handle)
+    assert [modes[f"{attention}.{name}"] for name in ("to_q", "to_k", "to_v")] == ["float", "quantized", "modulated"]
+    out = run(unet, handle)
+    assert ((out - exact).square().sum() / exact.square().sum()).item() < 1e-3
+
+
+def test_an_all_float_plan_leaves_the_unet_alone(unet):
+    exact = run(unet)
+    units = ("down_blocks", "mid_block", "up_blocks")
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan=LayerPlan.of(dict.fromkeys(units, "float"))))
+    assert not any(isinstance(module, ModulatedLayer) for module in unet.modules())
+    seen = []
+    unet.conv_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():  # no run needed: there is no state
+        x = torch.randn(2, 3, 8, 8)
+        unet(x, 10)
+    assert seen[0].is_contiguous()
+    assert not seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(run(unet, handle), exact)
+    assert handle.state.nbytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ({"mid_block.resnets.7": "float"}, "'mid_block.resnets.7' is no Linear, Conv2d or block"),
+        ({"conv_in": "modulated 8"}, "'conv_in' cannot be modulated 8: conv_in stays float"),
+        ({"mid_block": "constant"}, "'mid_block' cannot be constant"),
+    ],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(unet, modes, message):
+    before = list(unet.named_modules())
+    with pytest.raises(ValueError, match=message):
+        mk.accelerate(unet, mk.ModiffConfig(plan=LayerPlan.of(modes)))
+    assert list(unet.named_modules()) == before
+
+
+def test_a_plan_in_a_file(unet, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"units": {"mid_block": "float"}}')
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan=path))
+    assert modes_of(handle)["mid_block.resnets.0.conv1"] == "float"
+    handle.remove()
+    path.write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"plan: .*plan.json cannot be read as a layer plan: .* no object with 'units'"
+    ):
+        mk.accelerate(unet, mk.ModiffConfig(plan=path))
+    with pytest.raises(ValueError, match=r"none.json cannot be read as a layer plan"):
+        mk.accelerate(unet, mk.ModiffConfig(plan=str(tmp_path / "none.json")))
+
+
+def stored_plan(unet, config, shape, modes):
+    plan = LayerPlan.of(modes)
+    plan_cache.store(dataclasses.replace(plan, key=plan_cache.key_of(unet, config, shape), source="measured"))
+
+
+def test_auto_takes_the_newest_stored_plan(unet, cache):
+    config = mk.ModiffConfig(act_bits=4, plan="auto", schedule="forecast every=2")
+    stored_plan(unet, config, (2, 3, 8, 8), {"mid_block": "float"})
+    stored_plan(unet, mk.ModiffConfig(act_bits=8), (2, 3, 8, 8), {"down_blocks": "float"})  # another configuration
+    handle = mk.accelerate(unet, dataclasses.replace(config, schedule=None))
+    assert handle.plan.source == "measured"
+    assert modes_of(handle)["mid_block.resnets.0.conv1"] == "float"
+    assert modes_of(handle)["down_blocks.0.resnets.0.conv1"] == "modulated"
+    handle.remove()
+    assert len(list(cache.rglob("2x3x8x8.json"))) == 2
+
+
+def test_unreadable_or_foreign_files_in_the_cache_are_passed_over(unet):
+    config = mk.ModiffConfig(plan="auto")
+    key = plan_cache.key_of(unet, config, (1, 3, 8, 8))
+    stored_plan(unet, config, (1, 3, 8, 8), {"mid_block": "float"})
+    path = plan_cache.path_of(key)
+    foreign = path.read_text().replace(key.model, "0000")
+    for number, text in ((8, "{"), (9, foreign)):
+        path.with_name(f"{number}x3x8x8.json").write_text(text)
+    assert plan_cache.newest(key).units[0].path == "mid_block"
+    assert plan_cache.stored(dataclasses.replace(key, shape=(1, 3, 8, 8))) is not None
+    assert plan_cache.stored(dataclasses.replace(key, shape=(2, 3, 8, 8))) is None
+
+
+def test_auto_estimates_where_nothing_is_stored(unet, monkeypatch):
+    monkeypatch.setattr(plans, "measured_machine", lambda device, config: SLOW_INT8)
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan="auto"))
+    assert handle.plan.source == "roofline"
+    assert handle.plan.is_float
+    assert "nothing was measured: 0 of" in handle.explain()
+    handle.remove()
+    monkeypatch.setattr(plans, "measured_machine", lambda device, config: FAST_INT8)
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan="auto"))
+    assert {unit.mode for unit in handle.plan.units} == {Mode("modulated", 8)}
+    run(unet, handle)
+    # Estimated at batch 1, and too high by one x_hat, that of a fused upsampler, which is kept at the low resolution.
+    upsampled = 4 * 32 * (8 * 8 - 4 * 4)
+    assert handle.state.nbytes() == 2 * (handle.plan.state_bytes - upsampled)
+
+
+def test_shapes_are_seen_without_computing(unet):
+    shape, shapes = plans.traced_shapes(unet, batch=3)
+    assert shape == (3, 3, 8, 8)
+    conv = shapes["down_blocks.0.resnets.0.conv1"]
+    assert (conv.inputs, conv.outputs) == (3 * 16 * 64, 3 * 16 * 64)
+    assert (conv.weights, conv.multiply_adds) == (16 * 16 * 9, 3 * 64 * 16 * 16 * 9)
+    linear = shapes["mid_block.attentions.0.to_q"]
+    assert (linear.inputs, linear.multiply_adds) == (3 * 16 * 32, 3 * 16 * 32 * 32)
+    assert not any(parameter.is_meta for parameter in unet.parameters())
+    with pytest.raises(ValueError, match=r"the inputs of Sequential could not be made up .* make_plan"):
+        plans.traced_shapes(torch.nn.Sequential(torch.nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize("extra", [{}, {"addition_embed_type": "text_time"}])
+def test_shapes_of_a_conditional_unet(extra):
+    from diffusers import UNet2DConditionModel
+
+    if extra:
+        extra = {**extra, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=24,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            **extra,
+        )
+    _, shapes = plans.traced_shapes(unet, batch=2)
+    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"].inputs == 2 * 77 * 24
+
+
+def test_the_machine_is_measured_by_the_clock():
+    now = iter(range(1000))
+
+    class Clock:
+        mark = staticmethod(lambda: next(now))
+        wait = staticmethod(lambda: None)
+        seconds = staticmethod(lambda start, end: float(end - start))
+
+    machine = plans.measured_machine(torch.device("cpu"), mk.ModiffConfig(), Clock())
+    operations = 2 * plans.PROBE_ROWS * plans.PROBE_FEATURES**2
+    assert machine == Machine(operations, operations, 2 * plans.PROBE_BYTES)
+
+
+def costed_plan(unet):
+    units = mk.accelerate(unet, mk.ModiffConfig(act_bits=4))
+    run(unet, units)
+    layers, state = units.replaced.units(), units.state.nbytes()
+    units.remove()
+    own = []
+    for i, (path, held) in enumerate(layers.items()):
+        costs = (ModeCost(FLOAT, 100.0), ModeCost(MODULATED, 90.0 - i, 40.0, state // len(layers)))
+        own.append(UnitPlan(path, MODULATED, held, costs))
+    key = plan_cache.key_of(unet, mk.ModiffConfig(act_bits=4), (2, 3, 8, 8))
+    return LayerPlan(tuple(own), key, "measured")
+
+
+def test_max_state_bytes(unet):
+    plan = costed_plan(unet)
+    limit = plan.state_bytes // 2
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=plan, max_state_bytes=limit))
+    left = [unit.mode == FLOAT for unit in handle.plan.units]
+    assert left == sorted(left, reverse=True)  # the later units gain more
+    assert 0 < sum(left) < len(left)
+    assert handle.plan.state_bytes <= limit
+    with torch.no_grad(), handle.sampling_run():
+        unet(torch.randn(2, 3, 8, 8), 5)
+    with (
+        pytest.raises(ValueError, match=r"max_state_bytes=\d+: a sample \(64, 3, 8, 8\) in 1 context\(s\) needs about"),
+        torch.no_grad(),
+        handle.sampling_run(),
+    ):
+        unet(torch.randn(64, 3, 8, 8), 5)
+    with torch.no_grad(), handle.sampling_run():
+        unet(torch.randn(2, 3, 8, 8), 5)
+        with handle.context("uncond"), pytest.raises(ValueError, match=r"in 2 context\(s\)"):
+            unet(torch.randn(2, 3, 8, 8), 5)
+
+
+def test_another_shape_than_the_planned_one_is_told(unet, caplog):
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=costed_plan(unet)))
+    with caplog.at_level(logging.WARNING, logger="modiff_kernels"), torch.no_grad():
+        for _ in range(2):
+            with handle.sampling_run():
+                unet(torch.randn(3, 3, 8, 8), 5)
+    assert caplog.text.count("made for samples (2, 3, 8, 8) and is used for (3, 3, 8, 8)") == 1
+
+
+def test_config_round_trip_and_bad_values():
+    plan = LayerPlan.of({"mid_block": "float"})
+    for value in (plan, "auto", "some/plan.json", None):
+        config = mk.ModiffConfig(plan=value, max_state_bytes=None if value is None else 10)
+        assert mk.ModiffConfig.from_json(config.to_json()) == config
+    assert hash(mk.ModiffConfig(plan=plan)) != hash(mk.ModiffConfig())
+    for bad in (3, "", ["x"]):
+        with pytest.raises(ValueError, match=r"ModiffConfig: plan=.* is not allowed; give None, 'auto', a LayerPlan"):
+            mk.ModiffConfig(plan=bad)
+    for bad in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=r"max_state_bytes=.* give a number of bytes"):
+            mk.ModiffConfig(plan="auto", max_state_bytes=bad)
+    with pytest.raises(ValueError, match="max_state_bytes=5 is not allowed; give None without a plan"):
+        mk.ModiffConfig(max_state_bytes=5)

@@ -1,0 +1,88 @@
+"""The traffic model against a table that was worked out by hand for an H200's data sheet, batch by batch."""
+
+import pytest
+
+from modiff_kernels.planning.layer_plan import Mode
+from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
+
+H200 = Machine(float_ops=989e12, int8_ops=1979e12, bandwidth=4.8e12)
+FLOAT, PLAIN, MODULATED = Mode("float"), Mode("quantized", 8), Mode("modulated", 8)
+
+# kind, c_in, c_out, pixels or tokens, batch: bf16 us, modulated us with the residual in a pass of its own and with it
+# in the norm, speed-up over bf16 of plain W8A8 in the norm, and of modulation with float32 state
+ROWS = [
+    ("conv", 320, 320, 4096, 1, 7.63, 5.73, 4.63, 2.00, 1.12),
+    ("conv", 320, 320, 4096, 8, 61.07, 45.81, 37.07, 2.00, 1.12),
+    ("conv", 640, 640, 1024, 2, 15.27, 9.54, 8.45, 2.00, 1.44),
+    ("conv", 1280, 1280, 256, 1, 7.63, 4.29, 4.02, 2.00, 1.67),
+    ("conv", 1280, 1280, 64, 1, 6.21, 3.28, 3.21, 1.99, 1.80),
+    ("conv", 1280, 1280, 64, 2, 6.28, 3.48, 3.35, 1.98, 1.64),
+    ("conv", 1280, 1280, 64, 16, 30.53, 17.17, 16.08, 2.00, 1.67),
+    ("linear", 320, 320, 4096, 1, 1.13, 3.30, 2.21, 1.35, 0.19),
+    ("linear", 320, 2560, 4096, 8, 54.28, 87.55, 78.81, 1.46, 0.27),
+    ("linear", 1280, 320, 4096, 2, 6.79, 19.75, 11.01, 2.00, 0.21),
+    ("linear", 640, 640, 1024, 16, 13.57, 26.30, 17.56, 2.00, 0.28),
+    ("linear", 640, 5120, 1024, 1, 6.79, 6.14, 5.60, 2.00, 0.51),
+    ("linear", 1280, 1280, 256, 1, 0.96, 1.16, 0.89, 1.75, 0.52),
+    ("linear", 1280, 10240, 256, 2, 13.57, 8.19, 7.65, 2.00, 0.89),
+]
+
+
+def shape_of(kind, c_in, c_out, rows, batch):
+    k = c_in * (9 if kind == "conv" else 1)
+    return LayerShape(batch * rows * c_in, batch * rows * c_out, c_out * k, batch * rows * c_out * k)
+
+
+def us(shape, mode, state_bytes=2, fused=True, weight_bits=8):
+    return 1e6 * seconds(
+        shape, mode, H200, float_bytes=2, state_bytes=state_bytes, weight_bits=weight_bits, fused=fused
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row[:5])))
+def test_layers(row):
+    *problem, bf16, separate, fused, plain_speedup, float32_speedup = row
+    shape = shape_of(*problem)
+    rounding = 0.006  # the table has two decimals
+    assert us(shape, FLOAT) == pytest.approx(bf16, abs=rounding)
+    assert us(shape, MODULATED, fused=False) == pytest.approx(separate, abs=rounding)
+    assert us(shape, MODULATED) == pytest.approx(fused, abs=rounding)
+    assert us(shape, FLOAT) / us(shape, PLAIN) == pytest.approx(plain_speedup, abs=rounding)
+    assert us(shape, FLOAT) / us(shape, MODULATED, 4, False) == pytest.approx(float32_speedup, abs=rounding)
+
+
+def test_low_bit_weights_pay_where_weights_are_the_traffic():
+    shape = shape_of("conv", 1280, 1280, 64, 1)
+    assert us(shape, FLOAT) / us(shape, MODULATED) == pytest.approx(1.94, abs=0.006)
+    assert us(shape, FLOAT) / us(shape, MODULATED, weight_bits=4) == pytest.approx(3.7, abs=0.05)
+
+
+def unet_shapes(network):
+    """(shape at batch 1, how often) of every layer."""
+    from benchmarks.shapes import layer_table
+
+    for layer, count in layer_table(network).items():
+        if layer.kind == "linear":
+            outputs, k, inputs = layer.h * layer.c_out, layer.c_in, layer.h * layer.c_in
+        else:
+            side = (layer.h + 2 * layer.padding - layer.kernel) // layer.stride + 1
+            outputs, k, inputs = side * side * layer.c_out, layer.c_in * layer.kernel**2, layer.h * layer.w * layer.c_in
+        yield LayerShape(inputs, outputs, layer.c_out * k, outputs * k), count
+
+
+@pytest.mark.parametrize(
+    ("batch", "bf16_ms", "modulated_ms", "best_ms"), [(2, 1.463, 1.182, 1.006), (8, 5.577, 4.511, 3.817)]
+)
+def test_a_whole_unet(batch, bf16_ms, modulated_ms, best_ms, sd15):
+    """Sums over all layers, within what the layers of the time embedding, which only the numbers count, add."""
+    rows = [(LayerShape(*(n * batch for n in s[:2]), s[2], s[3] * batch), count) for s, count in sd15]
+    in_bf16 = [count * us(shape, FLOAT) / 1e3 for shape, count in rows]
+    modulated = [count * us(shape, MODULATED) / 1e3 for shape, count in rows]
+    assert sum(in_bf16) == pytest.approx(bf16_ms, rel=0.01)
+    assert sum(modulated) == pytest.approx(modulated_ms, rel=0.01)
+    assert sum(map(min, in_bf16, modulated)) == pytest.approx(best_ms, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return [((s.inputs, s.outputs, s.weights, s.multiply_adds), count) for s, count in unet_shapes("sd15")]

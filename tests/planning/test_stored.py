@@ -1,0 +1,92 @@
+import json
+import types
+
+import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from modiff_kernels.planning import stored
+from modiff_kernels.planning.clock import host_timesteps
+
+
+def scheduler_of(steps=8, kind=DDIMScheduler, **options):
+    made = kind(**options)
+    made.set_timesteps(steps)
+    return made
+
+
+def write(folder, scheduler=None, **changes):
+    scheduler = scheduler or scheduler_of()
+    entries = {"schedule": "U3FUF3 order=1", **stored.run_of(scheduler, host_timesteps(scheduler)), **changes}
+    (folder / stored.FILE_NAME).write_text(json.dumps(entries))
+    return folder / stored.FILE_NAME
+
+
+def loaded_from(path):
+    return types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path=str(path)))
+
+
+def test_it_fits_the_run_that_was_searched(tmp_path):
+    found = stored.read(write(tmp_path))
+    assert str(found.schedule) == "U3FUF3 order=1"
+    same = scheduler_of()
+    assert found.fits(same, host_timesteps(same))
+    from_another = DDIMScheduler.from_config({**DDPMScheduler().config, "variance_type": "fixed_large"})
+    from_another.set_timesteps(8)
+    assert found.fits(from_another, host_timesteps(from_another)), "settings of another class say nothing"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        scheduler_of(steps=9),
+        scheduler_of(clip_sample=False),
+        scheduler_of(timestep_spacing="trailing"),
+        scheduler_of(beta_end=0.01),
+        scheduler_of(kind=DPMSolverMultistepScheduler),
+        types.SimpleNamespace(timesteps=scheduler_of().timesteps),
+    ],
+    ids=["steps", "clip", "spacing", "noise", "class", "no config"],
+)
+def test_it_does_not_fit_others(tmp_path, other):
+    assert not stored.read(write(tmp_path)).fits(other, host_timesteps(other))
+
+
+def test_a_part_of_a_longer_run_is_another_run(tmp_path):
+    longer = scheduler_of(steps=16)
+    assert not stored.read(write(tmp_path)).fits(longer, host_timesteps(longer)[8:])
+
+
+def test_it_is_found_in_the_folder_of_the_unet_or_the_pipeline(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "other").mkdir()
+    assert stored.beside(loaded_from(tmp_path / "unet"), None) is None
+    path = write(tmp_path)
+    assert stored.beside(loaded_from(tmp_path), None).path == path
+    assert stored.beside(types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path=tmp_path))).path == path
+    assert stored.beside(loaded_from(tmp_path / "unet"), None).path == path
+    assert stored.beside(loaded_from(tmp_path / "other"), None) is None
+    assert stored.beside(types.SimpleNamespace(), loaded_from(tmp_path)).path == path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "U3X"}, "ValueError: StepSchedule: rule='U3X'"),
+        ({"sampler": None}, "TypeError"),
+        ({"timesteps": ["a"]}, "ValueError"),
+        ({"schedule": "U3fU"}, "skips deep levels; give it as schedule='U3fU'"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_by_name(tmp_path, changes, message):
+    path = write(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        stored.read(path)
+    assert str(path) in str(raised.value)
+    assert "search again with `modiff calibrate --schedule`" in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schedule": "U3F"}'])
+def test_files_of_something_else(tmp_path, text):
+    (tmp_path / stored.FILE_NAME).write_text(text)
+    with pytest.raises(ValueError, match="is no schedule of this version"):
+        stored.beside(loaded_from(tmp_path))

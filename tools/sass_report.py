@@ -1,0 +1,181 @@
+"""Read the machine code of a CUDA library, without a GPU, and check it against rules.
+
+python tools/sass_report.py LIBRARY [RULES] [--arch sm_80 sm_90a] [--match TEXT]
+
+Prints a row per kernel and architecture: registers, stack, shared memory, counted instructions. Exit code 1 if a rule
+is broken, or applies to no kernel. RULES (default: sass_rules.json beside this file) is a list of objects:
+
+  why          what the rule protects; printed when it is broken
+  arch         regular expression of a whole architecture, such as "sm_90a"
+  kernel       regular expression, found anywhere in the demangled name
+  must         instructions that occur (regular expressions from the beginning, such as "LDG\\.E\\.128")
+  never        instructions that do not occur
+  registers, stack_bytes, shared_bytes     largest value allowed
+  kernels      how many of an architecture the rule applies to, if that is known
+
+The disassemblers come with triton, or are those on PATH.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+RULES = Path(__file__).with_name("sass_rules.json")
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
+COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
+LIMITS = ("registers", "stack_bytes", "shared_bytes")
+KEYS = {"why", "arch", "kernel", "must", "never", "kernels", *LIMITS}
+
+
+@dataclass
+class Row:
+    """What the machine code of one kernel on one architecture says; `opcodes` with their modifiers."""
+
+    arch: str
+    kernel: str
+    registers: int = 0
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    opcodes: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        totals: Counter[str] = Counter()
+        for opcode, count in self.opcodes.items():
+            totals[opcode.split(".")[0]] += count
+        counts = " ".join(f"{name} {totals[name]}" for name in COUNTED if totals[name])
+        text = f"{self.arch:7s} {self.registers:3d} regs {self.stack_bytes:4d} B stack {self.shared_bytes:6d} B shared"
+        return f"{text} {self.opcodes.total():5d} instr  {self.kernel}  [{counts}]"
+
+
+def disassembler(name: str) -> str:
+    """Path of cuobjdump or nvdisasm."""
+    spec = find_spec("triton")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        path = Path(folder) / "backends" / "nvidia" / "bin" / name
+        if path.is_file():
+            return str(path)
+    found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"sass_report: {name} was not found; it comes with triton: pip install triton")
+    return found
+
+
+def lines(*command: str) -> Iterator[str]:
+    """Output of cuobjdump, which finds nvdisasm on PATH."""
+    path = os.pathsep.join((str(Path(disassembler("nvdisasm")).parent), os.environ["PATH"]))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path}) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode != 0:
+        raise SystemExit(f"sass_report: {' '.join(command)} failed with exit code {process.returncode}")
+
+
+def demangled(names: list[str]) -> list[str]:
+    """C++ names where c++filt is there, without what all kernels share."""
+    if shutil.which("c++filt") is None:
+        return names
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [_shortened(name) for name in done.stdout.splitlines()]
+
+
+def _shortened(name: str) -> str:
+    inner = re.fullmatch(r"void modiff::(?:\w+::)*\w*kernel<(.*?) ?>\(.*\)", name)
+    return re.sub(r"modiff::(cuda::)?(sm80::)?", "", inner[1] if inner else name)
+
+
+def report(library: Path, archs: list[str] | None = None) -> list[Row]:
+    """A row for every kernel of `library` and architecture of `archs`; None: all of them."""
+    rows: dict[tuple[str, str], Row] = {}
+    arch = function = ""
+    opcodes: Counter[str] = Counter()
+    cuobjdump = disassembler("cuobjdump")
+    for line in lines(cuobjdump, "-res-usage", str(library)):
+        if found := re.search(r"\barch = (\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            function = found[1]
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, found.groups())
+            rows[arch, function] = Row(arch, function, registers, stack + local, shared)
+    for option in [["-arch", name] for name in archs] if archs else [[]]:
+        for line in lines(cuobjdump, *option, "-sass", str(library)):
+            if found := INSTRUCTION.match(line):
+                opcodes[found[1]] += 1
+            elif found := re.match(r"arch = (\w+)", line):
+                arch = found[1]
+            elif found := re.match(r"\s*Function : (\S+)", line):
+                opcodes = rows[arch, found[1]].opcodes
+    read = [row for row in rows.values() if row.opcodes]
+    for row, name in zip(read, demangled([row.kernel for row in read]), strict=True):
+        row.kernel = name
+    return sorted(read, key=lambda row: (row.kernel, row.arch))
+
+
+def load_rules(path: Path) -> list[dict[str, Any]]:
+    """The rules of a file; ValueError for a key that is not known."""
+    rules = json.loads(path.read_text())
+    for rule in rules:
+        if unknown := set(rule) - KEYS:
+            raise ValueError(f"{path}: {', '.join(sorted(unknown))} is not known in a rule; known: {sorted(KEYS)}")
+    return rules
+
+
+def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
+    """How `rule` is broken, a line for each kernel and reason."""
+    hits = [row for row in rows if re.fullmatch(rule["arch"], row.arch) and re.search(rule["kernel"], row.kernel)]
+    reasons = []
+    by_arch = Counter(row.arch for row in hits)
+    if not hits:
+        reasons.append("applies to no kernel")
+    for arch, count in by_arch.items():
+        if count != rule.get("kernels", count):
+            reasons.append(f"{arch}: applies to {count} kernels, {rule['kernels']} are expected")
+    for row in hits:
+        for pattern in rule.get("must", ()):
+            if not any(re.match(pattern, opcode) for opcode in row.opcodes):
+                reasons.append(f"{row.arch} {row.kernel}: no {pattern}")
+        for pattern in rule.get("never", ()):
+            if found := [opcode for opcode in row.opcodes if re.match(pattern, opcode)]:
+                reasons.append(f"{row.arch} {row.kernel}: {', '.join(found)}")
+        for limit in LIMITS:
+            if getattr(row, limit) > rule.get(limit, sys.maxsize):
+                reasons.append(f"{row.arch} {row.kernel}: {limit} {getattr(row, limit)}, at most {rule[limit]}")
+    return reasons
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("rules", type=Path, nargs="?", default=RULES)
+    parser.add_argument("--arch", nargs="+", help="only these architectures; reading all takes half a minute")
+    parser.add_argument("--match", default="", help="print only kernels whose name contains this")
+    args = parser.parse_args(arguments)
+    if not args.library.is_file():
+        parser.error(f"{args.library} is not a file; build the library first: python setup.py build_ext --inplace")
+    rules = load_rules(args.rules)
+    rows = report(args.library, args.arch)
+    for row in rows:
+        if args.match in row.kernel:
+            print(row)
+    failed = 0
+    for rule in rules:
+        reasons = broken(rule, rows)
+        failed += bool(reasons)
+        if reasons:
+            print(f"BROKEN {rule['why']}", *reasons, sep="\n       ")
+    print(f"{len(rows)} kernels of all architectures, {len(rules)} rules, {failed} broken")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
