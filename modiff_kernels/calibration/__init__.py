@@ -11,11 +11,12 @@ from torch import nn
 from modiff_kernels.calibration import qdiffusion, static  # noqa: F401 (they register their methods)
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
-from modiff_kernels.calibration.methods import METHODS, Job, Method, layers_of, method_of
-from modiff_kernels.calibration.result import CalibrationResult
+from modiff_kernels.calibration.methods import METHODS, Job, Method, Split, layers_of, method_of
+from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.calibration.workspace import Workspace
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.quant.calibrated import CalibratedLayer
 
 __all__ = ["METHODS", "CalibrationResult", "Method", "calibrate", "import_qdiffusion"]
 
@@ -34,6 +35,7 @@ def calibrate(
     scheduler: Any = None,
     sample: Callable[[Sequence[int]], Any] | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
+    weights: CalibrationResult | str | Path | None = None,
     **options: Any,
 ) -> CalibrationResult:
     """Calibrate the layers of a UNet that `config` makes low-bit; the UNet is as before afterwards.
@@ -43,7 +45,9 @@ def calibrate(
     skip_modules; scale_mode "static" (and no schedule) also calibrates activation scales. steps: of the sampler.
     samples: trajectories. batch: images at once. seed: the noise of trajectory i has seed + i. folder: where the result
     is saved, and finished parts are kept until then: the same call goes on where it was interrupted. call_kwargs: more
-    arguments of the pipeline's call, such as a prompt. options: of the method, see METHODS[method].options.
+    arguments of the pipeline's call, such as a prompt. weights: a calibration of this UNet for the same weight_bits,
+    group_size and skip_modules, whose codes are kept: only activation scales are calibrated. options: of
+    the method, see METHODS[method].options.
 
     The same arguments give the same result. ValueError for what is not allowed, before anything is sampled; TypeError
     for a target that is neither.
@@ -63,6 +67,7 @@ def calibrate(
     layers = layers_of(unet, config)
     if not layers:
         raise ValueError("calibrate: config leaves no Linear and no Conv2d to calibrate; look at its skip_modules")
+    kept = None if weights is None else _weights_of(read_result(weights), config, layers)
     metadata = {
         "scheduler": type(sampler.scheduler).__name__,
         "steps": steps,
@@ -71,9 +76,14 @@ def calibrate(
         "options": dataclasses.asdict(parsed),
     }
     request = {**metadata, "method": method, "config": config.to_dict(), "batch": batch, "layers": list(layers)}
+    if weights is not None:
+        request["weights"] = read_result(weights).metadata
     workspace = Workspace(None if folder is None else Path(folder), request)
     started = time.perf_counter()
-    job = Job(unet, sampler, config, parsed, samples, batch, seed, workspace, quiet, layers)
+    job = Job(unet, sampler, config, parsed, samples, batch, seed, workspace, quiet, layers, weights=kept)
+    if kept is not None:
+        parts = {path: layer for path, layer in kept.items() if layer.input_scale is not None}
+        job.splits = {path: Split(layer.weight.group_size, layer.input_scale) for path, layer in parts.items()}
     calibrated = chosen.run(job)
     metadata["seconds"] = round(time.perf_counter() - started, 1)
     result = CalibrationResult(method, config, calibrated, metadata)
@@ -81,6 +91,20 @@ def calibrate(
         result.save(folder)
         workspace.clear()
     return result
+
+
+def _weights_of(
+    result: CalibrationResult, config: ModiffConfig, layers: Mapping[str, nn.Module]
+) -> dict[str, CalibratedLayer]:
+    known = layers_for(result, dataclasses.replace(config, scale_mode="dynamic"))
+    missing = [path for path in layers if path not in known or known[path].weight is None]
+    if missing:
+        raise ValueError(
+            f"calibrate: weights holds no codes for {', '.join(missing[:5])}; calibrate them without weights"
+        )
+    for path, module in layers.items():
+        known[path].check(module.weight.shape, module.bias is not None)
+    return {path: known[path] for path in layers}
 
 
 def _sampler(

@@ -61,7 +61,8 @@ class Job:
     unet: the full-precision network, not to be changed for good. sampler: its sampler, for methods that sample. config:
     what is calibrated for. options: of the method's dataclass. samples: trajectories. batch: images at once. seed: of
     the first trajectory; the noise of trajectory i has seed + i. workspace: for everything that takes long. layers: the
-    layers to calibrate, by path. splits: those that are quantised in parts.
+    layers to calibrate, by path. splits: those that are quantised in parts. weights: layers of an earlier calibration
+    whose codes are to be kept, or None.
     """
 
     unet: nn.Module
@@ -75,6 +76,7 @@ class Job:
     quiet: bool
     layers: dict[str, nn.Module]
     splits: dict[str, Split] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, CalibratedLayer] | None = None
 
     def input_scale(self, path: str) -> Tensor | None:
         """What the input channels of a layer are multiplied by before they are quantised."""

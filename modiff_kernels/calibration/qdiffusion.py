@@ -65,7 +65,28 @@ class QDiffusionOptions(StaticOptions):
 )
 def qdiffusion(job: Job) -> Layers:
     """Codes and step sizes by reconstruction of blocks."""
-    options, data = job.options, job.data()
+    data = job.data()
+    if job.weights is not None:
+        layers = dict(job.weights)
+        blocks = reconstruction.blocks_of(job.unet, job.layers, data)
+    else:
+        layers, blocks = _weights(job, data)
+    if not needs_scales(job):
+        return layers
+    for path, found in activation_scales(job, data).items():
+        layers[path] = dataclasses.replace(layers[path], **found)
+    for number, (block, paths) in enumerate(job.bar(list(blocks.items()), "step sizes", unit="block")):
+        floats = {path: dataclasses.replace(layer, act_scale=None) for path, layer in layers.items()}
+        before = {path: floats[path] for name, above in list(blocks.items())[:number] for path in above}
+        own = {path: layers[path] for path in paths}
+        compute = _reconstruct(job, data, block, before, own, ("act_scale",), job.config.act_bits)
+        layers |= job.layers_once(f"steps-{number}", own, compute)
+    return layers
+
+
+def _weights(job: Job, data: CalibrationData) -> tuple[Layers, dict[str, list[str]]]:
+    """The layers with codes, and the blocks that they were reconstructed in."""
+    options = job.options
     if options.split:
         job.splits = shortcut_splits(job, data)
     weights = calibrated_weights(job, data, options.weight_method)
@@ -78,17 +99,7 @@ def qdiffusion(job: Job) -> Layers:
         layers |= job.layers_once(f"block-{number}", own, compute)
     if options.network_iterations:
         layers = learn_network(job, data, layers)
-    if not needs_scales(job):
-        return layers
-    for path, found in activation_scales(job, data).items():
-        layers[path] = dataclasses.replace(layers[path], **found)
-    for number, (block, paths) in enumerate(job.bar(list(blocks.items()), "step sizes", unit="block")):
-        floats = {path: dataclasses.replace(layer, act_scale=None) for path, layer in layers.items()}
-        before = {path: floats[path] for name, above in list(blocks.items())[:number] for path in above}
-        own = {path: layers[path] for path in paths}
-        compute = _reconstruct(job, data, block, before, own, ("act_scale",), job.config.act_bits)
-        layers |= job.layers_once(f"steps-{number}", own, compute)
-    return layers
+    return layers, blocks
 
 
 def split_sites(unet: nn.Module) -> dict[str, int]:

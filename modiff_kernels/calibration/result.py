@@ -128,7 +128,7 @@ def layers_for(calibration: "CalibrationResult", config: ModiffConfig) -> dict[s
         asked, known = getattr(config, field), getattr(calibration.config, field)
         if asked != known:
             raise ValueError(
-                f"accelerate: config has {field}={asked!r}, but the calibration ({calibration.method}) is for "
+                f"config has {field}={asked!r}, but the calibration ({calibration.method}) is for "
                 f"{known!r}; use {field}={known!r}, or calibrate again"
             )
     if static:

@@ -64,10 +64,13 @@ class StaticOptions(Options):
 def static(job: Job) -> dict[str, CalibratedLayer]:
     """Weight codes and activation scales of every layer, from full-precision activations."""
     data = job.data()
-    weights = calibrated_weights(job, data, job.options.weight_method)
-    layers = {path: CalibratedLayer(weights[path]) for path in job.layers}
-    if job.options.network_iterations:
-        layers = learn_network(job, data, layers)
+    if job.weights is not None:
+        layers = dict(job.weights)
+    else:
+        weights = calibrated_weights(job, data, job.options.weight_method)
+        layers = {path: CalibratedLayer(weights[path]) for path in job.layers}
+        if job.options.network_iterations:
+            layers = learn_network(job, data, layers)
     activations = activation_scales(job, data) if needs_scales(job) else {}
     return {path: dataclasses.replace(layer, **activations.get(path, {})) for path, layer in layers.items()}
 

@@ -283,6 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="--method: activation scales (%(default)s)",
     )
     add("--group-size", type=positive, metavar="N", help="--method: weights that share a scale (a whole channel)")
+    add("--weights", type=Path, metavar="DIR", help="--method: keep the codes of this calibration, find scales only")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="--method: an option of the method")
     goal = calibrate.add_mutually_exclusive_group()
     goal.add_argument("--budget-db", type=positive_number, metavar="DB", help="least fidelity, with the fewest calls")

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch,
             seed=args.seed,
             folder=folder,
+            weights=args.weights,
             quiet=args.quiet,
             scheduler=models.make_scheduler(model, args.scheduler),
             sample=lambda seeds: models.sample_images(model, unet, args.scheduler, args.steps, seeds),

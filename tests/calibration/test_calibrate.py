@@ -13,7 +13,7 @@ from modiff_kernels.cli.arguments import METHODS as CLI_METHODS
 from modiff_kernels.quant.packing import pack
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
-SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2}
+SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
 
 
 def tensors_of(result):
@@ -42,8 +42,9 @@ def test_the_command_line_knows_every_method():
 @pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.run is static_module.static])
 def test_result_is_deterministic_and_leaves_the_unet_as_it_was(pipe, method):
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    first = mk.calibrate(pipe, method, STATIC, **SMALL)
-    assert_equal(first, mk.calibrate(pipe, method, STATIC, **SMALL))
+    few = {"network_iterations": 2} if method == "distill" else {}
+    first = mk.calibrate(pipe, method, STATIC, **SMALL, **few)
+    assert_equal(first, mk.calibrate(pipe, method, STATIC, **SMALL, **few))
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
     assert first.method == method
@@ -85,11 +86,30 @@ def test_parts_of_another_request_are_not_used(pipe, tmp_path, monkeypatch):
 
 
 def test_what_is_saved_is_what_was_found(pipe, tmp_path):
-    result = mk.calibrate(pipe, "minmax", dataclasses.replace(STATIC, group_size=16), folder=tmp_path, **SMALL)
+    config = dataclasses.replace(STATIC, group_size=16)
+    result = mk.calibrate(pipe, "minmax", config, folder=tmp_path, **{**SMALL, "weight_method": "gptq"})
     loaded = mk.CalibrationResult.load(tmp_path)
     assert_equal(result, loaded)
     assert (loaded.method, loaded.config, loaded.metadata) == (result.method, result.config, result.metadata)
     assert loaded.metadata["options"]["scale_search"] == "minmax"
+
+
+@pytest.mark.parametrize("method", ["mse", "qdiffusion"])
+def test_scales_alone_for_known_codes(pipe, method, monkeypatch):
+    few = {"weight_iterations": 3, "act_iterations": 2} if method == "qdiffusion" else {}
+    whole = mk.calibrate(pipe, method, dataclasses.replace(STATIC, mode="quantized"), **SMALL, **few)
+    monkeypatch.setattr(static_module, "quantize_layer", lambda *args: 1 / 0)
+    config = dataclasses.replace(STATIC, mode="quantized", act_bits=8)
+    scales = mk.calibrate(pipe, method, config, weights=whole, **SMALL, **few)
+    for path, layer in whole.layers.items():
+        other = scales.layers[path]
+        assert torch.equal(layer.weight.codes, other.weight.codes)
+        assert layer.input_scale is other.input_scale
+        assert other.act_scale < layer.act_scale  # 8 bits in place of 4
+    with pytest.raises(ValueError, match="config has weight_bits=8, but the calibration"):
+        mk.calibrate(pipe, method, mk.ModiffConfig(8, 8), weights=whole, **SMALL)
+    with pytest.raises(ValueError, match="weights holds no codes for conv_in"):
+        mk.calibrate(pipe, method, dataclasses.replace(config, skip_modules=()), weights=whole, **SMALL)
 
 
 class TestAccelerate:
@@ -132,20 +152,20 @@ class TestAccelerate:
         ],
     )
     def test_another_config(self, pipe, changes, message):
-        result = mk.calibrate(pipe, "minmax", STATIC, weight_method="rtn", **SMALL)
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
         with pytest.raises(ValueError, match=message):
             mk.accelerate(pipe, dataclasses.replace(STATIC, **changes), calibration=result)
         assert not any("Modulated" in type(module).__name__ for module in pipe.unet.modules())
 
     def test_another_checkpoint(self, pipe):
-        result = mk.calibrate(pipe, "minmax", STATIC, weight_method="rtn", **SMALL)
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
         weight = pipe.unet.mid_block.resnets[0].conv1.weight
         weight.copy_(torch.randn_like(weight) * weight.std())
         with pytest.raises(ValueError, match=r"conv1'.* away from the weight of the layer; calibrate this checkpoint"):
             mk.accelerate(pipe, calibration=result)
 
     def test_other_weights_are_not_loaded(self, pipe):
-        result = mk.calibrate(pipe, "minmax", STATIC, weight_method="rtn", **SMALL)
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
         handle = mk.accelerate(pipe, calibration=result)
         state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
         pipe.unet.load_state_dict(state)
@@ -154,7 +174,7 @@ class TestAccelerate:
         handle.remove()
 
     def test_static_scales_besides_a_calibration(self, pipe):
-        result = mk.calibrate(pipe, "minmax", STATIC, weight_method="rtn", **SMALL)
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
         with pytest.raises(ValueError, match="either calibration or static_scales"):
             mk.accelerate(pipe, calibration=result, static_scales={"conv_in": 1.0})
 
@@ -163,7 +183,7 @@ class TestTables:
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])
     def test_one_scale_per_call(self, pipe, mode):
         config = dataclasses.replace(STATIC, mode=mode, act_bits=8)
-        result = mk.calibrate(pipe, "mse", config, table=True, weight_method="rtn", **SMALL)
+        result = mk.calibrate(pipe, "mse", config, table=True, **SMALL)
         assert all(layer.act_scale.shape == (4,) for layer in result.layers.values())
         handle = mk.accelerate(pipe, calibration=result)
         used = []
@@ -221,7 +241,7 @@ def test_bad_targets(pipe):
 class TestFiles:
     @pytest.fixture
     def folder(self, pipe, tmp_path):
-        mk.calibrate(pipe, "minmax", STATIC, weight_method="rtn", folder=tmp_path, **SMALL)
+        mk.calibrate(pipe, "minmax", STATIC, folder=tmp_path, **SMALL)
         return tmp_path
 
     def test_missing(self, tmp_path):
