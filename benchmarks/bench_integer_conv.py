@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
-from benchmarks.shapes import NETWORKS, Layer, layer_table
+from benchmarks.shapes import SMALL_NETWORKS, Layer, layer_table
 from modiff_kernels import ops
 from modiff_kernels.evaluation import text_table
 
@@ -83,7 +83,7 @@ def measure(layer: Layer, batch: int, rounds: int) -> dict[str, list[float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="ddpm_cifar10", choices=NETWORKS, help="default: %(default)s")
+    parser.add_argument("--network", default="ddpm_cifar10", choices=SMALL_NETWORKS, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="images (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=int, default=25, help="timed calls of each form (%(default)s)")

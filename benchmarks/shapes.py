@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-NETWORKS = ("cifar10_small16", "ddpm_cifar10")
+SMALL_NETWORKS = ("cifar10_small16", "ddpm_cifar10")
 """cifar10_small16: the shipped model, 16x16. ddpm_cifar10: configuration of google/ddpm-cifar10-32, 35.7 M, 32x32."""
 
-LAYER_TABLES = (*NETWORKS, "sd15", "sdxl")
-"""Networks with a layer table. sd15, sdxl: the UNets of Stable Diffusion 1.5 (512x512) and XL (1024x1024), without
-weights (device meta)."""
+NETWORKS = (*SMALL_NETWORKS, "ldm8_churches", "sd15", "sdxl")
+"""ldm8_churches: after latent diffusion's LDM-8 for LSUN Churches (256x256), with heads of one width at all levels as
+diffusers builds them. sd15, sdxl: the UNets of Stable Diffusion 1.5 (512x512) and XL (1024x1024). All but the shipped
+model have random weights."""
 
 SD15 = {
     "sample_size": 64,
@@ -61,6 +63,21 @@ DDPM_CIFAR10 = {
 }
 
 
+LDM8_CHURCHES = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (192, 384, 384, 768, 768),
+    "down_block_types": (*["AttnDownBlock2D"] * 4, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["AttnUpBlock2D"] * 4),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "attention_head_dim": 24,
+}
+
+
 @dataclass(frozen=True)
 class Layer:
     """One Linear or Conv2d problem: `h`, `w` are of the input, a Linear has `h` rows per image, w 1 and kernel 1."""
@@ -74,49 +91,67 @@ class Layer:
     stride: int = 1
     padding: int = 0
 
+    @property
+    def h_out(self) -> int:
+        """Height of the output."""
+        return (self.h + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def w_out(self) -> int:
+        """Width of the output."""
+        return (self.w + 2 * self.padding - self.kernel) // self.stride + 1
+
     def __str__(self) -> str:
         if self.kind == "linear":
             return f"linear-{self.c_in}-{self.c_out}@{self.h}"
         return f"conv{self.kernel}x{self.kernel}-{self.c_in}-{self.c_out}@{self.h}x{self.w}-s{self.stride}"
 
 
-def build_unet(network: str) -> torch.nn.Module:
-    """The network in float32, eval; ddpm_cifar10 has random weights (seed 0)."""
-    from diffusers import UNet2DModel
+def build_unet(network: str, device: str | torch.device = "cpu") -> torch.nn.Module:
+    """The network in float32, eval, on `device`; random weights are those of seed 0 (none on device meta)."""
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
+    if network not in NETWORKS:
+        raise ValueError(f"network {network!r} is unknown; allowed: {', '.join(NETWORKS)}")
     if network == "cifar10_small16":
         from modiff_kernels.models import shipped_model_path
 
-        unet = UNet2DModel.from_pretrained(shipped_model_path()).float()
-    elif network == "ddpm_cifar10":
-        torch.manual_seed(0)
-        unet = UNet2DModel(**DDPM_CIFAR10)
-    else:
-        raise ValueError(f"network {network!r} is unknown; allowed: {', '.join(NETWORKS)}")
-    return unet.eval().requires_grad_(False)
+        return UNet2DModel.from_pretrained(shipped_model_path()).float().to(device).eval().requires_grad_(False)
+    kinds = {
+        "ddpm_cifar10": (UNet2DModel, DDPM_CIFAR10),
+        "ldm8_churches": (UNet2DModel, LDM8_CHURCHES),
+        "sd15": (UNet2DConditionModel, SD15),
+        "sdxl": (UNet2DConditionModel, SDXL),
+    }
+    kind, config = kinds[network]
+    torch.manual_seed(0)
+    with torch.device(device):
+        return kind(**config).eval().requires_grad_(False)
 
 
-def _network_and_inputs(network: str) -> tuple[torch.nn.Module, tuple, dict]:
-    """A UNet whose call with these arguments is one step of one image; only its shapes matter."""
-    if network not in ("sd15", "sdxl"):
-        unet = build_unet(network)
-        size = unet.config.sample_size
-        return unet, (torch.zeros(1, 3, size, size), 0), {}
-    from diffusers import UNet2DConditionModel
+def conditions(unet: torch.nn.Module, batch: int) -> dict[str, Any]:
+    """Keyword arguments of a call beside sample and timestep: random text and sizes, in the UNet's dtype and device."""
+    width = getattr(unet.config, "cross_attention_dim", None)
+    if width is None:
+        return {}
+    dtype, device = next(unet.parameters()).dtype, unet.device
 
-    config = SD15 if network == "sd15" else SDXL
-    size = config["sample_size"]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
-        text = torch.empty(1, TEXT_TOKENS, config["cross_attention_dim"])
-        inputs = (torch.empty(1, 4, size, size), torch.empty(1), text)
-        conditions = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-    return unet, inputs, {"added_cond_kwargs": conditions} if network == "sdxl" else {}
+    def random(*shape: int) -> torch.Tensor:
+        values = torch.empty(shape, device=device, dtype=dtype)
+        return values if values.is_meta else values.normal_()
+
+    keywords: dict[str, Any] = {"encoder_hidden_states": random(batch, TEXT_TOKENS, width)}
+    if unet.config.addition_embed_type == "text_time":
+        keywords["added_cond_kwargs"] = {"text_embeds": random(batch, 1280), "time_ids": random(batch, 6)}
+    return keywords
 
 
 def layer_table(network: str) -> dict[Layer, int]:
     """Every Linear and Conv2d problem of one UNet call -> how often it occurs; without those of the time embedding."""
-    unet, inputs, keywords = _network_and_inputs(network)
+    unet = build_unet(network, "cpu" if network in SMALL_NETWORKS else "meta")
+    channels, size = unet.config.in_channels, unet.config.sample_size
+    inputs = (torch.empty(1, channels, size, size, device=unet.device), torch.zeros(1, device=unet.device))
+    keywords = conditions(unet, 1)
     table: Counter[Layer] = Counter()
 
     def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

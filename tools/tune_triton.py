@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.shapes import NETWORKS, Layer, layer_table
+from benchmarks.shapes import SMALL_NETWORKS, Layer, layer_table
 from modiff_kernels.backends import reference, triton
 from modiff_kernels.quant.packing import KPACK_V1, pack
 
@@ -108,7 +108,7 @@ def best_tile(scratch: Scratch, gpu, time_ms: Callable[[Callable[[], None]], flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", nargs="+", default=["ddpm_cifar10"], choices=NETWORKS)
+    parser.add_argument("--network", nargs="+", default=["ddpm_cifar10"], choices=SMALL_NETWORKS)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8])
     parser.add_argument("--weight-bits", type=int, nargs="+", default=[8, 4], choices=(3, 4, 8))
     parser.add_argument("--dry-run", action="store_true", help="print the choices, write nothing")

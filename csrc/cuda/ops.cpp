@@ -157,13 +157,13 @@ struct Kernels {
 
 Kernels kernels_of(const ProductCall& call, const Device& device) {
 #if MODIFF_SM90
-  if (device.capability == 90 && product_sm90_limit(call) == nullptr)
+  if (device.capability == 90 && call.code_bits == 8 && product_sm90_limit(call) == nullptr)
     return {product_sm90, product_sm90_scratch(call, device)};
 #endif
   return {product_sm80, product_sm80_scratch(call, device)};
 }
 
-// geometry: product.h. Codes and weight are aligned to 16 bytes.
+// geometry: product.h. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are aligned to 16 bytes.
 Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& weight,
                int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t epilogue,
                std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
@@ -173,8 +173,11 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   ProductCall call{};
   ConvProblem& p = call.problem;
   set_geometry(p, geometry.data());
-  STD_TORCH_CHECK(codes.numel() == p.samples * p.h * p.w * p.c_in, "modiff_cuda::product: ", codes.numel(),
-                  " codes do not match the geometry");
+  call.code_bits = codes.scalar_type() == ScalarType::Byte ? 4 : 8;
+  STD_TORCH_CHECK(codes.numel() * 8 == p.samples * p.h * p.w * p.c_in * call.code_bits,
+                  "modiff_cuda::product: ", codes.numel(), " codes do not match the geometry");
+  STD_TORCH_CHECK(p.samples * p.h * p.w < kMostPixels, "modiff_cuda::product: ", p.samples, " images of ", p.h, " x ",
+                  p.w, " pixels; less than 2^31 are counted");
   p.codes = static_cast<const int8_t*>(codes.const_data_ptr());
   p.scale = static_cast<const float*>(scale.const_data_ptr());
   p.zero_point = zero_point ? static_cast<const int32_t*>(zero_point->const_data_ptr()) : nullptr;
@@ -216,7 +219,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   const auto error = static_cast<cudaError_t>(kernels.run(call, device_of(device), stream_of(device)));
   STD_TORCH_CHECK(error == cudaSuccess, "modiff_cuda::product (", p.samples, " x ", p.h, " x ", p.w, " x ", p.c_in,
                   " codes, ", p.c_out, " columns, kernel ", p.kernel_h, " x ", p.kernel_w, ", ", weight_bits,
-                  "-bit weights) on cuda:", device, ": ", cudaGetErrorString(error));
+                  "-bit weights, ", call.code_bits, "-bit codes) on cuda:", device, ": ", cudaGetErrorString(error));
   return out;
 }
 

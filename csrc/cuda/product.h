@@ -13,9 +13,12 @@ struct ProductCall {
                         // bias stays null in it:
   Parameter bias;       // [c_out], here it keeps the model's dtype
   int weight_bits;      // 8, 4, 3
+  int code_bits = 8;    // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
   int64_t rows_per_scale;  // output pixels that share a scale and a zero point
   void* scratch;           // aligned to 16
 };
+
+constexpr int64_t kMostPixels = int64_t{1} << 31;  // of all images of a call; kernels count them in 31 bits
 
 // Sizes in the order in which the callers have them: samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h,
 // stride_w, pad_h, pad_w, dilation_h, dilation_w, groups.

@@ -35,6 +35,7 @@ def config_of_row(
         granularity=None if mode == "quantized" and granularity == "per_block" else granularity,
         schedule=row.schedule,
         plan=row.plan,
+        cuda_graphs=row.cuda_graphs,
         max_state_bytes=max_state_bytes,
     )
 

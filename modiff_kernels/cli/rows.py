@@ -18,7 +18,8 @@ SCHEDULED_ACT_BITS = (8,)
 class Row:
     """One configuration. Full precision has 32 bits; `mode` is float, weight_only, quantized or modulated.
 
-    schedule, plan: as ModiffConfig takes them; None computes every call, and all layers as `mode` says.
+    schedule, plan: as ModiffConfig takes them; None computes every call, and all layers as `mode` says. cuda_graphs: as
+    ModiffConfig takes it, for float rows those of torch.compile.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Row:
     compiled: bool = False
     schedule: str | None = None
     plan: str | None = None
+    cuda_graphs: bool = False
 
 
 def build_rows(

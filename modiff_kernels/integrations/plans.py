@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,15 @@ def _estimated_costs(
 ) -> tuple[ModeCost, ...]:
     weight = replaced.originals[layers[0]].weight
     state = replaced.state.dtype_on(weight.device).itemsize
-    held: dict[Any, int] = {}  # elements of x_hat and y_hat; some layers share one, in a stack each has a part of it
+    x_hat: dict[int, int] = {}
+    y_hat: dict[int, Counter[int]] = {}
     for name in layers:
-        if name in shapes:
-            layer = replaced.layers[name]
-            held[id(layer.edge)] = shapes[name].inputs
-            held[id(layer.output) if layer.stack is None else name] = shapes[name].outputs
+        edge, output = replaced.layers[name].edge, replaced.layers[name].output
+        if name in shapes and edge is not None:
+            x_hat[id(edge)] = shapes[name].inputs
+            y_hat.setdefault(id(output), Counter())[id(edge)] += shapes[name].outputs
+    # Layers that share a y_hat and read different tensors add onto it; those that read the same one have parts of it.
+    elements = sum(x_hat.values()) + sum(max(parts.values()) for parts in y_hat.values())
     costs = []
     for candidate in (FLOAT_MODE, mode):
         seconds = sum(
@@ -132,7 +136,7 @@ def _estimated_costs(
             for name in layers
             if name in shapes
         )
-        state_bytes = state * sum(held.values()) if candidate.kind == MODULATED else 0
+        state_bytes = state * elements if candidate.kind == MODULATED else 0
         costs.append(ModeCost(candidate, 1e6 * seconds, None, state_bytes))
     return tuple(costs)
 

@@ -22,7 +22,7 @@ REFERENCE = "reference"
 BACKENDS = ("cpu", "onednn", "triton", "cuda", REFERENCE)
 # No kernel for CUDA has been measured yet. triton comes first because it needs no compiler and has group scales, groups
 # and channels that are no multiple of 16; cuda has the same ops, with the same codes and layouts, where triton is not
-# installed or does not solve the problem. Measured rows (benchmarks/bench_triton.py) shall decide.
+# installed or does not solve the problem. Measured rows (benchmarks/bench_products.py) shall decide.
 PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": ("triton", "cuda", REFERENCE)}
 # Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
 REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -131,6 +132,25 @@ class TestCompile:
             results.append(changing_text(net, handle))
         for got, wanted in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+    def test_a_unet_of_diffusers(self):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32,),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=WIDTH,
+            attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+        ).eval()
+        handle = mk.accelerate(unet)
+        expected = run(unet, handle, text(), calls=4)
+        compiled = []
+        handle.compile(backend=counting(compiled))
+        for got, wanted in zip(run(unet, handle, text(), calls=4), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert len(compiled) == 1
 
     def test_a_removed_handle_refuses(self):
         _, handle = accelerated()

@@ -288,3 +288,41 @@ def test_the_shipped_model():
         assert chosen.step_us < min(floats)
         assert db == pytest.approx(chosen.psnr_db, abs=0.01)
         assert db >= best_db - plan.max_loss_db
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_conditional_unet(fuse):
+    """Cross-attention, encoder states by keyword, guidance in one batch."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    text = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+
+    def guided(unet):
+        scheduler = DDIMScheduler(beta_end=0.002)
+        scheduler.set_timesteps(4)
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps:
+            plain, prompted = unet(torch.cat([x, x]), t, encoder_hidden_states=text).sample.chunk(2)
+            x = scheduler.step(plain + 3 * (prompted - plain), t, x).prev_sample
+        return (x[:, :3] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+    config = mk.ModiffConfig(fuse=fuse)
+    plan = mk.make_plan(unet, config, sample=guided, rounds=1, progress=False)
+    assert plan.key.shape == (2, 4, 8, 8)
+    handle = mk.accelerate(unet, config)
+    assert {layer for unit in plan.units for layer in unit.layers} == set(handle.layers)
+    handle.remove()
+    assert all(cost.time_us > 0 for unit in plan.units for cost in unit.costs)
+    handle = mk.accelerate(unet, dataclasses.replace(config, plan=plan))
+    with torch.no_grad(), handle.sampling_run():
+        guided(unet)

@@ -135,6 +135,22 @@ def assert_same_run(got, expected, network, dtype=torch.float32):
         assert relative_error(ours, theirs) < 2 * noise + 8 * torch.finfo(dtype).eps
 
 
+PROMPTS = {"cond": text(), "uncond": text(seed=4)}  # the same tensors at every call, as in a pipeline
+BOTH = torch.cat([*PROMPTS.values()])
+
+
+def guided(unet, handle, passes, x, t):
+    """Prediction with classifier-free guidance of strength 3."""
+    if passes == 1:
+        cond, uncond = unet(torch.cat([x, x]), t, encoder_hidden_states=BOTH).sample.chunk(2)
+        return uncond + 3 * (cond - uncond)
+    predictions = {}
+    for name, encoder in PROMPTS.items():
+        with handle.context(name):
+            predictions[name] = unet(x, t, encoder_hidden_states=encoder).sample
+    return predictions["uncond"] + 3 * (predictions["cond"] - predictions["uncond"])
+
+
 CONFIGS = [
     {"scale_mode": "dynamic"},
     {"scale_mode": "delayed"},
@@ -177,6 +193,18 @@ class TestFusedEqualsLayers:
         assert fused_blocks(unet, FusedBasicTransformerBlock)
         assert_same_run(fused, run("sd15", change=older, fuse=False)[1], "sd15")
 
+    @pytest.mark.parametrize("passes", [1, 2])
+    def test_classifier_free_guidance(self, passes):
+        """Both prompts in one batch, or in contexts of their own."""
+        results = {}
+        for key in (True, False, None):
+            unet = tiny_unet()
+            handle = mk.accelerate(unet, mk.ModiffConfig(**({"act_bits": None} if key is None else {"fuse": key})))
+            with handle.sampling_run():
+                results[key] = [guided(unet, handle, passes, x, t) for x, t in trajectory()]
+        for ours, theirs, truth in zip(results[True], results[False], results[None], strict=True):
+            assert relative_error(ours, theirs) < 2 * relative_error(theirs, truth) + 1e-5  # first call: no codes
+
     def test_attention_masks(self):
         mask = torch.ones(2, TOKENS)
         mask[0, 3:] = 0
@@ -200,7 +228,7 @@ class TestFusedEqualsLayers:
             assert bool(fused_blocks(unet, FusedDownsample2D)) == bool(key)
             results[key] = outputs(unet, handle, "sd15")
         for ours, theirs, truth in zip(results[True], results[False], results[None], strict=True):
-            assert relative_error(ours, theirs) < 2 * relative_error(theirs, truth) + 1e-6
+            assert relative_error(ours, theirs) < 2 * relative_error(theirs, truth) + 1e-5  # first call: no codes
         if mode == "modulated":
             assert relative_error(results[True][0], results[False][0]) < 1e-5
 

@@ -118,19 +118,20 @@ MODIFF_HD void store_row(void* base, DType dtype, int64_t at, int count, bool wh
 // Of numbers from 0 to 2^31 - 1, which a GPU divides much faster than those of 64 bits.
 MODIFF_HD int64_t quotient(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
 
-// The sum of the weight's codes of output channel `column` over the taps inside the image for output pixel `row`.
-MODIFF_HD int32_t inside_weights(const EpilogueArgs& args, int64_t row, int64_t column) {
-  const int32_t* sums = args.tap_sums + column * args.taps;
-  if (!args.padded) return sums[0];
+// Subtracts zero_point * weights[row, column + i] from sums[i].
+MODIFF_HD void subtract_zero_point(const EpilogueArgs& args, int64_t row, int64_t column, int count, int32_t zero_point,
+                                   int32_t (&sums)[kVector]) {
+  const int32_t* tap_sums = args.tap_sums + column * args.taps;
   const int64_t line = quotient(row, args.out_w), sample = quotient(line, args.out_h);
   const int64_t top = (line - sample * args.out_h) * args.stride_h - args.pad_h;
   const int64_t left = (row - line * args.out_w) * args.stride_w - args.pad_w;
-  int32_t total = 0;
-  for (int tap = 0; tap < args.taps; ++tap) {
+  MODIFF_NO_UNROLL for (int tap = 0; tap < args.taps; ++tap) {
     const int64_t y = top + tap / args.kernel_w * args.dilation_h, x = left + tap % args.kernel_w * args.dilation_w;
-    if (y >= 0 && y < args.h && x >= 0 && x < args.w) total += sums[tap];
+    if (args.padded && (y < 0 || y >= args.h || x < 0 || x >= args.w)) continue;
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
+      if (i < count) sums[i] -= zero_point * tap_sums[i * args.taps + tap];
+    }
   }
-  return total;
 }
 
 // Eight channels from `column` on of row `row`: sums[i] is the sum over the codes. Nothing is done outside [M, N].
@@ -141,12 +142,13 @@ MODIFF_HD void finish_vector(const EpilogueArgs& args, int64_t row, int64_t colu
   const int64_t at = row * args.columns + column, granule = quotient(row, args.rows_per_scale);
   const float scale = args.scale[granule];
   const int32_t zero_point = args.zero_point == nullptr ? 0 : args.zero_point[granule];
+  int32_t sum[kVector];
+  MODIFF_UNROLL for (int i = 0; i < kVector; ++i) sum[i] = sums[i];
+  if (zero_point != 0) subtract_zero_point(args, row, column, count, zero_point, sum);
   float value[kVector], weight_scale[kVector];
   load_values(args.weight_scale + column, count, whole, weight_scale);
   MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
-    int32_t sum = sums[i];
-    if (zero_point != 0 && i < count) sum -= zero_point * inside_weights(args, row, column + i);
-    value[i] = mul_rn(static_cast<float>(sum), mul_rn(scale, weight_scale[i]));
+    value[i] = mul_rn(static_cast<float>(sum[i]), mul_rn(scale, weight_scale[i]));
   }
   float other[kVector];
   if (args.epilogue == Epilogue::kAccumulate) {

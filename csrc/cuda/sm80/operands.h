@@ -34,9 +34,9 @@ struct CodesLoader {
   static constexpr int kCount = kRows / kApart;
   static_assert(kRows % kApart == 0, "whole passes over the rows of a tile");
 
-  int64_t first[kCount];  // of the pixel under tap (0, 0), which may lie outside
+  int first[kCount];  // the pixel of the images under tap (0, 0), which may lie outside of its own
   int top[kCount], left[kCount];
-  int channel, r, s;  // of this thread's chunk in the next step; r == kernel_h past the end
+  int channel, r, s;  // of this thread's chunk in the next step; r >= kernel_h past the end
 
   // The tile begins at output pixel `row`, the steps at byte `k`.
   MODIFF_HD CodesLoader(const OperandArgs& args, int thread, int row, int k) {
@@ -50,7 +50,7 @@ struct CodesLoader {
       const int line = pixel / args.out_w, sample = line / args.out_h;
       top[i] = (line - sample * args.out_h) * args.stride_h - args.pad_h;
       left[i] = (pixel - line * args.out_w) * args.stride_w - args.pad_w;
-      first[i] = ((static_cast<int64_t>(sample) * args.h + top[i]) * args.w + left[i]) * args.channels;
+      first[i] = (sample * args.h + top[i]) * args.w + left[i];
       if (pixel >= args.rows) top[i] = kOutside;
     }
   }
@@ -59,12 +59,13 @@ struct CodesLoader {
   template <class Cta>
   MODIFF_HD void load(Cta& cta, const OperandArgs& args, int thread, uint8_t* tile) {
     const int down = r * args.dilation_h, right = s * args.dilation_w;
-    const int64_t at = (static_cast<int64_t>(down) * args.w + right) * args.channels + channel;
+    const int beside = down * args.w + right;
     MODIFF_UNROLL for (int i = 0; i < kCount; ++i) {
       const int y = top[i] + down, x = left[i] + right;
       const bool there = r < args.kernel_h && static_cast<uint32_t>(y) < static_cast<uint32_t>(args.h) &&
                          static_cast<uint32_t>(x) < static_cast<uint32_t>(args.w);
-      const uint8_t* from = there ? args.codes + (first[i] + at) : args.codes;
+      const uint8_t* from =
+          there ? args.codes + (static_cast<int64_t>(first[i] + beside) * args.channels + channel) : args.codes;
       cta.template copy_async<kChunk>(tile + swizzled(thread / kChunks + i * kApart, thread % kChunks), from, there);
     }
     channel += kStepBytes;

@@ -47,11 +47,13 @@ struct Product {
   static constexpr int kThreads = T::kThreads, kResident = T::kResident;
   using Args = ProductArgs;
 
-  static constexpr bool kUnpack = kOperands == Operands::kUnpacked;
+  static constexpr bool kUnpack = kOperands == Operands::kUnpacked, kS4 = kOperands == Operands::kNibbles;
   static constexpr int kStages = T::kStages;
   static constexpr int kMmaM = T::kWarpM / 16, kMmaN = T::kWarpN / 8;  // mma tiles of a warp
   static constexpr int kTileM = T::kM * kStepBytes, kTileN = T::kN * kStepBytes;
-  static constexpr int kWeightBytes = kUnpack ? kThreads * kChunk : kTileN;  // of a stage
+  // Of weights: a place per stage, then, with weights that are unpacked, two tiles of bytes.
+  static constexpr int kPlaceN = kUnpack ? kThreads * kChunk : kTileN;
+  static constexpr int kWeightBytes = kStages * kPlaceN + (kUnpack ? 2 * kTileN : 0);
 
   static constexpr int kPassRows = 32, kPassMma = kPassRows / 16;
   static constexpr int kPitch = T::kWarpN + 8;  // of a staged row: pairs of sums of four rows lie in different banks
@@ -59,8 +61,7 @@ struct Product {
 
   struct Ring {
     alignas(128) uint8_t codes[kStages][kTileM];
-    alignas(128) uint8_t weights[kStages][kWeightBytes];
-    alignas(128) uint8_t unpacked[kUnpack ? 2 : 1][kUnpack ? kTileN : 1];
+    alignas(128) uint8_t weights[kWeightBytes];
   };
   struct Staging {
     alignas(16) int32_t sums[kThreads / kWarp][kPassRows][kPitch];
@@ -96,33 +97,31 @@ struct Product {
     const int steps = least(args.steps_per_split, args.steps - begin);
     CodesLoader<kThreads, T::kM> codes(args.operands, thread, place.m * T::kM, begin * kStepBytes);
     Weights weights(args.operands, thread, place.n * T::kN, begin * kStepBytes);
-    int left_to_load = steps, filled = 0;  // the place that is filled next
-    const auto load = [&] {
-      if (left_to_load > 0) {
-        codes.load(cta, args.operands, thread, ring.codes[filled]);
-        weights.load(cta, args.operands, thread, ring.weights[filled] + (kUnpack ? thread * kChunk : 0));
+    const auto load = [&](int stage, bool there) {
+      if (there) {
+        codes.load(cta, args.operands, thread, ring.codes[stage]);
+        weights.load(cta, args.operands, thread, ring.weights + stage * kPlaceN + (kUnpack ? thread * kChunk : 0));
       }
-      --left_to_load;
-      filled = filled == kStages - 1 ? 0 : filled + 1;
       cta.commit();  // an empty group, too: groups are counted
     };
 
     MODIFF_UNROLL for (int m = 0; m < kMmaM; ++m) {
       MODIFF_UNROLL for (int n = 0; n < kMmaN; ++n) { MODIFF_UNROLL for (int i = 0; i < 4; ++i) sums[m][n][i] = 0; }
     }
-    MODIFF_UNROLL for (int step = 0; step < kStages - 1; ++step) load();
-    int current = 0;
+    MODIFF_UNROLL for (int step = 0; step < kStages - 1; ++step) load(step, step < steps);
+    int stage = 0;
     MODIFF_NO_UNROLL for (int step = 0; step < steps; ++step) {
-      const uint8_t* tile_n = ring.weights[current];
+      const uint8_t* tile_n = ring.weights + stage * kPlaceN;
       cta.template wait<kStages - 2>();
       if constexpr (kUnpack) {
-        Weights::unpack(args.operands.weight_bits, thread, tile_n + thread * kChunk, ring.unpacked[step % 2]);
-        tile_n = ring.unpacked[step % 2];
+        uint8_t* unpacked = ring.weights + kStages * kPlaceN + step % 2 * kTileN;
+        Weights::unpack(args.operands.weight_bits, thread, tile_n + thread * kChunk, unpacked);
+        tile_n = unpacked;
       }
       cta.sync();
-      load();
-      multiply_step(cta, ring.codes[current], tile_n, sums);
-      current = current == kStages - 1 ? 0 : current + 1;
+      load(stage == 0 ? kStages - 1 : stage - 1, step + kStages - 1 < steps);
+      multiply_step(cta, ring.codes[stage], tile_n, sums);
+      stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     cta.template wait<0>();  // of the empty groups alone
   }
@@ -141,7 +140,7 @@ struct Product {
         cta.load_matrices(tile_n + swizzled(column + n * 8, chunk + lane / 8 % 2), two);
         MODIFF_UNROLL for (int i = 0; i < 4; ++i) b[n + i / 2][i % 2] = two[i];
       }
-      cta.template multiply<kOperands == Operands::kNibbles>(sums, a, b);
+      cta.template multiply<kS4>(sums, a, b);
     }
   }
 

@@ -18,7 +18,9 @@ struct ProductPlan {
 inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
   const ConvProblem& p = call.problem;
   ProductPlan plan{};
-  plan.operands = call.weight_bits == 8 ? Operands::kBytes : Operands::kUnpacked;
+  plan.operands = call.code_bits == 4     ? Operands::kNibbles
+                  : call.weight_bits == 8 ? Operands::kBytes
+                                          : Operands::kUnpacked;
   plan.choice = choice;
   plan.k = p.kernel_h * p.kernel_w * p.c_in;
   plan.partial_columns = ceil_div(p.c_out, kVector) * kVector;
@@ -43,8 +45,9 @@ inline OperandArgs operand_args(const ProductCall& call, const ProductPlan& plan
   args.weight = reinterpret_cast<const uint8_t*>(p.weight);
   args.rows = static_cast<int>(p.samples * p.out_h * p.out_w);
   args.columns = static_cast<int>(p.c_out);
-  args.k = static_cast<int>(plan.k);
-  args.channels = static_cast<int>(p.c_in);
+  const int codes_per_byte = 8 / call.code_bits;
+  args.k = static_cast<int>(plan.k) / codes_per_byte;
+  args.channels = static_cast<int>(p.c_in) / codes_per_byte;
   args.h = static_cast<int>(p.h);
   args.w = static_cast<int>(p.w);
   args.out_h = static_cast<int>(p.out_h);
@@ -95,10 +98,16 @@ void multiply(const ProductCall& call, const ProductPlan& plan, Launch& launch) 
   args.partial = reinterpret_cast<int32_t*>(scratch + plan.partial_at);
   args.partial_columns = plan.partial_columns;
   const int64_t blocks = static_cast<int64_t>(args.tiles_m) * args.tiles_n * args.splits;
-  if (plan.operands == Operands::kBytes) {
-    launch_tile<Operands::kBytes>(plan.choice.tile, blocks, args, launch);
-  } else {
-    launch_tile<Operands::kUnpacked>(plan.choice.tile, blocks, args, launch);
+  switch (plan.operands) {
+    case Operands::kBytes:
+      launch_tile<Operands::kBytes>(plan.choice.tile, blocks, args, launch);
+      break;
+    case Operands::kUnpacked:
+      launch_tile<Operands::kUnpacked>(plan.choice.tile, blocks, args, launch);
+      break;
+    case Operands::kNibbles:
+      launch_tile<Operands::kNibbles>(plan.choice.tile, blocks, args, launch);
+      break;
   }
   if (args.splits > 1) launch.template run<FinishSplits>(FinishSplits::blocks(args), args);
 }

@@ -8,9 +8,18 @@ namespace modiff::cuda::sm80 {
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kResident)
     tensor_kernel(const __grid_constant__ typename Body::Args args) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  TensorCta cta;
-  Body::run(cta, *reinterpret_cast<typename Body::Shared*>(memory), args);
+#if __CUDA_ARCH__ >= 900
+  constexpr bool kThere = !Body::kS4;  // s4 would be emulated, at a fraction of the rate of bytes
+#else
+  constexpr bool kThere = true;
+#endif
+  if constexpr (kThere) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    TensorCta cta;
+    Body::run(cta, *reinterpret_cast<typename Body::Shared*>(memory), args);
+  } else {
+    __trap();
+  }
 }
 
 // Bodies with a kResident need the tensor cores; the others are launched as everywhere.

@@ -6,12 +6,6 @@
 #pragma once
 #include "common/hd.h"
 
-#if defined(__CUDACC__)
-#define MODIFF_ROLLED _Pragma("unroll 1")
-#else
-#define MODIFF_ROLLED
-#endif
-
 namespace modiff::cuda::sm90 {
 
 constexpr int kStep = 128;     // codes of K in a stage

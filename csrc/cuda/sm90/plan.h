@@ -30,7 +30,7 @@ struct Plan {
 // Estimated clocks of a multiprocessor; only their order matters, and none of them is measured yet.
 //   per step       multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
 //   per unit       1500 to fill the pipeline, and the sums: read, add and write 6 bytes each, or, in parts of a tile,
-//                  an addition in the L2 cache of 4
+//                  an addition of 4 in the L2 cache at half that rate
 //   per call       with parts: 3000 to clear the sums beforehand
 constexpr int64_t kMultiplications = 4096, kLoads = 32, kFill = 1500, kClear = 3000;
 
@@ -40,7 +40,7 @@ inline int64_t estimated_clocks(const Plan& plan, int weight_bits, int multiproc
   const int64_t sums = int64_t{tile.rows} * tile.columns;
   const int64_t loaded = int64_t{kStep} * (tile.rows + tile.columns * weight_bits / 8);
   const int64_t step = most(sums * kStep / kMultiplications, loaded / kLoads);
-  const int64_t added = s.splits > 1 ? sums * 4 / kLoads : 0;
+  const int64_t added = s.splits > 1 ? sums * 4 * 2 / kLoads : 0;
   const int64_t unit = ceil_div(s.steps, s.splits) * step + kFill + sums * 6 / kLoads / s.splits + added;
   return ceil_div(unit_count(s), multiprocessors) * unit + (s.splits > 1 ? kClear : 0);
 }

@@ -1,19 +1,50 @@
 // The products of capability 9.0 as csrc/cuda/product.h declares them.
+#include <array>
+#include <utility>
+
 #include "cuda/common/weight_sums.h"
 #include "cuda/sm90/product.cuh"
 
 namespace modiff::cuda {
+namespace {
+
+// plan_of takes microseconds, twice in a call, and the calls of a network have few different plans: the last one of
+// every place of a table is kept.
+const sm90::Plan& plan_for(const ProductCall& call, const Device& device) {
+  using Key = std::array<int64_t, 9>;  // all that a plan depends on
+  const ConvProblem& p = call.problem;
+  const Key key = {p.samples * p.out_h * p.out_w,
+                   p.c_in,
+                   p.c_out,
+                   p.kernel_h,
+                   p.kernel_w,
+                   p.dilation_h,
+                   p.dilation_w,
+                   call.weight_bits,
+                   device.multiprocessors};
+  uint64_t hash = 0;
+  for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9E3779B97F4A7C15u;
+  thread_local std::array<std::pair<Key, sm90::Plan>, 256> table{};  // no call has a key of zeros
+  auto& [kept, plan] = table[hash >> 56];
+  if (kept != key) {
+    kept = key;
+    plan = sm90::plan_of(call, device.multiprocessors);
+  }
+  return plan;
+}
+
+}  // namespace
 
 const char* product_sm90_limit(const ProductCall& call) { return sm90::limit_of(call); }
 
 int64_t product_sm90_scratch(const ProductCall& call, const Device& device) {
   const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
-  return sm90::scratch_of(call, sm90::plan_of(call, device.multiprocessors), tap_sums).words * 4;
+  return sm90::scratch_of(call, plan_for(call, device), tap_sums).words * 4;
 }
 
 int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   if (sm90::limit_of(call) != nullptr) return cudaErrorInvalidValue;
-  const sm90::Plan plan = sm90::plan_of(call, device.multiprocessors);
+  const sm90::Plan& plan = plan_for(call, device);
   const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
   const sm90::Scratch scratch = sm90::scratch_of(call, plan, tap_sums);
   const sm90::ProductArgs<sm90::TensorMap> plain = sm90::product_args(call, plan, tap_sums);

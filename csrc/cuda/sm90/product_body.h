@@ -129,7 +129,7 @@ struct Product {
         uint64_t* weight_full = kPacked ? &shared.packed_full[ring.stage] : full;
         cta.arrive_expecting(full, kCodesBytes + (kPacked ? 0 : kWeightBytes));
         if (kPacked) cta.arrive_expecting(weight_full, kPackedBytes);
-        MODIFF_ROLLED for (int i = 0; i < boxes; ++i) {
+        MODIFF_NO_UNROLL for (int i = 0; i < boxes; ++i) {
           const Box box = box_of(window, step * boxes + i);
           uint8_t* codes = shared.codes[ring.stage] + i * kRows * window.span;
           if (args.image.tiled) {
@@ -165,7 +165,7 @@ struct Product {
     const int each = ceil_div(rows, unit.end_step - unit.first_step), first = (step - unit.first_step) * each;
     const void* y_hat = args.epilogue == Epilogue::kAccumulate ? args.y_hat : nullptr;
     const void* skip = args.out != nullptr ? args.skip : nullptr;
-    MODIFF_ROLLED for (int i = first; i < least(first + each, rows); ++i) {
+    MODIFF_NO_UNROLL for (int i = first; i < least(first + each, rows); ++i) {
       const int64_t at = (int64_t{row} + i) * args.columns + column;
       prefetch_row(cta, y_hat, args.y_hat_dtype, at, width);
       prefetch_row(cta, skip, args.skip_dtype, at, width);
@@ -277,27 +277,31 @@ struct Product {
   }
 
   // Adds the sums of a part to those in scratch. True in the block that comes last to the tile; it has the whole sums.
+  // Rows past the end are left out: of 64 pixels at 8 x 8 one consumer has none.
   template <class Cta, class Map>
   static MODIFF_HD bool join_parts(Cta& cta, Shared& shared, const ProductArgs<Map>& args, const Unit& unit,
                                    int consumer, int32_t (&sums)[kBlocks][kSums]) {
     const int thread = cta.thread() % kWarpgroup;
+    const int64_t rows = args.epilogue.rows - (int64_t{unit.row_tile} * kRows + consumer * kBlocks * kMmaRows);
     const int64_t block = (int64_t{unit.tile} * kConsumers + consumer) * kBlocks;
     int32_t* mine = args.sums + block * kSums * kWarpgroup + thread;
     MODIFF_UNROLL for (int i = 0; i < kBlocks * kSums; ++i) {
-      cta.add(mine + i * kWarpgroup, sums[i / kSums][i % kSums]);
+      if (i / kSums * kMmaRows + sum_row(thread, i % kSums) < rows) {
+        cta.add(mine + i * kWarpgroup, sums[i / kSums][i % kSums]);
+      }
     }
     cta.add_is_visible();
     cta.consumers_sync();
     if (thread == 0 && consumer == 0) {
       shared.last = cta.count_arrival(args.arrived + unit.tile) + 1 == static_cast<uint32_t>(args.schedule.splits);
     }
-    cta.consumers_sync();
-    const bool last = shared.last != 0;
-    cta.consumers_sync();  // all have read it before the next unit writes it
-    if (!last) return false;
+    cta.consumers_sync();  // all read `last` before the first of these two barriers of another unit
+    if (shared.last == 0) return false;
     cta.add_is_visible();
     MODIFF_UNROLL for (int i = 0; i < kBlocks * kSums; ++i) {
-      sums[i / kSums][i % kSums] = cta.load_sum(mine + i * kWarpgroup);
+      if (i / kSums * kMmaRows + sum_row(thread, i % kSums) < rows) {
+        sums[i / kSums][i % kSums] = cta.load_sum(mine + i * kWarpgroup);
+      }
     }
     return true;
   }
@@ -335,7 +339,7 @@ struct Product {
     const int thread = cta.thread() % kWarpgroup, lane = thread % kWarp;
     const int64_t first_row = int64_t{unit.row_tile} * kRows + consumer * kBlocks * kMmaRows + sum_row(thread, 0);
     const int64_t first_column = int64_t{unit.column_tile} * kColumns + lane % 4 * kVector;
-    MODIFF_ROLLED for (int piece = 0; piece < kPieces; ++piece) {
+    MODIFF_NO_UNROLL for (int piece = 0; piece < kPieces; ++piece) {
       int32_t pairs[4][2];
       pick_piece<0, kPieces>(piece, sums, pairs);
       gather_vector(cta, lane, pairs);

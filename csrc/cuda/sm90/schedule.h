@@ -31,8 +31,8 @@ MODIFF_HD Unit unit_of(const Schedule& s, int index) {
   Unit unit;
   unit.row_tile = band * kBand + within % height;
   unit.column_tile = within / height;
-  unit.first_step = static_cast<int>(static_cast<int64_t>(s.steps) * part / s.splits);
-  unit.end_step = static_cast<int>(static_cast<int64_t>(s.steps) * (part + 1) / s.splits);
+  unit.first_step = s.steps * part / s.splits;
+  unit.end_step = s.steps * (part + 1) / s.splits;
   unit.tile = unit.row_tile * s.column_tiles + unit.column_tile;
   return unit;
 }

@@ -1,6 +1,6 @@
 """The compiled library of the CUDA kernels and its ops, in the private namespace `modiff_cuda`."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def too_old(problem: Any) -> str | None:
     if problem.capability is not None and problem.capability < LEAST_CAPABILITY:
         return f"compute capability {problem.capability[0]}.{problem.capability[1]}: the kernels need 8.0 or newer"
     return None
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, None for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def quantize_op() -> Any:

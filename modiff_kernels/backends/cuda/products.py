@@ -27,8 +27,29 @@ PACKED_MULTIPLE = 32
 MAX_K = 1 << 16
 """255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32."""
 
-MAX_ROWS = 1 << 30  # 31 bits hold them and the rows of a tile past the end
+MAX_ROWS = (
+    1 << 30
+)  # of the output, times the stride: 31 bits hold them, an image's border and a tile's rows past the end
 MAX_OUTPUTS = 1 << 39  # 2^31 blocks of 64 x 64 outputs, with K in 16 splits
+
+
+_S4_BELOW = (9, 0)
+"""Capabilities from 8.0 up to this have 4-bit tensor cores; newer ones emulate them, slower than bytes."""
+
+
+def _multiplies_nibbles(x: Tensor, act_bits: int, granularity: str, weight_bits: int) -> bool:
+    """Whether codes of `x` are packed and multiplied as 4-bit integers, at twice the rate of bytes and in half of their
+    memory. per_block codes have 8 bits; 3-bit ones are packed in planes (kpack_v1), no nibbles.
+    """
+    capability = library.capability(x.device)
+    channels = x.shape[1] if x.ndim == 4 else x.shape[-1]
+    return (
+        act_bits == weight_bits == 4
+        and granularity != "per_block"
+        and channels % PACKED_MULTIPLE == 0
+        and capability is not None
+        and library.LEAST_CAPABILITY <= capability < _S4_BELOW
+    )
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -51,15 +72,18 @@ def _product(
     weight_bits: int,
     conv: Conv | None,
 ) -> Tensor:
-    """The integer product with its epilogue; `conv` None is a Linear, a 1x1 convolution over an image of width 1."""
+    """The integer product with its epilogue; `conv` None is a Linear, a 1x1 convolution over an image of width 1. Codes
+    are int8, or uint8: 4-bit ones, packed.
+    """
     c_out = weight_scale.shape[0]
+    per_element = 2 if codes.dtype == torch.uint8 else 1
     if conv is None:
-        k = codes.shape[-1]
-        geometry = [1, codes.numel() // k, 1, k, c_out, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+        k = codes.shape[-1] * per_element
+        geometry = [1, codes.shape[:-1].numel(), 1, k, c_out, 1, 1, 1, 1, 0, 0, 1, 1, 1]
     else:
         samples, c_in, h, w = codes.shape
         kernel_size, stride, padding, dilation, groups = conv
-        geometry = [samples, h, w, c_in, c_out, *kernel_size, *stride, *padding, *dilation, groups]
+        geometry = [samples, h, w, c_in * per_element, c_out, *kernel_size, *stride, *padding, *dilation, groups]
     out: Tensor = library.product_op()(
         _aligned(codes), scale, zero_point, _aligned(weight_packed), weight_bits, weight_scale, bias, epilogue, y_hat,
         skip, write_out, out_dtype, geometry,
@@ -112,7 +136,8 @@ def modulated_linear(
     x, x_hat, scale, weight_packed, weight_scale, y_hat, skip, act_bits, granularity, clip_ratio, weight_bits,
     group_size, layout, write_out=True,
 ):  # fmt: skip
-    codes, used, absmax = quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio)
+    packed = _multiplies_nibbles(x, act_bits, granularity, weight_bits)
+    codes, used, absmax = quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio, packed)
     out = _product(
         codes, used, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, x.dtype, weight_bits,
         None,
@@ -124,7 +149,8 @@ def modulated_conv2d(
     x, x_hat, scale, weight_packed, weight_scale, y_hat, skip, act_bits, granularity, clip_ratio, weight_bits,
     group_size, layout, kernel_size, stride, padding, dilation, groups, write_out=True,
 ):  # fmt: skip
-    codes, used, absmax = quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio)
+    packed = _multiplies_nibbles(x, act_bits, granularity, weight_bits)
+    codes, used, absmax = quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio, packed)
     conv = (kernel_size, stride, padding, dilation, groups)
     out = _product(
         codes, used, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, x.dtype, weight_bits,
@@ -201,8 +227,8 @@ def _why_not_the_sizes(problem: Any) -> str | None:
         )
     if problem.k > MAX_K:
         return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
-    if problem.m >= MAX_ROWS:
-        return f"m={problem.m} rows; less than 2^30 are counted"
+    if problem.m * problem.stride[0] * problem.stride[1] >= MAX_ROWS:
+        return f"m={problem.m} rows at stride {problem.stride}; less than 2^30 pixels are counted"
     if problem.m * problem.n >= MAX_OUTPUTS:
         return f"{problem.m} x {problem.n} outputs may take more blocks than a launch has; less than 2^39 always fit"
     return None

@@ -100,9 +100,10 @@ class ProductEmulator(Emulator):
             (size + 2 * window[2 + i] - window[4 + i] * (kernel - 1) - 1) // window[i] + 1
             for i, (size, kernel) in enumerate(((h, r), (w, s)))
         ]
+        bits, rows_per_scale = 4 if codes.dtype == torch.uint8 else 8, samples * sizes[0] * sizes[1] // len(scale)
         head = struct.pack(
-            "25q", *geometry, weight_bits, samples * sizes[0] * sizes[1] // len(scale), epilogue, _dtype(bias),
-            _dtype(y_hat), _dtype(skip), DTYPES[out_dtype], write_out, self.tile, self.splits, self.falling,
+            "26q", *geometry, weight_bits, bits, rows_per_scale, epilogue, _dtype(bias), _dtype(y_hat),
+            _dtype(skip), DTYPES[out_dtype], write_out, self.tile, self.splits, self.falling,
         )  # fmt: skip
         if codes.ndim == 4:
             out = torch.empty((samples, n, *sizes), dtype=out_dtype, memory_format=torch.channels_last)

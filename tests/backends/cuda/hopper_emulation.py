@@ -18,7 +18,6 @@ class Cut:
     tile: int = -1
     splits: int = 1
     multiprocessors: int = 3
-    falling: bool = False
     seed: int = 0
 
 
@@ -37,9 +36,9 @@ class HopperEmulator(Emulator):
         dtypes = [0 if t is None else DTYPES[t.dtype] for t in (bias, y_hat, skip, out)]
         n, c, h, w = codes.shape
         head = struct.pack(
-            "26q", n, h, w, c, columns, *(side for pair in window for side in pair), 1, weight_bits,
+            "25q", n, h, w, c, columns, *(side for pair in window for side in pair), 1, weight_bits,
             samples * sides[0] * sides[1] // scale.numel(), EPILOGUES[epilogue], *dtypes, cut.tile, cut.splits,
-            cut.multiprocessors, cut.falling, cut.seed,
+            cut.multiprocessors, cut.seed,
         )  # fmt: skip
         prefetched = torch.zeros(1, dtype=torch.int64)
         tensors = (codes, scale, zero_point, weight_packed, weight_scale, bias, y_hat, skip, out)

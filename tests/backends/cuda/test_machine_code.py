@@ -1,6 +1,7 @@
 """The machine code of the library that was built here, against the rules of tools/sass_rules.json; and the reader."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -26,6 +27,21 @@ def rows():
 def test_rules_hold(rows, rule):
     assert {row.arch for row in rows} == set(ARCHS)
     assert sass_report.broken(rule, rows) == []
+
+
+@pytest.mark.slow
+def test_wgmma_is_not_serialised(rows):
+    """Where ptxas cannot keep a wgmma under way it waits after each one and says so in a remark (C7510) that nvcc
+    cannot make an error. Then there are more arrivals and waits than the sources have: one, and two.
+    """
+    products = [row for row in rows if row.kernel.startswith("sm90::Product<")]
+    assert len(products) == 8
+    for row in products:
+        _, blocks, columns = (int(number) for number in re.findall(r"\d+", row.kernel.split("<")[1]))
+        wgmma = {name: count for name, count in row.opcodes.items() if name.startswith("IGMMA")}
+        assert wgmma == {f"IGMMA.64x{columns}x32.S8.S8": 4 * blocks}
+        assert row.opcodes["WARPGROUP.ARRIVE"] == 1
+        assert row.opcodes["WARPGROUP.DEPBAR.LE"] == 2
 
 
 def test_the_library_has_every_architecture():

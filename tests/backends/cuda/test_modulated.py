@@ -49,6 +49,36 @@ def test_modulated_formats(device, case, act_bits, bits):
     assert_modulated(got, layer.modulated(expected, "cpu", None, act_bits, "per_sample"))
 
 
+@pytest.mark.parametrize(
+    ("capability", "act_bits", "weight_bits", "granularity", "packed"),
+    [
+        ((8, 0), 4, 4, "per_sample", True),
+        ((8, 9), 4, 4, "per_tensor", True),
+        ((9, 0), 4, 4, "per_sample", False),  # s4 is emulated there
+        ((12, 0), 4, 4, "per_sample", False),
+        ((8, 0), 4, 4, "per_block", False),  # its codes have 8 bits
+        ((8, 0), 3, 4, "per_sample", False),
+        ((8, 0), 4, 8, "per_sample", False),
+        ((8, 0), 8, 4, "per_sample", False),
+    ],
+)
+@pytest.mark.parametrize("case", [LINEARS[0], CONVS[0]], ids=str)
+def test_four_bits_are_multiplied_as_such_where_that_is_native(
+    device, case, capability, act_bits, weight_bits, granularity, packed, monkeypatch
+):
+    if device.type == "cuda":
+        pytest.skip("a GPU has one capability")
+    dtypes = []
+    product = library.product_op()
+    monkeypatch.setattr(library, "capability", lambda device: capability)
+    monkeypatch.setattr(library, "product_op", lambda: lambda *a: dtypes.append(a[0].dtype) or product(*a))
+    layer = Layer(case, torch.float16, torch.float16, bits=weight_bits)
+    found, expected = kernel("modulated", case)
+    got = layer.modulated(found, device, None, act_bits, granularity)
+    assert_modulated(got, layer.modulated(expected, "cpu", None, act_bits, granularity))
+    assert dtypes == [torch.uint8 if packed else torch.int8]
+
+
 @pytest.mark.parametrize("case", [LINEARS[0], CONVS[0]], ids=str)
 def test_modulated_without_out(device, case):
     layer = Layer(case, torch.float32, torch.float32)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from modiff_kernels.backends.cuda import library, products
-from modiff_kernels.quant.packing import pack
+from modiff_kernels.quant.packing import pack, pack_channels
 from tests.backends.product_cases import (
     POINTWISE,
     assert_close,
@@ -165,6 +165,28 @@ def test_the_largest_sums_do_not_leave_int32(kernels):
     ones = torch.ones(1)
     out = kernels.product(codes, ones, rows, ones, zero_point=zero_point, **kernels.chosen())
     assert out.item() == 255 * 128 * k
+
+
+NIBBLE_CASES = [
+    LinearCase((3, 32), 9),
+    LinearCase((65, 160), 72),
+    ConvCase((2, 32, 5, 7), 24),
+    ConvCase((1, 96, 6, 5), 66, stride=(2, 2)),
+    ConvCase((2, 64, 4, 4), 65, **POINTWISE),
+]
+
+
+@pytest.mark.parametrize(("tile", "splits"), [(SMALL, 1), (SMALL, 2), (NARROW, 1), (LARGE, 1)])
+@pytest.mark.parametrize("case", NIBBLE_CASES, ids=str)
+def test_packed_codes_are_multiplied_as_they_are(kernels, case, tile, splits):
+    if kernels.device.type == "cuda" and not library.LEAST_CAPABILITY <= library.capability(kernels.device) < (9, 0):
+        pytest.skip("this GPU has no 4-bit tensor cores")
+    codes = codes_like(case, bits=4)
+    rows, dense = weight_like(case, 4)
+    packed = pack_channels(codes, 4)
+    assert packed.dtype == torch.uint8
+    out = kernels.sums(case, packed, rows, 4, tile=tile, splits=splits, falling=splits == 2)
+    assert torch.equal(out, integer_sums(case, codes, dense))
 
 
 FLOAT_CASES = [LinearCase((3, 5, 64), 33), ConvCase((2, 16, 5, 7), 24), ConvCase((2, 32, 5, 5), 20, stride=(2, 2))]

@@ -6,29 +6,13 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels import ops
 from modiff_kernels.cli import main
-from modiff_kernels.quant.affine import quantize_weight
-from tests.ops.op_cases import CASES, DTYPES, activation
+from tests.backends.layer_calls import BITS, assert_agrees, layer_tensors, modulated, quantized
+from tests.ops.op_cases import CASES, DTYPES
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-BITS = [(8, -1), (4, -1), (3, -1), (4, 32)]
-
-
-def layer_tensors(case, dtype, bits=8, group_size=-1):
-    """x, x_hat, packed weight, weight scale, y_hat on the CPU, and the op's formats."""
-    codes, scale = quantize_weight(torch.randn(case.weight_shape) / case.weight_shape[1] ** 0.5, bits, group_size)
-    x, x_hat = activation(case.x_shape, dtype), activation(case.x_shape, torch.float16)
-    y_hat = activation(case.y_shape, torch.float16, image=case.kind == "conv2d")
-    return (x, x_hat, ops.pack_weight(codes, bits), scale, y_hat), (bits, group_size, "kpack_v1", *case.conv_args)
-
-
-def modulated(case, tensors, formats, device, backend, act_bits=4):
-    x, x_hat, packed, scale, y_hat = (t.to(device, copy=True) for t in tensors)
-    function = getattr(ops, f"modulated_{case.kind}")
-    arguments = (x, x_hat, None, packed, scale, y_hat, None, act_bits, "per_sample", 1.0, *formats)
-    return lambda: (*function(*arguments, backend=backend), x_hat, y_hat)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,25 +25,14 @@ def test_updates_agree_with_the_reference(case, bits, group_size, dtype):
         found = call()
     except ops.BackendUnavailable as error:
         pytest.skip(str(error))
-    expected = modulated(case, tensors, formats, "cpu", "reference")()
-    for got, wanted in zip(found, expected):
-        eps = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float16).eps)
-        assert torch.allclose(got.float().cpu(), wanted.float(), rtol=2 * eps, atol=4 * eps)
+    assert_agrees(found, modulated(case, tensors, formats, "cpu", "reference")())
 
 
 @pytest.mark.parametrize("op", ["modulated", "quantized"])
 @pytest.mark.parametrize("case", [CASES[5], CASES[-1]], ids=str)
 def test_no_step_waits_for_the_device(case, op):
     tensors, formats = layer_tensors(case, torch.float16)
-    call = modulated(case, tensors, formats, "cuda", "triton")
-    if op == "quantized":
-        x, packed, scale = (tensors[i].cuda() for i in (0, 2, 3))
-
-        def call():
-            codes = ops.quantize_activation(x, 8, "per_sample", backend="triton")
-            function = getattr(ops, f"quantized_{case.kind}")
-            return function(*codes, packed, scale, None, None, *formats, torch.float16, backend="triton")
-
+    call = (modulated if op == "modulated" else quantized)(case, tensors, formats, "cuda", "triton")
     call()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -13,29 +13,29 @@ using SumsLaunch = HostLaunch<HostCta>;
 
 struct Request {
   int64_t geometry[14], weight_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
-  int64_t tile, splits, multiprocessors, falling, seed;  // tile -1: as planned
+  int64_t tile, splits, multiprocessors, seed;  // tile -1: as planned
 };
 
+// Returns the bytes that were prefetched.
 template <class Body>
-void launch(const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r, sm90::Grid& grid) {
+int64_t launch(const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r) {
   const int blocks = least(sm90::unit_count(args.schedule), static_cast<int>(r.multiprocessors));
-  sm90::launch_on_host<Body>(args, blocks, r.falling != 0, static_cast<uint32_t>(r.seed), grid);
+  return sm90::launch_on_host<Body>(args, blocks, static_cast<uint32_t>(r.seed));
 }
 
-void launch_tile(int bits, int tile, const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r,
-                 sm90::Grid& grid) {
+int64_t launch_tile(int bits, int tile, const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r) {
   if (bits == 8) {
-    if (tile == 0) return launch<sm90::Product<8, 2, 160>>(args, r, grid);
-    if (tile == 1) return launch<sm90::Product<8, 1, 256>>(args, r, grid);
-    if (tile == 2) return launch<sm90::Product<8, 1, 128>>(args, r, grid);
-    return launch<sm90::Product<8, 1, 64>>(args, r, grid);
+    if (tile == 0) return launch<sm90::Product<8, 2, 160>>(args, r);
+    if (tile == 1) return launch<sm90::Product<8, 1, 256>>(args, r);
+    if (tile == 2) return launch<sm90::Product<8, 1, 128>>(args, r);
+    return launch<sm90::Product<8, 1, 64>>(args, r);
   }
   if (bits == 4) {
-    if (tile == 0) return launch<sm90::Product<4, 2, 160>>(args, r, grid);
-    return launch<sm90::Product<4, 1, 64>>(args, r, grid);
+    if (tile == 0) return launch<sm90::Product<4, 2, 160>>(args, r);
+    return launch<sm90::Product<4, 1, 64>>(args, r);
   }
-  if (tile == 0) return launch<sm90::Product<3, 2, 160>>(args, r, grid);
-  return launch<sm90::Product<3, 1, 64>>(args, r, grid);
+  if (tile == 0) return launch<sm90::Product<3, 2, 160>>(args, r);
+  return launch<sm90::Product<3, 1, 64>>(args, r);
 }
 
 void answer(const Request& r, SumsLaunch& sums_launch) {
@@ -71,10 +71,9 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   if (plan.schedule.splits > 1) std::memset(scratch.data(), 0, static_cast<size_t>(words.tap_sums) * 4);
   if (p.zero_point != nullptr) sum_weights(call, static_cast<int32_t*>(call.scratch) + words.tap_sums, sums_launch);
 
-  sm90::Grid grid{};
-  launch_tile(call.weight_bits, plan.tile, sm90::product_args(call, plan, tap_sums), r, grid);
+  const int64_t prefetched = launch_tile(call.weight_bits, plan.tile, sm90::product_args(call, plan, tap_sums), r);
   for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
-  std::fwrite(&grid.prefetched, sizeof(grid.prefetched), 1, stdout);
+  std::fwrite(&prefetched, sizeof(prefetched), 1, stdout);
   std::fflush(stdout);
 }
 

@@ -7,9 +7,11 @@
 //   then
 //              its bytes are counted. Coordinates outside the tensor give zeros. Maps are checked against the driver's
 //              limits, and addresses in shared memory against the swizzle's
-//   wgmma      operands are read as late as allowed, when a thread waits for the group; operands that ordinary stores
-//              wrote must have been published by then. All threads of a warpgroup must issue the same operations
-//   blocks     run after each other, in rising or falling order
+//   wgmma      operands are read as late as allowed, when a thread waits for the group, or with odd seeds as early,
+//   when it
+//              issues it; operands that ordinary stores wrote must have been published. All threads of a warpgroup must
+//              issue the same operations
+//   blocks     of a launch run together
 #pragma once
 #include <cstring>
 #include <map>
@@ -56,45 +58,38 @@ inline const char* map_problem(const TensorMap& map) {
   return nullptr;
 }
 
-// What the blocks of a launch share.
-struct Grid {
-  int blocks;
-  uint32_t seed;
-  int64_t prefetched = 0;
-};
-
 class HopperCta {
  public:
-  // `shared`: of `size` bytes, aligned to 1024.
-  HopperCta(int threads, int64_t block, Grid& grid, uint8_t* shared, size_t size)
-      : fibers_(threads),
+  // The fibers first_fiber, ... are the block's threads. `shared`: of `size` bytes, aligned to 1024.
+  HopperCta(WaitingFibers& fibers, int first_fiber, int threads, int64_t block, int blocks, uint32_t seed,
+            uint8_t* shared, size_t size)
+      : fibers_(fibers),
+        first_fiber_(first_fiber),
         block_(block),
-        grid_(grid),
+        blocks_(blocks),
         shared_(shared),
         size_(size),
         unpublished_(size, 0),
-        warps_(static_cast<size_t>(threads / kWarp)),
+        warps_(static_cast<size_t>(threads / kWarp), Meeting(kWarp)),
         all_(threads),
         consumers_(2 * kWarpgroup),
         groups_(static_cast<size_t>(threads)),
         issued_(static_cast<size_t>(threads / kWarpgroup)),
-        random_(grid.seed + static_cast<uint32_t>(block)) {
-    for (Meeting& warp : warps_) warp.members = kWarp;
-  }
+        early_(seed % 2 != 0),
+        random_(seed) {}
 
-  template <class Body>
-  void run(const Body& body) {
-    const std::function<void(int)> thread = [&](int) { body(*this); };
-    const std::function<bool(bool)> some = [&](bool all) { return deliver(all); };
-    fibers_.run(thread, some, random_());
+  // At the end of the block.
+  void require_finished() const {
     require(loads_.empty(), "a load is under way at the end of the block");
     for (const auto& [address, barrier] : barriers_) require(barrier.bytes == 0, "bytes are missing at the end");
     for (const auto& groups : groups_) require(groups.empty(), "a wgmma is under way at the end of its thread");
   }
 
-  int thread() const { return fibers_.current(); }
+  int64_t prefetched() const { return prefetched_; }
+
+  int thread() const { return fibers_.current() - first_fiber_; }
   int64_t block() const { return block_; }
-  int blocks() const { return grid_.blocks; }
+  int blocks() const { return blocks_; }
   void sync() { meet(all_); }
   void warp_sync() { meet(warps_[static_cast<size_t>(thread() / kWarp)]); }
   void consumers_sync() { meet(consumers_); }
@@ -177,7 +172,9 @@ class HopperCta {
     const Issued& first = issued[mine];
     require(first.codes == codes && first.weight == weight && first.accumulate == accumulate,
             "threads of a warpgroup issue different wgmma");
-    open_[thread()].push_back({codes, weight, accumulate, sums, columns});
+    const Mma mma{codes, weight, accumulate, sums, columns};
+    if (early_) return multiply(mma);
+    open_[thread()].push_back(mma);
   }
   void mma_commit() {
     groups_[static_cast<size_t>(thread())].push_back(open_[thread()]);
@@ -204,7 +201,25 @@ class HopperCta {
     require(reinterpret_cast<uintptr_t>(p) % 16 == 0 && bytes % 16 == 0 && bytes > 0, "prefetch: alignment");
     std::vector<uint8_t> copy(static_cast<size_t>(bytes));
     std::memcpy(copy.data(), p, copy.size());
-    grid_.prefetched += bytes;
+    prefetched_ += bytes;
+  }
+
+  // Fills some boxes that are under way, or all; false if none is.
+  bool deliver(bool all) {
+    if (loads_.empty()) return false;
+    std::vector<Load> later;
+    for (const Load& load : loads_) {
+      if (!all && random_() % 2 == 0) {
+        later.push_back(load);
+        continue;
+      }
+      fill(load);
+      Barrier& b = at(load.barrier);
+      b.bytes -= load.map->box[0] * load.map->box[1];
+      complete(b);
+    }
+    loads_.swap(later);
+    return true;
   }
 
   template <int registers>
@@ -219,7 +234,7 @@ class HopperCta {
     uint32_t phase;
   };
   struct Meeting {
-    explicit Meeting(int count = 0) : members(count) {}
+    explicit Meeting(int count) : members(count) {}
     int members, there = 0;
     uint64_t generation = 0;
     uint32_t values[kWarp][4];
@@ -271,23 +286,6 @@ class HopperCta {
     require(address - kBase + bytes <= size_, "TMA: a box reaches past shared memory");
     std::memset(to, 0x5A, bytes);
     return Load{&map, to, barrier, 0, 0, {}, 0, 0};
-  }
-
-  bool deliver(bool all) {
-    if (loads_.empty()) return false;
-    std::vector<Load> later;
-    for (const Load& load : loads_) {
-      if (!all && random_() % 2 == 0) {
-        later.push_back(load);
-        continue;
-      }
-      fill(load);
-      Barrier& b = at(load.barrier);
-      b.bytes -= load.map->box[0] * load.map->box[1];
-      complete(b);
-    }
-    loads_.swap(later);
-    return true;
   }
 
   MODIFF_HOT void fill(const Load& load) {
@@ -372,9 +370,10 @@ class HopperCta {
     }
   }
 
-  WaitingFibers fibers_;
+  WaitingFibers& fibers_;
+  int first_fiber_;
   int64_t block_;
-  Grid& grid_;
+  int blocks_;
   uint8_t* shared_;
   size_t size_;
   std::vector<uint16_t> unpublished_;  // the thread, plus one, whose store was not published
@@ -387,21 +386,41 @@ class HopperCta {
   std::map<int, std::vector<Mma>> open_;
   std::vector<std::vector<std::vector<Mma>>> groups_;
   std::vector<std::vector<Issued>> issued_;
+  bool early_;
   std::mt19937 random_;
+  int64_t prefetched_ = 0;
 };
 
-// Runs all blocks of a launch.
+// Runs all blocks of a launch. Returns the bytes that they prefetched.
 template <class Body, class Args>
-void launch_on_host(const Args& args, int blocks, bool falling, uint32_t seed, Grid& grid) {
-  grid.blocks = blocks;
-  grid.seed = seed;
-  for (int i = 0; i < blocks; ++i) {
-    auto shared = std::make_unique<typename Body::Shared>();
-    std::memset(static_cast<void*>(shared.get()), 0xA5, sizeof(*shared));
-    HopperCta cta(Body::kThreads, falling ? blocks - 1 - i : i, grid, reinterpret_cast<uint8_t*>(shared.get()),
-                  sizeof(*shared));
-    cta.run([&](HopperCta& context) { Body::run(context, *shared, args); });
+int64_t launch_on_host(const Args& args, int blocks, uint32_t seed) {
+  using Shared = typename Body::Shared;
+  WaitingFibers fibers(blocks * Body::kThreads);
+  std::vector<std::unique_ptr<Shared>> shared;
+  std::vector<std::unique_ptr<HopperCta>> ctas;
+  for (int block = 0; block < blocks; ++block) {
+    shared.push_back(std::make_unique<Shared>());
+    std::memset(static_cast<void*>(shared.back().get()), 0xA5, sizeof(Shared));
+    ctas.push_back(std::make_unique<HopperCta>(fibers, block * Body::kThreads, Body::kThreads, block, blocks,
+                                               seed + 2 * static_cast<uint32_t>(block),
+                                               reinterpret_cast<uint8_t*>(shared.back().get()), sizeof(Shared)));
   }
+  const auto body = [&](int fiber) {
+    const auto block = static_cast<size_t>(fiber / Body::kThreads);
+    Body::run(*ctas[block], *shared[block], args);
+  };
+  const auto deliver = [&](bool all) {
+    bool any = false;
+    for (const auto& cta : ctas) any = cta->deliver(all) || any;
+    return any;
+  };
+  fibers.run(body, deliver, seed);
+  int64_t prefetched = 0;
+  for (const auto& cta : ctas) {
+    cta->require_finished();
+    prefetched += cta->prefetched();
+  }
+  return prefetched;
 }
 
 }  // namespace modiff::cuda::sm90

@@ -1,5 +1,5 @@
-// Threads of a block that wait for each other in any way: fibers with a condition to go on. Orders of turns are random,
-// by a seed. If nobody can go on and nothing is under way, the block hangs, which is an error.
+// Threads that wait for each other in any way: fibers with a condition to go on. By a seed, orders of turns are random
+// and warps stall for a while. If nobody can go on and nothing is under way, the threads hang, which is an error.
 #pragma once
 #include <ucontext.h>
 
@@ -17,29 +17,36 @@ class WaitingFibers {
  public:
   explicit WaitingFibers(int threads) : fibers_(static_cast<size_t>(threads)) {}
 
-  // body(thread) in every fiber, to its end. deliver(all): lets some (or all) of what is under way happen; false if
+  // body(fiber) in every fiber, to its end. deliver(all): lets some (or all) of what is under way happen; false if
   // nothing is.
   void run(const std::function<void(int)>& body, const std::function<bool(bool)>& deliver, uint32_t seed) {
     body_ = &body;
     std::mt19937 random(seed);
     const int threads = static_cast<int>(fibers_.size());
+    std::vector<int> stalls(fibers_.size() / 32);  // turns for which a warp has still none
     for (int thread = 0; thread < threads; ++thread) prepare(thread);
     for (int left = threads; left > 0;) {
-      bool moved = false;
-      const int first = static_cast<int>(random() % fibers_.size());
-      const bool falling = random() % 2 == 0;
+      for (int& stall : stalls)
+        stall = stall > 0 ? stall - 1 : random() % 32 == 0 ? static_cast<int>(random() % 32) : 0;
+      bool moved = false, stalled = false;
+      // Forwards, backwards, and across warps: primes that divide no number of threads here.
+      const int strides[] = {1, 1009, 2003, 5003, 7919, threads - 1};
+      const int64_t first = random() % fibers_.size(), stride = strides[random() % 6];
       for (int i = 0; i < threads; ++i) {
-        current_ = (falling ? first + threads - i : first + i) % threads;
+        current_ = static_cast<int>((first + i * stride) % threads);
         Fiber& fiber = fibers_[static_cast<size_t>(current_)];
         if (fiber.done || (fiber.ready && !fiber.ready())) continue;
+        if (stalls[static_cast<size_t>(current_ / 32)] > 0) {
+          stalled = true;
+          continue;
+        }
         fiber.ready = nullptr;
         swapcontext(&scheduler_, &fiber.context);
         moved = true;
         left -= fiber.done;
       }
-      if (!deliver(false) && !moved && left > 0 && !deliver(true)) {
-        std::fprintf(stderr, "the block hangs: %d of %d threads wait, thread %d among them\n", left, threads,
-                     waiting());
+      if (!deliver(false) && !moved && !stalled && left > 0 && !deliver(true)) {
+        std::fprintf(stderr, "%d of %d threads hang, thread %d among them\n", left, threads, waiting());
         std::abort();
       }
     }
@@ -55,7 +62,7 @@ class WaitingFibers {
   }
 
  private:
-  static constexpr size_t kStack = 256 << 10;
+  static constexpr size_t kStack = 128 << 10;
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;

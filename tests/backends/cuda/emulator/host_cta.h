@@ -2,7 +2,9 @@
 // common/cta.h run here unchanged, under the sanitizers. Found besides what those see:
 //
 //   - a barrier that some threads leave out: an error;
-//   - a missing barrier: threads take turns in rising or in falling order, so that results of the two differ;
+//   - a missing barrier: a warp runs up to the next barrier of the block before the next warp begins, and warps, and
+//     threads between two operations of their warp, take turns in rising or in falling order, so that results of the
+//     two differ;
 //   - shared memory that is read before it is written: it begins as NaN.
 #pragma once
 #include <ucontext.h>
@@ -26,16 +28,11 @@ class Fibers {
   void run(const Body& body, bool falling) {
     call_ = [](const void* context, int thread) { (*static_cast<const Body*>(context))(thread); };
     context_ = &body;
-    const int threads = static_cast<int>(fibers_.size());
+    const int threads = static_cast<int>(fibers_.size()), warps = threads / kWarp;
     for (int thread = 0; thread < threads; ++thread) prepare(thread);
     for (int finished = 0; finished < threads;) {
       finished = 0;
-      for (int i = 0; i < threads; ++i) {
-        current_ = falling ? threads - 1 - i : i;
-        Fiber& fiber = fibers_[static_cast<size_t>(current_)];
-        swapcontext(&scheduler_, &fiber.context);
-        finished += fiber.done;
-      }
+      for (int i = 0; i < warps; ++i) finished += run_warp(falling ? warps - 1 - i : i, falling);
       if (finished != 0 && finished != threads) {
         std::fprintf(stderr, "%d of %d threads left the kernel while the others wait at a barrier\n", finished,
                      threads);
@@ -45,19 +42,47 @@ class Fibers {
   }
 
   int current() const { return current_; }
-  void pause() { swapcontext(&fibers_[static_cast<size_t>(current_)].context, &scheduler_); }
+  void pause() { stop(Stop::kBlock); }  // until all threads of the block are here
+  void pause_warp() { stop(Stop::kWarp); }
 
  private:
   static constexpr size_t kStack = 128 << 10;
+  enum class Stop { kNone, kWarp, kBlock, kEnd };
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    bool done = false;
+    Stop at = Stop::kNone;
   };
+
+  // The threads of a warp up to the next barrier of the block, or their end; how many of them ended.
+  int run_warp(int warp, bool falling) {
+    for (;;) {
+      int at[4] = {};
+      for (int i = 0; i < kWarp; ++i) {
+        current_ = warp * kWarp + (falling ? kWarp - 1 - i : i);
+        Fiber& fiber = fibers_[static_cast<size_t>(current_)];
+        swapcontext(&scheduler_, &fiber.context);
+        ++at[static_cast<int>(fiber.at)];
+      }
+      const int ended = at[static_cast<int>(Stop::kEnd)];
+      if (at[static_cast<int>(Stop::kBlock)] == kWarp || ended == kWarp) return ended;
+      if (at[static_cast<int>(Stop::kWarp)] != kWarp) {
+        std::fprintf(stderr, "of warp %d, %d threads wait for the warp, %d for the block, and %d left the kernel\n",
+                     warp, at[static_cast<int>(Stop::kWarp)], at[static_cast<int>(Stop::kBlock)], ended);
+        std::abort();
+      }
+    }
+  }
+
+  void stop(Stop where) {
+    Fiber& fiber = fibers_[static_cast<size_t>(current_)];
+    fiber.at = where;
+    swapcontext(&fiber.context, &scheduler_);
+  }
 
   void prepare(int thread) {
     Fiber& fiber = fibers_[static_cast<size_t>(thread)];
-    fiber.done = false;
+    fiber.at = Stop::kNone;
     getcontext(&fiber.context);
     if (fiber.stack == nullptr) fiber.stack = std::unique_ptr<char[]>(new char[kStack]);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -71,7 +96,7 @@ class Fibers {
   static void enter(unsigned high, unsigned low, int thread) {
     auto* self = reinterpret_cast<Fibers*>(static_cast<uintptr_t>(high) << 32 | low);
     self->call_(self->context_, thread);
-    self->fibers_[static_cast<size_t>(thread)].done = true;
+    self->fibers_[static_cast<size_t>(thread)].at = Stop::kEnd;
   }
 
   std::vector<Fiber> fibers_;
@@ -81,8 +106,7 @@ class Fibers {
   const void* context_ = nullptr;
 };
 
-// Shuffles are a store, a barrier and a load: all threads of the block call them together, which is stricter than a
-// warp.
+// Shuffles are a store, a barrier of the warp and a load.
 class HostCta {
  public:
   HostCta(Fibers& fibers, int threads, int64_t block, [[maybe_unused]] bool falling)
@@ -91,6 +115,7 @@ class HostCta {
   int thread() const { return fibers_.current(); }
   int64_t block() const { return block_; }
   void sync() { fibers_.pause(); }
+  void sync_warp() { fibers_.pause_warp(); }
 
   uint32_t warp_max(uint32_t value) {
     for (int lane = kWarp / 2; lane > 0; lane /= 2) value = most(value, shuffle_xor(value, lane));
@@ -111,9 +136,9 @@ class HostCta {
  private:
   uint32_t shuffle_xor(uint32_t value, int lane) {
     lanes_[static_cast<size_t>(thread())] = value;
-    fibers_.pause();
+    fibers_.pause_warp();
     const uint32_t other = lanes_[static_cast<size_t>(thread() ^ lane)];
-    fibers_.pause();
+    fibers_.pause_warp();
     return other;
   }
 

@@ -75,7 +75,6 @@ class HostTensorCta : public HostCta {
       for (const Copy& copy : groups.front()) carry_out(copy);
     }
   }
-  void sync_warp() { sync(); }
 
   void load_matrices(const void* row, uint32_t (&r)[4]) {
     const auto& warp = exchange({reinterpret_cast<uintptr_t>(row)});
@@ -119,12 +118,12 @@ class HostTensorCta : public HostCta {
   size_t first_lane() const { return static_cast<size_t>(thread() / kWarp * kWarp); }
   Thread& own() { return threads_[static_cast<size_t>(thread())]; }
 
-  // What all threads say, by two boards in turn: nobody writes on one while another thread still reads it.
+  // What the threads of a warp say, by two boards in turn: nobody writes on one while another thread still reads it.
   const std::vector<Message>& exchange(const Message& message) {
     auto& board = boards_[static_cast<size_t>(own().exchanges++ % 2)];
     if (board.empty()) board.resize(threads_.size());
     board[static_cast<size_t>(thread())] = message;
-    sync();
+    sync_warp();
     return board;
   }
 

@@ -94,7 +94,7 @@ void gather(const int64_t* geometry, int row, int steps, int64_t* sources) {
   constexpr int kThreads = 128, kRows = 64, kTileChunks = kRows * sm80::kChunks;
   ProductCall call{};
   set_geometry(call.problem, geometry);
-  call.weight_bits = 8;
+  call.weight_bits = call.code_bits = 8;
   std::vector<uint8_t> image(1), tile(kRows * sm80::kStepBytes);
   call.problem.codes = reinterpret_cast<const int8_t*>(image.data());
   const sm80::ProductPlan plan = sm80::plan_of(call, sm80::TileChoice{2, 1});

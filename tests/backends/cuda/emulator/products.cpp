@@ -11,7 +11,8 @@ using namespace modiff::cuda;
 using Launch = modiff::HostLaunch<modiff::HostTensorCta>;
 
 struct Request {
-  int64_t geometry[14], weight_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
+  int64_t geometry[14], weight_bits, code_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype,
+      out_dtype;
   int64_t write_out, tile, splits, falling;
 };
 
@@ -38,6 +39,7 @@ void answer(const Request& r, Launch& launch) {
   }
   call.bias = parameter_of(bias.data(), static_cast<DType>(r.bias_dtype));
   call.weight_bits = static_cast<int>(r.weight_bits);
+  call.code_bits = static_cast<int>(r.code_bits);
   call.rows_per_scale = r.rows_per_scale;
 
   // A tile below 0: what is chosen for a GPU of as many multiprocessors as there are splits.

@@ -1,6 +1,7 @@
-"""Time of single layers on a GPU: the Triton ops against torch in bf16 (cuDNN, cuBLAS), torch._int_mm and the roofline.
+"""Time of single layers on a GPU: the ops of the backends cuda and triton, side by side, against torch in bf16 (cuDNN,
+cuBLAS), torch._int_mm and the roofline.
 
-python -m benchmarks.bench_triton [--network sd15] [--batch 1 2 8] [--weight-bits 8] [--form NAME ...] [--record]
+python -m benchmarks.bench_products [--network sd15] [--batch 1 2 8] [--weight-bits 8] [--backend cuda] [--record]
 
 Every form is verified first, then timed with a cold L2 cache (a buffer larger than it is written before every call,
 which also hides the launch from the device), by CUDA events. Needs a GPU that nothing else uses.
@@ -17,12 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
-from benchmarks.shapes import LAYER_TABLES, Layer, layer_table
+from benchmarks.shapes import NETWORKS, Layer, layer_table
 from modiff_kernels import ops
 from modiff_kernels.evaluation import sqnr, text_table
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
 
 ACT_BITS = 8
+BACKENDS = ("cuda", "triton")
+TORCH_FORMS = ("bf16", "int_mm")  # whatever the backend
 FORMS = ("bf16", "int_mm", "quantized", "accumulate", "quantize_residual", "modulated")
 LEAST_SQNR_DB = {"bf16": 30.0}
 """To the same op of the backend reference, in float32 out of the same codes: 50 for float16 outputs. bf16 has its own
@@ -196,13 +199,13 @@ def time_us(call: Callable[[], object], rounds: int) -> list[float]:
 
 
 def rows_of(
-    form: str, layer: Layer, batch: int, weight_bits: int, times: list[float], sqnr_db: float, device: str
+    form: str, backend: str, layer: Layer, batch: int, weight_bits: int, times: list[float], sqnr_db: float, device: str
 ) -> list:
     """Rows of one measurement: time, rates, and the share of the roofline's bound if the device's peaks are known."""
     common = {
         "op": form,
         "problem": f"{layer}-b{batch}-w{16 if form == 'bf16' else weight_bits}",
-        "backend": "torch" if form in ("bf16", "int_mm") else "triton",
+        "backend": backend,
         "cache": "cold",
         "timer": "cuda_event",
         "sqnr_db": sqnr_db,
@@ -221,21 +224,42 @@ def rows_of(
     return rows
 
 
+def backends_of(form: str, backends: list[str]) -> list[str]:
+    """Whom to time `form` with."""
+    return ["torch"] if form in TORCH_FORMS else backends
+
+
+def timed(
+    form: str, backend: str, layer: Layer, batch: int, weight_bits: int, rounds: int
+) -> tuple[list[float], float] | str:
+    """Microseconds of the calls and the SQNR in dB of the first, or why `backend` does not solve this."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        case = Case(layer, batch, weight_bits, device, "reference" if backend == "torch" else backend)
+        sqnr_db = verified(form, case, Case(layer, batch, weight_bits, device, "reference"))
+    except ops.BackendUnavailable as error:
+        return str(error)
+    return time_us(getattr(case, form), rounds), sqnr_db
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="sd15", choices=LAYER_TABLES, help="whose layers (%(default)s)")
+    parser.add_argument("--network", default="sd15", choices=NETWORKS, help="whose layers (%(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8], help="images (%(default)s)")
     parser.add_argument("--weight-bits", type=int, default=8, choices=(3, 4, 8), help="default: %(default)s")
+    parser.add_argument("--backend", nargs="+", default=list(BACKENDS), choices=BACKENDS, help="default: all that run")
     parser.add_argument("--form", nargs="+", default=list(FORMS), choices=FORMS, help="default: all")
     parser.add_argument("--rounds", type=int, default=50, help="timed calls of each form (%(default)s)")
     parser.add_argument("--record", action="store_true", help="append the results to benchmarks/results")
     args = parser.parse_args()
-    reason = ops.dispatch.why_unavailable("triton")
-    if reason is not None:
-        print(f"bench_triton: nothing to time here: {reason}", file=sys.stderr)
+    reasons = {name: ops.dispatch.why_unavailable(name) for name in args.backend}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"bench_products: {name} is not timed here: {reason}", file=sys.stderr)
+    backends = [name for name, reason in reasons.items() if reason is None]
+    if not backends:
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
+    device = torch.cuda.get_device_name()
     table, rows = [], []
     with torch.inference_mode():
         for layer in layer_table(args.network):
@@ -243,17 +267,21 @@ def main() -> int:
                 continue  # conv_in and conv_out stay in floating point
             for batch in args.batch:
                 for form in forms_of(layer, batch, args.weight_bits, args.form):
-                    case = Case(layer, batch, args.weight_bits, device, "triton")
-                    sqnr_db = verified(form, case, Case(layer, batch, args.weight_bits, device, "reference"))
-                    times = time_us(getattr(case, form), args.rounds)
-                    new = rows_of(form, layer, batch, args.weight_bits, times, sqnr_db, name)
-                    rows += new
-                    cells = {row["metric"]: f"{row['p50']:.1f}" for row in new}
-                    columns = ("time", "rate", "bandwidth", "of_bound")
-                    table.append([f"{layer}-b{batch}", form, *(cells.get(column, "-") for column in columns)])
-    print(text_table(["layer", "form", "us", "TOPS", "GB/s", "% of bound"], table))
+                    for backend in backends_of(form, backends):
+                        found = timed(form, backend, layer, batch, args.weight_bits, args.rounds)
+                        label = [f"{layer}-b{batch}", form, backend]
+                        if isinstance(found, str):
+                            table.append([*label, "-", "-", "-", "-"])
+                            print(f"bench_products: {found}", file=sys.stderr)
+                            continue
+                        new = rows_of(form, backend, layer, batch, args.weight_bits, *found, device)
+                        rows += new
+                        cells = {row["metric"]: f"{row['p50']:.1f}" for row in new}
+                        columns = ("time", "rate", "bandwidth", "of_bound")
+                        table.append([*label, *(cells.get(column, "-") for column in columns)])
+    print(text_table(["layer", "form", "backend", "us", "TOPS", "GB/s", "% of bound"], table))
     if args.record:
-        print(f"recorded in {record.append(rows, record.results_file(device=name))}")
+        print(f"recorded in {record.append(rows, record.results_file(device=device))}")
     return 0
 
 

@@ -1,0 +1,55 @@
+"""The least time of a UNet step by its arithmetic and traffic (planning/roofline.py), to hold measured times against.
+
+Norms and attention count nothing, and passes that make codes only what they move in addition to the norm they are part
+of, as if every one was.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import modiff_kernels as mk
+from benchmarks.shapes import Layer, layer_table
+from modiff_kernels.integrations.plans import measured_machine
+from modiff_kernels.planning.layer_plan import Mode
+from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
+
+PEAKS = {
+    "H200": Machine(989e12, 1979e12, 4.8e12),
+    "H100": Machine(989e12, 1979e12, 3.35e12),
+    "A100": Machine(312e12, 624e12, 2.0e12),
+}
+"""By name of GPU: data sheets; dense 16-bit and int8, SXM, A100 with 80 GB."""
+
+
+def machine(device: torch.device) -> tuple[Machine, str]:
+    """The rates of `device`, and where they are from: a data sheet, or products and a copy run here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for key, peaks in PEAKS.items():
+        if key in name:
+            return peaks, f"data sheet of {key}"
+    return measured_machine(device, mk.ModiffConfig()), "measured on a large product and a large copy"
+
+
+def bound_ms(network: str, batch: int, mode: str, machine: Machine, float_bytes: int, state_bytes: int) -> float:
+    """Bound of one step with 8-bit weights in `mode`: "float", "weight_only" (the same), "quantized" or "modulated"."""
+    layer_mode = Mode("float") if mode in ("float", "weight_only") else Mode(mode, 8)
+    return 1e3 * sum(
+        count
+        * seconds(
+            _shape(layer, batch),
+            layer_mode,
+            machine,
+            float_bytes=float_bytes,
+            state_bytes=state_bytes,
+            weight_bits=8,
+            fused=True,
+        )
+        for layer, count in layer_table(network).items()
+    )
+
+
+def _shape(layer: Layer, batch: int) -> LayerShape:
+    outputs = batch * layer.c_out * layer.h_out * layer.w_out
+    summed = layer.c_in * layer.kernel**2
+    return LayerShape(batch * layer.c_in * layer.h * layer.w, outputs, layer.c_out * summed, outputs * summed)
