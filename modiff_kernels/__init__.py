@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modiff_kernels.integrations.registration import register_with_diffusers
 
 if TYPE_CHECKING:
+    from modiff_kernels.calibration import CalibrationResult, calibrate
     from modiff_kernels.config import ModiffConfig
     from modiff_kernels.integrations.diffusers import Handle, accelerate
     from modiff_kernels.integrations.planner import make_plan
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationResult",
     "Handle",
     "LayerPlan",
     "ModiffConfig",
@@ -29,10 +31,12 @@ __all__ = [
     "StepSchedule",
     "__version__",
     "accelerate",
+    "calibrate",
     "make_plan",
 ]
 
 _HOME_OF = {
+    "CalibrationResult": "modiff_kernels.calibration.result",
     "Handle": "modiff_kernels.integrations.diffusers",
     "LayerPlan": "modiff_kernels.planning.layer_plan",
     "ModiffConfig": "modiff_kernels.config",
@@ -41,6 +45,7 @@ _HOME_OF = {
     "ModulationState": "modiff_kernels.nn",
     "StepSchedule": "modiff_kernels.planning.schedule",
     "accelerate": "modiff_kernels.integrations.diffusers",
+    "calibrate": "modiff_kernels.calibration",
     "make_plan": "modiff_kernels.integrations.planner",
 }
 

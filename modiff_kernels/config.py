@@ -39,15 +39,16 @@ class ModiffConfig:
         can be had at 3 and 4 bits, else "per_sample". A convolution whose scale per pixel does not factor out of its
         sum (anything but 1x1 with stride 1 and no padding) takes "per_sample" in place of "per_token".
     scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
-        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as static_scales.
+        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration` or
+        static_scales; in mode "quantized" it is the scale of the activation itself.
     first_step_bits: None computes the first call of a run with float activations; 3, 4 or 8 quantise them.
     state_dtype: "float32", "float16", "bfloat16" or the torch dtype; None is float32 on the CPU, float16 on CUDA.
     group_size: None for one weight scale per output channel, else the number of weights along K that share one.
     skip_modules: parts of module paths that stay float. A part "a.b" fits a path with consecutive names that
         contain "a" and "b"; a number must be equal ("down_blocks.1" does not fit "down_blocks.10").
     backend: "auto", or a backend by name, which then never falls back.
-    mode: "modulated", or "quantized" (plain low-bit layers without state: scale_mode, first_step_bits, clip_ratio
-        and state_dtype are not used).
+    mode: "modulated", or "quantized" (plain low-bit layers without state: first_step_bits, clip_ratio and state_dtype
+        are not used, and scale_mode "delayed" is "dynamic").
     clip_ratio: above 0 and up to 1: dynamic and delayed scales cover this part of the absmax.
     schedule: which calls of a run compute the network and what takes the place of the others: None (all do), a
         StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U", or "auto": what `modiff calibrate` stored in

@@ -9,6 +9,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
     integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
     pareto NETWORK     benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
+    calibration        benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
     attention          the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
 
 A table shows one device: the one that was measured last.
@@ -22,6 +23,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,7 +48,19 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/cpu_kernels.md", "docs/schedules.md")
+PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/schedules.md")
+CALIBRATION_HEADER = (
+    "sampler, bits, method",
+    "PSNR dB: float activations",
+    "plain",
+    "modulated",
+    "SSIM: plain",
+    "modulated",
+    "Fréchet: plain",
+    "modulated",
+    "CPU s",
+    "peak MiB",
+)
 PARETO_HEADER = (
     "sampler, steps",
     "evaluations",
@@ -205,6 +219,40 @@ def _pareto_cells(line: pareto_report.Line) -> list[str]:
     return [f"{panel.sampler}, {panel.steps}", f"{line.evaluations:g}", *shown, f"{panel.every_call_db:.1f}"]
 
 
+def calibration_table(results: Path) -> str:
+    """A row per sampler, method and bits: float activations with these codes, plain, modulated."""
+    if not (results / "calibration.json").exists():
+        return f"{NOTHING}\n"
+    report = json.loads((results / "calibration.json").read_text())
+    floats = {(row["sampler"], row["method"], row["bits"]): row for row in report["rows"] if row["way"] == "float"}
+    quantised: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if row["way"] != "float":
+            quantised.setdefault((row["sampler"], row["bits"], row["method"]), {})[row["way"]] = row
+    cells = []
+    for (sampler, bits, method), ways in quantised.items():
+        if set(ways) != {"plain", "modulated"}:
+            continue
+        shown = [floats[sampler, method, bits.partition("A")[0]], ways["plain"], ways["modulated"]]
+        cost = ways["plain"]
+        cells.append(
+            [
+                f"{sampler}, {bits}, {method}",
+                *[f"{row['psnr_db']:.1f}" for row in shown],
+                *[f"{row['ssim']:.3f}" for row in shown[1:]],
+                *[f"{row['frechet']:.2g}" for row in shown[1:]],
+                f"{cost['calibration_cpu_s']:.0f}",
+                f"{cost['peak_mib']:.0f}",
+            ]
+        )
+    features = sorted({row["features"] for row in report["rows"]})
+    commands = ", ".join(f"`{command}`" for command in report["commands"])
+    return (
+        f"{markdown_table(CALIBRATION_HEADER, cells)}\n\n{commands}: {report['images']} images, calibrated on "
+        f"{report['samples']} trajectories; Fréchet distance on {', '.join(features)}; torch {report['torch']}.\n"
+    )
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every table made anew."""
 
@@ -215,6 +263,7 @@ def filled(text: str, results: Path) -> str:
             "unet_step": unet_step_table,
             "integer_conv": integer_conv_table,
             "attention": attention_table,
+            "calibration": calibration_table,
             "pareto": pareto_table,
         }
         if kind not in makers:

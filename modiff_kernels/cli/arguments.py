@@ -46,6 +46,10 @@ A model that was saved in low bits (handle.save_pretrained) is sampled as it was
 PLAN_HELP = "auto, none, or a file of `modiff calibrate --plan`, see docs/layer_plan.md"
 
 CALIBRATE_HELP = """\
+--method calibrates weight codes and, with --scale-mode static, activation scales, on the trajectories of the
+full-precision sampler: use them with `modiff sample --calibration DIR` or accelerate(pipe, calibration=DIR). An
+interrupted calibration goes on where it stopped.
+
 --schedule searches for the calls of the UNet that can be forecast instead of computed, for one sampler and number of
 steps: the fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best
 pictures at --speedup (from times measured first). The result is verified on other seeds. An interrupted search goes on
@@ -55,6 +59,8 @@ where it stopped.
 those within whole calls of the UNet on this device with --batch pictures, and fidelity is measured along their
 trajectory. The plan is timed and its pictures are judged before it is written; where nothing is faster than float, it
 is all float. It is also stored for plan="auto"."""
+
+METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion")
 
 EXPLAIN_HELP = """\
 Print what becomes of every layer of a model: mode, bits, backend and reason, and with a plan the time of every mode,
@@ -248,6 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=MODES, default=None, help="how layers are computed (modulated)")
     add("--weight-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float")
     add("--act-bits", type=bits, default=None, help="3, 4 or 8 (8); unused with --mode float, weight_only")
+    add("--calibration", type=Path, metavar="DIR", help="folder of `modiff calibrate --method`; has mode and bits")
     add(
         "--out",
         type=Path,
@@ -258,15 +265,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     calibrate = commands.add_parser(
         "calibrate",
-        help="find the step schedule or the layer plan of a model",
+        help="calibrate weights and activation scales, or find the step schedule or the layer plan of a model",
         description=CALIBRATE_HELP,
         formatter_class=raw,
     )
     add_sampling_options(calibrate)
     add = calibrate.add_argument
     wanted = calibrate.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--method", choices=METHODS, help="calibrate layers in this way, see docs/calibration.md")
     wanted.add_argument("--schedule", action="store_true", help="search for a step schedule")
     wanted.add_argument("--plan", action="store_true", help="measure a layer plan")
+    add("--samples", type=positive, default=64, metavar="N", help="--method: trajectories to learn from (%(default)s)")
+    add(
+        "--scale-mode",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="--method: activation scales (%(default)s)",
+    )
+    add("--group-size", type=positive, metavar="N", help="--method: weights that share a scale (a whole channel)")
+    add("--weights", type=Path, metavar="DIR", help="--method: keep the codes of this calibration, find scales only")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="--method: an option of the method")
     goal = calibrate.add_mutually_exclusive_group()
     goal.add_argument("--budget-db", type=positive_number, metavar="DB", help="least fidelity, with the fewest calls")
     goal.add_argument("--speedup", type=speedup, metavar="X", help="speed-up over computing every call")
@@ -275,30 +293,31 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive,
         default=16,
         metavar="N",
-        help="for a schedule: images searched on, and N others to verify (%(default)s)",
+        help="--schedule: images searched on, and N others to verify (%(default)s)",
     )
     add(
         "--max-loss-db",
         type=positive_number,
         default=0.5,
         metavar="DB",
-        help="for a plan: PSNR it may lose against the best single mode (%(default)s)",
+        help="--plan: PSNR it may lose against the best single mode (%(default)s)",
     )
     add(
         "--max-state-bytes",
         type=state_bytes,
         default=None,
         metavar="N",
-        help="for a plan: bytes of x_hat and y_hat it may take (any number)",
+        help="--plan: bytes of x_hat and y_hat it may take (any number)",
     )
-    add("--rounds", type=positive, default=5, help="for a plan: how often every call is timed (%(default)s)")
+    add("--rounds", type=positive, default=5, help="--plan: how often every call is timed (%(default)s)")
     add_bits_options(calibrate)
     add(
         "--out",
         type=Path,
-        metavar="FILE",
-        help="JSON for --schedule or --plan of the other commands (modiff_schedule.json or modiff_plan.json in the "
-        "folder of --model, where --schedule auto finds the first, or here)",
+        metavar="PATH",
+        help="--method: a folder (calibration); otherwise JSON for --schedule or --plan of the other commands "
+        "(modiff_schedule.json or modiff_plan.json in the folder of --model, where --schedule auto finds the first, "
+        "or here)",
     )
 
     explain = commands.add_parser(

@@ -1,4 +1,7 @@
-"""`modiff calibrate`: the step schedule of a model, within a budget of fidelity or time, or its layer plan."""
+"""`modiff calibrate`: the step schedule of a model, within a budget of fidelity or time, or its layer plan.
+
+Weights and activation scales (`--method`) are in `calibrate_layers`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modiff_kernels.cli import models
+from modiff_kernels.cli import calibrate_layers, models
 from modiff_kernels.cli.arguments import UserError, command_line, writable
 from modiff_kernels.cli.plan import measure_plan
 from modiff_kernels.cli.quantised import Quantised
@@ -31,6 +34,8 @@ TIMED_RUNS = 3
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.method is not None:
+        return calibrate_layers.run(args)
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
     if args.plan:
         if args.budget_db is not None or args.speedup is not None:

@@ -14,15 +14,15 @@ import torch
 
 from modiff_kernels.cli.arguments import UserError
 
-__all__ = ["is_kept", "weights_crc32", "write_grid", "write_image"]
+__all__ = ["is_kept", "tensors_crc32", "write_grid", "write_image"]
 
 TEXT = "modiff"  # keyword of the PNG text that holds the options
 
 
-def weights_crc32(unet: torch.nn.Module) -> str:
-    """CRC-32 of all parameters and buffers of `unet`, as 8 hexadecimal digits."""
+def tensors_crc32(tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of all tensors and their names, as 8 hexadecimal digits."""
     total = 0
-    for key, tensor in sorted(unet.state_dict().items()):
+    for key, tensor in sorted(tensors.items()):
         total = zlib.crc32(key.encode(), total)
         total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data, total)
     return f"{total:08x}"

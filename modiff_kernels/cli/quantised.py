@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +41,10 @@ def config_of_row(
 
 
 class Quantised:
-    """Accelerates `unet` in place as `row` says. UserError for a configuration that cannot run here."""
+    """Accelerates `unet` in place as `row` says. UserError for a configuration that cannot run here.
+
+    calibration: folder of a CalibrationResult, whose mode and bits then count.
+    """
 
     def __init__(
         self,
@@ -48,9 +53,21 @@ class Quantised:
         backend: str = "auto",
         granularity: str | None = None,
         max_state_bytes: int | None = None,
+        calibration: Path | None = None,
     ) -> None:
         try:
-            self.handle = mk.accelerate(unet, config_of_row(row, backend, granularity, max_state_bytes))
+            result = None if calibration is None else mk.CalibrationResult.load(calibration)
+            if result is None:
+                config = config_of_row(row, backend, granularity, max_state_bytes)
+            else:
+                config = dataclasses.replace(
+                    result.config,
+                    backend=backend,
+                    schedule=row.schedule,
+                    plan=row.plan,
+                    max_state_bytes=max_state_bytes,
+                )
+            self.handle = mk.accelerate(unet, config, calibration=result)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{row.name}: {error}") from error
         self.state_bytes = 0

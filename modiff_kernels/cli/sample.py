@@ -25,6 +25,7 @@ from modiff_kernels.cli import images, models
 from modiff_kernels.cli.arguments import UserError, writable
 from modiff_kernels.cli.quantised import Quantised
 from modiff_kernels.cli.rows import Row
+from modiff_kernels.quant.checkpoint import encoded_layer
 
 __all__ = ["Process", "run"]
 
@@ -113,21 +114,32 @@ class _Sampler:
         self.mode = args.mode or "modulated"
         self.quantised: Quantised | None = None
         if model.handle is not None:
-            _refuse_options(args)
+            _refuse_options(
+                args,
+                ("mode", "weight_bits", "act_bits", "granularity", "backend", "schedule", "plan", "calibration"),
+                "the model was saved in low bits and is sampled with the configuration in its config.json",
+            )
             self.quantised = Quantised.loaded(model.handle)
             self.mode = "saved low-bit model"
-        elif self.mode != "float" or args.schedule is not None or args.plan is not None:
+            return
+        if args.calibration is not None:
+            _refuse_options(
+                args,
+                ("mode", "weight_bits", "act_bits", "granularity"),
+                f"the calibration {args.calibration} has modes and bits of the layers",
+            )
+        if self.mode != "float" or args.schedule is not None or args.plan is not None:
             act_bits = 32 if self.mode == "weight_only" else args.act_bits or 8
             weight_bits, plan = args.weight_bits or 8, args.plan
             row = Row("sample", self.mode, self.mode, weight_bits, act_bits, schedule=args.schedule, plan=plan)
-            self.quantised = Quantised(self.unet, row, args.backend, args.granularity)
+            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, calibration=args.calibration)
 
     def options(self) -> dict[str, Any]:
         """All that an image depends on besides its seed and its batch, as JSON types."""
         config = None if self.quantised is None else self.quantised.handle.config.to_dict()
         options = {
             "model": self.model.name,
-            "weights": images.weights_crc32(self.unet),
+            "weights": images.tensors_crc32(self._tensors()),
             "config": config,
             "prompt": self.model.prompt,
             "scheduler": self.args.scheduler,
@@ -135,6 +147,13 @@ class _Sampler:
             "steps": self.args.steps,
         }
         return json.loads(json.dumps(options, default=str))
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = dict(self.unet.state_dict())
+        for path, layer in {} if self.quantised is None else self.quantised.handle.layers.items():
+            if layer.weight_bits is not None:
+                tensors.update(encoded_layer(path, layer.stored()))
+        return tensors
 
     def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
         """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
@@ -161,17 +180,11 @@ class _Sampler:
         return f"{self.mode}, state {self.quantised.state_bytes / 1e6:.1f} MB, backend {self.quantised.backend}"
 
 
-def _refuse_options(args: argparse.Namespace) -> None:
-    """UserError for options that say how layers are computed."""
-    given = [
-        name for name in ("mode", "weight_bits", "act_bits", "granularity", "schedule", "plan") if getattr(args, name)
-    ]
-    given += ["backend"] if args.backend != "auto" else []
+def _refuse_options(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """UserError for options `names` that say how layers are computed, where something else says it."""
+    given = [name for name in names if getattr(args, name) != ("auto" if name == "backend" else None)]
     if given:
-        raise UserError(
-            f"--{given[0].replace('_', '-')}: the model was saved in low bits and is sampled with the configuration in "
-            "its config.json; leave the option out"
-        )
+        raise UserError(f"--{given[0].replace('_', '-')}: {reason}; leave the option out")
 
 
 def _kept(folder: Path, batches: Sequence[range], end: int, options: dict[str, Any]) -> Iterator[int]:

@@ -12,17 +12,24 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.patching import SetTimesteps, answer_dtype_quickly, set_attribute, set_module
 from modiff_kernels.integrations.plans import plan_of, plan_text
-from modiff_kernels.integrations.replacements import Replacements, replacements_of
+from modiff_kernels.integrations.replacements import (
+    Replacements,
+    calibrated_layers,
+    replacements_of,
+    require_calibrated,
+)
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks import covering
@@ -55,6 +62,7 @@ def accelerate(
     target: Any,
     config: ModiffConfig | None = None,
     *,
+    calibration: CalibrationResult | str | Path | None = None,
     static_scales: Mapping[str, Tensor | float] | None = None,
     share_edges: bool = True,
 ) -> "Handle":
@@ -62,7 +70,9 @@ def accelerate(
 
     target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
     (UNet2DModel, UNet2DConditionModel or another module with a 4-D sample as first argument; runs are opened with
-    `with handle.sampling_run():`). static_scales: residual scale per layer path, for scale_mode "static".
+    `with handle.sampling_run():`). calibration: a CalibrationResult or its folder: weight codes and, for scale_mode
+    "static", activation scales; config None is then the one it was calibrated for. static_scales: scale per layer path
+    for scale_mode "static", without a calibration.
     share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
     A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
@@ -71,21 +81,23 @@ def accelerate(
 
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
-    to replace, a scale is missing or cuda_graphs are not possible, RuntimeError if the UNet is accelerated already,
-    BackendUnavailable if config.backend cannot do it.
+    to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
+    UNet is accelerated already, BackendUnavailable if config.backend cannot do it.
     """
     unet, pipe = _unet_and_pipe(target)
     if _HANDLE in unet.__dict__:
-        if config is not None or static_scales is not None or not share_edges:
+        if (config, calibration, static_scales) != (None, None, None) or not share_edges:
             raise ValueError(
                 f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
-                "loaded with; leave out config, static_scales and share_edges, or call remove() on the handle before"
+                "loaded with; leave out the other arguments, or call remove() on the handle before"
             )
         loaded: Handle = unet.__dict__[_HANDLE]
         if pipe is not None:
             loaded._attach(pipe)
         return loaded
-    config = ModiffConfig() if config is None else config
+    result = None if calibration is None else read_result(calibration)
+    if config is None:
+        config = ModiffConfig() if result is None else result.config
     if not isinstance(config, ModiffConfig):
         raise TypeError(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
@@ -94,9 +106,11 @@ def accelerate(
     _refuse_accelerated(unet)
     if config.cuda_graphs:
         _check_graphs(unet, config.schedule)
-    scales = dict(static_scales or {})
-    layer_plan = plan_of(unet, config, scales, share_edges)
-    replaced = replacements_of(unet, config, scales, share_edges, layer_plan)
+    calibrated = calibrated_layers(config, result, static_scales or {})
+    layer_plan = plan_of(unet, config, calibrated, share_edges)
+    replaced = replacements_of(unet, config, calibrated, share_edges, layer_plan)
+    if result is not None:
+        require_calibrated(replaced, result)
     handle = Handle(unet, pipe, config, replaced, layer_plan, share_edges)
     with contextlib.ExitStack() as undo:
         handle._install(undo)

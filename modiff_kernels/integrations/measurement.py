@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.evaluation import psnr
 from modiff_kernels.integrations.diffusers import Handle, accelerate, channels_last
@@ -89,7 +90,8 @@ class Bench:
         unet: nn.Module,
         config: ModiffConfig,
         modes: Sequence[Mode],
-        static_scales: dict[str, Any],
+        calibration: CalibrationResult | None,
+        static_scales: Mapping[str, Tensor | float],
         sample: Sample,
         pictures: np.ndarray,
         calls: list[Call],
@@ -98,6 +100,7 @@ class Bench:
     ) -> None:
         self.unet = unet
         self.config = config
+        self.calibration = calibration
         self.static_scales = static_scales
         self.sample = sample
         self.pictures = pictures
@@ -112,7 +115,8 @@ class Bench:
     def accelerated(self, config: ModiffConfig) -> Subject:
         """A copy of the UNet with `config`."""
         unet = share_copy(self.unet)
-        return Subject(unet, accelerate(unet, config, static_scales=_needed(self.static_scales, config)))
+        scales = self.static_scales if config.scale_mode == "static" else {}
+        return Subject(unet, accelerate(unet, config, calibration=self.calibration, static_scales=scales))
 
     def float_subjects(self) -> dict[str, Subject]:
         """The float forms to beat: the UNet in its memory format, and in channels_last."""
@@ -261,10 +265,6 @@ def recorded(unet: nn.Module, sample: Sample) -> tuple[list[Call], np.ndarray]:
             f"make_plan: the sampling called the UNet {len(calls)} times; give one with {LEAST_CALLS} calls or more"
         )
     return calls, pictures
-
-
-def _needed(static_scales: dict[str, Any], config: ModiffConfig) -> dict[str, Any]:
-    return static_scales if config.scale_mode == "static" else {}
 
 
 def _sqnr_db(noise: float, signal: float) -> float:

@@ -11,12 +11,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.diffusers import resolve
@@ -54,6 +56,7 @@ def make_plan(
     call: Mapping[str, Any] | None = None,
     max_loss_db: float = MAX_LOSS_DB,
     rounds: int = 5,
+    calibration: CalibrationResult | str | Path | None = None,
     static_scales: Mapping[str, Tensor | float] | None = None,
     use_cache: bool = True,
     progress: bool = True,
@@ -66,15 +69,17 @@ def make_plan(
     every call and returns the pictures, floats [N, H, W, C] in 0..1 in an array or on the CPU; batch and size must be
     those that the plan is for. Without it a pipeline is called with the arguments `call` and a generator of seed 0.
     max_loss_db: how far the mean PSNR may fall below that of the best single mode. rounds: how often the trajectory is
-    timed. use_cache: take the plan that was stored for this device, model, shape, configuration, versions and
-    max_loss_db, if there is one, and store a new one; what is sampled is not part of that. progress: show a bar. clock:
-    gives seconds, in the place of the device's own.
+    timed. calibration, static_scales: as for `accelerate`. use_cache: take the plan that was stored for this device,
+    model, shape, configuration, versions and max_loss_db, if there is one, and store a new one; what is sampled and
+    calibrated is not part of that. progress: show a bar. clock: gives seconds, in the place of the device's own.
 
     The plan is all float where nothing is faster than the best float form by 2 %. Errors: TypeError for a target
     without a UNet; ValueError for a UNet without a layer that can be replaced, a missing `sample`, one that gives other
     pictures every time, and impossible values; RuntimeError if the UNet is accelerated.
     """
-    config = ModiffConfig() if config is None else config
+    result = None if calibration is None else read_result(calibration)
+    if config is None:
+        config = ModiffConfig() if result is None else result.config
     unet, pipe = resolve(target)
     modes = _modes_to_compare(config)
     if not max_loss_db > 0 or rounds < 1:
@@ -90,7 +95,7 @@ def make_plan(
         known = plan_cache.stored(key) if use_cache else None
         if known is not None and known.source == "measured" and known.max_loss_db == max_loss_db:
             return known
-        bench = Bench(unet, own, modes, dict(static_scales or {}), sample, pictures, calls, clock, bar.update)
+        bench = Bench(unet, own, modes, result, static_scales or {}, sample, pictures, calls, clock, bar.update)
         bar.reset(2 + len(modes) + CHOICES + 2 * rounds)
         plan = _measured(bench, key, max_loss_db, config.max_state_bytes, rounds)
     if use_cache:

@@ -18,6 +18,7 @@ from modiff_kernels.nn import ModulatedLinear, ModulationState
 from modiff_kernels.planning import choice, roofline
 from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.planning.roofline import LayerShape, Machine
+from modiff_kernels.quant.calibrated import CalibratedLayer
 
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
 PROBE_ROWS, PROBE_FEATURES = 4096, 1024  # compute-bound on everything this runs on
@@ -26,7 +27,7 @@ PROBE_REPEATS = 5
 
 
 def plan_of(
-    unet: nn.Module, config: ModiffConfig, static_scales: Mapping[str, Tensor | float], share_edges: bool
+    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_edges: bool
 ) -> LayerPlan | None:
     """The plan that `config` asks for, within its max_state_bytes; None if it asks for none.
 
@@ -36,7 +37,7 @@ def plan_of(
     if plan == "auto":
         plan = plan_cache.newest(plan_cache.key_of(unet, config, ()))
         if plan is None:
-            plan = estimated(unet, config, static_scales, share_edges)
+            plan = estimated(unet, config, calibrated, share_edges)
     elif isinstance(plan, str):
         try:
             plan = LayerPlan.from_json(Path(plan).read_text())
@@ -72,7 +73,7 @@ def plan_text(plan: LayerPlan) -> str:
 def estimated(
     unet: nn.Module,
     config: ModiffConfig,
-    static_scales: Mapping[str, Tensor | float] | None = None,
+    calibrated: Mapping[str, CalibratedLayer] | None = None,
     share_edges: bool = True,
     machine: Machine | None = None,
 ) -> LayerPlan:
@@ -87,7 +88,7 @@ def estimated(
             "both, or plan=None"
         )
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
-    replaced = replacements_of(unet, own, dict(static_scales or {}), share_edges)
+    replaced = replacements_of(unet, own, calibrated or {}, share_edges)
     shape, shapes = traced_shapes(unet)
     device = next(unet.parameters()).device
     machine = machine or measured_machine(device, config)
@@ -209,7 +210,14 @@ def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     linear = nn.Linear(PROBE_FEATURES, PROBE_FEATURES, device=device, dtype=dtype).requires_grad_(False)
     plain = dataclasses.replace(
-        config, mode=QUANTIZED, act_bits=8, granularity=None, schedule=None, plan=None, max_state_bytes=None
+        config,
+        mode=QUANTIZED,
+        act_bits=8,
+        granularity=None,
+        scale_mode="dynamic",
+        schedule=None,
+        plan=None,
+        max_state_bytes=None,
     )
     low_bit = ModulatedLinear.from_linear(linear, plain, ModulationState(), "probe")
     x = torch.randn(PROBE_ROWS, PROBE_FEATURES, device=device, dtype=dtype)

@@ -17,10 +17,11 @@ from typing import Any
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.diffusers import Handle, accelerate
 from modiff_kernels.quant import checkpoint
-from modiff_kernels.quant.checkpoint import Checkpoint, StoredLayer
+from modiff_kernels.quant.checkpoint import Checkpoint
 
 
 def register() -> None:
@@ -83,7 +84,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         """Tensors and metadata for the files of this UNet. ValueError unless they are safetensors."""
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not allowed: low-bit models are stored in safetensors only")
-        layers = {path: _stored(layer) for path, layer in self.handle.layers.items()}
+        layers = {path: layer.stored() for path, layer in self.handle.layers.items()}
         return checkpoint.encode(state_dict, layers, self.handle.share_edges)
 
     def dequantize(self, model: nn.Module) -> nn.Module:
@@ -112,11 +113,14 @@ class ModiffQuantizer(DiffusersQuantizer):
         if stored is None:
             self.handle = accelerate(model, self.quantization_config)
         else:
-            scales = {path: layer.act_scale for path, layer in stored.layers.items() if layer.act_scale is not None}
-            self.handle = accelerate(
-                model, self.quantization_config, static_scales=scales, share_edges=stored.share_edges
-            )
-            _take_weights(self.handle, stored)
+            saved = CalibrationResult("saved", self.quantization_config, stored.layers)
+            try:
+                self.handle = accelerate(
+                    model, self.quantization_config, calibration=saved, share_edges=stored.share_edges
+                )
+            except ValueError as error:
+                raise ValueError(f"the quantization_config of config.json does not fit the files: {error}") from error
+            _require_all_used(self.handle, stored)
             self._checkpoint = None
         self.handle.mark_as_loaded(_forget_quantization)
         return model
@@ -172,20 +176,11 @@ def _forget_quantization(unet: Any) -> None:
     unet._internal_dict = type(unet._internal_dict)(config)
 
 
-def _stored(layer: Any) -> StoredLayer:
-    weight_packed, weight_scale = layer.portable_weight()
-    return StoredLayer(weight_packed, weight_scale, None if layer.edge is None else layer.edge.static_scale)
-
-
-def _take_weights(handle: Handle, stored: Checkpoint) -> None:
-    different = set(handle.layers) ^ set(stored.layers)
-    if different:
-        path = min(different)
-        found = "low-bit in the files" if path in stored.layers else "in full precision in the files"
+def _require_all_used(handle: Handle, stored: Checkpoint) -> None:
+    unused = set(stored.layers) - set(handle.layers)
+    if unused:
         handle.remove()
         raise ValueError(
-            f"{path + checkpoint.WEIGHT!r} is {found}, but not so for the quantization_config of config.json (look at "
-            "skip_modules); give the config.json that belongs to the files"
+            f"{min(unused) + checkpoint.WEIGHT!r} is low-bit in the files, but not so for the quantization_config of "
+            "config.json (look at skip_modules); give the config.json that belongs to the files"
         )
-    for path, layer in handle.layers.items():
-        layer.take_weight(stored.layers[path].weight_packed, stored.layers[path].weight_scale)

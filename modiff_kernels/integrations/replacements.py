@@ -6,9 +6,11 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from modiff_kernels.calibration.result import CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
@@ -16,6 +18,7 @@ from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops.problem import FLOAT_DTYPES
 from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -54,11 +57,11 @@ class Replacements:
 def replacements_of(
     unet: nn.Module,
     config: ModiffConfig,
-    static_scales: Mapping[str, Tensor | float],
+    calibrated: Mapping[str, CalibratedLayer],
     share_edges: bool,
     plan: LayerPlan | None = None,
 ) -> Replacements:
-    """What `accelerate` puts into `unet`, with the arguments it got and the plan that config.plan stands for.
+    """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for.
 
     The UNet is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does
     not fit; BackendUnavailable if config.backend cannot do it.
@@ -70,7 +73,7 @@ def replacements_of(
             f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
             "give the UNet itself"
         )
-    _check_static_scales(static_scales, originals, config)
+    _check_paths(calibrated, originals)
     _warn_unmatched(config, modules)
     reasons = {path: reason for path, module in originals.items() if (reason := _why_float(path, module, config))}
     if len(reasons) == len(originals) and config.weight_bits is not None:
@@ -90,15 +93,16 @@ def replacements_of(
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
-        whole = _fused_blocks(unet, state, own, left, static_scales)
-        edges = _shared_edges(modules, left) if share_edges else {}
+        whole = _fused_blocks(unet, state, own, left, calibrated)
+        edges = _shared_edges(modules, left, calibrated) if share_edges else {}
         replacements.update(whole)
         fused.update(whole)
         for path, module in originals.items():
             if path in left or blocks.covering(path, whole) is not None:
                 continue
             if id(module) not in made:
-                made[id(module)] = _make_layer(module, own, state, path, edges.get(path), static_scales.get(path))
+                known = calibrated.get(path, NOT_CALIBRATED)
+                made[id(module)] = _make_layer(module, own, state, path, edges.get(path), known)
             replacements[path] = made[id(module)]
     # Outer blocks first: a layer or block that one leaves out is put into that one.
     replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
@@ -113,10 +117,49 @@ def replacements_of(
 
 
 def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
-    """`config` for layers in `mode`, quantized or modulated."""
+    """`config` for layers in `mode`, quantized or modulated; with dynamic scales where the static ones are for another
+    mode or other bits."""
+    scale_mode = config.scale_mode
+    if scale_mode == "static" and mode != Mode(config.mode, config.act_bits):
+        scale_mode = "dynamic"
     return dataclasses.replace(
-        config, mode=mode.kind, act_bits=mode.act_bits, schedule=None, plan=None, max_state_bytes=None
+        config,
+        mode=mode.kind,
+        act_bits=mode.act_bits,
+        scale_mode=scale_mode,
+        schedule=None,
+        plan=None,
+        max_state_bytes=None,
     )
+
+
+def calibrated_layers(
+    config: ModiffConfig, result: CalibrationResult | None, static_scales: Mapping[str, Tensor | float]
+) -> dict[str, CalibratedLayer]:
+    """What `accelerate` knows about layers, by path, from a calibration or from static scales. ValueError for both."""
+    if static_scales and result is not None:
+        raise ValueError("accelerate: give either calibration or static_scales; a calibration has scales of its own")
+    if static_scales and config.scale_mode != "static":
+        raise ValueError(
+            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
+            f"scale_mode='static' or leave them out"
+        )
+    if result is not None:
+        return layers_for(result, config)
+    return {
+        path: CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
+        for path, scale in static_scales.items()
+    }
+
+
+def require_calibrated(replaced: Replacements, result: CalibrationResult) -> None:
+    """ValueError unless every low-bit layer was calibrated."""
+    missing = [path for path in replaced.layers if path not in result.layers]
+    if missing:
+        raise ValueError(
+            f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated ({result.method}); name them in "
+            "skip_modules, or calibrate with the skip_modules that are used here"
+        )
 
 
 def _planned(plan: LayerPlan, originals: Mapping[str, nn.Module], reasons: dict[str, str]) -> dict[str, Mode]:
@@ -138,11 +181,11 @@ def _make_layer(
     state: ModulationState,
     path: str,
     edge: str | None,
-    static_scale: Tensor | float | None,
+    calibrated: CalibratedLayer,
 ) -> ModulatedLayer:
     if isinstance(module, nn.Conv2d):
-        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, static_scale)
-    return ModulatedLinear.from_linear(module, config, state, path, edge, static_scale)
+        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, calibrated)
+    return ModulatedLinear.from_linear(module, config, state, path, edge, calibrated)
 
 
 def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
@@ -172,8 +215,11 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
     return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
 
 
-def _shared_edges(modules: Mapping[str, nn.Module], left: Collection[str]) -> dict[str, str]:
-    """Edge key of the attention projections that read one tensor. left: paths that share nothing."""
+def _shared_edges(
+    modules: Mapping[str, nn.Module], left: Collection[str], calibrated: Mapping[str, CalibratedLayer]
+) -> dict[str, str]:
+    """Edge key of the attention projections that read one tensor. left: paths that share nothing, as do layers that
+    scale their input channels before it is quantised."""
     edges: dict[str, str] = {}
     for path, module in modules.items():
         prefix = f"{path}." if path else ""
@@ -182,7 +228,8 @@ def _shared_edges(modules: Mapping[str, nn.Module], left: Collection[str]) -> di
         projections = [modules.get(name) for name in paths]
         if not all(isinstance(projection, nn.Linear) for projection in projections):
             continue
-        if any(name in left for name in paths) or len({p.in_features for p in projections}) != 1:
+        scaled = any(calibrated.get(name, NOT_CALIBRATED).input_scale is not None for name in paths)
+        if scaled or any(name in left for name in paths) or len({p.in_features for p in projections}) != 1:
             continue
         edges.update(dict.fromkeys(paths, paths[0]))
     return edges
@@ -193,25 +240,21 @@ def _fused_blocks(
     state: ModulationState,
     config: ModiffConfig,
     left_float: Collection[str],
-    static_scales: Mapping[str, Any],
+    calibrated: Mapping[str, CalibratedLayer],
 ) -> dict[str, FusedBlock]:
     """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
-    if not config.fuse or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
+    calibrated_codes = config.mode == "quantized" and config.scale_mode == "static"  # no fused pass makes them
+    if not config.fuse or calibrated_codes or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
         return {}
-    return blocks.fuse(unet, state, config, left_float, static_scales)
+    return blocks.fuse(unet, state, config, left_float, calibrated)
 
 
-def _check_static_scales(scales: Mapping[str, Any], originals: Mapping[str, nn.Module], config: ModiffConfig) -> None:
-    if scales and config.scale_mode != "static":
-        raise ValueError(
-            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
-            f"scale_mode='static' or leave them out"
-        )
-    unknown = [path for path in scales if path not in originals]
+def _check_paths(calibrated: Mapping[str, Any], originals: Mapping[str, nn.Module]) -> None:
+    unknown = [path for path in calibrated if path not in originals]
     if unknown:
         raise ValueError(
-            f"accelerate: static_scales names {', '.join(map(repr, unknown[:5]))}, which is no Linear or Conv2d of "
-            f"the UNet; use module paths such as {next(iter(originals))!r}"
+            f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, which is no Linear "
+            f"or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
         )
 
 

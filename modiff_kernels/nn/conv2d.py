@@ -9,6 +9,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import ModulationState
 from modiff_kernels.ops.problem import conv2d_output_shape
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 
 class ModulatedConv2d(ModulatedLayer):
@@ -29,12 +30,13 @@ class ModulatedConv2d(ModulatedLayer):
         state: ModulationState,
         name: str,
         edge: str | None = None,
-        static_scale: Tensor | float | None = None,
+        calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> "ModulatedConv2d":
         """The low-bit form of `conv`, which is kept inside and not changed.
 
         The arguments are those of `ModulatedLinear.from_linear`. Raises ValueError on padding that is not the same
-        number of zeros on both sides, on weights that hold NaN or Inf and on a missing or impossible static scale.
+        number of zeros on both sides, on weights that hold NaN or Inf, on a missing or impossible static scale, and on
+        a calibration of another layer.
         """
         reason = why_not_conv2d(conv)
         if reason is not None:
@@ -42,7 +44,7 @@ class ModulatedConv2d(ModulatedLayer):
         granularity = config.layer_granularity
         if granularity == "per_token" and not _is_pointwise(conv):
             granularity = "per_sample"
-        layer = cls(conv, config, state, name, edge, granularity, static_scale)
+        layer = cls(conv, config, state, name, edge, granularity, calibrated)
         for attribute in (
             "in_channels",
             "out_channels",

@@ -1,5 +1,6 @@
 """What `ModulatedLinear` and `ModulatedConv2d` have in common: weights, modes, and the way through the state."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +12,8 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.state import INITIALIZE, Edge, ModulationState, StateTensor
 from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.problem import Problem, capability
-from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
+from modiff_kernels.quant import passes
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer, QuantizedWeight
 from modiff_kernels.quant.packing import KPACK_V1
 from modiff_kernels.quant.spec import row_count
 
@@ -49,7 +51,7 @@ class ModulatedLayer(nn.Module):
         name: str,
         edge: str | None,
         granularity: str,
-        static_scale: Tensor | float | None,
+        calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> None:
         super().__init__()
         self.__dict__["original"] = original  # not a child: its parameters are ours, under the same keys
@@ -65,12 +67,14 @@ class ModulatedLayer(nn.Module):
         self.first_step_bits = config.first_step_bits or 0
         self.backend = config.backend
         self.granularity = granularity
+        self.calibrated = calibrated
+        self._check_calibrated()
         self.refresh_weight()
         self.edge: Edge | None = None
         self.output: StateTensor | None = None
         if self.mode != "float":
             self.edge = state.edge(edge or name, config, granularity)
-            _set_static_scale(self.edge, name, static_scale, required=self.mode == "modulated")
+            _set_static_scale(self.edge, name, calibrated, self.weight.device)
             state.add_consumer(self.edge)
         if self.mode == "modulated":
             self.output = state.y_hat(name)
@@ -97,50 +101,33 @@ class ModulatedLayer(nn.Module):
         Sets weight_packed (layout `layout`), weight_scale (float32) and, in mode "float", float_weight. Raises
         ValueError on weights that hold NaN or Inf.
         """
-        self._given = None
-        self._set_weight()
-
-    def take_weight(self, weight_packed: Tensor, weight_scale: Tensor) -> None:
-        """Compute with these codes instead of `weight` rounded to the nearest, until refresh_weight or load_state_dict.
-
-        weight_packed: in kpack_v1, weight_scale: float32 [N] or [N, groups], of the bits and group size of this layer.
-        `weight` should be what they stand for.
-        """
-        self._given = weight_packed, weight_scale
-        self._set_weight()
-
-    def portable_weight(self) -> tuple[Tensor, Tensor]:
-        """weight_packed in kpack_v1 and weight_scale (float32), the codes that this layer computes with."""
-        if self._given is not None:
-            weight_packed, weight_scale = self._given
-            return weight_packed.to(self.weight.device), weight_scale.to(self.weight.device)
-        weight_q, weight_scale = quantize_weight(self.weight.detach(), self.weight_bits, self.group_size)
-        return ops.pack_weight(weight_q, self.weight_bits), weight_scale
-
-    def _set_weight(self) -> None:
         weight = self.weight.detach()
-        self.bias_data = None if self.bias is None else self.bias.detach()
+        self._refresh_bias()
+        self.input_scale = None
+        if self.calibrated.input_scale is not None:
+            channels = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
+            self.input_scale = self.calibrated.input_scale.to(weight.device, weight.dtype).view(channels)
         self.layout = KPACK_V1
         self.weight_packed = self.weight_scale = self.float_weight = None
         self.state.addresses += 1
         if self.stack is not None:
             self.stack.refresh_weight()
         if self.weight_bits is None:
+            self.input_scale = None
             self.float_weight = weight
             return
-        try:
-            packed, weight_scale = self.portable_weight()
-        except ValueError as error:
-            raise ValueError(f"layer '{self.name}': {error}") from error
-        n, k = weight.shape[0], weight[0].numel()
-        self.weight_scale = weight_scale
+        quantized = self._quantized_weight(weight)
+        self.weight_bits, self.group_size = quantized.bits, quantized.group_size
+        self.weight_scale = quantized.scale
         if self.mode == "float":
-            weight_q = ops.unpack_weight(packed, self.weight_bits, n, k)
-            dequantized = dequantize_weight(weight_q, weight_scale, self.group_size, weight.shape).to(weight.dtype)
+            dequantized = quantized.dequantized(weight.shape).to(weight.dtype)
             self.float_weight = dequantized.contiguous(memory_format=self.memory_format)
             return
+        weight_q = quantized.codes
+        packed = ops.pack_weight(weight_q, self.weight_bits)
         self.layout = self._common_layout()
         if self.layout != KPACK_V1:
+            n, k = weight_q.shape
             conv = self.conv_arguments()
             kernel_size, groups = (conv[0], conv[-1]) if conv else ((1, 1), 1)
             packed = ops.prepare_weight(
@@ -155,6 +142,35 @@ class ModulatedLayer(nn.Module):
         self.state.outputs.pop(self.name, None)
         self.mode, self.edge, self.output = "constant", None, None
         self.act_bits, self.first_step_bits = None, 0
+
+    def stored(self) -> CalibratedLayer:
+        """What this layer computes with: `calibrated`, and the codes of its weight where calibration gave none."""
+        return dataclasses.replace(self.calibrated, weight=self._quantized_weight(self.weight.detach()))
+
+    def _check_calibrated(self) -> None:
+        calibrated, conv = self.calibrated, self.conv_arguments()
+        try:
+            calibrated.check(self.weight.shape, self.bias is not None)
+            if calibrated.input_scale is not None and conv and conv[-1] != 1:
+                raise ValueError("a convolution with groups takes no input_scale; calibrate again")
+        except ValueError as error:
+            raise ValueError(f"layer '{self.name}': {error}") from error
+
+    def _quantized_weight(self, weight: Tensor) -> QuantizedWeight:
+        scaled = weight if self.input_scale is None else weight / self.input_scale
+        try:
+            if self.calibrated.weight is None:
+                return QuantizedWeight.rounded(scaled, self.weight_bits, self.group_size)
+            quantized = self.calibrated.weight.to(weight.device)
+            quantized.check_belongs(scaled)
+            return quantized
+        except ValueError as error:
+            raise ValueError(f"layer '{self.name}': {error}") from error
+
+    def _refresh_bias(self) -> None:
+        self.bias_data = None if self.bias is None else self.bias.detach()
+        if self.calibrated.bias is not None:
+            self.bias_data = self.calibrated.bias.to(self.weight.device, self.weight.dtype)
 
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulated", "accumulate", "initialize" or "quantized") with `rows` output rows."""
@@ -206,14 +222,18 @@ class ModulatedLayer(nn.Module):
             if self.mode == "quantized":
                 return self._quantized_forward(x)
             if self.mode == "constant":
-                return stateless_output(self, self.canonical(x)).view(*x.shape[:-1], -1)
-            return self.float_forward(x, self.float_weight, self.bias_data)
+                return stateless_output(self, self.canonical(self.scaled(x))).view(*x.shape[:-1], -1)
+            return self.float_forward(self.scaled(x), self.float_weight, self.bias_data)
         except (ValueError, TypeError, dispatch.BackendUnavailable) as error:
             raise type(error)(f"layer '{self.name}': {error}") from error
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """`x` times the calibrated scale of every input channel; `x` itself where there is none."""
+        return x if self.input_scale is None else x * self.input_scale
+
     def _modulated_forward(self, source: Tensor) -> Tensor:
         edge, state = self.edge, self.state
-        x = self.canonical(source)
+        x = self.canonical(self.scaled(source))
         if state.action is INITIALIZE:
             if edge.consumers > 1 and edge.codes_of(source) is None:
                 if edge.uses:
@@ -287,8 +307,7 @@ class ModulatedLayer(nn.Module):
         edge = self.edge
         codes = edge.codes_of(source) if edge.consumers > 1 else None
         if codes is None:
-            x = self.canonical(source)
-            codes = ops.quantize_activation(x, edge.act_bits, edge.granularity, True, self.backend)
+            codes = self.activation_codes(source)
             if edge.consumers > 1:
                 edge.keep(source, codes)
         x_q, scale, zero_point = codes
@@ -305,6 +324,14 @@ class ModulatedLayer(nn.Module):
             self.backend,
         )
         return out if x_q.ndim == source.ndim else out.view(*source.shape[:-1], -1)
+
+    def activation_codes(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scale and zero point of the input of a layer in mode "quantized"."""
+        x, edge = self.canonical(self.scaled(source)), self.edge
+        if edge.scale_mode == "static":
+            scale, zero_point = edge.static_scale, edge.static_zero_point
+            return passes.static_activation_codes(x, scale, zero_point, edge.act_bits, x.ndim == 4)
+        return ops.quantize_activation(x, edge.act_bits, edge.granularity, True, self.backend)
 
     def _repeated_op(self) -> str:
         if self.mode in ("quantized", "constant"):
@@ -325,11 +352,21 @@ class ModulatedLayer(nn.Module):
         super()._apply(fn, recurse)
         self._adopt_parameters()
         if before != (self.weight.dtype, self.weight.device):
-            self._set_weight()
+            self.refresh_weight()
+            if self.edge is not None:
+                self.edge.move_static(self.weight.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        incoming = state_dict.get(f"{prefix}weight")
+        if self.calibrated.weight is not None and incoming is not None and incoming.shape == self.weight.shape:
+            old = self.weight.detach()
+            if not torch.equal(old, incoming.detach().to(old.device, old.dtype)):
+                raise ValueError(
+                    f"layer '{self.name}': other weights were given, but its codes are calibrated for the ones it has; "
+                    "handle.remove() first, then load and calibrate them"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._adopt_parameters()
         self.refresh_weight()
         self.state.invalidate("weights were loaded")
@@ -339,7 +376,7 @@ class ModulatedLayer(nn.Module):
         self.original.weight = self.weight
         if self.bias is not None:
             self.original.bias = self.bias
-            self.bias_data = self.bias.detach()
+            self._refresh_bias()
 
     def extra_repr(self) -> str:
         """Name, mode and bits."""
@@ -365,22 +402,19 @@ def stateless_output(layer: "ModulatedLayer | LinearStack", x: Tensor) -> Tensor
     )
 
 
-def _set_static_scale(edge: Edge, name: str, scale: Tensor | float | None, required: bool) -> None:
-    if edge.scale_mode != "static" or not required:
+def _set_static_scale(edge: Edge, name: str, calibrated: CalibratedLayer, device: torch.device) -> None:
+    scale = calibrated.act_scale
+    if edge.scale_mode != "static":
         return
     if scale is None and edge.static_scale is None:
         raise ValueError(
-            f"layer '{name}': scale_mode='static' needs a calibrated scale for its input and none was given; pass "
-            f"it in static_scales[{name!r}], or use scale_mode='dynamic' or 'delayed'"
+            f"layer '{name}': scale_mode='static' needs a calibrated scale for its input and none was given; calibrate "
+            f"with scale_mode='static' or pass static_scales[{name!r}], or use scale_mode='dynamic' or 'delayed'"
         )
     if scale is None:
         return
-    value = torch.as_tensor(scale, dtype=torch.float32).detach().reshape(-1)
-    if value.numel() != 1 or not torch.isfinite(value).all() or not (value > 0).all():
-        raise ValueError(f"layer '{name}': static scale {scale!r} is not allowed; give one positive finite number")
-    if edge.static_scale is not None and not torch.equal(edge.static_scale, value):
-        raise ValueError(
-            f"layer '{name}': static scale {value.item()} differs from {edge.static_scale.item()} of another layer "
-            f"that reads the same tensor ('{edge.key}'); give them one value"
-        )
-    edge.static_scale = value
+    try:
+        zero_point = calibrated.act_zero_point
+        edge.set_static(scale.detach().to(device, torch.float32), None if zero_point is None else zero_point.to(device))
+    except ValueError as error:
+        raise ValueError(f"layer '{name}': {error}") from error

@@ -8,6 +8,7 @@ from modiff_kernels import ops
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 
 class ModulatedLinear(ModulatedLayer):
@@ -28,15 +29,16 @@ class ModulatedLinear(ModulatedLayer):
         state: ModulationState,
         name: str,
         edge: str | None = None,
-        static_scale: Tensor | float | None = None,
+        calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> "ModulatedLinear":
         """The low-bit form of `linear`, which is kept inside and not changed.
 
         name: the path of the layer, unique in `state`. edge: key of the tensor it reads; layers that always get the
-        very same tensor share one, default: a tensor of its own. static_scale: for scale_mode "static". Raises
-        ValueError on weights that hold NaN or Inf and on a missing or impossible static scale.
+        very same tensor share one, default: a tensor of its own. calibrated: codes, scales and bias from
+        calibration. Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on
+        a calibration of another layer.
         """
-        layer = cls(linear, config, state, name, edge, config.layer_granularity, static_scale)
+        layer = cls(linear, config, state, name, edge, config.layer_granularity, calibrated)
         layer.in_features = linear.in_features
         layer.out_features = linear.out_features
         return layer

@@ -24,7 +24,12 @@ class LinearStack:
 
     @staticmethod
     def fits(layers: Sequence["ModulatedLayer"]) -> bool:
-        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype."""
+        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype.
+
+        Layers that scale the channels of their input do not read one tensor.
+        """
+        if any(layer.input_scale is not None for layer in layers):
+            return False
         kinds = {
             (layer.edge, layer.mode, layer.weight_arguments, layer.backend, layer.weight.shape[1], layer.weight.dtype)
             for layer in layers

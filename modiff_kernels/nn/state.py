@@ -48,7 +48,6 @@ class _Slot:
         self.factor: Tensor | None = None
         self.absmax: Tensor | None = None
         self.buffer: Tensor | None = None
-        self.static_scale: Tensor | None = None
         self.kernels: dict[str, Callable[..., Any]] = {}
 
     def kept_absmax(self, absmax: Tensor) -> Tensor:
@@ -98,11 +97,7 @@ class StateTensor:
         slot.call = state.call_index
         slot.absmax = slot.factor = None
         slot.kernels.clear()
-        self.initialized(slot)
         return slot.tensor
-
-    def initialized(self, slot: _Slot) -> None:
-        """Called when the first call of a run takes `slot`."""
 
     def call(self, name: str, op: Op[..., R], *arguments: Any) -> R:
         """op(*arguments) in an update call, checked and given a backend in the first one of the run only.
@@ -167,15 +162,12 @@ class Edge(StateTensor):
         self.granularity = granularity
         self.clip_ratio = config.clip_ratio
         self.scale_mode = config.scale_mode
-        self.static_scale: Tensor | None = None
+        self.static_scale: Tensor | None = None  # float32 [1], of this call
+        self.static_zero_point: Tensor | None = None  # int32 [1]
+        self._static: tuple[Tensor, Tensor] | None = None  # both, of all calls together or of every one
         self.consumers = 0
         self.uses = 0
         self._memo: tuple[Tensor, int, Any] | None = None
-
-    def initialized(self, slot: _Slot) -> None:
-        """Puts the static scale on the device of `slot`."""
-        if self.static_scale is not None:
-            slot.static_scale = self.static_scale.to(slot.device)
 
     def scale(self) -> Tensor | None:
         """Scale for the quantising op of this call: None (dynamic), or float32 [1] (static) or [granules] (delayed).
@@ -187,10 +179,42 @@ class Edge(StateTensor):
         slot = self.slots[self.state.context_name]
         factor = slot.factor
         if self.scale_mode == "static":
-            return slot.static_scale if factor is None else slot.static_scale * factor
+            return self.static_scale if factor is None else self.static_scale * factor
         if slot.absmax is None:
             return None
         return residual_scale(slot.absmax if factor is None else slot.absmax * factor, self.act_bits, self.clip_ratio)
+
+    def set_static(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32.
+
+        ValueError if another layer that reads the same tensor, or another table, has set something else.
+        """
+        if zero_point is None:
+            zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        old = self._static
+        if old is not None and not (_equal(old[0], scale) and _equal(old[1], zero_point)):
+            raise ValueError(
+                f"static scale {scale.tolist()} (zero point {zero_point.tolist()}) differs from {old[0].tolist()} "
+                f"({old[1].tolist()}) of another layer that reads the same tensor ('{self.key}'); give them one value"
+            )
+        if scale.numel() > 1:
+            self.state.expect_calls(scale.numel())
+        self._static = scale, zero_point
+        with torch.inference_mode(False):  # tensors that every call may write
+            self.static_scale, self.static_zero_point = scale[:1].clone(), zero_point[:1].clone()
+
+    def move_static(self, device: torch.device) -> None:
+        """Bring the calibrated values, if there are some, to `device`."""
+        if self._static is not None and self.static_scale.device != device:
+            scale, zero_point = self._static
+            self._static = scale.to(device), zero_point.to(device)
+            self.static_scale = self.static_scale.to(device)
+            self.static_zero_point = self.static_zero_point.to(device)
+
+    @property
+    def static_table(self) -> tuple[Tensor, Tensor] | None:
+        """Calibrated scale and zero point of every call, [calls] each; None if they are the same in all calls."""
+        return self._static if self._static is not None and self._static[0].numel() > 1 else None
 
     def record(self, absmax: Tensor) -> None:
         """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one."""
@@ -232,6 +256,10 @@ class Edge(StateTensor):
             )
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
 def tensor_version(tensor: Tensor) -> int:
     """A number that grows with every in-place change of `tensor`; 0 for inference tensors, which do not count."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
@@ -248,6 +276,7 @@ class ModulationState:
     constants: outputs of layers whose input does not change along a run.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
     addresses: grows whenever a tensor that calls read has moved.
+    calls_calibrated: UNet calls of a run, where scales are tables over them; None: any number.
 
     One thread samples at a time: the one that began the run. Every misuse raises RuntimeError; after a failed or
     interrupted call the run is over, because its layers hold a mix of two steps.
@@ -261,6 +290,7 @@ class ModulationState:
         self.context_name = DEFAULT_CONTEXT
         self.call_index = 0
         self.scheduled = False
+        self.calls_calibrated: int | None = None
         self.trajectories: dict[str, Trajectory] = {}
         self.edges: dict[str, Edge] = {}
         self.outputs: dict[str, StateTensor] = {}
@@ -324,14 +354,31 @@ class ModulationState:
     @property
     def needs_run(self) -> bool:
         """Whether a UNet call outside a run is an error."""
-        return self.scheduled or bool(self.outputs)
+        return self.scheduled or bool(self.outputs) or self.calls_calibrated is not None
+
+    def expect_calls(self, calls: int) -> None:
+        """From now on runs have `calls` UNet calls: scales are given for each. ValueError if it was another number."""
+        if self.calls_calibrated not in (None, calls):
+            raise ValueError(
+                f"a table of {calls} scales, one per call, in a UNet with tables of {self.calls_calibrated}; give all "
+                "layers one table length"
+            )
+        self.calls_calibrated = calls
 
     def begin_run(self, num_calls: int | None = None) -> None:
         """Begin a run in this thread: the next call of every context initialises.
 
         num_calls: UNet calls per context that the sampler announced; one more raises. None = any number.
-        Raises RuntimeError while another thread is inside a UNet call.
+        Raises RuntimeError while another thread is inside a UNet call, and on a number other than that of calibrated
+        tables of scales.
         """
+        if self.calls_calibrated is not None:
+            if num_calls not in (None, self.calls_calibrated):
+                raise RuntimeError(
+                    f"the scales are calibrated for the {self.calls_calibrated} UNet calls of a run, but this run has "
+                    f"{num_calls}; sample with as many steps as in calibration, or calibrate for these"
+                )
+            num_calls = self.calls_calibrated
         with self._between_calls("begin a run"):
             for holder in self._holders():
                 for slot in holder.slots.values():
@@ -394,6 +441,18 @@ class ModulationState:
         self._caller = thread
         if self.scheduled:
             self._gaps.begin_call(self.edges.values(), self.context_name, self.call_index)
+        if self.calls_calibrated is not None:
+            self._take_static_values()
+
+    def _take_static_values(self) -> None:
+        """Put the calibrated values of this call where layers read them: one address for all calls, which compiled code
+        and graphs rely on."""
+        call = self.call_index
+        edges = [edge for edge in self.edges.values() if edge.static_table is not None]
+        if edges:
+            scales, zero_points = zip(*[edge.static_table for edge in edges])
+            torch._foreach_copy_([edge.static_scale for edge in edges], [t[call : call + 1] for t in scales])
+            torch._foreach_copy_([edge.static_zero_point for edge in edges], [t[call : call + 1] for t in zero_points])
 
     def end_call(self, failed: bool = False) -> None:
         """Leave the UNet call of this thread, if it is in one; a failed one ends the run."""

@@ -4,7 +4,8 @@ A file holds the state_dict of the UNet; a low-bit layer at `path` has there, in
 
 - `path.weight_packed`: codes in kpack_v1 (`packing`), int8 (8 bits) or uint8 [N, packed_width(bits, K)],
 - `path.weight_scale`: float32 [N] (one per output channel) or [N, ceil(K / group_size)],
-- `path.act_scale`: float32 [1], the static scale of the residual of its input, where it has one.
+- the other tensors of its `CalibratedLayer`, where it has them: `path.act_scale` float32 and `path.act_zero_point`
+  int32, [1] or [calls], `path.input_scale` float32 [C], `path.calibrated_bias` float32 [N].
 
 All other tensors have the dtype of the model. The metadata of every file says `modiff_format` (a version),
 `modiff_layout`, `modiff_share_edges` (the argument of `accelerate`), and `modiff_crc32`: as a JSON object, the CRC-32
@@ -14,14 +15,14 @@ of the bytes of every tensor, little endian and row-major. Files hold tensors an
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .affine import dequantize_weight
-from .packing import KPACK_V1, packed_dtype, packed_width, unpack
+from .calibrated import CalibratedLayer, QuantizedWeight
+from .packing import KPACK_V1, pack, packed_dtype, packed_width, unpack
 from .spec import group_count
 
 FORMAT_VERSION = "1"
@@ -33,35 +34,44 @@ CRC32 = "modiff_crc32"
 WEIGHT = ".weight"
 WEIGHT_PACKED = ".weight_packed"
 WEIGHT_SCALE = ".weight_scale"
-ACT_SCALE = ".act_scale"
-_OF_LAYER = (WEIGHT_PACKED, WEIGHT_SCALE, ACT_SCALE)  # the fields of StoredLayer
+_OPTIONAL = {  # by field of CalibratedLayer
+    "act_scale": ".act_scale",
+    "act_zero_point": ".act_zero_point",
+    "input_scale": ".input_scale",
+    "bias": ".calibrated_bias",
+}
+_OF_LAYER = (WEIGHT_PACKED, WEIGHT_SCALE, *_OPTIONAL.values())
 
 _ADVICE = "save the model again with handle.save_pretrained(), or copy its folder again"
 
 
-class StoredLayer(NamedTuple):
-    """A low-bit layer as it is stored; see the module for shapes and dtypes. act_scale: None for none."""
-
-    weight_packed: Tensor
-    weight_scale: Tensor
-    act_scale: Tensor | None = None
+def encoded_layer(path: str, layer: CalibratedLayer) -> dict[str, Tensor]:
+    """The tensors of one low-bit layer; ValueError without weight codes."""
+    if layer.weight is None:
+        raise ValueError(f"layer '{path}' has no weight codes; give ModulatedLayer.stored()")
+    tensors = {path + WEIGHT_PACKED: pack(layer.weight.codes, layer.weight.bits)}
+    tensors[path + WEIGHT_SCALE] = layer.weight.scale
+    for field, suffix in _OPTIONAL.items():
+        if (value := getattr(layer, field)) is not None:
+            tensors[path + suffix] = value
+    return tensors
 
 
 def encode(
-    state_dict: Mapping[str, Tensor], layers: Mapping[str, StoredLayer], share_edges: bool
+    state_dict: Mapping[str, Tensor], layers: Mapping[str, CalibratedLayer], share_edges: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of the files, from the state_dict of a UNet and its low-bit layers by path.
 
     The tensors are contiguous; those that were so already share memory with the state_dict. KeyError for a layer whose
-    weight is not in the state_dict.
+    weight is not in the state_dict, ValueError where layers differ in bits or group size.
     """
+    weights = (layer.weight for layer in layers.values())
+    if len({(weight.bits, weight.group_size) for weight in weights if weight is not None}) > 1:
+        raise ValueError("the layers differ in weight bits or group size, which files of this format cannot hold")
     tensors = dict(state_dict)
     for path, layer in layers.items():
         del tensors[path + WEIGHT]
-        tensors[path + WEIGHT_PACKED] = layer.weight_packed
-        tensors[path + WEIGHT_SCALE] = layer.weight_scale
-        if layer.act_scale is not None:
-            tensors[path + ACT_SCALE] = layer.act_scale
+        tensors.update(encoded_layer(path, layer))
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     sums = {key: crc32(tensor) for key, tensor in tensors.items()}
     metadata = {
@@ -88,7 +98,7 @@ class Checkpoint:
     """
 
     def __init__(self, files: Iterable[Any]) -> None:
-        self.layers: dict[str, StoredLayer] = {}
+        self.layers: dict[str, CalibratedLayer] = {}
         self.share_edges = True
         self._file_of: dict[str, str] = {}
         self._form: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -118,8 +128,12 @@ class Checkpoint:
             expected[stem + WEIGHT_PACKED] = ((n, packed_width(weight_bits, k)), codes)
             scales = (n,) if group_size == -1 else (n, group_count(k, group_size))
             expected[stem + WEIGHT_SCALE] = (scales, "F32")
-            if stem + ACT_SCALE in self._form:
-                expected[stem + ACT_SCALE] = ((1,), "F32")
+            calls = self._form.get(stem + _OPTIONAL["act_scale"], ((1,), ""))[0]
+            optional = {"act_scale": (calls, "F32"), "act_zero_point": (calls, "I32")}
+            optional |= {"input_scale": ((shape[1],), "F32"), "bias": ((n,), "F32")}
+            for field, form in optional.items():
+                if stem + _OPTIONAL[field] in self._form:
+                    expected[stem + _OPTIONAL[field]] = form
         where = ", ".join(dict.fromkeys(self._file_of.values()))
         for key, (shape, dtype) in expected.items():
             if key not in self._form:
@@ -139,9 +153,9 @@ class Checkpoint:
     def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part of the state_dict that the tensors of one file stand for, after `check`.
 
-        Weights of low-bit layers are what their codes stand for, weight_scale * code, in float32; a layer whose tensors
-        are spread over files comes with the last of them. Layers go into `layers`. Raises ValueError, naming file and
-        key, where the bytes of a tensor are not those that were saved.
+        Weights of low-bit layers are what their codes stand for, weight_scale * code * input_scale, in float32; a layer
+        whose tensors are spread over files comes with the last of them. Layers go into `layers`. Raises ValueError,
+        naming file and key, where the bytes of a tensor are not those that were saved.
         """
         state_dict = {}
         for key, tensor in tensors.items():
@@ -158,13 +172,20 @@ class Checkpoint:
             self._waiting[key] = tensor
             parts = [stem + suffix for suffix in _OF_LAYER if stem + suffix in self._form]
             if all(part in self._waiting for part in parts):
-                layer = self.layers[stem] = StoredLayer(*[self._waiting.pop(part) for part in parts])
-                shape = self._shapes[stem + WEIGHT]
-                codes = unpack(layer.weight_packed, self._weight_bits, torch.Size(shape[1:]).numel())
-                state_dict[stem + WEIGHT] = dequantize_weight(
-                    codes, layer.weight_scale, self._group_size, tuple(shape)
-                ).contiguous()
+                state_dict[stem + WEIGHT] = self._decode_layer(stem, {part: self._waiting.pop(part) for part in parts})
         return state_dict
+
+    def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """Puts the layer into `layers`; the weight that its codes stand for."""
+        shape = tuple(self._shapes[path + WEIGHT])
+        codes = unpack(parts[path + WEIGHT_PACKED], self._weight_bits, torch.Size(shape[1:]).numel())
+        weight = QuantizedWeight(codes, parts[path + WEIGHT_SCALE], self._weight_bits, self._group_size)
+        optional = {field: parts.get(path + suffix) for field, suffix in _OPTIONAL.items()}
+        layer = self.layers[path] = CalibratedLayer(weight, **optional)
+        values = weight.dequantized(shape)
+        if layer.input_scale is not None:
+            values = values * layer.input_scale.view((1, -1, 1, 1) if len(shape) == 4 else (-1,))
+        return values.contiguous()
 
     def _read_header(self, file: str) -> None:
         try:

@@ -93,6 +93,21 @@ def activation_codes(
     return x_q, scale, zero_point
 
 
+def static_activation_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, act_bits: int, image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of x, channels_last (`image`) or contiguous, for a calibrated scale float32 [1] and zero point int32 [1].
+
+    Returns them as `quantize_activation` does. Raises ValueError on NaN or Inf, on the CPU and outside compiled code.
+    """
+    values = _granules_of(x, 1, image)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the test would wait for the device, and cut code
+        require_finite("static_activation_codes", *values.aminmax())
+    x_q = torch.empty_like(x, dtype=torch.int8)
+    affine.granules(x_q, 1, image).copy_(affine.quantize(values, scale, act_bits, zero_point))
+    return x_q, scale, zero_point
+
+
 def _granules_of(x: Tensor, count: int, image: bool) -> Tensor:
     memory_format = torch.channels_last if image else torch.contiguous_format
     return affine.granules(x.to(torch.float32).contiguous(memory_format=memory_format), count, image)

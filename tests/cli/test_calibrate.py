@@ -105,3 +105,57 @@ def test_an_unreadable_schedule_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--schedule", str(tmp_path / "none.json")])
     assert "none.json as `modiff calibrate` writes it (FileNotFoundError" in capsys.readouterr().err
+
+
+class TestMethod:
+    def calibrate(self, folder, out, *options):
+        small = ["--steps", "4", "--samples", "2", "--batch", "2", "--threads", "1", "--set", "calls_per_sample=2"]
+        command = ["calibrate", "--method", "mse", "--model", str(folder), *small, "--out", str(out), *options]
+        return main([*command, "--weight-bits", "4", "--act-bits", "4", "--scale-mode", "static"])
+
+    def test_a_folder_that_sample_reads(self, unet_folder, tmp_path, capsys):
+        assert self.calibrate(unet_folder, tmp_path / "c") == 0
+        assert "layers of tiny calibrated by mse" in capsys.readouterr().out
+        assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+            "calibration.json",
+            "calibration.safetensors",
+        ]
+        command = ["sample", "--model", str(unet_folder), "--steps", "4", "--images", "2", "--batch", "2", "--quiet"]
+        assert main([*command, "--calibration", str(tmp_path / "c"), "--out", str(tmp_path / "x.png")]) == 0
+
+    def test_quiet(self, unet_folder, tmp_path, capsys):
+        assert self.calibrate(unet_folder, tmp_path / "c", "--quiet", "--set", "weight_method=rtn") == 0
+        assert capsys.readouterr() == ("", "")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--set", "p=high"], "--set p=high: p is a float"),
+            (["--set", "table=yes"], "--set table=yes: table is a bool"),
+            (["--set", "q=1"], "--set q=1: give NAME=VALUE, with one of the names time_steps"),
+            (["--set", "scale_search=best"], "scale_search='best' is not allowed; choose one of"),
+            (["--mode", "float"], "--mode float: there is nothing to calibrate"),
+        ],
+    )
+    def test_bad_requests(self, unet_folder, tmp_path, capsys, options, message):
+        assert self.calibrate(unet_folder, tmp_path / "c", *options) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "c").exists()
+
+    def test_out_is_a_file(self, unet_folder, tmp_path, capsys):
+        (tmp_path / "c").write_text("")
+        assert self.calibrate(unet_folder, tmp_path / "c") == 2
+        assert "a file of this name is there" in capsys.readouterr().err
+
+    def test_a_calibration_that_is_not_there(self, unet_folder, tmp_path, capsys):
+        command = [
+            "sample",
+            "--model",
+            str(unet_folder),
+            "--calibration",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "x.png"),
+        ]
+        assert main([*command, "--quiet"]) == 2
+        assert "cannot read a calibration from" in capsys.readouterr().err

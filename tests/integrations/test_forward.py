@@ -45,14 +45,16 @@ def no_grad_and_one_thread():
     torch._dynamo.reset()
 
 
-def accelerated(scale_mode="dynamic", **config):
+def accelerated(scale_mode="dynamic", table=0, **config):
+    """table: calls that have static scales of their own."""
     torch.manual_seed(0)
     net = Net().eval()
     scales = None
     if scale_mode == "static":
         kinds = nn.Linear, nn.Conv2d
         paths = [path for path, module in net.named_modules() if isinstance(module, kinds)]
-        scales = {path: 0.02 for path in paths if not any(name in path for name in ("conv_in", "conv_out", "time_emb"))}
+        paths = [path for path in paths if not any(name in path for name in ("conv_in", "conv_out", "time_emb"))]
+        scales = {path: torch.linspace(0.03, 0.01, table) if table else 0.02 for path in paths}
     return net, mk.accelerate(net, mk.ModiffConfig(scale_mode=scale_mode, **config), static_scales=scales)
 
 
@@ -90,9 +92,12 @@ def counting(graphs):
 CONFIGS = [
     ({}, 1),
     ({"scale_mode": "static"}, 1),
+    ({"scale_mode": "static", "table": CALLS}, 1),
+    ({"scale_mode": "static", "mode": "quantized"}, 1),
     ({"scale_mode": "delayed"}, 2),  # the first update has no scale yet
     ({"mode": "quantized"}, 1),
     ({"scale_mode": "static", "schedule": SCHEDULE}, 1),
+    ({"scale_mode": "static", "schedule": SCHEDULE, "table": 2 * CALLS}, 1),
     ({"scale_mode": "delayed", "schedule": SCHEDULE}, 2),
 ]
 
@@ -102,7 +107,7 @@ class TestCompile:
 
     @pytest.mark.parametrize(("options", "graphs"), CONFIGS, ids=str)
     def test_nothing_is_compiled_again_between_updates(self, options, graphs):
-        calls = 12 if "schedule" in options else CALLS
+        calls = 2 * CALLS if "schedule" in options else CALLS
         encoder = text()
         net, handle = accelerated(**options)
         expected = [run(net, handle, encoder, calls=calls) for _ in range(2)]
@@ -225,7 +230,7 @@ def graphed(**options):
 
 
 class TestGraphs:
-    @pytest.mark.parametrize("options", [options for options, _ in CONFIGS[:4]], ids=str)
+    @pytest.mark.parametrize("options", [options for options, _ in CONFIGS if "schedule" not in options], ids=str)
     def test_replays_equal_plain_calls(self, options):
         net, handle = accelerated(**options)
         encoder = text()

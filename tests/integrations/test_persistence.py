@@ -26,9 +26,10 @@ from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn import ModulatedLinear
-from modiff_kernels.ops import dispatch, pack_weight
+from modiff_kernels.ops import dispatch
 from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
+from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -140,6 +141,21 @@ def rewrite(folder, change, change_metadata=lambda metadata: None):
     save_file(tensors, path, metadata=metadata)
 
 
+def calibrated(handle):
+    """For all low-bit layers of `handle`: 3-bit codes that are not the nearest, and all else that can be calibrated."""
+    layers = {}
+    for path, layer in handle.layers.items():
+        input_scale = torch.linspace(0.5, 2, layer.weight.shape[1])
+        scaled = layer.weight / input_scale.view((1, -1, 1, 1) if layer.weight.ndim == 4 else (-1,))
+        layers[path] = CalibratedLayer(
+            QuantizedWeight(*quantize_weight(scaled, 3, method="mse"), 3),
+            act_scale=torch.linspace(0.01, 0.02, STEPS),
+            input_scale=input_scale,
+            bias=None if layer.bias is None else layer.bias.detach() + 0.01,
+        )
+    return layers
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("backend", ON_CPU)
     @pytest.mark.parametrize(
@@ -192,14 +208,15 @@ class TestRoundTrip:
         assert [row.mode for row in loaded.rows()] == [row.mode for row in handle.rows()]
         assert torch.equal(sample(loaded), before)
 
-    def test_codes_that_are_not_the_nearest(self, tmp_path):
-        handle = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
-        nearest = sample(handle)
-        for layer in handle.layers.values():
-            codes, scale = quantize_weight(layer.weight, 3, method="mse")
-            layer.take_weight(pack_weight(codes, 3), scale)
+    @pytest.mark.parametrize("scale_mode", ["dynamic", "static"])
+    def test_calibrated_layers(self, tmp_path, scale_mode):
+        """Codes that are not the nearest, scaled input channels, a bias and scales per call."""
+        config = mk.ModiffConfig(weight_bits=3, scale_mode=scale_mode)
+        plain = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
+        result = mk.CalibrationResult("test", config, calibrated(plain))
+        handle = mk.accelerate(tiny_unet(), config, calibration=result, share_edges=False)
         before = sample(handle)
-        assert not torch.equal(before, nearest)
+        assert not torch.equal(before, sample(plain))
         handle.save_pretrained(tmp_path / "a")
         loaded = load(tmp_path / "a")
         assert torch.equal(sample(loaded), before)
@@ -207,6 +224,26 @@ class TestRoundTrip:
         first, again = (load_file(tmp_path / name / WEIGHTS) for name in "ab")
         assert first.keys() == again.keys()
         assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
+
+    def test_calibrated_layers_with_a_plan(self, tmp_path):
+        """Static scales are those of the modulated layers: the others have dynamic ones, and keep what they were given.
+        The layers in one of the modes are saved with all that was calibrated."""
+        plan = LayerPlan.of({"mid_block": "float", "down_blocks.1": "quantized 8", "up_blocks": "modulated 4"})
+        config = mk.ModiffConfig(weight_bits=3, act_bits=4, scale_mode="static", plan=plan)
+        plain = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
+        result = mk.CalibrationResult("test", config, calibrated(plain))
+        handle = mk.accelerate(tiny_unet(), config, calibration=result)
+        modes = {layer.mode: layer.edge.scale_mode for layer in handle.layers.values()}
+        assert modes == {"quantized": "dynamic", "modulated": "static"}
+        before = sample(handle)
+        handle.save_pretrained(tmp_path)
+        loaded = load(tmp_path)
+        assert [row.mode for row in loaded.rows()] == [row.mode for row in handle.rows()]
+        for path, layer in loaded.layers.items():
+            kept, known = layer.stored(), result.layers[path]
+            assert torch.equal(kept.weight.codes, known.weight.codes)
+            assert torch.equal(kept.act_scale, known.act_scale)
+        assert torch.equal(sample(loaded), before)
 
     def test_static_scales_and_edges(self, tmp_path):
         unet = tiny_unet()
@@ -292,7 +329,12 @@ class TestLoadedUNet:
 
     def test_has_one_config(self, saved_once):
         loaded = load(saved_once[0])
-        for arguments in ({"config": mk.ModiffConfig()}, {"static_scales": {}}, {"share_edges": False}):
+        for arguments in (
+            {"config": mk.ModiffConfig()},
+            {"static_scales": {}},
+            {"calibration": "folder"},
+            {"share_edges": False},
+        ):
             with pytest.raises(ValueError, match="was loaded in low bits, with the config it was saved"):
                 mk.accelerate(loaded.unet, **arguments)
         assert mk.accelerate(loaded.unet) is loaded
@@ -324,14 +366,10 @@ class TestLoadedUNet:
         assert torch.equal(plain["conv_in.weight"], unet.conv_in.weight)
         loaded.unet.to(torch.float64)
 
-    def test_new_weights_take_the_place_of_the_stored_codes(self, saved_once):
+    def test_other_weights_are_refused(self, saved_once):
         loaded = load(saved_once[0])
-        state = tiny_unet().state_dict()
-        loaded.unet.load_state_dict({key: 2 * value for key, value in state.items()})
-        layer = loaded.layers["mid_block.resnets.0.conv1"]
-        codes, scale = quantize_weight(2 * state["mid_block.resnets.0.conv1.weight"], 4)
-        assert torch.equal(layer.weight_scale, scale)
-        assert torch.equal(layer.portable_weight()[0], pack_weight(codes, 4))
+        with pytest.raises(ValueError, match="other weights were given, but its codes are calibrated"):
+            loaded.unet.load_state_dict(tiny_unet().state_dict())
 
     def test_dtype_of_the_model_may_not_change(self, saved_once):
         loaded = load(saved_once[0])
@@ -422,7 +460,7 @@ class TestRefusedFiles:
                 {"skip_modules": [*DEFAULT_SKIP_MODULES, "conv1"]},
                 r"weight' is low-bit in the files, but not so",
             ),
-            ({"skip_modules": []}, r"weight' is in full precision in the files, but not so"),
+            ({"skip_modules": []}, r"config.json does not fit the files: .*'conv_in'.* were not calibrated"),
             ({"weight_bits": 5}, r"weight_bits=5 is not allowed"),
             ({"bits": 4}, r"unknown field 'bits'"),
         ],

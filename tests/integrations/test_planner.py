@@ -275,7 +275,8 @@ def test_the_shipped_model():
     finally:
         torch.set_num_threads(threads)
     floats = [c.step_us for c in plan.candidates if c.name.startswith("float")]
-    best_db = max(c.psnr_db for c in plan.candidates if c.psnr_db is not None)
+    # A mixed plan that lost by time may have better pictures; what is promised counts from the best single mode.
+    best_db = max(c.psnr_db for c in plan.candidates if c.name.startswith("all "))
     with torch.no_grad():
         exact = sample_shipped(unet)
         handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))

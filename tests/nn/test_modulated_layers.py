@@ -11,6 +11,7 @@ from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops import dispatch
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
+from modiff_kernels.quant.calibrated import CalibratedLayer
 
 STEPS = 100
 
@@ -33,11 +34,11 @@ def build(kind, **options):
     module = make().requires_grad_(False)
     config = ModiffConfig(**options)
     state = ModulationState(config.state_dtype)
-    scale = 0.05 if config.scale_mode == "static" else None
+    calibrated = CalibratedLayer(act_scale=torch.tensor([0.05]) if config.scale_mode == "static" else None)
     if isinstance(module, nn.Conv2d):
-        layer = ModulatedConv2d.from_conv2d(module, config, state, "block.layer", static_scale=scale)
+        layer = ModulatedConv2d.from_conv2d(module, config, state, "block.layer", calibrated=calibrated)
     else:
-        layer = ModulatedLinear.from_linear(module, config, state, "block.layer", static_scale=scale)
+        layer = ModulatedLinear.from_linear(module, config, state, "block.layer", calibrated=calibrated)
     return module, layer, shape
 
 
@@ -302,13 +303,15 @@ def test_static_scales_are_checked():
     config = ModiffConfig(scale_mode="static")
     with pytest.raises(ValueError, match=r"layer 'l': scale_mode='static' needs a calibrated scale"):
         ModulatedLinear.from_linear(linear, config, ModulationState(), "l")
-    for scale in (0.0, float("nan"), torch.ones(2)):
-        with pytest.raises(ValueError, match=r"layer 'l': static scale .* give one positive finite number"):
-            ModulatedLinear.from_linear(linear, config, ModulationState(), "l", static_scale=scale)
+    for scale in (torch.zeros(1), torch.tensor([float("nan")]), torch.ones(2, 1), torch.ones(0)):
+        calibrated = CalibratedLayer(act_scale=scale)
+        with pytest.raises(ValueError, match=r"(?s)layer 'l': static scale .* give one positive finite number"):
+            ModulatedLinear.from_linear(linear, config, ModulationState(), "l", calibrated=calibrated)
     state = ModulationState()
-    ModulatedLinear.from_linear(linear, config, state, "a", edge="e", static_scale=1.0)
-    with pytest.raises(ValueError, match=r"layer 'b': static scale 2.0 differs from 1.0"):
-        ModulatedLinear.from_linear(linear, config, state, "b", edge="e", static_scale=2.0)
+    one, two = (CalibratedLayer(act_scale=torch.tensor([value])) for value in (1.0, 2.0))
+    ModulatedLinear.from_linear(linear, config, state, "a", edge="e", calibrated=one)
+    with pytest.raises(ValueError, match=r"layer 'b': static scale \[2.0\] differs from \[1.0\]"):
+        ModulatedLinear.from_linear(linear, config, state, "b", edge="e", calibrated=two)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv3x3"])

@@ -11,11 +11,12 @@ from torch import nn
 
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.blocks.attention import FusedAttention
-from modiff_kernels.nn.blocks.base import FusedBlock, StaticScales
+from modiff_kernels.nn.blocks.base import Calibrated, FusedBlock
 from modiff_kernels.nn.blocks.resample import FusedDownsample2D, FusedUpsample2D
 from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D, TimeProjections
 from modiff_kernels.nn.blocks.transformer import FusedBasicTransformerBlock, FusedFeedForward, FusedTransformer2DModel
 from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED
 
 __all__ = [
     "FusedAttention",
@@ -36,12 +37,12 @@ def fuse(
     state: ModulationState,
     config: ModiffConfig,
     left_float: Container[str],
-    static_scales: StaticScales,
+    calibrated: Calibrated,
 ) -> dict[str, FusedBlock]:
     """The fused form of every block of `unet` that has one, by path, outer blocks first. The UNet is only read.
 
-    left_float: paths of layers that must stay float; a block that holds one is not fused. static_scales: for scale_mode
-    "static", by path of the layer.
+    left_float: paths of layers that must stay float; a block that holds one is not fused. calibrated: by path of the
+    layer. Codes that a fused pass computes take no input_scale: a block that needs it is not fused either.
     """
     from diffusers.models.attention import BasicTransformerBlock, FeedForward
     from diffusers.models.attention_processor import Attention
@@ -64,8 +65,11 @@ def fuse(
         form = forms.get(type(module))
         if form is None or covering(path, fused) is not None or not form.fits(module):
             continue
-        if not any(f"{path}.{name}" in left_float for name in form.layer_names(module)):
-            fused[path] = form(module, config, state, path, static_scales)
+        names = form.layer_names(module)
+        passed = [calibrated.get(f"{path}.{name}", NOT_CALIBRATED) for name in names if name not in form.scalable]
+        scaled = any(known.input_scale is not None for known in passed)
+        if not scaled and not any(f"{path}.{name}" in left_float for name in names):
+            fused[path] = form(module, config, state, path, calibrated)
     resnets = [block for block in fused.values() if isinstance(block, FusedResnetBlock2D)]
     TimeProjections.share([block for block in resnets if type(block.time_emb_proj) is nn.Linear])
     return fused

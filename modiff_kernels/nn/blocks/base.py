@@ -11,8 +11,9 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.conv2d import ModulatedConv2d
 from modiff_kernels.nn.linear import ModulatedLinear
 from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
-StaticScales = Mapping[str, Tensor | float]
+Calibrated = Mapping[str, CalibratedLayer]  # by path
 Block = TypeVar("Block", bound="FusedBlock")
 
 
@@ -20,49 +21,51 @@ class Parts:
     """Makes the layers and inner blocks of a fused block from those of `block`, under their paths in the UNet."""
 
     def __init__(
-        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, scales: StaticScales
+        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, calibrated: Calibrated
     ) -> None:
         self.block = block
         self._rest = config, state
         self._path = path
-        self._scales = scales
+        self._calibrated = calibrated
 
     def conv2d(self, name: str) -> ModulatedConv2d:
         """The low-bit form of the convolution `name`."""
         key = f"{self._path}.{name}"
         conv = self.block.get_submodule(name)
-        return ModulatedConv2d.from_conv2d(conv, *self._rest, key, static_scale=self._scales.get(key))
+        known = self._calibrated.get(key, NOT_CALIBRATED)
+        return ModulatedConv2d.from_conv2d(conv, *self._rest, key, calibrated=known)
 
     def linear(self, name: str, edge: str | None = None) -> ModulatedLinear:
         """The low-bit form of the Linear `name`; edge: name of the layer whose input it shares."""
         key = f"{self._path}.{name}"
         edge = None if edge is None else f"{self._path}.{edge}"
-        return ModulatedLinear.from_linear(
-            self.block.get_submodule(name), *self._rest, key, edge, self._scales.get(key)
-        )
+        known = self._calibrated.get(key, NOT_CALIBRATED)
+        return ModulatedLinear.from_linear(self.block.get_submodule(name), *self._rest, key, edge, known)
 
     def inner(self, form: type[Block], name: str) -> Block:
         """The fused form of the block `name`."""
-        return form(self.block.get_submodule(name), *self._rest, f"{self._path}.{name}", self._scales)
+        return form(self.block.get_submodule(name), *self._rest, f"{self._path}.{name}", self._calibrated)
 
 
 class FusedBlock(nn.Module):
     """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation.
 
-    left_out: children that stay as they are, and whose layers are replaced by themselves.
+    left_out: children that stay as they are, and whose layers are replaced by themselves. scalable: names of layers
+    whose input is quantised as it is, so that its channels may be scaled before (`ModulatedLayer.scaled`).
     """
 
     left_out: ClassVar[tuple[str, ...]] = ()
+    scalable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, scales: StaticScales
+        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, calibrated: Calibrated
     ) -> None:
         super().__init__()
         self.__dict__["original"] = block  # not a child: its parameters are ours, under the same keys
         self.state = state
         self.path = path
         self.training = block.training
-        self.build(block, Parts(block, config, state, path, scales))
+        self.build(block, Parts(block, config, state, path, calibrated))
 
     @staticmethod
     def fits(block: nn.Module) -> bool:

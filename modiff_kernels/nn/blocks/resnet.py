@@ -26,6 +26,8 @@ class FusedResnetBlock2D(FusedBlock):
     leaves the block: one state tensor less.
     """
 
+    scalable = ("conv_shortcut",)
+
     @staticmethod
     def fits(block: nn.Module) -> bool:
         """Whether the block computes exactly the equation above."""
@@ -71,12 +73,13 @@ class FusedResnetBlock2D(FusedBlock):
         if self.conv_shortcut is None:
             return product(self.conv2, self.prologue2, h, dtype, shift=shift, skip=x)
         if self.conv2.mode == "quantized":
-            skip = product(self.conv_shortcut, PLAIN, x, dtype)
+            skip = product(self.conv_shortcut, PLAIN, self.conv_shortcut.scaled(x), dtype)
             return product(self.conv2, self.prologue2, h, dtype, shift=shift, skip=skip)
         if self.state.action is INITIALIZE:
             return self._initialize_both(x, self.prologue2.apply(h, shift))
         product(self.conv2, self.prologue2, h, dtype, shift=shift, write_out=False)
-        return accumulate(self.conv_shortcut, residual(self.conv_shortcut, PLAIN, x, dtype), None, dtype)
+        codes = residual(self.conv_shortcut, PLAIN, self.conv_shortcut.scaled(x), dtype)
+        return accumulate(self.conv_shortcut, codes, None, dtype)
 
     def _initialize_both(self, x: Tensor, h: Tensor) -> Tensor:
         """conv2(h) + conv_shortcut(x) on their common y_hat."""
@@ -84,7 +87,7 @@ class FusedResnetBlock2D(FusedBlock):
         layer, y_hat = self.conv_shortcut, self.conv2.output.slots[self.state.context_name].tensor
         x_hat = layer.edge.ensure(x.shape, x.dtype, x.device, layer.memory_format)
         shortcut = torch.empty_like(y_hat)
-        out = initialize(layer, x, x_hat, shortcut, skip=out)
+        out = initialize(layer, layer.scaled(x), x_hat, shortcut, skip=out)
         y_hat += shortcut
         return out
 

@@ -1,0 +1,127 @@
+"""Calibration: weight codes and activation scales from data of the full-precision sampler, by methods with names."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modiff_kernels.calibration import qdiffusion, static  # noqa: F401 (they register their methods)
+from modiff_kernels.calibration.checkpoints import import_qdiffusion
+from modiff_kernels.calibration.data import Sampler, pipeline_sampler
+from modiff_kernels.calibration.methods import METHODS, Job, Method, Split, layers_of, method_of
+from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
+from modiff_kernels.calibration.workspace import Workspace
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.quant.calibrated import CalibratedLayer
+
+__all__ = ["METHODS", "CalibrationResult", "Method", "calibrate", "import_qdiffusion"]
+
+
+def calibrate(
+    target: Any,
+    method: str = "mse",
+    config: ModiffConfig | None = None,
+    *,
+    steps: int = 50,
+    samples: int = 64,
+    batch: int = 16,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    quiet: bool = False,
+    scheduler: Any = None,
+    sample: Callable[[Sequence[int]], Any] | None = None,
+    call_kwargs: Mapping[str, Any] | None = None,
+    weights: CalibrationResult | str | Path | None = None,
+    **options: Any,
+) -> CalibrationResult:
+    """Calibrate the layers of a UNet that `config` makes low-bit; the UNet is as before afterwards.
+
+    target: a diffusers pipeline; or a UNet, then with `scheduler` (of diffusers) and sample(seeds), which samples with
+    the UNet from the noise of these seeds. method: a name of METHODS. config: bits, mode, group_size and
+    skip_modules; scale_mode "static" (and no schedule) also calibrates activation scales. steps: of the sampler.
+    samples: trajectories. batch: images at once. seed: the noise of trajectory i has seed + i. folder: where the result
+    is saved, and finished parts are kept until then: the same call goes on where it was interrupted. call_kwargs: more
+    arguments of the pipeline's call, such as a prompt. weights: a calibration of this UNet for the same weight_bits,
+    group_size and skip_modules, whose codes are kept: only activation scales are calibrated. options: of
+    the method, see METHODS[method].options.
+
+    The same arguments give the same result. ValueError for what is not allowed, before anything is sampled; TypeError
+    for a target that is neither.
+    """
+    chosen = method_of(method)
+    config = ModiffConfig() if config is None else config
+    if config.weight_bits is None:
+        raise ValueError("calibrate: config has weight_bits=None, so no layer is low-bit; give 3, 4 or 8")
+    parsed = chosen.options_from(options)
+    for name, value in (("steps", steps), ("samples", samples), ("batch", batch)):
+        if not (isinstance(value, int) and value > 0):
+            raise ValueError(f"calibrate: {name}={value!r} is not allowed; give a positive number")
+    sampler = _sampler(target, steps, scheduler, sample, call_kwargs or {})
+    unet = sampler.unet
+    if any(isinstance(module, ModulatedLayer) for module in unet.modules()):
+        raise ValueError("calibrate: the UNet is accelerated; call remove() on its handle before")
+    layers = layers_of(unet, config)
+    if not layers:
+        raise ValueError("calibrate: config leaves no Linear and no Conv2d to calibrate; look at its skip_modules")
+    kept = None if weights is None else _weights_of(read_result(weights), config, layers)
+    metadata = {
+        "scheduler": type(sampler.scheduler).__name__,
+        "steps": steps,
+        "samples": samples,
+        "seed": seed,
+        "options": dataclasses.asdict(parsed),
+    }
+    request = {**metadata, "method": method, "config": config.to_dict(), "batch": batch, "layers": list(layers)}
+    if weights is not None:
+        request["weights"] = read_result(weights).metadata
+    workspace = Workspace(None if folder is None else Path(folder), request)
+    started = time.perf_counter()
+    job = Job(unet, sampler, config, parsed, samples, batch, seed, workspace, quiet, layers, weights=kept)
+    if kept is not None:
+        parts = {path: layer for path, layer in kept.items() if layer.input_scale is not None}
+        job.splits = {path: Split(layer.weight.group_size, layer.input_scale) for path, layer in parts.items()}
+    calibrated = chosen.run(job)
+    metadata["seconds"] = round(time.perf_counter() - started, 1)
+    result = CalibrationResult(method, config, calibrated, metadata)
+    if folder is not None:
+        result.save(folder)
+        workspace.clear()
+    return result
+
+
+def _weights_of(
+    result: CalibrationResult, config: ModiffConfig, layers: Mapping[str, nn.Module]
+) -> dict[str, CalibratedLayer]:
+    known = layers_for(result, dataclasses.replace(config, scale_mode="dynamic"))
+    missing = [path for path in layers if path not in known or known[path].weight is None]
+    if missing:
+        raise ValueError(
+            f"calibrate: weights holds no codes for {', '.join(missing[:5])}; calibrate them without weights"
+        )
+    for path, module in layers.items():
+        known[path].check(module.weight.shape, module.bias is not None)
+    return {path: known[path] for path in layers}
+
+
+def _sampler(
+    target: Any,
+    steps: int,
+    scheduler: Any,
+    sample: Callable[[Sequence[int]], Any] | None,
+    call_kwargs: Mapping[str, Any],
+) -> Sampler:
+    if isinstance(target, nn.Module):
+        if scheduler is None or sample is None:
+            raise ValueError(
+                "calibrate: a bare UNet does not sample; give scheduler= and sample=, or the pipeline that holds it"
+            )
+        return Sampler(target, scheduler, steps, sample)
+    if not isinstance(getattr(target, "unet", None), nn.Module):
+        raise TypeError(f"calibrate: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")
+    if scheduler is not None or sample is not None:
+        raise ValueError("calibrate: a pipeline has a scheduler and samples by itself; leave scheduler and sample out")
+    return pipeline_sampler(target, steps, call_kwargs)

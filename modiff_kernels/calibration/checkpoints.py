@@ -1,0 +1,146 @@
+"""Importer for the published checkpoints of Q-Diffusion: their weights as integer codes, exactly.
+
+A checkpoint is the `state_dict` of their QuantModel. By layer path P (in the network of *their* code)::
+
+    P.weight                                           float32, not quantised
+    P.weight_quantizer.{alpha, delta, zero_point}      alpha like the weight (or its first part), delta per channel
+    P.weight_quantizer_0.{alpha, delta, zero_point}    of the second part, where a shortcut is split
+
+    code = clamp(floor(W / delta) + (alpha >= 0) + zero_point, 0, 2^b - 1),    W_q = (code - zero_point) * delta
+
+Codes here are signed and have no zero point: code - zero_point as it stands. Where that does not fit `bits` (a
+channel's zero point is not 2^(b-1)), the layer is stored in 8 bits; its values stay those of the checkpoint. Only
+channels of 8-bit checkpoints can fail to fit 8 bits: they are rounded again, and counted in the metadata.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.calibration.methods import check_choice, layers_of
+from modiff_kernels.calibration.result import CalibrationResult
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.quant.affine import expand_weight_scale, weight_rows
+from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
+from modiff_kernels.quant.spec import quant_max, quant_min
+
+PARTS = ("weight_quantizer", "weight_quantizer_0")
+
+
+def import_qdiffusion(
+    checkpoint: str | Path | Mapping[str, Tensor], unet: nn.Module, bits: int, config: ModiffConfig | None = None
+) -> CalibrationResult:
+    """Weight codes of a Q-Diffusion checkpoint for the layers of a diffusers `unet` with the same float weights.
+
+    bits: of the weights, which the file does not say (its name does: cifar_w4a8_ckpt.pth). config: with weight_bits
+    `bits`; default: float activations. Layers are found by their weights, output channel by output channel, so that
+    names do not matter and q, k, v may be one tensor there and three here. Activation scales are not read: modulation
+    quantises residuals, which the checkpoint knows nothing of.
+
+    Raises ValueError on a file that is no such checkpoint, and names the layers whose weights are not in it.
+    """
+    config = ModiffConfig(weight_bits=bits, act_bits=None) if config is None else config
+    check_choice("bits", bits, (config.weight_bits,))
+    tensors = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
+    channels = _channels(tensors, bits)
+    layers: dict[str, CalibratedLayer] = {}
+    missing: list[str] = []
+    rounded = 0
+    for path, module in layers_of(unet, config).items():
+        found = [channels.get(_key(row)) for row in module.weight.detach()]
+        if any(channel is None for channel in found):
+            missing.append(path)
+            continue
+        weight, count = _layer(found, bits)
+        layers[path] = CalibratedLayer(weight)
+        rounded += count
+    if missing:
+        raise ValueError(
+            f"import_qdiffusion: the checkpoint does not hold the weights of {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}; give the UNet that it was made from, in float32, or name "
+            "them in skip_modules"
+        )
+    return CalibrationResult("qdiffusion-checkpoint", config, layers, {"channels_rounded_again": rounded})
+
+
+def _read(path: str | Path) -> Mapping[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"import_qdiffusion: cannot read {path} as a PyTorch checkpoint ({error})") from error
+    return tensors.get("state_dict", tensors)
+
+
+Channel = tuple[Tensor, list[tuple[int, float]]]  # signed codes in the order of `weight_rows`; (inputs, scale) per part
+
+
+def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
+    """Every output channel of the checkpoint by its float weights."""
+    channels: dict[bytes, Channel] = {}
+    for name in tensors:
+        path, _, last = name.rpartition(".")
+        if last != "weight" or f"{path}.{PARTS[0]}.delta" not in tensors:
+            continue
+        weight = tensors[name].float()
+        codes, scales = _codes(weight, path, tensors, bits)
+        rows = weight_rows(codes if codes.ndim in (2, 4) else codes.flatten(1))
+        for row, own, parts in zip(weight, rows, scales):
+            channels[_key(row)] = own, parts
+    if not channels:
+        raise ValueError(
+            f"import_qdiffusion: no weight quantiser (*.{PARTS[0]}.delta) in the checkpoint; give one of Q-Diffusion's"
+        )
+    return channels
+
+
+def _codes(
+    weight: Tensor, path: str, tensors: Mapping[str, Any], bits: int
+) -> tuple[Tensor, list[list[tuple[int, float]]]]:
+    """code - zero_point, in the shape of the weight, and for every output channel (inputs, scale) of each part."""
+    parts: list[Tensor] = []
+    scales: list[list[tuple[int, float]]] = [[] for _ in weight]
+    start = 0
+    for part in PARTS:
+        if f"{path}.{part}.delta" not in tensors:
+            continue
+        alpha, delta, zero_point = (
+            tensors[f"{path}.{part}.{name}"].float() for name in ("alpha", "delta", "zero_point")
+        )
+        own = weight[:, start : start + alpha.shape[1]]
+        if own.shape != alpha.shape:
+            raise ValueError(
+                f"import_qdiffusion: {path}.{part}.alpha is {tuple(alpha.shape)}, its weight {tuple(own.shape)}; the "
+                "checkpoint is damaged"
+            )
+        codes = (own / delta).floor() + (alpha >= 0) + zero_point
+        parts.append(codes.clamp(0, 2**bits - 1) - zero_point)
+        for channel, scale in zip(scales, delta.flatten().expand(len(weight)).tolist()):
+            channel.append((alpha.shape[1], scale))
+        start += alpha.shape[1]
+    return torch.cat(parts, 1), scales
+
+
+def _layer(channels: list[Channel], bits: int) -> tuple[QuantizedWeight, int]:
+    """The codes of a layer, and how many of its channels had to be rounded again."""
+    codes = torch.stack([codes for codes, _ in channels])
+    parts = channels[0][1]
+    group_size = -1 if len(parts) == 1 else math.gcd(*(inputs for inputs, _ in parts))
+    width = codes.shape[1] if group_size == -1 else group_size
+    scale = torch.tensor([[s for inputs, s in own for _ in range(max(inputs // width, 1))] for _, own in channels])
+    fits = quant_min(bits) <= codes.min() and codes.max() <= quant_max(bits)
+    outside = (codes < quant_min(8)).any(1) | (codes > quant_max(8)).any(1)
+    if outside.any():
+        steps = expand_weight_scale(scale, codes.shape[1], width)
+        again = QuantizedWeight.rounded((codes * steps)[outside], 8, width)
+        codes[outside], scale[outside] = again.codes.float(), again.scale
+    scale = scale[:, 0].contiguous() if group_size == -1 else scale
+    return QuantizedWeight(codes.to(torch.int8), scale, bits if fits else 8, group_size), int(outside.sum())
+
+
+def _key(row: Tensor) -> bytes:
+    """The values of one output channel, whatever its trailing sizes."""
+    return row.detach().float().flatten().contiguous().cpu().numpy().tobytes()

@@ -1,0 +1,254 @@
+"""Calibration data: inputs of the UNet on the trajectories of the full-precision sampler, at chosen calls of a run."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TIME_STEPS = ("uniform", "ndtc")
+
+Arguments = tuple[tuple[Tensor, Tensor], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How the full-precision network is sampled.
+
+    unet: the network. scheduler: of diffusers, used through copies. steps: sampling steps. run(seeds): one sampling
+    run, image i from the noise of seeds[i]; it calls `unet` once per time step of the scheduler, with a batch whose
+    size is that of `seeds` or a multiple of it (classifier-free guidance).
+    """
+
+    unet: nn.Module
+    scheduler: Any
+    steps: int
+    run: Callable[[Sequence[int]], Any]
+
+    def timesteps(self) -> Tensor:
+        """Time steps of the calls of a run, float32 [calls], the noisiest first."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(self.steps)
+        return torch.as_tensor(scheduler.timesteps, dtype=torch.float32).cpu()
+
+
+def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> Sampler:
+    """The sampler of a diffusers pipeline. call_kwargs: more arguments of its call, such as a prompt, the same for all
+    images.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    unknown = [name for name in call_kwargs if name not in accepted]
+    if unknown:
+        raise ValueError(
+            f"calibrate: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}"
+        )
+    if "prompt" in accepted and not {"prompt", "prompt_embeds"} & set(call_kwargs):
+        raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
+
+    def run(seeds: Sequence[int]) -> Any:
+        options = {"num_inference_steps": steps, **call_kwargs}
+        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if isinstance(options.get("prompt"), str):
+            options["prompt"] = [options["prompt"]] * len(seeds)
+        elif "batch_size" in accepted:
+            options["batch_size"] = len(seeds)
+        options.setdefault("output_type", "latent" if "prompt" in accepted else "np")
+        return pipe(**options)
+
+    return Sampler(pipe.unet, pipe.scheduler, steps, run)
+
+
+def uniform_calls(calls: int, per_sample: int, samples: int) -> Tensor:
+    """int64 [samples, per_sample]: for every sample the same calls, equally spaced over those that have a predecessor.
+
+    They are the middles of `per_sample` equal parts of 1 .. calls - 1 (call 0 computes full activations in a modulated
+    run, and has no state before it).
+    """
+    if not 1 <= per_sample < calls:
+        raise ValueError(
+            f"calls_per_sample={per_sample} is not allowed; give 1 to {calls - 1} for {calls} calls of a run"
+        )
+    middles = (torch.arange(per_sample, dtype=torch.float64) + 0.5) * (calls - 1) / per_sample
+    return (1 + middles.floor().long()).expand(samples, -1).clone()
+
+
+def ndtc_calls(
+    timesteps: Tensor,
+    train_steps: int,
+    per_sample: int,
+    samples: int,
+    mean: float,
+    std: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """int64 [samples, per_sample]: calls whose time steps follow PTQ4DM's clipped normal distribution (Algorithm 1)::
+
+        t ~ Normal(mean * T, std * T),    t_i = clamp(floor(t), 0, T - 1),    the call with the time step nearest to t_i
+
+    T = train_steps; t = 0 is the image, so a mean below 0.5 prefers steps close to it, as the paper wants (its released
+    code counts from the noise instead). The paper states mean <= 0.5 and gives the deviation once as T / 2 and once as
+    sqrt(T / 2); the released script takes 0.4 for both. Every draw of the paper has a noise of its own: per_sample 1.
+    """
+    if not (0 <= mean <= 1 and std > 0):
+        raise ValueError(
+            f"mean={mean}, std={std} are not allowed; give 0 <= mean <= 1 and std > 0, in parts of all steps"
+        )
+    drawn = torch.randn(samples, per_sample, generator=generator, dtype=torch.float64) * std + mean
+    clipped = (drawn * train_steps).floor().clamp_(0, train_steps - 1)
+    return (timesteps.double()[None, None] - clipped[..., None]).abs().argmin(-1).clamp_min(1)
+
+
+@dataclasses.dataclass
+class CalibrationData:
+    """Points on trajectories: `P` inputs of the UNet, each with that of the call before.
+
+    sample, previous_sample: float [P, C, H, W]. timestep, previous_timestep: float32 [P]. call: int64 [P], number of
+    the call in its run. row: int64 [P], where the point's conditions are. conditions: other inputs of the UNet by
+    name, [R, ...] ("added_cond_kwargs.text_embeds" for those inside a dict). timesteps: float32 [calls] of a whole run.
+    """
+
+    sample: Tensor
+    previous_sample: Tensor
+    timestep: Tensor
+    previous_timestep: Tensor
+    call: Tensor
+    row: Tensor
+    timesteps: Tensor
+    conditions: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return self.sample.shape[0]
+
+    def arguments(self, points: Tensor, previous: bool = False) -> Arguments:
+        """args and kwargs of a UNet call at `points` (int64), or at the calls before them."""
+        sample, timestep = (self.sample, self.timestep)
+        if previous:
+            sample, timestep = (self.previous_sample, self.previous_timestep)
+        device = sample.device
+        kwargs: dict[str, Any] = {}
+        for name, values in self.conditions.items():
+            outer, _, inner = name.partition(".")
+            value = values[self.row[points]].to(device)
+            if inner:
+                kwargs.setdefault(outer, {})[inner] = value
+            else:
+                kwargs[outer] = value
+        return (sample[points], timestep[points]), kwargs
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All points in their order, `size` at a time."""
+        yield from torch.arange(len(self)).split(size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as one flat dict, for `from_tensors`."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "conditions"}
+        return {**own, **{f"conditions.{name}": value for name, value in self.conditions.items()}}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationData":
+        """What `tensors` gave."""
+        prefix = "conditions."
+        own = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+        conditions = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        return cls(**own, conditions=conditions)
+
+
+def collect(
+    sampler: Sampler,
+    calls: Tensor,
+    seeds: Sequence[int],
+    batch: int,
+    on_run: Callable[[int], None] = lambda images: None,
+) -> CalibrationData:
+    """Run the full-precision sampler and keep, of the image from seeds[i], the calls calls[i] (int64 [samples, k]).
+
+    on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on
+    inputs that are not per image.
+    """
+    recorder = _Recorder(inspect.signature(sampler.unet.forward))
+    timesteps = sampler.timesteps()
+    parts: list[dict[str, Tensor]] = []
+    rows = 0
+    hook = sampler.unet.register_forward_pre_hook(recorder, with_kwargs=True)
+    try:
+        for start in range(0, len(seeds), batch):
+            chosen = calls[start : start + batch]
+            recorder.begin(chosen)
+            with torch.no_grad():
+                sampler.run(seeds[start : start + batch])
+            if recorder.calls != len(timesteps):
+                raise ValueError(
+                    f"calibrate: a run called the UNet {recorder.calls} times, but the scheduler has {len(timesteps)} "
+                    "time steps; calibration needs one call per time step (guidance in one batch)"
+                )
+            part = recorder.end()
+            part["row"] += rows
+            rows += recorder.rows
+            parts.append(part)
+            on_run(len(chosen))
+    finally:
+        hook.remove()
+    stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return CalibrationData.from_tensors({**stacked, "timesteps": timesteps})
+
+
+class _Recorder:
+    """A forward pre-hook that keeps chosen inputs of the UNet."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.signature = signature
+
+    def begin(self, chosen: Tensor) -> None:
+        """chosen: int64 [images, k], the calls to keep of every image."""
+        self.chosen = chosen
+        self.calls = 0
+        self.previous: tuple[Tensor, Tensor] | None = None
+        self.points: list[dict[str, Tensor]] = []
+        self.conditions: dict[str, Tensor] = {}
+
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(self.signature.bind(*args, **kwargs).arguments)
+        sample = arguments.pop("sample").detach().clone()
+        self.rows = sample.shape[0]
+        timestep = torch.as_tensor(arguments.pop("timestep"), dtype=torch.float32).detach().cpu()
+        current = sample, timestep.reshape(-1).expand(self.rows)
+        if self.calls == 0:
+            self.conditions = _conditions(arguments, self.rows)
+        previous = self.previous or current
+        copies = self.rows // len(self.chosen)
+        wanted = (self.chosen == self.calls).sum(1).repeat(copies)
+        rows = torch.arange(self.rows).repeat_interleave(wanted)
+        if len(rows):
+            self.points.append(
+                {
+                    "sample": current[0][rows],
+                    "timestep": current[1][rows],
+                    "previous_sample": previous[0][rows],
+                    "previous_timestep": previous[1][rows],
+                    "call": torch.full((len(rows),), self.calls),
+                    "row": rows,
+                }
+            )
+        self.previous = current
+        self.calls += 1
+
+    def end(self) -> dict[str, Tensor]:
+        """The points of this run, stacked, and the conditions of its images."""
+        stacked = {name: torch.cat([point[name] for point in self.points]) for name in self.points[0]}
+        return {**stacked, **{f"conditions.{name}": value for name, value in self.conditions.items()}}
+
+
+def _conditions(arguments: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        flat.update({f"{name}.{key}".rstrip("."): item for key, item in inner if isinstance(item, Tensor)})
+    for name, value in flat.items():
+        if value.ndim == 0 or value.shape[0] != rows:
+            raise ValueError(
+                f"calibrate: the UNet's input {name} has shape {tuple(value.shape)}, which is not one per image of "
+                f"{rows}; such inputs cannot be calibrated with"
+            )
+    return {name: value.detach().clone() for name, value in flat.items()}

@@ -1,0 +1,203 @@
+"""Reconstruction: learn rounding, scales and biases so that a block, or the whole network, gives its float output.
+
+BRECQ (Li et al., ICLR 2021) as Q-Diffusion uses it: block after block in the order of computation, from inputs that the
+blocks before give with their codes in place, towards the outputs of the float network.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.calibration.data import CalibrationData
+from modiff_kernels.calibration.fake import FakeLayer
+from modiff_kernels.calibration.weights import rounding, rounding_penalty
+
+BLOCKS = ("ResnetBlock2D", "Attention", "BasicTransformerBlock")  # classes of diffusers that are reconstructed as one
+
+
+def blocks_of(unet: nn.Module, paths: Iterable[str], data: CalibrationData) -> dict[str, list[str]]:
+    """The layers `paths` by the block they are in, blocks in the order of computation.
+
+    A block is the outermost module of a class in BLOCKS around a layer, or the layer itself.
+    """
+    classes = {name: type(module).__name__ for name, module in unet.named_modules()}
+    blocks: dict[str, list[str]] = {}
+    for path in paths:
+        names = path.split(".")
+        above = [".".join(names[:end]) for end in range(1, len(names) + 1)]
+        block = next((name for name in above if classes[name] in BLOCKS), path)
+        blocks.setdefault(block, []).append(path)
+    order: list[str] = []
+    hooks = [
+        unet.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+        for name in blocks
+    ]
+    try:
+        with torch.no_grad():
+            args, kwargs = data.arguments(torch.arange(1))
+            unet(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: blocks[name] for name in dict.fromkeys(order)}
+
+
+def shared_inputs(unet: nn.Module, paths: Iterable[str], data: CalibrationData) -> dict[str, str]:
+    """For each of the layers `paths`, the first one that reads the very same tensor (to_q for to_k and to_v)."""
+    readers: list[tuple[str, Tensor]] = []  # holds the tensors, so that none takes the place of another
+    hooks = [
+        unet.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, path=path: readers.append((path, args[0]))
+        )
+        for path in paths
+    ]
+    try:
+        with torch.no_grad():
+            args, kwargs = data.arguments(torch.arange(1))
+            unet(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first: dict[int, str] = {}
+    return {path: first.setdefault(id(x), path) for path, x in readers}
+
+
+RELATIVE_RATE = 0.1
+
+
+class Recording:
+    """Inputs or the output of one block at all points of the data, in files that are mapped into memory.
+
+    Tensors with one row per point are kept; other arguments are those of the first call.
+    """
+
+    def __init__(self, folder: Path, points: int) -> None:
+        self.folder, self.points = folder, points
+        self.rows: dict[Any, Tensor] = {}
+        self.fixed: dict[Any, Any] = {}
+
+    def write(self, points: Tensor, items: Mapping[Any, Any]) -> None:
+        """Keep `items` of these points (int64)."""
+        for key, value in items.items():
+            if not (isinstance(value, Tensor) and value.ndim and value.shape[0] == len(points)):
+                self.fixed.setdefault(key, value)
+                continue
+            if key not in self.rows:
+                size = self.points * value[0].numel()
+                path = self.folder / f"{len(self.rows)}.bin"
+                mapped = torch.from_file(str(path), shared=True, size=size, dtype=value.dtype)
+                self.rows[key] = mapped.view(self.points, *value.shape[1:])
+            self.rows[key][points] = value.detach().cpu()
+
+    def read(self, points: Tensor) -> dict[Any, Any]:
+        """The items of these points."""
+        return {**self.fixed, **{key: value[points] for key, value in self.rows.items()}}
+
+
+class _Reached(Exception):
+    """The recorded block has run; the rest of the network is not needed."""
+
+
+def record(
+    unet: nn.Module, block: str, data: CalibrationData, batches: Iterable[Tensor], folder: Path, what: str
+) -> Recording:
+    """what "input" or "previous": arguments of the block at each point, or at the call before; "output": its output."""
+    folder.mkdir()
+    recording = Recording(folder, len(data))
+    points = torch.empty(0)
+
+    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.write(points, {**dict(enumerate(args)), **kwargs})
+        raise _Reached
+
+    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recording.write(points, {0: output})
+        raise _Reached
+
+    module = unet.get_submodule(block)
+    if what == "output":
+        hook = module.register_forward_hook(on_output)
+    else:
+        hook = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            for points in batches:
+                args, kwargs = data.arguments(points, previous=what == "previous")
+                try:
+                    unet(*args, **kwargs)
+                except _Reached:
+                    continue
+    finally:
+        hook.remove()
+    return recording
+
+
+def call(module: nn.Module, items: Mapping[Any, Any]) -> Any:
+    """module(*args, **kwargs) with what a Recording of its inputs gave."""
+    args = [items[key] for key in sorted(key for key in items if isinstance(key, int))]
+    return module(*args, **{key: value for key, value in items.items() if isinstance(key, str)})
+
+
+def learn(
+    fakes: Iterable[FakeLayer],
+    names: Iterable[str],
+    loss_of: Callable[[Tensor], Tensor],
+    points: int,
+    *,
+    iterations: Iterable[int],
+    total: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+    rounding_weight: float = 0.0,
+) -> None:
+    """Adam, its rate falling to 0 as a cosine, on the parameters `names` of `fakes`.
+
+    lr: of "variable"; scales and biases, which differ in size from layer to layer, take RELATIVE_RATE * lr of their
+    mean size. loss_of(points): of a random batch of points (int64). Where AdaRound's variables are learnt, its penalty,
+    times rounding_weight and the first loss, draws h to 0 or 1; afterwards the codes are hard.
+    """
+    fakes, names = list(fakes), list(names)
+    groups = []
+    seen: set[int] = set()
+    for fake in fakes:
+        fake.hard = "variable" not in names
+        for name in names:
+            parameter = getattr(fake, name)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                size = 1.0 if name == "variable" else RELATIVE_RATE * parameter.abs().mean().item()
+                groups.append({"params": [parameter.requires_grad_(True)], "lr": lr * size})
+    optimiser = torch.optim.Adam(groups, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
+    soft = [fake for fake in fakes if fake.rounding == "adaround" and "variable" in names]
+    unit = None
+    with torch.enable_grad():
+        for step in iterations:
+            loss = loss_of(torch.randint(points, (min(batch, points),), generator=generator))
+            unit = loss.item() if unit is None else unit
+            if soft:
+                penalty = sum(rounding_penalty(rounding(fake.variable), step / total) for fake in soft)
+                loss = loss + rounding_weight * unit * penalty
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    for group in groups:
+        group["params"][0].requires_grad_(False)
+    for fake in fakes:
+        fake.hard = True
+
+
+def distance(output: Any, target: Any, p: float) -> Tensor:
+    """Mean |output - target|^p."""
+    return (output - target).abs().pow(p).mean()
+
+
+def scratch() -> "tempfile.TemporaryDirectory[str]":
+    """A folder for recordings of one block, gone after use."""
+    return tempfile.TemporaryDirectory(prefix="modiff-calibration-")

@@ -1,0 +1,139 @@
+"""`CalibrationResult`: what a calibration found, in memory and as `calibration.safetensors` + `calibration.json`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
+from modiff_kernels.quant.packing import KPACK_V1, pack, packed_dtype, packed_width, unpack
+
+TENSORS, DESCRIPTION = "calibration.safetensors", "calibration.json"
+VERSION = 1
+OPTIONAL = ("act_scale", "act_zero_point", "input_scale", "bias")  # fields of CalibratedLayer that are tensors
+
+
+@dataclasses.dataclass
+class CalibrationResult:
+    """Calibrated layers by path, and how they came about.
+
+    method: name of the method. config: what was calibrated for; `accelerate` takes its weight_bits, act_bits, mode and
+    group_size from here. metadata: JSON values: sampler, steps, samples, seed, options, seconds.
+    """
+
+    method: str
+    config: ModiffConfig
+    layers: dict[str, CalibratedLayer]
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write both files into `folder`, which is made; codes are packed (kpack_v1)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        described: dict[str, Any] = {}
+        for path, layer in self.layers.items():
+            described[path] = {}
+            if layer.weight is not None:
+                weight = layer.weight
+                described[path] = {
+                    "bits": weight.bits,
+                    "group_size": weight.group_size,
+                    "shape": list(weight.codes.shape),
+                }
+                tensors[f"{path}.weight_packed"] = pack(weight.codes, weight.bits)
+                tensors[f"{path}.weight_scale"] = weight.scale
+            for name in OPTIONAL:
+                value = getattr(layer, name)
+                if value is not None:
+                    tensors[f"{path}.{name}"] = value
+        report = {
+            "version": VERSION,
+            "layout": KPACK_V1,
+            "method": self.method,
+            "config": self.config.to_dict(),
+            "metadata": self.metadata,
+            "layers": described,
+        }
+        replace_file(
+            folder / TENSORS, lambda new: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new)
+        )
+        replace_file(folder / DESCRIPTION, lambda new: new.write_text(json.dumps(report, indent=1) + "\n"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "CalibrationResult":
+        """Read what `save` wrote. ValueError on files that are missing, of another version, or do not fit together."""
+        folder = Path(folder)
+        try:
+            report = json.loads((folder / DESCRIPTION).read_text())
+            tensors = load_file(folder / TENSORS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"cannot read a calibration from {folder} ({error}); give the folder that `modiff calibrate --out` or "
+                "CalibrationResult.save wrote"
+            ) from error
+        if not isinstance(report, Mapping) or report.get("version") != VERSION or report.get("layout") != KPACK_V1:
+            raise ValueError(
+                f"{folder / DESCRIPTION} is not a calibration of version {VERSION}, {KPACK_V1}; calibrate again"
+            )
+        try:
+            layers = {path: _layer(path, entry, tensors) for path, entry in report["layers"].items()}
+            config = ModiffConfig.from_dict(report["config"])
+            return cls(report["method"], config, layers, report["metadata"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{folder}: {DESCRIPTION} and {TENSORS} do not fit together ({error!r})") from error
+
+
+def _layer(path: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CalibratedLayer:
+    weight = None
+    if "bits" in entry:
+        bits, (n, k) = entry["bits"], entry["shape"]
+        packed = tensors[f"{path}.weight_packed"]
+        if packed.dtype != packed_dtype(bits) or tuple(packed.shape) != (n, packed_width(bits, k)):
+            raise ValueError(f"{path}: {tuple(packed.shape)} {packed.dtype} holds no {n} x {k} codes of {bits} bits")
+        weight = QuantizedWeight(unpack(packed, bits, k), tensors[f"{path}.weight_scale"], bits, entry["group_size"])
+    return CalibratedLayer(weight, **{name: tensors.get(f"{path}.{name}") for name in OPTIONAL})
+
+
+def replace_file(path: Path, write: Any) -> None:
+    """Let `write` make a new file, which then takes the place of `path`: an interruption leaves a whole one."""
+    new = path.with_name(path.name + ".new")
+    write(new)
+    new.replace(path)
+
+
+def read_result(calibration: "CalibrationResult | str | Path") -> CalibrationResult:
+    """A result, or the one saved in a folder. TypeError for anything else."""
+    if isinstance(calibration, CalibrationResult):
+        return calibration
+    if isinstance(calibration, (str, Path)):
+        return CalibrationResult.load(calibration)
+    raise TypeError(f"calibration is a {type(calibration).__name__}; give a CalibrationResult or the folder of one")
+
+
+def layers_for(calibration: "CalibrationResult", config: ModiffConfig) -> dict[str, CalibratedLayer]:
+    """The calibrated layers as `config` uses them: activation scales with scale_mode "static" only.
+
+    ValueError where `config` asks for something else than was calibrated.
+    """
+    static = config.scale_mode == "static" and config.act_bits is not None
+    fields = ("weight_bits", "group_size", *(("act_bits", "mode") if static else ()))
+    for field in fields:
+        asked, known = getattr(config, field), getattr(calibration.config, field)
+        if asked != known:
+            raise ValueError(
+                f"config has {field}={asked!r}, but the calibration ({calibration.method}) is for "
+                f"{known!r}; use {field}={known!r}, or calibrate again"
+            )
+    if static:
+        return dict(calibration.layers)
+    return {
+        path: dataclasses.replace(layer, act_scale=None, act_zero_point=None)
+        for path, layer in calibration.layers.items()
+    }

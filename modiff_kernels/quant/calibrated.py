@@ -1,0 +1,123 @@
+"""What calibration knows about a layer: `QuantizedWeight` and `CalibratedLayer`, as layers take them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .affine import dequantize_weight, quantize_weight, weight_rows
+from .spec import check_bits, check_group_size, group_count, quant_max, quant_min
+
+MAX_WEIGHT_ERROR = 0.9
+"""Relative distance (Frobenius) from a weight at which codes are said to be those of another weight. Three bits of a
+normal distribution are at 0.2; independent weights of the same size at 1.4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes of a weight [N, K] (K in (r, s, c) order for a convolution), with codes * scale close to the weight.
+
+    codes: int8 [N, K]. scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    group_size: int = -1
+
+    @classmethod
+    def rounded(cls, weight: Tensor, bits: int, group_size: int = -1) -> "QuantizedWeight":
+        """Round to nearest: `quantize_weight` of weight [N, K] or [N, C, R, S]."""
+        return cls(*quantize_weight(weight, bits, group_size), bits, group_size)
+
+    def dequantized(self, shape: Sequence[int] | None = None) -> Tensor:
+        """float32 [N, K], or in the `shape` of the weight it came from."""
+        return dequantize_weight(self.codes, self.scale, self.group_size, None if shape is None else tuple(shape))
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same on `device`."""
+        return dataclasses.replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless this has the form of a weight of `shape` [N, K] or [N, C, R, S]."""
+        where = "calibrated weight"
+        check_bits(where, "bits", self.bits)
+        check_group_size(where, self.group_size)
+        n, k = shape[0], torch.Size(shape[1:]).numel()
+        if self.codes.dtype != torch.int8 or tuple(self.codes.shape) != (n, k):
+            raise ValueError(
+                f"{where}: codes are {self.codes.dtype} {tuple(self.codes.shape)}, the layer needs int8 {(n, k)}; "
+                "calibrate this model"
+            )
+        scales = (n,) if self.group_size == -1 else (n, group_count(k, self.group_size))
+        if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != scales:
+            raise ValueError(
+                f"{where}: scale is {self.scale.dtype} {tuple(self.scale.shape)}, but group_size {self.group_size} "
+                f"needs float32 {scales}; calibrate again"
+            )
+        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
+            raise ValueError(f"{where}: a scale is not positive and finite; calibrate again")
+        low, high = (int(bound) for bound in self.codes.aminmax())
+        if low < quant_min(self.bits) or high > quant_max(self.bits):
+            raise ValueError(f"{where}: codes from {low} to {high} do not fit {self.bits} bits; calibrate again")
+
+    def check_belongs(self, weight: Tensor) -> None:
+        """Raise ValueError unless the codes are those of `weight`, by their distance from it."""
+        rows = weight_rows(weight.detach()).to(torch.float32)
+        distance = (self.dequantized() - rows).norm() / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        if float(distance) > MAX_WEIGHT_ERROR:
+            raise ValueError(
+                f"calibrated weight: its codes are {float(distance):.2f} (relative) away from the weight of the layer; "
+                "calibrate this checkpoint"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedLayer:
+    """What calibration gives a layer; None everywhere is what an uncalibrated layer has.
+
+    weight: codes; of weight / input_scale where there is one. None: round to nearest.
+    act_scale: float32 [1], or [calls]: one per call of the run. Of the residual (mode "modulated") or of the input
+        ("quantized").
+    act_zero_point: int32, as many; mode "quantized" only. None: 0.
+    input_scale: float32 [C]: the layer's input channels are multiplied by it before they are quantised.
+    bias: float32 [N], in place of the layer's own.
+    """
+
+    weight: QuantizedWeight | None = None
+    act_scale: Tensor | None = None
+    act_zero_point: Tensor | None = None
+    input_scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    def check(self, shape: Sequence[int], has_bias: bool) -> None:
+        """Raise ValueError unless this fits a layer whose weight has `shape`."""
+        if self.weight is not None:
+            self.weight.check(shape)
+        if self.act_scale is not None:
+            scale = self.act_scale
+            usable = scale.ndim == 1 and scale.numel() > 0 and bool((torch.isfinite(scale) & (scale > 0)).all())
+            if not usable:
+                raise ValueError(
+                    f"static scale {scale!r} is not allowed; give one positive finite number per call or layer"
+                )
+        if self.act_zero_point is not None and (
+            self.act_scale is None or self.act_zero_point.shape != self.act_scale.shape
+        ):
+            raise ValueError("a static zero point needs a static scale of the same shape; calibrate again")
+        if self.input_scale is not None:
+            scale = self.input_scale
+            if tuple(scale.shape) != (shape[1],) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise ValueError(
+                    f"input_scale {tuple(scale.shape)} does not fit {shape[1]} input channels, or is not positive and "
+                    "finite; calibrate again"
+                )
+        if self.bias is not None and (not has_bias or tuple(self.bias.shape) != (shape[0],)):
+            raise ValueError(
+                f"a calibrated bias {tuple(self.bias.shape)} does not fit a layer of {shape[0]} outputs "
+                f"{'with' if has_bias else 'without'} bias; calibrate this model"
+            )
+
+
+NOT_CALIBRATED = CalibratedLayer()

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread: enough for tiny networks, and steady on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pipe():
+    """A DDPM pipeline with a tiny UNet of random weights."""
+    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    pipe = DDPMPipeline(unet.eval().requires_grad_(False), DDIMScheduler(beta_end=0.002))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,269 @@
+"""mk.calibrate on a tiny pipeline: determinism, resumption, what is saved, what accelerate makes of it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import modiff_kernels as mk
+from modiff_kernels.calibration import METHODS
+from modiff_kernels.calibration import static as static_module
+from modiff_kernels.cli.arguments import METHODS as CLI_METHODS
+from modiff_kernels.quant.packing import pack
+
+STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
+SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
+
+
+def tensors_of(result):
+    """Every tensor of a result by name."""
+    found = {}
+    for path, layer in result.layers.items():
+        found |= {f"{path}.codes": layer.weight.codes, f"{path}.scale": layer.weight.scale}
+        found |= {f"{path}.{name}": getattr(layer, name) for name in ("act_scale", "act_zero_point")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def assert_equal(result, other):
+    a, b = tensors_of(result), tensors_of(other)
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def images(pipe, steps=4):
+    return pipe(batch_size=2, num_inference_steps=steps, generator=torch.manual_seed(7), output_type="np").images
+
+
+def test_the_command_line_knows_every_method():
+    assert tuple(METHODS) == CLI_METHODS
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.run is static_module.static])
+def test_result_is_deterministic_and_leaves_the_unet_as_it_was(pipe, method):
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    few = {"network_iterations": 2} if method == "distill" else {}
+    first = mk.calibrate(pipe, method, STATIC, **SMALL, **few)
+    assert_equal(first, mk.calibrate(pipe, method, STATIC, **SMALL, **few))
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
+    assert first.method == method
+    assert set(first.layers) == {
+        name
+        for name, module in pipe.unet.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and STATIC.skips(name) is None
+    }
+
+
+def test_an_interrupted_calibration_goes_on(pipe, tmp_path, monkeypatch):
+    whole = mk.calibrate(pipe, "mse", STATIC, **SMALL)
+    calls, real = [], static_module.activation_scales
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(static_module, "activation_scales", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
+    assert not (tmp_path / "calibration.json").exists()
+    monkeypatch.setattr(static_module, "activation_scales", real)
+    monkeypatch.setattr(static_module, "quantize_layer", lambda *args: calls.append(args))
+    hook = pipe.unet.register_forward_hook(lambda *args: calls.append("unet"))
+    resumed = mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
+    hook.remove()
+    assert_equal(whole, resumed)
+    assert calls == ["unet"] * 16  # two passes over four batches of pairs; no sampling, no weights
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.json", "calibration.safetensors"]
+
+
+def test_parts_of_another_request_are_not_used(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(static_module, "activation_scales", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
+    monkeypatch.undo()
+    other = mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, seed=3, **SMALL)
+    assert_equal(other, mk.calibrate(pipe, "mse", STATIC, seed=3, **SMALL))
+
+
+def test_what_is_saved_is_what_was_found(pipe, tmp_path):
+    config = dataclasses.replace(STATIC, group_size=16)
+    result = mk.calibrate(pipe, "minmax", config, folder=tmp_path, **{**SMALL, "weight_method": "gptq"})
+    loaded = mk.CalibrationResult.load(tmp_path)
+    assert_equal(result, loaded)
+    assert (loaded.method, loaded.config, loaded.metadata) == (result.method, result.config, result.metadata)
+    assert loaded.metadata["options"]["scale_search"] == "minmax"
+
+
+@pytest.mark.parametrize("method", ["mse", "qdiffusion"])
+def test_scales_alone_for_known_codes(pipe, method, monkeypatch):
+    few = {"weight_iterations": 3, "act_iterations": 2} if method == "qdiffusion" else {}
+    whole = mk.calibrate(pipe, method, dataclasses.replace(STATIC, mode="quantized"), **SMALL, **few)
+    monkeypatch.setattr(static_module, "quantize_layer", lambda *args: 1 / 0)
+    config = dataclasses.replace(STATIC, mode="quantized", act_bits=8)
+    scales = mk.calibrate(pipe, method, config, weights=whole, **SMALL, **few)
+    for path, layer in whole.layers.items():
+        other = scales.layers[path]
+        assert torch.equal(layer.weight.codes, other.weight.codes)
+        assert layer.input_scale is other.input_scale
+        assert other.act_scale < layer.act_scale  # 8 bits in place of 4
+    with pytest.raises(ValueError, match="config has weight_bits=8, but the calibration"):
+        mk.calibrate(pipe, method, mk.ModiffConfig(8, 8), weights=whole, **SMALL)
+    with pytest.raises(ValueError, match="weights holds no codes for conv_in"):
+        mk.calibrate(pipe, method, dataclasses.replace(config, skip_modules=()), weights=whole, **SMALL)
+
+
+class TestAccelerate:
+    def test_layers_take_codes_and_scales(self, pipe, tmp_path):
+        result = mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
+        handle = mk.accelerate(pipe, calibration=tmp_path)
+        assert handle.config == STATIC
+        for path, layer in handle.layers.items():
+            known = result.layers[path]
+            assert torch.equal(layer.weight_scale, known.weight.scale)
+            assert torch.equal(layer.edge.static_scale, known.act_scale)
+            if layer.layout == "kpack_v1":
+                assert torch.equal(layer.weight_packed, pack(known.weight.codes, 4))
+        first = images(pipe)
+        handle.remove()
+        handle = mk.accelerate(pipe, calibration=result)
+        assert (images(pipe) == first).all()
+        handle.remove()
+
+    def test_weights_alone_with_other_scales(self, pipe):
+        result = mk.calibrate(pipe, "mse", dataclasses.replace(STATIC, scale_mode="dynamic"), **SMALL)
+        assert all(layer.act_scale is None for layer in result.layers.values())
+        for config in (mk.ModiffConfig(4, 8), mk.ModiffConfig(4, None), mk.ModiffConfig(4, 8, mode="quantized")):
+            handle = mk.accelerate(pipe, config, calibration=result)
+            for path, layer in handle.layers.items():
+                assert torch.equal(layer.weight_scale, result.layers[path].weight.scale)
+            handle.remove()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"weight_bits": 8}, "config has weight_bits=8, but the calibration"),
+            ({"group_size": 16}, "config has group_size=16, but the calibration"),
+            ({"act_bits": 8}, "config has act_bits=8, but the calibration"),
+            ({"mode": "quantized"}, "config has mode='quantized', but the calibration"),
+            (
+                {"skip_modules": ("conv_in",), "scale_mode": "dynamic"},
+                "'time_embedding.linear_1'.* were not calibrated",
+            ),
+        ],
+    )
+    def test_another_config(self, pipe, changes, message):
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
+        with pytest.raises(ValueError, match=message):
+            mk.accelerate(pipe, dataclasses.replace(STATIC, **changes), calibration=result)
+        assert not any("Modulated" in type(module).__name__ for module in pipe.unet.modules())
+
+    def test_another_checkpoint(self, pipe):
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
+        weight = pipe.unet.mid_block.resnets[0].conv1.weight
+        weight.copy_(torch.randn_like(weight) * weight.std())
+        with pytest.raises(ValueError, match=r"conv1'.* away from the weight of the layer; calibrate this checkpoint"):
+            mk.accelerate(pipe, calibration=result)
+
+    def test_other_weights_are_not_loaded(self, pipe):
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
+        handle = mk.accelerate(pipe, calibration=result)
+        state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+        pipe.unet.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"its codes are calibrated for the ones it has; handle.remove\(\) first"):
+            pipe.unet.load_state_dict({name: value + 0.01 for name, value in state.items()})
+        handle.remove()
+
+    def test_static_scales_besides_a_calibration(self, pipe):
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
+        with pytest.raises(ValueError, match="either calibration or static_scales"):
+            mk.accelerate(pipe, calibration=result, static_scales={"conv_in": 1.0})
+
+
+class TestTables:
+    @pytest.mark.parametrize("mode", ["modulated", "quantized"])
+    def test_one_scale_per_call(self, pipe, mode):
+        config = dataclasses.replace(STATIC, mode=mode, act_bits=8)
+        result = mk.calibrate(pipe, "mse", config, table=True, **SMALL)
+        assert all(layer.act_scale.shape == (4,) for layer in result.layers.values())
+        handle = mk.accelerate(pipe, calibration=result)
+        used = []
+        layer = handle.layers["mid_block.resnets.0.conv1"]
+        scale, codes = layer.edge.scale, layer.activation_codes
+
+        def used_in_codes(x):
+            x_q, scale, zero_point = codes(x)
+            used.append(scale.clone())
+            return x_q, scale, zero_point
+
+        layer.edge.scale = lambda: used.append(scale().clone()) or scale()
+        layer.activation_codes = used_in_codes
+        images(pipe)
+        expected = result.layers["mid_block.resnets.0.conv1"].act_scale
+        assert torch.equal(torch.cat(used), expected[1:] if mode == "modulated" else expected)
+        with pytest.raises(RuntimeError, match="calibrated for the 4 UNet calls of a run, but this run has 5"):
+            images(pipe, steps=5)
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "mes"}, "method='mes' is not known; choose one of 'minmax', 'mse'"),
+        ({"no_such": 1}, "method 'mse' has no option 'no_such'; its options are time_steps"),
+        ({"time_steps": "often"}, "time_steps='often' is not allowed; choose one of 'uniform', 'ndtc'"),
+        ({"weight_method": "best"}, "weight_method='best' is not allowed"),
+        ({"calls_per_sample": 0}, "calls_per_sample=0 is not allowed"),
+        ({"samples": 0}, "samples=0 is not allowed"),
+        ({"config": mk.ModiffConfig(None, None)}, "weight_bits=None"),
+        ({"config": mk.ModiffConfig(skip_modules=("block", "conv", "time"))}, "leaves no Linear and no Conv2d"),
+        ({"call_kwargs": {"prompt": "a cat"}}, "DDPMPipeline takes no prompt; it takes batch_size"),
+    ],
+)
+def test_bad_requests(pipe, changes, message):
+    called = []
+    pipe.unet.register_forward_hook(lambda *args: called.append(args))
+    with pytest.raises(ValueError, match=message):
+        mk.calibrate(pipe, **{"config": STATIC, **SMALL, **changes})
+    assert not called
+
+
+def test_bad_targets(pipe):
+    with pytest.raises(TypeError, match="got str; give a pipeline"):
+        mk.calibrate("model")
+    with pytest.raises(ValueError, match="a bare UNet does not sample; give scheduler= and sample="):
+        mk.calibrate(pipe.unet)
+    handle = mk.accelerate(pipe)
+    with pytest.raises(ValueError, match="the UNet is accelerated"):
+        mk.calibrate(pipe)
+    handle.remove()
+
+
+class TestFiles:
+    @pytest.fixture
+    def folder(self, pipe, tmp_path):
+        mk.calibrate(pipe, "minmax", STATIC, folder=tmp_path, **SMALL)
+        return tmp_path
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(ValueError, match="cannot read a calibration from"):
+            mk.CalibrationResult.load(tmp_path)
+
+    def test_truncated(self, folder):
+        path = folder / "calibration.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+        with pytest.raises(ValueError, match="cannot read a calibration from"):
+            mk.CalibrationResult.load(folder)
+
+    def test_another_version(self, folder):
+        path = folder / "calibration.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+        with pytest.raises(ValueError, match="is not a calibration of version 1"):
+            mk.CalibrationResult.load(folder)
+
+    def test_files_of_two_calibrations(self, folder):
+        path = folder / "calibration.json"
+        report = json.loads(path.read_text())
+        report["layers"]["mid_block.resnets.0.conv1"]["bits"] = 8
+        path.write_text(json.dumps(report))
+        with pytest.raises(ValueError, match=r"holds no .* codes of 8 bits"):
+            mk.CalibrationResult.load(folder)

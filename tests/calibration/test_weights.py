@@ -1,0 +1,103 @@
+"""Weight methods: the objective against its definition, exhaustive search on tiny layers, errors on other inputs."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modiff_kernels.calibration.static import quantize_layer
+from modiff_kernels.calibration.streaming import input_rows
+from modiff_kernels.calibration.weights import WEIGHT_METHODS, output_error, rounding, rounding_logits
+from modiff_kernels.quant.affine import rows_to_weight, weight_rows
+
+
+def correlated(rows, k):
+    """Inputs with a decaying spectrum, as activations have."""
+    basis = torch.linalg.qr(torch.randn(k, k))[0]
+    return torch.randn(rows, k) * (0.7 ** torch.arange(k)) @ basis
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(5, 3), (2, 7, 5)),
+        (nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 7, 5)),
+        (nn.Conv2d(3, 4, 3, padding="same", dilation=2), (2, 3, 6, 6)),
+        (nn.Conv2d(4, 6, 1), (1, 4, 3, 3)),
+        (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+    ],
+)
+def test_rows_times_weight_is_the_layer(module, shape):
+    x = torch.randn(shape)
+    rows, weight = input_rows(module, x), weight_rows(module.weight)
+    if rows.ndim == 2:
+        product = rows @ weight.t()
+    else:
+        product = torch.cat([part @ own.t() for part, own in zip(rows, weight.chunk(2))], dim=1)
+    out = module(x) - (module.bias if x.ndim == 3 else module.bias[:, None, None])
+    expected = out.reshape(-1, out.shape[-1]) if x.ndim == 3 else out.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_objective_is_the_error_of_the_output():
+    x, difference = torch.randn(50, 6).double(), torch.randn(4, 6).double()
+    torch.testing.assert_close(output_error(difference, x.t() @ x), (x @ difference.t()).square().sum(0))
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_learnt_codes_beat_rounding_on_other_inputs(method, bits, group_size):
+    x = correlated(4000, 72)
+    train, test = x[:2000], x[2000:]
+    weight = torch.randn(24, 72)
+    errors = {}
+    for name in ("rtn", "mse", method):
+        found = WEIGHT_METHODS[name](weight, train.t() @ train / len(train), bits, group_size)
+        found.check(weight.shape)
+        errors[name] = (test @ (found.dequantized() - weight).t()).square().mean().item()
+    assert errors[method] < 0.5 * min(errors["rtn"], errors["mse"])
+
+
+def test_gptq_is_close_to_the_best_codes_of_a_tiny_layer():
+    x = correlated(200, 4)
+    hessian, weight = x.t() @ x, torch.randn(8, 4)
+    found = WEIGHT_METHODS["gptq"](weight, hessian, 3, -1)
+    every = torch.tensor(list(itertools.product(range(-4, 4), repeat=4))).float()
+    for row, codes, scale in zip(weight, found.codes, found.scale):
+        errors = output_error(every * scale - row, hessian)
+        reached = output_error((codes * scale - row)[None], hessian)
+        assert reached <= 2 * errors.min() + 1e-6
+        assert (errors < reached).sum() < 40  # of 4096
+
+
+def test_uncorrelated_inputs_leave_nothing_to_gain_over_rounding():
+    found = WEIGHT_METHODS["gptq"](torch.randn(5, 9), torch.eye(9), 4, -1)
+    again = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))  # what torch.manual_seed(0) gave above
+    assert torch.equal(found.codes, torch.clamp(torch.round(again / found.scale[:, None]), -8, 7).to(torch.int8))
+
+
+def test_an_input_channel_that_is_never_used():
+    x = torch.randn(100, 6)
+    x[:, 2] = 0
+    found = WEIGHT_METHODS["gptq"](torch.randn(3, 6), x.t() @ x, 4, -1)
+    assert torch.isfinite(found.dequantized()).all()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_convolution_with_groups_is_quantised_group_by_group(method):
+    conv = nn.Conv2d(4, 6, 3, groups=2)
+    x = torch.randn(6, 4, 8, 8) * torch.tensor([1.0, 5.0, 0.1, 2.0])[:, None, None]
+    rows = input_rows(conv, x)
+    hessian = rows.transpose(1, 2) @ rows if method == "gptq" else None
+    found = quantize_layer(conv, hessian, method, 4, -1)
+    weight = rows_to_weight(found.dequantized(), conv.weight.shape)
+    expected = F.conv2d(x, conv.weight, groups=2)
+    assert (F.conv2d(x, weight, groups=2) - expected).norm() / expected.norm() < 0.15
+
+
+def test_rounding_and_its_inverse():
+    part = torch.linspace(0, 1, 11)
+    torch.testing.assert_close(rounding(rounding_logits(part)), part)
