@@ -178,7 +178,9 @@ def _forget_quantization(unet: Any) -> None:
 
 def _stored(layer: Any) -> StoredLayer:
     weight_packed, weight_scale = layer.portable_weight()
-    return StoredLayer(weight_packed, weight_scale, None if layer.edge is None else layer.edge.static_scale)
+    scale = None if layer.edge is None else layer.edge.static_scale
+    # Layers that share an edge share its tensor, which safetensors refuses to store twice.
+    return StoredLayer(weight_packed, weight_scale, None if scale is None else scale.clone())
 
 
 def _require_storable(path: str, layer: Any, config: ModiffConfig) -> None:
