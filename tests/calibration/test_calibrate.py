@@ -179,6 +179,28 @@ class TestAccelerate:
             mk.accelerate(pipe, calibration=result, static_scales={"conv_in": 1.0})
 
 
+class TestSavedModels:
+    def test_learnt_codes_scales_and_biases_come_back(self, pipe, tmp_path):
+        result = mk.calibrate(pipe, "distill", STATIC, network_iterations=2, **SMALL)
+        handle = mk.accelerate(pipe, calibration=result)
+        expected = images(pipe)
+        handle.save_pretrained(tmp_path)
+        handle.remove()
+        path = "mid_block.resnets.0.conv1"
+        assert not torch.equal(result.layers[path].bias, pipe.unet.get_submodule(path).bias)
+        pipe.unet = type(pipe.unet).from_pretrained(tmp_path)
+        mk.accelerate(pipe)
+        assert (images(pipe) == expected).all()
+
+    def test_what_the_files_do_not_hold_is_refused(self, pipe, tmp_path):
+        result = mk.calibrate(pipe, "mse", STATIC, table=True, **SMALL)
+        handle = mk.accelerate(pipe, calibration=result)
+        with pytest.raises(ValueError, match="has parts that these files do not hold"):
+            handle.save_pretrained(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+        handle.remove()
+
+
 class TestTables:
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])
     def test_one_scale_per_call(self, pipe, mode):
