@@ -192,13 +192,16 @@ class TestSavedModels:
         mk.accelerate(pipe)
         assert (images(pipe) == expected).all()
 
-    def test_what_the_files_do_not_hold_is_refused(self, pipe, tmp_path):
-        result = mk.calibrate(pipe, "mse", STATIC, table=True, **SMALL)
+    @pytest.mark.parametrize("mode", ["modulated", "quantized"])
+    def test_tables_and_zero_points_come_back(self, pipe, tmp_path, mode):
+        result = mk.calibrate(pipe, "mse", dataclasses.replace(STATIC, mode=mode), table=True, **SMALL)
         handle = mk.accelerate(pipe, calibration=result)
-        with pytest.raises(ValueError, match="has parts that these files do not hold"):
-            handle.save_pretrained(tmp_path / "x")
-        assert not (tmp_path / "x").exists()
+        expected = images(pipe)
+        handle.save_pretrained(tmp_path)
         handle.remove()
+        pipe.unet = type(pipe.unet).from_pretrained(tmp_path)
+        mk.accelerate(pipe)
+        assert (images(pipe) == expected).all()
 
 
 class TestTables:
