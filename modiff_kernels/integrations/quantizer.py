@@ -135,6 +135,14 @@ def save(handle: Handle, directory: str | os.PathLike[str], max_shard_size: int 
         raise ValueError("save_pretrained: weight_bits is None, nothing is low-bit; call save_pretrained() of the UNet")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save_pretrained: {folder} is a file; give a folder")
+    form = handle.config.weight_bits, handle.config.group_size or -1
+    for path, layer in handle.layers.items():
+        if (layer.weight_bits, layer.group_size) != form:
+            raise ValueError(
+                f"save_pretrained: the codes of layer '{path}' have {layer.weight_bits} bits and group size "
+                f"{layer.group_size}, but files hold those of the config alone, {form[0]} and {form[1]}; keep the "
+                "calibration beside the model and give it to accelerate(calibration=...)"
+            )
     with _quantized(handle):
         unet.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
     _remove_other_form(folder)

@@ -53,7 +53,8 @@ def encoded_layer(path: str, layer: CalibratedLayer) -> dict[str, Tensor]:
     tensors[path + WEIGHT_SCALE] = layer.weight.scale
     for field, suffix in _OPTIONAL.items():
         if (value := getattr(layer, field)) is not None:
-            tensors[path + suffix] = value
+            # Layers that read one tensor may hold one scale, and safetensors stores no memory twice.
+            tensors[path + suffix] = value.clone()
     return tensors
 
 

@@ -10,6 +10,7 @@ import modiff_kernels as mk
 from modiff_kernels.calibration import METHODS
 from modiff_kernels.calibration import static as static_module
 from modiff_kernels.cli.arguments import METHODS as CLI_METHODS
+from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import pack
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
@@ -181,7 +182,7 @@ class TestAccelerate:
 
 class TestSavedModels:
     def test_learnt_codes_scales_and_biases_come_back(self, pipe, tmp_path):
-        result = mk.calibrate(pipe, "distill", STATIC, network_iterations=2, **SMALL)
+        result = mk.calibrate(pipe, "distill", STATIC, network_iterations=2, table=True, **SMALL)
         handle = mk.accelerate(pipe, calibration=result)
         expected = images(pipe)
         handle.save_pretrained(tmp_path)
@@ -191,6 +192,17 @@ class TestSavedModels:
         pipe.unet = type(pipe.unet).from_pretrained(tmp_path)
         mk.accelerate(pipe)
         assert (images(pipe) == expected).all()
+
+    def test_layers_that_differ_in_bits_are_refused(self, pipe, tmp_path):
+        result = mk.calibrate(pipe, "minmax", STATIC, **SMALL)
+        path = "mid_block.resnets.0.conv1"
+        weight = QuantizedWeight.rounded(pipe.unet.get_submodule(path).weight, 8)
+        result.layers[path] = dataclasses.replace(result.layers[path], weight=weight)
+        handle = mk.accelerate(pipe, calibration=result)
+        with pytest.raises(ValueError, match=r"conv1' have 8 bits and group size -1, but files hold .* 4 and -1"):
+            handle.save_pretrained(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+        handle.remove()
 
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])
     def test_tables_and_zero_points_come_back(self, pipe, tmp_path, mode):
