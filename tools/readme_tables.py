@@ -5,7 +5,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
 
-    compare            benchmarks/results/compare.json, as `modiff compare --json` writes it
+    compare [FILE]     benchmarks/results/compare.json, or FILE.json there, as `modiff compare --json` writes it
     unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
     integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
     pareto NETWORK     benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
@@ -74,10 +74,11 @@ PARETO_HEADER = (
 )
 
 
-def compare_table(results: Path) -> str:
-    if not (results / "compare.json").exists():
+def compare_table(results: Path, name: str = "compare") -> str:
+    path = results / f"{name}.json"
+    if not path.exists():
         return f"{NOTHING}\n"
-    report = json.loads((results / "compare.json").read_text())
+    report = json.loads(path.read_text())
     table = markdown_table(HEADER, [table_cells(row) for row in report["rows"]])
     notes = " ".join(note for note in report["notes"] if not note.startswith("Warm-up"))
     return f"{table}\n\n`{report['command']}`: {notes}\n"
