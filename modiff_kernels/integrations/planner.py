@@ -88,7 +88,7 @@ def make_plan(
         if pipe is None:
             raise ValueError("make_plan: a UNet alone cannot be sampled; give sample=, a function of a UNet")
         sample = _sampler_of(pipe, dict(call or {}))
-    own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
+    own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None, cuda_graphs=False)
     with tqdm(desc="plan", unit="run", disable=not progress, leave=False) as bar, torch.no_grad():
         calls, pictures = recorded(unet, sample)
         key = plan_cache.key_of(unet, config, _shape_of(calls[0]))

@@ -45,6 +45,11 @@ def plan_of(
             raise ValueError(f"plan: {config.plan} cannot be read as a layer plan: {error}") from error
     if plan is None or config.max_state_bytes is None:
         return plan
+    if plan.key is None and any(unit.mode.kind == MODULATED for unit in plan.units):
+        raise ValueError(
+            f"max_state_bytes={config.max_state_bytes}: the plan does not say for which shape it is, so the state of "
+            "its modulated units is not known; give a plan that make_plan() or `modiff calibrate --plan` made"
+        )
     return choice.within_state(plan, config.max_state_bytes)
 
 

@@ -17,7 +17,7 @@ from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.ops.problem import FLOAT_DTYPES
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 logger = logging.getLogger("modiff_kernels")
@@ -44,7 +44,8 @@ class Replacements:
         and the other layers one by one; in the order of the UNet."""
         unit_of = {}
         for path, layer in self.layers.items():
-            block = blocks.covering(path, self.fused)
+            around = [block for block in self.fused if path.startswith(f"{block}.")]
+            block = min(around, key=len, default=None)  # the outermost: its calls hold those of the blocks in it
             unit_of[path] = block or (layer.edge.key if layer.edge is not None else layer.name)
         units: dict[str, tuple[str, ...]] = {}
         for path in self.originals:
@@ -79,6 +80,12 @@ def replacements_of(
         listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
         raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
     modes = {} if plan is None else _planned(plan, originals, reasons)
+    unplanned = [path for path in originals if path not in reasons and path not in modes]
+    if config.max_state_bytes is not None and unplanned and config.mode == MODULATED:
+        raise ValueError(
+            f"max_state_bytes={config.max_state_bytes}: the plan says nothing of {unplanned[0]!r}, which would be "
+            "modulated with an unknown state; give a plan of the whole UNet (make_plan), or mode='quantized'"
+        )
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
     fused: dict[str, FusedBlock] = {}

@@ -92,24 +92,26 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
 
     ValueError if the costs of its modulated units are not known.
     """
-    if plan.state_bytes <= max_state_bytes and all(unit.costs for unit in plan.units if unit.mode.kind == MODULATED):
-        return plan
     costs = {}
     for unit in plan.units:
+        if unit.mode.kind != MODULATED:
+            continue
         chosen = unit.cost(unit.mode)
-        if chosen is None or any(cost.time_us is None for cost in unit.costs):
+        if chosen is None or unit.cost(FLOAT_MODE) is None or any(cost.time_us is None for cost in unit.costs):
             raise ValueError(
                 f"max_state_bytes={max_state_bytes}: the plan does not say what {unit.path!r} costs, so what gains "
                 "least is not known; give a plan that make_plan() or `modiff calibrate --plan` made"
             )
         noise = noise_of(chosen.sqnr_db)
-        smaller = [c for c in unit.costs if c.state_bytes < chosen.state_bytes and noise_of(c.sqnr_db) <= noise]
-        costs[unit.path] = [chosen, *smaller]
+        faithful = [c for c in unit.costs if c.mode.kind != MODULATED and noise_of(c.sqnr_db) <= noise]
+        costs[unit.path] = [chosen, *faithful]
+    if plan.state_bytes <= max_state_bytes:
+        return plan
     gains = {cost.mode: 1.0 for unit in costs.values() for cost in unit}
     modes = choose(costs, gains, max_state_bytes=max_state_bytes)
     units = [
         unit
-        if modes[unit.path] == unit.mode
+        if modes.get(unit.path, unit.mode) == unit.mode
         else dataclasses.replace(unit, mode=modes[unit.path], reason=f"less state than {unit.mode}")
         for unit in plan.units
     ]

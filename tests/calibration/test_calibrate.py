@@ -204,6 +204,17 @@ class TestSavedModels:
         assert not (tmp_path / "x").exists()
         handle.remove()
 
+    @pytest.mark.parametrize("mode", ["modulated", "quantized"])
+    def test_tables_and_zero_points_come_back(self, pipe, tmp_path, mode):
+        result = mk.calibrate(pipe, "mse", dataclasses.replace(STATIC, mode=mode), table=True, **SMALL)
+        handle = mk.accelerate(pipe, calibration=result)
+        expected = images(pipe)
+        handle.save_pretrained(tmp_path)
+        handle.remove()
+        pipe.unet = type(pipe.unet).from_pretrained(tmp_path)
+        mk.accelerate(pipe)
+        assert (images(pipe) == expected).all()
+
 
 class TestTables:
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])

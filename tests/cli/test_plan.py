@@ -105,7 +105,7 @@ def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
         (["explain", "--plan", "none.json"], "cannot read none.json as a layer plan"),
         (["explain", "--mode", "float", "--plan", "BY_HAND"], "--mode float has no low bits to plan"),
         (["explain", "--plan", "FOREIGN"], "'no_such_block' is no Linear, Conv2d or block"),
-        (["explain", "--plan", "BY_HAND", "--max-state-bytes", "0"], "does not say what"),
+        (["explain", "--plan", "BY_HAND", "--max-state-bytes", "0"], "does not say for which shape"),
         (["compare", "--plan", "FOREIGN", "--rows", "planned"], "'no_such_block' is no Linear, Conv2d or block"),
         (["sample", "--plan", "README.md"], "cannot read README.md as a layer plan"),
     ],

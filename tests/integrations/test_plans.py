@@ -274,6 +274,23 @@ def test_max_state_bytes(unet):
             unet(torch.randn(2, 3, 8, 8), 5)
 
 
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ({"mid_block": "float"}, "the plan says nothing of 'down_blocks.0.resnets.0.conv1'"),
+        ({"mid_block": "modulated 8"}, "the plan does not say for which shape it is"),
+    ],
+)
+def test_state_that_is_not_known_is_not_allowed(unet, modes, message):
+    config = mk.ModiffConfig(plan=LayerPlan.of(modes), max_state_bytes=10**9)
+    with pytest.raises(ValueError, match=rf"max_state_bytes=1000000000: {message}"):
+        mk.accelerate(unet, config)
+    plain = dataclasses.replace(config, plan=LayerPlan.of({"mid_block": "float"}), mode="quantized", max_state_bytes=0)
+    handle = mk.accelerate(unet, plain)
+    run(unet, handle)
+    assert handle.state.nbytes() == 0
+
+
 def test_another_shape_than_the_planned_one_is_told(unet, caplog):
     handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=costed_plan(unet)))
     with caplog.at_level(logging.WARNING, logger="modiff_kernels"), torch.no_grad():
@@ -297,3 +314,25 @@ def test_config_round_trip_and_bad_values():
             mk.ModiffConfig(plan="auto", max_state_bytes=bad)
     with pytest.raises(ValueError, match="max_state_bytes=5 is not allowed; give None without a plan"):
         mk.ModiffConfig(max_state_bytes=5)
+
+
+def test_a_unit_is_the_outermost_fused_block():
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+    handle = mk.accelerate(unet, mk.ModiffConfig())
+    units = handle.replaced.units()
+    inner = "down_blocks.1.attentions.0.transformer_blocks.0"
+    assert {"down_blocks.1.attentions.0", inner} <= handle.replaced.fused.keys()
+    assert inner not in units
+    assert f"{inner}.attn1.to_q" in units["down_blocks.1.attentions.0"]
+    assert sorted(path for layers in units.values() for path in layers) == sorted(handle.layers)

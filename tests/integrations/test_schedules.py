@@ -156,7 +156,8 @@ def test_state_is_consistent_and_runs_repeat(schedule, options):
 def test_without_schedule_nothing_is_wrapped():
     unet = unet_of()
     mk.accelerate(unet)
-    assert all("forward" not in module.__dict__ for module in unet.modules())
+    wrapped = [path for path, module in unet.named_modules() if "forward" in module.__dict__]
+    assert wrapped == [""]  # by the door of handle.compile() and CUDA graphs
 
 
 class TestDeepLevels:

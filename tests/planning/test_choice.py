@@ -108,6 +108,8 @@ def test_a_plan_within_less_state():
     assert less.units[1].reason == "less state than modulated 4"
     assert less.state_bytes == 1000
     assert within_state(plan, 0).is_float
+    mixed = within_state(plan_of({"a": MODULATED, "b": MODULATED, "c": PLAIN}), 1000)
+    assert [u.mode for u in mixed.units] == [MODULATED, FLOAT, PLAIN]
     faithful = {"a": unit(100.0, (70.0, 40.0), (50.0, 40.0, 1000))}
     one = LayerPlan((UnitPlan("a", MODULATED, (), tuple(faithful["a"])),))
     assert within_state(one, 0).units[0].mode == PLAIN

@@ -158,9 +158,10 @@ class TestOrders:
         case = Case(2, 9, 8, 192, 72, THREE, bits, seed=seed)
         case.check(hopper, Cut(3, splits=2, multiprocessors=1 + seed % 2, seed=seed))
 
-    def test_stages_are_used_again_and_again(self, hopper):
-        """Four stages, 41 steps."""
-        Case(1, 20, 1, 41 * 128, 16).check(hopper, Cut(0, seed=7))
+    @pytest.mark.parametrize("seed", [6, 7])
+    def test_stages_are_used_again_and_again(self, hopper, seed):
+        """Four stages, 21 steps; operands are read late and early."""
+        Case(1, 20, 1, 21 * 128, 16).check(hopper, Cut(0, seed=seed))
 
 
 class TestEpilogues:
