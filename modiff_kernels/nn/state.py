@@ -194,8 +194,8 @@ class Edge(StateTensor):
         old = self._static
         if old is not None and not (_equal(old[0], scale) and _equal(old[1], zero_point)):
             raise ValueError(
-                f"static scale {scale.tolist()} (zero point {zero_point.tolist()}) differs from {old[0].tolist()} "
-                f"({old[1].tolist()}) of another layer that reads the same tensor ('{self.key}'); give them one value"
+                f"static scale {scale.tolist()} differs from {old[0].tolist()} of another layer that reads the same "
+                f"tensor ('{self.key}'), or its zero point does; give them one value"
             )
         if scale.numel() > 1:
             self.state.expect_calls(scale.numel())

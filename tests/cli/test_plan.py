@@ -97,7 +97,7 @@ def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
     [
         (["calibrate", "--plan", "--schedule"], "not allowed with argument"),
         (["calibrate", "--plan", "--speedup", "2"], "--plan: --budget-db and --speedup are for a schedule"),
-        (["calibrate"], "one of the arguments --schedule --plan is required"),
+        (["calibrate"], "one of the arguments --method --schedule --plan is required"),
         (["calibrate", "--plan", "--max-loss-db", "0"], "--max-loss-db: must be above 0"),
         (["calibrate", "--plan", "--max-state-bytes", "-1"], "--max-state-bytes: must be 0 or more"),
         (["calibrate", "--plan", "--mode", "float"], "leave no low-bit mode to choose"),
