@@ -34,7 +34,8 @@ from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.nn.state import DEFAULT_CONTEXT, INITIALIZE
+from modiff_kernels.nn.state import DEFAULT_CONTEXT
+from modiff_kernels.nn.state_tensors import INITIALIZE
 from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.planning.stored import beside

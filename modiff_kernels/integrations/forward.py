@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modiff_kernels.integrations.graphs import GraphedCalls
 from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.state import INITIALIZE
+from modiff_kernels.nn.state_tensors import INITIALIZE
 
 
 class UNetForward:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.state import StateTensor
+from modiff_kernels.nn.state_tensors import StateTensor
 
 WARM_UP_CALLS = 2
 

@@ -2,6 +2,7 @@
 
 from modiff_kernels.nn.conv2d import ModulatedConv2d
 from modiff_kernels.nn.linear import ModulatedLinear
-from modiff_kernels.nn.state import Edge, ModulationState, StateTensor
+from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.nn.state_tensors import Edge, StateTensor
 
 __all__ = ["Edge", "ModulatedConv2d", "ModulatedLinear", "ModulationState", "StateTensor"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from modiff_kernels.nn.state import Edge, _Slot
+    from modiff_kernels.nn.state_tensors import Edge, Slot
 
 
 class Gaps:
@@ -49,7 +49,7 @@ class Gaps:
                 slot.updated = False
 
 
-def _scaled(edges: "Iterable[Edge]", context: str) -> "Iterator[tuple[Edge, _Slot]]":
+def _scaled(edges: "Iterable[Edge]", context: str) -> "Iterator[tuple[Edge, Slot]]":
     """Edges with a static or delayed scale, and their slots in this run."""
     for edge in edges:
         slot = edge.slots.get(context)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from modiff_kernels import ops
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.nn.state import INITIALIZE, Edge, ModulationState, StateTensor
+from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.nn.state_tensors import INITIALIZE, Edge, StateTensor
 from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.problem import Problem, capability
 from modiff_kernels.quant import passes

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from modiff_kernels import ops
-from modiff_kernels.nn.state import Edge, ModulationState, StateTensor
+from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.nn.state_tensors import Edge, StateTensor
 from modiff_kernels.quant.packing import KPACK_V1
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from modiff_kernels import ops
 from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
 from modiff_kernels.nn.blocks.steps import PLAIN, accumulate, activation, initialize, quantized, residual
-from modiff_kernels.nn.state import INITIALIZE
+from modiff_kernels.nn.state_tensors import INITIALIZE
 
 
 class FusedUpsample2D(FusedBlock):

@@ -16,7 +16,7 @@ from modiff_kernels.nn.blocks.steps import (
     product,
     residual,
 )
-from modiff_kernels.nn.state import INITIALIZE, tensor_version
+from modiff_kernels.nn.state_tensors import INITIALIZE, tensor_version
 
 
 class FusedResnetBlock2D(FusedBlock):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modiff_kernels import ops
 from modiff_kernels.nn.layer import ModulatedLayer, stateless_output
 from modiff_kernels.nn.stack import LinearStack
-from modiff_kernels.nn.state import INITIALIZE
+from modiff_kernels.nn.state_tensors import INITIALIZE
 
 Layer = ModulatedLayer | LinearStack
 
