@@ -327,3 +327,26 @@ def test_a_conditional_unet(fuse):
     handle = mk.accelerate(unet, dataclasses.replace(config, plan=plan))
     with torch.no_grad(), handle.sampling_run():
         guided(unet)
+
+
+def test_calibrated_codes_are_what_is_measured(unet):
+    config = mk.ModiffConfig(weight_bits=4)
+    handle = mk.accelerate(unet, config)
+    layers = {path: layer.stored() for path, layer in handle.layers.items()}
+    handle.remove()
+    nearest = mk.CalibrationResult("given", config, layers)
+    path = "up_blocks.1.resnets.1.conv2"
+    wrong = torch.arange(16.0) % 5  # no constant, which the next norm would take away
+    shifted = {**layers, path: dataclasses.replace(layers[path], bias=wrong)}
+    options = {"sample": sample, "rounds": 1, "progress": False, "use_cache": False}
+    decibels = [
+        {c.name: c.psnr_db for c in mk.make_plan(unet, config, calibration=result, **options).candidates}
+        for result in (None, nearest, mk.CalibrationResult("given", config, shifted))
+    ]
+    modulated = next(name for name in decibels[0] if "modulated" in name)
+    assert decibels[1][modulated] == pytest.approx(decibels[0][modulated], abs=1e-6)
+    assert decibels[2][modulated] < decibels[0][modulated] - 1
+
+    del shifted[path]
+    with pytest.raises(ValueError, match=rf"'{path}' were not calibrated"):
+        mk.make_plan(unet, config, calibration=mk.CalibrationResult("given", config, shifted), **options)
