@@ -8,7 +8,14 @@ import torch
 
 from modiff_kernels.backends import cuda
 from modiff_kernels.backends.cuda import library
-from tests.backends.cuda.emulation import EMULATOR, SANITIZED, ProductEmulator, QuantizingEmulator, compile_source
+from tests.backends.cuda.emulation import (
+    EMULATOR,
+    SANITIZED,
+    ProductEmulator,
+    QuantizingEmulator,
+    compile_module,
+    compile_source,
+)
 from tests.backends.quantizing_cases import Place
 
 KERNELS = {name: kernel.fn for name, kernel in cuda.KERNELS.items()}
@@ -21,6 +28,13 @@ def compiler():
     if shutil.which(name) is None:
         pytest.skip(f"the C++ compiler {name!r} was not found")
     return name
+
+
+@pytest.fixture(scope="session")
+def host_module(tmp_path_factory, compiler):
+    """Compiles emulator/<name>.cpp, functions of csrc as a Python module, and imports it."""
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11, of the extra `test`, was not found")
+    return lambda name: compile_module(compiler, name, tmp_path_factory.mktemp(name), pybind11.get_include())
 
 
 def running(kind, name, tmp_path_factory, compiler, *flags):

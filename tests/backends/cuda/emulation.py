@@ -1,11 +1,14 @@
 """The CUDA kernels on the host: builds the programs of emulator/ with sanitizers, and calls them in the place of the
-ops `modiff_cuda::quantize` and `modiff_cuda::product`.
+ops `modiff_cuda::quantize` and `modiff_cuda::product`; builds its modules, functions of csrc on arrays.
 """
 
+import importlib.util
 import struct
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -25,6 +28,19 @@ def compile_source(compiler: str, source: Path, out: Path, *flags: str) -> None:
     command = [compiler, *common, *flags, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def compile_module(compiler: str, name: str, folder: Path, pybind11_include: str) -> ModuleType:
+    """The pybind11 module emulator/<name>.cpp; what is undefined in it ends the process with a message."""
+    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    for include in (pybind11_include, sysconfig.get_path("include")):
+        flags += ["-isystem", include]
+    compile_source(compiler, EMULATOR / f"{name}.cpp", library, *flags)
+    spec = importlib.util.spec_from_file_location(name, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Emulator:

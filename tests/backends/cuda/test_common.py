@@ -2,51 +2,33 @@
 there are few.
 """
 
-import ctypes
 import itertools
-from pathlib import Path
+import math
 
 import pytest
 import torch
+from torch import from_numpy
 
 from modiff_kernels.quant import affine, packing
 from modiff_kernels.quant.spec import BITS, quant_max, quant_min
-from tests.backends.cuda.emulation import compile_source
 
-PLURAL = {torch.float16: "halves", torch.bfloat16: "bfloat16s"}
+NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory, compiler):
-    library = tmp_path_factory.mktemp("common") / "libcommon.so"
-    source = Path(__file__).parent / "emulator" / "common.cpp"
-    compile_source(compiler, source, library, "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all")
-    loaded = ctypes.CDLL(str(library))
-    loaded.block_multipliers.restype = ctypes.c_float
-    loaded.width_of_packed.restype = ctypes.c_int64
-    return loaded
-
-
-def call(function, *arguments):
-    """Tensors as pointers, floats as float32, integers as they are for `int`, `Long` ones as int64."""
-    kinds = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), float: ctypes.c_float, int: ctypes.c_int}
-    return function(*(kinds.get(type(a), lambda other: other)(a) for a in arguments))
-
-
-def count(t):
-    return ctypes.c_int64(t.numel())
+def common(host_module):
+    return host_module("common")
 
 
 def every_float16():
     return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
 
 
-@pytest.mark.parametrize("dtype", PLURAL, ids=str)
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
 class TestConversions:
     def test_every_value_to_float32(self, common, dtype):
         values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
-        got = torch.empty(values.shape)
-        call(getattr(common, f"{PLURAL[dtype]}_to_floats"), values, got, count(values))
+        got = from_numpy(getattr(common, f"{NAMES[dtype]}_bits_to_float")(values.view(torch.uint16)))
         wanted = values.float()
         assert torch.equal(got.isnan(), wanted.isnan())
         assert torch.equal(got.nan_to_num(1.0), wanted.nan_to_num(1.0))
@@ -59,16 +41,10 @@ class TestConversions:
         near = torch.cat([turning.view(torch.int32) + d for d in (-1, 0, 1)]).view(torch.float32)
         near = near[near.isfinite()]
         extremes = torch.tensor([float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 65519.0, 65520.0])
-        got, x = self.converted(common, dtype, torch.cat((near, extremes)))
-        assert torch.equal(got.view(torch.int16), x.to(dtype).view(torch.int16))
-        got, _ = self.converted(common, dtype, torch.tensor([float("nan")]))
-        assert got.isnan().all()
-
-    @staticmethod
-    def converted(common, dtype, x):
-        got = torch.empty(x.shape, dtype=dtype)
-        call(getattr(common, f"floats_to_{PLURAL[dtype]}"), x, got, count(x))
-        return got, x
+        x = torch.cat((near, extremes))
+        convert = getattr(common, f"float_to_{NAMES[dtype]}_bits")
+        assert torch.equal(from_numpy(convert(x)), x.to(dtype).view(torch.uint16))
+        assert from_numpy(convert(torch.tensor([math.nan, -math.nan]))).view(dtype).isnan().all()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -78,8 +54,7 @@ class TestQuantiser:
         x = every_float16().float()
         x = x[x.isfinite()]
         for zero_point in (0, quant_min(bits), quant_max(bits), 1):
-            got = torch.empty(x.shape, dtype=torch.int8)
-            call(common.codes, x, got, count(x), scale, float(zero_point), bits)
+            got = from_numpy(common.code(x, scale, zero_point, bits))
             wanted = affine.quantize(
                 x[None], torch.tensor([scale]), bits, torch.tensor([zero_point], dtype=torch.int32)
             )
@@ -87,24 +62,19 @@ class TestQuantiser:
 
     def test_ties_go_to_even(self, common, bits):
         ties = torch.arange(quant_min(bits), quant_max(bits)) + 0.5
-        got = torch.empty(ties.shape, dtype=torch.int8)
-        call(common.codes, ties, got, count(ties), 1.0, 0.0, bits)
+        got = common.code(ties, 1.0, 0.0, bits)
         assert got.tolist() == [min(round(tie), quant_max(bits)) for tie in ties.tolist()]
 
     @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
     def test_scales_of_every_float16(self, common, bits, clip_ratio):
         absmax = every_float16().float().abs()
         absmax = absmax[absmax.isfinite()]
-        got = torch.empty(absmax.shape)
-        call(common.residual_scales, absmax, got, count(absmax), clip_ratio, bits)
+        got = from_numpy(common.residual_scale(absmax, clip_ratio, bits))
         assert torch.equal(got, affine.residual_scale(absmax, bits, clip_ratio))
 
     def test_a_range_that_is_nan_stays_one(self, common, bits):
-        absmax = torch.tensor([float("nan"), float("inf")])
-        got = torch.empty(2)
-        call(common.residual_scales, absmax, got, count(absmax), 1.0, bits)
-        assert got[0].isnan()
-        assert got[1].isinf()
+        assert math.isnan(common.residual_scale(math.nan, 1.0, bits))
+        assert common.residual_scale(math.inf, 1.0, bits) == math.inf
 
     @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
     def test_multipliers_of_blocks(self, common, bits, clip_ratio):
@@ -113,40 +83,33 @@ class TestQuantiser:
         for spread in (0.0, 1.0, 3.0, 30.0):
             absmax = 10.0 ** (spread * (torch.rand(1, 4096, 1) - 0.5))
             absmax[0, :2] = torch.tensor([[0.0], [1e-42]])
-            got = torch.empty(absmax.shape)
-            scale = call(common.block_multipliers, absmax, got, count(absmax), clip_ratio, bits)
+            scale, got = common.block_multipliers(absmax.flatten(), clip_ratio, bits)
             wanted_scale, wanted = affine.block_multipliers(absmax, bits, clip_ratio)
             assert scale == wanted_scale.item()
-            assert torch.equal(got, wanted)
+            assert torch.equal(from_numpy(got), wanted.flatten())
 
     def test_affine_ranges(self, common, bits):
         ends = torch.tensor([0.0, 1e-42, 2.0**-100, 1e-3, 0.5, 1.0, 1.7, 255.0, 65504.0, 1e38])
         pairs = torch.tensor(list(itertools.product(ends.tolist(), repeat=2)))
         low, high = torch.cat((-pairs[:, 0], -torch.rand(4096))), torch.cat((pairs[:, 1], torch.rand(4096) * 3))
-        scale, zero_point = torch.empty(low.shape), torch.empty(low.shape, dtype=torch.int32)
-        call(common.affine_ranges, low, high, scale, zero_point, count(low), bits)
+        scale = common.affine_scale(low, high, bits)
+        zero_point = common.affine_zero_point(low, scale, bits)
         wanted_scale, wanted_zero_point = affine.affine_range(low, high, bits)
-        assert torch.equal(scale, wanted_scale)
-        assert torch.equal(zero_point, wanted_zero_point)
+        assert torch.equal(from_numpy(scale), wanted_scale)
+        assert torch.equal(from_numpy(zero_point), wanted_zero_point)
 
 
 class TestPacking:
     @pytest.mark.parametrize("bits", BITS)
     def test_rows_unpack(self, common, bits):
         for k in range(1, 40):
-            assert call(common.width_of_packed, bits, ctypes.c_int64(k)) == packing.packed_width(bits, k)
+            assert common.packed_width(bits, k) == packing.packed_width(bits, k)
             codes = torch.randint(quant_min(bits), quant_max(bits) + 1, (5, k), dtype=torch.int8)
-            packed = packing.pack(codes, bits)
-            for row, wanted in zip(packed, codes):
-                got = torch.empty(k, dtype=torch.int8)
-                call(common.unpack_row, row, got, bits, ctypes.c_int64(k))
-                assert torch.equal(got, wanted)
+            assert torch.equal(from_numpy(common.unpack(packing.pack(codes, bits), bits, k)), codes)
 
     def test_every_byte_of_4_bits(self, common):
-        packed = torch.arange(256, dtype=torch.uint8)
-        got = torch.empty(512, dtype=torch.int8)
-        call(common.unpack_row, packed, got, 4, ctypes.c_int64(512))
-        assert torch.equal(got[None], packing.unpack(packed[None], 4, 512))
+        packed = torch.arange(256, dtype=torch.uint8)[None]
+        assert torch.equal(from_numpy(common.unpack(packed, 4, 512)), packing.unpack(packed, 4, 512))
 
     @pytest.mark.parametrize("bits", [3, 4])
     def test_eight_codes_pack(self, common, bits):
@@ -157,28 +120,22 @@ class TestPacking:
             for value, other, place in itertools.product(values, values, range(8))
         ]
         codes = torch.cat((torch.tensor(rows, dtype=torch.int8), torch.randint(*_ends(bits), (2000, 8)).to(torch.int8)))
-        wanted = packing.pack(codes, bits)
-        for row, want in zip(codes, wanted):
-            got = torch.empty(bits, dtype=torch.uint8)
-            call(common.pack_eight, row, got, bits)
-            assert torch.equal(got, want)
+        assert torch.equal(from_numpy(common.pack_eights(codes, bits)), packing.pack(codes, bits))
 
     def test_words_of_nibbles_unpack(self, common):
         """All 16-bit halves, in the lower and in the upper place."""
         halves = torch.arange(1 << 16)
         words = torch.cat((halves, halves << 16 | 0x1234)).to(torch.uint32)
-        got = torch.empty(len(words) * 8, dtype=torch.int8)
-        call(common.unpack_words, words, got, count(words))
-        assert torch.equal(got.view(-1, 8), packing.unpack(words.view(torch.uint8).view(-1, 4), 4, 8))
+        wanted = packing.unpack(words.view(torch.uint8).view(-1, 4), 4, 8)
+        assert torch.equal(from_numpy(common.unpack_words(words)), wanted)
 
     def test_planes_unpack(self, common):
         """All low planes with one high plane, all high planes with one low plane, and random pairs."""
         low = torch.cat((torch.arange(1 << 16), torch.full((256,), 0x1BE4), torch.randint(1 << 16, (4096,))))
         high = torch.cat((torch.full((1 << 16,), 0xA6), torch.arange(256), torch.randint(256, (4096,))))
         low, high = low.to(torch.uint16), high.to(torch.uint8)
-        got = torch.empty((len(low), 8), dtype=torch.int8)
-        call(common.unpack_planes, low, high, got, count(low))
-        assert torch.equal(got, packing.unpack(torch.cat((low.view(torch.uint8).view(-1, 2), high[:, None]), 1), 3, 8))
+        packed = torch.cat((low.view(torch.uint8).view(-1, 2), high[:, None]), 1)
+        assert torch.equal(from_numpy(common.unpack_planes(low, high)), packing.unpack(packed, 3, 8))
 
 
 def _ends(bits):

@@ -1,14 +1,11 @@
 """How the kernels of csrc/cuda/sm90 cut and walk a call: compiled by the host compiler, against definitions."""
 
-import ctypes
 import itertools
 import random
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-
-from tests.backends.cuda.emulation import compile_source
 
 MULTIPROCESSORS = 132
 ONE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel size, stride, padding, dilation
@@ -17,28 +14,12 @@ DOWN = ((3, 3), (2, 2), (1, 1), (1, 1))
 
 
 @pytest.fixture(scope="module")
-def maps(tmp_path_factory, compiler):
-    library = tmp_path_factory.mktemp("maps") / "libmaps.so"
-    source = Path(__file__).parent / "emulator" / "hopper_maps.cpp"
-    compile_source(compiler, source, library, "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all")
-    loaded = ctypes.CDLL(str(library))
-    loaded.plan.restype = ctypes.c_int64
-    loaded.limit.restype = loaded.problem_of_maps.restype = ctypes.c_char_p
-    return loaded
+def maps(host_module):
+    return host_module("hopper_maps")
 
 
 def sizes(samples, h, w, c_in, c_out, window=ONE, groups=1):
-    return (ctypes.c_int64 * 14)(samples, h, w, c_in, c_out, *(side for pair in window for side in pair), groups)
-
-
-def filled(count, call):
-    out = (ctypes.c_int32 * count)()
-    call(out)
-    return list(out)
-
-
-def grouped(values, width):
-    return [tuple(values[i : i + width]) for i in range(0, len(values), width)]
+    return (samples, h, w, c_in, c_out, *(side for pair in window for side in pair), groups)
 
 
 class TestUnits:
@@ -47,17 +28,18 @@ class TestUnits:
         [*itertools.product((1, 7, 8, 9, 20), (1, 2, 5), (1, 3), (7,)), (3, 2, 16, 90), (64, 64, 1, 1)],
     )
     def test_every_step_of_every_tile_once(self, maps, row_tiles, column_tiles, splits, steps):
-        count = row_tiles * column_tiles * splits
-        units = grouped(filled(5 * count, lambda out: maps.units(row_tiles, column_tiles, splits, steps, out)), 5)
-        done = [(u[0], u[1], step) for u in units for step in range(u[2], u[3])]
+        units = maps.units(row_tiles, column_tiles, splits, steps)
+        assert len(units) == row_tiles * column_tiles * splits
+        done = [(u.row_tile, u.column_tile, step) for u in units for step in range(u.first_step, u.end_step)]
         assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(steps)))
-        assert all(u[4] == u[0] * column_tiles + u[1] and u[3] > u[2] for u in units)
+        assert all(u.tile == u.row_tile * column_tiles + u.column_tile for u in units)
+        assert all(u.end_step > u.first_step for u in units)
 
     def test_a_wave_shares_rows_and_columns(self, maps):
         """The first 132 of 32 x 32 tiles: 8 tiles of rows and 17 of columns, not 132 of one."""
-        units = grouped(filled(5 * 1024, lambda out: maps.units(32, 32, 1, 4, out)), 5)[:MULTIPROCESSORS]
-        assert len({u[0] for u in units}) == 8
-        assert len({u[1] for u in units}) == 17
+        units = maps.units(32, 32, 1, 4)[:MULTIPROCESSORS]
+        assert len({u.row_tile for u in units}) == 8
+        assert len({u.column_tile for u in units}) == 17
 
 
 class TestWalks:
@@ -69,24 +51,21 @@ class TestWalks:
         fills zeros.
         """
         (r, s), _, _, (dilation_h, dilation_w) = window
-        call = sizes(1, 16, 16, channels, 64, window)
-        count = ctypes.c_int64()
-        span = maps.boxes(call, bits, None, ctypes.byref(count))
-        boxes = grouped(filled(4 * count.value, lambda out: maps.boxes(call, bits, out, ctypes.byref(count))), 4)
+        span, boxes = maps.boxes(sizes(1, 16, 16, channels, 64, window), bits)
         codes = []
-        for channel, offset_h, offset_w, first in boxes:
-            inside = range(min(span, max(0, channels - channel)))
-            tap = (offset_h // dilation_h) * s + offset_w // dilation_w
-            assert all(first + i == tap * channels + channel + i for i in inside)
-            codes += [first + i for i in inside]
+        for box in boxes:
+            inside = range(min(span, max(0, channels - box.channel)))
+            tap = (box.offset_h // dilation_h) * s + box.offset_w // dilation_w
+            assert all(box.code + i == tap * channels + box.channel + i for i in inside)
+            codes += [box.code + i for i in inside]
         assert codes == list(range(r * s * channels))
         assert len(boxes) * span % 128 == 0
         assert len(boxes) * span - 128 < -(-channels // span) * span * r * s  # no step of zeros alone
 
     def test_the_320_channels_of_a_unet_cost_half_a_step_of_zeros(self, maps):
-        count = ctypes.c_int64()
-        assert maps.boxes(sizes(2, 64, 64, 320, 320, THREE), 8, None, ctypes.byref(count)) == 64
-        assert count.value * 64 == 9 * 320 + 64
+        span, boxes = maps.boxes(sizes(2, 64, 64, 320, 320, THREE), 8)
+        assert span == 64
+        assert len(boxes) * 64 == 9 * 320 + 64
 
     @pytest.mark.parametrize("window", [ONE, THREE, DOWN, ((3, 2), (1, 3), (0, 2), (2, 1))])
     def test_windows_begin_where_unfold_has_them(self, maps, window):
@@ -94,8 +73,7 @@ class TestWalks:
         kernel, stride, padding, dilation = window
         place = torch.arange(n * h * w, dtype=torch.float64).view(n, 1, h, w) + 1
         first = torch.nn.functional.unfold(place, kernel, dilation, padding, stride)[:, 0].flatten()
-        call = sizes(n, h, w, 16, 16, window)
-        corners = grouped(filled(3 * first.numel(), lambda out: maps.corners(call, out)), 3)
+        corners = maps.corners(sizes(n, h, w, 16, 16, window))
         got = [n_ * h * w + y * w + x + 1 if 0 <= x < w and 0 <= y < h else 0 for x, y, n_ in corners]
         assert got == first.int().tolist()
 
@@ -103,46 +81,44 @@ class TestWalks:
 class TestSharedMemory:
     @pytest.mark.parametrize("span", [64, 128])
     def test_swizzles_permute_chunks_within_their_span(self, maps, span):
-        at = (ctypes.c_uint32 * 4096)()
-        maps.swizzle(span, at, 4096)
+        at = maps.swizzled(np.arange(4096), span)
         assert sorted(at) == list(range(4096))
         assert all(at[i] // span == i // span and at[i] % 16 == i % 16 for i in range(4096))
 
     @pytest.mark.parametrize("span", [64, 128])
     def test_eight_rows_of_a_chunk_meet_every_bank_once(self, maps, span):
         """A wgmma reads 16 bytes of eight rows at a time: 128 bytes, the width of the 32 banks."""
-        at = (ctypes.c_uint32 * 4096)()
-        maps.swizzle(span, at, 4096)
+        at = maps.swizzled(np.arange(4096), span)
         for group, chunk in itertools.product(range(0, 4096, 8 * span), range(0, span, 16)):
             assert len({at[group + row * span + chunk] // 16 % 8 for row in range(8)}) == 8
 
     @pytest.mark.parametrize("columns", [64, 128, 160, 256])
     def test_a_warpgroup_holds_every_sum_once(self, maps, columns):
-        held = grouped(filled(64 * columns * 2, lambda out: maps.fragment(columns, out)), 2)
-        assert sorted(held) == list(itertools.product(range(64), range(columns)))
+        assert sorted(maps.fragment(columns)) == list(itertools.product(range(64), range(columns)))
 
     def test_kernels_fit_a_multiprocessor(self, maps):
         """227 KiB of shared memory, 65536 registers, 255 a thread; sums leave a consumer 64 registers at least."""
-        count = maps.kernels((ctypes.c_int32 * 80)())
-        for row in grouped(filled(10 * count, maps.kernels), 10):
-            bits, rows, columns, stages, shared, threads, blocks, producer, unpacker, consumer = row
-            assert shared <= 227 * 1024
-            assert stages >= 3
-            assert rows == 2 * 64 * blocks
-            others = [producer] + [unpacker] * (bits != 8)
-            assert threads == 128 * (2 + len(others))
+        kernels = maps.kernels()
+        assert len(kernels) == 8
+        for kernel in kernels:
+            assert kernel["shared"] <= 227 * 1024
+            assert kernel["stages"] >= 3
+            assert kernel["rows"] == 2 * 64 * kernel["blocks"]
+            producer, unpacker, consumer = (kernel[role] for role in ("producer", "unpacker", "consumer"))
+            others = [producer] + [unpacker] * (kernel["bits"] != 8)
+            assert kernel["threads"] == 128 * (2 + len(others))
             assert 128 * (2 * consumer + sum(others)) <= 65536
             assert consumer <= 255
-            assert consumer - blocks * columns // 2 >= 64
+            assert consumer - kernel["blocks"] * kernel["columns"] // 2 >= 64
             assert all(registers % 8 == 0 for registers in (producer, unpacker, consumer))
 
 
 class TestPlan:
     def plan(self, maps, call, bits=8, multiprocessors=MULTIPROCESSORS):
-        out = (ctypes.c_int32 * 7)()
-        scratch = maps.plan(call, bits, multiprocessors, out)
-        _, rows, columns, row_tiles, column_tiles, splits, steps = out
-        return (rows, columns), row_tiles * column_tiles, splits, steps, scratch
+        """Tile, number of tiles, splits, steps and bytes of scratch."""
+        plan = maps.plan(call, bits, multiprocessors)
+        tiles = plan["row_tiles"] * plan["column_tiles"]
+        return (plan["rows"], plan["columns"]), tiles, plan["splits"], plan["steps"], plan["scratch"]
 
     @pytest.mark.parametrize(
         ("samples", "side", "channels"), [(8, 64, 320), (16, 64, 320), (8, 32, 640), (16, 32, 640), (16, 16, 1280)]
@@ -196,14 +172,14 @@ class TestLimits:
         ],
     )
     def test_a_limit_says_why(self, maps, call, bits, offsets, words):
-        assert words in maps.limit(call, bits, *offsets).decode()
+        assert words in maps.limit(call, bits, *offsets)
 
     def test_layers_of_unets_have_none(self, maps):
         for channels, window in itertools.product((64, 128, 320, 640, 960, 1280, 1920, 2560), (ONE, THREE, DOWN)):
             for bits in (8, 4):
-                assert maps.limit(sizes(2, 16, 16, channels, 320, window), bits, 0, 0) is None
+                assert maps.limit(sizes(2, 16, 16, channels, 320, window), bits) is None
             if channels % 128 == 0:
-                assert maps.limit(sizes(2, 16, 16, channels, 320, window), 3, 0, 0) is None
+                assert maps.limit(sizes(2, 16, 16, channels, 320, window), 3) is None
 
     def test_what_has_no_limit_has_maps_that_tma_takes(self, maps):
         random.seed(0)
@@ -217,7 +193,7 @@ class TestLimits:
             channels = 8 * random.randint(1, 40)
             call = sizes(random.randint(1, 3), 600, 600, channels, random.randint(1, 400), window, pick((1, 1, 1, 2)))
             bits = pick((8, 4, 3))
-            if maps.limit(call, bits, 0, 0) is None:
+            if maps.limit(call, bits) is None:
                 taken += 1
                 assert maps.problem_of_maps(call, bits) is None
         assert taken > 100

@@ -2,31 +2,20 @@
 of tiles, im2col, and the choice of a tile.
 """
 
-import ctypes
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.backends.cuda.emulation import EMULATOR, SANITIZED, compile_source
 from tests.ops.op_cases import ConvCase
 
 CHUNK, STEP = 16, 64
 
 
 @pytest.fixture(scope="module")
-def maps(tmp_path_factory, compiler):
-    library = tmp_path_factory.mktemp("maps") / "libmaps.so"
-    undefined = [flag.replace("address,", "") for flag in SANITIZED]
-    compile_source(compiler, EMULATOR / "maps.cpp", library, "-shared", "-fPIC", *undefined)
-    loaded = ctypes.CDLL(str(library))
-    loaded.cycles.restype = ctypes.c_double
-    return loaded
-
-
-def pointer(t):
-    return ctypes.c_void_p(t.data_ptr())
+def maps(host_module):
+    return host_module("maps")
 
 
 def codes_of_words(words, bits):
@@ -53,8 +42,7 @@ def test_fragments_are_those_of_the_ptx_isa(maps, bits):
             a[row, column] = codes_a[lane, i]
         for i in range(2 * per_word):
             b[member * per_word + i % per_word + (k // 2 if i >= per_word else 0), group] = codes_b[lane, i]
-    sums = torch.empty((32, 4), dtype=torch.int32)
-    maps.multiply_fragments_of(pointer(words_a), pointer(words_b), pointer(sums), ctypes.c_int(bits == 4))
+    sums = maps.multiply(words_a, words_b, nibbles=bits == 4)
     expected = a @ b
     for lane, i in itertools.product(range(32), range(4)):
         row, column = lane // 4 + (8 if i >= 2 else 0), lane % 4 * 2 + i % 2
@@ -66,8 +54,7 @@ def test_matrices_are_loaded_as_the_ptx_isa_says(maps):
     gives the address of row j of matrix i.
     """
     rows = torch.randint(256, (32, 16)).to(torch.uint8)
-    words = torch.empty((32, 4), dtype=torch.int32)
-    maps.load_matrices_of(pointer(rows), pointer(words))
+    words = torch.from_numpy(maps.load_matrices(rows))
     for thread, matrix in itertools.product(range(32), range(4)):
         wanted = rows[8 * matrix + thread // 4][thread % 4 * 4 : thread % 4 * 4 + 4]
         assert torch.equal(words[thread].view(torch.uint8)[4 * matrix : 4 * matrix + 4], wanted)
@@ -76,14 +63,14 @@ def test_matrices_are_loaded_as_the_ptx_isa_says(maps):
 class TestSwizzle:
     def test_every_chunk_has_its_own_place_in_its_row(self, maps):
         for row in range(128):
-            places = [maps.swizzled_place(row, chunk) for chunk in range(4)]
+            places = [maps.swizzled(row, chunk) for chunk in range(4)]
             assert sorted(places) == [row * STEP + chunk * CHUNK for chunk in range(4)]
 
     @pytest.mark.parametrize("chunk", range(4))
     def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps, chunk):
         """A phase reads one chunk of eight rows; 128 bytes are all 32 banks once."""
         for first in range(0, 128, 8):
-            groups = {maps.swizzled_place(row, chunk) % 128 // CHUNK for row in range(first, first + 8)}
+            groups = {maps.swizzled(row, chunk) % 128 // CHUNK for row in range(first, first + 8)}
             assert len(groups) == 8
 
     def test_no_phase_of_copies_meets_a_bank_twice(self, maps):
@@ -93,17 +80,13 @@ class TestSwizzle:
             for half in range(2):
                 unpacked = [(row + thread // 2, thread % 2 * 2 + half) for thread in range(8)]
                 for written in (copied, unpacked):
-                    assert len({maps.swizzled_place(*place) % 128 // CHUNK for place in written}) == 8
+                    assert len({maps.swizzled(*place) % 128 // CHUNK for place in written}) == 8
 
 
 @pytest.mark.parametrize("tiles_m", [1, 7, 8, 9, 16, 19])
 @pytest.mark.parametrize("tiles_n", [1, 2, 5])
 def test_tiles_are_a_permutation_in_bands(maps, tiles_m, tiles_n):
-    places = []
-    for tile in range(tiles_m * tiles_n):
-        place = torch.empty(2, dtype=torch.int32)
-        maps.place_of_tile(tile, tiles_m, tiles_n, pointer(place))
-        places.append(tuple(place.tolist()))
+    places = [maps.tile_place(tile, tiles_m, tiles_n) for tile in range(tiles_m * tiles_n)]
     expected = [
         (m, n) for band in range(0, tiles_m, 8) for n in range(tiles_n) for m in range(band, min(band + 8, tiles_m))
     ]
@@ -133,11 +116,10 @@ def test_chunks_come_from_where_the_window_meets_them(maps, case):
     steps = -(-taps * channels // STEP) + 1  # one more: past the end of K
     wanted = torch.zeros(-(-len(rows) // 64) * 64, steps * 4)
     wanted[: len(rows), : rows.shape[1]] = rows
-    geometry = torch.tensor([samples, h, w, channels, 1, *case.kernel_size, *case.stride, *case.padding,
-                             *case.dilation, 1])  # fmt: skip
+    window = (*case.kernel_size, *case.stride, *case.padding, *case.dilation)
+    geometry = (samples, h, w, channels, 1, *window, 1)
     for first in range(0, len(wanted), 64):
-        sources = torch.full((steps, 64, 4), -7)
-        maps.gather(pointer(geometry), first, steps, pointer(sources))
+        sources = torch.from_numpy(maps.gather(geometry, first, steps))
         found = sources.transpose(0, 1).reshape(64, steps * 4)
         assert torch.equal(torch.where(found < 0, found + 1, found // CHUNK + 1), wanted[first : first + 64].long())
         assert ((found % CHUNK == 0) | (found == -1)).all()
@@ -146,20 +128,13 @@ def test_chunks_come_from_where_the_window_meets_them(maps, case):
 class TestChoice:
     TILES = ((128, 128), (128, 64), (64, 64))
 
-    @staticmethod
-    def choose(maps, rows, columns, k, weight_bits=8, multiprocessors=108):
-        choice = torch.empty(2, dtype=torch.int32)
-        sizes = (ctypes.c_int64(value) for value in (rows, columns, k))
-        maps.choose(*sizes, weight_bits, multiprocessors, pointer(choice))
-        return tuple(choice.tolist())
-
     def test_many_rows_get_the_large_tile_whole(self, maps):
         """640 channels at 32x32, batch 8: 320 large tiles, no split."""
-        assert self.choose(maps, 8 * 1024, 640, 9 * 640) == (0, 1)
+        assert maps.choose(8 * 1024, 640, 9 * 640, weight_bits=8, multiprocessors=108) == (0, 1)
 
     def test_few_rows_are_split(self, maps):
         """1280 channels at 8x8, batch 1: one row of tiles, for 108 multiprocessors."""
-        tile, splits = self.choose(maps, 64, 1280, 9 * 1280)
+        tile, splits = maps.choose(64, 1280, 9 * 1280, weight_bits=8, multiprocessors=108)
         blocks = -(-64 // self.TILES[tile][0]) * -(-1280 // self.TILES[tile][1]) * splits
         assert splits > 1
         assert blocks >= 100
@@ -168,13 +143,13 @@ class TestChoice:
     @pytest.mark.parametrize("multiprocessors", [1, 84, 108, 132])
     @pytest.mark.parametrize("sizes", [(1, 1, 16), (64, 320, 2880), (4096, 320, 320), (77, 1280, 768)], ids=str)
     def test_it_is_the_least_estimate_and_every_split_has_work(self, maps, sizes, multiprocessors, weight_bits):
-        tile, splits = self.choose(maps, *sizes, weight_bits, multiprocessors)
+        tile, splits = maps.choose(*sizes, weight_bits, multiprocessors)
         steps = -(-sizes[2] // STEP)
         share = -(-steps // splits)
         assert (splits - 1) * share < steps
         assert splits == 1 or share >= 4
 
         def cycles(tile, splits):
-            return maps.cycles(tile, splits, *map(ctypes.c_int64, sizes), weight_bits, multiprocessors)
+            return maps.cycles(tile, splits, *sizes, weight_bits, multiprocessors)
 
         assert cycles(tile, splits) <= min(cycles(other, 1) for other in range(3))

@@ -1,91 +1,110 @@
-// The functions of csrc/common on arrays, for tests/backends/cuda/test_common.py, which calls them through ctypes.
+// The functions of csrc/common as a Python module, for tests/backends/cuda/test_common.py.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
 #include "common/dtype.h"
 #include "common/packing.h"
 #include "common/rounding.h"
 
+namespace py = pybind11;
 using namespace modiff;
 
-extern "C" {
+namespace {
 
-void halves_to_floats(const uint16_t* in, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = half_bits_to_float(in[i]);
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+int8_t code(float x, float scale, float zero_point, int bits) {
+  return static_cast<int8_t>(to_int(code_of(x, div_rn(1.0f, scale), zero_point, half_range(bits))));
 }
 
-void floats_to_halves(const float* in, uint16_t* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = float_to_half_bits(in[i]);
+float scale_of_residual(float absmax, float clip_ratio, int bits) {
+  return residual_scale(absmax, clip_ratio, half_range(bits));
 }
 
-void bfloat16s_to_floats(const uint16_t* in, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = bfloat16_bits_to_float(in[i]);
-}
-
-void floats_to_bfloat16s(const float* in, uint16_t* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = float_to_bfloat16_bits(in[i]);
-}
-
-// codes[i] of x[i] with one scale and zero point.
-void codes(const float* x, int8_t* out, int64_t count, float scale, float zero_point, int bits) {
-  const float inverse = div_rn(1.0f, scale);
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = static_cast<int8_t>(to_int(code_of(x[i], inverse, zero_point, half_range(bits))));
-}
-
-void residual_scales(const float* absmax, float* scale, int64_t count, float clip_ratio, int bits) {
-  for (int64_t i = 0; i < count; ++i) scale[i] = residual_scale(absmax[i], clip_ratio, half_range(bits));
-}
-
-// absmax [count] of the blocks of one sample.
-float block_multipliers(const float* absmax, float* multiplier, int64_t count, float clip_ratio, int bits) {
+// absmax [blocks] of one sample; its scale and the multipliers of the blocks.
+std::pair<float, Array<float>> block_multipliers(const Array<float>& absmax, float clip_ratio, int bits) {
   uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = most(largest, magnitude(absmax[i]));
+  for (py::ssize_t i = 0; i < absmax.size(); ++i) largest = most(largest, magnitude(absmax.data()[i]));
   const float half = half_range(bits), scale = block_scale(bits_to_float(largest), clip_ratio, half);
-  for (int64_t i = 0; i < count; ++i) multiplier[i] = block_multiplier(absmax[i], clip_ratio, scale, half);
-  return scale;
+  Array<float> multipliers(absmax.size());
+  for (py::ssize_t i = 0; i < absmax.size(); ++i)
+    multipliers.mutable_at(i) = block_multiplier(absmax.data()[i], clip_ratio, scale, half);
+  return {scale, multipliers};
 }
 
-void affine_ranges(const float* low, const float* high, float* scale, int32_t* zero_point, int64_t count, int bits) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float half = half_range(bits);
-    scale[i] = affine_scale(-low[i], high[i], half);
-    zero_point[i] = to_int(affine_zero_point(-low[i], scale[i], half));
+float scale_of_range(float low, float high, int bits) { return affine_scale(-low, high, half_range(bits)); }
+
+int32_t zero_point_of_range(float low, float scale, int bits) {
+  return to_int(affine_zero_point(-low, scale, half_range(bits)));
+}
+
+// packed [rows, bytes]; codes [rows, k].
+Array<int8_t> unpack(const Array<uint8_t>& packed, int bits, int64_t k) {
+  if (packed.ndim() != 2 || packed.shape(1) != packed_width(bits, k)) throw py::value_error("other bytes in a row");
+  Array<int8_t> codes({packed.shape(0), py::ssize_t{k}});
+  for (py::ssize_t row = 0; row < packed.shape(0); ++row)
+    for (int64_t i = 0; i < k; ++i) codes.mutable_at(row, i) = unpack_code(packed.data(row, 0), bits, k, i);
+  return codes;
+}
+
+// Rows of eight codes to rows of the four bytes of 4 bits or the three of 3 bits.
+Array<uint8_t> pack_eights(const Array<int8_t>& codes, int bits) {
+  if (codes.ndim() != 2 || codes.shape(1) != 8) throw py::value_error("rows of eight codes expected");
+  Array<uint8_t> packed({codes.shape(0), py::ssize_t{bits}});
+  for (py::ssize_t row = 0; row < codes.shape(0); ++row) {
+    int8_t eight[8];
+    std::memcpy(eight, codes.data(row, 0), sizeof(eight));
+    uint8_t* bytes = packed.mutable_data(row, 0);
+    if (bits == 4) {
+      const uint32_t word = pack_nibbles(eight);
+      std::memcpy(bytes, &word, sizeof(word));
+    } else {
+      const uint16_t low = pack_low_bits(eight);
+      std::memcpy(bytes, &low, sizeof(low));
+      bytes[2] = pack_high_bits(eight);
+    }
   }
+  return packed;
 }
 
-int64_t width_of_packed(int bits, int64_t k) { return packed_width(bits, k); }
-
-void unpack_row(const uint8_t* row, int8_t* codes, int bits, int64_t k) {
-  for (int64_t i = 0; i < k; ++i) codes[i] = unpack_code(row, bits, k, i);
-}
-
-// Eight codes to the four bytes of 4 bits or the three of 3 bits.
-void pack_eight(const int8_t* codes, uint8_t* bytes, int bits) {
-  int8_t eight[8];
-  std::memcpy(eight, codes, sizeof(eight));
-  if (bits == 4) {
-    const uint32_t word = pack_nibbles(eight);
-    std::memcpy(bytes, &word, sizeof(word));
-    return;
-  }
-  const uint16_t low = pack_low_bits(eight);
-  std::memcpy(bytes, &low, sizeof(low));
-  bytes[2] = pack_high_bits(eight);
-}
-
-// Words of eight nibbles to eight codes each.
-void unpack_words(const uint32_t* words, int8_t* codes, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+// Words of eight nibbles; codes [words, 8].
+Array<int8_t> unpack_words(const Array<uint32_t>& words) {
+  Array<int8_t> codes({words.size(), py::ssize_t{8}});
+  for (py::ssize_t i = 0; i < words.size(); ++i) {
     uint32_t parts[2];
-    unpack_eight_nibbles(words[i], parts[0], parts[1]);
-    std::memcpy(codes + 8 * i, parts, sizeof(parts));
+    unpack_eight_nibbles(words.at(i), parts[0], parts[1]);
+    std::memcpy(codes.mutable_data(i, 0), parts, sizeof(parts));
   }
+  return codes;
 }
 
-// Both planes of eight codes each to eight codes each.
-void unpack_planes(const uint16_t* low, const uint8_t* high, int8_t* codes, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+// Both planes of eight codes each; codes [planes, 8].
+Array<int8_t> unpack_planes(const Array<uint16_t>& low, const Array<uint8_t>& high) {
+  Array<int8_t> codes({low.size(), py::ssize_t{8}});
+  for (py::ssize_t i = 0; i < low.size(); ++i) {
     uint32_t parts[2];
-    unpack_eight_planes(low[i], high[i], parts[0], parts[1]);
-    std::memcpy(codes + 8 * i, parts, sizeof(parts));
+    unpack_eight_planes(low.at(i), high.at(i), parts[0], parts[1]);
+    std::memcpy(codes.mutable_data(i, 0), parts, sizeof(parts));
   }
+  return codes;
 }
+
+}  // namespace
+
+PYBIND11_MODULE(common, m) {
+  m.def("half_bits_to_float", py::vectorize(half_bits_to_float));
+  m.def("float_to_half_bits", py::vectorize(float_to_half_bits));
+  m.def("bfloat16_bits_to_float", py::vectorize(bfloat16_bits_to_float));
+  m.def("float_to_bfloat16_bits", py::vectorize(float_to_bfloat16_bits));
+  m.def("code", py::vectorize(code));
+  m.def("residual_scale", py::vectorize(scale_of_residual));
+  m.def("block_multipliers", block_multipliers);
+  m.def("affine_scale", py::vectorize(scale_of_range));
+  m.def("affine_zero_point", py::vectorize(zero_point_of_range));
+  m.def("packed_width", packed_width);
+  m.def("unpack", unpack);
+  m.def("pack_eights", pack_eights);
+  m.def("unpack_words", unpack_words);
+  m.def("unpack_planes", unpack_planes);
 }

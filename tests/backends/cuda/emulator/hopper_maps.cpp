@@ -1,16 +1,23 @@
-// How csrc/cuda/sm90 cuts and walks a call, for tests/backends/cuda/test_hopper_maps.py, which calls it through ctypes.
+// How csrc/cuda/sm90 cuts and walks a call, as a Python module, for tests/backends/cuda/test_hopper_maps.py.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
 #include "cuda/sm90/product_body.h"
 #include "hopper_cta.h"
 
+namespace py = pybind11;
+using namespace pybind11::literals;
 using namespace modiff;
 using namespace modiff::cuda;
 
 namespace {
 
-ProductCall call_of(const int64_t* geometry, int bits) {
+using Geometry = std::array<int64_t, kGeometry>;
+
+ProductCall call_of(const Geometry& geometry, int bits) {
   ProductCall call{};
   ConvProblem& p = call.problem;
-  set_geometry(p, geometry);
+  set_geometry(p, geometry.data());
   p.codes = reinterpret_cast<const int8_t*>(uintptr_t{4096});
   p.weight = p.codes;
   call.weight_bits = bits;
@@ -18,80 +25,70 @@ ProductCall call_of(const int64_t* geometry, int bits) {
 }
 
 template <class Body>
-void shape(int32_t* out) {
-  const int32_t values[] = {Body::kBits,
-                            Body::kRows,
-                            Body::kColumns,
-                            Body::kStages,
-                            static_cast<int32_t>(sizeof(typename Body::Shared)),
-                            Body::kThreads,
-                            Body::kBlocks,
-                            Body::kProducerRegisters,
-                            Body::kUnpackerRegisters,
-                            Body::kConsumerRegisters};
-  for (const int32_t value : values) *out++ = value;
+py::dict kernel() {
+  return py::dict("bits"_a = int{Body::kBits}, "rows"_a = int{Body::kRows}, "columns"_a = int{Body::kColumns},
+                  "stages"_a = int{Body::kStages}, "shared"_a = sizeof(typename Body::Shared),
+                  "threads"_a = int{Body::kThreads}, "blocks"_a = int{Body::kBlocks},
+                  "producer"_a = int{Body::kProducerRegisters}, "unpacker"_a = int{Body::kUnpackerRegisters},
+                  "consumer"_a = int{Body::kConsumerRegisters});
 }
 
-}  // namespace
+// Bits, rows, columns, stages, bytes of shared memory, threads, blocks of 64 rows, registers of the roles.
+std::vector<py::dict> kernels() {
+  return {kernel<sm90::Product<8, 2, 160>>(), kernel<sm90::Product<8, 1, 256>>(), kernel<sm90::Product<8, 1, 128>>(),
+          kernel<sm90::Product<8, 1, 64>>(),  kernel<sm90::Product<4, 2, 160>>(), kernel<sm90::Product<4, 1, 64>>(),
+          kernel<sm90::Product<3, 2, 160>>(), kernel<sm90::Product<3, 1, 64>>()};
+}
 
-extern "C" {
-
-// row_tile, column_tile, first_step, end_step, tile of every unit.
-void units(int row_tiles, int column_tiles, int splits, int steps, int32_t* out) {
+std::vector<sm90::Unit> units(int row_tiles, int column_tiles, int splits, int steps) {
   const sm90::Schedule schedule{row_tiles, column_tiles, splits, steps};
-  for (int i = 0; i < sm90::unit_count(schedule); ++i) {
-    const sm90::Unit u = sm90::unit_of(schedule, i);
-    for (const int value : {u.row_tile, u.column_tile, u.first_step, u.end_step, u.tile}) *out++ = value;
-  }
+  std::vector<sm90::Unit> found;
+  for (int i = 0; i < sm90::unit_count(schedule); ++i) found.push_back(sm90::unit_of(schedule, i));
+  return found;
 }
 
-// channel, offset_h, offset_w, code of every box of the steps; returns the codes of a box.
-int boxes(const int64_t* geometry, int bits, int32_t* out, int64_t* count) {
+// The codes of a box, and every box of the steps.
+std::pair<int, std::vector<sm90::Box>> boxes(const Geometry& geometry, int bits) {
   const sm90::Window window = sm90::window_of(call_of(geometry, bits).problem, bits);
-  *count = sm90::step_count(window) * (sm90::kStep / window.span);
-  for (int i = 0; out != nullptr && i < *count; ++i) {
-    const sm90::Box box = sm90::box_of(window, i);
-    for (const int value : {box.channel, box.offset_h, box.offset_w, box.code}) *out++ = value;
-  }
-  return window.span;
+  const int64_t count = sm90::step_count(window) * (sm90::kStep / window.span);
+  std::vector<sm90::Box> found;
+  for (int i = 0; i < count; ++i) found.push_back(sm90::box_of(window, i));
+  return {window.span, found};
 }
 
 // w, h, n of every output pixel.
-void corners(const int64_t* geometry, int32_t* out) {
+std::vector<std::array<int, 3>> corners(const Geometry& geometry) {
   const ConvProblem p = call_of(geometry, 8).problem;
   const sm90::Image image = sm90::image_of(p);
+  std::vector<std::array<int, 3>> found;
   for (int64_t row = 0; row < p.samples * p.out_h * p.out_w; ++row) {
     const sm90::Corner corner = sm90::corner_of(image, static_cast<int>(row));
-    for (const int value : {corner.w, corner.h, corner.n}) *out++ = value;
+    found.push_back({corner.w, corner.h, corner.n});
   }
+  return found;
 }
 
-void swizzle(int span, uint32_t* out, int count) {
-  for (int i = 0; i < count; ++i) out[i] = sm90::swizzled(static_cast<uint32_t>(i), span);
+// Row, column of every register of the threads of a warpgroup.
+std::vector<std::pair<int, int>> fragment(int columns) {
+  std::vector<std::pair<int, int>> places;
+  for (int thread = 0; thread < sm90::kWarpgroup; ++thread)
+    for (int i = 0; i < columns / 2; ++i) places.emplace_back(sm90::sum_row(thread, i), sm90::sum_column(thread, i));
+  return places;
 }
 
-// row, column of every register of the threads of a warpgroup.
-void fragment(int columns, int32_t* out) {
-  for (int thread = 0; thread < sm90::kWarpgroup; ++thread) {
-    for (int i = 0; i < columns / 2; ++i) {
-      *out++ = sm90::sum_row(thread, i);
-      *out++ = sm90::sum_column(thread, i);
-    }
-  }
-}
-
-// tile, rows and columns of it, row_tiles, column_tiles, splits, steps; bytes of scratch.
-int64_t plan(const int64_t* geometry, int bits, int multiprocessors, int32_t* out) {
+// Rows and columns of the tile, row_tiles, column_tiles, splits, steps; bytes of scratch.
+py::dict plan(const Geometry& geometry, int bits, int multiprocessors) {
   const ProductCall call = call_of(geometry, bits);
   const sm90::Plan plan = sm90::plan_of(call, multiprocessors);
   const sm90::Schedule& s = plan.schedule;
   const sm90::Tile tile = sm90::kTiles[plan.tile];
-  for (const int value : {plan.tile, tile.rows, tile.columns, s.row_tiles, s.column_tiles, s.splits, s.steps})
-    *out++ = value;
-  return sm90::scratch_of(call, plan, 0).words * 4;
+  return py::dict("rows"_a = int{tile.rows}, "columns"_a = int{tile.columns}, "row_tiles"_a = int{s.row_tiles},
+                  "column_tiles"_a = int{s.column_tiles}, "splits"_a = int{s.splits}, "steps"_a = int{s.steps},
+                  "scratch"_a = sm90::scratch_of(call, plan, 0).words * 4);
 }
 
-const char* limit(const int64_t* geometry, int bits, int codes_offset, int weight_offset) {
+// Why the kernels do not take a call whose codes and weight lie so many bytes behind an aligned address, or null.
+const char* limit(const Geometry& geometry, int bits, int codes_offset, int weight_offset) {
   ProductCall call = call_of(geometry, bits);
   call.problem.codes += codes_offset;
   call.problem.weight += weight_offset;
@@ -99,7 +96,7 @@ const char* limit(const int64_t* geometry, int bits, int codes_offset, int weigh
 }
 
 // What TMA does not allow in the maps of a call, with any tile, or null.
-const char* problem_of_maps(const int64_t* geometry, int bits) {
+const char* problem_of_maps(const Geometry& geometry, int bits) {
   const ProductCall call = call_of(geometry, bits);
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
     const auto args = sm90::product_args(call, sm90::plan_of_tile(call, tile, 1), 0);
@@ -110,16 +107,27 @@ const char* problem_of_maps(const int64_t* geometry, int bits) {
   return nullptr;
 }
 
-// bits, rows, columns, stages, bytes of shared memory, threads, blocks of 64 rows, registers of the roles.
-int kernels(int32_t* out) {
-  shape<sm90::Product<8, 2, 160>>(out);
-  shape<sm90::Product<8, 1, 256>>(out + 10);
-  shape<sm90::Product<8, 1, 128>>(out + 20);
-  shape<sm90::Product<8, 1, 64>>(out + 30);
-  shape<sm90::Product<4, 2, 160>>(out + 40);
-  shape<sm90::Product<4, 1, 64>>(out + 50);
-  shape<sm90::Product<3, 2, 160>>(out + 60);
-  shape<sm90::Product<3, 1, 64>>(out + 70);
-  return 8;
-}
+}  // namespace
+
+PYBIND11_MODULE(hopper_maps, m) {
+  py::class_<sm90::Unit>(m, "Unit")
+      .def_readonly("row_tile", &sm90::Unit::row_tile)
+      .def_readonly("column_tile", &sm90::Unit::column_tile)
+      .def_readonly("first_step", &sm90::Unit::first_step)
+      .def_readonly("end_step", &sm90::Unit::end_step)
+      .def_readonly("tile", &sm90::Unit::tile);
+  py::class_<sm90::Box>(m, "Box")
+      .def_readonly("channel", &sm90::Box::channel)
+      .def_readonly("offset_h", &sm90::Box::offset_h)
+      .def_readonly("offset_w", &sm90::Box::offset_w)
+      .def_readonly("code", &sm90::Box::code);
+  m.def("kernels", kernels);
+  m.def("units", units);
+  m.def("boxes", boxes);
+  m.def("corners", corners);
+  m.def("swizzled", py::vectorize(sm90::swizzled));
+  m.def("fragment", fragment);
+  m.def("plan", plan);
+  m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
+  m.def("problem_of_maps", problem_of_maps);
 }

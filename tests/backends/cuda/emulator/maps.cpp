@@ -1,11 +1,22 @@
-// The maps of csrc/cuda/sm80 on arrays, for tests/backends/cuda/test_product_maps.py, which calls them through ctypes.
+// The maps of csrc/cuda/sm80 as a Python module, for tests/backends/cuda/test_product_maps.py.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
 #include "cuda/sm80/product_launch.h"
 #include "host_tensor_cta.h"
 
+namespace py = pybind11;
+using namespace pybind11::literals;
 using namespace modiff;
 using namespace modiff::cuda;
 
 namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using Geometry = std::array<int64_t, kGeometry>;
+
+constexpr int64_t kUnwritten = -7;
 
 // One warp that does what `Work` says with one argument.
 template <class Work>
@@ -67,64 +78,88 @@ struct Recorder {
   }
 };
 
-}  // namespace
-
-extern "C" {
-
-int swizzled_place(int row, int chunk) { return sm80::swizzled(row, chunk); }
-
-void place_of_tile(int tile, int tiles_m, int tiles_n, int* place) {
-  const sm80::TilePlace at = sm80::tile_place(tile, tiles_m, tiles_n);
-  place[0] = at.m;
-  place[1] = at.n;
+void check_lanes(const py::array& of, py::ssize_t values) {
+  if (of.ndim() != 2 || of.shape(0) != kWarp || of.shape(1) != values) throw py::value_error("not a row for each lane");
 }
 
-void multiply_fragments_of(const uint32_t* a, const uint32_t* b, int32_t* sums, int nibbles) {
+// a [lane, 4] and b [lane, 2] of a warp; sums [lane, 4].
+Array<int32_t> multiply(const Array<uint32_t>& a, const Array<uint32_t>& b, bool nibbles) {
+  check_lanes(a, 4);
+  check_lanes(b, 2);
+  Array<int32_t> sums({kWarp, 4});
   if (nibbles) {
-    run_warp<Multiply<true>>({a, b, sums});
+    run_warp<Multiply<true>>({a.data(), b.data(), sums.mutable_data()});
   } else {
-    run_warp<Multiply<false>>({a, b, sums});
+    run_warp<Multiply<false>>({a.data(), b.data(), sums.mutable_data()});
   }
+  return sums;
 }
 
-void load_matrices_of(const uint8_t* rows, uint32_t* words) { run_warp<LoadMatrices>({rows, words}); }
+// rows [lane, 16 bytes]; words [lane, 4].
+Array<uint32_t> load_matrices(const Array<uint8_t>& rows) {
+  check_lanes(rows, 16);
+  Array<uint32_t> words({kWarp, 4});
+  run_warp<LoadMatrices>({rows.data(), words.mutable_data()});
+  return words;
+}
 
-// sources [steps, 64 rows, 4 chunks]: where in the image the chunks of the tile at `row` come from.
-void gather(const int64_t* geometry, int row, int steps, int64_t* sources) {
+std::pair<int, int> tile_place(int tile, int tiles_m, int tiles_n) {
+  const sm80::TilePlace place = sm80::tile_place(tile, tiles_m, tiles_n);
+  return {place.m, place.n};
+}
+
+// Where in the image the chunks of the tile at `row` come from: [steps, 64 rows, 4 chunks].
+Array<int64_t> gather(const Geometry& geometry, int row, int steps) {
   constexpr int kThreads = 128, kRows = 64, kTileChunks = kRows * sm80::kChunks;
   ProductCall call{};
-  set_geometry(call.problem, geometry);
+  set_geometry(call.problem, geometry.data());
   call.weight_bits = call.code_bits = 8;
   std::vector<uint8_t> image(1), tile(kRows * sm80::kStepBytes);
   call.problem.codes = reinterpret_cast<const int8_t*>(image.data());
   const sm80::ProductPlan plan = sm80::plan_of(call, sm80::TileChoice{2, 1});
   const sm80::OperandArgs args = sm80::operand_args(call, plan);
+  Array<int64_t> sources({steps, kRows, static_cast<int>(sm80::kChunks)});
+  std::fill_n(sources.mutable_data(), sources.size(), kUnwritten);
   std::vector<int64_t> swizzled(kTileChunks);
   for (int thread = 0; thread < kThreads; ++thread) {
     sm80::CodesLoader<kThreads, kRows> loader(args, thread, row, 0);
-    Recorder recorder{args.codes, tile.data(), nullptr};
+    Recorder recorder{args.codes, tile.data(), swizzled.data()};
     for (int step = 0; step < steps; ++step) {
-      recorder.sources = swizzled.data();
+      std::fill(swizzled.begin(), swizzled.end(), kUnwritten);
       loader.load(recorder, args, thread, tile.data());
       for (int i = thread / sm80::kChunks; i < kRows; i += kThreads / sm80::kChunks) {
         const int chunk = thread % sm80::kChunks;
-        sources[(step * kRows + i) * sm80::kChunks + chunk] =
-            swizzled[static_cast<size_t>(sm80::swizzled(i, chunk) / sm80::kChunk)];
+        sources.mutable_at(step, i, chunk) = swizzled[static_cast<size_t>(sm80::swizzled(i, chunk) / sm80::kChunk)];
       }
     }
   }
+  return sources;
 }
 
-// choice [2]: the tile's index and the splits.
-void choose(int64_t rows, int64_t columns, int64_t k, int weight_bits, int multiprocessors, int* choice) {
-  const auto operands = weight_bits == 8 ? sm80::Operands::kBytes : sm80::Operands::kUnpacked;
-  const sm80::TileChoice best = sm80::choose_tile(rows, columns, k, weight_bits, operands, multiprocessors);
-  choice[0] = best.tile;
-  choice[1] = best.splits;
+sm80::Operands operands_of(int weight_bits) {
+  return weight_bits == 8 ? sm80::Operands::kBytes : sm80::Operands::kUnpacked;
+}
+
+// The tile's index and the splits.
+std::pair<int, int> choose(int64_t rows, int64_t columns, int64_t k, int weight_bits, int multiprocessors) {
+  const sm80::TileChoice best =
+      sm80::choose_tile(rows, columns, k, weight_bits, operands_of(weight_bits), multiprocessors);
+  return {best.tile, best.splits};
 }
 
 double cycles(int tile, int splits, int64_t rows, int64_t columns, int64_t k, int weight_bits, int multiprocessors) {
-  const auto operands = weight_bits == 8 ? sm80::Operands::kBytes : sm80::Operands::kUnpacked;
-  return sm80::estimated_cycles({tile, splits}, rows, columns, k, weight_bits, operands, multiprocessors);
+  return sm80::estimated_cycles({tile, splits}, rows, columns, k, weight_bits, operands_of(weight_bits),
+                                multiprocessors);
 }
+
+}  // namespace
+
+PYBIND11_MODULE(maps, m) {
+  m.def("multiply", multiply, "a"_a, "b"_a, "nibbles"_a);
+  m.def("load_matrices", load_matrices);
+  m.def("swizzled", sm80::swizzled);
+  m.def("tile_place", tile_place);
+  m.def("gather", gather);
+  m.def("choose", choose, "rows"_a, "columns"_a, "k"_a, "weight_bits"_a, "multiprocessors"_a);
+  m.def("cycles", cycles);
 }
