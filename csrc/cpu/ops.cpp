@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/build_info.h"
 #include "common/problem.h"
 #include "cpu/attention.h"
 #include "cpu/lowbit_conv2d.h"
@@ -287,6 +288,7 @@ Tensor unpack(const Tensor& packed, std::vector<int64_t> sizes, int64_t groups) 
 
 STABLE_TORCH_LIBRARY(modiff_cpu, m) {
   m.def("isa() -> int");
+  m.def("build_info() -> str");
   m.def(
       "quantize(Tensor input, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int num_groups, float eps, "
       "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
@@ -300,7 +302,10 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&modiff::cpu::isa)); }
+STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&modiff::cpu::isa));
+  m.impl("build_info", TORCH_BOX(&modiff::build_info));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CPU, m) {
   m.impl("quantize", TORCH_BOX(&modiff::cpu::quantize));

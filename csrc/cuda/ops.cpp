@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/build_info.h"
 #include "common/packing.h"
 #include "cuda/common/quantize.h"
 #include "cuda/product.h"
@@ -226,6 +227,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
 }  // namespace
 
 STABLE_TORCH_LIBRARY(modiff_cuda, m) {
+  m.def("build_info() -> str");
   m.def(
       "quantize(Tensor input, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int num_groups, float eps, "
       "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
@@ -235,6 +237,9 @@ STABLE_TORCH_LIBRARY(modiff_cuda, m) {
       "Tensor? bias, int epilogue, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
       "int[] geometry) -> Tensor");
 }
+
+// A call without tensors has no device: this key is what a torch without CUDA dispatches it to.
+STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CUDA, m) {
   m.impl("quantize", TORCH_BOX(&quantize));

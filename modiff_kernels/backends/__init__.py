@@ -10,11 +10,18 @@ A backend module has::
     prepare_weight(weight_packed, weight_bits, n, k, layout_from, layout_to, kernel_size, groups) -> Tensor
                                                    ValueError if it does not know one of the layouts
 
+and, if its kernels are compiled in advance::
+
+    build_info() -> dict[str, str] | str           what its library was built with, or why that is not known
+
 Backends never import each other, nor anything above them.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Kernel(NamedTuple):
@@ -24,3 +31,13 @@ class Kernel(NamedTuple):
 
     fn: Callable[..., Any]
     why_not: Callable[[Any], str | None]
+
+
+def library_build_info(namespace: str) -> dict[str, str] | str:
+    """What the loaded library of a private namespace was built with (csrc/common/build_info.h), or, if that library is
+    older than this op, what to do.
+    """
+    op = getattr(getattr(torch.ops, namespace), "build_info", None)
+    if op is None:
+        return "the library is older than this package; build it again with `python setup.py build_ext --inplace`"
+    return json.loads(op())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant.packing import KPACK_V1, pack, unpack
-from . import Kernel
+from . import Kernel, library_build_info
 
 NAME = "cpu"
 VNNI_V1 = "vnni_v1"
@@ -47,6 +47,11 @@ def unavailable() -> str | None:
 def isa() -> str:
     """The instruction set that the kernels use on this machine."""
     return _ISA_NAMES[torch.ops.modiff_cpu.isa()]
+
+
+def build_info() -> dict[str, str] | str:
+    """What the library was built with, or why that is not known."""
+    return unavailable() or library_build_info("modiff_cpu")
 
 
 def preferred_layout(problem: Any) -> str:

@@ -31,8 +31,9 @@ LEAST_SQNR_DB = 60.0
 
 
 def run(args: argparse.Namespace) -> int:
-    for title, text in (("versions", _versions()), ("devices", _devices()), ("backends", _backends())):
-        print(f"{title}\n{text}\n")
+    parts = {"versions": _versions, "devices": _devices, "backends": _backends, "compiled libraries": _libraries}
+    for title, part in parts.items():
+        print(f"{title}\n{part()}\n")
     print(f"ops: which backend has which\n{_dispatch()}\n")
     with _no_backend_forced():
         checks = [(name, _self_check(name)) for name in dispatch.BACKENDS if _reason(name) is None]
@@ -113,6 +114,19 @@ def _backends() -> str:
         items.append((name, f"not available: {reason}" if reason else f"available{detail}"))
     forced = os.environ.get("MODIFF_BACKEND")
     return _lines([*items, ("priority", _priority()), *([("MODIFF_BACKEND", forced)] if forced else [])])
+
+
+def _libraries() -> str:
+    """What the libraries of the backends were built with, or why that is not known."""
+    items = []
+    for name in dispatch.BACKENDS:
+        module = dispatch.load(name)
+        if isinstance(module, str):
+            continue  # `backends` says why
+        if (build_info := getattr(module, "build_info", None)) is not None:
+            info = build_info()
+            items.append((name, info if isinstance(info, str) else ", ".join(f"{k} {v}" for k, v in info.items())))
+    return _lines(items or [("none", "no backend of compiled kernels can be imported")])
 
 
 def _priority() -> str:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -130,6 +131,13 @@ def equal(got, expected, name, where):
     """Bit-exact; `where` tells the shape and the instruction set."""
     assert got.dtype == expected.dtype, (name, where)
     assert torch.equal(got, expected), (name, where, (got != expected).sum().item())
+
+
+def test_build_info():
+    info = cpu.build_info()
+    assert set(info) == {"compiler", "oldest_torch"}
+    assert re.fullmatch(r"[A-Za-z]+ \d+(\.\d+)+", info["compiler"])
+    assert re.fullmatch(r"\d+\.\d+", info["oldest_torch"])
 
 
 class TestQuantizeIdentity:

@@ -30,6 +30,16 @@ def test_doctor_says_why_something_is_missing(capsys, monkeypatch, fresh_dispatc
     assert "[1]" in out
 
 
+def test_doctor_says_what_the_libraries_were_built_with(capsys, monkeypatch, fresh_dispatch):
+    built = {"compiler": "GNU 1.2", "oldest_torch": "2.11", "nvcc": "9.9", "architectures": "sm_1 sm_2"}
+    monkeypatch.setattr(dispatch.load("cuda"), "build_info", lambda: built)
+    monkeypatch.setattr(dispatch.load("cpu"), "build_info", lambda: "it was not built")
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.partition("compiled libraries\n")[2].splitlines()
+    assert "  cuda  compiler GNU 1.2, oldest_torch 2.11, nvcc 9.9, architectures sm_1 sm_2" in lines
+    assert "  cpu   it was not built" in lines
+
+
 def test_doctor_fails_on_a_backend_that_disagrees(capsys, monkeypatch):
     linear = doctor._check_linear
 
@@ -41,6 +51,7 @@ def test_doctor_fails_on_a_backend_that_disagrees(capsys, monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", ("broken", "reference"))
     monkeypatch.setattr(doctor, "_reason", lambda name: None)
     monkeypatch.setattr(doctor, "_backends", lambda: "")
+    monkeypatch.setattr(doctor, "_libraries", lambda: "")
     monkeypatch.setattr(doctor, "_dispatch", lambda: "")
     assert main(["doctor"]) == 1
     assert "broken     FAILED" in capsys.readouterr().out

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...quant.packing import KPACK_V1, check_layout
 from .. import Kernel
 from . import products, quantizing
-from .library import too_old, unavailable
+from .library import build_info, too_old, unavailable
 
-__all__ = ["KERNELS", "NAME", "preferred_layout", "prepare_weight", "unavailable"]
+__all__ = ["KERNELS", "NAME", "build_info", "preferred_layout", "prepare_weight", "unavailable"]
 
 NAME = "cuda"
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .. import library_build_info
+
 LIBRARY = Path(__file__).resolve().parents[2] / "_lib" / "libmodiff_cuda.so"
 LEAST_CAPABILITY = (8, 0)
 
@@ -23,6 +25,11 @@ def why_not_loaded() -> str | None:
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
     return None
+
+
+def build_info() -> dict[str, str] | str:
+    """What the library was built with, or why that is not known. It needs no GPU."""
+    return why_not_loaded() or library_build_info("modiff_cuda")
 
 
 @lru_cache(maxsize=1)

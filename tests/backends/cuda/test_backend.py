@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 
-from modiff_kernels.backends import cuda, reference
+from modiff_kernels.backends import cuda, library_build_info, reference
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.packing import KPACK_V1
+from tests.backends.cuda.emulation import ROOT
 from tests.backends.quantizing_cases import run
 from tests.ops.op_cases import activation
 from tests.ops.test_fused_prologues import GroupNorm, LayerNorm
@@ -134,6 +135,23 @@ def test_the_library_loads_without_a_gpu_and_registers_its_ops():
         assert has_kernel(op, "CUDA")
         assert not has_kernel(op, "CPU")
     assert not hasattr(ctypes.CDLL(str(library.LIBRARY)), "cudaMalloc"), "the CUDA runtime inside must stay hidden"
+
+
+def test_build_info_without_a_gpu():
+    """Architectures: test_machine_code.py compares them with the machine code."""
+    if not library.LIBRARY.exists():
+        pytest.skip(library.why_not_loaded())
+    info = cuda.build_info()
+    assert set(info) == {"compiler", "oldest_torch", "nvcc", "architectures"}
+    assert re.fullmatch(r"[A-Za-z]+ \d+(\.\d+)+", info["compiler"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"])
+    assert f'"torch>={info["oldest_torch"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_build_info_of_a_library_that_is_missing_or_older(monkeypatch):
+    monkeypatch.setattr(library, "why_not_loaded", lambda: "it does not load")
+    assert cuda.build_info() == "it does not load"
+    assert "build it again" in library_build_info("modiff_namespace_of_no_library")
 
 
 def test_it_is_second_to_triton_as_long_as_nothing_is_measured():

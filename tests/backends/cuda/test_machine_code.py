@@ -48,9 +48,14 @@ def test_the_library_has_every_architecture():
     if not library.LIBRARY.exists():
         pytest.skip(library.why_not_loaded())
     pytest.importorskip("triton", reason="the disassemblers come with triton")
-    listed = "".join(sass_report.lines(sass_report.disassembler("cuobjdump"), "-lelf", str(library.LIBRARY)))
-    for arch in ("sm_80", "sm_86", "sm_89", "sm_90a"):
-        assert f".{arch}.cubin" in listed
+    cuobjdump = sass_report.disassembler("cuobjdump")
+    listed = "".join(
+        line for kind in ("-lelf", "-lptx") for line in sass_report.lines(cuobjdump, kind, str(library.LIBRARY))
+    )
+    found = set(re.findall(r"\.(sm_\w+\.(?:cubin|ptx))", listed))
+    assert found == {"sm_80.ptx", "sm_80.cubin", "sm_86.cubin", "sm_89.cubin", "sm_90a.cubin"}
+    said = library.build_info()["architectures"].split()
+    assert found == {f"{a}.cubin" if a.startswith("sm_") else f"{a.replace('compute', 'sm')}.ptx" for a in said}
 
 
 ROW = Row("sm_90a", "TilePass<float>", 96, 0, 1040, Counter({"LDG.E.128": 4, "STG.E": 2, "FADD": 9}))
