@@ -187,7 +187,7 @@ def _reconstruct(
 
                 def loss_of(points: Tensor) -> Tensor:
                     if pairs:
-                        _remember(fakes, lambda: reconstruction.call(module, previous.read(points)))
+                        remember(fakes, lambda: reconstruction.call(module, previous.read(points)))
                     output = reconstruction.call(module, inputs.read(points))
                     return reconstruction.distance(output, target.read(points)[0], 2.0 if learns_weights else options.p)
 
@@ -208,7 +208,8 @@ def _reconstruct(
     return compute
 
 
-def _remember(fakes: Mapping[str, Any], run: Callable[[], Any]) -> None:
+def remember(fakes: Mapping[str, Any], run: Callable[[], Any]) -> None:
+    """Let run() show the FakeLayers `fakes` the inputs of the call before."""
     for fake in fakes.values():
         fake.remember = True
     with torch.no_grad():
