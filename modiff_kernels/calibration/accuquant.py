@@ -13,7 +13,8 @@ steps before the end is the option `gradient`; the paper approximates it from th
     scheduler-coefficients    g_k = (dstep_k/dx)^T g_{k+1}, the network's output held fixed
     exact                     also through the network: what back-propagation through all steps gives
 
-Weight codes are shared by all groups and learnt with groups in random order, activations float. Activation scales
+Weight codes are shared by all groups; from those of "distill" on they are learnt with groups in random order,
+activations float. Activation scales
 (scale_mode "static") are those of a group: a table over the calls, learnt group by group with the codes fixed. The
 paper does not say what it learns, nor with which norm, M and numbers of iterations.
 """
@@ -84,7 +85,12 @@ class Groups:
     target: Tensor
 
 
-@register("accuquant", AccuQuantOptions, "AccuQuant: codes, and scales of groups, by the error after M denoising steps")
+@register(
+    "accuquant",
+    AccuQuantOptions,
+    "AccuQuant: codes, and scales of groups, by the error after M denoising steps",
+    network_iterations=600,
+)
 def accuquant(job: Job) -> Layers:
     """Codes and tables of activation scales by the error at the end of groups of steps."""
     check_sampler(job.sampler)

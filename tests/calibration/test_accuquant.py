@@ -16,7 +16,7 @@ from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static", mode="quantized")
 SMALL = {"steps": 6, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
-FEW = {"group_steps": 4, "group_iterations": 3, "act_iterations": 2, "learn_batch": 2}
+FEW = {"network_iterations": 0, "group_steps": 4, "group_iterations": 3, "act_iterations": 2, "learn_batch": 2}
 STEPS = 12
 
 
