@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from modiff_kernels.calibration import qdiffusion, static  # noqa: F401 (they register their methods)
+from modiff_kernels.calibration import accuquant, qdiffusion, sampling_aware, static  # noqa: F401 (they register)
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
 from modiff_kernels.calibration.methods import METHODS, Job, Method, Split, layers_of, method_of

@@ -66,11 +66,28 @@ class QDiffusionOptions(StaticOptions):
 def qdiffusion(job: Job) -> Layers:
     """Codes and step sizes by reconstruction of blocks."""
     data = job.data()
+    return reconstruct_blocks(job, data, Points(data, data))
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """What blocks are reconstructed on: the quantised ones at `seen`, their target the float ones at `wanted`.
+
+    Both have the same number of points. cosine_weight: of 1 - cosine of both outputs, mean over points.
+    """
+
+    seen: CalibrationData
+    wanted: CalibrationData
+    cosine_weight: float = 0.0
+
+
+def reconstruct_blocks(job: Job, data: CalibrationData, points: Points) -> Layers:
+    """Codes and step sizes by reconstruction on `points`, started from those of layer-wise methods on `data`."""
     if job.weights is not None:
         layers = dict(job.weights)
         blocks = reconstruction.blocks_of(job.unet, job.layers, data)
     else:
-        layers, blocks = _weights(job, data)
+        layers, blocks = _weights(job, data, points)
     if not needs_scales(job):
         return layers
     for path, found in activation_scales(job, data).items():
@@ -79,12 +96,12 @@ def qdiffusion(job: Job) -> Layers:
         floats = {path: dataclasses.replace(layer, act_scale=None) for path, layer in layers.items()}
         before = {path: floats[path] for name, above in list(blocks.items())[:number] for path in above}
         own = {path: layers[path] for path in paths}
-        compute = _reconstruct(job, data, block, before, own, ("act_scale",), job.config.act_bits)
+        compute = _reconstruct(job, points, block, before, own, ("act_scale",), job.config.act_bits)
         layers |= job.layers_once(f"steps-{number}", own, compute)
     return layers
 
 
-def _weights(job: Job, data: CalibrationData) -> tuple[Layers, dict[str, list[str]]]:
+def _weights(job: Job, data: CalibrationData, points: Points) -> tuple[Layers, dict[str, list[str]]]:
     """The layers with codes, and the blocks that they were reconstructed in."""
     options = job.options
     if options.split:
@@ -95,7 +112,7 @@ def _weights(job: Job, data: CalibrationData) -> tuple[Layers, dict[str, list[st
     for number, (block, paths) in enumerate(job.bar(list(blocks.items()), "blocks", unit="block")):
         before = {path: layers[path] for name, above in list(blocks.items())[:number] for path in above}
         own = {path: layers[path] for path in paths}
-        compute = _reconstruct(job, data, block, before, own, ("variable",), None)
+        compute = _reconstruct(job, points, block, before, own, ("variable",), None)
         layers |= job.layers_once(f"block-{number}", own, compute)
     if options.network_iterations:
         layers = learn_network(job, data, layers)
@@ -156,7 +173,7 @@ def shortcut_splits(job: Job, data: CalibrationData) -> dict[str, Split]:
 
 def _reconstruct(
     job: Job,
-    data: CalibrationData,
+    points: Points,
     block: str,
     before: Mapping[str, CalibratedLayer],
     own: Mapping[str, CalibratedLayer],
@@ -164,7 +181,7 @@ def _reconstruct(
     act_bits: int | None,
 ) -> Callable[[], Layers]:
     """Learn `names` of the layers `own` in `block`, behind the layers `before` with their codes."""
-    options, mode = job.options, job.config.mode
+    options, mode, data = job.options, job.config.mode, points.seen
     learns_weights = "variable" in names
     total = options.weight_iterations if learns_weights else options.act_iterations
     pairs = act_bits is not None and mode == "modulated"
@@ -173,7 +190,7 @@ def _reconstruct(
         batches = list(data.batches(job.batch))
         same = {} if act_bits is None else reconstruction.shared_inputs(job.unet, own, data)
         with reconstruction.scratch() as folder:
-            target = reconstruction.record(job.unet, block, data, batches, Path(folder, "output"), "output")
+            target = reconstruction.record(job.unet, block, points.wanted, batches, Path(folder, "output"), "output")
             with fake_quantized(job.unet, before, mode, None) as fakes:
                 for fake in fakes.values():
                     fake.hard = True
@@ -185,11 +202,14 @@ def _reconstruct(
                     fake.act_scale = fakes[same.get(path, path)].act_scale
                 module = job.unet.get_submodule(block)
 
-                def loss_of(points: Tensor) -> Tensor:
+                def loss_of(drawn: Tensor) -> Tensor:
                     if pairs:
-                        _remember(fakes, lambda: reconstruction.call(module, previous.read(points)))
-                    output = reconstruction.call(module, inputs.read(points))
-                    return reconstruction.distance(output, target.read(points)[0], 2.0 if learns_weights else options.p)
+                        remember(fakes, lambda: reconstruction.call(module, previous.read(drawn)))
+                    output, wanted = reconstruction.call(module, inputs.read(drawn)), target.read(drawn)[0]
+                    loss = reconstruction.distance(output, wanted, 2.0 if learns_weights else options.p)
+                    if points.cosine_weight:
+                        loss = loss + points.cosine_weight * cosine_distance(output, wanted)
+                    return loss
 
                 reconstruction.learn(
                     fakes.values(),
@@ -208,7 +228,13 @@ def _reconstruct(
     return compute
 
 
-def _remember(fakes: Mapping[str, Any], run: Callable[[], Any]) -> None:
+def cosine_distance(output: Tensor, target: Tensor) -> Tensor:
+    """1 - <output, target> / (|output| |target|), mean over the first dimension."""
+    return 1 - nn.functional.cosine_similarity(output.flatten(1), target.flatten(1)).mean()
+
+
+def remember(fakes: Mapping[str, Any], run: Callable[[], Any]) -> None:
+    """Let run() show the FakeLayers `fakes` the inputs of the call before."""
     for fake in fakes.values():
         fake.remember = True
     with torch.no_grad():

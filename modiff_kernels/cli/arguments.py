@@ -60,7 +60,7 @@ those within whole calls of the UNet on this device with --batch pictures, and f
 trajectory. The plan is timed and its pictures are judged before it is written; where nothing is faster than float, it
 is all float. It is also stored for plan="auto"."""
 
-METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion")
+METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion", "accuquant", "sampling_aware")
 
 EXPLAIN_HELP = """\
 Print what becomes of every layer of a model: mode, bits, backend and reason, and with a plan the time of every mode,

@@ -1,0 +1,320 @@
+"""Method "accuquant" (AccuQuant, Lee et al., NeurIPS 2025): the error that several denoising steps add up to.
+
+The calls of a run are cut into groups of M consecutive ones. Both networks start from the same x_t of the float
+trajectory and run the group on their own outputs; the loss is that at its end::
+
+    L = mean (x'_{t-M} - x_{t-M})^2,    x'_{k+1} = step_k(x'_k, eps'(x'_k)),    g_k = dL/dx'_k
+
+The parameters' gradient is the sum over steps of that of <g_{k+1}, step_k(x'_k, eps'(x'_k))>, with x'_k fixed: a step
+is computed again when its turn comes, so that the activations of one step are in memory whatever M is. What g is at the
+steps before the end is the option `gradient`; the paper approximates it from the end, and the form is not published:
+
+    identity                  g_k = g_{k+1}
+    scheduler-coefficients    g_k = (dstep_k/dx)^T g_{k+1}, the network's output held fixed
+    exact                     also through the network: what back-propagation through all steps gives
+
+Weight codes are shared by all groups; from those of "distill" on they are learnt with groups in random order,
+activations float. Activation scales
+(scale_mode "static") are those of a group: a table over the calls, learnt group by group with the codes fixed. The
+paper does not say what it learns, nor with which norm, M and numbers of iterations.
+"""
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.calibration import reconstruction
+from modiff_kernels.calibration.data import CalibrationData, Sampler, collect
+from modiff_kernels.calibration.fake import FakeLayer, fake_quantized
+from modiff_kernels.calibration.methods import Job, check_choice, check_positive, register
+from modiff_kernels.calibration.network import learn_network
+from modiff_kernels.calibration.qdiffusion import remember
+from modiff_kernels.calibration.static import StaticOptions, activation_scales, calibrated_weights, needs_scales
+from modiff_kernels.quant.calibrated import CalibratedLayer
+
+GRADIENTS = ("identity", "scheduler-coefficients", "exact")
+STATELESS = ("DDIMScheduler", "DDPMScheduler")  # a step of theirs is known by its time; others have set_begin_index
+
+Layers = dict[str, CalibratedLayer]
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuQuantOptions(StaticOptions):
+    """Options of "accuquant".
+
+    group_steps: M, calls of a group. gradient: of GRADIENTS. group_iterations: steps of Adam on all codes, weight
+    scales and biases, 0 for none; group_lr: its first rate, in code steps. act_iterations, act_lr: on the activation
+    scales, of every group (see `reconstruction.learn`). table: always True.
+    """
+
+    table: bool = True
+    group_steps: int = 4
+    gradient: str = "identity"
+    group_iterations: int = 300
+    group_lr: float = 0.003
+    act_iterations: int = 10
+    act_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("table", self.table, (True,))
+        for name in ("group_steps", "group_lr", "act_lr"):
+            check_positive(name, getattr(self, name))
+        for name in ("group_iterations", "act_iterations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"calibrate: {name}={getattr(self, name)} is not allowed; give 0 or more")
+
+
+@dataclasses.dataclass
+class Groups:
+    """Starts of all groups on float trajectories.
+
+    calls: of every group. data: their first calls. points: for every group int64 [samples], its points in the data.
+    target: float [P, C, H, W], where the float network is after the group of each point.
+    """
+
+    calls: list[range]
+    data: CalibrationData
+    points: list[Tensor]
+    target: Tensor
+
+
+@register(
+    "accuquant",
+    AccuQuantOptions,
+    "AccuQuant: codes, and scales of groups, by the error after M denoising steps",
+    network_iterations=600,
+)
+def accuquant(job: Job) -> Layers:
+    """Codes and tables of activation scales by the error at the end of groups of steps."""
+    check_sampler(job.sampler)
+    data = job.data()
+    groups = collect_groups(job)
+    if job.weights is not None:
+        layers = dict(job.weights)
+    else:
+        weights = calibrated_weights(job, data, job.options.weight_method)
+        layers = {path: CalibratedLayer(weights[path]) for path in job.layers}
+        if job.options.network_iterations:
+            layers = learn_network(job, data, layers)
+        if job.options.group_iterations:
+            layers = job.layers_once("codes", layers, lambda: _learn_codes(job, groups, layers))
+    return _group_scales(job, data, groups, layers) if needs_scales(job) else layers
+
+
+def check_sampler(sampler: Sampler) -> None:
+    """Raise ValueError unless runs of the sampler's scheduler can start at any call, from the input of the UNet."""
+    name = type(sampler.scheduler).__name__
+    advice = f"use {', '.join(STATELESS)} or DPMSolverMultistepScheduler"
+    if not (hasattr(sampler.scheduler, "set_begin_index") or name in STATELESS):
+        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; {advice}")
+    scheduler, probe = scheduler_at(sampler, 0), torch.ones(1)
+    if not torch.equal(scheduler.scale_model_input(probe, scheduler.timesteps[0]), probe):
+        raise ValueError(f"calibrate: accuquant steps from the UNet's input, which {name} scales; {advice}")
+
+
+def scheduler_at(sampler: Sampler, call: int) -> Any:
+    """A new scheduler whose next step is that of `call`; multistep solvers start there with first order."""
+    scheduler = type(sampler.scheduler).from_config(sampler.scheduler.config)
+    scheduler.set_timesteps(sampler.steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(call)
+    return scheduler
+
+
+def collect_groups(job: Job) -> Groups:
+    """Groups of `group_steps` calls (the last may be shorter), started from the float trajectories of all samples."""
+    total = len(job.sampler.timesteps())
+    size = job.options.group_steps
+    calls = [range(first, min(first + size, total)) for first in range(0, total, size)]
+    firsts = torch.tensor([group.start for group in calls])
+
+    def starts() -> dict[str, Tensor]:
+        seeds = range(job.seed, job.seed + job.samples)
+        with job.bar((), "group starts", total=job.samples, unit="image") as bar:
+            found = collect(job.sampler, firsts.expand(job.samples, -1), seeds, job.batch, bar.update)
+        if len(found) != job.samples * len(calls):
+            raise ValueError(
+                "calibrate: accuquant needs one row of the UNet's batch per image; sample without guidance, or choose "
+                "another method"
+            )
+        return found.tensors()
+
+    data = CalibrationData.from_tensors(job.workspace.once("groups", starts))
+    points = [torch.nonzero(data.call == first)[:, 0] for first in firsts.tolist()]
+
+    def ends() -> dict[str, Tensor]:
+        target = torch.empty_like(data.sample)
+        for own, group in zip(job.bar(points, "group ends", unit="group"), calls):
+            for part in own.split(job.batch):
+                target[part] = Rollout(job.unet, job.sampler, data, part, group).run()
+        return {"target": target}
+
+    return Groups(calls, data, points, job.workspace.once("targets", ends)["target"])
+
+
+class Rollout:
+    """The steps of one group from `points` of the data, each on the outcome of the one before.
+
+    calls: of the group. before(run): called ahead of every call of the network with one that runs the call before it,
+    for layers that need its inputs.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        sampler: Sampler,
+        data: CalibrationData,
+        points: Tensor,
+        calls: range,
+        before: Callable[[Callable[[], Any]], None] = lambda run: None,
+    ) -> None:
+        self.unet, self.sampler, self.calls, self.before = unet, sampler, calls, before
+        (self.start, _), self.conditions = data.arguments(points)
+        (self.previous, previous_timestep), _ = data.arguments(points, previous=True)
+        self.timesteps = {call: data.timesteps[call].expand(len(points)) for call in calls}
+        self.timesteps[calls.start - 1] = previous_timestep
+        self.states: list[tuple[Any, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """The sample at the end; keeps the sample and the scheduler before every step for `gradients`."""
+        scheduler = scheduler_at(self.sampler, self.calls.start)
+        previous, sample = self.previous, self.start
+        self.states = []
+        for call in self.calls:
+            self.states.append((copy.deepcopy(scheduler), previous, sample))
+            after = self._step(scheduler, call, self._output(call, sample, previous), sample)
+            previous, sample = sample, after
+        return sample
+
+    def gradients(self, end: Tensor, parameters: Sequence[Tensor], form: str) -> list[Tensor]:
+        """dL/dparameter for every one, from end = dL/d(what `run` gave), the last step first; form: of GRADIENTS."""
+        totals = [torch.zeros_like(parameter) for parameter in parameters]
+        for call, (scheduler, previous, fixed) in reversed(list(zip(self.calls, self.states))):
+            with torch.enable_grad():
+                sample = fixed.detach().requires_grad_(True)
+                output = self._output(call, sample if form == "exact" else fixed, previous)
+                after = self._step(copy.deepcopy(scheduler), call, output, sample)
+                through, *own = torch.autograd.grad(after, [sample, *parameters], end, allow_unused=True)
+            for total, part in zip(totals, own):
+                if part is not None:
+                    total += part
+            if form != "identity":
+                end = through
+        return totals
+
+    def _output(self, call: int, sample: Tensor, previous: Tensor) -> Tensor:
+        self.before(lambda: self.unet(previous, self.timesteps[call - 1], **self.conditions))
+        return self.unet(sample, self.timesteps[call], **self.conditions, return_dict=False)[0]
+
+    def _step(self, scheduler: Any, call: int, output: Tensor, sample: Tensor) -> Tensor:
+        noise = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:  # the same noise for both networks
+            noise["generator"] = torch.Generator().manual_seed(call)
+        return scheduler.step(output, scheduler.timesteps[call], sample, **noise, return_dict=False)[0]
+
+
+class EndLoss(torch.autograd.Function):
+    """EndLoss.apply(rollout, target, form, *parameters): mean squared distance of rollout.run() from target, a scalar.
+
+    Its gradient is that of `Rollout.gradients`. parameters: all that the network is differentiated by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rollout: Rollout, target: Tensor, form: str, *parameters: Tensor) -> Tensor:
+        difference = rollout.run() - target
+        ctx.rollout, ctx.form, ctx.parameters = rollout, form, parameters
+        ctx.end = difference * (2 / difference.numel())
+        return difference.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *ctx.rollout.gradients(ctx.end * outer, ctx.parameters, ctx.form)
+
+
+def _learn(
+    job: Job,
+    groups: Groups,
+    layers: Mapping[str, CalibratedLayer],
+    act_bits: int | None,
+    names: Sequence[str],
+    numbers: Iterator[int],
+    *,
+    part: str,
+    iterations: int,
+    lr: float,
+) -> Layers:
+    """Learn `names` of all layers by the end of groups: in each iteration the group that `numbers` gives."""
+    pairs = act_bits is not None and job.config.mode == "modulated"
+    same = {} if act_bits is None else reconstruction.shared_inputs(job.unet, layers, groups.data)
+    with fake_quantized(job.unet, layers, job.config.mode, act_bits, "straight_through") as fakes:
+        for path, fake in fakes.items():
+            fake.act_scale = fakes[same.get(path, path)].act_scale
+        before = (lambda run: remember(fakes, run)) if pairs else (lambda run: None)
+
+        def loss_of(drawn: Tensor) -> Tensor:
+            number = next(numbers)
+            points = groups.points[number][drawn]
+            rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[number], before)
+            return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
+
+        reconstruction.learn(
+            fakes.values(),
+            names,
+            loss_of,
+            job.samples,
+            iterations=job.bar(range(iterations), part),
+            total=iterations,
+            batch=job.options.learn_batch,
+            lr=lr,
+            generator=job.workspace.generator(part),
+        )
+        return {path: fake.result() for path, fake in fakes.items()}
+
+
+def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
+    """The parameters that are being learnt, each once."""
+    return list({id(p): p for fake in fakes.values() for p in fake.parameters() if p.requires_grad}.values())
+
+
+def _learn_codes(job: Job, groups: Groups, layers: Layers) -> Layers:
+    options = job.options
+    generator = job.workspace.generator("group")
+    numbers = iter(lambda: int(torch.randint(len(groups.calls), (1,), generator=generator)), None)
+    names = ("variable", "weight_scale", "bias")
+    settings = {"part": "codes", "iterations": options.group_iterations, "lr": options.group_lr}
+    return _learn(job, groups, layers, None, names, numbers, **settings)
+
+
+def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:
+    """The layers with one activation scale per group, as tables over the calls."""
+    options, tables = job.options, activation_scales(job, data)
+    found: dict[str, dict[str, list[Tensor]]] = {path: {name: [] for name in tables[path]} for path in layers}
+    for number, calls in enumerate(job.bar(groups.calls, "group scales", unit="group")):
+        middle = slice(calls[len(calls) // 2], calls[len(calls) // 2] + 1)
+        own = {
+            path: dataclasses.replace(layer, **{name: table[middle] for name, table in tables[path].items()})
+            for path, layer in layers.items()
+        }
+        if options.act_iterations:
+            settings = {"part": f"scales-{number}", "iterations": options.act_iterations, "lr": options.act_lr}
+
+            def compute(own: Layers = own, number: int = number, settings: dict[str, Any] = settings) -> Layers:
+                repeated = iter(lambda: number, None)
+                return _learn(job, groups, own, job.config.act_bits, ("act_scale",), repeated, **settings)
+
+            own = job.layers_once(settings["part"], own, compute)
+        for path, entries in found.items():
+            for name, values in entries.items():
+                values += [getattr(own[path], name)] * len(calls)
+    return {
+        path: dataclasses.replace(layer, **{name: torch.cat(values) for name, values in found[path].items()})
+        for path, layer in layers.items()
+    }

@@ -1,0 +1,181 @@
+"""Method "sampling_aware": mixed-order trajectory alignment (MOTA; Zeng et al., Sampling-Aware Quantization, 2026).
+
+A first-order solver (DPM-Solver-1, which is DDIM) and a second-order one (DPM-Solver-2; Lu et al., NeurIPS 2022,
+Algorithm 1) start from the same noise and run on the same time steps t_j, with lambda = log(alpha / sigma)::
+
+    first order    x_{t_{j+1}} = alpha_{j+1} / alpha_j x_{t_j} - sigma_{j+1} (e^h - 1) eps(x_{t_j}, t_j)
+    second order   u_j         = alpha_s / alpha_j x_{t_j} - sigma_s (e^{h/2} - 1) eps(x_{t_j}, t_j)
+                   x_{t_{j+1}} = alpha_{j+1} / alpha_j x_{t_j} - sigma_{j+1} (e^h - 1) eps(u_j, s_j)
+    h = lambda_{j+1} - lambda_j, and s_j the time in the middle: lambda_s = (lambda_j + lambda_{j+1}) / 2
+
+Every module f is reconstructed (`qdiffusion`) towards what it gives at the other solver's point of the same interval::
+
+    min sum_j |f'(u_j, s_j) - f(x_{t_j}, t_j)|^2 + cosine_weight (1 - cos(f'(u_j, s_j), f(x_{t_j}, t_j)))
+
+f' is quantised, behind modules that are. That is what the paper prints; its text says the opposite, f' at the
+first-order point and f in the middle: option `direction`. Iterations, rates and numbers of samples are not published.
+Every row of the UNet's batch is a trajectory of its own, without guidance.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modiff_kernels.calibration.data import CalibrationData, Sampler, collect, uniform_calls
+from modiff_kernels.calibration.methods import Job, check_choice, register
+from modiff_kernels.calibration.qdiffusion import Points, QDiffusionOptions, reconstruct_blocks
+from modiff_kernels.quant.calibrated import CalibratedLayer
+
+DIRECTIONS = ("midpoint_to_first", "first_to_midpoint")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingAwareOptions(QDiffusionOptions):
+    """Options of "sampling_aware", besides those of "qdiffusion".
+
+    direction: where the quantised modules and where the float ones are evaluated, of DIRECTIONS: "midpoint_to_first" as
+    the paper's equations have it, "first_to_midpoint" as its text says. cosine_weight: of the cosine term, 0 for none
+    (the paper: none at 8 bits, 1 at 4).
+    """
+
+    split: bool = False
+    direction: str = "midpoint_to_first"
+    cosine_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("direction", self.direction, DIRECTIONS)
+        if not self.cosine_weight >= 0:
+            raise ValueError(f"calibrate: cosine_weight={self.cosine_weight} is not allowed; give 0 or more")
+
+
+@register("sampling_aware", SamplingAwareOptions, "MOTA: reconstruction of blocks towards a solver of another order")
+def sampling_aware(job: Job) -> dict[str, CalibratedLayer]:
+    """Codes and step sizes by aligning the trajectories of a first- and a second-order solver."""
+    Solver(job.sampler)
+    data = job.data()
+    first, middle = (
+        CalibrationData.from_tensors(part) for part in _parts(job.workspace.once("trajectories", lambda: _run(job)))
+    )
+    seen, wanted = (middle, first) if job.options.direction == "midpoint_to_first" else (first, middle)
+    return reconstruct_blocks(job, data, Points(seen, wanted, job.options.cosine_weight))
+
+
+class Solver:
+    """DPM-Solver-1 and -2 on the time steps of a sampler. ValueError for a scheduler without a table of alphas."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        scheduler = sampler.scheduler
+        prediction = getattr(scheduler.config, "prediction_type", None)
+        if not hasattr(scheduler, "alphas_cumprod") or prediction not in PREDICTIONS:
+            raise ValueError(
+                f"calibrate: sampling_aware needs the alphas_cumprod of a diffusion process and a prediction_type of "
+                f"{', '.join(PREDICTIONS)}; {type(scheduler).__name__} (prediction_type {prediction!r}) is of another "
+                "kind; choose another method"
+            )
+        probe = type(scheduler).from_config(scheduler.config)
+        probe.set_timesteps(sampler.steps)
+        if not torch.equal(probe.scale_model_input(torch.ones(1), probe.timesteps[0]), torch.ones(1)):
+            raise ValueError(
+                f"calibrate: sampling_aware steps from the UNet's input, which {type(scheduler).__name__} scales; use "
+                "DDIMScheduler or DPMSolverMultistepScheduler"
+            )
+        self.prediction = prediction
+        self.timesteps = sampler.timesteps()
+        alphas = scheduler.alphas_cumprod.double().cpu()
+        self.log_alpha = alphas.log() / 2
+        self.lambdas = self.log_alpha - (1 - alphas).log() / 2
+
+    def noise(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and lambda at a time (float64 scalars); log alpha is linear between the table's entries."""
+        below = timestep.double().floor().long().clamp(0, len(self.log_alpha) - 2)
+        log_alpha = torch.lerp(self.log_alpha[below], self.log_alpha[below + 1], timestep.double() - below)
+        log_sigma = (-torch.expm1(2 * log_alpha)).log() / 2
+        return log_alpha.exp(), log_sigma.exp(), log_alpha - log_sigma
+
+    def middle(self, call: int) -> Tensor:
+        """s_j, float32: lambda is half-way between those of two calls; the table is linear in between."""
+        wanted = sum(self.noise(self.timesteps[index])[2] for index in (call, call + 1)) / 2
+        rising = -self.lambdas
+        right = int(torch.searchsorted(rising, -wanted).clamp(1, len(rising) - 1))
+        part = (-wanted - rising[right - 1]) / (rising[right] - rising[right - 1])
+        return (right - 1 + part).float()
+
+    def move(self, sample: Tensor, direction: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """From time `start` to `stop` along eps = direction."""
+        (alpha, _, before), (alpha_stop, sigma_stop, after) = self.noise(start), self.noise(stop)
+        return float(alpha_stop / alpha) * sample - float(sigma_stop * torch.expm1(after - before)) * direction
+
+    def direction(self, output: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
+        """eps from the output of the network."""
+        alpha, sigma, _ = (float(value) for value in self.noise(timestep))
+        if self.prediction == "v_prediction":
+            return alpha * output + sigma * sample
+        return output if self.prediction == "epsilon" else (sample - alpha * output) / sigma
+
+    @torch.no_grad()
+    def run(self, network: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> tuple[list[Any], list[Any]]:
+        """(x_{t_j}, t_j) of the first order and (u_j, s_j) of the second, for every interval of the time steps."""
+
+        def eps(sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.direction(network(sample, timestep), sample, timestep)
+
+        low = high = noise
+        first, middle = [], []
+        for call, (start, stop) in enumerate(zip(self.timesteps, self.timesteps[1:])):
+            first.append((low, start))
+            low = self.move(low, eps(low, start), start, stop)
+            half = self.middle(call)
+            between = self.move(high, eps(high, start), start, half)
+            middle.append((between, half))
+            high = self.move(high, eps(between, half), start, stop)
+        return first, middle
+
+
+def _run(job: Job) -> dict[str, Tensor]:
+    """Tensors of both data sets: the same calls of the same trajectories, in the same order."""
+    solver = Solver(job.sampler)
+    intervals = len(solver.timesteps) - 1
+    if intervals < 2:
+        raise ValueError(f"calibrate: sampling_aware needs at least 3 time steps, the sampler has {intervals + 1}")
+    starts = torch.zeros(job.samples, 1, dtype=torch.int64)
+    with job.bar((), "noise", total=job.samples, unit="image") as bar:
+        noise = collect(job.sampler, starts, range(job.seed, job.seed + job.samples), job.batch, bar.update)
+    calls = uniform_calls(intervals, min(job.options.calls_per_sample, intervals - 1), 1)[0].tolist()
+    parts: dict[str, list[dict[str, Tensor]]] = {"first": [], "middle": []}
+    for points in job.bar(list(noise.batches(job.batch)), "trajectories", unit="batch"):
+        (sample, _), conditions = noise.arguments(points)
+
+        def network(sample: Tensor, timestep: Tensor, conditions: dict[str, Any] = conditions) -> Tensor:
+            return job.unet(sample, timestep.expand(len(sample)), **conditions, return_dict=False)[0]
+
+        for name, states in zip(parts, solver.run(network, sample)):
+            for call in calls:
+                (now, timestep), (before, previous) = states[call], states[call - 1]
+                parts[name].append(
+                    {
+                        "sample": now,
+                        "previous_sample": before,
+                        "timestep": timestep.expand(len(points)),
+                        "previous_timestep": previous.expand(len(points)),
+                        "call": torch.full((len(points),), call),
+                        "row": noise.row[points],
+                    }
+                )
+    whole: dict[str, Tensor] = {}
+    for name, found in parts.items():
+        points_of = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+        data = CalibrationData(**points_of, timesteps=noise.timesteps, conditions=noise.conditions)
+        whole |= {f"{name}/{key}": value.clone() for key, value in data.tensors().items()}  # files share nothing
+    return whole
+
+
+def _parts(whole: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [
+        {key.removeprefix(f"{name}/"): value for key, value in whole.items() if key.startswith(f"{name}/")}
+        for name in ("first", "middle")
+    ]

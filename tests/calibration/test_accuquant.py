@@ -1,0 +1,251 @@
+"""AccuQuant: its gradient against back-propagation through all steps, its memory, and that groups end closer."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import modiff_kernels as mk
+from modiff_kernels.calibration import accuquant
+from modiff_kernels.calibration.accuquant import EndLoss, Groups, Rollout, learnt, scheduler_at
+from modiff_kernels.calibration.data import collect, pipeline_sampler
+from modiff_kernels.calibration.fake import fake_quantized
+from modiff_kernels.calibration.methods import Job, layers_of
+from modiff_kernels.calibration.workspace import Workspace
+from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
+
+STATIC = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static", mode="quantized")
+SMALL = {"steps": 6, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
+FEW = {"network_iterations": 0, "group_steps": 4, "group_iterations": 3, "act_iterations": 2, "learn_batch": 2}
+STEPS = 12
+
+
+@pytest.fixture
+def sampler(pipe):
+    return pipeline_sampler(pipe, STEPS, {})
+
+
+@pytest.fixture
+def layers(pipe):
+    """Four-bit codes of the up blocks, with scales of their inputs."""
+    found = {}
+    for path, module in pipe.unet.named_modules():
+        if path.startswith(("up_blocks", "conv_out")) and hasattr(module, "weight") and module.weight.ndim in (2, 4):
+            codes = QuantizedWeight.rounded(module.weight, 4)
+            found[path] = CalibratedLayer(codes, torch.tensor([0.05]), torch.zeros(1, dtype=torch.int32))
+    return found
+
+
+def starts(sampler, first):
+    return collect(sampler, torch.full((2, 1), first), range(2), 2)
+
+
+def watch(fakes):
+    for fake in fakes.values():
+        for parameter in (fake.variable, fake.weight_scale, fake.act_scale, fake.bias):
+            if parameter is not None:
+                parameter.requires_grad_(True)
+    return learnt(fakes)
+
+
+def whole_graph(pipe, sampler, start, calls, form):
+    """The end of the group with the graph of all steps in memory: what each form of the gradient stands for."""
+    scheduler = scheduler_at(sampler, calls.start)
+    x = start
+    for call in calls:
+        timestep = scheduler.timesteps[call]
+        seen = x if form == "exact" else x.detach()
+        output = pipe.unet(seen, torch.full((len(x),), float(timestep)), return_dict=False)[0]
+        given = x.detach() if form == "identity" else x
+        after = scheduler.step(output, timestep, given, return_dict=False)[0]
+        x = after + x - x.detach() if form == "identity" else after
+    return x
+
+
+@pytest.mark.parametrize("form", accuquant.GRADIENTS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_gradient_against_back_propagation(pipe, sampler, layers, steps, form):
+    data, calls = starts(sampler, 4), range(4, 4 + steps)
+    target = torch.randn(data.sample.shape, generator=torch.Generator().manual_seed(0))
+    with fake_quantized(pipe.unet, layers, "quantized", 8, "straight_through") as fakes:
+        parameters = watch(fakes)
+        loss = (whole_graph(pipe, sampler, data.sample, calls, form) - target).square().mean()
+        expected = torch.autograd.grad(loss, parameters)
+        rollout = Rollout(pipe.unet, sampler, data, torch.arange(2), calls)
+        found_loss = EndLoss.apply(rollout, target, form, *parameters)
+        found = torch.autograd.grad(3 * found_loss, parameters)
+    torch.testing.assert_close(found_loss, loss)
+    size = max(float(part.abs().max()) for part in expected)  # some, like that of the bias of to_k, are 0 but for noise
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, 3 * theirs, rtol=1e-4, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("form", ["identity", "scheduler-coefficients"])
+def test_approximate_gradients_point_where_the_exact_one_does(pipe, sampler, layers, form):
+    data, calls = starts(sampler, 4), range(4, 7)
+    with torch.no_grad():
+        target = Rollout(pipe.unet, sampler, data, torch.arange(2), calls).run()
+    with fake_quantized(pipe.unet, layers, "quantized", 8, "straight_through") as fakes:
+        parameters = watch(fakes)
+        flat = []
+        for name in (form, "exact"):
+            loss = EndLoss.apply(Rollout(pipe.unet, sampler, data, torch.arange(2), calls), target, name, *parameters)
+            flat.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
+    assert not torch.equal(*flat)
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.9
+
+
+def peak_bytes(run):
+    """The most bytes that run() has allocated at a time, by the allocator's own events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def test_memory_does_not_grow_with_the_steps_of_a_group(pipe, sampler, layers):
+    data = starts(sampler, 1)
+    target = torch.zeros_like(data.sample)
+    peaks = {}
+    with fake_quantized(pipe.unet, layers, "quantized", 8, "straight_through") as fakes:
+        parameters = watch(fakes)
+        for steps in (2, 8):
+            calls = range(1, 1 + steps)
+
+            def back_propagate(calls=calls):
+                end = whole_graph(pipe, sampler, data.sample, calls, "exact")
+                torch.autograd.grad((end - target).square().mean(), parameters)
+
+            peaks["whole graph", steps] = peak_bytes(back_propagate)
+            for form in ("identity", "exact"):
+
+                def step_by_step(calls=calls, form=form):
+                    rollout = Rollout(pipe.unet, sampler, data, torch.arange(2), calls)
+                    torch.autograd.grad(EndLoss.apply(rollout, target, form, *parameters), parameters)
+
+                peaks[form, steps] = peak_bytes(step_by_step)
+    for form in ("identity", "exact"):
+        assert peaks[form, 8] <= 1.1 * peaks[form, 2], peaks
+    assert peaks["whole graph", 8] > 2 * peaks["whole graph", 2], peaks
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_groups_of_the_float_network(pipe, name):
+    """Its groups end where the next one starts, with a sampler whose steps do not depend on those before."""
+    import diffusers
+
+    options = {"solver_order": 1} if name.startswith("DPM") else {}
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    job = make_job(pipe, group_steps=4)
+    groups = accuquant.collect_groups(job)
+    assert groups.calls == [range(4), range(4, 8), range(8, 10)]
+    for own, after in zip(groups.points[:-1], groups.points[1:]):
+        torch.testing.assert_close(groups.target[own], groups.data.sample[after])
+    images = pipe(batch_size=1, num_inference_steps=10, generator=[torch.manual_seed(0)], output_type="np").images
+    last = groups.target[groups.points[-1][:1]].permute(0, 2, 3, 1).numpy()
+    assert abs((last / 2 + 0.5).clip(0, 1) - images).max() < 1e-5
+
+
+def make_job(pipe, **options):
+    config, chosen = STATIC, accuquant.AccuQuantOptions(**options)
+    sampler = pipeline_sampler(pipe, 10, {})
+    return Job(pipe.unet, sampler, config, chosen, 4, 2, 0, Workspace(None, {}), True, layers_of(pipe.unet, config))
+
+
+def group_errors(pipe, result, groups: Groups, config):
+    """Mean squared error at the end of every group, of the layers that accelerate makes."""
+    sampler = pipeline_sampler(pipe, SMALL["steps"], {})
+    errors = []
+    for points, calls in zip(groups.points, groups.calls):
+        handle = mk.accelerate(pipe.unet, config, calibration=result)
+        with handle.sampling_run(scheduler=scheduler_at(sampler, calls.start)):
+            end = Rollout(pipe.unet, sampler, groups.data, points, calls).run()
+        handle.remove()
+        errors.append((end - groups.target[points]).square().mean())
+    return torch.stack(errors)
+
+
+def test_learnt_codes_lower_the_error_at_the_ends(pipe):
+    config = mk.ModiffConfig(weight_bits=3, act_bits=None)
+    groups = accuquant.collect_groups(dataclasses.replace(make_job(pipe), sampler=pipeline_sampler(pipe, 6, {})))
+    errors = {}
+    for iterations in (0, 40):
+        options = {**FEW, "group_iterations": iterations, "group_lr": 0.03, "learn_batch": 4}
+        result = mk.calibrate(pipe, "accuquant", config, **SMALL, **options)
+        errors[iterations] = group_errors(pipe, result, groups, config).mean()
+    assert errors[40] < 0.7 * errors[0], errors
+
+
+@pytest.mark.parametrize("mode", ["modulated", "quantized"])
+def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch, mode):
+    config = dataclasses.replace(STATIC, mode=mode)
+    whole = mk.calibrate(pipe, "accuquant", config, **SMALL, **FEW)
+    real, parts = accuquant._learn, []
+
+    def interrupted(*args, part, **settings):
+        parts.append(part)
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return real(*args, part=part, **settings)
+
+    monkeypatch.setattr(accuquant, "_learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
+    again = mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
+    assert parts == ["codes", "scales-0", "scales-1", "scales-1"]
+    for path, layer in whole.layers.items():
+        other = again.layers[path]
+        assert torch.equal(layer.weight.codes, other.weight.codes)
+        assert torch.equal(layer.act_scale, other.act_scale)
+        assert layer.act_scale.shape == (6,)
+        assert (layer.act_scale[:4] == layer.act_scale[0]).all()
+        assert layer.act_scale[4] == layer.act_scale[5] != layer.act_scale[0]
+    attention = "mid_block.attentions.0"
+    to_q, to_v = (whole.layers[f"{attention}.{name}"] for name in ("to_q", "to_v"))
+    assert torch.equal(to_q.act_scale, to_v.act_scale)
+    start = mk.calibrate(pipe, "accuquant", config, weights=whole, **SMALL, **{**FEW, "act_iterations": 0})
+    assert torch.equal(start.layers[f"{attention}.to_q"].weight.codes, to_q.weight.codes)
+    assert not torch.equal(start.layers[f"{attention}.to_q"].act_scale, to_q.act_scale)
+    handle = mk.accelerate(pipe, calibration=tmp_path)
+    image = pipe(batch_size=1, num_inference_steps=6, generator=torch.manual_seed(0), output_type="np").images
+    handle.remove()
+    reference = pipe(batch_size=1, num_inference_steps=6, generator=torch.manual_seed(0), output_type="np").images
+    assert 0 < abs(image - reference).mean() < 0.1
+
+
+def test_what_it_refuses(pipe):
+    from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+    for options, message in (
+        ({"gradient": "none"}, "gradient='none' is not allowed; choose one of 'identity', 'scheduler-coefficients'"),
+        ({"group_steps": 0}, "group_steps=0 is not allowed"),
+        ({"table": False}, "table=False is not allowed"),
+        ({"act_iterations": -1}, "act_iterations=-1 is not allowed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mk.calibrate(pipe, "accuquant", STATIC, **SMALL, **options)
+    for scheduler, message in (
+        (PNDMScheduler(), "which PNDMScheduler cannot; use DDIMScheduler"),
+        (EulerDiscreteScheduler(), "which EulerDiscreteScheduler scales; use DDIMScheduler"),
+    ):
+        pipe.scheduler = scheduler
+        with pytest.raises(ValueError, match=message):
+            mk.calibrate(pipe, "accuquant", STATIC, **SMALL)
+
+
+def test_guidance_in_one_batch_is_refused(pipe):
+    sampler = pipeline_sampler(pipe, 6, {})
+
+    def twice(seeds):
+        scheduler = scheduler_at(sampler, 0)
+        sample = torch.zeros(len(seeds), 3, 8, 8)
+        for timestep in scheduler.timesteps:
+            output = pipe.unet(torch.cat([sample, sample]), timestep.float(), return_dict=False)[0]
+            sample = scheduler.step(output.chunk(2)[0], timestep, sample, return_dict=False)[0]
+
+    with pytest.raises(ValueError, match="needs one row of the UNet's batch per image; sample without guidance"):
+        mk.calibrate(pipe.unet, "accuquant", STATIC, scheduler=pipe.scheduler, sample=twice, **SMALL)

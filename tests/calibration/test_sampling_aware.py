@@ -1,0 +1,175 @@
+"""Sampling-aware calibration: its two solvers against known solutions, and what is aligned with what."""
+
+import pytest
+import torch
+
+import modiff_kernels as mk
+from modiff_kernels.calibration import sampling_aware
+from modiff_kernels.calibration.data import collect, pipeline_sampler
+from modiff_kernels.calibration.fake import fake_quantized
+from modiff_kernels.calibration.qdiffusion import cosine_distance
+from modiff_kernels.calibration.sampling_aware import DIRECTIONS, Solver
+
+STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
+SMALL = {"steps": 5, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
+FEW = {"weight_iterations": 2, "act_iterations": 1, "learn_batch": 4}
+DEVIATION = 0.5
+
+
+def gaussian(solver):
+    """The exact eps for images from a normal distribution, and how large x is along its exact trajectory."""
+
+    def size(timestep):
+        alpha, sigma, _ = solver.noise(timestep)
+        return ((alpha * DEVIATION) ** 2 + sigma**2).sqrt()
+
+    return lambda x, timestep: solver.noise(timestep)[1] * x / size(timestep) ** 2, size
+
+
+def test_the_first_order_is_ddim(pipe):
+    pipe.scheduler.register_to_config(clip_sample=False)
+    sampler = pipeline_sampler(pipe, 10, {})
+    data = collect(sampler, torch.arange(10).expand(2, -1), range(2), 2)
+    noise = data.sample[data.call == 0]
+    first, _ = Solver(sampler).run(lambda x, t: pipe.unet(x, t.expand(2), return_dict=False)[0], noise)
+    for call, (sample, timestep) in enumerate(first):
+        assert timestep == data.timesteps[call]
+        torch.testing.assert_close(sample, data.sample[data.call == call], rtol=1e-4, atol=1e-4)
+
+
+def test_orders_of_convergence(pipe):
+    """Halving the steps divides the error by 2 with the first order and by 4 or more with the second."""
+    errors = {}
+    for steps in (20, 40, 80):
+        solver = Solver(pipeline_sampler(pipe, steps, {}))
+        solver.timesteps = torch.linspace(900, 100, steps + 1)
+        network, size = gaussian(solver)
+        noise = torch.ones(1, dtype=torch.float64)
+        for order, states in enumerate(solver.run(network, noise), 1):
+            sample, timestep = states[-1]
+            errors[order, steps] = float(abs(sample / noise - size(timestep) / size(solver.timesteps[0])))
+    for steps in (20, 40):
+        assert 1.7 < errors[1, steps] / errors[1, 2 * steps] < 2.3, errors
+        assert errors[2, steps] / errors[2, 2 * steps] > 3.5, errors
+
+
+def test_the_middle_of_an_interval(pipe):
+    solver = Solver(pipeline_sampler(pipe, 5, {}))
+    for call in range(4):
+        start, stop = solver.timesteps[call : call + 2]
+        middle = solver.middle(call)
+        assert stop < middle < start
+        half = (solver.noise(start)[2] + solver.noise(stop)[2]) / 2
+        assert float(solver.noise(middle)[2]) == pytest.approx(float(half), abs=1e-3)
+
+
+@pytest.mark.parametrize("prediction", sampling_aware.PREDICTIONS)
+def test_directions_of_all_predictions(pipe, prediction):
+    pipe.scheduler.register_to_config(prediction_type=prediction)
+    solver, timestep = Solver(pipeline_sampler(pipe, 5, {})), torch.tensor(300.0)
+    image, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    alpha, sigma = pipe.scheduler.alphas_cumprod[300].sqrt(), (1 - pipe.scheduler.alphas_cumprod[300]).sqrt()
+    output = {"epsilon": eps, "sample": image, "v_prediction": alpha * eps - sigma * image}[prediction]
+    torch.testing.assert_close(
+        solver.direction(output, alpha * image + sigma * eps, timestep), eps, rtol=1e-3, atol=1e-3
+    )
+
+
+def captured_points(pipe, monkeypatch, direction):
+    seen, real = [], sampling_aware.reconstruct_blocks
+
+    def capture(job, data, points):
+        seen.append(points)
+        return real(job, data, points)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_aware, "reconstruct_blocks", capture)
+        options = {**FEW, "weight_iterations": 40, "direction": direction, "cosine_weight": 0.5}
+        result = mk.calibrate(pipe, "sampling_aware", mk.ModiffConfig(3, None), **SMALL, **options)
+    return seen[0], result
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_quantised_blocks_come_closer_to_those_at_the_other_point(pipe, monkeypatch, direction):
+    points, result = captured_points(pipe, monkeypatch, direction)
+    grid = set(pipeline_sampler(pipe, 5, {}).timesteps().tolist())
+    first, middle = (points.wanted, points.seen) if direction == "midpoint_to_first" else (points.seen, points.wanted)
+    assert set(first.timestep.tolist()) <= grid
+    assert not set(middle.timestep.tolist()) & grid
+    assert torch.equal(first.call, middle.call)
+    assert (first.timestep > middle.timestep).all()
+    assert (first.previous_timestep > middle.previous_timestep).all()
+    assert (middle.previous_timestep > first.timestep).all()
+
+    block = next(path for path in result.layers if path.endswith("resnets.0.conv1")).removesuffix(".conv1")
+    rounded = mk.calibrate(pipe, "minmax", mk.ModiffConfig(3, None), **SMALL)
+    outputs = {}
+
+    def run(name, data):
+        hook = pipe.unet.get_submodule(block).register_forward_hook(
+            lambda module, args, output: outputs.__setitem__(name, output)
+        )
+        with torch.no_grad():
+            args, kwargs = data.arguments(torch.arange(len(data)))
+            pipe.unet(*args, **kwargs)
+        hook.remove()
+
+    run("wanted", points.wanted)
+    for name, layers in (("learnt", result.layers), ("rounded", rounded.layers)):
+        with fake_quantized(pipe.unet, layers, "modulated", None) as fakes:
+            for fake in fakes.values():
+                fake.hard = True
+            run(name, points.seen)
+    error = {name: (outputs[name] - outputs["wanted"]).square().mean() for name in ("learnt", "rounded")}
+    assert error["learnt"] < 0.9 * error["rounded"], error
+
+
+@pytest.mark.parametrize("mode", ["modulated", "quantized"])
+def test_result_can_be_used(pipe, mode):
+    config = mk.ModiffConfig(4, 8, scale_mode="static", mode=mode)
+    result = mk.calibrate(pipe, "sampling_aware", config, **SMALL, **FEW)
+    assert all(layer.input_scale is None for layer in result.layers.values())
+    assert result.metadata["options"]["direction"] == "midpoint_to_first"
+    handle = mk.accelerate(pipe, calibration=result)
+    image = pipe(batch_size=1, num_inference_steps=5, generator=torch.manual_seed(0), output_type="np").images
+    handle.remove()
+    reference = pipe(batch_size=1, num_inference_steps=5, generator=torch.manual_seed(0), output_type="np").images
+    assert 0 < abs(image - reference).mean() < 0.1
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_result(pipe, tmp_path, monkeypatch):
+    config = mk.ModiffConfig(4, None)
+    whole = mk.calibrate(pipe, "sampling_aware", config, **SMALL, **FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_aware, "reconstruct_blocks", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mk.calibrate(pipe, "sampling_aware", config, folder=tmp_path, **SMALL, **FEW)
+    monkeypatch.setattr(sampling_aware, "_run", lambda job: 1 / 0)
+    again = mk.calibrate(pipe, "sampling_aware", config, folder=tmp_path, **SMALL, **FEW)
+    for path, layer in whole.layers.items():
+        assert torch.equal(layer.weight.codes, again.layers[path].weight.codes)
+
+
+def test_cosine_term():
+    outputs = torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]])
+    targets = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])
+    assert cosine_distance(outputs, targets) == pytest.approx(0.5)  # 0 of the first, 1 of the second
+
+
+def test_what_it_refuses(pipe):
+    from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    for options, message in (
+        ({"direction": "both"}, "direction='both' is not allowed; choose one of 'midpoint_to_first'"),
+        ({"cosine_weight": -1.0}, "cosine_weight=-1.0 is not allowed"),
+        ({"steps": 2, "calls_per_sample": 1}, "needs at least 3 time steps, the sampler has 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mk.calibrate(pipe, "sampling_aware", STATIC, **{**SMALL, **options})
+    for scheduler, message in (
+        (EulerDiscreteScheduler(), "which EulerDiscreteScheduler scales; use DDIMScheduler"),
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler .* is of another kind"),
+    ):
+        pipe.scheduler = scheduler
+        with pytest.raises(ValueError, match=message):
+            mk.calibrate(pipe, "sampling_aware", STATIC, **SMALL)
