@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,8 @@ def compiler():
 def host_module(tmp_path_factory, compiler):
     """Compiles emulator/<name>.cpp, functions of csrc as a Python module, and imports it."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11, of the extra `test`, was not found")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Python.h was not found: the headers of this Python (python3-dev on Debian and Ubuntu) are missing")
     return lambda name: compile_module(compiler, name, tmp_path_factory.mktemp(name), pybind11.get_include())
 
 

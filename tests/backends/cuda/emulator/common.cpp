@@ -1,6 +1,5 @@
 // The functions of csrc/common as a Python module, for tests/backends/cuda/test_common.py.
 #include <pybind11/numpy.h>
-#include <pybind11/stl.h>
 
 #include "common/dtype.h"
 #include "common/packing.h"
