@@ -48,7 +48,7 @@ def make_bench(network: str, batch: int, clock) -> Bench:
         return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
     calls, pictures = recorded(unet, sample)
-    return Bench(unet, mk.ModiffConfig(), MODES, {}, sample, pictures, calls, clock, lambda: None)
+    return Bench(unet, mk.ModiffConfig(), MODES, None, {}, sample, pictures, calls, clock, lambda: None)
 
 
 def planned(bench: Bench, modes: dict[str, Mode]) -> Subject:
