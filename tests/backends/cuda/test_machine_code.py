@@ -1,8 +1,12 @@
 """The machine code of the library that was built here, against the rules of tools/sass_rules.json; and the reader."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ from modiff_kernels.backends.cuda import library
 from tools import sass_report
 from tools.sass_report import Row
 
+CSRC = Path(__file__).resolve().parents[3] / "csrc"
 ARCHS = ["sm_80", "sm_90a"]  # sm_86 and sm_89 are made of the same PTX as sm_80
 RULES = sass_report.load_rules(sass_report.RULES)
 
@@ -27,6 +32,22 @@ def rows():
 def test_rules_hold(rows, rule):
     assert {row.arch for row in rows} == set(ARCHS)
     assert sass_report.broken(rule, rows) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
+def test_processors_newer_than_hopper(arch, tmp_path):
+    """They run what the driver makes of the PTX of sm_80; here sources of it are compiled for them, without spills."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if shutil.which(nvcc) is None:
+        pytest.skip("no nvcc was found")
+    for source in ("common/weight_sums.cu", "sm80/product_bytes.cu", "sm80/product_unpacked.cu"):
+        command = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas=-v", f"-I{CSRC}", "-c", CSRC / "cuda" / source]
+        done = subprocess.run([*command, "-o", tmp_path / "out.o"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        assert spills
+        assert set(spills) == {("0", "0")}
 
 
 @pytest.mark.slow
