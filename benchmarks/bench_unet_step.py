@@ -5,8 +5,9 @@
 
 The input of call i is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at the i-th of 50 DDIM timesteps with one x_0 and one
 noise: the trajectory of a perfect predictor. It is the same for all configurations, and needs no trained weights. The
-configurations take turns at every call (A B C A B C ...); first calls (initialize) and later ones (update) are kept
-apart. Before anything is timed, every configuration runs once and its last output is checked against plain eager; one
+configurations take turns run by run, another one first each time, and ratios pair calls of one place in neighbouring
+runs. Turns at every call would time each network with caches full of the others, which no sampler does; small networks
+take twice as long then. First calls (initialize) and later ones (update) are kept apart. Before anything is timed, every configuration runs once and its last output is checked against plain eager; one
 that fails is not timed and makes the exit code 1.
 
 Baselines: eager in both memory formats, torch.compile (on CUDA with max-autotune, without and with CUDA graphs), and
@@ -178,18 +179,16 @@ def verify(
 
 
 def measure(configs: list[Configuration], inputs: list, keywords: dict[str, Any], rounds: int, quiet: bool) -> None:
-    """Time `rounds` sampling runs; at every call the configurations take turns, another one first each time."""
-    with tqdm(total=rounds * len(inputs), desc="time", unit="call", disable=quiet, leave=False) as bar:
-        for _ in range(rounds):
-            with contextlib.ExitStack() as stack:
-                for configuration in configs:
-                    stack.enter_context(configuration.run())
-                for index, (x, t) in enumerate(inputs):
-                    shift = index % len(configs)
-                    for configuration in configs[shift:] + configs[:shift]:
+    """Time `rounds` sampling runs of each configuration, in turns, another one first each time."""
+    with tqdm(total=rounds * len(configs), desc="time", unit="run", disable=quiet, leave=False) as bar:
+        for turn in range(rounds):
+            shift = turn % len(configs)
+            for configuration in configs[shift:] + configs[:shift]:
+                with configuration.run():
+                    for index, (x, t) in enumerate(inputs):
                         _, seconds = call(configuration, x, t, keywords)
                         (configuration.update if index else configuration.first).append(seconds)
-                    bar.update()
+                bar.update()
 
 
 def result_rows(
