@@ -7,8 +7,9 @@ The input of call i is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at the i-th of 
 noise: the trajectory of a perfect predictor. It is the same for all configurations, and needs no trained weights. The
 configurations take turns run by run, another one first each time, and ratios pair calls of one place in neighbouring
 runs. Turns at every call would time each network with caches full of the others, which no sampler does; small networks
-take twice as long then. First calls (initialize) and later ones (update) are kept apart. Before anything is timed, every configuration runs once and its last output is checked against plain eager; one
-that fails is not timed and makes the exit code 1.
+take up to twice as long then. First calls (initialize) and later ones (update) are kept apart. Before anything is
+timed, every configuration runs once and its last output is checked against plain eager; one that fails is not timed and
+makes the exit code 1.
 
 Baselines: eager in both memory formats, torch.compile (on CUDA with max-autotune, without and with CUDA graphs), and
 torchao's dynamic int8 where it can be imported. The bound beside each row is that of benchmarks/bounds.py; peak memory
