@@ -6,7 +6,8 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
 
     compare [FILE]     benchmarks/results/compare.json, or FILE.json there, as `modiff compare --json` writes it
-    unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
+    unet_step NETWORK BATCH  the newest rows of that network and batch in benchmarks/results/*.csv
+    unet_step_profile NETWORK BATCH  likewise, with --profile
     integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
     pareto NETWORK     benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
     calibration        benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
@@ -27,9 +28,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import pareto_report
+import torch
+
+from benchmarks import pareto_report, step_profile
+from benchmarks.bench_unet_step import all_rows
 from benchmarks.record import ROOT, read
-from modiff_kernels.cli.rows import build_rows
 from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation.report import markdown_table
 
@@ -84,26 +87,55 @@ def compare_table(results: Path, name: str = "compare") -> str:
     return f"{table}\n\n`{report['command']}`: {notes}\n"
 
 
-def unet_step_table(results: Path, network: str) -> str:
+def unet_step_table(results: Path, network: str, batch: str) -> str:
     """Of each configuration and metric the last row of the file counts."""
     tables = []
     for path in sorted(results.glob("*.csv")):
         newest: dict[str, dict[str, dict[str, str]]] = {}
         for row in read(path):
-            match = re.fullmatch(rf"{network}-b(\d+)-(.+)", row["problem"])
+            match = re.fullmatch(rf"{network}-b{batch}-(.+)", row["problem"])
             if row["op"] == "unet_step" and match:
-                newest.setdefault(match[2], {})[row["metric"]] = row | {"batch": match[1]}
-        names = {row.key: row.name for row in build_rows((8,), None, True)}
+                newest.setdefault(match[1], {})[row["metric"]] = row
+        names = step_names()
         cells = [_step_cells(names[key], newest[key]) for key in names if key in newest]
         if cells:
             last = next(reversed(newest.values()))["update_time"]
             commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
             text = (
-                f"{markdown_table(UNET_STEP_HEADER, cells)}\n\n`{last['repro']}`: {network}, batch {last['batch']}; "
+                f"{markdown_table(UNET_STEP_HEADER, cells)}\n\n`{last['repro']}`: {network}, batch {batch}; "
                 f"{last['device']}; torch {last['torch']}; commit {commit}, {last['utc'][:10]}.\n"
             )
             tables.append((last["utc"], text))
     return _newest(tables)
+
+
+def unet_step_profile_table(results: Path, network: str, batch: str) -> str:
+    """Kinds of work by configuration."""
+    tables = []
+    for path in sorted(results.glob("*.csv")):
+        newest: dict[str, dict[str, dict[str, str]]] = {}
+        for row in read(path):
+            match = re.fullmatch(rf"{network}-b{batch}-(.+)", row["problem"])
+            if row["op"] == "unet_step_profile" and match:
+                newest.setdefault(match[1], {})[row["metric"]] = row
+        if not newest:
+            continue
+        columns = [[float(parts[kind]["p50"]) for kind in step_profile.PARTS] for parts in newest.values()]
+        cells = [[kind, *[f"{ms:.2f}" for ms in line]] for kind, *line in zip(step_profile.PARTS, *columns)]
+        cells.append(["sum", *[f"{sum(column):.2f}" for column in columns]])
+        last = next(iter(newest[next(reversed(newest))].values()))
+        header = ("ms of a call", *[step_names()[key] for key in newest])
+        text = (
+            f"{markdown_table(header, cells)}\n\n`{last['repro']}`: {network}, batch {batch}; {last['device']}; torch "
+            f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}.\n"
+        )
+        tables.append((last["utc"], text))
+    return _newest(tables)
+
+
+def step_names() -> dict[str, str]:
+    """By key, the names of the configurations of benchmarks/bench_unet_step.py."""
+    return {row.key: row.name for row in all_rows(torch.device("cpu"), torch.float32, compiled=True)}
 
 
 def _newest(tables: Sequence[tuple[str, str]]) -> str:
@@ -262,6 +294,7 @@ def filled(text: str, results: Path) -> str:
         makers = {
             "compare": compare_table,
             "unet_step": unet_step_table,
+            "unet_step_profile": unet_step_profile_table,
             "integer_conv": integer_conv_table,
             "attention": attention_table,
             "calibration": calibration_table,
