@@ -56,6 +56,33 @@ def test_tables_come_from_results(tool, results):
     assert tool.filled(new, results) == new
 
 
+def test_calibrations_by_sampler_and_what_papers_claim(tool, tmp_path):
+    common = {"ssim": 0.5, "frechet": 0.25, "calibration_cpu_s": 9.6, "peak_mib": 100.4, "features": "pool4"}
+
+    def row(method, bits, way, psnr_db, sampler="DDIM-20"):
+        return {**common, "sampler": sampler, "method": method, "bits": bits, "way": way, "psnr_db": psnr_db}
+
+    rows = [
+        row("qdiffusion", "W4", "float", 43.0),
+        row("qdiffusion", "W4A4", "plain", 25.0),
+        row("qdiffusion", "W4A4", "modulated", 42.0),
+        row("qdiffusion", "W4A8", "plain", 41.0),  # without the other two it is not shown
+        row("accuquant", "W4A8", "plain", 44.0),
+        row("qdiffusion", "W4A4", "plain", 1.0, sampler="DDIM-100"),
+    ]
+    commands = ["python x --samplers DDIM-20 --y", "python x --samplers DDIM-100"]
+    report = {"rows": rows, "commands": commands, "images": 4, "samples": 8, "torch": "2"}
+    (tmp_path / "calibration.json").write_text(json.dumps(report))
+    new = tool.calibration_table(tmp_path, "DDIM-20")
+    assert [line for line in new.splitlines() if line.startswith("| W")] == [
+        "| W4A4, qdiffusion | 43.0 | 25.0 | 42.0 | 0.500 | 0.500 | 0.25 | 0.25 | 10 | 100 |"
+    ]
+    assert new.endswith("torch 2. `python x --samplers DDIM-20 --y`\n")
+    claims = tool.paper_claims_table(tmp_path, "DDIM-20", "DDIM-100")
+    assert "| W4A8 qdiffusion, accuquant, plain | 41.0, 44.0 | - |" in claims
+    assert "| W4A4 qdiffusion, plain and modulated | 25.0, 42.0 | - |" in claims
+
+
 def test_the_profile_adds_up(tool, tmp_path):
     rows = [
         {
