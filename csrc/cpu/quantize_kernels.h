@@ -278,47 +278,85 @@ class Quantizer {
     }
   }
 
-  // residual = x - x_hat (or x) of `count` rows from row l. again: in the second phase, which finds statistics made.
-  void residual_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, float* residual, bool again) {
-    const int64_t c = p_.channels, size = count * c;
-    const int64_t width = p_.prologue == Prologue::kGeglu ? 2 * c : c;
-    const float* input = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * width, count * width, buffer.input);
-    if (p_.prologue != Prologue::kGroupNorm && !again) prefetch_state(n, l + count, count);
-    const float* x_hat =
-        p_.x_hat == nullptr ? nullptr : load_row(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * c, size, buffer.x_hat);
+  // Calls body(row length, rows, width, value) with x of `count` rows from row l as value(row of input, k, i); lengths
+  // and widths in values. again: in the second phase, which finds statistics made.
+  template <class Body>
+  void with_values(const float* input, int64_t n, int64_t l, int64_t count, bool again, const Body& body) {
+    const int64_t c = p_.channels;
     switch (p_.prologue) {
       case Prologue::kIdentity:
-        subtract(input, size, 1, size, x_hat, residual,
-                 [](const float* row, int64_t, int64_t i) { return row[i]; });
-        break;
+        // One long row; with a literal 1 for `rows`, GCC 12 leaves the loop of range_rows scalar.
+        return body(count * c, count > 0, 0, [](const float* row, int64_t, int64_t i) { return row[i]; });
       case Prologue::kGroupNorm: {
         const float* __restrict a = coefficients_ + n * 2 * c;
         const float* __restrict b = a + c;
-        if (p_.silu) {
-          subtract(input, width, count, c, x_hat, residual,
-                   [a, b](const float* row, int64_t, int64_t i) { return silu_(fma_(a[i], row[i], b[i])); });
-        } else {
-          subtract(input, width, count, c, x_hat, residual,
-                   [a, b](const float* row, int64_t, int64_t i) { return fma_(a[i], row[i], b[i]); });
-        }
-        break;
+        if (p_.silu)
+          return body(c, count, c,
+                      [a, b](const float* row, int64_t, int64_t i) { return silu_(fma_(a[i], row[i], b[i])); });
+        return body(c, count, c, [a, b](const float* row, int64_t, int64_t i) { return fma_(a[i], row[i], b[i]); });
       }
       case Prologue::kLayerNorm: {
         if (!again) row_statistics(input, n * p_.rows + l, count);
         const float* __restrict gamma = coefficients_;
         const float* __restrict beta = gamma + c;
         const float* __restrict stats = stats_ + 2 * (n * p_.rows + l);
-        subtract(input, width, count, c, x_hat, residual,
-                 [gamma, beta, stats](const float* row, int64_t k, int64_t i) {
-                   return fma_((row[i] - stats[2 * k]) * stats[2 * k + 1], gamma[i], beta[i]);
-                 });
-        break;
+        return body(c, count, c, [gamma, beta, stats](const float* row, int64_t k, int64_t i) {
+          return fma_((row[i] - stats[2 * k]) * stats[2 * k + 1], gamma[i], beta[i]);
+        });
       }
       case Prologue::kGeglu:
-        subtract(input, width, count, c, x_hat, residual,
-                 [c](const float* row, int64_t, int64_t i) { return row[i] * gelu_(row[c + i]); });
-        break;
+        return body(c, count, 2 * c, [c](const float* row, int64_t, int64_t i) { return row[i] * gelu_(row[c + i]); });
     }
+  }
+
+  const float* input_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer) const {
+    const int64_t width = p_.prologue == Prologue::kGeglu ? 2 * p_.channels : p_.channels;
+    return load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * width, count * width, buffer.input);
+  }
+
+  const float* state_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer) const {
+    if (p_.x_hat == nullptr) return nullptr;
+    const int64_t c = p_.channels;
+    return load_row(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * c, count * c, buffer.x_hat);
+  }
+
+  // residual = x - x_hat (or x) of `count` rows from row l.
+  void residual_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, float* residual, bool again) {
+    const float* input = input_rows(n, l, count, buffer);
+    if (p_.prologue != Prologue::kGroupNorm && !again) prefetch_state(n, l + count, count);
+    const float* x_hat = state_rows(n, l, count, buffer);
+    with_values(input, n, l, count, again, [&](int64_t length, int64_t rows, int64_t width, const auto& value) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const float* __restrict row = input + k * width;
+        float* __restrict out = residual + k * length;
+        if (x_hat != nullptr) {
+          const float* __restrict old = x_hat + k * length;
+          for (int64_t i = 0; i < length; ++i) out[i] = value(row, k, i) - old[i];
+        } else {
+          for (int64_t i = 0; i < length; ++i) out[i] = value(row, k, i);
+        }
+      }
+    });
+  }
+
+  // The range of the residuals of `count` rows from row l, which are not kept.
+  void range_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, Range& range) {
+    const float* input = input_rows(n, l, count, buffer);
+    if (p_.prologue != Prologue::kGroupNorm) prefetch_state(n, l + count, count);
+    const float* x_hat = state_rows(n, l, count, buffer);
+    with_values(input, n, l, count, false, [&](int64_t length, int64_t rows, int64_t width, const auto& value) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const float* __restrict row = input + k * width;
+        const float* __restrict old = x_hat + k * length;
+        uint32_t bits = 0;
+#pragma omp simd reduction(max : bits)
+        for (int64_t i = 0; i < length; ++i) {
+          const uint32_t magnitude = float_to_bits(value(row, k, i) - old[i]) & 0x7FFFFFFFu;
+          bits = magnitude > bits ? magnitude : bits;
+        }
+        range.absmax_bits = std::max(range.absmax_bits, bits);
+      }
+    });
   }
 
   // The range of `count` rows of residuals from row l.
@@ -328,22 +366,6 @@ class Quantizer {
       measure_channels(residual, count, magnitudes_ + (n * blocks_ + l / kBlockRows) * c, range);
     } else {
       measure(residual, count * c, range);
-    }
-  }
-
-  // residual[k, i] = value(row k of input, k, i) - x_hat[k, i], over `count` rows of `c` values.
-  template <class Value>
-  static void subtract(const float* input, int64_t width, int64_t count, int64_t c, const float* x_hat, float* residual,
-                       const Value& value) {
-    for (int64_t k = 0; k < count; ++k) {
-      const float* __restrict row = input + k * width;
-      float* __restrict out = residual + k * c;
-      if (x_hat != nullptr) {
-        const float* __restrict old = x_hat + k * c;
-        for (int64_t i = 0; i < c; ++i) out[i] = value(row, k, i) - old[i];
-      } else {
-        for (int64_t i = 0; i < c; ++i) out[i] = value(row, k, i);
-      }
     }
   }
 
@@ -385,6 +407,7 @@ class Quantizer {
     Range range;
     const Buffers buffer = buffers();
     for_blocks(chunk, [&](int64_t l, int64_t count) {
+      if (!stored_ && p_.x_hat != nullptr && blocks_ == 0) return range_rows(n, l, count, buffer, range);
       float* rows = stored_ ? residual + (l - begin(chunk)) * p_.channels : buffer.residual;
       residual_rows(n, l, count, buffer, rows, false);
       measure_rows(n, l, count, rows, range);
@@ -543,7 +566,7 @@ class Quantizer {
   const QuantizeProblem& p_;
   float half_;
   int64_t granules_, block_rows_, chunks_ = 1;
-  bool single_pass_, stored_;  // stored_: residuals wait in scratch between the two phases
+  bool single_pass_, stored_;       // stored_: residuals wait in scratch between the two phases
   int64_t blocks_;                  // of a sample, each with its own multipliers; 0: there are none
   uint32_t* magnitudes_ = nullptr;  // [samples, blocks, channels]: bits of the largest |residual|
   float* stats_ = nullptr;          // [tasks, 2, channels]
