@@ -5,9 +5,11 @@
 
 The input of call i is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at the i-th of 50 DDIM timesteps with one x_0 and one
 noise: the trajectory of a perfect predictor. It is the same for all configurations, and needs no trained weights. The
-configurations take turns at every call (A B C A B C ...); first calls (initialize) and later ones (update) are kept
-apart. Before anything is timed, every configuration runs once and its last output is checked against plain eager; one
-that fails is not timed and makes the exit code 1.
+configurations take turns run by run, another one first each time, and ratios pair calls of one place in neighbouring
+runs. Turns at every call would time each network with caches full of the others, which no sampler does; small networks
+take up to twice as long then. First calls (initialize) and later ones (update) are kept apart. Before anything is
+timed, every configuration runs once and its last output is checked against plain eager; one that fails is not timed and
+makes the exit code 1.
 
 Baselines: eager in both memory formats, torch.compile (on CUDA with max-autotune, without and with CUDA graphs), and
 torchao's dynamic int8 where it can be imported. The bound beside each row is that of benchmarks/bounds.py; peak memory
@@ -20,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import statistics
 import sys
@@ -34,7 +37,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bounds, record
+from benchmarks import bounds, record, step_profile
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
 from modiff_kernels.cli.models import choose_device, share_copy
 from modiff_kernels.cli.quantised import Quantised
@@ -87,9 +90,17 @@ def all_rows(device: torch.device, dtype: torch.dtype, compiled: bool) -> list[R
     rows = build_rows((8,), None, compiled)
     modulated = next(row for row in rows if row.key == "modulated-w8a8")
     if compiled:
-        rows.append(dataclasses.replace(modulated, key=f"{modulated.key}-compile", name="", compiled=True))
+        rows.append(
+            dataclasses.replace(
+                modulated, key=f"{modulated.key}-compile", name="modulated W8A8, compiled", compiled=True
+            )
+        )
     if device.type == "cuda":
-        rows.append(dataclasses.replace(modulated, key=f"{modulated.key}-graphs", name="", cuda_graphs=True))
+        rows.append(
+            dataclasses.replace(
+                modulated, key=f"{modulated.key}-graphs", name="modulated W8A8, CUDA graphs", cuda_graphs=True
+            )
+        )
         if compiled:
             plain = next(row for row in rows if row.key == "float-compile")
             rows.append(dataclasses.replace(plain, key=f"{plain.key}-graphs", cuda_graphs=True))
@@ -178,18 +189,16 @@ def verify(
 
 
 def measure(configs: list[Configuration], inputs: list, keywords: dict[str, Any], rounds: int, quiet: bool) -> None:
-    """Time `rounds` sampling runs; at every call the configurations take turns, another one first each time."""
-    with tqdm(total=rounds * len(inputs), desc="time", unit="call", disable=quiet, leave=False) as bar:
-        for _ in range(rounds):
-            with contextlib.ExitStack() as stack:
-                for configuration in configs:
-                    stack.enter_context(configuration.run())
-                for index, (x, t) in enumerate(inputs):
-                    shift = index % len(configs)
-                    for configuration in configs[shift:] + configs[:shift]:
+    """Time `rounds` sampling runs of each configuration, in turns, another one first each time."""
+    with tqdm(total=rounds * len(configs), desc="time", unit="run", disable=quiet, leave=False) as bar:
+        for turn in range(rounds):
+            shift = turn % len(configs)
+            for configuration in configs[shift:] + configs[:shift]:
+                with configuration.run():
+                    for index, (x, t) in enumerate(inputs):
                         _, seconds = call(configuration, x, t, keywords)
                         (configuration.update if index else configuration.first).append(seconds)
-                    bar.update()
+                bar.update()
 
 
 def result_rows(
@@ -283,19 +292,36 @@ def show(rows: list[dict]) -> str:
     return text_table(header, cells)
 
 
-def profile(configs: list[Configuration], inputs: list, keywords: dict[str, Any]) -> None:
-    """Print where the time of one update call goes, for each configuration."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
+def profile_rows(
+    network: str, batch: int, configs: list[Configuration], inputs: list, keywords: dict[str, Any]
+) -> list[dict]:
+    """Rows for record.append: milliseconds of an update call by kind of work (`step_profile.parts`)."""
+    rows = []
+    for c in configs:
+        calls = [functools.partial(lambda c, x, t: call(c, x, t, keywords)[1], c, x, t) for x, t in inputs]
+        for kind, ms in step_profile.parts(c.run, calls, c.unet.device).items():
+            rows.append(
+                {
+                    "op": "unet_step_profile",
+                    "problem": f"{network}-b{batch}-{c.row.key}",
+                    "backend": c.backend,
+                    "metric": kind,
+                    "unit": "ms",
+                    "cache": "warm",
+                    "timer": "torch.profiler",
+                    "sqnr_db": c.sqnr_db,
+                    "verified": True,
+                    **record.percentiles([ms]),
+                }
+            )
+    return rows
 
-    for configuration in configs:
-        with configuration.run():
-            for x, t in inputs[:3]:
-                call(configuration, x, t, keywords)
-            with torch_profile(activities=[ProfilerActivity.CPU]) as trace:
-                call(configuration, *inputs[3], keywords)
-        print(f"\n{configuration.row.name}")
-        print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+
+def show_profile(rows: list[dict]) -> str:
+    """Configurations as columns."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    cells = [(kind, *[f"{row['p50']:.2f}" for row in rows if row["metric"] == kind]) for kind in step_profile.PARTS]
+    return text_table(("ms of a call", *problems), cells)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -312,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--backend", default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
     add("--record", action="store_true", help="append the rows to benchmarks/results")
-    add("--profile", action="store_true", help="print the ops that take the time, instead of timing")
+    add("--profile", action="store_true", help="instead of timing, tell what kinds of work take the time")
     add("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     if min(*args.batch, args.rounds, args.threads) < 1 or not 4 <= args.calls <= 50:
@@ -350,13 +376,14 @@ def run_network(
     keywords = conditions(unet, batch)
     expected = unet(*inputs[-1], **keywords, return_dict=False)[0]
     configs = configurations(copy.deepcopy(unet), rows, args.backend)
-    if args.profile:
-        profile(configs, inputs, keywords)
-        return True
     kept = verify(configs, inputs, keywords, expected, args.quiet)
-    measure(kept, inputs, keywords, args.rounds, args.quiet)
-    results = result_rows(network, batch, kept, machine, expected.element_size())
-    print(show(results))
+    if args.profile:
+        results = profile_rows(network, batch, kept, inputs, keywords)
+        print(show_profile(results))
+    else:
+        measure(kept, inputs, keywords, args.rounds, args.quiet)
+        results = result_rows(network, batch, kept, machine, expected.element_size())
+        print(show(results))
     if args.record:
         print(f"appended to {record.append(results).relative_to(record.ROOT)}")
     return len(kept) == len(configs)

@@ -28,7 +28,7 @@ def machine(device: torch.device) -> tuple[Machine, str]:
     for key, peaks in PEAKS.items():
         if key in name:
             return peaks, f"data sheet of {key}"
-    return measured_machine(device, mk.ModiffConfig()), "measured on a large product and a large copy"
+    return measured_machine(device, mk.ModiffConfig()), "measured on a large product, convolution and copy"
 
 
 def bound_ms(network: str, batch: int, mode: str, machine: Machine, float_bytes: int, state_bytes: int) -> float:

@@ -5,14 +5,16 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
 
-    compare [FILE]     benchmarks/results/compare.json, or FILE.json there, as `modiff compare --json` writes it
-    unet_step NETWORK  the newest rows of that network in benchmarks/results/*.csv
-    integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
-    pareto NETWORK     benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
-    calibration        benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
-    attention          the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
-    passes NETWORK     the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
-    pieces             the same, passes with the product after them, of all networks
+    compare [FILE]           benchmarks/results/compare.json, or FILE.json there, as `modiff compare --json` writes it
+    unet_step NETWORK BATCH  the newest rows of that network and batch in benchmarks/results/*.csv
+    unet_step_profile NETWORK BATCH  likewise, with --profile
+    integer_conv             the newest rows of benchmarks/bench_integer_conv.py, likewise
+    pareto NETWORK           benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
+    calibration SAMPLER      its rows in benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
+    paper_claims SAMPLER ... what papers report, beside rows of that file
+    attention                the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
+    passes NETWORK           the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
+    pieces                   the same, passes with the product after them, of all networks
 
 A table shows one device: the one that was measured last.
 """
@@ -29,13 +31,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import pareto_report
+import torch
+
+from benchmarks import pareto_report, step_profile
+from benchmarks.bench_unet_step import all_rows
+from benchmarks.calibration import BITS
 from benchmarks.record import ROOT, read
-from modiff_kernels.cli.rows import build_rows
+from modiff_kernels.cli.arguments import METHODS
 from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation.report import markdown_table
 
-MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NOTHING = "*No results recorded yet.*"
 UNET_STEP_HEADER = (
     "configuration",
@@ -71,7 +77,7 @@ PIECES_HEADER = (
     "q, k, v by three products",
 )
 CALIBRATION_HEADER = (
-    "sampler, bits, method",
+    "bits, method",
     "PSNR dB: float activations",
     "plain",
     "modulated",
@@ -82,6 +88,36 @@ CALIBRATION_HEADER = (
     "CPU s",
     "peak MiB",
 )
+PAPER_CLAIMS = (
+    (
+        "PTQ4DM, ImageNet-64, DDIM-250, W8A8",
+        "FID 26.19 with uniform time steps, 24.26 with NDTC",
+        ("W8A8", "plain", "mse", "ndtc"),
+    ),
+    (
+        "Q-Diffusion, CIFAR-10, DDIM-100, W4A8 (as in MoDiff)",
+        "FID 4.24 in full precision, 4.93",
+        ("W4A8", "plain", "mse", "qdiffusion"),
+    ),
+    (
+        "AccuQuant, LDM-4, 20 steps, W4A8",
+        "PSNR 23.7 dB with Q-Diffusion, 24.4",
+        ("W4A8", "plain", "qdiffusion", "accuquant"),
+    ),
+    (
+        "AccuQuant, LDM-4, 20 steps, W3A8",
+        "PSNR 18.5 dB with Q-Diffusion, 19.9",
+        ("W3A8", "plain", "qdiffusion", "accuquant"),
+    ),
+    ("MOTA, LDM-4, 20 steps", "FID 4.1 lower than BRECQ", ("W8A8", "plain", "qdiffusion", "sampling_aware")),
+    (
+        "MoDiff, CIFAR-10, DDIM-100, W4A4",
+        "FID 325.8 with Q-Diffusion, 13.6",
+        ("W4A4", None, "qdiffusion", "qdiffusion"),
+    ),
+)
+"""What papers report on their models, and the rows that show the same step here: bits, way (None: plain against
+modulated), method before and after. Their numbers are not comparable with those here; the direction is."""
 PARETO_HEADER = (
     "sampler, steps",
     "evaluations",
@@ -105,26 +141,55 @@ def compare_table(results: Path, name: str = "compare") -> str:
     return f"{table}\n\n`{report['command']}`: {notes}\n"
 
 
-def unet_step_table(results: Path, network: str) -> str:
+def unet_step_table(results: Path, network: str, batch: str) -> str:
     """Of each configuration and metric the last row of the file counts."""
     tables = []
     for path in sorted(results.glob("*.csv")):
         newest: dict[str, dict[str, dict[str, str]]] = {}
         for row in read(path):
-            match = re.fullmatch(rf"{network}-b(\d+)-(.+)", row["problem"])
+            match = re.fullmatch(rf"{network}-b{batch}-(.+)", row["problem"])
             if row["op"] == "unet_step" and match:
-                newest.setdefault(match[2], {})[row["metric"]] = row | {"batch": match[1]}
-        names = {row.key: row.name for row in build_rows((8,), None, True)}
+                newest.setdefault(match[1], {})[row["metric"]] = row
+        names = step_names()
         cells = [_step_cells(names[key], newest[key]) for key in names if key in newest]
         if cells:
             last = next(reversed(newest.values()))["update_time"]
             commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
             text = (
-                f"{markdown_table(UNET_STEP_HEADER, cells)}\n\n`{last['repro']}`: {network}, batch {last['batch']}; "
+                f"{markdown_table(UNET_STEP_HEADER, cells)}\n\n`{last['repro']}`: {network}, batch {batch}; "
                 f"{last['device']}; torch {last['torch']}; commit {commit}, {last['utc'][:10]}.\n"
             )
             tables.append((last["utc"], text))
     return _newest(tables)
+
+
+def unet_step_profile_table(results: Path, network: str, batch: str) -> str:
+    """Kinds of work by configuration."""
+    tables = []
+    for path in sorted(results.glob("*.csv")):
+        newest: dict[str, dict[str, dict[str, str]]] = {}
+        for row in read(path):
+            match = re.fullmatch(rf"{network}-b{batch}-(.+)", row["problem"])
+            if row["op"] == "unet_step_profile" and match:
+                newest.setdefault(match[1], {})[row["metric"]] = row
+        if not newest:
+            continue
+        columns = [[float(parts[kind]["p50"]) for kind in step_profile.PARTS] for parts in newest.values()]
+        cells = [[kind, *[f"{ms:.2f}" for ms in line]] for kind, *line in zip(step_profile.PARTS, *columns)]
+        cells.append(["sum", *[f"{sum(column):.2f}" for column in columns]])
+        last = next(iter(newest[next(reversed(newest))].values()))
+        header = ("ms of a call", *[step_names()[key] for key in newest])
+        text = (
+            f"{markdown_table(header, cells)}\n\n`{last['repro']}`: {network}, batch {batch}; {last['device']}; torch "
+            f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}.\n"
+        )
+        tables.append((last["utc"], text))
+    return _newest(tables)
+
+
+def step_names() -> dict[str, str]:
+    """By key, the names of the configurations of benchmarks/bench_unet_step.py."""
+    return {row.key: row.name for row in all_rows(torch.device("cpu"), torch.float32, compiled=True)}
 
 
 def _newest(tables: Sequence[tuple[str, str]]) -> str:
@@ -210,12 +275,13 @@ def _newest_passes(path: Path, op: str, network: str) -> dict[str, dict[tuple[st
 
 
 def _passes_caption(rows: Sequence[dict[str, str]]) -> tuple[str, str]:
-    """When, and with what, the last of `rows` was measured."""
+    """When the last of `rows` was measured, and with what all were."""
     last = max(rows, key=lambda row: row["utc"])
     commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
+    commands = dict.fromkeys(row["repro"] for row in sorted(rows, key=lambda row: row["utc"]))
     return last["utc"], (
-        f"`{last['repro']}`: {last['device']}, load {last['load']}; torch {last['torch']}; commit {commit}, "
-        f"{last['utc'][:10]}."
+        f"{', '.join(f'`{command}`' for command in commands)}: {last['device']}, load {last['load']}; torch "
+        f"{last['torch']}; commit {commit}, {last['utc'][:10]}."
     )
 
 
@@ -317,38 +383,56 @@ def _pareto_cells(line: pareto_report.Line) -> list[str]:
     return [f"{panel.sampler}, {panel.steps}", f"{line.evaluations:g}", *shown, f"{panel.every_call_db:.1f}"]
 
 
-def calibration_table(results: Path) -> str:
-    """A row per sampler, method and bits: float activations with these codes, plain, modulated."""
+def calibration_table(results: Path, sampler: str) -> str:
+    """A row per bits and method with `sampler`: float activations with these codes, plain, modulated."""
     if not (results / "calibration.json").exists():
         return f"{NOTHING}\n"
     report = json.loads((results / "calibration.json").read_text())
-    floats = {(row["sampler"], row["method"], row["bits"]): row for row in report["rows"] if row["way"] == "float"}
-    quantised: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in report["rows"]:
-        if row["way"] != "float":
-            quantised.setdefault((row["sampler"], row["bits"], row["method"]), {})[row["way"]] = row
+    rows = {(row["bits"], row["method"], row["way"]): row for row in report["rows"] if row["sampler"] == sampler}
     cells = []
-    for (sampler, bits, method), ways in quantised.items():
-        if set(ways) != {"plain", "modulated"}:
-            continue
-        shown = [floats[sampler, method, bits.partition("A")[0]], ways["plain"], ways["modulated"]]
-        cost = ways["plain"]
-        cells.append(
-            [
-                f"{sampler}, {bits}, {method}",
-                *[f"{row['psnr_db']:.1f}" for row in shown],
-                *[f"{row['ssim']:.3f}" for row in shown[1:]],
-                *[f"{row['frechet']:.2g}" for row in shown[1:]],
-                f"{cost['calibration_cpu_s']:.0f}",
-                f"{cost['peak_mib']:.0f}",
-            ]
-        )
-    features = sorted({row["features"] for row in report["rows"]})
-    commands = ", ".join(f"`{command}`" for command in report["commands"])
+    for bits in BITS:
+        for method in METHODS:
+            keys = [(bits.partition("A")[0], method, "float"), (bits, method, "plain"), (bits, method, "modulated")]
+            if not all(key in rows for key in keys):
+                continue
+            shown = [rows[key] for key in keys]
+            cells.append(
+                [
+                    f"{bits}, {method}",
+                    *[f"{row['psnr_db']:.1f}" for row in shown],
+                    *[f"{row['ssim']:.3f}" for row in shown[1:]],
+                    *[f"{row['frechet']:.2g}" for row in shown[1:]],
+                    f"{shown[1]['calibration_cpu_s']:.0f}",
+                    f"{shown[1]['peak_mib']:.0f}",
+                ]
+            )
+    features = sorted({row["features"] for row in rows.values()})
+    commands = "; ".join(f"`{command}`" for command in report["commands"] if f"--samplers {sampler}" in command)
     return (
-        f"{markdown_table(CALIBRATION_HEADER, cells)}\n\n{commands}: {report['images']} images, calibrated on "
-        f"{report['samples']} trajectories; Fréchet distance on {', '.join(features)}; torch {report['torch']}.\n"
+        f"{markdown_table(CALIBRATION_HEADER, cells)}\n\n{sampler}, {report['images']} images, calibrated on "
+        f"{report['samples']} trajectories; Fréchet distance on {', '.join(features)}; torch {report['torch']}. "
+        f"{commands}\n"
     )
+
+
+def paper_claims_table(results: Path, *samplers: str) -> str:
+    """What papers claim, and what the same step gives here with each of `samplers`, in dB."""
+    if not (results / "calibration.json").exists():
+        return f"{NOTHING}\n"
+    rows = json.loads((results / "calibration.json").read_text())["rows"]
+    psnr = {(row["sampler"], row["method"], row["bits"], row["way"]): row["psnr_db"] for row in rows}
+    cells = []
+    for setting, claim, (bits, way, before, after) in PAPER_CLAIMS:
+        label = f"{bits} {before}" if before == after else f"{bits} {before}, {after}"
+        cells.append([setting, claim, f"{label}, plain" if way else f"{label}, plain and modulated"])
+        for sampler in samplers:
+            pair = [
+                psnr.get((sampler, before, bits, way or "plain")),
+                psnr.get((sampler, after, bits, way or "modulated")),
+            ]
+            cells[-1].append("-" if None in pair else f"{pair[0]:.1f}, {pair[1]:.1f}")
+    header = ("paper, its model and bits", "it reports", "the same step here", *[f"{name}, dB" for name in samplers])
+    return f"{markdown_table(header, cells)}\n"
 
 
 def filled(text: str, results: Path) -> str:
@@ -359,9 +443,11 @@ def filled(text: str, results: Path) -> str:
         makers = {
             "compare": compare_table,
             "unet_step": unet_step_table,
+            "unet_step_profile": unet_step_profile_table,
             "integer_conv": integer_conv_table,
             "attention": attention_table,
             "calibration": calibration_table,
+            "paper_claims": paper_claims_table,
             "pareto": pareto_table,
             "passes": passes_table,
             "pieces": pieces_table,

@@ -164,7 +164,8 @@ class Handle:
         """One run of an own sampler: all UNet calls of one picture go inside.
 
         num_calls: more of them raise. scheduler: the one that samples; a step schedule reads its timesteps and noise
-        levels at the first call, so `set_timesteps` may come inside.
+        levels at the first call, so `set_timesteps` may come inside. On a GPU, set them before: the embeddings of
+        timesteps that are known when the run begins are kept from run to run.
         """
         self._require_active()
         return self._own_run(num_calls, scheduler)
@@ -238,6 +239,8 @@ class Handle:
             f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
             f"state {self.state.nbytes() / 2**20:.1f} MiB"
         )
+        if self.state.time_table is not None:
+            summary += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
         if self._scheduled is not None:
             summary += f"\nschedule: {self.explain_schedule()}"
         if self.plan is not None:
@@ -283,6 +286,7 @@ class Handle:
     def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:
         with self.state.sampling_run(num_calls):
             self._own_runs.append((num_calls, scheduler))
+            self._forward.timesteps.announce(scheduler)
             try:
                 yield self.state
             finally:
@@ -309,6 +313,8 @@ class Handle:
         set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
         answer_dtype_quickly(unet, undo)
         self._forward.install(undo)
+        if not self._untouched:
+            self._forward.keep_time_table(undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
         undo.callback(self._close_door)
@@ -317,7 +323,7 @@ class Handle:
 
     def _attach(self, pipe: Any) -> None:
         """Let the scheduler of `pipe` begin the runs."""
-        door = SetTimesteps(pipe.scheduler, self.state)
+        door = SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
         self._close_door()
         self.pipe, self._door = pipe, door
         door.install()

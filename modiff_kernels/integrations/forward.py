@@ -2,7 +2,8 @@
 
 It stands below a step schedule, so calls that are held or forecast do not come here. Calls whose Python does what later
 ones rely on stay as they are: the first one of a run, which allocates state, and those with other encoder states than
-the call before, which compute constants.
+the call before, which compute constants. Calls that run as they are take what follows from the timestep alone from a
+table (`nn.time_table`); a graph is captured, and code compiled, for all timesteps.
 """
 
 import contextlib
@@ -14,13 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.integrations.graphs import GraphedCalls
+from modiff_kernels.integrations.timesteps import HostTimesteps
 from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.state_tensors import INITIALIZE
+from modiff_kernels.nn.time_table import TimeTable
+from modiff_kernels.ops.registry import torch_must_see
+
+TIME_PROJECTIONS = ("Timesteps", "GaussianFourierProjection")
 
 
 class UNetForward:
-    """Takes the place of the forward of `unet`. graphs: for CUDA graphs, or None."""
+    """Takes the place of the forward of `unet`. graphs: for CUDA graphs, or None. timesteps: reads those of calls."""
 
     def __init__(self, unet: nn.Module, state: ModulationState, graphs: GraphedCalls | None) -> None:
         self.state = state
@@ -29,6 +35,7 @@ class UNetForward:
         self._compiled: Callable[..., Any] | None = None
         self._unet = unet
         self._encoders: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
+        self.timesteps = HostTimesteps()
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put it in; `undo` takes it out."""
@@ -36,13 +43,21 @@ class UNetForward:
             self.state.fixed_addresses = True
         wrap_forward(self._unet, self._forward, undo)
 
+    def keep_time_table(self, undo: contextlib.ExitStack) -> None:
+        """Let calls that run as they are take what follows from the timestep alone from a table, until `undo`."""
+        time_proj, time_embedding = (getattr(self._unet, name, None) for name in ("time_proj", "time_embedding"))
+        if _is_of_diffusers(time_proj, TIME_PROJECTIONS) and _is_of_diffusers(time_embedding, ("TimestepEmbedding",)):
+            table = self.state.time_table = TimeTable(time_proj, time_embedding)
+            wrap_forward(time_proj, table.features, undo)
+            wrap_forward(time_embedding, table.embedding, undo)
+
     def compile(self, **options: Any) -> None:
         """Compile the calls that are not excepted above, with the options of torch.compile."""
         self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._compiled is None and self.graphs is None:
-            return original(*args, **kwargs)
+            return self._with_time_table(original, args, kwargs)
         args, kwargs = _with_tensor_timestep(args, kwargs)
         if self.graphs is None:
             as_it_is = self._is_first(args, kwargs)
@@ -51,6 +66,20 @@ class UNetForward:
         if self._is_first(args, kwargs):
             return original(*args, **kwargs)
         return self.graphs.call(original if self._compiled is None else self._compiled, args, kwargs, inputs)
+
+    def _with_time_table(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        table = self.state.time_table
+        sample = args[0] if args else kwargs.get("sample")
+        if table is None or torch_must_see(sample):
+            return original(*args, **kwargs)
+        timestep = self.timesteps.value(args[1] if len(args) > 1 else kwargs.get("timestep"))
+        if timestep is None:
+            return original(*args, **kwargs)
+        table.begin_call(timestep)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            table.end_call()
 
     def _is_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call leaves something to later ones that they do not compute again."""
@@ -74,3 +103,9 @@ def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if len(args) > 1:
         return (args[0], tensor, *args[2:]), kwargs
     return args, {**kwargs, "timestep": tensor}
+
+
+def _is_of_diffusers(module: nn.Module | None, names: tuple[str, ...]) -> bool:
+    """Whether `module` is of one of those classes of diffusers, which need not be imported."""
+    kind = type(module)
+    return kind.__module__ == "diffusers.models.embeddings" and kind.__name__ in names

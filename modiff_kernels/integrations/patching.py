@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from modiff_kernels.nn import ModulationState
 
 
 class SetTimesteps:
-    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run."""
+    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run.
 
-    def __init__(self, scheduler: Any, state: ModulationState) -> None:
+    announce: gets the scheduler when its timesteps are set.
+    """
+
+    def __init__(self, scheduler: Any, state: ModulationState, announce: Callable[[Any], None]) -> None:
         original = getattr(scheduler, "set_timesteps", None)
         if not callable(original):
             raise ValueError(
@@ -25,6 +29,7 @@ class SetTimesteps:
         self.scheduler = scheduler
         self._original = original
         self._state = state
+        self._announce = announce
         self._active = False
         self._undo = contextlib.ExitStack()
 
@@ -50,6 +55,7 @@ class SetTimesteps:
             return self._original(*args, **kwargs)
         self._state.end_run()
         result = self._original(*args, **kwargs)
+        self._announce(self.scheduler)
         self._state.begin_run(len(self.scheduler.timesteps))
         return result
 

@@ -14,7 +14,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.timing import Timer, timer_of
-from modiff_kernels.nn import ModulatedLinear, ModulationState
+from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.planning import choice, roofline
 from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.planning.roofline import LayerShape, Machine
@@ -22,6 +22,7 @@ from modiff_kernels.quant.calibrated import CalibratedLayer
 
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
 PROBE_ROWS, PROBE_FEATURES = 4096, 1024  # compute-bound on everything this runs on
+PROBE_IMAGE = (8, 256, 32, 32)  # the same, of a 3x3 convolution
 PROBE_BYTES = 2**26  # above the caches
 PROBE_REPEATS = 5
 
@@ -205,10 +206,17 @@ def _example_inputs(unet: nn.Module, batch: int) -> tuple[Tensor, dict[str, Any]
 
 
 def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | None = None) -> Machine:
-    """The three numbers of `device`, from a float product, a low-bit product and a copy: the best of a few repeats."""
+    """The three numbers of `device`: from products and 3x3 convolutions, float and low-bit, and a copy.
+
+    The faster of product and convolution counts, the best of a few repeats each: libraries differ by a factor of three
+    between the two on some CPUs, and a bound must be one for both.
+    """
     timer = timer or timer_of(device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    channels = PROBE_IMAGE[1]
     linear = nn.Linear(PROBE_FEATURES, PROBE_FEATURES, device=device, dtype=dtype).requires_grad_(False)
+    conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
+    conv = conv.to(memory_format=torch.channels_last)
     plain = dataclasses.replace(
         config,
         mode=QUANTIZED,
@@ -219,8 +227,10 @@ def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | 
         plan=None,
         max_state_bytes=None,
     )
-    low_bit = ModulatedLinear.from_linear(linear, plain, ModulationState(), "probe")
+    low_bit_linear = ModulatedLinear.from_linear(linear, plain, ModulationState(), "probe")
+    low_bit_conv = ModulatedConv2d.from_conv2d(conv, plain, ModulationState(), "probe")
     x = torch.randn(PROBE_ROWS, PROBE_FEATURES, device=device, dtype=dtype)
+    image = torch.randn(PROBE_IMAGE, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     source = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
@@ -234,10 +244,11 @@ def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | 
             seconds.append(timer.seconds(start, end))
         return max(min(seconds), 1e-9)
 
-    operations = 2 * PROBE_ROWS * PROBE_FEATURES**2
+    def rate(linear: nn.Module, conv: nn.Module) -> float:
+        product = 2 * PROBE_ROWS * PROBE_FEATURES**2 / best(lambda: linear(x))
+        return max(product, 2 * 9 * channels * image.numel() / best(lambda: conv(image)))
+
     with torch.inference_mode():
         return Machine(
-            operations / best(lambda: linear(x)),
-            operations / best(lambda: low_bit(x)),
-            2 * PROBE_BYTES / best(lambda: target.copy_(source)),
+            rate(linear, conv), rate(low_bit_linear, low_bit_conv), 2 * PROBE_BYTES / best(lambda: target.copy_(source))
         )

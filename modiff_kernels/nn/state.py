@@ -19,6 +19,7 @@ from modiff_kernels.nn.constants import Constants
 from modiff_kernels.nn.gaps import Gaps
 from modiff_kernels.nn.history import Trajectory
 from modiff_kernels.nn.state_tensors import INITIALIZE, NEW_RUN, UPDATE, Edge, StateTensor
+from modiff_kernels.nn.time_table import TimeTable
 
 HOLD = "hold"
 FORECAST = "forecast"
@@ -34,6 +35,7 @@ class ModulationState:
     trajectories: by context, what a schedule remembers of this run.
     scheduled: whether calls need a run even if no layer has a state.
     constants: outputs of layers whose input does not change along a run.
+    time_table: what the UNet derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
     addresses: grows whenever a tensor that calls read has moved.
     calls_calibrated: UNet calls of a run, where scales are tables over them; None: any number.
@@ -55,6 +57,7 @@ class ModulationState:
         self.edges: dict[str, Edge] = {}
         self.outputs: dict[str, StateTensor] = {}
         self.constants = Constants()
+        self.time_table: TimeTable | None = None
         self.fixed_addresses = False
         self.addresses = 0
         self._shared: list[Edge] = []
@@ -261,6 +264,8 @@ class ModulationState:
             self._end("the state was released")
             self.trajectories = {}
             self.constants.release()
+            if self.time_table is not None:
+                self.time_table.release()
             for holder in self._holders():
                 holder.slots.clear()
 

@@ -39,7 +39,7 @@ def test_rates_of_a_cpu_are_measured(monkeypatch):
     monkeypatch.setattr(bounds, "measured_machine", lambda device, config: Machine(1.0, 2.0, 3.0))
     assert bounds.machine(torch.device("cpu")) == (
         Machine(1.0, 2.0, 3.0),
-        "measured on a large product and a large copy",
+        "measured on a large product, convolution and copy",
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record
+from benchmarks import record, step_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def test_readme_is_up_to_date(tool):
 
 
 def test_tables_come_from_results(tool, results):
-    text = "a\n<!-- table: compare -->\nold\n<!-- end -->\nb\n<!-- table: unet_step net -->\n<!-- end -->\nc\n"
+    text = "a\n<!-- table: compare -->\nold\n<!-- end -->\nb\n<!-- table: unet_step net 8 -->\n<!-- end -->\nc\n"
     new = tool.filled(text, results)
     assert "| modulated W8A4 | 45.0 | 0.9900 | 0.0100 | 2.50x | 3.0 | 4.6 | cpu |" in new
     assert "Times: medians." in new
@@ -54,6 +54,49 @@ def test_tables_come_from_results(tool, results):
     assert "| modulated W8A8 | 20.0 | 20.0-20.0 | 3.00x | - | - | 40.0 | - |" in new, "the newest row counts"
     assert "old" not in new
     assert tool.filled(new, results) == new
+
+
+def test_calibrations_by_sampler_and_what_papers_claim(tool, tmp_path):
+    common = {"ssim": 0.5, "frechet": 0.25, "calibration_cpu_s": 9.6, "peak_mib": 100.4, "features": "pool4"}
+
+    def row(method, bits, way, psnr_db, sampler="DDIM-20"):
+        return {**common, "sampler": sampler, "method": method, "bits": bits, "way": way, "psnr_db": psnr_db}
+
+    rows = [
+        row("qdiffusion", "W4", "float", 43.0),
+        row("qdiffusion", "W4A4", "plain", 25.0),
+        row("qdiffusion", "W4A4", "modulated", 42.0),
+        row("qdiffusion", "W4A8", "plain", 41.0),  # without the other two it is not shown
+        row("accuquant", "W4A8", "plain", 44.0),
+        row("qdiffusion", "W4A4", "plain", 1.0, sampler="DDIM-100"),
+    ]
+    commands = ["python x --samplers DDIM-20 --y", "python x --samplers DDIM-100"]
+    report = {"rows": rows, "commands": commands, "images": 4, "samples": 8, "torch": "2"}
+    (tmp_path / "calibration.json").write_text(json.dumps(report))
+    new = tool.calibration_table(tmp_path, "DDIM-20")
+    assert [line for line in new.splitlines() if line.startswith("| W")] == [
+        "| W4A4, qdiffusion | 43.0 | 25.0 | 42.0 | 0.500 | 0.500 | 0.25 | 0.25 | 10 | 100 |"
+    ]
+    assert new.endswith("torch 2. `python x --samplers DDIM-20 --y`\n")
+    claims = tool.paper_claims_table(tmp_path, "DDIM-20", "DDIM-100")
+    assert "| W4A8 qdiffusion, accuquant, plain | 41.0, 44.0 | - |" in claims
+    assert "| W4A4 qdiffusion, plain and modulated | 25.0, 42.0 | - |" in claims
+
+
+def test_the_profile_adds_up(tool, tmp_path):
+    rows = [
+        {
+            "op": "unet_step_profile", "backend": "cpu", "verified": True, "problem": f"net-b8-{key}", "unit": "ms",
+            "metric": kind, **record.percentiles([value]),
+        }
+        for key, value in (("float-channels_last", 3.0), ("modulated-w8a8", 0.5))
+        for kind in step_profile.PARTS
+    ]  # fmt: skip
+    record.append(rows, tmp_path / "device.csv")
+    new = tool.unet_step_profile_table(tmp_path, "net", "8")
+    assert "| ms of a call | float32 eager channels_last | modulated W8A8 |" in new
+    assert "| integer products | 3.00 | 0.50 |" in new
+    assert "| sum | 24.00 | 4.00 |" in new
 
 
 def test_the_study_shows_every_method_at_one_cost(tool, tmp_path):
@@ -88,5 +131,9 @@ def test_the_study_shows_every_method_at_one_cost(tool, tmp_path):
 def test_unknown_tables_and_missing_results(tool, results, tmp_path):
     with pytest.raises(ValueError, match="allowed: compare, unet_step"):
         tool.filled("<!-- table: other -->\n<!-- end -->", results)
-    for name, folder in (("unet_step other", results), ("compare", tmp_path / "empty")):
+    for name, folder in (
+        ("unet_step net 1", results),
+        ("unet_step_profile net 8", results),
+        ("compare", tmp_path / "empty"),
+    ):
         assert "*No results recorded yet.*" in tool.filled(f"<!-- table: {name} -->\n<!-- end -->", folder)

@@ -1,4 +1,4 @@
-"""Fused residual blocks, and the projections of the time embedding that they share."""
+"""Fused residual blocks."""
 
 from typing import Any
 
@@ -16,7 +16,8 @@ from modiff_kernels.nn.blocks.steps import (
     product,
     residual,
 )
-from modiff_kernels.nn.state_tensors import INITIALIZE, tensor_version
+from modiff_kernels.nn.blocks.time_projections import TimeProjections
+from modiff_kernels.nn.state_tensors import INITIALIZE
 
 
 class FusedResnetBlock2D(FusedBlock):
@@ -95,59 +96,11 @@ class FusedResnetBlock2D(FusedBlock):
         """The time embedding's projection [N, C], or None."""
         if temb is None:
             return None
-        if self.time_projections is not None and not torch.compiler.is_compiling():
-            shift = self.time_projections.of(self, temb)
+        shared = self.time_projections
+        if shared is not None and shared.covers(self.time_emb_proj) and not torch.compiler.is_compiling():
+            shift = shared.of(self.time_emb_proj, temb)
         elif self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
         else:
             shift = temb
         return shift.expand(samples, -1).contiguous()
-
-
-class TimeProjections:
-    """silu and the projections of one time embedding for many blocks, as one product in the first block that asks.
-
-    The weights are stacked in a copy, made again when one of them has changed.
-    """
-
-    def __init__(self, blocks: list[FusedResnetBlock2D]) -> None:
-        self.blocks = blocks
-        self.index = {id(block): i for i, block in enumerate(blocks)}
-        self.widths = [block.time_emb_proj.out_features for block in blocks]
-        self.stamp: list[tuple[Tensor, int]] = []
-        self.temb: Tensor | None = None
-        self.temb_version = 0
-        self.shifts: list[Tensor] = []
-
-    @staticmethod
-    def share(blocks: list[FusedResnetBlock2D]) -> None:
-        """Give blocks of one kind (same embedding width, with or without bias, same activation) common projections."""
-        kinds: dict[tuple[Any, ...], list[FusedResnetBlock2D]] = {}
-        for block in blocks:
-            linear = block.time_emb_proj
-            kinds.setdefault((linear.in_features, linear.bias is None, block.skip_time_act), []).append(block)
-        for kind in kinds.values():
-            if len(kind) > 1:
-                shared = TimeProjections(kind)
-                for block in kind:
-                    block.time_projections = shared
-
-    def of(self, block: FusedResnetBlock2D, temb: Tensor) -> Tensor:
-        """time_emb_proj(silu(temb)) of `block`: [N, C], possibly not contiguous."""
-        if temb is not self.temb or tensor_version(temb) != self.temb_version:
-            self._project(temb, block.skip_time_act)
-        return self.shifts[self.index[id(block)]]
-
-    def _project(self, temb: Tensor, skip_time_act: bool) -> None:
-        linears = [block.time_emb_proj for block in self.blocks]
-        parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-        if len(self.stamp) != len(parameters) or any(
-            p is not old or tensor_version(p) != version for p, (old, version) in zip(parameters, self.stamp)
-        ):
-            self.weight = torch.cat([linear.weight.detach() for linear in linears])
-            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-            self.bias = torch.cat(biases) if biases else None
-            self.stamp = [(p, tensor_version(p)) for p in parameters]
-        projected = F.linear(temb if skip_time_act else F.silu(temb), self.weight, self.bias)
-        self.shifts = list(projected.split(self.widths, dim=1))
-        self.temb, self.temb_version = temb, tensor_version(temb)
