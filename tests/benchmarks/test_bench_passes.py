@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from benchmarks import bench_passes, passes, record
-from benchmarks.bench_passes import Case, Form, Piece
+from benchmarks import bench_passes, pass_cases, passes, record
+from benchmarks.pass_cases import FORMS, Case, Form, Piece
 from benchmarks.passes import Pass
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_passes_of_stable_diffusion():
 
 
 @pytest.mark.parametrize("way", passes.WAYS)
-@pytest.mark.parametrize("form", bench_passes.FORMS, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("item", ITEMS, ids=str)
 def test_plain_passes_agree_with_the_reference(item, form, way):
     """The equations, in eager mode: what inductor compiles is checked again in every run."""
@@ -58,7 +58,7 @@ def test_plain_passes_agree_with_the_reference(item, form, way):
     arguments = case.plain_arguments(x_hat)
     found = case.result(lambda: case.plain(way)(*arguments), x_hat)
     expected = case.result(case.ours(expected_x_hat), expected_x_hat)
-    moved, sqnr_db = bench_passes.agreement(way, case, found, expected)
+    moved, sqnr_db = pass_cases.agreement(way, case, found, expected)
     assert moved <= 0.01
     assert sqnr_db > 60
     if form.name == "residual":
@@ -73,13 +73,13 @@ def test_a_wrong_pass_is_detected(monkeypatch):
     def outcome(change):
         x_hat = case.state.clone()
         arguments = case.plain_arguments(x_hat)
-        plain = passes.plain_pass(IMAGE, 8, "residual", "tuned", bench_passes.EPS)
+        plain = passes.plain_pass(IMAGE, 8, "residual", "tuned", pass_cases.EPS)
 
         def call():
             codes, scale, absmax = plain(*arguments)
             return change(codes, x_hat), scale, absmax
 
-        return bench_passes.agreement("wrong", case, case.result(call, x_hat), expected)
+        return pass_cases.agreement("wrong", case, case.result(call, x_hat), expected)
 
     def two_off(codes, x_hat):
         codes.view(-1)[3] -= 2 if codes.view(-1)[3] > 0 else -2
@@ -96,7 +96,7 @@ def test_a_wrong_pass_is_detected(monkeypatch):
     for change, reason in ((two_off, "2 off"), (many_off, "of the codes differ"), (stale_state, "x_hat is")):
         with pytest.raises(AssertionError, match=reason):
             outcome(change)
-    monkeypatch.setattr(bench_passes, "EPS", 0.5)  # the norm of the plain form; the reference's was computed before
+    monkeypatch.setattr(pass_cases, "EPS", 0.5)  # the norm of the plain form; the reference's was computed before
     with pytest.raises(AssertionError, match=r"codes|scale"):
         outcome(lambda codes, x_hat: codes)
 
