@@ -13,6 +13,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     calibration SAMPLER      its rows in benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
     paper_claims SAMPLER ... what papers report, beside rows of that file
     attention                the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
+    passes NETWORK           the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
+    pieces                   the same, passes with the product after them, of all networks
 
 A table shows one device: the one that was measured last.
 """
@@ -25,6 +27,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -53,7 +56,26 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/schedules.md")
+PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/fused_blocks.md", "docs/schedules.md")
+PASSES_HEADER = (
+    "pass, batch, codes",
+    "ours us",
+    "of bound",
+    "inductor us",
+    "inductor/ours, state in memory",
+    "in caches",
+    "torch.compile/ours",
+    "torch/ours",
+)
+PIECES_HEADER = (
+    "pass and product, batch, codes",
+    "ours us",
+    "graph/ours, state in memory",
+    "in caches",
+    "skip in our product",
+    "both our ops in a graph",
+    "q, k, v by three products",
+)
 CALIBRATION_HEADER = (
     "bits, method",
     "PSNR dB: float activations",
@@ -240,6 +262,83 @@ def attention_table(results: Path) -> str:
     return _newest(tables)
 
 
+def _newest_passes(path: Path, op: str, network: str) -> dict[str, dict[tuple[str, str, str], dict[str, str]]]:
+    """Problem -> (cache, backend, metric) -> the last row, of the last run that has the problem."""
+    newest: dict[str, dict[tuple[str, str, str], dict[str, str]]] = {}
+    for row in read(path):
+        if row["op"] == op and row["problem"].startswith(network):
+            found = newest.setdefault(row["problem"], {})
+            if any(old["utc"] != row["utc"] for old in found.values()):
+                found.clear()  # rows of two runs do not mix: another form may have been the best
+            found[row["cache"], row["backend"], row["metric"]] = row
+    return newest
+
+
+def _passes_caption(rows: Sequence[dict[str, str]]) -> tuple[str, str]:
+    """When the last of `rows` was measured, and with what all were."""
+    last = max(rows, key=lambda row: row["utc"])
+    commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
+    commands = dict.fromkeys(row["repro"] for row in sorted(rows, key=lambda row: row["utc"]))
+    return last["utc"], (
+        f"{', '.join(f'`{command}`' for command in commands)}: {last['device']}, load {last['load']}; torch "
+        f"{last['torch']}; commit {commit}, {last['utc'][:10]}."
+    )
+
+
+def _passes_table(results: Path, op: str, network: str, header: Sequence[str], cells_of: Any) -> str:
+    tables = []
+    for path in sorted(results.glob("*.csv")):
+        newest = _newest_passes(path, op, network)
+        if newest:
+            cells = [cells_of(problem, found) for problem, found in newest.items()]
+            utc, caption = _passes_caption([row for found in newest.values() for row in found.values()])
+            tables.append((utc, f"{markdown_table(header, cells)}\n\n{caption}\n"))
+    return _newest(tables)
+
+
+def _ratio(found: dict[tuple[str, str, str], dict[str, str]], cache: str, backend: str) -> str:
+    """How much slower than ours, with its 20-80 % range; "-" where it was not timed."""
+    row = found.get((cache, backend, "over_ours"))
+    return "-" if row is None else f"{float(row['p50']):.2f} ({float(row['p20']):.2f}-{float(row['p80']):.2f})"
+
+
+def _ours_and_best(found: dict[tuple[str, str, str], dict[str, str]], cache: str, kind: str) -> tuple[str, str]:
+    """The name of our backend and of the faster way of inductor, in rows of `cache`."""
+    times = {
+        name: float(row["p50"]) for (where, name, metric), row in found.items() if (where, metric) == (cache, "time")
+    }
+    rivals = [f"{kind}-{way}" for way in ("obvious", "tuned")]
+    others = (*rivals, "graph-epilogue", "graph-three", "graph-ours", "torch", "torch.compile")
+    return next(name for name in times if name not in others), min(rivals, key=times.__getitem__)
+
+
+def passes_table(results: Path, network: str) -> str:
+    """Each fused pass against inductor's."""
+
+    def cells(problem: str, found: dict[tuple[str, str, str], dict[str, str]]) -> list[str]:
+        ours, best = _ours_and_best(found, "cold", "inductor")
+        ratios = [_ratio(found, cache, _ours_and_best(found, cache, "inductor")[1]) for cache in ("cold", "warm")]
+        time = {name: float(found["cold", name, "time"]["p50"]) for name in (ours, best, "torch.compile", "torch")}
+        rest = [f"{time[name] / time[ours]:.2f}" for name in ("torch.compile", "torch")]
+        bound = f"{float(found['cold', ours, 'of_bound']['p50']):.0f} %"
+        name = problem.removeprefix(f"{network}-")
+        return [name, f"{time[ours]:.0f}", bound, f"{time[best]:.0f}", *ratios, *rest]
+
+    return _passes_table(results, "fused_pass", f"{network}-", PASSES_HEADER, cells)
+
+
+def pieces_table(results: Path) -> str:
+    """Each fused pass with its product against compiled graphs around the product."""
+
+    def cells(problem: str, found: dict[tuple[str, str, str], dict[str, str]]) -> list[str]:
+        ours, _ = _ours_and_best(found, "cold", "graph")
+        ratios = [_ratio(found, cache, _ours_and_best(found, cache, "graph")[1]) for cache in ("cold", "warm")]
+        others = [_ratio(found, "cold", f"graph-{name}") for name in ("epilogue", "ours", "three")]
+        return [problem, f"{float(found['cold', ours, 'time']['p50']):.0f}", *ratios, *others]
+
+    return _passes_table(results, "fused_piece", "", PIECES_HEADER, cells)
+
+
 def pareto_table(results: Path, network: str) -> str:
     """What every method reaches at the costs of the uniform forecasts, and how often the searched schedules win."""
     if not (results / "pareto.json").exists():
@@ -350,6 +449,8 @@ def filled(text: str, results: Path) -> str:
             "calibration": calibration_table,
             "paper_claims": paper_claims_table,
             "pareto": pareto_table,
+            "passes": passes_table,
+            "pieces": pieces_table,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")

@@ -137,3 +137,29 @@ def test_unknown_tables_and_missing_results(tool, results, tmp_path):
         ("compare", tmp_path / "empty"),
     ):
         assert "*No results recorded yet.*" in tool.filled(f"<!-- table: {name} -->\n<!-- end -->", folder)
+
+
+def test_passes_show_the_faster_way_of_inductor(tool, tmp_path):
+    rows = []
+
+    def add(op, problem, backend, cache, value, metric="time"):
+        row = {"op": op, "problem": problem, "backend": backend, "cache": cache, "metric": metric, "verified": True}
+        rows.append({**row, **record.percentiles([value])})
+
+    for cache, scale in (("warm", 1.0), ("cold", 2.0)):
+        times = {"cpu": 10.0, "inductor-obvious": 30.0, "inductor-tuned": 12.0, "torch.compile": 25.0, "torch": 50.0}
+        for backend, value in times.items():
+            add("fused_pass", "net-geglu-8@4-b1-residual-a8", backend, cache, scale * value)
+        add("fused_pass", "net-geglu-8@4-b1-residual-a8", "inductor-tuned", cache, 1.2 * scale, "over_ours")
+        add("fused_pass", "net-geglu-8@4-b1-residual-a8", "cpu", cache, 40.0, "of_bound")
+        times = {"cpu": 20.0, "graph-obvious": 21.0, "graph-tuned": 22.0, "graph-ours": 30.0, "graph-three": 40.0}
+        for backend, value in times.items():
+            add("fused_piece", "net-group_norm-8@4+qkv-b1-residual-a8", backend, cache, scale * value)
+            if backend != "cpu":
+                add("fused_piece", "net-group_norm-8@4+qkv-b1-residual-a8", backend, cache, value / 20, "over_ours")
+    record.append(rows, tmp_path / "device.csv")
+    line = "| geglu-8@4-b1-residual-a8 | 20 | 40 % | 24 | 2.40 (2.40-2.40) | 1.20 (1.20-1.20) | 2.50 | 5.00 |"
+    assert line in tool.passes_table(tmp_path, "net")
+    ratios = "1.05 (1.05-1.05) | 1.05 (1.05-1.05) | - | 1.50 (1.50-1.50) | 2.00 (2.00-2.00)"
+    assert f"| net-group_norm-8@4+qkv-b1-residual-a8 | 40 | {ratios} |" in tool.pieces_table(tmp_path)
+    assert "*No results" in tool.passes_table(tmp_path, "other")
