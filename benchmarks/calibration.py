@@ -13,12 +13,15 @@ PSNR and SSIM are means over the images, against full precision from the same no
 the images of both (FID2FP32 of AccuQuant's paper), on the features of --features: "pool4" (4x4 average pooling, every
 pixel and channel a feature), or module:function, which takes images float [N, H, W, C] in 0..1 and gives [N, F].
 
-The report is written after every row. `--resume` keeps the rows that it has.
+The report is written after every row. `--resume` keeps the rows that it has, `--keep DIR` the calibrations, for rows of
+other activation bits with the same codes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -27,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ WAYS = ("float", "plain", "modulated")
 EVALUATION_SEED = 100_000  # calibration sees the noise of seeds from 0 on
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """Of a calibration: seconds, CPU seconds of all its threads, peak memory in MiB."""
 
@@ -133,23 +135,29 @@ class Study:
 
     def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> Path:
         """Folder of the calibration with static scales; codes are learnt with 8-bit activations and kept for others."""
-        folder = self.folder / f"{sampler}-{method}-w{weight_bits}a{act_bits}"
-        if folder in self.costs:
-            return folder
         name, steps = SAMPLERS[sampler]
         options = ["--method", method, "--scheduler", name, "--steps", str(steps), "--samples", str(self.args.samples)]
         options += ["--mode", "quantized", "--scale-mode", "static", "--quiet", "--threads", str(self.args.threads)]
-        options += ["--weight-bits", str(weight_bits), "--act-bits", str(act_bits), "--out", str(folder)]
+        options += ["--weight-bits", str(weight_bits), "--act-bits", str(act_bits)]
         options += [] if self.args.model is None else ["--model", self.args.model]
         for item in self.args.set:
             scope, _, setting = item.rpartition(":")
             options += ["--set", setting] if scope in ("", method) else []
+        kind = hashlib.sha256("\0".join(options).encode()).hexdigest()[:8]
+        folder = self.folder / f"{sampler}-{method}-w{weight_bits}a{act_bits}-{kind}"
+        known = folder.with_suffix(".cost.json")
+        if folder not in self.costs and known.exists():
+            self.costs[folder] = Cost(**json.loads(known.read_text()))
+        if folder in self.costs:
+            return folder
+        options += ["--out", str(folder)]
         before = Cost(0, 0, 0)
         if act_bits != 8:
             weights = self._calibrated(sampler, method, weight_bits, 8)
             before = self.costs[weights]
             options += ["--weights", str(weights)]
         self.costs[folder] = before + _measured([sys.executable, "-m", "modiff_kernels", "calibrate", *options])
+        known.write_text(json.dumps(dataclasses.asdict(self.costs[folder])))
         return folder
 
 
@@ -161,6 +169,12 @@ def _measured(command: list[str]) -> Cost:
     if process.returncode:
         raise SystemExit(f"calibration failed (exit code {process.returncode}): {' '.join(command)}")
     return Cost(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def _without(arguments: list[str], flag: str, option: str) -> list[str]:
+    """The command line without a flag, and without an option and its value: what does not change the rows."""
+    kept = [item for item in arguments if item != flag and not item.startswith(f"{option}=")]
+    return [item for i, item in enumerate(kept) if option not in (item, kept[i - 1] if i else "")]
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -181,6 +195,9 @@ def main() -> int:
     parser.add_argument("--features", default="pool4", help="of the Fréchet distance (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep what the report has and add what is missing")
+    parser.add_argument(
+        "--keep", type=Path, default=None, metavar="DIR", help="keep the calibrations, and use them again"
+    )
     parser.add_argument("--json", type=Path, required=True, help="the report")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -202,7 +219,7 @@ def main() -> int:
                     "or leave --resume out to measure everything anew"
                 )
         report |= {"commands": kept["commands"], "rows": kept["rows"]}
-    command = command_line([item for item in sys.argv[1:] if item != "--resume"])
+    command = command_line(_without(sys.argv[1:], "--resume", "--keep"))
     command = command.replace("modiff", "python benchmarks/calibration.py", 1)
     if command not in report["commands"]:
         report["commands"].append(command)
@@ -215,7 +232,7 @@ def main() -> int:
         for way in WAYS
     ]
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(args, Path(folder))
+        study = Study(args, args.keep or Path(folder))
         for sampler, method, bits, way in tqdm(wanted, desc="rows"):
             name = bits.partition("A")[0] if way == "float" else bits
             if (sampler, method, name, way) in known:

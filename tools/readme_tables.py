@@ -5,13 +5,16 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
 
-    compare [FILE]     benchmarks/results/compare.json, or FILE.json there, as `modiff compare --json` writes it
+    compare [FILE]           benchmarks/results/compare.json, or FILE.json there, as `modiff compare --json` writes it
     unet_step NETWORK BATCH  the newest rows of that network and batch in benchmarks/results/*.csv
     unet_step_profile NETWORK BATCH  likewise, with --profile
-    integer_conv       the newest rows of benchmarks/bench_integer_conv.py, likewise
-    pareto NETWORK     benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
-    calibration        benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
-    attention          the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
+    integer_conv             the newest rows of benchmarks/bench_integer_conv.py, likewise
+    pareto NETWORK           benchmarks/results/pareto.json, as benchmarks/pareto.py writes it
+    calibration SAMPLER      its rows in benchmarks/results/calibration.json, as benchmarks/calibration.py writes it
+    paper_claims SAMPLER ... what papers report, beside rows of that file
+    attention                the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
+    passes NETWORK           the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
+    pieces                   the same, passes with the product after them, of all networks
 
 A table shows one device: the one that was measured last.
 """
@@ -32,11 +35,13 @@ import torch
 
 from benchmarks import pareto_report, step_profile
 from benchmarks.bench_unet_step import all_rows
+from benchmarks.calibration import BITS
 from benchmarks.record import ROOT, read
+from modiff_kernels.cli.arguments import METHODS
 from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation.report import markdown_table
 
-MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NOTHING = "*No results recorded yet.*"
 UNET_STEP_HEADER = (
     "configuration",
@@ -51,9 +56,28 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/schedules.md")
+PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/fused_blocks.md", "docs/schedules.md")
+PASSES_HEADER = (
+    "pass, batch, codes",
+    "ours us",
+    "of bound",
+    "inductor us",
+    "inductor/ours, state in memory",
+    "in caches",
+    "torch.compile/ours",
+    "torch/ours",
+)
+PIECES_HEADER = (
+    "pass and product, batch, codes",
+    "ours us",
+    "graph/ours, state in memory",
+    "in caches",
+    "skip in our product",
+    "both our ops in a graph",
+    "q, k, v by three products",
+)
 CALIBRATION_HEADER = (
-    "sampler, bits, method",
+    "bits, method",
     "PSNR dB: float activations",
     "plain",
     "modulated",
@@ -64,6 +88,36 @@ CALIBRATION_HEADER = (
     "CPU s",
     "peak MiB",
 )
+PAPER_CLAIMS = (
+    (
+        "PTQ4DM, ImageNet-64, DDIM-250, W8A8",
+        "FID 26.19 with uniform time steps, 24.26 with NDTC",
+        ("W8A8", "plain", "mse", "ndtc"),
+    ),
+    (
+        "Q-Diffusion, CIFAR-10, DDIM-100, W4A8 (as in MoDiff)",
+        "FID 4.24 in full precision, 4.93",
+        ("W4A8", "plain", "mse", "qdiffusion"),
+    ),
+    (
+        "AccuQuant, LDM-4, 20 steps, W4A8",
+        "PSNR 23.7 dB with Q-Diffusion, 24.4",
+        ("W4A8", "plain", "qdiffusion", "accuquant"),
+    ),
+    (
+        "AccuQuant, LDM-4, 20 steps, W3A8",
+        "PSNR 18.5 dB with Q-Diffusion, 19.9",
+        ("W3A8", "plain", "qdiffusion", "accuquant"),
+    ),
+    ("MOTA, LDM-4, 20 steps", "FID 4.1 lower than BRECQ", ("W8A8", "plain", "qdiffusion", "sampling_aware")),
+    (
+        "MoDiff, CIFAR-10, DDIM-100, W4A4",
+        "FID 325.8 with Q-Diffusion, 13.6",
+        ("W4A4", None, "qdiffusion", "qdiffusion"),
+    ),
+)
+"""What papers report on their models, and the rows that show the same step here: bits, way (None: plain against
+modulated), method before and after. Their numbers are not comparable with those here; the direction is."""
 PARETO_HEADER = (
     "sampler, steps",
     "evaluations",
@@ -208,6 +262,83 @@ def attention_table(results: Path) -> str:
     return _newest(tables)
 
 
+def _newest_passes(path: Path, op: str, network: str) -> dict[str, dict[tuple[str, str, str], dict[str, str]]]:
+    """Problem -> (cache, backend, metric) -> the last row, of the last run that has the problem."""
+    newest: dict[str, dict[tuple[str, str, str], dict[str, str]]] = {}
+    for row in read(path):
+        if row["op"] == op and row["problem"].startswith(network):
+            found = newest.setdefault(row["problem"], {})
+            if any(old["utc"] != row["utc"] for old in found.values()):
+                found.clear()  # rows of two runs do not mix: another form may have been the best
+            found[row["cache"], row["backend"], row["metric"]] = row
+    return newest
+
+
+def _passes_caption(rows: Sequence[dict[str, str]]) -> tuple[str, str]:
+    """When the last of `rows` was measured, and with what all were."""
+    last = max(rows, key=lambda row: row["utc"])
+    commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
+    commands = dict.fromkeys(row["repro"] for row in sorted(rows, key=lambda row: row["utc"]))
+    return last["utc"], (
+        f"{', '.join(f'`{command}`' for command in commands)}: {last['device']}, load {last['load']}; torch "
+        f"{last['torch']}; commit {commit}, {last['utc'][:10]}."
+    )
+
+
+def _passes_table(results: Path, op: str, network: str, header: Sequence[str], cells_of: Any) -> str:
+    tables = []
+    for path in sorted(results.glob("*.csv")):
+        newest = _newest_passes(path, op, network)
+        if newest:
+            cells = [cells_of(problem, found) for problem, found in newest.items()]
+            utc, caption = _passes_caption([row for found in newest.values() for row in found.values()])
+            tables.append((utc, f"{markdown_table(header, cells)}\n\n{caption}\n"))
+    return _newest(tables)
+
+
+def _ratio(found: dict[tuple[str, str, str], dict[str, str]], cache: str, backend: str) -> str:
+    """How much slower than ours, with its 20-80 % range; "-" where it was not timed."""
+    row = found.get((cache, backend, "over_ours"))
+    return "-" if row is None else f"{float(row['p50']):.2f} ({float(row['p20']):.2f}-{float(row['p80']):.2f})"
+
+
+def _ours_and_best(found: dict[tuple[str, str, str], dict[str, str]], cache: str, kind: str) -> tuple[str, str]:
+    """The name of our backend and of the faster way of inductor, in rows of `cache`."""
+    times = {
+        name: float(row["p50"]) for (where, name, metric), row in found.items() if (where, metric) == (cache, "time")
+    }
+    rivals = [f"{kind}-{way}" for way in ("obvious", "tuned")]
+    others = (*rivals, "graph-epilogue", "graph-three", "graph-ours", "torch", "torch.compile")
+    return next(name for name in times if name not in others), min(rivals, key=times.__getitem__)
+
+
+def passes_table(results: Path, network: str) -> str:
+    """Each fused pass against inductor's."""
+
+    def cells(problem: str, found: dict[tuple[str, str, str], dict[str, str]]) -> list[str]:
+        ours, best = _ours_and_best(found, "cold", "inductor")
+        ratios = [_ratio(found, cache, _ours_and_best(found, cache, "inductor")[1]) for cache in ("cold", "warm")]
+        time = {name: float(found["cold", name, "time"]["p50"]) for name in (ours, best, "torch.compile", "torch")}
+        rest = [f"{time[name] / time[ours]:.2f}" for name in ("torch.compile", "torch")]
+        bound = f"{float(found['cold', ours, 'of_bound']['p50']):.0f} %"
+        name = problem.removeprefix(f"{network}-")
+        return [name, f"{time[ours]:.0f}", bound, f"{time[best]:.0f}", *ratios, *rest]
+
+    return _passes_table(results, "fused_pass", f"{network}-", PASSES_HEADER, cells)
+
+
+def pieces_table(results: Path) -> str:
+    """Each fused pass with its product against compiled graphs around the product."""
+
+    def cells(problem: str, found: dict[tuple[str, str, str], dict[str, str]]) -> list[str]:
+        ours, _ = _ours_and_best(found, "cold", "graph")
+        ratios = [_ratio(found, cache, _ours_and_best(found, cache, "graph")[1]) for cache in ("cold", "warm")]
+        others = [_ratio(found, "cold", f"graph-{name}") for name in ("epilogue", "ours", "three")]
+        return [problem, f"{float(found['cold', ours, 'time']['p50']):.0f}", *ratios, *others]
+
+    return _passes_table(results, "fused_piece", "", PIECES_HEADER, cells)
+
+
 def pareto_table(results: Path, network: str) -> str:
     """What every method reaches at the costs of the uniform forecasts, and how often the searched schedules win."""
     if not (results / "pareto.json").exists():
@@ -252,38 +383,56 @@ def _pareto_cells(line: pareto_report.Line) -> list[str]:
     return [f"{panel.sampler}, {panel.steps}", f"{line.evaluations:g}", *shown, f"{panel.every_call_db:.1f}"]
 
 
-def calibration_table(results: Path) -> str:
-    """A row per sampler, method and bits: float activations with these codes, plain, modulated."""
+def calibration_table(results: Path, sampler: str) -> str:
+    """A row per bits and method with `sampler`: float activations with these codes, plain, modulated."""
     if not (results / "calibration.json").exists():
         return f"{NOTHING}\n"
     report = json.loads((results / "calibration.json").read_text())
-    floats = {(row["sampler"], row["method"], row["bits"]): row for row in report["rows"] if row["way"] == "float"}
-    quantised: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in report["rows"]:
-        if row["way"] != "float":
-            quantised.setdefault((row["sampler"], row["bits"], row["method"]), {})[row["way"]] = row
+    rows = {(row["bits"], row["method"], row["way"]): row for row in report["rows"] if row["sampler"] == sampler}
     cells = []
-    for (sampler, bits, method), ways in quantised.items():
-        if set(ways) != {"plain", "modulated"}:
-            continue
-        shown = [floats[sampler, method, bits.partition("A")[0]], ways["plain"], ways["modulated"]]
-        cost = ways["plain"]
-        cells.append(
-            [
-                f"{sampler}, {bits}, {method}",
-                *[f"{row['psnr_db']:.1f}" for row in shown],
-                *[f"{row['ssim']:.3f}" for row in shown[1:]],
-                *[f"{row['frechet']:.2g}" for row in shown[1:]],
-                f"{cost['calibration_cpu_s']:.0f}",
-                f"{cost['peak_mib']:.0f}",
-            ]
-        )
-    features = sorted({row["features"] for row in report["rows"]})
-    commands = ", ".join(f"`{command}`" for command in report["commands"])
+    for bits in BITS:
+        for method in METHODS:
+            keys = [(bits.partition("A")[0], method, "float"), (bits, method, "plain"), (bits, method, "modulated")]
+            if not all(key in rows for key in keys):
+                continue
+            shown = [rows[key] for key in keys]
+            cells.append(
+                [
+                    f"{bits}, {method}",
+                    *[f"{row['psnr_db']:.1f}" for row in shown],
+                    *[f"{row['ssim']:.3f}" for row in shown[1:]],
+                    *[f"{row['frechet']:.2g}" for row in shown[1:]],
+                    f"{shown[1]['calibration_cpu_s']:.0f}",
+                    f"{shown[1]['peak_mib']:.0f}",
+                ]
+            )
+    features = sorted({row["features"] for row in rows.values()})
+    commands = "; ".join(f"`{command}`" for command in report["commands"] if f"--samplers {sampler}" in command)
     return (
-        f"{markdown_table(CALIBRATION_HEADER, cells)}\n\n{commands}: {report['images']} images, calibrated on "
-        f"{report['samples']} trajectories; Fréchet distance on {', '.join(features)}; torch {report['torch']}.\n"
+        f"{markdown_table(CALIBRATION_HEADER, cells)}\n\n{sampler}, {report['images']} images, calibrated on "
+        f"{report['samples']} trajectories; Fréchet distance on {', '.join(features)}; torch {report['torch']}. "
+        f"{commands}\n"
     )
+
+
+def paper_claims_table(results: Path, *samplers: str) -> str:
+    """What papers claim, and what the same step gives here with each of `samplers`, in dB."""
+    if not (results / "calibration.json").exists():
+        return f"{NOTHING}\n"
+    rows = json.loads((results / "calibration.json").read_text())["rows"]
+    psnr = {(row["sampler"], row["method"], row["bits"], row["way"]): row["psnr_db"] for row in rows}
+    cells = []
+    for setting, claim, (bits, way, before, after) in PAPER_CLAIMS:
+        label = f"{bits} {before}" if before == after else f"{bits} {before}, {after}"
+        cells.append([setting, claim, f"{label}, plain" if way else f"{label}, plain and modulated"])
+        for sampler in samplers:
+            pair = [
+                psnr.get((sampler, before, bits, way or "plain")),
+                psnr.get((sampler, after, bits, way or "modulated")),
+            ]
+            cells[-1].append("-" if None in pair else f"{pair[0]:.1f}, {pair[1]:.1f}")
+    header = ("paper, its model and bits", "it reports", "the same step here", *[f"{name}, dB" for name in samplers])
+    return f"{markdown_table(header, cells)}\n"
 
 
 def filled(text: str, results: Path) -> str:
@@ -298,7 +447,10 @@ def filled(text: str, results: Path) -> str:
             "integer_conv": integer_conv_table,
             "attention": attention_table,
             "calibration": calibration_table,
+            "paper_claims": paper_claims_table,
             "pareto": pareto_table,
+            "passes": passes_table,
+            "pieces": pieces_table,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")

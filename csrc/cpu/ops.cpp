@@ -272,15 +272,35 @@ Tensor pack(const Tensor& weight_q, int64_t groups) {
   return packed;
 }
 
-Tensor unpack(const Tensor& packed, std::vector<int64_t> sizes, int64_t groups) {
+VnniLayout layout_of(const char* op, const Tensor& packed, const std::vector<int64_t>& sizes, int64_t groups) {
   const VnniLayout layout = layout_of(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), groups);
-  STD_TORCH_CHECK(packed.numel() == layout.total_bytes(), "modiff_cpu::unpack_vnni: ", layout.total_bytes(),
+  STD_TORCH_CHECK(packed.numel() == layout.total_bytes(), "modiff_cpu::", op, ": ", layout.total_bytes(),
                   " bytes expected, got ", packed.numel());
-  // Not `empty`: four sizes mean channels_last there, and this one is row-major.
-  Tensor weight_q = torch::stable::empty(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), ScalarType::Char);
+  return layout;
+}
+
+// Not `empty`: four sizes mean channels_last there, and these are row-major.
+Tensor row_major(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::empty(IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+}
+
+Tensor unpack(const Tensor& packed, std::vector<int64_t> sizes, int64_t groups) {
+  const VnniLayout layout = layout_of("unpack_vnni", packed, sizes, groups);
+  Tensor weight_q = row_major(sizes, ScalarType::Char);
   unpack_vnni(static_cast<const int8_t*>(packed.const_data_ptr()), layout,
               static_cast<int8_t*>(weight_q.mutable_data_ptr()));
   return weight_q;
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& weight_scale, std::vector<int64_t> sizes, int64_t groups) {
+  const VnniLayout layout = layout_of("dequantize_vnni", packed, sizes, groups);
+  STD_TORCH_CHECK(weight_scale.numel() == sizes[0] && weight_scale.scalar_type() == ScalarType::Float,
+                  "modiff_cpu::dequantize_vnni: a float32 scale per output channel expected");
+  Tensor weight = row_major(sizes, ScalarType::Float);
+  dequantize_vnni(static_cast<const int8_t*>(packed.const_data_ptr()), layout,
+                  static_cast<const float*>(weight_scale.const_data_ptr()),
+                  static_cast<float*>(weight.mutable_data_ptr()));
+  return weight;
 }
 
 }  // namespace
@@ -300,6 +320,7 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
   m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
+  m.def("dequantize_vnni(Tensor packed, Tensor weight_scale, int[] sizes, int groups) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) {
@@ -313,4 +334,5 @@ STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&modiff::cpu::attention));
   m.impl("pack_vnni", TORCH_BOX(&modiff::cpu::pack));
   m.impl("unpack_vnni", TORCH_BOX(&modiff::cpu::unpack));
+  m.impl("dequantize_vnni", TORCH_BOX(&modiff::cpu::dequantize));
 }

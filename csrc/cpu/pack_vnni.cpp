@@ -1,41 +1,54 @@
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/lowbit_conv2d.h"
+#include "cpu/parallel.h"
 
 namespace modiff::cpu {
 namespace {
 
-// Calls body(packed index, row-major index of weight_q) for every real weight.
-template <class Body>
-void for_each_weight(const VnniLayout& layout, const Body& body) {
-  for (int64_t g = 0; g < layout.groups; ++g)
-    for (int64_t n = 0; n < layout.n_group; ++n)
-      for (int64_t t = 0; t < layout.taps; ++t)
-        for (int64_t c = 0; c < layout.c_group; ++c) {
-          const int64_t panel = g * layout.panels + n / kPanel;
-          const int64_t block = t * (layout.c_padded / kDot) + c / kDot;
-          body(panel * layout.panel_bytes() + (block * kPanel + n % kPanel) * kDot + c % kDot,
-               ((g * layout.n_group + n) * layout.taps + t) * layout.c_group + c);
-        }
+// Writes value(output channel, code) of every real weight to the row-major `out`; panels are tasks.
+template <class T, class Value>
+void unpack_panels(const int8_t* packed, const VnniLayout& layout, T* out, const Value& value) {
+  const int64_t k = layout.taps * layout.c_group;
+  parallel_tasks(layout.groups * layout.panels, [&](int64_t panel) {
+    const int64_t first = panel % layout.panels * kPanel;  // output channel in the group
+    const int64_t real = std::min(kPanel, layout.n_group - first);
+    const int64_t n = panel / layout.panels * layout.n_group + first;
+    const int8_t* from = packed + panel * layout.panel_bytes();
+    for (int64_t t = 0; t < layout.taps; ++t)
+      for (int64_t c = 0; c < layout.c_group; c += kDot, from += kPanel * kDot)
+        for (int64_t i = 0; i < real; ++i)
+          for (int64_t j = 0; j < std::min(kDot, layout.c_group - c); ++j)
+            out[(n + i) * k + t * layout.c_group + c + j] = value(n + i, from[i * kDot + j]);
+  });
 }
 
 }  // namespace
 
 void pack_vnni(const int8_t* weight_q, const VnniLayout& layout, int8_t* packed) {
   std::memset(packed, 0, layout.total_bytes());
-  for_each_weight(layout, [&](int64_t to, int64_t from) { packed[to] = weight_q[from]; });
   auto* sums = reinterpret_cast<int32_t*>(packed + layout.weight_bytes());
-  const int64_t k = layout.taps * layout.c_group;
   for (int64_t g = 0; g < layout.groups; ++g)
     for (int64_t n = 0; n < layout.n_group; ++n) {
+      const int64_t panel = g * layout.panels + n / kPanel;
+      int8_t* to = packed + panel * layout.panel_bytes() + n % kPanel * kDot;
       int32_t sum = 0;
-      for (int64_t i = 0; i < k; ++i) sum += weight_q[(g * layout.n_group + n) * k + i];
+      for (int64_t t = 0; t < layout.taps; ++t)
+        for (int64_t c = 0; c < layout.c_group; ++c, ++weight_q) {
+          to[(t * layout.c_padded + c / kDot * kDot) * kPanel + c % kDot] = *weight_q;
+          sum += *weight_q;
+        }
       sums[g * layout.panels * kPanel + n] = sum;
     }
 }
 
 void unpack_vnni(const int8_t* packed, const VnniLayout& layout, int8_t* weight_q) {
-  for_each_weight(layout, [&](int64_t from, int64_t to) { weight_q[to] = packed[from]; });
+  unpack_panels(packed, layout, weight_q, [](int64_t, int8_t code) { return code; });
+}
+
+void dequantize_vnni(const int8_t* packed, const VnniLayout& layout, const float* weight_scale, float* weight) {
+  unpack_panels(packed, layout, weight, [=](int64_t n, int8_t code) { return weight_scale[n] * code; });
 }
 
 }  // namespace modiff::cpu

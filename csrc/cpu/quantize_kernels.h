@@ -15,8 +15,8 @@
 // when there are enough samples one thread takes a sample through all phases while it is in its cache, otherwise each
 // phase is one parallel loop over the chunks. Within a phase, blocks of rows of about kBlock values go through
 // conversion, norm, activation, residual and rounding in loops over buffers that stay in the first-level cache. With
-// dynamic scales of a whole sample or tensor, the residuals wait in float32 scratch so that norm and activation are
-// computed once.
+// dynamic scales of a whole sample or tensor, the second phase needs the residuals of the first: where an activation
+// function made them they wait in float32 scratch, others are computed again, which costs less than storing them.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -84,6 +84,8 @@ class Quantizer {
     blocks_ = p_.granularity == Granularity::kPerBlock ? block_count(p_.rows, p_.act_bits) : 0;
     // One pass is enough when the scale is known before, or is settled within the row.
     single_pass_ = p_.given_scale != nullptr || p_.granularity == Granularity::kPerToken;
+    const bool activation = p_.prologue == Prologue::kGeglu || (p_.prologue == Prologue::kGroupNorm && p_.silu);
+    stored_ = !single_pass_ && activation;
     block_rows_ = p_.granularity == Granularity::kPerToken ? 1
                   : blocks_ > 0                            ? kBlockRows
                                                            : std::max<int64_t>(1, kBlock / p_.channels);
@@ -100,8 +102,10 @@ class Quantizer {
     // wait.
     const int64_t c = p_.channels;
     const bool norm = p_.prologue == Prologue::kGroupNorm;
-    const bool shared_residuals = !single_pass_ && (whole_tensor || chunks_ > 1);
-    const int64_t stats = norm ? tasks * 2 * c : 0, coefficients = norm ? p_.samples * 2 * c : 0;
+    const bool layer_norm = p_.prologue == Prologue::kLayerNorm;
+    const bool shared_residuals = stored_ && (whole_tensor || chunks_ > 1);
+    const int64_t stats = norm ? tasks * 2 * c : layer_norm ? 2 * p_.samples * p_.rows : 0;
+    const int64_t coefficients = norm ? p_.samples * 2 * c : layer_norm ? 2 * c : 0;
     const int64_t residuals = shared_residuals ? p_.samples * p_.rows * c : 0;
     const int64_t ranges = round_up16(tasks * static_cast<int64_t>(sizeof(Range)) / 4 + 1);
     const int64_t magnitudes = p_.samples * blocks_ * c;
@@ -114,6 +118,11 @@ class Quantizer {
     ranges_ = reinterpret_cast<Range*>(after);
     float* shared_residual = after + ranges;
     for (int64_t i = 0; i < tasks; ++i) ranges_[i] = Range{};
+    if (layer_norm)
+      for (int64_t i = 0; i < c; ++i) {
+        coefficients_[i] = p_.gamma ? p_.gamma[i] : 1.0f;
+        coefficients_[c + i] = p_.beta ? p_.beta[i] : 0.0f;
+      }
 
     if (chunks_ == 1) {
       parallel_tasks(p_.samples, [&](int64_t n) {
@@ -122,10 +131,11 @@ class Quantizer {
           coefficients_of(n);
         }
         if (single_pass_) return one_pass(n, 0);
-        float* residual =
-            shared_residuals
-                ? shared_residual + n * p_.rows * c
-                : static_cast<float*>(thread_scratch(1, p_.rows * c * static_cast<int64_t>(sizeof(float))));
+        float* residual = nullptr;
+        if (shared_residuals)
+          residual = shared_residual + n * p_.rows * c;
+        else if (stored_)
+          residual = static_cast<float*>(thread_scratch(1, p_.rows * c * static_cast<int64_t>(sizeof(float))));
         range_pass(n, 0, residual);
         if (!whole_tensor && settle(n, n, 1)) code_pass(n, 0, residual, code(n));
       });
@@ -137,7 +147,7 @@ class Quantizer {
       parallel_tasks(tasks, [&](int64_t i) {
         const int64_t n = i / chunks_, k = i % chunks_;
         if (single_pass_) return one_pass(n, k);
-        range_pass(n, k, shared_residual + (n * p_.rows + begin(k)) * c);
+        range_pass(n, k, stored_ ? shared_residual + (n * p_.rows + begin(k)) * c : nullptr);
       });
     }
     if (single_pass_) return finish_single_pass();
@@ -148,7 +158,8 @@ class Quantizer {
       if (!finite) return false;
       parallel_tasks(tasks, [&](int64_t i) {
         const int64_t n = i / chunks_, k = i % chunks_;
-        code_pass(n, k, shared_residual + (n * p_.rows + begin(k)) * c, code(whole_tensor ? 0 : n));
+        float* residual = stored_ ? shared_residual + (n * p_.rows + begin(k)) * c : nullptr;
+        code_pass(n, k, residual, code(whole_tensor ? 0 : n));
       });
       return true;
     }
@@ -158,9 +169,9 @@ class Quantizer {
   }
 
  private:
-  // The thread's buffers, each of one block.
+  // The thread's buffers, each of one block. `spare`: for whatever one function needs.
   struct Buffers {
-    float *input, *x, *x_hat, *updated, *residual;
+    float *input, *x_hat, *updated, *residual, *spare;
   };
   Buffers buffers() const {
     const int64_t rows = blocks_ > 0 ? 2 * kBlockRows - 1 : block_rows_;
@@ -189,7 +200,7 @@ class Quantizer {
     float* __restrict sum = stats_ + (n * chunks_ + chunk) * 2 * c;
     float* __restrict square = sum + c;
     const Buffers buffer = buffers();
-    const float* __restrict origin = load_row(p_.input, p_.input_dtype, n * p_.rows * c, c, buffer.x);
+    const float* __restrict origin = load_row(p_.input, p_.input_dtype, n * p_.rows * c, c, buffer.spare);
     for (int64_t i = 0; i < 2 * c; ++i) sum[i] = 0.0f;
     for (int64_t l = begin(chunk); l < end(chunk); ++l) {
       const float* __restrict row = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * c, c, buffer.input);
@@ -250,59 +261,111 @@ class Quantizer {
       for (int64_t i = 0; i < c; ++i) b[i] += p_.beta[i];
   }
 
-  // residual = x - x_hat (or x) of `count` rows from row l, and its range.
-  void residual_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, float* residual, Range& range) const {
-    const int64_t c = p_.channels, size = count * c;
-    const int64_t width = p_.prologue == Prologue::kGeglu ? 2 * c : c;
-    const float* input = load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * width, count * width, buffer.input);
-    if (p_.prologue != Prologue::kGroupNorm) prefetch_state(n, l + count, count);
-    const float* x_hat =
-        p_.x_hat == nullptr ? nullptr : load_row(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * c, size, buffer.x_hat);
-    switch (p_.prologue) {
-      case Prologue::kIdentity:
-        subtract(input, size, 1, size, x_hat, residual, [](const float* row, int64_t i) { return row[i]; });
-        break;
-      case Prologue::kGroupNorm: {
-        const float* __restrict a = coefficients_ + n * 2 * c;
-        const float* __restrict b = a + c;
-        if (p_.silu) {
-          subtract(input, width, count, c, x_hat, residual,
-                   [a, b](const float* row, int64_t i) { return silu_(fma_(a[i], row[i], b[i])); });
-        } else {
-          subtract(input, width, count, c, x_hat, residual,
-                   [a, b](const float* row, int64_t i) { return fma_(a[i], row[i], b[i]); });
-        }
-        break;
-      }
-      case Prologue::kLayerNorm:
-        for (int64_t k = 0; k < count; ++k) layer_norm(input + k * c, buffer.x + k * c);
-        subtract(buffer.x, size, 1, size, x_hat, residual, [](const float* row, int64_t i) { return row[i]; });
-        break;
-      case Prologue::kGeglu:
-        subtract(input, width, count, c, x_hat, residual,
-                 [c](const float* row, int64_t i) { return row[i] * gelu_(row[c + i]); });
-        break;
-    }
-    if (blocks_ > 0) {
-      measure_channels(residual, count, magnitudes_ + (n * blocks_ + l / kBlockRows) * c, range);
-    } else {
-      measure(residual, size, range);
+  // Mean and 1 / sqrt(variance + eps) of `count` rows of a layer norm, from row l of all samples.
+  void row_statistics(const float* input, int64_t l, int64_t count) {
+    const int64_t c = p_.channels;
+    for (int64_t k = 0; k < count; ++k) {
+      const float* __restrict row = input + k * c;
+      float sum = 0.0f, square = 0.0f;
+      const float origin = row[0];
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < c; ++i) sum += row[i] - origin;
+      const float mean = sum / static_cast<float>(c) + origin;
+#pragma omp simd reduction(+ : square)
+      for (int64_t i = 0; i < c; ++i) square += (row[i] - mean) * (row[i] - mean);
+      stats_[2 * (l + k)] = mean;
+      stats_[2 * (l + k) + 1] = 1.0f / std::sqrt(square / static_cast<float>(c) + p_.eps);
     }
   }
 
-  // residual[k, i] = value(row k of input, i) - x_hat[k, i], over `count` rows of `c` values.
-  template <class Value>
-  static void subtract(const float* input, int64_t width, int64_t count, int64_t c, const float* x_hat, float* residual,
-                       const Value& value) {
-    for (int64_t k = 0; k < count; ++k) {
-      const float* __restrict row = input + k * width;
-      float* __restrict out = residual + k * c;
-      if (x_hat != nullptr) {
-        const float* __restrict old = x_hat + k * c;
-        for (int64_t i = 0; i < c; ++i) out[i] = value(row, i) - old[i];
-      } else {
-        for (int64_t i = 0; i < c; ++i) out[i] = value(row, i);
+  // Calls body(row length, rows, width, value) with x of `count` rows from row l as value(row of input, k, i); lengths
+  // and widths in values. again: in the second phase, which finds statistics made.
+  template <class Body>
+  void with_values(const float* input, int64_t n, int64_t l, int64_t count, bool again, const Body& body) {
+    const int64_t c = p_.channels;
+    switch (p_.prologue) {
+      case Prologue::kIdentity:
+        // One long row; with a literal 1 for `rows`, GCC 12 leaves the loop of range_rows scalar.
+        return body(count * c, count > 0, 0, [](const float* row, int64_t, int64_t i) { return row[i]; });
+      case Prologue::kGroupNorm: {
+        const float* __restrict a = coefficients_ + n * 2 * c;
+        const float* __restrict b = a + c;
+        if (p_.silu)
+          return body(c, count, c,
+                      [a, b](const float* row, int64_t, int64_t i) { return silu_(fma_(a[i], row[i], b[i])); });
+        return body(c, count, c, [a, b](const float* row, int64_t, int64_t i) { return fma_(a[i], row[i], b[i]); });
       }
+      case Prologue::kLayerNorm: {
+        if (!again) row_statistics(input, n * p_.rows + l, count);
+        const float* __restrict gamma = coefficients_;
+        const float* __restrict beta = gamma + c;
+        const float* __restrict stats = stats_ + 2 * (n * p_.rows + l);
+        return body(c, count, c, [gamma, beta, stats](const float* row, int64_t k, int64_t i) {
+          return fma_((row[i] - stats[2 * k]) * stats[2 * k + 1], gamma[i], beta[i]);
+        });
+      }
+      case Prologue::kGeglu:
+        return body(c, count, 2 * c, [c](const float* row, int64_t, int64_t i) { return row[i] * gelu_(row[c + i]); });
+    }
+  }
+
+  const float* input_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer) const {
+    const int64_t width = p_.prologue == Prologue::kGeglu ? 2 * p_.channels : p_.channels;
+    return load_row(p_.input, p_.input_dtype, (n * p_.rows + l) * width, count * width, buffer.input);
+  }
+
+  const float* state_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer) const {
+    if (p_.x_hat == nullptr) return nullptr;
+    const int64_t c = p_.channels;
+    return load_row(p_.x_hat, p_.x_hat_dtype, (n * p_.rows + l) * c, count * c, buffer.x_hat);
+  }
+
+  // residual = x - x_hat (or x) of `count` rows from row l.
+  void residual_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, float* residual, bool again) {
+    const float* input = input_rows(n, l, count, buffer);
+    if (p_.prologue != Prologue::kGroupNorm && !again) prefetch_state(n, l + count, count);
+    const float* x_hat = state_rows(n, l, count, buffer);
+    with_values(input, n, l, count, again, [&](int64_t length, int64_t rows, int64_t width, const auto& value) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const float* __restrict row = input + k * width;
+        float* __restrict out = residual + k * length;
+        if (x_hat != nullptr) {
+          const float* __restrict old = x_hat + k * length;
+          for (int64_t i = 0; i < length; ++i) out[i] = value(row, k, i) - old[i];
+        } else {
+          for (int64_t i = 0; i < length; ++i) out[i] = value(row, k, i);
+        }
+      }
+    });
+  }
+
+  // The range of the residuals of `count` rows from row l, which are not kept.
+  void range_rows(int64_t n, int64_t l, int64_t count, const Buffers& buffer, Range& range) {
+    const float* input = input_rows(n, l, count, buffer);
+    if (p_.prologue != Prologue::kGroupNorm) prefetch_state(n, l + count, count);
+    const float* x_hat = state_rows(n, l, count, buffer);
+    with_values(input, n, l, count, false, [&](int64_t length, int64_t rows, int64_t width, const auto& value) {
+      for (int64_t k = 0; k < rows; ++k) {
+        const float* __restrict row = input + k * width;
+        const float* __restrict old = x_hat + k * length;
+        uint32_t bits = 0;
+#pragma omp simd reduction(max : bits)
+        for (int64_t i = 0; i < length; ++i) {
+          const uint32_t magnitude = float_to_bits(value(row, k, i) - old[i]) & 0x7FFFFFFFu;
+          bits = magnitude > bits ? magnitude : bits;
+        }
+        range.absmax_bits = std::max(range.absmax_bits, bits);
+      }
+    });
+  }
+
+  // The range of `count` rows of residuals from row l.
+  void measure_rows(int64_t n, int64_t l, int64_t count, const float* residual, Range& range) const {
+    const int64_t c = p_.channels;
+    if (blocks_ > 0) {
+      measure_channels(residual, count, magnitudes_ + (n * blocks_ + l / kBlockRows) * c, range);
+    } else {
+      measure(residual, count * c, range);
     }
   }
 
@@ -340,29 +403,14 @@ class Quantizer {
     range.absmax_bits = bits;
   }
 
-  // (row - mean) / sqrt(variance + eps) * gamma + beta.
-  void layer_norm(const float* __restrict row, float* __restrict x) const {
-    const int64_t c = p_.channels;
-    float sum = 0.0f, square = 0.0f;
-    const float origin = row[0];
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < c; ++i) sum += row[i] - origin;
-    const float mean = sum / static_cast<float>(c) + origin;
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < c; ++i) square += (row[i] - mean) * (row[i] - mean);
-    const float rstd = 1.0f / std::sqrt(square / static_cast<float>(c) + p_.eps);
-    for (int64_t i = 0; i < c; ++i) x[i] = (row[i] - mean) * rstd;
-    if (p_.gamma)
-      for (int64_t i = 0; i < c; ++i) x[i] *= p_.gamma[i];
-    if (p_.beta)
-      for (int64_t i = 0; i < c; ++i) x[i] += p_.beta[i];
-  }
-
   void range_pass(int64_t n, int64_t chunk, float* residual) {
     Range range;
     const Buffers buffer = buffers();
     for_blocks(chunk, [&](int64_t l, int64_t count) {
-      residual_rows(n, l, count, buffer, residual + (l - begin(chunk)) * p_.channels, range);
+      if (!stored_ && p_.x_hat != nullptr && blocks_ == 0) return range_rows(n, l, count, buffer, range);
+      float* rows = stored_ ? residual + (l - begin(chunk)) * p_.channels : buffer.residual;
+      residual_rows(n, l, count, buffer, rows, false);
+      measure_rows(n, l, count, rows, range);
     });
     ranges_[n * chunks_ + chunk] = range;
   }
@@ -436,14 +484,16 @@ class Quantizer {
       }
       return;
     }
-    const float* __restrict old = load_row(p_.x_hat, p_.x_hat_dtype, offset, size, buffer.x_hat);
-    float* __restrict updated = buffer.updated;
+    // float32 state is updated in place, so `old` and `updated` may be one: `omp simd` instead of restrict.
+    const float* old = load_row(p_.x_hat, p_.x_hat_dtype, offset, size, buffer.x_hat);
+    float* updated = p_.x_hat_dtype == DType::kFloat32 ? static_cast<float*>(p_.x_hat) + offset : buffer.updated;
     if (blocks_ > 0) {
       const int64_t c = p_.channels;
       float* __restrict inverse = buffer.input;
-      float* __restrict multiplier = buffer.x;
+      float* __restrict multiplier = buffer.spare;
       choose_multipliers(magnitudes_ + (n * blocks_ + l / kBlockRows) * c, scale, multiplier, inverse);
       for (int64_t k = 0; k < size; k += c) {
+#pragma omp simd
         for (int64_t i = 0; i < c; ++i) {
           const float q = code_of(residual[k + i], inverse[i], 0.0f, half) * multiplier[i];
           out[k + i] = static_cast<int8_t>(static_cast<int32_t>(q));
@@ -453,6 +503,7 @@ class Quantizer {
       store_row(p_.x_hat, p_.x_hat_dtype, offset, size, updated);
       return;
     }
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
       const float q = code_of(residual[i], inv_scale, 0.0f, half);
       out[i] = static_cast<int8_t>(static_cast<int32_t>(q));
@@ -464,7 +515,8 @@ class Quantizer {
   void code_pass(int64_t n, int64_t chunk, const float* residual, const Code& code) {
     const Buffers buffer = buffers();
     for_blocks(chunk, [&](int64_t l, int64_t count) {
-      code_rows(n, l, count, buffer, residual + (l - begin(chunk)) * p_.channels, code);
+      if (!stored_) residual_rows(n, l, count, buffer, buffer.residual, true);
+      code_rows(n, l, count, buffer, stored_ ? residual + (l - begin(chunk)) * p_.channels : buffer.residual, code);
     });
   }
 
@@ -474,7 +526,8 @@ class Quantizer {
     Range& range = ranges_[n * chunks_ + chunk];
     for_blocks(chunk, [&](int64_t l, int64_t count) {
       Range block;
-      residual_rows(n, l, count, buffer, buffer.residual, block);
+      residual_rows(n, l, count, buffer, buffer.residual, false);
+      measure_rows(n, l, count, buffer.residual, block);
       range.merge(block);
       const int64_t g = scale_index(p_.granularity, n, l, p_.rows);
       Code code;
@@ -513,7 +566,7 @@ class Quantizer {
   const QuantizeProblem& p_;
   float half_;
   int64_t granules_, block_rows_, chunks_ = 1;
-  bool single_pass_;
+  bool single_pass_, stored_;       // stored_: residuals wait in scratch between the two phases
   int64_t blocks_;                  // of a sample, each with its own multipliers; 0: there are none
   uint32_t* magnitudes_ = nullptr;  // [samples, blocks, channels]: bits of the largest |residual|
   float* stats_ = nullptr;          // [tasks, 2, channels]

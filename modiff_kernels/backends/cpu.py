@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant.packing import KPACK_V1, pack, unpack
+from ..quant.passes import all_finite
 from . import Kernel, library_build_info
 
 NAME = "cpu"
@@ -93,7 +94,7 @@ def _float_weight(
     """The dequantised weight, float32 [N, r, s, c_in / groups]."""
     r, s = kernel_size
     shape = [weight_scale.shape[0], r, s, k // (r * s)]
-    return torch.ops.modiff_cpu.unpack_vnni(weight_packed, shape, groups).float() * weight_scale[:, None, None, None]
+    return torch.ops.modiff_cpu.dequantize_vnni(weight_packed, weight_scale.contiguous(), shape, groups)
 
 
 def _extents(x: Tensor, channels: int) -> tuple[int, int, int]:
@@ -421,7 +422,7 @@ def _initialize(
             codes, scale, None, weight_packed, weight_scale, bias, _INITIALIZE, y_hat, skip, write_out, x.dtype, conv
         )
     x_hat.copy_(x)
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise ValueError(f"{op}: x holds NaN or Inf; check the model's input and weights, then start a new run")
     if conv is None:
         weight = _float_weight(weight_packed, weight_scale, x.shape[-1]).flatten(1)

@@ -19,9 +19,17 @@ Conv = tuple[
 ]  # kernel_size, stride, padding, dilation, groups
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor Inf; waits for the device.
+
+    One pass where the sum is finite, because NaN and Inf stay in a sum; only one that overflows needs a second look.
+    """
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
+
+
 def require_finite(op: str, *bounds: Tensor) -> None:
     """Raise ValueError unless all values of `bounds` are finite."""
-    if not all(bool(torch.isfinite(bound).all()) for bound in bounds):
+    if not all(all_finite(bound) for bound in bounds):
         raise ValueError(
             f"{op}: x holds NaN or Inf; look for overflow in the layers before (float16 ends at 65504) or in the "
             "model's input"

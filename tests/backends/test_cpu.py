@@ -709,6 +709,9 @@ class TestConvolve:
         weight_q = torch.randint(-128, 128, (n * groups, *kernel, c), dtype=torch.int8)
         packed = torch.ops.modiff_cpu.pack_vnni(weight_q, groups)
         equal(torch.ops.modiff_cpu.unpack_vnni(packed, list(weight_q.shape), groups), weight_q, "weight", groups)
+        scale = torch.rand(n * groups)
+        weight = torch.ops.modiff_cpu.dequantize_vnni(packed, scale, list(weight_q.shape), groups)
+        equal(weight, scale[:, None, None, None] * weight_q, "dequantised weight", groups)
         # Panels of 16 output channels by 4 input channels, padded with zeros, then an int32 sum per channel.
         panels = groups * math.ceil(n / 16)
         assert packed.numel() == panels * 16 * (math.prod(kernel) * math.ceil(c / 4) * 4 + 4)
@@ -723,6 +726,12 @@ class TestConvolve:
         geometry.groups = 1
         with pytest.raises(RuntimeError, match="layout vnni_v1"):
             convolve(geometry, codes, torch.ones(1), "per_tensor", weight_q, torch.ones(geometry.c_out), OUTPUT)
+
+    def test_dequantisation_refuses_what_does_not_fit(self):
+        packed = torch.ops.modiff_cpu.pack_vnni(torch.ones(5, 3, 3, 4, dtype=torch.int8), 1)
+        for sizes, scales, message in (([5, 3, 3, 9], 5, "bytes expected"), ([5, 3, 3, 4], 4, "per output channel")):
+            with pytest.raises(RuntimeError, match=message):
+                torch.ops.modiff_cpu.dequantize_vnni(packed, torch.ones(scales), sizes, 1)
 
 
 QUANTISING_OPS = {

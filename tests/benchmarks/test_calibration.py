@@ -40,9 +40,14 @@ def folder(tmp_path):
 def test_report(folder, tmp_path, monkeypatch):
     out = tmp_path / "c.json"
     sets = ["--set", "weight_method=rtn", "--set", "qdiffusion:weight_iterations=1"]
-    monkeypatch.setattr(sys, "argv", ["c", "--model", str(folder), "--json", str(out), *ROWS, *SMALL, *sets])
+    keep = tmp_path / "kept"
+    keep.mkdir()
+    command = ["c", "--model", str(folder), "--json", str(out), *ROWS, *SMALL, *sets]
+    monkeypatch.setattr(sys, "argv", [*command, "--keep", str(keep)])
     assert calibration.main() == 0
-    rows = json.loads(out.read_text())["rows"]
+    report = json.loads(out.read_text())
+    rows = report["rows"]
+    assert "kept" not in report["commands"][0]
     assert [(row["bits"], row["way"]) for row in rows] == [
         ("W4", "float"),
         ("W4A4", "plain"),
@@ -57,6 +62,11 @@ def test_report(folder, tmp_path, monkeypatch):
         assert 50 < row["peak_mib"] < 4000
         assert row["calibration_cpu_s"] > 0
         assert row["options"]["weight_method"] == "rtn"
+    with monkeypatch.context() as patch:  # another report from the same calibrations, which have their costs with them
+        patch.setattr(calibration, "_measured", lambda command: 1 / 0)
+        patch.setattr(sys, "argv", [*sys.argv, "--json", str(tmp_path / "again.json")])
+        assert calibration.main() == 0
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == rows
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
     monkeypatch.setattr(calibration.Study, "row", lambda *args: 1 / 0)
     assert calibration.main() == 0

@@ -56,6 +56,33 @@ def test_tables_come_from_results(tool, results):
     assert tool.filled(new, results) == new
 
 
+def test_calibrations_by_sampler_and_what_papers_claim(tool, tmp_path):
+    common = {"ssim": 0.5, "frechet": 0.25, "calibration_cpu_s": 9.6, "peak_mib": 100.4, "features": "pool4"}
+
+    def row(method, bits, way, psnr_db, sampler="DDIM-20"):
+        return {**common, "sampler": sampler, "method": method, "bits": bits, "way": way, "psnr_db": psnr_db}
+
+    rows = [
+        row("qdiffusion", "W4", "float", 43.0),
+        row("qdiffusion", "W4A4", "plain", 25.0),
+        row("qdiffusion", "W4A4", "modulated", 42.0),
+        row("qdiffusion", "W4A8", "plain", 41.0),  # without the other two it is not shown
+        row("accuquant", "W4A8", "plain", 44.0),
+        row("qdiffusion", "W4A4", "plain", 1.0, sampler="DDIM-100"),
+    ]
+    commands = ["python x --samplers DDIM-20 --y", "python x --samplers DDIM-100"]
+    report = {"rows": rows, "commands": commands, "images": 4, "samples": 8, "torch": "2"}
+    (tmp_path / "calibration.json").write_text(json.dumps(report))
+    new = tool.calibration_table(tmp_path, "DDIM-20")
+    assert [line for line in new.splitlines() if line.startswith("| W")] == [
+        "| W4A4, qdiffusion | 43.0 | 25.0 | 42.0 | 0.500 | 0.500 | 0.25 | 0.25 | 10 | 100 |"
+    ]
+    assert new.endswith("torch 2. `python x --samplers DDIM-20 --y`\n")
+    claims = tool.paper_claims_table(tmp_path, "DDIM-20", "DDIM-100")
+    assert "| W4A8 qdiffusion, accuquant, plain | 41.0, 44.0 | - |" in claims
+    assert "| W4A4 qdiffusion, plain and modulated | 25.0, 42.0 | - |" in claims
+
+
 def test_the_profile_adds_up(tool, tmp_path):
     rows = [
         {
@@ -110,3 +137,29 @@ def test_unknown_tables_and_missing_results(tool, results, tmp_path):
         ("compare", tmp_path / "empty"),
     ):
         assert "*No results recorded yet.*" in tool.filled(f"<!-- table: {name} -->\n<!-- end -->", folder)
+
+
+def test_passes_show_the_faster_way_of_inductor(tool, tmp_path):
+    rows = []
+
+    def add(op, problem, backend, cache, value, metric="time"):
+        row = {"op": op, "problem": problem, "backend": backend, "cache": cache, "metric": metric, "verified": True}
+        rows.append({**row, **record.percentiles([value])})
+
+    for cache, scale in (("warm", 1.0), ("cold", 2.0)):
+        times = {"cpu": 10.0, "inductor-obvious": 30.0, "inductor-tuned": 12.0, "torch.compile": 25.0, "torch": 50.0}
+        for backend, value in times.items():
+            add("fused_pass", "net-geglu-8@4-b1-residual-a8", backend, cache, scale * value)
+        add("fused_pass", "net-geglu-8@4-b1-residual-a8", "inductor-tuned", cache, 1.2 * scale, "over_ours")
+        add("fused_pass", "net-geglu-8@4-b1-residual-a8", "cpu", cache, 40.0, "of_bound")
+        times = {"cpu": 20.0, "graph-obvious": 21.0, "graph-tuned": 22.0, "graph-ours": 30.0, "graph-three": 40.0}
+        for backend, value in times.items():
+            add("fused_piece", "net-group_norm-8@4+qkv-b1-residual-a8", backend, cache, scale * value)
+            if backend != "cpu":
+                add("fused_piece", "net-group_norm-8@4+qkv-b1-residual-a8", backend, cache, value / 20, "over_ours")
+    record.append(rows, tmp_path / "device.csv")
+    line = "| geglu-8@4-b1-residual-a8 | 20 | 40 % | 24 | 2.40 (2.40-2.40) | 1.20 (1.20-1.20) | 2.50 | 5.00 |"
+    assert line in tool.passes_table(tmp_path, "net")
+    ratios = "1.05 (1.05-1.05) | 1.05 (1.05-1.05) | - | 1.50 (1.50-1.50) | 2.00 (2.00-2.00)"
+    assert f"| net-group_norm-8@4+qkv-b1-residual-a8 | 40 | {ratios} |" in tool.pieces_table(tmp_path)
+    assert "*No results" in tool.passes_table(tmp_path, "other")
