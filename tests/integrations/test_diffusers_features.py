@@ -17,6 +17,7 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
+from tests.integrations.fake_capture import capture_calls
 
 WIDTH = 24
 CALLS = 6
@@ -189,6 +190,30 @@ class TestFeatures:
         last_output(unet, handle)
         unet.disable_freeu()
         assert sqnr(last_output(unet, handle), plain()) > FIDELITY_DB
+
+    def test_freeu_between_runs_of_graphs(self):
+        """Its numbers are in the kernels of a graph."""
+        unet = tiny_unet()
+        handle = mk.accelerate(unet)
+        graphs = capture_calls(handle)
+        for feature in ("nothing", "freeu", "nothing"):
+            unet.disable_freeu()
+            FEATURES[feature][0](unet)
+            replayed = graphs.replayed
+            assert sqnr(last_output(unet, handle), expected(feature)) > FIDELITY_DB
+            assert graphs.replayed > replayed
+
+    def test_another_dtype_within_a_run(self, fuse):
+        unet = tiny_unet()
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        text = torch.randn(2, 7, WIDTH)
+        with handle.sampling_run():
+            unet(torch.randn(2, 4, 8, 8), 500, encoder_hidden_states=text)
+            unet.to(torch.bfloat16)
+            with pytest.raises(RuntimeError, match=r"got .* torch.bfloat16 on cpu in a run that began with"):
+                unet(torch.randn(2, 4, 8, 8).bfloat16(), 400, encoder_hidden_states=text.bfloat16())
+        got = last_output(unet, handle, torch.bfloat16)
+        assert sqnr(got, last_output(tiny_unet(torch.bfloat16), dtype=torch.bfloat16)) > BFLOAT16_DB
 
     @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
