@@ -92,6 +92,8 @@ REFUSED = (
 """Methods of diffusers' UNets that exchange layers, or weights without a trace."""
 REFUSED_IF_MERGED = ("disable_adapters", "disable_lora")
 """Those that do so where fuse_lora() was called before: peft takes the LoRA out of the weights again."""
+REFUSED_BY_ADAPTERS = ("merge", "unmerge")
+"""Methods of peft's layers that change weights; pipelines call some without asking the UNet."""
 
 
 def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> None:
@@ -107,10 +109,13 @@ def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> Non
 
         return refuse
 
-    merged = any(is_adapter(module) and getattr(module, "merged", False) for module in unet.modules())
-    for name in REFUSED + REFUSED_IF_MERGED * merged:
-        if callable(getattr(unet, name, None)):
-            set_attribute(unet, name, refusal(name), undo)
+    adapters = [module for module in unet.modules() if is_adapter(module)]
+    merged = any(getattr(adapter, "merged", False) for adapter in adapters)
+    names = {unet: REFUSED + REFUSED_IF_MERGED * merged, **dict.fromkeys(adapters, REFUSED_BY_ADAPTERS)}
+    for module in names:
+        for name in names[module]:
+            if callable(getattr(module, name, None)):
+                set_attribute(module, name, refusal(name), undo)
 
 
 def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:

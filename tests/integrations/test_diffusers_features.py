@@ -62,7 +62,8 @@ def last_output(unet, handle=None, dtype=torch.float32, **keywords):
     for call in range(CALLS):
         angle = 0.5 * call / CALLS
         x = (math.cos(angle) * start + math.sin(angle) * end).to(dtype)
-        output = unet(x, 500 - 10 * call, encoder_hidden_states=text, **keywords).sample
+        own = {name: [*value] if isinstance(value, list) else value for name, value in keywords.items()}
+        output = unet(x, 500 - 10 * call, encoder_hidden_states=text, **own).sample
     return output
 
 
@@ -129,6 +130,13 @@ def control():
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
+def adapter():
+    """Features of a T2I-Adapter, which the UNet takes out of their list and adds in place."""
+    generator = torch.Generator().manual_seed(9)
+    shapes = [(2, 32, 8, 8), (2, 64, 4, 4)]
+    return {"down_intrablock_additional_residuals": [0.3 * torch.randn(shape, generator=generator) for shape in shapes]}
+
+
 # What is done to the UNet, what it is called with, and whether that changes the picture.
 FEATURES = {
     "nothing": (nothing, dict, False),
@@ -139,6 +147,7 @@ FEATURES = {
     "own-processor": (own_processor, dict, True),
     "ip-adapter": (ip_adapter, image_prompt, True),
     "controlnet": (nothing, control, True),
+    "t2i-adapter": (nothing, adapter, True),
 }
 REPLACES_PROCESSORS = ("older-processor", "own-processor", "ip-adapter")
 
@@ -350,6 +359,15 @@ class TestLora:
             return
         with pytest.raises(RuntimeError, match=r"disable_adapters\(\) changes layers of a UNet that is accelerated"):
             unet.disable_adapters()  # peft would take it out of the weights, and the codes would keep it
+        adapters = [module for module in unet.modules() if hasattr(module, "lora_A")]
+        for adapter in adapters:
+            with pytest.raises(RuntimeError, match=r"unmerge\(\) changes layers"):
+                adapter.unmerge()  # as `pipe.unfuse_lora()` does
+        handle.remove()
+        for adapter in adapters:
+            adapter.unmerge()
+        unet.disable_adapters()
+        assert sqnr(last_output(unet), plain()) > 100  # up to the rounding of weights that were added and taken off
 
     def test_changes_afterwards_are_refused(self, peft, with_lora):
         unet = with_lora()
