@@ -22,7 +22,13 @@ from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
-from modiff_kernels.integrations.patching import SetTimesteps, answer_dtype_quickly, set_attribute, set_module
+from modiff_kernels.integrations.patching import (
+    SetTimesteps,
+    answer_dtype_quickly,
+    refuse_changes_of_layers,
+    set_attribute,
+    set_module,
+)
 from modiff_kernels.integrations.plans import plan_of, plan_text
 from modiff_kernels.integrations.replacements import (
     Replacements,
@@ -32,6 +38,7 @@ from modiff_kernels.integrations.replacements import (
 )
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT
@@ -311,8 +318,9 @@ class Handle:
         undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
         set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
-        answer_dtype_quickly(unet, undo)
+        refuse_changes_of_layers(unet, undo)
         self._forward.install(undo)
+        answer_dtype_quickly(unet, undo)
         if not self._untouched:
             self._forward.keep_time_table(undo)
         if self._scheduled is not None:
@@ -442,6 +450,11 @@ def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
             f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: an adaptive one decides "
             f"by values on the device, and one of deep levels keeps a tensor from the middle of a call; give one of "
             f"whole calls without tolerance, or leave cuda_graphs out"
+        )
+    if any(is_adapter(module) for module in unet.modules()):
+        raise ValueError(
+            "ModiffConfig: cuda_graphs=True is not possible with a LoRA beside the layers, whose weight may change and "
+            "a graph would not follow; call fuse_lora() and unload_lora() before accelerate(), or leave cuda_graphs out"
         )
     device = next(unet.parameters()).device
     if device.type != "cuda":

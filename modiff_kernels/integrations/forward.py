@@ -1,12 +1,14 @@
 """How the calls of an accelerated UNet are run: its forward as it is, compiled, or as CUDA graphs.
 
 It stands below a step schedule, so calls that are held or forecast do not come here. Calls whose Python does what later
-ones rely on stay as they are: the first one of a run, which allocates state, and those with other encoder states than
-the call before, which compute constants. Calls that run as they are take what follows from the timestep alone from a
-table (`nn.time_table`); a graph is captured, and code compiled, for all timesteps.
+ones rely on stay as they are: the first one of a run, which allocates state, those with other encoder states than the
+call before, which compute constants, and, where others are compiled, the first with other weights, which stacks them.
+Calls that run as they are take what follows from the timestep alone from a table (`nn.time_table`); a graph is
+captured, and code compiled, for all timesteps.
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.integrations.graphs import GraphedCalls
+from modiff_kernels.integrations.patching import set_attribute
 from modiff_kernels.integrations.timesteps import HostTimesteps
 from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
@@ -34,6 +37,7 @@ class UNetForward:
         self._plain = unet.forward
         self._compiled: Callable[..., Any] | None = None
         self._unet = unet
+        self._addresses = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
         self.timesteps = HostTimesteps()
 
@@ -42,6 +46,9 @@ class UNetForward:
         if self.graphs is not None:
             self.state.fixed_addresses = True
         wrap_forward(self._unet, self._forward, undo)
+        for name in ("enable_freeu", "disable_freeu"):
+            if callable(method := getattr(self._unet, name, None)):
+                set_attribute(self._unet, name, self._then_capture_again(method), undo)
 
     def keep_time_table(self, undo: contextlib.ExitStack) -> None:
         """Let calls that run as they are take what follows from the timestep alone from a table, until `undo`."""
@@ -55,16 +62,27 @@ class UNetForward:
         """Compile the calls that are not excepted above, with the options of torch.compile."""
         self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
 
+    def _then_capture_again(self, method: Callable[..., None]) -> Callable[..., None]:
+        """`method`, which sets numbers that a graph has taken into its kernels."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> None:
+            method(*args, **kwargs)
+            self.state.addresses += 1
+
+        return call
+
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._compiled is None and self.graphs is None:
             return self._with_time_table(original, args, kwargs)
         args, kwargs = _with_tensor_timestep(args, kwargs)
         if self.graphs is None:
-            as_it_is = self._is_first(args, kwargs)
-            return (original if as_it_is else self._compiled)(*args, **kwargs)
+            if self._is_first(args, kwargs):
+                return self._as_it_is(original, args, kwargs)
+            return self._compiled(*args, **kwargs)
         args, kwargs, inputs = self.graphs.static(args, kwargs)
         if self._is_first(args, kwargs):
-            return original(*args, **kwargs)
+            return self._as_it_is(original, args, kwargs)
         return self.graphs.call(original if self._compiled is None else self._compiled, args, kwargs, inputs)
 
     def _with_time_table(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,7 +109,13 @@ class UNetForward:
             changed = seen is None or seen[0]() is not encoder or seen[1:] != (encoder._version, state.constants.losses)
             if changed:
                 self._encoders[state.context_name] = (weakref.ref(encoder), encoder._version, state.constants.losses)
-        return changed or state.action is INITIALIZE
+        moved = self._compiled is not None and self._addresses != state.addresses  # weights will be stacked anew
+        return changed or moved or state.action is INITIALIZE
+
+    def _as_it_is(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = original(*args, **kwargs)
+        self._addresses = self.state.addresses
+        return output
 
 
 def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

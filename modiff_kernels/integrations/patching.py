@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.adapters import is_adapter
 
 
 class SetTimesteps:
@@ -83,11 +85,46 @@ def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack)
     attributes[name] = value
 
 
+REFUSED = (
+    *("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora"),
+    "fuse_qkv_projections",
+)
+"""Methods of diffusers' UNets that exchange layers, or weights without a trace."""
+REFUSED_IF_MERGED = ("disable_adapters", "disable_lora")
+"""Those that do so where fuse_lora() was called before: peft takes the LoRA out of the weights again."""
+REFUSED_BY_ADAPTERS = ("merge", "unmerge")
+"""Methods of peft's layers that change weights; pipelines call some without asking the UNet."""
+
+
+def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes."""
+
+    def refusal(name: str) -> Callable[..., None]:
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError(
+                f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
+                f"handle.remove(), then {name}(), then accelerate() again. Adapters that are there already and "
+                "not fused can be weighted and switched off and on"
+            )
+
+        return refuse
+
+    adapters = [module for module in unet.modules() if is_adapter(module)]
+    merged = any(getattr(adapter, "merged", False) for adapter in adapters)
+    names = {unet: REFUSED + REFUSED_IF_MERGED * merged, **dict.fromkeys(adapters, REFUSED_BY_ADAPTERS)}
+    for module in names:
+        for name in names[module]:
+            if callable(getattr(module, name, None)):
+                set_attribute(module, name, refusal(name), undo)
+
+
 def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Give `unet` a subclass of its class whose `dtype` is that of its first floating parameter; `undo` takes it back.
+    """Let `dtype` of `unet` be that of its first floating parameter while it is called, until `undo`.
 
     diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call,
-    which small ones feel. UNets that have such hooks, or modules kept in float32, keep the property.
+    which small ones feel. A property belongs to a class, so the UNet is of a subclass of its own, but only within
+    calls: pipelines look at its type (`from_pipe` takes over components of the very class it asks for). UNets that
+    have such hooks, or modules kept in float32, keep the property.
     """
     plain = type(unet)
     if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):
@@ -95,8 +132,16 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
         return
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    unet.__class__ = type(plain.__name__, (plain,), {**names, "dtype": property(_first_floating_dtype)})
-    undo.callback(setattr, unet, "__class__", plain)
+    quick = type(plain.__name__, (plain,), {**names, "dtype": property(_first_floating_dtype)})
+
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        unet.__class__ = quick
+        try:
+            return original(*args, **kwargs)
+        finally:
+            unet.__class__ = plain
+
+    wrap_forward(unet, forward, undo)
 
 
 def _first_floating_dtype(module: nn.Module) -> torch.dtype:

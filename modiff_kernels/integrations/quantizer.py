@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.diffusers import Handle, accelerate
+from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.quant import checkpoint
 from modiff_kernels.quant.checkpoint import Checkpoint
 
@@ -135,6 +136,11 @@ def save(handle: Handle, directory: str | os.PathLike[str], max_shard_size: int 
         raise ValueError("save_pretrained: weight_bits is None, nothing is low-bit; call save_pretrained() of the UNet")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save_pretrained: {folder} is a file; give a folder")
+    if any(is_adapter(module) for module in unet.modules()):
+        raise ValueError(
+            "save_pretrained: a LoRA stands beside the layers, which the saved UNet would not have; call remove(), "
+            "then fuse_lora() and unload_lora(), then accelerate() again"
+        )
     form = handle.config.weight_bits, handle.config.group_size or -1
     for path, layer in handle.layers.items():
         if (layer.weight_bits, layer.group_size) != form:

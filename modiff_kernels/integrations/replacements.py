@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from modiff_kernels.calibration.result import CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
+from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.conv2d import why_not_conv2d
 from modiff_kernels.nn.layer import ModulatedLayer
@@ -75,7 +76,12 @@ def replacements_of(
         )
     _check_paths(calibrated, originals)
     _warn_unmatched(config, modules)
-    reasons = {path: reason for path, module in originals.items() if (reason := _why_float(path, module, config))}
+    around = _reasons_around(modules)
+    reasons = {
+        path: reason
+        for path, module in originals.items()
+        if (reason := around.get(path) or _why_float(path, module, config))
+    }
     if len(reasons) == len(originals) and config.weight_bits is not None:
         listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
         raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
@@ -186,6 +192,22 @@ def _make_layer(
     if isinstance(module, nn.Conv2d):
         return ModulatedConv2d.from_conv2d(module, config, state, path, edge, calibrated)
     return ModulatedLinear.from_linear(module, config, state, path, edge, calibrated)
+
+
+def _reasons_around(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why modules stay as they are for what is around them, by path."""
+    reasons: dict[str, str] = {}
+    for path, module in modules.items():
+        if is_adapter(module):  # its layers are small, and each would need a state as large as that of the base layer
+            reason = "it belongs to an adapter; fuse_lora() and unload_lora() before accelerate() make it free"
+            names = [name for name, _ in module.named_modules() if name.partition(".")[0] != "base_layer"]
+        elif getattr(module, "_chunk_size", None) is not None:  # one state cannot follow several chunks
+            reason = "its tokens come in chunks; set_chunk_feed_forward(None) before accelerate()"
+            names = [f"ff.{name}" for name, _ in module.ff.named_modules()]
+        else:
+            continue
+        reasons.update({f"{path}.{name}": reason for name in names})
+    return reasons
 
 
 def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.state_tensors import tensor_version
 
 MOST_ENTRIES = 1024  # as many as the longest schedules have calls; a table that is full begins anew
@@ -55,7 +56,7 @@ class TimeTable:
 
     A call of the UNet with a known timestep stands between `begin_call` and `end_call`; all others compute as ever, as
     does compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
-    the weights of both modules are the same, unchanged tensors, and no hook is on them or below.
+    the weights of both modules are the same, unchanged tensors, and no hook and no adapter is on them or below.
     """
 
     def __init__(self, time_proj: nn.Module, time_embedding: nn.Module) -> None:
@@ -125,7 +126,7 @@ class TimeTable:
         self._entries.clear()
 
     def _is_current(self) -> bool:
-        """Whether the weights are those of the entries; from now on they are, [] where a hook is in the way."""
+        """Whether the weights are those of the entries; from now on they are, [] where something is in the way."""
         old, self._weights = self._weights, _weights(self._modules)
         pairs = zip(self._weights, old)
         return len(self._weights) == len(old) and all(new[0] is was[0] and new[1:] == was[1:] for new, was in pairs)
@@ -137,11 +138,12 @@ def one_row(rows: Tensor) -> Tensor:
 
 
 def _weights(modules: tuple[nn.Module, ...]) -> Weights:
-    """The parameters of `modules` with all that tells whether they have changed; [] if a hook may see their calls."""
+    """The parameters of `modules` with all that tells whether they have changed; [] if a hook may see their calls
+    or an adapter adds to them."""
     weights: Weights = []
     for module in _below(*modules):
         own_forward = "forward" in module.__dict__ and module not in modules  # that of `modules` leads here
-        if own_forward or module._forward_hooks or module._forward_pre_hooks:
+        if own_forward or module._forward_hooks or module._forward_pre_hooks or is_adapter(module):
             return []
         for weight in module._parameters.values():
             if weight is not None:

@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_layerwise_casting
+from diffusers.models import modeling_utils
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -772,16 +773,33 @@ class TestExplain:
 
 
 class TestDtype:
-    def test_is_answered_without_a_walk_over_the_modules(self):
+    def test_is_answered_without_a_walk_over_the_modules(self, monkeypatch):
+        walks, seen = [], []
+        walk = modeling_utils.get_parameter_dtype
+        monkeypatch.setattr(modeling_utils, "get_parameter_dtype", lambda unet: walks.append(unet) or walk(unet))
         unet = tiny_unet()
         plain = type(unet)
-        handle = mk.accelerate(unet, mk.ModiffConfig())
-        assert isinstance(unet, plain)
-        assert type(unet).__name__ == plain.__name__
-        assert unet.dtype == torch.float32
-        unet.to(torch.bfloat16)
-        assert unet.dtype == torch.bfloat16
+        handle = mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
+        unet.conv_in.register_forward_pre_hook(lambda *_: seen.append((isinstance(unet, plain), unet.dtype)))
+        for dtype in (torch.float32, torch.bfloat16):
+            unet.to(dtype)
+            walks.clear()
+            unet(noise().to(dtype), 1)
+            assert seen.pop() == (True, dtype)
+            assert not walks
+            assert unet.dtype == dtype
+            assert type(unet) is plain  # outside a call
         handle.remove()
+        walks.clear()
+        unet(noise().to(dtype), 1)
+        assert walks
+
+    def test_a_failed_call_leaves_the_class(self):
+        unet = tiny_unet()
+        plain = type(unet)
+        mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
+        with pytest.raises(TypeError):
+            unet(noise(), None)
         assert type(unet) is plain
 
     def test_hooks_that_change_it_are_still_asked(self):

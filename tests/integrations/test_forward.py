@@ -6,11 +6,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import modiff_kernels as mk
-from modiff_kernels.integrations.graphs import WARM_UP_CALLS, CudaCapture, GraphedCalls
+from modiff_kernels.integrations.graphs import WARM_UP_CALLS, CudaCapture
+from tests.integrations.fake_capture import capture_calls
 
 WIDTH = 24
 CALLS = 6
@@ -177,56 +176,9 @@ def changing_text(net, handle):
     return outputs
 
 
-class FakeCapture:
-    """What CudaCapture does, on the CPU: kernels are recorded with the tensors that they read and write, run only by a
-    replay, and write the same tensors each time."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def __call__(self, step):
-        before = [(tensor, tensor.clone()) for tensor in self._state_tensors()]
-        with Tape() as tape:
-            outputs = step()
-        for tensor, value in before:  # as if nothing had run
-            tensor.copy_(value)
-        for tensor in pytree.tree_leaves(outputs):
-            tensor.fill_(float("nan"))
-        return tape.replay, outputs
-
-    def _state_tensors(self):
-        for holder in [*self.state.edges.values(), *self.state.outputs.values()]:
-            for slot in holder.slots.values():
-                yield slot.tensor
-                if slot.buffer is not None:
-                    yield slot.buffer
-        for kept in self.state.constants._kept.values():
-            yield kept.value
-
-
-class Tape(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.kernels = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.kernels.append((func, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        for func, args, kwargs, result in self.kernels:
-            again = func(*args, **kwargs)
-            for old, new in zip(pytree.tree_leaves(result), pytree.tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
 def graphed(**options):
     net, handle = accelerated(**options)
-    handle._forward.graphs = GraphedCalls(handle.state, FakeCapture(handle.state))
-    handle.state.fixed_addresses = True
-    return net, handle, handle._forward.graphs
+    return net, handle, capture_calls(handle)
 
 
 class TestGraphs:

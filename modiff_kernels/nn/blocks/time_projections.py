@@ -29,7 +29,7 @@ class TimeProjections:
         self._state = state
         self._index = {id(linear): i for i, linear in enumerate(linears)}
         self._widths = [linear.out_features for linear in linears]
-        self._stamp: list[tuple[Tensor, int]] = []
+        self._stamp: list[tuple[Tensor, int, int, torch.dtype]] = []
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._last: tuple[Tensor | None, int, int, list[Tensor]] = (None, 0, 0, [])
@@ -82,11 +82,13 @@ class TimeProjections:
     def _stack_weights(self) -> None:
         """Bring the stacked weights up to date; new tensors where something has changed."""
         parameters = [p for linear in self._linears for p in (linear.weight, linear.bias) if p is not None]
-        if len(self._stamp) == len(parameters) and all(
-            p is old and tensor_version(p) == version for p, (old, version) in zip(parameters, self._stamp)
+        # .to() keeps the object and its version, and gives it other data.
+        stamp = [(p, tensor_version(p), p.data_ptr(), p.dtype) for p in parameters]
+        if len(self._stamp) == len(stamp) and all(
+            new[0] is old[0] and new[1:] == old[1:] for new, old in zip(stamp, self._stamp)
         ):
             return
         self._weight = torch.cat([linear.weight.detach() for linear in self._linears])
         biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._stamp = [(p, tensor_version(p)) for p in parameters]
+        self._stamp = stamp

@@ -1,0 +1,247 @@
+"""The Stable Diffusion examples, on small pipelines of the same classes with random weights."""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SIZE = 64  # the UNet sees 8x8
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": (2, 4),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def stable_diffusion(monkeypatch):
+    """The example as a module; sdxl.py imports it as a neighbour."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("stable_diffusion")
+
+
+@pytest.fixture
+def sdxl(stable_diffusion):
+    return importlib.import_module("sdxl")
+
+
+def tokenizer():
+    """A tokenizer of single letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *[f"{letter}</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+
+
+def text_encoder(kind):
+    from transformers import CLIPTextConfig
+
+    config = CLIPTextConfig(
+        vocab_size=190,
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        max_position_embeddings=16,
+        projection_dim=32,
+        bos_token_id=188,
+        eos_token_id=189,
+        pad_token_id=189,
+    )
+    return kind(config).eval()
+
+
+def parts(**unet):
+    """What both pipelines are made of."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, beta_schedule="scaled_linear", beta_end=0.012)
+    return {"vae": vae.eval(), "unet": UNet2DConditionModel(**UNET, **unet).eval(), "scheduler": scheduler}
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    pipe = StableDiffusionPipeline(
+        **parts(cross_attention_dim=32),
+        text_encoder=text_encoder(CLIPTextModel),
+        tokenizer=tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("models") / "sd"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory):
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    unet = {
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    }
+    pipe = StableDiffusionXLPipeline(
+        **parts(**unet),
+        text_encoder=text_encoder(CLIPTextModel),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+    )
+    folder = tmp_path_factory.mktemp("models") / "sdxl"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def options(folder, out, *more):
+    """A command line for a short run on the CPU."""
+    return [str(word) for word in ("--model", folder, "--out", out, "--device", "cpu", "--steps", 4, *more)]
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def table(text):
+    """The rows below the rule, as cells."""
+    lines = text.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("configuration"))
+    assert re.split(r"  +", lines[head]) == ["configuration", "s/image", "speed-up", "PSNR dB", "state MB"]
+    return [re.split(r"  +", line) for line in lines[head + 2 : head + 4]]
+
+
+class TestPictures:
+    def test_the_same_seed_gives_the_same_picture(self, stable_diffusion, sd_folder, tmp_path, capsys):
+        paths = [tmp_path / f"{i}.png" for i in range(3)]
+        for path, seed in zip(paths, (1, 1, 2)):
+            assert stable_diffusion.main(options(sd_folder, path, "--seed", seed)) == 0
+        first, second, other = map(pixels, paths)
+        assert first.shape == (SIZE, SIZE, 3)
+        assert np.array_equal(first, second)
+        assert not np.array_equal(first, other)
+        assert re.search(r"0.png: 4 steps in \d+\.\d s, \d+\.\d MB of state", capsys.readouterr().out)
+
+    @pytest.mark.parametrize("which", ["sd", "sdxl"])
+    def test_compare(self, which, request, tmp_path, capsys):
+        example = request.getfixturevalue("stable_diffusion" if which == "sd" else "sdxl")
+        folder, out = request.getfixturevalue(f"{which}_folder"), tmp_path / "both.png"
+        more = ("--compare", "--explain", "--size", 32, "--steps", 12)
+        assert example.main(options(folder, out, *more, "--act-bits", 4, "--schedule", "forecast every=2")) == 0
+        left, right = np.split(pixels(out).astype(float) / 255, 2, axis=1)
+        assert left.shape == (32, 32, 3)
+        text = capsys.readouterr().out
+        full, ours = table(text)
+        assert full[0] == "float32 channels_last"
+        assert full[2:] == ["1.00x", "reference", "-"]
+        assert ours[0] == "modulated W8A4, forecast every=2"
+        psnr_db = 10 * np.log10(1 / np.square(left - right).mean())
+        assert float(ours[3]) == pytest.approx(psnr_db, abs=0.5)  # pixels in a file are rounded
+        assert psnr_db > 20
+        assert float(ours[1]) > 0
+        assert float(ours[4]) > 0
+        assert "UNet2DConditionModel: " in text  # explain()
+
+    def test_compiled(self, stable_diffusion, sd_folder, tmp_path, monkeypatch, capsys):
+        """Both sides go through torch.compile, whose backend is a stand-in here."""
+        compiled = []
+        compiler = torch.compile
+
+        def compile_cheaply(target, **keywords):
+            compiled.append(target)
+            return compiler(target, **{**keywords, "backend": "eager"})
+
+        monkeypatch.setattr(torch, "compile", compile_cheaply)
+        assert stable_diffusion.main(options(sd_folder, tmp_path / "both.png", "--compare", "--compile")) == 0
+        assert len(compiled) == 2
+        full, ours = table(capsys.readouterr().out)
+        assert full[0] == "float32 channels_last, compiled"
+        assert ours[0] == "modulated W8A8, compiled"
+        torch._dynamo.reset()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--model", "no/such/folder"], "--model no/such/folder: no such folder; give a folder of diffusers"),
+            (["--model", "."], "--model .: no model_index.json in this folder"),
+            (["--size", "63"], "--size: must be a multiple of 8, such as 56, got 63"),
+            (["--size", "0"], "--size: must be at least 1, got 0"),
+            (["--steps", "many"], "--steps: invalid positive value: 'many'"),
+            (["--act-bits", "5"], "--act-bits: invalid choice: 5"),
+            (["--schedule", "sometimes"], "ModiffConfig: schedule='sometimes' is not allowed"),
+            (["--prompt", " "], "--prompt: is empty"),
+            (["--out", "no/folder/picture.png"], "--out: must be a .png file in a folder that exists"),
+            (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs: needs a GPU, but the device is cpu"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_one_line_and_exit_code_2(self, stable_diffusion, words, message, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = stable_diffusion.main(words)
+        except SystemExit as stop:
+            code = stop.code
+        self.check(code, message, capsys)
+
+    def test_the_pipeline_of_the_other_example(self, stable_diffusion, sdxl_folder, tmp_path, capsys):
+        code = stable_diffusion.main(options(sdxl_folder, tmp_path / "picture.png"))
+        self.check(code, "is a StableDiffusionXLPipeline, this example samples a StableDiffusionPipeline", capsys)
+
+    def test_damaged_folder(self, stable_diffusion, tmp_path, capsys):
+        (tmp_path / "model_index.json").write_text("{")
+        code = stable_diffusion.main(options(tmp_path, tmp_path / "picture.png"))
+        self.check(code, f"--model {tmp_path}: cannot be loaded: ", capsys)
+
+    def check(self, code, message, capsys):
+        assert code == 2
+        error = capsys.readouterr().err
+        assert message in error.splitlines()[-1]  # below progress bars of libraries
+        assert error.count("error:") == 1
+        assert "Traceback" not in error
+
+
+def test_default_models(stable_diffusion, sdxl, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stable_diffusion, "run", lambda args, kind: seen.append((args.model, kind)))
+    stable_diffusion.main([])
+    sdxl.main([])
+    assert seen == [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "StableDiffusionPipeline"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "StableDiffusionXLPipeline"),
+    ]

@@ -1,0 +1,418 @@
+"""What diffusers can do to a UNet: works with low-bit layers as with float ones, or is refused with the way out."""
+
+import functools
+import math
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+import modiff_kernels as mk
+from modiff_kernels.evaluation import sqnr
+from tests.integrations.fake_capture import capture_calls
+
+WIDTH = 24
+CALLS = 6
+
+FIDELITY_DB = 34.5
+"""SQNR that every feature reaches against itself on the float UNet. The plain UNet has 38 dB in float32, and the
+features 37 to 39: the weights set that, rounded to 8 bits. A feature changes the signal a little, hence 3 dB less."""
+
+BFLOAT16_DB = 32.0
+"""The same in bfloat16, whose own rounding is as large as that of 8-bit weights."""
+
+IGNORED_DB = 25.0
+"""SQNR to the plain UNet below which a feature has changed the picture, far more than rounding does."""
+
+
+def tiny_unet(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "cross_attention_dim": WIDTH,
+            "attention_head_dim": 2,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            **options,
+        }
+    )
+    return unet.eval().to(dtype)
+
+
+def last_output(unet, handle=None, dtype=torch.float32, **keywords):
+    """The last output of a run along a trajectory, in a run of `handle` if there is one."""
+    if handle is not None:
+        with handle.sampling_run(CALLS):
+            return last_output(unet, dtype=dtype, **keywords)
+    generator = torch.Generator().manual_seed(1)
+    start, end = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    text = torch.randn(2, 7, WIDTH, generator=generator).to(dtype)
+    for call in range(CALLS):
+        angle = 0.5 * call / CALLS
+        x = (math.cos(angle) * start + math.sin(angle) * end).to(dtype)
+        own = {name: [*value] if isinstance(value, list) else value for name, value in keywords.items()}
+        output = unet(x, 500 - 10 * call, encoder_hidden_states=text, **own).sample
+    return output
+
+
+@functools.cache
+def plain():
+    return last_output(tiny_unet())
+
+
+def nothing(unet):
+    pass
+
+
+def freeu(unet):
+    unet.enable_freeu(s1=0.2, s2=0.2, b1=1.5, b2=1.6)
+
+
+def slicing(unet):
+    unet.set_attention_slice(1)
+
+
+def fused_qkv(unet):
+    unet.fuse_qkv_projections()
+
+
+def older_processor(unet):
+    unet.set_attn_processor(AttnProcessor())
+
+
+class Half(AttnProcessor2_0):
+    """A processor of a user's own."""
+
+    def __call__(self, *args, **keywords):
+        return 0.5 * super().__call__(*args, **keywords)
+
+
+def own_processor(unet):
+    unet.set_attn_processor({name: Half() if "attn2" in name else AttnProcessor2_0() for name in unet.attn_processors})
+
+
+def ip_adapter(unet):
+    """As `load_ip_adapter` does it."""
+    torch.manual_seed(5)
+    processors = {}
+    for name in unet.attn_processors:
+        width = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+        processors[name] = AttnProcessor2_0()
+        if "attn2" in name:
+            processors[name] = IPAdapterAttnProcessor2_0(width, WIDTH, num_tokens=(4,))
+    unet.set_attn_processor(processors)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(16, WIDTH, 4)])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+
+
+def image_prompt():
+    return {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(8))]}}
+
+
+def control():
+    """Residuals of a ControlNet."""
+    generator = torch.Generator().manual_seed(9)
+    shapes = [(2, 32, 8, 8), (2, 32, 8, 8), (2, 32, 4, 4), (2, 64, 4, 4)]
+    down = tuple(0.3 * torch.randn(shape, generator=generator) for shape in shapes)
+    middle = 0.3 * torch.randn(2, 64, 4, 4, generator=generator)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def adapter():
+    """Features of a T2I-Adapter, which the UNet takes out of their list and adds in place."""
+    generator = torch.Generator().manual_seed(9)
+    shapes = [(2, 32, 8, 8), (2, 64, 4, 4)]
+    return {"down_intrablock_additional_residuals": [0.3 * torch.randn(shape, generator=generator) for shape in shapes]}
+
+
+# What is done to the UNet, what it is called with, and whether that changes the picture.
+FEATURES = {
+    "nothing": (nothing, dict, False),
+    "freeu": (freeu, dict, True),
+    "attention-slicing": (slicing, dict, False),
+    "fused-qkv": (fused_qkv, dict, False),
+    "older-processor": (older_processor, dict, False),
+    "own-processor": (own_processor, dict, True),
+    "ip-adapter": (ip_adapter, image_prompt, True),
+    "controlnet": (nothing, control, True),
+    "t2i-adapter": (nothing, adapter, True),
+}
+REPLACES_PROCESSORS = ("older-processor", "own-processor", "ip-adapter")
+
+
+@functools.cache
+def expected(feature):
+    """On the float UNet."""
+    change, keywords, _ = FEATURES[feature]
+    unet = tiny_unet()
+    change(unet)
+    return last_output(unet, **keywords())
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "layers"])
+def fuse(request):
+    return request.param
+
+
+class TestFeatures:
+    @pytest.mark.parametrize("feature", FEATURES)
+    def test_before_accelerate(self, feature, fuse):
+        change, keywords, has_effect = FEATURES[feature]
+        unet = tiny_unet()
+        change(unet)
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        got = last_output(unet, handle, **keywords())
+        assert sqnr(got, expected(feature)) > FIDELITY_DB
+        assert (sqnr(got, plain()) < IGNORED_DB) == has_effect
+
+    @pytest.mark.parametrize("feature", ["freeu", "attention-slicing", *REPLACES_PROCESSORS])
+    def test_after_accelerate(self, feature, fuse):
+        change, keywords, has_effect = FEATURES[feature]
+        unet = tiny_unet()
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        last_output(unet, handle)
+        if fuse and feature in REPLACES_PROCESSORS:
+            with pytest.raises(RuntimeError, match=r"is fused and would not call .*before accelerate\(\), or use"):
+                change(unet)
+            return
+        change(unet)
+        got = last_output(unet, handle, **keywords())
+        assert sqnr(got, expected(feature)) > FIDELITY_DB
+        assert (sqnr(got, plain()) < IGNORED_DB) == has_effect
+
+    def test_freeu_off_again(self, fuse):
+        unet = tiny_unet()
+        freeu(unet)
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        last_output(unet, handle)
+        unet.disable_freeu()
+        assert sqnr(last_output(unet, handle), plain()) > FIDELITY_DB
+
+    def test_freeu_between_runs_of_graphs(self):
+        """Its numbers are in the kernels of a graph."""
+        unet = tiny_unet()
+        handle = mk.accelerate(unet)
+        graphs = capture_calls(handle)
+        for feature in ("nothing", "freeu", "nothing"):
+            unet.disable_freeu()
+            FEATURES[feature][0](unet)
+            replayed = graphs.replayed
+            assert sqnr(last_output(unet, handle), expected(feature)) > FIDELITY_DB
+            assert graphs.replayed > replayed
+
+    def test_another_dtype_within_a_run(self, fuse):
+        unet = tiny_unet()
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        text = torch.randn(2, 7, WIDTH)
+        with handle.sampling_run():
+            unet(torch.randn(2, 4, 8, 8), 500, encoder_hidden_states=text)
+            unet.to(torch.bfloat16)
+            with pytest.raises(RuntimeError, match=r"got .* torch.bfloat16 on cpu in a run that began with"):
+                unet(torch.randn(2, 4, 8, 8).bfloat16(), 400, encoder_hidden_states=text.bfloat16())
+        got = last_output(unet, handle, torch.bfloat16)
+        assert sqnr(got, last_output(tiny_unet(torch.bfloat16), dtype=torch.bfloat16)) > BFLOAT16_DB
+
+    @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_dtypes_with_upcast_attention(self, dtype, processor, fuse):
+        def make():
+            unet = tiny_unet(dtype, upcast_attention=True)
+            unet.set_attn_processor(processor())
+            return unet
+
+        unet = make()
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        got = last_output(unet, handle, dtype)
+        assert got.dtype == dtype
+        assert sqnr(got, last_output(make(), dtype=dtype)) > (BFLOAT16_DB if dtype is torch.bfloat16 else FIDELITY_DB)
+
+    def test_feed_forward_in_chunks_stays_float(self, fuse):
+        """One state cannot follow several chunks: with 4 bits, low-bit layers would lose 3 dB here."""
+        results = {}
+        for in_chunks in (False, True):
+            unet = tiny_unet()
+            if in_chunks:
+                for module in unet.modules():
+                    if hasattr(module, "set_chunk_feed_forward"):
+                        module.set_chunk_feed_forward(16, 1)
+            handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, fuse=fuse))
+            results[in_chunks] = sqnr(last_output(unet, handle), plain())
+        rows = {row.name: row for row in handle.rows()}
+        block = "down_blocks.0.attentions.0.transformer_blocks.0"
+        assert rows[f"{block}.ff.net.0.proj"].mode == "float"
+        assert "set_chunk_feed_forward(None)" in rows[f"{block}.ff.net.2"].reason
+        assert rows[f"{block}.attn1.to_q"].mode == "modulated"
+        assert results[True] > results[False] - 1
+
+
+class TestFromPipe:
+    def pipeline(self):
+        torch.manual_seed(1)
+        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
+        parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+        pipe = StableDiffusionPipeline(
+            vae=vae, unet=tiny_unet(), scheduler=DDIMScheduler(), requires_safety_checker=False, **parts
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def pictures(self, pipe):
+        other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        other.set_progress_bar_config(disable=True)
+        assert other.unet is pipe.unet
+        generator = torch.Generator().manual_seed(4)
+        result = other(
+            image=torch.rand(1, 3, 8, 8, generator=generator),
+            prompt_embeds=torch.randn(1, 7, WIDTH, generator=generator),
+            negative_prompt_embeds=torch.zeros(1, 7, WIDTH),
+            guidance_scale=1.0,
+            num_inference_steps=8,
+            strength=0.6,
+            generator=generator,
+            output_type="latent",
+        )
+        return result.images
+
+    def test_an_accelerated_unet_goes_along(self, fuse):
+        reference = self.pictures(self.pipeline())
+        pipe = self.pipeline()
+        handle = mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))
+        got = self.pictures(pipe)
+        assert sqnr(got, reference) > FIDELITY_DB
+        assert torch.equal(self.pictures(pipe), got)
+        assert not torch.equal(got, reference)
+        handle.remove()
+        assert torch.equal(self.pictures(pipe), reference)
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+EVERYWHERE = (*ATTENTION, "ff.net.0.proj", "conv1", "conv2", "proj_in", "time_emb_proj", "linear_1")
+
+
+class TestLora:
+    """linear_1 is of the time embedding, whose results are kept from run to run."""
+
+    @pytest.fixture(autouse=True)
+    def peft(self):
+        return pytest.importorskip("peft")
+
+    @pytest.fixture(params=[ATTENTION, EVERYWHERE], ids=["attention", "everywhere"])
+    def targets(self, request):
+        return request.param
+
+    @pytest.fixture
+    def with_lora(self, peft, targets):
+        def make():
+            unet = tiny_unet()
+            torch.manual_seed(3)
+            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets), init_lora_weights=False))
+            return unet
+
+        return make
+
+    def test_beside_the_layers(self, with_lora, fuse):
+        reference = last_output(with_lora())
+        assert sqnr(reference, plain()) < IGNORED_DB
+        unet = with_lora()
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        assert sqnr(last_output(unet, handle), reference) > FIDELITY_DB
+        rows = {row.name: row for row in handle.rows()}
+        layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+        assert rows[f"{layer}.base_layer"].mode == "modulated"
+        assert rows[f"{layer}.lora_A.default"].mode == "float"
+        assert "fuse_lora() and unload_lora() before accelerate()" in rows[f"{layer}.lora_A.default"].reason
+        unet.set_adapters(["default"], [0.0])
+        assert sqnr(last_output(unet, handle), plain()) > FIDELITY_DB
+        unet.set_adapters(["default"], [1.0])
+        assert sqnr(last_output(unet, handle), reference) > FIDELITY_DB
+        half = {"cross_attention_kwargs": {"scale": 0.5}}
+        assert sqnr(last_output(unet, handle, **half), last_output(with_lora(), **half)) > FIDELITY_DB
+        unet.disable_adapters()
+        assert sqnr(last_output(unet, handle), plain()) > FIDELITY_DB
+        handle.remove()
+        unet.enable_adapters()
+        assert torch.equal(last_output(unet), reference)
+
+    @pytest.mark.parametrize("unload", [True, False])
+    def test_fused_into_the_weights_before(self, with_lora, fuse, unload):
+        reference = last_output(with_lora())
+        unet = with_lora()
+        unet.fuse_lora()
+        if unload:
+            unet.unload_lora()
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        assert sqnr(last_output(unet, handle), reference) > FIDELITY_DB
+        if unload:
+            assert not any("lora" in row.name for row in handle.rows())
+            return
+        with pytest.raises(RuntimeError, match=r"disable_adapters\(\) changes layers of a UNet that is accelerated"):
+            unet.disable_adapters()  # peft would take it out of the weights, and the codes would keep it
+        adapters = [module for module in unet.modules() if hasattr(module, "lora_A")]
+        for adapter in adapters:
+            with pytest.raises(RuntimeError, match=r"unmerge\(\) changes layers"):
+                adapter.unmerge()  # as `pipe.unfuse_lora()` does
+        handle.remove()
+        for adapter in adapters:
+            adapter.unmerge()
+        unet.disable_adapters()
+        assert sqnr(last_output(unet), plain()) > 100  # up to the rounding of weights that were added and taken off
+
+    def test_changes_afterwards_are_refused(self, peft, with_lora):
+        unet = with_lora()
+        handle = mk.accelerate(unet)
+        before = last_output(unet, handle)
+        for name in ("fuse_lora", "unfuse_lora", "unload_lora", "fuse_qkv_projections"):
+            with pytest.raises(RuntimeError, match=rf"{name}\(\) changes .* call handle.remove\(\), then {name}\(\)"):
+                getattr(unet, name)()
+        with pytest.raises(RuntimeError, match=r"add_adapter\(\) changes layers"):
+            unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]), adapter_name="second")
+        with pytest.raises(RuntimeError, match=r"load_lora_adapter\(\) changes layers"):
+            unet.load_lora_adapter({})
+        assert torch.equal(last_output(unet, handle), before)
+        handle.remove()
+        unet.unload_lora()
+        assert torch.equal(last_output(unet), plain())
+
+    def test_no_graph_and_no_file_of_it(self, with_lora, tmp_path):
+        unet = with_lora()
+        with pytest.raises(ValueError, match=r"cuda_graphs=True is not possible with a LoRA.*fuse_lora\(\)"):
+            mk.accelerate(unet, mk.ModiffConfig(cuda_graphs=True))
+        handle = mk.accelerate(unet)
+        with pytest.raises(ValueError, match=r"save_pretrained: a LoRA stands beside the layers"):
+            handle.save_pretrained(tmp_path / "unet")
+
+    def test_compiled(self, peft):
+        """One block: compiling takes long."""
+
+        def make():
+            unet = tiny_unet(
+                block_out_channels=(32,),
+                down_block_types=("CrossAttnDownBlock2D",),
+                up_block_types=("CrossAttnUpBlock2D",),
+                mid_block_type=None,
+            )
+            torch.manual_seed(3)
+            unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+            return unet
+
+        unet = make()
+        handle = mk.accelerate(unet)
+        handle.compile(backend="eager")
+        for weight in (1.0, 0.0):
+            reference = make()
+            for model in (unet, reference):
+                model.set_adapters(["default"], [weight])
+            assert sqnr(last_output(unet, handle), last_output(reference)) > FIDELITY_DB
+        torch._dynamo.reset()
