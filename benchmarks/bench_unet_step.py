@@ -11,8 +11,9 @@ take up to twice as long then. First calls (initialize) and later ones (update) 
 timed, every configuration runs once and its last output is checked against plain eager; one that fails is not timed and
 makes the exit code 1.
 
-Baselines: eager in both memory formats, torch.compile (on CUDA with max-autotune, without and with CUDA graphs), and
-torchao's dynamic int8 where it can be imported. The bound beside each row is that of benchmarks/bounds.py; peak memory
+Baselines: eager in both memory formats, torch.compile (on CUDA with max-autotune, without and with CUDA graphs; on the
+CPU max-autotune and freezing took the same time within 3 % and are left out), and torchao's dynamic int8 where it can
+be imported. The bound beside each row is that of benchmarks/bounds.py; peak memory
 is known on CUDA only, and counts the weights.
 """
 
