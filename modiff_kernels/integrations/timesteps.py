@@ -32,9 +32,9 @@ class HostTimesteps:
         self._values = values
 
     def value(self, timestep: Any) -> float | None:
-        """`timestep` (a number or a tensor of one element) as a number; None if that needs the device."""
+        """`timestep` (a number or a tensor of one element) as a number; None if that needs the device, or it is neither."""
         if not isinstance(timestep, Tensor):
-            return float(timestep)
+            return float(timestep) if isinstance(timestep, (int, float)) else None
         if timestep.numel() != 1:
             return None
         if timestep.device.type == "cpu":

@@ -235,6 +235,7 @@ class TestHostTimesteps:
         values = HostTimesteps()
         assert [values.value(t) for t in (7, 7.5, torch.tensor(7), torch.tensor([7.5]))] == [7, 7.5, 7, 7.5]
         assert values.value(torch.tensor([1, 2])) is None
+        assert values.value(None) is None  # the UNet says what is missing
 
     def test_elements_of_a_schedule_are_known_by_their_place(self):
         """As on a device, where a value cannot be read."""
