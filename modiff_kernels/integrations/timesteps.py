@@ -32,7 +32,7 @@ class HostTimesteps:
         self._values = values
 
     def value(self, timestep: Any) -> float | None:
-        """`timestep` (a number or a tensor of one element) as a number; None if that needs the device, or it is neither."""
+        """`timestep`, a number or a tensor of one element, as a number; None for others, or if it is on a device."""
         if not isinstance(timestep, Tensor):
             return float(timestep) if isinstance(timestep, (int, float)) else None
         if timestep.numel() != 1:
