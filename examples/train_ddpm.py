@@ -1,19 +1,25 @@
-"""Train a small unconditional DDPM UNet on CIFAR-10 and save it as a diffusers folder.
+r"""Train a small unconditional DDPM UNet on CIFAR-10 and save it as a diffusers folder.
 
-    python examples/train_ddpm.py --data ../shared/data --out my_model --preset small16 --steps 4000
+    python examples/train_ddpm.py --data DATA --out my_model --preset small16 --steps 4000
 
-The data folder holds ``cifar10_train_*.npz`` and ``cifar10_test.npz``: JPEG bytes (``jpeg``), ``offsets``, ``labels``.
-The folder written by ``--out`` loads with ``UNet2DModel.from_pretrained(out)`` (EMA weights, fp16) and
-``DDIMScheduler.from_pretrained(out, subfolder="scheduler")``.  Give the same command with ``--resume`` to go on from
-the last checkpoint.  Every schedule counts steps, not seconds, so a run may be paused or restarted at any time.
+The data folder holds CIFAR-10 as ``modiff_kernels.evaluation.cifar10`` reads it, such as the public binary version.
+The folder written by ``--out`` loads with ``UNet2DModel.from_pretrained(out)`` (EMA weights, fp16, in files of up to
+14 MB) and ``DDIMScheduler.from_pretrained(out, subfolder="scheduler")``.  Give the same command with ``--resume`` to go
+on from the last checkpoint.  Every schedule counts steps, so a run may be paused or restarted at any time.
+
+On a GPU, where the data stay on the device and bf16 and ``torch.compile`` are used, a limit in minutes fits better:
+
+    python examples/train_ddpm.py --data DATA --out my_model --preset ddpm_cifar10 --minutes 8 --batch-size 256 \
+        --lr 4e-4 --ema 0.9995 --checkpoint-dir checkpoints
+
+``--minutes`` ends training, counted from the start of the program and over resumed runs; the learning rate reaches zero
+with it.  The last checkpoint, the test loss and the samples come after it and take some seconds on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
-import itertools
 import json
 import math
 import os
@@ -30,7 +36,14 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from PIL import Image
 from tqdm import tqdm
 
+from modiff_kernels.evaluation.cifar10 import load_cifar10
+
 CHECKPOINT = "checkpoint.pt"
+CHECKPOINT_S = 120  # between checkpoints; that of 36 M parameters has 570 MB
+SHARD = "14MB"
+STEPS = 4000
+UNLIMITED_STEPS = 10**9
+CLOCK_STEPS = 20  # after so many steps the clock waits for the device
 
 PRESETS: dict[str, dict] = {
     # About 1.8 M parameters, for 16x16 images; trains in about an hour on two CPU cores.
@@ -96,11 +109,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction
-    add("--data", type=Path, default=Path("../shared/data"), help="folder of the CIFAR-10 npz files (%(default)s)")
+    add("--data", type=Path, required=True, help="folder of CIFAR-10")
     add("--out", type=Path, required=True, help="folder to write the model to")
     add("--size", type=int, choices=(16, 32), help="image size (default: that of the preset)")
     add("--preset", choices=tuple(PRESETS), default="small16", help="network size (%(default)s)")
-    add("--steps", type=positive(int), default=4000, help="optimiser steps (%(default)s)")
+    add("--steps", type=positive(int), help=f"optimiser steps ({STEPS}, with --minutes without limit)")
+    add("--minutes", type=positive(float), help="end training after this time, resumed runs included")
     add("--batch-size", type=positive(int), default=128, help="images per step (%(default)s)")
     add("--lr", type=positive(float), default=1e-3, help="peak learning rate (%(default)s)")
     add("--ema", type=positive(float), default=0.999, help="largest EMA decay, below 1 (%(default)s)")
@@ -108,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
     add("--compile", action=flag, default=None, help="torch.compile the network (default: on CUDA only)")
     add("--checkpoint-dir", type=Path, help="folder of the checkpoint (default: --out)")
-    add("--checkpoint-every", type=positive(int), default=100, help="steps between checkpoints (%(default)s)")
+    add("--checkpoint-every", type=positive(int), metavar="STEPS", help="between checkpoints (default: two minutes)")
     add("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     add("--export-at", type=positive(int), metavar="STEP", help="also write the model to --out after this step")
     add("--quiet", action="store_true", help="no progress bar and no messages")
@@ -116,6 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.ema < 1:
         parser.error(f"argument --ema: must be below 1, got {args.ema}")
+    args.steps = args.steps or (UNLIMITED_STEPS if args.minutes else STEPS)
     args.size = args.size or PRESETS[args.preset]["size"]
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,28 +141,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_images(folder: Path, pattern: str, size: int, quiet: bool) -> torch.Tensor:
-    """Decode every JPEG of the npz files matching `pattern` to a uint8 tensor (n, 3, size, size)."""
-    if not folder.is_dir():
-        raise UserError(f"data folder not found: {folder}")
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise UserError(f"no {pattern} in data folder {folder}")
-    images = []
-    for file in tqdm(files, desc=f"decode {pattern}", disable=quiet):
-        try:
-            with np.load(file) as archive:
-                jpeg, offsets = archive["jpeg"].tobytes(), archive["offsets"]
-            for start, stop in itertools.pairwise(offsets):
-                image = Image.open(io.BytesIO(jpeg[start:stop])).convert("RGB")
-                if image.size != (size, size):
-                    image = image.resize((size, size), Image.Resampling.BOX)
-                images.append(np.asarray(image))
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"cannot read {file}: {error}") from error
-    if not images:
-        raise UserError(f"no images in {pattern} of data folder {folder}")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+def load_images(args: argparse.Namespace, split: str) -> torch.Tensor:
+    """uint8 images (n, 3, size, size) of "train" or "test"."""
+    try:
+        return load_cifar10(args.data, split, args.size, args.quiet)[0]
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"--data: {error}") from error
 
 
 def build_unet(preset: str, size: int) -> UNet2DModel:
@@ -156,12 +155,17 @@ def build_unet(preset: str, size: int) -> UNet2DModel:
     return UNet2DModel(sample_size=size, in_channels=3, out_channels=3, **config)
 
 
-def lr_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first 5 % of the steps (500 at most), then cosine decay to zero."""
+def lr_factor(step: int, steps: int, elapsed: float = 0.0) -> float:
+    """Linear warm-up over the first 5 % of the steps (500 at most), then cosine decay to zero.
+
+    elapsed: the part of a time limit that is over; where it is ahead of the steps, warm-up and decay follow it.
+    """
     warmup = max(1, min(500, steps // 20))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    warm = max((step + 1) / warmup, 20 * elapsed)
+    if step < warmup and warm < 1:
+        return warm
+    progress = max((step - warmup) / max(1, steps - warmup), elapsed)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 class Trainer:
@@ -171,6 +175,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, train: torch.Tensor):
         torch.manual_seed(args.seed)
+        torch.backends.cudnn.benchmark = True
         self.args, self.device = args, torch.device(args.device)
         self.train_set = train.to(self.device)
         self.model = build_unet(args.preset, args.size).to(self.device, memory_format=torch.channels_last)
@@ -178,14 +183,36 @@ class Trainer:
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-        self.forward = torch.compile(self.model) if args.compile else self.model
+        self.forward: torch.nn.Module = self.model
         self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0  # so far, resumed runs included
         self.loss_sum, self.loss_from = torch.zeros((), device=self.device), 0
         self.losses: list[tuple[int, float]] = []  # (step, mean training loss since the point before)
-        self.log_every = max(1, args.steps // 50)
+        self.log_every = max(1, min(args.steps // 50, 200))
         self.plan = [(0, args.steps)]  # (from this step on, --steps); longer where a resumed run changed --steps
+
+    @property
+    def elapsed(self) -> float:
+        """The part of --minutes that is over."""
+        return self.seconds / (60 * self.args.minutes) if self.args.minutes else 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.args.steps or self.elapsed >= 1
+
+    def compile(self) -> None:
+        """Compile the network, forward and backward; where that fails, say why and go on without."""
+        compiled = torch.compile(self.model)
+        images = self.train_set[: self.args.batch_size]
+        images = images.repeat(-(-self.args.batch_size // len(images)), 1, 1, 1)[: self.args.batch_size]
+        try:
+            self.loss(compiled, images, torch.Generator(self.device)).backward()
+            self.forward = compiled
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            print(f"train_ddpm.py: torch.compile failed, going on without it: {reason}", file=sys.stderr)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, model, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Mean squared error of the predicted noise on uint8 `images`, at random times."""
@@ -212,7 +239,7 @@ class Trainer:
         images = self.train_set[index]
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(self.step, args.steps)
+            group["lr"] = args.lr * lr_factor(self.step, args.steps, self.elapsed)
         loss = self.loss(self.forward, images, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -296,7 +323,9 @@ class Trainer:
     def command(self) -> str:
         """The command that gives this result, with every option that matters spelt out."""
         args = self.args
-        options = {"data": args.data, "out": args.out, **self.identity, "steps": args.steps, "device": args.device}
+        limits = {"steps": None if args.steps == UNLIMITED_STEPS else args.steps, "minutes": args.minutes}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        options = {"data": "DATA", "out": args.out.name, **self.identity, **limits, "device": args.device}
         pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
         pairs.append(("--compile" if args.compile else "--no-compile",))
         return shlex.join(["python", "examples/train_ddpm.py", *(word for pair in pairs for word in pair)])
@@ -307,7 +336,7 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         half = build_unet(args.preset, args.size).half()
         half.load_state_dict(self.ema.state_dict())
-        half.save_pretrained(out)
+        half.save_pretrained(out, max_shard_size=SHARD)
         self.ddim().save_pretrained(out / "scheduler")
         record = {
             "command": self.command(),
@@ -324,6 +353,7 @@ class Trainer:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu ({platform.machine()})",
             "threads": torch.get_num_threads(),
+            "compiled": self.forward is not self.model,
         }
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         if sample_grid:
@@ -338,31 +368,42 @@ def save_grid(images: np.ndarray, path: Path, columns: int = 8, zoom: int = 4) -
     Image.fromarray(grid).resize((grid.shape[1] * zoom, grid.shape[0] * zoom), Image.Resampling.NEAREST).save(path)
 
 
+def train_until_finished(trainer: Trainer, test: torch.Tensor, before: float, before_cpu: float) -> None:
+    """The training loop, with checkpoints. before, before_cpu: what the clocks are behind the times of the run."""
+    args = trainer.args
+    total = None if args.steps == UNLIMITED_STEPS else args.steps
+    bar = tqdm(total=total, initial=trainer.step, desc=args.preset, disable=args.quiet, mininterval=1)
+    saved = time.perf_counter()
+    while not trainer.finished:
+        loss = trainer.train_step()
+        bar.update()
+        if trainer.step % CLOCK_STEPS == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        trainer.seconds = before + time.perf_counter()
+        trainer.cpu_seconds = before_cpu + time.process_time()
+        due = time.perf_counter() - saved > CHECKPOINT_S
+        if args.checkpoint_every:
+            due = trainer.step % args.checkpoint_every == 0
+        if due or trainer.finished:
+            trainer.save_checkpoint()
+            saved = time.perf_counter()
+        if trainer.step == args.export_at and not trainer.finished:
+            trainer.export(test, sample_grid=False)
+    bar.close()
+
+
 def run(args: argparse.Namespace) -> None:
     """Train from the options given, and write the result."""
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out is not a folder: {args.out}")
-    train = load_images(args.data, "cifar10_train_*.npz", args.size, args.quiet)
-    test = load_images(args.data, "cifar10_test.npz", args.size, args.quiet)
+    started, started_cpu = time.perf_counter(), time.process_time()
+    train, test = (load_images(args, split) for split in ("train", "test"))
     trainer = Trainer(args, train)
     if args.resume:
         trainer.load_checkpoint()
-    bar = tqdm(total=args.steps, initial=trainer.step, desc=args.preset, disable=args.quiet, mininterval=1)
-    last, last_cpu = time.perf_counter(), time.process_time()
-    while trainer.step < args.steps:
-        loss = trainer.train_step()
-        bar.update()
-        if trainer.step % 10 == 0 and not args.quiet:
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        now, now_cpu = time.perf_counter(), time.process_time()
-        trainer.seconds += now - last
-        trainer.cpu_seconds += now_cpu - last_cpu
-        last, last_cpu = now, now_cpu
-        if trainer.step % args.checkpoint_every == 0 or trainer.step == args.steps:
-            trainer.save_checkpoint()
-        if trainer.step == args.export_at and trainer.step < args.steps:
-            trainer.export(test, sample_grid=False)
-    bar.close()
+    if args.compile and not trainer.finished:
+        trainer.compile()
+    train_until_finished(trainer, test, trainer.seconds - started, trainer.cpu_seconds - started_cpu)
     record = trainer.export(test, args.sample_grid)
     if not args.quiet:
         print(f"wrote {args.out}: {record['steps']} steps, test loss {record['test_loss_ema']:.4f}")

@@ -16,7 +16,7 @@ from modiff_kernels.cli.arguments import UserError
 from modiff_kernels.cli.rows import Row
 from modiff_kernels.quant.spec import BLOCK_ROWS
 
-__all__ = ["Quantised"]
+__all__ = ["Quantised", "config_of_row"]
 
 FLOAT_BITS = 32
 

@@ -77,6 +77,27 @@ class TestFrechet:
         expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
+    def test_scaled_set(self):
+        a = np.random.default_rng(0).normal(size=(60, 5)) @ np.diag([1, 2, 3, 4, 5])
+        # S2 = 9 S1 commutes with S1: tr(S1 + 9 S1 - 2 * 3 S1), and means that lie 2 m1 apart
+        expected = 4 * np.square(a.mean(0)).sum() + 4 * np.trace(np.cov(a.T))
+        assert frechet_distance(a, 3 * a) == pytest.approx(expected, rel=1e-9)
+
+    def test_covariances_that_commute(self):
+        rng = np.random.default_rng(1)
+        axes = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+
+        def with_variances(variances, mean):
+            """100 points with exactly these variances along `axes`, not along the coordinates."""
+            white = rng.normal(size=(100, 4))
+            white -= white.mean(0)
+            white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white.T))).T
+            return mean + white * np.sqrt(variances) @ axes
+
+        one, two, shift = np.array([1, 2, 0.5, 3]), np.array([4, 0.1, 0, 3]), np.array([1, -1, 0, 2])
+        distance = frechet_distance(with_variances(one, 0), with_variances(two, shift))
+        assert distance == pytest.approx(6 + np.square(np.sqrt(one) - np.sqrt(two)).sum(), rel=1e-6)
+
     def test_equal_sets_and_fewer_images_than_features(self):
         a = np.random.default_rng(0).normal(size=(5, 20))
         assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)

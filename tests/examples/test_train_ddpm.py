@@ -1,7 +1,6 @@
 """The training example, on a handful of synthetic images."""
 
 import importlib.util
-import io
 import json
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.cifar10_files import write_packed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_ddpm.py"
 
@@ -25,36 +26,13 @@ def train_ddpm():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A data folder of the CIFAR-10 layout with a few random JPEGs."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for name, count in (("cifar10_train_0", 6), ("cifar10_train_1", 5), ("cifar10_test", 4)):
-        blobs = []
-        for _ in range(count):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "JPEG")
-            blobs.append(buffer.getvalue())
-        np.savez(
-            folder / f"{name}.npz",
-            jpeg=np.frombuffer(b"".join(blobs), dtype=np.uint8),
-            offsets=np.cumsum([0, *map(len, blobs)], dtype=np.int64),
-            labels=np.zeros(count, dtype=np.uint8),
-        )
-    return folder
+    return write_packed(tmp_path_factory.mktemp("data"))
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
     """A command line for a run of a few steps."""
     words = ["--data", data, "--out", out, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--quiet", *more]
     return [str(word) for word in words]
-
-
-def test_images_are_decoded_and_downscaled(train_ddpm, data):
-    images = train_ddpm.load_images(data, "cifar10_train_*.npz", 16, quiet=True)
-    assert images.shape == (11, 3, 16, 16)
-    assert images.dtype == torch.uint8
-    full = train_ddpm.load_images(data, "cifar10_train_*.npz", 32, quiet=True).float()
-    box = torch.nn.functional.avg_pool2d(full, 2)
-    assert (images.float() - box).abs().max() <= 1  # PIL rounds once per axis
 
 
 def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
@@ -102,6 +80,102 @@ def test_resume_may_change_the_number_of_steps(train_ddpm, data, tmp_path):
     assert [step for step, _ in record["train_loss_curve"]] == [1, 2, 3]
 
 
+def test_minutes_end_training_and_the_learning_rate(train_ddpm, data, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def clock():
+        now[0] += 1
+        return now[0]
+
+    monkeypatch.setattr(train_ddpm.time, "perf_counter", clock)
+    rates, real = [], train_ddpm.Trainer.train_step
+
+    def step(trainer):
+        loss = real(trainer)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return loss
+
+    monkeypatch.setattr(train_ddpm.Trainer, "train_step", step)
+    options = arguments(data, tmp_path, "--no-sample-grid", "--minutes", "0.5")
+    at = options.index("--steps")
+    options = options[:at] + options[at + 2 :]
+    saved, save = [], train_ddpm.Trainer.save_checkpoint
+
+    def save_then_stop(trainer):
+        save(trainer)
+        saved.append(trainer.step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ddpm, "CHECKPOINT_S", 5)
+        patch.setattr(train_ddpm.Trainer, "save_checkpoint", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_ddpm.main(options)
+    assert train_ddpm.main([*options, "--resume"]) == 0
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert 0 < saved[0] < record["steps"]
+    assert 30 <= record["duration_seconds"] < 33  # of both runs, on this clock
+    assert "--minutes 0.5" in record["command"]
+    assert "--steps" not in record["command"]
+    assert (tmp_path / "config.json").exists()
+    assert rates[-1] < 0.2 * max(rates)
+
+
+def test_learning_rate_follows_what_is_further(train_ddpm):
+    assert train_ddpm.lr_factor(0, 1000) == pytest.approx(1 / 50)
+    assert train_ddpm.lr_factor(0, 1000, elapsed=0.025) == pytest.approx(0.5)
+    assert train_ddpm.lr_factor(9, 1000, elapsed=0.5) == pytest.approx(0.5)
+    assert train_ddpm.lr_factor(49, 1000) == 1
+    assert train_ddpm.lr_factor(525, 1000) == pytest.approx(0.5)
+    assert train_ddpm.lr_factor(525, 1000, elapsed=0.25) == pytest.approx(0.5)
+    assert train_ddpm.lr_factor(525, 1000, elapsed=0.75) == pytest.approx(0.5 - 0.5**1.5)
+    assert train_ddpm.lr_factor(525, 1000, elapsed=1.2) == pytest.approx(0)
+
+
+def test_large_models_are_saved_in_small_files(train_ddpm, data, tmp_path, monkeypatch):
+    from diffusers import UNet2DModel
+
+    from modiff_kernels.cli.models import load_model
+
+    monkeypatch.setattr(train_ddpm, "SHARD", "1MB")
+    assert train_ddpm.main(arguments(data, tmp_path, "--no-sample-grid")) == 0
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) >= 4
+    assert max(file.stat().st_size for file in files) < 1.1e6
+    saved = UNet2DModel.from_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), None, torch.device("cpu")).unet
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name])
+
+
+def test_a_compiler_that_fails_is_no_end(train_ddpm, data, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        def call(*args, **more):
+            model(*args, **more)[0].sum().backward()  # gradients that must not reach the optimiser
+            raise RuntimeError("no compiler\nsecond line")
+
+        return call
+
+    alone, failed = tmp_path / "alone", tmp_path / "failed"
+    assert train_ddpm.main(arguments(data, alone, "--no-sample-grid")) == 0
+    monkeypatch.setattr(train_ddpm.torch, "compile", broken)
+    assert train_ddpm.main(arguments(data, failed, "--no-sample-grid", "--compile")) == 0
+    assert "torch.compile failed, going on without it: no compiler\n" in capsys.readouterr().err
+    records = [json.loads((folder / "training.json").read_text()) for folder in (alone, failed)]
+    assert records[0]["train_loss_curve"] == records[1]["train_loss_curve"]
+    assert [record["compiled"] for record in records] == [False, False]
+
+
+def test_compiling_first_changes_nothing(train_ddpm, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ddpm.torch, "compile", lambda model: lambda *args, **more: model(*args, **more))
+    records = []
+    for option in ("--compile", "--no-compile"):
+        assert train_ddpm.main(arguments(data, tmp_path / option, "--no-sample-grid", option)) == 0
+        records.append(json.loads((tmp_path / option / "training.json").read_text()))
+    assert [record["compiled"] for record in records] == [True, False]
+    assert records[0]["train_loss_curve"] == records[1]["train_loss_curve"]
+
+
 def test_checkpoint_of_other_options_is_refused(train_ddpm, data, tmp_path, capsys):
     options = arguments(data, tmp_path, "--no-sample-grid")
     assert train_ddpm.main(options) == 0
@@ -130,10 +204,12 @@ def test_folder_without_data(train_ddpm, tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [["--preset", "huge"], ["--steps", "0"], ["--lr", "nan"], ["--ema", "1"]])
+@pytest.mark.parametrize(
+    "bad", [["--preset", "huge"], ["--steps", "0"], ["--lr", "nan"], ["--ema", "1"], ["--minutes", "-1"]]
+)
 def test_bad_options(train_ddpm, tmp_path, capsys, bad):
     with pytest.raises(SystemExit) as stop:
-        train_ddpm.main(["--out", str(tmp_path / "out"), *bad])
+        train_ddpm.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *bad])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert bad[0] in error
