@@ -14,6 +14,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     paper_claims SAMPLER ... what papers report, beside rows of that file
     attention                the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
     passes NETWORK           the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
+    quality NAME SAMPLER     rows of NAME.json, as benchmarks/quality.py writes it; quality_reference NAME: its backend
+                             against the reference; quality_papers NAME [SAMPLER]: beside what papers report
     pieces                   the same, passes with the product after them, of all networks
 
 A table shows one device: the one that was measured last.
@@ -40,6 +42,7 @@ from benchmarks.record import ROOT, read
 from modiff_kernels.cli.arguments import METHODS
 from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation.report import markdown_table
+from tools import quality_tables
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NOTHING = "*No results recorded yet.*"
@@ -56,7 +59,14 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/fused_blocks.md", "docs/schedules.md")
+PAGES = (
+    "README.md",
+    "docs/calibration.md",
+    "docs/cpu_kernels.md",
+    "docs/fused_blocks.md",
+    "docs/quality.md",
+    "docs/schedules.md",
+)
 PASSES_HEADER = (
     "pass, batch, codes",
     "ours us",
@@ -451,6 +461,9 @@ def filled(text: str, results: Path) -> str:
             "pareto": pareto_table,
             "passes": passes_table,
             "pieces": pieces_table,
+            "quality": quality_tables.quality_table,
+            "quality_papers": quality_tables.quality_papers_table,
+            "quality_reference": quality_tables.quality_reference_table,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")
