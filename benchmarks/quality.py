@@ -24,6 +24,7 @@ whole sampling runs of a batch after the first, without metrics; on a machine wi
 
 The report is written after every row, those that tell most first. `--resume` keeps the rows that it has, `--keep DIR`
 the float images and the codes; `--budget SECONDS` ends the study in time. A row that fails is named in the report.
+Exit code 1: rows failed; 3: the budget ended the study before all rows were there.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ BITS = {"W8A8": (8, 8), "W8A4": (8, 4), "W4A4": (4, 4), "W4A8": (4, 8), "W8A3": 
 FIRST_BITS = 3  # of BITS: those that tell most
 MODES = {"weights": "weight_only", "plain": "quantized", "modulated": "modulated"}
 EVALUATION_SEED = 100_000  # calibration sees the noise of seeds from 0 on
+UNFINISHED = 3  # exit code where --budget ended before the rows did
 SAME_RUN = ("model", "images", "batch", "dtype", "device", "backend", "codes", "features")
 
 
@@ -133,6 +135,7 @@ class Study:
         self.unet = model.unet.to(memory_format=torch.channels_last)
         self.low = self.unet if args.dtype == "float32" else copy.deepcopy(self.unet).to(self.dtype)
         self.weights = tensors_crc32(dict(self.unet.state_dict()))
+        self.graphs = args.cuda_graphs
         self.full: dict[str, np.ndarray] = {}
         self.test: np.ndarray | None = None
 
@@ -157,14 +160,27 @@ class Study:
         full = self._full_precision(spec.sampler)
         images, seconds, quantised = full, list[float](), None
         if spec.way != "float":
-            unet, quantised = self._network(spec, self.args.backend, self.args.cuda_graphs)
-            images, seconds = self._images(spec.sampler, unet, quantised)
+            images, seconds, quantised = self._sampled(spec)
         row = {**vars(spec), "images": len(images), **self._scores(images, full), **self._costs(spec, quantised)}
         if self.args.times and len(seconds) > 1:
             row |= {"images_per_s": self.args.batch / statistics.median(seconds[1:]), "batches_timed": len(seconds) - 1}
         if spec.way in ("plain", "modulated") and self.args.reference_images and row["backend"] != "reference":
             row["reference"] = self._against_reference(spec, full)
         return row
+
+    def _sampled(self, spec: Spec) -> tuple[np.ndarray, list[float], Quantised | None]:
+        """Images, seconds and network of a row; without graphs from the first row on that fails with them."""
+        try:
+            unet, quantised = self._network(spec, self.args.backend, self.graphs)
+            return *self._images(spec.sampler, unet, quantised), quantised
+        except OutOfTime:
+            raise
+        except Exception as error:
+            if not self.graphs:
+                raise
+            print(f"{spec.sampler} {spec.name}: going on without CUDA graphs: {error}", file=sys.stderr)
+            self.graphs = False
+        return self._sampled(spec)
 
     def _scores(self, images: np.ndarray, full: np.ndarray) -> dict[str, float]:
         features = self.features(images)
@@ -191,6 +207,7 @@ class Study:
             "state_bytes": quantised.state_bytes,
             "state_bytes_per_image": quantised.state_bytes / min(self.args.batch, self.args.images),
             "backend": quantised.backend,
+            "cuda_graphs": self.graphs,
         }
         if spec.scheduled:
             costs["schedule"] = quantised.handle.explain_schedule().splitlines()[0]
@@ -423,7 +440,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{done} of {len(wanted)} rows, {len(report['failures'])} failed: {args.json}")
     for name, reason in report["failures"].items():
         print(f"{name}: {reason}", file=sys.stderr)
-    return int(bool(report["failures"]))
+    if report["failures"]:
+        return 1
+    return 0 if done == len(wanted) else UNFINISHED
 
 
 if __name__ == "__main__":

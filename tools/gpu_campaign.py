@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RESULTS = (
     "benchmarks/results/**/*",
+    "benchmarks/features/*",
     "modiff_kernels/backends/*/tiles/*.json",
     "modiff_kernels/planning/priors/**/*.json",
 )
@@ -78,8 +79,9 @@ class Campaign:
         seconds: float,
         variables: dict[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        data: Path | None = None,
     ) -> None:
-        self.parts, self.work, self.clock = list(parts), work, clock
+        self.parts, self.work, self.clock, self.data = list(parts), work, clock, data
         self.deadline = clock() + seconds - TAIL_SECONDS
         self.variables = variables or {}
         self.logs = work / "logs"
@@ -110,6 +112,8 @@ class Campaign:
             return Outcome(SKIPPED, reason=f"needs {', '.join(missing)}")
         if part.program is not None and shutil.which(part.program) is None:
             return Outcome(SKIPPED, reason=f"{part.program} was not found on the PATH")
+        if self.data is None and any("{data}" in word for word in part.command):
+            return Outcome(WAITING, reason="needs --data")
         if self.deadline - self.clock() < LEAST_SECONDS:
             return Outcome(WAITING, reason="no time left")
         return None
@@ -117,7 +121,8 @@ class Campaign:
     def _executed(self, part: Part) -> Outcome:
         limit = min(part.seconds, self.deadline - self.clock())
         budget = max(limit - part.margin_seconds, 1)
-        command = [word.format(python=sys.executable, work=self.work, budget=int(budget)) for word in part.command]
+        values = {"python": sys.executable, "work": self.work, "data": self.data, "budget": int(budget)}
+        command = [word.format(**values, minutes=f"{budget / 60:.2f}") for word in part.command]
         print(f"campaign: {part.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
         begun = self.clock()
         with (self.logs / f"{part.name}.log").open("ab") as log:
@@ -265,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--work", type=Path, default=ROOT / "build" / "gpu_campaign", help="state and logs (%(default)s)")
     add("--out", type=Path, help="folder that gets summary and results")
     add("--archive-mb", type=float, default=15, help="most MiB of one archive in --out (%(default)s)")
+    add("--data", type=Path, help="folder of CIFAR-10, for the parts that need it")
     add("--wheels", type=Path, help="folder of wheels to install first, into --work")
     add("--download-wheels", type=Path, metavar="DIR", help="fetch those wheels, and end")
     add("--list", action="store_true", help="show sets and parts, and end")
@@ -285,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     work = args.work.resolve()
     variables = install_wheels(args.wheels, work / "site") if args.wheels else {}
-    campaign = Campaign(parts, work, args.seconds - (time.monotonic() - begun), variables)
+    campaign = Campaign(parts, work, args.seconds - (time.monotonic() - begun), variables, data=args.data)
 
     def keep() -> None:
         if args.out:

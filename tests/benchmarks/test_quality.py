@@ -158,7 +158,7 @@ def test_the_budget_ends_the_study(command, monkeypatch):
     monkeypatch.setattr(quality.time, "monotonic", lambda: next(now))
     options = ("--bits", "W8A8", "--samplers", "DDIM-50", "--reference-images", "0")
     code, report = command(*options, "--budget", "9")
-    assert code == 0
+    assert code == quality.UNFINISHED
     assert 0 < len(report["rows"]) < 6
     assert report["failures"] == {}
     code, report = command(*options, "--resume")
@@ -171,6 +171,24 @@ def test_float16_networks_are_judged_against_float32(command):
     assert (code, report["failures"]) == (0, {})
     assert 40 < rows["DDIM-50", "", "16-bit", False]["psnr_db"] < 100
     assert rows["DDIM-50", "W8A8", "modulated", False]["psnr_db"] > 30
+
+
+def test_what_fails_with_graphs_goes_on_without(command, monkeypatch, capsys):
+    made = []
+
+    def config_of_row(row, backend):
+        made.append(row.cuda_graphs)
+        if row.cuda_graphs:
+            raise RuntimeError("no capture here")
+        return real(row, backend)
+
+    real = quality.config_of_row
+    monkeypatch.setattr(quality, "config_of_row", config_of_row)
+    code, report = command("--bits", "W8A8", "--samplers", "DDIM-50", "--cuda-graphs", "--reference-images", "0")
+    assert (code, report["failures"]) == (0, {})
+    assert made == [True] + [False] * 5
+    assert rows_of(report)["DDIM-50", "W8A8", "modulated", False]["cuda_graphs"] is False
+    assert "modulated W8A8: going on without CUDA graphs: no capture here" in capsys.readouterr().err
 
 
 def test_every_sampler_has_its_own_reference(command, tmp_path):

@@ -113,6 +113,17 @@ def test_a_command_is_told_what_it_may_use(tmp_path):
     assert 75 <= int((tmp_path / "told").read_text()) <= 80
 
 
+def test_parts_that_need_data_wait_for_it(tmp_path):
+    code = "import sys; open(sys.argv[1] + '/told', 'w').write(sys.argv[2])"
+    needy = Part("p", "", ("{python}", "-c", code, "{data}", "{minutes}"), 110, needs=(), margin_seconds=20)
+    campaign = Campaign([needy], tmp_path / "work", 1000)
+    campaign.run()
+    assert campaign.outcomes["p"].reason == "needs --data"
+    assert campaign.exit_code() == 3
+    Campaign([needy], tmp_path / "work", 1000, data=tmp_path).run()
+    assert (tmp_path / "told").read_text() == "1.50"
+
+
 def test_results_are_packed_below_a_size(tmp_path):
     files = []
     for index in range(5):
@@ -183,7 +194,8 @@ class Parsed(Exception):
 @pytest.mark.parametrize("part", [p for p in PARTS if p.command[0] == "{python}"], ids=lambda p: p.name)
 def test_every_command_is_accepted_by_its_program(part, monkeypatch, tmp_path):
     """A campaign must not lose its time to an option that was renamed."""
-    words = [word.format(python="python", work=tmp_path, budget=100) for word in part.command[1:]]
+    values = {"python": "python", "work": tmp_path, "data": tmp_path, "budget": 100, "minutes": "1.67"}
+    words = [word.format(**values) for word in part.command[1:]]
     if words[:2] == ["-m", "pytest"]:
         for word in words:
             assert not word.startswith("tests/") or (gpu_campaign.ROOT / word.split("::")[0]).exists(), word
