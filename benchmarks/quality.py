@@ -38,7 +38,7 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class Study:
         images, seconds, quantised = full, list[float](), None
         if spec.way != "float":
             images, seconds, quantised = self._sampled(spec)
-        row = {**vars(spec), "images": len(images), **self._scores(images, full), **self._costs(spec, quantised)}
+        row = {**asdict(spec), "images": len(images), **self._scores(images, full), **self._costs(spec, quantised)}
         if self.args.times and len(seconds) > 1:
             row |= {"images_per_s": self.args.batch / statistics.median(seconds[1:]), "batches_timed": len(seconds) - 1}
         if spec.way in ("plain", "modulated") and self.args.reference_images and row["backend"] != "reference":

@@ -155,13 +155,14 @@ def build_unet(preset: str, size: int) -> UNet2DModel:
     return UNet2DModel(sample_size=size, in_channels=3, out_channels=3, **config)
 
 
-def lr_factor(step: int, steps: int, elapsed: float = 0.0) -> float:
+def lr_factor(step: int, steps: int, elapsed: float = 0.0, begun: float = 0.0) -> float:
     """Linear warm-up over the first 5 % of the steps (500 at most), then cosine decay to zero.
 
-    elapsed: the part of a time limit that is over; where it is ahead of the steps, warm-up and decay follow it.
+    elapsed: the part of a time limit that is over; where it is ahead of the steps, the decay follows it, and the
+    warm-up what has passed since `begun`, the part that was over at the first step.
     """
     warmup = max(1, min(500, steps // 20))
-    warm = max((step + 1) / warmup, 20 * elapsed)
+    warm = max((step + 1) / warmup, 20 * (elapsed - begun))
     if step < warmup and warm < 1:
         return warm
     progress = max((step - warmup) / max(1, steps - warmup), elapsed)
@@ -187,6 +188,7 @@ class Trainer:
         self.schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0  # so far, resumed runs included
+        self.begun = 0.0  # `elapsed` at the first step of this run, after data were read and the network compiled
         self.loss_sum, self.loss_from = torch.zeros((), device=self.device), 0
         self.losses: list[tuple[int, float]] = []  # (step, mean training loss since the point before)
         self.log_every = max(1, min(args.steps // 50, 200))
@@ -239,7 +241,7 @@ class Trainer:
         images = self.train_set[index]
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(self.step, args.steps, self.elapsed)
+            group["lr"] = args.lr * lr_factor(self.step, args.steps, self.elapsed, self.begun)
         loss = self.loss(self.forward, images, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -374,6 +376,8 @@ def train_until_finished(trainer: Trainer, test: torch.Tensor, before: float, be
     total = None if args.steps == UNLIMITED_STEPS else args.steps
     bar = tqdm(total=total, initial=trainer.step, desc=args.preset, disable=args.quiet, mininterval=1)
     saved = time.perf_counter()
+    trainer.seconds = before + saved
+    trainer.begun = trainer.elapsed
     while not trainer.finished:
         loss = trainer.train_step()
         bar.update()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -70,24 +71,12 @@ def rows_of(report):
 
 
 def test_rows_and_what_they_say(command, folders, tmp_path):
-    bits = ("--bits", "W8A8,W4A4", "--samplers", "DDIM-50", "--reference-images", "2")
-    code, report = command(*bits, "--times")
+    options = ("--bits", "W4A4", "--samplers", "DDIM-50", "--reference-images", "2", "--times")
+    code, report = command(*options)
     rows = rows_of(report)
     assert (code, report["failures"]) == (0, {})
-    grid = {
-        (b, way, scheduled) for b in ("W8A8", "W4A4") for way in ("plain", "modulated") for scheduled in (False, True)
-    }
-    assert {key[1:] for key in rows} == grid | {
-        ("", "float", False),
-        ("W8", "weights", False),
-        ("W4", "weights", False),
-    }
-    # The first rows are those that tell most.
-    assert [key[1:] for key in rows][:3] == [
-        ("", "float", False),
-        ("W8A8", "modulated", False),
-        ("W8A8", "plain", False),
-    ]
+    assert set(rows) == set(map(astuple, quality.all_specs(["DDIM-50"], ["W4A4"], "float32")))
+    assert len(rows) == 6
 
     modulated, plain = (rows["DDIM-50", "W4A4", way, False] for way in ("modulated", "plain"))
     assert modulated["psnr_db"] > plain["psnr_db"]
@@ -95,7 +84,7 @@ def test_rows_and_what_they_say(command, folders, tmp_path):
     assert modulated["state_bytes"] == 4 * modulated["state_bytes_per_image"] > 0 == plain["state_bytes"]
     assert modulated["batches_timed"] == 1
     assert modulated["images_per_s"] > 0
-    scheduled = rows["DDIM-50", "W8A8", "modulated", True]
+    scheduled = rows["DDIM-50", "W4A4", "modulated", True]
     assert scheduled["calls"] == STEPS > scheduled["calls_computed"]
     assert "forecast" in scheduled["schedule"]
 
@@ -123,6 +112,18 @@ def test_rows_and_what_they_say(command, folders, tmp_path):
         assert reference["differing"] < 1e-2 * reference["codes"]
         assert reference["sqnr_db"] is None or reference["sqnr_db"] > 100
         assert abs(reference["psnr_db"] - reference["reference_psnr_db"]) < 3
+
+
+def test_rows_that_tell_most_come_first():
+    specs = quality.all_specs(["DDIM-50", "DDIM-100"], list(quality.BITS), "float16")
+    first = [spec.name for spec in specs[:7]]
+    assert first[0] == "float"
+    assert first[1:] == [f"{way} {bits}" for bits in ("W8A8", "W8A4", "W4A4") for way in ("modulated", "plain")]
+    assert {spec.sampler for spec in specs[:7]} == {"DDIM-50"}
+    assert len(set(specs)) == len(specs) == 2 * (1 + 2 * 2 * 5 + 2 + 1)
+    floats = {spec.sampler: index for index, spec in enumerate(specs) if spec.way == "float"}
+    assert all(floats[spec.sampler] <= index for index, spec in enumerate(specs))
+    assert [spec.way for spec in specs[-2:]] == ["16-bit"] * 2
 
 
 def test_resume_keeps_rows_images_and_codes(command, monkeypatch):

@@ -124,6 +124,7 @@ def test_minutes_end_training_and_the_learning_rate(train_ddpm, data, tmp_path, 
 def test_learning_rate_follows_what_is_further(train_ddpm):
     assert train_ddpm.lr_factor(0, 1000) == pytest.approx(1 / 50)
     assert train_ddpm.lr_factor(0, 1000, elapsed=0.025) == pytest.approx(0.5)
+    assert train_ddpm.lr_factor(0, 1000, elapsed=0.425, begun=0.4) == pytest.approx(0.5)
     assert train_ddpm.lr_factor(9, 1000, elapsed=0.5) == pytest.approx(0.5)
     assert train_ddpm.lr_factor(49, 1000) == 1
     assert train_ddpm.lr_factor(525, 1000) == pytest.approx(0.5)
