@@ -101,13 +101,12 @@ def all_specs(samplers: list[str], bits: list[str], dtype: str) -> list[Spec]:
 
     specs = [Spec(sampler, "", "float") for sampler in samplers[:1]]
     specs += [spec for spec in grid(first, False) if spec.sampler == samplers[0]]
+    sixteen = [Spec(sampler, "", "16-bit") for sampler in samplers if dtype != "float32"]
+    specs += sixteen[:1]
     specs += [Spec(sampler, "", "float") for sampler in samplers[1:]]
     specs += [spec for spec in grid(first, False) if spec.sampler != samplers[0]]
     specs += grid(first, True) + grid(rest, False) + grid(rest, True)
-    specs += [Spec(sampler, name, "weights") for sampler in samplers for name in weights]
-    if dtype != "float32":
-        specs += [Spec(sampler, "", "16-bit") for sampler in samplers]
-    return specs
+    return specs + sixteen[1:] + [Spec(sampler, name, "weights") for sampler in samplers for name in weights]
 
 
 class InDtype(nn.Module):
