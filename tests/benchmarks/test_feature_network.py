@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import feature_network
+from benchmarks import calibration, feature_network
 from tests.cifar10_files import write_packed
 
 WIDTH = 4
@@ -63,6 +63,18 @@ def test_stored_network_gives_the_features_of_images(trained):
     assert f"{100 * record['test_accuracy']:.1f} % test accuracy" in features.name
     assert record["steps"] == 2
     assert "--data DATA --size 16" in record["command"]
+
+
+def test_network_that_is_stored_here_serves_other_studies():
+    images = np.random.default_rng(0).random((3, 16, 16, 3), dtype=np.float32)
+    features = calibration.features_of("benchmarks.feature_network:cifar10_resnet")(images)
+    stored = feature_network.Features(16)
+    assert features.shape == (
+        3,
+        json.loads((feature_network.FOLDER / "cifar10_resnet_16.json").read_text())["features"],
+    )
+    np.testing.assert_array_equal(features, stored(images))
+    assert not np.allclose(features[0], features[1])
 
 
 def test_other_sizes_are_refused(trained):
