@@ -315,12 +315,13 @@ class Study:
 def command(arguments: list[str]) -> str:
     """The command of the report: without what does not change the rows, and without the places of files."""
     kept, skip = [], False
-    for item in arguments:
+    for index, item in enumerate(arguments):
         name = item.partition("=")[0]
         if skip or name in ("--json", "--keep", "--resume", "--budget", "--quiet", "--data", "--features"):
             skip = not skip and item in ("--json", "--keep", "--budget", "--data", "--features")
             continue
-        kept.append(item)
+        before = arguments[index - 1] if index else ""
+        kept.append("CODES" if before == "--codes" and Path(item).is_dir() else item)
     return shlex.join(["python", "benchmarks/quality.py", "--data", "DATA", *kept])
 
 
@@ -361,6 +362,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def codes_label(args: argparse.Namespace) -> str:
+    """Method, sampler and trajectories of the codes of fewer than 8 bits."""
+    if not Path(args.codes).is_dir():
+        return f"{args.codes}, {CODES_SAMPLER}, {args.samples} trajectories"
+    result = mk.CalibrationResult.load(args.codes)
+    made = result.metadata
+    return f"{result.method}, {made['scheduler']} with {made['steps']} steps, {made['samples']} trajectories"
+
+
 def begun(args: argparse.Namespace, model: models.Model, features: Features, arguments: list[str]) -> dict[str, Any]:
     """The report to add to: a new one, or with --resume the one that was written. SystemExit if that is of others."""
     device = torch.device(args.device)
@@ -372,7 +382,7 @@ def begun(args: argparse.Namespace, model: models.Model, features: Features, arg
         "dtype": args.dtype,
         "device": device_name(device),
         "backend": args.backend,
-        "codes": args.codes if not Path(args.codes).is_dir() else mk.CalibrationResult.load(args.codes).method,
+        "codes": codes_label(args),
         "features": features.name,
         "commands": [],
         "environments": [],

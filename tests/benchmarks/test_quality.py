@@ -142,8 +142,22 @@ def test_resume_keeps_rows_images_and_codes(command, monkeypatch):
     assert (code, more["failures"]) == (0, {})
     assert len(more["rows"]) == len(report["rows"]) + 4
     assert all("--resume" not in text and "DATA" in text for text in more["commands"])
+    assert report["codes"] == "minmax, DDIM-50, 2 trajectories"
     with pytest.raises(SystemExit, match=r"--resume: .* has images 6, this run 5"):
         command(*options, "--resume", "--images", "5")
+
+
+def test_codes_of_an_earlier_calibration(command, folders, tmp_path, monkeypatch):
+    options = ("--bits", "W4A8", "--samplers", "DDIM-50", "--reference-images", "0")
+    _, report = command(*options)
+    codes = next((tmp_path / "kept").glob("codes-minmax-w4-*"))
+    monkeypatch.setattr(quality.mk, "calibrate", lambda *args, **more: 1 / 0)
+    code, again = command(*options, "--codes", str(codes))
+    assert (code, again["failures"]) == (0, {})
+    assert again["codes"] == f"minmax, DDIMScheduler with {STEPS} steps, 2 trajectories"
+    assert "--codes CODES" in again["commands"][0]
+    for before, after in zip(report["rows"], again["rows"], strict=True):
+        assert before.get("psnr_db") == after.get("psnr_db")
 
 
 def test_rows_that_fail_are_named_and_leave_the_others(command, capsys):

@@ -51,6 +51,7 @@ def results(tmp_path):
         "dtype": "float32",
         "device": "a CPU",
         "features": "a network",
+        "codes": "distill, DDIM-50, 64 trajectories",
         "commands": ["python benchmarks/quality.py --data DATA"],
         "environments": [{"torch": "2.13.0", "git_commit": "abc", "utc": "2026-01-02T03:04:05Z"}],
         "yardsticks": {"train_to_test": 0.5, "test_to_test": 0.9, "test_to_test_images": 512, "test_images": 10000},
