@@ -114,11 +114,12 @@ def _caption(report: dict[str, Any]) -> str:
     real, last = report["yardsticks"], report["environments"][-1]
     count, half = report["images"], real["test_to_test_images"]
     return (
-        f"{count} images in batches of {report['batch']}; 4-bit codes: {report['codes']}. Fréchet distances on {report['features']}; {count} training "
-        f"images are {real['train_to_test']:.3f} from the {real['test_images']} test images, two sets of {half} test "
-        f"images {real['test_to_test']:.3f} from each other. {report['model']}, {report['parameters'] / 1e6:.1f} M "
-        f"parameters, {report['dtype']}; {report['device']}; torch {last['torch']}; commit {last['git_commit']}, "
-        f"{last['utc'][:10]}. {'; '.join(f'`{command}`' for command in report['commands'])}"
+        f"{count} images in batches of {report['batch']}; 4-bit codes: {report['codes']}. Fréchet distances on "
+        f"{report['features']}; {count} training images are {real['train_to_test']:.3f} from the {real['test_images']} "
+        f"test images, two sets of {half} test images {real['test_to_test']:.3f} from each other. {report['model']}, "
+        f"{report['parameters'] / 1e6:.1f} M parameters, {report['dtype']}; {report['device']}; torch "
+        f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}. "
+        f"{'; '.join(f'`{command}`' for command in report['commands'])}"
     )
 
 
