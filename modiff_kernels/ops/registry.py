@@ -129,6 +129,9 @@ def declare(schema: str) -> Callable[[Callable[P, R]], Op[P, R]]:
             return kernel(*args[:-1])
 
         def inlined(*args: Any) -> Any:
+            sizes = [size for tensor in tensors_of(args) if tensor is not None for size in tensor.shape]
+            if any(isinstance(size, torch.SymInt) for size in sizes):  # no backend can be chosen for unknown sizes
+                return op(*args)
             selection = dispatch.select(check(name, dict(zip(names, args[:-1]))), args[-1])
             return selection.fn(*args[:-1]) if selection.traceable else op(*args)
 
