@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
     return folder / (re.sub(r"[^a-z0-9.]+", "-", (device or device_name()).lower()).strip("-") + ".csv")
 
 
+@cache
 def _git(*arguments: str) -> str:
+    """Asked for once in a process: code that was loaded does not change with the checkout."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
