@@ -15,6 +15,9 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     attention                the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
     passes NETWORK           the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
     pieces                   the same, passes with the product after them, of all networks
+    products NETWORK         the newest rows of benchmarks/bench_products.py of that network, likewise
+    worst_products MOST      the MOST of them furthest from their bound, over all networks
+    tiles MOST               the newest rows of tools/tune_*.py, where tuning gained most
 
 A table shows one device: the one that was measured last.
 """
@@ -33,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import pareto_report, step_profile
+from benchmarks import pareto_report, products_report, step_profile
 from benchmarks.bench_unet_step import all_rows
 from benchmarks.calibration import BITS
 from benchmarks.record import ROOT, read
@@ -56,7 +59,10 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/fused_blocks.md", "docs/schedules.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("calibration", "cpu_kernels", "fused_blocks", "performance", "schedules")),
+)
 PASSES_HEADER = (
     "pass, batch, codes",
     "ours us",
@@ -435,6 +441,21 @@ def paper_claims_table(results: Path, *samplers: str) -> str:
     return f"{markdown_table(header, cells)}\n"
 
 
+def products_table(results: Path, network: str) -> str:
+    """Single layers on a GPU."""
+    return products_report.newest_text(results, products_report.products_text, network) or f"{NOTHING}\n"
+
+
+def worst_products_table(results: Path, most: str) -> str:
+    """What is furthest from its bound."""
+    return products_report.newest_text(results, products_report.worst_text, int(most)) or f"{NOTHING}\n"
+
+
+def tiles_table(results: Path, most: str) -> str:
+    """Tuned tiles and their neighbours."""
+    return products_report.newest_text(results, products_report.tiles_text, int(most)) or f"{NOTHING}\n"
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every table made anew."""
 
@@ -451,6 +472,9 @@ def filled(text: str, results: Path) -> str:
             "pareto": pareto_table,
             "passes": passes_table,
             "pieces": pieces_table,
+            "products": products_table,
+            "tiles": tiles_table,
+            "worst_products": worst_products_table,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")
