@@ -6,7 +6,8 @@ python benchmarks/bench_products.py [--network sd15 sdxl] [--batch 1 2 8] [--bac
 Every problem is timed once, however many networks have it, those with the largest share of a network's step first; with
 --record its rows are written as soon as they are there. So a run may be stopped at any time, by --budget or otherwise,
 and goes on where it was with --skip-recorded. Every form is verified first (both ends of the batch), then timed with a
-cold L2 cache by CUDA events (benchmarks/gpu_timing.py). Needs a GPU that nothing else uses.
+cold L2 cache by CUDA events (benchmarks/gpu_timing.py). Needs a GPU that nothing else uses. Exit code 1: some forms
+failed; 2: nothing can be timed here; 3: the budget was spent first.
 
 Rivals: convolutions in channels_last with cudnn.benchmark, matrices by cuBLAS; torch._int_mm with both operands along
 K; the fastest of the kernels of CUTLASS that benchmarks/cutlass_int8/build.py has built, if it was run.
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         left = bench.run(problems[: args.most], budget)
     where = f", recorded in {path}" if args.record else ""
     print(f"{bench.timed} measurements{where}; {bench.failed} failed, {left} left")
-    return int(bench.failed > 0)
+    return 1 if bench.failed else 3 if left else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -22,9 +23,13 @@ class Budget:
         self._clock = clock
         self._end = None if seconds is None else clock() + seconds
 
+    def left(self) -> float:
+        """Seconds that are left, infinity without an end."""
+        return math.inf if self._end is None else max(0.0, self._end - self._clock())
+
     def is_spent(self) -> bool:
         """Whether nothing is left."""
-        return self._end is not None and self._clock() >= self._end
+        return self.left() == 0
 
 
 class ColdTimer:

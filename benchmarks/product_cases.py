@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def problems_by_share(networks: Sequence[str], batches: Sequence[int], machine: 
     """Every problem of `networks` once, the one with the largest share of a step first."""
     shares: dict[tuple[Layer, int], float] = {}
     for network in networks:
-        table = {layer: n for layer, n in layer_table(network).items() if is_low_bit(layer)}
+        table = low_bit_layers(network)
         for batch in batches:
             bounds = {layer: n * bound_us("bf16", layer, batch, 8, machine) for layer, n in table.items()}
             step = sum(bounds.values())
@@ -59,9 +60,10 @@ def problems_by_share(networks: Sequence[str], batches: Sequence[int], machine: 
     return [Problem(layer, batch, share) for (layer, batch), share in ordered]
 
 
-def is_low_bit(layer: Layer) -> bool:
-    """Whether the layer is one that is quantised at all."""
-    return min(layer.c_in, layer.c_out) >= LEAST_CHANNELS
+@cache
+def low_bit_layers(network: str) -> dict[Layer, int]:
+    """Layers that are quantised at all -> how often they occur. Not to be changed."""
+    return {layer: n for layer, n in layer_table(network).items() if min(layer.c_in, layer.c_out) >= LEAST_CHANNELS}
 
 
 def is_matrix(layer: Layer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import record
@@ -31,7 +31,7 @@ Measured = dict[tuple[str, str, str], dict[str, Row]]
 
 
 def newest(rows: Iterable[Row]) -> Measured:
-    """(form, problem, backend) -> metric -> row, of the last measurement of each; kernels of a rival are one backend."""
+    """(form, problem, backend) -> metric -> row, of the last measurement of each; a rival's kernels are one backend."""
     found: Measured = {}
     for row in rows:
         if row["op"] not in FORMS:
@@ -82,6 +82,8 @@ def product_cells(measured: Measured, problem: Problem, weight_bits: int = 8) ->
 def products_text(rows: Sequence[Row], network: str) -> tuple[str, str] | None:
     """(time of the last measurement, table) of a network on the device of `rows`, None if there is nothing to show."""
     measured = newest(rows)
+    if not measured:
+        return None
     cells, used = [], []
     for batch in BATCHES:
         covered = 0.0
@@ -98,9 +100,10 @@ def products_text(rows: Sequence[Row], network: str) -> tuple[str, str] | None:
 
 def worst(rows: Sequence[Row], most: int) -> list[tuple[Problem, dict[str, Row]]]:
     """The measurements of our ops furthest from their bound, of each op, backend and layer the worst one."""
-    problems = {problem.name(8): problem for problem in _problems(NETWORKS, BATCHES, rows)}
+    measured = newest(rows)
+    problems = {problem.name(8): problem for problem in _problems(NETWORKS, BATCHES, rows)} if measured else {}
     ranked = []
-    for (form, name, _), metrics in newest(rows).items():
+    for (form, name, _), metrics in measured.items():
         problem = problems.get(name)
         if form in OUR_FORMS and "of_bound" in metrics and problem is not None and problem.share >= LEAST_SHARE:
             ranked.append((float(metrics["of_bound"]["p50"]), problem, metrics))
@@ -113,10 +116,10 @@ def worst(rows: Sequence[Row], most: int) -> list[tuple[Problem, dict[str, Row]]
     return kept[:most]
 
 
-def worst_text(rows: Sequence[Row], most: int) -> tuple[str, str] | None:
+def worst_text(rows: Sequence[Row], most: str) -> tuple[str, str] | None:
     """(time of the last measurement, table) of `worst`."""
     cells, used = [], []
-    for problem, metrics in worst(rows, most):
+    for problem, metrics in worst(rows, int(most)):
         row = metrics["time"]
         used.append(row)
         values = [_shown(float(metrics[m]["p50"]), "{:.0f}") if m in metrics else "-" for m in ("rate", "bandwidth")]
@@ -129,7 +132,7 @@ def worst_text(rows: Sequence[Row], most: int) -> tuple[str, str] | None:
     return (_last(used), f"{markdown_table(WORST_HEADER, cells)}\n\n{_caption(used)}\n") if cells else None
 
 
-def tiles_text(rows: Sequence[Row], most: int) -> tuple[str, str] | None:
+def tiles_text(rows: Sequence[Row], most: str) -> tuple[str, str] | None:
     """(time of the last measurement, table) of the problems in which tuning gained most over the estimate: the chosen
     tile, the next best candidate, and the best one in another tile.
     """
@@ -153,14 +156,14 @@ def tiles_text(rows: Sequence[Row], most: int) -> tuple[str, str] | None:
             cells += ["-", "-"] if entry is None else [entry[1], f"{entry[0]:.1f}"]
         lines.append((gained, [*cells, _shown(gained, "{:.2f}x")], run[-1]))
     lines.sort(key=lambda line: -line[0])
-    used = [row for _, _, row in lines[:most]]
-    table = markdown_table(TILES_HEADER, [cells for _, cells, _ in lines[:most]])
+    del lines[int(most) :]
+    used = [row for _, _, row in lines]
+    table = markdown_table(TILES_HEADER, [cells for _, cells, _ in lines])
     return (_last(used), f"{table}\n\n{_caption(used)}\n") if lines else None
 
 
-def newest_text(results: Path, text_of: object, *options: object) -> str | None:
+def newest_text(results: Path, text_of: Callable[..., tuple[str, str] | None], *options: str) -> str | None:
     """The text of the device that was measured last; None if there is none."""
-    assert callable(text_of)
     found = [text_of(record.read(path), *options) for path in sorted(results.glob("*.csv"))]
     return max((entry for entry in found if entry is not None), default=("", None))[1]
 
@@ -178,7 +181,5 @@ def _caption(rows: Sequence[Row]) -> str:
     last = max(rows, key=lambda row: row["utc"])
     commit = last["git_commit"] + (" with local changes" if last["dirty"] == "True" else "")
     commands = dict.fromkeys(row["repro"] for row in sorted(rows, key=lambda row: row["utc"]))
-    return (
-        f"{', '.join(f'`{command}`' for command in commands)}: {last['device']}; torch {last['torch']}; commit {commit}, "
-        f"{last['utc'][:10]}."
-    )
+    shown = ", ".join(f"`{command}`" for command in commands)
+    return f"{shown}: {last['device']}; torch {last['torch']}; commit {commit}, {last['utc'][:10]}."

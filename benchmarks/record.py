@@ -68,10 +68,17 @@ def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
     return folder / (re.sub(r"[^a-z0-9.]+", "-", (device or device_name()).lower()).strip("-") + ".csv")
 
 
-@cache
 def _git(*arguments: str) -> str:
-    """Asked for once in a process: code that was loaded does not change with the checkout."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return _git_in(ROOT, *arguments)
+
+
+@cache
+def _git_in(folder: Path, *arguments: str) -> str:
+    """Asked for once in a process: code that was loaded does not change with the checkout. Empty without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 

@@ -191,7 +191,9 @@ def main(
     argv: list[str] | None, description: str, reason: str | None, backend_of: Callable[[torch.device], Tunable],
     about: Callable[[], dict[str, str]],
 ) -> int:  # fmt: skip
-    """The command line of both tools. reason: why there is nothing to tune, or None; about: versions, for the file."""
+    """The command line of both tools. reason: why there is nothing to tune, or None; about: versions, for the file.
+    Exit code 1: some sums were wrong; 2: nothing to tune; 3: the budget was spent first.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     tool = Path(sys.argv[0]).stem
@@ -246,4 +248,4 @@ def main(
         left = tuner.run(problems[: args.most], args.weight_bits, budget)
     written = "" if args.dry_run else f", written to {backend.store.path(device_name)}"
     print(f"{len(tuner.choices)} choices{written}; {tuner.wrong} wrong, {left} problems left")
-    return int(tuner.wrong > 0)
+    return 1 if tuner.wrong else 3 if left else 0

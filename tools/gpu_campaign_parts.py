@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 NETWORKS = ("sd15", "sdxl", "ldm8_churches", "ddpm_cifar10")
+LAYERS = ("--network", *NETWORKS, "--batch", "1", "2", "8", "16", "64")
+BOUNDED = ("--record", "--skip-recorded", "--budget", "{budget}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,48 @@ PARTS = (
         _pytest("tests/backends/cuda/test_hopper_on_gpu.py"),
         90,
     ),
+    Part(
+        "cutlass",
+        "CUTLASS's int8 kernels, a rival; what is carried in build/cutlass_int8 is not compiled again",
+        ("{python}", "-m", "benchmarks.cutlass_int8.build"),
+        240,
+        needs=(),
+        every_time=True,
+        program="nvcc",
+    ),
+    Part(
+        "tune_cuda",
+        "tiles of the CUDA products, measured",
+        ("{python}", "tools/tune_cuda.py", *LAYERS, *BOUNDED),
+        240,
+        needs=("build", "smoke_cuda"),
+    ),
+    Part(
+        "tune_triton",
+        "tiles of the Triton products, measured",
+        ("{python}", "tools/tune_triton.py", *LAYERS, *BOUNDED),
+        240,
+    ),
+    Part(
+        "products",
+        "single layers beside cuDNN, cuBLAS and CUTLASS",
+        ("{python}", "benchmarks/bench_products.py", *LAYERS, *BOUNDED),
+        420,
+    ),
+    Part(
+        "ncu",
+        "counters of the products furthest from their bound",
+        ("{python}", "tools/ncu_worst.py", "--budget", "{budget}"),
+        180,
+        program="ncu",
+    ),
 )
 
-SETS = {"all": tuple(part.name for part in PARTS)}
+SETS = {
+    "all": tuple(part.name for part in PARTS),
+    "kernels": ("environment", "build", "smoke_cuda", "cutlass", "tune_cuda", "tune_triton", "products", "ncu"),
+}
 """Parts by what they are for; what a part needs comes along."""
 
-WHEELS = ("diffusers==0.42.1",)
+WHEELS = ("diffusers==0.42.1", "nvidia-cutlass==4.2.0.0")
 """What parts import beside torch, triton and the package's own dependencies."""

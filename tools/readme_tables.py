@@ -28,7 +28,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -441,19 +442,9 @@ def paper_claims_table(results: Path, *samplers: str) -> str:
     return f"{markdown_table(header, cells)}\n"
 
 
-def products_table(results: Path, network: str) -> str:
-    """Single layers on a GPU."""
-    return products_report.newest_text(results, products_report.products_text, network) or f"{NOTHING}\n"
-
-
-def worst_products_table(results: Path, most: str) -> str:
-    """What is furthest from its bound."""
-    return products_report.newest_text(results, products_report.worst_text, int(most)) or f"{NOTHING}\n"
-
-
-def tiles_table(results: Path, most: str) -> str:
-    """Tuned tiles and their neighbours."""
-    return products_report.newest_text(results, products_report.tiles_text, int(most)) or f"{NOTHING}\n"
+def gpu_table(text_of: Callable[..., tuple[str, str] | None], results: Path, *options: str) -> str:
+    """A table of benchmarks/products_report.py."""
+    return products_report.newest_text(results, text_of, *options) or f"{NOTHING}\n"
 
 
 def filled(text: str, results: Path) -> str:
@@ -472,9 +463,9 @@ def filled(text: str, results: Path) -> str:
             "pareto": pareto_table,
             "passes": passes_table,
             "pieces": pieces_table,
-            "products": products_table,
-            "tiles": tiles_table,
-            "worst_products": worst_products_table,
+            "products": partial(gpu_table, products_report.products_text),
+            "tiles": partial(gpu_table, products_report.tiles_text),
+            "worst_products": partial(gpu_table, products_report.worst_text),
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")

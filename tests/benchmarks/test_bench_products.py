@@ -139,7 +139,9 @@ class TestOrder:
             "b": {both: 9, Layer("linear", 64, 16, 256, 1, 1): 1},
         }
         monkeypatch.setattr(product_cases, "layer_table", tables.__getitem__)
-        return both, large
+        product_cases.low_bit_layers.cache_clear()
+        yield both, large
+        product_cases.low_bit_layers.cache_clear()
 
     def test_by_the_largest_share_of_a_step(self, networks):
         both, large = networks

@@ -13,6 +13,7 @@ def test_budget():
     for at, spent in ((5.0, False), (14.9, False), (15.0, True), (99.0, True)):
         now[0] = at
         assert budget.is_spent() is spent
+        assert budget.left() == max(0, 15 - at)
         assert not endless.is_spent()
     assert Budget(0).is_spent()
 
