@@ -58,6 +58,7 @@ class Scratch:
         self._ends = sorted({0, batch - 1})
         self._expected = self._reference()
         self._first: Tensor | None = None
+        self.disputed = False
 
     def _reference(self) -> Tensor:
         function = reference.accumulate_linear if self.conv is None else reference.accumulate_conv2d
@@ -71,7 +72,8 @@ class Scratch:
 
     def is_exact(self, update: Callable[[], None]) -> bool:
         """Whether `update` gives the reference's output for the first and the last sample, and for all samples what the
-        first exact candidate gave; bit for bit, as all sums are integers times a power of two.
+        first exact candidate gave; bit for bit, as all sums are integers times a power of two. Where candidates differ
+        between the ends, `disputed` is set, as any of them may be wrong.
         """
         self.y_hat.zero_()
         update()
@@ -79,7 +81,9 @@ class Scratch:
             return False
         if self._first is None:
             self._first = self.y_hat.clone()
-        return torch.equal(self.y_hat, self._first)
+        same = torch.equal(self.y_hat, self._first)
+        self.disputed |= not same
+        return same
 
 
 class Tunable(Protocol):
@@ -144,7 +148,11 @@ class Tuner:
         for index, (problem, bits) in enumerate(todo):
             if budget.is_spent():
                 return len(todo) - index
-            self._tune(problem, bits)
+            try:
+                self._tune(problem, bits)
+            except torch.OutOfMemoryError:
+                print(f"{problem.name(bits)}: out of memory, not tuned", file=sys.stderr)
+                torch.cuda.empty_cache()
         return 0
 
     def _tune(self, problem: Problem, weight_bits: int) -> None:
@@ -156,13 +164,22 @@ class Tuner:
         times: dict[Any, list[float]] = {}
         for candidate in shortlist(candidates, self.backend.tile):
             update = self.backend.update(scratch, candidate)
-            if scratch.is_exact(update):
-                times[candidate] = self.timer(update)
-            else:
-                self.wrong += 1
-                print(f"{name}: WRONG sums by {self.backend.name}-{candidate}, not timed", file=sys.stderr, flush=True)
-        if not times:
-            print(f"{name}: {self.backend.name} has no tile for it", file=sys.stderr)
+            try:
+                if scratch.is_exact(update):
+                    times[candidate] = self.timer(update)
+                    continue
+                reason = "WRONG sums"
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers have errors of their own
+                reason = f"FAILED: {error}"
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()  # raises where the device is lost
+            self.wrong += 1
+            print(f"{name}: {self.backend.name}-{candidate} is not timed, {reason}", file=sys.stderr, flush=True)
+        if not times or scratch.disputed:
+            reason = "its candidates differ" if times else "no candidate computes it"
+            print(f"{name}: {self.backend.name} has no choice for it, {reason}", file=sys.stderr)
             return
         medians = {candidate: statistics.median(values) for candidate, values in times.items()}
         best = min(medians, key=medians.__getitem__)
@@ -192,7 +209,7 @@ def main(
     about: Callable[[], dict[str, str]],
 ) -> int:  # fmt: skip
     """The command line of both tools. reason: why there is nothing to tune, or None; about: versions, for the file.
-    Exit code 1: some sums were wrong; 2: nothing to tune; 3: the budget was spent first.
+    Exit code 1: some candidates were wrong or failed; 2: nothing to tune; 3: the budget was spent first.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -247,5 +264,5 @@ def main(
     with torch.inference_mode():
         left = tuner.run(problems[: args.most], args.weight_bits, budget)
     written = "" if args.dry_run else f", written to {backend.store.path(device_name)}"
-    print(f"{len(tuner.choices)} choices{written}; {tuner.wrong} wrong, {left} problems left")
+    print(f"{len(tuner.choices)} choices{written}; {tuner.wrong} wrong or failed, {left} problems left")
     return 1 if tuner.wrong else 3 if left else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ class Rival:
     """The kernels that are built in `folder`; `open_library` is ctypes.CDLL but in tests."""
 
     def __init__(self, folder: Path = FOLDER, open_library: Callable[[str], Any] = ctypes.CDLL) -> None:
-        self._libraries = {
-            kernel: _typed(open_library(str(kernel.library(folder))))
-            for kernel in KERNELS
-            if kernel.library(folder).exists()
-        }
+        self._libraries = {}
+        for kernel in KERNELS:
+            if not kernel.library(folder).exists():
+                continue
+            try:
+                self._libraries[kernel] = _typed(open_library(str(kernel.library(folder))))
+            except OSError as error:  # built for another machine
+                print(f"cutlass_int8: {kernel.name} does not load: {error}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self._libraries)

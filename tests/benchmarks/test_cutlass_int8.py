@@ -90,6 +90,12 @@ def test_without_a_right_kernel_it_says_why(monkeypatch, tmp_path):
     assert not rival.Rival(tmp_path / "nothing built")
 
 
+def test_a_library_that_does_not_load_is_left_out(tmp_path, capsys):
+    GEMM.library(tmp_path).write_text("no library")
+    assert len(rival.Rival(tmp_path)) == 0
+    assert f"{GEMM.name} does not load" in capsys.readouterr().err
+
+
 def test_kernels_have_different_names_and_libraries(tmp_path):
     assert len({kernel.name for kernel in build.KERNELS}) == len(build.KERNELS)
     other = build.Kernel(GEMM.source, (*GEMM.macros[:-1], ("SCHEDULER", "Another")))

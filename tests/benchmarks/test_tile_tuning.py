@@ -93,15 +93,37 @@ def test_the_fastest_is_kept_and_all_are_recorded(tmp_path, problem, weight_bits
 
 
 @pytest.mark.parametrize("tile", Products.tiles[:2])
-def test_a_wrong_candidate_is_never_timed(tmp_path, tile, capsys):
-    """In the middle of the batch, where the reference does not look: there candidates are held against each other."""
-    batches, timed = [], []
-    tuner = tuner_of(Products(tmp_path, wrong=[tile]), (), batches)
-    tuner.timer = lambda call: timed.append(call) or [1.0]
+def test_nothing_is_chosen_where_candidates_differ(tmp_path, tile, capsys):
+    """In the middle of the batch, where the reference does not look: any of them may be wrong."""
+    batches, saved = [], []
+    tuner = tuner_of(Products(tmp_path, wrong=[tile]), (1.0, 2.0), batches, saved)
     tuner.run(PROBLEMS[:1], [8], Budget(None))
     assert tuner.wrong >= 1
-    assert len(timed) + tuner.wrong == 3
-    assert "WRONG sums by made_up-" in capsys.readouterr().err
+    assert (batches, saved, tuner.choices) == ([], [], {})
+    errors = capsys.readouterr().err
+    assert "is not timed, WRONG sums" in errors
+    assert "made_up has no choice for it, its candidates differ" in errors
+
+
+def test_a_candidate_that_does_not_run_is_left_out(tmp_path, capsys):
+    backend, batches = Products(tmp_path), []
+    right = backend.update
+
+    def update(scratch, candidate):
+        if candidate.side != 128:
+            return right(scratch, candidate)
+
+        def call():
+            raise ValueError("out of shared memory")
+
+        return call
+
+    backend.update = update
+    tuner = tuner_of(backend, (3.0, 2.0), batches)
+    tuner.run(PROBLEMS[:1], [8], Budget(None))
+    assert list(tuner.choices.values()) == [Tile(64, 2)]
+    assert tuner.wrong == 1
+    assert "made_up-128-k1 is not timed, FAILED: out of shared memory" in capsys.readouterr().err
 
 
 def test_sums_that_are_wrong_everywhere_are_refused(tmp_path):
