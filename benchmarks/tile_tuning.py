@@ -8,7 +8,6 @@ import argparse
 import shlex
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,6 @@ from modiff_kernels.tuned import Store
 OP = "product_tile"
 OVER_BEST = "estimate_over_best"
 """Metric: how much slower than the fastest candidate the one is that the estimate chooses."""
-PER_TILE = 2
 ROUNDS, SECONDS = 20, 0.02
 Timer = Callable[[Callable[[], Any]], list[float]]
 
@@ -98,22 +96,27 @@ class Tunable(Protocol):
     def candidates(self, scratch: Scratch) -> Sequence[Any]:
         """All choices for a problem, the one that is estimated to be best first; empty if the backend has none."""
 
-    def tile(self, candidate: Any) -> Any:
-        """The candidate without the number of its parts along K."""
+    def cut(self, candidate: Any) -> tuple[Any, int]:
+        """The candidate's tile, and the number of its parts along K."""
 
     def update(self, scratch: Scratch, candidate: Any) -> Callable[[], None]:
         """One update of the scratch output by this candidate."""
 
 
-def shortlist(candidates: Sequence[Any], tile: Callable[[Any], Any], per_tile: int = PER_TILE) -> list[Any]:
-    """Of every tile the `per_tile` candidates with the best estimates: estimates rank parts better than tiles."""
-    seen: Counter[Any] = Counter()
-    kept = []
+def shortlist(candidates: Sequence[Any], cut_of: Callable[[Any], tuple[Any, int]]) -> list[Any]:
+    """Of every tile the number of parts with the best estimate, half and twice as many, in the order of `candidates`:
+    an estimate that is wrong about tiles is seldom wrong by more than that about parts.
+    """
+    best: dict[Any, int] = {}
     for candidate in candidates:
-        seen[tile(candidate)] += 1
-        if seen[tile(candidate)] <= per_tile:
-            kept.append(candidate)
-    return kept
+        tile, parts = cut_of(candidate)
+        best.setdefault(tile, parts)
+
+    def is_near(candidate: Any) -> bool:
+        tile, parts = cut_of(candidate)
+        return parts in (best[tile], best[tile] // 2, best[tile] * 2)
+
+    return [candidate for candidate in candidates if is_near(candidate)]
 
 
 def tuned_problems(rows: Iterable[dict[str, str]], backend: str, commit: str) -> set[str]:
@@ -162,7 +165,7 @@ class Tuner:
         scratch = Scratch(layer, problem.batch, weight_bits, self.device)
         candidates = self.backend.candidates(scratch)
         times: dict[Any, list[float]] = {}
-        for candidate in shortlist(candidates, self.backend.tile):
+        for candidate in shortlist(candidates, self.backend.cut):
             update = self.backend.update(scratch, candidate)
             try:
                 if scratch.is_exact(update):

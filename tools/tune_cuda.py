@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -55,8 +54,8 @@ class CudaProducts:
             return []
         return cuts.candidates(self._geometry(scratch), scratch.weight_bits, CODE_BITS, *self.gpu)
 
-    def tile(self, candidate: Cut) -> Any:
-        return candidate._replace(splits=1)
+    def cut(self, candidate: Cut) -> tuple[Cut, int]:
+        return candidate._replace(splits=1), candidate.splits
 
     def update(self, scratch: Scratch, candidate: Cut) -> Callable[[], None]:
         def call() -> None:

@@ -48,8 +48,8 @@ class TritonProducts:
 
         return tile_configs.ranked(self.shape(scratch), self.gpu)
 
-    def tile(self, candidate: Any) -> Any:
-        return replace(candidate, split_k=1)
+    def cut(self, candidate: Any) -> tuple[Any, int]:
+        return replace(candidate, split_k=1), candidate.split_k
 
     def update(self, scratch: Scratch, candidate: Any) -> Callable[[], None]:
         from modiff_kernels.backends.triton import products

@@ -51,8 +51,8 @@ class Products:
     def candidates(self, scratch):
         return self.tiles
 
-    def tile(self, candidate):
-        return candidate.side
+    def cut(self, candidate):
+        return candidate.side, candidate.parts
 
     def update(self, scratch, candidate):
         function = reference.accumulate_linear if scratch.conv is None else reference.accumulate_conv2d
@@ -85,7 +85,7 @@ def test_the_fastest_is_kept_and_all_are_recorded(tmp_path, problem, weight_bits
     assert tuner.choices == {Shape(16 * problem.batch if problem.layer == LAYERS[0] else 32, weight_bits): Tile(128)}
     (rows,) = batches
     times = {row["backend"]: row["p50"] for row in rows if row["metric"] == "time"}
-    assert times == {"made_up-64-k1": 3.0, "made_up-128-k1": 1.0, "made_up-64-k2": 2.0}, "two of a tile, best estimates"
+    assert times == {"made_up-64-k1": 3.0, "made_up-128-k1": 1.0, "made_up-64-k2": 2.0}, "not four parts"
     chosen = rows[-1]
     assert (chosen["metric"], chosen["backend"], chosen["p50"]) == (OVER_BEST, "made_up-128-k1", 3.0)
     assert {row["op"] for row in rows} == {OP}
@@ -135,6 +135,18 @@ def test_sums_that_are_wrong_everywhere_are_refused(tmp_path):
     backend.update = lambda scratch, candidate: lambda: None
     tuner.run(PROBLEMS, [8], Budget(None))
     assert (batches, saved, tuner.choices, tuner.wrong) == ([], [], {}, 6)
+
+
+def test_parts_are_looked_for_around_the_estimate():
+    candidates = [
+        Tile(64, 4),
+        Tile(128, 1),
+        *[Tile(64, parts) for parts in (5, 3, 2, 8, 1)],
+        Tile(128, 2),
+        Tile(128, 3),
+    ]
+    kept = tile_tuning.shortlist(candidates, lambda tile: (tile.side, tile.parts))
+    assert kept == [Tile(64, 4), Tile(128, 1), Tile(64, 2), Tile(64, 8), Tile(128, 2)]
 
 
 def test_budget_and_what_was_recorded(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.shapes import Layer
 from benchmarks.tile_tuning import Scratch
-from modiff_kernels.backends.triton import products
+from modiff_kernels.backends.triton import products, tile_configs
 from modiff_kernels.backends.triton.tile_configs import Shape, TileConfig
 from tools.tune_triton import TritonProducts
 
@@ -22,14 +22,8 @@ def test_tiles_are_exact(device, layer, weight_bits):
     taps = 9 if layer.kind == "conv" else 1
     shape = Shape(32, layer.c_out, layer.c_in, taps, 1, weight_bits, -1)
     assert tunable.shape(scratch) == shape
-    assert tunable.candidates(scratch) == products_ranked(shape, tunable)
-    assert tunable.tile(TILES[0]) == tunable.tile(TILES[1])
-
-
-def products_ranked(shape, tunable):
-    from modiff_kernels.backends.triton.tile_configs import ranked
-
-    return ranked(shape, tunable.gpu)
+    assert tunable.candidates(scratch) == tile_configs.ranked(shape, tunable.gpu)
+    assert [tunable.cut(tile) for tile in TILES] == [(TILES[0], 1), (TILES[0], 2)]
 
 
 def test_a_wrong_tile_is_found(device, monkeypatch):
