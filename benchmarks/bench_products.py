@@ -30,7 +30,7 @@ from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
 from benchmarks.cutlass_int8.build import FOLDER as CUTLASS_FOLDER
 from benchmarks.cutlass_int8.rival import Rival
-from benchmarks.gpu_timing import Budget, ColdTimer
+from benchmarks.gpu_timing import Budget, ColdTimer, current_gpu
 from benchmarks.product_cases import (
     FORMS,
     RIVAL_FORM,
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         rival = Rival(args.cutlass)
         if not rival:
             print(f"bench_products: no kernel of CUTLASS in {args.cutlass}; see cutlass_int8/build.py", file=sys.stderr)
-    device_name = torch.cuda.get_device_name()
+    device, device_name = current_gpu()
     path = record.results_file(device=device_name)
     done: set[Key] = set()
     if args.skip_recorded and path.exists():
@@ -225,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             record.append(rows, path)
 
     bench = Bench(
-        args.form, backends, args.weight_bits, torch.device("cuda", torch.cuda.current_device()), device_name,
-        ColdTimer(args.rounds), sink, done, rival,
+        args.form, backends, args.weight_bits, device, device_name, ColdTimer(args.rounds), sink, done, rival,
     )  # fmt: skip
     problems = problems_by_share(args.network, args.batch, peaks_of(device_name) or PEAKS["H200"])
     with torch.inference_mode():

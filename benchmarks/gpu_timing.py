@@ -16,6 +16,12 @@ CYCLES_PER_US = 2000
 """Of torch.cuda._sleep; no GPU runs much faster than 2 GHz."""
 
 
+def current_gpu() -> tuple[torch.device, str]:
+    """The current CUDA device and its name."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return device, torch.cuda.get_device_name(device)
+
+
 class Budget:
     """Seconds that are left of a number of them; None: without end."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
-from benchmarks.gpu_timing import Budget, ColdTimer
+from benchmarks.gpu_timing import Budget, ColdTimer, current_gpu
 from benchmarks.product_cases import Problem, problems_by_share
 from benchmarks.shapes import NETWORKS, Layer
 from modiff_kernels.backends import reference
@@ -232,8 +232,7 @@ def main(
     if reason is not None:
         print(f"{tool}: nothing to tune here: {reason}", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    device_name = torch.cuda.get_device_name(device)
+    device, device_name = current_gpu()
     backend = backend_of(device)
     path = record.results_file(device=device_name)
     done: set[str] = set()

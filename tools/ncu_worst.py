@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import products_report, record
-from benchmarks.gpu_timing import Budget
+from benchmarks.gpu_timing import Budget, current_gpu
 from benchmarks.product_cases import Case, Problem
 from benchmarks.shapes import Layer
 
@@ -78,7 +78,7 @@ def command(call: Call, ncu: str = "ncu") -> list[str]:
 def make(call: Call) -> None:
     """The call, seen by the profiler after a warm-up."""
     with torch.inference_mode():
-        case = Case(call.layer, call.batch, WEIGHT_BITS, torch.device("cuda", torch.cuda.current_device()))
+        case = Case(call.layer, call.batch, WEIGHT_BITS, current_gpu()[0])
         for _ in range(WARM_UP):
             case.run(call.form, call.backend)
         torch.cuda.synchronize()
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     for reason in _missing():
         print(f"ncu_worst: {reason}", file=sys.stderr)
         return 2
-    path = record.results_file(device=torch.cuda.get_device_name())
+    path = record.results_file(device=current_gpu()[1])
     rows = record.read(path) if path.exists() else []
     found = products_report.worst(rows, args.most)
     if not found:

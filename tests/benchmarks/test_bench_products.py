@@ -238,6 +238,28 @@ class TestRuns:
         assert [rows[0]["backend"] for rows in batches] == ["cutlass-gemm-fast"]
 
 
+def test_the_program_from_its_arguments_to_its_rows(monkeypatch, tmp_path, capsys):
+    """On the CPU in the place of a GPU, torch's own forms alone."""
+    path = tmp_path / "gpu.csv"
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(bench_products, "current_gpu", lambda: (CPU, "NVIDIA H200"))
+    monkeypatch.setattr(bench_products, "ColdTimer", lambda rounds: lambda call: [float(rounds)])
+    monkeypatch.setattr(record, "results_file", lambda device: path)
+    benchmark = torch.backends.cudnn.benchmark
+    arguments = ["--network", "cifar10_small16", "--batch", "1", "--form", "bf16", "int_mm", "--most", "2", "--record"]
+    assert bench_products.main([*arguments, "--budget", "0"]) == 3
+    assert "0 measurements" in capsys.readouterr().out
+    assert not path.exists()
+    assert bench_products.main([*arguments, "--rounds", "9"]) == 0
+    rows = record.read(path)
+    assert {row["p50"] for row in rows if row["metric"] == "time"} == {"9"}
+    assert len({row["problem"] for row in rows if row["op"] == "bf16"}) == 2
+    assert bench_products.main([*arguments, "--skip-recorded"]) == 0
+    assert "0 measurements" in capsys.readouterr().out
+    assert record.read(path) == rows
+    torch.backends.cudnn.benchmark = benchmark
+
+
 def test_without_a_gpu_it_says_why(capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -172,6 +172,27 @@ def test_budget_and_what_was_recorded(tmp_path):
     assert len(batches) == 4
 
 
+def test_the_program_from_its_arguments_to_its_files(monkeypatch, tmp_path, capsys):
+    """On the CPU in the place of a GPU."""
+    path = tmp_path / "gpu.csv"
+    monkeypatch.setattr(tile_tuning, "current_gpu", lambda: (CPU, "made-up GPU"))
+    monkeypatch.setattr(tile_tuning, "ColdTimer", lambda rounds, seconds: lambda call: [2.0])
+    monkeypatch.setattr(tile_tuning, "problems_by_share", lambda *arguments: PROBLEMS)
+    monkeypatch.setattr(record, "results_file", lambda device: path)
+    backend = Products(tmp_path)
+
+    def run(*arguments):
+        return tile_tuning.main([*arguments], "", None, lambda device: backend, lambda: {"compiler": "1"})
+
+    assert run("--dry-run", "--weight-bits", "4") == 0
+    assert not backend.store.path("made-up GPU").exists()
+    assert run("--record", "--most", "1") == 0
+    assert '"compiler": "1"' in backend.store.path("made-up GPU").read_text()
+    assert len({row["problem"] for row in record.read(path)}) == 1
+    assert run("--record", "--skip-recorded", "--budget", "0") == 3
+    assert "1 problems left" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("tool", "backend"), [(tune_triton, triton), (tune_cuda, cuda)])
 def test_without_a_gpu_it_says_why(capsys, monkeypatch, tool, backend):
     if torch.cuda.is_available():
