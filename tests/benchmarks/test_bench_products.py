@@ -245,8 +245,11 @@ def test_the_program_from_its_arguments_to_its_rows(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(bench_products, "current_gpu", lambda: (CPU, "NVIDIA H200"))
     monkeypatch.setattr(bench_products, "ColdTimer", lambda rounds: lambda call: [float(rounds)])
     monkeypatch.setattr(record, "results_file", lambda device: path)
+    monkeypatch.setattr(
+        bench_products, "problems_by_share", lambda *arguments: [*TestRuns.PROBLEMS, *TestRuns.PROBLEMS]
+    )
     benchmark = torch.backends.cudnn.benchmark
-    arguments = ["--network", "cifar10_small16", "--batch", "1", "--form", "bf16", "int_mm", "--most", "2", "--record"]
+    arguments = ["--network", "sd15", "sdxl", "--batch", "1", "--form", "bf16", "int_mm", "--most", "2", "--record"]
     assert bench_products.main([*arguments, "--budget", "0"]) == 3
     assert "0 measurements" in capsys.readouterr().out
     assert not path.exists()
