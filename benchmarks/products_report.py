@@ -17,8 +17,9 @@ BATCHES = (1, 2, 8, 16, 64)
 BACKENDS = ("cuda", "triton")
 COVERED = 0.8
 """Of a step's bf16 bound, by the layers that a table shows; the others are in the file of results."""
-LEAST_SHARE = 0.01
-"""Of a step of some network, by the problems among which the worst are looked for: below, launches decide."""
+LEAST_SHARE, LEAST_BOUND_US = 0.01, 5.0
+"""Of the problems among which the worst are looked for: share of a step of some network, and bound. Below, launches
+decide."""
 PRODUCTS_HEADER = (
     "layer, batch", "share", "16 bits us", "CUTLASS us", "int_mm us", "cuda us", "TOPS", "GB/s", "of bound",
     "triton us", "TOPS", "GB/s", "of bound", "with codes us", "16 bits/best", "16 bits/with codes",
@@ -105,8 +106,11 @@ def worst(rows: Sequence[Row], most: int) -> list[tuple[Problem, dict[str, Row]]
     ranked = []
     for (form, name, _), metrics in measured.items():
         problem = problems.get(name)
-        if form in OUR_FORMS and "of_bound" in metrics and problem is not None and problem.share >= LEAST_SHARE:
-            ranked.append((float(metrics["of_bound"]["p50"]), problem, metrics))
+        if form not in OUR_FORMS or "of_bound" not in metrics or problem is None or problem.share < LEAST_SHARE:
+            continue
+        percent = float(metrics["of_bound"]["p50"])
+        if percent / 100 * float(metrics["time"]["p50"]) >= LEAST_BOUND_US:
+            ranked.append((percent, problem, metrics))
     kept, seen = [], set()
     for _, problem, metrics in sorted(ranked, key=lambda entry: entry[0]):
         kernel = metrics["time"]["op"], metrics["time"]["backend"], problem.layer
