@@ -5,6 +5,7 @@ in which they matter, their tensors, and the forms that a product has.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -47,17 +48,21 @@ class Problem:
 
 
 def problems_by_share(networks: Sequence[str], batches: Sequence[int], machine: Machine) -> list[Problem]:
-    """Every problem of `networks` once, the one with the largest share of a step first."""
+    """Every problem of `networks` once, in an order in which the first ones, however many, cover about the same part of
+    a step of each network at each batch: a problem's place is the share of the larger ones of the step it leads in.
+    """
+    places: dict[tuple[Layer, int], float] = {}
     shares: dict[tuple[Layer, int], float] = {}
-    for network in networks:
-        table = low_bit_layers(network)
-        for batch in batches:
-            bounds = {layer: n * bound_us("bf16", layer, batch, 8, machine) for layer, n in table.items()}
-            step = sum(bounds.values())
-            for layer, bound in bounds.items():
-                shares[layer, batch] = max(shares.get((layer, batch), 0.0), bound / step)
-    ordered = sorted(shares.items(), key=lambda item: -item[1])
-    return [Problem(layer, batch, share) for (layer, batch), share in ordered]
+    for network, batch in itertools.product(networks, batches):
+        bounds = {layer: n * bound_us("bf16", layer, batch, 8, machine) for layer, n in low_bit_layers(network).items()}
+        step, larger = sum(bounds.values()), 0.0
+        for layer, bound in sorted(bounds.items(), key=lambda item: -item[1]):
+            key = layer, batch
+            places[key] = min(places.get(key, 1.0), larger)
+            shares[key] = max(shares.get(key, 0.0), bound / step)
+            larger += bound / step
+    ordered = sorted(shares, key=lambda key: (places[key], -shares[key]))
+    return [Problem(layer, batch, shares[layer, batch]) for layer, batch in ordered]
 
 
 @cache

@@ -143,14 +143,26 @@ class TestOrder:
         yield both, large
         product_cases.low_bit_layers.cache_clear()
 
-    def test_by_the_largest_share_of_a_step(self, networks):
+    def test_the_largest_of_every_step_come_first(self, networks):
         both, large = networks
         problems = product_cases.problems_by_share(["a", "b"], [1], H200)
-        assert [problem.layer for problem in problems][:2] == [large, both]
+        assert {problem.layer for problem in problems[:2]} == {large, both}
         assert len(problems) == 3, "each once, without conv_in"
         alone = product_cases.problems_by_share(["b"], [1], H200)
         assert sum(problem.share for problem in alone) == pytest.approx(1)
-        assert problems[1].share == pytest.approx(alone[0].share), "that of b, where it is larger"
+        shares = {problem.layer: problem.share for problem in problems}
+        assert shares[both] == pytest.approx(alone[0].share), "that of b, where it is larger"
+
+    def test_a_step_of_many_layers_is_not_left_behind(self, monkeypatch):
+        """Ten layers of about a tenth, three of about a third: a third of the step before the second of these."""
+        many = {Layer("linear", 512, 512 + 16 * i, 4096, 1, 1): 1 for i in range(10)}
+        few = {Layer("linear", 1024, 1024 + 16 * i, 4096, 1, 1): 1 for i in range(3)}
+        monkeypatch.setattr(product_cases, "layer_table", {"many": many, "few": few}.__getitem__)
+        product_cases.low_bit_layers.cache_clear()
+        first = [problem.layer for problem in product_cases.problems_by_share(["few", "many"], [8], H200)[:6]]
+        product_cases.low_bit_layers.cache_clear()
+        assert len(set(first) & set(few)) == 2
+        assert len(set(first) & set(many)) == 4
 
     def test_every_batch_is_a_problem(self, networks):
         problems = product_cases.problems_by_share(["b"], [1, 8], H200)
