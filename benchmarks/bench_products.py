@@ -30,19 +30,19 @@ from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
 from benchmarks.cutlass_int8.build import FOLDER as CUTLASS_FOLDER
 from benchmarks.cutlass_int8.rival import Rival
-from benchmarks.gpu_timing import Budget, ColdTimer, current_gpu
+from benchmarks.gpu_timing import LEAST_ROUNDS, Budget, ColdTimer, current_gpu
 from benchmarks.product_cases import (
     FORMS,
     RIVAL_FORM,
     TORCH_FORMS,
     Case,
+    Check,
     Problem,
     bound_us,
     bytes_moved,
     forms_of,
     operations,
     problems_by_share,
-    verified,
 )
 from benchmarks.shapes import NETWORKS, Layer
 from modiff_kernels import ops
@@ -104,7 +104,8 @@ def recorded(rows: Iterable[dict[str, str]], commit: str) -> set[Key]:
 class Bench:
     """What to time, on what and with what; `sink` takes the rows of every measurement as soon as it is done.
 
-    timer: a call to microseconds of several calls (ColdTimer). done: keys that are not timed, and those that were.
+    timer: a call to microseconds of several calls (ColdTimer); quick: the same of fewer calls, to choose among the
+    kernels of `rival`. done: keys that are not timed, and those that were.
     """
 
     forms: Sequence[str]
@@ -116,6 +117,7 @@ class Bench:
     sink: Callable[[list[dict[str, Any]]], None]
     done: set[Key]
     rival: Rival | None = None
+    quick: Timer | None = None
 
     def __post_init__(self) -> None:
         self.timed = self.failed = 0
@@ -162,7 +164,7 @@ class Bench:
         name = backend
         if form == RIVAL_FORM:
             assert self.rival is not None
-            found = self.rival.best(case, self.timer)
+            found = self.rival.best(case, self.timer, self.quick or self.timer)
             if isinstance(found, str):
                 print(f"bench_products: {problem.name(self.weight_bits)}: {found}", file=sys.stderr)
                 return
@@ -173,7 +175,7 @@ class Bench:
             def call() -> torch.Tensor:
                 return case.run(form, backend)
 
-            sqnr_db = verified(form, case, call)
+            sqnr_db = Check(form, case).sqnr_db(call)
             times = self.timer(call)
         layer, batch = problem.layer, problem.batch
         rows = rows_of(form, name, layer, batch, self.weight_bits, times, sqnr_db, self.device_name)
@@ -226,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
 
     bench = Bench(
         args.form, backends, args.weight_bits, device, device_name, ColdTimer(args.rounds), sink, done, rival,
+        ColdTimer(LEAST_ROUNDS),
     )  # fmt: skip
     problems = problems_by_share(args.network, args.batch, peaks_of(device_name) or PEAKS["H200"])
     with torch.inference_mode():

@@ -31,7 +31,6 @@ LEAST_SQNR_DB = {"bf16": 30.0, "fp16": 45.0}
 own rounding of inputs and weights, and are compared to the float operator."""
 LEAST_CHANNELS = 16
 """Of layers that are timed: conv_in and conv_out stay in floating point."""
-VERIFIED_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -249,24 +248,33 @@ class Case:
         return self.run(form, "reference")
 
 
-def verified(form: str, case: Case, call: Callable[[], Tensor]) -> float:
-    """SQNR in dB of one call of `form`, of the first and the last sample, which lie at both ends of all tensors, to the
-    backend reference. AssertionError where it is too low, where a value is not finite, or where integers differ.
+class Check:
+    """What the next call of `form` has to give for the first and the last sample, which lie at both ends of all
+    tensors, by the backend reference.
     """
-    batch = case.codes.shape[0]
-    samples = sorted({0, batch - 1})[:VERIFIED_SAMPLES]
-    part = case.some(samples)
-    expected = part.expected(form)
-    whole = call()
-    found = whole.unflatten(0, (batch, -1))[samples].flatten(0, 1) if form == "int_mm" else whole[samples]
-    if form in ("quantize_residual", "int_mm"):
-        assert torch.equal(found, expected), f"{form}: integers differ from the reference"
-        return float("inf")
-    assert torch.isfinite(whole).all(), f"{form}: not all values are finite"
-    for name in ("x_hat", "y_hat"):
-        changed, wanted = getattr(case, name)[samples].float(), getattr(part, name).float()
-        assert sqnr(changed, wanted) >= 50.0, f"{form}: {name} is not that of the reference"
-    sqnr_db = sqnr(found.float(), expected.float())
-    least = LEAST_SQNR_DB.get(form, 50.0)
-    assert sqnr_db >= least, f"{form}: {sqnr_db:.1f} dB to the reference, at least {least:g} expected"
-    return sqnr_db
+
+    def __init__(self, form: str, case: Case) -> None:
+        self._form, self._case = form, case
+        self._samples = sorted({0, case.codes.shape[0] - 1})
+        self._part = case.some(self._samples)
+        self._expected = self._part.expected(form)
+
+    def sqnr_db(self, call: Callable[[], Tensor]) -> float:
+        """SQNR in dB of `call`. AssertionError where it is too low, where a value of any sample is not finite, where
+        integers differ, and where the state is not that of the reference.
+        """
+        form, samples = self._form, self._samples
+        whole = call()
+        by_sample = whole.unflatten(0, (self._case.codes.shape[0], -1)) if form == "int_mm" else whole
+        found = by_sample[samples].reshape(self._expected.shape)
+        if form in ("quantize_residual", "int_mm"):
+            assert torch.equal(found, self._expected), f"{form}: integers differ from the reference"
+            return float("inf")
+        assert torch.isfinite(whole).all(), f"{form}: not all values are finite"
+        for name in ("x_hat", "y_hat"):
+            changed, wanted = getattr(self._case, name)[samples].float(), getattr(self._part, name).float()
+            assert sqnr(changed, wanted) >= 50.0, f"{form}: {name} is not that of the reference"
+        sqnr_db = sqnr(found.float(), self._expected.float())
+        least = LEAST_SQNR_DB.get(form, 50.0)
+        assert sqnr_db >= least, f"{form}: {sqnr_db:.1f} dB to the reference, at least {least:g} expected"
+        return sqnr_db

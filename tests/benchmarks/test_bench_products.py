@@ -101,7 +101,7 @@ def test_forms_are_verified(layer):
         if form in product_cases.forms_of(layer, 3, 8, FORMS):
             for _ in range(2):  # the state of the first call is that of the second
                 call = lambda form=form: case.run(form, "reference")  # noqa: E731
-                assert product_cases.verified(form, case, call) >= 30
+                assert product_cases.Check(form, case).sqnr_db(call) >= 30
 
 
 @pytest.mark.parametrize("sample", [0, 2])
@@ -120,13 +120,15 @@ def test_a_wrong_result_at_either_end_is_found(sample):
         out[sample] *= 2
 
     with pytest.raises(AssertionError, match="dB to the reference"):
-        product_cases.verified("quantized", case, wrong("quantized", doubled))
+        product_cases.Check("quantized", case).sqnr_db(wrong("quantized", doubled))
     with pytest.raises(AssertionError, match="integers differ"):
-        product_cases.verified("quantize_residual", case, wrong("quantize_residual", lambda out: out[sample].sub_(1)))
+        product_cases.Check("quantize_residual", case).sqnr_db(
+            wrong("quantize_residual", lambda out: out[sample].sub_(1))
+        )
     with pytest.raises(AssertionError, match="not all values are finite"):
-        product_cases.verified("quantized", case, wrong("quantized", lambda out: out[1].fill_(torch.nan)))
+        product_cases.Check("quantized", case).sqnr_db(wrong("quantized", lambda out: out[1].fill_(torch.nan)))
     with pytest.raises(AssertionError, match="y_hat is not that of the reference"):
-        product_cases.verified("accumulate", case, wrong("accumulate", lambda out: case.y_hat[sample].add_(1)))
+        product_cases.Check("accumulate", case).sqnr_db(wrong("accumulate", lambda out: case.y_hat[sample].add_(1)))
 
 
 class TestOrder:
@@ -241,7 +243,7 @@ class TestRuns:
             def __len__(self):
                 return 1
 
-            def best(self, case, timer):
+            def best(self, case, timer, quick):
                 return "gemm-fast", timer(lambda: None), 60.0
 
         batches = []
