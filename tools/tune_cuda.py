@@ -67,7 +67,8 @@ class CudaProducts:
         return call
 
 
-def _products(device: torch.device) -> CudaProducts:
+def products_on(device: torch.device) -> CudaProducts:
+    """The products of this GPU."""
     properties = torch.cuda.get_device_properties(device)
     return CudaProducts((properties.major, properties.minor), properties.multi_processor_count)
 
@@ -78,7 +79,7 @@ def _about() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return tile_tuning.main(argv, __doc__ or "", cuda.unavailable(), _products, _about)
+    return tile_tuning.main(argv, __doc__ or "", cuda.unavailable(), products_on, _about)
 
 
 if __name__ == "__main__":
