@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import re
 import shlex
@@ -61,9 +62,24 @@ def device_name() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def name_of(device: torch.device) -> str:
+    """What rows that were measured on `device` have in their column `device`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device_name()
+
+
+def file_stem(device: str) -> str:
+    """`device` as a file is named after it."""
+    return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-")
+
+
 def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
     """The file of `device`, by default of this machine's CPU."""
-    return folder / (re.sub(r"[^a-z0-9.]+", "-", (device or device_name()).lower()).strip("-") + ".csv")
+    return folder / f"{file_stem(device or device_name())}.csv"
+
+
+def commit() -> str:
+    """The commit that is checked out; of a copy without repository what MODIFF_COMMIT says."""
+    return _git("rev-parse", "--short=12", "HEAD") or os.environ.get("MODIFF_COMMIT", "")[:12]
 
 
 def _git(*arguments: str) -> str:
@@ -94,7 +110,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": _version("diffusers"),
         "modiff_kernels": __version__,
-        "git_commit": _git("rev-parse", "--short=12", "HEAD"),
+        "git_commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
         "utc": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "repro": shlex.join(["python", *shown, *sys.argv[1:]]),

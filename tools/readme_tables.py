@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import pareto_report, step_profile
-from benchmarks.bench_unet_step import all_rows
 from benchmarks.calibration import BITS
+from benchmarks.configurations import step_rows
 from benchmarks.record import ROOT, read
 from modiff_kernels.cli.arguments import METHODS
 from modiff_kernels.cli.table import HEADER, table_cells
@@ -189,7 +189,8 @@ def unet_step_profile_table(results: Path, network: str, batch: str) -> str:
 
 def step_names() -> dict[str, str]:
     """By key, the names of the configurations of benchmarks/bench_unet_step.py."""
-    return {row.key: row.name for row in all_rows(torch.device("cpu"), torch.float32, compiled=True)}
+    rows = step_rows(torch.device("cuda"), torch.float32, compiled=True, plan=Path("of this device"))
+    return {row.key: row.name for row in rows}
 
 
 def _newest(tables: Sequence[tuple[str, str]]) -> str:

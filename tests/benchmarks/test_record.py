@@ -40,3 +40,11 @@ def test_percentiles():
 
 def test_file_name_tells_the_device():
     assert record.results_file().name.endswith("-threads.csv")
+
+
+def test_a_copy_without_repository_is_told_its_commit(monkeypatch):
+    monkeypatch.setattr(record, "_git", lambda *arguments: "")
+    monkeypatch.setenv("MODIFF_COMMIT", "0123456789abcdef")
+    assert record.environment()["git_commit"] == "0123456789ab"
+    monkeypatch.delenv("MODIFF_COMMIT")
+    assert record.commit() == ""

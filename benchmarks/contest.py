@@ -1,0 +1,140 @@
+"""Times configurations against each other, in turns or one by one, within a budget of time.
+
+In turns they are all built first, and each round begins with another one, so that ratios pair runs of one round. One by
+one, each is built, verified, timed and dropped before the next: for a GPU, where state and graphs of several do not fit
+side by side, where compiling takes minutes and what was measured must not be lost, and where times spread little.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.budget import Budget, attempt, free_memory
+from benchmarks.configurations import Network
+from modiff_kernels.cli.rows import Row
+
+
+@dataclasses.dataclass
+class Entrant:
+    """A row in the contest. times: seconds of its runs, or calls, in order. peak_bytes: on a GPU, with the weights.
+
+    more: what else was found. turn: entrants with the same one took turns, and their times pair.
+    """
+
+    row: Row
+    network: Network | None = None
+    sqnr_db: float = 0.0
+    times: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int = 0
+    turn: int = 0
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Of the times."""
+        return statistics.median(self.times)
+
+
+def ratios(baseline: Entrant, own: Entrant) -> list[float]:
+    """How much faster `own` is: pair by pair if they took turns, else by the medians."""
+    if baseline.turn == own.turn:
+        return [b / s for b, s in zip(baseline.times, own.times, strict=True)]
+    return [baseline.median / own.median]
+
+
+def fastest(entrants: Sequence[Entrant], keys: Sequence[str]) -> Entrant | None:
+    """The fastest of those whose row has one of `keys`, or None if there is none."""
+    return min((e for e in entrants if e.row.key in keys), key=lambda e: e.median, default=None)
+
+
+class Contest:
+    """Runs the contest of `rows`.
+
+    make: the network of a row. verify: runs it once and gives its SQNR in dB, or a text that says why it is not to be
+    timed. timed: seconds of one round. measured: called with the entrants that have new times. in_turns: all at once.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Row], Network],
+        verify: Callable[[Entrant], float | str],
+        timed: Callable[[Entrant], list[float]],
+        measured: Callable[[list[Entrant]], None],
+        *,
+        rounds: int,
+        in_turns: bool,
+        budget: Budget,
+        quiet: bool = False,
+    ) -> None:
+        self.make = make
+        self.verify = verify
+        self.timed = timed
+        self.measured = measured
+        self.rounds = rounds
+        self.in_turns = in_turns
+        self.budget = budget
+        self.quiet = quiet
+
+    def run(self, rows: Sequence[Row]) -> bool:
+        """Whether all rows were verified and timed."""
+        groups = [list(rows)] if self.in_turns else [[row] for row in rows]
+        done = 0
+        with tqdm(total=len(rows), unit="row", disable=self.quiet, leave=False) as bar:
+            for turn, group in enumerate(groups):
+                if self.budget.is_over:
+                    names = ", ".join(row.name for row in rows[rows.index(group[0]) :])
+                    print(f"the budget is used up; left out: {names}", file=sys.stderr, flush=True)
+                    break
+                done += self._run_group(group, turn, bar)
+        return done == len(rows)
+
+    def _run_group(self, group: list[Row], turn: int, bar: tqdm) -> int:
+        entrants = []
+        for row in group:
+            bar.set_postfix_str(row.key)
+            entrant = attempt(row.name, lambda row=row: self._verified(row), self.budget)
+            if entrant is not None:
+                entrant.turn = turn
+                entrants.append(entrant)
+            bar.update()
+        if entrants:
+            attempt(", ".join(e.row.name for e in entrants), lambda: self._time(entrants), self.budget)
+        timed = [entrant for entrant in entrants if entrant.times]
+        shortest = min((len(entrant.times) for entrant in timed), default=0)
+        for entrant in timed:
+            entrant.times = entrant.times[:shortest]
+        if timed:
+            self.measured(timed)
+        for entrant in entrants:
+            entrant.network.remove()
+            entrant.network = None
+        free_memory()
+        return len(timed)
+
+    def _verified(self, row: Row) -> Entrant | None:
+        on_cuda = torch.cuda.is_available()
+        before = torch.cuda.memory_allocated() if on_cuda else 0
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        entrant = Entrant(row, self.make(row))
+        found = self.verify(entrant)
+        if isinstance(found, str):
+            print(f"{row.name}: {found}; not timed", file=sys.stderr, flush=True)
+            return None
+        entrant.sqnr_db = found
+        if on_cuda:
+            entrant.peak_bytes = torch.cuda.max_memory_allocated() - before + entrant.network.shared_bytes
+        return entrant
+
+    def _time(self, entrants: list[Entrant]) -> None:
+        for turn in range(self.rounds):
+            shift = turn % len(entrants)
+            for entrant in entrants[shift:] + entrants[:shift]:
+                entrant.times += self.timed(entrant)
