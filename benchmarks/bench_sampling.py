@@ -43,6 +43,7 @@ from benchmarks.configurations import (
     RUN_ORDER,
     Network,
     Networks,
+    default_dtype,
     importable,
     plan_file,
     run_rows,
@@ -217,7 +218,7 @@ class Bench:
 
 def problem(workload: Workload, key: str) -> str:
     """What rows have in their column `problem`."""
-    return f"{workload.network}-{workload.sampler.key}-n{workload.images}-{key}"
+    return f"{workload.label}-{workload.sampler.key}-n{workload.images}-{key}"
 
 
 def _skips(row: Row) -> bool:
@@ -304,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     quiet_libraries()
     device = choose_device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     complete = True
     with torch.no_grad():
         for network in args.network:

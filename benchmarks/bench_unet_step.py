@@ -41,7 +41,9 @@ from benchmarks.configurations import (
     TORCHAO,
     Network,
     Networks,
+    default_dtype,
     importable,
+    label,
     plan_file,
     step_rows,
     telling_first,
@@ -198,7 +200,7 @@ class Bench:
     def _row(self, entrant: Entrant, metric: str, unit: str, values: list[float]) -> dict:
         return {
             "op": "unet_step",
-            "problem": f"{self.network}-b{self.batch}-{entrant.row.key}",
+            "problem": f"{label(self.network, self.networks.unet)}-b{self.batch}-{entrant.row.key}",
             "backend": entrant.more["backend"],
             "metric": metric,
             "unit": unit,
@@ -310,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     budget = Budget(args.budget)
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     machine, source = bounds.machine(device)
     print(f"bounds by rates {source}: {machine}")
     complete = True

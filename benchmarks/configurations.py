@@ -137,6 +137,17 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What networks are sampled in on `device`."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def label(network: str, unet: torch.nn.Module) -> str:
+    """`network` as problems in rows name it: with its dtype, if that is not the default of its device."""
+    dtype = next(unet.parameters()).dtype
+    return network if dtype == default_dtype(unet.device) else f"{network}.{str(dtype).removeprefix('torch.')}"
+
+
 def plan_file(device: torch.device, network: str, batch: int, folder: Path = PLANS) -> Path:
     """Where benchmarks/make_plans.py writes the plan for `batch` samples, by the model of `device`."""
     return folder / record.file_stem(record.name_of(device)) / f"{network}-b{batch}.json"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.configurations import label
 from benchmarks.shapes import TEXT_TOKENS
 from modiff_kernels.cli import models
 
@@ -35,7 +36,7 @@ SCHEDULER_CONFIGS = {
     "sdxl": STABLE_DIFFUSION,
 }
 OF_PIXELS = ("cifar10_small16", "ddpm_cifar10")
-GUIDED = ("sd15", "sdxl")
+GUIDED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,29 @@ def scheduler_config(network: str) -> dict[str, Any]:
 class Workload:
     """What is sampled: `images` pictures, or latents, of `network` from the noise of seeds 0, 1, ... in one batch.
 
-    unet: gives sizes, dtype and device. steps: of the sampler, if others than its own.
+    unet: gives sizes, dtype and device. steps: of the sampler, if others than its own. guided: with guidance, where
+    the network has it.
     """
 
     def __init__(
-        self, network: str, unet: torch.nn.Module, sampler: Sampler, images: int, steps: int | None = None
+        self,
+        network: str,
+        unet: torch.nn.Module,
+        sampler: Sampler,
+        images: int,
+        steps: int | None = None,
+        guided: bool = True,
     ) -> None:
         self.network = network
+        self.label = label(network, unet)
         self.sampler = sampler
         self.images = images
         self.steps = steps or sampler.steps
         self.in_pixels = network in OF_PIXELS
         self._model = models.Model(network, unet, scheduler_config(network))
-        self._embeddings = _embeddings(network, unet, images) if network in GUIDED else {}
+        self._text = _embeddings(network, unet, images) if network in GUIDED else {}
+        if not guided:
+            self._text |= {"guidance_scale": 1.0} if self._text else {}
 
     def pipe(self, unet: torch.nn.Module) -> Any:
         """A pipeline with `unet` and a scheduler of its own."""
@@ -87,8 +98,7 @@ class Workload:
 
         clipped = {} if self.in_pixels or self.sampler.name != "ddim" else {"clip_sample": False}
         scheduler = models.make_scheduler(self._model, self.sampler.name, **clipped)
-        kinds = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
-        kind = kinds.get(self.network, diffusers.DDPMPipeline)
+        kind = getattr(diffusers, GUIDED.get(self.network, "DDPMPipeline"))
         parts = {name: None for name in inspect.signature(kind.__init__).parameters if name in NOT_USED}
         more = {"requires_safety_checker": False} if self.network == "sd15" else {}
         pipe = kind(**parts, **more, unet=unet, scheduler=scheduler)
@@ -100,7 +110,7 @@ class Workload:
         generators = [torch.Generator().manual_seed(seed) for seed in range(self.images)]
         options = {"generator": generators, "num_inference_steps": self.steps}
         if self.network in GUIDED:
-            return pipe(**options, **self._embeddings, output_type="latent").images
+            return pipe(**options, **self._text, output_type="latent").images
         return pipe(**options, batch_size=self.images, output_type="pt").images
 
 

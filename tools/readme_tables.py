@@ -15,8 +15,9 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     attention                the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
     passes NETWORK           the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
     pieces                   the same, passes with the product after them, of all networks
+    whole_steps NETWORK, whole_runs NETWORK SAMPLER, step_others NETWORK, layer_plans NETWORK    performance_tables.py
 
-A table shows one device: the one that was measured last.
+A table shows one device, the one that was measured last; those of performance_tables.py show all.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from benchmarks.record import ROOT, read
 from modiff_kernels.cli.arguments import METHODS
 from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation.report import markdown_table
+from tools import performance_tables
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NOTHING = "*No results recorded yet.*"
@@ -56,7 +58,14 @@ UNET_STEP_HEADER = (
 
 
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
-PAGES = ("README.md", "docs/calibration.md", "docs/cpu_kernels.md", "docs/fused_blocks.md", "docs/schedules.md")
+PAGES = (
+    "README.md",
+    "docs/calibration.md",
+    "docs/cpu_kernels.md",
+    "docs/fused_blocks.md",
+    "docs/performance.md",
+    "docs/schedules.md",
+)
 PASSES_HEADER = (
     "pass, batch, codes",
     "ours us",
@@ -452,6 +461,7 @@ def filled(text: str, results: Path) -> str:
             "pareto": pareto_table,
             "passes": passes_table,
             "pieces": pieces_table,
+            **performance_tables.TABLES,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")

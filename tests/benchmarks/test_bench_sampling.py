@@ -221,7 +221,7 @@ def test_what_this_commit_has_is_not_measured_again(short, tmp_path, monkeypatch
     )
     assert found["plain-w8a8"]["run_time"] == first
     monkeypatch.setattr(record, "commit", lambda: "another")
-    workload = types.SimpleNamespace(network="cifar10_small16", sampler=SAMPLERS["dpm20"], images=1)
+    workload = types.SimpleNamespace(label="cifar10_small16", sampler=SAMPLERS["dpm20"], images=1)
     problems = {bench_sampling.problem(workload, "plain-w8a8"): Row("plain-w8a8", "plain", "quantized", 8, 8)}
     paths = [record.results_file(tmp_path)]
     assert bench_sampling.known_rows(problems, paths, record.device_name()) == []
