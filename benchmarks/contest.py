@@ -105,7 +105,8 @@ class Contest:
                 entrants.append(entrant)
             bar.update()
         if entrants:
-            attempt(", ".join(e.row.name for e in entrants), lambda: self._time(entrants), self.budget)
+            names = ", ".join(entrant.row.name for entrant in entrants)
+            attempt(f"further rounds of {names}", lambda: self._time(entrants), self.budget)
         timed = [entrant for entrant in entrants if entrant.times]
         shortest = min((len(entrant.times) for entrant in timed), default=0)
         for entrant in timed:
@@ -115,6 +116,8 @@ class Contest:
         for entrant in entrants:
             entrant.network.remove()
             entrant.network = None
+        if any(row.compiled for row in group):
+            torch._dynamo.reset()  # else compiled code keeps memory of its graphs; what it was compiled to is on disk
         free_memory()
         return len(timed)
 

@@ -74,7 +74,7 @@ def build():
 def run(cached, unet, inputs):
     with cached.run(SCHEDULER):
         samples = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-        return [unet(x, t, return_dict=False)[0] for x, t in zip(samples, SCHEDULER.timesteps)]
+        return [unet(x, t).sample for x, t in zip(samples, SCHEDULER.timesteps)]
 
 
 def test_both_forms_compute_the_same(package, capture):
