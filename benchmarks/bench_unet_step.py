@@ -48,7 +48,7 @@ from benchmarks.configurations import (
     step_rows,
     telling_first,
 )
-from benchmarks.contest import Contest, Entrant, fastest, ratios
+from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
 from modiff_kernels.cli.models import choose_device
 from modiff_kernels.cli.rows import Row, select_rows
@@ -81,7 +81,7 @@ def trajectory(size: int, batch: int, calls: int, channels: int = 3) -> list[tup
 
 
 class Bench:
-    """The calls of one network at one batch. keep: takes rows as they come."""
+    """The calls of one network at one batch. keep: takes rows as they come. known: entrants that have their rows."""
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class Bench:
         machine: Machine,
         keep: Callable[[list[dict]], None],
         profile: bool,
+        known: list[Entrant],
     ) -> None:
         unet = networks.unet
         config = unet.config
@@ -101,7 +102,7 @@ class Bench:
         self.machine = machine
         self.keep = keep
         self.profile = profile
-        self.entrants: list[Entrant] = []
+        self.entrants = known
         self.inputs = [
             (x.to(unet.device, unet.dtype), t.to(unet.device))
             for x, t in trajectory(config.sample_size, batch, calls, config.in_channels)
@@ -200,7 +201,7 @@ class Bench:
     def _row(self, entrant: Entrant, metric: str, unit: str, values: list[float]) -> dict:
         return {
             "op": "unet_step",
-            "problem": f"{label(self.network, self.networks.unet)}-b{self.batch}-{entrant.row.key}",
+            "problem": problem(self.network, self.networks.unet, self.batch, entrant.row),
             "backend": entrant.more["backend"],
             "metric": metric,
             "unit": unit,
@@ -210,6 +211,11 @@ class Bench:
             "verified": True,
             **record.percentiles(values),
         }
+
+
+def problem(network: str, unet: torch.nn.Module, batch: int, row: Row) -> str:
+    """What rows have in their column `problem`."""
+    return f"{label(network, unet)}-b{batch}-{row.key}"
 
 
 def least_sqnr_db(row: Row, dtype: torch.dtype) -> float:
@@ -303,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--in-turns", action=argparse.BooleanOptionalAction, default=None, help="default: on the CPU")
     add("--budget", type=float, default=None, metavar="SECONDS", help="end after this time, with what is measured")
     add("--record", action="store_true", help="append the rows to the results as they come")
+    add("--skip-recorded", action="store_true", help="leave out rows that this commit has recorded on this device")
     add("--results", type=Path, default=record.RESULTS, metavar="FOLDER", help="of the results (%(default)s)")
     add("--profile", action="store_true", help="instead of timing, tell what takes the time, by kind and by name")
     add("--quiet", action="store_true", help="no progress bars")
@@ -337,16 +344,26 @@ def run_network(
     if not in_turns:
         rows = telling_first(rows, STEP_ORDER)
     device = record.name_of(unet.device)
+    path = record.results_file(args.results, device)
+    measure = ("unet_step_others", "whole", 1e-3) if args.profile else ("unet_step", "update_time", 1e-3)
+    problems = {problem(network, unet, batch, row): row for row in rows}
+    known = recorded(measure, problems, {record.results_file(device=device), path}, device)
+    known = known if args.skip_recorded else []
+    if len(known) == len(rows):
+        return True
+    if in_turns:
+        known = []
+    left = [row for row in rows if row.key not in {entrant.row.key for entrant in known}]
     results: list[dict] = []
 
     def keep(new: list[dict]) -> None:
         results.extend(new)
         if args.record:
-            record.append([{**row, "device": device} for row in new], record.results_file(args.results, device))
+            record.append([{**row, "device": device} for row in new], path)
 
     bench = attempt(
         f"{network}, batch {batch}",
-        lambda: Bench(network, batch, networks, args.calls, machine, keep, args.profile),
+        lambda: Bench(network, batch, networks, args.calls, machine, keep, args.profile, known),
         budget,
     )
     if bench is None:
@@ -361,7 +378,7 @@ def run_network(
         budget=budget,
         quiet=args.quiet,
     )
-    complete = contest.run(rows)
+    complete = contest.run(left)
     print(show_profile(results) if args.profile else show(results), flush=True)
     return complete
 

@@ -168,8 +168,9 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pa
         if on_cuda:
             name = "float32 torch.compile channels_last, CUDA graphs"
             add("float-compile-graphs", rows["float-compile"], name, cuda_graphs=True)
-        name = "torchao int8 dynamic, torch.compile"
-        rows[TORCHAO] = Row(TORCHAO, name, "float", 8, 8, compiled=True, cuda_graphs=on_cuda)
+            # On a CPU its compiled products are made in float32, so it is no rival there.
+            name = "torchao int8 dynamic, torch.compile, CUDA graphs"
+            rows[TORCHAO] = Row(TORCHAO, name, "float", 8, 8, compiled=True, cuda_graphs=True)
         add("modulated-w8a8-compile", modulated, "modulated W8A8, compiled", compiled=True)
     if on_cuda:
         add("modulated-w8a8-graphs", modulated, "modulated W8A8, CUDA graphs", cuda_graphs=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks import record
 from benchmarks.budget import Budget, attempt, free_memory
 from benchmarks.configurations import Network
 from modiff_kernels.cli.rows import Row
@@ -52,6 +54,29 @@ def ratios(baseline: Entrant, own: Entrant) -> list[float]:
 def fastest(entrants: Sequence[Entrant], keys: Sequence[str]) -> Entrant | None:
     """The fastest of those whose row has one of `keys`, or None if there is none."""
     return min((e for e in entrants if e.row.key in keys), key=lambda e: e.median, default=None)
+
+
+def recorded(
+    measure: tuple[str, str, float], problems: Mapping[str, Row], paths: Iterable[Path], device: str
+) -> list[Entrant]:
+    """Entrants of what this commit, without local changes, has recorded on `device`; `problems` are rows by their name.
+
+    measure: op, metric, and seconds of its unit. Their only time is the recorded median.
+    """
+    op, metric, seconds = measure
+    commit, newest = record.commit(), {}
+    for path in paths:
+        for row in record.read(path) if path.exists() else ():
+            same = (row["op"], row["git_commit"], row["dirty"], row["device"]) == (op, commit, "False", device)
+            if same and row["metric"] == metric and row["problem"] in problems:
+                newest[row["problem"]] = row
+    found = []
+    for turn, name in enumerate([name for name in problems if name in newest], start=1):
+        row = newest[name]
+        entrant = Entrant(problems[name], None, float(row["sqnr_db"]), [seconds * float(row["p50"])], turn=-turn)
+        entrant.more["backend"] = row["backend"]
+        found.append(entrant)
+    return found
 
 
 class Contest:

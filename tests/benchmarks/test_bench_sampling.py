@@ -1,5 +1,3 @@
-import types
-
 import pytest
 import torch
 
@@ -114,6 +112,7 @@ class TestRows:
         rows = self.keys("cpu")
         assert not any(row.cuda_graphs for row in rows.values())
         assert not any("planned" in key for key in rows)
+        assert "torchao-int8" not in rows, "there it multiplies floats"
 
     def test_what_tells_most_comes_first(self):
         keys = [
@@ -124,7 +123,7 @@ class TestRows:
 
     def test_rows_of_packages_that_are_missing(self, monkeypatch, capsys):
         monkeypatch.setattr(configurations, "has", lambda package: package == "torchao")
-        rows = configurations.importable(list(self.keys("cpu").values()))
+        rows = configurations.importable(list(self.keys("cuda").values()))
         assert "torchao-int8" in {row.key for row in rows}
         assert not any("deepcache" in row.key for row in rows)
         assert "DeepCache is not installed (pip install DeepCache): its rows are left out" in capsys.readouterr().err
@@ -221,10 +220,8 @@ def test_what_this_commit_has_is_not_measured_again(short, tmp_path, monkeypatch
     )
     assert found["plain-w8a8"]["run_time"] == first
     monkeypatch.setattr(record, "commit", lambda: "another")
-    workload = types.SimpleNamespace(label="cifar10_small16", sampler=SAMPLERS["dpm20"], images=1)
-    problems = {bench_sampling.problem(workload, "plain-w8a8"): Row("plain-w8a8", "plain", "quantized", 8, 8)}
-    paths = [record.results_file(tmp_path)]
-    assert bench_sampling.known_rows(problems, paths, record.device_name()) == []
+    assert bench_sampling.main([*OPTIONS, *more, "--rows", "plain-w8a8"]) == 0
+    assert recorded(tmp_path)["plain-w8a8"]["run_time"] != first, "of another commit"
 
 
 def test_a_wrong_picture_is_not_timed(short, monkeypatch, capsys):

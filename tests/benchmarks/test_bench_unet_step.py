@@ -94,6 +94,20 @@ def test_one_by_one_rows_come_as_they_are_measured_and_an_error_ends_no_other(tm
     assert not any(key == "modulated-w8a8" for key, _ in found)
 
 
+def test_rows_that_are_recorded_are_not_measured_again(tmp_path, monkeypatch):
+    environment = record.environment()
+    monkeypatch.setattr(record, "environment", lambda: {**environment, "dirty": False})
+    options = "--network cifar10_small16 --batch 1 --calls 4 --rounds 1 --threads 1 --no-compile --no-in-turns --record"
+    options = [*options.split(), "--skip-recorded", "--results", str(tmp_path), "--quiet"]
+    for rows in ("plain-w8a8", "plain-w8a8,float-channels_last"):
+        assert bench_unet_step.main([*options, "--rows", rows]) == 0
+    found = record.read(record.results_file(tmp_path))
+    times = [(row["problem"].split("-b1-")[1], float(row["p50"])) for row in found if row["metric"] == "update_time"]
+    assert [key for key, _ in times] == ["plain-w8a8", "float-channels_last"]
+    (ratio,) = [row for row in found if row["metric"] == "speedup_vs_best_eager" and "plain" in row["problem"]]
+    assert float(ratio["p50"]) == pytest.approx(times[1][1] / times[0][1], rel=1e-3)
+
+
 def test_layer_table_of_the_shipped_model():
     table = shapes.layer_table("cifar10_small16")
     layers = {str(layer): count for layer, count in table.items()}

@@ -2,8 +2,9 @@ import types
 
 import pytest
 
+from benchmarks import record
 from benchmarks.budget import Budget
-from benchmarks.contest import Contest, Entrant, fastest, ratios
+from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
 from modiff_kernels.cli.rows import Row
 
 ROWS = [Row(key, key, "float") for key in ("a", "b", "c")]
@@ -84,3 +85,27 @@ def test_ratios_pair_where_turns_were_taken():
     a, b = entrant(0, 5.0, 1.0, 1.0), entrant(0, 2.0, 2.0, 2.0)
     assert fastest([a, b], ("a",)) is a, "by the median"
     assert fastest([a], ("b",)) is None
+
+
+def test_what_is_recorded_of_this_commit_and_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "commit", lambda: "c0ffee")
+
+    def add(problem, metric, value, **more):
+        row = {"op": "run", "problem": problem, "backend": "cpu", "metric": metric, "sqnr_db": 41.0, "verified": True}
+        row |= {"git_commit": "c0ffee", "dirty": False, "device": "H200", **record.percentiles([value]), **more}
+        record.append([row], tmp_path / "rows.csv")
+
+    add("a", "time", 1.0)
+    add("a", "time", 5.0)
+    add("a", "state", 7.0)
+    add("b", "time", 1.0, git_commit="0ther")
+    add("c", "time", 1.0, dirty=True)
+    add("d", "time", 1.0, device="H100")
+    add("e", "time", 2.0)
+    rows = {key: Row(key, key, "float") for key in "abcdef"}
+    paths = [tmp_path / "rows.csv", tmp_path / "none.csv"]
+    a, e = recorded(("run", "time", 1e-3), rows, paths, "H200")
+    assert (a.row.key, a.times, a.sqnr_db, a.more["backend"]) == ("a", [5e-3], 41.0, "cpu")
+    assert e.times == [2e-3]
+    assert a.turn != e.turn, "they did not take turns"
+    assert recorded(("other", "time", 1.0), rows, paths, "H200") == []
