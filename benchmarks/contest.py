@@ -64,8 +64,8 @@ def recorded(
     measure: op, metric, and seconds of its unit. Their only time is the recorded median.
     """
     op, metric, seconds = measure
-    commit, newest = record.commit(), {}
-    for path in paths:
+    (commit, dirty), newest = record.commit(), {}
+    for path in paths if dirty is False else ():
         for row in record.read(path) if path.exists() else ():
             same = (row["op"], row["git_commit"], row["dirty"], row["device"]) == (op, commit, "False", device)
             if same and row["metric"] == metric and row["problem"] in problems:

@@ -204,8 +204,7 @@ def test_runs_are_verified_timed_and_recorded(short, tmp_path, capsys):
 
 
 def test_what_this_commit_has_is_not_measured_again(short, tmp_path, monkeypatch, capsys):
-    environment = record.environment()
-    monkeypatch.setattr(record, "environment", lambda: {**environment, "dirty": False})
+    monkeypatch.setattr(record, "commit", lambda: ("c0ffee", False))
     more = ["--no-in-turns", "--record", "--skip-recorded", "--results", str(tmp_path)]
     assert bench_sampling.main([*OPTIONS, *more, "--rows", "plain-w8a8"]) == 0
     first = recorded(tmp_path)["plain-w8a8"]["run_time"]
@@ -219,7 +218,7 @@ def test_what_this_commit_has_is_not_measured_again(short, tmp_path, monkeypatch
         float(found["float-channels_last"]["run_time"]["p50"]) / float(first["p50"]), rel=1e-3
     )
     assert found["plain-w8a8"]["run_time"] == first
-    monkeypatch.setattr(record, "commit", lambda: "another")
+    monkeypatch.setattr(record, "commit", lambda: ("another", False))
     assert bench_sampling.main([*OPTIONS, *more, "--rows", "plain-w8a8"]) == 0
     assert recorded(tmp_path)["plain-w8a8"]["run_time"] != first, "of another commit"
 

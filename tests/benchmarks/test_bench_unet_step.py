@@ -95,8 +95,7 @@ def test_one_by_one_rows_come_as_they_are_measured_and_an_error_ends_no_other(tm
 
 
 def test_rows_that_are_recorded_are_not_measured_again(tmp_path, monkeypatch):
-    environment = record.environment()
-    monkeypatch.setattr(record, "environment", lambda: {**environment, "dirty": False})
+    monkeypatch.setattr(record, "commit", lambda: ("c0ffee", False))
     options = "--network cifar10_small16 --batch 1 --calls 4 --rounds 1 --threads 1 --no-compile --no-in-turns --record"
     options = [*options.split(), "--skip-recorded", "--results", str(tmp_path), "--quiet"]
     for rows in ("plain-w8a8", "plain-w8a8,float-channels_last"):

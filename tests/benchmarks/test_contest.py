@@ -88,7 +88,7 @@ def test_ratios_pair_where_turns_were_taken():
 
 
 def test_what_is_recorded_of_this_commit_and_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "commit", lambda: "c0ffee")
+    monkeypatch.setattr(record, "commit", lambda: ("c0ffee", False))
 
     def add(problem, metric, value, **more):
         row = {"op": "run", "problem": problem, "backend": "cpu", "metric": metric, "sqnr_db": 41.0, "verified": True}
@@ -109,3 +109,5 @@ def test_what_is_recorded_of_this_commit_and_device(tmp_path, monkeypatch):
     assert e.times == [2e-3]
     assert a.turn != e.turn, "they did not take turns"
     assert recorded(("other", "time", 1.0), rows, paths, "H200") == []
+    monkeypatch.setattr(record, "commit", lambda: ("c0ffee", True))
+    assert recorded(("run", "time", 1e-3), rows, paths, "H200") == [], "the code is not that of the rows"
