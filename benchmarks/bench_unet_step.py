@@ -256,6 +256,8 @@ def show(rows: list[dict]) -> str:
     )
     cells = []
     for problem, metrics in table.items():
+        if "update_time" not in metrics:  # measured before, only its ratio to a new baseline is new
+            continue
         update = metrics["update_time"]
 
         def shown(metric: str, form: str, scale: float = 1.0, metrics: dict = metrics) -> str:

@@ -78,10 +78,7 @@ def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
 
 
 def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:  # not installed
-        return ""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
