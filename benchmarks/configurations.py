@@ -73,7 +73,7 @@ class Networks:
         if row.mode != "float" or row.schedule is not None:
             network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, self.backend)
             if row.compiled:
-                network.quantised.handle.compile()
+                network.quantised.handle.compile(**compile_options(on_cuda, cuda_graphs=False))
         elif row.key in DEEPCACHE:
             capture = CudaCapture() if on_cuda and row.cuda_graphs else None
             options = compile_options(on_cuda, cuda_graphs=False) if row.compiled else None
@@ -174,6 +174,9 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pa
         add("modulated-w8a8-compile", modulated, "modulated W8A8, compiled", compiled=True)
     if on_cuda:
         add("modulated-w8a8-graphs", modulated, "modulated W8A8, CUDA graphs", cuda_graphs=True)
+    if on_cuda and compiled:
+        both = {"compiled": True, "cuda_graphs": True}
+        add("modulated-w8a8-compile-graphs", modulated, "modulated W8A8, compiled, CUDA graphs", **both)
     if plan is not None:
         add("planned-w8", modulated, "W8A8 planned", plan=str(plan))
         if on_cuda:
@@ -207,13 +210,15 @@ def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pat
 
 STEP_ORDER = (
     *("float-contiguous", "float-channels_last", "modulated-w8a8-graphs", "plain-w8a8", "modulated-w8a8"),
-    *("planned-w8-graphs", "float-compile-graphs", TORCHAO, "modulated-w8a8-compile", "float-compile", "planned-w8"),
+    *("planned-w8-graphs", "float-compile-graphs", "modulated-w8a8-compile-graphs", TORCHAO, "planned-w8"),
+    *("modulated-w8a8-compile", "float-compile"),
 )
 RUN_ORDER = (
     *("float-channels_last", "deepcache-3", "deepcache-5", "scheduled-w8a8-graphs", "modulated-w8a8-graphs"),
     *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", "float-compile-graphs"),
-    *("deepcache-3-compile", "deepcache-5-compile", "scheduled-float", TORCHAO),
-    *("scheduled-w8a8-compile", "modulated-w8a8-compile", "float-compile", "float-contiguous"),
+    *("deepcache-3-compile", "deepcache-5-compile", "scheduled-w8a8-compile-graphs", "modulated-w8a8-compile-graphs"),
+    *("scheduled-float", TORCHAO, "planned-w8", "scheduled-w8a8-compile", "modulated-w8a8-compile", "float-compile"),
+    "float-contiguous",
 )
 """Keys of rows in the order in which they are timed where they do not take turns: what tells most comes first, and what
 has to be compiled for minutes behind what has not. Ratios to a baseline that comes later are recorded then."""

@@ -25,9 +25,10 @@ from modiff_kernels.cli.rows import Row
 
 @dataclasses.dataclass
 class Entrant:
-    """A row in the contest. times: seconds of its runs, or calls, in order. peak_bytes: on a GPU, with the weights.
+    """A row in the contest. times: seconds of its runs, or calls, in order. more: what else was found.
 
-    more: what else was found. turn: entrants with the same one took turns, and their times pair.
+    peak_bytes: of a GPU, while it was timed by itself, with its weights; 0 where it is not known.
+    turn: entrants with the same one took turns, and their times pair.
     """
 
     row: Row
@@ -79,6 +80,22 @@ def recorded(
     return found
 
 
+def reserved_bytes() -> int:
+    """What torch has taken of the GPU's memory, pools of CUDA graphs included; 0 without a GPU."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+
+
+def peak_bytes() -> int:
+    """The most of that since `reset_peak`."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+
+
+def reset_peak() -> None:
+    """Begin to look for the peak anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 class Contest:
     """Runs the contest of `rows`.
 
@@ -122,6 +139,7 @@ class Contest:
 
     def _run_group(self, group: list[Row], turn: int, bar: tqdm) -> int:
         entrants = []
+        before = reserved_bytes()
         for row in group:
             bar.set_postfix_str(row.key)
             entrant = attempt(row.name, lambda row=row: self._verified(row), self.budget)
@@ -130,8 +148,12 @@ class Contest:
                 entrants.append(entrant)
             bar.update()
         if entrants:
+            free_memory()  # what compiling and choosing kernels took does not count
+            reset_peak()
             names = ", ".join(entrant.row.name for entrant in entrants)
             attempt(f"further rounds of {names}", lambda: self._time(entrants), self.budget)
+            if peak_bytes() and not self.in_turns:
+                entrants[0].peak_bytes = max(0, peak_bytes() - before) + entrants[0].network.shared_bytes
         timed = [entrant for entrant in entrants if entrant.times]
         shortest = min((len(entrant.times) for entrant in timed), default=0)
         for entrant in timed:
@@ -147,18 +169,12 @@ class Contest:
         return len(timed)
 
     def _verified(self, row: Row) -> Entrant | None:
-        on_cuda = torch.cuda.is_available()
-        before = torch.cuda.memory_allocated() if on_cuda else 0
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
         entrant = Entrant(row, self.make(row))
         found = self.verify(entrant)
         if isinstance(found, str):
             print(f"{row.name}: {found}; not timed", file=sys.stderr, flush=True)
             return None
         entrant.sqnr_db = found
-        if on_cuda:
-            entrant.peak_bytes = torch.cuda.max_memory_allocated() - before + entrant.network.shared_bytes
         return entrant
 
     def _time(self, entrants: list[Entrant]) -> None:

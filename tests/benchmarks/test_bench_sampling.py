@@ -99,7 +99,12 @@ class TestRows:
     def test_every_rival_in_its_strongest_form_on_a_gpu(self):
         rows = self.keys("cuda", plan="plan.json")
         assert {"float-compile-graphs", "torchao-int8", "deepcache-3-compile", "deepcache-5-compile"} <= set(rows)
-        assert {"modulated-w8a8-graphs", "scheduled-w8a8-graphs", "planned-w8-graphs", "scheduled-float"} <= set(rows)
+        assert {
+            "modulated-w8a8-graphs",
+            "scheduled-w8a8-compile-graphs",
+            "planned-w8-graphs",
+            "scheduled-float",
+        } <= set(rows)
         for key in ("float-compile-graphs", "torchao-int8", "deepcache-3-compile", "deepcache-5-compile"):
             assert rows[key].compiled, key
             assert rows[key].cuda_graphs, key

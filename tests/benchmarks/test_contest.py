@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from benchmarks import record
+from benchmarks import contest, record
 from benchmarks.budget import Budget
 from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
 from modiff_kernels.cli.rows import Row
@@ -14,13 +14,13 @@ class Field:
     """Networks that note what is done with them, in order."""
 
     def __init__(self, seconds, **options):
-        self.notes, self.measured, self.seconds = [], [], seconds
+        self.notes, self.measured, self.seconds, self.shared = [], [], seconds, 0
         defaults = {"rounds": 3, "in_turns": True, "budget": Budget(), "quiet": True}
         self.contest = Contest(self.make, self.verify, self.timed, self.take, **{**defaults, **options})
 
     def make(self, row):
         self.notes.append(f"make {row.key}")
-        return types.SimpleNamespace(shared_bytes=0, remove=lambda: self.notes.append(f"remove {row.key}"))
+        return types.SimpleNamespace(shared_bytes=self.shared, remove=lambda: self.notes.append(f"remove {row.key}"))
 
     def verify(self, entrant):
         return "wrong" if self.seconds[entrant.row.key] is None else 40.0
@@ -74,6 +74,26 @@ def test_rounds_that_not_all_have_do_not_count():
 def iter_of(*seconds):
     left = list(seconds)
     return lambda: [left.pop()]
+
+
+def test_memory_is_that_of_the_timed_runs(monkeypatch):
+    """What torch reserves beyond what it had before, without what compiling took, and the weights that are shared."""
+    held = {"now": 100, "peak": 0}
+    monkeypatch.setattr(contest, "reserved_bytes", lambda: held["now"])
+    monkeypatch.setattr(contest, "peak_bytes", lambda: held["peak"])
+    monkeypatch.setattr(contest, "reset_peak", lambda: held.update(peak=held["now"]))
+    found = []
+
+    def timed():
+        held.update(peak=max(held["peak"], 130))
+        return [1.0]
+
+    field = Field({"a": timed, "b": 1.0}, in_turns=False)
+    field.contest.verify = lambda entrant: held.update(peak=900) or 40.0
+    field.contest.measured = lambda entrants: found.extend((e.row.key, e.peak_bytes) for e in entrants)
+    field.shared = 7
+    field.contest.run(ROWS[:2])
+    assert found == [("a", 37), ("b", 7)]
 
 
 def test_ratios_pair_where_turns_were_taken():
