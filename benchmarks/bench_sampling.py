@@ -49,7 +49,7 @@ from benchmarks.configurations import (
     run_rows,
     telling_first,
 )
-from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
+from benchmarks.contest import Contest, Entrant, Scores, recorded
 from benchmarks.pipelines import GUIDED, SAMPLERS, Workload
 from benchmarks.shapes import NETWORKS, build_unet
 from modiff_kernels.cli.models import choose_device, quiet_libraries
@@ -60,8 +60,9 @@ from modiff_kernels.integrations.graphs import WARM_UP_CALLS
 OP = "sampling"
 LEAST_SQNR_DB = {"float32": 80.0, "float16": 30.0, "bfloat16": 10.0}
 """Least SQNR of the result of full precision in another form, by dtype: errors of rounding grow along a run."""
-LEAST_SQNR_APPROXIMATE_DB = 8.0
-"""The same where calls are approximated or bits are low: a wrong picture has 0 dB or less."""
+LEAST_SQNR_LOW_BIT_DB = 8.0
+LEAST_SQNR_SKIPPING_DB = 3.0
+"""The same at 8 bits, and where calls are not, or not wholly, computed: a wrong picture has 0 dB or less."""
 FLOATS = ("float-contiguous", "float-channels_last", "float-compile", "float-compile-graphs")
 BASELINES = {
     "speedup_vs_float": FLOATS,
@@ -74,7 +75,7 @@ BASELINES = {
 
 
 class Bench:
-    """The runs of one workload. rows: those that are to be timed."""
+    """The runs of one workload. known: entrants that have their rows. keep: takes rows as they come."""
 
     def __init__(
         self, workload: Workload, networks: Networks, known: list[Entrant], keep: Callable[[list], None], budget: Budget
@@ -83,7 +84,7 @@ class Bench:
         self.networks = networks
         self.keep = keep
         self.budget = budget
-        self.entrants = known
+        self.scores = Scores(BASELINES, known)
         self.device = networks.unet.device
         self.expected = self._result(self.make(Row("reference", "full precision", "float")))
 
@@ -106,9 +107,7 @@ class Bench:
             self._result(network)
         result = self._result(network)
         found = sqnr(result, self.expected)
-        exact = entrant.row.mode == "float" and entrant.row.act_bits == 32 and not _skips(entrant.row)
-        dtype = str(self.networks.unet.dtype).removeprefix("torch.")
-        least = LEAST_SQNR_DB[dtype] if exact else LEAST_SQNR_APPROXIMATE_DB
+        least = least_sqnr_db(entrant.row, self.networks.unet.dtype)
         if not found >= least:
             return f"{found:.1f} dB to full precision, at least {least:g} expected"
         if self.workload.in_pixels:
@@ -166,29 +165,13 @@ class Bench:
         return {"outside_unet": ("ms", 1e3 * (whole_s - sum(marks)) / self.workload.steps)}
 
     def measured(self, new: list[Entrant]) -> None:
-        """Rows of `new`, and ratios of the others that are made anew because a baseline has come in."""
-        before = self._baselines()
-        self.entrants += new
-        after = self._baselines()
-        changed = [metric for metric, entrant in after.items() if before.get(metric) is not entrant]
-        rows = [row for entrant in new for row in self._rows(entrant) + self._ratios(entrant, list(after))]
-        rows += [row for entrant in self.entrants[: -len(new)] for row in self._ratios(entrant, changed)]
+        """Rows of `new`, and ratios of the others to baselines that have come in with it."""
+        rows = [row for entrant in new for row in self._rows(entrant)]
+        rows += [self._row(entrant, metric, "x", faster) for entrant, metric, faster in self.scores.add(new)]
         self.keep(rows)
         for entrant in new:
             found = attempt(f"{entrant.row.name}, look inside", lambda e=entrant: self.look_into(e), self.budget) or {}
             self.keep([self._row(entrant, name, unit, [value]) for name, (unit, value) in found.items()])
-
-    def _baselines(self) -> dict[str, Entrant]:
-        found = {metric: fastest(self.entrants, keys) for metric, keys in BASELINES.items()}
-        return {metric: entrant for metric, entrant in found.items() if entrant is not None}
-
-    def _ratios(self, entrant: Entrant, metrics: list[str]) -> list[dict]:
-        baselines = self._baselines()
-        return [
-            self._row(entrant, metric, "x", ratios(baselines[metric], entrant))
-            for metric in metrics
-            if metric in baselines
-        ]
 
     def _rows(self, entrant: Entrant) -> list[dict]:
         images = self.workload.images
@@ -223,8 +206,12 @@ def problem(workload: Workload, key: str) -> str:
     return f"{workload.label}-{workload.sampler.key}-n{workload.images}-{key}"
 
 
-def _skips(row: Row) -> bool:
-    return row.schedule is not None or row.key in DEEPCACHE
+def least_sqnr_db(row: Row, dtype: torch.dtype) -> float:
+    """Below which the result of `row` is wrong."""
+    if row.schedule is not None or row.key in DEEPCACHE:
+        return LEAST_SQNR_SKIPPING_DB
+    low_bit = row.mode != "float" or row.act_bits < 32
+    return LEAST_SQNR_LOW_BIT_DB if low_bit else LEAST_SQNR_DB[str(dtype).removeprefix("torch.")]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -48,7 +48,7 @@ from benchmarks.configurations import (
     step_rows,
     telling_first,
 )
-from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
+from benchmarks.contest import Contest, Entrant, Scores, recorded
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
 from modiff_kernels.cli.models import choose_device
 from modiff_kernels.cli.rows import Row, select_rows
@@ -59,12 +59,13 @@ LEAST_SQNR_DB = {"float": 80.0, "weight_only": 20.0, "quantized": 15.0, "modulat
 """Least SQNR of the last call of a run against eager contiguous, at 8 bits."""
 LEAST_SQNR_16_BIT_DB = {"float16": 45.0, "bfloat16": 25.0}
 """The same for rows "float" of 16-bit networks, where two orders of summation differ."""
+OVERHEAD = "overhead_vs_plain"
 BASELINES = {
     "speedup_vs_best_eager": ("float-contiguous", "float-channels_last"),
     "speedup_vs_compile": ("float-compile", "float-compile-graphs"),
+    OVERHEAD: ("plain-w8a8",),
 }
 """By metric the rows whose fastest one it compares with."""
-OVERHEAD = "overhead_vs_plain"
 
 
 def trajectory(size: int, batch: int, calls: int, channels: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -102,7 +103,7 @@ class Bench:
         self.machine = machine
         self.keep = keep
         self.profile = profile
-        self.entrants = known
+        self.scores = Scores(BASELINES, known)
         self.inputs = [
             (x.to(unet.device, unet.dtype), t.to(unet.device))
             for x, t in trajectory(config.sample_size, batch, calls, config.in_channels)
@@ -145,32 +146,17 @@ class Bench:
         return out, time.perf_counter() - started
 
     def measured(self, new: list[Entrant]) -> None:
-        """Rows of `new`, and ratios of the others that are made anew because a baseline has come in."""
+        """Rows of `new`, and ratios of the others to baselines that have come in with it."""
         if self.profile:
             self.keep([row for entrant in new for row in self._profile_rows(entrant)])
             return
-        before = self._baselines()
-        self.entrants += new
-        after = self._baselines()
-        changed = [metric for metric, entrant in after.items() if before.get(metric) is not entrant]
-        rows = [row for entrant in new for row in self._rows(entrant) + self._ratios(entrant, list(after))]
-        rows += [row for entrant in self.entrants[: -len(new)] for row in self._ratios(entrant, changed)]
-        self.keep(rows)
-
-    def _baselines(self) -> dict[str, Entrant]:
-        found = {metric: fastest(self.entrants, keys) for metric, keys in BASELINES.items()}
-        found[OVERHEAD] = fastest(self.entrants, ("plain-w8a8",))
-        return {metric: entrant for metric, entrant in found.items() if entrant is not None}
-
-    def _ratios(self, entrant: Entrant, metrics: list[str]) -> list[dict]:
-        baselines, rows = self._baselines(), []
-        for metric in metrics:
-            faster = ratios(baselines[metric], entrant)
+        rows = [row for entrant in new for row in self._rows(entrant)]
+        for entrant, metric, faster in self.scores.add(new):
             if metric != OVERHEAD:
                 rows.append(self._row(entrant, metric, "x", faster))
             elif entrant.row.mode == "modulated":
                 rows.append(self._row(entrant, metric, "%", [100 * (1 / ratio - 1) for ratio in faster]))
-        return rows
+        self.keep(rows)
 
     def _rows(self, entrant: Entrant) -> list[dict]:
         row = entrant.row

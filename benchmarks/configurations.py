@@ -24,6 +24,8 @@ from modiff_kernels.integrations.graphs import CudaCapture
 
 PLANS = record.RESULTS / "plans"
 TORCHAO = "torchao-int8"
+FUSE_INT_MM = {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
+"""What torchao recommends for its int8 products; set in its own way, it would hold for all that is compiled later."""
 DEEPCACHE = {f"deepcache-{n}{form}": n for n in (3, 5) for form in ("", "-compile")}
 """Keys of rows, with their intervals."""
 
@@ -96,14 +98,14 @@ def _tensors(unet: torch.nn.Module) -> list[torch.Tensor]:
 def compile_options(on_cuda: bool, cuda_graphs: bool, fuse_int_mm: bool = False) -> dict[str, Any]:
     """Options of torch.compile: on a GPU what max-autotune stands for, on a CPU the default mode.
 
-    fuse_int_mm: what torchao recommends besides; its own way to set it would be for all that is compiled afterwards.
+    fuse_int_mm: FUSE_INT_MM too.
     """
     if not on_cuda:
         return {}
     options = dict(torch._inductor.list_mode_options("max-autotune"))
     options["triton.cudagraphs"] = cuda_graphs
     if fuse_int_mm:
-        options |= {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
+        options |= FUSE_INT_MM
     return {"options": options}
 
 

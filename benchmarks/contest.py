@@ -57,6 +57,30 @@ def fastest(entrants: Sequence[Entrant], keys: Sequence[str]) -> Entrant | None:
     return min((e for e in entrants if e.row.key in keys), key=lambda e: e.median, default=None)
 
 
+class Scores:
+    """Entrants that were timed, those that are `known` first. baselines: by metric, keys of the rows it compares with.
+
+    The fastest one of them counts.
+    """
+
+    def __init__(self, baselines: Mapping[str, Sequence[str]], known: Sequence[Entrant]) -> None:
+        self.baselines = baselines
+        self.entrants = list(known)
+
+    def add(self, new: Sequence[Entrant]) -> list[tuple[Entrant, str, list[float]]]:
+        """Ratios to be recorded, by entrant and metric: those of `new`, and of the others to a baseline in `new`."""
+        old, before = list(self.entrants), self._fastest()
+        self.entrants += new
+        after = self._fastest()
+        brought = [metric for metric, entrant in after.items() if before.get(metric) is not entrant]
+        found = [(entrant, metric, ratios(after[metric], entrant)) for entrant in new for metric in after]
+        return found + [(entrant, metric, ratios(after[metric], entrant)) for entrant in old for metric in brought]
+
+    def _fastest(self) -> dict[str, Entrant]:
+        found = {metric: fastest(self.entrants, keys) for metric, keys in self.baselines.items()}
+        return {metric: entrant for metric, entrant in found.items() if entrant is not None}
+
+
 def recorded(
     measure: tuple[str, str, float], problems: Mapping[str, Row], paths: Iterable[Path], device: str
 ) -> list[Entrant]:

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import contest, record
 from benchmarks.budget import Budget
-from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
+from benchmarks.contest import Contest, Entrant, Scores, fastest, ratios, recorded
 from modiff_kernels.cli.rows import Row
 
 ROWS = [Row(key, key, "float") for key in ("a", "b", "c")]
@@ -74,6 +74,23 @@ def test_rounds_that_not_all_have_do_not_count():
 def iter_of(*seconds):
     left = list(seconds)
     return lambda: [left.pop()]
+
+
+def test_ratios_to_a_baseline_that_comes_later_are_made_then():
+    def entrant(key, seconds, turn):
+        return Entrant(Row(key, key, "float"), times=[seconds], turn=turn)
+
+    slow, ours, fast, slower = (
+        entrant(k, s, i) for i, (k, s) in enumerate((("a", 8.0), ("b", 2.0), ("c", 4.0), ("a", 9.0)))
+    )
+    scores = Scores({"vs_float": ("a", "c"), "vs_none": ("d",)}, [])
+    told = [[(e.row.key, m, r) for e, m, r in scores.add([new])] for new in (ours, slow, fast, slower)]
+    assert told == [
+        [],
+        [("a", "vs_float", [1.0]), ("b", "vs_float", [4.0])],
+        [("c", "vs_float", [1.0]), ("b", "vs_float", [2.0]), ("a", "vs_float", [0.5])],
+        [("a", "vs_float", [4 / 9])],
+    ], "a slower baseline changes nothing"
 
 
 def test_memory_is_that_of_the_timed_runs(monkeypatch):
