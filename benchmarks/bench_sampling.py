@@ -44,16 +44,14 @@ from benchmarks.configurations import (
     Network,
     Networks,
     default_dtype,
-    importable,
     plan_file,
     run_rows,
-    telling_first,
 )
-from benchmarks.contest import Contest, Entrant, Scores, recorded
+from benchmarks.contest import Entrant, Scores, add_arguments, hold
 from benchmarks.pipelines import GUIDED, SAMPLERS, Workload
 from benchmarks.shapes import NETWORKS, build_unet
 from modiff_kernels.cli.models import choose_device, quiet_libraries
-from modiff_kernels.cli.rows import Row, select_rows
+from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import psnr, sqnr, text_table
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS
 
@@ -250,18 +248,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sampler", nargs="+", default=list(SAMPLERS), choices=SAMPLERS, help="default: all")
     add("--steps", type=int, default=None, help="others than the sampler's own, to try things; not recorded")
     add("--rounds", type=int, default=4, help="timed runs of each row (%(default)s)")
-    add("--threads", type=int, default=2)
-    add("--device", default="cpu", choices=("cpu", "cuda", "auto"))
-    add("--dtype", default=None, choices=tuple(LEAST_SQNR_DB), help="default: bfloat16 on cuda")
-    add("--rows", default="", help="names or beginnings of rows, by commas (default: all)")
-    add("--backend", default="auto")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
-    add("--in-turns", action=argparse.BooleanOptionalAction, default=None, help="default: on the CPU")
-    add("--budget", type=float, default=None, metavar="SECONDS", help="end after this time, with what is measured")
-    add("--record", action="store_true", help="append the rows to the results as they come")
-    add("--skip-recorded", action="store_true", help="leave out rows that this commit has recorded on this device")
-    add("--results", type=Path, default=record.RESULTS, metavar="FOLDER", help="of the results (%(default)s)")
-    add("--quiet", action="store_true", help="no progress bars")
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if min(*args.images, args.rounds, args.threads, args.steps or 12) < 1:
         parser.error("--images, --rounds, --threads, --steps must be at least 1")
@@ -280,6 +267,10 @@ def main(argv: list[str] | None = None) -> int:
     complete = True
     with torch.no_grad():
         for network in args.network:
+            if budget.is_over:
+                print(f"the budget is used up; left out: {network}", file=sys.stderr)
+                complete = False
+                continue
             unet = build_unet(network, device).to(dtype)
             for images in args.images:
                 for sampler in args.sampler:
@@ -292,44 +283,19 @@ def main(argv: list[str] | None = None) -> int:
 def run_workload(workload: Workload, networks: Networks, args: argparse.Namespace, budget: Budget) -> bool:
     """Verify, time and print the rows of one workload; whether all of them were."""
     unet = networks.unet
-    device = record.name_of(unet.device)
     samples = workload.images * (2 if workload.network in GUIDED else 1)
     plan = plan_file(unet.device, workload.network, samples)
-    rows = run_rows(unet.device, unet.dtype, args.compile, plan if plan.exists() else None)
-    rows = importable(select_rows(rows, tuple(name for name in args.rows.split(",") if name)))
-    in_turns = unet.device.type == "cpu" if args.in_turns is None else args.in_turns
-    if not in_turns:
-        rows = telling_first(rows, RUN_ORDER)
-    path = record.results_file(args.results, device)
-    problems = {problem(workload, row.key): row for row in rows}
-    known = recorded((OP, "run_time", 1.0), problems, {record.results_file(device=device), path}, device)
-    known = known if args.skip_recorded else []
-    if len(known) == len(rows):
-        return True
-    if in_turns:
-        known = []
-    left = [row for row in rows if row.key not in {entrant.row.key for entrant in known}]
-    results: list[dict] = []
-
-    def keep(new: list[dict]) -> None:
-        results.extend(new)
-        if args.record and new:
-            record.append([{**row, "device": device} for row in new], path)
-
-    bench = attempt("full precision", lambda: Bench(workload, networks, known, keep, budget), budget)
-    if bench is None:
-        return False
-    contest = Contest(
-        bench.make,
-        bench.verify,
-        bench.timed,
-        bench.measured,
-        rounds=args.rounds,
-        in_turns=in_turns,
-        budget=budget,
-        quiet=args.quiet,
+    complete, results = hold(
+        args,
+        budget,
+        unet.device,
+        run_rows(unet.device, unet.dtype, args.compile, plan if plan.exists() else None),
+        RUN_ORDER,
+        lambda row: problem(workload, row.key),
+        (OP, "run_time", 1.0),
+        lambda known, keep: Bench(workload, networks, known, keep, budget),
+        args.rounds,
     )
-    complete = contest.run(left)
     print(show(results), flush=True)
     return complete
 

@@ -258,7 +258,7 @@ def test_a_wrong_picture_is_not_timed(short, monkeypatch, capsys):
 
 def test_a_budget_that_is_used_up(capsys):
     assert bench_sampling.main([*OPTIONS, "--budget", "0"]) == 1
-    assert "full precision: the budget was used up before it was done; left out" in capsys.readouterr().err
+    assert "the budget is used up; left out: cifar10_small16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("network", ["sd15", "sdxl"])
