@@ -56,11 +56,11 @@ from modiff_kernels.evaluation import psnr, sqnr, text_table
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS
 
 OP = "sampling"
-LEAST_SQNR_DB = {"float32": 80.0, "float16": 30.0, "bfloat16": 10.0}
+LEAST_SQNR_DB = {"float32": 80.0, "float16": 30.0, "bfloat16": 6.0}
 """Least SQNR of the result of full precision in another form, by dtype: errors of rounding grow along a run."""
-LEAST_SQNR_LOW_BIT_DB = 8.0
-LEAST_SQNR_SKIPPING_DB = 3.0
-"""The same at 8 bits, and where calls are not, or not wholly, computed: a wrong picture has 0 dB or less."""
+LEAST_SQNR_APPROXIMATE_DB = 3.0
+"""The same in low bits, and where calls are not, or not wholly, computed: a wrong picture has 0 dB or less. Guidance
+makes errors ten times as large; benchmarks/bench_unet_step.py asks for more of a single call."""
 FLOATS = ("float-contiguous", "float-channels_last", "float-compile", "float-compile-graphs")
 BASELINES = {
     "speedup_vs_float": FLOATS,
@@ -206,10 +206,8 @@ def problem(workload: Workload, key: str) -> str:
 
 def least_sqnr_db(row: Row, dtype: torch.dtype) -> float:
     """Below which the result of `row` is wrong."""
-    if row.schedule is not None or row.key in DEEPCACHE:
-        return LEAST_SQNR_SKIPPING_DB
-    low_bit = row.mode != "float" or row.act_bits < 32
-    return LEAST_SQNR_LOW_BIT_DB if low_bit else LEAST_SQNR_DB[str(dtype).removeprefix("torch.")]
+    exact = row.mode == "float" and row.act_bits == 32 and row.schedule is None and row.key not in DEEPCACHE
+    return LEAST_SQNR_DB[str(dtype).removeprefix("torch.")] if exact else LEAST_SQNR_APPROXIMATE_DB
 
 
 def _synchronize(device: torch.device) -> None:

@@ -29,7 +29,7 @@ FUSE_INT_MM = {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all
 DEEPCACHE = {f"deepcache-{n}{form}": n for n in (3, 5) for form in ("", "-compile")}
 """Keys of rows, with their intervals."""
 FORECASTS = (3, 5)
-"""Uniform schedules that compute as many calls as DeepCache computes wholly."""
+"""Uniform schedules that compute about as many calls as DeepCache computes wholly."""
 
 
 @dataclasses.dataclass

@@ -248,7 +248,7 @@ def test_what_this_commit_has_is_not_measured_again(short, tmp_path, monkeypatch
 
 
 def test_a_wrong_picture_is_not_timed(short, monkeypatch, capsys):
-    monkeypatch.setattr(bench_sampling, "LEAST_SQNR_LOW_BIT_DB", 300.0)
+    monkeypatch.setattr(bench_sampling, "LEAST_SQNR_APPROXIMATE_DB", 300.0)
     assert bench_sampling.main([*OPTIONS, "--rows", "float-channels_last,plain-w8a8"]) == 1
     out, err = capsys.readouterr()
     assert "plain W8A8: " in err
