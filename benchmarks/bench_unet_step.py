@@ -35,22 +35,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import bounds, record, step_profile
-from benchmarks.budget import Budget, attempt
+from benchmarks.budget import Budget
 from benchmarks.configurations import (
     STEP_ORDER,
     Network,
     Networks,
     default_dtype,
-    importable,
     label,
     plan_file,
     step_rows,
-    telling_first,
 )
-from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
+from benchmarks.contest import Entrant, Scores, add_arguments, hold
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
 from modiff_kernels.cli.models import choose_device
-from modiff_kernels.cli.rows import Row, select_rows
+from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import sqnr, text_table
 from modiff_kernels.planning.roofline import Machine
 
@@ -58,12 +56,13 @@ LEAST_SQNR_DB = {"float": 80.0, "weight_only": 20.0, "quantized": 15.0, "modulat
 """Least SQNR of the last call of a run against eager contiguous, at 8 bits."""
 LEAST_SQNR_16_BIT_DB = {"float16": 45.0, "bfloat16": 25.0}
 """The same for rows "float" of 16-bit networks, where two orders of summation differ."""
+OVERHEAD = "overhead_vs_plain"
 BASELINES = {
     "speedup_vs_best_eager": ("float-contiguous", "float-channels_last"),
     "speedup_vs_compile": ("float-compile", "float-compile-graphs"),
+    OVERHEAD: ("plain-w8a8",),
 }
 """By metric the rows whose fastest one it compares with."""
-OVERHEAD = "overhead_vs_plain"
 
 
 def trajectory(size: int, batch: int, calls: int, channels: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -101,7 +100,7 @@ class Bench:
         self.machine = machine
         self.keep = keep
         self.profile = profile
-        self.entrants = known
+        self.scores = Scores(BASELINES, known)
         self.inputs = [
             (x.to(unet.device, unet.dtype), t.to(unet.device))
             for x, t in trajectory(config.sample_size, batch, calls, config.in_channels)
@@ -109,6 +108,10 @@ class Bench:
         networks.shown = self.inputs
         self.keywords = conditions(unet, batch)
         self.expected = unet(*self.inputs[-1], **self.keywords, return_dict=False)[0]
+
+    def make(self, row: Row) -> Network:
+        """The network of `row`."""
+        return self.networks.make(row)
 
     def verify(self, entrant: Entrant) -> float | str:
         """SQNR of the last call of a run in dB, or why it is not timed."""
@@ -145,32 +148,17 @@ class Bench:
         return out, time.perf_counter() - started
 
     def measured(self, new: list[Entrant]) -> None:
-        """Rows of `new`, and ratios of the others that are made anew because a baseline has come in."""
+        """Rows of `new`, and ratios of the others to baselines that have come in with it."""
         if self.profile:
             self.keep([row for entrant in new for row in self._profile_rows(entrant)])
             return
-        before = self._baselines()
-        self.entrants += new
-        after = self._baselines()
-        changed = [metric for metric, entrant in after.items() if before.get(metric) is not entrant]
-        rows = [row for entrant in new for row in self._rows(entrant) + self._ratios(entrant, list(after))]
-        rows += [row for entrant in self.entrants[: -len(new)] for row in self._ratios(entrant, changed)]
-        self.keep(rows)
-
-    def _baselines(self) -> dict[str, Entrant]:
-        found = {metric: fastest(self.entrants, keys) for metric, keys in BASELINES.items()}
-        found[OVERHEAD] = fastest(self.entrants, ("plain-w8a8",))
-        return {metric: entrant for metric, entrant in found.items() if entrant is not None}
-
-    def _ratios(self, entrant: Entrant, metrics: list[str]) -> list[dict]:
-        baselines, rows = self._baselines(), []
-        for metric in metrics:
-            faster = ratios(baselines[metric], entrant)
+        rows = [row for entrant in new for row in self._rows(entrant)]
+        for entrant, metric, faster in self.scores.add(new):
             if metric != OVERHEAD:
                 rows.append(self._row(entrant, metric, "x", faster))
             elif entrant.row.mode == "modulated":
                 rows.append(self._row(entrant, metric, "%", [100 * (1 / ratio - 1) for ratio in faster]))
-        return rows
+        self.keep(rows)
 
     def _rows(self, entrant: Entrant) -> list[dict]:
         row = entrant.row
@@ -305,19 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=int, nargs="+", default=[8], help="one or several (%(default)s)")
     add("--calls", type=int, default=12, help="UNet calls of a run, at least 4 (%(default)s)")
     add("--rounds", type=int, default=3, help="runs (%(default)s)")
-    add("--threads", type=int, default=2)
-    add("--device", default="cpu", choices=("cpu", "cuda", "auto"))
-    add("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on cuda")
-    add("--rows", default="", help="names or beginnings of rows as in `modiff compare`, by commas (default: all)")
-    add("--backend", default="auto")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
-    add("--in-turns", action=argparse.BooleanOptionalAction, default=None, help="default: on the CPU")
-    add("--budget", type=float, default=None, metavar="SECONDS", help="end after this time, with what is measured")
-    add("--record", action="store_true", help="append the rows to the results as they come")
-    add("--skip-recorded", action="store_true", help="leave out rows that this commit has recorded on this device")
-    add("--results", type=Path, default=record.RESULTS, metavar="FOLDER", help="of the results (%(default)s)")
     add("--profile", action="store_true", help="instead of timing, tell what takes the time, by kind and by name")
-    add("--quiet", action="store_true", help="no progress bars")
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if min(*args.batch, args.rounds, args.threads) < 1 or not 4 <= args.calls <= 50:
         parser.error("--batch, --rounds, --threads must be at least 1, --calls 4 to 50")
@@ -330,6 +307,10 @@ def main(argv: list[str] | None = None) -> int:
     complete = True
     with torch.no_grad():
         for network in args.network or SMALL_NETWORKS:
+            if budget.is_over:
+                print(f"the budget is used up; left out: {network}", file=sys.stderr)
+                complete = False
+                continue
             unet = build_unet(network, device).to(dtype)
             for batch in args.batch:
                 complete &= run_network(network, batch, Networks(unet, args.backend), machine, args, budget)
@@ -344,46 +325,17 @@ def run_network(
     unet = networks.unet
     plan = plan_file(unet.device, network, batch)
     rows = step_rows(unet.device, unet.dtype, args.compile, plan if plan.exists() else None)
-    rows = importable(select_rows(rows, tuple(name for name in args.rows.split(",") if name)))
-    in_turns = unet.device.type == "cpu" if args.in_turns is None else args.in_turns
-    if not in_turns:
-        rows = telling_first(rows, STEP_ORDER)
-    device = record.name_of(unet.device)
-    path = record.results_file(args.results, device)
-    measure = ("unet_step_others", "whole", 1e-3) if args.profile else ("unet_step", "update_time", 1e-3)
-    problems = {problem(network, unet, batch, row): row for row in rows}
-    known = recorded(measure, problems, {record.results_file(device=device), path}, device)
-    known = known if args.skip_recorded else []
-    if len(known) == len(rows):
-        return True
-    if in_turns:
-        known = []
-    left = [row for row in rows if row.key not in {entrant.row.key for entrant in known}]
-    results: list[dict] = []
-
-    def keep(new: list[dict]) -> None:
-        results.extend(new)
-        if args.record:
-            record.append([{**row, "device": device} for row in new], path)
-
-    bench = attempt(
-        f"{network}, batch {batch}",
-        lambda: Bench(network, batch, networks, args.calls, machine, keep, args.profile, known),
+    complete, results = hold(
+        args,
         budget,
+        unet.device,
+        rows,
+        STEP_ORDER,
+        lambda row: problem(network, unet, batch, row),
+        ("unet_step_others", "whole", 1e-3) if args.profile else ("unet_step", "update_time", 1e-3),
+        lambda known, keep: Bench(network, batch, networks, args.calls, machine, keep, args.profile, known),
+        1 if args.profile else args.rounds,
     )
-    if bench is None:
-        return False
-    contest = Contest(
-        networks.make,
-        bench.verify,
-        bench.timed,
-        bench.measured,
-        rounds=1 if args.profile else args.rounds,
-        in_turns=in_turns,
-        budget=budget,
-        quiet=args.quiet,
-    )
-    complete = contest.run(left)
     print(show_profile(results) if args.profile else show(results), flush=True)
     return complete
 

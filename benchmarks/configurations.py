@@ -26,8 +26,12 @@ from modiff_kernels.integrations.graphs import CudaCapture
 PLANS = record.RESULTS / "plans"
 TORCHAO = "torchao-int8"
 BFLOAT16 = "float-compile-bfloat16"
+FUSE_INT_MM = {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
+"""What torchao recommends for its int8 products; set in its own way, it would hold for all that is compiled later."""
 DEEPCACHE = {f"deepcache-{n}{form}": n for n in (3, 5) for form in ("", "-compile")}
 """Keys of rows, with their intervals."""
+FORECASTS = (3, 5)
+"""Uniform schedules that compute about as many calls as DeepCache computes wholly."""
 
 
 @dataclasses.dataclass
@@ -120,14 +124,14 @@ def _tensors(unet: torch.nn.Module) -> list[torch.Tensor]:
 def compile_options(on_cuda: bool, cuda_graphs: bool, fuse_int_mm: bool = False) -> dict[str, Any]:
     """Options of torch.compile: on a GPU what max-autotune stands for, on a CPU the default mode.
 
-    fuse_int_mm: what torchao recommends besides; its own way to set it would be for all that is compiled afterwards.
+    fuse_int_mm: FUSE_INT_MM too.
     """
     if not on_cuda:
         return {}
     options = dict(torch._inductor.list_mode_options("max-autotune"))
     options["triton.cudagraphs"] = cuda_graphs
     if fuse_int_mm:
-        options |= {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
+        options |= FUSE_INT_MM
     return {"options": options}
 
 
@@ -234,7 +238,12 @@ def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pat
         key = row.key.replace("modulated", "scheduled")
         name = row.name.replace("modulated W8A8", "modulated W8A8 scheduled")
         rows[key] = dataclasses.replace(row, key=key, name=name, schedule="auto")
-    deep = {"key": "deep-w8a8", "name": "modulated W8A8, deep levels every 3", "schedule": "deep-forecast every=3"}
+    base = rows["modulated-w8a8-graphs" if on_cuda else "modulated-w8a8"]
+    for every in FORECASTS:
+        name = base.name.replace("W8A8", f"W8A8 forecast every {every}")
+        key = f"forecast{every}-w8a8"
+        rows[key] = dataclasses.replace(base, key=key, name=name, schedule=f"forecast every={every}")
+    deep = {"key": "deep-w8a8", "name": "modulated W8A8 deep levels every 3", "schedule": "deep-forecast every=3"}
     rows["deep-w8a8"] = dataclasses.replace(rows["modulated-w8a8"], **deep)
     return _named(rows, dtype)
 
@@ -246,6 +255,7 @@ STEP_ORDER = (
 )
 RUN_ORDER = (
     *("float-channels_last", "deepcache-3", "deepcache-5", "scheduled-w8a8-graphs", "modulated-w8a8-graphs"),
+    *(f"forecast{every}-w8a8" for every in FORECASTS),
     *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", "float-compile-graphs"),
     *("deepcache-3-compile", "deepcache-5-compile", "scheduled-w8a8-compile-graphs", "modulated-w8a8-compile-graphs"),
     *("scheduled-float", TORCHAO, "planned-w8", "scheduled-w8a8-compile", "modulated-w8a8-compile", "float-compile"),

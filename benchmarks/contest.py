@@ -7,20 +7,21 @@ side by side, where compiling takes minutes and what was measured must not be lo
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import record
 from benchmarks.budget import Budget, attempt, free_memory
-from benchmarks.configurations import Network
-from modiff_kernels.cli.rows import Row
+from benchmarks.configurations import Network, importable, telling_first
+from modiff_kernels.cli.rows import Row, select_rows
 
 
 @dataclasses.dataclass
@@ -55,6 +56,30 @@ def ratios(baseline: Entrant, own: Entrant) -> list[float]:
 def fastest(entrants: Sequence[Entrant], keys: Sequence[str]) -> Entrant | None:
     """The fastest of those whose row has one of `keys`, or None if there is none."""
     return min((e for e in entrants if e.row.key in keys), key=lambda e: e.median, default=None)
+
+
+class Scores:
+    """Entrants that were timed, those that are `known` first. baselines: by metric, keys of the rows it compares with.
+
+    The fastest one of them counts.
+    """
+
+    def __init__(self, baselines: Mapping[str, Sequence[str]], known: Sequence[Entrant]) -> None:
+        self.baselines = baselines
+        self.entrants = list(known)
+
+    def add(self, new: Sequence[Entrant]) -> list[tuple[Entrant, str, list[float]]]:
+        """Ratios to be recorded, by entrant and metric: those of `new`, and of the others to a baseline in `new`."""
+        old, before = list(self.entrants), self._fastest()
+        self.entrants += new
+        after = self._fastest()
+        brought = [metric for metric, entrant in after.items() if before.get(metric) is not entrant]
+        found = [(entrant, metric, ratios(after[metric], entrant)) for entrant in new for metric in after]
+        return found + [(entrant, metric, ratios(after[metric], entrant)) for entrant in old for metric in brought]
+
+    def _fastest(self) -> dict[str, Entrant]:
+        found = {metric: fastest(self.entrants, keys) for metric, keys in self.baselines.items()}
+        return {metric: entrant for metric, entrant in found.items() if entrant is not None}
 
 
 def recorded(
@@ -96,29 +121,31 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+class Bench(Protocol):
+    """What is timed with each row."""
+
+    def make(self, row: Row) -> Network:
+        """The network of `row`."""
+        ...
+
+    def verify(self, entrant: Entrant) -> float | str:
+        """Run it and give its SQNR in dB, or a text that says why it is not to be timed."""
+        ...
+
+    def timed(self, entrant: Entrant) -> list[float]:
+        """Seconds of one round."""
+        ...
+
+    def measured(self, entrants: list[Entrant]) -> None:
+        """Take those that have new times, while their networks are there."""
+        ...
+
+
 class Contest:
-    """Runs the contest of `rows`.
+    """Runs the contest of rows. in_turns: all at once."""
 
-    make: the network of a row. verify: runs it once and gives its SQNR in dB, or a text that says why it is not to be
-    timed. timed: seconds of one round. measured: called with the entrants that have new times. in_turns: all at once.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[Row], Network],
-        verify: Callable[[Entrant], float | str],
-        timed: Callable[[Entrant], list[float]],
-        measured: Callable[[list[Entrant]], None],
-        *,
-        rounds: int,
-        in_turns: bool,
-        budget: Budget,
-        quiet: bool = False,
-    ) -> None:
-        self.make = make
-        self.verify = verify
-        self.timed = timed
-        self.measured = measured
+    def __init__(self, bench: Bench, *, rounds: int, in_turns: bool, budget: Budget, quiet: bool = False) -> None:
+        self.bench = bench
         self.rounds = rounds
         self.in_turns = in_turns
         self.budget = budget
@@ -159,7 +186,7 @@ class Contest:
         for entrant in timed:
             entrant.times = entrant.times[:shortest]
         if timed:
-            self.measured(timed)
+            self.bench.measured(timed)
         for entrant in entrants:
             entrant.network.remove()
             entrant.network = None
@@ -169,8 +196,8 @@ class Contest:
         return len(timed)
 
     def _verified(self, row: Row) -> Entrant | None:
-        entrant = Entrant(row, self.make(row))
-        found = self.verify(entrant)
+        entrant = Entrant(row, self.bench.make(row))
+        found = self.bench.verify(entrant)
         if isinstance(found, str):
             print(f"{row.name}: {found}; not timed", file=sys.stderr, flush=True)
             return None
@@ -181,4 +208,62 @@ class Contest:
         for turn in range(self.rounds):
             shift = turn % len(entrants)
             for entrant in entrants[shift:] + entrants[:shift]:
-                entrant.times += self.timed(entrant)
+                entrant.times += self.bench.timed(entrant)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark that holds a contest."""
+    add = parser.add_argument
+    add("--threads", type=int, default=2)
+    add("--device", default="cpu", choices=("cpu", "cuda", "auto"))
+    add("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on cuda")
+    add("--rows", default="", help="names or beginnings of rows as in `modiff compare`, by commas (default: all)")
+    add("--backend", default="auto")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
+    add("--in-turns", action=argparse.BooleanOptionalAction, default=None, help="default: on the CPU")
+    add("--budget", type=float, default=None, metavar="SECONDS", help="end after this time, with what is measured")
+    add("--record", action="store_true", help="append the rows to the results as they come")
+    add("--skip-recorded", action="store_true", help="leave out rows that this commit has recorded on this device")
+    add("--results", type=Path, default=record.RESULTS, metavar="FOLDER", help="of the results (%(default)s)")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def hold(
+    args: argparse.Namespace,
+    budget: Budget,
+    device: torch.device,
+    rows: Sequence[Row],
+    order: Sequence[str],
+    problem: Callable[[Row], str],
+    measure: tuple[str, str, float],
+    bench_of: Callable[[list[Entrant], Callable[[list[dict]], None]], Bench],
+    rounds: int,
+) -> tuple[bool, list[dict]]:
+    """Hold the contest of those `rows` that `args` ask for; whether all were timed, and the new rows of results.
+
+    order: that of the rows where they come one by one. problem: as results name a row. measure: of `recorded`.
+    bench_of: takes entrants that have their results, and what keeps new ones.
+    """
+    rows = importable(select_rows(rows, tuple(name for name in args.rows.split(",") if name)))
+    in_turns = device.type == "cpu" if args.in_turns is None else args.in_turns
+    if not in_turns:
+        rows = telling_first(rows, order)
+    name = record.name_of(device)
+    path = record.results_file(args.results, name)
+    known = recorded(measure, {problem(row): row for row in rows}, {record.results_file(device=name), path}, name)
+    known = known if args.skip_recorded and (len(known) == len(rows) or not in_turns) else []
+    left = [row for row in rows if row.key not in {entrant.row.key for entrant in known}]
+    results: list[dict] = []
+
+    def keep(new: list[dict]) -> None:
+        results.extend(new)
+        if args.record and new:
+            record.append([{**row, "device": name} for row in new], path)
+
+    if not left:
+        return True, results
+    bench = attempt(f"all rows like {problem(left[0])}", lambda: bench_of(known, keep), budget)
+    if bench is None:
+        return False, results
+    contest = Contest(bench, rounds=rounds, in_turns=in_turns, budget=budget, quiet=args.quiet)
+    return contest.run(left), results

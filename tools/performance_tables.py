@@ -39,7 +39,7 @@ def whole_steps_table(results: Path, network: str) -> str:
     """Configurations of `network` at every batch."""
 
     def table(device: str, found: Found) -> str:
-        names = _names(step_rows, device)
+        names = names_of(step_rows, device)
         cells = []
         for batch in sorted({batch for batch, _ in found}, key=int):
             cells += [
@@ -54,7 +54,7 @@ def whole_runs_table(results: Path, network: str, sampler: str) -> str:
     """Configurations of `network` with `sampler`, for every number of images."""
 
     def table(device: str, found: Found) -> str:
-        names = _names(run_rows, device)
+        names = names_of(run_rows, device)
         cells = []
         for images in sorted({images for images, _ in found}, key=int):
             cells += [
@@ -69,7 +69,7 @@ def step_others_table(results: Path, network: str) -> str:
     """What takes 2 % of a call of ours and is no op or kernel of the package."""
 
     def table(device: str, found: Found) -> str:
-        names = _names(step_rows, device)
+        names = names_of(step_rows, device)
         cells = []
         for (batch, key), metrics in sorted(found.items(), key=lambda item: (int(item[0][0]), item[0][1])):
             if not key.startswith(("modulated", "planned")):
@@ -116,11 +116,11 @@ def _plan_cells(batch: int, plan: LayerPlan) -> list[str]:
     ]
 
 
-def _names(rows_of: Callable[..., list], device: str) -> dict[str, str]:
+def names_of(rows_of: Callable[..., list], device: str) -> dict[str, str]:
     """By key, the names of the configurations on `device`, in the order of tables."""
-    dtype = torch.float32 if device.endswith("threads") else torch.bfloat16
-    rows = rows_of(torch.device("cuda"), dtype, compiled=True, plan=Path("of this device"))
-    return {row.key: row.name for row in rows}
+    on_cpu = device.endswith("threads")
+    where = (torch.device("cpu"), torch.float32) if on_cpu else (torch.device("cuda"), torch.bfloat16)
+    return {row.key: row.name for row in rows_of(*where, compiled=True, plan=Path("of this device"))}
 
 
 def _by_device(results: Path, op: str, pattern: str, table: Callable[[str, Found], str], needed: str) -> str:

@@ -32,7 +32,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 
 from benchmarks import pareto_report, step_profile
 from benchmarks.calibration import BITS
@@ -159,7 +158,8 @@ def unet_step_table(results: Path, network: str, batch: str) -> str:
             match = re.fullmatch(rf"{network}-b{batch}-(.+)", row["problem"])
             if row["op"] == "unet_step" and match:
                 newest.setdefault(match[1], {})[row["metric"]] = row
-        names = step_names()
+        device = next((metrics["update_time"]["device"] for metrics in newest.values()), "")
+        names = performance_tables.names_of(step_rows, device)
         cells = [_step_cells(names[key], newest[key]) for key in names if key in newest]
         if cells:
             last = next(reversed(newest.values()))["update_time"]
@@ -187,19 +187,14 @@ def unet_step_profile_table(results: Path, network: str, batch: str) -> str:
         cells = [[kind, *[f"{ms:.2f}" for ms in line]] for kind, *line in zip(step_profile.PARTS, *columns)]
         cells.append(["sum", *[f"{sum(column):.2f}" for column in columns]])
         last = next(iter(newest[next(reversed(newest))].values()))
-        header = ("ms of a call", *[step_names()[key] for key in newest])
+        names = performance_tables.names_of(step_rows, last["device"])
+        header = ("ms of a call", *[names[key] for key in newest])
         text = (
             f"{markdown_table(header, cells)}\n\n`{last['repro']}`: {network}, batch {batch}; {last['device']}; torch "
             f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}.\n"
         )
         tables.append((last["utc"], text))
     return _newest(tables)
-
-
-def step_names() -> dict[str, str]:
-    """By key, the names of the configurations of benchmarks/bench_unet_step.py."""
-    rows = step_rows(torch.device("cuda"), torch.float32, compiled=True, plan=Path("of this device"))
-    return {row.key: row.name for row in rows}
 
 
 def _newest(tables: Sequence[tuple[str, str]]) -> str:

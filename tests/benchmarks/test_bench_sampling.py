@@ -140,8 +140,7 @@ class TestRows:
         assert configurations.compile_options(True, cuda_graphs=True, fuse_int_mm=True)["options"] == {
             **options,
             "triton.cudagraphs": True,
-            "force_fuse_int_mm_with_mul": True,
-            "coordinate_descent_check_all_directions": True,
+            **configurations.FUSE_INT_MM,
         }
         assert configurations.compile_options(False, cuda_graphs=False) == {}
 
@@ -159,6 +158,26 @@ class TestRows:
         assert [(a[0].stride(), a[1].shape, a[1].dtype) for a in seen] == [
             ((768, 1, 48, 3), torch.Size([]), torch.int64)
         ] * 2
+
+    def test_rivals_on_a_gpu_are_compiled_as_well_as_torch_can(self, monkeypatch):
+        """Built as if the UNet was on a GPU; nothing is called."""
+        asked = []
+        monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+        monkeypatch.setattr(configurations, "quantise_with_torchao", lambda unet: asked.append("torchao"))
+        monkeypatch.setattr(configurations, "CachedUNet", lambda *options: asked.append(options[1:]))
+        networks = configurations.Networks(build_unet("cifar10_small16"))
+        monkeypatch.setattr(type(networks.unet), "device", torch.device("cuda"))
+        rows = self.keys("cuda")
+        for key in ("float-compile", "float-compile-graphs", "torchao-int8", "deepcache-5-compile", "deepcache-5"):
+            networks.make(rows[key])
+        plain, graphs, torchao, fused, deepcache, as_it_is = asked
+        assert plain["options"] | {"triton.cudagraphs": True} == graphs["options"]
+        assert not plain["options"]["triton.cudagraphs"]
+        assert (torchao, fused["options"]) == ("torchao", graphs["options"] | configurations.FUSE_INT_MM)
+        interval, compiled, options, capture = deepcache
+        assert (interval, compiled, options) == (5, True, {"options": plain["options"]})
+        assert type(capture) is configurations.CudaCapture
+        assert as_it_is == (5, False, None, None)
 
     def test_weights_are_shared_and_counted(self):
         networks = configurations.Networks(build_unet("cifar10_small16"))
@@ -239,7 +258,7 @@ def test_a_wrong_picture_is_not_timed(short, monkeypatch, capsys):
 
 def test_a_budget_that_is_used_up(capsys):
     assert bench_sampling.main([*OPTIONS, "--budget", "0"]) == 1
-    assert "full precision: the budget was used up before it was done; left out" in capsys.readouterr().err
+    assert "the budget is used up; left out: cifar10_small16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("network", ["sd15", "sdxl"])

@@ -17,7 +17,6 @@ def test_without_a_limit_nothing_is_over():
 
 def test_a_step_that_does_not_end_is_given_up(capsys):
     before = signal.getsignal(signal.SIGALRM)
-    started = time.monotonic()
 
     def compile_for_ever():
         while True:
@@ -27,7 +26,6 @@ def test_a_step_that_does_not_end_is_given_up(capsys):
                 continue  # a compiler that goes on after errors does not keep it up
 
     assert attempt("model, compiled", compile_for_ever, Budget(0.2)) is None
-    assert time.monotonic() - started < 5
     assert "model, compiled: the budget was used up before it was done; left out" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGALRM) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
@@ -48,13 +46,22 @@ def test_a_lost_alarm_comes_again(monkeypatch):
 def test_torch_compile_is_given_up(capsys):
     """The compiler lets the exception through, and what is compiled afterwards works."""
 
-    def backend(graph, inputs):
-        time.sleep(10)
+    ended = []
 
+    def backend(graph, inputs):
+        time.sleep(60)
+        ended.append(True)
+        return graph.forward
+
+    def doubled(x):
+        return torch.compile(lambda x: x * 2, backend="eager")(x)
+
+    doubled(torch.ones(2))  # imports the compiler, which is no part of this
     compiled = torch.compile(lambda x: x + 1, backend=backend)
-    assert attempt("compile", lambda: compiled(torch.ones(2)), Budget(0.3)) is None
+    assert attempt("compile", lambda: compiled(torch.ones(2)), Budget(1.0)) is None
+    assert not ended
     assert "used up" in capsys.readouterr().err
-    assert torch.equal(torch.compile(lambda x: x * 2, backend="eager")(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(doubled(torch.ones(2)), torch.full((2,), 2.0))
 
 
 @pytest.mark.parametrize(

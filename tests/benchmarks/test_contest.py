@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import contest, record
 from benchmarks.budget import Budget
-from benchmarks.contest import Contest, Entrant, fastest, ratios, recorded
+from benchmarks.contest import Contest, Entrant, Scores, fastest, ratios, recorded
 from modiff_kernels.cli.rows import Row
 
 ROWS = [Row(key, key, "float") for key in ("a", "b", "c")]
@@ -14,9 +14,9 @@ class Field:
     """Networks that note what is done with them, in order."""
 
     def __init__(self, seconds, **options):
-        self.notes, self.measured, self.seconds, self.shared = [], [], seconds, 0
+        self.notes, self.taken, self.seconds, self.shared = [], [], seconds, 0
         defaults = {"rounds": 3, "in_turns": True, "budget": Budget(), "quiet": True}
-        self.contest = Contest(self.make, self.verify, self.timed, self.take, **{**defaults, **options})
+        self.contest = Contest(self, **{**defaults, **options})
 
     def make(self, row):
         self.notes.append(f"make {row.key}")
@@ -32,23 +32,23 @@ class Field:
             return seconds()
         return [seconds]
 
-    def take(self, entrants):
+    def measured(self, entrants):
         assert all(entrant.network is not None for entrant in entrants), "they may be looked into"
-        self.measured.append([(entrant.row.key, len(entrant.times)) for entrant in entrants])
+        self.taken.append([(entrant.row.key, len(entrant.times)) for entrant in entrants])
 
 
 def test_in_turns_each_round_begins_with_another():
     field = Field({"a": 1.0, "b": 2.0, "c": 3.0})
     assert field.contest.run(ROWS)
     assert "".join(field.notes[3:12]) == "abcbcacab"
-    assert field.measured == [[("a", 3), ("b", 3), ("c", 3)]]
+    assert field.taken == [[("a", 3), ("b", 3), ("c", 3)]]
 
 
 def test_one_by_one_each_is_gone_before_the_next():
     field = Field({"a": 1.0, "b": None, "c": 3.0}, in_turns=False)
     assert not field.contest.run(ROWS), "b is wrong"
     assert field.notes == [*("make a", "a", "a", "a", "remove a"), "make b", *("make c", "c", "c", "c", "remove c")]
-    assert field.measured == [[("a", 3)], [("c", 3)]]
+    assert field.taken == [[("a", 3)], [("c", 3)]]
 
 
 def test_what_is_measured_before_the_end_is_kept(capsys):
@@ -61,19 +61,36 @@ def test_what_is_measured_before_the_end_is_kept(capsys):
 
     field = Field({"a": run_out, "b": 2.0, "c": 3.0}, in_turns=False, budget=budget)
     assert not field.contest.run(ROWS)
-    assert field.measured == [[("a", 2)]], "the third round failed"
+    assert field.taken == [[("a", 2)]], "the third round failed"
     assert "the budget is used up; left out: b, c" in capsys.readouterr().err
 
 
 def test_rounds_that_not_all_have_do_not_count():
     field = Field({"a": 1.0, "b": iter_of(2.0, 2.0), "c": 3.0})
     field.contest.run(ROWS)
-    assert field.measured == [[("a", 2), ("b", 2), ("c", 2)]]
+    assert field.taken == [[("a", 2), ("b", 2), ("c", 2)]]
 
 
 def iter_of(*seconds):
     left = list(seconds)
     return lambda: [left.pop()]
+
+
+def test_ratios_to_a_baseline_that_comes_later_are_made_then():
+    def entrant(key, seconds, turn):
+        return Entrant(Row(key, key, "float"), times=[seconds], turn=turn)
+
+    slow, ours, fast, slower = (
+        entrant(k, s, i) for i, (k, s) in enumerate((("a", 8.0), ("b", 2.0), ("c", 4.0), ("a", 9.0)))
+    )
+    scores = Scores({"vs_float": ("a", "c"), "vs_none": ("d",)}, [])
+    told = [[(e.row.key, m, r) for e, m, r in scores.add([new])] for new in (ours, slow, fast, slower)]
+    assert told == [
+        [],
+        [("a", "vs_float", [1.0]), ("b", "vs_float", [4.0])],
+        [("c", "vs_float", [1.0]), ("b", "vs_float", [2.0]), ("a", "vs_float", [0.5])],
+        [("a", "vs_float", [4 / 9])],
+    ], "a slower baseline changes nothing"
 
 
 def test_memory_is_that_of_the_timed_runs(monkeypatch):
@@ -89,8 +106,8 @@ def test_memory_is_that_of_the_timed_runs(monkeypatch):
         return [1.0]
 
     field = Field({"a": timed, "b": 1.0}, in_turns=False)
-    field.contest.verify = lambda entrant: held.update(peak=900) or 40.0
-    field.contest.measured = lambda entrants: found.extend((e.row.key, e.peak_bytes) for e in entrants)
+    field.verify = lambda entrant: held.update(peak=900) or 40.0
+    field.measured = lambda entrants: found.extend((e.row.key, e.peak_bytes) for e in entrants)
     field.shared = 7
     field.contest.run(ROWS[:2])
     assert found == [("a", 37), ("b", 7)]

@@ -69,6 +69,16 @@ def test_runs_of_a_sampler(tmp_path):
     ]
 
 
+def test_names_are_those_of_the_device():
+    names = {
+        device: performance_tables.names_of(performance_tables.run_rows, device) for device in (GPU, "EPYC, 2 threads")
+    }
+    assert names[GPU]["deepcache-3-compile"] == "DeepCache N=3, torch.compile, CUDA graphs"
+    assert names["EPYC, 2 threads"]["deepcache-3-compile"] == "DeepCache N=3, torch.compile"
+    assert names[GPU]["forecast5-w8a8"] == "modulated W8A8 forecast every 5, CUDA graphs"
+    assert names["EPYC, 2 threads"]["forecast5-w8a8"] == "modulated W8A8 forecast every 5"
+
+
 def test_what_is_not_ours_and_takes_two_percent(tmp_path):
     for key in ("modulated-w8a8-graphs", "float-compile"):
         for metric, ms in (("whole", 10.0), ("CatArrayBatchedCopy", 0.25), ("vectorized_elementwise_kernel<4>", 1.0)):
