@@ -13,13 +13,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "codes": r"modiff(_\w+)?::\w*quantize|range_kernel|quantize_kernel|statistics_kernel|coefficients_kernel",
-    "integer products": r"modiff(_\w+)?::(convolve|accumulate|modulated|quantized)|product_kernel|finish_kernel",
-    "attention": r"attention|fmha|aten::(bmm|baddbmm|_softmax)",
-    "float layers": r"convolution|conv2d|aten::(addmm|mm|linear)|gemm|cudnn|cublas",
+    "codes": r"modiff(_\w+)?::\w*quantize|range_kernel|quantize_kernel|statistics_kernel|coefficients_kernel"
+    r"|modiff::.*(Pass|Statistics|Coefficients)",
+    "integer products": r"modiff(_\w+)?::(convolve|accumulate|modulated|quantized)|product_kernel|finish_kernel"
+    r"|modiff::.*(Product|FinishSplits|WeightSums)|weight_sums_kernel|modulated_linear_kernel",
+    "attention": r"attention|fmha|flash|aten::(bmm|baddbmm|_softmax)",
+    "float layers": r"convolution|conv2d|aten::(addmm|mm|linear)|gemm|cudnn|cublas|cutlass|nvjet|xmma",
     "norms and activations": r"norm|silu|gelu",
     "additions and copies": r"aten::(add|mul|div|cat|copy_|clone|upsample|index|sub)|elementwise|CatArray|memcpy",
 }
@@ -57,6 +60,8 @@ def parts(
                 for call in calls[1:]:
                     call()
         for event in trace.key_averages():
+            if cuda and event.device_type is not DeviceType.CUDA:
+                continue  # the op that launched a kernel, which has the kernel's time too
             own_us = event.self_device_time_total if cuda else event.self_cpu_time_total
             result[kind_of(event.key)] += own_us / (REPEATS * (len(calls) - 1)) / 1e3
     result[REST] = max(0.0, 1e3 * statistics.median(whole) - sum(result.values()))

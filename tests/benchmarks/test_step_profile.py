@@ -1,8 +1,10 @@
 import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import bench_unet_step, record, step_profile
 
@@ -22,6 +24,13 @@ from benchmarks import bench_unet_step, record, step_profile
         ("modiff::quantize_residual", "codes"),
         ("modiff::accumulate_conv2d", "integer products"),
         ("product_kernel", "integer products"),
+        ("void modiff::kernel<modiff::cuda::TilePass<(modiff::Prologue)0, modiff::Half, modiff::Half> >(...)", "codes"),
+        ("void modiff::kernel<modiff::cuda::Coefficients>(modiff::cuda::Coefficients::Args)", "codes"),
+        ("void modiff::cuda::sm90::product_kernel<modiff::cuda::sm90::Product<8, 2, 160> >(...)", "integer products"),
+        ("void modiff::cuda::sm80::tensor_kernel<modiff::cuda::sm80::Product<...> >(...)", "integer products"),
+        ("void pytorch_flash::flash_fwd_kernel<...>(...)", "attention"),
+        ("nvjet_tst_128x64_64x8_2x1_v_bz_TNT", "float layers"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "float layers"),
     ],
 )
 def test_kinds(op, kind):
@@ -46,6 +55,20 @@ def test_parts_are_those_of_later_calls_and_add_up():
     assert parts["norms and activations"] == 0, "of the first call"
     assert parts["float layers"] > 0
     assert parts[step_profile.REST] > 1.5, "it sleeps 2 ms"
+
+
+def test_on_a_gpu_kernels_count_and_the_ops_that_launch_them_do_not(monkeypatch):
+    times = {("quantize_kernel", DeviceType.CUDA): 3e3, ("modiff::quantize_residual", DeviceType.CPU): 3e3}
+    events = [
+        SimpleNamespace(key=key, device_type=kind, self_device_time_total=us, self_cpu_time_total=9e9)
+        for (key, kind), us in times.items()
+    ]
+    trace = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(step_profile, "profile", lambda activities: contextlib.nullcontext(trace))
+    monkeypatch.setattr(step_profile, "REPEATS", 1)
+    parts = step_profile.parts(contextlib.nullcontext, [lambda: 0.01] * 2, torch.device("cuda"))
+    assert parts["codes"] == 3
+    assert parts[step_profile.REST] == pytest.approx(7)
 
 
 def test_profile_of_a_network(tmp_path, monkeypatch, capsys):
