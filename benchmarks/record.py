@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import re
 import shlex
@@ -78,10 +79,20 @@ def _version(package: str) -> str:
         return ""
 
 
+def commit() -> tuple[str, bool | str]:
+    """Commit of the sources and whether they differ from it; without .git what MODIFF_COMMIT says, or ("", "")."""
+    found = _git("rev-parse", "--short=12", "HEAD")
+    if found:
+        return found, bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"))
+    given = os.environ.get("MODIFF_COMMIT", "")
+    return given, False if given else ""
+
+
 def environment() -> dict[str, Any]:
     """The columns that are the same for all rows of a process."""
     from modiff_kernels import __version__
 
+    git_commit, dirty = commit()
     script = Path(sys.argv[0])
     shown = [str(script.relative_to(ROOT) if script.is_absolute() and script.is_relative_to(ROOT) else script)]
     if script.name == "__main__.py":  # python -m PACKAGE
@@ -94,8 +105,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": _version("diffusers"),
         "modiff_kernels": __version__,
-        "git_commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
+        "git_commit": git_commit,
+        "dirty": dirty,
         "utc": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "repro": shlex.join(["python", *shown, *sys.argv[1:]]),
     }

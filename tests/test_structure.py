@@ -153,7 +153,8 @@ def test_hot_rooms_do_not_read_the_device():
 
 def test_environment_variables_are_documented():
     read = re.compile(r"""(?:environ|getenv)\W[^\n]*?["'](MODIFF_\w+)["']""")
-    files = [ROOT / "setup.py", *sources(PACKAGE), *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    files = [ROOT / "setup.py", *sources(PACKAGE), *sources(ROOT / "benchmarks")]
+    files += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     used = {name for path in files for name in read.findall(path.read_text())}
     documented = set(re.findall(r"^\| `(MODIFF_\w+)`", (ROOT / "ENVS.md").read_text(), re.MULTILINE))
     assert used == documented, f"ENVS.md lists {sorted(documented)}, the code reads {sorted(used)}"

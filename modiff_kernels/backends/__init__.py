@@ -26,11 +26,12 @@ import torch
 
 class Kernel(NamedTuple):
     """One op of one backend: `fn(*op_arguments)`, and `why_not(problem)`, a reason why it cannot solve a problem, or
-    None.
+    None. traceable: `fn` consists of torch ops that have fakes, so that compiled code can call these and not the op.
     """
 
     fn: Callable[..., Any]
     why_not: Callable[[Any], str | None]
+    traceable: bool = False
 
 
 def library_build_info(namespace: str) -> dict[str, str] | str:

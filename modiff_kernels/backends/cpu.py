@@ -41,6 +41,8 @@ def unavailable() -> str | None:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library.name} does not load: {error}"
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"modiff_cpu::{name}", fake)
     return None
 
 
@@ -552,10 +554,48 @@ def _product_why_not(problem: Any) -> str | None:
     return None
 
 
+def _image_format(t: Tensor) -> torch.memory_format:
+    return torch.channels_last if t.ndim == 4 else torch.contiguous_format
+
+
+def _quantize_fake(
+    x, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity, clip_ratio, scale,
+    samples, rows, channels, isa,
+):  # fmt: skip
+    shape = (*x.shape[:-1], channels) if prologue == _GEGLU else x.shape
+    granules = (1, samples, samples * rows, samples)[granularity]
+    codes = torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=_image_format(x))
+    scale, absmax = (x.new_empty(granules, dtype=torch.float32) for _ in range(2))
+    return codes, scale, absmax, x.new_empty(granules if x_hat is None else 0, dtype=torch.int32)
+
+
+def _convolve_fake(
+    codes, scale, granularity, zero_point, weight_packed, weight_scale, bias, epilogue, y_hat, skip, write_out,
+    out_dtype, geometry,
+):  # fmt: skip
+    if not write_out:
+        return codes.new_empty(0, dtype=out_dtype)
+    c_out, shape = geometry[4], codes.shape
+    if codes.ndim != 4:
+        return codes.new_empty((*shape[:-1], c_out), dtype=out_dtype)
+    kernel_size, stride, padding, dilation, groups = *(geometry[i : i + 2] for i in (5, 7, 9, 11)), geometry[13]
+    weight = torch.empty(c_out, shape[1] // groups, *kernel_size, device="meta")
+    out = F.conv2d(torch.empty(shape, device="meta"), weight, None, stride, padding, dilation, groups)
+    return torch.empty(out.shape, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
+
+
+def _attention_fake(q, k, v, heads, scale):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+_FAKES = {"quantize": _quantize_fake, "convolve": _convolve_fake, "attention": _attention_fake}
+"""Results without values, of the ops of the library that compiled code may call."""
+
+
 KERNELS: dict[str, Kernel] = {
-    "attention": Kernel(attention, _attention_why_not),
+    "attention": Kernel(attention, _attention_why_not, traceable=True),
     **{
-        fn.__name__: Kernel(fn, _quantize_why_not)
+        fn.__name__: Kernel(fn, _quantize_why_not, traceable=True)
         for fn in (
             quantize_residual,
             group_norm_silu_quantize_residual,
@@ -568,16 +608,15 @@ KERNELS: dict[str, Kernel] = {
         )
     },
     **{
-        fn.__name__: Kernel(fn, _product_why_not)
+        fn.__name__: Kernel(fn, _product_why_not, traceable=True)
         for fn in (
             accumulate_linear,
             accumulate_conv2d,
-            initialize_linear,
-            initialize_conv2d,
             modulated_linear,
             modulated_conv2d,
             quantized_linear,
             quantized_conv2d,
         )
     },
+    **{fn.__name__: Kernel(fn, _product_why_not) for fn in (initialize_linear, initialize_conv2d)},
 }

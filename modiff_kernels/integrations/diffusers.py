@@ -225,6 +225,9 @@ class Handle:
         In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
         first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
         between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
+
+        Where neither backend, mode nor options are given, inductor does not look at the attributes of torch's own
+        layers before every call, and makes a graph on the CPU that C++ calls; both save time on the host.
         """
         self._require_active()
         self._forward.compile(**options)

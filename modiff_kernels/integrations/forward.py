@@ -23,7 +23,7 @@ from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.state_tensors import INITIALIZE
 from modiff_kernels.nn.time_table import TimeTable
-from modiff_kernels.ops.registry import torch_must_see
+from modiff_kernels.ops.registry import inline_kernels, is_about_values, torch_must_see
 
 TIME_PROJECTIONS = ("Timesteps", "GaussianFourierProjection")
 
@@ -60,6 +60,9 @@ class UNetForward:
 
     def compile(self, **options: Any) -> None:
         """Compile the calls that are not excepted above, with the options of torch.compile."""
+        inline_kernels()
+        if not options.keys() & {"backend", "mode", "options"}:
+            options["options"] = _inductor_options(self._unet)
         self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
 
     def _then_capture_again(self, method: Callable[..., None]) -> Callable[..., None]:
@@ -79,11 +82,22 @@ class UNetForward:
         if self.graphs is None:
             if self._is_first(args, kwargs):
                 return self._as_it_is(original, args, kwargs)
-            return self._compiled(*args, **kwargs)
+            return self._call_compiled(*args, **kwargs)
         args, kwargs, inputs = self.graphs.static(args, kwargs)
         if self._is_first(args, kwargs):
             return self._as_it_is(original, args, kwargs)
-        return self.graphs.call(original if self._compiled is None else self._compiled, args, kwargs, inputs)
+        return self.graphs.call(original if self._compiled is None else self._call_compiled, args, kwargs, inputs)
+
+    def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._compiled(*args, **kwargs)
+        except RuntimeError as error:
+            if is_about_values(error):
+                raise ValueError(
+                    "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a "
+                    "new run"
+                ) from error
+            raise
 
     def _with_time_table(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         table = self.state.time_table
@@ -127,6 +141,19 @@ def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if len(args) > 1:
         return (args[0], tensor, *args[2:]), kwargs
     return args, {**kwargs, "timestep": tensor}
+
+
+def _inductor_options(unet: nn.Module) -> dict[str, Any]:
+    """What handle.compile() asks of inductor where the user asks for nothing.
+
+    Attributes of torch's own layers are not looked at before every call; nobody changes them within a run, and weights
+    are read anew at every call all the same. On a CPU the graph is called from C++: a call from Python costs about as
+    much as a small kernel.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+    if next(unet.parameters()).device.type == "cpu":
+        options["cpp_wrapper"] = True
+    return options
 
 
 def _is_of_diffusers(module: nn.Module | None, names: tuple[str, ...]) -> bool:

@@ -35,11 +35,14 @@ class BackendUnavailable(RuntimeError):
 
 
 class Selection(NamedTuple):
-    """The chosen backend, its function, and (backend, reason) of those that were asked before it."""
+    """The chosen backend, its function, (backend, reason) of those that were asked before it, and whether compiled
+    code can call what the function is made of.
+    """
 
     backend: str
     fn: Callable[..., Any]
     rejected: tuple[tuple[str, str], ...]
+    traceable: bool
 
 
 class Row(NamedTuple):
@@ -115,7 +118,8 @@ def select(problem: Problem, backend: str = AUTO) -> Selection:
             if name == REFERENCE and problem.op not in REFERENCE_OPS and (forced_backend() or backend) == AUTO:
                 others = tuple(rejected) or ((problem.device_type, "no other backend runs on this device type"),)
                 _warn_slow(problem.op, others)
-            return Selection(name, load(name).KERNELS[problem.op].fn, tuple(rejected))
+            kernel = load(name).KERNELS[problem.op]
+            return Selection(name, kernel.fn, tuple(rejected), kernel.traceable)
         rejected.append((name, reason))
     raise _nothing_fits(problem, backend, rejected)
 

@@ -23,6 +23,29 @@ EAGER_TYPES = (Tensor, torch.nn.Parameter)  # other types (fake, functional tens
 
 _library = torch.library.Library("modiff", "DEF")
 
+_inlined: list[Callable[..., Any]] = []
+_inlining = False
+
+
+def inline_kernels() -> None:
+    """From now on code that torch.compile makes calls the kernels of traceable backends, not the ops around them.
+
+    An op of this package is Python below torch's dispatcher, which a compiled call would pass through at every op.
+    """
+    global _inlining
+    if not _inlining:
+        for fn in _inlined:
+            torch.compiler.allow_in_graph(fn)
+        _inlining = True
+
+
+def is_about_values(error: RuntimeError) -> bool:
+    """Whether `error`, of compiled code, is what ops called one by one raise as ValueError: NaN or Inf in x.
+
+    Code that inductor calls from C++ tells the kernel alone, and this is the only reason that kernel has.
+    """
+    return "holds NaN or Inf" in str(error) or '("modiff_cpu::quantize"' in str(error)
+
 
 class Op(Protocol[P, R]):
     """What `declare` makes of a declaration."""
@@ -105,6 +128,15 @@ def declare(schema: str) -> Callable[[Callable[P, R]], Op[P, R]]:
                 kernel = plans[key] = plan(args)
             return kernel(*args[:-1])
 
+        def inlined(*args: Any) -> Any:
+            sizes = [size for tensor in tensors_of(args) if tensor is not None for size in tensor.shape]
+            if any(isinstance(size, torch.SymInt) for size in sizes):  # no backend can be chosen for unknown sizes
+                return op(*args)
+            selection = dispatch.select(check(name, dict(zip(names, args[:-1]))), args[-1])
+            return selection.fn(*args[:-1]) if selection.traceable else op(*args)
+
+        _inlined.append(inlined)
+
         def fake(*args: Any) -> Any:
             bound = bind(args, {})
             check(name, dict(zip(names, bound[:-1])))
@@ -121,7 +153,7 @@ def declare(schema: str) -> Callable[[Callable[P, R]], Op[P, R]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = bind(args, kwargs) if kwargs or len(args) != len(names) else args
             if torch_must_see(bound[0]):
-                return op(*bound)
+                return inlined(*bound) if _inlining and torch.compiler.is_compiling() else op(*bound)
             return execute(bound)
 
         result: Any = call

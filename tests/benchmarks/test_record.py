@@ -40,3 +40,13 @@ def test_percentiles():
 
 def test_file_name_tells_the_device():
     assert record.results_file().name.endswith("-threads.csv")
+
+
+@pytest.mark.parametrize(("given", "expected"), [("abc123", ("abc123", False)), (None, ("", ""))])
+def test_sources_without_git_say_their_commit(monkeypatch, tmp_path, given, expected):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("MODIFF_COMMIT", raising=False)
+    if given:
+        monkeypatch.setenv("MODIFF_COMMIT", given)
+    assert record.commit() == expected

@@ -6,9 +6,14 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import modiff_kernels as mk
+from modiff_kernels.backends import cpu
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS
+from modiff_kernels.ops import dispatch
+from modiff_kernels.ops.registry import is_about_values
 from tests.integrations.fake_capture import capture_calls
 
 WIDTH = 24
@@ -126,6 +131,46 @@ class TestCompile:
         handle.compile(backend="aot_eager")
         for got, wanted in zip(run(net, handle, encoder), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("mode", ["modulated", "quantized"])
+    def test_compiled_code_calls_the_kernels_and_not_the_ops(self, mode):
+        if (reason := dispatch.why_unavailable("cpu")) is not None or dispatch.forced_backend() is not None:
+            pytest.skip(f"the ops are not computed by the backend cpu: {reason or 'MODIFF_BACKEND is set'}")
+        if cpu.isa() != "AVX-512 VNNI":
+            pytest.skip(f"products of the backend cpu need AVX-512 VNNI, this CPU has {cpu.isa()}")
+        called = []
+
+        def keep(graph, inputs):
+            called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            called.extend(str(node.args[0]) for node in graph.graph.nodes if "auto_functionalized" in str(node.target))
+            return make_boxed_func(graph.forward)
+
+        net, handle = accelerated(mode=mode)
+        handle.compile(backend=aot_autograd(fw_compiler=keep))
+        run(net, handle, text())
+        assert {"modiff_cpu.quantize.default", "modiff_cpu.convolve.default"} <= set(called)
+        assert not [name for name in called if name.startswith("modiff.")]
+
+    def test_nan_in_a_compiled_call(self):
+        encoder = text()
+        net, handle = accelerated()
+        handle.compile()
+        with handle.sampling_run():
+            for call, x in enumerate(samples(3)):
+                net(x, 500 - 10 * call, encoder_hidden_states=encoder)
+            with pytest.raises(ValueError, match="got NaN or Inf; check the model's input"):
+                net(x.fill_(torch.nan), 460, encoder_hidden_states=encoder)
+
+    @pytest.mark.parametrize(
+        ("message", "expected"),
+        [
+            ("quantize, csrc/cpu/ops.cpp:169, holds NaN or Inf", True),
+            ('aoti_torch_call_dispatcher("modiff_cpu::quantize", "", vars) API call failed', True),
+            ('aoti_torch_call_dispatcher("modiff_cpu::convolve", "", vars) API call failed', False),
+        ],
+    )
+    def test_errors_of_compiled_code_about_values(self, message, expected):
+        assert is_about_values(RuntimeError(message)) is expected
 
     def test_encoder_states_changed_in_place_are_seen(self):
         results = []

@@ -1,0 +1,317 @@
+"""One unattended run on a bare GPU machine: build, GPU tests and benchmarks, the most important first.
+
+    python tools/gpu_campaign.py --seconds 1500 --out results
+    python tools/gpu_campaign.py --seconds 540 --out "$OUT" --set kernels --wheels wheels
+    python tools/gpu_campaign.py --list
+
+Needs a CUDA build of torch with triton, nvcc, CMake and ninja. What else a part needs and is not installed can be given
+as wheels in a folder (`--wheels`), for machines without a network; those of `--list` are fetched elsewhere with
+`python tools/gpu_campaign.py --download-wheels DIR`.
+
+Every part has a time limit, and the whole never takes longer than `--seconds`: a part that would not fit is cut short
+or not begun. Benchmarks append rows to benchmarks/results as they go, so what they measured is kept when they are
+stopped. State, logs and summary of all parts are kept in `--work`; the same command again goes on with the parts that
+have not passed. `--out` gets the summary and, packed, every result file that the campaign changed, with paths from the
+root of the repository: `unzip -o results-1.zip` there puts them in place.
+
+Where the sources have no .git, MODIFF_COMMIT tells the rows their commit (ENVS.md).
+
+Exit code 0: every part passed. 1: some failed. 2: bad input, or no GPU. 3: none failed, but time was over first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.gpu_campaign_parts import PARTS, SETS, WHEELS, Part
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RESULTS = (
+    "benchmarks/results/**/*",
+    "modiff_kernels/backends/*/tiles/*.json",
+    "modiff_kernels/planning/priors/**/*.json",
+)
+"""Where parts write, beside the working folder: patterns from the root of the repository."""
+
+PASSED, FAILED, STOPPED, SKIPPED, WAITING = "passed", "failed", "stopped", "skipped", "not reached"
+LEAST_SECONDS = 10  # a part is not begun with less
+TAIL_SECONDS = 8  # kept for packing the results
+GRACE_SECONDS = 5  # between the request to end and the end
+LOG_TAIL = 30  # lines of a failed part in the summary
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a part: status, seconds it took, exit code of its command, and why it was not run."""
+
+    status: str = WAITING
+    seconds: float = 0.0
+    returncode: int | None = None
+    reason: str = ""
+
+
+class Campaign:
+    """Runs parts within a deadline and keeps their outcomes in `work`/campaign.json.
+
+    clock: seconds that only rise, time.monotonic but in tests.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        work: Path,
+        seconds: float,
+        variables: dict[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.parts, self.work, self.clock = list(parts), work, clock
+        self.deadline = clock() + seconds - TAIL_SECONDS
+        self.variables = variables or {}
+        self.logs = work / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.state_file = work / "campaign.json"
+        self.outcomes = {part.name: Outcome() for part in self.parts}
+        self.started = time.time()
+        if self.state_file.exists():
+            kept = json.loads(self.state_file.read_text())
+            self.started = kept["started"]
+            for name, outcome in kept["parts"].items():
+                self.outcomes[name] = Outcome(**outcome)
+
+    def run(self, on_part: Callable[[], None] = lambda: None) -> None:
+        """Run every part that has not passed, in order; `on_part` is called after each."""
+        for part in self.parts:
+            outcome = self.outcomes[part.name]
+            if outcome.status == PASSED and not part.every_time:
+                continue
+            self.outcomes[part.name] = self._skipped(part) or self._executed(part)
+            self._save()
+            on_part()
+
+    def _skipped(self, part: Part) -> Outcome | None:
+        """Why `part` cannot be run now, if so."""
+        missing = [need for need in part.needs if self.outcomes.get(need, Outcome()).status != PASSED]
+        if missing:
+            return Outcome(SKIPPED, reason=f"needs {', '.join(missing)}")
+        if part.program is not None and shutil.which(part.program) is None:
+            return Outcome(SKIPPED, reason=f"{part.program} was not found on the PATH")
+        if self.deadline - self.clock() < LEAST_SECONDS:
+            return Outcome(WAITING, reason="no time left")
+        return None
+
+    def _executed(self, part: Part) -> Outcome:
+        limit = min(part.seconds, self.deadline - self.clock())
+        budget = max(limit - part.margin_seconds, 1)
+        command = [word.format(python=sys.executable, work=self.work, budget=int(budget)) for word in part.command]
+        print(f"campaign: {part.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
+        begun = self.clock()
+        with (self.logs / f"{part.name}.log").open("ab") as log:
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            returncode = _run(command, log, limit, {**self.variables, **dict(part.variables)})
+        seconds = self.clock() - begun
+        if returncode is None:
+            outcome = Outcome(STOPPED, seconds, reason=f"stopped after {seconds:.0f} s")
+        else:
+            outcome = Outcome(PASSED if returncode == 0 else FAILED, seconds, returncode)
+        print(f"campaign: {part.name} {outcome.status} in {seconds:.0f} s", flush=True)
+        return outcome
+
+    def _save(self) -> None:
+        state = {
+            "started": self.started,
+            "parts": {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()},
+        }
+        scratch = self.state_file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(state, indent=1))
+        scratch.replace(self.state_file)
+
+    def exit_code(self) -> int:
+        """0, 1 or 3, as the module says."""
+        statuses = {self.outcomes[part.name].status for part in self.parts}
+        if statuses & {FAILED, SKIPPED}:
+            return 1
+        return 3 if statuses & {STOPPED, WAITING} else 0
+
+    def summary(self) -> str:
+        """Markdown: a table of the parts, and the end of the log of each that failed or was stopped."""
+        lines = ["| part | status | seconds | exit code | |", "|---|---|---|---|---|"]
+        tails = []
+        for part in self.parts:
+            outcome = self.outcomes[part.name]
+            code = "" if outcome.returncode is None else str(outcome.returncode)
+            lines.append(f"| {part.name} | {outcome.status} | {outcome.seconds:.0f} | {code} | {outcome.reason} |")
+            log = self.logs / f"{part.name}.log"
+            if outcome.status in (FAILED, STOPPED) and log.exists():
+                end = log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
+                tails += [f"\n{part.name}, end of its log:\n", "```", *end, "```"]
+        return "\n".join([*lines, *tails]) + "\n"
+
+
+def _run(command: list[str], log, seconds: float, variables: dict[str, str]) -> int | None:
+    """Exit code of `command`, or None if it was stopped after `seconds`, with every process it has started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(timeout=max(seconds - GRACE_SECONDS, 1))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the process group of `process`, asking first."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        until = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < until and process.poll() is None:
+            time.sleep(0.05)
+    process.wait()
+
+
+def result_files(work: Path, since: float) -> list[Path]:
+    """Files below `work`, and of RESULTS those written after `since` (seconds of time.time)."""
+    found = {path for pattern in RESULTS for path in ROOT.glob(pattern) if path.stat().st_mtime >= since}
+    found |= {path for path in work.rglob("*") if "site" not in path.relative_to(work).parts[:1]}
+    return sorted(path for path in found if path.is_file())
+
+
+def pack(files: Iterable[Path], out: Path, most_bytes: int) -> list[str]:
+    """Write `files` into `out`/results-1.zip, -2, ... of at most `most_bytes` each; returns what did not fit, and why.
+
+    Paths in the archives are relative to the root of the repository; a file outside of it is stored by its name.
+    """
+    for old in out.glob("results-*.zip"):
+        old.unlink()
+    left_out, sizes = [], []
+    for path in files:
+        packed = len(zlib.compress(path.read_bytes())) + 1024  # and its two headers
+        name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        if packed > most_bytes:
+            left_out.append(f"{name}: {packed >> 20} MiB, an archive has at most {most_bytes >> 20}")
+            continue
+        index = next((i for i, size in enumerate(sizes) if size + packed <= most_bytes), len(sizes))
+        if index == len(sizes):
+            sizes.append(0)
+        sizes[index] += packed
+        with zipfile.ZipFile(out / f"results-{index + 1}.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(path, name)
+    return left_out
+
+
+def install_wheels(folder: Path, target: Path) -> dict[str, str]:
+    """Install the wheels of `folder` into `target`, without a network. The variables that put them on the path."""
+    wheels = sorted(map(str, folder.glob("*.whl")))
+    if not wheels:
+        raise SystemExit(f"gpu_campaign: {folder} holds no wheels; fill it with --download-wheels {folder}")
+    flags = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(target))
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags, *wheels], check=True)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))}
+
+
+def download_wheels(folder: Path) -> None:
+    """Fetch WHEELS for Python 3.12 on Linux x86-64 into `folder`."""
+    flags = ["--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
+    for tag in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1"):
+        flags += ["--platform", f"{tag}_x86_64"]
+    subprocess.run([sys.executable, "-m", "pip", "download", *flags, "--dest", str(folder), *WHEELS], check=True)
+
+
+def selected(names: Sequence[str], set_name: str) -> list[Part]:
+    """Parts of the set, or those named, with everything they need, in the order of PARTS."""
+    wanted = set(names or SETS[set_name])
+    unknown = wanted - {part.name for part in PARTS}
+    if unknown:
+        allowed = ", ".join(part.name for part in PARTS)
+        raise SystemExit(f"gpu_campaign: part {sorted(unknown)[0]!r} is unknown; allowed: {allowed}")
+    for part in reversed(PARTS):  # needs stand before what needs them
+        if part.name in wanted:
+            wanted |= set(part.needs)
+    return [part for part in PARTS if part.name in wanted]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--seconds", type=float, default=1500, help="the whole ends within (%(default)s)")
+    add("--set", default="all", choices=SETS, help="parts by what they are for (%(default)s)")
+    add("--part", action="append", default=[], help="instead: a part by name, may be given several times")
+    add("--work", type=Path, default=ROOT / "build" / "gpu_campaign", help="state and logs (%(default)s)")
+    add("--out", type=Path, help="folder that gets summary and results")
+    add("--archive-mb", type=float, default=15, help="most MiB of one archive in --out (%(default)s)")
+    add("--wheels", type=Path, help="folder of wheels to install first, into --work")
+    add("--download-wheels", type=Path, metavar="DIR", help="fetch those wheels, and end")
+    add("--list", action="store_true", help="show sets and parts, and end")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(listing())
+        return 0
+    if args.download_wheels:
+        download_wheels(args.download_wheels)
+        return 0
+    begun = time.monotonic()
+    parts = selected(args.part, args.set)
+    if args.seconds < LEAST_SECONDS + TAIL_SECONDS:
+        parser.error(f"--seconds {args.seconds:g} is too little, at least {LEAST_SECONDS + TAIL_SECONDS}")
+    reason = why_no_gpu()
+    if reason is not None:
+        print(f"gpu_campaign: {reason}; nothing was run", file=sys.stderr)
+        return 2
+    work = args.work.resolve()
+    variables = install_wheels(args.wheels, work / "site") if args.wheels else {}
+    campaign = Campaign(parts, work, args.seconds - (time.monotonic() - begun), variables)
+
+    def keep() -> None:
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            left_out = pack(result_files(work, campaign.started), args.out, int(args.archive_mb * (1 << 20)))
+            notes = "".join(f"\nleft out: {line}" for line in left_out)
+            (args.out / "campaign.md").write_text(campaign.summary() + notes)
+
+    campaign.run(on_part=keep)
+    print(campaign.summary())
+    return campaign.exit_code()
+
+
+def listing() -> str:
+    """Sets, parts with their limits, and wheels, as text."""
+    lines = [f"{name}: {', '.join(parts)}" for name, parts in SETS.items()] + [""]
+    lines += [f"{part.name:18} {part.seconds:4} s  {part.purpose}" for part in PARTS]
+    return "\n".join([*lines, "", f"wheels: {' '.join(WHEELS)}"])
+
+
+def why_no_gpu() -> str | None:
+    """Why nothing can be measured here, or None. Asked in a process of its own: a CUDA context would stay here."""
+    code = "import torch; assert torch.cuda.is_available(), f'torch {torch.__version__} sees no CUDA device'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1].removeprefix("AssertionError: ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
