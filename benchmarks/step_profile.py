@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     "codes": r"modiff(_\w+)?::\w*quantize|range_kernel|quantize_kernel|statistics_kernel|coefficients_kernel"
-    r"|modiff::cuda::\w*(Pass|Moments|Statistics|Coefficients)\b",
-    "integer products": r"modiff(_\w+)?::(convolve|accumulate|modulated|quantized)|modiff::cuda::"
-    r"|modulated_linear_kernel|product_kernel|finish_kernel|weight_sums_kernel",
-    "attention": r"attention|fmha|aten::(bmm|baddbmm|_softmax)",
-    "float layers": r"convolution|conv2d|aten::(addmm|mm|linear)|gemm|cudnn|cublas",
+    r"|modiff::.*(Pass|Moments|Statistics|Coefficients)\b",
+    "integer products": r"modiff(_\w+)?::(convolve|accumulate|modulated|quantized)|modiff::cuda::|product_kernel"
+    r"|modiff::.*(Product|FinishSplits|WeightSums)|finish_kernel|weight_sums_kernel|modulated_linear_kernel",
+    "attention": r"attention|fmha|flash|aten::(bmm|baddbmm|_softmax)",
+    "float layers": r"convolution|conv2d|aten::(addmm|mm|linear)|gemm|cudnn|cublas|cutlass|nvjet|xmma",
     "norms and activations": r"norm|silu|gelu",
     "additions and copies": r"aten::(add|mul|div|cat|copy_|clone|upsample|index|sub)|elementwise|CatArray|memcpy",
 }

@@ -60,6 +60,18 @@ PARTS = (
     ),
     Part("doctor", "which backends run, and why others do not", ("{python}", "-m", "modiff_kernels", "doctor"), 60),
     Part(
+        "families",
+        "every family of kernels once, against the reference",
+        ("{python}", "tools/sanitize_kernels.py"),
+        150,
+    ),
+    Part(
+        "gpu_tests",
+        "all tests that need a GPU; in 14 processes, as Triton compiles some 900 forms for them",
+        _pytest("-n", "14", "--maxfail", "60", "tests/backends", "tests/integrations/test_graphs_on_gpu.py"),
+        360,
+    ),
+    Part(
         "machine",
         "rates of copies and products, as rows",
         ("{python}", "benchmarks/bench_machine.py", "--device", "cuda", "--record"),

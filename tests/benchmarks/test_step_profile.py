@@ -27,6 +27,13 @@ from benchmarks import bench_unet_step, record, step_profile
         ("void modiff::cuda::stream_kernel<modiff::cuda::TilePass<float, 8> >(Args)", "codes"),
         ("void modiff::cuda::sm90::product_kernel<modiff::cuda::sm90::Product<128> >(Args)", "integer products"),
         ("triton_red_fused_native_group_norm_silu_4", "norms and activations"),
+        ("void modiff::kernel<modiff::cuda::TilePass<(modiff::Prologue)0, modiff::Half, modiff::Half> >(...)", "codes"),
+        ("void modiff::kernel<modiff::cuda::Coefficients>(modiff::cuda::Coefficients::Args)", "codes"),
+        ("void modiff::cuda::sm90::product_kernel<modiff::cuda::sm90::Product<8, 2, 160> >(...)", "integer products"),
+        ("void modiff::cuda::sm80::tensor_kernel<modiff::cuda::sm80::Product<...> >(...)", "integer products"),
+        ("void pytorch_flash::flash_fwd_kernel<...>(...)", "attention"),
+        ("nvjet_tst_128x64_64x8_2x1_v_bz_TNT", "float layers"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "float layers"),
     ],
 )
 def test_kinds(op, kind):
