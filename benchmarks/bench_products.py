@@ -28,9 +28,10 @@ import torch
 
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
+from benchmarks.budget import Budget
 from benchmarks.cutlass_int8.build import FOLDER as CUTLASS_FOLDER
 from benchmarks.cutlass_int8.rival import Rival
-from benchmarks.gpu_timing import LEAST_ROUNDS, Budget, ColdTimer, current_gpu
+from benchmarks.gpu_timing import LEAST_ROUNDS, ColdTimer, current_gpu
 from benchmarks.product_cases import (
     FORMS,
     RIVAL_FORM,
@@ -141,7 +142,7 @@ class Bench:
         for index, problem in enumerate(problems):
             case = None
             for form, backend, key in self.todo(problem):
-                if budget.is_spent():
+                if budget.is_over:
                     return sum(len(self.todo(rest)) for rest in problems[index:])
                 self.done.add(key)
                 try:

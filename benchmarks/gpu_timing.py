@@ -1,8 +1,7 @@
-"""Times of calls on a GPU with a cold L2 cache, and the end of the time that a program was given."""
+"""Times of calls on a GPU with a cold L2 cache."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -20,22 +19,6 @@ def current_gpu() -> tuple[torch.device, str]:
     """The current CUDA device and its name."""
     device = torch.device("cuda", torch.cuda.current_device())
     return device, torch.cuda.get_device_name(device)
-
-
-class Budget:
-    """Seconds that are left of a number of them; None: without end."""
-
-    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._end = None if seconds is None else clock() + seconds
-
-    def left(self) -> float:
-        """Seconds that are left, infinity without an end."""
-        return math.inf if self._end is None else max(0.0, self._end - self._clock())
-
-    def is_spent(self) -> bool:
-        """Whether nothing is left."""
-        return self.left() == 0
 
 
 class ColdTimer:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
-from benchmarks.gpu_timing import Budget, ColdTimer, current_gpu
+from benchmarks.budget import Budget
+from benchmarks.gpu_timing import ColdTimer, current_gpu
 from benchmarks.product_cases import Problem, problems_by_share
 from benchmarks.shapes import NETWORKS, Layer
 from modiff_kernels.backends import reference
@@ -149,7 +150,7 @@ class Tuner:
         """Tunes `problems` in their order until `budget` is spent; returns how many are left."""
         todo = [(problem, bits) for problem in problems for bits in weight_bits if problem.name(bits) not in self.done]
         for index, (problem, bits) in enumerate(todo):
-            if budget.is_spent():
+            if budget.is_over:
                 return len(todo) - index
             try:
                 self._tune(problem, bits)

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import products_report, record
-from benchmarks.gpu_timing import Budget, current_gpu
+from benchmarks.budget import Budget
+from benchmarks.gpu_timing import current_gpu
 from benchmarks.product_cases import Case, Problem
 from benchmarks.shapes import Layer
 
@@ -94,11 +95,11 @@ def profile(calls: Sequence[Call], out: Path, budget: Budget) -> tuple[int, int]
     failed = 0
     todo = [call for call in calls if not (out / f"{call.name()}.txt").exists()]
     for index, call in enumerate(todo):
-        if budget.is_spent():
+        if budget.is_over:
             return failed, len(todo) - index
         try:
             done = subprocess.run(
-                command(call), capture_output=True, text=True, timeout=min(LONGEST_S, budget.left()), check=False
+                command(call), capture_output=True, text=True, timeout=min(LONGEST_S, budget.left), check=False
             )
         except subprocess.TimeoutExpired:
             print(f"ncu_worst: {call.name()}: stopped, it took too long", file=sys.stderr)

@@ -48,8 +48,8 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device) {
   }
   if (dim == 4) strides = {strides[0], 1, sizes[1] * sizes[3], sizes[1]};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cuda(), device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
 }
 

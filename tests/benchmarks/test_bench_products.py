@@ -8,7 +8,7 @@ import torch
 from benchmarks import bench_products, product_cases, record, shapes
 from benchmarks.bench_products import Bench
 from benchmarks.bounds import peaks_of
-from benchmarks.gpu_timing import Budget
+from benchmarks.budget import Budget
 from benchmarks.product_cases import FORMS, OUR_FORMS, RIVAL_FORM, TORCH_FORMS, Case, Problem
 from benchmarks.shapes import Layer
 from modiff_kernels.ops import dispatch

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import record, tile_tuning
-from benchmarks.gpu_timing import Budget
+from benchmarks.budget import Budget
 from benchmarks.product_cases import Problem
 from benchmarks.shapes import Layer
 from benchmarks.tile_tuning import OP, OVER_BEST, Scratch, Tuner

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.gpu_timing import Budget
+from benchmarks.budget import Budget
 from benchmarks.shapes import Layer
 from tools import ncu_worst
 from tools.ncu_worst import Call
