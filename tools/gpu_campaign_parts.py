@@ -32,6 +32,21 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return ("{python}", "-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "-m", "gpu", *arguments)
 
 
+def _bounded(script: str, *arguments: str) -> tuple[str, ...]:
+    """A benchmark on the GPU that ends itself and, the next time, goes on with what it has not recorded."""
+    return ("{python}", f"benchmarks/{script}", *arguments, "--device", "cuda", "--budget", "{budget}", "--quiet")
+
+
+def _steps(network: str, *batches: str) -> tuple[str, ...]:
+    few = ("--calls", "8", "--rounds", "3", "--record", "--skip-recorded")
+    return _bounded("bench_unet_step.py", "--network", network, "--batch", *batches, *few)
+
+
+def _runs(network: str, *images: str) -> tuple[str, ...]:
+    few = ("--rounds", "3", "--record", "--skip-recorded")
+    return _bounded("bench_sampling.py", "--network", network, "--images", *images, *few)
+
+
 PARTS = (
     Part("environment", "GPU, driver, versions", ("nvidia-smi",), 20, needs=()),
     Part(
@@ -68,10 +83,43 @@ PARTS = (
         _pytest("tests/backends/cuda/test_hopper_on_gpu.py"),
         90,
     ),
+    Part(
+        "plans_sd15",
+        "layer plans of Stable Diffusion 1.5",
+        _bounded("make_plans.py", "--network", "sd15", "--batch", "2", "16", "--rounds", "2", "--skip-existing"),
+        150,
+    ),
+    Part("steps_sd15", "whole steps of Stable Diffusion 1.5", _steps("sd15", "16", "2", "8", "1", "64"), 420),
+    Part("runs_sd15", "whole runs of Stable Diffusion 1.5", _runs("sd15", "8", "1"), 420),
+    Part(
+        "profile_sd15",
+        "what takes the time of its steps",
+        (*_steps("sd15", "16", "2"), "--profile", "--rows", "float-compile-graphs,modulated-w8a8"),
+        120,
+    ),
+    Part("steps_sdxl", "whole steps of Stable Diffusion XL", _steps("sdxl", "8", "2", "1", "16", "64"), 540),
+    Part("runs_sdxl", "whole runs of Stable Diffusion XL", _runs("sdxl", "4", "1"), 540),
+    Part("steps_ddpm", "whole steps of DDPM", _steps("ddpm_cifar10", "64", "8", "1", "2", "16"), 240),
+    Part("runs_ddpm", "whole runs of DDPM", _runs("ddpm_cifar10", "64", "1"), 180),
+    Part("runs_shipped", "whole runs of the shipped model, which is trained", _runs("cifar10_small16", "64", "8"), 120),
+    Part("steps_ldm8", "whole steps of LDM-8", _steps("ldm8_churches", "8", "64", "1", "2", "16"), 240),
+    Part(
+        "plans",
+        "layer plans of all networks",
+        _bounded(
+            "make_plans.py",
+            *("--network", "sd15", "sdxl", "ddpm_cifar10", "ldm8_churches"),
+            *("--batch", "1", "2", "8", "16", "64", "--rounds", "2", "--skip-existing"),
+        ),
+        540,
+    ),
 )
 
-SETS = {"all": tuple(part.name for part in PARTS)}
+SETS = {
+    "all": tuple(part.name for part in PARTS),
+    "sampling": tuple(part.name for part in PARTS if part.name.startswith(("plans", "steps", "runs", "profile"))),
+}
 """Parts by what they are for; what a part needs comes along."""
 
-WHEELS = ("diffusers==0.42.1",)
+WHEELS = ("diffusers==0.42.1", "torchao==0.18.0", "DeepCache==0.1.1")
 """What parts import beside torch, triton and the package's own dependencies."""
