@@ -38,7 +38,6 @@ from benchmarks import bounds, record, step_profile
 from benchmarks.budget import Budget
 from benchmarks.configurations import (
     STEP_ORDER,
-    TORCHAO,
     Network,
     Networks,
     default_dtype,
@@ -106,6 +105,7 @@ class Bench:
             (x.to(unet.device, unet.dtype), t.to(unet.device))
             for x, t in trajectory(config.sample_size, batch, calls, config.in_channels)
         ]
+        networks.shown = self.inputs
         self.keywords = conditions(unet, batch)
         self.expected = unet(*self.inputs[-1], **self.keywords, return_dict=False)[0]
 
@@ -170,7 +170,9 @@ class Bench:
         if entrant.peak_bytes:
             rows.append(self._row(entrant, "peak_memory", "bytes", [entrant.peak_bytes]))
         state_bytes = 2 if self.expected.is_cuda else 4
-        mode = "quantized" if row.key == TORCHAO else row.mode
+        if row.weight_bits == 16:  # the machine's rates are those of the other rows
+            return rows
+        mode = "quantized" if row.weight_bits == 8 and row.mode == "float" else row.mode
         sizes = (self.expected.element_size(), state_bytes)
         rows.append(
             self._row(entrant, "bound", "ms", [bounds.bound_ms(self.network, self.batch, mode, self.machine, *sizes)])
@@ -211,10 +213,11 @@ def least_sqnr_db(row: Row, dtype: torch.dtype) -> float:
     low_bits = min(row.act_bits, row.weight_bits) < 8
     if low_bits:
         return 0.0 if row.mode == "quantized" else 10.0
-    if row.key == TORCHAO:
+    if row.mode == "float" and row.weight_bits == 8:
         return LEAST_SQNR_DB["quantized"]
     if row.mode == "float":
-        return LEAST_SQNR_16_BIT_DB.get(str(dtype).removeprefix("torch."), LEAST_SQNR_DB["float"])
+        name = "bfloat16" if row.weight_bits == 16 else str(dtype).removeprefix("torch.")
+        return LEAST_SQNR_16_BIT_DB.get(name, LEAST_SQNR_DB["float"])
     return LEAST_SQNR_DB[row.mode]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.deepcache import CachedUNet
+from benchmarks.openvino_unet import PRECISIONS, OpenVinoUNet
 from benchmarks.shapes import NOT_COUNTED
 from modiff_kernels.cli.models import share_copy
 from modiff_kernels.cli.quantised import Quantised
@@ -24,6 +25,7 @@ from modiff_kernels.integrations.graphs import CudaCapture
 
 PLANS = record.RESULTS / "plans"
 TORCHAO = "torchao-int8"
+BFLOAT16 = "float-compile-bfloat16"
 FUSE_INT_MM = {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
 """What torchao recommends for its int8 products; set in its own way, it would hold for all that is compiled later."""
 DEEPCACHE = {f"deepcache-{n}{form}": n for n in (3, 5) for form in ("", "-compile")}
@@ -60,18 +62,40 @@ class Network:
             self.quantised.handle.remove()
 
 
+class InBfloat16(torch.nn.Module):
+    """`unet` in bfloat16 and channels_last, compiled, for calls with tensors in float32."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = unet.config, unet.device, torch.float32
+        self._unet = copy.deepcopy(unet).to(torch.bfloat16, memory_format=torch.channels_last)
+        compile_calls(self._unet, compile_options(on_cuda=False, cuda_graphs=False))
+
+    def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        """The output in a tuple, with return_dict=False."""
+        return (self._unet(sample.bfloat16(), *args, **kwargs)[0].float(),)
+
+
 class Networks:
-    """Makes the UNets of rows; all share the weights of `unet`, but for its memory format."""
+    """Makes the UNets of rows; all share the weights of `unet`, but for its memory format and for those of peers.
+
+    shown: calls that peers may calibrate with, (sample, timestep) each; set it before their rows are made.
+    """
 
     def __init__(self, unet: torch.nn.Module, backend: str = "auto") -> None:
         self.unet = unet
         self.backend = backend
+        self.shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
         self.channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
         self._own = {tensor.data_ptr() for net in (unet, self.channels_last) for tensor in _tensors(net)}
 
     def make(self, row: Row, pipe_of: Callable[[torch.nn.Module], Any] | None = None) -> Network:
         """The UNet of `row`. pipe_of: makes the pipeline around it that is to begin its runs."""
         on_cuda = self.unet.device.type == "cuda"
+        if row.key in PRECISIONS:
+            return Network(row, OpenVinoUNet(self.unet, row.key, self.shown))
+        if row.key == BFLOAT16:
+            return Network(row, InBfloat16(self.unet))
         unet = share_copy(self.channels_last if row.channels_last else self.unet)
         network = Network(row, unet)
         if row.mode != "float" or row.schedule is not None:
@@ -176,6 +200,13 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pa
             name = "torchao int8 dynamic, torch.compile, CUDA graphs"
             rows[TORCHAO] = Row(TORCHAO, name, "float", 8, 8, compiled=True, cuda_graphs=True)
         add("modulated-w8a8-compile", modulated, "modulated W8A8, compiled", compiled=True)
+    if not on_cuda and dtype == torch.float32:
+        if compiled and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            rows[BFLOAT16] = Row(BFLOAT16, "bfloat16 torch.compile channels_last", "float", 16, 16, compiled=True)
+        for key, (precision, in_int8) in PRECISIONS.items():
+            bits = 8 if in_int8 else 16 if precision == "bf16" else 32
+            name = key.replace("openvino-", "OpenVINO ").replace("int8-", "int8, ")
+            rows[key] = Row(key, name, "float", bits, bits, channels_last=False)
     if on_cuda:
         add("modulated-w8a8-graphs", modulated, "modulated W8A8, CUDA graphs", cuda_graphs=True)
     if on_cuda and compiled:
@@ -191,7 +222,7 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pa
 def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Path | None = None) -> list[Row]:
     """The rows of whole runs, as tables show them: those of whole steps that matter, DeepCache, and schedules."""
     steps = [row for row in step_rows(device, torch.float32, compiled, plan) if row.mode != "weight_only"]
-    steps = [row for row in steps if min(row.act_bits, row.weight_bits) >= 8]
+    steps = [row for row in steps if min(row.act_bits, row.weight_bits) >= 8 and row.key not in (BFLOAT16, *PRECISIONS)]
     on_cuda = device.type == "cuda"
     rows = {row.key: row for row in steps if row.mode == "float"}
     for key, interval in DEEPCACHE.items():
@@ -241,11 +272,13 @@ def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
 
 def importable(rows: Sequence[Row]) -> list[Row]:
     """`rows` without those of packages that are not installed, which stderr is told."""
-    needed = {TORCHAO: "torchao", **dict.fromkeys(DEEPCACHE, "DeepCache")}
-    missing = {needed[row.key] for row in rows if row.key in needed} - {p for p in needed.values() if has(p)}
+    needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
+    needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
+    wanted = set().union(*(needed.get(row.key, set()) for row in rows))
+    missing = {package for package in wanted if not has(package)}
     for package in sorted(missing):
         print(f"{package} is not installed (pip install {package}): its rows are left out", file=sys.stderr)
-    return [row for row in rows if needed.get(row.key) not in missing]
+    return [row for row in rows if not needed.get(row.key, set()) & missing]
 
 
 def _named(rows: dict[str, Row], dtype: torch.dtype) -> list[Row]:
