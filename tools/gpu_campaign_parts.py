@@ -69,7 +69,7 @@ PARTS = (
     ),
     Part(
         "gpu_tests",
-        "all tests that need a GPU; in 14 processes, as Triton compiles some 900 forms for them",
+        "all tests that need a GPU; in 14 processes, as Triton compiles some 1500 forms for them",
         _pytest("-n", "14", "--maxfail", "60", "tests/backends", "tests/integrations/test_graphs_on_gpu.py"),
         360,
     ),
