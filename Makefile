@@ -49,7 +49,7 @@ test: lint
 style: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format -i {} +
+	find csrc tests benchmarks -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format -i {} +
 
 bench: setup
 	$(BIN)/python benchmarks/bench_unet_step.py $(BENCH_ARGS)

@@ -1,210 +1,66 @@
-"""Time of single layers on a GPU: the ops of the backends cuda and triton, side by side, against torch in bf16 (cuDNN,
-cuBLAS), torch._int_mm and the roofline.
+"""Time of single layers on a GPU: the ops of the backends cuda and triton, side by side, against torch in bf16 and fp16
+(cuDNN, cuBLAS), torch._int_mm, CUTLASS's int8 kernels and the roofline.
 
-python -m benchmarks.bench_products [--network sd15] [--batch 1 2 8] [--weight-bits 8] [--backend cuda] [--record]
+python benchmarks/bench_products.py [--network sd15 sdxl] [--batch 1 2 8] [--backend cuda] [--record] [--budget 500]
 
-Every form is verified first, then timed with a cold L2 cache (a buffer larger than it is written before every call,
-which also hides the launch from the device), by CUDA events. Needs a GPU that nothing else uses.
+Every problem is timed once, however many networks have it, those with the largest share of a network's step first; with
+--record its rows are written as soon as they are there. So a run may be stopped at any time, by --budget or otherwise,
+and goes on where it was with --skip-recorded. Every form is verified first (both ends of the batch), then timed with a
+cold L2 cache by CUDA events (benchmarks/gpu_timing.py). Needs a GPU that nothing else uses. Exit code 1: some forms
+failed; 2: nothing can be timed here; 3: the budget was spent first.
+
+Rivals: convolutions in channels_last with cudnn.benchmark, matrices by cuBLAS; torch._int_mm with both operands along
+K; the fastest of the kernels of CUTLASS that benchmarks/cutlass_int8/build.py has built, if it was run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import record
-from benchmarks.shapes import NETWORKS, Layer, layer_table
+from benchmarks.bounds import PEAKS, peaks_of
+from benchmarks.budget import Budget
+from benchmarks.cutlass_int8.build import FOLDER as CUTLASS_FOLDER
+from benchmarks.cutlass_int8.rival import Rival
+from benchmarks.gpu_timing import LEAST_ROUNDS, ColdTimer, current_gpu
+from benchmarks.product_cases import (
+    FORMS,
+    RIVAL_FORM,
+    TORCH_FORMS,
+    Case,
+    Check,
+    Problem,
+    bound_us,
+    bytes_moved,
+    forms_of,
+    operations,
+    problems_by_share,
+)
+from benchmarks.shapes import NETWORKS, Layer
 from modiff_kernels import ops
-from modiff_kernels.evaluation import sqnr, text_table
-from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
 
-ACT_BITS = 8
 BACKENDS = ("cuda", "triton")
-TORCH_FORMS = ("bf16", "int_mm")  # whatever the backend
-FORMS = ("bf16", "int_mm", "quantized", "accumulate", "quantize_residual", "modulated")
-LEAST_SQNR_DB = {"bf16": 30.0}
-"""To the same op of the backend reference, in float32 out of the same codes: 50 for float16 outputs. bf16 has its own
-rounding of inputs and weights, and is compared to the float operator."""
-WARM_UP = 5
-FLUSH_BYTES = 256 << 20  # five times the L2 cache of an H200
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Published dense peaks of a device: tera-operations and terabytes per second."""
-
-    int8_tops: float
-    bf16_tops: float
-    memory_tb: float
-
-
-PEAKS = {
-    "H200": Peaks(1979, 989, 4.8),
-    "H100 80GB HBM3": Peaks(1979, 989, 3.35),
-    "A100-SXM4-80GB": Peaks(624, 312, 2.039),
-    "A100-SXM4-40GB": Peaks(624, 312, 1.555),
-}
-"""By part of the device's name."""
-
-
-def peaks_of(device_name: str) -> Peaks | None:
-    """Peaks of the device, None if they are not in the table."""
-    return next((peaks for part, peaks in PEAKS.items() if part in device_name), None)
-
-
-def output_size(layer: Layer) -> tuple[int, int]:
-    """Height and width of the output of `layer`; a Linear has `h` rows."""
-    if layer.kind == "linear":
-        return layer.h, 1
-    return tuple((size + 2 * layer.padding - layer.kernel) // layer.stride + 1 for size in (layer.h, layer.w))
-
-
-def operations(layer: Layer, batch: int) -> int:
-    """Multiplications and additions of the product."""
-    rows, columns = output_size(layer)
-    return 2 * batch * rows * columns * layer.c_out * layer.c_in * layer.kernel**2
-
-
-def bytes_moved(form: str, layer: Layer, batch: int, weight_bits: int) -> float:
-    """What `form` has to read and write at least: every tensor once, activations and state of 2 bytes, codes of 1."""
-    rows, columns = output_size(layer)
-    inputs = batch * layer.h * layer.w * layer.c_in
-    outputs = batch * rows * columns * layer.c_out
-    weights = layer.c_out * layer.c_in * layer.kernel**2
-    quantise = inputs * (2 + 2 + 2 + 1)  # x, x_hat read; x_hat, codes written
-    packed = weights * weight_bits / 8
-    return {
-        "bf16": 2 * inputs + 2 * weights + 2 * outputs,
-        "int_mm": inputs + weights + 4 * outputs,
-        "quantized": inputs + packed + 2 * outputs,
-        "accumulate": inputs + packed + 6 * outputs,  # y_hat read and written, out written
-        "quantize_residual": quantise,
-        "modulated": quantise + inputs + packed + 6 * outputs,
-    }[form]
-
-
-def bound_us(form: str, layer: Layer, batch: int, weight_bits: int, peaks: Peaks) -> float:
-    """The least time of `form` on a device with `peaks`: its bytes or its operations, whichever takes longer; for
-    "modulated" the sum over its two passes.
-    """
-    if form == "modulated":
-        return sum(bound_us(part, layer, batch, weight_bits, peaks) for part in ("quantize_residual", "accumulate"))
-    memory = bytes_moved(form, layer, batch, weight_bits) / (peaks.memory_tb * 1e6)
-    if form == "quantize_residual":
-        return memory
-    tops = peaks.bf16_tops if form == "bf16" else peaks.int8_tops
-    return max(memory, operations(layer, batch) / (tops * 1e6))
-
-
-class Case:
-    """Tensors of one layer on `device`; its forms are methods without arguments that return their output."""
-
-    def __init__(self, layer: Layer, batch: int, weight_bits: int, device: torch.device, backend: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.backend, self.linear = backend, layer.kind == "linear"
-        shape = (layer.c_out, layer.c_in) if self.linear else (layer.c_out, layer.c_in, layer.kernel, layer.kernel)
-        dense = torch.randn(shape, generator=generator) / (layer.c_in * layer.kernel**2) ** 0.5
-        codes, scale = quantize_weight(dense, weight_bits)
-        memory_format = torch.contiguous_format if self.linear else torch.channels_last
-        dequantised = dequantize_weight(codes, scale, -1, shape)
-        self.float_weight = dequantised.to(device, torch.bfloat16).contiguous(memory_format=memory_format)
-        self.packed, self.weight_scale = ops.pack_weight(codes.to(device), weight_bits), scale.to(device)
-        self.codes_kn = codes.t().contiguous().to(device) if self.linear else None
-        side = (layer.kernel, layer.kernel)
-        self.conv = () if self.linear else (side, (layer.stride,) * 2, (layer.padding,) * 2, (1, 1), 1)
-        self.format = (weight_bits, -1, "kpack_v1", *self.conv)
-        x_shape = (batch, layer.h, layer.c_in) if self.linear else (batch, layer.c_in, layer.h, layer.w)
-        x = torch.randn(x_shape, generator=generator).to(memory_format=memory_format)
-        self.x = x.to(device, torch.float16)
-        self.x_hat = (x + 0.05 * torch.randn(x_shape, generator=generator)).to(device, torch.float16)
-        self.x_bf16 = x.to(device, torch.bfloat16)
-        self.codes = ops.quantize_residual(self.x, self.x_hat.clone(), None, ACT_BITS, "per_sample", backend=backend)
-        self.plain_codes = ops.quantize_activation(self.x, ACT_BITS, "per_sample", backend=backend)
-        self.y_hat = self.float_operator(self.x_hat, self.float_weight.half())
-        self.suffix = "linear" if self.linear else "conv2d"
-
-    def float_operator(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The operator in torch."""
-        return F.linear(x, weight) if self.linear else F.conv2d(x, weight, None, *self.conv[1:3])
-
-    def bf16(self) -> torch.Tensor:
-        return self.float_operator(self.x_bf16, self.float_weight)
-
-    def int_mm(self) -> torch.Tensor:
-        return torch._int_mm(self.codes[0].flatten(0, -2), self.codes_kn)
-
-    def quantized(self) -> torch.Tensor:
-        function = getattr(ops, f"quantized_{self.suffix}")
-        weights = (self.packed, self.weight_scale, None, None)
-        return function(*self.plain_codes, *weights, *self.format, torch.float16, backend=self.backend)
-
-    def accumulate(self) -> torch.Tensor:
-        function = getattr(ops, f"accumulate_{self.suffix}")
-        weights = (self.packed, self.weight_scale, self.y_hat, None)
-        return function(*self.codes[:2], *weights, *self.format, torch.float16, backend=self.backend)
-
-    def quantize_residual(self) -> torch.Tensor:
-        return ops.quantize_residual(self.x, self.x_hat, None, ACT_BITS, "per_sample", backend=self.backend)[0]
-
-    def modulated(self) -> torch.Tensor:
-        function = getattr(ops, f"modulated_{self.suffix}")
-        weights = (self.packed, self.weight_scale, self.y_hat, None)
-        act = (ACT_BITS, "per_sample", 1.0)
-        return function(self.x, self.x_hat, None, *weights, *act, *self.format, backend=self.backend)[0]
-
-
-def forms_of(layer: Layer, batch: int, weight_bits: int, wanted: list[str]) -> list[str]:
-    """The forms among `wanted` that `layer` has: torch._int_mm multiplies int8 matrices, of more than 16 rows."""
-    has_int_mm = layer.kind == "linear" and weight_bits == 8 and batch * layer.h > 16 and layer.c_in % 8 == 0
-    return [form for form in wanted if form != "int_mm" or has_int_mm]
-
-
-def verified(form: str, case: Case, reference: Case) -> float:
-    """SQNR in dB of one call, in the state that `case` was made with; fails on a wrong result."""
-    found = getattr(case, form)().float()
-    if form == "bf16":
-        expected = reference.float_operator(reference.x.float(), reference.float_weight.float())
-    elif form == "int_mm":
-        expected = (reference.codes[0].flatten(0, -2).double() @ reference.codes_kn.double()).float()
-    else:
-        expected = getattr(reference, form)().float()
-    if form in ("quantize_residual", "int_mm"):
-        assert torch.equal(found, expected), f"{form}: integers differ from the reference"
-        return float("inf")
-    sqnr_db = sqnr(found, expected)
-    least = LEAST_SQNR_DB.get(form, 50.0)
-    assert sqnr_db >= least, f"{form}: {sqnr_db:.1f} dB to the reference, at least {least:g} expected"
-    return sqnr_db
-
-
-def time_us(call: Callable[[], object], rounds: int) -> list[float]:
-    """Microseconds of `rounds` calls on the current CUDA device, each with a cold L2 cache."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    events = []
-    for index in range(WARM_UP + rounds):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        if index >= WARM_UP:
-            events.append((begin, end))
-    torch.cuda.synchronize()
-    return [1e3 * begin.elapsed_time(end) for begin, end in events]
+RIVAL_BACKEND = "cutlass"
+Key = tuple[str, str, str]
+Timer = Callable[[Callable[[], Any]], list[float]]
 
 
 def rows_of(
     form: str, backend: str, layer: Layer, batch: int, weight_bits: int, times: list[float], sqnr_db: float, device: str
-) -> list:
+) -> list[dict[str, Any]]:
     """Rows of one measurement: time, rates, and the share of the roofline's bound if the device's peaks are known."""
     common = {
         "op": form,
-        "problem": f"{layer}-b{batch}-w{16 if form == 'bf16' else weight_bits}",
+        "problem": Problem(layer, batch, 0.0).name(weight_bits_of(form, weight_bits)),
         "backend": backend,
         "cache": "cold",
         "timer": "cuda_event",
@@ -224,34 +80,130 @@ def rows_of(
     return rows
 
 
-def backends_of(form: str, backends: list[str]) -> list[str]:
+def weight_bits_of(form: str, weight_bits: int) -> int:
+    """Bits of the weight that `form` multiplies."""
+    return 16 if form in ("bf16", "fp16") else weight_bits
+
+
+def backends_of(form: str, backends: Sequence[str], has_rival: bool) -> list[str]:
     """Whom to time `form` with."""
-    return ["torch"] if form in TORCH_FORMS else backends
+    if form == RIVAL_FORM:
+        return [RIVAL_BACKEND] if has_rival else []
+    return ["torch"] if form in TORCH_FORMS else list(backends)
 
 
-def timed(
-    form: str, backend: str, layer: Layer, batch: int, weight_bits: int, rounds: int
-) -> tuple[list[float], float] | str:
-    """Microseconds of the calls and the SQNR in dB of the first, or why `backend` does not solve this."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    try:
-        case = Case(layer, batch, weight_bits, device, "reference" if backend == "torch" else backend)
-        sqnr_db = verified(form, case, Case(layer, batch, weight_bits, device, "reference"))
-    except ops.BackendUnavailable as error:
-        return str(error)
-    return time_us(getattr(case, form), rounds), sqnr_db
+def recorded(rows: Iterable[dict[str, str]], commit: str) -> set[Key]:
+    """(form, problem, backend) of the times among `rows` that were measured at `commit`."""
+    return {
+        (row["op"], row["problem"], row["backend"].split("-")[0])
+        for row in rows
+        if row["metric"] == "time" and row["git_commit"] == commit
+    }
 
 
-def main() -> int:
+@dataclass
+class Bench:
+    """What to time, on what and with what; `sink` takes the rows of every measurement as soon as it is done.
+
+    timer: a call to microseconds of several calls (ColdTimer); quick: the same of fewer calls, to choose among the
+    kernels of `rival`. done: keys that are not timed, and those that were.
+    """
+
+    forms: Sequence[str]
+    backends: Sequence[str]
+    weight_bits: int
+    device: torch.device
+    device_name: str
+    timer: Timer
+    sink: Callable[[list[dict[str, Any]]], None]
+    done: set[Key]
+    rival: Rival | None = None
+    quick: Timer | None = None
+
+    def __post_init__(self) -> None:
+        self.timed = self.failed = 0
+
+    def todo(self, problem: Problem) -> list[tuple[str, str, Key]]:
+        """(form, backend, key) that are not done yet."""
+        found = []
+        for form in forms_of(problem.layer, problem.batch, self.weight_bits, self.forms):
+            for backend in backends_of(form, self.backends, bool(self.rival)):
+                key = (form, problem.name(weight_bits_of(form, self.weight_bits)), backend)
+                if key not in self.done:
+                    found.append((form, backend, key))
+        return found
+
+    def run(self, problems: Sequence[Problem], budget: Budget) -> int:
+        """Times `problems` in their order until `budget` is spent; returns how many measurements are left.
+
+        A wrong form, one that is out of memory and one that its backend does not solve are reported on stderr and left
+        out; an error of the device ends the run, as nothing runs on it any more.
+        """
+        for index, problem in enumerate(problems):
+            case = None
+            for form, backend, key in self.todo(problem):
+                if budget.is_over:
+                    return sum(len(self.todo(rest)) for rest in problems[index:])
+                self.done.add(key)
+                try:
+                    case = case or Case(problem.layer, problem.batch, self.weight_bits, self.device)
+                    self._time(form, backend, problem, case)
+                except ops.BackendUnavailable as error:
+                    print(f"bench_products: {error}", file=sys.stderr)
+                except torch.OutOfMemoryError:
+                    print(f"bench_products: {form}, {backend}, {key[1]}: out of memory", file=sys.stderr)
+                    case = None
+                    torch.cuda.empty_cache()
+                except Exception as error:  # compilers have errors of their own
+                    self.failed += 1
+                    print(f"bench_products: FAILED {form}, {backend}, {key[1]}: {error}", file=sys.stderr, flush=True)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize()  # raises where the device is lost
+        return 0
+
+    def _time(self, form: str, backend: str, problem: Problem, case: Case) -> None:
+        name = backend
+        if form == RIVAL_FORM:
+            assert self.rival is not None
+            found = self.rival.best(case, self.timer, self.quick or self.timer)
+            if isinstance(found, str):
+                print(f"bench_products: {problem.name(self.weight_bits)}: {found}", file=sys.stderr)
+                return
+            kernel, times, sqnr_db = found
+            name = f"{backend}-{kernel}"
+        else:
+
+            def call() -> torch.Tensor:
+                return case.run(form, backend)
+
+            sqnr_db = Check(form, case).sqnr_db(call)
+            times = self.timer(call)
+        layer, batch = problem.layer, problem.batch
+        rows = rows_of(form, name, layer, batch, self.weight_bits, times, sqnr_db, self.device_name)
+        self.sink(rows)
+        self.timed += 1
+        values = "  ".join(f"{row['p50']:.1f} {row['unit']}" for row in rows)
+        print(f"{rows[0]['problem']}  {form}  {name}  {values}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="sd15", choices=NETWORKS, help="whose layers (%(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8], help="images (%(default)s)")
-    parser.add_argument("--weight-bits", type=int, default=8, choices=(3, 4, 8), help="default: %(default)s")
-    parser.add_argument("--backend", nargs="+", default=list(BACKENDS), choices=BACKENDS, help="default: all that run")
-    parser.add_argument("--form", nargs="+", default=list(FORMS), choices=FORMS, help="default: all")
-    parser.add_argument("--rounds", type=int, default=50, help="timed calls of each form (%(default)s)")
-    parser.add_argument("--record", action="store_true", help="append the results to benchmarks/results")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--network", nargs="+", default=["sd15"], choices=NETWORKS, help="whose layers (default: sd15)")
+    add("--batch", type=int, nargs="+", default=[1, 2, 8], help="images (%(default)s)")
+    add("--weight-bits", type=int, default=8, choices=(3, 4, 8), help="default: %(default)s")
+    add("--backend", nargs="+", default=list(BACKENDS), choices=BACKENDS, help="default: all that run")
+    add("--form", nargs="+", default=list(FORMS), choices=FORMS, help="default: all")
+    add("--most", type=int, help="problems, those with the largest share of a step (default: all)")
+    add("--rounds", type=int, default=50, help="timed calls of each form (%(default)s)")
+    add("--budget", type=float, metavar="SECONDS", help="stop after this time, between two measurements")
+    add("--cutlass", type=Path, default=CUTLASS_FOLDER, help="folder of CUTLASS's built kernels (%(default)s)")
+    add("--record", action="store_true", help="append the results to benchmarks/results")
+    add("--skip-recorded", action="store_true", help="leave out what has rows of this commit and device")
+    args = parser.parse_args(argv)
+    budget = Budget(args.budget)
+    if min(*args.batch, args.rounds, args.most or 1) < 1:
+        parser.error("--batch, --rounds and --most must be at least 1")
     reasons = {name: ops.dispatch.why_unavailable(name) for name in args.backend}
     for name, reason in reasons.items():
         if reason is not None:
@@ -259,30 +211,32 @@ def main() -> int:
     backends = [name for name, reason in reasons.items() if reason is None]
     if not backends:
         return 2
-    device = torch.cuda.get_device_name()
-    table, rows = [], []
+    rival = None
+    if RIVAL_FORM in args.form:
+        rival = Rival(args.cutlass)
+        if not rival:
+            print(f"bench_products: no kernel of CUTLASS in {args.cutlass}; see cutlass_int8/build.py", file=sys.stderr)
+    device, device_name = current_gpu()
+    path = record.results_file(device=device_name)
+    done: set[Key] = set()
+    if args.skip_recorded and path.exists():
+        done = recorded(record.read(path), record.environment()["git_commit"])
+    torch.backends.cudnn.benchmark = True
+
+    def sink(rows: list[dict[str, Any]]) -> None:
+        if args.record:
+            record.append(rows, path)
+
+    bench = Bench(
+        args.form, backends, args.weight_bits, device, device_name, ColdTimer(args.rounds), sink, done, rival,
+        ColdTimer(LEAST_ROUNDS),
+    )  # fmt: skip
+    problems = problems_by_share(args.network, args.batch, peaks_of(device_name) or PEAKS["H200"])
     with torch.inference_mode():
-        for layer in layer_table(args.network):
-            if min(layer.c_in, layer.c_out) < 16:
-                continue  # conv_in and conv_out stay in floating point
-            for batch in args.batch:
-                for form in forms_of(layer, batch, args.weight_bits, args.form):
-                    for backend in backends_of(form, backends):
-                        found = timed(form, backend, layer, batch, args.weight_bits, args.rounds)
-                        label = [f"{layer}-b{batch}", form, backend]
-                        if isinstance(found, str):
-                            table.append([*label, "-", "-", "-", "-"])
-                            print(f"bench_products: {found}", file=sys.stderr)
-                            continue
-                        new = rows_of(form, backend, layer, batch, args.weight_bits, *found, device)
-                        rows += new
-                        cells = {row["metric"]: f"{row['p50']:.1f}" for row in new}
-                        columns = ("time", "rate", "bandwidth", "of_bound")
-                        table.append([*label, *(cells.get(column, "-") for column in columns)])
-    print(text_table(["layer", "form", "backend", "us", "TOPS", "GB/s", "% of bound"], table))
-    if args.record:
-        print(f"recorded in {record.append(rows, record.results_file(device=device))}")
-    return 0
+        left = bench.run(problems[: args.most], budget)
+    where = f", recorded in {path}" if args.record else ""
+    print(f"{bench.timed} measurements{where}; {bench.failed} failed, {left} left")
+    return 1 if bench.failed else 3 if left else 0
 
 
 if __name__ == "__main__":

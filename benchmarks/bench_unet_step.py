@@ -1,48 +1,54 @@
 """Time of one UNet call in each configuration, on an input that changes as it does in sampling.
 
     python benchmarks/bench_unet_step.py --network ddpm_cifar10 --batch 1 8 --record
-    python benchmarks/bench_unet_step.py --network sd15 --device cuda --batch 1 2 8 16 64
+    python benchmarks/bench_unet_step.py --network sd15 --device cuda --batch 1 2 8 16 64 --budget 500 --record
 
 The input of call i is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at the i-th of 50 DDIM timesteps with one x_0 and one
-noise: the trajectory of a perfect predictor. It is the same for all configurations, and needs no trained weights. The
-configurations take turns run by run, another one first each time, and ratios pair calls of one place in neighbouring
-runs. Turns at every call would time each network with caches full of the others, which no sampler does; small networks
-take up to twice as long then. First calls (initialize) and later ones (update) are kept apart. Before anything is
-timed, every configuration runs once and its last output is checked against plain eager; one that fails is not timed and
-makes the exit code 1.
+noise: the trajectory of a perfect predictor. It is the same for all configurations, and needs no trained weights. First
+calls (initialize) and later ones (update) are kept apart. Before anything is timed, a configuration runs once and its
+last output is checked against plain eager; one that fails is not timed and makes the exit code 1.
+
+On the CPU the configurations take turns run by run, another one first each time, and ratios pair calls of one place in
+neighbouring runs. Turns at every call would time each network with caches full of the others, which no sampler does;
+small networks take up to twice as long then. On a GPU they come one by one, the most telling first, ratios are those of
+medians, and rows are appended after each, so that --budget cuts off what stands last; a configuration that does not fit
+into memory is left out, which is told.
 
 Baselines: eager in both memory formats, torch.compile (on CUDA with max-autotune, without and with CUDA graphs; on the
 CPU max-autotune and freezing took the same time within 3 % and are left out), and torchao's dynamic int8 where it can
-be imported. The bound beside each row is that of benchmarks/bounds.py; peak memory
-is known on CUDA only, and counts the weights.
+be imported. The row "planned" takes the plan that benchmarks/make_plans.py has measured on this device, if it did. The
+bound beside each row is that of benchmarks/bounds.py; peak memory is known on CUDA only, and counts the weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import dataclasses
 import functools
-import importlib.util
-import statistics
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import bounds, record, step_profile
+from benchmarks.budget import Budget
+from benchmarks.configurations import (
+    STEP_ORDER,
+    Network,
+    Networks,
+    default_dtype,
+    label,
+    plan_file,
+    step_rows,
+)
+from benchmarks.contest import Entrant, Scores, add_arguments, hold
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
-from modiff_kernels.cli.models import choose_device, share_copy
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row, build_rows, select_rows
+from modiff_kernels.cli.models import choose_device
+from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import sqnr, text_table
 from modiff_kernels.planning.roofline import Machine
 
@@ -50,27 +56,13 @@ LEAST_SQNR_DB = {"float": 80.0, "weight_only": 20.0, "quantized": 15.0, "modulat
 """Least SQNR of the last call of a run against eager contiguous, at 8 bits."""
 LEAST_SQNR_16_BIT_DB = {"float16": 45.0, "bfloat16": 25.0}
 """The same for rows "float" of 16-bit networks, where two orders of summation differ."""
-TORCHAO = "torchao-int8"
-
-
-@dataclass
-class Configuration:
-    """A UNet to time, and the seconds its calls took."""
-
-    row: Row
-    unet: torch.nn.Module
-    quantised: Quantised | None = None
-    sqnr_db: float = 0.0
-    peak_bytes: int = 0
-    first: list[float] = field(default_factory=list)
-    update: list[float] = field(default_factory=list)
-
-    @property
-    def backend(self) -> str:
-        return self.quantised.backend if self.quantised else "torch"
-
-    def run(self):
-        return self.quantised.sampling_run() if self.quantised else contextlib.nullcontext()
+OVERHEAD = "overhead_vs_plain"
+BASELINES = {
+    "speedup_vs_best_eager": ("float-contiguous", "float-channels_last"),
+    "speedup_vs_compile": ("float-compile", "float-compile-graphs"),
+    OVERHEAD: ("plain-w8a8",),
+}
+"""By metric the rows whose fastest one it compares with."""
 
 
 def trajectory(size: int, batch: int, calls: int, channels: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -86,165 +78,152 @@ def trajectory(size: int, batch: int, calls: int, channels: int = 3) -> list[tup
     return [(scheduler.add_noise(image, noise, t[None]), t) for t in scheduler.timesteps[:calls]]
 
 
-def all_rows(device: torch.device, dtype: torch.dtype, compiled: bool) -> list[Row]:
-    """The rows of `modiff compare` with weights in 8 bits, and those that only whole steps have."""
-    rows = build_rows((8,), None, compiled)
-    modulated = next(row for row in rows if row.key == "modulated-w8a8")
-    if compiled:
+class Bench:
+    """The calls of one network at one batch. keep: takes rows as they come. known: entrants that have their rows."""
+
+    def __init__(
+        self,
+        network: str,
+        batch: int,
+        networks: Networks,
+        calls: int,
+        machine: Machine,
+        keep: Callable[[list[dict]], None],
+        profile: bool,
+        known: list[Entrant],
+    ) -> None:
+        unet = networks.unet
+        config = unet.config
+        self.network = network
+        self.batch = batch
+        self.networks = networks
+        self.machine = machine
+        self.keep = keep
+        self.profile = profile
+        self.scores = Scores(BASELINES, known)
+        self.inputs = [
+            (x.to(unet.device, unet.dtype), t.to(unet.device))
+            for x, t in trajectory(config.sample_size, batch, calls, config.in_channels)
+        ]
+        networks.shown = self.inputs
+        self.keywords = conditions(unet, batch)
+        self.expected = unet(*self.inputs[-1], **self.keywords, return_dict=False)[0]
+
+    def make(self, row: Row) -> Network:
+        """The network of `row`."""
+        return self.networks.make(row)
+
+    def verify(self, entrant: Entrant) -> float | str:
+        """SQNR of the last call of a run in dB, or why it is not timed."""
+        with entrant.network.run():
+            for x, t in self.inputs:
+                out, _ = self._call(entrant.network, x, t)
+        found, least = sqnr(out.float(), self.expected.float()), least_sqnr_db(entrant.row, out.dtype)
+        entrant.more["state"] = entrant.network.quantised.state_bytes if entrant.network.quantised else None
+        entrant.more["backend"] = entrant.network.backend
+        return found if found >= least else f"{found:.1f} dB to full precision, at least {least} expected"
+
+    def timed(self, entrant: Entrant) -> list[float]:
+        """Seconds of the later calls of one run; or of none for a profile, whose rows are made here."""
+        if self.profile:
+            calls = [functools.partial(self._seconds, entrant.network, x, t) for x, t in self.inputs]
+            found = step_profile.profiled(entrant.network.run, calls, self.expected.device)
+            entrant.more["profile"] = found
+            return [found.whole_ms / 1e3]
+        with entrant.network.run():
+            seconds = [self._seconds(entrant.network, x, t) for x, t in self.inputs]
+        entrant.more.setdefault("first", []).append(seconds[0])
+        return seconds[1:]
+
+    def _seconds(self, network: Network, x: torch.Tensor, t: torch.Tensor) -> float:
+        return self._call(network, x, t)[1]
+
+    def _call(self, network: Network, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, float]:
+        if network.row.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        _synchronize(x.device)
+        started = time.perf_counter()
+        out = network.unet(x, t, **self.keywords, return_dict=False)[0]
+        _synchronize(x.device)
+        return out, time.perf_counter() - started
+
+    def measured(self, new: list[Entrant]) -> None:
+        """Rows of `new`, and ratios of the others to baselines that have come in with it."""
+        if self.profile:
+            self.keep([row for entrant in new for row in self._profile_rows(entrant)])
+            return
+        rows = [row for entrant in new for row in self._rows(entrant)]
+        for entrant, metric, faster in self.scores.add(new):
+            if metric != OVERHEAD:
+                rows.append(self._row(entrant, metric, "x", faster))
+            elif entrant.row.mode == "modulated":
+                rows.append(self._row(entrant, metric, "%", [100 * (1 / ratio - 1) for ratio in faster]))
+        self.keep(rows)
+
+    def _rows(self, entrant: Entrant) -> list[dict]:
+        row = entrant.row
+        rows = [self._row(entrant, "update_time", "ms", [1e3 * s for s in entrant.times])]
+        if row.mode == "modulated":
+            rows.append(self._row(entrant, "initialize_time", "ms", [1e3 * s for s in entrant.more["first"]]))
+        if entrant.more["state"] is not None:
+            rows.append(self._row(entrant, "state", "bytes", [entrant.more["state"]]))
+        if entrant.peak_bytes:
+            rows.append(self._row(entrant, "peak_memory", "bytes", [entrant.peak_bytes]))
+        state_bytes = 2 if self.expected.is_cuda else 4
+        if row.weight_bits == 16:  # the machine's rates are those of the other rows
+            return rows
+        mode = "quantized" if row.weight_bits == 8 and row.mode == "float" else row.mode
+        sizes = (self.expected.element_size(), state_bytes)
         rows.append(
-            dataclasses.replace(
-                modulated, key=f"{modulated.key}-compile", name="modulated W8A8, compiled", compiled=True
-            )
+            self._row(entrant, "bound", "ms", [bounds.bound_ms(self.network, self.batch, mode, self.machine, *sizes)])
         )
-    if device.type == "cuda":
-        rows.append(
-            dataclasses.replace(
-                modulated, key=f"{modulated.key}-graphs", name="modulated W8A8, CUDA graphs", cuda_graphs=True
-            )
-        )
-        if compiled:
-            plain = next(row for row in rows if row.key == "float-compile")
-            rows.append(dataclasses.replace(plain, key=f"{plain.key}-graphs", cuda_graphs=True))
-    if compiled and importlib.util.find_spec("torchao") is not None:
-        rows.append(Row(TORCHAO, "torchao int8 dynamic, torch.compile", "float", 8, 8, compiled=True))
-    name = str(dtype).removeprefix("torch.")
-    return [dataclasses.replace(row, name=(row.name or row.key).replace("float32", name)) for row in rows]
+        return rows
+
+    def _profile_rows(self, entrant: Entrant) -> list[dict]:
+        found = entrant.more["profile"]
+        timer = {"timer": "torch.profiler"}
+        parts = {"op": "unet_step_profile", **timer}
+        others = {"op": "unet_step_others", **timer}
+        rows = [{**self._row(entrant, kind, "ms", [ms]), **parts} for kind, ms in found.parts().items()]
+        rows.append({**self._row(entrant, "whole", "ms", [found.whole_ms]), **others})
+        return rows + [{**self._row(entrant, name, "ms", [ms]), **others} for name, ms in found.others().items()]
+
+    def _row(self, entrant: Entrant, metric: str, unit: str, values: list[float]) -> dict:
+        return {
+            "op": "unet_step",
+            "problem": problem(self.network, self.networks.unet, self.batch, entrant.row),
+            "backend": entrant.more["backend"],
+            "metric": metric,
+            "unit": unit,
+            "cache": "warm",
+            "timer": "perf_counter",
+            "sqnr_db": entrant.sqnr_db,
+            "verified": True,
+            **record.percentiles(values),
+        }
 
 
-def configurations(unet: torch.nn.Module, rows: list[Row], backend: str) -> list[Configuration]:
-    """One UNet per row; all share the weights of `unet`, but for its memory format."""
-    channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
-    result = []
-    for row in rows:
-        own = share_copy(channels_last) if row.channels_last else unet
-        quantised = None if row.mode == "float" else Quantised(own, row, backend)
-        if row.key == TORCHAO:
-            _quantise_with_torchao(own)
-        if row.compiled and quantised is not None:
-            quantised.handle.compile()
-        elif row.compiled:
-            mode = "max-autotune" if row.cuda_graphs else "max-autotune-no-cudagraphs"
-            own.compile(**({"mode": mode} if unet.device.type == "cuda" else {}))
-        result.append(Configuration(row, own, quantised))
-    return result
+def problem(network: str, unet: torch.nn.Module, batch: int, row: Row) -> str:
+    """What rows have in their column `problem`."""
+    return f"{label(network, unet)}-b{batch}-{row.key}"
 
 
-def _quantise_with_torchao(unet: torch.nn.Module) -> None:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(unet, Int8DynamicActivationInt8WeightConfig())
-
-
-def call(
-    configuration: Configuration, x: torch.Tensor, t: torch.Tensor, keywords: dict[str, Any]
-) -> tuple[torch.Tensor, float]:
-    if configuration.row.channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    _synchronize(x.device)
-    started = time.perf_counter()
-    out = configuration.unet(x, t, **keywords, return_dict=False)[0]
-    _synchronize(x.device)
-    return out, time.perf_counter() - started
+def least_sqnr_db(row: Row, dtype: torch.dtype) -> float:
+    """Below which the result of `row` is wrong."""
+    low_bits = min(row.act_bits, row.weight_bits) < 8
+    if low_bits:
+        return 0.0 if row.mode == "quantized" else 10.0
+    if row.mode == "float" and row.weight_bits == 8:
+        return LEAST_SQNR_DB["quantized"]
+    if row.mode == "float":
+        name = "bfloat16" if row.weight_bits == 16 else str(dtype).removeprefix("torch.")
+        return LEAST_SQNR_16_BIT_DB.get(name, LEAST_SQNR_DB["float"])
+    return LEAST_SQNR_DB[row.mode]
 
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def verify(
-    configs: list[Configuration], inputs: list, keywords: dict[str, Any], expected: torch.Tensor, quiet: bool
-) -> list[Configuration]:
-    """Run every configuration once, untimed, and keep those that agree with `expected` at the last call."""
-    kept = []
-    cuda = expected.device.type == "cuda"
-    for configuration in tqdm(configs, desc="verify", unit="row", disable=quiet, leave=False):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        with configuration.run():
-            for x, t in inputs:
-                out, _ = call(configuration, x, t, keywords)
-        if cuda:
-            configuration.peak_bytes = torch.cuda.max_memory_allocated()
-        row = configuration.row
-        configuration.sqnr_db = sqnr(out.float(), expected.float())
-        least = LEAST_SQNR_DB[row.mode]
-        if row.mode == "float":
-            least = LEAST_SQNR_16_BIT_DB.get(str(out.dtype).removeprefix("torch."), least)
-        low_bits = min(row.act_bits, row.weight_bits) < 8
-        if low_bits and row.mode == "quantized":
-            least = 0.0
-        elif low_bits:
-            least = 10.0
-        elif row.key == TORCHAO:
-            least = LEAST_SQNR_DB["quantized"]
-        if configuration.sqnr_db >= least:
-            kept.append(configuration)
-        else:
-            print(
-                f"{row.name}: {configuration.sqnr_db:.1f} dB to {str(out.dtype).removeprefix('torch.')}, at least "
-                f"{least} expected; not timed",
-                file=sys.stderr,
-            )
-    return kept
-
-
-def measure(configs: list[Configuration], inputs: list, keywords: dict[str, Any], rounds: int, quiet: bool) -> None:
-    """Time `rounds` sampling runs of each configuration, in turns, another one first each time."""
-    with tqdm(total=rounds * len(configs), desc="time", unit="run", disable=quiet, leave=False) as bar:
-        for turn in range(rounds):
-            shift = turn % len(configs)
-            for configuration in configs[shift:] + configs[:shift]:
-                with configuration.run():
-                    for index, (x, t) in enumerate(inputs):
-                        _, seconds = call(configuration, x, t, keywords)
-                        (configuration.update if index else configuration.first).append(seconds)
-                bar.update()
-
-
-def result_rows(
-    network: str, batch: int, configs: list[Configuration], machine: Machine, float_bytes: int
-) -> list[dict]:
-    """Rows for record.append: times, ratios paired call by call, memory, and the bound on `machine`."""
-    by_key = {configuration.row.key: configuration for configuration in configs}
-    eager = [by_key[key] for key in ("float-contiguous", "float-channels_last") if key in by_key]
-    baselines = {}
-    if eager:
-        baselines["speedup_vs_best_eager"] = min(eager, key=lambda c: statistics.median(c.update))
-    compiled = [by_key[key] for key in ("float-compile", "float-compile-graphs") if key in by_key]
-    if compiled:
-        baselines["speedup_vs_compile"] = min(compiled, key=lambda c: statistics.median(c.update))
-    rows = []
-    for c in configs:
-        common = {
-            "op": "unet_step",
-            "problem": f"{network}-b{batch}-{c.row.key}",
-            "backend": c.backend,
-            "cache": "warm",
-            "timer": "perf_counter",
-            "sqnr_db": c.sqnr_db,
-            "verified": True,
-        }
-
-        def add(metric: str, unit: str, values: list[float], common: dict = common) -> None:
-            rows.append({**common, "metric": metric, "unit": unit, **record.percentiles(values)})
-
-        add("update_time", "ms", [1e3 * s for s in c.update])
-        if c.row.mode == "modulated":
-            add("initialize_time", "ms", [1e3 * s for s in c.first])
-        for metric, baseline in baselines.items():
-            add(metric, "x", [b / s for b, s in zip(baseline.update, c.update, strict=True)])
-        plain = by_key.get(f"plain-w{c.row.weight_bits}a8")
-        if c.row.mode == "modulated" and plain is not None:
-            add("overhead_vs_plain", "%", [100 * (s / p - 1) for s, p in zip(c.update, plain.update, strict=True)])
-        if c.quantised:
-            add("state", "bytes", [c.quantised.state_bytes])
-        if c.peak_bytes:
-            add("peak_memory", "bytes", [c.peak_bytes])
-        state_bytes = 2 if c.unet.device.type == "cuda" else 4
-        mode = "quantized" if c.row.key == TORCHAO else c.row.mode
-        add("bound", "ms", [bounds.bound_ms(network, batch, mode, machine, float_bytes, state_bytes)])
-    return rows
 
 
 def show(rows: list[dict]) -> str:
@@ -268,6 +247,8 @@ def show(rows: list[dict]) -> str:
     )
     cells = []
     for problem, metrics in table.items():
+        if "update_time" not in metrics:  # measured before, only its ratio to a new baseline is new
+            continue
         update = metrics["update_time"]
 
         def shown(metric: str, form: str, scale: float = 1.0, metrics: dict = metrics) -> str:
@@ -293,35 +274,15 @@ def show(rows: list[dict]) -> str:
     return text_table(header, cells)
 
 
-def profile_rows(
-    network: str, batch: int, configs: list[Configuration], inputs: list, keywords: dict[str, Any]
-) -> list[dict]:
-    """Rows for record.append: milliseconds of an update call by kind of work (`step_profile.parts`)."""
-    rows = []
-    for c in configs:
-        calls = [functools.partial(lambda c, x, t: call(c, x, t, keywords)[1], c, x, t) for x, t in inputs]
-        for kind, ms in step_profile.parts(c.run, calls, c.unet.device).items():
-            rows.append(
-                {
-                    "op": "unet_step_profile",
-                    "problem": f"{network}-b{batch}-{c.row.key}",
-                    "backend": c.backend,
-                    "metric": kind,
-                    "unit": "ms",
-                    "cache": "warm",
-                    "timer": "torch.profiler",
-                    "sqnr_db": c.sqnr_db,
-                    "verified": True,
-                    **record.percentiles([ms]),
-                }
-            )
-    return rows
-
-
 def show_profile(rows: list[dict]) -> str:
-    """Configurations as columns."""
+    """Configurations as columns, kinds of work and what takes 2 % of a call as rows."""
     problems = list(dict.fromkeys(row["problem"] for row in rows))
-    cells = [(kind, *[f"{row['p50']:.2f}" for row in rows if row["metric"] == kind]) for kind in step_profile.PARTS]
+    found = {(row["problem"], row["metric"]): row["p50"] for row in rows}
+    metrics = [*step_profile.PARTS, *dict.fromkeys(metric for _, metric in found if metric not in step_profile.PARTS)]
+    cells = [
+        (metric[:60], *(f"{found[key, metric]:.2f}" if (key, metric) in found else "-" for key in problems))
+        for metric in metrics
+    ]
     return text_table(("ms of a call", *problems), cells)
 
 
@@ -332,62 +293,51 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=int, nargs="+", default=[8], help="one or several (%(default)s)")
     add("--calls", type=int, default=12, help="UNet calls of a run, at least 4 (%(default)s)")
     add("--rounds", type=int, default=3, help="runs (%(default)s)")
-    add("--threads", type=int, default=2)
-    add("--device", default="cpu", choices=("cpu", "cuda", "auto"))
-    add("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on cuda")
-    add("--rows", default="", help="names or beginnings of rows as in `modiff compare`, by commas (default: all)")
-    add("--backend", default="auto")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
-    add("--record", action="store_true", help="append the rows to benchmarks/results")
-    add("--profile", action="store_true", help="instead of timing, tell what kinds of work take the time")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--profile", action="store_true", help="instead of timing, tell what takes the time, by kind and by name")
+    add_arguments(parser)
     args = parser.parse_args(argv)
     if min(*args.batch, args.rounds, args.threads) < 1 or not 4 <= args.calls <= 50:
         parser.error("--batch, --rounds, --threads must be at least 1, --calls 4 to 50")
+    budget = Budget(args.budget)
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    names = tuple(name for name in args.rows.split(",") if name)
-    rows_wanted = select_rows(all_rows(device, dtype, args.compile), names)
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     machine, source = bounds.machine(device)
     print(f"bounds by rates {source}: {machine}")
-    failed = False
+    complete = True
     with torch.no_grad():
         for network in args.network or SMALL_NETWORKS:
+            if budget.is_over:
+                print(f"the budget is used up; left out: {network}", file=sys.stderr)
+                complete = False
+                continue
             unet = build_unet(network, device).to(dtype)
             for batch in args.batch:
-                failed |= not run_network(network, unet, rows_wanted, batch, machine, args)
-    return int(failed)
+                complete &= run_network(network, batch, Networks(unet, args.backend), machine, args, budget)
+            del unet
+    return int(not complete)
 
 
 def run_network(
-    network: str,
-    unet: torch.nn.Module,
-    rows: list[Row],
-    batch: int,
-    machine: Machine,
-    args: argparse.Namespace,
+    network: str, batch: int, networks: Networks, machine: Machine, args: argparse.Namespace, budget: Budget
 ) -> bool:
-    """Verify, time and print one network at one batch; whether all rows were verified."""
-    config = unet.config
-    inputs = [
-        (x.to(unet.device, unet.dtype), t.to(unet.device))
-        for x, t in trajectory(config.sample_size, batch, args.calls, config.in_channels)
-    ]
-    keywords = conditions(unet, batch)
-    expected = unet(*inputs[-1], **keywords, return_dict=False)[0]
-    configs = configurations(copy.deepcopy(unet), rows, args.backend)
-    kept = verify(configs, inputs, keywords, expected, args.quiet)
-    if args.profile:
-        results = profile_rows(network, batch, kept, inputs, keywords)
-        print(show_profile(results))
-    else:
-        measure(kept, inputs, keywords, args.rounds, args.quiet)
-        results = result_rows(network, batch, kept, machine, expected.element_size())
-        print(show(results))
-    if args.record:
-        print(f"appended to {record.append(results).relative_to(record.ROOT)}")
-    return len(kept) == len(configs)
+    """Verify, time and print one network at one batch; whether all rows were."""
+    unet = networks.unet
+    plan = plan_file(unet.device, network, batch)
+    rows = step_rows(unet.device, unet.dtype, args.compile, plan if plan.exists() else None)
+    complete, results = hold(
+        args,
+        budget,
+        unet.device,
+        rows,
+        STEP_ORDER,
+        lambda row: problem(network, unet, batch, row),
+        ("unet_step_others", "whole", 1e-3) if args.profile else ("unet_step", "update_time", 1e-3),
+        lambda known, keep: Bench(network, batch, networks, args.calls, machine, keep, args.profile, known),
+        1 if args.profile else args.rounds,
+    )
+    print(show_profile(results) if args.profile else show(results), flush=True)
+    return complete
 
 
 if __name__ == "__main__":

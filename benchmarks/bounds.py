@@ -16,18 +16,24 @@ from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
 
 PEAKS = {
     "H200": Machine(989e12, 1979e12, 4.8e12),
-    "H100": Machine(989e12, 1979e12, 3.35e12),
-    "A100": Machine(312e12, 624e12, 2.0e12),
+    "H100 80GB HBM3": Machine(989e12, 1979e12, 3.35e12),
+    "A100-SXM4-80GB": Machine(312e12, 624e12, 2.039e12),
+    "A100-SXM4-40GB": Machine(312e12, 624e12, 1.555e12),
 }
-"""By name of GPU: data sheets; dense 16-bit and int8, SXM, A100 with 80 GB."""
+"""By part of a GPU's name: data sheets, dense 16-bit and int8."""
+
+
+def peaks_of(gpu_name: str) -> Machine | None:
+    """Peaks of a GPU, None if they are not in the table."""
+    return next((peaks for part, peaks in PEAKS.items() if part in gpu_name), None)
 
 
 def machine(device: torch.device) -> tuple[Machine, str]:
     """The rates of `device`, and where they are from: a data sheet, or products and a copy run here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for key, peaks in PEAKS.items():
-        if key in name:
-            return peaks, f"data sheet of {key}"
+    peaks = peaks_of(name)
+    if peaks is not None:
+        return peaks, f"data sheet of {name}"
     return measured_machine(device, mk.ModiffConfig()), "measured on a large product, convolution and copy"
 
 

@@ -19,11 +19,9 @@ that are missing.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
-import types
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +34,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.configurations import has
+from benchmarks.deepcache import CachedUNet
 from modiff_kernels.cli import models
 from modiff_kernels.cli.arguments import command_line
 from modiff_kernels.cli.quantised import Quantised
@@ -165,7 +165,7 @@ class Study:
         self.model = model
         self.seeds = range(images)
         self.searches = searches
-        self.has_deepcache = importlib.util.find_spec("DeepCache") is not None
+        self.has_deepcache = has("DeepCache")
         self.macs = _multiplications(model.unet)
         longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
         unet = models.share_copy(model.unet).to(memory_format=torch.channels_last)
@@ -270,22 +270,11 @@ class Study:
         return pictures, {"schedule": text, "evaluations": cost, "time_s": seconds}
 
     def _deepcache(self, sampler: Sampler, steps: int, text: str):
-        from DeepCache import DeepCacheSDHelper
-
         unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
         done = dict.fromkeys(self.macs, 0)
         for path in self.macs:
             unet.get_submodule(path).register_forward_hook(_Counter(done, path))
-        pipe = types.SimpleNamespace(unet=unet, scheduler=None)
-        helper = DeepCacheSDHelper(pipe)
-        helper.set_params(cache_interval=int(text.split()[1]), cache_branch_id=0)
-
-        def run(scheduler):
-            pipe.scheduler = scheduler
-            helper.enable()
-            return torch.inference_mode()
-
-        pictures, seconds = self._sample(unet, sampler, steps, run)
+        pictures, seconds = self._sample(unet, sampler, steps, CachedUNet(unet, int(text.split()[1])).run)
         cost = sum(self.macs[path] * done[path] for path in self.macs) / sum(self.macs.values())
         return pictures, {"schedule": text, "evaluations": cost, "time_s": seconds}
 

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,32 @@ def device_name() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def name_of(device: torch.device) -> str:
+    """What rows that were measured on `device` have in their column `device`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device_name()
+
+
+def file_stem(device: str) -> str:
+    """`device` as a file is named after it."""
+    return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-")
+
+
 def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
     """The file of `device`, by default of this machine's CPU."""
-    return folder / (re.sub(r"[^a-z0-9.]+", "-", (device or device_name()).lower()).strip("-") + ".csv")
+    return folder / f"{file_stem(device or device_name())}.csv"
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return _git_in(ROOT, *arguments)
+
+
+@cache
+def _git_in(folder: Path, *arguments: str) -> str:
+    """Asked for once in a process: code that was loaded does not change with the checkout. Empty without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 

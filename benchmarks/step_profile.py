@@ -1,33 +1,50 @@
-"""Where the time of a UNet call goes, by kind of work.
+"""Where the time of a UNet call goes: by kind of work, and by name what is not the package's own.
 
-The profiler's own times of the ops of several calls are summed by kind, and what is left of the same calls without
-profiler is *Python and dispatch*: layers, blocks and the UNet's forward, and torch's way to each op. On a GPU the
-times are those of kernels, and what is left are gaps between them.
+The profiler's own times of the ops of several calls are summed, and what is left of the same calls without profiler is
+*Python and dispatch*: layers, blocks and the UNet's forward, and torch's way to each op. On a GPU the times are those
+of kernels and copies, and what is left are gaps between them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "codes": r"modiff(_\w+)?::\w*quantize|range_kernel|quantize_kernel|statistics_kernel|coefficients_kernel",
-    "integer products": r"modiff(_\w+)?::(convolve|accumulate|modulated|quantized)|product_kernel|finish_kernel",
-    "attention": r"attention|fmha|aten::(bmm|baddbmm|_softmax)",
-    "float layers": r"convolution|conv2d|aten::(addmm|mm|linear)|gemm|cudnn|cublas",
+    "codes": r"modiff(_\w+)?::\w*quantize|range_kernel|quantize_kernel|statistics_kernel|coefficients_kernel"
+    r"|modiff::.*(Pass|Moments|Statistics|Coefficients)\b",
+    "integer products": r"modiff(_\w+)?::(convolve|accumulate|modulated|quantized)|modiff::cuda::|product_kernel"
+    r"|modiff::.*(Product|FinishSplits|WeightSums)|finish_kernel|weight_sums_kernel|modulated_linear_kernel",
+    "attention": r"attention|fmha|flash|aten::(bmm|baddbmm|_softmax)",
+    "float layers": r"convolution|conv2d|aten::(addmm|mm|linear)|gemm|cudnn|cublas|cutlass|nvjet|xmma",
     "norms and activations": r"norm|silu|gelu",
     "additions and copies": r"aten::(add|mul|div|cat|copy_|clone|upsample|index|sub)|elementwise|CatArray|memcpy",
 }
 """Kinds by name of op, looked through in this order; everything else is `OTHER`."""
+OURS = r"modiff|^(range|quantize|statistics|coefficients|modulated_linear|product|finish|weight_sums)_kernel"
+"""Names of the package's ops and kernels."""
 OTHER = "other ops"
 REST = "Python and dispatch"
 PARTS = (*KINDS, OTHER, REST)
 REPEATS = 5
+LEAST_SHARE = 0.02
+"""Of the time of a call, to be named."""
+NAME_LENGTH = 120
+"""Characters of a name that are kept; templates of kernels have thousands."""
+WAITS = r"Synchronize|cudaEventQuery"
+"""Calls of the CUDA runtime in which the host waits for the device."""
+
+Event = tuple[str, int, int]
+"""Name, begin and end in ns."""
 
 
 def kind_of(op: str) -> str:
@@ -35,29 +52,97 @@ def kind_of(op: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, op, re.IGNORECASE)), OTHER)
 
 
-def parts(
-    run: Callable[[], AbstractContextManager], calls: Sequence[Callable[[], float]], device: torch.device
-) -> dict[str, float]:
-    """Milliseconds of one call by kind, REST included; their sum is the call's time without profiler.
+@dataclasses.dataclass(frozen=True)
+class StepProfile:
+    """Of one call. whole_ms: without profiler. names_ms: of each op or kernel itself, by name."""
 
-    run: opens a sampling run. calls: those of a run, which return their seconds; the first one is left out. REST is 0
-    where the profiler, whose events cost time, has counted more than the whole.
-    """
+    whole_ms: float
+    names_ms: dict[str, float]
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds by kind, REST included; their sum is the call's time without profiler.
+
+        REST is 0 where the profiler, whose events cost time, has counted more than the whole.
+        """
+        result = dict.fromkeys(PARTS, 0.0)
+        for name, ms in self.names_ms.items():
+            result[kind_of(name)] += ms
+        result[REST] = max(0.0, self.whole_ms - sum(result.values()))
+        return result
+
+    def others(self) -> dict[str, float]:
+        """Milliseconds of what is not the package's own and takes LEAST_SHARE of the call, the longest first."""
+        shown: Counter[str] = Counter()
+        for name, ms in self.names_ms.items():
+            if not re.search(OURS, name):
+                shown[name[:NAME_LENGTH]] += ms
+        return {name: ms for name, ms in shown.most_common() if ms >= LEAST_SHARE * self.whole_ms}
+
+
+def profiled(
+    run: Callable[[], AbstractContextManager], calls: Sequence[Callable[[], float]], device: torch.device
+) -> StepProfile:
+    """run: opens a sampling run. calls: those of a run, which return their seconds; the first one is left out."""
     whole = []
     for _ in range(REPEATS):
         with run():
             whole += [call() for call in calls][1:]
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    result = dict.fromkeys(PARTS, 0.0)
+    names: Counter[str] = Counter()
     for _ in range(REPEATS):
         with run():
             calls[0]()
-            with profile(activities=activities) as trace:
+            with profile(activities=_activities(device)) as trace:
                 for call in calls[1:]:
                     call()
-        for event in trace.key_averages():
-            own_us = event.self_device_time_total if cuda else event.self_cpu_time_total
-            result[kind_of(event.key)] += own_us / (REPEATS * (len(calls) - 1)) / 1e3
-    result[REST] = max(0.0, 1e3 * statistics.median(whole) - sum(result.values()))
-    return result
+        for name, ms in _own_ms(trace, device):
+            names[name] += ms / (REPEATS * (len(calls) - 1))
+    return StepProfile(1e3 * statistics.median(whole), dict(names))
+
+
+def _activities(device: torch.device) -> list[ProfilerActivity]:
+    """On a GPU without the ops of the host: recording them would slow it down, and count kernels twice."""
+    return [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+
+
+def _own_ms(trace: profile, device: torch.device) -> list[tuple[str, float]]:
+    if device.type == "cuda":
+        return [(name, (end - begin) / 1e6) for name, begin, end in device_events(trace)]
+    return [(event.key, event.self_cpu_time_total / 1e3) for event in trace.key_averages()]
+
+
+def device_events(trace: Any) -> list[Event]:
+    """Everything that ran on the device. Read from kineto itself: torch's own list takes minutes for a whole run."""
+    return [_event(e) for e in _events(trace) if e.device_type() == DeviceType.CUDA and not e.is_user_annotation()]
+
+
+def _events(trace: Any) -> Iterable[Any]:
+    return trace.profiler.kineto_results.events()
+
+
+def _event(event: Any) -> Event:
+    return event.name(), event.start_ns(), event.start_ns() + event.duration_ns()
+
+
+def host_and_device(run: Callable[[], float], whole_s: float, steps: int) -> dict[str, tuple[str, float]]:
+    """On a GPU, by metric its unit and value: `host_time` of a step and `device_idle`.
+
+    run: a whole run, which gives its seconds; whole_s: those of a run without profiler.
+
+        host_time   = (run with profiler - the host's waiting) / steps
+        device_idle = 1 - (time with a kernel or copy on the device) / whole_s
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        seconds = run()
+    waits = [_event(e) for e in _events(trace) if e.device_type() == DeviceType.CPU and re.search(WAITS, e.name())]
+    host_s = seconds - busy_ns(waits) / 1e9
+    idle = 1 - busy_ns(device_events(trace)) / 1e9 / whole_s
+    return {"host_time": ("ms", 1e3 * host_s / steps), "device_idle": ("%", 100 * max(idle, 0.0))}
+
+
+def busy_ns(events: Iterable[Event]) -> int:
+    """Nanoseconds in which at least one of `events` goes on."""
+    total, reached = 0, 0
+    for _, begin, end in sorted(events, key=lambda event: event[1]):
+        total += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

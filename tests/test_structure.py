@@ -30,6 +30,7 @@ LEVELS = {
     "evaluation": 0,
     "quant": 0,
     "models": 0,
+    "tuned": 0,
 }
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.
 HOT_ROOMS = ("nn", "ops", "integrations", "backends/triton", "backends/cuda")

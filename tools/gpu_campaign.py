@@ -49,6 +49,8 @@ RESULTS = (
 )
 """Where parts write, beside the working folder: patterns from the root of the repository."""
 
+NOT_FINISHED = 3
+"""Exit code of a part that ended in its time with work left: it goes on when the campaign does."""
 PASSED, FAILED, STOPPED, SKIPPED, WAITING = "passed", "failed", "stopped", "skipped", "not reached"
 LEAST_SECONDS = 10  # a part is not begun with less
 TAIL_SECONDS = 8  # kept for packing the results
@@ -132,6 +134,8 @@ class Campaign:
         seconds = self.clock() - begun
         if returncode is None:
             outcome = Outcome(STOPPED, seconds, reason=f"stopped after {seconds:.0f} s")
+        elif returncode == NOT_FINISHED:
+            outcome = Outcome(STOPPED, seconds, returncode, "its time was over first")
         else:
             outcome = Outcome(PASSED if returncode == 0 else FAILED, seconds, returncode)
         print(f"campaign: {part.name} {outcome.status} in {seconds:.0f} s", flush=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 NETWORKS = ("sd15", "sdxl", "ldm8_churches", "ddpm_cifar10")
+LAYERS = ("--network", *NETWORKS, "--batch", "1", "2", "8", "16", "64")
+BOUNDED = ("--record", "--skip-recorded", "--budget", "{budget}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,21 @@ def _training(preset: str, batch: int, out: str) -> tuple[str, ...]:
     return (*words, "--device", "cuda", "--checkpoint-dir", f"build/checkpoints/{preset}")
 
 
+def _bounded(script: str, *arguments: str) -> tuple[str, ...]:
+    """A benchmark on the GPU that ends itself and, the next time, goes on with what it has not recorded."""
+    return ("{python}", f"benchmarks/{script}", *arguments, "--device", "cuda", "--budget", "{budget}", "--quiet")
+
+
+def _steps(network: str, *batches: str) -> tuple[str, ...]:
+    few = ("--calls", "8", "--rounds", "3", "--record", "--skip-recorded")
+    return _bounded("bench_unet_step.py", "--network", network, "--batch", *batches, *few)
+
+
+def _runs(network: str, *images: str) -> tuple[str, ...]:
+    few = ("--rounds", "3", "--record", "--skip-recorded")
+    return _bounded("bench_sampling.py", "--network", network, "--images", *images, *few)
+
+
 PARTS = (
     Part("environment", "GPU, driver, versions", ("nvidia-smi",), 20, needs=()),
     Part(
@@ -59,6 +76,18 @@ PARTS = (
     ),
     Part("doctor", "which backends run, and why others do not", ("{python}", "-m", "modiff_kernels", "doctor"), 60),
     Part(
+        "families",
+        "every family of kernels once, against the reference",
+        ("{python}", "tools/sanitize_kernels.py"),
+        150,
+    ),
+    Part(
+        "gpu_tests",
+        "all tests that need a GPU; in 14 processes, as Triton compiles some 1500 forms for them",
+        _pytest("-n", "14", "--maxfail", "60", "tests/backends", "tests/integrations/test_graphs_on_gpu.py"),
+        360,
+    ),
+    Part(
         "machine",
         "rates of copies and products, as rows",
         ("{python}", "benchmarks/bench_machine.py", "--device", "cuda", "--record"),
@@ -69,6 +98,71 @@ PARTS = (
         "layers of UNets through the wgmma kernels",
         _pytest("tests/backends/cuda/test_hopper_on_gpu.py"),
         90,
+    ),
+    Part(
+        "cutlass",
+        "CUTLASS's int8 kernels, a rival; what is carried in build/cutlass_int8 is not compiled again",
+        ("{python}", "-m", "benchmarks.cutlass_int8.build"),
+        240,
+        needs=(),
+        every_time=True,
+        program="nvcc",
+    ),
+    Part(
+        "tune_cuda",
+        "tiles of the CUDA products, measured",
+        ("{python}", "tools/tune_cuda.py", *LAYERS, *BOUNDED),
+        240,
+        needs=("build", "smoke_cuda"),
+    ),
+    Part(
+        "tune_triton",
+        "tiles of the Triton products, measured",
+        ("{python}", "tools/tune_triton.py", *LAYERS, *BOUNDED),
+        240,
+    ),
+    Part(
+        "products",
+        "single layers beside cuDNN, cuBLAS and CUTLASS",
+        ("{python}", "benchmarks/bench_products.py", *LAYERS, *BOUNDED),
+        420,
+    ),
+    Part(
+        "ncu",
+        "counters of the products furthest from their bound",
+        ("{python}", "tools/ncu_worst.py", "--budget", "{budget}"),
+        180,
+        program="ncu",
+    ),
+    Part(
+        "plans_sd15",
+        "layer plans of Stable Diffusion 1.5",
+        _bounded("make_plans.py", "--network", "sd15", "--batch", "2", "16", "--rounds", "2", "--skip-existing"),
+        150,
+    ),
+    Part("steps_sd15", "whole steps of Stable Diffusion 1.5", _steps("sd15", "16", "2", "8", "1", "64"), 420),
+    Part("runs_sd15", "whole runs of Stable Diffusion 1.5", _runs("sd15", "8", "1"), 420),
+    Part(
+        "profile_sd15",
+        "what takes the time of its steps",
+        (*_steps("sd15", "16", "2"), "--profile", "--rows", "float-compile-graphs,modulated-w8a8"),
+        120,
+    ),
+    Part("steps_sdxl", "whole steps of Stable Diffusion XL", _steps("sdxl", "8", "2", "1", "16", "64"), 540),
+    Part("runs_sdxl", "whole runs of Stable Diffusion XL", _runs("sdxl", "4", "1"), 540),
+    Part("steps_ddpm", "whole steps of DDPM", _steps("ddpm_cifar10", "64", "8", "1", "2", "16"), 240),
+    Part("runs_ddpm", "whole runs of DDPM", _runs("ddpm_cifar10", "64", "1"), 180),
+    Part("runs_shipped", "whole runs of the shipped model, which is trained", _runs("cifar10_small16", "64", "8"), 120),
+    Part("steps_ldm8", "whole steps of LDM-8", _steps("ldm8_churches", "8", "64", "1", "2", "16"), 240),
+    Part(
+        "plans",
+        "layer plans of all networks",
+        _bounded(
+            "make_plans.py",
+            *("--network", "sd15", "sdxl", "ddpm_cifar10", "ldm8_churches"),
+            *("--batch", "1", "2", "8", "16", "64", "--rounds", "2", "--skip-existing"),
+        ),
+        540,
     ),
     Part(
         "quality_small16",
@@ -117,8 +211,10 @@ PARTS = (
 SETS = {
     "all": tuple(part.name for part in PARTS),
     "quality": tuple(part.name for part in PARTS if part.name.startswith("quality")),
+    "sampling": tuple(part.name for part in PARTS if part.name.startswith(("plans", "steps", "runs", "profile"))),
+    "kernels": ("environment", "build", "smoke_cuda", "cutlass", "tune_cuda", "tune_triton", "products", "ncu"),
 }
 """Parts by what they are for; what a part needs comes along."""
 
-WHEELS = ("diffusers==0.42.1",)
+WHEELS = ("diffusers==0.42.1", "torchao==0.18.0", "DeepCache==0.1.1", "nvidia-cutlass==4.2.0.0")
 """What parts import beside torch, triton and the package's own dependencies."""

@@ -193,3 +193,10 @@ def quality_papers_table(results: Path, name: str, sampler: str = "DDIM-100") ->
     cells.insert(0, ["full precision", "4.24 (W8)", "4.24 (W8)", "4.24 (W8)", "7.80", own, "0"])
     header = [text.replace("DDIM-100: Fréchet", f"{sampler}: Fréchet") for text in PAPER_HEADER]
     return f"{markdown_table(header, cells)}\n"
+
+
+TABLES = {
+    "quality": quality_table,
+    "quality_papers": quality_papers_table,
+    "quality_reference": quality_reference_table,
+}

@@ -14,11 +14,14 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is
     paper_claims SAMPLER ... what papers report, beside rows of that file
     attention                the newest rows of `pytest benchmarks/bench_ops.py -k attention --record`, likewise
     passes NETWORK           the newest rows of benchmarks/bench_passes.py of that network, passes alone, likewise
-    quality NAME SAMPLER     rows of NAME.json, as benchmarks/quality.py writes it; quality_reference NAME: its backend
-                             against the reference; quality_papers NAME [SAMPLER]: beside what papers report
+    quality NAME SAMPLER, quality_reference NAME, quality_papers NAME    quality_tables.py, from NAME.json
     pieces                   the same, passes with the product after them, of all networks
+    products NETWORK         the newest rows of benchmarks/bench_products.py of that network, likewise
+    worst_products MOST      the MOST of them furthest from their bound, over all networks
+    tiles MOST               the newest rows of tools/tune_*.py, where tuning gained most
+    whole_steps NETWORK, whole_runs NETWORK SAMPLER, step_others NETWORK, layer_plans NETWORK    performance_tables.py
 
-A table shows one device: the one that was measured last.
+A table shows one device, the one that was measured last; those of performance_tables.py show all.
 """
 
 from __future__ import annotations
@@ -27,22 +30,22 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 
-from benchmarks import pareto_report, step_profile
-from benchmarks.bench_unet_step import all_rows
+from benchmarks import pareto_report, products_report, step_profile
 from benchmarks.calibration import BITS
+from benchmarks.configurations import step_rows
 from benchmarks.record import ROOT, read
 from modiff_kernels.cli.arguments import METHODS
 from modiff_kernels.cli.table import HEADER, table_cells
 from modiff_kernels.evaluation.report import markdown_table
-from tools import quality_tables
+from tools import performance_tables, quality_tables
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NOTHING = "*No results recorded yet.*"
@@ -56,14 +59,13 @@ UNET_STEP_HEADER = (
     "SQNR dB",
     "state MB",
 )
-
-
 INTEGER_CONV_HEADER = ("convolution", "kernel us", "oneDNN us", "float32 us", "oneDNN/kernel", "float32/kernel")
 PAGES = (
     "README.md",
     "docs/calibration.md",
     "docs/cpu_kernels.md",
     "docs/fused_blocks.md",
+    "docs/performance.md",
     "docs/quality.md",
     "docs/schedules.md",
 )
@@ -160,7 +162,8 @@ def unet_step_table(results: Path, network: str, batch: str) -> str:
             match = re.fullmatch(rf"{network}-b{batch}-(.+)", row["problem"])
             if row["op"] == "unet_step" and match:
                 newest.setdefault(match[1], {})[row["metric"]] = row
-        names = step_names()
+        device = next((metrics["update_time"]["device"] for metrics in newest.values()), "")
+        names = performance_tables.names_of(step_rows, device)
         cells = [_step_cells(names[key], newest[key]) for key in names if key in newest]
         if cells:
             last = next(reversed(newest.values()))["update_time"]
@@ -188,18 +191,14 @@ def unet_step_profile_table(results: Path, network: str, batch: str) -> str:
         cells = [[kind, *[f"{ms:.2f}" for ms in line]] for kind, *line in zip(step_profile.PARTS, *columns)]
         cells.append(["sum", *[f"{sum(column):.2f}" for column in columns]])
         last = next(iter(newest[next(reversed(newest))].values()))
-        header = ("ms of a call", *[step_names()[key] for key in newest])
+        names = performance_tables.names_of(step_rows, last["device"])
+        header = ("ms of a call", *[names[key] for key in newest])
         text = (
             f"{markdown_table(header, cells)}\n\n`{last['repro']}`: {network}, batch {batch}; {last['device']}; torch "
             f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}.\n"
         )
         tables.append((last["utc"], text))
     return _newest(tables)
-
-
-def step_names() -> dict[str, str]:
-    """By key, the names of the configurations of benchmarks/bench_unet_step.py."""
-    return {row.key: row.name for row in all_rows(torch.device("cpu"), torch.float32, compiled=True)}
 
 
 def _newest(tables: Sequence[tuple[str, str]]) -> str:
@@ -445,6 +444,11 @@ def paper_claims_table(results: Path, *samplers: str) -> str:
     return f"{markdown_table(header, cells)}\n"
 
 
+def gpu_table(text_of: Callable[..., tuple[str, str] | None], results: Path, *options: str) -> str:
+    """A table of benchmarks/products_report.py."""
+    return products_report.newest_text(results, text_of, *options) or f"{NOTHING}\n"
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every table made anew."""
 
@@ -461,9 +465,11 @@ def filled(text: str, results: Path) -> str:
             "pareto": pareto_table,
             "passes": passes_table,
             "pieces": pieces_table,
-            "quality": quality_tables.quality_table,
-            "quality_papers": quality_tables.quality_papers_table,
-            "quality_reference": quality_tables.quality_reference_table,
+            "products": partial(gpu_table, products_report.products_text),
+            "tiles": partial(gpu_table, products_report.tiles_text),
+            "worst_products": partial(gpu_table, products_report.worst_text),
+            **performance_tables.TABLES,
+            **quality_tables.TABLES,
         }
         if kind not in makers:
             raise ValueError(f"table {kind!r} is unknown; allowed: {', '.join(makers)}")

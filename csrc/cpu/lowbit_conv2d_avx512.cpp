@@ -218,11 +218,10 @@ class Convolution {
     images_ = std::max<int64_t>(1, std::min(p_.samples, kTaskPixels / std::max<int64_t>(pixels, 1)));
     rows_ = images_ > 1 ? p_.out_h : std::max<int64_t>(1, std::min(p_.out_h, kTaskPixels / p_.out_w));
     if (p_.out_w == 1 && p_.kernel_h == 1) rows_ = std::min(p_.out_h, kTaskPixels);
-    const int64_t blocks = (p_.samples + images_ - 1) / images_ * ((p_.out_h + rows_ - 1) / rows_);
-    // Too few row blocks to occupy the threads: split the output channels as well, at multiples of four panels.
-    const int64_t sets = (layout_.panels + 3) / 4, wanted = 2 * num_threads();
-    splits_ = blocks >= wanted ? 1 : std::min(sets, (wanted + blocks - 1) / blocks);
-    const int64_t row_blocks = (p_.out_h + rows_ - 1) / rows_;
+    const int64_t image_blocks = (p_.samples + images_ - 1) / images_;
+    if (image_blocks * ((p_.out_h + rows_ - 1) / rows_) < 2 * num_threads()) split_further(image_blocks);
+    const int64_t row_blocks = (p_.out_h + rows_ - 1) / rows_, blocks = image_blocks * row_blocks;
+    const int64_t sets = panel_sets();
     parallel_tasks(blocks * splits_, [&](int64_t i) {
       const int64_t split = i % splits_, b = i / splits_;
       const int64_t n = b / row_blocks * images_, row = b % row_blocks * rows_;
@@ -232,6 +231,39 @@ class Convolution {
   }
 
  private:
+  int64_t panel_sets() const { return (layout_.panels + 3) / 4; }
+
+  // Too few blocks of rows to occupy the threads: splits the output channels, at multiples of four panels, and the rows
+  // of an image such that the thread with most tasks is done first. Every split of the channels copies the input again,
+  // every split of the rows reads the weight again.
+  void split_further(int64_t image_blocks) {
+    const int64_t sets = panel_sets(), threads = num_threads(), rows = rows_;
+    const int64_t most_row_blocks = images_ > 1 ? 1 : std::min(p_.out_h, 2 * threads);
+    double best = 0;
+    for (int64_t row_blocks = (p_.out_h + rows - 1) / rows; row_blocks <= most_row_blocks; row_blocks *= 2) {
+      const int64_t some_rows = (p_.out_h + row_blocks - 1) / row_blocks;
+      for (int64_t splits = 1; splits <= std::min(sets, 2 * threads); ++splits) {
+        const int64_t tasks = image_blocks * ((p_.out_h + some_rows - 1) / some_rows) * splits;
+        const int64_t panels = std::min(4 * ((sets + splits - 1) / splits), layout_.panels);
+        const double longest = (tasks + threads - 1) / threads * task_cycles(some_rows, panels);
+        if (best != 0 && longest >= 0.97 * best) continue;
+        best = longest;
+        rows_ = some_rows;
+        splits_ = splits;
+      }
+    }
+  }
+
+  // Rough cycles of a task: two products of 64 codes a cycle, the copy of its input, its weight from the L2 cache.
+  double task_cycles(int64_t rows, int64_t panels) const {
+    const double k = static_cast<double>(run_count_ * run_length_ * p_.groups);
+    const double pixels = static_cast<double>(images_ * rows * p_.out_w),
+                 channels = static_cast<double>(panels * kPanel);
+    const int64_t input_rows = (rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1;
+    const double input = static_cast<double>(images_ * input_rows * padded_w_ * pixel_bytes_);
+    return pixels * channels * k / 128 + input / 32 + channels * k / 32 + 200;
+  }
+
   void task(int64_t n0, int64_t n1, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) {
     const int64_t image_h = (row1 - row0 - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1;
     const int64_t image_bytes = image_h * padded_w_ * pixel_bytes_;

@@ -113,8 +113,7 @@ Tensor empty(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   if (dtype == ScalarType::Half) code = aoti_torch_dtype_float16();
   if (dtype == ScalarType::BFloat16) code = aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

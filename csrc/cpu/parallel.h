@@ -11,13 +11,14 @@ int64_t num_threads();
 // Calls body(begin, end, context) on disjoint ranges that cover [0, count). The body must not throw.
 void parallel_for_raw(int64_t count, void (*body)(int64_t, int64_t, void*), void* context);
 
-// Runs task(i) for i in [0, count). Every thread begins with an equal share of consecutive tasks, the same in every
-// call with this count, so that what a task leaves in the caches of its core is read there by the next kernel; a thread
-// that is done takes over what others have not begun (cores are shared with other work, so equal shares are not equal
-// times).
+constexpr int64_t kMaxWorkers = 256;
+
+// Runs task(i) for i in [0, count) on at most `most_workers` threads. Every thread begins with an equal share of
+// consecutive tasks, the same in every call with this count, so that what a task leaves in the caches of its core is
+// read there by the next kernel; a thread that is done takes over what others have not begun (cores are shared with
+// other work, so equal shares are not equal times).
 template <class Task>
-void parallel_tasks(int64_t count, const Task& task) {
-  constexpr int64_t kMaxWorkers = 256;
+void parallel_tasks(int64_t count, int64_t most_workers, const Task& task) {
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
@@ -27,7 +28,7 @@ void parallel_tasks(int64_t count, const Task& task) {
     int64_t workers;
     Share* shares;
   };
-  const int64_t workers = std::min({count, num_threads(), kMaxWorkers});
+  const int64_t workers = std::min({count, num_threads(), most_workers, kMaxWorkers});
   if (workers <= 1) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
@@ -49,6 +50,11 @@ void parallel_tasks(int64_t count, const Task& task) {
           }
       },
       &context);
+}
+
+template <class Task>
+void parallel_tasks(int64_t count, const Task& task) {
+  parallel_tasks(count, kMaxWorkers, task);
 }
 
 // Scratch memory of the calling thread, kept between calls and grown on demand; 64-byte aligned. `slot` separates the

@@ -16,6 +16,7 @@
 #include "common/build_info.h"
 #include "common/packing.h"
 #include "cuda/common/quantize.h"
+#include "cuda/cuts.h"
 #include "cuda/product.h"
 #include "cuda/stream.h"
 
@@ -47,8 +48,8 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device) {
   }
   if (dim == 4) strides = {strides[0], 1, sizes[1] * sizes[3], sizes[1]};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cuda(), device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
 }
 
@@ -158,17 +159,46 @@ struct Kernels {
 
 Kernels kernels_of(const ProductCall& call, const Device& device) {
 #if MODIFF_SM90
-  if (device.capability == 90 && call.code_bits == 8 && product_sm90_limit(call) == nullptr)
+  if (device.capability == 90 && call.cut.architecture != 80 && call.code_bits == 8 &&
+      product_sm90_limit(call) == nullptr)
     return {product_sm90, product_sm90_scratch(call, device)};
 #endif
+  STD_TORCH_CHECK(call.cut.architecture != 90, "modiff_cuda::product: this library has no kernels of sm_90");
   return {product_sm80, product_sm80_scratch(call, device)};
 }
 
-// geometry: product.h. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are aligned to 16 bytes.
+// The values of a cut in the order of its fields, for Python.
+constexpr size_t kCut = 4;
+
+Cut cut_from(const std::vector<int64_t>& values) {
+  STD_TORCH_CHECK(values.empty() || values.size() == kCut,
+                  "modiff_cuda: a cut has 4 values (architecture, rows, columns, splits) or none, got ", values.size());
+  if (values.empty()) return Cut{};
+  return {static_cast<int>(values[0]), static_cast<int>(values[1]), static_cast<int>(values[2]),
+          static_cast<int>(values[3])};
+}
+
+// All cuts of a call as cuts_of orders them, one after the other. A tensor has no part in it, nor has a GPU.
+std::vector<int64_t> cuts(std::vector<int64_t> geometry, int64_t weight_bits, int64_t code_bits, int64_t capability,
+                          int64_t multiprocessors) {
+  STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::cuts: ", kGeometry, " geometry values expected, got ",
+                  geometry.size());
+  ProductCall call{};
+  set_geometry(call.problem, geometry.data());
+  call.weight_bits = static_cast<int>(weight_bits);
+  call.code_bits = static_cast<int>(code_bits);
+  std::vector<int64_t> values;
+  for (const Cut& cut : cuts_of(call, static_cast<int>(capability), static_cast<int>(multiprocessors)))
+    values.insert(values.end(), {cut.architecture, cut.rows, cut.columns, cut.splits});
+  return values;
+}
+
+// geometry: product.h; cut: empty, or a Cut. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are
+// aligned to 16 bytes.
 Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& weight,
                int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t epilogue,
                std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
-               std::vector<int64_t> geometry) {
+               std::vector<int64_t> geometry, std::vector<int64_t> cut) {
   STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::product: ", kGeometry, " geometry values expected, got ",
                   geometry.size());
   ProductCall call{};
@@ -194,8 +224,13 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   call.bias = parameter(bias);
   call.weight_bits = static_cast<int>(weight_bits);
   call.rows_per_scale = p.samples * p.out_h * p.out_w / scale.numel();
+  call.cut = cut_from(cut);
 
   const int32_t device = codes.get_device_index();
+  const char* problem = cut_problem(call, device_of(device).capability);
+  STD_TORCH_CHECK(problem == nullptr, "modiff_cuda::product: no cut into ", call.cut.rows, " x ", call.cut.columns,
+                  " outputs and ", call.cut.splits, " parts along K by the kernels of sm_", call.cut.architecture, ": ",
+                  problem);
   const torch::stable::accelerator::DeviceGuard guard(device);
   std::vector<int64_t> sizes{0};
   if (write_out) {
@@ -235,11 +270,15 @@ STABLE_TORCH_LIBRARY(modiff_cuda, m) {
   m.def(
       "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, int weight_bits, Tensor weight_scale, "
       "Tensor? bias, int epilogue, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
-      "int[] geometry) -> Tensor");
+      "int[] geometry, int[] cut) -> Tensor");
+  m.def("cuts(int[] geometry, int weight_bits, int code_bits, int capability, int multiprocessors) -> int[]");
 }
 
 // A call without tensors has no device: this key is what a torch without CUDA dispatches it to.
-STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
+STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("cuts", TORCH_BOX(&cuts));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CUDA, m) {
   m.impl("quantize", TORCH_BOX(&quantize));

@@ -24,22 +24,25 @@ WARM_UP_CALLS = 2
 class Capture(Protocol):
     """Captures a call: returns what repeats its kernels, and its outputs, written anew by each repetition."""
 
-    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Record `step` without running its kernels."""
+    def __call__(self, step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        """Record `step`, whose kernels are for `device`, without running them."""
         ...
 
 
 class CudaCapture:
-    """Captures on the current device; all graphs share one pool of memory."""
+    """Captures on the device of the call, whichever is current; all graphs share one pool of memory."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def __call__(self, step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if device not in self._streams:  # torch's own stream for captures is on the device of the first one
+            self._streams[device] = torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=self._pool, stream=self._streams[device]):
             outputs = step()
         return graph.replay, outputs
 
@@ -113,7 +116,8 @@ class GraphedCalls:
                 self._calls[key] = self._calls.get(key, 0) + 1
                 self.eager += 1
                 return step(*args, **kwargs)
-            replay, outputs = self._capture(lambda: step(*args, **kwargs))
+            device = self._inputs[inputs][0].place.device
+            replay, outputs = self._capture(lambda: step(*args, **kwargs), device)
             graph = self._graphs[key] = _Graph(replay, outputs, self._updated())
             self.captured += 1
         graph.replay()

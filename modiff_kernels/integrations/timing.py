@@ -38,17 +38,20 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Marks in the current stream of a CUDA device, set without waiting for it."""
+    """Marks in the current stream of a CUDA device, current or not, set without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def mark(self) -> torch.cuda.Event:
         """An event, recorded now."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def wait(self) -> None:
         """Wait for the device."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Time between two events."""
@@ -59,4 +62,4 @@ def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> 
     """The timer of `device`; with a clock, one that reads it."""
     if clock is not None:
         return HostTimer(clock)
-    return CudaTimer() if device.type == "cuda" else HostTimer()
+    return CudaTimer(device) if device.type == "cuda" else HostTimer()

@@ -109,11 +109,12 @@ def _require_device(op: str, x: Tensor, **tensors: Tensor | None) -> None:
 def _require_image(op: str, name: str, t: Tensor) -> None:
     if t.ndim != 4:
         raise ValueError(f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); expected an image [N, C, H, W]")
-    if not t.is_contiguous(memory_format=torch.channels_last):
+    _, c, h, w = t.shape
+    # The strides as well: while it compiles for any size, torch 2.11 does not know the format of what was computed.
+    if not t.is_contiguous(memory_format=torch.channels_last) and t.stride() != (c * h * w, 1, c * w, c):
         raise ValueError(
             f"{op}: {name} is not channels_last ({_text(t)}); convert it with .to(memory_format=torch.channels_last). "
-            "4-D "
-            f"tensors are images; flatten the input of a Linear to [N, L, K]"
+            "4-D tensors are images; flatten the input of a Linear to [N, L, K]"
         )
     _require_elements(op, name, t)
 

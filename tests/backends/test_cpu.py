@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 CHANNELS = (1, 3, 63, 64, 65, 1030)
 SAMPLES = (1, 2, 3, 8)
-THREAD_SHAPES = [*itertools.product(SAMPLES, (1, 35), (65,)), (1, 35, 1030)]
+THREAD_SHAPES = [*itertools.product(SAMPLES, (1, 35), (65,)), *itertools.product(SAMPLES, (35,), (1030,))]
 SHAPES = [
     *itertools.product(SAMPLES, (1, 5, 35), CHANNELS[:-1]),
     (1, 35, 1030),
@@ -58,7 +58,9 @@ def one_thread():
 
 @pytest.fixture
 def two_threads(one_thread):
-    """Other cuts of the work: samples are split into chunks of rows, output channels into ranges."""
+    """Other cuts of the work: samples of 2^15 values and more are split into chunks of rows, products into rows and
+    ranges of channels.
+    """
     torch.set_num_threads(2)
 
 
@@ -216,7 +218,7 @@ class TestQuantizeIdentity:
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     @pytest.mark.parametrize("samples", SAMPLES)
     def test_given_scales(self, samples, granularity, single, isa, threads, poisoned_empty):
-        shape = (samples, 35, 65)
+        shape = (samples, 35, 1030 if torch.get_num_threads() > 1 else 65)
         granules = 1 if single else {"per_tensor": 1, "per_sample": samples, "per_token": samples * 35}[granularity]
         given = torch.rand(granules) * 0.02 + 0.005
         x, old = torch.randn(shape), torch.randn(shape)
@@ -331,6 +333,7 @@ NORM_CASES = {
     "one-group": {"shape": (2, 35, 65), "groups": 1, "shift": True},
     "groups-are-channels": {"shape": (2, 35, 65), "groups": 65},
     "wide": {"shape": (1, 35, 1030), "groups": 10},
+    "wide-3-samples": {"shape": (3, 12, 1030), "groups": 10, "shift": True},
     "no-affine": {"shape": (2, 35, 64), "groups": 8, "affine": False},
 }
 

@@ -21,7 +21,8 @@ class FakeCapture:
     def __init__(self, state):
         self.state = state
 
-    def __call__(self, step):
+    def __call__(self, step, device):
+        assert device.type == "cpu"
         before = [(tensor, tensor.clone()) for tensor in self._state_tensors()]
         with Tape() as tape:
             outputs = step()

@@ -11,7 +11,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import modiff_kernels as mk
 from modiff_kernels.backends import cpu
-from modiff_kernels.integrations.graphs import WARM_UP_CALLS, CudaCapture
+from modiff_kernels.integrations.graphs import WARM_UP_CALLS
 from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.registry import is_about_values
 from tests.integrations.fake_capture import capture_calls
@@ -322,28 +322,3 @@ class TestRefused:
     def test_with_a_schedule_that_cannot_be_captured(self, schedule):
         with pytest.raises(ValueError, match=r"cuda_graphs=True is not possible with schedule .* without tolerance"):
             mk.accelerate(Net(), mk.ModiffConfig(cuda_graphs=True, schedule=schedule))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("scale_mode", ["dynamic", "static", "delayed"])
-def test_graphs_on_a_gpu(scale_mode):
-    encoder = text().cuda()
-    results = []
-    for cuda_graphs in (False, True):
-        torch.manual_seed(0)
-        net = Net().eval().cuda()
-        paths = [path for path, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        skipped = "conv_in", "conv_out", "time_emb"
-        scales = {path: 0.02 for path in paths if not any(name in path for name in skipped)}
-        config = mk.ModiffConfig(scale_mode=scale_mode, cuda_graphs=cuda_graphs)
-        handle = mk.accelerate(net, config, static_scales=scales if scale_mode == "static" else None)
-        outputs = []
-        for _ in range(4):
-            with handle.sampling_run():
-                outputs += [net(x.cuda(), 500, encoder_hidden_states=encoder)[0] for x in samples()]
-        results.append(outputs)
-    assert isinstance(handle._forward.graphs._capture, CudaCapture)
-    assert handle._forward.graphs.replayed > 0
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

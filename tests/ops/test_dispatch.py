@@ -55,7 +55,7 @@ def with_cpu(monkeypatch, fresh_dispatch):
 
 def test_auto_takes_the_first_that_fits(with_cpu):
     with_cpu(compiled_backend())
-    assert dispatch.select(PROBLEM) == ("cpu", dispatch.load("cpu").KERNELS["modulated_conv2d"].fn, ())
+    assert dispatch.select(PROBLEM) == ("cpu", dispatch.load("cpu").KERNELS["modulated_conv2d"].fn, (), False)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modiff_kernels import ops
+from modiff_kernels.ops import problem
 from modiff_kernels.ops.problem import CHECKS
 from tests.ops.op_cases import ConvCase, LinearCase, activation, make_weight, poisoned
 from tests.ops.test_errors import conv_arguments, linear_arguments
@@ -91,6 +92,17 @@ def test_fake_and_meta_results_are_like_real_ones(case):
         fake = formats(getattr(ops, op)(*moved(mode.from_tensor)))
     meta = formats(getattr(ops, op)(*moved(lambda t: t.to("meta"))))
     assert real == fake == meta
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_fake_results_are_on_the_device_of_the_arguments(case, monkeypatch):
+    monkeypatch.setattr(problem, "capability", lambda device: (9, 0))
+    op, arguments = arguments_of(case)
+    with FakeTensorMode() as mode:
+        moved = [mode.from_tensor(a).to("cuda:1") if isinstance(a, torch.Tensor) else a for a in arguments]
+        results = getattr(ops, op)(*moved)
+    for result in results if isinstance(results, tuple) else (results,):
+        assert result.device == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)

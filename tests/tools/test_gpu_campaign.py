@@ -90,6 +90,16 @@ def test_a_part_ends_with_everything_it_started_when_its_time_is_over(tmp_path, 
         pytest.fail("the child is still running")
 
 
+def test_a_part_that_ends_in_its_time_with_work_left_goes_on(tmp_path):
+    parts = [part("bounded", "raise SystemExit(3)")]
+    campaign = Campaign(parts, tmp_path / "work", 100)
+    campaign.run()
+    assert statuses(campaign) == {"bounded": STOPPED}
+    assert campaign.exit_code() == 3
+    Campaign([part("bounded", "pass")], tmp_path / "work", 100).run()
+    assert statuses(Campaign(parts, tmp_path / "work", 100)) == {"bounded": PASSED}
+
+
 def test_no_part_is_begun_that_has_no_time_left(tmp_path):
     now = [0.0]
     seconds = gpu_campaign.TAIL_SECONDS + gpu_campaign.LEAST_SECONDS + 5

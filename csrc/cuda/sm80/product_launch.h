@@ -18,9 +18,7 @@ struct ProductPlan {
 inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
   const ConvProblem& p = call.problem;
   ProductPlan plan{};
-  plan.operands = call.code_bits == 4     ? Operands::kNibbles
-                  : call.weight_bits == 8 ? Operands::kBytes
-                                          : Operands::kUnpacked;
+  plan.operands = operands_of(call.code_bits, call.weight_bits);
   plan.choice = choice;
   plan.k = p.kernel_h * p.kernel_w * p.c_in;
   plan.partial_columns = ceil_div(p.c_out, kVector) * kVector;
@@ -32,6 +30,8 @@ inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
 }
 
 inline ProductPlan plan_of(const ProductCall& call, int multiprocessors) {
+  if (call.cut.architecture == 80)
+    return plan_of(call, TileChoice{tile_of_size(call.cut.rows, call.cut.columns), call.cut.splits});
   const ConvProblem& p = call.problem;
   const ProductPlan any = plan_of(call, TileChoice{0, 1});
   return plan_of(call, choose_tile(p.samples * p.out_h * p.out_w, p.c_out, any.k, call.weight_bits, any.operands,

@@ -44,6 +44,17 @@ struct TileChoice {
   int splits;  // of K, between blocks
 };
 
+inline Operands operands_of(int code_bits, int weight_bits) {
+  return code_bits == 4 ? Operands::kNibbles : weight_bits == 8 ? Operands::kBytes : Operands::kUnpacked;
+}
+
+// Index of the tile of this size, -1 if there is none.
+inline int tile_of_size(int rows, int columns) {
+  for (int tile = 0; tile < kTileCount; ++tile)
+    if (kTiles[tile].m == rows && kTiles[tile].n == columns) return tile;
+  return -1;
+}
+
 // Steps along K of `k` codes.
 inline int step_count(int64_t k, Operands operands) {
   return static_cast<int>(ceil_div(operands == Operands::kNibbles ? ceil_div(k, 2) : k, kStepBytes));

@@ -96,7 +96,12 @@ struct HopperCta : DeviceCta {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
   }
   __device__ __forceinline__ void add_is_visible() const { __threadfence(); }
-  __device__ __forceinline__ uint32_t count_arrival(uint32_t* p) const { return atomicAdd(p, 1u); }
+  // Releases what the block wrote before its last barrier, and acquires what blocks counted before have released.
+  __device__ __forceinline__ uint32_t count_arrival(uint32_t* p) const {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+    return before;
+  }
   __device__ __forceinline__ int32_t load_sum(const int32_t* p) const { return __ldcg(p); }
 
   // Multiples of 16 bytes, into the L2 cache.

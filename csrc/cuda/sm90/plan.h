@@ -21,6 +21,13 @@ constexpr int kTileCount = 4;
 
 constexpr bool has_tile(int tile, int weight_bits) { return weight_bits == 8 || tile == 0 || tile == kTileCount - 1; }
 
+// Index of the tile of this size that weights of `weight_bits` have, -1 if there is none.
+constexpr int tile_of_size(int rows, int columns, int weight_bits) {
+  for (int tile = 0; tile < kTileCount; ++tile)
+    if (kTiles[tile].rows == rows && kTiles[tile].columns == columns && has_tile(tile, weight_bits)) return tile;
+  return -1;
+}
+
 struct Plan {
   int tile;
   Window window;
@@ -60,8 +67,12 @@ inline Plan plan_of_tile(const ProductCall& call, int tile, int splits) {
   return plan;
 }
 
-// The plan with the fewest estimated clocks; among equals the earlier tile, then fewer parts.
+// The plan that the call is told, or the one with the fewest estimated clocks; among equals the earlier tile, then
+// fewer parts.
 inline Plan plan_of(const ProductCall& call, int multiprocessors) {
+  if (call.cut.architecture == 90) {
+    return plan_of_tile(call, tile_of_size(call.cut.rows, call.cut.columns, call.weight_bits), call.cut.splits);
+  }
   Plan best{};
   int64_t fewest = -1;
   for (int tile = 0; tile < kTileCount; ++tile) {

@@ -11,7 +11,7 @@ namespace {
 // plan_of takes microseconds, twice in a call, and the calls of a network have few different plans: the last one of
 // every place of a table is kept.
 const sm90::Plan& plan_for(const ProductCall& call, const Device& device) {
-  using Key = std::array<int64_t, 9>;  // all that a plan depends on
+  using Key = std::array<int64_t, 13>;  // all that a plan depends on
   const ConvProblem& p = call.problem;
   const Key key = {p.samples * p.out_h * p.out_w,
                    p.c_in,
@@ -21,7 +21,11 @@ const sm90::Plan& plan_for(const ProductCall& call, const Device& device) {
                    p.dilation_h,
                    p.dilation_w,
                    call.weight_bits,
-                   device.multiprocessors};
+                   device.multiprocessors,
+                   call.cut.architecture,
+                   call.cut.rows,
+                   call.cut.columns,
+                   call.cut.splits};
   uint64_t hash = 0;
   for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9E3779B97F4A7C15u;
   thread_local std::array<std::pair<Key, sm90::Plan>, 256> table{};  // no call has a key of zeros

@@ -62,6 +62,11 @@ def quantize_op() -> Any:
     return torch.ops.modiff_cuda.quantize.default
 
 
+def cuts_op() -> Any:
+    """The op of the library, which `unavailable` or `why_not_loaded` has loaded."""
+    return torch.ops.modiff_cuda.cuts.default
+
+
 def product_op() -> Any:
     """The op of the library, which `unavailable` has loaded; tests put an emulation in its place."""
     return torch.ops.modiff_cuda.product.default

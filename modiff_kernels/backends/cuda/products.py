@@ -4,6 +4,7 @@ before it `modulated_*` and `initialize_*`.
 Arguments are those of ops/schema.py, already checked. Nothing here reads the device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from ...quant import passes
 from ...quant.packing import KPACK_V1
 from ...quant.passes import Conv
 from . import library
+from .cuts import choose
 from .quantizing import quantize_residual
 
-_ACCUMULATE, _INITIALIZE, _OUTPUT = range(3)  # csrc/common/problem.h
+ACCUMULATE, INITIALIZE, OUTPUT = range(3)  # csrc/common/problem.h
 _ALIGNMENT = 16
 
 CHANNEL_MULTIPLE = 16
@@ -57,7 +59,19 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone()
 
 
-def _product(
+def geometry_of(codes: Tensor, c_out: int, conv: Conv | None) -> list[int]:
+    """Sizes of a product as the library has them (csrc/cuda/product.h); `conv` None is a Linear, a 1x1 convolution over
+    an image of width 1.
+    """
+    per_element = 2 if codes.dtype == torch.uint8 else 1
+    if conv is None:
+        return [1, codes.shape[:-1].numel(), 1, codes.shape[-1] * per_element, c_out, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+    samples, c_in, h, w = codes.shape
+    kernel_size, stride, padding, dilation, groups = conv
+    return [samples, h, w, c_in * per_element, c_out, *kernel_size, *stride, *padding, *dilation, groups]
+
+
+def integer_product(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -71,22 +85,17 @@ def _product(
     out_dtype: torch.dtype,
     weight_bits: int,
     conv: Conv | None,
+    cut: Sequence[int] | None = None,
 ) -> Tensor:
-    """The integer product with its epilogue; `conv` None is a Linear, a 1x1 convolution over an image of width 1. Codes
-    are int8, or uint8: 4-bit ones, packed.
+    """The integer product with its epilogue. Codes are int8, or uint8: 4-bit ones, packed. `cut` is a `cuts.Cut`, empty
+    for what the kernels choose; None: the measured one of this GPU, if there is one.
     """
-    c_out = weight_scale.shape[0]
-    per_element = 2 if codes.dtype == torch.uint8 else 1
-    if conv is None:
-        k = codes.shape[-1] * per_element
-        geometry = [1, codes.shape[:-1].numel(), 1, k, c_out, 1, 1, 1, 1, 0, 0, 1, 1, 1]
-    else:
-        samples, c_in, h, w = codes.shape
-        kernel_size, stride, padding, dilation, groups = conv
-        geometry = [samples, h, w, c_in * per_element, c_out, *kernel_size, *stride, *padding, *dilation, groups]
+    geometry = geometry_of(codes, weight_scale.shape[0], conv)
+    if cut is None:
+        cut = choose(geometry, weight_bits, 4 if codes.dtype == torch.uint8 else 8, codes.device)
     out: Tensor = library.product_op()(
         _aligned(codes), scale, zero_point, _aligned(weight_packed), weight_bits, weight_scale, bias, epilogue, y_hat,
-        skip, write_out, out_dtype, geometry,
+        skip, write_out, out_dtype, geometry, cut,
     )  # fmt: skip
     return out
 
@@ -95,8 +104,8 @@ def accumulate_linear(
     residual_q, scale, weight_packed, weight_scale, y_hat, skip, weight_bits, group_size, layout, out_dtype,
     write_out=True,
 ):  # fmt: skip
-    return _product(
-        residual_q, scale, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, out_dtype,
+    return integer_product(
+        residual_q, scale, None, weight_packed, weight_scale, None, ACCUMULATE, y_hat, skip, write_out, out_dtype,
         weight_bits, None,
     )  # fmt: skip
 
@@ -106,8 +115,8 @@ def accumulate_conv2d(
     kernel_size, stride, padding, dilation, groups, out_dtype, write_out=True,
 ):  # fmt: skip
     conv = (kernel_size, stride, padding, dilation, groups)
-    return _product(
-        residual_q, scale, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, out_dtype,
+    return integer_product(
+        residual_q, scale, None, weight_packed, weight_scale, None, ACCUMULATE, y_hat, skip, write_out, out_dtype,
         weight_bits, conv,
     )  # fmt: skip
 
@@ -115,8 +124,8 @@ def accumulate_conv2d(
 def quantized_linear(
     x_q, scale, zero_point, weight_packed, weight_scale, bias, skip, weight_bits, group_size, layout, out_dtype
 ):
-    return _product(
-        x_q, scale, zero_point, weight_packed, weight_scale, bias, _OUTPUT, None, skip, True, out_dtype, weight_bits,
+    return integer_product(
+        x_q, scale, zero_point, weight_packed, weight_scale, bias, OUTPUT, None, skip, True, out_dtype, weight_bits,
         None,
     )  # fmt: skip
 
@@ -126,8 +135,8 @@ def quantized_conv2d(
     kernel_size, stride, padding, dilation, groups, out_dtype,
 ):  # fmt: skip
     conv = (kernel_size, stride, padding, dilation, groups)
-    return _product(
-        x_q, scale, zero_point, weight_packed, weight_scale, bias, _OUTPUT, None, skip, True, out_dtype, weight_bits,
+    return integer_product(
+        x_q, scale, zero_point, weight_packed, weight_scale, bias, OUTPUT, None, skip, True, out_dtype, weight_bits,
         conv,
     )  # fmt: skip
 
@@ -138,8 +147,8 @@ def modulated_linear(
 ):  # fmt: skip
     packed = _multiplies_nibbles(x, act_bits, granularity, weight_bits)
     codes, used, absmax = quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio, packed)
-    out = _product(
-        codes, used, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, x.dtype, weight_bits,
+    out = integer_product(
+        codes, used, None, weight_packed, weight_scale, None, ACCUMULATE, y_hat, skip, write_out, x.dtype, weight_bits,
         None,
     )  # fmt: skip
     return out, used, absmax
@@ -152,8 +161,8 @@ def modulated_conv2d(
     packed = _multiplies_nibbles(x, act_bits, granularity, weight_bits)
     codes, used, absmax = quantize_residual(x, x_hat, scale, act_bits, granularity, clip_ratio, packed)
     conv = (kernel_size, stride, padding, dilation, groups)
-    out = _product(
-        codes, used, None, weight_packed, weight_scale, None, _ACCUMULATE, y_hat, skip, write_out, x.dtype, weight_bits,
+    out = integer_product(
+        codes, used, None, weight_packed, weight_scale, None, ACCUMULATE, y_hat, skip, write_out, x.dtype, weight_bits,
         conv,
     )  # fmt: skip
     return out, used, absmax
@@ -179,8 +188,8 @@ def _initialize(
         )
     x_hat.zero_()
     codes, used, _ = quantize_residual(x, x_hat, None, first_step_bits, "per_sample")
-    return _product(
-        codes, used, None, weight_packed, weight_scale, bias, _INITIALIZE, y_hat, skip, write_out, x.dtype, weight_bits,
+    return integer_product(
+        codes, used, None, weight_packed, weight_scale, bias, INITIALIZE, y_hat, skip, write_out, x.dtype, weight_bits,
         conv,
     )  # fmt: skip
 

@@ -5,17 +5,14 @@ candidate with the least `estimated_cycles`. Nothing is measured while a user wa
 JSON files.
 """
 
-import json
-import math
-import re
-from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ...tuned import Store
+
 TILES = Path(__file__).resolve().parent / "tiles"
-NEAREST_FACTOR = 2.0
-"""A tuned choice serves shapes with up to this many times more or fewer rows; number of rows alone may differ."""
 
 
 @dataclass(frozen=True)
@@ -170,44 +167,16 @@ def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
     )
 
 
-def tiles_file(gpu_name: str, folder: Path = TILES) -> Path:
-    """Where the tuned choices for a GPU stand."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
-
-
-@cache
-def tuned(gpu_name: str, folder: Path = TILES) -> dict[Shape, TileConfig]:
-    """The tuned choices for a GPU; empty if it was never tuned."""
-    path = tiles_file(gpu_name, folder)
-    if not path.exists():
-        return {}
-    entries = json.loads(path.read_text())["choices"]
-    return {Shape(**entry["shape"]): TileConfig(**entry["config"]) for entry in entries}
-
-
-def save(choices: dict[Shape, TileConfig], gpu_name: str, about: dict[str, str], folder: Path = TILES) -> Path:
-    """Write tuned choices for a GPU, ordered by shape; `about` says what made them (versions, command)."""
-    path = tiles_file(gpu_name, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = [{"shape": shape._asdict(), "config": asdict(choices[shape])} for shape in sorted(choices)]
-    path.write_text(json.dumps({"gpu": gpu_name, **about, "choices": entries}, indent=1) + "\n")
-    return path
-
-
-def nearest(shape: Shape, choices: dict[Shape, TileConfig]) -> TileConfig | None:
-    """The choice for `shape`, or for the one that differs in m alone and the least, up to NEAREST_FACTOR."""
-    distances = [(abs(math.log2(known.m / shape.m)), known) for known in choices if known._replace(m=shape.m) == shape]
-    distance, known = min(distances, default=(math.inf, shape))
-    return choices[known] if distance <= math.log2(NEAREST_FACTOR) else None
+STORE = Store(TILES, Shape, TileConfig)
 
 
 @lru_cache(maxsize=4096)
-def choose(shape: Shape, gpu: Gpu, folder: Path = TILES) -> TileConfig:
+def choose(shape: Shape, gpu: Gpu, store: Store[Shape, TileConfig] = STORE) -> TileConfig:
     """The tile for `shape`: tuned if this or a near shape was, else the best estimate.
 
     Raises ValueError if no candidate fits; `why_not` of the backend asks `fits` before.
     """
-    config = nearest(shape, tuned(gpu.name, folder))
+    config = store.nearest(shape, gpu.name)
     if config is not None:
         return config
     found = ranked(shape, gpu)

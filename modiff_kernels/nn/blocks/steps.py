@@ -69,7 +69,8 @@ class GroupNorm(Prologue):
             h = h.transpose(1, 2)
         x = F.group_norm(h, norm.num_groups, norm.weight, norm.bias, norm.eps)
         x = F.silu(x) if self.silu else x
-        return x.transpose(1, 2).contiguous() if x.ndim == 3 else x
+        # An image in channels_last comes out of the norm contiguous on a GPU.
+        return x.transpose(1, 2).contiguous() if x.ndim == 3 else x.contiguous(memory_format=torch.channels_last)
 
 
 class LayerNorm(Prologue):

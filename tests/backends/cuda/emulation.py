@@ -109,7 +109,7 @@ class ProductEmulator(Emulator):
 
     def product(
         self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, epilogue, y_hat, skip, write_out,
-        out_dtype, geometry,
+        out_dtype, geometry, cut,
     ):  # fmt: skip
         samples, h, w, _, n, r, s, *window, _ = geometry
         sizes = [
@@ -118,8 +118,9 @@ class ProductEmulator(Emulator):
         ]
         bits, rows_per_scale = 4 if codes.dtype == torch.uint8 else 8, samples * sizes[0] * sizes[1] // len(scale)
         head = struct.pack(
-            "26q", *geometry, weight_bits, bits, rows_per_scale, epilogue, _dtype(bias), _dtype(y_hat),
+            "30q", *geometry, weight_bits, bits, rows_per_scale, epilogue, _dtype(bias), _dtype(y_hat),
             _dtype(skip), DTYPES[out_dtype], write_out, self.tile, self.splits, self.falling,
+            *(cut or (0, 0, 0, 0)),
         )  # fmt: skip
         if codes.ndim == 4:
             out = torch.empty((samples, n, *sizes), dtype=out_dtype, memory_format=torch.channels_last)

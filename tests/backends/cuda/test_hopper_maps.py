@@ -155,6 +155,58 @@ class TestPlan:
             assert scratch == (0 if splits == 1 else 4 * (-(-tiles // 4) * 4 + tiles * rows * columns))
 
 
+class TestCuts:
+    """csrc/cuda/cuts.h: what a caller may ask for."""
+
+    CALL = (2, 16, 16, 640, 1280, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+
+    @pytest.mark.parametrize("bits", [8, 4, 3])
+    def test_the_first_one_is_what_the_kernels_choose(self, maps, bits):
+        random.seed(bits)
+        for _ in range(100):
+            side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
+            channels = (128 if bits == 3 else 32) * random.randint(1, 20)
+            call = sizes(random.randint(1, 16), side, side, channels, random.randint(1, 3000), window)
+            multiprocessors = random.choice((78, 114, 132))
+            plan = maps.plan(call, bits, multiprocessors)
+            found = maps.cuts(call, bits, 8, 90, multiprocessors)
+            assert found[0] == (90, plan["rows"], plan["columns"], plan["splits"])
+            assert len(set(found)) == len(found)
+            assert [cut[0] for cut in found] == sorted((cut[0] for cut in found), reverse=True)
+            assert all(maps.why_not_cut(call, bits, 8, cut, 90) is None for cut in found)
+            assert all(maps.told_plan(call, bits, cut) == cut[1:] for cut in found if cut[0] == 90)
+
+    def test_older_gpus_have_the_kernels_of_sm80_alone(self, maps):
+        found = maps.cuts(self.CALL, 8, 8, 86, 84)
+        assert {cut[0] for cut in found} == {80}
+        assert found[0] == (80, *maps.choice_of_sm80(512, 1280, 9 * 640, 8, 84))
+        assert {cut[1:3] for cut in found} == {(128, 128), (128, 64), (64, 64)}
+
+    def test_packed_codes_have_tensor_cores_on_older_gpus_alone(self, maps):
+        assert maps.cuts(self.CALL, 4, 4, 90, 132) == []
+        assert {cut[0] for cut in maps.cuts(self.CALL, 4, 4, 80, 108)} == {80}
+
+    @pytest.mark.parametrize(
+        ("cut", "bits", "capability", "words"),
+        [
+            ((90, 256, 160, 1), 8, 90, None),
+            ((80, 128, 64, 2), 8, 90, None),
+            ((0, 0, 0, 0), 8, 80, None),
+            ((90, 256, 160, 1), 8, 80, "capability 9.0 alone"),
+            ((90, 128, 256, 1), 4, 90, "no such tile"),
+            ((90, 64, 64, 1), 8, 90, "no such tile"),
+            ((90, 128, 64, 46), 8, 90, "more parts than steps"),
+            ((90, 128, 64, 0), 8, 90, "less than one part"),
+            ((80, 256, 160, 1), 8, 90, "no such tile"),
+            ((80, 64, 64, 89), 8, 90, "no steps along K"),
+            ((75, 64, 64, 1), 8, 80, "sm_90 and sm_80"),
+        ],
+    )
+    def test_others_are_refused_with_a_reason(self, maps, cut, bits, capability, words):
+        reason = maps.why_not_cut(self.CALL, bits, 8, cut, capability)
+        assert reason is None if words is None else words in reason
+
+
 class TestLimits:
     @pytest.mark.parametrize(
         ("call", "bits", "offsets", "words"),

@@ -5,10 +5,13 @@ kernel, bit for bit with the backend reference; races; graphs.
 import pytest
 import torch
 
+from benchmarks import shapes
+from benchmarks.tile_tuning import Scratch
 from modiff_kernels import ops
 from modiff_kernels.backends import cuda
 from modiff_kernels.quant.packing import KPACK_V1, pack
 from modiff_kernels.quant.spec import quant_max, quant_min
+from tools import tune_cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +80,19 @@ def test_layers(layer):
     layer = Layer(*layer)
     for found, wanted in zip(layer.results("cuda"), layer.results("reference")):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize(
+    "layer", [shapes.Layer("conv", 128, 328, 17, 17, 3, 1, 1), shapes.Layer("linear", 1280, 328, 77, 1, 1)], ids=str
+)
+def test_every_cut_is_exact(layer, bits):
+    """All tiles and parts of sm_90 and sm_80 that tools/tune_cuda.py may measure."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    tunable, scratch = tune_cuda.products_on(device), Scratch(layer, 3, bits, device)
+    cuts = tunable.candidates(scratch)
+    assert {cut.architecture for cut in cuts} == {90, 80}
+    assert [cut for cut in cuts if not scratch.is_exact(tunable.update(scratch, cut))] == []
 
 
 @pytest.mark.parametrize("layer", [LAYERS[5], LAYERS[6], LAYERS[10], LAYERS[12]], ids=str)

@@ -153,3 +153,9 @@ class TestChoice:
             return maps.cycles(tile, splits, *sizes, weight_bits, multiprocessors)
 
         assert cycles(tile, splits) <= min(cycles(other, 1) for other in range(3))
+
+
+@pytest.mark.parametrize(("tile", "size"), list(enumerate([(128, 128), (128, 64), (64, 64)])))
+def test_a_call_that_is_told_its_cut_gets_it(maps, tile, size):
+    geometry = (2, 16, 16, 640, 320, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    assert maps.told(geometry, 8, *size, 3) == (tile, 3)

@@ -54,7 +54,7 @@ class Kernels:
 
     def product(self, codes, scale, packed, weight_scale, *, zero_point=None, bias=None, epilogue=OUTPUT, y_hat=None,
                 skip=None, write_out=True, out_dtype=torch.float32, bits=8, conv=None, tile=SMALL, splits=1,
-                falling=False):  # fmt: skip
+                falling=False, cut=()):  # fmt: skip
         if self.emulator is not None:
             self.emulator.tile, self.emulator.splits, self.emulator.falling = tile, splits, falling
         elif (tile, splits, falling) != (SMALL, 1, False):
@@ -63,7 +63,7 @@ class Kernels:
         moved = [None if t is None else t.to(self.device) for t in tensors]
         state = None if y_hat is None else y_hat.to(self.device)
         skip = None if skip is None else skip.to(self.device)
-        out = products._product(*moved, epilogue, state, skip, write_out, out_dtype, bits, conv)
+        out = products.integer_product(*moved, epilogue, state, skip, write_out, out_dtype, bits, conv, cut)
         if state is not y_hat:
             y_hat.copy_(state)
         return out.cpu()
@@ -127,6 +127,12 @@ CASES = [LinearCase((130, 320), 130), ConvCase((2, 48, 9, 8), 65), ConvCase((1, 
 def test_every_tile_gives_the_same_sums(kernels, case, bits, tile):
     codes, rows, expected = operands(case, bits)
     assert torch.equal(kernels.sums(case, codes, rows, bits, tile=tile), expected)
+
+
+@pytest.mark.parametrize("cut", [(80, 128, 128, 1), (80, 128, 64, 2), (80, 64, 64, 3)], ids=str)
+def test_the_caller_may_name_the_cut(kernels, cut):
+    codes, rows, expected = operands(CASES[1], 8)
+    assert torch.equal(kernels.sums(CASES[1], codes, rows, 8, cut=cut), expected)
 
 
 @pytest.mark.parametrize("tile", [LARGE, NARROW, SMALL])

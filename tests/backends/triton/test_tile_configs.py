@@ -6,6 +6,7 @@ import pytest
 
 from modiff_kernels.backends.triton import tile_configs
 from modiff_kernels.backends.triton.tile_configs import Gpu, Shape, TileConfig
+from modiff_kernels.tuned import Store
 
 H200 = Gpu("NVIDIA H200", (9, 0), 132)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108)
@@ -69,30 +70,20 @@ def test_the_choice_does_not_depend_on_what_was_asked_before():
 
 
 def test_tuned_choices_come_first_and_serve_near_shapes(tmp_path):
-    path = tile_configs.save({BIG: TILE}, H200.name, {"triton": "3.6.0"}, tmp_path)
-    assert path == tmp_path / "nvidia-h200.json"
-    assert json.loads(path.read_text())["gpu"] == "NVIDIA H200"
-    assert tile_configs.choose(BIG, H200, tmp_path) == TILE
-    assert tile_configs.choose(BIG._replace(m=32768), H200, tmp_path) == TILE
-    assert tile_configs.choose(BIG._replace(m=131072), H200, tmp_path) == TILE
+    store = Store(tmp_path, Shape, TileConfig)
+    store.save({BIG: TILE}, H200.name, {})
+    for m in (65536, 32768, 131072):
+        assert tile_configs.choose(BIG._replace(m=m), H200, store) == TILE
     for other in (BIG._replace(m=32767), BIG._replace(n=640), BIG._replace(weight_bits=4), BIG._replace(taps=1)):
-        assert tile_configs.choose(other, H200, tmp_path) == tile_configs.ranked(other, H200)[0]
-    assert tile_configs.choose(BIG, A100, tmp_path) == tile_configs.ranked(BIG, A100)[0]
-
-
-def test_the_nearest_of_several_is_taken():
-    choices = {BIG._replace(m=m): TileConfig(64, 64, 64, 4, stages) for m, stages in ((1024, 2), (1500, 3), (9000, 4))}
-    assert tile_configs.nearest(BIG._replace(m=1300), choices).num_stages == 3
-    assert tile_configs.nearest(BIG._replace(m=1100), choices).num_stages == 2
-    assert tile_configs.nearest(BIG._replace(m=4000), choices) is None
-    assert tile_configs.nearest(BIG, {}) is None
+        assert tile_configs.choose(other, H200, store) == tile_configs.ranked(other, H200)[0]
+    assert tile_configs.choose(BIG, A100, store) == tile_configs.ranked(BIG, A100)[0]
 
 
 def test_shipped_choices_are_readable_and_fit():
     for path in tile_configs.TILES.glob("*.json"):
         name = json.loads(path.read_text())["gpu"]
-        assert tile_configs.tiles_file(name) == path
-        assert all(tile_configs.fits(config, shape) for shape, config in tile_configs.tuned(name).items())
+        assert tile_configs.STORE.path(name) == path
+        assert all(tile_configs.fits(config, shape) for shape, config in tile_configs.STORE.load(name).items())
 
 
 def test_one_launch_pays_where_launches_are_what_it_costs():

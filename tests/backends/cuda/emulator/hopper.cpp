@@ -62,8 +62,8 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   call.rows_per_scale = r.rows_per_scale;
   if (const char* limit = sm90::limit_of(call)) sm90::fail(limit);
 
-  const sm90::Plan plan = r.tile < 0 ? sm90::plan_of(call, static_cast<int>(r.multiprocessors))
-                                     : sm90::plan_of_tile(call, static_cast<int>(r.tile), static_cast<int>(r.splits));
+  if (r.tile >= 0) call.cut = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
+  const sm90::Plan plan = sm90::plan_of(call, static_cast<int>(r.multiprocessors));
   const int64_t tap_sums = p.c_out * tap_sum_count(p);
   const sm90::Scratch words = sm90::scratch_of(call, plan, tap_sums);
   scratch.fill(words.words * 4);

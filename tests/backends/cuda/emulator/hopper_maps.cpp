@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include "cuda/cuts.h"
 #include "cuda/sm90/product_body.h"
 #include "hopper_cta.h"
 
@@ -87,6 +88,43 @@ py::dict plan(const Geometry& geometry, int bits, int multiprocessors) {
                   "scratch"_a = sm90::scratch_of(call, plan, 0).words * 4);
 }
 
+using CutFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h Cut
+
+// All cuts of a call, those of sm_90 first.
+std::vector<CutFields> cuts(const Geometry& geometry, int bits, int code_bits, int capability, int multiprocessors) {
+  ProductCall call = call_of(geometry, bits);
+  call.code_bits = code_bits;
+  std::vector<CutFields> found;
+  for (const Cut& cut : cuts_of(call, capability, multiprocessors))
+    found.emplace_back(cut.architecture, cut.rows, cut.columns, cut.splits);
+  return found;
+}
+
+ProductCall told(const Geometry& geometry, int bits, const CutFields& cut) {
+  ProductCall call = call_of(geometry, bits);
+  call.cut = {std::get<0>(cut), std::get<1>(cut), std::get<2>(cut), std::get<3>(cut)};
+  return call;
+}
+
+const char* why_not_cut(const Geometry& geometry, int bits, int code_bits, const CutFields& cut, int capability) {
+  ProductCall call = told(geometry, bits, cut);
+  call.code_bits = code_bits;
+  return cut_problem(call, capability);
+}
+
+// Rows and columns of the tile and the parts of a call that is told its cut.
+std::tuple<int, int, int> told_plan(const Geometry& geometry, int bits, const CutFields& cut) {
+  const sm90::Plan plan = sm90::plan_of(told(geometry, bits, cut), 132);
+  return {sm90::kTiles[plan.tile].rows, sm90::kTiles[plan.tile].columns, plan.schedule.splits};
+}
+
+// What the kernels of sm_80 choose: rows and columns of the tile, and splits.
+std::tuple<int, int, int> choice_of_sm80(int64_t rows, int64_t columns, int64_t k, int bits, int multiprocessors) {
+  const sm80::TileChoice choice =
+      sm80::choose_tile(rows, columns, k, bits, sm80::operands_of(8, bits), multiprocessors);
+  return {sm80::kTiles[choice.tile].m, sm80::kTiles[choice.tile].n, choice.splits};
+}
+
 // Why the kernels do not take a call whose codes and weight lie so many bytes behind an aligned address, or null.
 const char* limit(const Geometry& geometry, int bits, int codes_offset, int weight_offset) {
   ProductCall call = call_of(geometry, bits);
@@ -130,4 +168,8 @@ PYBIND11_MODULE(hopper_maps, m) {
   m.def("plan", plan);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);
+  m.def("cuts", cuts);
+  m.def("why_not_cut", why_not_cut);
+  m.def("told_plan", told_plan);
+  m.def("choice_of_sm80", choice_of_sm80);
 }

@@ -14,6 +14,7 @@ struct Request {
   int64_t geometry[14], weight_bits, code_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype,
       out_dtype;
   int64_t write_out, tile, splits, falling;
+  int64_t cut[4];  // csrc/cuda/product.h, as the binding is told
 };
 
 void answer(const Request& r, Launch& launch) {
@@ -44,8 +45,12 @@ void answer(const Request& r, Launch& launch) {
 
   // A tile below 0: what is chosen for a GPU of as many multiprocessors as there are splits.
   const auto splits = static_cast<int>(r.splits);
-  const sm80::ProductPlan plan = r.tile < 0 ? sm80::plan_of(call, splits)
-                                            : sm80::plan_of(call, sm80::TileChoice{static_cast<int>(r.tile), splits});
+  if (r.tile >= 0) call.cut = {80, sm80::kTiles[r.tile].m, sm80::kTiles[r.tile].n, splits};
+  if (r.cut[0] != 0) {
+    call.cut = {static_cast<int>(r.cut[0]), static_cast<int>(r.cut[1]), static_cast<int>(r.cut[2]),
+                static_cast<int>(r.cut[3])};
+  }
+  const sm80::ProductPlan plan = sm80::plan_of(call, splits);
   scratch.fill(plan.bytes);
   call.scratch = scratch.data();
   launch.falling = r.falling != 0;

@@ -1,0 +1,287 @@
+"""What whole steps and whole runs are timed with: full precision, its rivals, and ours, as UNets that share weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record
+from benchmarks.deepcache import CachedUNet
+from benchmarks.openvino_unet import PRECISIONS, OpenVinoUNet
+from benchmarks.shapes import NOT_COUNTED
+from modiff_kernels.cli.models import share_copy
+from modiff_kernels.cli.quantised import Quantised
+from modiff_kernels.cli.rows import Row, build_rows
+from modiff_kernels.integrations.diffusers import channels_last
+from modiff_kernels.integrations.graphs import CudaCapture
+
+PLANS = record.RESULTS / "plans"
+TORCHAO = "torchao-int8"
+BFLOAT16 = "float-compile-bfloat16"
+FUSE_INT_MM = {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
+"""What torchao recommends for its int8 products; set in its own way, it would hold for all that is compiled later."""
+DEEPCACHE = {f"deepcache-{n}{form}": n for n in (3, 5) for form in ("", "-compile")}
+"""Keys of rows, with their intervals."""
+FORECASTS = (3, 5)
+"""Uniform schedules that compute about as many calls as DeepCache computes wholly."""
+
+
+@dataclasses.dataclass
+class Network:
+    """A UNet as one row has it. pipe: the pipeline around it. shared_bytes: of parameters that other rows hold too."""
+
+    row: Row
+    unet: torch.nn.Module
+    quantised: Quantised | None = None
+    cached: CachedUNet | None = None
+    pipe: Any = None
+    shared_bytes: int = 0
+
+    @property
+    def backend(self) -> str:
+        """Of the low-bit layers."""
+        return self.quantised.backend if self.quantised else "torch"
+
+    def run(self, scheduler: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """One sampling run of a UNet that no pipeline holds, or of one whose layers are float."""
+        if self.quantised:
+            return self.quantised.sampling_run(scheduler)
+        return self.cached.run(scheduler) if self.cached else contextlib.nullcontext()
+
+    def remove(self) -> None:
+        """Free the state; the row is not needed any more."""
+        if self.quantised:
+            self.quantised.handle.remove()
+
+
+class InBfloat16(torch.nn.Module):
+    """`unet` in bfloat16 and channels_last, compiled, for calls with tensors in float32."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = unet.config, unet.device, torch.float32
+        self._unet = copy.deepcopy(unet).to(torch.bfloat16, memory_format=torch.channels_last)
+        compile_calls(self._unet, compile_options(on_cuda=False, cuda_graphs=False))
+
+    def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        """The output in a tuple, with return_dict=False."""
+        return (self._unet(sample.bfloat16(), *args, **kwargs)[0].float(),)
+
+
+class Networks:
+    """Makes the UNets of rows; all share the weights of `unet`, but for its memory format and for those of peers.
+
+    shown: calls that peers may calibrate with, (sample, timestep) each; set it before their rows are made.
+    """
+
+    def __init__(self, unet: torch.nn.Module, backend: str = "auto") -> None:
+        self.unet = unet
+        self.backend = backend
+        self.shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+        self.channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
+        self._own = {tensor.data_ptr() for net in (unet, self.channels_last) for tensor in _tensors(net)}
+
+    def make(self, row: Row, pipe_of: Callable[[torch.nn.Module], Any] | None = None) -> Network:
+        """The UNet of `row`. pipe_of: makes the pipeline around it that is to begin its runs."""
+        on_cuda = self.unet.device.type == "cuda"
+        if row.key in PRECISIONS:
+            return Network(row, OpenVinoUNet(self.unet, row.key, self.shown))
+        if row.key == BFLOAT16:
+            return Network(row, InBfloat16(self.unet))
+        unet = share_copy(self.channels_last if row.channels_last else self.unet)
+        network = Network(row, unet)
+        if row.mode != "float" or row.schedule is not None:
+            network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, self.backend)
+            if row.compiled:
+                network.quantised.handle.compile(**compile_options(on_cuda, cuda_graphs=False))
+        elif row.key in DEEPCACHE:
+            capture = CudaCapture() if on_cuda and row.cuda_graphs else None
+            options = compile_options(on_cuda, cuda_graphs=False) if row.compiled else None
+            network.cached = CachedUNet(unet, DEEPCACHE[row.key], row.compiled, options, capture)
+        else:
+            options = compile_options(on_cuda, row.cuda_graphs)
+            if row.key == TORCHAO:
+                quantise_with_torchao(unet)
+                options = compile_options(on_cuda, row.cuda_graphs, fuse_int_mm=True)
+            if row.compiled:
+                compile_calls(unet, options)
+        network.shared_bytes = sum(t.nbytes for t in _tensors(unet) if t.data_ptr() in self._own)
+        return network
+
+
+def _tensors(unet: torch.nn.Module) -> list[torch.Tensor]:
+    return [*unet.parameters(), *unet.buffers()]
+
+
+def compile_options(on_cuda: bool, cuda_graphs: bool, fuse_int_mm: bool = False) -> dict[str, Any]:
+    """Options of torch.compile: on a GPU what max-autotune stands for, on a CPU the default mode.
+
+    fuse_int_mm: FUSE_INT_MM too.
+    """
+    if not on_cuda:
+        return {}
+    options = dict(torch._inductor.list_mode_options("max-autotune"))
+    options["triton.cudagraphs"] = cuda_graphs
+    if fuse_int_mm:
+        options |= FUSE_INT_MM
+    return {"options": options}
+
+
+def compile_calls(unet: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Compile the calls of `unet`, for samples in channels_last and timesteps on its device.
+
+    A pipeline may hand over samples in another format at the first call, which would be compiled for itself, and
+    timesteps on the CPU, with which torch makes no CUDA graphs.
+    """
+    compiled = torch.compile(unet.forward, dynamic=False, **options)
+
+    def forward(sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        return compiled(channels_last(sample), torch.as_tensor(timestep).to(sample.device), *args, **kwargs)
+
+    unet.forward = forward
+
+
+def quantise_with_torchao(unet: torch.nn.Module) -> None:
+    """torchao's dynamic int8 for every Linear that sees more than a row per image: int8 products need above 16 rows."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    def wanted(module: torch.nn.Module, path: str) -> bool:
+        whole_tiles = isinstance(module, torch.nn.Linear) and not (module.in_features % 8 or module.out_features % 8)
+        return whole_tiles and not NOT_COUNTED & set(path.split("."))
+
+    quantize_(unet, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), wanted)
+
+
+def has(package: str) -> bool:
+    """Whether `package` can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What networks are sampled in on `device`."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def label(network: str, unet: torch.nn.Module) -> str:
+    """`network` as problems in rows name it: with its dtype, if that is not the default of its device."""
+    dtype = next(unet.parameters()).dtype
+    return network if dtype == default_dtype(unet.device) else f"{network}.{str(dtype).removeprefix('torch.')}"
+
+
+def plan_file(device: torch.device, network: str, batch: int, folder: Path = PLANS) -> Path:
+    """Where benchmarks/make_plans.py writes the plan for `batch` samples, by the model of `device`."""
+    return folder / record.file_stem(record.name_of(device)) / f"{network}-b{batch}.json"
+
+
+def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Path | None = None) -> list[Row]:
+    """The rows of whole steps, as tables show them: those of `modiff compare` with weights in 8 bits, and more.
+
+    plan: of the rows "planned", which are left out without one.
+    """
+    rows = {row.key: row for row in build_rows((8,), None, compiled)}
+    modulated, on_cuda = rows["modulated-w8a8"], device.type == "cuda"
+
+    def add(key: str, base: Row, name: str, **changes: Any) -> None:
+        rows[key] = dataclasses.replace(base, key=key, name=name, **changes)
+
+    if compiled:
+        if on_cuda:
+            name = "float32 torch.compile channels_last, CUDA graphs"
+            add("float-compile-graphs", rows["float-compile"], name, cuda_graphs=True)
+            # On a CPU its compiled products are made in float32, so it is no rival there.
+            name = "torchao int8 dynamic, torch.compile, CUDA graphs"
+            rows[TORCHAO] = Row(TORCHAO, name, "float", 8, 8, compiled=True, cuda_graphs=True)
+        add("modulated-w8a8-compile", modulated, "modulated W8A8, compiled", compiled=True)
+    if not on_cuda and dtype == torch.float32:
+        if compiled and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            rows[BFLOAT16] = Row(BFLOAT16, "bfloat16 torch.compile channels_last", "float", 16, 16, compiled=True)
+        for key, (precision, in_int8) in PRECISIONS.items():
+            bits = 8 if in_int8 else 16 if precision == "bf16" else 32
+            name = key.replace("openvino-", "OpenVINO ").replace("int8-", "int8, ")
+            rows[key] = Row(key, name, "float", bits, bits, channels_last=False)
+    if on_cuda:
+        add("modulated-w8a8-graphs", modulated, "modulated W8A8, CUDA graphs", cuda_graphs=True)
+    if on_cuda and compiled:
+        both = {"compiled": True, "cuda_graphs": True}
+        add("modulated-w8a8-compile-graphs", modulated, "modulated W8A8, compiled, CUDA graphs", **both)
+    if plan is not None:
+        add("planned-w8", modulated, "W8A8 planned", plan=str(plan))
+        if on_cuda:
+            add("planned-w8-graphs", modulated, "W8A8 planned, CUDA graphs", plan=str(plan), cuda_graphs=True)
+    return _named(rows, dtype)
+
+
+def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Path | None = None) -> list[Row]:
+    """The rows of whole runs, as tables show them: those of whole steps that matter, DeepCache, and schedules."""
+    steps = [row for row in step_rows(device, torch.float32, compiled, plan) if row.mode != "weight_only"]
+    steps = [row for row in steps if min(row.act_bits, row.weight_bits) >= 8 and row.key not in (BFLOAT16, *PRECISIONS)]
+    on_cuda = device.type == "cuda"
+    rows = {row.key: row for row in steps if row.mode == "float"}
+    for key, interval in DEEPCACHE.items():
+        name = f"DeepCache N={interval}"
+        if not key.endswith("compile"):
+            rows[key] = Row(key, name, "float")
+        elif compiled:
+            name += ", torch.compile, CUDA graphs" if on_cuda else ", torch.compile"
+            rows[key] = Row(key, name, "float", compiled=True, cuda_graphs=on_cuda)
+    rows["scheduled-float"] = Row("scheduled-float", "float32 scheduled", "float", schedule="auto", cuda_graphs=on_cuda)
+    rows |= {row.key: row for row in steps if row.mode != "float"}
+    for row in [row for row in steps if row.key.startswith("modulated-w8a8")]:
+        key = row.key.replace("modulated", "scheduled")
+        name = row.name.replace("modulated W8A8", "modulated W8A8 scheduled")
+        rows[key] = dataclasses.replace(row, key=key, name=name, schedule="auto")
+    base = rows["modulated-w8a8-graphs" if on_cuda else "modulated-w8a8"]
+    for every in FORECASTS:
+        name = base.name.replace("W8A8", f"W8A8 forecast every {every}")
+        key = f"forecast{every}-w8a8"
+        rows[key] = dataclasses.replace(base, key=key, name=name, schedule=f"forecast every={every}")
+    deep = {"key": "deep-w8a8", "name": "modulated W8A8 deep levels every 3", "schedule": "deep-forecast every=3"}
+    rows["deep-w8a8"] = dataclasses.replace(rows["modulated-w8a8"], **deep)
+    return _named(rows, dtype)
+
+
+STEP_ORDER = (
+    *("float-contiguous", "float-channels_last", "modulated-w8a8-graphs", "plain-w8a8", "modulated-w8a8"),
+    *("planned-w8-graphs", "float-compile-graphs", "modulated-w8a8-compile-graphs", TORCHAO, "planned-w8"),
+    *("modulated-w8a8-compile", "float-compile"),
+)
+RUN_ORDER = (
+    *("float-channels_last", "deepcache-3", "deepcache-5", "scheduled-w8a8-graphs", "modulated-w8a8-graphs"),
+    *(f"forecast{every}-w8a8" for every in FORECASTS),
+    *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", "float-compile-graphs"),
+    *("deepcache-3-compile", "deepcache-5-compile", "scheduled-w8a8-compile-graphs", "modulated-w8a8-compile-graphs"),
+    *("scheduled-float", TORCHAO, "planned-w8", "scheduled-w8a8-compile", "modulated-w8a8-compile", "float-compile"),
+    "float-contiguous",
+)
+"""Keys of rows in the order in which they are timed where they do not take turns: what tells most comes first, and what
+has to be compiled for minutes behind what has not. Ratios to a baseline that comes later are recorded then."""
+
+
+def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
+    """`rows` in `order`, those that are not in it behind."""
+    return sorted(rows, key=lambda row: order.index(row.key) if row.key in order else len(order))
+
+
+def importable(rows: Sequence[Row]) -> list[Row]:
+    """`rows` without those of packages that are not installed, which stderr is told."""
+    needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
+    needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
+    wanted = set().union(*(needed.get(row.key, set()) for row in rows))
+    missing = {package for package in wanted if not has(package)}
+    for package in sorted(missing):
+        print(f"{package} is not installed (pip install {package}): its rows are left out", file=sys.stderr)
+    return [row for row in rows if not needed.get(row.key, set()) & missing]
+
+
+def _named(rows: dict[str, Row], dtype: torch.dtype) -> list[Row]:
+    """With the dtype in the names of float rows."""
+    name = str(dtype).removeprefix("torch.")
+    return [dataclasses.replace(row, name=row.name.replace("float32", name)) for row in rows.values()]

@@ -1,0 +1,78 @@
+// The ways to cut a call that a caller may ask for: what tools measure, and what the binding lets through.
+#pragma once
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "cuda/product.h"
+#include "cuda/sm80/tile_config.h"
+#include "cuda/sm90/plan.h"
+
+namespace modiff::cuda {
+
+// Why `call` cannot be cut as it is told on a GPU of this capability, null if it can.
+inline const char* cut_problem(const ProductCall& call, int capability) {
+  const Cut& cut = call.cut;
+  const ConvProblem& p = call.problem;
+  if (cut.architecture == 0) return nullptr;
+  if (cut.splits < 1) return "less than one part along K";
+  if (cut.architecture == 90) {
+    if (capability != 90) return "the kernels of sm_90 run on capability 9.0 alone";
+    if (call.code_bits != 8) return "the kernels of sm_90 read codes of 8 bits";
+    if (const char* limit = sm90::limit_of(call)) return limit;
+    if (sm90::tile_of_size(cut.rows, cut.columns, call.weight_bits) < 0) return "sm_90 has no such tile";
+    if (cut.splits > sm90::step_count(sm90::window_of(p, call.weight_bits))) return "more parts than steps along K";
+    return nullptr;
+  }
+  if (cut.architecture != 80) return "there are kernels of sm_90 and sm_80";
+  if (call.code_bits == 4 && capability >= 90) return "capability 9.0 and newer have no tensor cores for 4 bits";
+  if (sm80::tile_of_size(cut.rows, cut.columns) < 0) return "sm_80 has no such tile";
+  const int steps =
+      sm80::step_count(p.kernel_h * p.kernel_w * p.c_in, sm80::operands_of(call.code_bits, call.weight_bits));
+  if (sm80::used_splits(steps, cut.splits) != cut.splits) return "some parts would have no steps along K";
+  return nullptr;
+}
+
+// Every cut of `call` on this GPU: of each architecture those with the best estimate first, sm_90 before sm_80. So the
+// first one is what a call gets that says nothing.
+inline std::vector<Cut> cuts_of(const ProductCall& call, int capability, int multiprocessors) {
+  const ConvProblem& p = call.problem;
+  std::vector<std::pair<double, Cut>> estimated;
+  std::vector<Cut> cuts;
+  const auto add = [&](const Cut& cut, double estimate) {
+    ProductCall told = call;
+    told.cut = cut;
+    if (cut_problem(told, capability) == nullptr) estimated.emplace_back(estimate, cut);
+  };
+  const auto flush = [&] {
+    std::stable_sort(estimated.begin(), estimated.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (const auto& [estimate, cut] : estimated) cuts.push_back(cut);
+    estimated.clear();
+  };
+  for (int tile = 0; tile < sm90::kTileCount; ++tile) {
+    sm90::Plan plan = sm90::plan_of_tile(call, tile, 1);
+    const int most_splits = most(1, least(sm90::kMostSplits, plan.schedule.steps / sm90::kFewestSteps));
+    for (int& splits = plan.schedule.splits; splits <= most_splits; ++splits) {
+      const sm90::Tile& size = sm90::kTiles[tile];
+      add({90, size.rows, size.columns, splits},
+          static_cast<double>(sm90::estimated_clocks(plan, call.weight_bits, multiprocessors)));
+    }
+  }
+  flush();
+  const int64_t rows = p.samples * p.out_h * p.out_w, k = p.kernel_h * p.kernel_w * p.c_in;
+  const sm80::Operands operands = sm80::operands_of(call.code_bits, call.weight_bits);
+  const int steps = sm80::step_count(k, operands);
+  for (int tile = 0; tile < sm80::kTileCount; ++tile) {
+    for (int splits = 1; splits <= sm80::kMostSplits; ++splits) {
+      if (splits > 1 && steps / splits < sm80::kLeastSteps) break;
+      const sm80::TileSize& size = sm80::kTiles[tile];
+      add({80, size.m, size.n, splits},
+          sm80::estimated_cycles({tile, splits}, rows, p.c_out, k, call.weight_bits, operands, multiprocessors));
+    }
+  }
+  flush();
+  return cuts;
+}
+
+}  // namespace modiff::cuda

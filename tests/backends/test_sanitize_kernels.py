@@ -1,0 +1,71 @@
+"""tools/sanitize_kernels.py: its families are right where they can run here, and it says what is wrong."""
+
+import pytest
+import torch
+
+from modiff_kernels import ops
+from modiff_kernels.ops import dispatch
+from tools import sanitize_kernels
+
+
+@pytest.mark.parametrize("backend", ["cpu", "onednn"])
+def test_every_family_agrees_with_the_reference(backend, capsys):
+    if (reason := dispatch.why_unavailable(backend)) is not None:
+        pytest.skip(reason)
+    assert sanitize_kernels.main(["--backend", backend, "--match", "quantize_"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"{len(list(sanitize_kernels.calls())) - _products()} calls, 0 failed")
+    assert all(": ok" in line for line in lines[:-1] if "packed" not in line)
+
+
+def _products():
+    return sum("quantize_" not in call.name for call in sanitize_kernels.calls())
+
+
+@pytest.mark.parametrize("match", ["3x5x1x128-64", "2x9x7x64-72"])
+def test_products_agree_with_the_reference(match, capsys):
+    assert sanitize_kernels.main(["--backend", "reference", "--match", match]) == 0
+    text = capsys.readouterr().out
+    for op in ("accumulate", "quantized", "initialize", "modulated"):
+        assert f"reference {op}" in text
+
+
+def test_a_wrong_kernel_is_found(monkeypatch, capsys):
+    right = ops.quantize_residual
+
+    def wrong(*arguments, backend):
+        codes, *rest = right(*arguments, backend=backend)
+        codes[0, 0, 0] += backend == "cpu"
+        return codes, *rest
+
+    monkeypatch.setattr(ops, "quantize_residual", wrong)
+    match = "quantize_residual (2, 33, 72) per_sample dynamic"
+    assert sanitize_kernels.main(["--backend", "reference", "cpu", "--match", match]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if " quantize" in line]
+    assert [line.split(":")[-1].strip() for line in lines if line.startswith("reference")] == ["ok"]
+    assert "FAILED: 1 of 4752 codes of result 0 differ, by up to 1" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("got", "tie", "words"),
+    [
+        (torch.tensor([1, 2, 3], dtype=torch.int8), 0, None),
+        (torch.tensor([1, 2, 5], dtype=torch.int8), 1, "differ, by up to 2"),
+        (torch.tensor([1, 2, 4], dtype=torch.int8), 1, "1 of 3 codes"),  # more than a hundredth of them
+        (torch.tensor([1, 2, 3], dtype=torch.int32), 0, "is torch.int32"),
+        (torch.tensor([1.0, 2.0, 3.1]), 0, "1 of 3 values"),
+        (torch.tensor([1.0, 2.0, torch.nan]), 0, "by up to inf"),
+    ],
+)
+def test_differences(got, tie, words):
+    wanted = torch.tensor([1, 2, 3], dtype=torch.float32 if got.is_floating_point() else torch.int8)
+    found = sanitize_kernels.difference([got], [wanted], tie)
+    assert found is None if words is None else words in found
+
+
+def test_a_backend_that_is_not_there(capsys):
+    if dispatch.why_unavailable("cuda") is None:
+        pytest.skip("it is here")
+    with pytest.raises(SystemExit, match="2"):
+        sanitize_kernels.main(["--backend", "cuda"])
+    assert "backend cuda:" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Work on a GPU that is not the current one: captures and marks go where the tensors are. torch.cuda is faked."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modiff_kernels.integrations.graphs import CudaCapture
+from modiff_kernels.integrations.timing import timer_of
+
+SECOND = torch.device("cuda:1")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What torch.cuda was asked for, in order."""
+    asked = []
+
+    def context(name):
+        @contextlib.contextmanager
+        def enter(*args, **kwargs):
+            asked.append((name, *args, kwargs))
+            yield
+
+        return enter
+
+    def event(**kwargs):
+        return SimpleNamespace(record=lambda stream: asked.append(("record", stream)))
+
+    def graph():
+        return SimpleNamespace(replay=lambda: asked.append(("replay",)))
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(("synchronize", device)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    for name in ("graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, context(name))
+    return asked
+
+
+def test_captures_are_on_the_device_of_the_call(log):
+    capture = CudaCapture()
+    for device in (SECOND, torch.device("cuda:0"), SECOND):
+        log.clear()
+        replay, outputs = capture(lambda: log.append(("step",)) or 7, device)
+        assert outputs == 7
+        assert log[0] == ("device", device, {})
+        assert [entry[0] for entry in log] == ["device", "graph", "step"]
+        assert log[1][-1] == {"pool": "pool", "stream": f"stream of {device}"}
+    replay()
+    assert log[-1] == ("replay",)
+
+
+def test_marks_are_in_the_stream_of_the_device(log):
+    timer = timer_of(SECOND)
+    timer.mark()
+    timer.wait()
+    assert log == [("record", "current stream of cuda:1"), ("synchronize", SECOND)]

@@ -1,0 +1,95 @@
+"""Calls of accelerated UNets on a device whose operators are not those of the CPU.
+
+Device meta has no values, but shapes, dtypes and strides as torch's operators give them on a GPU, where they differ
+from the CPU's: a group norm of a channels_last image comes out contiguous, for one. The ops check all of that.
+"""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+import modiff_kernels as mk
+
+CALLS = 8  # enough for a schedule to skip some
+SIZES = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+ATTENTION = ("AttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
+CROSS_ATTENTION = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+
+
+def unconditional():
+    down, up = ATTENTION
+    return UNet2DModel(**SIZES, down_block_types=down, up_block_types=up), {}
+
+
+def conditional():
+    down, up = CROSS_ATTENTION
+    unet = UNet2DConditionModel(
+        **SIZES, down_block_types=down, up_block_types=up, cross_attention_dim=32, attention_head_dim=4
+    )
+    return unet, {"encoder_hidden_states": torch.randn(2, 7, 32)}
+
+
+def onto_meta(unet):
+    """Puts every tensor of the UNet and of the package's objects in it on device meta, as they are: `.to` would derive
+    weights from others again, which needs their values."""
+    moved, seen = {}, set()
+
+    def tensor(value):
+        if id(value) not in moved:
+            there = value.to("meta")
+            moved[id(value)] = nn.Parameter(there, False) if isinstance(value, nn.Parameter) else there, value
+        return moved[id(value)][0]
+
+    def visit(value):
+        if isinstance(value, Tensor):
+            return tensor(value)
+        if type(value) is dict:
+            value.update({key: visit(item) for key, item in value.items()})
+        elif type(value) in (list, tuple):
+            return type(value)([visit(item) for item in value])
+        elif (isinstance(value, nn.Module) or type(value).__module__.startswith("modiff_kernels")) and (
+            id(value) not in seen and hasattr(value, "__dict__")
+        ):
+            seen.add(id(value))
+            for name, item in list(vars(value).items()):
+                if name != "state":
+                    vars(value)[name] = visit(item)
+        return value
+
+    visit(unet)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, torch.float32),
+        ({}, torch.bfloat16),
+        ({"fuse": False}, torch.bfloat16),
+        ({"mode": "quantized"}, torch.bfloat16),
+        ({"scale_mode": "delayed", "schedule": "deep-hold every=2"}, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [unconditional, conditional])
+@torch.no_grad()
+def test_a_run(make, config, dtype):
+    unet, conditions = make()
+    unet = unet.to(dtype).eval().requires_grad_(False)
+    conditions = {name: value.to(dtype) for name, value in conditions.items()}
+    handle = mk.accelerate(unet, mk.ModiffConfig(backend="reference", state_dtype="float16", **config))
+
+    def run(device):
+        x = torch.randn(2, unet.config.in_channels, 16, 16, dtype=dtype, device=device)
+        there = {name: value.to(device) for name, value in conditions.items()}
+        timesteps = torch.arange(900, 100, -100, device=device)
+        with handle.sampling_run(num_calls=CALLS):
+            return [unet(x, timestep, **there).sample for timestep in timesteps]
+
+    expected = run("cpu")  # makes what is made at the first call from values
+    onto_meta(unet)
+    for found, wanted in zip(run("meta"), expected, strict=True):
+        assert found.is_meta
+        assert (found.shape, found.dtype, found.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+    states = [slot.tensor for output in handle.state.outputs.values() for slot in output.slots.values()]
+    assert all(state.is_meta and state.dtype == torch.float16 for state in states)

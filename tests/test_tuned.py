@@ -1,0 +1,58 @@
+"""Measured choices: what is saved is loaded, and near shapes alone are served."""
+
+import json
+from typing import NamedTuple
+
+import pytest
+
+from modiff_kernels import tuned
+from modiff_kernels.backends.cuda import cuts
+from modiff_kernels.backends.triton import tile_configs
+
+
+class Shape(NamedTuple):
+    m: int
+    n: int
+
+
+class Choice(NamedTuple):
+    tile: int
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tuned.Store(tmp_path / "choices", Shape, Choice)
+
+
+def test_what_is_saved_is_loaded(store):
+    assert store.load("another GPU") == {}
+    choices = {Shape(9, 2): Choice(3), Shape(4, 2): Choice(1)}
+    path = store.save(choices, "NVIDIA H200", {"torch": "2.11"})
+    assert path == store.folder / "nvidia-h200.json"
+    text = json.loads(path.read_text())
+    assert (text["gpu"], text["torch"]) == ("NVIDIA H200", "2.11")
+    assert [entry["shape"]["m"] for entry in text["choices"]] == [4, 9]
+    assert store.load("NVIDIA H200") == choices
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "choice"),
+    [
+        ("triton", tile_configs.Shape(64, 32, 16, 9), tile_configs.TileConfig(64, 64, 32, 4, 2)),
+        ("cuda", cuts.Shape(64, 32, 16, 9, 8, 8), cuts.Cut(90, 256, 160, 1)),
+    ],
+)
+def test_choices_of_the_backends(tmp_path, kind, shape, choice):
+    store = tuned.Store(tmp_path, type(shape), type(choice))
+    store.save({shape: choice}, "gpu", {})
+    assert store.load("gpu") == {shape: choice}
+
+
+def test_the_nearest_of_several_is_taken():
+    choices = {Shape(m, 8): Choice(m) for m in (1024, 1500, 9000)}
+    assert tuned.nearest(Shape(1300, 8), choices) == Choice(1500)
+    assert tuned.nearest(Shape(1100, 8), choices) == Choice(1024)
+    assert tuned.nearest(Shape(4500, 8), choices) == Choice(9000)
+    assert tuned.nearest(Shape(4000, 8), choices) is None
+    assert tuned.nearest(Shape(1024, 16), choices) is None
+    assert tuned.nearest(Shape(1024, 8), {}) is None
