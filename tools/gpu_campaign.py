@@ -44,7 +44,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (
     "benchmarks/results/**/*",
     "modiff_kernels/backends/*/tiles/*.json",
-    "modiff_kernels/planning/priors/**/*.json",
 )
 """Where parts write, beside the working folder: patterns from the root of the repository."""
 
