@@ -109,8 +109,9 @@ class Campaign:
         missing = [need for need in part.needs if self.outcomes.get(need, Outcome()).status != PASSED]
         if missing:
             return Outcome(SKIPPED, reason=f"needs {', '.join(missing)}")
-        if part.program is not None and shutil.which(part.program) is None:
-            return Outcome(SKIPPED, reason=f"{part.program} was not found on the PATH")
+        for program in filter(None, (part.program, part.command[0])):
+            if program != "{python}" and shutil.which(program) is None:
+                return Outcome(SKIPPED, reason=f"{program} was not found on the PATH")
         if self.deadline - self.clock() < LEAST_SECONDS:
             return Outcome(WAITING, reason="no time left")
         return None
