@@ -45,7 +45,6 @@ RESULTS = (
     "benchmarks/results/**/*",
     "benchmarks/features/*",
     "modiff_kernels/backends/*/tiles/*.json",
-    "modiff_kernels/planning/priors/**/*.json",
 )
 """Where parts write, beside the working folder: patterns from the root of the repository."""
 
@@ -112,8 +111,9 @@ class Campaign:
         missing = [need for need in part.needs if self.outcomes.get(need, Outcome()).status != PASSED]
         if missing:
             return Outcome(SKIPPED, reason=f"needs {', '.join(missing)}")
-        if part.program is not None and shutil.which(part.program) is None:
-            return Outcome(SKIPPED, reason=f"{part.program} was not found on the PATH")
+        for program in filter(None, (part.program, part.command[0])):
+            if program != "{python}" and shutil.which(program) is None:
+                return Outcome(SKIPPED, reason=f"{program} was not found on the PATH")
         if self.data is None and any("{data}" in word for word in part.command):
             return Outcome(WAITING, reason="needs --data")
         if self.deadline - self.clock() < LEAST_SECONDS:

@@ -48,6 +48,15 @@ def _training(preset: str, batch: int, out: str) -> tuple[str, ...]:
     return (*words, "--device", "cuda", "--checkpoint-dir", f"build/checkpoints/{preset}")
 
 
+def _sanitized(tool: str, *arguments: str) -> tuple[str, ...]:
+    only_ours = () if tool == "memcheck" else ("--kernel-name", "kns=modiff")
+    watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only_ours)
+    return (*watched, "{python}", "tools/sanitize_kernels.py", *arguments)
+
+
+UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # every tensor is an allocation whose ends are watched
+
+
 def _bounded(script: str, *arguments: str) -> tuple[str, ...]:
     """A benchmark on the GPU that ends itself and, the next time, goes on with what it has not recorded."""
     return ("{python}", f"benchmarks/{script}", *arguments, "--device", "cuda", "--budget", "{budget}", "--quiet")
@@ -82,22 +91,49 @@ PARTS = (
         150,
     ),
     Part(
+        "smoke_cuda",
+        "layers of UNets through the wgmma kernels",
+        _pytest("tests/backends/cuda/test_hopper_on_gpu.py"),
+        90,
+    ),
+    Part(
         "gpu_tests",
         "all tests that need a GPU; in 14 processes, as Triton compiles some 1500 forms for them",
         _pytest("-n", "14", "--maxfail", "60", "tests/backends", "tests/integrations/test_graphs_on_gpu.py"),
         360,
     ),
     Part(
+        "memcheck",
+        "the families under compute-sanitizer: addresses",
+        _sanitized("memcheck"),
+        120,
+        needs=("build", "families"),
+        program="compute-sanitizer",
+        variables=UNCACHED,
+    ),
+    Part(
+        "racecheck",
+        "the same: races in shared memory",
+        _sanitized("racecheck", "--backend", "cuda"),
+        120,
+        needs=("build", "families"),
+        program="compute-sanitizer",
+        variables=UNCACHED,
+    ),
+    Part(
+        "initcheck",
+        "the same: reads of memory that nothing has written",
+        _sanitized("initcheck", "--backend", "cuda", "--match", "quantize"),
+        90,
+        needs=("build", "families"),
+        program="compute-sanitizer",
+        variables=UNCACHED,
+    ),
+    Part(
         "machine",
         "rates of copies and products, as rows",
         ("{python}", "benchmarks/bench_machine.py", "--device", "cuda", "--record"),
         60,
-    ),
-    Part(
-        "smoke_cuda",
-        "layers of UNets through the wgmma kernels",
-        _pytest("tests/backends/cuda/test_hopper_on_gpu.py"),
-        90,
     ),
     Part(
         "cutlass",
@@ -133,6 +169,15 @@ PARTS = (
         ("{python}", "tools/ncu_worst.py", "--budget", "{budget}"),
         180,
         program="ncu",
+    ),
+    Part(
+        "passes",
+        "fused passes beside inductor's, and the bandwidth they reach",
+        (
+            *("{python}", "benchmarks/bench_passes.py", "--network", "sd15", "--network", "ddpm_cifar10"),
+            *("--batch", "2", "16", "--device", "cuda", "--seconds", "0.05", "--record", "--quiet"),
+        ),
+        240,
     ),
     Part(
         "plans_sd15",
@@ -208,11 +253,13 @@ PARTS = (
     ),
 )
 
+CHECKS = ("environment", "build", "doctor", "families", "smoke_cuda", "gpu_tests", "memcheck", "racecheck", "initcheck")
 SETS = {
     "all": tuple(part.name for part in PARTS),
     "quality": tuple(part.name for part in PARTS if part.name.startswith("quality")),
+    "checks": CHECKS,
+    "kernels": ("machine", "cutlass", "tune_cuda", "tune_triton", "products", "ncu", "passes"),
     "sampling": tuple(part.name for part in PARTS if part.name.startswith(("plans", "steps", "runs", "profile"))),
-    "kernels": ("environment", "build", "smoke_cuda", "cutlass", "tune_cuda", "tune_triton", "products", "ncu"),
 }
 """Parts by what they are for; what a part needs comes along."""
 
