@@ -119,7 +119,7 @@ class _Graphs:
             if self._warm_ups[kind] < WARM_UP_CALLS or (kind == SHALLOW and FULL not in self._graphs):
                 self._warm_ups[kind] += 1
                 return self._step(*args, **kwargs)
-            self._graphs[kind] = self._capture(lambda: self._step(*args, **kwargs))
+            self._graphs[kind] = self._capture(lambda: self._step(*args, **kwargs), self._places[0].device)
         replay, outputs = self._graphs[kind]
         replay()
         return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, outputs)

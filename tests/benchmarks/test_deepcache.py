@@ -11,6 +11,8 @@ from benchmarks.deepcache import CachedUNet
 from benchmarks.shapes import build_unet
 from tests.integrations.fake_capture import FakeCapture
 
+CPU = torch.device("cpu")
+
 
 class Helper:
     """What DeepCacheSDHelper does, for the mid block alone."""
@@ -56,9 +58,10 @@ def capture():
     nothing = types.SimpleNamespace(edges={}, outputs={}, constants=types.SimpleNamespace(_kept={}))
     captures = FakeCapture(nothing)
 
-    def counted(step):
+    def counted(step, device):
+        assert device == CPU
         counted.captured += 1
-        return captures(step)
+        return captures(step, device)
 
     counted.captured = 0
     return counted
