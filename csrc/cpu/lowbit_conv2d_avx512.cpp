@@ -234,8 +234,8 @@ class Convolution {
   int64_t panel_sets() const { return (layout_.panels + 3) / 4; }
 
   // Too few blocks of rows to occupy the threads: splits the output channels, at multiples of four panels, and the rows
-  // of an image such that the thread with most tasks is done first. Every split of the channels copies the input again,
-  // every split of the rows reads the weight again.
+  // of an image such that the busiest thread takes least. Every split of the channels copies the input again, every
+  // split of the rows reads the weight again.
   void split_further(int64_t image_blocks) {
     const int64_t sets = panel_sets(), threads = num_threads(), rows = rows_;
     const int64_t most_row_blocks = images_ > 1 ? 1 : std::min(p_.out_h, 2 * threads);

@@ -227,7 +227,7 @@ class Handle:
         between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
 
         Where neither backend, mode nor options are given, inductor does not look at the attributes of torch's own
-        layers before every call, and makes a graph on the CPU that C++ calls; both save time on the host.
+        layers before every call, and calls the kernels from C++ on the CPU (torch 2.13); both save time on the host.
         """
         self._require_active()
         self._forward.compile(**options)

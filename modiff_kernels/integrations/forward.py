@@ -147,11 +147,11 @@ def _inductor_options(unet: nn.Module) -> dict[str, Any]:
     """What handle.compile() asks of inductor where the user asks for nothing.
 
     Attributes of torch's own layers are not looked at before every call; nobody changes them within a run, and weights
-    are read anew at every call all the same. On a CPU the graph is called from C++: a call from Python costs about as
-    much as a small kernel.
+    are read anew at every call all the same. On a CPU the kernels are called from C++, since a call from Python costs
+    about as much as a small kernel; torch before 2.13 would go through Python for some of them even so.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-    if next(unet.parameters()).device.type == "cpu":
+    if next(unet.parameters()).device.type == "cpu" and torch.__version__ >= (2, 13):
         options["cpp_wrapper"] = True
     return options
 

@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.torch_version import TorchVersion
 
 import modiff_kernels as mk
 from modiff_kernels.backends import cpu
@@ -150,6 +151,19 @@ class TestCompile:
         run(net, handle, text())
         assert {"modiff_cpu.quantize.default", "modiff_cpu.convolve.default"} <= set(called)
         assert not [name for name in called if name.startswith("modiff.")]
+
+    @pytest.mark.parametrize(("version", "from_cpp"), [("2.11.0", False), ("2.13.0+cpu", True)])
+    def test_what_inductor_is_asked_for(self, monkeypatch, version, from_cpp):
+        """Nothing where the user asks for something."""
+        asked = []
+        monkeypatch.setattr(torch, "compile", lambda fn, **options: asked.append(options))
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        _, handle = accelerated()
+        handle.compile()
+        handle.compile(mode="max-autotune")
+        assert asked[0]["options"].get("cpp_wrapper", False) == from_cpp
+        assert "guard_filter_fn" in asked[0]["options"]
+        assert asked[1] == {"fullgraph": True, "dynamic": False, "mode": "max-autotune"}
 
     def test_nan_in_a_compiled_call(self):
         encoder = text()
