@@ -50,13 +50,6 @@ class History:
             total.add_(value.float(), alpha=weight)
         return total.to(known[0][1].dtype)
 
-    def disagreement(self, position: float, order: int) -> Tensor:
-        """RMS of the difference between the forecasts of `order` and one less, over that of the former; float32 []."""
-        order = min(order, len(self.values) - 1)
-        best = self.forecast(position, order).float()
-        difference = best - self.forecast(position, max(order - 1, 0)).float()
-        return torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(best)
-
     def nbytes(self) -> int:
         """Bytes of the values."""
         return sum(value.numel() * value.element_size() for _, value in self.values)
