@@ -1,4 +1,5 @@
-"""`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out again.
+"""`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out
+again.
 
 Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and
 announces the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is

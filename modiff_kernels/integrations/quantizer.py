@@ -2,8 +2,8 @@
 
 diffusers' `from_pretrained` calls the methods of `ModiffQuantizer` in this order: validate_environment;
 maybe_update_loaded_keys and _process_model_before_weight_loading (the model is on the meta device: here the files are
-compared with it); maybe_update_state_dict with the tensors of every file; _process_model_after_weight_loading. The format is that of
-`quant.checkpoint`.
+compared with it); maybe_update_state_dict with the tensors of every file; _process_model_after_weight_loading. The
+format is that of `quant.checkpoint`.
 """
 
 import importlib.util

@@ -239,8 +239,8 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
 def _shared_inputs(
     modules: Mapping[str, nn.Module], left: Collection[str], calibrated: Mapping[str, CalibratedLayer]
 ) -> dict[str, str]:
-    """Key of the shared input of the attention projections that read one tensor. left: paths that share nothing, as do layers that
-    scale their input channels before it is quantised."""
+    """Key of the shared input of the attention projections that read one tensor. left: paths that share nothing, as do
+    layers that scale their input channels before it is quantised."""
     shared: dict[str, str] = {}
     for path, module in modules.items():
         prefix = f"{path}." if path else ""

@@ -16,7 +16,9 @@ from modiff_kernels.quant import checkpoint
 
 
 class SavingQuantizer(DiffusersQuantizer):
-    """What diffusers asks of a quantizer when it saves a model. `handle` is that of the UNet, once it is accelerated."""
+    """What diffusers asks of a quantizer when it saves a model. `handle` is that of the UNet, once it is
+    accelerated.
+    """
 
     quantization_config: ModiffConfig
 

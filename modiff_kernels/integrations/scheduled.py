@@ -1,8 +1,8 @@
 """Carries a `StepSchedule` out: takes the place of a UNet's `forward` and of those of its deep blocks.
 
 A call that is held or forecast as a whole never enters the UNet. One that skips the deep levels does: diffusers' own
-forward runs, but the blocks below the boundary return at once. Down blocks hand on their input and, as skips, scalars of
-zero, which nobody reads but the up blocks that are skipped too; the last of those returns the boundary tensor.
+forward runs, but the blocks below the boundary return at once. Down blocks hand on their input and, as skips, scalars
+of zero, which nobody reads but the up blocks that are skipped too; the last of those returns the boundary tensor.
 The layers that did not run keep their x_hat and y_hat, which stay consistent, and see a larger residual next time.
 """
 
@@ -251,7 +251,8 @@ class ScheduledUNet:
 
 @dataclasses.dataclass(frozen=True)
 class _DeepLevels:
-    """The blocks of a UNet that a deep action skips. silent: hand their input on. down: down blocks. last_up: gives the boundary.
+    """The blocks of a UNet that a deep action skips. silent: hand their input on. down: down blocks. last_up: gives
+    the boundary.
 
     below: all that is skipped.
     """

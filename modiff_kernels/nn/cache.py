@@ -1,9 +1,9 @@
 """What is computed once and kept: outputs of layers whose input does not change along a run (`KeptOutputs`), and what a
 network derives from the timestep alone (`TimeTable`).
 
-A run calls the network at the timesteps of a schedule, and the next run mostly at the same ones. Features (`time_proj`),
-embedding (`time_embedding`) and the embedding's projections in the residual blocks follow from the timestep and the
-weights, so they are a table over the schedule, filled as it is walked through.
+A run calls the network at the timesteps of a schedule, and the next run mostly at the same ones. Features
+(`time_proj`), embedding (`time_embedding`) and the embedding's projections in the residual blocks follow from the
+timestep and the weights, so they are a table over the schedule, filled as it is walked through.
 """
 
 import dataclasses

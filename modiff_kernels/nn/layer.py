@@ -24,8 +24,8 @@ class ModulatedLayer(nn.Module):
     """A low-bit layer in the place of a float one.
 
     mode "modulated": the residual against x_hat is quantised and its product added onto y_hat; "quantized": plain
-    low-bit activations; "float": float activations with dequantised weights; "constant": computed once for an input that
-    does not change along a run, for fused blocks, which keep the output.
+    low-bit activations; "float": float activations with dequantised weights; "constant": computed once for an input
+    that does not change along a run, for fused blocks, which keep the output.
 
     `weight` and `bias` are the parameters of the original module, so the state_dict keeps its keys and values; the
     quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. The original module

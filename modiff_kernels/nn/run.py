@@ -1,5 +1,5 @@
-"""`Run`: the clock of one accelerated network. It says which run, call and context this is, and refuses what would give a
-wrong picture.
+"""`Run`: the clock of one accelerated network. It says which run, call and context this is, and refuses what would
+give a wrong picture.
 
 A *run* is one sampling trajectory. In the first call of a run the layers begin their state anew, in later ones they
 update it, so beginning a run touches no memory. A *context* is an independent trajectory inside a run: two for
@@ -79,8 +79,8 @@ class Run:
         """Begin a run in this thread: the next call of every context is its first.
 
         num_calls: calls per context that the sampler announced; one more raises. None = any number.
-        Raises RuntimeError while another thread is inside a call, and on a number other than that of calibrated tables of
-        scales.
+        Raises RuntimeError while another thread is inside a call, and on a number other than that of calibrated tables
+        of scales.
         """
         if self.calls_calibrated is not None:
             if num_calls not in (None, self.calls_calibrated):

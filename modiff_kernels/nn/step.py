@@ -4,8 +4,8 @@ Blocks and single layers are written as equations in `run`, which is the layer o
 
     run(layer, prologue, h, skip=skip) = layer(prologue(h)) + skip
 
-- mode "modulated": an update of x_hat and y_hat, `ops.modulate`; in the first call of a run two of 8 bits, the second on
-  what the first left over, which together are as good as a float first call.
+- mode "modulated": an update of x_hat and y_hat, `ops.modulate`; in the first call of a run two of 8 bits, the second
+  on what the first left over, which together are as good as a float first call.
 - mode "quantized": the plain quantiser and the product.
 - mode "constant" (`constants`): computed when the input is another tensor than in the call before.
 
@@ -120,8 +120,8 @@ def accumulate(
     write_out: bool = True,
     spread: Spread | None = None,
 ) -> Tensor:
-    """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing is
-    written."""
+    """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing
+    is written."""
     shape = updates[0][0].shape
     out_shape = layer.output_shape(shape if spread is None else spread.shape(shape))
     output: Any = layer.output
@@ -132,7 +132,8 @@ def accumulate(
         last = i == len(updates) - 1
         codes = codes if spread is None else spread.codes(codes)
         args = (
-            codes, scale, None, layer.packed, y_hat, None, skip if last else None, layer.window, dtype, write_out and last,
+            codes, scale, None, layer.packed, y_hat, None, skip if last else None, layer.window, dtype,
+            write_out and last,
         )  # fmt: skip
         if layer.state.is_first:
             out = ops.product(*args, layer.backend)
@@ -183,8 +184,8 @@ def run_each(
 def run_shared(layer: Layer, source: Tensor, x: Tensor) -> Tensor:
     """`run` of a layer that finds its input by itself: x is `source` in the form of the ops.
 
-    The first reader of a shared input quantises it, the others take its codes. In the first call of a run, one that reads
-    another tensor gets an input of its own.
+    The first reader of a shared input quantises it, the others take its codes. In the first call of a run, one that
+    reads another tensor gets an input of its own.
     """
     shared: Any = layer.input
     codes = shared.shared_codes(source)

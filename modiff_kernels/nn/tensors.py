@@ -1,5 +1,5 @@
-"""The state of one accelerated network: `InputState`, x_hat of a tensor that layers read, `OutputState`, y_hat of a layer,
-and `ModulationState`, which owns them all.
+"""The state of one accelerated network: `InputState`, x_hat of a tensor that layers read, `OutputState`, y_hat of a
+layer, and `ModulationState`, which owns them all.
 
 Tensors are allocated at the first call of a run when shape, dtype or device changed, else used again: addresses stay.
 A run begins with x_hat = 0 and y_hat = bias, which is written at the first use in its first call.
@@ -75,8 +75,8 @@ class StateTensor:
     ) -> Tensor:
         """The tensor of the current context, of `shape`, in the state dtype.
 
-        dtype: of the activation, not of the state. In the first call of a run it is allocated where anything differs from
-        what is there, and filled at its first use; later the arguments must be those of the first call. Raises
+        dtype: of the activation, not of the state. In the first call of a run it is allocated where anything differs
+        from what is there, and filled at its first use; later the arguments must be those of the first call. Raises
         RuntimeError outside a call, for a layer that the first call of the run left out, and on a change.
         """
         state = self.state
@@ -349,8 +349,8 @@ class ModulationState(Run):
         return self.scheduled or bool(self.outputs) or self.calls_calibrated is not None
 
     def kind_of_call(self) -> tuple[Any, ...]:
-        """What else but the inputs decides which kernels this call runs: whether it is the first, the factors of scales,
-        and whether a delayed scale is yet to come (the first update is dynamic)."""
+        """What else but the inputs decides which kernels this call runs: whether it is the first, the factors of
+        scales, and whether a delayed scale is yet to come (the first update is dynamic)."""
         pending = any(
             state.scale_mode == "delayed" and held.absmax is None for state, held in self._inputs_with_given_scales()
         )

@@ -8,8 +8,9 @@ A file holds the state_dict of the UNet; a low-bit layer at `path` has there, in
   int32, [1] or [calls], `path.input_scale` float32 [C], `path.calibrated_bias` float32 [N].
 
 All other tensors have the dtype of the model. The metadata of every file says `modiff_format` (a version),
-`modiff_layout`, `modiff_share_edges` (the argument share_inputs of `accelerate`), and `modiff_crc32`: as a JSON object, the CRC-32
-of the bytes of every tensor, little endian and row-major. Files hold tensors and text only: nothing in them is run.
+`modiff_layout`, `modiff_share_edges` (the argument share_inputs of `accelerate`), and `modiff_crc32`: as a JSON
+object, the CRC-32 of the bytes of every tensor, little endian and row-major. Files hold tensors and text only: nothing
+in them is run.
 """
 
 import json
@@ -213,7 +214,7 @@ class Checkpoint:
             sums = json.loads(metadata[CRC32])
             share_inputs = json.loads(metadata[SHARE_INPUTS])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{file}: {CRC32!r} or {SHARE_EDGES!r} in the metadata is damaged; {_ADVICE}") from error
+            raise ValueError(f"{file}: {CRC32!r} or {SHARE_INPUTS!r} in the metadata is damaged; {_ADVICE}") from error
         for key in (key for key, at in self._file_of.items() if at == file):
             if not isinstance(sums, dict) or not isinstance(sums.get(key), int):
                 raise ValueError(f"{file}: {CRC32!r} in the metadata has no sum of {key!r}; {_ADVICE}")

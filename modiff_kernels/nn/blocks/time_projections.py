@@ -30,7 +30,9 @@ class TimeProjections:
 
     @staticmethod
     def share(blocks: list[Any]) -> None:
-        """Give `FusedResnetBlock2D`s of one kind (same embedding width, with or without bias, same activation) common projections."""
+        """Give `FusedResnetBlock2D`s of one kind (same embedding width, with or without bias, same activation) common
+        projections.
+        """
         kinds: dict[tuple[Any, ...], list[Any]] = {}
         for block in blocks:
             linear = block.time_emb_proj
