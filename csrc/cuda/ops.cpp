@@ -172,7 +172,8 @@ constexpr size_t kTiling = 4;
 
 Tiling tiling_from(const std::vector<int64_t>& values) {
   STD_TORCH_CHECK(values.empty() || values.size() == kTiling,
-                  "modiff_cuda: a tiling has 4 values (architecture, rows, columns, splits) or none, got ", values.size());
+                  "modiff_cuda: a tiling has 4 values (architecture, rows, columns, splits) or none, got ",
+                  values.size());
   if (values.empty()) return Tiling{};
   return {static_cast<int>(values[0]), static_cast<int>(values[1]), static_cast<int>(values[2]),
           static_cast<int>(values[3])};
@@ -180,7 +181,7 @@ Tiling tiling_from(const std::vector<int64_t>& values) {
 
 // All tilings of a call as tilings_of orders them, one after the other. A tensor has no part in it, nor has a GPU.
 std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, int64_t code_bits, int64_t capability,
-                          int64_t multiprocessors) {
+                           int64_t multiprocessors) {
   STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::tiles: ", kGeometry, " geometry values expected, got ",
                   geometry.size());
   ProductCall call{};
@@ -193,12 +194,12 @@ std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, i
   return values;
 }
 
-// geometry: product.h; tile: empty, or a Tiling. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are
-// aligned to 16 bytes.
+// geometry: product.h; tile: empty, or a Tiling. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight
+// are aligned to 16 bytes.
 Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& weight,
-               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias,
-               std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
-               std::vector<int64_t> geometry, std::vector<int64_t> tile) {
+               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, std::optional<Tensor> y_hat,
+               std::optional<Tensor> skip, bool write_out, ScalarType out_dtype, std::vector<int64_t> geometry,
+               std::vector<int64_t> tile) {
   STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::product: ", kGeometry, " geometry values expected, got ",
                   geometry.size());
   ProductCall call{};
@@ -226,9 +227,9 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
 
   const int32_t device = codes.get_device_index();
   const char* problem = tiling_problem(call, device_of(device).capability);
-  STD_TORCH_CHECK(problem == nullptr, "modiff_cuda::product: no tiles of ", call.tiling.rows, " x ", call.tiling.columns,
-                  " outputs and ", call.tiling.splits, " splits of K by the kernels of sm_", call.tiling.architecture, ": ",
-                  problem);
+  STD_TORCH_CHECK(problem == nullptr, "modiff_cuda::product: no tiles of ", call.tiling.rows, " x ",
+                  call.tiling.columns, " outputs and ", call.tiling.splits, " splits of K by the kernels of sm_",
+                  call.tiling.architecture, ": ", problem);
   const torch::stable::accelerator::DeviceGuard guard(device);
   std::vector<int64_t> sizes{0};
   if (write_out) {

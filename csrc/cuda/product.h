@@ -17,11 +17,12 @@ struct Tiling {
 // v[m, n] = scale[m / rows_per_scale] * weight_scale[n] * sum_k (code[m, k] - zero_point[m / rows_per_scale]) *
 // weight[n, k] for the output pixels m = (sample, p, q) of `problem`, whose granularity is not read here.
 struct ProductCall {
-  ProductProblem problem;  // weight: kpack_v1 (common/packing.h), c_out rows of kernel_h * kernel_w * c_in / groups codes;
-                        // bias stays null in it:
-  Parameter bias;       // [c_out], here it keeps the model's dtype
-  int weight_bits;      // 8, 4, 3
-  int code_bits = 8;    // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
+  // weight: kpack_v1 (common/packing.h), c_out rows of kernel_h * kernel_w * c_in / groups codes; bias stays null in
+  // it.
+  ProductProblem problem;
+  Parameter bias;          // [c_out], here it keeps the model's dtype
+  int weight_bits;         // 8, 4, 3
+  int code_bits = 8;       // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
   int64_t rows_per_scale;  // output pixels that share a scale and a zero point
   void* scratch;           // aligned to 16
   Tiling tiling;

@@ -173,8 +173,8 @@ def product(
 ) -> Tensor:
     granules = scale.shape[0]
     if window is None:
-        # A Linear is a 1x1 convolution over an image of width 1. Its scales may cover any number of rows, so its samples
-        # are the granules of the scale.
+        # A Linear is a 1x1 convolution over an image of width 1. Its scales may cover any number of rows, so its
+        # samples are the granules of the scale.
         channels = codes.shape[-1]
         samples = codes.shape[0] if granules == 1 else granules
         geometry = [samples, codes.numel() // (channels * samples), 1, channels, weight.n, 1, 1, 1, 1, 0, 0, 1, 1, 1]

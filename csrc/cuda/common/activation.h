@@ -68,8 +68,7 @@ MODIFF_HD Affine load_affine(const QuantizeArgs& args, int64_t sample, int64_t c
   return f;
 }
 
-// The GPU's approximations, good to a few units in the last place of 1 + |x|: two instructions where exact ones are
-// twenty.
+// The GPU's approximations, good to a few units in the last place of 1 + |x|: two instructions instead of twenty.
 MODIFF_HD float silu(float x) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(x, __fadd_rn(1.0f, __expf(-x)));
@@ -150,7 +149,8 @@ MODIFF_HD void store_slot(const QuantizeArgs& args, int64_t row, int64_t column,
   if (args.packed_bits == 0) {
     store_codes(args.codes + offset, codes, count, whole);
   } else {
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) codes[i] = i < count ? codes[i] : int8_t{0};
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      codes[i] = i < count ? codes[i] : int8_t{0};
     store_packed(args, row, column, count, codes);
   }
   // The state is read again a step later; the L2 cache is for the codes, which the product reads now.

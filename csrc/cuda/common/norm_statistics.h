@@ -63,7 +63,8 @@ struct TileStatistics {
     float mean[kVector], squares[kVector];
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
       mean[i] = 0.0f;
-      MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) mean[i] += value_of(raw[j], i);  // 0 beyond the last row
+      MODIFF_UNROLL for (int j = 0; j < kSlots; ++j)
+        mean[i] += value_of(raw[j], i);  // 0 beyond the last row
     }
     sum_rows(cta, shared, args.grid.width, mean);
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
@@ -89,15 +90,18 @@ struct TileStatistics {
   template <class Cta>
   static MODIFF_HD void sum_rows(Cta& cta, Shared& shared, int width, float (&value)[kVector]) {
     const int t = cta.thread();
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) shared.channel[i][t] = value[i];
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      shared.channel[i][t] = value[i];
     for (int reach = kThreads / 2; reach >= width; reach /= 2) {
       cta.sync();
       if (t < reach) {
-        MODIFF_UNROLL for (int i = 0; i < kVector; ++i) shared.channel[i][t] += shared.channel[i][t + reach];
+        MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+          shared.channel[i][t] += shared.channel[i][t + reach];
       }
     }
     cta.sync();
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) value[i] = shared.channel[i][t % width];
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      value[i] = shared.channel[i][t % width];
     cta.sync();
   }
 };

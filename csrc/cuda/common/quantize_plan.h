@@ -16,8 +16,7 @@
 namespace modiff::cuda {
 
 constexpr int kSlots = 4;
-constexpr int kTileThreads =
-    128;  // 16 rows of 256 channels: with per_block just one block, reduced within a thread block
+constexpr int kTileThreads = 128;  // 16 rows of 256 channels: with per_block one block, reduced within a thread block
 constexpr int kRowThreads = 256;
 constexpr int64_t kMostRowChannels = kRowThreads * kSlots * kVector;
 constexpr int64_t kEnoughBlocks = 264;  // two per multiprocessor of an H100
@@ -38,10 +37,10 @@ struct QuantizeArgs {
   Granularity granularity;
   int64_t granules;
   TileGrid grid;
-  int row_width;   // threads on a row, in passes by rows
-  bool whole;      // all vectors are whole and aligned
-  bool backwards;  // the last block first: a pass begins with what the pass before it read last, which is in the L2
-                   // cache
+  int row_width;  // threads on a row, in passes by rows
+  bool whole;     // all vectors are whole and aligned
+  bool
+      backwards;  // the last block first: a pass begins with what the one before it read last, which is in the L2 cache
   const void* input;
   void* x_hat;         // null: plain form
   float* mean;         // [rows of all samples, 2]: mean and 1 / deviation of rows (layer norm in tiles)

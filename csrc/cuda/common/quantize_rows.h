@@ -76,7 +76,8 @@ struct Moments {
     const float channels = static_cast<float>(args.channels);
     float sum = 0.0f;
     MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
-      MODIFF_UNROLL for (int i = 0; i < kVector; ++i) sum += value_of(slot[j].h, i);  // 0 where there is no element
+      MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+        sum += value_of(slot[j].h, i);  // 0 where there is no element
     }
     mean = div_rn(row_sum(cta, shared.warps[0], args.row_width, sum), channels);
     float squares = 0.0f;
@@ -109,8 +110,9 @@ struct RowStatistics {
   static MODIFF_HD void run(Cta& cta, Shared& shared, const Args& args) {
     const RowPlace place(cta, args);
     Slot<Prologue::kLayerNorm, In, NoState> slot[kSlots];
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) slot[j] =
-        load_slot<Prologue::kLayerNorm, In, NoState>(args, place.row, place.column(args, j), place.count(args, j));
+    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j)
+      slot[j] =
+          load_slot<Prologue::kLayerNorm, In, NoState>(args, place.row, place.column(args, j), place.count(args, j));
     Moments moments;
     moments.measure(cta, shared, args, place, slot);
     if (place.inside && place.lane == 0) {
@@ -131,8 +133,8 @@ struct RowPass {
   static MODIFF_HD void run(Cta& cta, Shared& shared, const Args& args) {
     const RowPlace place(cta, args);
     Slot<P, In, State> slot[kSlots];
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) slot[j] =
-        load_slot<P, In, State>(args, place.row, place.column(args, j), place.count(args, j));
+    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j)
+      slot[j] = load_slot<P, In, State>(args, place.row, place.column(args, j), place.count(args, j));
     Moments moments;
     if constexpr (P == Prologue::kLayerNorm) moments.measure(cta, shared, args, place, slot);
 

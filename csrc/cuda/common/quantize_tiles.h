@@ -52,8 +52,8 @@ struct TileValues {
 
   MODIFF_HD void load(const QuantizeArgs& args, const TilePlace& place) {
     const int64_t first = place.sample * args.rows + place.row;
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) slot[j] =
-        load_slot<P, In, State>(args, first + j, place.column, count(args, place, j));
+    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j)
+      slot[j] = load_slot<P, In, State>(args, first + j, place.column, count(args, place, j));
     const Affine f = load_affine<P>(args, place.sample, place.column, place.count);
     MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
       const int values = count(args, place, j);
@@ -105,7 +105,8 @@ struct RangePass {
     } else {
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
         uint32_t channel = 0;
-        MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) channel = most(channel, magnitude(values.residual[j][i]));
+        MODIFF_UNROLL for (int j = 0; j < kSlots; ++j)
+          channel = most(channel, magnitude(values.residual[j][i]));
         largest = most(largest, channel);
         if (args.granularity == Granularity::kPerBlock) shared.channel[i][cta.thread()] = channel;
       }
@@ -160,7 +161,8 @@ struct TilePass {
       scale = args.given[args.one_given ? 0 : granule];
       uint32_t largest = 0;
       MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
-        MODIFF_UNROLL for (int i = 0; i < kVector; ++i) largest = most(largest, magnitude(values.residual[j][i]));
+        MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+          largest = most(largest, magnitude(values.residual[j][i]));
       }
       largest = block_max(cta, shared.warps, kThreads, largest);
       if (cta.thread() == 0) cta.atomic_max(args.range + granule, largest);

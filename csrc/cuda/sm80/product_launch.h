@@ -92,9 +92,9 @@ void multiply(const ProductCall& call, const ProductPlan& plan, Launch& launch) 
   args.epilogue = epilogue_args(call, tap_sums);
   args.tiles_m = ceil_div(args.operands.rows, tile.m);
   args.tiles_n = ceil_div(args.operands.columns, tile.n);
-  args.steps = step_count(plan.k, plan.operands);
+  args.k_blocks = k_block_count(plan.k, plan.operands);
   args.splits = plan.choice.splits;
-  args.steps_per_split = ceil_div(args.steps, args.splits);
+  args.k_blocks_per_split = ceil_div(args.k_blocks, args.splits);
   args.partial = reinterpret_cast<int32_t*>(scratch + plan.partial_at);
   args.partial_columns = plan.partial_columns;
   const int64_t blocks = static_cast<int64_t>(args.tiles_m) * args.tiles_n * args.splits;

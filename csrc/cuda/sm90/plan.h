@@ -35,25 +35,25 @@ struct Plan {
 };
 
 // Estimated clocks of a multiprocessor; only their order matters, and none of them is measured yet.
-//   per step       multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
-//   per unit       1500 to fill the pipeline, and the sums: read, add and write 6 bytes each, or, in parts of a tile,
-//                  an addition of 4 in the L2 cache at half that rate
-//   per call       with parts: 3000 to clear the sums beforehand
+//   per k-block     multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
+//   per work item   1500 to fill the pipeline, and the sums: read, add and write 6 bytes each, or, with splits, an
+//                   addition of 4 in the L2 cache at half that rate
+//   per call        with splits: 3000 to clear the sums beforehand
 constexpr int64_t kMultiplications = 4096, kLoads = 32, kFill = 1500, kClear = 3000;
 
 inline int64_t estimated_clocks(const Plan& plan, int weight_bits, int multiprocessors) {
   const Tile tile = kTiles[plan.tile];
   const Schedule& s = plan.schedule;
   const int64_t sums = int64_t{tile.rows} * tile.columns;
-  const int64_t loaded = int64_t{kStep} * (tile.rows + tile.columns * weight_bits / 8);
-  const int64_t step = most(sums * kStep / kMultiplications, loaded / kLoads);
+  const int64_t loaded = int64_t{kBlockK} * (tile.rows + tile.columns * weight_bits / 8);
+  const int64_t k_block = most(sums * kBlockK / kMultiplications, loaded / kLoads);
   const int64_t added = s.splits > 1 ? sums * 4 * 2 / kLoads : 0;
-  const int64_t unit = ceil_div(s.steps, s.splits) * step + kFill + sums * 6 / kLoads / s.splits + added;
-  return ceil_div(unit_count(s), multiprocessors) * unit + (s.splits > 1 ? kClear : 0);
+  const int64_t work = ceil_div(s.k_blocks, s.splits) * k_block + kFill + sums * 6 / kLoads / s.splits + added;
+  return ceil_div(work_count(s), multiprocessors) * work + (s.splits > 1 ? kClear : 0);
 }
 
-// More parts than this, or parts of fewer steps, only add to each other's sums.
-constexpr int kMostSplits = 16, kFewestSteps = 4;
+// More splits than this, or splits of fewer k-blocks, only add to each other's sums.
+constexpr int kMostSplits = 16, kFewestKBlocks = 4;
 
 inline Plan plan_of_tile(const ProductCall& call, int tile, int splits) {
   const ProductProblem& p = call.problem;
@@ -62,23 +62,24 @@ inline Plan plan_of_tile(const ProductCall& call, int tile, int splits) {
   plan.window = window_of(p, call.weight_bits);
   plan.schedule.row_tiles = static_cast<int>(ceil_div(p.samples * p.out_h * p.out_w, kTiles[tile].rows));
   plan.schedule.column_tiles = static_cast<int>(ceil_div(p.c_out, kTiles[tile].columns));
-  plan.schedule.steps = step_count(plan.window);
+  plan.schedule.k_blocks = k_block_count(plan.window);
   plan.schedule.splits = splits;
   return plan;
 }
 
 // The plan that the call is told, or the one with the fewest estimated clocks; among equals the earlier tile, then
-// fewer parts.
+// fewer splits.
 inline Plan plan_of(const ProductCall& call, int multiprocessors) {
   if (call.tiling.architecture == 90) {
-    return plan_of_tile(call, tile_of_size(call.tiling.rows, call.tiling.columns, call.weight_bits), call.tiling.splits);
+    return plan_of_tile(call, tile_of_size(call.tiling.rows, call.tiling.columns, call.weight_bits),
+                        call.tiling.splits);
   }
   Plan best{};
   int64_t fewest = -1;
   for (int tile = 0; tile < kTileCount; ++tile) {
     if (!has_tile(tile, call.weight_bits)) continue;
     Plan plan = plan_of_tile(call, tile, 1);
-    const int most_splits = most(1, least(kMostSplits, plan.schedule.steps / kFewestSteps));
+    const int most_splits = most(1, least(kMostSplits, plan.schedule.k_blocks / kFewestKBlocks));
     for (int splits = 1; splits <= most_splits; ++splits) {
       plan.schedule.splits = splits;
       const int64_t clocks = estimated_clocks(plan, call.weight_bits, multiprocessors);
@@ -90,7 +91,7 @@ inline Plan plan_of(const ProductCall& call, int multiprocessors) {
   return best;
 }
 
-// Scratch of a call, in words: with parts, those that have arrived of every tile, then the tiles' sums in the order of
+// Scratch of a call, in words: with splits, how many of every tile have arrived, then the tiles' sums in the order of
 // registers; and the sums of the weight's codes, with zero points.
 struct Scratch {
   int64_t arrived, sums, tap_sums, words;
@@ -99,10 +100,10 @@ struct Scratch {
 inline Scratch scratch_of(const ProductCall& call, const Plan& plan, int64_t tap_sum_words) {
   const Schedule& s = plan.schedule;
   const int64_t tiles = int64_t{s.row_tiles} * s.column_tiles;
-  const bool parts = s.splits > 1;
+  const bool split = s.splits > 1;
   Scratch scratch{};
-  scratch.sums = parts ? ceil_div(tiles, 4) * 4 : 0;
-  scratch.tap_sums = scratch.sums + (parts ? tiles * kTiles[plan.tile].rows * kTiles[plan.tile].columns : 0);
+  scratch.sums = split ? ceil_div(tiles, 4) * 4 : 0;
+  scratch.tap_sums = scratch.sums + (split ? tiles * kTiles[plan.tile].rows * kTiles[plan.tile].columns : 0);
   scratch.words = scratch.tap_sums + (call.problem.zero_point == nullptr ? 0 : tap_sum_words);
   return scratch;
 }

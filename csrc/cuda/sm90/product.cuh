@@ -13,7 +13,7 @@ cudaError_t launch(const ProductArgs<CUtensorMap>& args, const Device& device, c
   const cudaError_t allowed =
       cudaFuncSetAttribute(product_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
-  const int blocks = least(unit_count(args.schedule), device.multiprocessors);
+  const int blocks = least(work_count(args.schedule), device.multiprocessors);
   product_kernel<Body><<<static_cast<unsigned>(blocks), Body::kThreads, kBytes, stream>>>(args);
   return cudaGetLastError();
 }

@@ -19,7 +19,7 @@ struct Request {
 // Returns the bytes that were prefetched.
 template <class Body>
 int64_t launch(const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r) {
-  const int blocks = least(sm90::unit_count(args.schedule), static_cast<int>(r.multiprocessors));
+  const int blocks = least(sm90::work_count(args.schedule), static_cast<int>(r.multiprocessors));
   return sm90::launch_on_host<Body>(args, blocks, static_cast<uint32_t>(r.seed));
 }
 
@@ -61,7 +61,8 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   call.rows_per_scale = r.rows_per_scale;
   if (const char* limit = sm90::limit_of(call)) sm90::fail(limit);
 
-  if (r.tile >= 0) call.tiling = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
+  if (r.tile >= 0)
+    call.tiling = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
   const sm90::Plan plan = sm90::plan_of(call, static_cast<int>(r.multiprocessors));
   const int64_t tap_sums = p.c_out * tap_sum_count(p);
   const sm90::Scratch words = sm90::scratch_of(call, plan, tap_sums);

@@ -46,7 +46,7 @@ void answer(const Request& r, Launch& launch) {
   if (r.tile >= 0) call.tiling = {80, sm80::kTiles[r.tile].m, sm80::kTiles[r.tile].n, splits};
   if (r.tiling[0] != 0) {
     call.tiling = {static_cast<int>(r.tiling[0]), static_cast<int>(r.tiling[1]), static_cast<int>(r.tiling[2]),
-                static_cast<int>(r.tiling[3])};
+                   static_cast<int>(r.tiling[3])};
   }
   const sm80::ProductPlan plan = sm80::plan_of(call, splits);
   scratch.fill(plan.bytes);
