@@ -6,13 +6,13 @@
 
 #include "cuda/product.h"
 #include "cuda/sm80/tile_config.h"
-#include "cuda/sm90/plan.h"
+#include "cuda/sm90/tiling.h"
 
 namespace modiff::cuda {
 
 // Why `call` cannot have the tiling that it is told on a GPU of this capability, null if it can.
 inline const char* tiling_problem(const ProductCall& call, int capability) {
-  const Tiling& tiling = call.tiling;
+  const ProductTiling& tiling = call.tiling;
   const ProductProblem& p = call.problem;
   if (tiling.architecture == 0) return nullptr;
   if (tiling.splits < 1) return "less than one split of K";
@@ -35,11 +35,11 @@ inline const char* tiling_problem(const ProductCall& call, int capability) {
 
 // Every tiling of `call` on this GPU: of each architecture those with the best estimate first, sm_90 before sm_80. So
 // the first one is what a call gets that says nothing.
-inline std::vector<Tiling> tilings_of(const ProductCall& call, int capability, int multiprocessors) {
+inline std::vector<ProductTiling> tilings_of(const ProductCall& call, int capability, int multiprocessors) {
   const ProductProblem& p = call.problem;
-  std::vector<std::pair<double, Tiling>> estimated;
-  std::vector<Tiling> tilings;
-  const auto add = [&](const Tiling& tiling, double estimate) {
+  std::vector<std::pair<double, ProductTiling>> estimated;
+  std::vector<ProductTiling> tilings;
+  const auto add = [&](const ProductTiling& tiling, double estimate) {
     ProductCall told = call;
     told.tiling = tiling;
     if (tiling_problem(told, capability) == nullptr) estimated.emplace_back(estimate, tiling);
@@ -51,12 +51,12 @@ inline std::vector<Tiling> tilings_of(const ProductCall& call, int capability, i
     estimated.clear();
   };
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
-    sm90::Plan plan = sm90::plan_of_tile(call, tile, 1);
-    const int most_splits = most(1, least(sm90::kMostSplits, plan.schedule.k_blocks / sm90::kFewestKBlocks));
-    for (int& splits = plan.schedule.splits; splits <= most_splits; ++splits) {
+    sm90::Tiling tiling = sm90::tiling_of_tile(call, tile, 1);
+    const int most_splits = most(1, least(sm90::kMostSplits, tiling.schedule.k_blocks / sm90::kFewestKBlocks));
+    for (int& splits = tiling.schedule.splits; splits <= most_splits; ++splits) {
       const sm90::Tile& size = sm90::kTiles[tile];
       add({90, size.rows, size.columns, splits},
-          static_cast<double>(sm90::estimated_clocks(plan, call.weight_bits, multiprocessors)));
+          static_cast<double>(sm90::estimated_clocks(tiling, call.weight_bits, multiprocessors)));
     }
   }
   flush();

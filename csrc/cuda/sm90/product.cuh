@@ -18,7 +18,7 @@ cudaError_t launch(const ProductArgs<CUtensorMap>& args, const Device& device, c
   return cudaGetLastError();
 }
 
-// By the index of the plan's tile.
+// By the index of the tiling's tile.
 cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, const Device& device, cudaStream_t stream);
 cudaError_t launch_packed(int tile, int weight_bits, const ProductArgs<CUtensorMap>& args, const Device& device,
                           cudaStream_t stream);

@@ -28,7 +28,7 @@
 #include "common/cta.h"
 #include "common/packing.h"
 #include "cuda/common/epilogue.h"
-#include "cuda/sm90/plan.h"
+#include "cuda/sm90/tiling.h"
 
 namespace modiff::cuda::sm90 {
 
@@ -357,17 +357,17 @@ struct Product {
 };
 
 // Everything but the maps, and the maps as plain numbers.
-inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Plan& plan, int64_t tap_sum_words) {
+inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Tiling& tiling, int64_t tap_sum_words) {
   const ProductProblem& p = call.problem;
-  const Tile tile = kTiles[plan.tile];
+  const Tile tile = kTiles[tiling.tile];
   ProductArgs<TensorMap> args{};
-  args.codes = codes_map(p, plan.window, tile.rows);
-  args.weight = weight_map(call, plan.window, tile.columns, call.weight_bits == 3 ? Plane::kLow : Plane::kWhole);
-  if (call.weight_bits == 3) args.high_plane = weight_map(call, plan.window, tile.columns, Plane::kHigh);
-  args.schedule = plan.schedule;
-  args.window = plan.window;
+  args.codes = codes_map(p, tiling.window, tile.rows);
+  args.weight = weight_map(call, tiling.window, tile.columns, call.weight_bits == 3 ? Plane::kLow : Plane::kWhole);
+  if (call.weight_bits == 3) args.high_plane = weight_map(call, tiling.window, tile.columns, Plane::kHigh);
+  args.schedule = tiling.schedule;
+  args.window = tiling.window;
   args.image = image_of(p);
-  const Scratch scratch = scratch_of(call, plan, tap_sum_words);
+  const Scratch scratch = scratch_of(call, tiling, tap_sum_words);
   auto* words = static_cast<int32_t*>(call.scratch);
   args.epilogue = epilogue_args(call, p.zero_point == nullptr ? nullptr : words + scratch.tap_sums);
   args.arrived = reinterpret_cast<uint32_t*>(words + scratch.arrived);

@@ -113,19 +113,19 @@ class TestSharedMemory:
             assert all(registers % 8 == 0 for registers in (producer, unpacker, consumer))
 
 
-class TestPlan:
-    def plan(self, maps, call, bits=8, multiprocessors=MULTIPROCESSORS):
+class TestTiling:
+    def tiling(self, maps, call, bits=8, multiprocessors=MULTIPROCESSORS):
         """Tile, number of tiles, splits, k-blocks and bytes of scratch."""
-        plan = maps.plan(call, bits, multiprocessors)
-        tiles = plan["row_tiles"] * plan["column_tiles"]
-        return (plan["rows"], plan["columns"]), tiles, plan["splits"], plan["k_blocks"], plan["scratch"]
+        tiling = maps.tiling(call, bits, multiprocessors)
+        tiles = tiling["row_tiles"] * tiling["column_tiles"]
+        return (tiling["rows"], tiling["columns"]), tiles, tiling["splits"], tiling["k_blocks"], tiling["scratch"]
 
     @pytest.mark.parametrize(
         ("samples", "side", "channels"), [(8, 64, 320), (16, 64, 320), (8, 32, 640), (16, 32, 640), (16, 16, 1280)]
     )
     def test_large_convolutions_waste_no_column(self, maps, samples, side, channels):
         """256 x 160, whole along K, and three quarters of all multiprocessors busy at least."""
-        tile, tiles, splits, _, scratch = self.plan(maps, sizes(samples, side, side, channels, channels, THREE))
+        tile, tiles, splits, _, scratch = self.tiling(maps, sizes(samples, side, side, channels, channels, THREE))
         assert (tile, splits, scratch) == ((256, 160), 1, 0)
         assert tiles / (-(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS) >= 0.75
 
@@ -133,21 +133,21 @@ class TestPlan:
     @pytest.mark.parametrize(("samples", "side"), [(1, 8), (2, 8), (1, 16)])
     def test_few_rows_are_split_along_k(self, maps, samples, side, bits):
         """One tile of rows: without splits 20 multiprocessors at most would read a weight of 14.7 million codes."""
-        _, tiles, splits, k_blocks, scratch = self.plan(maps, sizes(samples, side, side, 1280, 1280, THREE), bits)
+        _, tiles, splits, k_blocks, scratch = self.tiling(maps, sizes(samples, side, side, 1280, 1280, THREE), bits)
         assert k_blocks == 90
         assert splits > 1
         assert 0.6 * MULTIPROCESSORS <= tiles * splits <= MULTIPROCESSORS
         assert scratch > 0
 
     @pytest.mark.parametrize("bits", [8, 4, 3])
-    def test_plans_of_any_call_are_whole(self, maps, bits):
+    def test_tilings_of_any_call_are_whole(self, maps, bits):
         random.seed(bits)
         for _ in range(300):
             side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
             call = sizes(
                 random.randint(1, 16), side, side, 16 * random.randint(1, 160), random.randint(1, 3000), window
             )
-            (rows, columns), tiles, splits, k_blocks, scratch = self.plan(
+            (rows, columns), tiles, splits, k_blocks, scratch = self.tiling(
                 maps, call, bits, random.choice((78, 114, 132))
             )
             out_side = side if window is not DOWN else (side - 1) // 2 + 1
@@ -170,13 +170,13 @@ class TestTilings:
             channels = (128 if bits == 3 else 32) * random.randint(1, 20)
             call = sizes(random.randint(1, 16), side, side, channels, random.randint(1, 3000), window)
             multiprocessors = random.choice((78, 114, 132))
-            plan = maps.plan(call, bits, multiprocessors)
+            tiling = maps.tiling(call, bits, multiprocessors)
             found = maps.tilings(call, bits, 8, 90, multiprocessors)
-            assert found[0] == (90, plan["rows"], plan["columns"], plan["splits"])
+            assert found[0] == (90, tiling["rows"], tiling["columns"], tiling["splits"])
             assert len(set(found)) == len(found)
             assert [tiling[0] for tiling in found] == sorted((tiling[0] for tiling in found), reverse=True)
             assert all(maps.why_not_tiling(call, bits, 8, tiling, 90) is None for tiling in found)
-            assert all(maps.told_plan(call, bits, tiling) == tiling[1:] for tiling in found if tiling[0] == 90)
+            assert all(maps.told_tiling(call, bits, tiling) == tiling[1:] for tiling in found if tiling[0] == 90)
 
     def test_older_gpus_have_the_kernels_of_sm80_alone(self, maps):
         found = maps.tilings(self.CALL, 8, 8, 86, 84)

@@ -15,12 +15,12 @@ from modiff_kernels.quant.packing import pack
 from modiff_kernels.quant.spec import quant_max, quant_min
 from tests.backends.exact_product import DOWN, POINT, THREE
 
-TILES = {8: (0, 1, 2, 3), 4: (0, 3), 3: (0, 3)}  # csrc/cuda/sm90/plan.h
+TILES = {8: (0, 1, 2, 3), 4: (0, 3), 3: (0, 3)}  # csrc/cuda/sm90/tiling.h
 ALL_TILES = [(bits, tile) for bits, tiles in TILES.items() for tile in tiles]
 
 
 class Launch(NamedTuple):
-    """How a call is launched: the tile's index in csrc/cuda/sm90/plan.h, -1 for the plan's own; splits of K."""
+    """How a call is launched: the tile's index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own; splits of K."""
 
     tile: int = -1
     splits: int = 1
@@ -108,8 +108,8 @@ class TestTiles:
     def test_depths(self, hopper, k):
         Case(2, 5, 3, k, 24).check(hopper, Launch(3))
 
-    def test_as_planned(self, hopper):
-        """A layer of a UNet in its own plan: the 8 x 8 level with its channels divided by ten."""
+    def test_as_chosen(self, hopper):
+        """A layer of a UNet in its own tiling: the 8 x 8 level with its channels divided by ten."""
         Case(2, 8, 8, 128, 128, THREE, 4).check(hopper, Launch(-1, multiprocessors=132))
 
 

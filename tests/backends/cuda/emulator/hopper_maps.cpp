@@ -78,17 +78,17 @@ std::vector<std::pair<int, int>> fragment(int columns) {
 }
 
 // Rows and columns of the tile, row_tiles, column_tiles, splits, k-blocks; bytes of scratch.
-py::dict plan(const Geometry& geometry, int bits, int multiprocessors) {
+py::dict tiling(const Geometry& geometry, int bits, int multiprocessors) {
   const ProductCall call = call_of(geometry, bits);
-  const sm90::Plan plan = sm90::plan_of(call, multiprocessors);
-  const sm90::Schedule& s = plan.schedule;
-  const sm90::Tile tile = sm90::kTiles[plan.tile];
+  const sm90::Tiling tiling = sm90::tiling_of(call, multiprocessors);
+  const sm90::Schedule& s = tiling.schedule;
+  const sm90::Tile tile = sm90::kTiles[tiling.tile];
   return py::dict("rows"_a = int{tile.rows}, "columns"_a = int{tile.columns}, "row_tiles"_a = int{s.row_tiles},
                   "column_tiles"_a = int{s.column_tiles}, "splits"_a = int{s.splits}, "k_blocks"_a = int{s.k_blocks},
-                  "scratch"_a = sm90::scratch_of(call, plan, 0).words * 4);
+                  "scratch"_a = sm90::scratch_of(call, tiling, 0).words * 4);
 }
 
-using TilingFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h Tiling
+using TilingFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h ProductTiling
 
 // All tilings of a call, those of sm_90 first.
 std::vector<TilingFields> tilings(const Geometry& geometry, int bits, int code_bits, int capability,
@@ -96,7 +96,7 @@ std::vector<TilingFields> tilings(const Geometry& geometry, int bits, int code_b
   ProductCall call = call_of(geometry, bits);
   call.code_bits = code_bits;
   std::vector<TilingFields> found;
-  for (const Tiling& tiling : tilings_of(call, capability, multiprocessors))
+  for (const ProductTiling& tiling : tilings_of(call, capability, multiprocessors))
     found.emplace_back(tiling.architecture, tiling.rows, tiling.columns, tiling.splits);
   return found;
 }
@@ -115,9 +115,9 @@ const char* why_not_tiling(const Geometry& geometry, int bits, int code_bits, co
 }
 
 // Rows and columns of the tile and the splits of a call that is told its tiling.
-std::tuple<int, int, int> told_plan(const Geometry& geometry, int bits, const TilingFields& tiling) {
-  const sm90::Plan plan = sm90::plan_of(told(geometry, bits, tiling), 132);
-  return {sm90::kTiles[plan.tile].rows, sm90::kTiles[plan.tile].columns, plan.schedule.splits};
+std::tuple<int, int, int> told_tiling(const Geometry& geometry, int bits, const TilingFields& tiling) {
+  const sm90::Tiling tiling = sm90::tiling_of(told(geometry, bits, tiling), 132);
+  return {sm90::kTiles[tiling.tile].rows, sm90::kTiles[tiling.tile].columns, tiling.schedule.splits};
 }
 
 // What the kernels of sm_80 choose: rows and columns of the tile, and splits.
@@ -139,7 +139,7 @@ const char* limit(const Geometry& geometry, int bits, int codes_offset, int weig
 const char* problem_of_maps(const Geometry& geometry, int bits) {
   const ProductCall call = call_of(geometry, bits);
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
-    const auto args = sm90::product_args(call, sm90::plan_of_tile(call, tile, 1), 0);
+    const auto args = sm90::product_args(call, sm90::tiling_of_tile(call, tile, 1), 0);
     for (const sm90::TensorMap* map : {&args.codes, &args.weight, bits == 3 ? &args.high_plane : &args.weight}) {
       if (const char* problem = sm90::map_problem(*map)) return problem;
     }
@@ -167,11 +167,11 @@ PYBIND11_MODULE(hopper_maps, m) {
   m.def("corners", corners);
   m.def("swizzled", py::vectorize(sm90::swizzled));
   m.def("fragment", fragment);
-  m.def("plan", plan);
+  m.def("tiling", tiling);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);
   m.def("tilings", tilings);
   m.def("why_not_tiling", why_not_tiling);
-  m.def("told_plan", told_plan);
+  m.def("told_tiling", told_tiling);
   m.def("choice_of_sm80", choice_of_sm80);
 }

@@ -116,8 +116,8 @@ Array<int64_t> gather(const Geometry& geometry, int row, int k_blocks) {
   call.weight_bits = call.code_bits = 8;
   std::vector<uint8_t> image(1), tile(kRows * sm80::kBlockKBytes);
   call.problem.codes = reinterpret_cast<const int8_t*>(image.data());
-  const sm80::ProductPlan plan = sm80::plan_of(call, sm80::TileChoice{2, 1});
-  const sm80::OperandArgs args = sm80::operand_args(call, plan);
+  const sm80::Tiling tiling = sm80::tiling_of(call, sm80::TileChoice{2, 1});
+  const sm80::OperandArgs args = sm80::operand_args(call, tiling);
   Array<int64_t> sources({k_blocks, kRows, static_cast<int>(sm80::kChunks)});
   std::fill_n(sources.mutable_data(), sources.size(), kUnwritten);
   std::vector<int64_t> swizzled(kTileChunks);
@@ -153,8 +153,8 @@ std::pair<int, int> told(const Geometry& geometry, int weight_bits, int rows, in
   set_geometry(call.problem, geometry.data());
   call.weight_bits = weight_bits;
   call.tiling = {80, rows, columns, splits};
-  const sm80::ProductPlan plan = sm80::plan_of(call, 108);
-  return {plan.choice.tile, plan.choice.splits};
+  const sm80::Tiling tiling = sm80::tiling_of(call, 108);
+  return {tiling.choice.tile, tiling.choice.splits};
 }
 
 double cycles(int tile, int splits, int64_t rows, int64_t columns, int64_t k, int weight_bits, int multiprocessors) {

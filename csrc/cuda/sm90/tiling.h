@@ -28,7 +28,7 @@ constexpr int tile_of_size(int rows, int columns, int weight_bits) {
   return -1;
 }
 
-struct Plan {
+struct Tiling {
   int tile;
   Window window;
   Schedule schedule;
@@ -41,9 +41,9 @@ struct Plan {
 //   per call        with splits: 3000 to clear the sums beforehand
 constexpr int64_t kMultiplications = 4096, kLoads = 32, kFill = 1500, kClear = 3000;
 
-inline int64_t estimated_clocks(const Plan& plan, int weight_bits, int multiprocessors) {
-  const Tile tile = kTiles[plan.tile];
-  const Schedule& s = plan.schedule;
+inline int64_t estimated_clocks(const Tiling& tiling, int weight_bits, int multiprocessors) {
+  const Tile tile = kTiles[tiling.tile];
+  const Schedule& s = tiling.schedule;
   const int64_t sums = int64_t{tile.rows} * tile.columns;
   const int64_t loaded = int64_t{kBlockK} * (tile.rows + tile.columns * weight_bits / 8);
   const int64_t k_block = most(sums * kBlockK / kMultiplications, loaded / kLoads);
@@ -55,37 +55,37 @@ inline int64_t estimated_clocks(const Plan& plan, int weight_bits, int multiproc
 // More splits than this, or splits of fewer k-blocks, only add to each other's sums.
 constexpr int kMostSplits = 16, kFewestKBlocks = 4;
 
-inline Plan plan_of_tile(const ProductCall& call, int tile, int splits) {
+inline Tiling tiling_of_tile(const ProductCall& call, int tile, int splits) {
   const ProductProblem& p = call.problem;
-  Plan plan{};
-  plan.tile = tile;
-  plan.window = window_of(p, call.weight_bits);
-  plan.schedule.row_tiles = static_cast<int>(ceil_div(p.samples * p.out_h * p.out_w, kTiles[tile].rows));
-  plan.schedule.column_tiles = static_cast<int>(ceil_div(p.c_out, kTiles[tile].columns));
-  plan.schedule.k_blocks = k_block_count(plan.window);
-  plan.schedule.splits = splits;
-  return plan;
+  Tiling tiling{};
+  tiling.tile = tile;
+  tiling.window = window_of(p, call.weight_bits);
+  tiling.schedule.row_tiles = static_cast<int>(ceil_div(p.samples * p.out_h * p.out_w, kTiles[tile].rows));
+  tiling.schedule.column_tiles = static_cast<int>(ceil_div(p.c_out, kTiles[tile].columns));
+  tiling.schedule.k_blocks = k_block_count(tiling.window);
+  tiling.schedule.splits = splits;
+  return tiling;
 }
 
-// The plan that the call is told, or the one with the fewest estimated clocks; among equals the earlier tile, then
+// The tiling that the call is told, or the one with the fewest estimated clocks; among equals the earlier tile, then
 // fewer splits.
-inline Plan plan_of(const ProductCall& call, int multiprocessors) {
+inline Tiling tiling_of(const ProductCall& call, int multiprocessors) {
   if (call.tiling.architecture == 90) {
-    return plan_of_tile(call, tile_of_size(call.tiling.rows, call.tiling.columns, call.weight_bits),
-                        call.tiling.splits);
+    return tiling_of_tile(call, tile_of_size(call.tiling.rows, call.tiling.columns, call.weight_bits),
+                          call.tiling.splits);
   }
-  Plan best{};
+  Tiling best{};
   int64_t fewest = -1;
   for (int tile = 0; tile < kTileCount; ++tile) {
     if (!has_tile(tile, call.weight_bits)) continue;
-    Plan plan = plan_of_tile(call, tile, 1);
-    const int most_splits = most(1, least(kMostSplits, plan.schedule.k_blocks / kFewestKBlocks));
+    Tiling tiling = tiling_of_tile(call, tile, 1);
+    const int most_splits = most(1, least(kMostSplits, tiling.schedule.k_blocks / kFewestKBlocks));
     for (int splits = 1; splits <= most_splits; ++splits) {
-      plan.schedule.splits = splits;
-      const int64_t clocks = estimated_clocks(plan, call.weight_bits, multiprocessors);
+      tiling.schedule.splits = splits;
+      const int64_t clocks = estimated_clocks(tiling, call.weight_bits, multiprocessors);
       if (fewest >= 0 && clocks >= fewest) continue;
       fewest = clocks;
-      best = plan;
+      best = tiling;
     }
   }
   return best;
@@ -97,13 +97,13 @@ struct Scratch {
   int64_t arrived, sums, tap_sums, words;
 };
 
-inline Scratch scratch_of(const ProductCall& call, const Plan& plan, int64_t tap_sum_words) {
-  const Schedule& s = plan.schedule;
+inline Scratch scratch_of(const ProductCall& call, const Tiling& tiling, int64_t tap_sum_words) {
+  const Schedule& s = tiling.schedule;
   const int64_t tiles = int64_t{s.row_tiles} * s.column_tiles;
   const bool split = s.splits > 1;
   Scratch scratch{};
   scratch.sums = split ? ceil_div(tiles, 4) * 4 : 0;
-  scratch.tap_sums = scratch.sums + (split ? tiles * kTiles[plan.tile].rows * kTiles[plan.tile].columns : 0);
+  scratch.tap_sums = scratch.sums + (split ? tiles * kTiles[tiling.tile].rows * kTiles[tiling.tile].columns : 0);
   scratch.words = scratch.tap_sums + (call.problem.zero_point == nullptr ? 0 : tap_sum_words);
   return scratch;
 }

@@ -2,8 +2,8 @@
 
 import pytest
 
-from modiff_kernels.backends.triton import quantize_plan
-from modiff_kernels.backends.triton.quantize_plan import plan
+from modiff_kernels.backends.triton import quantize_tiling
+from modiff_kernels.backends.triton.quantize_tiling import tiling
 from modiff_kernels.quant.operands import PROLOGUES
 from modiff_kernels.quant.spec import GRANULARITIES
 
@@ -11,7 +11,7 @@ from modiff_kernels.quant.spec import GRANULARITIES
 @pytest.mark.parametrize("channels", [128, 192, 256, 320, 384, 512, 640, 960, 1280, 1920, 2560])
 def test_no_lane_of_an_image_is_masked(channels):
     for rows in (64 * 64, 32 * 32, 16 * 16, 8 * 8):
-        p = plan(2, rows, channels, "per_sample", 8, "group_norm", 2)
+        p = tiling(2, rows, channels, "per_sample", 8, "group_norm", 2)
         assert channels % p.block_c == 0
         assert rows % p.block_r == 0
 
@@ -22,7 +22,7 @@ def test_tiles_cover_everything_in_powers_of_two(granularity, prologue):
     for samples in (1, 3):
         for rows in (1, 63, 64, 65, 4096):
             for channels in (1, 33, 320, 5120):
-                p = plan(samples, rows, channels, granularity, 4, prologue, 2)
+                p = tiling(samples, rows, channels, granularity, 4, prologue, 2)
                 assert p.samples * p.rows * p.channels == samples * rows * channels
                 for size in (p.block_r, p.block_c, p.num_warps):
                     assert size & (size - 1) == 0
@@ -33,11 +33,11 @@ def test_tiles_cover_everything_in_powers_of_two(granularity, prologue):
 
 def test_one_image_of_the_first_level_fills_the_gpu():
     for rows, channels in ((64 * 64, 320), (32 * 32, 640), (16 * 16, 1280)):
-        assert plan(1, rows, channels, "per_sample", 8, "identity", 2).grid[0] >= 132
+        assert tiling(1, rows, channels, "per_sample", 8, "identity", 2).grid[0] >= 132
 
 
 def test_powers_of_two():
-    assert [quantize_plan.next_power_of_2(n) for n in (1, 2, 3, 4, 5, 1023, 1024)] == [1, 2, 4, 4, 8, 1024, 1024]
+    assert [quantize_tiling.next_power_of_2(n) for n in (1, 2, 3, 4, 5, 1023, 1024)] == [1, 2, 4, 4, 8, 1024, 1024]
 
 
 def test_the_tile_that_merges_statistics_is_bounded():

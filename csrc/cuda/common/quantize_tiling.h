@@ -1,6 +1,6 @@
 // One call of a quantising op: what its kernels are given, and how it is shared out among thread blocks.
 //
-// Two ways to share out [samples, rows, channels]; a thread holds kSlots vectors of eight values in either:
+// Two ways to share out [samples, rows, channels]; a thread holds kThreadVectors vectors of eight values in either:
 //
 //   tiles   4 consecutive rows per thread, `width` threads side by side on vectors of a row, kTileThreads / width below
 //           each other. For scales given, or found by a pass before.
@@ -15,10 +15,10 @@
 
 namespace modiff::cuda {
 
-constexpr int kSlots = 4;
+constexpr int kThreadVectors = 4;
 constexpr int kTileThreads = 128;  // 16 rows of 256 channels: with per_block one block, reduced within a thread block
 constexpr int kRowThreads = 256;
-constexpr int64_t kMostRowChannels = kRowThreads * kSlots * kVector;
+constexpr int64_t kMostRowChannels = kRowThreads * kThreadVectors * kVector;
 constexpr int64_t kEnoughBlocks = 264;  // two per multiprocessor of an H100
 
 // Tiles of a tensor: `columns` side by side, `tiles` of rows below each other in every sample. What the threads would
@@ -28,7 +28,7 @@ struct TileGrid {
   uint32_t columns, tiles, blocks;
 
   MODIFF_HD int tall() const { return kTileThreads / width; }
-  MODIFF_HD int rows() const { return tall() * kSlots; }
+  MODIFF_HD int rows() const { return tall() * kThreadVectors; }
 };
 
 // Arguments of all passes. Ranges are bit patterns, see common/rounding.h.
@@ -59,7 +59,7 @@ struct QuantizeArgs {
   int32_t* zero_point;
 };
 
-struct Plan {
+struct QuantizeTiling {
   int64_t samples, rows, channels;
   Granularity granularity;
   int64_t granules;
@@ -81,41 +81,41 @@ inline int tile_width(int64_t channels) {
   return static_cast<int>(width);
 }
 
-// Threads of a row: at most kSlots vectors each, fewer where few rows would leave multiprocessors idle.
+// Threads of a row: at most kThreadVectors vectors each, fewer where few rows would leave multiprocessors idle.
 inline int row_width(int64_t rows, int64_t channels) {
   const int64_t vectors = ceil_div(channels, kVector);
   int64_t width = kWarp;
   while (width < kRowThreads &&
-         (width * kSlots < vectors || (width < vectors && ceil_div(rows * width, kRowThreads) < kEnoughBlocks)))
+         (width * kThreadVectors < vectors || (width < vectors && ceil_div(rows * width, kRowThreads) < kEnoughBlocks)))
     width *= 2;
   return static_cast<int>(width);
 }
 
-inline Plan plan_of(const QuantizeProblem& p) {
-  Plan plan{};
-  plan.samples = p.samples;
-  plan.rows = p.rows;
-  plan.channels = p.channels;
-  plan.granularity = p.granularity;
+inline QuantizeTiling tiling_of(const QuantizeProblem& p) {
+  QuantizeTiling tiling{};
+  tiling.samples = p.samples;
+  tiling.rows = p.rows;
+  tiling.channels = p.channels;
+  tiling.granularity = p.granularity;
   if (p.granularity == Granularity::kPerBlock && block_count(p.rows, p.act_bits) == 0)
-    plan.granularity = Granularity::kPerSample;
-  if (plan.granularity == Granularity::kPerSample && p.rows == 1 && p.channels <= kMostRowChannels)
-    plan.granularity = Granularity::kPerToken;
-  const bool per_token = plan.granularity == Granularity::kPerToken;
-  plan.granules = plan.granularity == Granularity::kPerTensor ? 1 : per_token ? p.samples * p.rows : p.samples;
-  plan.by_rows = per_token || (p.prologue == Prologue::kLayerNorm && p.given_scale != nullptr);
-  plan.range_pass = p.given_scale == nullptr && !per_token;
-  if (plan.granularity == Granularity::kPerTensor && p.prologue != Prologue::kGroupNorm) {
-    plan.rows *= plan.samples;
-    plan.samples = 1;
+    tiling.granularity = Granularity::kPerSample;
+  if (tiling.granularity == Granularity::kPerSample && p.rows == 1 && p.channels <= kMostRowChannels)
+    tiling.granularity = Granularity::kPerToken;
+  const bool per_token = tiling.granularity == Granularity::kPerToken;
+  tiling.granules = tiling.granularity == Granularity::kPerTensor ? 1 : per_token ? p.samples * p.rows : p.samples;
+  tiling.by_rows = per_token || (p.prologue == Prologue::kLayerNorm && p.given_scale != nullptr);
+  tiling.range_pass = p.given_scale == nullptr && !per_token;
+  if (tiling.granularity == Granularity::kPerTensor && p.prologue != Prologue::kGroupNorm) {
+    tiling.rows *= tiling.samples;
+    tiling.samples = 1;
   }
-  plan.grid.width = tile_width(p.channels);
-  plan.grid.columns = static_cast<uint32_t>(ceil_div(ceil_div(p.channels, kVector), plan.grid.width));
-  plan.grid.tiles = static_cast<uint32_t>(ceil_div(plan.rows, plan.grid.rows()));
-  plan.grid.blocks = static_cast<uint32_t>(plan.samples) * plan.grid.tiles * plan.grid.columns;
-  plan.row_width = row_width(p.samples * p.rows, p.channels);
-  plan.row_blocks = ceil_div(plan.samples * plan.rows, kRowThreads / plan.row_width);
-  return plan;
+  tiling.grid.width = tile_width(p.channels);
+  tiling.grid.columns = static_cast<uint32_t>(ceil_div(ceil_div(p.channels, kVector), tiling.grid.width));
+  tiling.grid.tiles = static_cast<uint32_t>(ceil_div(tiling.rows, tiling.grid.rows()));
+  tiling.grid.blocks = static_cast<uint32_t>(tiling.samples) * tiling.grid.tiles * tiling.grid.columns;
+  tiling.row_width = row_width(p.samples * p.rows, p.channels);
+  tiling.row_blocks = ceil_div(tiling.samples * tiling.rows, kRowThreads / tiling.row_width);
+  return tiling;
 }
 
 // Scratch of a call, in bytes from its start; every part begins at a multiple of 16.
@@ -123,7 +123,7 @@ struct Scratch {
   int64_t mean, coefficient, statistics, block_range, range, bytes;
 };
 
-inline Scratch scratch_of(const QuantizeProblem& p, const Plan& plan) {
+inline Scratch scratch_of(const QuantizeProblem& p, const QuantizeTiling& tiling) {
   Scratch s{};
   const auto part = [&s](int64_t words) {
     const int64_t at = s.bytes;
@@ -131,12 +131,13 @@ inline Scratch scratch_of(const QuantizeProblem& p, const Plan& plan) {
     return at;
   };
   const bool group_norm = p.prologue == Prologue::kGroupNorm;
-  s.mean = part(p.prologue == Prologue::kLayerNorm && !plan.by_rows ? 2 * plan.samples * plan.rows : 0);
-  s.coefficient = part(group_norm ? 2 * plan.samples * plan.channels : 0);
-  s.statistics = part(group_norm ? 2 * plan.samples * plan.grid.tiles * plan.channels : 0);
-  s.block_range = part(
-      plan.granularity == Granularity::kPerBlock ? plan.samples * ceil_div(plan.rows, kBlockRows) * plan.channels : 0);
-  s.range = part(p.x_hat == nullptr ? plan.granules * (p.affine ? 2 : 1) : 0);
+  s.mean = part(p.prologue == Prologue::kLayerNorm && !tiling.by_rows ? 2 * tiling.samples * tiling.rows : 0);
+  s.coefficient = part(group_norm ? 2 * tiling.samples * tiling.channels : 0);
+  s.statistics = part(group_norm ? 2 * tiling.samples * tiling.grid.tiles * tiling.channels : 0);
+  s.block_range = part(tiling.granularity == Granularity::kPerBlock
+                           ? tiling.samples * ceil_div(tiling.rows, kBlockRows) * tiling.channels
+                           : 0);
+  s.range = part(p.x_hat == nullptr ? tiling.granules * (p.affine ? 2 : 1) : 0);
   return s;
 }
 

@@ -21,7 +21,7 @@ def why_not(problem: Any) -> str | None:
     return None
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """Samples, rows, channels and granularity as the kernels see them, and the tile [block_r, block_c] of a program."""
 
     samples: int
@@ -39,21 +39,21 @@ class Plan(NamedTuple):
         return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
 
 
-def plan_of(h: Tensor, like: Tensor, granularity: str, bits: int, prologue: str) -> Plan:
-    """`plan` for the input h and a result of the shape and (x_hat) dtype of `like`, an image, [N, L, K] or [M, K]."""
+def tiling_of(h: Tensor, like: Tensor, granularity: str, bits: int, prologue: str) -> Tiling:
+    """`tiling` for the input h and a result of the shape and (x_hat) dtype of `like`, an image, [N, L, K] or [M, K]."""
     shape = like.shape
     image = len(shape) == 4
     rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
     channels = shape[1] if image else shape[-1]
     bytes_read = max(h.element_size(), like.element_size()) * (2 if prologue == "geglu" else 1)
-    return plan(shape[0], rows, channels, granularity, bits, prologue, bytes_read)
+    return tiling(shape[0], rows, channels, granularity, bits, prologue, bytes_read)
 
 
 @lru_cache(maxsize=4096)
-def plan(
+def tiling(
     samples: int, rows: int, channels: int, granularity: str, bits: int, prologue: str, bytes_read: int
-) -> Plan:  # fmt: skip
-    """The plan for [samples, rows, channels]. Samples are dissolved where nothing depends on them: one sample with all
+) -> Tiling:  # fmt: skip
+    """The tiling of [samples, rows, channels]. Samples are dissolved where nothing depends on them: one sample with all
     rows makes better tiles, above all for the [M, K] input of a Linear, whose samples are single rows.
     """
     if granularity == "per_block" and block_count(rows, bits) == 0:
@@ -68,7 +68,7 @@ def plan(
         block_r, block_c, num_warps = block_tile(channels, whole_rows, bytes_read)
     else:
         block_r, block_c, num_warps = tile(samples, rows, channels, whole_rows, bytes_read)
-    return Plan(samples, rows, channels, granularity, granules, block_r, block_c, num_warps)
+    return Tiling(samples, rows, channels, granularity, granules, block_r, block_c, num_warps)
 
 
 @lru_cache(maxsize=4096)
