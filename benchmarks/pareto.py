@@ -36,11 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.configurations import has
 from benchmarks.deepcache import CachedUNet
-from modiff_kernels.cli import models
-from modiff_kernels.cli.arguments import command_line
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row
-from modiff_kernels.evaluation import psnr, to_json
+from modiff_kernels.evaluation import command_line, psnr, to_json
+from modiff_kernels.evaluation import networks as models
+from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.planning.schedule import UPDATE, StepSchedule
 from modiff_kernels.planning.search import search
 

@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.evaluation import psnr
 from modiff_kernels.integrations.diffusers import Handle, accelerate, channels_last
 from modiff_kernels.integrations.replacements import config_of
 from modiff_kernels.integrations.timing import timer_of
+from modiff_kernels.metrics import psnr
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.planning.layer_plan import FLOAT_MODE, Mode, ModeCost
 
