@@ -26,8 +26,6 @@ LEVELS = {
     "ops": 2,
     "backends": 1,
     "config": 1,
-    "planning.schedule": 0,  # a value that the config holds
-    "planning.layer_plan": 0,  # the same
     "metrics": 0,
     "quant": 0,
     "models": 0,

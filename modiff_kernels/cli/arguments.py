@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 
 from modiff_kernels import __version__
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
-from modiff_kernels.planning.layer_plan import LayerPlan
-from modiff_kernels.planning.schedule import StepSchedule
 
 __all__ = ["UserError", "build_parser", "writable"]
 

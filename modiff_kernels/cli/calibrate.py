@@ -20,10 +20,10 @@ from tqdm import tqdm
 from modiff_kernels.cli import calibrate_layers
 from modiff_kernels.cli.arguments import writable
 from modiff_kernels.cli.plan import measure_plan
+from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.evaluation import UserError, command_line, networks, psnr
 from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.planning.search import Found, computed_for_speedup, search
 from modiff_kernels.planning.stored import FILE_NAME, run_of
 
