@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
@@ -52,4 +51,4 @@ def test_a_calibration(caplog):
 
 def test_the_float_network_is_the_one_of_the_script():
     handle = mk.accelerate(unet_of("float"), mk.ModiffConfig(weight_bits=None, act_bits=None, mode="quantized"))
-    assert sqnr(calls_of(handle), torch.tensor(np.load(SAVED / "calls.npz")["float"])) > pytest.approx(60)
+    assert sqnr(calls_of(handle), torch.tensor(np.load(SAVED / "calls.npz")["float"])) >= 60
