@@ -101,7 +101,7 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
 
 def _options(method: str, items: list[str]) -> dict[str, Any]:
     """--set NAME=VALUE, each in the type of the option's default."""
-    types = {field.name: type(field.default) for field in dataclasses.fields(METHODS[method].options)}
+    types: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(METHODS[method].options)}
     options: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -151,9 +151,8 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
         quantised.handle.set_schedule(schedule)
         seeds = range(args.seed + first, args.seed + first + count)
         batches = [seeds[start : start + args.batch] for start in range(0, count, args.batch)]
-        how = {"run": quantised.sampling_run}
-        sampled = [networks.sample_images(model, unet, args.scheduler, args.steps, batch, **how) for batch in batches]
-        return np.concatenate(sampled)
+        run = (model, unet, args.scheduler, args.steps)
+        return np.concatenate([networks.sample_images(*run, batch, run=quantised.sampling_run) for batch in batches])
 
     def fidelity_from(first: int) -> Callable[[mk.StepSchedule], float]:
         """Mean PSNR in dB of a schedule's pictures against those of the same network computed at every call."""

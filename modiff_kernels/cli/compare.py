@@ -207,8 +207,7 @@ def _report(
     for c in configurations:
         if c.row.schedule is not None and c.quantised:
             of_rows.append(f"{c.row.name}: {c.quantised.handle.explain_schedule().splitlines()[0]}")
-        if c.row.plan is not None and c.quantised:
-            plan = c.quantised.handle.plan
+        if c.row.plan is not None and c.quantised and (plan := c.quantised.handle.plan):
             of_rows.append(f"{c.row.name} ({plan.source}): {plan.summary or 'as given'}")
     return {
         "model": model.name,

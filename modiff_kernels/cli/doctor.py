@@ -162,6 +162,7 @@ def _computed(kind: str, backend: str, act_bits: int, device: str) -> list[torch
     state = ModulationState()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        layer: torch.nn.Module
         if kind == "linear":
             layer = ModulatedLinear.from_linear(torch.nn.Linear(32, 48).to(device), config, state, kind)
             x = torch.randn(2, 9, 32).to(device)

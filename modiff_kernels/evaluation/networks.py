@@ -175,7 +175,11 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 def make_scheduler(model: Model, name: str, **more: Any):
     """A fresh diffusers scheduler on the noise schedule of the model; `more` options are those of its class."""
-    options = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}.get(name, {})
+    of_samplers: dict[str, dict[str, Any]] = {
+        "pndm": {"skip_prk_steps": True},
+        "dpmsolver++": {"algorithm_type": "dpmsolver++"},
+    }
+    options = of_samplers.get(name, {})
     if model.pipe is None and name in ("ddim", "ddpm"):
         options = {"clip_sample": True}
     config = {key: value for key, value in model.scheduler_config.items() if not key.startswith("_")}
