@@ -22,8 +22,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import record
-from modiff_kernels.cli.models import choose_device
 from modiff_kernels.evaluation import sqnr, text_table
+from modiff_kernels.evaluation.networks import choose_device
 
 REPEATS = 10
 CORNER = 64  # rows and columns of a product, or channels of a convolution, that are checked

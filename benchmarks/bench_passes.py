@@ -43,8 +43,8 @@ from benchmarks import bounds, record
 from benchmarks.pass_cases import CALL, FORMS, OURS, Case, Checked, Form, Piece, verified_pass, verified_piece
 from benchmarks.passes import WAYS, Pass, pass_table
 from benchmarks.shapes import NETWORKS
-from modiff_kernels.cli.models import choose_device
 from modiff_kernels.evaluation import text_table
+from modiff_kernels.evaluation.networks import choose_device
 
 DEFAULT_NETWORKS = ("cifar10_small16", "ddpm_cifar10", "sd15")
 KINDS = {"sd15": ("layer_norm", "geglu"), "sdxl": ("layer_norm", "geglu")}

@@ -50,9 +50,9 @@ from benchmarks.configurations import (
 from benchmarks.contest import Entrant, Scores, add_arguments, hold
 from benchmarks.pipelines import GUIDED, SAMPLERS, Workload
 from benchmarks.shapes import NETWORKS, build_unet
-from modiff_kernels.cli.models import choose_device, quiet_libraries
-from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import psnr, sqnr, text_table
+from modiff_kernels.evaluation.configurations import Row
+from modiff_kernels.evaluation.networks import choose_device, quiet_libraries
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS
 
 OP = "sampling"

@@ -47,9 +47,9 @@ from benchmarks.configurations import (
 )
 from benchmarks.contest import Entrant, Scores, add_arguments, hold
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
-from modiff_kernels.cli.models import choose_device
-from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import sqnr, text_table
+from modiff_kernels.evaluation.configurations import Row
+from modiff_kernels.evaluation.networks import choose_device
 from modiff_kernels.planning.roofline import Machine
 
 LEAST_SQNR_DB = {"float": 80.0, "weight_only": 20.0, "quantized": 15.0, "modulated": 15.0}

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import modiff_kernels as mk
 from benchmarks.shapes import NETWORKS, build_unet
+from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode, UnitPlan
 from modiff_kernels.evaluation import text_table
 from modiff_kernels.integrations.measurement import CALLS_TIMED, Bench, Subject, Times, recorded
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode, UnitPlan
 
 MODULATED = Mode("modulated", 8)
 MODES = (Mode("quantized", 8), MODULATED)

@@ -40,9 +40,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import modiff_kernels as mk
-from modiff_kernels.cli import models
-from modiff_kernels.cli.arguments import METHODS, command_line
-from modiff_kernels.evaluation import frechet_distance, psnr, ssim, to_json
+from modiff_kernels.calibration import METHODS
+from modiff_kernels.evaluation import command_line, frechet_distance, psnr, ssim, to_json
+from modiff_kernels.evaluation import networks as models
 
 SAMPLERS = {"DDIM-100": ("ddim", 100), "DDIM-20": ("ddim", 20), "DPM-Solver++-20": ("dpmsolver++", 20)}
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W4A3": (4, 3), "W3A8": (3, 8)}

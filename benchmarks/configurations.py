@@ -17,11 +17,10 @@ from benchmarks import record
 from benchmarks.deepcache import CachedUNet
 from benchmarks.openvino_unet import PRECISIONS, OpenVinoUNet
 from benchmarks.shapes import NOT_COUNTED
-from modiff_kernels.cli.models import share_copy
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row, build_rows
-from modiff_kernels.integrations.diffusers import channels_last
+from modiff_kernels.evaluation.configurations import Quantised, Row, build_rows
+from modiff_kernels.evaluation.networks import share_copy
 from modiff_kernels.integrations.graphs import CudaCapture
+from modiff_kernels.integrations.handle import channels_last
 
 PLANS = record.RESULTS / "plans"
 TORCHAO = "torchao-int8"

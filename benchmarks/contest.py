@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks import record
 from benchmarks.budget import Budget, attempt, free_memory
 from benchmarks.configurations import Network, importable, telling_first
-from modiff_kernels.cli.rows import Row, select_rows
+from modiff_kernels.evaluation.configurations import Row, select_rows
 
 
 @dataclasses.dataclass

@@ -30,9 +30,9 @@ from benchmarks.budget import Budget, attempt, free_memory
 from benchmarks.configurations import default_dtype, plan_file
 from benchmarks.pipelines import GUIDED, SAMPLERS, Workload
 from benchmarks.shapes import NETWORKS, build_unet
-from modiff_kernels.cli.models import choose_device, quiet_libraries
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.evaluation.networks import choose_device, quiet_libraries
 from modiff_kernels.integrations.plans import plan_text
-from modiff_kernels.planning.layer_plan import LayerPlan
 
 STEPS = 8
 

@@ -36,12 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.configurations import has
 from benchmarks.deepcache import CachedUNet
-from modiff_kernels.cli import models
-from modiff_kernels.cli.arguments import command_line
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row
-from modiff_kernels.evaluation import psnr, to_json
-from modiff_kernels.planning.schedule import UPDATE, StepSchedule
+from modiff_kernels.config.schedule import UPDATE, StepSchedule
+from modiff_kernels.evaluation import command_line, psnr, to_json
+from modiff_kernels.evaluation import networks as models
+from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.planning.search import search
 
 NETWORKS = {
@@ -54,7 +52,6 @@ SCHEDULES = {
     "forecast": [f"forecast every={n}{more}" for n in (2, 3) for more in ("", " axis=sigma")],
     "forecast deep": [f"deep-forecast every={n}" for n in (2, 3, 5)],
     "auto": ["auto"],
-    "adaptive": [f"forecast every=4 tolerance={tolerance}" for tolerance in (0.01, 0.03)],
 }
 DEEPCACHE_INTERVALS = (2, 3, 5)
 SEARCHED_EVERY = (2, 3, 5)  # schedules are searched for the number of calls that these uniform rules compute

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.configurations import label
 from benchmarks.shapes import TEXT_TOKENS
-from modiff_kernels.cli import models
+from modiff_kernels.evaluation import networks as models
 
 SHIPPED_SCHEDULE = "cifar10_small16"
 PIXELS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}

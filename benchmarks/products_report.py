@@ -11,7 +11,7 @@ from benchmarks.bounds import PEAKS, peaks_of
 from benchmarks.product_cases import FORMS, OUR_FORMS, RIVAL_FORM, Problem, problems_by_share
 from benchmarks.shapes import NETWORKS
 from benchmarks.tile_tuning import OP, OVER_BEST
-from modiff_kernels.evaluation.report import markdown_table
+from modiff_kernels.evaluation import markdown_table
 
 BATCHES = (1, 2, 8, 16, 64)
 BACKENDS = ("cuda", "triton")

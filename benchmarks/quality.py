@@ -53,12 +53,11 @@ import modiff_kernels as mk
 from benchmarks.agreement import Replay
 from benchmarks.feature_network import FOLDER, Features
 from benchmarks.record import environment
-from modiff_kernels.cli import models
-from modiff_kernels.cli.images import tensors_crc32
-from modiff_kernels.cli.quantised import Quantised, config_of_row
-from modiff_kernels.cli.rows import Row
 from modiff_kernels.evaluation import frechet_distance, psnr, ssim, to_json
+from modiff_kernels.evaluation import networks as models
 from modiff_kernels.evaluation.cifar10 import load_cifar10
+from modiff_kernels.evaluation.configurations import Quantised, Row, config_of_row
+from modiff_kernels.evaluation.images import tensors_crc32
 from modiff_kernels.integrations.plan_cache import device_name
 
 SAMPLERS = {"DDIM-50": ("ddim", 50), "DDIM-100": ("ddim", 100), "DPM-Solver++-20": ("dpmsolver++", 20)}

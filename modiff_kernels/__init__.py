@@ -13,12 +13,12 @@ from modiff_kernels.integrations.registration import register_with_diffusers
 if TYPE_CHECKING:
     from modiff_kernels.calibration import CalibrationResult, calibrate
     from modiff_kernels.config import ModiffConfig
+    from modiff_kernels.config.plan import LayerPlan
+    from modiff_kernels.config.schedule import StepSchedule
     from modiff_kernels.integrations.accelerate import accelerate
     from modiff_kernels.integrations.handle import Handle
     from modiff_kernels.integrations.planner import make_plan
     from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
-    from modiff_kernels.planning.layer_plan import LayerPlan
-    from modiff_kernels.planning.schedule import StepSchedule
 
 __all__ = [
     "CalibrationResult",
@@ -38,12 +38,12 @@ __all__ = [
 _HOME_OF = {
     "CalibrationResult": "modiff_kernels.calibration.result",
     "Handle": "modiff_kernels.integrations.handle",
-    "LayerPlan": "modiff_kernels.planning.layer_plan",
+    "LayerPlan": "modiff_kernels.config",
     "ModiffConfig": "modiff_kernels.config",
     "ModulatedConv2d": "modiff_kernels.nn",
     "ModulatedLinear": "modiff_kernels.nn",
     "ModulationState": "modiff_kernels.nn",
-    "StepSchedule": "modiff_kernels.planning.schedule",
+    "StepSchedule": "modiff_kernels.config",
     "accelerate": "modiff_kernels.integrations.accelerate",
     "calibrate": "modiff_kernels.calibration",
     "make_plan": "modiff_kernels.integrations.planner",

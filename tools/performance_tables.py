@@ -16,8 +16,8 @@ import torch
 from benchmarks import record
 from benchmarks.configurations import run_rows, step_rows
 from benchmarks.pipelines import SAMPLERS
-from modiff_kernels.evaluation.report import markdown_table
-from modiff_kernels.planning.layer_plan import LayerPlan
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.evaluation import markdown_table
 
 NOTHING = "*No results recorded yet.*\n"
 Metrics = dict[str, dict[str, str]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import BITS, SAMPLERS
-from modiff_kernels.evaluation.report import markdown_table
+from modiff_kernels.evaluation import markdown_table
 
 NOTHING = "*No results recorded yet.*\n"
 HEADER = (

@@ -42,9 +42,9 @@ from benchmarks import pareto_report, products_report, step_profile
 from benchmarks.calibration import BITS
 from benchmarks.configurations import step_rows
 from benchmarks.record import ROOT, read
-from modiff_kernels.cli.arguments import METHODS
-from modiff_kernels.cli.table import HEADER, table_cells
-from modiff_kernels.evaluation.report import markdown_table
+from modiff_kernels.calibration import METHODS
+from modiff_kernels.evaluation import markdown_table
+from modiff_kernels.evaluation.table import HEADER, table_cells
 from tools import performance_tables, quality_tables
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

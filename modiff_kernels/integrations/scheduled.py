@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modiff_kernels.config import schedule as letters
+from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.integrations.history import History, Trajectory
 from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.run import FORECAST, HOLD
 from modiff_kernels.planning import clock
-from modiff_kernels.planning import schedule as letters
-from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.planning.stored import StoredSchedule
 
 ADDITIONAL = (
