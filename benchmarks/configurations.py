@@ -1,4 +1,7 @@
-"""What whole steps and whole runs are timed with: full precision, its rivals, and ours, as UNets that share weights."""
+"""What whole steps and runs are timed with: full precision, its peers, and ours, as UNets that share weights.
+
+A layer of ours that is asked for from a named backend has that name behind its key: "modulated-w8a8.cuda".
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,18 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.deepcache import CachedUNet
-from benchmarks.openvino_unet import PRECISIONS, OpenVinoUNet
+from benchmarks.baselines.deepcache import CachedUNet
+from benchmarks.baselines.openvino_unet import PRECISIONS, OpenVinoUNet
+from benchmarks.runner import default_dtype, is_wanted
 from benchmarks.shapes import NOT_COUNTED
-from modiff_kernels.cli.models import share_copy
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row, build_rows
+from benchmarks.shared import Quantised, Row, build_rows, share_copy
 from modiff_kernels.integrations.diffusers import channels_last
 from modiff_kernels.integrations.graphs import CudaCapture
 
 PLANS = record.RESULTS / "plans"
 TORCHAO = "torchao-int8"
+QUICK = "float-compile-default-graphs"
+"""In inductor's default mode, which chooses among no kernels: a minute where max-autotune takes many."""
 BFLOAT16 = "float-compile-bfloat16"
 FUSE_INT_MM = {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
 """What torchao recommends for its int8 products; set in its own way, it would hold for all that is compiled later."""
@@ -82,9 +86,8 @@ class Networks:
     shown: calls that peers may calibrate with, (sample, timestep) each; set it before their rows are made.
     """
 
-    def __init__(self, unet: torch.nn.Module, backend: str = "auto") -> None:
+    def __init__(self, unet: torch.nn.Module) -> None:
         self.unet = unet
-        self.backend = backend
         self.shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
         self.channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
         self._own = {tensor.data_ptr() for net in (unet, self.channels_last) for tensor in _tensors(net)}
@@ -99,7 +102,7 @@ class Networks:
         unet = share_copy(self.channels_last if row.channels_last else self.unet)
         network = Network(row, unet)
         if row.mode != "float" or row.schedule is not None:
-            network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, self.backend)
+            network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, backend_of(row.key))
             if row.compiled:
                 network.quantised.handle.compile(**compile_options(on_cuda, cuda_graphs=False))
         elif row.key in DEEPCACHE:
@@ -108,6 +111,8 @@ class Networks:
             network.cached = CachedUNet(unet, DEEPCACHE[row.key], row.compiled, options, capture)
         else:
             options = compile_options(on_cuda, row.cuda_graphs)
+            if row.key == QUICK:
+                options = {"options": {"triton.cudagraphs": True}}
             if row.key == TORCHAO:
                 quantise_with_torchao(unet)
                 options = compile_options(on_cuda, row.cuda_graphs, fuse_int_mm=True)
@@ -165,9 +170,20 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """What networks are sampled in on `device`."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def backend_of(key: str) -> str:
+    """The backend that a configuration asks for."""
+    return key.partition(".")[2] or "auto"
+
+
+def with_backends(rows: Sequence[Row], backends: Sequence[str]) -> list[Row]:
+    """`rows` with those of our layers once for each of `backends`."""
+    found = []
+    for row in rows:
+        ours = row.mode != "float" or row.schedule is not None
+        for name in backends if ours else ("auto",):
+            named = {"key": f"{row.key}.{name}", "name": f"{row.name}, {name}"}
+            found.append(row if name == "auto" else dataclasses.replace(row, **named))
+    return found
 
 
 def label(network: str, unet: torch.nn.Module) -> str:
@@ -177,7 +193,7 @@ def label(network: str, unet: torch.nn.Module) -> str:
 
 
 def plan_file(device: torch.device, network: str, batch: int, folder: Path = PLANS) -> Path:
-    """Where benchmarks/make_plans.py writes the plan for `batch` samples, by the model of `device`."""
+    """Where `python -m benchmarks plans` writes the plan for `batch` samples, by the model of `device`."""
     return folder / record.file_stem(record.name_of(device)) / f"{network}-b{batch}.json"
 
 
@@ -196,7 +212,9 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pa
         if on_cuda:
             name = "float32 torch.compile channels_last, CUDA graphs"
             add("float-compile-graphs", rows["float-compile"], name, cuda_graphs=True)
-            # On a CPU its compiled products are made in float32, so it is no rival there.
+            name = "float32 torch.compile default mode channels_last, CUDA graphs"
+            add(QUICK, rows["float-compile"], name, cuda_graphs=True)
+            # On a CPU its compiled products are made in float32, so it is no peer there.
             name = "torchao int8 dynamic, torch.compile, CUDA graphs"
             rows[TORCHAO] = Row(TORCHAO, name, "float", 8, 8, compiled=True, cuda_graphs=True)
         add("modulated-w8a8-compile", modulated, "modulated W8A8, compiled", compiled=True)
@@ -250,13 +268,14 @@ def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pat
 
 STEP_ORDER = (
     *("float-contiguous", "float-channels_last", "modulated-w8a8-graphs", "plain-w8a8", "modulated-w8a8"),
-    *("planned-w8-graphs", "float-compile-graphs", "modulated-w8a8-compile-graphs", TORCHAO, "planned-w8"),
+    *("planned-w8-graphs", QUICK, "float-compile-graphs", "modulated-w8a8-compile-graphs", TORCHAO, "planned-w8"),
     *("modulated-w8a8-compile", "float-compile"),
 )
 RUN_ORDER = (
     *("float-channels_last", "deepcache-3", "deepcache-5", "scheduled-w8a8-graphs", "modulated-w8a8-graphs"),
     *(f"forecast{every}-w8a8" for every in FORECASTS),
-    *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", "float-compile-graphs"),
+    *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", QUICK),
+    "float-compile-graphs",
     *("deepcache-3-compile", "deepcache-5-compile", "scheduled-w8a8-compile-graphs", "modulated-w8a8-compile-graphs"),
     *("scheduled-float", TORCHAO, "planned-w8", "scheduled-w8a8-compile", "modulated-w8a8-compile", "float-compile"),
     "float-contiguous",
@@ -267,11 +286,14 @@ has to be compiled for minutes behind what has not. Ratios to a baseline that co
 
 def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
     """`rows` in `order`, those that are not in it behind."""
-    return sorted(rows, key=lambda row: order.index(row.key) if row.key in order else len(order))
+    keys = [row.key.partition(".")[0] for row in rows]
+    places = [order.index(key) if key in order else len(order) for key in keys]
+    return [rows[i] for i in sorted(range(len(rows)), key=places.__getitem__)]
 
 
-def importable(rows: Sequence[Row]) -> list[Row]:
-    """`rows` without those of packages that are not installed, which stderr is told."""
+def importable(rows: Sequence[Row], names: str = "") -> list[Row]:
+    """`rows` that --rows `names` asks for, without those of packages that are not installed, which stderr is told."""
+    rows = [row for row in rows if is_wanted(row.key, names)]
     needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
     needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
     wanted = set().union(*(needed.get(row.key, set()) for row in rows))

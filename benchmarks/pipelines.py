@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import shared as models
 from benchmarks.configurations import label
 from benchmarks.shapes import TEXT_TOKENS
-from modiff_kernels.cli import models
 
 SHIPPED_SCHEDULE = "cifar10_small16"
 PIXELS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
-from benchmarks.budget import Budget
-from benchmarks.gpu_timing import ColdTimer, current_gpu
-from benchmarks.product_cases import Problem, problems_by_share
+from benchmarks.layers.products import Problem, problems_by_share
+from benchmarks.runner import Budget
 from benchmarks.shapes import NETWORKS, Layer
+from benchmarks.timing import ColdTimer
 from modiff_kernels.backends import reference
 from modiff_kernels.quant.packing import KPACK_V1, pack
 from modiff_kernels.tuned import Store

@@ -1,0 +1,125 @@
+"""Single layers and passes in every form, each verified before it is timed.
+
+    python -m benchmarks layers --network ddpm_cifar10 --record
+    python -m benchmarks layers --network sd15 sdxl --batch 8 --device cuda --backend cuda --most 12 --record
+    python -m benchmarks layers --case passes --network ddpm_cifar10 --batch 1 8 --record
+    python -m benchmarks layers --case attention machine --record
+
+--case products (benchmarks/layers/products.py), passes, attention, machine. On a GPU one process should have one of our
+backends: a kernel that loses the CUDA context takes everything with it that the process would have timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import bounds
+from benchmarks.baselines.cutlass_int8.build import FOLDER as CUTLASS_FOLDER
+from benchmarks.baselines.cutlass_int8.kernels import Cutlass
+from benchmarks.layers import attention, machine, passes, products
+from benchmarks.layers.products import Form, ProductCase
+from benchmarks.runner import Measure, Session, add_options
+from benchmarks.shapes import NETWORKS
+from benchmarks.tables import show
+
+CASES = ("products", "passes", "attention", "machine")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--case", nargs="+", default=["products"], choices=CASES, help="default: %(default)s")
+    add("--network", nargs="+", default=["cifar10_small16"], choices=NETWORKS, help="whose layers (%(default)s)")
+    add("--batch", type=int, nargs="+", default=[8], help="images, one or several (%(default)s)")
+    add("--weight-bits", type=int, default=8, choices=(3, 4, 8), help="default: %(default)s")
+    add(
+        "--most", type=int, help="products: those with the largest share of a step (default: all); passes: of each kind"
+    )
+    add("--cache", nargs="+", choices=("warm", "cold"), default=["warm", "cold"], help="of passes")
+    add("--cutlass", type=Path, default=CUTLASS_FOLDER, help="folder of CUTLASS's built kernels (%(default)s)")
+    add_options(parser, rounds=25)
+
+
+def main(args: argparse.Namespace) -> int:
+    if min(*args.batch, args.rounds, args.most or 1) < 1:
+        raise SystemExit("layers: --batch, --rounds and --most must be at least 1")
+    session = Session(args)
+    torch.backends.cudnn.benchmark = True
+    run = {"products": _products, "passes": _passes, "attention": _attention, "machine": _machine}
+    with torch.inference_mode():
+        for case in args.case:
+            run[case](session)
+    return session.exit_code
+
+
+def _products(session: Session) -> None:
+    args, on_cuda = session.args, session.device.type == "cuda"
+    backends = products.backends_here(args.backend, on_cuda)
+    cutlass = Cutlass(args.cutlass) if on_cuda else None
+    rates = bounds.peaks_of(session.device_name) or bounds.PEAKS["H200"]
+    for problem in products.problems_by_share(args.network, args.batch, rates)[: args.most]:
+        forms = products.forms_of(problem.layer, problem.batch, args.weight_bits, backends, on_cuda, bool(cutlass))
+        names = [products.problem_name(problem, form.op, args.weight_bits) for form in forms]
+        measures = [
+            (form, Measure(form.op, name, "time", 1e-6, form.backend)) for form, name in zip(forms, names, strict=True)
+        ]
+        new = session.run(
+            problem.name(args.weight_bits),
+            lambda p=problem: ProductCase(
+                p, args.weight_bits, session.device, session.device_name, args.rounds, cutlass
+            ),
+            measures,
+            1 if on_cuda else args.rounds,
+        )
+        for row in new:
+            if row["metric"] == "time":
+                print(f"{row['problem']}  {row['op']}  {row['backend']}  {row['p50']:.1f} us", flush=True)
+
+
+def _passes(session: Session) -> None:
+    args = session.args
+    passes.keep_freed_memory()
+    bandwidth = bounds.machine(session.device)[0].bandwidth
+    for network in args.network:
+        for name, item, batch, form in passes.problems(network, args.batch, args.most or 1):
+            tensors = passes.Tensors(item, batch, form, session.device)
+            for cache in args.cache:
+                measures = [(way, Measure("fused_pass", name, "time", 1e-6, way.key)) for way in passes.PASS_WAYS]
+                session.run(
+                    f"{name}, {cache}",
+                    lambda n=name, t=tensors, c=cache: passes.PassCase(n, t, c == "cold", args.backend[0], bandwidth),
+                    measures,
+                    args.rounds,
+                )
+    print(show([row for row in session.rows if row["op"] == "fused_pass"], "time", by=("problem", "cache", "backend")))
+
+
+def _attention(session: Session) -> None:
+    args = session.args
+    backends = ["torch", *products.backends_here(args.backend, session.device.type == "cuda")]
+    for name in attention.SIZES:
+        for batch in args.batch:
+            problem = attention.problem(name, batch)
+            forms = [Form("attention", backend) for backend in backends]
+            measures = [(form, Measure("attention", problem, "time", 1e-6, form.backend)) for form in forms]
+            rounds = 1 if session.device.type == "cuda" else 2 * args.rounds
+            session.run(
+                problem,
+                lambda n=name, b=batch: attention.AttentionCase(n, b, session.device, args.rounds),
+                measures,
+                rounds,
+            )
+    print(show([row for row in session.rows if row["op"] == "attention"], "time", by=("problem", "backend")))
+
+
+def _machine(session: Session) -> None:
+    rates = machine.rates(session.device.type)
+    measures = [
+        (rate, Measure("machine", rate.key, "bandwidth" if rate.kind == "copy" else "rate", 1.0)) for rate in rates
+    ]
+    session.run("machine", lambda: machine.MachineCase(session.device), measures, 1)
+    for row in session.rows:
+        if row["op"] == "machine":
+            print(f"{row['problem']}  {row['p50']:.4g} {row['unit']}  ({row['p20']:.4g}-{row['p80']:.4g})", flush=True)

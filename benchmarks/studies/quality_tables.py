@@ -1,0 +1,189 @@
+"""The tables of docs/quality.md, from the reports of the study of quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies.quality import BITS, SAMPLERS
+from benchmarks.tables import loaded
+from modiff_kernels.evaluation.report import markdown_table
+
+HEADER = (
+    "configuration",
+    "PSNR dB",
+    "lowest 5 %",
+    "SSIM",
+    "Fréchet to full precision",
+    "Fréchet to test images",
+    "calls computed",
+    "avg bits",
+    "state kB/image",
+)
+REFERENCE_HEADER = (
+    "layers",
+    "rows",
+    "ops",
+    "codes",
+    "differ",
+    "behind a norm, differ",
+    "floats, worst dB",
+    "PSNR dB: backend",
+    "reference",
+    "between both",
+)
+PAPER_HEADER = (
+    "bits",
+    "MoDiff, CIFAR-10, DDIM-100: FID, scale per image",
+    "scale per image and channel",
+    "Q-Diffusion's scales",
+    "peer, LSUN Churches, DDIM-50: FID",
+    "here, DDIM-100: Fréchet to test images",
+    "to full precision",
+)
+PAPER_CLAIMS = {
+    "W8A8": ("4.19, 4.21", "4.21, 4.10", "3.75, 4.10", "16.37, 7.80"),
+    "W8A4": ("306.06, 28.19", "24.09, 4.31", "332.75, 13.41", "311.5, 35.3"),
+    "W4A8": ("5.02, 5.05", "4.96, 4.95", "4.93, 5.13", "-"),
+    "W4A4": ("294.88, 26.17", "22.50, 5.10", "325.76, 13.62", "278.0, 200.1"),
+    "W8A3": ("-", "143.39, 4.14", "457.35, 90.34", "-"),
+}
+"""Plain, modulated. MoDiff: tables 1 and 14 of the paper. Peer: github.com/xiaruize0911/MoDiff, real int8 and int4 CUDA
+kernels, docs/fid_2026-08-05/FINDINGS.md, 10000 images."""
+
+
+def _shown(row: dict[str, Any], name: str, form: str) -> str:
+    return form.format(row[name]) if row.get(name) is not None else "-"
+
+
+def _label(row: dict[str, Any]) -> str:
+    if row["way"] == "float":
+        return "full precision"
+    label = {"weights": f"{row['bits']} float activations", "16-bit": "16 bits, not quantised"}.get(
+        row["way"], f"{row['way']} {row['bits']}"
+    )
+    return f"{label} scheduled" if row["scheduled"] else label
+
+
+def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By bits of the weights, then ways; the float row first."""
+    names = ["", "W8", *(name for name in BITS if name.startswith("W8"))]
+    names += ["W4", *(name for name in BITS if name.startswith("W4"))]
+    ways = ["float", "16-bit", "weights", "plain", "modulated"]
+    return sorted(rows, key=lambda row: (names.index(row["bits"]), row["scheduled"], ways.index(row["way"])))
+
+
+def quality(results: Path, name: str, sampler: str) -> str | None:
+    """The rows of one sampler in the report NAME.json."""
+    report = loaded(results / f"{name}.json")
+    rows = _in_order(row for row in report["rows"] if row["sampler"] == sampler) if report else []
+    if report is None or not rows:
+        return None
+    timed = any("images_per_s" in row for row in rows)
+    cells = []
+    for row in rows:
+        full = row["way"] == "float"
+        cells.append(
+            [
+                _label(row),
+                "reference" if full else _shown(row, "psnr_db", "{:.1f}"),
+                _shown(row, "psnr_p5_db", "{:.1f}"),
+                _shown(row, "ssim", "{:.4f}"),
+                _shown(row, "frechet_full", "{:.2g}"),
+                _shown(row, "frechet_test", "{:.3f}"),
+                f"{row['calls_computed']} of {row['calls']}",
+                _shown(row, "average_bits", "{:.1f}"),
+                f"{row['state_bytes_per_image'] / 1e3:.0f}" if "state_bytes_per_image" in row else "-",
+                *([_shown(row, "images_per_s", "{:.0f}")] if timed else []),
+            ]
+        )
+    header = (*HEADER, "images/s") if timed else HEADER
+    schedules = {row["schedule"] for row in rows if row.get("schedule")}
+    note = f" Scheduled: {'; '.join(sorted(schedules))}." if schedules else ""
+    return f"{markdown_table(header, cells)}\n\n{sampler}, {_caption(report)}{note}"
+
+
+def _caption(report: dict[str, Any]) -> str:
+    real, last = report["yardsticks"], report["environments"][-1]
+    count, half = report["images"], real["test_to_test_images"]
+    return (
+        f"{count} images in batches of {report['batch']}; 4-bit codes: {report['codes']}. Fréchet distances on "
+        f"{report['features']}; {count} training images are {real['train_to_test']:.3f} from the {real['test_images']} "
+        f"test images, two sets of {half} test images {real['test_to_test']:.3f} from each other. {report['model']}, "
+        f"{report['parameters'] / 1e6:.1f} M parameters, {report['dtype']}; {report['device']}; torch "
+        f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}. "
+        f"{'; '.join(f'`{command}`' for command in report['commands'])}"
+    )
+
+
+def quality_reference(results: Path, name: str) -> str | None:
+    """What both backends compute, summed over samplers and schedules."""
+    report = loaded(results / f"{name}.json")
+    cells = []
+    for bits in BITS:
+        for way in ("plain", "modulated"):
+            rows = [
+                row
+                for row in (report["rows"] if report else [])
+                if (row["bits"], row["way"]) == (bits, way) and "reference" in row
+            ]
+            if rows:
+                cells.append([f"{way} {bits}", str(len(rows)), *_reference_cells([row["reference"] for row in rows])])
+    if report is None or not cells:
+        return None
+    backends = sorted({row["backend"] for row in report["rows"] if "reference" in row})
+    count = max(row["reference"]["images"] for row in report["rows"] if "reference" in row)
+    return (
+        f"{markdown_table(REFERENCE_HEADER, cells)}\n\n{report['model']} on {report['device']}, backend "
+        f"{', '.join(backends)}; ops of up to three calls of a row and pictures of whole runs, {count} images."
+    )
+
+
+def _reference_cells(found: Sequence[dict[str, Any]]) -> list[str]:
+    def total(key: str) -> int:
+        return sum(row[key] for row in found)
+
+    def mean(key: str) -> str:
+        values = [row[key] for row in found if row[key] is not None]
+        return f"{sum(values) / len(values):.1f}" if values else "equal"
+
+    floats = [row["sqnr_db"] for row in found if row["sqnr_db"] is not None]
+    behind_norm = total("codes") - total("exact_codes")
+    differing = total("differing") - total("exact_differing")
+    return [
+        str(total("ops")),
+        f"{total('codes') / 1e6:.1f} M",
+        f"{total('exact_differing')} of {total('exact_codes') / 1e6:.1f} M",
+        f"{differing / behind_norm * 1e6:.1f} ppm" if behind_norm else "-",
+        f"{min(floats):.0f}" if floats else "equal",
+        mean("psnr_db"),
+        mean("reference_psnr_db"),
+        mean("psnr_between_db"),
+    ]
+
+
+def quality_papers(results: Path, name: str, sampler: str = "DDIM-100") -> str | None:
+    """Plain and modulated layers: what MoDiff's paper and the closest peer report, and the rows of `sampler` here."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"quality_papers: sampler {sampler!r} is unknown; allowed: {', '.join(SAMPLERS)}")
+    report = loaded(results / f"{name}.json")
+    if report is None:
+        return None
+    found = {
+        (row["bits"], row["way"]): row for row in report["rows"] if row["sampler"] == sampler and not row["scheduled"]
+    }
+
+    def pair(bits: str, key: str, form: str) -> str:
+        rows = [found.get((bits, way)) for way in ("plain", "modulated")]
+        return ", ".join("-" if row is None else _shown(row, key, form) for row in rows)
+
+    cells = [
+        [bits, *claims, pair(bits, "frechet_test", "{:.2f}"), pair(bits, "frechet_full", "{:.2g}")]
+        for bits, claims in PAPER_CLAIMS.items()
+    ]
+    full = found.get(("", "float"))
+    own = "-" if full is None else _shown(full, "frechet_test", "{:.2f}")
+    cells.insert(0, ["full precision", "4.24 (W8)", "4.24 (W8)", "4.24 (W8)", "7.80", own, "0"])
+    header = [text.replace("DDIM-100: Fréchet", f"{sampler}: Fréchet") for text in PAPER_HEADER]
+    return markdown_table(header, cells)
