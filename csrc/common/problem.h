@@ -33,7 +33,7 @@ struct QuantizeProblem {
   int64_t num_groups;
   float eps;
   bool silu;
-  // Residual form: x_hat is read and updated. Plain form (quantize_activation): x_hat is null.
+  // Residual form: x_hat is read and updated. Plain form: x_hat is null.
   void* x_hat;  // [samples, rows, channels]
   DType x_hat_dtype;
   bool affine;  // plain form only: asymmetric codes with a zero point
@@ -50,16 +50,12 @@ struct QuantizeProblem {
   int32_t* zero_point;  // one per granule, plain form only
 };
 
-// What the integer product does with its output.
-enum class Epilogue : int32_t {
-  kAccumulate = 0,  // y_hat += v;         out = y_hat (+ skip), if out is given
-  kInitialize = 1,  // y_hat  = v + bias;  out = y_hat (+ skip), if out is given
-  kOutput = 2,      // out    = v + bias (+ skip)
-};
-
+// The product of codes and a weight. With y_hat: y_hat += v, out = y_hat (+ skip), if out is given; without: out = v + bias
+// (+ skip).
+//
 // v[m, n] = scale[m] * weight_scale[n] * sum_k (code[m, k] - zero_point[m]) * weight_q[n, k], NHWC implicit GEMM with
 // m = (sample, p, q), k = (r, s, c). A Linear is the case h = rows, w = 1, kernel 1x1.
-struct ConvProblem {
+struct ProductProblem {
   int64_t samples, h, w, c_in, c_out, kernel_h, kernel_w;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   int64_t out_h, out_w;
@@ -69,9 +65,8 @@ struct ConvProblem {
   const int32_t* zero_point;  // null: zero
   const int8_t* weight;       // layout vnni_v1
   const float* weight_scale;  // [c_out]
-  const float* bias;          // [c_out] or null
-  Epilogue epilogue;
-  void* y_hat;  // [samples, out_h, out_w, c_out]
+  const float* bias;          // [c_out] or null; without y_hat only
+  void* y_hat;                // [samples, out_h, out_w, c_out], or null
   DType y_hat_dtype;
   const void* skip;  // like out, or null
   DType skip_dtype;

@@ -14,7 +14,7 @@
 #include "common/build_info.h"
 #include "common/problem.h"
 #include "cpu/attention.h"
-#include "cpu/lowbit_conv2d.h"
+#include "cpu/product.h"
 #include "cpu/parallel.h"
 #include "cpu/quantize.h"
 
@@ -171,24 +171,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t
 
 // geometry: samples, h, w, c_in, c_out, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
 // groups
-Tensor convolve(const Tensor& codes, const Tensor& scale, int64_t granularity, std::optional<Tensor> zero_point,
-                const Tensor& weight, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t epilogue,
-                std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
-                std::vector<int64_t> geometry) {
-  STD_TORCH_CHECK(isa() >= kAvx512Vnni, "modiff_cpu::convolve needs AVX-512 VNNI");
-  STD_TORCH_CHECK(geometry.size() == 14, "modiff_cpu::convolve: 14 geometry values expected, got ", geometry.size());
-  ConvProblem p{};
+Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, std::optional<Tensor> zero_point,
+               const Tensor& weight, const Tensor& weight_scale, std::optional<Tensor> bias,
+               std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
+               std::vector<int64_t> geometry) {
+  STD_TORCH_CHECK(isa() >= kAvx512Vnni, "modiff_cpu::product needs AVX-512 VNNI");
+  STD_TORCH_CHECK(geometry.size() == 14, "modiff_cpu::product: 14 geometry values expected, got ", geometry.size());
+  ProductProblem p{};
   int64_t* fields[] = {&p.samples,  &p.h,        &p.w,     &p.c_in,  &p.c_out,      &p.kernel_h,   &p.kernel_w,
                        &p.stride_h, &p.stride_w, &p.pad_h, &p.pad_w, &p.dilation_h, &p.dilation_w, &p.groups};
   for (size_t i = 0; i < geometry.size(); ++i) *fields[i] = geometry[i];
   p.out_h = (p.h + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
   p.out_w = (p.w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
-  STD_TORCH_CHECK(p.kernel_h * p.kernel_w <= 49, "modiff_cpu::convolve: kernels up to 7x7, got ", p.kernel_h, "x",
+  STD_TORCH_CHECK(p.kernel_h * p.kernel_w <= 49, "modiff_cpu::product: kernels up to 7x7, got ", p.kernel_h, "x",
                   p.kernel_w);
   const VnniLayout layout(p.c_in, p.c_out, p.kernel_h * p.kernel_w, p.groups);
-  STD_TORCH_CHECK(weight.numel() == layout.total_bytes(), "modiff_cpu::convolve: weight of ", layout.total_bytes(),
+  STD_TORCH_CHECK(weight.numel() == layout.total_bytes(), "modiff_cpu::product: weight of ", layout.total_bytes(),
                   " bytes (layout vnni_v1) expected, got ", weight.numel());
-  STD_TORCH_CHECK(codes.numel() == p.samples * p.h * p.w * p.c_in, "modiff_cpu::convolve: ", codes.numel(),
+  STD_TORCH_CHECK(codes.numel() == p.samples * p.h * p.w * p.c_in, "modiff_cpu::product: ", codes.numel(),
                   " codes do not match the geometry");
   p.codes = static_cast<const int8_t*>(codes.const_data_ptr());
   p.scale = static_cast<const float*>(scale.const_data_ptr());
@@ -197,10 +197,8 @@ Tensor convolve(const Tensor& codes, const Tensor& scale, int64_t granularity, s
   p.weight = static_cast<const int8_t*>(weight.const_data_ptr());
   p.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
   p.bias = floats(bias);
-  p.epilogue = static_cast<Epilogue>(epilogue);
   p.y_hat = y_hat ? y_hat->mutable_data_ptr() : nullptr;
   p.y_hat_dtype = y_hat ? dtype_of(y_hat->scalar_type()) : DType::kFloat32;
-  STD_TORCH_CHECK(p.epilogue == Epilogue::kOutput || p.y_hat != nullptr, "modiff_cpu::convolve: y_hat is missing");
   p.skip = skip ? skip->const_data_ptr() : nullptr;
   p.skip_dtype = skip ? dtype_of(skip->scalar_type()) : DType::kFloat32;
   p.out_dtype = dtype_of(out_dtype);
@@ -219,7 +217,7 @@ Tensor convolve(const Tensor& codes, const Tensor& scale, int64_t granularity, s
     out = empty_vector(0, out_dtype);
   }
 #if defined(__x86_64__)
-  if (codes.numel() > 0) lowbit_conv2d_avx512(p);
+  if (codes.numel() > 0) product_avx512(p);
 #endif
   return out;
 }
@@ -291,17 +289,6 @@ Tensor unpack(const Tensor& packed, std::vector<int64_t> sizes, int64_t groups) 
   return weight_q;
 }
 
-Tensor dequantize(const Tensor& packed, const Tensor& weight_scale, std::vector<int64_t> sizes, int64_t groups) {
-  const VnniLayout layout = layout_of("dequantize_vnni", packed, sizes, groups);
-  STD_TORCH_CHECK(weight_scale.numel() == sizes[0] && weight_scale.scalar_type() == ScalarType::Float,
-                  "modiff_cpu::dequantize_vnni: a float32 scale per output channel expected");
-  Tensor weight = row_major(sizes, ScalarType::Float);
-  dequantize_vnni(static_cast<const int8_t*>(packed.const_data_ptr()), layout,
-                  static_cast<const float*>(weight_scale.const_data_ptr()),
-                  static_cast<float*>(weight.mutable_data_ptr()));
-  return weight;
-}
-
 }  // namespace
 }  // namespace modiff::cpu
 
@@ -313,13 +300,11 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
       "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
       "int samples, int rows, int channels, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "convolve(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
-      "Tensor? bias, int epilogue, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
-      "int[] geometry) -> Tensor");
+      "product(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
+      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, int[] geometry) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
   m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
-  m.def("dequantize_vnni(Tensor packed, Tensor weight_scale, int[] sizes, int groups) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) {
@@ -329,9 +314,8 @@ STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CPU, m) {
   m.impl("quantize", TORCH_BOX(&modiff::cpu::quantize));
-  m.impl("convolve", TORCH_BOX(&modiff::cpu::convolve));
+  m.impl("product", TORCH_BOX(&modiff::cpu::product));
   m.impl("attention", TORCH_BOX(&modiff::cpu::attention));
   m.impl("pack_vnni", TORCH_BOX(&modiff::cpu::pack));
   m.impl("unpack_vnni", TORCH_BOX(&modiff::cpu::unpack));
-  m.impl("dequantize_vnni", TORCH_BOX(&modiff::cpu::dequantize));
 }

@@ -13,7 +13,7 @@ namespace modiff::cuda {
 // Why `call` cannot be cut as it is told on a GPU of this capability, null if it can.
 inline const char* cut_problem(const ProductCall& call, int capability) {
   const Cut& cut = call.cut;
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   if (cut.architecture == 0) return nullptr;
   if (cut.splits < 1) return "less than one part along K";
   if (cut.architecture == 90) {
@@ -36,7 +36,7 @@ inline const char* cut_problem(const ProductCall& call, int capability) {
 // Every cut of `call` on this GPU: of each architecture those with the best estimate first, sm_90 before sm_80. So the
 // first one is what a call gets that says nothing.
 inline std::vector<Cut> cuts_of(const ProductCall& call, int capability, int multiprocessors) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   std::vector<std::pair<double, Cut>> estimated;
   std::vector<Cut> cuts;
   const auto add = [&](const Cut& cut, double estimate) {

@@ -196,13 +196,13 @@ std::vector<int64_t> cuts(std::vector<int64_t> geometry, int64_t weight_bits, in
 // geometry: product.h; cut: empty, or a Cut. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are
 // aligned to 16 bytes.
 Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& weight,
-               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t epilogue,
+               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias,
                std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
                std::vector<int64_t> geometry, std::vector<int64_t> cut) {
   STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::product: ", kGeometry, " geometry values expected, got ",
                   geometry.size());
   ProductCall call{};
-  ConvProblem& p = call.problem;
+  ProductProblem& p = call.problem;
   set_geometry(p, geometry.data());
   call.code_bits = codes.scalar_type() == ScalarType::Byte ? 4 : 8;
   STD_TORCH_CHECK(codes.numel() * 8 == p.samples * p.h * p.w * p.c_in * call.code_bits,
@@ -214,10 +214,8 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   p.zero_point = zero_point ? static_cast<const int32_t*>(zero_point->const_data_ptr()) : nullptr;
   p.weight = static_cast<const int8_t*>(weight.const_data_ptr());
   p.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
-  p.epilogue = static_cast<Epilogue>(epilogue);
   p.y_hat = y_hat ? y_hat->mutable_data_ptr() : nullptr;
   p.y_hat_dtype = y_hat ? dtype_of(y_hat->scalar_type()) : DType::kFloat32;
-  STD_TORCH_CHECK(p.epilogue == Epilogue::kOutput || p.y_hat != nullptr, "modiff_cuda::product: y_hat is missing");
   p.skip = skip ? skip->const_data_ptr() : nullptr;
   p.skip_dtype = skip ? dtype_of(skip->scalar_type()) : DType::kFloat32;
   p.out_dtype = dtype_of(out_dtype);
@@ -269,7 +267,7 @@ STABLE_TORCH_LIBRARY(modiff_cuda, m) {
       "bool packed, int samples, int rows, int channels) -> (Tensor, Tensor, Tensor)");
   m.def(
       "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, int weight_bits, Tensor weight_scale, "
-      "Tensor? bias, int epilogue, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
+      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
       "int[] geometry, int[] cut) -> Tensor");
   m.def("cuts(int[] geometry, int weight_bits, int code_bits, int capability, int multiprocessors) -> int[]");
 }

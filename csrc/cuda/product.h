@@ -17,7 +17,7 @@ struct Cut {
 // v[m, n] = scale[m / rows_per_scale] * weight_scale[n] * sum_k (code[m, k] - zero_point[m / rows_per_scale]) *
 // weight[n, k] for the output pixels m = (sample, p, q) of `problem`, whose granularity is not read here.
 struct ProductCall {
-  ConvProblem problem;  // weight: kpack_v1 (common/packing.h), c_out rows of kernel_h * kernel_w * c_in / groups codes;
+  ProductProblem problem;  // weight: kpack_v1 (common/packing.h), c_out rows of kernel_h * kernel_w * c_in / groups codes;
                         // bias stays null in it:
   Parameter bias;       // [c_out], here it keeps the model's dtype
   int weight_bits;      // 8, 4, 3
@@ -33,7 +33,7 @@ constexpr int64_t kMostPixels = int64_t{1} << 31;  // of all images of a call; k
 // stride_w, pad_h, pad_w, dilation_h, dilation_w, groups.
 constexpr int kGeometry = 14;
 
-inline void set_geometry(ConvProblem& p, const int64_t* values) {
+inline void set_geometry(ProductProblem& p, const int64_t* values) {
   int64_t* fields[kGeometry] = {&p.samples,  &p.h,        &p.w,     &p.c_in,  &p.c_out,      &p.kernel_h,   &p.kernel_w,
                                 &p.stride_h, &p.stride_w, &p.pad_h, &p.pad_w, &p.dilation_h, &p.dilation_w, &p.groups};
   for (int i = 0; i < kGeometry; ++i) *fields[i] = values[i];

@@ -1,43 +1,47 @@
-"""Backends. Each module of this package implements ops under one name and says what it cannot do.
+"""Backends. Each module (or package) of this folder computes the ops under one name and says what it cannot do.
 
-A backend module has::
+A backend has two functions and a reason, and its name stands in `BACKENDS`::
 
-    NAME: str
-    KERNELS: dict[str, Kernel]                     op name -> function with the op's arguments, without `backend`
+    quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> (codes, scale, absmax or zero_point)
+    product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> out
+    why_not(problem) -> str | None                 why it cannot solve `problem` (of op "quantize", "product", ...)
+
+The arguments are those of `ops.schema`, already checked. Where it has more to offer, also::
+
     unavailable() -> str | None                    why the whole backend cannot run here
-    preferred_layout(problem) -> str               weight layout that suits the problem best;
-                                                   problem.m is 0 when not known yet
-    prepare_weight(weight_packed, weight_bits, n, k, layout_from, layout_to, kernel_size, groups) -> Tensor
-                                                   ValueError if it does not know one of the layouts
-
-and, if its kernels are compiled in advance::
-
+    attention(q, k, v, heads, score_scale)         the op
+    modulate(...)                                  `ops.modulate` in one piece: a private fusion, for problems of op
+                                                   "modulate" that why_not accepts
+    preferred_layout(problem) -> str               the weight layout that suits the problem best, if it is not kpack_v1
+    prepare_weight(weight, k, window, layout)      `weight` in another layout; ValueError if it does not know one of them
+    TRACEABLE = True                               the functions consist of torch ops that have fakes, so that compiled
+                                                   code can call these and not the op
     build_info() -> dict[str, str] | str           what its library was built with, or why that is not known
 
-Backends never import each other, nor anything above them.
+A backend may import `reference` and the formats in `quant`, and nothing else of the package.
 """
 
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
-import torch
-
-
-class Kernel(NamedTuple):
-    """One op of one backend: `fn(*op_arguments)`, and `why_not(problem)`, a reason why it cannot solve a problem, or
-    None. traceable: `fn` consists of torch ops that have fakes, so that compiled code can call these and not the op.
-    """
-
-    fn: Callable[..., Any]
-    why_not: Callable[[Any], str | None]
-    traceable: bool = False
+BACKENDS: dict[str, str | None] = {
+    "cpu": "cpu",
+    "onednn": "cpu",
+    # No kernel for CUDA has been measured yet. triton comes first because it needs no compiler and has group scales,
+    # groups and channels that are no multiple of 16; cuda solves the same ops, with the same codes and layouts, where
+    # triton is not installed or does not solve the problem. Measured rows shall decide.
+    "triton": "cuda",
+    "cuda": "cuda",
+    "reference": None,
+}
+"""Every backend and the device type it is for (None: all), in the order in which they are asked."""
 
 
 def library_build_info(namespace: str) -> dict[str, str] | str:
     """What the loaded library of a private namespace was built with (csrc/common/build_info.h), or, if that library is
     older than this op, what to do.
     """
+    import torch  # names of backends are read where torch must not be loaded yet
+
     op = getattr(getattr(torch.ops, namespace), "build_info", None)
     if op is None:
         return "the library is older than this package; build it again with `python setup.py build_ext --inplace`"

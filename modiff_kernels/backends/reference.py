@@ -1,359 +1,210 @@
 """All ops in plain torch on any device: slow, and the definition of correct.
 
-Integer sums are done in float64, which is exact: |code * weight code| <= 2^14, so 2^39 terms fit into its 53 bits.
-Norms and state are computed in float32; the quantising ops stand in quant/passes.py.
+Norms and state are computed in float32, codes by `quant.affine`. Integer sums are done in float64, which is exact:
+|code * weight code| <= 2^14, so 2^39 terms fit into its 53 bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant import affine, packing, passes
+from ..quant import affine, packing
+from ..quant.operands import PackedWeight, Prologue, Window, summed
 from ..quant.packing import KPACK_V1
-from . import Kernel
-
-NAME = "reference"
+from ..quant.spec import granule_count, row_count
 
 
-def unavailable() -> str | None:
-    """None: torch is always there."""
-    return None
+def why_not(problem: Any) -> str | None:
+    """Everything is solved, from weights in the portable layout."""
+    if problem.layout in (None, KPACK_V1):
+        return None
+    return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
 
 
-def preferred_layout(problem: Any) -> str:
-    """The portable layout is the only one read here."""
-    return KPACK_V1
+@torch.no_grad()
+def quantize(
+    h: Tensor,
+    prologue: Prologue,
+    x_hat: Tensor | None,
+    scale: Tensor | None,
+    bits: int,
+    granularity: str,
+    clip_ratio: float,
+    with_zero_point: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    image = h.ndim == 4
+    x = apply_prologue(h, prologue)
+    if x_hat is None:
+        return activation_codes(x, bits, granularity, with_zero_point, image)
+    return residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
 
 
-def prepare_weight(
-    weight_packed: Tensor,
-    weight_bits: int,
-    n: int,
-    k: int,
-    layout_from: str,
-    layout_to: str,
-    kernel_size: tuple[int, int] = (1, 1),
-    groups: int = 1,
-) -> Tensor:
-    """The identity on kpack_v1; ValueError for other layouts."""
-    for layout in (layout_from, layout_to):
-        packing.check_layout("prepare_weight (reference)", layout)
-    return weight_packed
+def apply_prologue(h: Tensor, prologue: Prologue) -> Tensor:
+    """x in float32, in the memory format of the ops."""
+    kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    gamma, beta = (None if t is None else t.to(torch.float32) for t in (gamma, beta))
+    x = h.to(torch.float32)
+    if kind == "group_norm":
+        if h.ndim == 3:
+            x = x.transpose(1, 2)
+        if shift is not None:
+            x = x + shift.to(torch.float32).reshape(*shift.shape, *[1] * (x.ndim - 2))
+        x = torch.group_norm(x.contiguous(), num_groups, gamma, beta, eps)
+        x = F.silu(x) if silu else x
+        x = x.transpose(1, 2) if h.ndim == 3 else x
+    elif kind == "layer_norm":
+        x = F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+    elif kind == "geglu":
+        value, gate = x.chunk(2, dim=-1)
+        x = value * F.gelu(gate)
+    return x.contiguous(memory_format=torch.channels_last if h.ndim == 4 else torch.contiguous_format)
 
 
-def _weight(
-    weight_packed: Tensor, weight_scale: Tensor, weight_bits: int, group_size: int, k: int, conv: passes.Conv | None
-) -> tuple[Tensor, Tensor]:
-    """The weight in float64 and the factor that is left for its output channels: codes and weight_scale, or, with
-    groups along K, dequantised weights and ones.
-    """
-    rows = packing.unpack(weight_packed, weight_bits, k).to(torch.float64)
-    factor = weight_scale
-    if group_size != -1:
-        rows = rows * affine.expand_weight_scale(weight_scale, k, group_size).to(torch.float64)
-        factor = torch.ones_like(weight_scale[:, 0])
-    if conv is None:
-        return rows, factor
-    r, s = conv[0]
-    return affine.rows_to_weight(rows, (rows.shape[0], k // (r * s), r, s)), factor
+def residual_codes(
+    x: Tensor, x_hat: Tensor, scale: Tensor | None, bits: int, granularity: str, clip_ratio: float, image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and absmax of x - x_hat; x_hat follows."""
+    count = granule_count(x_hat.shape, granularity, image)
+    state = affine.granules(x_hat, count, image)
+    residual = affine.granules(x, count, image) - state.to(torch.float32)
+    absmax = residual.abs().amax(1)
+    _require_finite(absmax)
+    if granularity == "per_block":
+        codes, used = affine.quantize_blocks(residual, x_hat.shape[1 if image else -1], bits, clip_ratio)
+    else:
+        if scale is None:
+            used = affine.residual_scale(absmax, bits, clip_ratio)
+        else:
+            _require_usable_scale(scale)
+            used = scale.expand(count).clone()
+        codes = affine.quantize(residual, used, bits)
+    residual_q = torch.empty_like(x_hat, dtype=torch.int8)
+    affine.granules(residual_q, count, image).copy_(codes)
+    state.copy_(state.to(torch.float32) + affine.dequantize(codes, used))
+    return residual_q, used, absmax
 
 
-def _apply(x: Tensor, weight: Tensor, conv: passes.Conv | None) -> Tensor:
-    """Linear or Conv2d in float64; [..., N] or [N, c_out, P, Q]."""
-    if conv is None:
-        return F.linear(x, weight)
-    _, stride, padding, dilation, groups = conv
-    return F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+def activation_codes(
+    x: Tensor, bits: int, granularity: str, with_zero_point: bool, image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of x itself."""
+    count = granule_count(x.shape, granularity, image)
+    values = affine.granules(x, count, image)
+    low, high = values.aminmax(dim=1)
+    _require_finite(low, high)
+    if with_zero_point:
+        scale, zero_point = affine.affine_range(low.clamp_max(0.0), high.clamp_min(0.0), bits)
+    else:
+        scale = affine.residual_scale(torch.maximum(-low, high).clamp_min(0.0), bits)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    affine.granules(codes, count, image).copy_(affine.quantize(values, scale, bits, zero_point))
+    return codes, scale, zero_point
 
 
-def _product(
+def _require_finite(*bounds: Tensor) -> None:
+    if not all(affine.all_finite(bound) for bound in bounds):
+        raise ValueError(
+            "quantize: x holds NaN or Inf; look for overflow in the layers before (float16 ends at 65504) or in the "
+            "model's input"
+        )
+
+
+def _require_usable_scale(scale: Tensor) -> None:
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(
+            "quantize: scale holds a value that is not positive and finite; calibrate it again or give None (dynamic)"
+        )
+
+
+@torch.no_grad()
+def product(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    weight_bits: int,
-    group_size: int,
-    conv: passes.Conv | None,
+    weight: PackedWeight,
+    y_hat: Tensor | None,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    window: Window | None,
+    out_dtype: torch.dtype,
+    write_out: bool,
 ) -> Tensor:
-    """scale * weight_scale * (exact integer product of codes - zero_point and weight codes), float32."""
-    weight, factor = _weight(weight_packed, weight_scale, weight_bits, group_size, passes.summed(codes, conv), conv)
     values = codes.to(torch.float64)
     if zero_point is not None:
-        values = values - passes.per_row(zero_point, codes.shape, conv)
-    if conv is not None and scale.shape[0] > codes.shape[0]:
-        one_pixel = tuple(conv[0]) == (1, 1) and tuple(conv[1]) == (1, 1) and tuple(conv[2]) == (0, 0)
-        if not one_pixel:  # a scale per pixel does not leave the sum over the kernel window
-            values = values * passes.per_row(scale, codes.shape, conv).to(torch.float64)
-            return _apply(values, weight, conv).to(torch.float32) * passes.per_channel(factor, conv)
-    total = _apply(values, weight, conv).to(torch.float32)
-    return total * (passes.per_row(scale, total.shape, conv) * passes.per_channel(factor, conv))
+        values = values - per_row(zero_point, codes.shape, window)
+    factor, late = per_channel(_channel_factor(weight), window), scale
+    if window is not None and scale.shape[0] > codes.shape[0] and not window.is_pointwise:
+        values = values * per_row(scale, codes.shape, window).to(torch.float64)  # such scales do not leave the sum
+        late = scale.new_ones(1)
+    sums = _sums(values, _dense(weight, codes, window), window).to(torch.float32)
+    return finish(sums * (per_row(late, sums.shape, window) * factor), y_hat, bias, skip, window, out_dtype, write_out)
 
 
-def _accumulate(
-    residual_q: Tensor,
-    scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    y_hat: Tensor,
+def _channel_factor(weight: PackedWeight) -> Tensor:
+    """What is left of the weight's scales for the output channels: with groups along K, ones."""
+    return weight.scale if weight.group_size == -1 else torch.ones_like(weight.scale[:, 0])
+
+
+def _dense(weight: PackedWeight, codes: Tensor, window: Window | None) -> Tensor:
+    """The weight's codes in float64, with groups along K times their scales, in the form torch's operators take."""
+    k = summed(codes.shape[-1 if window is None else 1], window)
+    rows = packing.unpack(weight.packed, weight.bits, k).to(torch.float64)
+    if weight.group_size != -1:
+        rows = rows * affine.expand_weight_scale(weight.scale, k, weight.group_size).to(torch.float64)
+    return in_shape_of(window, rows)
+
+
+def in_shape_of(window: Window | None, rows: Tensor) -> Tensor:
+    """Weight rows [N, K] as torch's operators take them: [N, K], or [N, C, R, S] for a convolution."""
+    if window is None:
+        return rows
+    r, s = window.kernel_size
+    return affine.rows_to_weight(rows, (rows.shape[0], rows.shape[1] // (r * s), r, s))
+
+
+def _sums(x: Tensor, weight: Tensor, window: Window | None) -> Tensor:
+    if window is None:
+        return F.linear(x, weight)
+    return F.conv2d(x, weight, None, window.stride, window.padding, window.dilation, window.groups)
+
+
+def per_channel(vector: Tensor, window: Window | None) -> Tensor:
+    """Values of output channels [N], broadcastable to the output."""
+    return vector if window is None else vector.reshape(1, -1, 1, 1)
+
+
+def per_row(values: Tensor, shape: Sequence[int], window: Window | None) -> Tensor:
+    """Values of consecutive rows (pixels in NHWC order), broadcastable to a tensor of `shape`."""
+    image = window is not None
+    rows = values.repeat_interleave(row_count(shape, image) // values.shape[0])
+    return rows.reshape(shape[0], 1, shape[2], shape[3]) if image else rows.reshape(*shape[:-1], 1)
+
+
+def finish(
+    values: Tensor,
+    y_hat: Tensor | None,
+    bias: Tensor | None,
     skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    conv: passes.Conv | None,
+    window: Window | None,
     out_dtype: torch.dtype,
     write_out: bool,
 ) -> Tensor:
-    delta = _product(residual_q, scale, None, weight_packed, weight_scale, weight_bits, group_size, conv)
-    return passes.store(y_hat, y_hat.to(torch.float32) + delta, skip, out_dtype, write_out)
-
-
-@torch.no_grad()
-def accumulate_linear(
-    residual_q: Tensor,
-    scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    out_dtype: torch.dtype,
-    write_out: bool = True,
-) -> Tensor:
-    return _accumulate(
-        residual_q, scale, weight_packed, weight_scale, y_hat, skip, weight_bits, group_size, None, out_dtype, write_out
-    )
-
-
-@torch.no_grad()
-def accumulate_conv2d(
-    residual_q: Tensor,
-    scale: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out_dtype: torch.dtype,
-    write_out: bool = True,
-) -> Tensor:
-    conv = (kernel_size, stride, padding, dilation, groups)
-    return _accumulate(
-        residual_q, scale, weight_packed, weight_scale, y_hat, skip, weight_bits, group_size, conv, out_dtype, write_out
-    )
-
-
-def _initialize(
-    op: str,
-    x: Tensor,
-    x_hat: Tensor,
-    y_hat: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    conv: passes.Conv | None,
-    first_step_bits: int,
-    write_out: bool,
-) -> Tensor:
-    passes.require_finite(op, x)
-    passes.require_fit(op, x, x_hat.dtype)
-    if first_step_bits == 0:
-        x_hat.copy_(x)
-        weight, factor = _weight(weight_packed, weight_scale, weight_bits, group_size, passes.summed(x, conv), conv)
-        values = _apply(x_hat.to(torch.float64), weight, conv).to(torch.float32) * passes.per_channel(factor, conv)
-    else:
-        count, image = x.shape[0], conv is not None
-        x_q, scale, _ = passes.activation_codes(op, x, x, first_step_bits, "per_sample", False, image)
-        affine.granules(x_hat, count, image).copy_(affine.dequantize(affine.granules(x_q, count, image), scale))
-        values = _product(x_q, scale, None, weight_packed, weight_scale, weight_bits, group_size, conv)
+    """What follows the sums, `values` in float32: y_hat, bias, skip and the rounding to out_dtype."""
+    if y_hat is not None:
+        y_hat.copy_(y_hat.to(torch.float32) + values)
+        values = y_hat.to(torch.float32)
+    if not write_out:
+        return values.new_empty((0,), dtype=out_dtype)
     if bias is not None:
-        values = values + passes.per_channel(bias.to(torch.float32), conv)
-    return passes.store(y_hat, values, skip, x.dtype, write_out)
-
-
-@torch.no_grad()
-def initialize_linear(
-    x: Tensor,
-    x_hat: Tensor,
-    y_hat: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    first_step_bits: int = 0,
-    write_out: bool = True,
-) -> Tensor:
-    return _initialize(
-        "initialize_linear", x, x_hat, y_hat, weight_packed, weight_scale, bias, skip, weight_bits, group_size, None,
-        first_step_bits, write_out,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def initialize_conv2d(
-    x: Tensor,
-    x_hat: Tensor,
-    y_hat: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    first_step_bits: int = 0,
-    write_out: bool = True,
-) -> Tensor:
-    conv = (kernel_size, stride, padding, dilation, groups)
-    return _initialize(
-        "initialize_conv2d", x, x_hat, y_hat, weight_packed, weight_scale, bias, skip, weight_bits, group_size, conv,
-        first_step_bits, write_out,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def modulated_linear(
-    x: Tensor,
-    x_hat: Tensor,
-    scale: Tensor | None,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    act_bits: int,
-    granularity: str,
-    clip_ratio: float,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    write_out: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    residual_q, used, absmax = passes.residual_codes(
-        "modulated_linear", x, x_hat, scale, act_bits, granularity, clip_ratio, image=False
-    )
-    out = _accumulate(
-        residual_q, used, weight_packed, weight_scale, y_hat, skip, weight_bits, group_size, None, x.dtype, write_out
-    )
-    return out, used, absmax
-
-
-@torch.no_grad()
-def modulated_conv2d(
-    x: Tensor,
-    x_hat: Tensor,
-    scale: Tensor | None,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    act_bits: int,
-    granularity: str,
-    clip_ratio: float,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    write_out: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    residual_q, used, absmax = passes.residual_codes(
-        "modulated_conv2d", x, x_hat, scale, act_bits, granularity, clip_ratio, image=True
-    )
-    conv = (kernel_size, stride, padding, dilation, groups)
-    out = _accumulate(
-        residual_q, used, weight_packed, weight_scale, y_hat, skip, weight_bits, group_size, conv, x.dtype, write_out
-    )
-    return out, used, absmax
-
-
-def _quantized(
-    x_q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    conv: passes.Conv | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    values = _product(x_q, scale, zero_point, weight_packed, weight_scale, weight_bits, group_size, conv)
-    if bias is not None:
-        values = values + passes.per_channel(bias.to(torch.float32), conv)
-    memory_format = torch.contiguous_format if conv is None else torch.channels_last
-    out = torch.empty(values.shape, dtype=out_dtype, device=values.device, memory_format=memory_format)
-    return out.copy_(passes.rounded_out(values, skip, out_dtype))
-
-
-@torch.no_grad()
-def quantized_linear(
-    x_q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return _quantized(
-        x_q, scale, zero_point, weight_packed, weight_scale, bias, skip, weight_bits, group_size, None, out_dtype
-    )
-
-
-@torch.no_grad()
-def quantized_conv2d(
-    x_q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    weight_bits: int,
-    group_size: int,
-    layout: str,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    conv = (kernel_size, stride, padding, dilation, groups)
-    return _quantized(
-        x_q, scale, zero_point, weight_packed, weight_scale, bias, skip, weight_bits, group_size, conv, out_dtype
-    )
+        values = values + per_channel(bias.to(torch.float32), window)
+    if skip is not None:
+        values = values + skip.to(torch.float32)
+    memory_format = torch.contiguous_format if window is None else torch.channels_last
+    return torch.empty(values.shape, dtype=out_dtype, device=values.device, memory_format=memory_format).copy_(values)
 
 
 @torch.no_grad()
@@ -363,33 +214,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -
 
 
 @torch.no_grad()
-def pack_weight(weight_q: Tensor, weight_bits: int, layout: str = KPACK_V1) -> Tensor:
+def pack_weight(weight_q: Tensor, weight_bits: int) -> Tensor:
     return packing.pack(weight_q, weight_bits)
 
 
 @torch.no_grad()
-def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int, layout: str = KPACK_V1) -> Tensor:
+def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Tensor:
     return packing.unpack(weight_packed, weight_bits, k)
-
-
-def _why_not(problem: Any) -> str | None:
-    if problem.layout in (None, KPACK_V1):
-        return None
-    return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
-
-
-_OPS: tuple[Callable[..., Any], ...] = (
-    *passes.QUANTIZING_OPS,
-    accumulate_linear,
-    accumulate_conv2d,
-    initialize_linear,
-    initialize_conv2d,
-    modulated_linear,
-    modulated_conv2d,
-    quantized_linear,
-    quantized_conv2d,
-    attention,
-    pack_weight,
-    unpack_weight,
-)
-KERNELS: dict[str, Kernel] = {fn.__name__: Kernel(fn, _why_not) for fn in _OPS}

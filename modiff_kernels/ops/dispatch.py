@@ -1,6 +1,6 @@
 """Which backend solves which problem: one table, asked with `select` and printed with `table`.
 
-`backend="auto"` walks PRIORITY; a named backend is a demand and never falls back. The environment variable
+`backend="auto"` walks `backends.BACKENDS`; a named backend is a demand and never falls back. The environment variable
 MODIFF_BACKEND, read once, puts one backend in the place of "auto". Backends are loaded at the first question; one that
 fails to load stays in the table with its reason.
 """
@@ -13,17 +13,14 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from .problem import CHECKS, Problem
+from ..backends import BACKENDS
+from ..quant.operands import PackedWeight, Window
+from ..quant.packing import KPACK_V1
+from .problem import Problem
 
 AUTO = "auto"
 REFERENCE = "reference"
-BACKENDS = ("cpu", "onednn", "triton", "cuda", REFERENCE)
-# No kernel for CUDA has been measured yet. triton comes first because it needs no compiler and has group scales, groups
-# and channels that are no multiple of 16; cuda has the same ops, with the same codes and layouts, where triton is not
-# installed or does not solve the problem. Measured rows (benchmarks/bench_products.py) shall decide.
-PRIORITY = {"cpu": ("cpu", "onednn", REFERENCE), "cuda": ("triton", "cuda", REFERENCE)}
+OPS = ("quantize", "product", "attention", "pack_weight", "unpack_weight")
 # Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
 REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
 
@@ -53,12 +50,16 @@ class Row(NamedTuple):
     reason: str | None
 
 
+def _checked_name(name: str, what: str) -> str:
+    if name not in (AUTO, *BACKENDS):
+        raise ValueError(f"{what}={name!r} is not known; choose one of {', '.join((AUTO, *BACKENDS))}")
+    return name
+
+
 @cache
 def forced_backend() -> str | None:
     """The backend that MODIFF_BACKEND demands, None if unset or "auto"."""
-    name = os.environ.get("MODIFF_BACKEND", AUTO)
-    if name not in (AUTO, *BACKENDS):
-        raise ValueError(f"MODIFF_BACKEND={name!r} is not known; choose one of {', '.join((AUTO, *BACKENDS))}")
+    name = _checked_name(os.environ.get("MODIFF_BACKEND", AUTO), "MODIFF_BACKEND")
     return None if name == AUTO else name
 
 
@@ -74,27 +75,69 @@ def load(name: str) -> Any:
         return f"it failed to load: {error}"
 
 
+@cache
 def why_unavailable(name: str) -> str | None:
     """Why backend `name` cannot run on this machine at all, None if it can."""
     module = load(name)
-    return module if isinstance(module, str) else module.unavailable()
+    if isinstance(module, str):
+        return module
+    return module.unavailable() if hasattr(module, "unavailable") else None
+
+
+def runs_on(name: str, device_type: str) -> bool:
+    """Whether backend `name` is for devices of this type."""
+    return BACKENDS[name] in (None, device_type)
 
 
 def why_not(problem: Problem, name: str) -> str | None:
     """Why backend `name` cannot solve `problem`, None if it can."""
-    if name not in PRIORITY.get(problem.device_type, ()):
+    if not runs_on(name, problem.device_type):
         return f"it does not run on {problem.device_type}"
     reason = why_unavailable(name)
     if reason is not None:
         return reason
-    kernel = load(name).KERNELS.get(problem.op)
-    return f"it has no {problem.op}" if kernel is None else kernel.why_not(problem)
+    module = load(name)
+    if problem.op == "modulate":
+        return module.why_not(_quantize_part(problem)) or module.why_not(_product_part(problem))
+    return module.why_not(problem) if hasattr(module, problem.op) else f"it has no {problem.op}"
+
+
+def _quantize_part(problem: Problem) -> Problem:
+    rows = problem.m if problem.window is None else problem.m * problem.window.stride[0] * problem.window.stride[1]
+    return replace(problem, op="quantize", m=rows, n=0, k=problem.channels, window=None, weight_bits=None, layout=None)
+
+
+def _product_part(problem: Problem) -> Problem:
+    granularity = "per_sample" if problem.granularity == "per_block" else problem.granularity
+    return replace(problem, op="product", granularity=granularity, act_bits=None, prologue=None, scale_given=False)
+
+
+@cache
+def _composed(name: str) -> Callable[..., Any]:
+    """`ops.modulate` of a backend as its two functions."""
+    quantize, product = load(name).quantize, load(name).product
+
+    def modulate(
+        h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
+    ):  # type: ignore[no-untyped-def]
+        codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
+        out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
+        return out, used, absmax
+
+    return modulate
+
+
+def _function(problem: Problem, name: str) -> Callable[..., Any]:
+    module = load(name)
+    if problem.op != "modulate":
+        return getattr(module, problem.op)
+    fused = hasattr(module, "modulate") and module.why_not(problem) is None
+    return module.modulate if fused else _composed(name)
 
 
 def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
     """Backends to ask, in order, for a call with `backend` on `device_type`."""
-    if backend not in (AUTO, *BACKENDS):
-        raise ValueError(f"backend={backend!r} is not known; choose one of {', '.join((AUTO, *BACKENDS))}")
+    _checked_name(backend, "backend")
     forced = forced_backend()
     if forced is not None and backend not in (AUTO, forced):
         raise BackendUnavailable(
@@ -102,7 +145,9 @@ def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
             f"MODIFF_BACKEND or pass backend='auto'"
         )
     demanded = forced or backend
-    return PRIORITY.get(device_type, ()) if demanded == AUTO else (demanded,)
+    if demanded != AUTO:
+        return (demanded,)
+    return tuple(name for name in BACKENDS if runs_on(name, device_type))
 
 
 @cache
@@ -116,16 +161,14 @@ def select(problem: Problem, backend: str = AUTO) -> Selection:
         reason = why_not(problem, name)
         if reason is None:
             if name == REFERENCE and problem.op not in REFERENCE_OPS and (forced_backend() or backend) == AUTO:
-                others = tuple(rejected) or ((problem.device_type, "no other backend runs on this device type"),)
-                _warn_slow(problem.op, others)
-            kernel = load(name).KERNELS[problem.op]
-            return Selection(name, kernel.fn, tuple(rejected), kernel.traceable)
+                _warn_slow(problem.op, tuple(rejected))
+            return Selection(name, _function(problem, name), tuple(rejected), getattr(load(name), "TRACEABLE", False))
         rejected.append((name, reason))
     raise _nothing_fits(problem, backend, rejected)
 
 
 def _nothing_fits(problem: Problem, backend: str, rejected: Sequence[tuple[str, str]]) -> BackendUnavailable:
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected) or "no backend runs on this device type"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
     return BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {reasons}")
 
 
@@ -141,7 +184,8 @@ def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
     for name in candidates(problem.device_type, backend):
         reason = why_unavailable(name)
         if reason is None:
-            layout: str = load(name).preferred_layout(problem)
+            module = load(name)
+            layout: str = module.preferred_layout(problem) if hasattr(module, "preferred_layout") else KPACK_V1
             reason = why_not(replace(problem, layout=layout), name)
             if reason is None:
                 return layout
@@ -149,27 +193,31 @@ def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
     raise _nothing_fits(problem, backend, rejected)
 
 
-def prepare_weight(weight_packed: Tensor, layout_to: str, arguments: Sequence[Any], backend: str = AUTO) -> Tensor:
-    """`weight_packed` in `layout_to`, by the first backend that makes it; ValueError with every reason if none does."""
+def prepare_weight(
+    weight: PackedWeight, k: int, window: Window | None, layout: str, backend: str = AUTO
+) -> PackedWeight:
+    """`weight` in `layout`, by the first backend that makes it; ValueError with every reason if none does."""
     reasons = []
-    for name in candidates(weight_packed.device.type, backend):
+    for name in candidates(weight.packed.device.type, backend):
         reason = why_unavailable(name)
         if reason is None:
             try:
-                return load(name).prepare_weight(weight_packed, *arguments)
+                if hasattr(load(name), "prepare_weight"):
+                    return load(name).prepare_weight(weight, k, window, layout)
+                reason = f"it reads weights in layout {KPACK_V1!r} alone"
             except ValueError as error:
                 reason = str(error)
         reasons.append(f"{name}: {reason}")
-    raise ValueError(f"no backend makes the weight layout {layout_to!r}: {'; '.join(reasons)}")
+    raise ValueError(f"no backend makes the weight layout {layout!r} of {weight.layout!r}: {'; '.join(reasons)}")
 
 
 def table() -> list[Row]:
     """Every op on every backend with the reason why it is not there."""
     rows = []
-    for op in CHECKS:
+    for op in OPS:
         for name in BACKENDS:
             reason = why_unavailable(name)
-            if reason is None and op not in load(name).KERNELS:
+            if reason is None and not hasattr(load(name), op):
                 reason = f"it has no {op}"
             rows.append(Row(op, name, reason))
     return rows
@@ -186,4 +234,6 @@ def reset() -> None:
         forget()
 
 
-_forgetters: list[Callable[[], None]] = [c.cache_clear for c in (forced_backend, load, select, _warn_slow)]
+_forgetters: list[Callable[[], None]] = [
+    c.cache_clear for c in (forced_backend, load, why_unavailable, _composed, select, _warn_slow)
+]

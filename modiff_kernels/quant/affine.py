@@ -74,6 +74,30 @@ def affine_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, zero_point.clamp_(quant_min(bits), quant_max(bits)).to(torch.int32)
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor Inf; waits for the device.
+
+    One pass where the sum is finite, because NaN and Inf stay in a sum; only one that overflows needs a second look.
+    """
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
+
+
+def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes of x, an image (channels_last) or rows (contiguous), for one calibrated scale float32 [1] and zero point.
+
+    Raises ValueError on NaN or Inf, on the CPU and outside compiled code.
+    """
+    image = x.ndim == 4
+    memory_format = torch.channels_last if image else torch.contiguous_format
+    values = granules(x.to(torch.float32).contiguous(memory_format=memory_format), 1, image)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the test would wait for the device, and cut code
+        if not all_finite(values):
+            raise ValueError("x holds NaN or Inf; look for overflow in the layers before or in the model's input")
+    codes = torch.empty_like(x, dtype=torch.int8)
+    granules(codes, 1, image).copy_(quantize(values, scale, bits, zero_point))
+    return codes
+
+
 def inverse(scale: Tensor) -> Tensor:
     """1 / scale, correctly rounded in float32."""
     return torch.ones_like(scale) / scale

@@ -17,9 +17,11 @@ sample: a code of few bits times its multiplier still fits int8, so an integer p
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 BITS = (3, 4, 8)
-GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_block")
+Granularity = Literal["per_tensor", "per_sample", "per_token", "per_block"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 BLOCK_ROWS = 16  # rows (pixels) of a per_block block; the last one of a sample takes the rest, up to 31
 
 

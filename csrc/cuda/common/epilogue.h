@@ -36,7 +36,6 @@ struct EpilogueArgs {
   bool padded;
   int taps, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t h, w, out_h, out_w;
-  Epilogue epilogue;
   void* y_hat;
   const void* skip;
   void* out;
@@ -47,7 +46,7 @@ struct EpilogueArgs {
 inline bool aligned_to_vectors(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline EpilogueArgs epilogue_args(const ProductCall& call, const int32_t* tap_sums) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   EpilogueArgs args{};
   args.rows = p.samples * p.out_h * p.out_w;
   args.columns = p.c_out;
@@ -70,7 +69,6 @@ inline EpilogueArgs epilogue_args(const ProductCall& call, const int32_t* tap_su
   args.w = p.w;
   args.out_h = p.out_h;
   args.out_w = p.out_w;
-  args.epilogue = p.epilogue;
   args.y_hat = p.y_hat;
   args.skip = p.skip;
   args.out = p.out;
@@ -151,14 +149,14 @@ MODIFF_HD void finish_vector(const EpilogueArgs& args, int64_t row, int64_t colu
     value[i] = mul_rn(static_cast<float>(sum[i]), mul_rn(scale, weight_scale[i]));
   }
   float other[kVector];
-  if (args.epilogue == Epilogue::kAccumulate) {
+  if (args.y_hat != nullptr) {
     load_row(args.y_hat, args.y_hat_dtype, at, count, whole, other);
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i) value[i] = add_rn(other[i], value[i]);
   } else {
     load_parameters(args.bias, column, count, 0.0f, other);
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i) value[i] = add_rn(value[i], other[i]);
   }
-  if (args.epilogue != Epilogue::kOutput) {
+  if (args.y_hat != nullptr) {
     // The state is read again a step later; the L2 cache is for what the next op reads, which is y_hat without an out.
     store_row(args.y_hat, args.y_hat_dtype, at, count, whole, args.out != nullptr, value);
   }

@@ -15,7 +15,7 @@
 namespace modiff::cuda {
 
 // Sums per output channel that a call needs.
-inline int64_t tap_sum_count(const ConvProblem& p) {
+inline int64_t tap_sum_count(const ProductProblem& p) {
   return p.pad_h == 0 && p.pad_w == 0 ? 1 : p.kernel_h * p.kernel_w;
 }
 
@@ -29,7 +29,7 @@ struct WeightSumsArgs {
 };
 
 inline WeightSumsArgs weight_sums_args(const ProductCall& call, int32_t* tap_sums) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   WeightSumsArgs args{};
   args.weight = reinterpret_cast<const uint8_t*>(p.weight);
   args.sums = tap_sums;

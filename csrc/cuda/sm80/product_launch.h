@@ -16,7 +16,7 @@ struct ProductPlan {
 };
 
 inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   ProductPlan plan{};
   plan.operands = operands_of(call.code_bits, call.weight_bits);
   plan.choice = choice;
@@ -32,14 +32,14 @@ inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
 inline ProductPlan plan_of(const ProductCall& call, int multiprocessors) {
   if (call.cut.architecture == 80)
     return plan_of(call, TileChoice{tile_of_size(call.cut.rows, call.cut.columns), call.cut.splits});
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   const ProductPlan any = plan_of(call, TileChoice{0, 1});
   return plan_of(call, choose_tile(p.samples * p.out_h * p.out_w, p.c_out, any.k, call.weight_bits, any.operands,
                                    multiprocessors));
 }
 
 inline OperandArgs operand_args(const ProductCall& call, const ProductPlan& plan) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   OperandArgs args{};
   args.codes = reinterpret_cast<const uint8_t*>(p.codes);
   args.weight = reinterpret_cast<const uint8_t*>(p.weight);

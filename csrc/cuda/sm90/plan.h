@@ -56,7 +56,7 @@ inline int64_t estimated_clocks(const Plan& plan, int weight_bits, int multiproc
 constexpr int kMostSplits = 16, kFewestSteps = 4;
 
 inline Plan plan_of_tile(const ProductCall& call, int tile, int splits) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   Plan plan{};
   plan.tile = tile;
   plan.window = window_of(p, call.weight_bits);

@@ -12,7 +12,7 @@ namespace {
 // every place of a table is kept.
 const sm90::Plan& plan_for(const ProductCall& call, const Device& device) {
   using Key = std::array<int64_t, 13>;  // all that a plan depends on
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   const Key key = {p.samples * p.out_h * p.out_w,
                    p.c_in,
                    p.c_out,

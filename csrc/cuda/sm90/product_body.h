@@ -163,7 +163,7 @@ struct Product {
     const int rows = static_cast<int>(least<int64_t>(kRows, args.rows - row));
     const int width = static_cast<int>(least<int64_t>(kColumns, args.columns - column));
     const int each = ceil_div(rows, unit.end_step - unit.first_step), first = (step - unit.first_step) * each;
-    const void* y_hat = args.epilogue == Epilogue::kAccumulate ? args.y_hat : nullptr;
+    const void* y_hat = args.y_hat;
     const void* skip = args.out != nullptr ? args.skip : nullptr;
     MODIFF_NO_UNROLL for (int i = first; i < least(first + each, rows); ++i) {
       const int64_t at = (int64_t{row} + i) * args.columns + column;
@@ -353,7 +353,7 @@ struct Product {
 
 // Everything but the maps, and the maps as plain numbers.
 inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Plan& plan, int64_t tap_sum_words) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   const Tile tile = kTiles[plan.tile];
   ProductArgs<TensorMap> args{};
   args.codes = codes_map(p, plan.window, tile.rows);

@@ -69,7 +69,7 @@ MODIFF_HD Box box_of(const Window& w, int index) {
 
 // One box of 128 codes unless two of 64 have fewer zeros past a tap's channels (320 = 5 * 64). Planes of 3 bits need
 // boxes of 128: a box of a plane has 16 bytes at least.
-inline Window window_of(const ConvProblem& p, int weight_bits) {
+inline Window window_of(const ProductProblem& p, int weight_bits) {
   Window w{};
   w.channels = static_cast<int>(p.c_in);
   w.taps = static_cast<int>(p.kernel_h * p.kernel_w);
@@ -94,11 +94,11 @@ struct Corner {
   int w, h, n;
 };
 
-inline bool is_matrix(const ConvProblem& p) {
+inline bool is_matrix(const ProductProblem& p) {
   return p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
 }
 
-inline Image image_of(const ConvProblem& p) {
+inline Image image_of(const ProductProblem& p) {
   return {is_matrix(p),
           static_cast<int>(p.out_h),
           static_cast<int>(p.out_w),

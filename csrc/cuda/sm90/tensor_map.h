@@ -30,7 +30,7 @@ inline TensorMap matrix_map(const void* base, int64_t bytes, int64_t rows, int b
 }
 
 // The codes, `rows` rows of a tile to a box.
-inline TensorMap codes_map(const ConvProblem& p, const Window& window, int rows) {
+inline TensorMap codes_map(const ProductProblem& p, const Window& window, int rows) {
   if (is_matrix(p)) return matrix_map(p.codes, p.c_in, p.samples * p.h * p.w, window.span, rows, window.span);
   TensorMap map{};
   map.base = p.codes;
@@ -62,7 +62,7 @@ MODIFF_HD constexpr int part_bytes(int codes, int bits, Part part) {
 // The weight, `columns` output channels to a box. Both planes of 3 bits stand in one row: the map of the high one
 // begins at the first row's high plane, and reaches past the last row's end no more than the low one.
 inline TensorMap weight_map(const ProductCall& call, const Window& window, int columns, Part part) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   const int64_t k = p.kernel_h * p.kernel_w * p.c_in, pitch = k * call.weight_bits / 8;
   const int64_t first = part == Part::kHigh ? k / 4 : 0;
   const int64_t bytes = part == Part::kLow ? k / 4 : part == Part::kHigh ? k / 8 : pitch;
@@ -75,7 +75,7 @@ inline TensorMap weight_map(const ProductCall& call, const Window& window, int c
 
 // Why these kernels cannot run a call, or null. The limits are those of TMA and of 32-bit coordinates; sm80 has none.
 inline const char* limit_of(const ProductCall& call) {
-  const ConvProblem& p = call.problem;
+  const ProductProblem& p = call.problem;
   const int64_t k = p.kernel_h * p.kernel_w * p.c_in;
   if (p.groups != 1) return "groups is not 1";
   if (p.c_in % 16 != 0) return "the input channels are no multiple of 16";

@@ -43,7 +43,7 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip, &out})
     buffer->read();
   ProductCall call{};
-  ConvProblem& p = call.problem;
+  ProductProblem& p = call.problem;
   set_geometry(p, r.geometry);
   p.codes = static_cast<const int8_t*>(codes.data());
   p.scale = static_cast<const float*>(scale.data());

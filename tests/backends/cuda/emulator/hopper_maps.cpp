@@ -17,7 +17,7 @@ using Geometry = std::array<int64_t, kGeometry>;
 
 ProductCall call_of(const Geometry& geometry, int bits) {
   ProductCall call{};
-  ConvProblem& p = call.problem;
+  ProductProblem& p = call.problem;
   set_geometry(p, geometry.data());
   p.codes = reinterpret_cast<const int8_t*>(uintptr_t{4096});
   p.weight = p.codes;
@@ -59,7 +59,7 @@ std::pair<int, std::vector<sm90::Box>> boxes(const Geometry& geometry, int bits)
 
 // w, h, n of every output pixel.
 std::vector<std::array<int, 3>> corners(const Geometry& geometry) {
-  const ConvProblem p = call_of(geometry, 8).problem;
+  const ProductProblem p = call_of(geometry, 8).problem;
   const sm90::Image image = sm90::image_of(p);
   std::vector<std::array<int, 3>> found;
   for (int64_t row = 0; row < p.samples * p.out_h * p.out_w; ++row) {

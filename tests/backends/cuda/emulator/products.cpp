@@ -21,7 +21,7 @@ void answer(const Request& r, Launch& launch) {
   Buffer codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch;
   for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip}) buffer->read();
   ProductCall call{};
-  modiff::ConvProblem& p = call.problem;
+  modiff::ProductProblem& p = call.problem;
   set_geometry(p, r.geometry);
   p.codes = static_cast<const int8_t*>(codes.data());
   p.scale = static_cast<const float*>(scale.data());

@@ -3,7 +3,7 @@
 //
 //   operand   shape                              dtype   layout
 //   codes     [samples, h, w, c_in]              int8    contiguous
-//   weight    panels of 16 output channels       int8    vnni_v1 (lowbit_conv2d.h)
+//   weight    panels of 16 output channels       int8    vnni_v1 (product.h)
 //   y_hat     [samples, out_h, out_w, c_out]     f32/f16/bf16, read and written
 //   skip, out like y_hat                         f32/f16/bf16
 //
@@ -27,7 +27,7 @@
 
 #include "common/problem.h"
 #include "cpu/convert.h"
-#include "cpu/lowbit_conv2d.h"
+#include "cpu/product.h"
 #include "cpu/parallel.h"
 
 namespace modiff::cpu {
@@ -47,7 +47,7 @@ struct Runs {
 };
 
 struct Block {
-  const ConvProblem* p;
+  const ProductProblem* p;
   const uint8_t* const* pixel;  // MR pointers into the padded image
   const int64_t* output_pixel;  // MR flat output pixels
   Runs runs;
@@ -119,17 +119,17 @@ inline void store16(void* base, DType dtype, int64_t offset, __mmask16 mask, __m
 // Asks for the lines that the epilogue of this block will read, while multiply() still has arithmetic to do: the state
 // of a network does not fit into the caches, and rows of a few lines each are no pattern that the hardware prefetches.
 MODIFF_INLINE void prefetch_epilogue(const Block& b, int pixels, int panels) {
-  const ConvProblem& p = *b.p;
+  const ProductProblem& p = *b.p;
   const int64_t count = std::min<int64_t>(b.channels, panels * kPanel);
   for (int m = 0; m < pixels; ++m) {
     const int64_t offset = b.output_pixel[m] * p.c_out + b.channel;
-    if (p.epilogue == Epilogue::kAccumulate) prefetch(p.y_hat, p.y_hat_dtype, offset, count);
+    if (p.y_hat != nullptr) prefetch(p.y_hat, p.y_hat_dtype, offset, count);
     if (p.skip != nullptr) prefetch(p.skip, p.skip_dtype, offset, count);
   }
 }
 
 void epilogue(const Block& b, int pixels, int panels, const int32_t* sums) {
-  const ConvProblem& p = *b.p;
+  const ProductProblem& p = *b.p;
   const int64_t rows = p.out_h * p.out_w;
   int64_t granule[kMaxPixels];
   for (int m = 0; m < pixels; ++m)
@@ -150,9 +150,8 @@ void epilogue(const Block& b, int pixels, int panels, const int32_t* sums) {
       const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + (m * panels + n) * kPanel), correction);
       const __m512 scale = _mm512_set1_ps(p.scale[granule[m]]);
       __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), weight_scale), scale);
-      value = _mm512_add_ps(value,
-                            p.epilogue == Epilogue::kAccumulate ? load16(p.y_hat, p.y_hat_dtype, offset, mask) : bias);
-      if (p.epilogue != Epilogue::kOutput) store16(p.y_hat, p.y_hat_dtype, offset, mask, value);
+      value = _mm512_add_ps(value, p.y_hat != nullptr ? load16(p.y_hat, p.y_hat_dtype, offset, mask) : bias);
+      if (p.y_hat != nullptr) store16(p.y_hat, p.y_hat_dtype, offset, mask, value);
       if (p.out == nullptr) continue;
       if (p.skip != nullptr) value = _mm512_add_ps(value, load16(p.skip, p.skip_dtype, offset, mask));
       store16(p.out, p.out_dtype, offset, mask, value);
@@ -199,7 +198,7 @@ void copy_codes(const int8_t* from, uint8_t* to, int64_t count) {
 
 class Convolution {
  public:
-  explicit Convolution(const ConvProblem& problem)
+  explicit Convolution(const ProductProblem& problem)
       : p_(problem), layout_(p_.c_in, p_.c_out, p_.kernel_h * p_.kernel_w, p_.groups) {
     pixel_bytes_ = layout_.groups * layout_.c_padded;
     // Columns of the padded image that any output reads.
@@ -342,7 +341,7 @@ class Convolution {
     }
   }
 
-  const ConvProblem& p_;
+  const ProductProblem& p_;
   VnniLayout layout_;
   int64_t pixel_bytes_, padded_w_, run_count_, run_length_;
   int64_t run_offset_[kMaxRuns];
@@ -351,6 +350,6 @@ class Convolution {
 
 }  // namespace
 
-void lowbit_conv2d_avx512(const ConvProblem& problem) { Convolution(problem).run(); }
+void product_avx512(const ProductProblem& problem) { Convolution(problem).run(); }
 
 }  // namespace modiff::cpu

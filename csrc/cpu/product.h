@@ -1,4 +1,4 @@
-// Integer convolution and GEMM on AVX-512 VNNI, weights in layout "vnni_v1".
+// Integer products (convolution and GEMM) on AVX-512 VNNI, weights in layout "vnni_v1".
 #pragma once
 #include "common/problem.h"
 
@@ -30,11 +30,9 @@ struct VnniLayout {
 // weight_q: [c_out, kernel_h, kernel_w, c_in / groups] int8 -> packed (VnniLayout::total_bytes()).
 void pack_vnni(const int8_t* weight_q, const VnniLayout& layout, int8_t* packed);
 void unpack_vnni(const int8_t* packed, const VnniLayout& layout, int8_t* weight_q);
-// weight = weight_scale[c_out] * weight_q
-void dequantize_vnni(const int8_t* packed, const VnniLayout& layout, const float* weight_scale, float* weight);
 
 #if defined(__x86_64__)
-void lowbit_conv2d_avx512(const ConvProblem&);
+void product_avx512(const ProductProblem&);
 #endif
 
 }  // namespace modiff::cpu

@@ -1,0 +1,101 @@
+"""What an op is told besides tensors of data: a prologue, the window of a convolution, a packed weight."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .packing import KPACK_V1
+
+
+class Prologue(NamedTuple):
+    """What stands between the tensor `h` that an op reads and x, which it quantises; x is computed in float32 and never
+    stored.
+
+    kind:
+        "identity": x = h.
+        "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image [N, C, H, W] or tokens [N, L, C], normalised
+            over the rows of a sample and the channels of a group.
+        "layer_norm": x = norm(h) over the last dimension of h [..., K].
+        "geglu": x = h[..., :K] * gelu(h[..., K:]) of h [..., 2K], gelu with erf.
+    gamma, beta: [C] scale and offset of the norm, or None.
+    shift: [N, C] added to every pixel before a group norm (the time embedding), or None.
+    num_groups: of a group norm; divides C.
+    eps: added to the (biased) variance.
+    """
+
+    kind: str = "identity"
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    shift: Tensor | None = None
+    num_groups: int = 0
+    eps: float = 0.0
+    silu: bool = False
+
+
+PROLOGUES = ("identity", "group_norm", "layer_norm", "geglu")
+IDENTITY = Prologue()
+GEGLU = Prologue("geglu")
+
+
+class Window(NamedTuple):
+    """The window of a convolution as in torch.nn.Conv2d, pairs as (height, width). None in its place means a Linear."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every output pixel reads the one input pixel at its place."""
+        return self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+
+    def output_shape(self, x_shape: Sequence[int], n: int) -> tuple[int, int, int, int]:
+        """[N, n, P, Q] of a convolution with `n` output channels over an image [N, C, H, W]."""
+        p, q = (
+            (x_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i]
+            + 1
+            for i in (0, 1)
+        )
+        return x_shape[0], n, p, q
+
+    def to_ints(self) -> list[int]:
+        """The nine numbers, in order."""
+        return [*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups]
+
+    @classmethod
+    def from_ints(cls, values: Sequence[int]) -> "Window | None":
+        """What `to_ints` gave; None for no numbers."""
+        if not values:
+            return None
+        a, b, c, d, e, f, g, h, groups = values
+        return cls((a, b), (c, d), (e, f), (g, h), groups)
+
+
+def summed(channels: int, window: Window | None) -> int:
+    """Products summed per output for an input of `channels`: K of a Linear, r * s * c_in / groups of a convolution."""
+    if window is None:
+        return channels
+    return window.kernel_size[0] * window.kernel_size[1] * (channels // window.groups)
+
+
+class PackedWeight(NamedTuple):
+    """A quantised weight [N, K]; of a convolution K = r * s * c_in / groups in (r, s, c) order.
+
+    packed: storage in `layout`, "kpack_v1" as made by `pack_weight` or a backend's own by `prepare_weight`.
+    scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)].
+    bits: 3, 4 or 8.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bits: int
+    group_size: int = -1
+    layout: str = KPACK_V1
+
+    @property
+    def n(self) -> int:
+        """Output channels."""
+        return self.scale.shape[0]
