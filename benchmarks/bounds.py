@@ -10,8 +10,8 @@ import torch
 
 import modiff_kernels as mk
 from benchmarks.shapes import Layer, layer_table
+from modiff_kernels.config.plan import Mode
 from modiff_kernels.integrations.plans import measured_machine
-from modiff_kernels.planning.layer_plan import Mode
 from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
 
 PEAKS = {

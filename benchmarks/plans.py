@@ -19,6 +19,7 @@ import argparse
 from typing import Any
 
 import torch
+from modiff_kernels.planning.layer_plan import LayerPlan
 
 import modiff_kernels as mk
 from benchmarks.configurations import plan_file
@@ -27,7 +28,6 @@ from benchmarks.runner import Session, add_options, attempt, free_memory
 from benchmarks.shapes import NETWORKS, build_unet
 from benchmarks.shared import quiet_libraries
 from modiff_kernels.integrations.plans import plan_text
-from modiff_kernels.planning.layer_plan import LayerPlan
 
 STEPS = 8
 

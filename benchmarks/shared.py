@@ -1,8 +1,10 @@
 """What benchmarks share with the command line `modiff`, imported in this place alone."""
 
-from modiff_kernels.cli.arguments import METHODS, UserError, command_line
-from modiff_kernels.cli.images import tensors_crc32
-from modiff_kernels.cli.models import (
+from modiff_kernels.cli.arguments import METHODS
+from modiff_kernels.evaluation import UserError
+from modiff_kernels.evaluation.configurations import Quantised, Row, build_rows, config_of_row
+from modiff_kernels.evaluation.images import tensors_crc32
+from modiff_kernels.evaluation.networks import (
     Model,
     check_steps,
     choose_device,
@@ -12,10 +14,8 @@ from modiff_kernels.cli.models import (
     sample_images,
     share_copy,
 )
-from modiff_kernels.cli.quantised import Quantised, config_of_row
-from modiff_kernels.cli.rows import Row, build_rows, select_rows
-from modiff_kernels.cli.table import HEADER as COMPARE_HEADER
-from modiff_kernels.cli.table import table_cells as compare_cells
+from modiff_kernels.evaluation.table import HEADER as COMPARE_HEADER
+from modiff_kernels.evaluation.table import table_cells as compare_cells
 
 __all__ = [
     "COMPARE_HEADER",
@@ -27,14 +27,12 @@ __all__ = [
     "build_rows",
     "check_steps",
     "choose_device",
-    "command_line",
     "compare_cells",
     "config_of_row",
     "load_model",
     "make_scheduler",
     "quiet_libraries",
     "sample_images",
-    "select_rows",
     "share_copy",
     "tensors_crc32",
 ]

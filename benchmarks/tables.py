@@ -29,8 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import profiling, record
-from modiff_kernels.evaluation import text_table
-from modiff_kernels.evaluation.report import markdown_table
+from modiff_kernels.evaluation import markdown_table, text_table
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (

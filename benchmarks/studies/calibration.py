@@ -43,8 +43,7 @@ from benchmarks.record import ROOT
 from benchmarks.shared import METHODS
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
-from modiff_kernels.evaluation import frechet_distance, psnr, ssim
-from modiff_kernels.evaluation.report import markdown_table
+from modiff_kernels.evaluation import frechet_distance, markdown_table, psnr, ssim
 
 SAMPLERS = {"DDIM-100": ("ddim", 100), "DDIM-20": ("ddim", 20), "DPM-Solver++-20": ("dpmsolver++", 20)}
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W4A3": (4, 3), "W3A8": (3, 8)}

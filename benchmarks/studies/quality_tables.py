@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.studies.quality import BITS, SAMPLERS
 from benchmarks.tables import loaded
-from modiff_kernels.evaluation.report import markdown_table
+from modiff_kernels.evaluation import markdown_table
 
 HEADER = (
     "configuration",

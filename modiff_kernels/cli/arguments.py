@@ -5,25 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-import shlex
 from pathlib import Path
 
 from modiff_kernels import __version__
-from modiff_kernels.planning.layer_plan import LayerPlan
-from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.config.schedule import StepSchedule
+from modiff_kernels.evaluation import SCHEDULERS, UserError
 
-__all__ = ["SCHEDULERS", "UserError", "build_parser", "command_line", "writable"]
+__all__ = ["UserError", "build_parser", "writable"]
 
 BITS = (3, 4, 8)
 GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_block")
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 MODES = ("modulated", "quantized", "weight_only", "float")
 
 SCHEDULE_HELP = """\
@@ -80,10 +72,6 @@ rows: float-contiguous, float-channels_last, float-compile; weight-only-w8 (quan
   most that any treatment of activations can reach); plain-w8a8 ...; modulated-w8a4 ...; scheduled-w8a8 (modulated, and
   most calls of the UNet forecast from the last ones instead of computed); planned-w8 (a mode for every layer, with
   --plan). --rows takes names or their beginnings: "--rows float,modulated-w8a4"."""
-
-
-class UserError(Exception):
-    """Bad input: reported as one line, exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -349,13 +337,3 @@ def writable(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another path") from error
     return path
-
-
-def command_line(argv: list[str]) -> str:
-    """The command that `argv` was given in, for reports; without the places of output files."""
-    kept, skip = [], False
-    for item in argv:
-        if not skip and not re.match(r"--(json|grid|out)(=|$)", item):
-            kept.append(item)
-        skip = not skip and item in ("--json", "--grid", "--out")
-    return shlex.join(["modiff", *kept])

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modiff_kernels.cli import calibrate_layers, models
-from modiff_kernels.cli.arguments import UserError, command_line, writable
+from modiff_kernels.cli import calibrate_layers
+from modiff_kernels.cli.arguments import writable
 from modiff_kernels.cli.plan import measure_plan
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row
-from modiff_kernels.evaluation import psnr
+from modiff_kernels.config.schedule import StepSchedule
+from modiff_kernels.evaluation import UserError, command_line, networks, psnr
+from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.planning.search import Found, computed_for_speedup, search
 from modiff_kernels.planning.stored import FILE_NAME, run_of
 
@@ -44,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
     if args.budget_db is None and args.speedup is None:
         raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
     out = writable(args.out or folder / FILE_NAME)
-    models.quiet_libraries()
+    networks.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = models.load_model(args.model, args.prompt, models.choose_device(args.device))
-    calls = models.check_steps(model, args.scheduler, args.steps)
+    model = networks.load_model(args.model, args.prompt, networks.choose_device(args.device))
+    calls = networks.check_steps(model, args.scheduler, args.steps)
     network = _Network(args, model)
     known = _Known(out.with_suffix(".partial.json"), args)
     computed, times = None, None
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 class _Network:
     """The accelerated model: pictures with and without a schedule, and times."""
 
-    def __init__(self, args: argparse.Namespace, model: models.Model) -> None:
+    def __init__(self, args: argparse.Namespace, model: networks.Model) -> None:
         self.args = args
         self.model = model
         self.unet = model.unet.to(memory_format=torch.channels_last)
@@ -106,7 +105,7 @@ class _Network:
     def _sample(self, indices: range) -> np.ndarray:
         seeds = [self.args.seed + index for index in indices]
         args = (self.model, self.unet, self.args.scheduler, self.args.steps, seeds)
-        return models.sample_images(*args, run=self.quantised.sampling_run)
+        return networks.sample_images(*args, run=self.quantised.sampling_run)
 
     def fidelity_of(self, indices: range):
         """Mean PSNR in dB of a schedule's pictures against those of the same network computed at every call."""
@@ -153,13 +152,13 @@ class _Known:
 
 def _report(
     args: argparse.Namespace,
-    model: models.Model,
+    model: networks.Model,
     calls: int,
     found: Found,
     held_out_db: float,
     times: tuple[float, float] | None,
 ) -> dict[str, Any]:
-    scheduler = models.make_scheduler(model, args.scheduler)
+    scheduler = networks.make_scheduler(model, args.scheduler)
     scheduler.set_timesteps(args.steps)
     return {
         "schedule": str(found.schedule),

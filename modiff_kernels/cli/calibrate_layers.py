@@ -11,8 +11,7 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import METHODS
-from modiff_kernels.cli import models
-from modiff_kernels.cli.arguments import UserError
+from modiff_kernels.evaluation import UserError, networks
 
 __all__ = ["run"]
 
@@ -21,12 +20,12 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out or Path("calibration")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: a file of this name is there; give a folder")
-    models.quiet_libraries()
+    networks.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     options = _options(args.method, args.set)
-    model = models.load_model(args.model, args.prompt, models.choose_device(args.device))
-    models.check_steps(model, args.scheduler, args.steps)
+    model = networks.load_model(args.model, args.prompt, networks.choose_device(args.device))
+    networks.check_steps(model, args.scheduler, args.steps)
     unet = model.unet.to(memory_format=torch.channels_last)
     try:
         result = mk.calibrate(
@@ -40,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
             folder=folder,
             weights=args.weights,
             quiet=args.quiet,
-            scheduler=models.make_scheduler(model, args.scheduler),
-            sample=lambda seeds: models.sample_images(model, unet, args.scheduler, args.steps, seeds),
+            scheduler=networks.make_scheduler(model, args.scheduler),
+            sample=lambda seeds: networks.sample_images(model, unet, args.scheduler, args.steps, seeds),
             **options,
         )
     except ValueError as error:

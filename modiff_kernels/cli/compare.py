@@ -19,12 +19,20 @@ import torch
 from tqdm import tqdm
 
 from modiff_kernels import __version__
-from modiff_kernels.cli import models
-from modiff_kernels.cli.arguments import UserError, command_line, writable
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row, build_rows, select_rows
-from modiff_kernels.cli.table import HEADER, table_cells
-from modiff_kernels.evaluation import image_grid, markdown_table, psnr, ssim, text_table, to_json
+from modiff_kernels.cli.arguments import writable
+from modiff_kernels.evaluation import (
+    UserError,
+    command_line,
+    images,
+    markdown_table,
+    networks,
+    psnr,
+    ssim,
+    text_table,
+    to_json,
+)
+from modiff_kernels.evaluation.configurations import Quantised, Row, build_rows, select_rows
+from modiff_kernels.evaluation.table import HEADER, table_cells
 from modiff_kernels.integrations.plan_cache import device_name
 
 __all__ = ["run"]
@@ -49,12 +57,12 @@ class Configuration:
 def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
     rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule, args.plan), args.rows)
-    models.quiet_libraries()
+    networks.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = models.choose_device(args.device)
-    model = models.load_model(args.model, args.prompt, device)
-    calls = models.check_steps(model, args.scheduler, args.steps)
+    device = networks.choose_device(args.device)
+    model = networks.load_model(args.model, args.prompt, device)
+    calls = networks.check_steps(model, args.scheduler, args.steps)
     notes: list[str] = []
     configurations = _configurations(model, rows, args.backend, args.granularity)
     reference, configurations = _warm_up(args, model, configurations, notes)
@@ -71,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if kind == "json":
             path.write_text(to_json(report))
         elif kind == "grid":
-            image_grid(shown, path)
+            images.image_grid(shown, path)
         else:
             notes_text = "\n".join(f"- {note}" for note in report["notes"])
             path.write_text(f"{markdown_table(HEADER, cells)}\n\n{notes_text}\n\n    {report['command']}\n")
@@ -90,7 +98,9 @@ def _outputs(args: argparse.Namespace) -> list[tuple[str, Path]]:
     return [(kind, writable(path)) for kind, path in outputs if path]
 
 
-def _configurations(model: models.Model, rows: list[Row], backend: str, granularity: str | None) -> list[Configuration]:
+def _configurations(
+    model: networks.Model, rows: list[Row], backend: str, granularity: str | None
+) -> list[Configuration]:
     """One UNet per row. All share the weights of one channels_last copy, the contiguous row keeps the original ones."""
     channels_last = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
     configurations = []
@@ -98,7 +108,7 @@ def _configurations(model: models.Model, rows: list[Row], backend: str, granular
         if not row.channels_last:
             configurations.append(Configuration(row, model.unet))
             continue
-        unet = models.share_copy(channels_last)
+        unet = networks.share_copy(channels_last)
         if row.compiled:
             unet.compile()
         quantised = None if row.mode == "float" else Quantised(unet, row, backend, granularity)
@@ -107,7 +117,7 @@ def _configurations(model: models.Model, rows: list[Row], backend: str, granular
 
 
 def _warm_up(
-    args: argparse.Namespace, model: models.Model, configurations: list[Configuration], notes: list[str]
+    args: argparse.Namespace, model: networks.Model, configurations: list[Configuration], notes: list[str]
 ) -> tuple[Configuration, list[Configuration]]:
     """Two steps of every configuration; leaves out a torch.compile that fails. Returns the reference and the rest."""
     kept = []
@@ -134,9 +144,11 @@ def _warm_up(
     return reference, kept
 
 
-def _sample(args: argparse.Namespace, model: models.Model, configuration: Configuration, indices, steps: int, bar=None):
+def _sample(
+    args: argparse.Namespace, model: networks.Model, configuration: Configuration, indices, steps: int, bar=None
+):
     started = time.perf_counter()
-    images = models.sample_images(
+    images = networks.sample_images(
         model,
         configuration.unet,
         args.scheduler,
@@ -150,7 +162,7 @@ def _sample(args: argparse.Namespace, model: models.Model, configuration: Config
 
 
 def _measure(
-    args: argparse.Namespace, model: models.Model, reference: Configuration, configurations: list[Configuration]
+    args: argparse.Namespace, model: networks.Model, reference: Configuration, configurations: list[Configuration]
 ) -> None:
     """Sample every batch `repeats` times, the configurations in turn; the images are those of the first time."""
     starts = range(0, args.images, args.batch)

@@ -8,11 +8,9 @@ import json
 
 import torch
 
-from modiff_kernels.cli import models
-from modiff_kernels.cli.arguments import UserError, command_line, writable
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row
-from modiff_kernels.evaluation import to_json
+from modiff_kernels.cli.arguments import writable
+from modiff_kernels.evaluation import UserError, command_line, networks, to_json
+from modiff_kernels.evaluation.configurations import Quantised, Row
 
 __all__ = ["run"]
 
@@ -28,10 +26,10 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--plan {plan}: --mode {args.mode} has no low bits to plan; give --mode modulated")
         plan = None
     out = writable(args.json) if args.json else None
-    models.quiet_libraries()
+    networks.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = models.load_model(args.model, args.prompt, models.choose_device(args.device))
+    model = networks.load_model(args.model, args.prompt, networks.choose_device(args.device))
     act_bits = 32 if args.mode == "weight_only" else args.act_bits
     row = Row("explain", model.name, args.mode, args.weight_bits, act_bits, plan=plan)
     unet = model.unet.to(memory_format=torch.channels_last)

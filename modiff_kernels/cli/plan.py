@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 
 import modiff_kernels as mk
-from modiff_kernels.cli import models
-from modiff_kernels.cli.arguments import UserError
-from modiff_kernels.cli.quantised import config_of_row
-from modiff_kernels.cli.rows import Row
+from modiff_kernels.evaluation import UserError, networks
+from modiff_kernels.evaluation.configurations import Row, config_of_row
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.plans import plan_text
 
@@ -20,11 +18,11 @@ __all__ = ["measure_plan"]
 
 def measure_plan(args: argparse.Namespace, out: Path) -> int:
     """Measure, print, and write to `out` and to the cache."""
-    models.quiet_libraries()
+    networks.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = models.load_model(args.model, args.prompt, models.choose_device(args.device))
-    models.check_steps(model, args.scheduler, args.steps)
+    model = networks.load_model(args.model, args.prompt, networks.choose_device(args.device))
+    networks.check_steps(model, args.scheduler, args.steps)
     unet = model.unet.to(memory_format=torch.channels_last)
     seeds = range(args.seed, args.seed + args.batch)
     act_bits = 32 if args.mode == "weight_only" else args.act_bits
@@ -34,7 +32,7 @@ def measure_plan(args: argparse.Namespace, out: Path) -> int:
         plan = mk.make_plan(
             unet,
             config_of_row(row, args.backend, args.granularity, args.max_state_bytes),
-            sample=lambda candidate: models.sample_images(model, candidate, args.scheduler, args.steps, seeds),
+            sample=lambda candidate: networks.sample_images(model, candidate, args.scheduler, args.steps, seeds),
             max_loss_db=args.max_loss_db,
             rounds=args.rounds,
             use_cache=False,

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modiff_kernels.cli import images, models
-from modiff_kernels.cli.arguments import UserError, writable
-from modiff_kernels.cli.quantised import Quantised
-from modiff_kernels.cli.rows import Row
+from modiff_kernels.cli.arguments import writable
+from modiff_kernels.evaluation import UserError, images, networks
+from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.quant.checkpoint import encoded_layer
 
 __all__ = ["Process", "run"]
@@ -62,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     if as_grid and process.count > 1:
         raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
     writable(args.out if as_grid else args.out / f".process_{process.rank}")
-    models.quiet_libraries()
+    networks.quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = models.choose_device(args.device, process.local if process.count > 1 else None)
-    model = models.load_model(args.model, args.prompt, device, low_bit=True)
-    calls = models.check_steps(model, args.scheduler, args.steps)
+    device = networks.choose_device(args.device, process.local if process.count > 1 else None)
+    model = networks.load_model(args.model, args.prompt, device, low_bit=True)
+    calls = networks.check_steps(model, args.scheduler, args.steps)
     sampler = _Sampler(args, model)
     batch = min(args.batch, args.images)
     mine = range(process.rank, math.ceil(args.images / batch), process.count)
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 class _Sampler:
     """The model in the configuration of the command line: pictures, and what they depend on."""
 
-    def __init__(self, args: argparse.Namespace, model: models.Model) -> None:
+    def __init__(self, args: argparse.Namespace, model: networks.Model) -> None:
         self.args = args
         self.model = model
         self.unet = model.unet.to(memory_format=torch.channels_last)
@@ -158,7 +157,7 @@ class _Sampler:
     def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
         """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
         in_steps = self.model.pipe is None
-        pictures = models.sample_images(
+        pictures = networks.sample_images(
             self.model,
             self.unet,
             self.args.scheduler,

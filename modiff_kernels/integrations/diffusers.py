@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.patching import (
@@ -43,8 +45,6 @@ from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.state import DEFAULT_CONTEXT
 from modiff_kernels.nn.state_tensors import INITIALIZE
-from modiff_kernels.planning.layer_plan import LayerPlan
-from modiff_kernels.planning.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.planning.stored import beside
 
 logger = logging.getLogger("modiff_kernels")
@@ -448,11 +448,10 @@ def _refuse_accelerated(unet: nn.Module) -> None:
 
 def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
     """ValueError where calls cannot be CUDA graphs."""
-    if isinstance(schedule, StepSchedule) and (schedule.tolerance is not None or schedule.is_deep):
+    if isinstance(schedule, StepSchedule) and schedule.is_deep:
         raise ValueError(
-            f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: an adaptive one decides "
-            f"by values on the device, and one of deep levels keeps a tensor from the middle of a call; give one of "
-            f"whole calls without tolerance, or leave cuda_graphs out"
+            f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: one of deep levels "
+            f"keeps a tensor from the middle of a call; give one of whole calls, or leave cuda_graphs out"
         )
     if any(is_adapter(module) for module in unet.modules()):
         raise ValueError(

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.evaluation import psnr
+from modiff_kernels.config.plan import FLOAT_MODE, Mode, ModeCost
 from modiff_kernels.integrations.diffusers import Handle, accelerate, channels_last
 from modiff_kernels.integrations.replacements import config_of
 from modiff_kernels.integrations.timing import timer_of
+from modiff_kernels.metrics import psnr
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, Mode, ModeCost
 
 MAX_SQNR_DB = 300.0  # stands for equal
 CALLS_TIMED = 12  # of a trajectory

@@ -12,7 +12,7 @@ from torch import nn
 
 from modiff_kernels import __version__
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.planning.layer_plan import LayerPlan, PlanKey, digest
+from modiff_kernels.config.plan import LayerPlan, PlanKey, digest
 
 # How calls are left out and where a plan comes from do not change what a unit costs.
 NOT_IN_KEY = ("schedule", "plan")

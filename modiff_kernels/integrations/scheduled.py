@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modiff_kernels.config import schedule as letters
+from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.history import History, Trajectory
 from modiff_kernels.nn.state import FORECAST, HOLD
 from modiff_kernels.planning import clock
-from modiff_kernels.planning import schedule as letters
-from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.planning.stored import StoredSchedule
 
 ADDITIONAL = (
@@ -133,8 +133,6 @@ class ScheduledUNet:
         predicted = None
         if action != letters.UPDATE:
             predicted = self._predict(trajectory, action, position)
-            if predicted is None:
-                action = letters.UPDATE
         trajectory.done.append(action)
         if action in (letters.HOLD, letters.FORECAST):
             state.action = HOLD if action == letters.HOLD else FORECAST
@@ -218,18 +216,13 @@ class ScheduledUNet:
         value = trajectory.output.values[-1][1]
         return value.shape[0] == sample.shape[0] and value.shape[2:] == sample.shape[2:]
 
-    def _predict(self, trajectory: Trajectory, action: str, position: float) -> Tensor | None:
-        """What stands in for the tensor that is not computed; None where the adaptive mode wants it computed."""
+    def _predict(self, trajectory: Trajectory, action: str, position: float) -> Tensor:
+        """What stands in for the tensor that is not computed."""
         deep = action in (letters.DEEP_HOLD, letters.DEEP_FORECAST)
         history = trajectory.boundary if deep else trajectory.output
         if action in (letters.HOLD, letters.DEEP_HOLD):
             return history.hold()
-        order, tolerance = self._in_use.order, self._in_use.tolerance
-        if tolerance is not None and (
-            len(history.values) < 2 or bool(history.disagreement(position, order) > tolerance)
-        ):
-            return None
-        return history.forecast(position, order)
+        return history.forecast(position, self._in_use.order)
 
     def _run_shallow(self, original: Callable[..., Any], boundary: Tensor, args: Any, kwargs: Any) -> Any:
         self._skip_deep, self._boundary = True, boundary

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -49,13 +48,6 @@ class History:
         for weight, (_, value) in zip(weights[1:], known[1:]):
             total.add_(value.float(), alpha=weight)
         return total.to(known[0][1].dtype)
-
-    def disagreement(self, position: float, order: int) -> Tensor:
-        """RMS of the difference between the forecasts of `order` and one less, over that of the former; float32 []."""
-        order = min(order, len(self.values) - 1)
-        best = self.forecast(position, order).float()
-        difference = best - self.forecast(position, max(order - 1, 0)).float()
-        return torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(best)
 
     def nbytes(self) -> int:
         """Bytes of the values."""

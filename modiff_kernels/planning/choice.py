@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, LayerPlan, Mode, ModeCost, noise_of
+from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode, ModeCost, noise_of
 
 Costs = Mapping[str, Sequence[ModeCost]]
 Modes = dict[str, Mode]

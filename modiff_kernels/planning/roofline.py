@@ -6,7 +6,7 @@ launches, no tile sizes and no caches.
 
 import dataclasses
 
-from modiff_kernels.planning.layer_plan import FLOAT, MODULATED, Mode
+from modiff_kernels.config.plan import FLOAT, MODULATED, Mode
 
 
 @dataclasses.dataclass(frozen=True)

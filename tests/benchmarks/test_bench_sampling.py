@@ -5,7 +5,7 @@ from benchmarks import bench_sampling, configurations, record
 from benchmarks.budget import Budget
 from benchmarks.pipelines import SAMPLERS, Workload
 from benchmarks.shapes import build_unet
-from modiff_kernels.cli.rows import Row
+from modiff_kernels.evaluation.configurations import Row
 
 SMALL = {
     "sample_size": 8,
@@ -82,10 +82,10 @@ class TestWorkload:
         assert pipe.scheduler.config.get("clip_sample"), "as modiff compare has it for pixels"
 
     def test_the_same_pictures_as_modiff_sample(self):
-        from modiff_kernels.cli import models
+        from modiff_kernels.evaluation import networks
 
-        model = models.load_model(None, None, torch.device("cpu"))
-        expected = models.sample_images(model, model.unet, "ddim", 5, [0, 1], channels_last=False)
+        model = networks.load_model(None, None, torch.device("cpu"))
+        expected = networks.sample_images(model, model.unet, "ddim", 5, [0, 1], channels_last=False)
         workload = Workload("cifar10_small16", model.unet, SAMPLERS["ddim50"], images=2, steps=5)
         pictures = workload.sample(workload.pipe(model.unet)).permute(0, 2, 3, 1).numpy()
         assert abs(pictures - expected).max() < 1e-5

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import contest, record
 from benchmarks.budget import Budget
 from benchmarks.contest import Contest, Entrant, Scores, fastest, ratios, recorded
-from modiff_kernels.cli.rows import Row
+from modiff_kernels.evaluation.configurations import Row
 
 ROWS = [Row(key, key, "float") for key in ("a", "b", "c")]
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from benchmarks import configurations, make_plans, record
-from modiff_kernels.planning.layer_plan import LayerPlan
+from modiff_kernels.config.plan import LayerPlan
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 
 from benchmarks import pareto
 from benchmarks.pareto import NETWORKS, Sampler, Study, _multiplications
-from modiff_kernels.cli.models import Model
+from modiff_kernels.evaluation.networks import Model
 
 # "auto" says so where it computes every call of the short runs here.
 pytestmark = pytest.mark.filterwarnings("ignore:schedule='auto':UserWarning")

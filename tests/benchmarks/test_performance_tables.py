@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import record
-from modiff_kernels.planning.layer_plan import Candidate, LayerPlan, Mode, PlanKey, UnitPlan
+from modiff_kernels.config.plan import Candidate, LayerPlan, Mode, PlanKey, UnitPlan
 from tools import performance_tables
 
 GPU = "NVIDIA H200"

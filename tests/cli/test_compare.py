@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from modiff_kernels.cli import main
-from modiff_kernels.cli.rows import build_rows, select_rows
+from modiff_kernels.evaluation.configurations import build_rows, select_rows
 
 REQUIRED = {"model", "device", "steps", "batch", "scheduler", "threads", "rows", "command", "versions"}
 REQUIRED_ROW = {

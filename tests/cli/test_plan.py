@@ -5,8 +5,8 @@ import json
 import pytest
 
 from modiff_kernels.cli import main
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import plans
-from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.roofline import Machine
 
 SAMPLING = ["--steps", "4", "--batch", "2", "--threads", "1", "--quiet"]

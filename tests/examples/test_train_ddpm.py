@@ -136,7 +136,7 @@ def test_learning_rate_follows_what_is_further(train_ddpm):
 def test_large_models_are_saved_in_small_files(train_ddpm, data, tmp_path, monkeypatch):
     from diffusers import UNet2DModel
 
-    from modiff_kernels.cli.models import load_model
+    from modiff_kernels.evaluation.networks import load_model
 
     monkeypatch.setattr(train_ddpm, "SHARD", "1MB")
     assert train_ddpm.main(arguments(data, tmp_path, "--no-sample-grid")) == 0

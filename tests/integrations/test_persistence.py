@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 
 import modiff_kernels as mk
 from modiff_kernels.config import DEFAULT_SKIP_MODULES
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn import ModulatedLinear
 from modiff_kernels.ops import dispatch
-from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 

@@ -210,21 +210,6 @@ class TestDeepLevels:
             )
 
 
-def test_adaptive_mode_computes_what_it_cannot_forecast():
-    texts = ["forecast every=3", "forecast every=3 tolerance=1e9", "forecast every=3 tolerance=1e-9"]
-    found = []
-    for text in texts:
-        pipe = pipeline()
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule=text, **FLOAT))
-        found.append((sample(pipe), letters(handle)))
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1] == "UUUFFUFFUFFU"
-    assert found[2][1] == "U" * 12
-    pipe = pipeline()
-    mk.accelerate(pipe, mk.ModiffConfig(**FLOAT))
-    assert torch.equal(found[2][0], sample(pipe))
-
-
 class OneConv(nn.Module):
     def __init__(self):
         super().__init__()

@@ -7,9 +7,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.nn.blocks import FusedBasicTransformerBlock, FusedResnetBlock2D
 from modiff_kernels.nn.stack import LinearStack
-from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from modiff_kernels.cli.arguments import UserError
+from modiff_kernels.evaluation import UserError
 from tools.gpu_campaign_parts import PARTS, SETS
 
 COMMANDS = {part.name: part.command for part in PARTS if part.name in SETS["sampling"]}

@@ -1,7 +1,4 @@
-"""`LayerPlan`: how every layer, or fused block, of a UNet is computed, and what that was decided on.
-
-A value that `ModiffConfig` holds, so this module imports nothing of the package and no torch.
-"""
+"""`LayerPlan`: how every layer, or fused block, of a UNet is computed, and what that was decided on."""
 
 import dataclasses
 import hashlib

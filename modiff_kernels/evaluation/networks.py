@@ -1,4 +1,4 @@
-"""Loading a model named on the command line, and sampling from it."""
+"""Loading a network named on a command line, and sampling from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import modiff_kernels as mk
-from modiff_kernels.cli.arguments import SCHEDULERS, UserError
+from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.integrations.measurement import share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 

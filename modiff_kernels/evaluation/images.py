@@ -1,4 +1,4 @@
-"""PNG files of sampled images: written whole or not at all, and known again by what they were sampled with."""
+"""PNG files of images: single ones, known again by what they were sampled with, and grids."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from modiff_kernels.cli.arguments import UserError
+from modiff_kernels.evaluation import UserError
 
-__all__ = ["is_kept", "tensors_crc32", "write_grid", "write_image"]
+__all__ = ["image_grid", "is_kept", "tensors_crc32", "write_grid", "write_image"]
 
 TEXT = "modiff"  # keyword of the PNG text that holds the options
 
@@ -80,7 +80,36 @@ def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
     Image.fromarray(cells.swapaxes(1, 2).reshape(-1, columns * width, 3)).save(path)
 
 
+def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64, columns: int = 8) -> None:
+    """Write a PNG with one labelled row of images per entry of `rows`.
+
+    rows: label -> float array [N, H, W, C], values in 0..1, C = 1 or 3. The first `columns` images of each row are
+    shown, small ones enlarged to at least `cell` pixels by a whole factor (nearest neighbour), others as they are.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not rows:
+        raise ValueError("no rows to draw; give at least one label with its images")
+    font = ImageFont.load_default(size=14)
+    pad, label_width = 4, 8 + math.ceil(max(font.getlength(label) for label in rows))
+    arrays = {label: np.asarray(images)[:columns] for label, images in rows.items()}
+    height, width = next(iter(arrays.values())).shape[1:3]
+    factor = max(1, math.ceil(cell / max(height, width)))
+    row_height, column_width = height * factor + pad, width * factor + pad
+    count = max(len(images) for images in arrays.values())
+    canvas = Image.new("RGB", (label_width + count * column_width, len(arrays) * row_height + pad), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, (label, images) in enumerate(arrays.items()):
+        top = pad + index * row_height
+        draw.text((4, top + row_height / 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            tile = Image.fromarray(_pixels(image[None])[0])
+            tile = tile.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            canvas.paste(tile, (label_width + column * column_width, top))
+    canvas.save(path, format="PNG", optimize=True)
+
+
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 RGB [N, H, W, 3] of `images` [N, H, W, C], C 1 or 3, in 0..1."""
-    pixels = (images.clip(0, 1) * 255).round().astype(np.uint8)
+    """uint8 RGB [N, H, W, 3] of `images` [N, H, W, C], C 1 or 3, in 0..1; NaN is black."""
+    pixels = (np.nan_to_num(images).clip(0, 1) * 255).round().astype(np.uint8)
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels

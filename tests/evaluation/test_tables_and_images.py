@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modiff_kernels.evaluation import image_grid, markdown_table, text_table, to_json
+from modiff_kernels.evaluation import markdown_table, text_table, to_json
+from modiff_kernels.evaluation.images import image_grid
 
 ROWS = [["plain W8A8", "45.1", "1.02"], ["a", "9", "-"]]
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from modiff_kernels.planning.layer_plan import Candidate, LayerPlan, Mode, ModeCost, PlanKey, UnitPlan
+from modiff_kernels.config.plan import Candidate, LayerPlan, Mode, ModeCost, PlanKey, UnitPlan
 
 FLOAT, PLAIN, MODULATED = Mode("float"), Mode("quantized", 8), Mode("modulated", 4)
 UNIT = UnitPlan(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.config.schedule import StepSchedule
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,6 @@ from modiff_kernels.planning.schedule import StepSchedule
         ("weight_bits", 8.0),
         ("act_bits", 2),
         ("act_bits", "4"),
-        ("first_step_bits", 0),
         ("granularity", "per_row"),
         ("scale_mode", "learned"),
         ("state_dtype", "float64"),
@@ -53,7 +52,6 @@ def test_json_round_trip():
         act_bits=3,
         granularity="per_token",
         scale_mode="delayed",
-        first_step_bits=8,
         state_dtype=torch.float16,
         group_size=64,
         skip_modules=["mid_block"],
@@ -72,6 +70,20 @@ def test_json_round_trip():
     assert ModiffConfig.from_dict(config.to_dict()) == config
     assert ModiffConfig.from_dict({}) == ModiffConfig()
     assert hash(config) != hash(ModiffConfig())
+
+
+def test_first_step_bits_is_refused_with_the_reason_and_dropped_from_what_was_saved(caplog):
+    with pytest.raises(ValueError, match=r"first_step_bits=4 is not allowed; .*begins with two 8-bit updates"):
+        ModiffConfig(first_step_bits=4)
+    config = ModiffConfig(act_bits=4)
+    assert dataclasses.replace(config, act_bits=3).act_bits == 3
+    saved = config.to_dict()
+    assert "first_step_bits" not in saved
+    assert ModiffConfig.from_dict({**saved, "first_step_bits": None}) == config
+    assert not caplog.messages
+    assert ModiffConfig.from_dict({**saved, "first_step_bits": 8}) == config
+    assert len(caplog.messages) == 1
+    assert "first_step_bits=8 is not used any more" in caplog.text
 
 
 def test_impossible_schedules():

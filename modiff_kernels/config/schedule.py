@@ -1,11 +1,7 @@
-"""`StepSchedule`: which calls of a run compute the network, and what takes the place of the others.
-
-A value that `ModiffConfig` holds, so this module imports nothing of the package.
-"""
+"""`StepSchedule`: which calls of a run compute the network, and what takes the place of the others."""
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,8 +32,6 @@ class StepSchedule:
         is lower; through one value it is a hold.
     axis: what the polynomial is in: "timestep", "log_snr", "sigma" (noise over signal) or "root_sigma", its root.
     level: for deep actions, the up block from which on the network is computed in every call (1 or more). None: last.
-    tolerance: adaptive mode: a forecast is computed after all where it differs from that of one order less by more than
-        this part of its own root mean square. Reads the device at every forecast. None: off.
     stochastic: says that skipping with a sampler that adds noise is meant, and keeps the warning away.
     """
 
@@ -48,10 +42,10 @@ class StepSchedule:
     order: int = 2
     axis: str = "root_sigma"
     level: int | None = None
-    tolerance: float | None = None
     stochastic: bool = False
+    tolerance: dataclasses.InitVar[float | None] = None  # gone; refused with the reason
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, tolerance: float | None) -> None:
         if not isinstance(self.rule, str) or (self.rule not in RULES and not _PATTERN.fullmatch(self.rule)):
             raise _error("rule", self.rule, f"{', '.join(RULES)}, or a pattern of U, F, H, f, h such as 'U3F2UF2U'")
         if self.rule not in RULES:
@@ -69,13 +63,13 @@ class StepSchedule:
             raise _error("level", self.level, "the index of an up block, 1 or more, or None for the last")
         if self.level is not None and not self.is_deep:
             raise _error("level", self.level, f"None, because {self.rule!r} skips no deep levels")
-        if self.tolerance is not None:
-            value = self.tolerance
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise _error("tolerance", value, "a number above 0, or None")
-            if not {FORECAST, DEEP_FORECAST} & set(self._letters()):
-                raise _error("tolerance", value, f"None, because {self.rule!r} forecasts nothing")
-            object.__setattr__(self, "tolerance", float(value))
+        if tolerance is not None:
+            raise _error(
+                "tolerance",
+                tolerance,
+                "None: there is no adaptive mode any more; it read the device at every forecast, and in its study a "
+                "schedule without it was better at equal cost",
+            )
         if self.stochastic not in (True, False):
             raise _error("stochastic", self.stochastic, "True or False")
 
@@ -100,12 +94,12 @@ class StepSchedule:
         words = text.split() if isinstance(text, str) else []
         if not words:
             raise ValueError(f"StepSchedule: {text!r} is no schedule; give e.g. 'forecast every=3' or 'U3F2UF2U'")
-        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        names = [field.name for field in dataclasses.fields(cls)[1:]]
         options: dict[str, Any] = {}
         for word in words[1:]:
             found = _OPTION.fullmatch(word)
-            if found is None or found[1] not in kinds or found[1] == "rule":
-                allowed = ", ".join(f"{name}=" for name in kinds if name != "rule")
+            if found is None or found[1] not in (*names, "tolerance"):
+                allowed = ", ".join(f"{name}=" for name in names)
                 raise ValueError(f"StepSchedule: {word!r} in {text!r} is not allowed; give {allowed} without spaces")
             options[found[1]] = _value(found[2])
         return cls(words[0], **options)
@@ -130,7 +124,7 @@ class StepSchedule:
         except json.JSONDecodeError as error:
             raise ValueError(f"StepSchedule: the text is not JSON ({error}); give what to_json() returns") from error
         names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= set(names):
+        if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= {*names, "tolerance"}:
             raise ValueError(f"StepSchedule: {text!r} is not an object with a rule; the fields are {', '.join(names)}")
         return cls(**values)
 

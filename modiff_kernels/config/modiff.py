@@ -3,13 +3,14 @@
 import dataclasses
 import enum
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from modiff_kernels.planning.layer_plan import LayerPlan
-from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 MODES = ("modulated", "quantized")
@@ -17,6 +18,9 @@ SCALE_MODES = ("dynamic", "delayed", "static")
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
 DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
+FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
+
+log = logging.getLogger(__name__)
 
 
 class QuantizationMethod(str, enum.Enum):
@@ -41,14 +45,13 @@ class ModiffConfig:
     scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
         update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration` or
         static_scales; in mode "quantized" it is the scale of the activation itself.
-    first_step_bits: None computes the first call of a run with float activations; 3, 4 or 8 quantise them.
     state_dtype: "float32", "float16", "bfloat16" or the torch dtype; None is float32 on the CPU, float16 on CUDA.
     group_size: None for one weight scale per output channel, else the number of weights along K that share one.
     skip_modules: parts of module paths that stay float. A part "a.b" fits a path with consecutive names that
         contain "a" and "b"; a number must be equal ("down_blocks.1" does not fit "down_blocks.10").
     backend: "auto", or a backend by name, which then never falls back.
-    mode: "modulated", or "quantized" (plain low-bit layers without state: first_step_bits, clip_ratio and state_dtype
-        are not used, and scale_mode "delayed" is "dynamic").
+    mode: "modulated", or "quantized" (plain low-bit layers without state: clip_ratio and state_dtype are not
+        used, and scale_mode "delayed" is "dynamic").
     clip_ratio: above 0 and up to 1: dynamic and delayed scales cover this part of the absmax.
     schedule: which calls of a run compute the network and what takes the place of the others: None (all do), a
         StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U", or "auto": what `modiff calibrate` stored in
@@ -66,7 +69,6 @@ class ModiffConfig:
     act_bits: int | None = 8
     granularity: str | None = None
     scale_mode: str = "dynamic"
-    first_step_bits: int | None = None
     state_dtype: str | None = None
     group_size: int | None = None
     skip_modules: tuple[str, ...] = DEFAULT_SKIP_MODULES
@@ -78,11 +80,14 @@ class ModiffConfig:
     plan: LayerPlan | str | None = None
     max_state_bytes: int | None = None
     cuda_graphs: bool = False
+    first_step_bits: dataclasses.InitVar[int | None] = None  # gone; refused with the reason
 
     quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODIFF
 
-    def __post_init__(self) -> None:
-        for field in ("weight_bits", "act_bits", "first_step_bits"):
+    def __post_init__(self, first_step_bits: int | None) -> None:
+        if first_step_bits is not None:
+            raise _error("first_step_bits", first_step_bits, f"nothing: {FIRST_CALL}")
+        for field in ("weight_bits", "act_bits"):
             _check_choice(field, getattr(self, field), (*BITS, None))
         _check_choice("granularity", self.granularity, (*GRANULARITIES, None))
         _check_choice("scale_mode", self.scale_mode, SCALE_MODES)
@@ -142,11 +147,16 @@ class ModiffConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
-        """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError."""
+        """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError.
+
+        `first_step_bits`, which older versions wrote, is dropped, with a warning where it was a number.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
         values = dict(values)
         _check_choice("quant_method", values.pop("quant_method", cls.quant_method.value), (cls.quant_method.value,))
+        if (bits := values.pop("first_step_bits", None)) is not None:
+            log.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
