@@ -10,7 +10,7 @@ import importlib
 import sys
 
 from benchmarks.runner import FAILED, DeviceLost
-from benchmarks.shared import UserError
+from modiff_kernels.evaluation import UserError
 
 COMMANDS = {
     "layers": "layers.command",

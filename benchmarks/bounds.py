@@ -11,7 +11,6 @@ import torch
 import modiff_kernels as mk
 from benchmarks.shapes import Layer, layer_table
 from modiff_kernels.config.plan import Mode
-from modiff_kernels.integrations.plans import measured_machine
 from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
 
 PEAKS = {
@@ -34,6 +33,8 @@ def machine(device: torch.device) -> tuple[Machine, str]:
     peaks = peaks_of(name)
     if peaks is not None:
         return peaks, f"data sheet of {name}"
+    from modiff_kernels.integrations.plans import measured_machine
+
     return measured_machine(device, mk.ModiffConfig()), "measured on a large product, convolution and copy"
 
 

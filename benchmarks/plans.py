@@ -19,7 +19,6 @@ import argparse
 from typing import Any
 
 import torch
-from modiff_kernels.planning.layer_plan import LayerPlan
 
 import modiff_kernels as mk
 from benchmarks.configurations import plan_file
@@ -27,6 +26,7 @@ from benchmarks.pipelines import GUIDED, SAMPLERS, Workload
 from benchmarks.runner import Session, add_options, attempt, free_memory
 from benchmarks.shapes import NETWORKS, build_unet
 from benchmarks.shared import quiet_libraries
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations.plans import plan_text
 
 STEPS = 8

@@ -24,7 +24,6 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import record
-from benchmarks.shared import choose_device
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -396,6 +395,13 @@ def is_wanted(key: str, names: str) -> bool:
     """Whether --rows `names` asks for the configuration `key`: by its name, its beginning, or without its backend."""
     forms = (f"{key}-", f"{key.partition('.')[0]}-")
     return not names or any(form.startswith(f"{name}-") for name in names.split(",") for form in forms)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

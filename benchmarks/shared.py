@@ -7,7 +7,6 @@ from modiff_kernels.evaluation.images import tensors_crc32
 from modiff_kernels.evaluation.networks import (
     Model,
     check_steps,
-    choose_device,
     load_model,
     make_scheduler,
     quiet_libraries,
@@ -26,7 +25,6 @@ __all__ = [
     "UserError",
     "build_rows",
     "check_steps",
-    "choose_device",
     "compare_cells",
     "config_of_row",
     "load_model",

@@ -23,11 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-
-from benchmarks import products_report, record
 from benchmarks.budget import Budget
 from benchmarks.gpu_timing import current_gpu
 from benchmarks.product_cases import Case, Problem
+
+from benchmarks import products_report, record
 from benchmarks.shapes import Layer
 
 OUT = record.RESULTS / "ncu"

@@ -48,7 +48,7 @@ class TritonProducts:
 
         return tile_configs.ranked(self.shape(scratch), self.gpu)
 
-    def cut(self, candidate: Any) -> tuple[Any, int]:
+    def tile(self, candidate: Any) -> tuple[Any, int]:
         return replace(candidate, split_k=1), candidate.split_k
 
     def update(self, scratch: Scratch, candidate: Any) -> Callable[[], None]:
@@ -70,8 +70,8 @@ def _about() -> dict[str, str]:
     return {"triton": triton_package.__version__}
 
 
-def main(argv: list[str] | None = None) -> int:
-    return tile_tuning.main(argv, __doc__ or "", triton.unavailable(), TritonProducts, _about)
+def main() -> int:
+    return tile_tuning.main(__doc__ or "", triton.unavailable(), TritonProducts, _about)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from benchmarks.shapes import Layer, layer_table
 from benchmarks.timing import timer_of
 from modiff_kernels import ops
 from modiff_kernels.evaluation import sqnr
+from modiff_kernels.ops.problem import capability
 from modiff_kernels.planning.roofline import Machine
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
 
@@ -229,7 +230,7 @@ class Tensors:
     def weight_for(self, backend: str) -> Any:
         """The weight in the layout that `backend` prefers, made once."""
         if backend not in self._prepared:
-            self._prepared[backend] = prepared(self.packed, self.weight_q.shape[1], self.window, self.codes, backend)
+            self._prepared[backend] = prepared(self.packed, self.weight_q.shape[1], self.window, backend)
         return self._prepared[backend]
 
     def some(self, samples: list[int]) -> Tensors:
@@ -326,10 +327,12 @@ class Tensors:
         return self.call("product" if form == INTEGER_CONV else form, "reference")()
 
 
-def prepared(packed: Any, k: int, window: Any, like: Tensor, backend: str) -> Any:
-    """`packed` in the layout that products of `backend` prefer on the device of `like`."""
-    layout = ops.preferred_layout("product", like.device, packed, k, window, backend=backend)
-    return ops.prepare_weight(packed, k, window, layout, backend=backend)
+def prepared(weight: ops.PackedWeight, k: int, window: ops.Window | None, backend: str) -> ops.PackedWeight:
+    """`weight` [n, k] in the layout that products of `backend` on its device like best."""
+    place = {"device_type": weight.packed.device.type, "capability": capability(weight.packed.device)}
+    form = {"weight_bits": weight.bits, "group_size": weight.group_size, "granularity": "per_sample"}
+    problem = ops.Problem("product", m=1, n=weight.n, k=k, window=window, **place, **form)
+    return ops.prepare_weight(weight, k, window, ops.preferred_layout(problem, backend), backend)
 
 
 class Check:

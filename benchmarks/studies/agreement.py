@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modiff_kernels import ops
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.ops.dispatch import REFERENCE, REFERENCE_OPS
+from modiff_kernels.quant.operands import PackedWeight, Window, summed
 from modiff_kernels.quant.packing import KPACK_V1
 
-EXACT = ("quantize_residual", "quantize_activation")  # quantise what they are given: all codes have to be equal
+EXACT = "quantize identity"  # quantises what it is given: all codes have to be equal
 WRONG_DB = -300.0  # stands for NaN and for values where the reference has zeros
 
 
@@ -52,7 +53,7 @@ class Agreement:
             different = result.numel() - int(equal.sum())
             self.codes += result.numel()
             self.differing += different
-            if name in EXACT:
+            if name == EXACT:
                 self.exact_codes += result.numel()
                 self.exact_differing += different
             if result.dtype == torch.int8:
@@ -97,10 +98,11 @@ class Replay(TorchDispatchMode):
         given = {argument.name: value for argument, value in zip(declared, args)} | (kwargs or {})
         copies = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
         results = func(*args, **(kwargs or {}))
-        expected = getattr(ops, name)(**_portable(copies), backend=REFERENCE)
-        mutated = [a.name for a in declared if a.alias_info is not None and a.alias_info.is_write]
+        expected = func(**{**copies, **_portable(copies), "backend": REFERENCE})
+        written = [a.name for a in declared if a.alias_info is not None and a.alias_info.is_write]
+        mutated = [key for key in written if given.get(key) is not None]
         self.agreement.add(
-            name,
+            f"{name} {given['prologue_kind']}" if "prologue_kind" in given else name,
             [*_tensors(results), *(given[key] for key in mutated)],
             [*_tensors(expected), *(copies[key] for key in mutated)],
         )
@@ -112,16 +114,11 @@ def _tensors(results: Any) -> list[Tensor]:
 
 
 def _portable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of an op without `backend`, the weight in the layout that the reference reads."""
-    arguments = {key: value for key, value in arguments.items() if key != "backend"}
-    layout = arguments.get("layout", KPACK_V1)
-    if layout == KPACK_V1:
-        return arguments
-    x = next(value for key, value in arguments.items() if key in ("x", "x_q", "residual_q"))
-    window = arguments.get("kernel_size", [1, 1])
-    groups = arguments.get("groups", 1)
-    k = window[0] * window[1] * x.shape[1] // groups if "kernel_size" in arguments else x.shape[-1]
-    weight = arguments["weight_packed"]
-    bits, n = arguments["weight_bits"], arguments["weight_scale"].shape[0]
-    weight = ops.prepare_weight(weight, bits, n, k, layout, KPACK_V1, window, groups)
-    return {**arguments, "weight_packed": weight, "layout": KPACK_V1}
+    """The weight of an op in the layout that the reference reads."""
+    fields = {name: arguments.get(f"weight_{name}") for name in PackedWeight._fields}
+    if fields["layout"] in (None, KPACK_V1):
+        return {}
+    window = Window.from_ints(arguments["window"])
+    channels = arguments["codes"].shape[-1 if window is None else 1]
+    weight = ops.prepare_weight(PackedWeight(**fields), summed(channels, window), window, KPACK_V1)
+    return {"weight_packed": weight.packed, "weight_layout": weight.layout}

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from modiff_kernels.planning.schedule import UPDATE, StepSchedule
 from torch import nn
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from benchmarks.configurations import has
 from benchmarks.shared import Quantised, Row
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
+from modiff_kernels.config.schedule import UPDATE, StepSchedule
 from modiff_kernels.evaluation import markdown_table, psnr
 from modiff_kernels.planning.search import search
 
