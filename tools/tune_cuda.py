@@ -3,8 +3,8 @@
 python tools/tune_cuda.py [--network sd15 ...] [--batch 1 2 8] [--weight-bits 8 4] [--budget 500] [--record]
 
 A choice is a tile of the kernels of sm_90 or sm_80 and a number of parts along K. Needs a GPU, which nothing else
-should use meanwhile. Works on scratch tensors of the layers' shapes, so no state is touched; a choice whose sums are not
-exact is refused and never timed. Layers with the largest share of a network's step come first, and every choice is
+should use meanwhile. Works on scratch tensors of the layers' shapes, so no state is touched; a choice whose sums are
+not exact is refused and never timed. Layers with the largest share of a network's step come first, and every choice is
 written as soon as it is there. Choices for other shapes are kept.
 """
 
