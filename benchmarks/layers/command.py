@@ -1,11 +1,10 @@
-"""Single layers and passes in every form, each verified before it is timed.
+"""Single layers in every form, each verified before it is timed.
 
     python -m benchmarks layers --network ddpm_cifar10 --record
     python -m benchmarks layers --network sd15 sdxl --batch 8 --device cuda --backend cuda --most 12 --record
-    python -m benchmarks layers --case passes --network ddpm_cifar10 --batch 1 8 --record
     python -m benchmarks layers --case attention machine --record
 
---case products (benchmarks/layers/products.py), passes, attention, machine. On a GPU one process should have one of our
+--case products (benchmarks/layers/products.py), attention, machine. On a GPU one process should have one of our
 backends: a kernel that loses the CUDA context takes everything with it that the process would have timed.
 """
 
@@ -16,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bounds
+from benchmarks import bounds, record
 from benchmarks.baselines.cutlass_int8.build import FOLDER as CUTLASS_FOLDER
 from benchmarks.baselines.cutlass_int8.kernels import Cutlass
-from benchmarks.layers import attention, machine, passes, products
+from benchmarks.layers import attention, products
 from benchmarks.layers.products import Form, ProductCase
-from benchmarks.runner import Measure, Session, add_options
+from benchmarks.runner import Measure, Session, add_options, attempt
 from benchmarks.shapes import NETWORKS
 from benchmarks.tables import show
 
-CASES = ("products", "passes", "attention", "machine")
+CASES = ("products", "attention", "machine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--most", type=int, help="products: those with the largest share of a step (default: all); passes: of each kind"
     )
-    add("--cache", nargs="+", choices=("warm", "cold"), default=["warm", "cold"], help="of passes")
     add("--cutlass", type=Path, default=CUTLASS_FOLDER, help="folder of CUTLASS's built kernels (%(default)s)")
     add_options(parser, rounds=25)
 
@@ -47,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         raise SystemExit("layers: --batch, --rounds and --most must be at least 1")
     session = Session(args)
     torch.backends.cudnn.benchmark = True
-    run = {"products": _products, "passes": _passes, "attention": _attention, "machine": _machine}
+    run = {"products": _products, "attention": _attention, "machine": _machine}
     with torch.inference_mode():
         for case in args.case:
             run[case](session)
@@ -78,24 +76,6 @@ def _products(session: Session) -> None:
                 print(f"{row['problem']}  {row['op']}  {row['backend']}  {row['p50']:.1f} us", flush=True)
 
 
-def _passes(session: Session) -> None:
-    args = session.args
-    passes.keep_freed_memory()
-    bandwidth = bounds.machine(session.device)[0].bandwidth
-    for network in args.network:
-        for name, item, batch, form in passes.problems(network, args.batch, args.most or 1):
-            tensors = passes.Tensors(item, batch, form, session.device)
-            for cache in args.cache:
-                measures = [(way, Measure("fused_pass", name, "time", 1e-6, way.key)) for way in passes.PASS_WAYS]
-                session.run(
-                    f"{name}, {cache}",
-                    lambda n=name, t=tensors, c=cache: passes.PassCase(n, t, c == "cold", args.backend[0], bandwidth),
-                    measures,
-                    args.rounds,
-                )
-    print(show([row for row in session.rows if row["op"] == "fused_pass"], "time", by=("problem", "cache", "backend")))
-
-
 def _attention(session: Session) -> None:
     args = session.args
     backends = ["torch", *products.backends_here(args.backend, session.device.type == "cuda")]
@@ -115,11 +95,11 @@ def _attention(session: Session) -> None:
 
 
 def _machine(session: Session) -> None:
-    rates = machine.rates(session.device.type)
-    measures = [
-        (rate, Measure("machine", rate.key, "bandwidth" if rate.kind == "copy" else "rate", 1.0)) for rate in rates
-    ]
-    session.run("machine", lambda: machine.MachineCase(session.device), measures, 1)
-    for row in session.rows:
-        if row["op"] == "machine":
-            print(f"{row['problem']}  {row['p50']:.4g} {row['unit']}  ({row['p20']:.4g}-{row['p80']:.4g})", flush=True)
+    """The rates that this machine reaches in torch: ceilings beside the data sheet."""
+    rates = attempt("machine", lambda: bounds.measured(session.device), session.budget)
+    session.failed += rates is None
+    for name, rate in rates.items() if rates else ():
+        metric, unit, scale = ("bandwidth", "GB/s", 1e-9) if name == "copy" else ("rate", "TOPS", 1e-12)
+        row = {"op": "machine", "problem": name, "backend": "torch", "metric": metric, "unit": unit, "cache": "warm"}
+        session.keep([row | record.percentiles([rate * scale])])
+        print(f"{name}  {rate * scale:.4g} {unit}", flush=True)
