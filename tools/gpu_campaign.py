@@ -41,10 +41,7 @@ from tools.gpu_campaign_parts import PARTS, SETS, WHEELS, Part
 
 ROOT = Path(__file__).resolve().parent.parent
 
-RESULTS = (
-    "benchmarks/results/**/*",
-    "modiff_kernels/backends/*/tiles/*.json",
-)
+RESULTS = ("benchmarks/results/**/*", "modiff_kernels/backends/*/tiles/*.json")
 """Where parts write, beside the working folder: patterns from the root of the repository."""
 
 NOT_FINISHED = 3

@@ -41,14 +41,14 @@ import modiff_kernels as mk
 from benchmarks import shared as models
 from benchmarks.record import ROOT
 from benchmarks.shared import METHODS
+from benchmarks.studies.pictures import Pictures
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
-from modiff_kernels.evaluation import frechet_distance, markdown_table, psnr, ssim
+from modiff_kernels.evaluation import markdown_table
 
 SAMPLERS = {"DDIM-100": ("ddim", 100), "DDIM-20": ("ddim", 20), "DPM-Solver++-20": ("dpmsolver++", 20)}
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W4A3": (4, 3), "W3A8": (3, 8)}
 WAYS = ("float", "plain", "modulated")
-EVALUATION_SEED = 100_000  # calibration sees the noise of seeds from 0 on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,62 +77,41 @@ def features_of(name: str) -> Callable[[np.ndarray], np.ndarray]:
     return getattr(importlib.import_module(module), function)
 
 
-class Study:
+class Study(Pictures):
     """Calibrates and samples. folder: where calibrations are kept while the study runs."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args = args
-        self.folder = folder
-        self.model = models.load_model(args.model, None, torch.device("cpu"))
+        model = models.load_model(args.model, None, torch.device("cpu"))
+        super().__init__(model, args.images, args.batch, SAMPLERS, features_of(args.features))
+        self.args, self.folder = args, folder
         self.unet = self.model.unet.to(memory_format=torch.channels_last)
-        self.features = features_of(args.features)
-        self.references: dict[str, np.ndarray] = {}
         self.costs: dict[Path, Cost] = {}
 
     def row(self, sampler: str, method: str, bits: str, way: str) -> dict[str, Any]:
         """One row of the report."""
         weight_bits, act_bits = BITS[bits]
-        folder = self._calibrated(sampler, method, weight_bits, 8)
-        if way == "plain":
-            folder = self._calibrated(sampler, method, weight_bits, act_bits)
+        folder = self._calibrated(sampler, method, weight_bits, act_bits if way == "plain" else 8)
         result = mk.CalibrationResult.load(folder)
-        config = {
-            "plain": result.config,
-            "modulated": mk.ModiffConfig(weight_bits, act_bits),
-            "float": mk.ModiffConfig(weight_bits, None),
-        }[way]
-        images = self._images(sampler, result, config)
-        if sampler not in self.references:
-            self.references[sampler] = self._images(sampler, None, None)
-        reference = self.references[sampler]
+        config = {"modulated": mk.ModiffConfig(weight_bits, act_bits), "float": mk.ModiffConfig(weight_bits, None)}
+        handle = mk.accelerate(self.unet, config.get(way, result.config), calibration=result)
+        images = self.sampled(sampler, self.unet, lambda scheduler: handle.sampling_run(scheduler=scheduler))
+        handle.remove()
+        scores = self.scores(images, self.full_precision(sampler))
         cost = self.costs[folder]
         return {
             "sampler": sampler,
             "method": method,
             "bits": f"W{weight_bits}" if way == "float" else bits,
             "way": way,
-            "psnr_db": float(psnr(images, reference).mean()),
-            "ssim": float(ssim(images, reference).mean()),
-            "frechet": frechet_distance(self.features(images), self.features(reference)),
+            "psnr_db": scores["psnr_db"],
+            "ssim": scores["ssim"],
+            "frechet": scores["frechet_full"],
             "features": self.args.features,
             "calibration_s": cost.seconds,
             "calibration_cpu_s": cost.cpu_s,
             "peak_mib": cost.peak_mib,
             "options": result.metadata["options"],
         }
-
-    def _images(self, sampler: str, result: Any, config: mk.ModiffConfig | None) -> np.ndarray:
-        name, steps = SAMPLERS[sampler]
-        handle = None if config is None else mk.accelerate(self.unet, config, calibration=result)
-        run = {} if handle is None else {"run": lambda scheduler: handle.sampling_run(scheduler=scheduler)}
-        batches = []
-        for start in range(0, self.args.images, self.args.batch):
-            stop = min(start + self.args.batch, self.args.images)
-            seeds = range(EVALUATION_SEED + start, EVALUATION_SEED + stop)
-            batches.append(models.sample_images(self.model, self.unet, name, steps, seeds, **run))
-        if handle is not None:
-            handle.remove()
-        return np.concatenate(batches)
 
     def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> Path:
         """Folder of the calibration with static scales; codes are learnt with 8-bit activations and kept for others."""

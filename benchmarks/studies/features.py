@@ -5,8 +5,7 @@
 A ResNet of three stages (He et al., 2016; two blocks each, batch norm, global average pooling); its features are the
 means over pixels that the last, linear layer reads. `--size` is the side of the images that it is for. Training: SGD
 with Nesterov momentum, a one-cycle learning rate, shifts by up to an eighth of the side, flips, label smoothing; bf16
-autocast, data on the device. `--minutes` ends it by the clock: the learning rate then follows the time.
-
+autocast, data on the device.
 `cifar10_resnet_SIZE.safetensors` has the weights in fp16 with batch norm folded in, `.json` the accuracy on the test
 images, of these very weights, and the command. InceptionV3, the network of the FID, is for images of 299 pixels and has
 2048 features, more than a thousand images can place; distances here are not FIDs.
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import time
 from pathlib import Path
 
 import numpy as np
@@ -150,57 +148,37 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min(progress / 0.2, (1 - progress) / 0.8)
 
 
-def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) -> tuple[FeatureNetwork, int, float]:
-    """The trained network, its steps and seconds."""
-    started = time.perf_counter()
+def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) -> FeatureNetwork:
+    """The trained network."""
     torch.manual_seed(args.seed)
     device = images.device
     generator = torch.Generator(device).manual_seed(args.seed)
     network = FeatureNetwork(args.width).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, foreach=True
-    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     batch = min(args.batch_size, len(images))
     steps = args.epochs * (len(images) // batch)
-    limit = 60 * args.minutes if args.minutes else float("inf")
-    done, order = 0, torch.empty(0, dtype=torch.int64, device=device)
-    with tqdm(total=steps, desc="train", disable=args.quiet, leave=False) as bar:
-        while (progress := max(done / steps, (time.perf_counter() - started) / limit)) < 1:
-            if len(order) < batch:
-                order = torch.randperm(len(images), generator=generator, device=device)
-            picked, order = order[:batch], order[batch:]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress, args.lr)
-            inputs = augmented(images[picked], generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16):
-                scores = network(inputs)
-            loss = F.cross_entropy(scores.float(), labels[picked], label_smoothing=0.1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            done += 1
-            bar.update()
-            if done % 20 == 0:  # waits for the device, so that the clock above is that of its work
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return network, done, time.perf_counter() - started
+    order = torch.empty(0, dtype=torch.int64, device=device)
+    for done in tqdm(range(steps), desc="train", disable=args.quiet, leave=False):
+        if len(order) < batch:
+            order = torch.randperm(len(images), generator=generator, device=device)
+        picked, order = order[:batch], order[batch:]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(done / steps, args.lr)
+        inputs = augmented(images[picked], generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            scores = network(inputs)
+        loss = F.cross_entropy(scores.float(), labels[picked], label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return network
 
 
 def command(args: argparse.Namespace) -> str:
     """The command that gives this network, with every option that matters spelt out."""
-    names = ("size", "width", "epochs", "minutes", "batch_size", "lr", "seed", "device")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    names = ("size", "width", "epochs", "batch_size", "lr", "seed", "device")
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     return shlex.join(["python", "-m", "benchmarks", "features", "--data", "DATA", *words])
-
-
-def store(args: argparse.Namespace, network: FeatureNetwork, record: dict) -> None:
-    """Write weights and record under their last names only when they are whole."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"cifar10_resnet_{args.size}"
-    weights = {key: value.contiguous() for key, value in network.state_dict().items()}
-    save_file(weights, stem.with_suffix(".new"))
-    stem.with_suffix(".new").replace(stem.with_suffix(".safetensors"))
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,13 +186,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=16, help="side of the images (%(default)s)")
     parser.add_argument("--width", type=int, default=32, help="channels of the first stage, a quarter of the features")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="end training after this time, if the epochs take longer")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=0.2, help="peak learning rate (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (%(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no message")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -223,24 +200,23 @@ def main(args: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"features: --data: {error}") from error
     (images, labels), (test_images, test_labels) = (tuple(part.to(args.device) for part in pair) for pair in data)
-    network, steps, seconds = train(args, images, labels)
+    network = train(args, images, labels)
     network.fuse().half().float()  # the values that are stored are those that are judged
     record = {
         "command": command(args),
         "size": args.size,
         "width": args.width,
         "features": 4 * args.width,
-        "parameters": sum(p.numel() for p in network.parameters()),
         "test_accuracy": accuracy(network, test_images, test_labels),
         "test_images": len(test_labels),
         "train_images": len(labels),
-        "steps": steps,
-        "batch_size": args.batch_size,
-        "seconds": round(seconds, 1),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
     }
-    store(args, network.half().cpu(), record)
-    if not args.quiet:
-        print(f"{100 * record['test_accuracy']:.2f} % of the test images, {steps} steps in {seconds:.0f} s: {args.out}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"cifar10_resnet_{args.size}"
+    weights = {key: value.contiguous() for key, value in network.half().cpu().state_dict().items()}
+    save_file(weights, stem.with_suffix(".new"))
+    stem.with_suffix(".new").replace(stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{100 * record['test_accuracy']:.2f} % of the test images: {args.out}")
     return 0
