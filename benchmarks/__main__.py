@@ -20,7 +20,6 @@ COMMANDS = {
     "schedules": "studies.schedules",
     "quality": "studies.quality",
     "calibration": "studies.calibration",
-    "features": "studies.features",
     "tables": "tables",
 }
 

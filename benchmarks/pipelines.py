@@ -16,25 +16,9 @@ import torch
 
 from benchmarks import shared as models
 from benchmarks.configurations import label
-from benchmarks.shapes import TEXT_TOKENS
+from benchmarks.shapes import CONFIGS, TEXT_TOKENS
 
 SHIPPED_SCHEDULE = "cifar10_small16"
-PIXELS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-LATENTS = {**PIXELS, "beta_start": 0.0015, "beta_end": 0.0155}
-STABLE_DIFFUSION = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
-SCHEDULER_CONFIGS = {
-    "ddpm_cifar10": PIXELS,
-    "ldm8_churches": LATENTS,
-    "sd15": STABLE_DIFFUSION,
-    "sdxl": STABLE_DIFFUSION,
-}
 OF_PIXELS = ("cifar10_small16", "ddpm_cifar10")
 GUIDED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -62,7 +46,7 @@ def scheduler_config(network: str) -> dict[str, Any]:
     """The noise schedule that `network` was, or would be, trained on."""
     if network == SHIPPED_SCHEDULE:
         return models.load_model(None, None, torch.device("cpu")).scheduler_config
-    return SCHEDULER_CONFIGS[network]
+    return CONFIGS[network]["scheduler"]
 
 
 class Workload:

@@ -11,9 +11,8 @@ import dataclasses
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -22,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "codes": r"modiff(_\w+)?::\w*quantize|range_kernel|quantize_kernel|statistics_kernel|coefficients_kernel"
     r"|modiff::.*(Pass|Moments|Statistics|Coefficients)\b",
-    "integer products": r"modiff(_\w+)?::(convolve|accumulate|modulated|quantized)|modiff::cuda::|product_kernel"
+    "integer products": r"modiff(_\w+)?::\w*(product|modulate|convolve)|modiff::cuda::|product_kernel"
     r"|modiff::.*(Product|FinishSplits|WeightSums)|finish_kernel|weight_sums_kernel|modulated_linear_kernel",
     "attention": r"attention|fmha|flash|aten::(bmm|baddbmm|_softmax)",
     "float layers": r"convolution|conv2d|aten::(addmm|mm|linear)|gemm|cudnn|cublas|cutlass|nvjet|xmma",
@@ -40,11 +39,6 @@ LEAST_SHARE = 0.02
 """Of the time of a call, to be named."""
 NAME_LENGTH = 120
 """Characters of a name that are kept; templates of kernels have thousands."""
-WAITS = r"Synchronize|cudaEventQuery"
-"""Calls of the CUDA runtime in which the host waits for the device."""
-
-Event = tuple[str, int, int]
-"""Name, begin and end in ns."""
 
 
 def kind_of(op: str) -> str:
@@ -83,6 +77,9 @@ def profiled(
     run: Callable[[], AbstractContextManager], calls: Sequence[Callable[[], float]], device: torch.device
 ) -> StepProfile:
     """run: opens a sampling run. calls: those of a run, which return their seconds; the first one is left out."""
+    on_cuda = device.type == "cuda"
+    # On a GPU without the ops of the host: recording them would slow it down, and count kernels twice.
+    activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
     whole = []
     for _ in range(REPEATS):
         with run():
@@ -91,58 +88,20 @@ def profiled(
     for _ in range(REPEATS):
         with run():
             calls[0]()
-            with profile(activities=_activities(device)) as trace:
+            with profile(activities=[activity]) as trace:
                 for call in calls[1:]:
                     call()
-        for name, ms in _own_ms(trace, device):
+        for name, ms in _kernels_ms(trace) if on_cuda else _ops_ms(trace):
             names[name] += ms / (REPEATS * (len(calls) - 1))
     return StepProfile(1e3 * statistics.median(whole), dict(names))
 
 
-def _activities(device: torch.device) -> list[ProfilerActivity]:
-    """On a GPU without the ops of the host: recording them would slow it down, and count kernels twice."""
-    return [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
-
-
-def _own_ms(trace: profile, device: torch.device) -> list[tuple[str, float]]:
-    if device.type == "cuda":
-        return [(name, (end - begin) / 1e6) for name, begin, end in device_events(trace)]
+def _ops_ms(trace: profile) -> list[tuple[str, float]]:
     return [(event.key, event.self_cpu_time_total / 1e3) for event in trace.key_averages()]
 
 
-def device_events(trace: Any) -> list[Event]:
+def _kernels_ms(trace: profile) -> list[tuple[str, float]]:
     """Everything that ran on the device. Read from kineto itself: torch's own list takes minutes for a whole run."""
-    return [_event(e) for e in _events(trace) if e.device_type() == DeviceType.CUDA and not e.is_user_annotation()]
-
-
-def _events(trace: Any) -> Iterable[Any]:
-    return trace.profiler.kineto_results.events()
-
-
-def _event(event: Any) -> Event:
-    return event.name(), event.start_ns(), event.start_ns() + event.duration_ns()
-
-
-def host_and_device(run: Callable[[], float], whole_s: float, steps: int) -> dict[str, tuple[str, float]]:
-    """On a GPU, by metric its unit and value: `host_time` of a step and `device_idle`.
-
-    run: a whole run, which gives its seconds; whole_s: those of a run without profiler.
-
-        host_time   = (run with profiler - the host's waiting) / steps
-        device_idle = 1 - (time with a kernel or copy on the device) / whole_s
-    """
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        seconds = run()
-    waits = [_event(e) for e in _events(trace) if e.device_type() == DeviceType.CPU and re.search(WAITS, e.name())]
-    host_s = seconds - busy_ns(waits) / 1e9
-    idle = 1 - busy_ns(device_events(trace)) / 1e9 / whole_s
-    return {"host_time": ("ms", 1e3 * host_s / steps), "device_idle": ("%", 100 * max(idle, 0.0))}
-
-
-def busy_ns(events: Iterable[Event]) -> int:
-    """Nanoseconds in which at least one of `events` goes on."""
-    total, reached = 0, 0
-    for _, begin, end in sorted(events, key=lambda event: event[1]):
-        total += max(0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
+    events = trace.profiler.kineto_results.events()
+    ours = [e for e in events if e.device_type() == DeviceType.CUDA and not e.is_user_annotation()]
+    return [(event.name(), event.duration_ns() / 1e6) for event in ours]

@@ -27,30 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 COLUMNS = (
-    "op",  # what ran: an op, or unet_step
-    "problem",  # its size, in words that benchmarks/shapes.py defines
-    "backend",
-    "metric",  # time, ratio, ...
-    "unit",
-    "p50",
-    "p20",
-    "p80",
-    "n",  # samples behind p50
-    "cache",  # cold or warm
-    "timer",
-    "sqnr_db",  # of the result, against what `verified` was checked with
-    "verified",
-    "device",
-    "threads",
-    "load",  # load average of the machine over the last minute before the measurement
-    "python",
-    "torch",
-    "diffusers",
-    "modiff_kernels",
-    "git_commit",
-    "dirty",
-    "utc",
-    "repro",
+    *("op", "problem", "backend", "metric", "unit"),
+    *("p50", "p20", "p80", "n"),  # n: samples behind the percentiles
+    *("cache", "timer"),
+    *("sqnr_db", "verified"),  # of the result, against what it was verified with
+    *("device", "threads", "load"),  # load: average of the machine over the last minute before the measurement
+    *("python", "torch", "diffusers", "modiff_kernels", "git_commit", "dirty", "utc", "repro"),
 )
 
 

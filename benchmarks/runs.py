@@ -14,9 +14,7 @@ count as baselines: full precision compiled with max-autotune and CUDA graphs, a
 compiled, with CUDA graphs (benchmarks/baselines/deepcache.py).
 
 full_calls is how many calls of the UNet compute all of it; in the others nothing runs (schedules), or its shallow
-levels do (DeepCache, deep levels). On a GPU host_time is the time of a step that the host needs by itself, waiting left
-out, and device_idle the share of a run in which the device has nothing to do: kernels' time by torch.profiler in the
-time of a run without it. On a CPU outside_unet is the time of a step in the pipeline and the scheduler.
+levels do (DeepCache, deep levels). On a CPU outside_unet is the time of a step in the pipeline and the scheduler.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import profiling, record
+from benchmarks import record
 from benchmarks.configurations import (
     DEEPCACHE,
     QUICK,
@@ -43,7 +41,7 @@ from benchmarks.configurations import (
     with_backends,
 )
 from benchmarks.pipelines import GUIDED, SAMPLERS, Workload
-from benchmarks.runner import Budget, Entrant, Measure, Row, Session, add_options, attempt
+from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, build_unet
 from benchmarks.shared import Row as Configuration
 from benchmarks.shared import quiet_libraries
@@ -74,8 +72,8 @@ class Run:
 
     baselines = BASELINES
 
-    def __init__(self, workload: Workload, networks: Networks, budget: Budget) -> None:
-        self.workload, self.networks, self.budget = workload, networks, budget
+    def __init__(self, workload: Workload, networks: Networks) -> None:
+        self.workload, self.networks = workload, networks
         self.device = networks.unet.device
         self.expected = self._result(self.make(Configuration("reference", "full precision", "float")))
 
@@ -130,12 +128,8 @@ class Run:
         """The run, where the pipeline does not begin it by itself."""
         return contextlib.nullcontext() if network.quantised else network.run(network.pipe.scheduler)
 
-    def look_into(self, entrant: Entrant) -> dict[str, tuple[str, float]]:
-        """Where the time goes beside the UNet: by metric its unit and value."""
-        network = entrant.subject
-        if self.device.type == "cuda":
-            run = functools.partial(self._seconds, network)
-            return profiling.host_and_device(run, entrant.median, self.workload.steps)
+    def _outside_unet_s(self, network: Network) -> float:
+        """Seconds of a step in the pipeline and the scheduler."""
         marks: list[float] = []
         hooks = [
             network.unet.register_forward_pre_hook(lambda *_: marks.append(-time.perf_counter()), prepend=True),
@@ -146,7 +140,7 @@ class Run:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {"outside_unet": ("ms", 1e3 * (whole_s - sum(marks)) / self.workload.steps)}
+        return (whole_s - sum(marks)) / self.workload.steps
 
     def rows(self, entrant: Entrant) -> list[Row]:
         row, more = functools.partial(self._row, entrant), entrant.more
@@ -159,8 +153,9 @@ class Run:
         rows += [row(name, units[name], [more[name]]) for name in units if name in more]
         if entrant.peak_bytes:
             rows.append(row("peak_memory", "bytes", [entrant.peak_bytes]))
-        found = attempt(f"{entrant.config.name}, look inside", lambda: self.look_into(entrant), self.budget) or {}
-        return rows + [row(name, unit, [value]) for name, (unit, value) in found.items()]
+        if self.device.type == "cpu":  # where calls of the UNet end when they return
+            rows.append(row("outside_unet", "ms", [1e3 * self._outside_unet_s(entrant.subject)]))
+        return rows
 
     def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:
         return [self._row(entrant, metric, "x", faster)]
@@ -212,7 +207,7 @@ def main(args: argparse.Namespace) -> int:
                 measures = [(row, Measure(OP, problem(workload, row.key), "run_time", 1.0)) for row in rows]
                 new = session.run(
                     f"{network}, {sampler}, {images} images",
-                    lambda w=workload, u=unet: Run(w, Networks(u), session.budget),
+                    lambda w=workload, u=unet: Run(w, Networks(u)),
                     measures,
                     args.rounds,
                 )

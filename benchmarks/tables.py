@@ -203,8 +203,6 @@ RUN_COLUMNS = {
     "full calls": value("full_calls", form="{:.0f}"),
     "state MB": value("state", form="{:.1f}", scale=1e-6),
     "peak MB": value("peak_memory", form="{:.0f}", scale=1e-6),
-    "host ms a step": value("host_time"),
-    "device idle": value("device_idle", form="{:.0f} %"),
     "outside UNet ms": value("outside_unet"),
 }
 SHORT = {

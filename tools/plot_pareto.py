@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.pareto_report import Panel, panels  # noqa: E402 (the path is set first)
+from benchmarks.studies.schedules import Panel, panels  # noqa: E402 (the path is set first)
 
 NETWORK = "float32"
 SHOWN = (
@@ -33,7 +33,7 @@ SHOWN = (
 )
 COLUMNS = 3
 # What every line is called, and how it is drawn; the searched schedules are drawn last, over all others.
-RIVALS = {
+PLAIN = {
     "any_sampler": ("any sampler, every call", {"color": "black", "linestyle": "--", "drawstyle": "steps-post"}),
     "fewer_steps": ("same sampler, fewer steps", {"color": "grey", "marker": "."}),
 }
@@ -55,8 +55,8 @@ def shown_panels(report: dict[str, Any]) -> list[Panel]:
 
 def curves(panel: Panel) -> list[tuple[str, dict[str, Any], list[tuple[float, float]]]]:
     """Label, style and points of every line of a panel."""
-    rivals = [(label, style, getattr(panel, name)) for name, (label, style) in RIVALS.items()]
-    return rivals + [
+    plain = [(label, style, getattr(panel, name)) for name, (label, style) in PLAIN.items()]
+    return plain + [
         (label, style, panel.schedules[method])
         for method, (label, style) in METHODS.items()
         if method in panel.schedules
@@ -91,7 +91,7 @@ def draw(found: list[Panel], path: Path) -> None:
         axis.set_ylabel("dB to converged", fontsize=9)
         axis.tick_params(labelsize=8)
     lines = {line.get_label(): line for axis in axes.flat for line in axis.get_legend_handles_labels()[0]}
-    order = [label for label, _ in (*RIVALS.values(), *METHODS.values()) if label in lines]
+    order = [label for label, _ in (*PLAIN.values(), *METHODS.values()) if label in lines]
     figure.legend(
         [lines[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=9, frameon=False
     )

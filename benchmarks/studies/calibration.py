@@ -42,7 +42,7 @@ from benchmarks import shared as models
 from benchmarks.record import ROOT
 from benchmarks.shared import METHODS
 from benchmarks.studies.pictures import Pictures
-from benchmarks.studies.report import Report
+from benchmarks.studies.report import Report, claims
 from benchmarks.tables import loaded
 from modiff_kernels.evaluation import markdown_table
 
@@ -204,36 +204,6 @@ HEADER = (
     "CPU s",
     "peak MiB",
 )
-PAPER_CLAIMS = (
-    (
-        "PTQ4DM, ImageNet-64, DDIM-250, W8A8",
-        "FID 26.19 with uniform time steps, 24.26 with NDTC",
-        ("W8A8", "plain", "mse", "ndtc"),
-    ),
-    (
-        "Q-Diffusion, CIFAR-10, DDIM-100, W4A8 (as in MoDiff)",
-        "FID 4.24 in full precision, 4.93",
-        ("W4A8", "plain", "mse", "qdiffusion"),
-    ),
-    (
-        "AccuQuant, LDM-4, 20 steps, W4A8",
-        "PSNR 23.7 dB with Q-Diffusion, 24.4",
-        ("W4A8", "plain", "qdiffusion", "accuquant"),
-    ),
-    (
-        "AccuQuant, LDM-4, 20 steps, W3A8",
-        "PSNR 18.5 dB with Q-Diffusion, 19.9",
-        ("W3A8", "plain", "qdiffusion", "accuquant"),
-    ),
-    ("MOTA, LDM-4, 20 steps", "FID 4.1 lower than BRECQ", ("W8A8", "plain", "qdiffusion", "sampling_aware")),
-    (
-        "MoDiff, CIFAR-10, DDIM-100, W4A4",
-        "FID 325.8 with Q-Diffusion, 13.6",
-        ("W4A4", None, "qdiffusion", "qdiffusion"),
-    ),
-)
-"""What papers report on their models, and the rows that show the same step here: bits, way (None: plain against
-modulated), method before and after. Their numbers are not comparable with those here; the direction is."""
 
 
 def table(results: Path, sampler: str) -> str | None:
@@ -275,7 +245,7 @@ def claims_table(results: Path, *samplers: str) -> str | None:
         return None
     found = {tuple(row[name] for name in KEY): row["psnr_db"] for row in report["rows"]}
     cells = []
-    for setting, claim, (bits, way, before, after) in PAPER_CLAIMS:
+    for setting, claim, (bits, way, before, after) in claims("calibration")["rows"]:
         label = f"{bits} {before}" if before == after else f"{bits} {before}, {after}"
         cells.append([setting, claim, f"{label}, plain" if way else f"{label}, plain and modulated"])
         for sampler in samplers:

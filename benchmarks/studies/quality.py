@@ -13,7 +13,7 @@ Weights of 8 bits are rounded to the nearest; codes of fewer bits come from --co
 once per model with DDIM-50, or the folder of its result. Rows with `scheduled` have `schedule="auto"`.
 
 PSNR and SSIM: means over the images, against the float images of the same noise. Fréchet distances on features of the
-classifier that `python -m benchmarks features` trains: to all test images, and to the float images of the same noise
+classifier of benchmarks/studies/features.py: to all test images, and to the float images of the same noise
 (FID2FP32 of AccuQuant's paper). The estimate is too high by an amount that falls with the number of images; all rows
 and the yardsticks of the report (as many training images, as many test images) have the same number. None is a FID.
 

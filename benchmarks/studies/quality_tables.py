@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.quality import BITS, SAMPLERS
+from benchmarks.studies.report import claims
 from benchmarks.tables import loaded
 from modiff_kernels.evaluation import markdown_table
 
+CLAIMS = claims("quality")
 HEADER = (
     "configuration",
     "PSNR dB",
@@ -33,24 +35,6 @@ REFERENCE_HEADER = (
     "reference",
     "between both",
 )
-PAPER_HEADER = (
-    "bits",
-    "MoDiff, CIFAR-10, DDIM-100: FID, scale per image",
-    "scale per image and channel",
-    "Q-Diffusion's scales",
-    "peer, LSUN Churches, DDIM-50: FID",
-    "here, DDIM-100: Fréchet to test images",
-    "to full precision",
-)
-PAPER_CLAIMS = {
-    "W8A8": ("4.19, 4.21", "4.21, 4.10", "3.75, 4.10", "16.37, 7.80"),
-    "W8A4": ("306.06, 28.19", "24.09, 4.31", "332.75, 13.41", "311.5, 35.3"),
-    "W4A8": ("5.02, 5.05", "4.96, 4.95", "4.93, 5.13", "-"),
-    "W4A4": ("294.88, 26.17", "22.50, 5.10", "325.76, 13.62", "278.0, 200.1"),
-    "W8A3": ("-", "143.39, 4.14", "457.35, 90.34", "-"),
-}
-"""Plain, modulated. MoDiff: tables 1 and 14 of the paper. Peer: github.com/xiaruize0911/MoDiff, real int8 and int4 CUDA
-kernels, docs/fid_2026-08-05/FINDINGS.md, 10000 images."""
 
 
 def _shown(row: dict[str, Any], name: str, form: str) -> str:
@@ -180,10 +164,10 @@ def quality_papers(results: Path, name: str, sampler: str = "DDIM-100") -> str |
 
     cells = [
         [bits, *claims, pair(bits, "frechet_test", "{:.2f}"), pair(bits, "frechet_full", "{:.2g}")]
-        for bits, claims in PAPER_CLAIMS.items()
+        for bits, claims in CLAIMS["rows"].items()
     ]
     full = found.get(("", "float"))
     own = "-" if full is None else _shown(full, "frechet_test", "{:.2f}")
     cells.insert(0, ["full precision", "4.24 (W8)", "4.24 (W8)", "4.24 (W8)", "7.80", own, "0"])
-    header = [text.replace("DDIM-100: Fréchet", f"{sampler}: Fréchet") for text in PAPER_HEADER]
+    header = [text.replace("DDIM-100: Fréchet", f"{sampler}: Fréchet") for text in CLAIMS["header"]]
     return markdown_table(header, cells)

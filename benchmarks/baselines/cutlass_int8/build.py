@@ -1,7 +1,7 @@
 """Compile the int8 kernels of CUTLASS that `python -m benchmarks layers` takes as a baseline.
 
     pip download --no-deps nvidia-cutlass==4.2.0     a wheel, which is a zip file: unpack it somewhere
-    python -m benchmarks.baselines.cutlass_int8.build --cutlass FOLDER [--jobs 16] [--kernel NAME]
+    python -m benchmarks.baselines.cutlass_int8.build --cutlass FOLDER [--jobs 16]
 
 FOLDER holds CUTLASS's `include`, or is the unpacked wheel. Needs nvcc and no GPU; a kernel of sm_90 takes about a
 minute of one core and 3.5 GB. One library per kernel, named after a hash of its source and flags: what is there is not
@@ -124,16 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cutlass", type=Path, help="CUTLASS's folder (default: the package nvidia-cutlass)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the libraries (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (%(default)s)")
-    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these (default: all)")
-    parser.add_argument("--list", action="store_true", help="print the names, build nothing")
     args = parser.parse_args(argv)
-    known = {kernel.name: kernel for kernel in KERNELS}
-    if args.list:
-        print(*known, sep="\n")
-        return 0
-    unknown = [name for name in args.kernel or () if name not in known]
-    if unknown:
-        parser.error(f"--kernel {' '.join(unknown)} is unknown; --list prints the names")
     cutlass = headers(args.cutlass)
     if cutlass is None:
         place = args.cutlass or "the package nvidia-cutlass"
@@ -142,8 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     if shutil.which("nvcc") is None:
         print("cutlass_int8: nvcc was not found on PATH; add the CUDA toolkit's bin folder", file=sys.stderr)
         return 2
-    kernels = [known[name] for name in args.kernel or known]
-    failed = build(kernels, cutlass, args.folder, args.jobs)
+    failed = build(KERNELS, cutlass, args.folder, args.jobs)
     for kernel, message in failed.items():
         print(f"cutlass_int8: {kernel.name} does not compile:\n{message}", file=sys.stderr)
     return int(bool(failed))
