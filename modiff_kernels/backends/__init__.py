@@ -13,7 +13,7 @@ The arguments are those of `ops.schema`, already checked. Where it has more to o
     modulate(...)                                  `ops.modulate` in one piece: a private fusion, for problems of op
                                                    "modulate" that why_not accepts
     preferred_layout(problem) -> str               the weight layout that suits the problem best, if it is not kpack_v1
-    prepare_weight(weight, k, window, layout)      `weight` in another layout; ValueError if it does not know one of them
+    prepare_weight(weight, k, window, layout)      `weight` in another layout; ValueError for layouts it does not know
     TRACEABLE = True                               the functions consist of torch ops that have fakes, so that compiled
                                                    code can call these and not the op
     build_info() -> dict[str, str] | str           what its library was built with, or why that is not known

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from modiff_kernels.calibration.data import TIME_STEPS, CalibrationData, Sampler, collect, ndtc_calls, uniform_calls
 from modiff_kernels.calibration.workspace import Workspace
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.nn.conv2d import why_not_conv2d
-from modiff_kernels.ops.problem import FLOAT_DTYPES
+from modiff_kernels.nn.layer import why_not_conv2d
+from modiff_kernels.ops.check import FLOAT_DTYPES
 from modiff_kernels.quant.calibrated import CalibratedLayer
 
 T = TypeVar("T")

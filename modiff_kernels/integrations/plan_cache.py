@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modiff_kernels import __version__
+from modiff_kernels._version import __version__
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import LayerPlan, PlanKey, digest
 

@@ -32,7 +32,7 @@ from modiff_kernels.config.plan import (
     UnitPlan,
 )
 from modiff_kernels.integrations import plan_cache
-from modiff_kernels.integrations.diffusers import resolve
+from modiff_kernels.integrations.accelerate import resolve
 from modiff_kernels.integrations.measurement import Bench, Call, Sample, Subject, Times, recorded
 from modiff_kernels.planning import choice
 

@@ -88,7 +88,7 @@ class _Spread:
                 fields = {f"{name}_{field}": hint for field, hint in typing.get_type_hints(kind).items()}
             self.kinds.append(kind)
             for field, hint in fields.items():
-                hint = typing.Optional[Tensor] if hint == Tensor | None else hint  # noqa: UP007 (what torch knows)
+                hint = typing.Optional[Tensor] if hint == Tensor | None else hint  # noqa: UP045 (what torch knows)
                 self.schema_parameters.append(
                     inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
                 )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.adapters import is_adapter
 
@@ -83,6 +82,33 @@ def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack)
     else:
         undo.callback(attributes.pop, name, None)
     attributes[name] = value
+
+
+def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
+    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`.
+
+    Where another wrapper has been put over it by then, it stays and only calls through.
+    """
+    original = module.forward
+    own = module.__dict__.get("forward")
+    active = True
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs) if active else original(*args, **kwargs)
+
+    def restore() -> None:
+        nonlocal active
+        active = False
+        if module.__dict__.get("forward") is not forward:
+            return
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = forward
+    undo.callback(restore)
 
 
 REFUSED = (

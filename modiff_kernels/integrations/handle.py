@@ -1,9 +1,4 @@
-"""`accelerate`: puts low-bit layers into a diffusers UNet in place, opens its runs, and takes everything out again.
-
-Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and
-announces the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is
-not imported.
-"""
+"""`Handle`: what `accelerate` did to one UNet, the runs on it, and the way back."""
 
 import contextlib
 import dataclasses
@@ -11,46 +6,39 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
-from modiff_kernels.integrations.patching import (
+from modiff_kernels.integrations.hooks import (
     SetTimesteps,
     answer_dtype_quickly,
     refuse_changes_of_layers,
     set_attribute,
     set_module,
 )
-from modiff_kernels.integrations.plans import plan_of, plan_text
-from modiff_kernels.integrations.replacements import (
-    Replacements,
-    calibrated_layers,
-    replacements_of,
-    require_calibrated,
-)
+from modiff_kernels.integrations.plans import plan_text
+from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.nn.state import DEFAULT_CONTEXT
-from modiff_kernels.nn.state_tensors import INITIALIZE
+from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
 
 logger = logging.getLogger("modiff_kernels")
 
+LOADED_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
+
 _accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,71 +54,11 @@ class LayerRow:
     reason: str
 
 
-def accelerate(
-    target: Any,
-    config: ModiffConfig | None = None,
-    *,
-    calibration: CalibrationResult | str | Path | None = None,
-    static_scales: Mapping[str, Tensor | float] | None = None,
-    share_edges: bool = True,
-) -> "Handle":
-    """Replace the Linear and Conv2d layers of a UNet in place; returns the handle that explains and removes it all.
-
-    target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
-    (UNet2DModel, UNet2DConditionModel or another module with a 4-D sample as first argument; runs are opened with
-    `with handle.sampling_run():`). calibration: a CalibrationResult or its folder: weight codes and, for scale_mode
-    "static", activation scales; config None is then the one it was calibrated for. static_scales: scale per layer path
-    for scale_mode "static", without a calibration.
-    share_edges: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
-
-    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
-    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
-    pipeline begins the runs from now on. The other arguments must be left out then.
-
-    The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
-    stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
-    to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
-    UNet is accelerated already, BackendUnavailable if config.backend cannot do it.
-    """
-    unet, pipe = _unet_and_pipe(target)
-    if _HANDLE in unet.__dict__:
-        if (config, calibration, static_scales) != (None, None, None) or not share_edges:
-            raise ValueError(
-                f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
-                "loaded with; leave out the other arguments, or call remove() on the handle before"
-            )
-        loaded: Handle = unet.__dict__[_HANDLE]
-        if pipe is not None:
-            loaded._attach(pipe)
-        return loaded
-    result = None if calibration is None else read_result(calibration)
-    if config is None:
-        config = ModiffConfig() if result is None else result.config
-    if not isinstance(config, ModiffConfig):
-        raise TypeError(
-            f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
-            "dict)"
-        )
-    _refuse_accelerated(unet)
-    if config.cuda_graphs:
-        _check_graphs(unet, config.schedule)
-    calibrated = calibrated_layers(config, result, static_scales or {})
-    layer_plan = plan_of(unet, config, calibrated, share_edges)
-    replaced = replacements_of(unet, config, calibrated, share_edges, layer_plan)
-    if result is not None:
-        require_calibrated(replaced, result)
-    handle = Handle(unet, pipe, config, replaced, layer_plan, share_edges)
-    with contextlib.ExitStack() as undo:
-        handle._install(undo)
-        handle._undo = undo.pop_all()
-    return handle
-
-
 class Handle:
     """What `accelerate` did to one UNet.
 
     config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
-    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_edges: as `accelerate` got
+    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_inputs: as `accelerate` got
     it.
     """
 
@@ -141,20 +69,20 @@ class Handle:
         config: ModiffConfig,
         replaced: Replacements,
         plan: LayerPlan | None,
-        share_edges: bool,
+        share_inputs: bool,
     ) -> None:
         self.unet = unet
         self.pipe = pipe
         self.config = config
         self.plan = plan
-        self.share_edges = share_edges
+        self.share_inputs = share_inputs
         self.state = replaced.state
         self.layers = replaced.layers
         self.replaced = replaced
         self._untouched = plan is not None and not replaced.replacements
         self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
         self._seen: tuple[torch.Size, str] | None = None
-        self._door: SetTimesteps | None = None
+        self._set_timesteps: SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
         self._forward = UNetForward(
             unet, self.state, GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
@@ -190,7 +118,7 @@ class Handle:
                 "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
                 "with `with handle.sampling_run():`"
             )
-        self._attach(self.pipe)
+        self.attach(self.pipe)
 
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
@@ -210,14 +138,14 @@ class Handle:
         TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
         """
         self._require_active()
-        from modiff_kernels.integrations.quantizer import save
+        from modiff_kernels.integrations.saving import save  # which imports diffusers
 
         save(self, directory, max_shard_size)
 
     def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
         """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
         self._undo.callback(on_remove, self.unet)
-        set_attribute(self.unet, _HANDLE, self, self._undo)
+        set_attribute(self.unet, LOADED_HANDLE, self, self._undo)
 
     def compile(self, **options: Any) -> None:
         """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
@@ -270,7 +198,7 @@ class Handle:
         """
         self._require_active()
         if self.config.cuda_graphs:
-            _check_graphs(self.unet, schedule)
+            check_graphs(self.unet, schedule)
         if self._scheduled is None:
             raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
         self._scheduled.set_schedule(schedule)
@@ -280,11 +208,10 @@ class Handle:
         return "" if self._scheduled is None else self._scheduled.describe()
 
     def actions(self, context: str = DEFAULT_CONTEXT) -> tuple[str, ...]:
-        """What the calls of the last run did in `context`: "initialize", "update", "hold", "forecast", "deep-hold" or
+        """What the calls of the last run did in `context`: "update", "hold", "forecast", "deep-hold" or
         "deep-forecast"; empty without a schedule."""
         trajectory = self.state.trajectories.get(context)
-        names = [] if trajectory is None else [ACTION_NAMES[letter] for letter in trajectory.done]
-        return tuple([INITIALIZE, *names[1:]] if names else [])
+        return () if trajectory is None else tuple([ACTION_NAMES[letter] for letter in trajectory.done])
 
     def skipped_calls(self, path: str, context: str = DEFAULT_CONTEXT) -> int:
         """How many calls of the last run in `context` did not compute the module at `path`."""
@@ -304,15 +231,21 @@ class Handle:
 
     def _layout_of_run(self) -> tuple[int | None, Any]:
         """Number of calls and scheduler of this run, None for what is not known."""
-        if self._own_runs or self._door is None:
+        if self._own_runs or self._set_timesteps is None:
             return self._own_runs[-1] if self._own_runs else (None, None)
-        return None, self._door.scheduler
+        return None, self._set_timesteps.scheduler
 
     def _require_active(self) -> None:
         if self._undo is None:
             raise RuntimeError("this handle was removed; call accelerate() again")
 
-    def _install(self, undo: contextlib.ExitStack) -> None:
+    def install(self) -> None:
+        """Put everything in; on any error nothing is left of it."""
+        with contextlib.ExitStack() as undo:
+            self._put_in(undo)
+            self._undo = undo.pop_all()
+
+    def _put_in(self, undo: contextlib.ExitStack) -> None:
         unet = self.unet
         _accelerated.add(unet)
         undo.callback(_accelerated.discard, unet)
@@ -328,23 +261,28 @@ class Handle:
             self._forward.keep_time_table(undo)
         if self._scheduled is not None:
             self._scheduled.install(undo)
-        undo.callback(self._close_door)
+        undo.callback(self._detach)
         if self.pipe is not None:
-            self._attach(self.pipe)
+            self.attach(self.pipe)
 
-    def _attach(self, pipe: Any) -> None:
+    def attach(self, pipe: Any) -> None:
         """Let the scheduler of `pipe` begin the runs."""
-        door = SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
-        self._close_door()
-        self.pipe, self._door = pipe, door
-        door.install()
+        wrapper = SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
+        self._detach()
+        self.pipe, self._set_timesteps = pipe, wrapper
+        wrapper.install()
 
-    def _close_door(self) -> None:
-        if self._door is not None:
-            self._door.restore()
+    def _detach(self) -> None:
+        if self._set_timesteps is not None:
+            self._set_timesteps.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if self._door is not None and self.state.needs_run and not self._own_runs and not self._door.is_on(self.pipe):
+        if (
+            self._set_timesteps is not None
+            and self.state.needs_run
+            and not self._own_runs
+            and not self._set_timesteps.is_on(self.pipe)
+        ):
             raise RuntimeError(
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
@@ -362,7 +300,7 @@ class Handle:
         try:
             self.state.begin_call()
         except RuntimeError as error:
-            if self._door is not None or _HANDLE not in unet.__dict__:
+            if self._set_timesteps is not None or LOADED_HANDLE not in unet.__dict__:
                 raise
             raise RuntimeError(
                 f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
@@ -416,37 +354,12 @@ class Handle:
         return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
 
 
-def resolve(target: Any) -> tuple[nn.Module, Any]:
-    """The UNet of `target`, and the pipeline around it or None.
-
-    TypeError for anything else, RuntimeError for a UNet that is accelerated already.
-    """
-    unet, pipe = _unet_and_pipe(target)
-    _refuse_accelerated(unet)
-    return unet, pipe
+def is_accelerated(unet: nn.Module) -> bool:
+    """Whether a handle is alive for `unet`, or low-bit layers are in it."""
+    return unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules())
 
 
-def _unet_and_pipe(target: Any) -> tuple[nn.Module, Any]:
-    unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
-    if not isinstance(unet, nn.Module):
-        raise TypeError(
-            f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) or a pipeline with a `unet`; "
-            f"pipelines built on a transformer are not supported"
-        )
-    if hasattr(unet, "_orig_mod"):
-        raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
-    return unet, pipe
-
-
-def _refuse_accelerated(unet: nn.Module) -> None:
-    if unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
-        raise RuntimeError(
-            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
-            "before"
-        )
-
-
-def _check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
+def check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
     """ValueError where calls cannot be CUDA graphs."""
     if isinstance(schedule, StepSchedule) and schedule.is_deep:
         raise ValueError(

@@ -1,8 +1,9 @@
-"""What a UNet derives from the timestep alone: computed at its first call with a timestep, kept for all later ones.
+"""What is computed once and kept: outputs of layers whose input does not change along a run (`KeptOutputs`), and what a
+network derives from the timestep alone (`TimeTable`).
 
-A run calls the UNet at the timesteps of a schedule, and the next run mostly at the same ones. Features (`time_proj`),
-embedding (`time_embedding`) and the embedding's projections in the residual blocks follow from the timestep and the
-weights, so they are a table over the schedule, filled as it is walked through.
+A run calls the network at the timesteps of a schedule, and the next run mostly at the same ones. Features
+(`time_proj`), embedding (`time_embedding`) and the embedding's projections in the residual blocks follow from the
+timestep and the weights, so they are a table over the schedule, filled as it is walked through.
 """
 
 import dataclasses
@@ -14,7 +15,83 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.nn.adapters import is_adapter
-from modiff_kernels.nn.state_tensors import tensor_version
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """A number that grows with every in-place change of `tensor`; 0 for inference tensors, which do not count."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+@dataclasses.dataclass
+class _Kept:
+    source: Tensor | None
+    version: int
+    weight: Tensor
+    value: Tensor
+
+
+class KeptOutputs:
+    """By context and layer: the output for the tensor that the layer read last.
+
+    A tensor is the same if it is the same object, unchanged in place since (torch counts that). Values are never looked
+    at. Tensors made in torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet
+    under torch.no_grad() with tensors made outside of inference mode.
+
+    losses: grows whenever something kept is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.losses = 0
+        self._kept: dict[tuple[str, str], _Kept] = {}
+
+    def find(self, context: str, layer: str, source: Tensor, weight: Tensor) -> Tensor | None:
+        """What `keep` got for this very source and weight, if they are unchanged; else None."""
+        kept = self._kept.get((context, layer))
+        if kept is None or kept.source is not source or kept.weight is not weight:
+            return None
+        # Compiled code asks for no versions: whoever runs it has looked for changed tensors before (`expire`).
+        if not torch.compiler.is_compiling() and kept.version != source._version:
+            return None
+        return kept.value
+
+    def keep(self, context: str, layer: str, source: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """Keep `value` until source or weight change; the tensor that is kept, at the old address where it fits."""
+        if torch.compiler.is_compiling():
+            return value
+        kept = self._kept.get((context, layer))
+        if kept is not None and _alike(kept.value, value):
+            value = kept.value.copy_(value)
+        known = None if source.is_inference() else source
+        version = 0 if known is None else source._version
+        self._kept[context, layer] = _Kept(known, version, weight, value)
+        return value
+
+    def expire(self) -> None:
+        """Forget what belongs to tensors that were changed in place."""
+        for kept in self._kept.values():
+            if kept.source is not None and kept.source._version != kept.version:
+                kept.source = None
+                self.losses += 1
+
+    def forget(self) -> None:
+        """Forget all tensors; the memory of the values stays for the next ones."""
+        self.losses += 1
+        for kept in self._kept.values():
+            kept.source = None
+
+    def release(self) -> None:
+        """Free all values."""
+        self._kept.clear()
+
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return sum(kept.value.nbytes for kept in self._kept.values())
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    same = old.shape == new.shape and old.dtype is new.dtype and old.device == new.device
+    return same and old.is_inference() == new.is_inference()
+
 
 MOST_ENTRIES = 1024  # as many as the longest schedules have calls; a table that is full begins anew
 
