@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from modiff_kernels.integrations.diffusers import channels_last
+from modiff_kernels.integrations.handle import channels_last
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS, Capture
 
 FULL, SHALLOW = 0, 1

@@ -10,7 +10,7 @@ from modiff_kernels.calibration import accuquant
 from modiff_kernels.calibration.accuquant import EndLoss, Groups, Rollout, learnt, scheduler_at
 from modiff_kernels.calibration.data import collect, pipeline_sampler
 from modiff_kernels.calibration.fake import fake_quantized
-from modiff_kernels.calibration.methods import Job, layers_of
+from modiff_kernels.calibration.job import Job, layers_of
 from modiff_kernels.calibration.workspace import Workspace
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
@@ -186,11 +186,11 @@ def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch,
     whole = mk.calibrate(pipe, "accuquant", config, **SMALL, **FEW)
     real, parts = accuquant._learn, []
 
-    def interrupted(*args, part, **settings):
+    def interrupted(job, part, *args, **settings):
         parts.append(part)
         if len(parts) == 3:
             raise KeyboardInterrupt
-        return real(*args, part=part, **settings)
+        return real(job, part, *args, **settings)
 
     monkeypatch.setattr(accuquant, "_learn", interrupted)
     with pytest.raises(KeyboardInterrupt):

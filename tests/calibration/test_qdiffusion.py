@@ -7,10 +7,11 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import qdiffusion, reconstruction
-from modiff_kernels.calibration.data import Sampler, collect, pipeline_sampler, uniform_calls
+from modiff_kernels.calibration.data import Sampler, collect, pipeline_sampler, stream, uniform_calls
 from modiff_kernels.calibration.fake import fake_quantized
-from modiff_kernels.calibration.network import output_at
-from modiff_kernels.calibration.streaming import stream
+from modiff_kernels.calibration.job import Job
+from modiff_kernels.calibration.reconstruction import output_at
+from modiff_kernels.calibration.workspace import Workspace
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
@@ -77,28 +78,22 @@ def test_reconstruction_lowers_the_error_of_a_block_behind_quantised_ones(pipe, 
     target = reconstruction.record(pipe.unet, block, data, batches, tmp_path / "out", "output")
     inputs = reconstruction.record(pipe.unet, block, data, batches, tmp_path / "in", "input")
     points = torch.arange(len(data))
+    options = qdiffusion.QDiffusionOptions(learn_batch=4)
+    sampler = pipeline_sampler(pipe, 4, {})
+    job = Job(pipe.unet, sampler, mk.ModiffConfig(3, None), options, 4, 4, 0, Workspace(None, {}), True, {})
     module = pipe.unet.get_submodule(block)
     torch.testing.assert_close(reconstruction.call(module, inputs.read(points)), target.read(points)[0])
 
     def loss_of(points):
         output = reconstruction.call(module, inputs.read(points))
-        return reconstruction.distance(output, target.read(points)[0], 2.0)
+        return (output - target.read(points)[0]).square().mean()
 
     with fake_quantized(pipe.unet, layers, "modulated", None) as fakes:
         for fake in fakes.values():
             fake.hard = True
         before = loss_of(points).item()
         reconstruction.learn(
-            fakes.values(),
-            ("variable",),
-            loss_of,
-            len(data),
-            iterations=range(200),
-            total=200,
-            batch=4,
-            lr=0.1,
-            rounding_weight=0.5,
-            generator=torch.Generator().manual_seed(0),
+            job, "part", fakes.values(), ("variable",), loss_of, len(data), iterations=200, lr=0.1, rounding_weight=0.5
         )
         after = loss_of(points).item()
     assert after < 0.6 * before
