@@ -32,7 +32,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -179,7 +179,7 @@ def _run(command: list[str], log, seconds: float, variables: dict[str, str]) -> 
         start_new_session=True,
     )
     try:
-        return process.wait(timeout=max(seconds - GRACE_SECONDS, 1))
+        return process.wait(timeout=max(seconds - 2 * GRACE_SECONDS, 1))
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -199,32 +199,26 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def result_files(work: Path, since: float) -> list[Path]:
-    """Files below `work`, and of RESULTS those written after `since` (seconds of time.time)."""
+def pack(work: Path, since: float, out: Path, most_bytes: int) -> list[str]:
+    """Write what lies below `work`, and files of RESULTS written after `since` (seconds of time.time), into
+    `out`/results-1.zip, -2, ... of at most `most_bytes` each, the paths those from the root of the repository; returns
+    what is larger than that.
+    """
     found = {path for pattern in RESULTS for path in ROOT.glob(pattern) if path.stat().st_mtime >= since}
     found |= {path for path in work.rglob("*") if "site" not in path.relative_to(work).parts[:1]}
-    return sorted(path for path in found if path.is_file())
-
-
-def pack(files: Iterable[Path], out: Path, most_bytes: int) -> list[str]:
-    """Write `files` into `out`/results-1.zip, -2, ... of at most `most_bytes` each; returns what did not fit, and why.
-
-    Paths in the archives are relative to the root of the repository; a file outside of it is stored by its name.
-    """
     for old in out.glob("results-*.zip"):
         old.unlink()
-    left_out, sizes = [], []
-    for path in files:
+    left_out, sizes = [], [0]
+    for path in sorted(path for path in found if path.is_file()):
         packed = len(zlib.compress(path.read_bytes())) + 1024  # and its two headers
         name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
         if packed > most_bytes:
             left_out.append(f"{name}: {packed >> 20} MiB, an archive has at most {most_bytes >> 20}")
             continue
-        index = next((i for i, size in enumerate(sizes) if size + packed <= most_bytes), len(sizes))
-        if index == len(sizes):
+        if sizes[-1] + packed > most_bytes:
             sizes.append(0)
-        sizes[index] += packed
-        with zipfile.ZipFile(out / f"results-{index + 1}.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        sizes[-1] += packed
+        with zipfile.ZipFile(out / f"results-{len(sizes)}.zip", "a", zipfile.ZIP_DEFLATED) as archive:
             archive.write(path, name)
     return left_out
 
@@ -303,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def keep() -> None:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            left_out = pack(result_files(work, campaign.started), args.out, int(args.archive_mb * (1 << 20)))
+            left_out = pack(work, campaign.started, args.out, int(args.archive_mb * (1 << 20)))
             notes = "".join(f"\nleft out: {line}" for line in left_out)
             (args.out / "campaign.md").write_text(campaign.summary() + notes)
 

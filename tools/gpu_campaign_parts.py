@@ -93,9 +93,7 @@ PARTS = (
     ),
     _tests("tests_cuda", "tests of the CUDA kernels", 90, "tests/backends/cuda"),
     _tests("tests", "all other tests that need a GPU", 120, "tests", "--ignore", "tests/backends/cuda"),
-    _products(
-        "products_cuda", 50, "twelve layers by the backend cuda", "--backend", "cuda", "--rows", "product,modulate"
-    ),
+    _products("products_cuda", 50, "twelve layers by cuda", "--backend", "cuda", "--rows", "product,modulate"),
     _products("products_triton", 70, "the same by triton", "--backend", "triton", "--rows", "product,modulate"),
     _products("products_torch", 40, "the same by cuDNN, cuBLAS and CUTLASS", "--rows", "bf16,int_mm,cutlass_int8"),
     _steps("ddpm_cifar10", "16", "float", 70, FLOATS),
