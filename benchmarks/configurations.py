@@ -22,8 +22,8 @@ from benchmarks.baselines.openvino_unet import PRECISIONS, OpenVinoUNet
 from benchmarks.runner import default_dtype, is_wanted
 from benchmarks.shapes import NOT_COUNTED
 from benchmarks.shared import Quantised, Row, build_rows, share_copy
-from modiff_kernels.integrations.handle import channels_last
 from modiff_kernels.integrations.graphs import CudaCapture
+from modiff_kernels.integrations.handle import channels_last
 
 PLANS = record.RESULTS / "plans"
 TORCHAO = "torchao-int8"

@@ -302,37 +302,18 @@ PIECE_COLUMNS = {
 }
 
 
-def least(*keys: tuple[str, str]) -> Callable[[Cells], float | None]:
-    """The shortest time of several forms and backends of a product."""
-
-    def time(cells: Cells) -> float | None:
-        return min((t for key in keys if (t := number(cells, *key, "time")) is not None), default=None)
-
-    return time
-
-
-SIXTEEN = least(("bf16", "torch"), ("fp16", "torch"))
-BEST, WITH_CODES = (least(*((form, backend) for backend in ("cuda", "triton"))) for form in ("product", "modulate"))
+FORMS = (
+    ("bf16", "torch"),
+    ("cutlass_int8", "cutlass"),
+    ("int_mm", "torch"),
+    ("product", "cuda"),
+    ("product", "triton"),
+)
 PRODUCT_COLUMNS: dict[str, Cell] = {
-    "16 bits us": lambda cells: shown(SIXTEEN(cells), "{:.1f}"),
-    "CUTLASS us": value("cutlass_int8", "cutlass", "time", form="{:.1f}"),
-    "int_mm us": value("int_mm", "torch", "time", form="{:.1f}"),
-    **{
-        f"{backend} {unit}": value("product", backend, metric, form=form)
-        for backend in ("cuda", "triton")
-        for unit, metric, form in (
-            ("us", "time", "{:.1f}"), ("TOPS", "rate", "{:.0f}"), ("GB/s", "bandwidth", "{:.0f}"),
-            ("of bound", "of_bound", "{:.0f} %"),
-        )
-    },
-    "with codes us": lambda cells: shown(WITH_CODES(cells), "{:.1f}"),
-    **{
-        f"16 bits/{name}": lambda cells, time=time: (
-            "-" if None in (SIXTEEN(cells), time(cells)) else f"{SIXTEEN(cells) / time(cells):.2f}x"
-        )
-        for name, time in (("best", BEST), ("with codes", WITH_CODES))
-    },
-}  # fmt: skip
+    **{f"{form}, {backend} us": value(form, backend, "time", form="{:.1f}") for form, backend in FORMS},
+    **{f"{name}, of bound": value("product", name, "of_bound", form="{:.0f} %") for name in ("cuda", "triton")},
+    **{f"bf16/{name}": ratio(("bf16", "torch", "time"), ("product", name, "time")) for name in ("cuda", "triton")},
+}
 
 
 def loaded(path: Path) -> dict[str, Any] | None:

@@ -23,14 +23,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.studies.schedules import Panel, panels  # noqa: E402 (the path is set first)
 
 NETWORK = "float32"
-SHOWN = (
-    ("DDIM", 20),
-    ("DDIM", 50),
-    ("DPM-Solver++", 25),
-    ("DPM-Solver++ Karras", 25),
-    ("DPM-Solver++ Lu", 25),
-    ("UniPC", 25),
-)
+SHOWN = {"DDIM": (20, 50), **dict.fromkeys(("DPM-Solver++", "DPM-Solver++ Karras", "DPM-Solver++ Lu", "UniPC"), (25,))}
 COLUMNS = 3
 # What every line is called, and how it is drawn; the searched schedules are drawn last, over all others.
 PLAIN = {
@@ -49,8 +42,7 @@ DIGEST = "Description"  # the text chunk of the picture that holds it
 
 def shown_panels(report: dict[str, Any]) -> list[Panel]:
     """The panels of the picture, as far as the report has them."""
-    found = {(panel.sampler, panel.steps): panel for panel in panels(report, NETWORK)}
-    return [found[name] for name in SHOWN if name in found]
+    return [panel for panel in panels(report, NETWORK) if panel.steps in SHOWN.get(panel.sampler, ())]
 
 
 def curves(panel: Panel) -> list[tuple[str, dict[str, Any], list[tuple[float, float]]]]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from modiff_kernels.integrations.handle import channels_last
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS, Capture
+from modiff_kernels.integrations.handle import channels_last
 
 FULL, SHALLOW = 0, 1
 """Kinds of calls, as the timestep that the package is told: it computes everything at multiples of the interval."""

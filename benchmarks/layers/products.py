@@ -2,7 +2,7 @@
 
 On a GPU the baselines are bf16 and fp16 (cuDNN in channels_last with cudnn.benchmark, cuBLAS), torch._int_mm with both
 operands along K, and the fastest of CUTLASS's int8 kernels that benchmarks/baselines/cutlass_int8/build.py has built;
-on a CPU float32, and oneDNN's int8 convolution, which adds onto a float32 tensor as modulation does. Forms of ours:
+on a CPU float32, and the backend onednn, whose product is oneDNN's own in int8. Forms of ours:
 
     product        y_hat += A(codes), and the output           modulate       both
     product_plain  the output, without state                   quantize       the residual's codes, x_hat += ...
@@ -41,9 +41,7 @@ PEER_FORM = "cutlass_int8"
 GPU_FORMS = ("bf16", "product", "modulate", "product_plain", PEER_FORM, "int_mm", "fp16", "quantize")
 CPU_FORMS = ("float32", *OUR_FORMS)
 """In the order in which they are timed: a budget that ends inside a problem leaves the last ones."""
-INTEGER_CONV = "integer_conv"
-"""On a CPU: the integer product alone, adding onto float32, by our kernel, oneDNN's int8 and float32."""
-LEAST_SQNR_DB = {"bf16": 30.0, "fp16": 45.0, "float32": 100.0, INTEGER_CONV: 100.0}
+LEAST_SQNR_DB = {"bf16": 30.0, "fp16": 45.0, "float32": 100.0}
 """Of other forms 50, for 16-bit outputs against the same op in float32 out of the same codes. bf16 and fp16 have their
 own rounding of inputs and weights, and are compared to the float operator."""
 LEAST_CHANNELS = 16
@@ -135,7 +133,6 @@ def bytes_moved(form: str, layer: Layer, batch: int, weight_bits: int, float_byt
         PEER_FORM: inputs + weights + 2 * outputs,
         "product_plain": inputs + packed + size * outputs,
         "product": product,
-        INTEGER_CONV: product - size * outputs,
         "quantize": quantize,
         "modulate": quantize + product,
     }.get(form, size * (inputs + weights + outputs))
@@ -171,8 +168,6 @@ def forms_of(
             found += [Form(form, backend) for backend in backends]
         elif {"int_mm": int_mm, PEER_FORM: cutlass}.get(form, True):
             found.append(Form(form, "cutlass" if form == PEER_FORM else "torch"))
-    if not on_cuda and layer.kind == "conv" and weight_bits == 8:
-        found += [Form(INTEGER_CONV, name) for name in ("kernel", "onednn", "float32")]
     return found
 
 
@@ -258,73 +253,46 @@ class Tensors:
     def call(self, form: str, backend: str) -> Callable[[], Tensor]:
         """A call of `form`; what it needs besides is made now."""
         window, dtype = self.window, self.dtype
-        if form in OUR_FORMS or (form, backend) == (INTEGER_CONV, "kernel"):
-            backend = "cpu" if form == INTEGER_CONV else backend
-            weight = self.weight_for(backend)
-            state = (weight, self.y_hat, None, None, window, dtype)
-        calls: dict[str, Callable[[], Tensor]] = {
-            "product": lambda: ops.product(self.codes, self.scale, None, *state, True, backend),
-            INTEGER_CONV: lambda: (ops.product(self.codes, self.scale, None, *state, False, backend), self.y_hat)[1],
-            "product_plain": lambda: ops.product(
-                self.codes, self.scale, self.zero_point, weight, window=window, out_dtype=dtype, backend=backend
-            ),
-            "quantize": lambda: ops.quantize(self.next_x(), x_hat=self.x_hat, bits=ACT_BITS, backend=backend)[0],
-            "modulate": lambda: ops.modulate(
-                *(self.next_x(), ops.IDENTITY, self.x_hat, None, weight, self.y_hat, None, window, dtype),
-                *(ACT_BITS, "per_sample", 1.0, True, backend),
-            )[0],
-        }
         if form == "int_mm":  # both operands along K, the order in which cuBLAS has tensor cores for int8
             rows = self.code_rows()
             return lambda: torch._int_mm(rows, self.weight_q.t())
-        if form == INTEGER_CONV and backend == "onednn":
-            return self._onednn()
-        if form in calls and (form != INTEGER_CONV or backend == "cpu"):
-            return calls[form]
-        own = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(form, torch.float32)
-        x, weight = self.inputs[0].to(own), self.weight_as(own)
-        if form == INTEGER_CONV:
-            x, weight = self.codes.float(), self._conv_codes().float().contiguous(memory_format=torch.channels_last)
-        return lambda: self.float_operator(x, weight)
+        if form not in OUR_FORMS:
+            own = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(form, torch.float32)
+            x, dense = self.inputs[0].to(own), self.weight_as(own)
+            return lambda: self.float_operator(x, dense)
+        weight = self.weight_for(backend)
+        state = (weight, self.y_hat, None, None, window, dtype)
+        plain = {"window": window, "out_dtype": dtype, "backend": backend}
+        modulated = (weight, self.y_hat, None, window, dtype, ACT_BITS)
+        calls: dict[str, Callable[[], Tensor]] = {
+            "product": lambda: ops.product(self.codes, self.scale, None, *state, backend=backend),
+            "product_plain": lambda: ops.product(self.codes, self.scale, self.zero_point, weight, **plain),
+            "quantize": lambda: ops.quantize(self.next_x(), x_hat=self.x_hat, bits=ACT_BITS, backend=backend)[0],
+            "modulate": lambda: ops.modulate(
+                self.next_x(), ops.IDENTITY, self.x_hat, None, *modulated, backend=backend
+            )[0],
+        }
+        return calls[form]
 
-    def _conv_codes(self) -> Tensor:
-        """Weight codes of a convolution as torch orders them."""
-        layer = self.layer
-        return self.weight_q.view(layer.c_out, layer.kernel, layer.kernel, layer.c_in).permute(0, 3, 1, 2).contiguous()
-
-    def _onednn(self) -> Callable[[], Tensor]:
-        """oneDNN's int8 convolution with its sum epilogue, unsigned codes, scales of one."""
-        unit = torch.ones(self.layer.c_out)
-        spatial = [[self.layer.stride] * 2, [self.layer.padding] * 2, [1, 1]]
-        unsigned = (self.codes.int() + 128).to(torch.uint8)
-        shape = list(self.codes.shape)
-        weight = torch.ops.onednn.qconv_prepack(self._conv_codes(), unit, 1.0, 128, *spatial, 1, shape)
-        zero, target = torch.zeros(self.layer.c_out, dtype=torch.int32), torch.zeros_like(self.y_hat)
-        epilogue = (1, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
-        operands = (unsigned, 1.0, 128, weight, unit, zero, target, None, *spatial, *epilogue)
-        return lambda: torch.ops.onednn.qconv2d_pointwise.binary(*operands)
-
-    def expected(self, form: str, backend: str = "") -> Tensor:
+    def expected(self, form: str) -> Tensor:
         """What `form` should give, by the backend reference in float64 sums; it changes the state as the form does."""
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # once in float64 is enough
         try:
-            return self._expected(form, backend)
+            return self._expected(form)
         finally:
             torch.backends.cudnn.benchmark = benchmark
 
-    def _expected(self, form: str, backend: str) -> Tensor:
+    def _expected(self, form: str) -> Tensor:
         if form in ("bf16", "fp16", "float32"):
             return self.float_operator(self.inputs[0].float(), self.dequantised)
         if form == "int_mm":
             return (self.code_rows().double() @ self.weight_q.t().double()).to(torch.int32)
-        if form == INTEGER_CONV and backend != "kernel":  # sums with scales of one
-            return self.float_operator(self.codes.double(), self._conv_codes().double()).float()
         self._prepared = {}
         if form == PEER_FORM:  # symmetric codes; a convolution with a window has one scale
             scale = self.scale if is_matrix(self.layer) else self.scale[:1]
             operands = (self.codes, scale, None, self.packed)
             return ops.product(*operands, window=self.window, out_dtype=torch.float16, backend="reference")
-        return self.call("product" if form == INTEGER_CONV else form, "reference")()
+        return self.call(form, "reference")()
 
 
 def prepared(weight: ops.PackedWeight, k: int, window: ops.Window | None, backend: str) -> ops.PackedWeight:
@@ -340,13 +308,11 @@ class Check:
     tensors, by the backend reference.
     """
 
-    def __init__(self, form: str, tensors: Tensors, backend: str = "") -> None:
+    def __init__(self, form: str, tensors: Tensors) -> None:
         self._form, self._tensors = form, tensors
         self._samples = sorted({0, tensors.codes.shape[0] - 1})
         self._part = tensors.some(self._samples)
-        self._expected = self._part.expected(form, backend)
-        if (form, backend) == (INTEGER_CONV, "kernel"):
-            self._expected = self._part.y_hat
+        self._expected = self._part.expected(form)
 
     def sqnr_db(self, call: Callable[[], Tensor]) -> float:
         """SQNR in dB of `call`. AssertionError where it is too low, where a value of any sample is not finite, where
@@ -396,7 +362,7 @@ class ProductCase:
         form = entrant.config
         entrant.more["backend"] = getattr(entrant.subject, "kernel", form.backend)
         try:
-            return Check(form.op, self.tensors, form.backend).sqnr_db(entrant.subject)
+            return Check(form.op, self.tensors).sqnr_db(entrant.subject)
         except AssertionError as error:
             return str(error)
 
@@ -425,8 +391,6 @@ class ProductCase:
 
 def problem_name(problem: Problem, form: str, weight_bits: int) -> str:
     """What rows of `form` have in their column `problem`."""
-    if form == INTEGER_CONV:
-        return f"{problem.layer}-b{problem.batch}"
     return problem.name({"bf16": 16, "fp16": 16, "float32": 32}.get(form, weight_bits))
 
 

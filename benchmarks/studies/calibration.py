@@ -193,16 +193,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 HEADER = (
-    "bits, method",
-    "PSNR dB: float activations",
-    "plain",
-    "modulated",
-    "SSIM: plain",
-    "modulated",
-    "Fréchet: plain",
-    "modulated",
-    "CPU s",
-    "peak MiB",
+    *("bits, method", "PSNR dB: float activations", "plain", "modulated", "SSIM: plain", "modulated"),
+    *("Fréchet: plain", "modulated", "CPU s", "peak MiB"),
 )
 
 
@@ -218,17 +210,11 @@ def table(results: Path, sampler: str) -> str | None:
             keys = [(bits.partition("A")[0], method, "float"), (bits, method, "plain"), (bits, method, "modulated")]
             if not all(key in rows for key in keys):
                 continue
-            shown = [rows[key] for key in keys]
-            cells.append(
-                [
-                    f"{bits}, {method}",
-                    *[f"{row['psnr_db']:.1f}" for row in shown],
-                    *[f"{row['ssim']:.3f}" for row in shown[1:]],
-                    *[f"{row['frechet']:.2g}" for row in shown[1:]],
-                    f"{shown[1]['calibration_cpu_s']:.0f}",
-                    f"{shown[1]['peak_mib']:.0f}",
-                ]
-            )
+            full, plain, modulated = (rows[key] for key in keys)
+            line = [f"{bits}, {method}", *(f"{row['psnr_db']:.1f}" for row in (full, plain, modulated))]
+            line += [f"{row['ssim']:.3f}" for row in (plain, modulated)]
+            line += [f"{row['frechet']:.2g}" for row in (plain, modulated)]
+            cells.append([*line, f"{plain['calibration_cpu_s']:.0f}", f"{plain['peak_mib']:.0f}"])
     features = sorted({row["features"] for row in rows.values()})
     commands = "; ".join(f"`{command}`" for command in report["commands"] if f"--samplers {sampler}" in command)
     return (

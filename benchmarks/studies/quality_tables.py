@@ -12,28 +12,17 @@ from benchmarks.tables import loaded
 from modiff_kernels.evaluation import markdown_table
 
 CLAIMS = claims("quality")
-HEADER = (
-    "configuration",
-    "PSNR dB",
-    "lowest 5 %",
-    "SSIM",
-    "Fréchet to full precision",
-    "Fréchet to test images",
-    "calls computed",
-    "avg bits",
-    "state kB/image",
-)
+COLUMNS = {
+    "PSNR dB": ("psnr_db", "{:.1f}"),
+    "lowest 5 %": ("psnr_p5_db", "{:.1f}"),
+    "SSIM": ("ssim", "{:.4f}"),
+    "Fréchet to full precision": ("frechet_full", "{:.2g}"),
+    "Fréchet to test images": ("frechet_test", "{:.3f}"),
+}
+MORE = ("calls computed", "avg bits", "state kB/image")
 REFERENCE_HEADER = (
-    "layers",
-    "rows",
-    "ops",
-    "codes",
-    "differ",
-    "behind a norm, differ",
-    "floats, worst dB",
-    "PSNR dB: backend",
-    "reference",
-    "between both",
+    *("layers", "rows", "ops", "codes", "differ", "behind a norm, differ", "floats, worst dB", "PSNR dB: backend"),
+    *("reference", "between both"),
 )
 
 
@@ -44,9 +33,7 @@ def _shown(row: dict[str, Any], name: str, form: str) -> str:
 def _label(row: dict[str, Any]) -> str:
     if row["way"] == "float":
         return "full precision"
-    label = {"weights": f"{row['bits']} float activations", "16-bit": "16 bits, not quantised"}.get(
-        row["way"], f"{row['way']} {row['bits']}"
-    )
+    label = f"{row['bits']} float activations" if row["way"] == "weights" else f"{row['way']} {row['bits']}"
     return f"{label} scheduled" if row["scheduled"] else label
 
 
@@ -54,7 +41,7 @@ def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """By bits of the weights, then ways; the float row first."""
     names = ["", "W8", *(name for name in BITS if name.startswith("W8"))]
     names += ["W4", *(name for name in BITS if name.startswith("W4"))]
-    ways = ["float", "16-bit", "weights", "plain", "modulated"]
+    ways = ["float", "weights", "plain", "modulated"]
     return sorted(rows, key=lambda row: (names.index(row["bits"]), row["scheduled"], ways.index(row["way"])))
 
 
@@ -64,25 +51,13 @@ def quality(results: Path, name: str, sampler: str) -> str | None:
     rows = _in_order(row for row in report["rows"] if row["sampler"] == sampler) if report else []
     if report is None or not rows:
         return None
-    timed = any("images_per_s" in row for row in rows)
     cells = []
     for row in rows:
-        full = row["way"] == "float"
-        cells.append(
-            [
-                _label(row),
-                "reference" if full else _shown(row, "psnr_db", "{:.1f}"),
-                _shown(row, "psnr_p5_db", "{:.1f}"),
-                _shown(row, "ssim", "{:.4f}"),
-                _shown(row, "frechet_full", "{:.2g}"),
-                _shown(row, "frechet_test", "{:.3f}"),
-                f"{row['calls_computed']} of {row['calls']}",
-                _shown(row, "average_bits", "{:.1f}"),
-                f"{row['state_bytes_per_image'] / 1e3:.0f}" if "state_bytes_per_image" in row else "-",
-                *([_shown(row, "images_per_s", "{:.0f}")] if timed else []),
-            ]
-        )
-    header = (*HEADER, "images/s") if timed else HEADER
+        state = f"{row['state_bytes_per_image'] / 1e3:.0f}" if "state_bytes_per_image" in row else "-"
+        more = [f"{row['calls_computed']} of {row['calls']}", _shown(row, "average_bits", "{:.1f}"), state]
+        cells.append([_label(row), *(_shown(row, *column) for column in COLUMNS.values()), *more])
+        cells[-1][1] = "reference" if row["way"] == "float" else cells[-1][1]
+    header = ("configuration", *COLUMNS, *MORE)
     schedules = {row["schedule"] for row in rows if row.get("schedule")}
     note = f" Scheduled: {'; '.join(sorted(schedules))}." if schedules else ""
     return f"{markdown_table(header, cells)}\n\n{sampler}, {_caption(report)}{note}"

@@ -92,10 +92,10 @@ def headers(folder: Path | None) -> Path | None:
     return next((place for place in places if (place / "include" / "cutlass" / "cutlass.h").is_file()), None)
 
 
-def command(kernel: Kernel, cutlass: Path, output: Path, nvcc: str = "nvcc") -> list[str]:
+def command(kernel: Kernel, cutlass: Path, output: Path) -> list[str]:
     """The compiler's command line."""
     includes = [f"-I{cutlass / 'include'}", f"-I{cutlass / 'tools' / 'util' / 'include'}"]
-    return [nvcc, *FLAGS, *includes, *kernel.defines(), str(SOURCES / f"{kernel.source}.cu"), "-o", str(output)]
+    return ["nvcc", *FLAGS, *includes, *kernel.defines(), str(SOURCES / f"{kernel.source}.cu"), "-o", str(output)]
 
 
 def build(kernels: Sequence[Kernel], cutlass: Path, folder: Path = FOLDER, jobs: int = 1) -> dict[Kernel, str]:
@@ -126,12 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (%(default)s)")
     args = parser.parse_args(argv)
     cutlass = headers(args.cutlass)
-    if cutlass is None:
-        place = args.cutlass or "the package nvidia-cutlass"
-        print(f"cutlass_int8: {place} has no include/cutlass/cutlass.h; give --cutlass FOLDER", file=sys.stderr)
-        return 2
-    if shutil.which("nvcc") is None:
-        print("cutlass_int8: nvcc was not found on PATH; add the CUDA toolkit's bin folder", file=sys.stderr)
+    if cutlass is None or shutil.which("nvcc") is None:
+        print("cutlass_int8: needs nvcc on PATH, and CUTLASS's include folder: give --cutlass FOLDER", file=sys.stderr)
         return 2
     failed = build(KERNELS, cutlass, args.folder, args.jobs)
     for kernel, message in failed.items():
