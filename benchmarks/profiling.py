@@ -1,4 +1,4 @@
-"""Where the time of a UNet call goes: by kind of work, and by name what is not the package's own.
+"""Where the time of a UNet call goes, by kind of work.
 
 The profiler's own times of the ops of several calls are summed, and what is left of the same calls without profiler is
 *Python and dispatch*: layers, blocks and the UNet's forward, and torch's way to each op. On a GPU the times are those
@@ -29,16 +29,10 @@ KINDS = {
     "additions and copies": r"aten::(add|mul|div|cat|copy_|clone|upsample|index|sub)|elementwise|CatArray|memcpy",
 }
 """Kinds by name of op, looked through in this order; everything else is `OTHER`."""
-OURS = r"modiff|^(range|quantize|statistics|coefficients|modulated_linear|product|finish|weight_sums)_kernel"
-"""Names of the package's ops and kernels."""
 OTHER = "other ops"
 REST = "Python and dispatch"
 PARTS = (*KINDS, OTHER, REST)
 REPEATS = 5
-LEAST_SHARE = 0.02
-"""Of the time of a call, to be named."""
-NAME_LENGTH = 120
-"""Characters of a name that are kept; templates of kernels have thousands."""
 
 
 def kind_of(op: str) -> str:
@@ -63,14 +57,6 @@ class StepProfile:
             result[kind_of(name)] += ms
         result[REST] = max(0.0, self.whole_ms - sum(result.values()))
         return result
-
-    def others(self) -> dict[str, float]:
-        """Milliseconds of what is not the package's own and takes LEAST_SHARE of the call, the longest first."""
-        shown: Counter[str] = Counter()
-        for name, ms in self.names_ms.items():
-            if not re.search(OURS, name):
-                shown[name[:NAME_LENGTH]] += ms
-        return {name: ms for name, ms in shown.most_common() if ms >= LEAST_SHARE * self.whole_ms}
 
 
 def profiled(

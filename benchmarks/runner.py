@@ -236,14 +236,11 @@ def recorded(measures: Sequence[tuple[Any, Measure]], rows: Sequence[Mapping[str
     return found
 
 
-def reserved_bytes() -> int:
-    """What torch has taken of the GPU's memory, pools of CUDA graphs included; 0 without a GPU."""
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
-
-
-def peak_bytes() -> int:
-    """The most of that since `reset_peak`."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+def reserved_bytes(peak: bool = False) -> int:
+    """What torch has taken of the GPU's memory, pools of CUDA graphs included, or the most since `reset_peak`."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()
 
 
 def reset_peak() -> None:
@@ -350,9 +347,8 @@ class _Run:
             reset_peak()
             names = ", ".join(entrant.config.name for entrant in entrants)
             attempt(f"{self.name}, further rounds of {names}", lambda: self._time(entrants), budget)
-            if peak_bytes() and not self.session.in_turns:
-                shared = getattr(entrants[0].subject, "shared_bytes", 0)
-                entrants[0].peak_bytes = max(0, peak_bytes() - before) + shared
+            if (peak := reserved_bytes(peak=True)) and not self.session.in_turns:
+                entrants[0].peak_bytes = max(0, peak - before) + getattr(entrants[0].subject, "shared_bytes", 0)
         timed = [entrant for entrant in entrants if entrant.times]
         shortest = min((len(entrant.times) for entrant in timed), default=0)
         rows: list[Row] = []

@@ -44,7 +44,7 @@ from benchmarks.configurations import (
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
 from benchmarks.tables import show
-from modiff_kernels.evaluation import sqnr, text_table
+from modiff_kernels.evaluation import sqnr
 from modiff_kernels.planning.roofline import Machine
 
 LEAST_SQNR_DB = {"float": 80.0, "weight_only": 20.0, "quantized": 15.0, "modulated": 15.0}
@@ -148,11 +148,9 @@ class Step:
         return [self._row(entrant, metric, "x", faster)]
 
     def _profile_rows(self, entrant: Entrant) -> list[Row]:
-        found, timer = entrant.more["profile"], {"timer": "torch.profiler"}
-        parts, others = {"op": "unet_step_profile", **timer}, {"op": "unet_step_others", **timer}
-        rows = [{**self._row(entrant, kind, "ms", [ms]), **parts} for kind, ms in found.parts().items()]
-        others_ms = {"whole": found.whole_ms, **found.others()}
-        return rows + [{**self._row(entrant, name, "ms", [ms]), **others} for name, ms in others_ms.items()]
+        more = {"op": "unet_step_profile", "timer": "torch.profiler"}
+        parts = entrant.more["profile"].parts()
+        return [{**self._row(entrant, kind, "ms", [ms]), **more} for kind, ms in parts.items()]
 
     def _row(self, entrant: Entrant, metric: str, unit: str, values: list[float]) -> Row:
         row = {"op": "unet_step", "problem": problem(self.network, self.networks.unet, self.batch, entrant.config)}
@@ -183,24 +181,12 @@ def least_sqnr_db(config: Any, dtype: torch.dtype) -> float:
     return LEAST_SQNR_DB[config.mode]
 
 
-def show_profile(rows: list[Row]) -> str:
-    """Configurations as columns, kinds of work and what takes 2 % of a call as rows."""
-    problems = list(dict.fromkeys(row["problem"] for row in rows))
-    found = {(row["problem"], row["metric"]): row["p50"] for row in rows}
-    metrics = [*profiling.PARTS, *dict.fromkeys(metric for _, metric in found if metric not in profiling.PARTS)]
-    cells = [
-        (metric[:60], *(f"{found[key, metric]:.2f}" if (key, metric) in found else "-" for key in problems))
-        for metric in metrics
-    ]
-    return text_table(("ms of a call", *problems), cells)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--network", nargs="+", default=list(SMALL_NETWORKS), choices=NETWORKS, help="default: %(default)s")
     add("--batch", type=int, nargs="+", default=[8], help="one or several (%(default)s)")
     add("--calls", type=int, default=12, help="UNet calls of a run, at least 4 (%(default)s)")
-    add("--profile", action="store_true", help="instead of timing, tell what takes the time, by kind and by name")
+    add("--profile", action="store_true", help="instead of timing, tell what takes the time")
     add_options(parser, rounds=3)
 
 
@@ -217,7 +203,7 @@ def main(args: argparse.Namespace) -> int:
             rows = step_rows(session.device, session.dtype, args.compile, plan if plan.exists() else None)
             rows = importable(with_backends(rows, args.backend), args.rows)
             rows = rows if session.in_turns else telling_first(rows, STEP_ORDER)
-            op, metric = ("unet_step_others", "whole") if args.profile else ("unet_step", "update_time")
+            op, metric = ("unet_step_profile", profiling.REST) if args.profile else ("unet_step", "update_time")
             measures = [(row, Measure(op, problem(network, unet, batch, row), metric, 1e-3)) for row in rows]
             new = session.run(
                 f"{network}, batch {batch}",
@@ -225,6 +211,6 @@ def main(args: argparse.Namespace) -> int:
                 measures,
                 1 if args.profile else args.rounds,
             )
-            print(show_profile(new) if args.profile else show(new, "update_time"), flush=True)
+            print(show(new, profiling.REST if args.profile else "update_time"), flush=True)
         del unet
     return session.exit_code

@@ -7,10 +7,10 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
 
     steps NETWORK [BATCH], runs NETWORK SAMPLER      op unet_step and sampling, every device; with BATCH the last device
     profile NETWORK BATCH                            op unet_step_profile
-    integer_conv, attention, passes [NETWORK], pieces, products         single layers
+    attention, products                              single layers
     compare [FILE]                                   FILE.json, as `modiff compare --json` writes it
     schedules NETWORK, calibration SAMPLER, paper_claims SAMPLER ...    pareto.json and calibration.json
-    quality FILE SAMPLER, quality_reference FILE, quality_papers FILE   FILE.json, of the study `quality`
+    quality FILE SAMPLER, quality_papers FILE        FILE.json, of the study `quality`
 
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.
 """
@@ -32,9 +32,10 @@ from benchmarks import profiling, record
 from modiff_kernels.evaluation import markdown_table, text_table
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "calibration", "cpu_kernels", "fused_blocks", "performance", "quality", "schedules",
-)))  # fmt: skip
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("calibration", "cpu_kernels", "performance", "quality", "schedules")),
+)
 
 Row = Mapping[str, str]
 Cells = dict[tuple[str, ...], Row]
@@ -79,7 +80,7 @@ class Pivot:
     that tell cells of a line apart. needed: cells without which there is no line.
 
     configurations: module:function that gives the configurations of a device; their key is the last group. every: all
-    devices, not only the one that was measured last. one_run: cells of a cache are those of its last run.
+    devices, not only the one that was measured last.
     """
 
     op: str
@@ -90,7 +91,6 @@ class Pivot:
     needed: tuple[str, ...] | None = None
     configurations: str | None = None
     every: bool = False
-    one_run: bool = False
     label: str = "{0}"
     title: Callable[..., str] | None = None
 
@@ -109,9 +109,6 @@ class Pivot:
             if not re.fullmatch(self.op, row["op"]) or not (match := re.fullmatch(pattern, row["problem"])):
                 continue
             cells = found.setdefault(match.groups(), {})
-            if self.one_run:  # rows of two runs do not mix: another form may have been the best
-                for key in [k for k, old in cells.items() if old["cache"] == row["cache"] and old["utc"] != row["utc"]]:
-                    del cells[key]
             cells[tuple(row[column].split("-")[0] if column == "family" else row[column] for column in self.key)] = row
         return {line: cells for line, cells in found.items() if self.needed is None or self.needed in cells}
 
@@ -247,68 +244,8 @@ def profile_table(results: Path, network: str, batch: str) -> str | None:
     return max(texts)[1] if texts else None
 
 
-def _ours(cells: Cells, cache: str, kind: str) -> tuple[str, str]:
-    """Of a fused pass: the name of our backend, and of the faster of inductor's two ways, in rows of `cache`."""
-    times = {name: float(row["p50"]) for (at, name, metric), row in cells.items() if (at, metric) == (cache, "time")}
-    peers = [f"{kind}-{way}" for way in ("obvious", "tuned")]
-    others = ("torch", "torch.compile")
-    ours = next(name for name in times if name not in others and not name.startswith(("inductor-", "graph-")))
-    return ours, min(peers, key=times.__getitem__)
-
-
-OVER_OURS = "{p50:.2f} ({p20:.2f}-{p80:.2f})"
-
-
-def over_ours(cache: str, kind: str, form: str | None = None) -> Cell:
-    """A column: how much longer inductor's best takes, or one of its forms."""
-
-    def cell(cells: Cells) -> str:
-        name = form or _ours(cells, cache, kind)[1]
-        return spread(cache, name, "over_ours", form=OVER_OURS)(cells)
-
-    return cell
-
-
-def of_ours(metric: str, form: str, kind: str = "inductor") -> Cell:
-    """A column: a metric of ours, cold."""
-    return lambda cells: value("cold", _ours(cells, "cold", kind)[0], metric, form=form)(cells)
-
-
-def beside_ours(name: str) -> Cell:
-    """A column: the time of a form over that of ours."""
-
-    def cell(cells: Cells) -> str:
-        return ratio(("cold", name, "time"), ("cold", _ours(cells, "cold", "inductor")[0], "time"), "{:.2f}")(cells)
-
-    return cell
-
-
-PASS_COLUMNS = {
-    "ours us": of_ours("time", "{:.0f}"),
-    "of bound": of_ours("of_bound", "{:.0f} %"),
-    "inductor us": lambda cells: value("cold", _ours(cells, "cold", "inductor")[1], "time", form="{:.0f}")(cells),
-    "inductor/ours, state in memory": over_ours("cold", "inductor"),
-    "in caches": over_ours("warm", "inductor"),
-    "torch.compile/ours": beside_ours("torch.compile"),
-    "torch/ours": beside_ours("torch"),
-}
-PIECE_COLUMNS = {
-    "ours us": of_ours("time", "{:.0f}", "graph"),
-    "graph/ours, state in memory": over_ours("cold", "graph"),
-    "in caches": over_ours("warm", "graph"),
-    "skip in our product": over_ours("cold", "graph", "graph-epilogue"),
-    "both our ops in a graph": over_ours("cold", "graph", "graph-ours"),
-    "q, k, v by three products": over_ours("cold", "graph", "graph-three"),
-}
-
-
-FORMS = (
-    ("bf16", "torch"),
-    ("cutlass_int8", "cutlass"),
-    ("int_mm", "torch"),
-    ("product", "cuda"),
-    ("product", "triton"),
-)
+PEERS = (("bf16", "torch"), ("cutlass_int8", "cutlass"), ("int_mm", "torch"))
+FORMS = (*PEERS, ("product", "cuda"), ("product", "triton"))
 PRODUCT_COLUMNS: dict[str, Cell] = {
     **{f"{form}, {backend} us": value(form, backend, "time", form="{:.1f}") for form, backend in FORMS},
     **{f"{name}, of bound": value("product", name, "of_bound", form="{:.0f} %") for name in ("cuda", "triton")},
@@ -344,30 +281,22 @@ def study(module: str, function: str) -> Callable[..., str | None]:
     return table
 
 
-PASSES: dict[str, Any] = {"key": ("cache", "backend", "metric"), "one_run": True}
 MAKERS: dict[str, Callable[..., str | None]] = {
     "steps": steps_table,
     "runs": Pivot("sampling", r"{0}-{1}-n(\d+)-(.+)", "configuration, images", RUN_COLUMNS, every=True,
                   needed=("run_time",), configurations="run_rows", label="{name}, {0}", title=runs_title),
     "profile": profile_table,
-    "integer_conv": Pivot("integer_conv", "(.+)", "convolution", {
-        **{f"{name} us": value(key, form="{:.0f}") for name, key in
-           (("kernel", "kernel"), ("oneDNN", "onednn"), ("float32", "float32"))},
-        "oneDNN/kernel": ratio(("onednn",), ("kernel",)), "float32/kernel": ratio(("float32",), ("kernel",)),
-    }, ("backend",)),
     "attention": Pivot("attention", "(.+)", "layer", {
         "kernel us": value("cpu", form="{:.0f}"), "torch us": value("torch", form="{:.0f}"),
         "torch/kernel": ratio(("torch",), ("cpu",)),
     }, ("backend",), needed=("cpu",)),
-    "passes": Pivot("fused_pass", "{0}-(.+)", "pass, batch, codes", PASS_COLUMNS, **PASSES),
-    "pieces": Pivot("fused_piece", "(.+)", "pass and product, batch, codes", PIECE_COLUMNS, **PASSES),
     "products": Pivot("(bf16|fp16|int_mm|cutlass_int8|product|modulate|quantize)", r"(.+-b\d+)-w\d+", "layer, batch",
                       PRODUCT_COLUMNS, ("op", "family", "metric")),
     "compare": compare_table,
     "schedules": study("schedules", "table"),
     "calibration": study("calibration", "table"),
     "paper_claims": study("calibration", "claims_table"),
-    **{name: study("quality_tables", name) for name in ("quality", "quality_reference", "quality_papers")},
+    **{name: study("quality_tables", name) for name in ("quality", "quality_papers")},
 }  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 python tools/ncu_worst.py [--most 5] [--budget 300] [--out benchmarks/results/ncu]
 
 Takes the worst of the rows of `python -m benchmarks layers` on this GPU, runs each once under ncu, after a warm-up and
-with the clocks as they are, and writes what it says of the call's kernels to <out>/<form>-<backend>-<problem>.txt. Needs
-ncu on PATH and permission to read counters. Exit code 1: some could not be profiled; 2: nothing to profile; 3: the budget
-was spent first.
+with the clocks as they are, and writes what it says of the call's kernels to <out>/<form>-<backend>-<problem>.txt.
+Needs ncu on PATH and permission to read counters. Exit code 1: some could not be profiled; 2: nothing to profile; 3:
+the budget was spent first.
 """
 
 from __future__ import annotations

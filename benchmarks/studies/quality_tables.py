@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,6 @@ COLUMNS = {
     "Fréchet to test images": ("frechet_test", "{:.3f}"),
 }
 MORE = ("calls computed", "avg bits", "state kB/image")
-REFERENCE_HEADER = (
-    *("layers", "rows", "ops", "codes", "differ", "behind a norm, differ", "floats, worst dB", "PSNR dB: backend"),
-    *("reference", "between both"),
-)
 
 
 def _shown(row: dict[str, Any], name: str, form: str) -> str:
@@ -74,52 +70,6 @@ def _caption(report: dict[str, Any]) -> str:
         f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}. "
         f"{'; '.join(f'`{command}`' for command in report['commands'])}"
     )
-
-
-def quality_reference(results: Path, name: str) -> str | None:
-    """What both backends compute, summed over samplers and schedules."""
-    report = loaded(results / f"{name}.json")
-    cells = []
-    for bits in BITS:
-        for way in ("plain", "modulated"):
-            rows = [
-                row
-                for row in (report["rows"] if report else [])
-                if (row["bits"], row["way"]) == (bits, way) and "reference" in row
-            ]
-            if rows:
-                cells.append([f"{way} {bits}", str(len(rows)), *_reference_cells([row["reference"] for row in rows])])
-    if report is None or not cells:
-        return None
-    backends = sorted({row["backend"] for row in report["rows"] if "reference" in row})
-    count = max(row["reference"]["images"] for row in report["rows"] if "reference" in row)
-    return (
-        f"{markdown_table(REFERENCE_HEADER, cells)}\n\n{report['model']} on {report['device']}, backend "
-        f"{', '.join(backends)}; ops of up to three calls of a row and pictures of whole runs, {count} images."
-    )
-
-
-def _reference_cells(found: Sequence[dict[str, Any]]) -> list[str]:
-    def total(key: str) -> int:
-        return sum(row[key] for row in found)
-
-    def mean(key: str) -> str:
-        values = [row[key] for row in found if row[key] is not None]
-        return f"{sum(values) / len(values):.1f}" if values else "equal"
-
-    floats = [row["sqnr_db"] for row in found if row["sqnr_db"] is not None]
-    behind_norm = total("codes") - total("exact_codes")
-    differing = total("differing") - total("exact_differing")
-    return [
-        str(total("ops")),
-        f"{total('codes') / 1e6:.1f} M",
-        f"{total('exact_differing')} of {total('exact_codes') / 1e6:.1f} M",
-        f"{differing / behind_norm * 1e6:.1f} ppm" if behind_norm else "-",
-        f"{min(floats):.0f}" if floats else "equal",
-        mean("psnr_db"),
-        mean("reference_psnr_db"),
-        mean("psnr_between_db"),
-    ]
 
 
 def quality_papers(results: Path, name: str, sampler: str = "DDIM-100") -> str | None:

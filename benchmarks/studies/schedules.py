@@ -19,6 +19,8 @@ that are missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -42,6 +44,17 @@ from modiff_kernels.evaluation import markdown_table, psnr
 from modiff_kernels.planning.search import search
 
 EVERY_CALL, FORECAST = "every call", "forecast"
+FEWER, ANY = "same sampler, fewer steps", "any sampler, fewer steps"
+COLUMNS = {
+    "hold": "hold",
+    "DeepCache": "DeepCache",
+    FORECAST: "the uniform forecasts",
+    "searched": "",
+    FEWER: "fewer steps of the same sampler",
+    ANY: "the best of all samplers",
+}
+"""Of the table, and in words what the searched schedules are compared with."""
+Found = dict[str, Any]
 NETWORKS = {
     "float32": Row("float32", "float32", "float"),
     "W8A8": Row("w8a8", "W8A8", "modulated", 8, 8),
@@ -135,7 +148,7 @@ class Study:
         self.macs = _multiplications(model.unet)
         longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
         unet = models.share_copy(model.unet).to(memory_format=torch.channels_last)
-        self.converged, _ = self._sample(unet, Sampler("", "ddim", (), (), (), UNCLIPPED), longest)
+        self.converged = self._sample(unet, Sampler("", "ddim", (), (), (), UNCLIPPED), longest)
 
     def rows(self, network: Row, sampler: Sampler, known: Container[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
         """All rows of one network and sampler but those whose KEY is known."""
@@ -152,7 +165,9 @@ class Study:
                     pictures, row = self._deepcache(sampler, steps, text)
                 else:
                     pictures, row = self._scheduled(network, sampler, steps, text)
-                yield self._row(network, sampler, steps, method, row, pictures, dense)
+                own_db = None if pictures is dense else float(psnr(pictures, dense).mean())
+                common = {"network": network.name, "sampler": sampler.label, "steps": steps, "method": method}
+                yield {**common, **row, "own_db": own_db, "converged_db": float(psnr(pictures, self.converged).mean())}
 
     def _trials(self, network: Row, sampler: Sampler, steps: int) -> Iterator[tuple[str, str | None]]:
         """Method and schedule of every row with so many steps."""
@@ -168,11 +183,8 @@ class Study:
 
     def _searched(self, sampler: Sampler, steps: int) -> Iterator[dict[str, Any]]:
         """The searches for one sampler, most computed calls first; made where they were not yet."""
-        made = {
-            found["computed"]: found
-            for found in self.searches
-            if (found["sampler"], found["steps"]) == (sampler.label, steps)
-        }
+        about = {"sampler": sampler.label, "steps": steps}
+        made = {found["computed"]: found for found in self.searches if about.items() <= found.items()}
         calls = self._calls(sampler, steps)
         sizes = {StepSchedule.uniform(every).actions(calls).count(UPDATE) for every in SEARCHED_EVERY}
         fidelity: Callable[[StepSchedule], float] | None = None
@@ -181,14 +193,8 @@ class Study:
             if computed not in made:
                 fidelity = fidelity or self._fidelity_of_search(sampler, steps)
                 found = search(fidelity, calls, computed=computed, known=tried)
-                made[computed] = {
-                    "sampler": sampler.label,
-                    "steps": steps,
-                    "computed": computed,
-                    "schedule": str(found.schedule),
-                    "search_db": found.fidelity_db,
-                    "tried": len(tried),
-                }
+                made[computed] = {**about, "computed": computed, "schedule": str(found.schedule)}
+                made[computed] |= {"search_db": found.fidelity_db, "tried": len(tried)}
                 self.searches.append(made[computed])
             yield made[computed]
 
@@ -200,93 +206,57 @@ class Study:
 
         def pictures(schedule: StepSchedule | None) -> np.ndarray:
             quantised.handle.set_schedule(schedule)
-            return self._sample(unet, sampler, steps, quantised.sampling_run, seeds)[0]
+            return self._sample(unet, sampler, steps, quantised.sampling_run, seeds)
 
         dense = pictures(None)
         return lambda schedule: float(psnr(pictures(schedule), dense).mean())
 
-    def _row(self, network, sampler, steps, method, row, pictures, dense) -> dict[str, Any]:
-        return {
-            "network": network.name,
-            "sampler": sampler.label,
-            "steps": steps,
-            "method": method,
-            **row,
-            "own_db": None if pictures is dense else float(psnr(pictures, dense).mean()),
-            "converged_db": float(psnr(pictures, self.converged).mean()),
-        }
-
-    def _scheduled(self, network: Row, sampler: Sampler, steps: int, text: str | None):
+    def _scheduled(self, network: Row, sampler: Sampler, steps: int, text: str | None) -> tuple[np.ndarray, Found]:
         stochastic = " stochastic=True" if text not in (None, "auto") and sampler.name == "ddpm" else ""
         unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
-        row = Row(network.key, network.name, network.mode, network.weight_bits, network.act_bits)
-        quantised = None
-        run = None
-        if text is not None or network.mode != "float":
-            schedule = None if text is None else text + stochastic
-            row = Row(network.key, network.name, network.mode, network.weight_bits, network.act_bits, schedule=schedule)
-            quantised = Quantised(unet, row)
-            run = quantised.sampling_run
-        pictures, seconds = self._sample(unet, sampler, steps, run)
-        calls = self._calls(sampler, steps)
-        cost = float(calls)
-        if quantised is not None:
-            skipped = {path: quantised.handle.skipped_calls(path) for path in self.macs}
-            cost -= sum(self.macs[path] * skipped[path] for path in self.macs) / sum(self.macs.values())
-        return pictures, {"schedule": text, "evaluations": cost, "time_s": seconds}
+        if text is None and network.mode == "float":
+            return self._costed(unet, sampler, steps, text, contextlib.nullcontext, lambda path: 0)
+        row = dataclasses.replace(network, schedule=None if text is None else text + stochastic)
+        own = Quantised(unet, row)
+        return self._costed(unet, sampler, steps, text, own.sampling_run, lambda path: own.handle.skipped_calls(path))
 
-    def _deepcache(self, sampler: Sampler, steps: int, text: str):
+    def _deepcache(self, sampler: Sampler, steps: int, text: str) -> tuple[np.ndarray, Found]:
         unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
         done = dict.fromkeys(self.macs, 0)
         for path in self.macs:
-            unet.get_submodule(path).register_forward_hook(_Counter(done, path))
-        pictures, seconds = self._sample(unet, sampler, steps, CachedUNet(unet, int(text.split()[1])).run)
-        cost = sum(self.macs[path] * done[path] for path in self.macs) / sum(self.macs.values())
-        return pictures, {"schedule": text, "evaluations": cost, "time_s": seconds}
+            unet.get_submodule(path).register_forward_hook(lambda *_, p=path: done.update({p: done[p] + 1}))
+        run, calls = CachedUNet(unet, int(text.split()[1])).run, self._calls(sampler, steps)
+        return self._costed(unet, sampler, steps, text, run, lambda path: calls - done[path])
+
+    def _costed(self, unet, sampler, steps, text, run, skipped: Callable[[str], int]) -> tuple[np.ndarray, Found]:
+        """Pictures, and what they cost; skipped: how many calls left out the layer at a path."""
+        started = time.perf_counter()
+        pictures = self._sample(unet, sampler, steps, run)
+        seconds = time.perf_counter() - started
+        left_out = sum(macs * skipped(path) for path, macs in self.macs.items()) / sum(self.macs.values())
+        return pictures, {"schedule": text, "evaluations": self._calls(sampler, steps) - left_out, "time_s": seconds}
 
     def _calls(self, sampler: Sampler, steps: int) -> int:
         scheduler = models.make_scheduler(self.model, sampler.name, **sampler.options)
         scheduler.set_timesteps(steps)
         return len(scheduler.timesteps)
 
-    def _sample(
-        self, unet: nn.Module, sampler: Sampler, steps: int, run=None, seeds: range | None = None
-    ) -> tuple[np.ndarray, float]:
-        started = time.perf_counter()
-        options = {"run": run} if run is not None else {}
-        pictures = models.sample_images(
-            self.model, unet, sampler.name, steps, seeds or self.seeds, scheduler_options=sampler.options, **options
-        )
-        return pictures, time.perf_counter() - started
-
-
-class _Counter:
-    """A forward hook that counts the calls of the module at `path`."""
-
-    def __init__(self, done: dict[str, int], path: str) -> None:
-        self.done = done
-        self.path = path
-
-    def __call__(self, *_: Any) -> None:
-        self.done[self.path] += 1
+    def _sample(self, unet, sampler: Sampler, steps: int, run=contextlib.nullcontext, seeds=None) -> np.ndarray:
+        options = {"scheduler_options": sampler.options, "run": run}
+        return models.sample_images(self.model, unet, sampler.name, steps, seeds or self.seeds, **options)
 
 
 def _multiplications(unet: nn.Module) -> dict[str, int]:
     """Multiply-accumulates of each Conv2d and Linear in one call for one picture."""
     counted: dict[str, int] = {}
-    hooks = []
-    for path, module in unet.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
-            continue
 
-        def count(module, args, output, path=path):
-            rows = output.numel() // module.weight.shape[0]
-            counted[path] = rows * module.weight.numel()
+    def count(module: Any, output: torch.Tensor, path: str) -> None:
+        counted[path] = output.numel() // module.weight.shape[0] * module.weight.numel()
 
-        hooks.append(module.register_forward_hook(count))
-    size = unet.config.sample_size
+    layers = {path: m for path, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    hooks = [m.register_forward_hook(lambda m, _, out, p=path: count(m, out, p)) for path, m in layers.items()]
     with torch.inference_mode():
-        unet(torch.zeros(1, unet.config.in_channels, size, size), 0)
+        unet(torch.zeros(1, unet.config.in_channels, *[unet.config.sample_size] * 2), 0)
     for hook in hooks:
         hook.remove()
     return counted
@@ -312,21 +282,6 @@ class Panel:
     any_sampler: Curve
 
 
-@dataclass(frozen=True)
-class Line:
-    """What is reached at one cost, in dB to the converged trajectory; None: nothing of it costs so little.
-
-    schedules: by method, the best at no greater cost. deepcache_db: on the line between its intervals.
-    """
-
-    panel: Panel
-    evaluations: float
-    schedules: dict[str, float | None]
-    deepcache_db: float | None
-    fewer_steps_db: float | None
-    any_sampler_db: float | None
-
-
 def panels(report: dict[str, Any], network: str) -> list[Panel]:
     """Every sampler and number of steps that schedules were tried on, in the order of the rows.
 
@@ -347,20 +302,28 @@ def panels(report: dict[str, Any], network: str) -> list[Panel]:
     return found
 
 
+@dataclass(frozen=True)
+class Line:
+    """What is reached at one cost: dB to the converged trajectory by column, None where nothing costs so little.
+
+    That of a method is the best at no greater cost, that of DeepCache lies on the line between its intervals.
+    """
+
+    panel: Panel
+    evaluations: float
+    reached: dict[str, float | None]
+
+
 def lines(report: dict[str, Any], network: str) -> list[Line]:
     """For every panel the costs of its uniform forecasts, the highest first."""
-    return [
-        Line(
-            panel,
-            cost,
-            {method: best_db(curve, cost) for method, curve in panel.schedules.items() if method != "DeepCache"},
-            between_db(panel.schedules.get("DeepCache", []), cost),
-            best_db(panel.fewer_steps, cost),
-            best_db(panel.any_sampler, cost),
-        )
-        for panel in panels(report, network)
-        for cost, _ in reversed(panel.schedules[FORECAST])
-    ]
+    found = []
+    for panel in panels(report, network):
+        for cost, _ in reversed(panel.schedules[FORECAST]):
+            curves = {**panel.schedules, FEWER: panel.fewer_steps, ANY: panel.any_sampler}
+            reached = {name: best_db(curves.get(name, []), cost) for name in COLUMNS}
+            reached["DeepCache"] = between_db(panel.schedules.get("DeepCache", []), cost)
+            found.append(Line(panel, cost, reached))
+    return found
 
 
 def best_db(curve: Curve, evaluations: float) -> float | None:
@@ -395,17 +358,7 @@ def _curve(rows: Iterable[dict[str, Any]]) -> Curve:
 
 def _rising(curve: Sequence[tuple[float, float]]) -> Curve:
     """The points of `curve` that are above all cheaper ones."""
-    kept: Curve = []
-    for cost, db in curve:
-        if not kept or db > kept[-1][1]:
-            kept.append((cost, db))
-    return kept
-
-
-HEADER = (
-    *("sampler, steps", "evaluations", "hold", "DeepCache", "forecast", "searched", "same sampler, fewer steps"),
-    *("any sampler, fewer steps", "every call"),
-)
+    return [(cost, db) for i, (cost, db) in enumerate(curve) if all(db > other for _, other in curve[:i])]
 
 
 def table(results: Path, network: str) -> str | None:
@@ -414,28 +367,21 @@ def table(results: Path, network: str) -> str | None:
     if report is None:
         return None
     found = lines(report, network)
-    cells = [_cells(line) for line in found]
-    kept = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in cells)]
-    peers: dict[str, Callable[[Line], float | None]] = {
-        "hold": lambda line: line.schedules.get("hold"),
-        "DeepCache": lambda line: line.deepcache_db,
-        "the uniform forecasts": lambda line: line.schedules[FORECAST],
-        "fewer steps of the same sampler": lambda line: line.fewer_steps_db,
-        "the best of all samplers": lambda line: line.any_sampler_db,
+    shown = [name for name in COLUMNS if any(line.reached[name] is not None for line in found)]
+    cells = []
+    for line in found:
+        highest = max(db for db in line.reached.values() if db is not None)
+        texts = ["-" if line.reached[name] is None else f"{line.reached[name]:.1f}" for name in shown]
+        texts = [f"**{text}**" if text == f"{highest:.1f}" else text for text in texts]
+        panel = line.panel
+        name = f"{panel.sampler}, {panel.steps}"
+        cells.append([name, f"{line.evaluations:g}", *texts, f"{panel.every_call_db:.1f}"])
+    counted = {
+        words: wins((line.reached["searched"], line.reached[name]) for line in found)
+        for name, words in COLUMNS.items()
+        if words
     }
-    counted = {name: wins((line.schedules.get("searched"), db(line)) for line in found) for name, db in peers.items()}
     counts = ", ".join(f"{name} in {won} of {of}" for name, (won, of) in counted.items() if of)
     notes = " ".join([f"The searched schedules are above {counts} lines." if counts else "", *report["notes"]]).strip()
     caption = f"`{report['command']}`: {report['model']}, {network}, {report['images']} images. {notes}".rstrip()
-    return f"{markdown_table([HEADER[i] for i in kept], [[row[i] for i in kept] for row in cells])}\n\n{caption}"
-
-
-def _cells(line: Line) -> list[str]:
-    """The row of one sampler, number of steps and cost, the highest of what costs so little in bold."""
-    schedules = [line.schedules.get(name) for name in ("hold", FORECAST, "searched")]
-    values = [schedules[0], line.deepcache_db, *schedules[1:], line.fewer_steps_db, line.any_sampler_db]
-    shown = ["-" if value is None else f"{value:.1f}" for value in values]
-    highest = max(float(text) for text in shown if text != "-")
-    shown = [f"**{text}**" if text != "-" and float(text) == highest else text for text in shown]
-    panel = line.panel
-    return [f"{panel.sampler}, {panel.steps}", f"{line.evaluations:g}", *shown, f"{panel.every_call_db:.1f}"]
+    return f"{markdown_table(('sampler, steps', 'evaluations', *shown, 'every call'), cells)}\n\n{caption}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import record
-from benchmarks.studies import calibration, quality
+from benchmarks.studies import calibration, quality, schedules
 from benchmarks.studies.features import Features
 from benchmarks.studies.report import Report, command
 from benchmarks.studies.schedules import between_db, lines, panels, wins
@@ -51,9 +51,9 @@ def test_schedules_compare_at_equal_cost():
     assert panel.any_sampler == [(8, 26.0), (10, 28.0), (20, 31.0)], "only what rises"
     high, low = lines(REPORT, "float32")
     assert (high.evaluations, low.evaluations) == (12, 9)
-    assert low.schedules == {"forecast": 27.0, "hold": None, "searched": None}
-    assert (high.deepcache_db, low.deepcache_db) == (24.0, 22.0)
-    assert (high.fewer_steps_db, high.any_sampler_db, low.any_sampler_db) == (25.0, 28.0, 26.0)
+    assert (low.reached["forecast"], low.reached["hold"], low.reached["searched"]) == (27.0, None, None)
+    assert (high.reached["DeepCache"], low.reached["DeepCache"]) == (24.0, 22.0)
+    assert [high.reached[name] for name in (schedules.FEWER, schedules.ANY)] == [25.0, 28.0]
     curve = [(10.0, 20.0), (20.0, 30.0)]
     assert [between_db(curve, cost) for cost in (9.0, 12.5, 25.0)] == [None, 22.5, 30.0]
     assert wins([(2.0, 1.0), (1.0, 1.0), (None, 1.0), (3.0, 4.0)]) == (1, 3)

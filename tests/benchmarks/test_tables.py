@@ -50,18 +50,6 @@ def test_the_device_that_was_measured_last_counts_or_all(tmp_path):
     assert every.index("**new**") < every.index("7.00") < every.index("**old**") < every.index("5.00")
 
 
-def test_rows_of_two_runs_of_a_pass_do_not_mix(tmp_path):
-    cold = {"problem": "net-p", "cache": "cold", "op": "fused_pass"}
-    names = ("cpu", "inductor-obvious", "inductor-tuned", "torch", "torch.compile")
-    rows = [{**cold, "backend": name, "p50": [1.0 + i], "utc": "1"} for i, name in enumerate(names)]
-    write(
-        tmp_path, [*rows, *({**row, "p50": [10.0], "utc": "2"} for row in rows if row["backend"] != "inductor-obvious")]
-    )
-    pivot = tables.MAKERS["passes"]
-    (cells,) = pivot.lines(record.read(next(tmp_path.glob("*.csv"))), "net-(.+)").values()
-    assert ("cold", "inductor-obvious", "time") not in cells
-
-
 def test_a_page_is_written_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(tables.MAKERS, "times", TIMES)
     write(tmp_path, [{"problem": "net-l1", "backend": "a"}])
