@@ -1,4 +1,4 @@
-"""python -m benchmarks COMMAND: layers, steps, runs, plans, studies and tables; COMMAND --help says more.
+"""python -m benchmarks COMMAND: layers, steps, runs, studies and tables; COMMAND --help says more.
 
 Exit code 0: everything was measured. 1: something was wrong or could not be. 2: bad input. 3: --budget was spent first.
 """
@@ -16,7 +16,6 @@ COMMANDS = {
     "layers": "layers.command",
     "steps": "steps",
     "runs": "runs",
-    "plans": "plans",
     "schedules": "studies.schedules",
     "quality": "studies.quality",
     "calibration": "studies.calibration",

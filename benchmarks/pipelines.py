@@ -52,8 +52,7 @@ def scheduler_config(network: str) -> dict[str, Any]:
 class Workload:
     """What is sampled: `images` pictures, or latents, of `network` from the noise of seeds 0, 1, ... in one batch.
 
-    unet: gives sizes, dtype and device. steps: of the sampler, if others than its own. guided: with guidance, where
-    the network has it.
+    unet: gives sizes, dtype and device. steps: of the sampler, if others than its own.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class Workload:
         sampler: Sampler,
         images: int,
         steps: int | None = None,
-        guided: bool = True,
     ) -> None:
         self.network = network
         self.label = label(network, unet)
@@ -73,8 +71,6 @@ class Workload:
         self.in_pixels = network in OF_PIXELS
         self._model = models.Model(network, unet, scheduler_config(network))
         self._text = _embeddings(network, unet, images) if network in GUIDED else {}
-        if not guided:
-            self._text |= {"guidance_scale": 1.0} if self._text else {}
 
     def pipe(self, unet: torch.nn.Module) -> Any:
         """A pipeline with `unet` and a scheduler of its own."""

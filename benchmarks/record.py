@@ -60,12 +60,8 @@ def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
     return folder / f"{file_stem(device or device_name())}.csv"
 
 
-def _git(*arguments: str) -> str:
-    return _git_in(ROOT, *arguments)
-
-
 @cache
-def _git_in(folder: Path, *arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> str:
     """Asked for once in a process: code that was loaded does not change with the checkout. Empty without git."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
@@ -83,9 +79,9 @@ def _version(package: str) -> str:
 
 def commit() -> tuple[str, bool | str]:
     """Commit of the sources and whether they differ from it; without .git what MODIFF_COMMIT says, or ("", "")."""
-    found = _git("rev-parse", "--short=12", "HEAD")
+    found = _git(ROOT, "rev-parse", "--short=12", "HEAD")
     if found:
-        return found, bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"))
+        return found, bool(_git(ROOT, "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"))
     given = os.environ.get("MODIFF_COMMIT", "")
     return given, False if given else ""
 

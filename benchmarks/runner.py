@@ -414,6 +414,7 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     add("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on cuda")
     add("--rows", default="", help="keys of configurations or their beginnings, by commas (default: all)")
     add("--backend", nargs="+", default=["auto"], help="of our layers; several: ours once for each (auto)")
+    add("--plan", metavar="FILE", help="layer plan of the rows planned")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
     add("--in-turns", action=argparse.BooleanOptionalAction, default=None, help="default: on the CPU")
     add("--budget", type=float, default=None, metavar="SECONDS", help="end after this time, with what is measured")

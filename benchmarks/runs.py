@@ -35,12 +35,11 @@ from benchmarks.configurations import (
     Network,
     Networks,
     importable,
-    plan_file,
     run_rows,
     telling_first,
     with_backends,
 )
-from benchmarks.pipelines import GUIDED, SAMPLERS, Workload
+from benchmarks.pipelines import SAMPLERS, Workload
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, build_unet
 from benchmarks.shared import Row as Configuration
@@ -200,8 +199,7 @@ def main(args: argparse.Namespace) -> int:
         for images in args.images:
             for sampler in args.sampler:
                 workload = Workload(network, unet, SAMPLERS[sampler], images, args.steps)
-                plan = plan_file(session.device, network, images * (2 if network in GUIDED else 1))
-                rows = run_rows(session.device, session.dtype, args.compile, plan if plan.exists() else None)
+                rows = run_rows(session.device, session.dtype, args.compile, args.plan)
                 rows = importable(with_backends(rows, args.backend), args.rows)
                 rows = rows if session.in_turns else telling_first(rows, RUN_ORDER)
                 measures = [(row, Measure(OP, problem(workload, row.key), "run_time", 1.0)) for row in rows]

@@ -14,8 +14,8 @@ the most telling first, so that --budget cuts off what stands last. --backend cu
 
 Baselines: eager in both memory formats; torch.compile, on CUDA with max-autotune, without and with CUDA graphs, and in
 its default mode with graphs (on the CPU max-autotune and freezing took the same time within 3 % and are left out);
-torchao's dynamic int8, OpenVINO and bfloat16 where they are installed. The row "planned" takes the plan that
-`python -m benchmarks plans` has measured on this device, if it did. Bound: benchmarks/bounds.py. Peak memory is known
+torchao's dynamic int8, OpenVINO and bfloat16 where they are installed. --plan FILE, made by `modiff calibrate --plan`
+or make_plan() on this device, adds the rows "planned". Bound: benchmarks/bounds.py. Peak memory is known
 on CUDA only, and counts the weights. --profile tells by kind of work what takes the time, instead of timing.
 """
 
@@ -36,7 +36,6 @@ from benchmarks.configurations import (
     Networks,
     importable,
     label,
-    plan_file,
     step_rows,
     telling_first,
     with_backends,
@@ -199,8 +198,7 @@ def main(args: argparse.Namespace) -> int:
     for network in args.network:
         unet = build_unet(network, session.device).to(session.dtype)
         for batch in args.batch:
-            plan = plan_file(session.device, network, batch)
-            rows = step_rows(session.device, session.dtype, args.compile, plan if plan.exists() else None)
+            rows = step_rows(session.device, session.dtype, args.compile, args.plan)
             rows = importable(with_backends(rows, args.backend), args.rows)
             rows = rows if session.in_turns else telling_first(rows, STEP_ORDER)
             op, metric = ("unet_step_profile", profiling.REST) if args.profile else ("unet_step", "update_time")

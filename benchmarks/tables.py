@@ -7,7 +7,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
 
     steps NETWORK [BATCH], runs NETWORK SAMPLER      op unet_step and sampling, every device; with BATCH the last device
     profile NETWORK BATCH                            op unet_step_profile
-    attention, products                              single layers
+    products                                         single layers
     compare [FILE]                                   FILE.json, as `modiff compare --json` writes it
     schedules NETWORK, calibration SAMPLER, paper_claims SAMPLER ...    pareto.json and calibration.json
     quality FILE SAMPLER, quality_papers FILE        FILE.json, of the study `quality`
@@ -32,10 +32,8 @@ from benchmarks import profiling, record
 from modiff_kernels.evaluation import markdown_table, text_table
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-PAGES = (
-    "README.md",
-    *(f"docs/{name}.md" for name in ("calibration", "cpu_kernels", "performance", "quality", "schedules")),
-)
+DOCS = ("calibration", "cpu_kernels", "performance", "quality", "schedules")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 
 Row = Mapping[str, str]
 Cells = dict[tuple[str, ...], Row]
@@ -149,7 +147,7 @@ def configuration_names(kind: str, device: str) -> dict[str, str]:
 
     on_cpu = device.endswith("threads")
     where = (torch.device("cpu"), torch.float32) if on_cpu else (torch.device("cuda"), torch.bfloat16)
-    rows = getattr(configurations, kind)(*where, compiled=True, plan=Path("of this device"))
+    rows = getattr(configurations, kind)(*where, compiled=True, plan="of this device")
     return {row.key: row.name for row in rows}
 
 
@@ -286,10 +284,6 @@ MAKERS: dict[str, Callable[..., str | None]] = {
     "runs": Pivot("sampling", r"{0}-{1}-n(\d+)-(.+)", "configuration, images", RUN_COLUMNS, every=True,
                   needed=("run_time",), configurations="run_rows", label="{name}, {0}", title=runs_title),
     "profile": profile_table,
-    "attention": Pivot("attention", "(.+)", "layer", {
-        "kernel us": value("cpu", form="{:.0f}"), "torch us": value("torch", form="{:.0f}"),
-        "torch/kernel": ratio(("torch",), ("cpu",)),
-    }, ("backend",), needed=("cpu",)),
     "products": Pivot("(bf16|fp16|int_mm|cutlass_int8|product|modulate|quantize)", r"(.+-b\d+)-w\d+", "layer, batch",
                       PRODUCT_COLUMNS, ("op", "family", "metric")),
     "compare": compare_table,

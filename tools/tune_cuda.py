@@ -38,13 +38,13 @@ class CudaProducts:
         self.gpu = (capability, multiprocessors)
 
     def _geometry(self, scratch: Scratch) -> list[int]:
-        return products.geometry_of(scratch.codes, len(scratch.weight[1]), scratch.conv)
+        return products.geometry_of(scratch.codes, scratch.weight.n, scratch.window)
 
     def shape(self, scratch: Scratch) -> cuts.Shape:
         return cuts.shape_of(self._geometry(scratch), scratch.weight_bits, CODE_BITS)
 
     def candidates(self, scratch: Scratch) -> list[Cut]:
-        shape, conv = self.shape(scratch), scratch.conv
+        shape, conv = self.shape(scratch), scratch.window
         window = {} if conv is None else dict(zip(("kernel_size", "stride", "padding", "dilation"), conv))
         problem = Problem(
             "accumulate_linear" if conv is None else "accumulate_conv2d", device_type="cuda", m=shape.m, n=shape.n,
@@ -60,8 +60,8 @@ class CudaProducts:
     def update(self, scratch: Scratch, candidate: Cut) -> Callable[[], None]:
         def call() -> None:
             products.integer_product(
-                scratch.codes, scratch.scale, None, *scratch.weight, None, products.ACCUMULATE, scratch.y_hat, None,
-                False, torch.float16, scratch.weight_bits, scratch.conv, candidate,
+                scratch.codes, scratch.scale, None, *scratch.weight[:2], None, products.ACCUMULATE, scratch.y_hat, None,
+                False, torch.float16, scratch.weight_bits, scratch.window, candidate,
             )  # fmt: skip
 
         return call

@@ -39,8 +39,8 @@ class TritonProducts:
         from modiff_kernels.backends.triton.products import geometry
         from modiff_kernels.backends.triton.tile_configs import Shape
 
-        geo = geometry(scratch.codes, scratch.y_hat.shape, scratch.conv)
-        n = scratch.y_hat.shape[1 if scratch.conv else -1]
+        geo = geometry(scratch.codes, scratch.y_hat.shape, scratch.window)
+        n = scratch.y_hat.shape[1 if scratch.window else -1]
         return Shape(geo.m, n, geo.channels, geo.taps, 1, scratch.weight_bits, -1)
 
     def candidates(self, scratch: Scratch) -> list[Any]:
@@ -57,8 +57,8 @@ class TritonProducts:
 
         def call() -> None:
             products.integer_product(
-                scratch.codes, scratch.scale, None, *scratch.weight, None, ACCUMULATE, scratch.y_hat, None, False,
-                torch.float16, scratch.weight_bits, -1, scratch.conv, candidate,
+                scratch.codes, scratch.scale, None, *scratch.weight[:2], None, ACCUMULATE, scratch.y_hat, None, False,
+                torch.float16, scratch.weight_bits, -1, scratch.window, candidate,
             )  # fmt: skip
 
         return call

@@ -2,9 +2,9 @@
 
     python -m benchmarks layers --network ddpm_cifar10 --record
     python -m benchmarks layers --network sd15 sdxl --batch 8 --device cuda --backend cuda --most 12 --record
-    python -m benchmarks layers --case attention machine --record
+    python -m benchmarks layers --case machine --record
 
---case products (benchmarks/layers/products.py), attention, machine. On a GPU one process should have one of our
+--case products (benchmarks/layers/products.py), or machine: the rates of plain torch. On a GPU one process should have one of our
 backends: a kernel that loses the CUDA context takes everything with it that the process would have timed.
 """
 
@@ -18,13 +18,12 @@ import torch
 from benchmarks import bounds, record
 from benchmarks.baselines.cutlass_int8.build import FOLDER as CUTLASS_FOLDER
 from benchmarks.baselines.cutlass_int8.kernels import Cutlass
-from benchmarks.layers import attention, products
-from benchmarks.layers.products import Form, ProductCase
+from benchmarks.layers import products
+from benchmarks.layers.products import ProductCase
 from benchmarks.runner import Measure, Session, add_options, attempt
 from benchmarks.shapes import NETWORKS
-from benchmarks.tables import show
 
-CASES = ("products", "attention", "machine")
+CASES = ("products", "machine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         raise SystemExit("layers: --batch, --rounds and --most must be at least 1")
     session = Session(args)
     torch.backends.cudnn.benchmark = True
-    run = {"products": _products, "attention": _attention, "machine": _machine}
+    run = {"products": _products, "machine": _machine}
     with torch.inference_mode():
         for case in args.case:
             run[case](session)
@@ -74,24 +73,6 @@ def _products(session: Session) -> None:
         for row in new:
             if row["metric"] == "time":
                 print(f"{row['problem']}  {row['op']}  {row['backend']}  {row['p50']:.1f} us", flush=True)
-
-
-def _attention(session: Session) -> None:
-    args = session.args
-    backends = ["torch", *products.backends_here(args.backend, session.device.type == "cuda")]
-    for name in attention.SIZES:
-        for batch in args.batch:
-            problem = attention.problem(name, batch)
-            forms = [Form("attention", backend) for backend in backends]
-            measures = [(form, Measure("attention", problem, "time", 1e-6, form.backend)) for form in forms]
-            rounds = 1 if session.device.type == "cuda" else 2 * args.rounds
-            session.run(
-                problem,
-                lambda n=name, b=batch: attention.AttentionCase(n, b, session.device, args.rounds),
-                measures,
-                rounds,
-            )
-    print(show([row for row in session.rows if row["op"] == "attention"], "time", by=("problem", "backend")))
 
 
 def _machine(session: Session) -> None:
