@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS, OpenVinoUNet
-from benchmarks.runner import default_dtype, is_wanted
+from benchmarks.runner import Session, default_dtype, is_wanted
 from benchmarks.shapes import NOT_COUNTED
 from benchmarks.shared import Quantised, Row, build_rows, share_copy
 from modiff_kernels.integrations.graphs import CudaCapture
@@ -267,21 +267,22 @@ has to be compiled for minutes behind what has not. Ratios to a baseline that co
 
 def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
     """`rows` in `order`, those that are not in it behind."""
-    keys = [row.key.partition(".")[0] for row in rows]
-    places = [order.index(key) if key in order else len(order) for key in keys]
-    return [rows[i] for i in sorted(range(len(rows)), key=places.__getitem__)]
+    return sorted(rows, key=lambda row: [*order, key].index(key) if (key := row.key.partition(".")[0]) else 0)
 
 
-def importable(rows: Sequence[Row], names: str = "") -> list[Row]:
-    """`rows` that --rows `names` asks for, without those of packages that are not installed, which stderr is told."""
-    rows = [row for row in rows if is_wanted(row.key, names)]
+def chosen(rows: Sequence[Row], session: Session, order: Sequence[str]) -> list[Row]:
+    """`rows` as the options of `session` ask for them, without those of packages that are not installed, which stderr
+    is told.
+    """
+    rows = [row for row in with_backends(rows, session.args.backend) if is_wanted(row.key, session.args.rows)]
     needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
     needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
     wanted = set().union(*(needed.get(row.key, set()) for row in rows))
     missing = {package for package in wanted if not has(package)}
     for package in sorted(missing):
         print(f"{package} is not installed (pip install {package}): its rows are left out", file=sys.stderr)
-    return [row for row in rows if not needed.get(row.key, set()) & missing]
+    rows = [row for row in rows if not needed.get(row.key, set()) & missing]
+    return rows if session.in_turns else telling_first(rows, order)
 
 
 def _named(rows: dict[str, Row], dtype: torch.dtype) -> list[Row]:

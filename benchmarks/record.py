@@ -118,6 +118,12 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"p50": cuts[4], "p20": cuts[1], "p80": cuts[7], "n": len(values)}
 
 
+def row(op: str, problem: str, backend: str, metric: str, unit: str, values: Sequence[float], **more: Any) -> dict:
+    """A row out of `values`; by default of warm calls that the clock has timed."""
+    named = {"op": op, "problem": problem, "backend": backend, "metric": metric, "unit": unit}
+    return {**named, "cache": "warm", "timer": "perf_counter", **percentiles(values), **more}
+
+
 def append(rows: Sequence[dict[str, Any]], path: Path | None = None) -> Path:
     """Append `rows`, completed by `environment()`, to `path` (default: the file of this device)."""
     path = path or results_file()

@@ -123,20 +123,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class Configuration(Protocol):
-    """What a case is timed with: compiled says whether torch.compile has a part in it."""
-
-    key: str
-    name: str
-    compiled: bool
-
-
 @dataclasses.dataclass
 class Entrant:
-    """A configuration that is timed. times: seconds of its runs, or calls, in order. more: what else was found.
+    """A configuration that is timed: `config` has a key, a name, and says whether it is compiled by torch.
 
-    subject: what the case made of it, None where its rows were recorded before. turn: entrants with the same one took
-    turns, and their times pair. peak_bytes: of a GPU, while it was timed alone, with its weights; 0: not known.
+    subject: what the case made of it, None where its rows were recorded before. times: seconds of its runs, or calls, in
+    order. peak_bytes: of a GPU, while it was timed alone, with its weights; 0: not known. turn: entrants with the same
+    one took turns, and their times pair. more: what else was found.
     """
 
     config: Any
@@ -253,6 +246,8 @@ class Session:
     """One command: its options, device, budget and results. failed, left, done: configurations so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        if min(args.rounds, args.threads) < 1:
+            raise SystemExit("--rounds and --threads must be at least 1")
         self.args = args
         self.budget = Budget(args.budget)
         torch.set_num_threads(args.threads)

@@ -28,17 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.configurations import (
-    DEEPCACHE,
-    QUICK,
-    RUN_ORDER,
-    Network,
-    Networks,
-    importable,
-    run_rows,
-    telling_first,
-    with_backends,
-)
+from benchmarks.configurations import DEEPCACHE, QUICK, RUN_ORDER, Network, Networks, chosen, run_rows
 from benchmarks.pipelines import SAMPLERS, Workload
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, build_unet
@@ -160,9 +150,8 @@ class Run:
         return [self._row(entrant, metric, "x", faster)]
 
     def _row(self, entrant: Entrant, metric: str, unit: str, values: list[float]) -> Row:
-        row = {"op": OP, "problem": problem(self.workload, entrant.config.key), "backend": entrant.more["backend"]}
-        row |= {"metric": metric, "unit": unit, "cache": "warm", "timer": "perf_counter"}
-        return row | {"sqnr_db": entrant.sqnr_db, **record.percentiles(values)}
+        name = problem(self.workload, entrant.config.key)
+        return record.row(OP, name, entrant.more["backend"], metric, unit, values, sqnr_db=entrant.sqnr_db)
 
 
 def problem(workload: Workload, key: str) -> str:
@@ -188,8 +177,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if min(*args.images, args.rounds, args.threads, args.steps or 12) < 1:
-        raise SystemExit("runs: --images, --rounds, --threads, --steps must be at least 1")
     if args.steps and args.record:
         raise SystemExit("runs: --steps: rows are recorded for the samplers' own numbers of steps; leave --record out")
     session = Session(args)
@@ -200,8 +187,7 @@ def main(args: argparse.Namespace) -> int:
             for sampler in args.sampler:
                 workload = Workload(network, unet, SAMPLERS[sampler], images, args.steps)
                 rows = run_rows(session.device, session.dtype, args.compile, args.plan)
-                rows = importable(with_backends(rows, args.backend), args.rows)
-                rows = rows if session.in_turns else telling_first(rows, RUN_ORDER)
+                rows = chosen(rows, session, RUN_ORDER)
                 measures = [(row, Measure(OP, problem(workload, row.key), "run_time", 1.0)) for row in rows]
                 new = session.run(
                     f"{network}, {sampler}, {images} images",

@@ -29,17 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import bounds, profiling, record
-from benchmarks.configurations import (
-    QUICK,
-    STEP_ORDER,
-    Network,
-    Networks,
-    importable,
-    label,
-    step_rows,
-    telling_first,
-    with_backends,
-)
+from benchmarks.configurations import QUICK, STEP_ORDER, Network, Networks, chosen, label, step_rows
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
 from benchmarks.tables import show
@@ -152,9 +142,8 @@ class Step:
         return [{**self._row(entrant, kind, "ms", [ms]), **more} for kind, ms in parts.items()]
 
     def _row(self, entrant: Entrant, metric: str, unit: str, values: list[float]) -> Row:
-        row = {"op": "unet_step", "problem": problem(self.network, self.networks.unet, self.batch, entrant.config)}
-        row |= {"backend": entrant.more["backend"], "metric": metric, "unit": unit, "cache": "warm"}
-        return row | {"timer": "perf_counter", "sqnr_db": entrant.sqnr_db, **record.percentiles(values)}
+        name = problem(self.network, self.networks.unet, self.batch, entrant.config)
+        return record.row("unet_step", name, entrant.more["backend"], metric, unit, values, sqnr_db=entrant.sqnr_db)
 
 
 def synchronize(device: torch.device) -> None:
@@ -190,8 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if min(*args.batch, args.rounds, args.threads) < 1 or not 4 <= args.calls <= 50:
-        raise SystemExit("steps: --batch, --rounds, --threads must be at least 1, --calls 4 to 50")
+    if not 4 <= args.calls <= 50:
+        raise SystemExit("steps: --calls must be 4 to 50")
     session = Session(args)
     machine, source = bounds.machine(session.device)
     print(f"bounds by rates {source}: {machine}")
@@ -199,8 +188,7 @@ def main(args: argparse.Namespace) -> int:
         unet = build_unet(network, session.device).to(session.dtype)
         for batch in args.batch:
             rows = step_rows(session.device, session.dtype, args.compile, args.plan)
-            rows = importable(with_backends(rows, args.backend), args.rows)
-            rows = rows if session.in_turns else telling_first(rows, STEP_ORDER)
+            rows = chosen(rows, session, STEP_ORDER)
             op, metric = ("unet_step_profile", profiling.REST) if args.profile else ("unet_step", "update_time")
             measures = [(row, Measure(op, problem(network, unet, batch, row), metric, 1e-3)) for row in rows]
             new = session.run(

@@ -9,8 +9,8 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -119,20 +119,6 @@ def shortlist(candidates: Sequence[Any], tile_of: Callable[[Any], tuple[Any, int
     return [candidate for candidate in candidates if is_near(candidate)]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A choice as a configuration of the runner."""
-
-    choice: Any
-    key: str
-    compiled: bool = False
-
-    @property
-    def name(self) -> str:
-        """The same."""
-        return self.key
-
-
 class TileCase:
     """The candidates of one problem, for benchmarks/runner.py. medians: microseconds of those that were timed."""
 
@@ -143,11 +129,10 @@ class TileCase:
         self.timer = ColdTimer(ROUNDS, SECONDS)
         self.medians: dict[Any, float] = {}
 
-    def make(self, candidate: Candidate) -> Callable[[], None]:
+    def make(self, candidate: Any) -> Callable[[], None]:
         return self.backend.update(self.scratch, candidate.choice)
 
     def verify(self, entrant: Entrant) -> float | str:
-        entrant.sqnr_db = float("inf")
         return float("inf") if self.scratch.is_exact(entrant.subject) else "WRONG sums"
 
     def timed(self, entrant: Entrant) -> list[float]:
@@ -163,8 +148,7 @@ class TileCase:
 
     def row(self, backend: str, metric: str, unit: str, values: list[float]) -> Row:
         """A row of results."""
-        row = {"op": OP, "problem": self.problem, "backend": backend, "metric": metric, "unit": unit}
-        return row | {"sqnr_db": float("inf"), **ColdTimer.columns, **record.percentiles(values)}
+        return record.row(OP, self.problem, backend, metric, unit, values, sqnr_db=float("inf"), **ColdTimer.columns)
 
 
 def tune(session: Session, backend: Tunable, problem: Problem, weight_bits: int) -> tuple[Any, Any] | None:
@@ -177,7 +161,11 @@ def tune(session: Session, backend: Tunable, problem: Problem, weight_bits: int)
     scratch = Scratch(layer, problem.batch, weight_bits, session.device)
     ranked = backend.candidates(scratch)
     case = TileCase(backend, scratch, name)
-    candidates = [Candidate(choice, f"{backend.name}-{choice}") for choice in shortlist(ranked, backend.tile)]
+    candidates = [
+        SimpleNamespace(choice=choice, key=key, name=key, compiled=False)
+        for choice in shortlist(ranked, backend.tile)
+        for key in (f"{backend.name}-{choice}",)
+    ]
     measures = [(candidate, Measure(OP, name, "time", 1e-6, candidate.key)) for candidate in candidates]
     session.run(name, lambda: case, measures, 1)
     if not case.medians or scratch.disputed or session.budget.is_over:

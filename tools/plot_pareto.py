@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,14 +92,10 @@ def draw(found: list[Panel], path: Path) -> None:
 
 def drawn_digest(path: Path) -> str | None:
     """The digest in the picture at `path`, None where there is none."""
-    content, place = path.read_bytes() if path.exists() else b"", 8
-    while place + 8 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        name, _, text = content[place + 8 : place + 8 + length].partition(b"\0")
-        if kind == b"tEXt" and name.decode() == DIGEST:
-            return text.decode()
-        place += length + 12
-    return None
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.info.get(DIGEST)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -172,24 +172,16 @@ def _prologue(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
     return h, ops.Prologue(kind, gamma, beta, shift, 4 if channels % 4 == 0 else 3, 1e-5, True)
 
 
-def _residual(
-    kind: str, shape: tuple[int, ...], granularity: str, source: str, bits: int
-) -> Callable[[str, str], list[Tensor]]:  # fmt: skip
+def _quantize(kind: str, shape: tuple[int, ...], granularity: str, source: str, bits: int) -> Callable:
+    """Of the residual with a scale by `source`, or of the activation: "affine", "symmetric"."""
+
     def run(backend: str, device: str) -> list[Tensor]:
+        h = _prologue(kind, shape, torch.float32 if source == "float32" else torch.float16, device)
+        if source in ("affine", "symmetric"):
+            return list(ops.quantize(*h, None, None, bits, granularity, affine=source == "affine", backend=backend))
         x_hat = _random(*shape, seed=11).to(device)
         scale = torch.full((1,), 0.3).to(device) if source == "given" else None
-        h = _prologue(kind, shape, torch.float32 if source == "float32" else torch.float16, device)
         return [*ops.quantize(*h, x_hat, scale, bits, granularity, backend=backend), x_hat]
-
-    return run
-
-
-def _activation(
-    kind: str, shape: tuple[int, ...], granularity: str, affine: bool
-) -> Callable[[str, str], list[Tensor]]:  # fmt: skip
-    def run(backend: str, device: str) -> list[Tensor]:
-        h = _prologue(kind, shape, torch.float16, device)
-        return list(ops.quantize(*h, None, None, 8, granularity, affine=affine, backend=backend))
 
     return run
 
@@ -198,18 +190,19 @@ def calls() -> Iterator[Call]:
     """All families: everything at the first shape of a prologue, the rest of the shapes with two granularities."""
     for kind, shapes in PROLOGUES.items():
         for place, shape in enumerate(shapes):
-            for granularity in ("per_sample", "per_token", "per_tensor", "per_block") if place == 0 else GRANULARITIES:
-                for source in ("dynamic", "given", "float32") if place == 0 else ("dynamic",):
-                    if (granularity, source) == ("per_block", "given"):
-                        continue
-                    tie = 0 if kind == "identity" else MULTIPLIER if granularity == "per_block" else 1
-                    for bits in (4, 3) if (kind, source) == ("identity", "dynamic") else (4,):
-                        run = _residual(kind, shape, granularity, source, bits)
-                        yield Call(f"quantize residual {kind} {shape} {granularity} {source} {bits}", run, tie)
-            for granularity in GRANULARITIES:
-                for affine in (True, False) if place == 0 else (True,):
-                    name = f"quantize activation {kind} {shape} {granularity} {'affine' if affine else 'symmetric'}"
-                    yield Call(name, _activation(kind, shape, granularity, affine), int(kind != "identity"))
+            forms = [(granularity, "dynamic", 4) for granularity in GRANULARITIES]
+            forms += [(granularity, "affine", 8) for granularity in GRANULARITIES]
+            if place == 0:
+                sources = ("dynamic", "given", "float32")
+                forms += [(granularity, s, 4) for granularity in GRANULARITIES for s in sources[1:]]
+                forms += [("per_tensor", s, 4) for s in sources] + [("per_block", s, 4) for s in sources[::2]]
+                forms += [(granularity, "symmetric", 8) for granularity in GRANULARITIES]
+            if kind == "identity":
+                forms += [(granularity, s, 3) for granularity, s, bits in forms if (s, bits) == ("dynamic", 4)]
+            for granularity, source, bits in forms:
+                tie = 0 if kind == "identity" else MULTIPLIER if granularity == "per_block" else 1
+                name = f"quantize {kind} {shape} {granularity} {source} {bits}"
+                yield Call(name, _quantize(kind, shape, granularity, source, bits), tie)
     for case in PRODUCTS:
         yield Call(f"product state {case}", lambda *at, case=case: _product(case, True, *at))
         yield Call(f"product plain {case}", lambda *at, case=case: _product(case, False, *at))

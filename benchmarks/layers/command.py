@@ -4,8 +4,8 @@
     python -m benchmarks layers --network sd15 sdxl --batch 8 --device cuda --backend cuda --most 12 --record
     python -m benchmarks layers --case machine --record
 
---case products (benchmarks/layers/products.py), or machine: the rates of plain torch. On a GPU one process should have one of our
-backends: a kernel that loses the CUDA context takes everything with it that the process would have timed.
+--case products (benchmarks/layers/products.py), or machine: the rates of plain torch. On a GPU one process should have
+one of our backends: a kernel that loses the CUDA context takes with it what the process would have timed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if min(*args.batch, args.rounds, args.most or 1) < 1:
-        raise SystemExit("layers: --batch, --rounds and --most must be at least 1")
     session = Session(args)
     torch.backends.cudnn.benchmark = True
     run = {"products": _products, "machine": _machine}
@@ -81,6 +79,5 @@ def _machine(session: Session) -> None:
     session.failed += rates is None
     for name, rate in rates.items() if rates else ():
         metric, unit, scale = ("bandwidth", "GB/s", 1e-9) if name == "copy" else ("rate", "TOPS", 1e-12)
-        row = {"op": "machine", "problem": name, "backend": "torch", "metric": metric, "unit": unit, "cache": "warm"}
-        session.keep([row | record.percentiles([rate * scale])])
+        session.keep([record.row("machine", name, "torch", metric, unit, [rate * scale])])
         print(f"{name}  {rate * scale:.4g} {unit}", flush=True)
