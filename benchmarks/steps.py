@@ -16,7 +16,7 @@ Baselines: eager in both memory formats; torch.compile, on CUDA with max-autotun
 its default mode with graphs (on the CPU max-autotune and freezing took the same time within 3 % and are left out);
 torchao's dynamic int8, OpenVINO and bfloat16 where they are installed. --plan FILE, made by `modiff calibrate --plan`
 or make_plan() on this device, adds the rows "planned". Bound: benchmarks/bounds.py. Peak memory is known
-on CUDA only, and counts the weights. --profile tells by kind of work what takes the time, instead of timing.
+on CUDA only, and counts the weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import bounds, profiling, record
+from benchmarks import bounds, record
 from benchmarks.configurations import QUICK, STEP_ORDER, Network, Networks, chosen, label, step_rows
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
@@ -67,10 +67,10 @@ class Step:
 
     baselines = BASELINES
 
-    def __init__(self, network: str, batch: int, networks: Networks, calls: int, machine: Machine, profile: bool):
+    def __init__(self, network: str, batch: int, networks: Networks, calls: int, machine: Machine):
         unet = networks.unet
         self.network, self.batch, self.networks = network, batch, networks
-        self.machine, self.profile = machine, profile
+        self.machine = machine
         inputs = trajectory(unet.config.sample_size, batch, calls, unet.config.in_channels)
         self.inputs = [(x.to(unet.device, unet.dtype), t.to(unet.device)) for x, t in inputs]
         networks.shown = self.inputs
@@ -90,18 +90,11 @@ class Step:
         return found if found >= least else f"{found:.1f} dB to full precision, at least {least} expected"
 
     def timed(self, entrant: Entrant) -> list[float]:
-        """Of the later calls of one run, or of whole calls beside the profile."""
-        calls = [functools.partial(self._seconds, entrant.subject, x, t) for x, t in self.inputs]
-        if self.profile:
-            entrant.more["profile"] = profiling.profiled(entrant.subject.run, calls, self.expected.device)
-            return [entrant.more["profile"].whole_ms / 1e3]
+        """Of the later calls of one run."""
         with entrant.subject.run():
-            seconds = [call() for call in calls]
+            seconds = [self._call(entrant.subject, x, t)[1] for x, t in self.inputs]
         entrant.more.setdefault("first", []).append(seconds[0])
         return seconds[1:]
-
-    def _seconds(self, network: Network, x: torch.Tensor, t: torch.Tensor) -> float:
-        return self._call(network, x, t)[1]
 
     def _call(self, network: Network, x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, float]:
         if network.row.channels_last:
@@ -113,8 +106,6 @@ class Step:
         return out, time.perf_counter() - started
 
     def rows(self, entrant: Entrant) -> list[Row]:
-        if self.profile:
-            return self._profile_rows(entrant)
         config, row = entrant.config, functools.partial(self._row, entrant)
         rows = [row("update_time", "ms", [1e3 * s for s in entrant.times])]
         if config.mode == "modulated":
@@ -130,16 +121,11 @@ class Step:
         return rows
 
     def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:
-        if self.profile or (metric == OVERHEAD and entrant.config.mode != "modulated"):
+        if metric == OVERHEAD and entrant.config.mode != "modulated":
             return []
         if metric == OVERHEAD:
             return [self._row(entrant, metric, "%", [100 * (1 / ratio - 1) for ratio in faster])]
         return [self._row(entrant, metric, "x", faster)]
-
-    def _profile_rows(self, entrant: Entrant) -> list[Row]:
-        more = {"op": "unet_step_profile", "timer": "torch.profiler"}
-        parts = entrant.more["profile"].parts()
-        return [{**self._row(entrant, kind, "ms", [ms]), **more} for kind, ms in parts.items()]
 
     def _row(self, entrant: Entrant, metric: str, unit: str, values: list[float]) -> Row:
         name = problem(self.network, self.networks.unet, self.batch, entrant.config)
@@ -174,7 +160,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--network", nargs="+", default=list(SMALL_NETWORKS), choices=NETWORKS, help="default: %(default)s")
     add("--batch", type=int, nargs="+", default=[8], help="one or several (%(default)s)")
     add("--calls", type=int, default=12, help="UNet calls of a run, at least 4 (%(default)s)")
-    add("--profile", action="store_true", help="instead of timing, tell what takes the time")
     add_options(parser, rounds=3)
 
 
@@ -189,14 +174,15 @@ def main(args: argparse.Namespace) -> int:
         for batch in args.batch:
             rows = step_rows(session.device, session.dtype, args.compile, args.plan)
             rows = chosen(rows, session, STEP_ORDER)
-            op, metric = ("unet_step_profile", profiling.REST) if args.profile else ("unet_step", "update_time")
-            measures = [(row, Measure(op, problem(network, unet, batch, row), metric, 1e-3)) for row in rows]
+            measures = [
+                (row, Measure("unet_step", problem(network, unet, batch, row), "update_time", 1e-3)) for row in rows
+            ]
             new = session.run(
                 f"{network}, batch {batch}",
-                lambda n=network, b=batch, u=unet: Step(n, b, Networks(u), args.calls, machine, args.profile),
+                lambda n=network, b=batch, u=unet: Step(n, b, Networks(u), args.calls, machine),
                 measures,
-                1 if args.profile else args.rounds,
+                args.rounds,
             )
-            print(show(new, profiling.REST if args.profile else "update_time"), flush=True)
+            print(show(new, "update_time"), flush=True)
         del unet
     return session.exit_code

@@ -6,7 +6,6 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a maker of `MAKERS` below and its options:
 
     steps NETWORK [BATCH], runs NETWORK SAMPLER      op unet_step and sampling, every device; with BATCH the last device
-    profile NETWORK BATCH                            op unet_step_profile
     products                                         single layers
     compare [FILE]                                   FILE.json, as `modiff compare --json` writes it
     schedules NETWORK, calibration SAMPLER, paper_claims SAMPLER ...    pareto.json and calibration.json
@@ -28,11 +27,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import profiling, record
+from benchmarks import record
 from modiff_kernels.evaluation import markdown_table, text_table
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-DOCS = ("calibration", "cpu_kernels", "performance", "quality", "schedules")
+DOCS = ("calibration", "performance", "quality", "schedules")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 
 Row = Mapping[str, str]
@@ -224,24 +223,6 @@ def runs_title(network: str, sampler: str) -> str:
     return f"{network}, {SAMPLERS[sampler].label}:"
 
 
-def profile_table(results: Path, network: str, batch: str) -> str | None:
-    """Kinds of work by configuration: a pivot, turned round."""
-    pivot = Pivot("unet_step_profile", rf"{re.escape(network)}-b{batch}-(.+)", "", {})
-    texts = []
-    for path in sorted(results.glob("*.csv")):
-        lines = pivot.lines(record.read(path), pivot.problem)
-        if not lines:
-            continue
-        rows = [row for cells in lines.values() for row in cells.values()]
-        names = configuration_names("step_rows", rows[0]["device"])
-        body = [[float(cells[(kind,)]["p50"]) for cells in lines.values()] for kind in profiling.PARTS]
-        body.append([sum(column) for column in zip(*body)])
-        cells = [[kind, *(f"{ms:.2f}" for ms in line)] for kind, line in zip((*profiling.PARTS, "sum"), body)]
-        header = ("ms of a call", *(named(key, names) for (key,) in lines))
-        texts.append((rows[-1]["utc"], f"{markdown_table(header, cells)}\n\n{caption(rows)}"))
-    return max(texts)[1] if texts else None
-
-
 PEERS = (("bf16", "torch"), ("cutlass_int8", "cutlass"), ("int_mm", "torch"))
 FORMS = (*PEERS, ("product", "cuda"), ("product", "triton"))
 PRODUCT_COLUMNS: dict[str, Cell] = {
@@ -283,7 +264,6 @@ MAKERS: dict[str, Callable[..., str | None]] = {
     "steps": steps_table,
     "runs": Pivot("sampling", r"{0}-{1}-n(\d+)-(.+)", "configuration, images", RUN_COLUMNS, every=True,
                   needed=("run_time",), configurations="run_rows", label="{name}, {0}", title=runs_title),
-    "profile": profile_table,
     "products": Pivot("(bf16|fp16|int_mm|cutlass_int8|product|modulate|quantize)", r"(.+-b\d+)-w\d+", "layer, batch",
                       PRODUCT_COLUMNS, ("op", "family", "metric")),
     "compare": compare_table,

@@ -379,11 +379,8 @@ class ProductCase:
             rates["of_bound"] = ("%", bound_us(form, layer, batch, self.weight_bits, self.peaks, size) / 1e4)
         times = {"time": ("us", [1e6 * s for s in entrant.times])}
         times |= {metric: (unit, [amount / s for s in entrant.times]) for metric, (unit, amount) in rates.items()}
-        name, more = (
-            problem_name(self.problem, form, self.weight_bits),
-            {**self.timer.columns, "sqnr_db": entrant.sqnr_db},
-        )
-        backend = entrant.more["backend"]
+        more = {**self.timer.columns, "sqnr_db": entrant.sqnr_db}
+        name, backend = problem_name(self.problem, form, self.weight_bits), entrant.more["backend"]
         return [record.row(form, name, backend, m, unit, values, **more) for m, (unit, values) in times.items()]
 
     def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:

@@ -135,7 +135,7 @@ def test_the_fastest_exact_tile_is_chosen(monkeypatch):
     args = argparse.Namespace(
         budget=None, threads=torch.get_num_threads(), device="cpu", results=record.RESULTS, rows=""
     )
-    vars(args).update(in_turns=False, dtype=None, record=False, skip_recorded=False, quiet=True)
+    vars(args).update(rounds=1, in_turns=False, dtype=None, record=False, skip_recorded=False, quiet=True)
     session = Session(args)
     assert tile_tuning.tune(session, Tiles(), Problem(LINEAR, 2, 0.0), 8) == ("shape", "fast")
     rows = {(row["backend"], row["metric"]): row["p50"] for row in session.rows}

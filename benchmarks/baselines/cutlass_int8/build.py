@@ -18,9 +18,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = Path(__file__).resolve().parent
 FOLDER = SOURCES.parents[2] / "build" / "cutlass_int8"
@@ -30,20 +30,18 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-arch=sm_
 WITHIN_WHEEL = "cutlass_library/source"
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel: the source beside this file without its suffix, and the macros it is compiled with."""
+class Kernel(NamedTuple):
+    """One kernel: the source beside this file without its suffix, its tile, and what else it is compiled with."""
 
     source: str
+    tile: tuple[int, int, int]
     macros: tuple[tuple[str, int | str], ...]
 
     @property
     def name(self) -> str:
         """Source, tile, and what else tells it from others."""
-        values = dict(self.macros)
-        tile = "x".join(str(values.pop(f"TILE_{letter}")) for letter in "MNK")
-        rest = [f"c{value}" if key == "CLUSTER_M" else str(value) for key, value in values.items()]
-        return "-".join([self.source, tile, *rest])
+        rest = [f"c{value}" if key == "CLUSTER_M" else str(value) for key, value in self.macros]
+        return "-".join([self.source, "x".join(map(str, self.tile)), *rest])
 
     def library(self, folder: Path = FOLDER) -> Path:
         """Where it is built: another file whenever source or flags change."""
@@ -52,12 +50,12 @@ class Kernel:
 
     def defines(self) -> list[str]:
         """Options of the compiler."""
-        return [f"-D{key}={value}" for key, value in self.macros]
+        sides = [f"-DTILE_{letter}={side}" for letter, side in zip("MNK", self.tile)]
+        return sides + [f"-D{key}={value}" for key, value in self.macros]
 
 
 def _kernel(source: str, tile: tuple[int, int, int], **macros: int | str) -> Kernel:
-    sides = {f"TILE_{letter}": side for letter, side in zip("MNK", tile)}
-    return Kernel(source, tuple({**sides, **macros}.items()))
+    return Kernel(source, tile, tuple(macros.items()))
 
 
 PERSISTENT, STREAM_K = "PersistentScheduler", "StreamKScheduler"
