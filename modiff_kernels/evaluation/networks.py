@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import modiff_kernels as mk
+from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.integrations.measurement import share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
@@ -216,10 +217,15 @@ def sample_images(
     called after each of them (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them.
     """
     device = next(model.unet.parameters()).device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:
-        return _sample_pipeline(model, unet, schedule, steps, generators, run)
+        model.pipe.unet, model.pipe.scheduler = unet, schedule
+        model.pipe.set_progress_bar_config(disable=True)
+        prompt = {} if model.prompt is None else {"prompt": model.prompt}
+        with run(schedule):
+            images = run_pipeline(model.pipe, steps, seeds, {"output_type": "np", **prompt}).images
+        return np.asarray(images, dtype=np.float32)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     config = unet.config
     size = config.sample_size
     if size is None:
@@ -240,23 +246,6 @@ def sample_images(
             x = schedule.step(predicted, t, x, return_dict=False, **extra)[0]
             on_step()
         return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-
-
-def _sample_pipeline(model: Model, unet, schedule, steps, generators, run) -> np.ndarray:
-    pipe = model.pipe
-    pipe.unet, pipe.scheduler = unet, schedule
-    pipe.set_progress_bar_config(disable=True)
-    accepted = inspect.signature(pipe.__call__).parameters
-    options: dict[str, Any] = {"num_inference_steps": steps, "generator": generators, "output_type": "np"}
-    if model.prompt is not None:
-        options["prompt"] = [model.prompt] * len(generators)
-    elif "batch_size" in accepted:
-        options["batch_size"] = len(generators)
-    elif "class_labels" in accepted:
-        options["class_labels"] = [generator.initial_seed() % 1000 for generator in generators]
-    with run(schedule):
-        images = pipe(**{key: value for key, value in options.items() if key in accepted}).images
-    return np.asarray(images, dtype=np.float32)
 
 
 def quiet_libraries() -> None:

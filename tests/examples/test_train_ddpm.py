@@ -160,9 +160,7 @@ def test_large_models_are_saved_in_small_files(train_ddpm, data, tmp_path, monke
         assert torch.equal(value, saved.state_dict()[name])
 
 
-def test_compiling_changes_nothing_and_a_compiler_that_fails_is_no_end(
-    train_ddpm, data, tmp_path, monkeypatch, capsys
-):
+def test_compiling_changes_nothing_and_a_compiler_that_fails_is_no_end(train_ddpm, data, tmp_path, monkeypatch, capsys):
     def broken(model):
         def call(*args, **more):
             model(*args, **more)[0].sum().backward()  # gradients that must not reach the optimiser
