@@ -213,7 +213,7 @@ class Checkpoint:
             sums = json.loads(metadata[CRC32])
             share_inputs = json.loads(metadata[SHARE_INPUTS])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{file}: {CRC32!r} or {SHARE_EDGES!r} in the metadata is damaged; {_ADVICE}") from error
+            raise ValueError(f"{file}: {CRC32!r} or {SHARE_INPUTS!r} in the metadata is damaged; {_ADVICE}") from error
         for key in (key for key, at in self._file_of.items() if at == file):
             if not isinstance(sums, dict) or not isinstance(sums.get(key), int):
                 raise ValueError(f"{file}: {CRC32!r} in the metadata has no sum of {key!r}; {_ADVICE}")
