@@ -16,7 +16,8 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from tests.integrations.fake_capture import capture_calls
-from tests.unets import ONE_LEVEL, WIDTH, outputs, unet2d_condition
+from tests.integrations.test_forward import Net, run
+from tests.unets import WIDTH, outputs, unet2d_condition
 
 FIDELITY_DB = 34.5
 """SQNR that every feature reaches against itself on the float UNet. The plain UNet has 38 dB in float32, and the
@@ -31,7 +32,7 @@ IGNORED_DB = 25.0
 
 def last_output(unet, handle=None, **keywords):
     """Of a run along a trajectory."""
-    return outputs(unet, handle, **keywords)[-1]
+    return outputs(unet, handle, calls=3, **keywords)[-1]
 
 
 @functools.cache
@@ -278,16 +279,20 @@ class TestLora:
 
         return peft
 
-    @pytest.fixture(params=[ATTENTION, EVERYWHERE], ids=["attention", "everywhere"])
-    def targets(self, request):
+    @pytest.fixture(params=[(ATTENTION, False), (EVERYWHERE, True)], ids=["attention-layers", "everywhere-fused"])
+    def targets_and_fuse(self, request):
         return request.param
 
     @pytest.fixture
-    def with_lora(self, peft, targets):
+    def fuse(self, targets_and_fuse):
+        return targets_and_fuse[1]
+
+    @pytest.fixture
+    def with_lora(self, peft, targets_and_fuse):
         def make():
             unet = unet2d_condition()
             torch.manual_seed(3)
-            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets), init_lora_weights=False))
+            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False))
             return unet
 
         return make
@@ -365,19 +370,21 @@ class TestLora:
 
     def test_compiled(self, peft):
         """One block: compiling takes long."""
-
-        def make():
-            unet = unet2d_condition(**ONE_LEVEL, mid_block_type=None)
+        results = {}
+        for compiled in (False, True):
             torch.manual_seed(3)
-            unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-            return unet
-
-        unet = make()
-        handle = mk.accelerate(unet)
-        handle.compile(backend="eager")
+            net = Net().eval()
+            config = peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False)
+            peft.inject_adapter_in_model(config, net)
+            handle = mk.accelerate(net)
+            if compiled:
+                handle.compile(backend="eager")
+            for weight in (1.0, 0.0):
+                for module in net.modules():
+                    if hasattr(module, "lora_A"):
+                        module.set_scale("default", weight)
+                results[compiled, weight] = run(net, handle, calls=3)[-1]
         for weight in (1.0, 0.0):
-            reference = make()
-            for model in (unet, reference):
-                model.set_adapters(["default"], [weight])
-            assert sqnr(last_output(unet, handle), last_output(reference)) > FIDELITY_DB
+            assert sqnr(results[True, weight], results[False, weight]) > FIDELITY_DB
+        assert sqnr(results[True, 0.0], results[True, 1.0]) < FIDELITY_DB
         torch._dynamo.reset()

@@ -266,7 +266,7 @@ class TestRoundTrip:
         handle.save_pretrained(tmp_path)
         assert load_file(tmp_path / WEIGHTS)["conv_in.weight"].dtype == torch.float16
         loaded = load(tmp_path, torch_dtype=torch.float16)
-        assert loaded.layers["mid_block.resnets.0.conv1"].weight_scale.dtype == torch.float32
+        assert loaded.layers["mid_block.resnets.0.conv1"].packed.scale.dtype == torch.float32
         assert torch.equal(sample(loaded), before)
 
     def test_shards(self, tmp_path):
@@ -434,7 +434,7 @@ class TestRefusedFiles:
             ("modiff_format", "2", r"modiff_format is '2' .* reads '1' and 'kpack_v1'"),
             ("modiff_layout", "kpack_v2", r"modiff_layout 'kpack_v2'"),
             ("modiff_crc32", "{}", r"'modiff_crc32' in the metadata has no sum of "),
-            ("modiff_crc32", "{", r"'modiff_crc32' or 'modiff_share_inputs' in the metadata is damaged"),
+            ("modiff_crc32", "{", r"'modiff_crc32' or 'modiff_share_edges' in the metadata is damaged"),
             ("modiff_format", None, r"the metadata has no 'modiff_format', so this is no low-bit model"),
         ],
     )
