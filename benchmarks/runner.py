@@ -127,9 +127,9 @@ def _first_line(error: Exception) -> str:
 class Entrant:
     """A configuration that is timed: `config` has a key, a name, and says whether it is compiled by torch.
 
-    subject: what the case made of it, None where its rows were recorded before. times: seconds of its runs, or calls, in
-    order. peak_bytes: of a GPU, while it was timed alone, with its weights; 0: not known. turn: entrants with the same
-    one took turns, and their times pair. more: what else was found.
+    subject: what the case made of it, None where its rows were recorded before. times: seconds of its runs, or calls.
+    peak_bytes: of a GPU, while it was timed alone, with its weights; 0: not known. turn: entrants with the same one
+    took turns, and their times pair. more: what else was found.
     """
 
     config: Any
