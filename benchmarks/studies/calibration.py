@@ -98,20 +98,10 @@ class Study(Pictures):
         handle.remove()
         scores = self.scores(images, self.full_precision(sampler))
         cost = self.costs[folder]
-        return {
-            "sampler": sampler,
-            "method": method,
-            "bits": f"W{weight_bits}" if way == "float" else bits,
-            "way": way,
-            "psnr_db": scores["psnr_db"],
-            "ssim": scores["ssim"],
-            "frechet": scores["frechet_full"],
-            "features": self.args.features,
-            "calibration_s": cost.seconds,
-            "calibration_cpu_s": cost.cpu_s,
-            "peak_mib": cost.peak_mib,
-            "options": result.metadata["options"],
-        }
+        row = {"sampler": sampler, "method": method, "bits": f"W{weight_bits}" if way == "float" else bits, "way": way}
+        row |= {"psnr_db": scores["psnr_db"], "ssim": scores["ssim"], "frechet": scores["frechet_full"]}
+        row |= {"features": self.args.features, "options": result.metadata["options"]}
+        return row | {"calibration_s": cost.seconds, "calibration_cpu_s": cost.cpu_s, "peak_mib": cost.peak_mib}
 
     def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> Path:
         """Folder of the calibration with static scales; codes are learnt with 8-bit activations and kept for others."""

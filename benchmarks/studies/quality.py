@@ -144,15 +144,6 @@ class Study(Pictures):
         return mk.CalibrationResult.load(folder)
 
 
-def codes_label(args: argparse.Namespace) -> str:
-    """Method, sampler and trajectories of the codes of fewer than 8 bits."""
-    if not Path(args.codes).is_dir():
-        return f"{args.codes}, {CODES_SAMPLER}, {args.samples} trajectories"
-    result = mk.CalibrationResult.load(args.codes)
-    made = result.metadata
-    return f"{result.method}, {made['scheduler']} with {made['steps']} steps, {made['samples']} trajectories"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="a folder or hub id of an unconditional CIFAR-10 UNet (default: the shipped model)")
@@ -183,7 +174,11 @@ def main(args: argparse.Namespace) -> int:
     model = models.load_model(args.model, None, torch.device(args.device))
     features = Features(model.unet.config.sample_size, args.features, args.device)
     same = {"model": model.name, "images": args.images, "batch": args.batch, "dtype": "float32"}
-    same |= {"device": record.name_of(torch.device(args.device)), "backend": args.backend, "codes": codes_label(args)}
+    same |= {
+        "device": record.name_of(torch.device(args.device)),
+        "backend": args.backend,
+        "codes": f"{args.codes}, {CODES_SAMPLER}, {args.samples} trajectories",
+    }
     more = {"parameters": sum(p.numel() for p in model.unet.parameters()), "environments": []}
     report = Report(args.json, args.resume, {**same, "features": features.name}, more, KEY)
     where = {**record.environment(), "device": same["device"]}
