@@ -18,7 +18,6 @@ from benchmarks import shared as models
 from benchmarks.configurations import label
 from benchmarks.shapes import CONFIGS, TEXT_TOKENS
 
-SHIPPED_SCHEDULE = "cifar10_small16"
 OF_PIXELS = ("cifar10_small16", "ddpm_cifar10")
 GUIDED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -34,19 +33,9 @@ class Sampler:
 
 
 SAMPLERS = {
-    sampler.key: sampler
-    for sampler in (
-        Sampler("ddim50", "DDIM, 50 steps", "ddim", 50),
-        Sampler("dpm20", "DPM-Solver++, 20 steps", "dpmsolver++", 20),
-    )
+    "ddim50": Sampler("ddim50", "DDIM, 50 steps", "ddim", 50),
+    "dpm20": Sampler("dpm20", "DPM-Solver++, 20 steps", "dpmsolver++", 20),
 }
-
-
-def scheduler_config(network: str) -> dict[str, Any]:
-    """The noise schedule that `network` was, or would be, trained on."""
-    if network == SHIPPED_SCHEDULE:
-        return models.load_model(None, None, torch.device("cpu")).scheduler_config
-    return CONFIGS[network]["scheduler"]
 
 
 class Workload:
@@ -55,21 +44,13 @@ class Workload:
     unet: gives sizes, dtype and device. steps: of the sampler, if others than its own.
     """
 
-    def __init__(
-        self,
-        network: str,
-        unet: torch.nn.Module,
-        sampler: Sampler,
-        images: int,
-        steps: int | None = None,
-    ) -> None:
-        self.network = network
-        self.label = label(network, unet)
-        self.sampler = sampler
-        self.images = images
-        self.steps = steps or sampler.steps
+    def __init__(self, network: str, unet: torch.nn.Module, sampler: Sampler, images: int, steps: int | None) -> None:
+        self.network, self.label = network, label(network, unet)
+        self.sampler, self.images, self.steps = sampler, images, steps or sampler.steps
         self.in_pixels = network in OF_PIXELS
-        self._model = models.Model(network, unet, scheduler_config(network))
+        shipped = models.load_model(None, None, torch.device("cpu")).scheduler_config
+        schedule = CONFIGS[network]["scheduler"] if network in CONFIGS else shipped
+        self._model = models.Model(network, unet, schedule)
         self._text = _embeddings(network, unet, images) if network in GUIDED else {}
 
     def pipe(self, unet: torch.nn.Module) -> Any:

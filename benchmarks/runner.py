@@ -127,9 +127,9 @@ def _first_line(error: Exception) -> str:
 class Entrant:
     """A configuration that is timed: `config` has a key, a name, and says whether it is compiled by torch.
 
-    subject: what the case made of it, None where its rows were recorded before. times: seconds of its runs, or calls, in
-    order. peak_bytes: of a GPU, while it was timed alone, with its weights; 0: not known. turn: entrants with the same
-    one took turns, and their times pair. more: what else was found.
+    subject: what the case made of it, None where its rows were recorded before. times: seconds of its runs, or calls.
+    peak_bytes: of a GPU, while it was timed alone, with its weights; 0: not known. turn: entrants with the same one
+    took turns, and their times pair. more: what else was found.
     """
 
     config: Any
@@ -147,24 +147,21 @@ class Entrant:
 
 
 class Case(Protocol):
-    """One problem. baselines: by metric, keys of the configurations whose fastest one the others are compared with."""
+    """One problem. baselines: by metric, keys of the configurations whose fastest one the others are compared with.
+
+    make gives the subject of a configuration, whose `remove` is called at the end, and whose `shared_bytes` count with
+    its peak; verify runs it and gives its SQNR in dB, or a text that says why it is not to be timed; timed gives the
+    seconds of one round; rows are those of a timed entrant while its subject is there, ratio_rows those of how many
+    times faster it is than the baseline of `metric`.
+    """
 
     baselines: Mapping[str, Sequence[str]]
 
-    def make(self, config: Any) -> Any:
-        """The subject of `config`; its `remove` is called at the end, its `shared_bytes` are added to the peak."""
-
-    def verify(self, entrant: Entrant) -> float | str:
-        """Run it and give its SQNR in dB, or a text that says why it is not to be timed."""
-
-    def timed(self, entrant: Entrant) -> list[float]:
-        """Seconds of one round."""
-
-    def rows(self, entrant: Entrant) -> list[Row]:
-        """Rows of a timed entrant, while its subject is there."""
-
-    def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:
-        """Rows of how many times faster an entrant is than the baseline of `metric`."""
+    def make(self, config: Any) -> Any: ...
+    def verify(self, entrant: Entrant) -> float | str: ...
+    def timed(self, entrant: Entrant) -> list[float]: ...
+    def rows(self, entrant: Entrant) -> list[Row]: ...
+    def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]: ...
 
 
 def ratios(baseline: Entrant, own: Entrant) -> list[float]:

@@ -8,8 +8,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
     steps NETWORK [BATCH], runs NETWORK SAMPLER      op unet_step and sampling, every device; with BATCH the last device
     products                                         single layers
     compare [FILE]                                   FILE.json, as `modiff compare --json` writes it
-    schedules NETWORK, calibration SAMPLER, paper_claims SAMPLER ...    pareto.json and calibration.json
-    quality FILE SAMPLER, quality_papers FILE        FILE.json, of the study `quality`
+    schedules NETWORK, calibration SAMPLER           pareto.json and calibration.json
+    quality FILE SAMPLER                             FILE.json, of the study `quality`
 
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.
 """
@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -249,13 +250,11 @@ def compare_table(results: Path, name: str = "compare") -> str | None:
     return f"{table}\n\n`{report['command']}`: {notes}"
 
 
-def study(module: str, function: str) -> Callable[..., str | None]:
+def study(module: str) -> Callable[..., str | None]:
     """A table of a study, which knows its report best."""
 
     def table(results: Path, *options: str) -> str | None:
-        from importlib import import_module
-
-        return getattr(import_module(f"benchmarks.studies.{module}"), function)(results, *options)
+        return import_module(f"benchmarks.studies.{module}").table(results, *options)
 
     return table
 
@@ -267,10 +266,9 @@ MAKERS: dict[str, Callable[..., str | None]] = {
     "products": Pivot("(bf16|fp16|int_mm|cutlass_int8|product|modulate|quantize)", r"(.+-b\d+)-w\d+", "layer, batch",
                       PRODUCT_COLUMNS, ("op", "family", "metric")),
     "compare": compare_table,
-    "schedules": study("schedules", "table"),
-    "calibration": study("calibration", "table"),
-    "paper_claims": study("calibration", "claims_table"),
-    **{name: study("quality_tables", name) for name in ("quality", "quality_papers")},
+    "schedules": study("schedules"),
+    "calibration": study("calibration"),
+    "quality": study("quality"),
 }  # fmt: skip
 
 

@@ -252,10 +252,8 @@ sys.exit(subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"])
 def selected(names: Sequence[str], set_name: str) -> list[Part]:
     """Parts of the set, or those named, with everything they need, in the order of PARTS."""
     wanted = set(names or SETS[set_name])
-    unknown = wanted - {part.name for part in PARTS}
-    if unknown:
-        allowed = ", ".join(part.name for part in PARTS)
-        raise SystemExit(f"gpu_campaign: part {sorted(unknown)[0]!r} is unknown; allowed: {allowed}")
+    if unknown := wanted - {part.name for part in PARTS}:
+        raise SystemExit(f"gpu_campaign: part {min(unknown)!r} is unknown; --list shows them")
     for part in reversed(PARTS):  # needs stand before what needs them
         if part.name in wanted:
             wanted |= set(part.needs)
@@ -276,7 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--list", action="store_true", help="show sets and parts, and end")
     args = parser.parse_args(argv)
     if args.list:
-        print(listing())
+        print(*(f"{name}: {', '.join(parts)}" for name, parts in SETS.items()), sep="\n")
+        print(*(f"{part.name:18} {part.seconds:4} s  {part.purpose}" for part in PARTS), f"wheels: {WHEELS}", sep="\n")
         return 0
     begun = time.monotonic()
     find_tools()
@@ -304,13 +303,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     campaign.run(on_part=keep)
     print(campaign.summary())
     return campaign.exit_code()
-
-
-def listing() -> str:
-    """Sets, parts with their limits, and wheels, as text."""
-    lines = [f"{name}: {', '.join(parts)}" for name, parts in SETS.items()] + [""]
-    lines += [f"{part.name:18} {part.seconds:4} s  {part.purpose}" for part in PARTS]
-    return "\n".join([*lines, "", f"wheels: {' '.join(WHEELS)}"])
 
 
 def why_no_gpu() -> str | None:

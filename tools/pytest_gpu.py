@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.runner import device_is_lost
+
 LOST = 70  # exit code of a process that is given up
 
 
@@ -58,7 +60,7 @@ class Worker:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo):
         report = yield
-        self.lost |= report.failed and _context_is_lost()
+        self.lost |= report.failed and device_is_lost()
         return report
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -77,15 +79,3 @@ class Worker:
             print(f"==== {name} did not end within {self.seconds:g} s; it was here:", file=file, flush=True)
             faulthandler.dump_traceback(file)
         os._exit(LOST)
-
-
-def _context_is_lost() -> bool:
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False

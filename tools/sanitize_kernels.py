@@ -4,10 +4,8 @@ and what compute-sanitizer is run on.
 python tools/sanitize_kernels.py [--backend cuda triton] [--match TEXT] [--jobs 14]
 
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1          every tensor is an allocation of its own, whose ends are watched
-compute-sanitizer --tool memcheck python tools/sanitize_kernels.py
+compute-sanitizer --tool memcheck python tools/sanitize_kernels.py --backend cuda
 compute-sanitizer --tool racecheck --kernel-name kns=modiff python tools/sanitize_kernels.py --backend cuda
-compute-sanitizer --tool initcheck python tools/sanitize_kernels.py --backend cuda --match quantize
-compute-sanitizer --tool synccheck --kernel-name kns=modiff python tools/sanitize_kernels.py --backend cuda
 
 Prints a line per family: ok, what differs, or why the backend leaves it out. Exit code 1 if something differs. Inputs
 are made on the CPU, so that hardly a kernel of torch runs beside those that are looked at. Backend cpu runs everywhere.
@@ -107,14 +105,12 @@ class Call(NamedTuple):
     tie: int = 0
 
 
+def _laid_out(values: Tensor) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values
+
+
 def _random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
-
-
-def _codes(*shape: int) -> Tensor:
-    codes = torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-    return codes.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else codes
+    return _laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 class Layer:
@@ -140,7 +136,8 @@ class Layer:
 def _product(case: Product, with_state: bool, backend: str, device: str) -> list[Tensor]:
     layer = Layer(case, backend, device)
     scale = (torch.arange(case.samples) * 1e-4 + 1e-3).to(device)
-    codes, rest = _codes(*layer.x_shape).to(device), (layer.skip, layer.window, torch.float16)
+    codes = torch.randint(-128, 128, layer.x_shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    codes, rest = _laid_out(codes).to(device), (layer.skip, layer.window, torch.float16)
     if with_state:
         return [ops.product(codes, scale, None, layer.weight, layer.y_hat, None, *rest, backend=backend), layer.y_hat]
     zero_point = (torch.arange(case.samples, dtype=torch.int32) * 5 - 7).to(device)

@@ -36,12 +36,11 @@ class TritonProducts:
         self.gpu, self.store = gpu_of(device), STORE
 
     def shape(self, scratch: Scratch) -> Any:
-        from modiff_kernels.backends.triton.products import geometry
-        from modiff_kernels.backends.triton.tile_configs import Shape
+        from modiff_kernels.backends.triton import products, tile_configs
 
-        geo = geometry(scratch.codes, scratch.y_hat.shape, scratch.window)
+        geo = products.geometry(scratch.codes, scratch.y_hat.shape, scratch.window)
         n = scratch.y_hat.shape[1 if scratch.window else -1]
-        return Shape(geo.m, n, geo.channels, geo.taps, 1, scratch.weight_bits, -1)
+        return tile_configs.Shape(geo.m, n, geo.channels, geo.taps, 1, scratch.weight_bits, -1)
 
     def candidates(self, scratch: Scratch) -> list[Any]:
         from modiff_kernels.backends.triton import tile_configs

@@ -42,7 +42,7 @@ from benchmarks import shared as models
 from benchmarks.record import ROOT
 from benchmarks.shared import METHODS
 from benchmarks.studies.pictures import Pictures
-from benchmarks.studies.report import Report, claims
+from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
 from modiff_kernels.evaluation import markdown_table
 
@@ -98,20 +98,10 @@ class Study(Pictures):
         handle.remove()
         scores = self.scores(images, self.full_precision(sampler))
         cost = self.costs[folder]
-        return {
-            "sampler": sampler,
-            "method": method,
-            "bits": f"W{weight_bits}" if way == "float" else bits,
-            "way": way,
-            "psnr_db": scores["psnr_db"],
-            "ssim": scores["ssim"],
-            "frechet": scores["frechet_full"],
-            "features": self.args.features,
-            "calibration_s": cost.seconds,
-            "calibration_cpu_s": cost.cpu_s,
-            "peak_mib": cost.peak_mib,
-            "options": result.metadata["options"],
-        }
+        row = {"sampler": sampler, "method": method, "bits": f"W{weight_bits}" if way == "float" else bits, "way": way}
+        row |= {"psnr_db": scores["psnr_db"], "ssim": scores["ssim"], "frechet": scores["frechet_full"]}
+        row |= {"features": self.args.features, "options": result.metadata["options"]}
+        return row | {"calibration_s": cost.seconds, "calibration_cpu_s": cost.cpu_s, "peak_mib": cost.peak_mib}
 
     def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> Path:
         """Folder of the calibration with static scales; codes are learnt with 8-bit activations and kept for others."""
@@ -222,23 +212,3 @@ def table(results: Path, sampler: str) -> str | None:
         f"{report['samples']} trajectories; Fréchet distance on {', '.join(features)}; torch {report['torch']}. "
         f"{commands}"
     )
-
-
-def claims_table(results: Path, *samplers: str) -> str | None:
-    """What papers claim, and what the same step gives here with each of `samplers`, in dB."""
-    report = loaded(results / "calibration.json")
-    if report is None:
-        return None
-    found = {tuple(row[name] for name in KEY): row["psnr_db"] for row in report["rows"]}
-    cells = []
-    for setting, claim, (bits, way, before, after) in claims("calibration")["rows"]:
-        label = f"{bits} {before}" if before == after else f"{bits} {before}, {after}"
-        cells.append([setting, claim, f"{label}, plain" if way else f"{label}, plain and modulated"])
-        for sampler in samplers:
-            pair = [
-                found.get((sampler, before, bits, way or "plain")),
-                found.get((sampler, after, bits, way or "modulated")),
-            ]
-            cells[-1].append("-" if None in pair else f"{pair[0]:.1f}, {pair[1]:.1f}")
-    header = ("paper, its model and bits", "it reports", "the same step here", *[f"{name}, dB" for name in samplers])
-    return markdown_table(header, cells)

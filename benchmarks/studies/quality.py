@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ from benchmarks.runner import FAILED, NOT_FINISHED
 from benchmarks.studies.features import FOLDER, Features
 from benchmarks.studies.pictures import OutOfTime, Pictures
 from benchmarks.studies.report import Report
-from modiff_kernels.evaluation import frechet_distance
+from benchmarks.tables import loaded
+from modiff_kernels.evaluation import frechet_distance, markdown_table
 from modiff_kernels.evaluation.cifar10 import load_cifar10
 
 SAMPLERS = {"DDIM-50": ("ddim", 50), "DDIM-100": ("ddim", 100), "DPM-Solver++-20": ("dpmsolver++", 20)}
@@ -142,15 +144,6 @@ class Study(Pictures):
         return mk.CalibrationResult.load(folder)
 
 
-def codes_label(args: argparse.Namespace) -> str:
-    """Method, sampler and trajectories of the codes of fewer than 8 bits."""
-    if not Path(args.codes).is_dir():
-        return f"{args.codes}, {CODES_SAMPLER}, {args.samples} trajectories"
-    result = mk.CalibrationResult.load(args.codes)
-    made = result.metadata
-    return f"{result.method}, {made['scheduler']} with {made['steps']} steps, {made['samples']} trajectories"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="a folder or hub id of an unconditional CIFAR-10 UNet (default: the shipped model)")
@@ -181,7 +174,11 @@ def main(args: argparse.Namespace) -> int:
     model = models.load_model(args.model, None, torch.device(args.device))
     features = Features(model.unet.config.sample_size, args.features, args.device)
     same = {"model": model.name, "images": args.images, "batch": args.batch, "dtype": "float32"}
-    same |= {"device": record.name_of(torch.device(args.device)), "backend": args.backend, "codes": codes_label(args)}
+    same |= {
+        "device": record.name_of(torch.device(args.device)),
+        "backend": args.backend,
+        "codes": f"{args.codes}, {CODES_SAMPLER}, {args.samples} trajectories",
+    }
     more = {"parameters": sum(p.numel() for p in model.unet.parameters()), "environments": []}
     report = Report(args.json, args.resume, {**same, "features": features.name}, more, KEY)
     where = {**record.environment(), "device": same["device"]}
@@ -206,3 +203,63 @@ def main(args: argparse.Namespace) -> int:
     for name, reason in failures.items():
         print(f"{name}: {reason}", file=sys.stderr)
     return FAILED if failures else 0 if done == len(wanted) else NOT_FINISHED
+
+
+COLUMNS = {
+    "PSNR dB": ("psnr_db", "{:.1f}"),
+    "lowest 5 %": ("psnr_p5_db", "{:.1f}"),
+    "SSIM": ("ssim", "{:.4f}"),
+    "Fréchet to full precision": ("frechet_full", "{:.2g}"),
+    "Fréchet to test images": ("frechet_test", "{:.3f}"),
+}
+MORE = ("calls computed", "avg bits", "state kB/image")
+
+
+def _shown(row: dict[str, Any], name: str, form: str) -> str:
+    return form.format(row[name]) if row.get(name) is not None else "-"
+
+
+def _label(row: dict[str, Any]) -> str:
+    if row["way"] == "float":
+        return "full precision"
+    label = f"{row['bits']} float activations" if row["way"] == "weights" else f"{row['way']} {row['bits']}"
+    return f"{label} scheduled" if row["scheduled"] else label
+
+
+def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By bits of the weights, then ways; the float row first."""
+    names = ["", "W8", *(name for name in BITS if name.startswith("W8"))]
+    names += ["W4", *(name for name in BITS if name.startswith("W4"))]
+    ways = ["float", "weights", "plain", "modulated"]
+    return sorted(rows, key=lambda row: (names.index(row["bits"]), row["scheduled"], ways.index(row["way"])))
+
+
+def table(results: Path, name: str, sampler: str) -> str | None:
+    """The rows of one sampler in the report NAME.json."""
+    report = loaded(results / f"{name}.json")
+    rows = _in_order(row for row in report["rows"] if row["sampler"] == sampler) if report else []
+    if report is None or not rows:
+        return None
+    cells = []
+    for row in rows:
+        state = f"{row['state_bytes_per_image'] / 1e3:.0f}" if "state_bytes_per_image" in row else "-"
+        more = [f"{row['calls_computed']} of {row['calls']}", _shown(row, "average_bits", "{:.1f}"), state]
+        cells.append([_label(row), *(_shown(row, *column) for column in COLUMNS.values()), *more])
+        cells[-1][1] = "reference" if row["way"] == "float" else cells[-1][1]
+    header = ("configuration", *COLUMNS, *MORE)
+    schedules = {row["schedule"] for row in rows if row.get("schedule")}
+    note = f" Scheduled: {'; '.join(sorted(schedules))}." if schedules else ""
+    return f"{markdown_table(header, cells)}\n\n{sampler}, {_caption(report)}{note}"
+
+
+def _caption(report: dict[str, Any]) -> str:
+    real, last = report["yardsticks"], report["environments"][-1]
+    count, half = report["images"], real["test_to_test_images"]
+    return (
+        f"{count} images in batches of {report['batch']}; 4-bit codes: {report['codes']}. Fréchet distances on "
+        f"{report['features']}; {count} training images are {real['train_to_test']:.3f} from the {real['test_images']} "
+        f"test images, two sets of {half} test images {real['test_to_test']:.3f} from each other. {report['model']}, "
+        f"{report['parameters'] / 1e6:.1f} M parameters, {report['dtype']}; {report['device']}; torch "
+        f"{last['torch']}; commit {last['git_commit']}, {last['utc'][:10]}. "
+        f"{'; '.join(f'`{command}`' for command in report['commands'])}"
+    )

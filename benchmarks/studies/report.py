@@ -16,11 +16,6 @@ FLAGS = ("--resume", "--quiet")
 """Options that do not change rows: those with a value, and those without."""
 
 
-def claims(study: str) -> dict[str, Any]:
-    """What papers report, for the tables that show it beside a study."""
-    return json.loads(Path(__file__).with_name("claims.json").read_text())[study]
-
-
 def command(arguments: Sequence[str]) -> str:
     """The command of a report: without what does not change rows, and without the places of files."""
     kept, before = ["python", "-m", "benchmarks"], ""

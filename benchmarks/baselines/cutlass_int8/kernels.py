@@ -26,16 +26,6 @@ from benchmarks.runner import LeftOut
 Timer = Callable[[Callable[[], Tensor]], list[float]]
 
 
-class Call:
-    """A call of a kernel, and how rows name it."""
-
-    def __init__(self, run: Callable[[], Tensor], kernel: str) -> None:
-        self.run, self.kernel = run, f"cutlass-{kernel}"
-
-    def __call__(self) -> Tensor:
-        return self.run()
-
-
 class Cutlass:
     """The kernels that are built in `folder`; `open_library` is ctypes.CDLL but in tests."""
 
@@ -52,7 +42,7 @@ class Cutlass:
     def __len__(self) -> int:
         return len(self._libraries)
 
-    def call(self, kernel: Kernel, tensors: Tensors) -> Call | None:
+    def call(self, kernel: Kernel, tensors: Tensors) -> Callable[[], Tensor] | None:
         """A call of `kernel` on the operands, which returns its output, or None if it does not take them."""
         library = self._libraries[kernel]
         layer, batch = tensors.layer, tensors.codes.shape[0]
@@ -79,13 +69,14 @@ class Cutlass:
                 raise RuntimeError(f"{kernel.name} returned cutlass::Status {status}")
             return out
 
-        return Call(run, kernel.name)
+        run.kernel = f"cutlass-{kernel.name}"  # type: ignore[attr-defined]  (how rows name it)
+        return run
 
-    def fastest(self, tensors: Tensors, timer: Timer) -> Call:
+    def fastest(self, tensors: Tensors, timer: Timer) -> Callable[[], Tensor]:
         """The fastest right kernel by `timer`; LeftOut says why there is none."""
         kind = "gemm" if is_matrix(tensors.layer) else "conv"
         check = Check(PEER_FORM, tensors)  # no kernel changes the state
-        right: list[tuple[float, int, Call]] = []
+        right: list[tuple[float, int, Callable[[], Tensor]]] = []
         reasons = []
         for kernel in self._libraries:
             if not kernel.source.startswith(kind):
