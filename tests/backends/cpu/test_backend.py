@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE)
 
 def test_build_info():
     info = cpu.build_info()
-    assert set(info) == {"compiler", "oldest_torch"}
+    assert set(info) == {"sources", "compiler", "oldest_torch"}
     assert re.fullmatch(r"[A-Za-z]+ \d+(\.\d+)+", info["compiler"])
     assert re.fullmatch(r"\d+\.\d+", info["oldest_torch"])
 
