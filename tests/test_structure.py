@@ -18,6 +18,7 @@ PACKAGE = ROOT / "modiff_kernels"
 LEVELS = {
     "__main__": 8,
     "cli": 7,
+    "evaluation": 6,
     "integrations": 5,
     "planning": 4,
     "calibration": 4,
@@ -25,9 +26,7 @@ LEVELS = {
     "ops": 2,
     "backends": 1,
     "config": 1,
-    "planning.schedule": 0,  # a value that the config holds
-    "planning.layer_plan": 0,  # the same
-    "evaluation": 0,
+    "metrics": 0,
     "quant": 0,
     "models": 0,
     "tuned": 0,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import modiff_kernels as mk
 from modiff_kernels import ops
 from modiff_kernels.backends import onednn
-from modiff_kernels.evaluation.metrics import sqnr
+from modiff_kernels.metrics import sqnr
 from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.problem import Problem
 
