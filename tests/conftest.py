@@ -1,9 +1,35 @@
-"""Fixtures for all tests: fixed seeds, poisoned buffers, one run per backend."""
+"""Fixtures for all tests: fixed seeds, poisoned buffers, a dispatcher without memory. Tests for a GPU run where there is
+one.
+"""
+
+import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # `@triton.jit` decides at import: without a GPU, kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from modiff_kernels.ops import dispatch
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` are no part of a run without a GPU."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        config.stash[LEFT_OUT] = len(gpu)
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if LEFT_OUT in config.stash:
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} tests for a GPU left out: torch sees no CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -19,24 +45,6 @@ def poisoned_empty():
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=dispatch.BACKENDS)
-def backend(request):
-    """Name of a backend that can run here; the test is skipped with the reason for the others."""
-    reason = dispatch.why_unavailable(request.param)
-    forced = dispatch.forced_backend()
-    if reason is None and forced not in (None, request.param):
-        reason = f"MODIFF_BACKEND={forced} forces another backend"
-    if reason is None and request.param not in dispatch.PRIORITY["cpu"]:
-        reason = "the tensors of these tests are on the CPU; tests/backends has its tests"
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    threads = torch.get_num_threads()
-    if request.param == dispatch.REFERENCE:  # nothing to gain from threads at these sizes
-        torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
