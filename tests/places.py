@@ -35,6 +35,13 @@ def _cpu_limits(problem: Problem) -> bool:
     return product and (problem.group_size != -1 or _per_token_of_a_window(problem) or problem.k > 1 << 16)
 
 
+def _onednn_limits(problem: Problem) -> bool:
+    """Like those of cpu, and no window may lie wholly in the padding."""
+    kernel_size, _, padding, dilation, _ = problem.window or ((1,), (), (0,), (1,), 1)
+    outside = any(p > (k - 1) * d for k, p, d in zip(kernel_size, padding, dilation))
+    return problem.op != "quantize" and (outside or _cpu_limits(problem))
+
+
 def _triton_limits(problem: Problem) -> bool:
     if problem.op == "quantize":
         return False
@@ -55,7 +62,7 @@ def _cuda_limits(problem: Problem) -> bool:
 LIMITS: dict[str, Callable[[Problem], bool]] = {
     "reference": lambda problem: False,
     "cpu": _cpu_limits,
-    "onednn": _cpu_limits,
+    "onednn": _onednn_limits,
     "triton": _triton_limits,
     "cuda": _cuda_limits,
 }
