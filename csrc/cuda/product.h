@@ -6,9 +6,9 @@
 
 namespace modiff::cuda {
 
-// How a call is cut, where a caller says so: into tiles of `rows` x `columns` outputs and `splits` parts along K, for
-// the kernels of csrc/cuda/sm90 or sm80.
-struct Cut {
+// The tiling of a call, where a caller says so: tiles of `rows` x `columns` outputs and `splits` splits of K, by the
+// kernels of csrc/cuda/sm90 or sm80.
+struct Tiling {
   int architecture;  // 90, 80, or 0: the kernels choose, by the estimates of sm90/plan.h and sm80/tile_config.h
   int rows, columns;
   int splits;
@@ -24,7 +24,7 @@ struct ProductCall {
   int code_bits = 8;    // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
   int64_t rows_per_scale;  // output pixels that share a scale and a zero point
   void* scratch;           // aligned to 16
-  Cut cut;
+  Tiling tiling;
 };
 
 constexpr int64_t kMostPixels = int64_t{1} << 31;  // of all images of a call; kernels count them in 31 bits

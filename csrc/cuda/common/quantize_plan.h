@@ -1,6 +1,6 @@
-// One call of a quantising op: what its kernels are given, and how it is cut into thread blocks.
+// One call of a quantising op: what its kernels are given, and how it is shared out among thread blocks.
 //
-// Two cuts of [samples, rows, channels]; a thread holds kSlots vectors of eight values in either:
+// Two ways to share out [samples, rows, channels]; a thread holds kSlots vectors of eight values in either:
 //
 //   tiles   4 consecutive rows per thread, `width` threads side by side on vectors of a row, kTileThreads / width below
 //           each other. For scales given, or found by a pass before.

@@ -30,8 +30,8 @@ inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
 }
 
 inline ProductPlan plan_of(const ProductCall& call, int multiprocessors) {
-  if (call.cut.architecture == 80)
-    return plan_of(call, TileChoice{tile_of_size(call.cut.rows, call.cut.columns), call.cut.splits});
+  if (call.tiling.architecture == 80)
+    return plan_of(call, TileChoice{tile_of_size(call.tiling.rows, call.tiling.columns), call.tiling.splits});
   const ProductProblem& p = call.problem;
   const ProductPlan any = plan_of(call, TileChoice{0, 1});
   return plan_of(call, choose_tile(p.samples * p.out_h * p.out_w, p.c_out, any.k, call.weight_bits, any.operands,

@@ -1,4 +1,4 @@
-// Which tile a call is cut into, and into how many parts along K. All choices stand here, with their reasons.
+// Which tile a call gets, and how many splits of K. All choices stand here, with their reasons.
 #pragma once
 #include "cuda/sm90/tensor_map.h"
 
@@ -70,8 +70,8 @@ inline Plan plan_of_tile(const ProductCall& call, int tile, int splits) {
 // The plan that the call is told, or the one with the fewest estimated clocks; among equals the earlier tile, then
 // fewer parts.
 inline Plan plan_of(const ProductCall& call, int multiprocessors) {
-  if (call.cut.architecture == 90) {
-    return plan_of_tile(call, tile_of_size(call.cut.rows, call.cut.columns, call.weight_bits), call.cut.splits);
+  if (call.tiling.architecture == 90) {
+    return plan_of_tile(call, tile_of_size(call.tiling.rows, call.tiling.columns, call.weight_bits), call.tiling.splits);
   }
   Plan best{};
   int64_t fewest = -1;

@@ -22,10 +22,10 @@ const sm90::Plan& plan_for(const ProductCall& call, const Device& device) {
                    p.dilation_w,
                    call.weight_bits,
                    device.multiprocessors,
-                   call.cut.architecture,
-                   call.cut.rows,
-                   call.cut.columns,
-                   call.cut.splits};
+                   call.tiling.architecture,
+                   call.tiling.rows,
+                   call.tiling.columns,
+                   call.tiling.splits};
   uint64_t hash = 0;
   for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9E3779B97F4A7C15u;
   thread_local std::array<std::pair<Key, sm90::Plan>, 256> table{};  // no call has a key of zeros

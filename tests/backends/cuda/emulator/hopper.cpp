@@ -1,4 +1,4 @@
-// Runs whole calls of the products of csrc/cuda/sm90 on the host until the input ends.
+// Runs whole calls of the product of csrc/cuda/sm90 on the host until the input ends.
 #include "cuda/common/weight_sums.h"
 #include "cuda/sm90/product_body.h"
 #include "hopper_cta.h"
@@ -12,7 +12,7 @@ using namespace modiff::cuda;
 using SumsLaunch = HostLaunch<HostCta>;
 
 struct Request {
-  int64_t geometry[14], weight_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
+  int64_t geometry[14], weight_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
   int64_t tile, splits, multiprocessors, seed;  // tile -1: as planned
 };
 
@@ -50,7 +50,6 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   p.zero_point = static_cast<const int32_t*>(zero_point.data());
   p.weight = static_cast<const int8_t*>(weight.data());
   p.weight_scale = static_cast<const float*>(weight_scale.data());
-  p.epilogue = static_cast<Epilogue>(r.epilogue);
   p.y_hat = y_hat.data();
   p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
   p.skip = skip.data();
@@ -62,7 +61,7 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   call.rows_per_scale = r.rows_per_scale;
   if (const char* limit = sm90::limit_of(call)) sm90::fail(limit);
 
-  if (r.tile >= 0) call.cut = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
+  if (r.tile >= 0) call.tiling = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
   const sm90::Plan plan = sm90::plan_of(call, static_cast<int>(r.multiprocessors));
   const int64_t tap_sums = p.c_out * tap_sum_count(p);
   const sm90::Scratch words = sm90::scratch_of(call, plan, tap_sums);

@@ -1,8 +1,8 @@
-// How csrc/cuda/sm90 cuts and walks a call, as a Python module, for tests/backends/cuda/test_hopper_maps.py.
+// How csrc/cuda/sm90 tiles and walks a call, as a Python module, for tests/backends/cuda/test_hopper_maps.py.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include "cuda/cuts.h"
+#include "cuda/tiles.h"
 #include "cuda/sm90/product_body.h"
 #include "hopper_cta.h"
 
@@ -88,33 +88,33 @@ py::dict plan(const Geometry& geometry, int bits, int multiprocessors) {
                   "scratch"_a = sm90::scratch_of(call, plan, 0).words * 4);
 }
 
-using CutFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h Cut
+using TilingFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h Tiling
 
-// All cuts of a call, those of sm_90 first.
-std::vector<CutFields> cuts(const Geometry& geometry, int bits, int code_bits, int capability, int multiprocessors) {
+// All tilings of a call, those of sm_90 first.
+std::vector<TilingFields> tilings(const Geometry& geometry, int bits, int code_bits, int capability, int multiprocessors) {
   ProductCall call = call_of(geometry, bits);
   call.code_bits = code_bits;
-  std::vector<CutFields> found;
-  for (const Cut& cut : cuts_of(call, capability, multiprocessors))
-    found.emplace_back(cut.architecture, cut.rows, cut.columns, cut.splits);
+  std::vector<TilingFields> found;
+  for (const Tiling& tiling : tilings_of(call, capability, multiprocessors))
+    found.emplace_back(tiling.architecture, tiling.rows, tiling.columns, tiling.splits);
   return found;
 }
 
-ProductCall told(const Geometry& geometry, int bits, const CutFields& cut) {
+ProductCall told(const Geometry& geometry, int bits, const TilingFields& tiling) {
   ProductCall call = call_of(geometry, bits);
-  call.cut = {std::get<0>(cut), std::get<1>(cut), std::get<2>(cut), std::get<3>(cut)};
+  call.tiling = {std::get<0>(tiling), std::get<1>(tiling), std::get<2>(tiling), std::get<3>(tiling)};
   return call;
 }
 
-const char* why_not_cut(const Geometry& geometry, int bits, int code_bits, const CutFields& cut, int capability) {
-  ProductCall call = told(geometry, bits, cut);
+const char* why_not_tiling(const Geometry& geometry, int bits, int code_bits, const TilingFields& tiling, int capability) {
+  ProductCall call = told(geometry, bits, tiling);
   call.code_bits = code_bits;
-  return cut_problem(call, capability);
+  return tiling_problem(call, capability);
 }
 
-// Rows and columns of the tile and the parts of a call that is told its cut.
-std::tuple<int, int, int> told_plan(const Geometry& geometry, int bits, const CutFields& cut) {
-  const sm90::Plan plan = sm90::plan_of(told(geometry, bits, cut), 132);
+// Rows and columns of the tile and the parts of a call that is told its tiling.
+std::tuple<int, int, int> told_plan(const Geometry& geometry, int bits, const TilingFields& tiling) {
+  const sm90::Plan plan = sm90::plan_of(told(geometry, bits, tiling), 132);
   return {sm90::kTiles[plan.tile].rows, sm90::kTiles[plan.tile].columns, plan.schedule.splits};
 }
 
@@ -168,8 +168,8 @@ PYBIND11_MODULE(hopper_maps, m) {
   m.def("plan", plan);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);
-  m.def("cuts", cuts);
-  m.def("why_not_cut", why_not_cut);
+  m.def("tilings", tilings);
+  m.def("why_not_tiling", why_not_tiling);
   m.def("told_plan", told_plan);
   m.def("choice_of_sm80", choice_of_sm80);
 }

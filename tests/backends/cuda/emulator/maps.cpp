@@ -147,12 +147,12 @@ std::pair<int, int> choose(int64_t rows, int64_t columns, int64_t k, int weight_
   return {best.tile, best.splits};
 }
 
-// The same of a call that is told its cut.
+// The same of a call that is told its tiling.
 std::pair<int, int> told(const Geometry& geometry, int weight_bits, int rows, int columns, int splits) {
   ProductCall call{};
   set_geometry(call.problem, geometry.data());
   call.weight_bits = weight_bits;
-  call.cut = {80, rows, columns, splits};
+  call.tiling = {80, rows, columns, splits};
   const sm80::ProductPlan plan = sm80::plan_of(call, 108);
   return {plan.choice.tile, plan.choice.splits};
 }

@@ -1,4 +1,4 @@
-// Runs whole calls of the quantising kernels on the host until the input ends.
+// Runs whole calls of `quantize` on the host until the input ends.
 #include "cuda/common/quantize_launch.h"
 #include "host_cta.h"
 #include "wire.h"

@@ -1,4 +1,4 @@
-// The ways to cut a call that a caller may ask for: what tools measure, and what the binding lets through.
+// The tilings that a caller may ask for: what tools measure, and what the binding lets through.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -10,44 +10,44 @@
 
 namespace modiff::cuda {
 
-// Why `call` cannot be cut as it is told on a GPU of this capability, null if it can.
-inline const char* cut_problem(const ProductCall& call, int capability) {
-  const Cut& cut = call.cut;
+// Why `call` cannot have the tiling that it is told on a GPU of this capability, null if it can.
+inline const char* tiling_problem(const ProductCall& call, int capability) {
+  const Tiling& tiling = call.tiling;
   const ProductProblem& p = call.problem;
-  if (cut.architecture == 0) return nullptr;
-  if (cut.splits < 1) return "less than one part along K";
-  if (cut.architecture == 90) {
+  if (tiling.architecture == 0) return nullptr;
+  if (tiling.splits < 1) return "less than one split of K";
+  if (tiling.architecture == 90) {
     if (capability != 90) return "the kernels of sm_90 run on capability 9.0 alone";
     if (call.code_bits != 8) return "the kernels of sm_90 read codes of 8 bits";
     if (const char* limit = sm90::limit_of(call)) return limit;
-    if (sm90::tile_of_size(cut.rows, cut.columns, call.weight_bits) < 0) return "sm_90 has no such tile";
-    if (cut.splits > sm90::step_count(sm90::window_of(p, call.weight_bits))) return "more parts than steps along K";
+    if (sm90::tile_of_size(tiling.rows, tiling.columns, call.weight_bits) < 0) return "sm_90 has no such tile";
+    if (tiling.splits > sm90::step_count(sm90::window_of(p, call.weight_bits))) return "more splits than k-blocks";
     return nullptr;
   }
-  if (cut.architecture != 80) return "there are kernels of sm_90 and sm_80";
+  if (tiling.architecture != 80) return "there are kernels of sm_90 and sm_80";
   if (call.code_bits == 4 && capability >= 90) return "capability 9.0 and newer have no tensor cores for 4 bits";
-  if (sm80::tile_of_size(cut.rows, cut.columns) < 0) return "sm_80 has no such tile";
+  if (sm80::tile_of_size(tiling.rows, tiling.columns) < 0) return "sm_80 has no such tile";
   const int steps =
       sm80::step_count(p.kernel_h * p.kernel_w * p.c_in, sm80::operands_of(call.code_bits, call.weight_bits));
-  if (sm80::used_splits(steps, cut.splits) != cut.splits) return "some parts would have no steps along K";
+  if (sm80::used_splits(steps, tiling.splits) != tiling.splits) return "some splits would have no k-blocks";
   return nullptr;
 }
 
-// Every cut of `call` on this GPU: of each architecture those with the best estimate first, sm_90 before sm_80. So the
+// Every tiling of `call` on this GPU: of each architecture those with the best estimate first, sm_90 before sm_80. So the
 // first one is what a call gets that says nothing.
-inline std::vector<Cut> cuts_of(const ProductCall& call, int capability, int multiprocessors) {
+inline std::vector<Tiling> tilings_of(const ProductCall& call, int capability, int multiprocessors) {
   const ProductProblem& p = call.problem;
-  std::vector<std::pair<double, Cut>> estimated;
-  std::vector<Cut> cuts;
-  const auto add = [&](const Cut& cut, double estimate) {
+  std::vector<std::pair<double, Tiling>> estimated;
+  std::vector<Tiling> tilings;
+  const auto add = [&](const Tiling& tiling, double estimate) {
     ProductCall told = call;
-    told.cut = cut;
-    if (cut_problem(told, capability) == nullptr) estimated.emplace_back(estimate, cut);
+    told.tiling = tiling;
+    if (tiling_problem(told, capability) == nullptr) estimated.emplace_back(estimate, tiling);
   };
   const auto flush = [&] {
     std::stable_sort(estimated.begin(), estimated.end(),
                      [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (const auto& [estimate, cut] : estimated) cuts.push_back(cut);
+    for (const auto& [estimate, tiling] : estimated) tilings.push_back(tiling);
     estimated.clear();
   };
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
@@ -72,7 +72,7 @@ inline std::vector<Cut> cuts_of(const ProductCall& call, int capability, int mul
     }
   }
   flush();
-  return cuts;
+  return tilings;
 }
 
 }  // namespace modiff::cuda

@@ -1,4 +1,4 @@
-"""How a product is cut: into which tiles of which kernels, and into how many parts along K.
+"""How a product is tiled: which tiles of which kernels, and how many splits along K.
 
 A call gets the measured choice of `tiles/<gpu>.json` for its shape or the nearest known one, which tools/tune_cuda.py
 makes; else the kernels choose by an estimate (csrc/cuda/sm90/plan.h, sm80/tile_config.h).
@@ -17,8 +17,8 @@ from . import library
 TILES = Path(__file__).resolve().parent / "tiles"
 
 
-class Cut(NamedTuple):
-    """csrc/cuda/product.h Cut: tiles of rows x columns outputs by the kernels of sm_90 or sm_80; parts along K."""
+class Tile(NamedTuple):
+    """csrc/cuda/product.h Tiling: tiles of rows x columns outputs by the kernels of sm_90 or sm_80; splits of K."""
 
     architecture: int
     rows: int
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     code_bits: int
 
 
-STORE = Store(TILES, Shape, Cut)
+STORE = Store(TILES, Shape, Tile)
 
 
 def shape_of(geometry: Sequence[int], weight_bits: int, code_bits: int) -> Shape:
@@ -52,8 +52,8 @@ def shape_of(geometry: Sequence[int], weight_bits: int, code_bits: int) -> Shape
 
 
 @lru_cache(maxsize=4096)
-def _measured(shape: Shape, gpu_name: str) -> tuple[int, ...]:
-    return STORE.nearest(shape, gpu_name) or ()
+def _measured(shape: Shape, gpu_name: str) -> Tile | None:
+    return STORE.nearest(shape, gpu_name)
 
 
 @cache
@@ -65,21 +65,17 @@ def _tuned_gpu(device: torch.device) -> str | None:
     return name if STORE.load(name) else None
 
 
-def choose(geometry: Sequence[int], weight_bits: int, code_bits: int, device: torch.device) -> tuple[int, ...]:
-    """The measured Cut of a product on `device`; empty: the kernels choose."""
+def choose(geometry: Sequence[int], weight_bits: int, code_bits: int, device: torch.device) -> Tile | None:
+    """The measured tile of a product on `device`; None: the kernels choose."""
     gpu_name = _tuned_gpu(device)
-    if gpu_name is None:
-        return ()
-    return _measured(shape_of(geometry, weight_bits, code_bits), gpu_name)
+    return None if gpu_name is None else _measured(shape_of(geometry, weight_bits, code_bits), gpu_name)
 
 
 def candidates(
     geometry: Sequence[int], weight_bits: int, code_bits: int, capability: tuple[int, int], multiprocessors: int
-) -> list[Cut]:
-    """Every cut of a product on such a GPU, for each architecture the best estimate first, sm_90 before sm_80: the
+) -> list[Tile]:
+    """Every tiling of a product on such a GPU, for each architecture the best estimate first, sm_90 before sm_80: the
     first one is what the kernels choose. Needs the library, no GPU.
     """
-    values = library.cuts_op()(
-        list(geometry), weight_bits, code_bits, 10 * capability[0] + capability[1], multiprocessors
-    )
-    return [Cut(*values[i : i + 4]) for i in range(0, len(values), 4)]
+    values = library.tiles_op()(geometry, weight_bits, code_bits, 10 * capability[0] + capability[1], multiprocessors)
+    return [Tile(*values[i : i + 4]) for i in range(0, len(values), 4)]

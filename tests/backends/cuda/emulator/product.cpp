@@ -1,4 +1,4 @@
-// Runs whole calls of the products of csrc/cuda/sm80 on the host until the input ends.
+// Runs whole calls of the product of csrc/cuda/sm80 on the host until the input ends.
 #include "cuda/sm80/product_launch.h"
 #include "host_tensor_cta.h"
 #include "wire.h"
@@ -11,10 +11,9 @@ using namespace modiff::cuda;
 using Launch = modiff::HostLaunch<modiff::HostTensorCta>;
 
 struct Request {
-  int64_t geometry[14], weight_bits, code_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype,
-      out_dtype;
+  int64_t geometry[14], weight_bits, code_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
   int64_t write_out, tile, splits, falling;
-  int64_t cut[4];  // csrc/cuda/product.h, as the binding is told
+  int64_t tiling[4];  // csrc/cuda/product.h, as the binding is told
 };
 
 void answer(const Request& r, Launch& launch) {
@@ -28,7 +27,6 @@ void answer(const Request& r, Launch& launch) {
   p.zero_point = static_cast<const int32_t*>(zero_point.data());
   p.weight = static_cast<const int8_t*>(weight.data());
   p.weight_scale = static_cast<const float*>(weight_scale.data());
-  p.epilogue = static_cast<modiff::Epilogue>(r.epilogue);
   p.y_hat = y_hat.data();
   p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
   p.skip = skip.data();
@@ -45,10 +43,10 @@ void answer(const Request& r, Launch& launch) {
 
   // A tile below 0: what is chosen for a GPU of as many multiprocessors as there are splits.
   const auto splits = static_cast<int>(r.splits);
-  if (r.tile >= 0) call.cut = {80, sm80::kTiles[r.tile].m, sm80::kTiles[r.tile].n, splits};
-  if (r.cut[0] != 0) {
-    call.cut = {static_cast<int>(r.cut[0]), static_cast<int>(r.cut[1]), static_cast<int>(r.cut[2]),
-                static_cast<int>(r.cut[3])};
+  if (r.tile >= 0) call.tiling = {80, sm80::kTiles[r.tile].m, sm80::kTiles[r.tile].n, splits};
+  if (r.tiling[0] != 0) {
+    call.tiling = {static_cast<int>(r.tiling[0]), static_cast<int>(r.tiling[1]), static_cast<int>(r.tiling[2]),
+                static_cast<int>(r.tiling[3])};
   }
   const sm80::ProductPlan plan = sm80::plan_of(call, splits);
   scratch.fill(plan.bytes);

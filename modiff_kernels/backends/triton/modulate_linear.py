@@ -1,4 +1,4 @@
-"""`modulated_linear` in one launch, for layers so small that launches cost more than what is computed twice.
+"""`modulate` of a Linear in one launch, for layers so small that launches cost more than what is computed twice.
 
 Operands (contiguous, K fast; M rows, K = channels, N columns):
 
@@ -24,7 +24,7 @@ x_hat must stay what it was for that, and is written in the walk over the last t
 the last time by the very step that stores it. Dynamic scales need the absmax of whole rows first: one walk more.
 
 Limits: granularity per_token, or scales given (per_tensor and per_sample absmax needs all rows, hence other programs).
-K * N / BLOCK_N elements are quantised per row instead of K: `tile_configs.one_launch_pays` weighs that.
+K * N / BLOCK_N elements are quantised per row instead of K: `tiles.one_launch_pays` weighs that.
 """
 
 import torch
@@ -32,11 +32,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...quant.operands import PackedWeight, Prologue, Window
 from ...quant.packing import packed_width
 from ...quant.spec import granule_count
-from .launching import launch
-from .quantize_device import magnitude, round_to_code, symmetric_scale
-from .tile_configs import ONE_LAUNCH
+from .launch import launch
+from .quantize_kernel import magnitude, round_to_code, symmetric_scale
+from .tiles import ONE_LAUNCH
 from .weight_tiles import load_weight_tile
 
 
@@ -54,11 +55,10 @@ def _load_residual(x, x_hat, start, k, inside, EVEN_K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["m", "rows_per_granule", "rows_per_given", "group_size", "scale_groups"])
-def modulated_linear_kernel(
+def modulate_linear_kernel(
     x, x_hat, given_scale, weight, weight_scale, y_hat, skip, out, scale_used, absmax,
     m, n, channels, row_bytes, rows_per_granule, rows_per_given, group_size, scale_groups, clip_ratio, half,
     WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, PER_ROW: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One block of rows; operands and mapping at the top of this file."""
@@ -110,9 +110,9 @@ def modulated_linear_kernel(
         v += tl.load(y_hat + at, mask=mask, other=0.0).to(tl.float32)
         stored = v.to(y_hat.dtype.element_ty)
         tl.store(y_hat + at, stored, mask=mask)
-        if WRITE_OUT:
+        if out is not None:
             v = stored.to(tl.float32)
-            if HAS_SKIP:
+            if skip is not None:
                 v += tl.load(skip + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(out + at, v.to(out.dtype.element_ty), mask=mask)
 
@@ -122,40 +122,37 @@ def modulated_linear_kernel(
         tl.atomic_max(absmax + granule, largest, mask=row < m)
 
 
-def modulated_linear_one_launch(
-    x: Tensor,
+def modulate(
+    h: Tensor,
+    prologue: Prologue,
     x_hat: Tensor,
     scale: Tensor | None,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
+    weight: PackedWeight,
     y_hat: Tensor,
     skip: Tensor | None,
-    act_bits: int,
+    window: Window | None,
+    out_dtype: torch.dtype,
+    bits: int,
     granularity: str,
     clip_ratio: float,
-    weight_bits: int,
-    group_size: int,
     write_out: bool,
-    block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`modulated_linear`; scale is None for granularity per_token only."""
-    n, channels = weight_scale.shape[0], x.shape[-1]
-    m = x.numel() // channels
-    count = granule_count(x.shape, granularity, False)
-    per_row = count == m
-    grouped = group_size != -1
-    out = torch.empty(y_hat.shape if write_out else (0,), dtype=x.dtype, device=x.device)
-    used = torch.empty(count, dtype=torch.float32, device=x.device)
-    absmax = (torch.empty if per_row else torch.zeros)(count, dtype=torch.int32, device=x.device)
+    """`ops.modulate` of what `why_not` accepts: no window, no prologue, a scale that is given or per token."""
+    n, channels = weight.n, h.shape[-1]
+    m = h.numel() // channels
+    count = granule_count(h.shape, granularity, False)
+    grouped, per_row = weight.group_size != -1, count == m
+    out = torch.empty(y_hat.shape if write_out else (0,), dtype=out_dtype, device=h.device)
+    used = torch.empty(count, dtype=torch.float32, device=h.device)
+    absmax = (torch.empty if per_row else torch.zeros)(count, dtype=torch.int32, device=h.device)
     launch(
-        modulated_linear_kernel, (triton.cdiv(m, ONE_LAUNCH.block_m),),
-        x, x_hat, scale, weight_packed, weight_scale, y_hat, skip, out, used, absmax,
-        m, n, channels, packed_width(weight_bits, channels), m // count, m if scale is None else m // scale.shape[0],
-        group_size if grouped else channels, weight_scale.shape[1] if grouped else 1,
-        float(clip_ratio), float(1 << (act_bits - 1)),
-        WEIGHT_BITS=weight_bits, GROUPED=grouped, PER_ROW=per_row, EVEN_K=channels % block_k == 0,
-        HAS_SKIP=skip is not None, WRITE_OUT=write_out,
-        BLOCK_M=ONE_LAUNCH.block_m, BLOCK_N=ONE_LAUNCH.block_n, BLOCK_K=block_k,
+        modulate_linear_kernel, (-(-m // ONE_LAUNCH.block_m),),
+        h, x_hat, scale, weight.packed, weight.scale, y_hat, skip, out if write_out else None, used, absmax,
+        m, n, channels, packed_width(weight.bits, channels), m // count, m if scale is None else m // scale.shape[0],
+        weight.group_size if grouped else channels, weight.scale.shape[1] if grouped else 1,
+        float(clip_ratio), float(1 << (bits - 1)),
+        WEIGHT_BITS=weight.bits, GROUPED=grouped, PER_ROW=per_row, EVEN_K=channels % ONE_LAUNCH.block_k == 0,
+        BLOCK_M=ONE_LAUNCH.block_m, BLOCK_N=ONE_LAUNCH.block_n, BLOCK_K=ONE_LAUNCH.block_k,
         num_warps=ONE_LAUNCH.num_warps, num_stages=ONE_LAUNCH.num_stages,
     )  # fmt: skip
     return out, used, absmax.view(torch.float32)

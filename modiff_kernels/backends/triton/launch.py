@@ -1,13 +1,13 @@
 """Launches of kernels, and their record: what an op would launch, for ahead-of-time compilation without a GPU."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-from .common import INTERPRETED
-
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # set before kernels are imported, see Triton's docs
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

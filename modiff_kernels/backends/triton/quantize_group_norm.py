@@ -1,4 +1,4 @@
-"""`group_norm_silu_quantize_residual` and `group_norm_silu_quantize_activation`: x = silu?(group_norm(h + shift)).
+"""A group norm in front of `quantize`, folded: x = silu?(group_norm(h + shift)) = silu?(a * h + b).
 
 Operands (N samples, R rows of C channels, G groups; an NHWC image has R = H * W), all row major:
 
@@ -7,8 +7,9 @@ h          [N, R, C]           float        input
 shift      [N, C]              float        or None; it moves means only, so that only [N, C] values ever see it
 partial    [N, P, 2, C]        float32      scratch: per block of BLOCK_R rows and channel mean and sum of squares
                                             around it, P = ceil(R / BLOCK_R)
-a, b       [N, C]              float32      scratch: x = silu?(a * h + b)
-largest    see quantize_passes int32        scratch, set to 0 here
+a, b       [N, C]              float32      the result
+cleared    [granules] or twice int32        scratch of the quantising passes, set to 0 here; None: there is nothing to
+                                            clear
 ========== =================== ============ =======================================================================
 
 Programs and equations:
@@ -20,11 +21,8 @@ Programs and equations:
       mean = sum_p,c n_p (m_pc + shift_c) / (R C/G)      var = sum_p,c (q_pc + n_p (m_pc + shift_c - mean)^2) / (R C/G)
       a_c  = gamma_c / sqrt(var + eps)                   b_c = beta_c + (shift_c - mean) a_c
 
-- then the passes of quantize_passes.py, with a and b.
-
 Bytes per element: s (bytes of h) for the statistics and 8 / BLOCK_R for writing their scratch, which stays in the L2
-cache; then those of quantize_passes.py. Launches: three with scales given or per token, otherwise four. Limits: those
-of quantize_passes.py.
+cache.
 """
 
 from functools import lru_cache
@@ -34,9 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import quantize_passes as passes
-from .launching import launch
-from .quantize_device import GROUP_NORM, PER_TOKEN, tile_of_program, tile_offsets
+from ...quant.operands import Prologue
+from .launch import launch
+from .quantize_kernel import tile_of_program, tile_offsets
+from .quantize_plan import Plan, next_power_of_2, tile
 
 _MERGED = 2048  # elements of partial results that a program of the second kernel merges at a time
 
@@ -58,24 +57,10 @@ def statistics_kernel(
 
 @triton.jit
 def coefficients_kernel(
-    partial_ptr,
-    shift_ptr,
-    gamma_ptr,
-    beta_ptr,
-    a_ptr,
-    b_ptr,
-    largest_ptr,
-    rows,
-    channels,
-    granules,
-    num_groups,
-    eps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    CLEAR: tl.constexpr,
-    AFFINE: tl.constexpr,
-):
+    partial_ptr, shift_ptr, gamma_ptr, beta_ptr, a_ptr, b_ptr, cleared_ptr,
+    rows, channels, granules, num_groups, eps,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
     sample = tl.program_id(0) // num_groups
     group = tl.program_id(0) % num_groups
     width = channels // num_groups
@@ -120,104 +105,39 @@ def coefficients_kernel(
     tl.store(a_ptr + at, a, mask=inside)
     tl.store(b_ptr + at, b, mask=inside)
 
-    if CLEAR:  # all programs of a granule write the same 0
+    if cleared_ptr is not None:  # all programs of a granule write the same 0
         granule = sample % granules  # one granule: 0
-        tl.store(largest_ptr + granule, 0)
+        tl.store(cleared_ptr + granule, 0)
         if AFFINE:
-            tl.store(largest_ptr + granules + granule, 0)
-
-
-def _coefficients(
-    h: Tensor,
-    shift: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    num_groups: int,
-    eps: float,
-    plan: passes.Plan,
-    affine: bool,
-    range_pass: bool,
-) -> tuple[Tensor, Tensor, passes.Ranges]:
-    """a and b [N, C], and cleared scratch for the passes; `range_pass`: there are two of them."""
-    samples, rows, channels = plan.samples, plan.rows, plan.channels
-    block_r, block_c, num_warps = passes.tile(samples, rows, channels, False, h.element_size())
-    row_blocks, channel_blocks = -(-rows // block_r), -(-channels // block_c)
-    partial = torch.empty((samples, row_blocks, 2, channels), dtype=torch.float32, device=h.device)
-    launch(
-        statistics_kernel, (samples * row_blocks * channel_blocks,), h, partial, rows, channels,
-        BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=not range_pass, num_warps=num_warps,
-    )  # fmt: skip
-    a, b = torch.empty((2, samples, channels), dtype=torch.float32, device=h.device)
-    ranges = passes.make_ranges(plan, affine, h.device, zeroed=False)
-    block_p, block_g, num_warps = merge_tile(row_blocks, channels // num_groups)
-    clear = plan.granularity != PER_TOKEN.value
-    launch(
-        coefficients_kernel, (samples * num_groups,), partial, shift, gamma, beta, a, b, ranges.largest,
-        rows, channels, plan.granules, num_groups, eps,
-        BLOCK_R=block_r, BLOCK_P=block_p, BLOCK_G=block_g, CLEAR=clear, AFFINE=affine, num_warps=num_warps,
-    )  # fmt: skip
-    return a, b, ranges
+            tl.store(cleared_ptr + granules + granule, 0)
 
 
 @lru_cache(maxsize=1024)
 def merge_tile(row_blocks: int, width: int) -> tuple[int, int, int]:
     """BLOCK_P, BLOCK_G, num_warps of `coefficients_kernel` for groups of `width` channels."""
-    block_g = triton.next_power_of_2(width)
-    block_p = min(triton.next_power_of_2(row_blocks), max(1, _MERGED // block_g))
+    block_g = next_power_of_2(width)
+    block_p = min(next_power_of_2(row_blocks), max(1, _MERGED // block_g))
     return block_p, block_g, min(16, max(4, block_g // 1024))
 
 
-def _quantize(
-    h: Tensor,
-    norm: tuple[Tensor | None, Tensor | None, Tensor | None, int, float],
-    silu: bool,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    act_bits: int,
-    granularity: str,
-    clip_ratio: float = 1.0,
-    affine: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    prologue = GROUP_NORM.value
-    like = h if x_hat is None else x_hat
-    plan = passes.plan_of(h, like, granularity, act_bits, prologue)
-    range_pass = scale is None and plan.granularity != PER_TOKEN.value
-    a, b, ranges = _coefficients(h, *norm, plan, affine, range_pass)
-    return passes.quantize(
-        h, like, plan, prologue, x_hat, scale, act_bits,
-        clip_ratio=clip_ratio, affine=affine, silu=silu, a=a, b=b, ranges=ranges,
+def fold_group_norm(
+    h: Tensor, norm: Prologue, plan: Plan, cleared: Tensor | None, backwards: bool
+) -> tuple[Tensor, Tensor]:
+    """a and b [N, C]. backwards: the last tile first, for a pass that runs the other way afterwards."""
+    samples, rows, channels = plan.samples, plan.rows, plan.channels
+    block_r, block_c, num_warps = tile(samples, rows, channels, False, h.element_size())
+    row_blocks, channel_blocks = -(-rows // block_r), -(-channels // block_c)
+    partial = torch.empty((samples, row_blocks, 2, channels), dtype=torch.float32, device=h.device)
+    launch(
+        statistics_kernel, (samples * row_blocks * channel_blocks,), h, partial, rows, channels,
+        BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=backwards, num_warps=num_warps,
     )  # fmt: skip
-
-
-def group_norm_silu_quantize_residual(
-    h: Tensor,
-    shift: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    x_hat: Tensor,
-    scale: Tensor | None,
-    act_bits: int,
-    granularity: str,
-    clip_ratio: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    norm = (shift, gamma, beta, num_groups, eps)
-    return _quantize(h, norm, silu, x_hat, scale, act_bits, granularity, clip_ratio)
-
-
-def group_norm_silu_quantize_activation(
-    h: Tensor,
-    shift: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    act_bits: int,
-    granularity: str,
-    affine: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    norm = (shift, gamma, beta, num_groups, eps)
-    return _quantize(h, norm, silu, None, None, act_bits, granularity, affine=affine)
+    a, b = torch.empty((2, samples, channels), dtype=torch.float32, device=h.device)
+    block_p, block_g, num_warps = merge_tile(row_blocks, channels // norm.num_groups)
+    affine = cleared is not None and cleared.shape[0] == 2 * plan.granules
+    launch(
+        coefficients_kernel, (samples * norm.num_groups,), partial, norm.shift, norm.gamma, norm.beta, a, b, cleared,
+        rows, channels, plan.granules, norm.num_groups, norm.eps,
+        BLOCK_R=block_r, BLOCK_P=block_p, BLOCK_G=block_g, AFFINE=affine, num_warps=num_warps,
+    )  # fmt: skip
+    return a, b

@@ -1,4 +1,5 @@
-"""Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU.
+"""Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU. Plain
+Python.
 
 `choose(shape, gpu)` takes the tuned choice of `tiles/<gpu>.json` for this or the nearest known shape, else the
 candidate with the least `estimated_cycles`. Nothing is measured while a user waits; `tools/tune_triton.py` makes the
@@ -6,9 +7,11 @@ JSON files.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ...tuned import Store
 
@@ -17,7 +20,7 @@ TILES = Path(__file__).resolve().parent / "tiles"
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Output tile, K step, and how a program runs; split_k > 1 cuts K between programs."""
+    """Output tile, k-block, and how a program runs; split_k > 1 shares out K between programs."""
 
     block_m: int
     block_n: int
@@ -54,6 +57,19 @@ class Gpu(NamedTuple):
     multiprocessors: int
 
 
+INTERPRETED_GPU = Gpu("interpreter", (9, 0), 4)
+"""What Triton's interpreter, which runs on the CPU, stands for."""
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that `device` names."""
+    if device.type != "cuda":
+        return INTERPRETED_GPU
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
 WGMMA = (9, 0)
 # Warp-group products (sm_90) are 64 rows per four warps and read both operands from shared memory, so deep K steps are
 # free in registers. The accumulator is int32: 128x128 over 8 warps is 64 registers a thread; over 4 warps, or as
@@ -76,7 +92,7 @@ _MMA_TILES = (
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),
 )
-# modulated_linear in one launch: programs share out rows only, so few of them; wide, as rows are quantised per tile.
+# modulate_linear.py: programs share out rows only, so few of them; wide, as rows are quantised per tile.
 ONE_LAUNCH = TileConfig(64, 128, 64, 8, 3)
 _MOST_GROUPED_SUMS = 128 * 64
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
@@ -135,7 +151,7 @@ def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
 
 @lru_cache(maxsize=4096)
 def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
-    """Whether `modulated_linear` in one launch is estimated to be faster than quantising and multiplying in two."""
+    """Whether the update of a Linear in one launch is estimated to be faster than quantising and multiplying in two."""
     tile = ONE_LAUNCH
     if not fits(tile, shape):
         return False
