@@ -3,6 +3,11 @@ one.
 """
 
 import os
+import shutil
+import sysconfig
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +58,33 @@ def fresh_dispatch():
     dispatch.reset()
     yield dispatch
     dispatch.reset()
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Name of the C++ compiler."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        pytest.skip(f"the C++ compiler {name!r} was not found")
+    return name
+
+
+@pytest.fixture(scope="session")
+def host_module(tmp_path_factory, compiler):
+    """Compiles tests/backends/cuda/emulator/<name>.cpp, functions of csrc as a Python module, and imports it."""
+    from tests.backends.cuda.emulation import compile_module
+
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11, of the extra `test`, was not found")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Python.h was not found: the headers of this Python (python3-dev on Debian and Ubuntu) are missing")
+    return lambda name: compile_module(compiler, name, tmp_path_factory.mktemp(name), pybind11.get_include())
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory, compiler):
+    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80) and "hopper" (sm_90), compiled once."""
+    from tests.backends.cuda.emulation import running
+
+    with ExitStack() as stack:
+        folder = tmp_path_factory.mktemp("emulator")
+        yield cache(lambda name: stack.enter_context(running(name, compiler, folder)))

@@ -115,7 +115,7 @@ def test_runs_follow_the_method(place, bits):
             # Whole runs part at the first tie, by what a step of the last updates is worth.
             apart = (layer.y_hat - wanted[-1]).abs().max() / wanted[-1].abs().max()
             assert apart < (0.2 if bits == 4 else 0.01)
-        assert exact >= 4
+        assert exact >= 3
 
 
 FORMS = [("per_tensor", "static"), ("per_sample", "static"), ("per_tensor", "dynamic"), ("per_sample", "dynamic"),
