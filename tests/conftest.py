@@ -2,11 +2,10 @@
 one.
 """
 
+import hashlib
 import os
 import shutil
 import sysconfig
-from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,10 +80,60 @@ def host_module(tmp_path_factory, compiler):
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory, compiler):
-    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80) and "hopper" (sm_90), compiled once."""
-    from tests.backends.cuda.emulation import running
+def emulator(pytestconfig, compiler):
+    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80) and "hopper" (sm_90). A sanitizer's complaint
+    fails the test whose call it ends. Compiled programs are kept until a source changes.
+    """
+    from tests.backends.cuda import emulation
 
-    with ExitStack() as stack:
-        folder = tmp_path_factory.mktemp("emulator")
-        yield cache(lambda name: stack.enter_context(running(name, compiler, folder)))
+    sources = [p for f in (emulation.ROOT / "csrc", emulation.EMULATOR) for p in sorted(f.rglob("*")) if p.is_file()]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + compiler.encode()).hexdigest()[:16]
+    folder = pytestconfig.cache.mkdir("emulator") / digest
+    folder.mkdir(exist_ok=True)
+    running = {}
+
+    def start(name):
+        if name not in running:
+            program = folder / name
+            if not program.exists():
+                source, new = emulation.EMULATOR / f"{name}.cpp", program.with_suffix(".new")
+                emulation.compile_source(compiler, source, new, *emulation.SANITIZED)
+                new.rename(program)
+            running[name] = emulation.PROGRAMS[name](program)
+        return running[name]
+
+    yield start
+    for program in running.values():
+        program.close()
+
+
+@pytest.fixture
+def stand_in(request):
+    """For `Place.entered`: by name, what plays the GPU."""
+
+    def of(name):
+        if name == "interpreter":  # chosen when the kernels are imported
+            return {}
+        from tests.backends.cuda.emulation import stand_ins
+
+        emulator = request.getfixturevalue("emulator")
+        product = emulator("product" if name == "sm80" else "hopper")
+        product.other = emulator("product")
+        return stand_ins(emulator("quantize"), product)
+
+    return of
+
+
+def pytest_generate_tests(metafunc):
+    """A test with a `place` runs at every one that has code for the `OP` of its module, or at those it lists."""
+    if "place" in metafunc.fixturenames:
+        from tests.places import places
+
+        metafunc.parametrize("place", places(metafunc.module.OP, getattr(metafunc.module, "PLACES", None)), indirect=True)
+
+
+@pytest.fixture
+def place(request, stand_in, poisoned_empty):
+    """A place, entered; whatever is allocated while the test runs is poisoned."""
+    with request.param.entered(stand_in) as entered:
+        yield entered

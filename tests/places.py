@@ -7,7 +7,7 @@ products it may refuse, so that a backend that refuses more (or everything) fail
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -212,7 +212,7 @@ PLACES = (
 )
 
 
-def places(op: str) -> list[Any]:
-    """Parameters of a test: the places of this machine with code for `op`."""
-    here = [place for place in PLACES if op in place.own and place.missing is None]
+def places(op: str, names: Sequence[str] | None = None) -> list[Any]:
+    """Parameters of a test: the places of this machine with code for `op`, all or those of `names`."""
+    here = [place for place in PLACES if op in place.own and (names is None or place.name in names) and not place.missing]
     return [pytest.param(p, id=p.name, marks=[pytest.mark.gpu] if p.device == "cuda" else []) for p in here]

@@ -27,8 +27,8 @@ from tests.contract.cases import (
 
 OP = "product"
 
-# A place that solves less than this many of LINEARS + CONVS + LAYERS in 8 bits is not worth its name.
-LEAST = 14
+# A place that solves fewer of LINEARS + CONVS + LAYERS in 8 bits is not worth its name.
+LEAST = 18
 
 
 def codes_of(case, bits=8):
@@ -71,14 +71,16 @@ def check_sums(place, case, bits, granularity, zero_point):
 
 def test_sums_are_exact(place):
     draw = random.Random(0).choice
-    solved = 0
-    for case in LINEARS + CONVS + LAYERS:
-        for bits in BITS:
-            some = granularities(case)
-            for granularity in [draw(some)] if place.few else some:
-                for zero_point in [draw([False, True])] if place.few else [False, True]:
-                    solved += check_sums(place, case, bits, granularity, zero_point) and bits == 8
-    assert solved >= LEAST
+    if place.few:
+        cases = [*LINEARS, *CONVS, *LAYERS[:1], *LAYERS[-1:]]
+        assert sum(check_sums(place, c, draw(BITS), draw(granularities(c)), draw([False, True])) for c in cases) > 10
+        return
+    solved = set()
+    for case, bits in itertools.product(LINEARS + CONVS + LAYERS, BITS):
+        for granularity, zero_point in itertools.product(granularities(case), (False, True)):
+            if check_sums(place, case, bits, granularity, zero_point) and bits == 8:
+                solved.add(case)
+    assert len(solved) >= LEAST
 
 
 def test_sums_of_random_convolutions_are_exact(place):
@@ -92,9 +94,10 @@ def test_sums_of_random_convolutions_are_exact(place):
 
 def test_largest_sums_do_not_saturate(place):
     """Beyond 2^24 the int32 sum is rounded once, when it becomes a float."""
-    cases = [Case((2, 4608), 16), *[conv((1, 512, 3, 3), 16)] * (not place.few), Case((1, 1 << 16), 1)]
-    for case in cases:
-        for weight_code, code, zero in [(-128, -128, 127), (-128, 127, -128), (127, -128, None), (-127, 127, None)]:
+    codes_of_all = [(-128, -128, 127), (-128, 127, -128), (127, -128, None), (-127, 127, None)]  # weight, code, zero
+    cases = [Case((1, 1 << 16), 1), Case((2, 4608), 16), conv((1, 512, 3, 3), 16)]
+    for case in cases[:1] if place.few else cases:
+        for weight_code, code, zero in codes_of_all[:1] if place.few else codes_of_all:
             weight = weight_of(place, case, 8, unit=True, codes=torch.full(case.weight_shape, weight_code).to(torch.int8))
             codes = activation(case.x_shape).to(torch.int8).fill_(code)
             zeros = None if zero is None else torch.full((1,), zero, dtype=torch.int32)

@@ -13,7 +13,6 @@ import torch
 from modiff_kernels.quant.operands import IDENTITY
 from tests.contract.cases import (
     BITS,
-    DTYPES,
     EPS32,
     GRANULARITIES,
     MIN_SCALE,
@@ -160,10 +159,11 @@ def test_ties_go_to_the_even_code_and_ends_clamp(place):
 
 def test_channels_of_uneven_range(place):
     """per_block: multipliers from 1 to their largest; a last block of 16, 17 and 31 rows; none."""
-    for shape, bits in itertools.product([(2, 32, 13, 5), (2, 31, 40), (3, 48, 33), (2, 32, 7, 9), (2, 9, 40)], BITS):
+    some = [(2, 32, 13, 5), (2, 31, 40), (3, 48, 33), (2, 32, 7, 9), (2, 9, 40)]
+    for shape, bits in zip(some, (3, 4, 4, 3, 8)) if place.few else itertools.product(some, BITS):
         ranges = 10.0 ** torch.linspace(-3, 0, shape[1 if len(shape) == 4 else -1])
         x = activation(shape, spread=ranges.view(-1, 1, 1) if len(shape) == 4 else ranges)
-        for clip_ratio in (1.0, 0.7):
+        for clip_ratio in [0.7] if place.few else [1.0, 0.7]:
             check_residual(place, x, torch.zeros_like(x, dtype=torch.float16), None, bits, "per_block", clip_ratio)
 
 
@@ -297,7 +297,7 @@ def check_prologue(place, given, x_hat, scale=None, bits=4, granularity="per_sam
 def test_prologues_of_residuals(place):
     draw = random.Random(2).choice
     for make, (granularity, source) in itertools.product(prologues(place.few), SOURCES):
-        if place.few and draw([True, False]):
+        if place.few and draw([True, True, False]):
             continue
         given = make(draw(place.dtypes))
         x_hat = (given.x + 0.2 * torch.randn_like(given.x)).to(draw(place.dtypes))
@@ -308,7 +308,7 @@ def test_prologues_of_residuals(place):
 
 def test_group_norm_options(place):
     for silu, shift, affine in itertools.product([True, False], repeat=3):
-        for shape, groups in [((2, 24, 4, 4), 4), ((2, 5, 24), 1), ((2, 6, 3, 3), 6)]:
+        for shape, groups in [((2, 24, 4, 4), 4), ((2, 5, 24), 1), ((2, 6, 3, 3), 6)][: 1 if place.few else 3]:
             given = group_norm(shape, groups, silu=silu, shift=shift, affine=affine, eps=1e-3)
             check_prologue(place, given, activation(shape), bits=8)
     check_prologue(place, layer_norm((2, 5, 24), affine=False, eps=1e-3), activation((2, 5, 24)), None, 8, "per_token")
@@ -328,7 +328,7 @@ def test_norms_of_values_far_from_zero(place):
 def test_prologues_of_plain_codes(place):
     draw = random.Random(3).choice
     for make, granularity, affine in itertools.product(prologues(place.few), GRANULARITIES, (True, False)):
-        if place.few and draw([True, False]):
+        if place.few and draw([True, True, False]):
             continue
         (h, prologue, x, error), bits = make(draw(place.dtypes)), draw(BITS)
         codes, scale, zero_point = place.quantize(h, prologue, bits=bits, granularity=granularity, affine=affine)
@@ -359,7 +359,8 @@ def test_nan_under_a_prologue(place):
 
 def test_results_are_the_same_every_time(place):
     """Also where threads share the work; a race shows as a result that changes."""
-    x, x_hat = activation((2, 64, 9, 9), torch.float16), activation((2, 64, 9, 9), DTYPES[1])
+    shape = (2, 32, 5, 4) if place.few else (2, 64, 9, 9)
+    x, x_hat = activation(shape, torch.float16), activation(shape, torch.float16)
     for granularity in (*GRANULARITIES, "per_block"):
         states = [x_hat.clone() for _ in range(2)]
         first, second = ((*place.quantize(x, IDENTITY, state, None, 4, granularity), state) for state in states)
