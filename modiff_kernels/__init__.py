@@ -7,18 +7,18 @@ diffusers learns the quantization method "modiff" when it is imported.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from modiff_kernels._version import __version__
 from modiff_kernels.integrations.registration import register_with_diffusers
 
 if TYPE_CHECKING:
     from modiff_kernels.calibration import CalibrationResult, calibrate
     from modiff_kernels.config import ModiffConfig
-    from modiff_kernels.integrations.diffusers import Handle, accelerate
+    from modiff_kernels.config.plan import LayerPlan
+    from modiff_kernels.config.schedule import StepSchedule
+    from modiff_kernels.integrations.accelerate import accelerate
+    from modiff_kernels.integrations.handle import Handle
     from modiff_kernels.integrations.planner import make_plan
     from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
-    from modiff_kernels.planning.layer_plan import LayerPlan
-    from modiff_kernels.planning.schedule import StepSchedule
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CalibrationResult",
@@ -37,14 +37,14 @@ __all__ = [
 
 _HOME_OF = {
     "CalibrationResult": "modiff_kernels.calibration.result",
-    "Handle": "modiff_kernels.integrations.diffusers",
-    "LayerPlan": "modiff_kernels.planning.layer_plan",
+    "Handle": "modiff_kernels.integrations.handle",
+    "LayerPlan": "modiff_kernels.config",
     "ModiffConfig": "modiff_kernels.config",
     "ModulatedConv2d": "modiff_kernels.nn",
     "ModulatedLinear": "modiff_kernels.nn",
     "ModulationState": "modiff_kernels.nn",
-    "StepSchedule": "modiff_kernels.planning.schedule",
-    "accelerate": "modiff_kernels.integrations.diffusers",
+    "StepSchedule": "modiff_kernels.config",
+    "accelerate": "modiff_kernels.integrations.accelerate",
     "calibrate": "modiff_kernels.calibration",
     "make_plan": "modiff_kernels.integrations.planner",
 }

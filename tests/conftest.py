@@ -80,7 +80,7 @@ def host_module(tmp_path_factory, compiler):
 
 
 @pytest.fixture(scope="session")
-def emulator(pytestconfig, compiler):
+def emulators(pytestconfig, compiler):
     """The CUDA kernels on the host, by name: "quantize", "product" (sm_80) and "hopper" (sm_90). A sanitizer's complaint
     fails the test whose call it ends. Compiled programs are kept until a source changes.
     """
@@ -116,10 +116,10 @@ def stand_in(request):
             return {}
         from tests.backends.cuda.emulation import stand_ins
 
-        emulator = request.getfixturevalue("emulator")
-        product = emulator("product" if name == "sm80" else "hopper")
-        product.other = emulator("product")
-        return stand_ins(emulator("quantize"), product)
+        emulators = request.getfixturevalue("emulators")
+        product = emulators("product" if name == "sm80" else "hopper")
+        product.other = emulators("product")
+        return stand_ins(emulators("quantize"), product)
 
     return of
 

@@ -18,10 +18,10 @@ PACKAGE = ROOT / "modiff_kernels"
 LEVELS = {
     "__main__": 8,
     "cli": 7,
+    "evaluation": 7,
     "integrations": 6,
     "planning": 5,
     "calibration": 5,
-    "evaluation": 5,
     "nn": 4,
     "ops": 3,
     "backends": 2,
@@ -29,6 +29,7 @@ LEVELS = {
     "config": 1,
     "models": 0,
     "tuned": 0,
+    "metrics": 0,
     "_version": 0,
 }
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.

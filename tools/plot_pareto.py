@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.pareto_report import Panel, panels  # noqa: E402 (the path is set first)
+from benchmarks.studies.schedules import Panel, panels  # noqa: E402 (the path is set first)
 
 NETWORK = "float32"
-SHOWN = (
-    ("DDIM", 20),
-    ("DDIM", 50),
-    ("DPM-Solver++", 25),
-    ("DPM-Solver++ Karras", 25),
-    ("DPM-Solver++ Lu", 25),
-    ("UniPC", 25),
-)
+SHOWN = {"DDIM": (20, 50), **dict.fromkeys(("DPM-Solver++", "DPM-Solver++ Karras", "DPM-Solver++ Lu", "UniPC"), (25,))}
 COLUMNS = 3
 # What every line is called, and how it is drawn; the searched schedules are drawn last, over all others.
-RIVALS = {
+PLAIN = {
     "any_sampler": ("any sampler, every call", {"color": "black", "linestyle": "--", "drawstyle": "steps-post"}),
     "fewer_steps": ("same sampler, fewer steps", {"color": "grey", "marker": "."}),
 }
@@ -49,14 +41,13 @@ DIGEST = "Description"  # the text chunk of the picture that holds it
 
 def shown_panels(report: dict[str, Any]) -> list[Panel]:
     """The panels of the picture, as far as the report has them."""
-    found = {(panel.sampler, panel.steps): panel for panel in panels(report, NETWORK)}
-    return [found[name] for name in SHOWN if name in found]
+    return [panel for panel in panels(report, NETWORK) if panel.steps in SHOWN.get(panel.sampler, ())]
 
 
 def curves(panel: Panel) -> list[tuple[str, dict[str, Any], list[tuple[float, float]]]]:
     """Label, style and points of every line of a panel."""
-    rivals = [(label, style, getattr(panel, name)) for name, (label, style) in RIVALS.items()]
-    return rivals + [
+    plain = [(label, style, getattr(panel, name)) for name, (label, style) in PLAIN.items()]
+    return plain + [
         (label, style, panel.schedules[method])
         for method, (label, style) in METHODS.items()
         if method in panel.schedules
@@ -91,7 +82,7 @@ def draw(found: list[Panel], path: Path) -> None:
         axis.set_ylabel("dB to converged", fontsize=9)
         axis.tick_params(labelsize=8)
     lines = {line.get_label(): line for axis in axes.flat for line in axis.get_legend_handles_labels()[0]}
-    order = [label for label, _ in (*RIVALS.values(), *METHODS.values()) if label in lines]
+    order = [label for label, _ in (*PLAIN.values(), *METHODS.values()) if label in lines]
     figure.legend(
         [lines[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=9, frameon=False
     )
@@ -101,14 +92,10 @@ def draw(found: list[Panel], path: Path) -> None:
 
 def drawn_digest(path: Path) -> str | None:
     """The digest in the picture at `path`, None where there is none."""
-    content, place = path.read_bytes() if path.exists() else b"", 8
-    while place + 8 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        name, _, text = content[place + 8 : place + 8 + length].partition(b"\0")
-        if kind == b"tEXt" and name.decode() == DIGEST:
-            return text.decode()
-        place += length + 12
-    return None
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.info.get(DIGEST)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant.operands import PackedWeight, Prologue, Window
@@ -171,18 +170,18 @@ def product(
     out_dtype: torch.dtype,
     write_out: bool,
 ) -> Tensor:
-    granules = scale.shape[0]
+    granules, n = scale.shape[0], weight.scale.shape[0]
     if window is None:
-        # A Linear is a 1x1 convolution over an image of width 1. Its scales may cover any number of rows, so its samples
-        # are the granules of the scale.
+        # A Linear is a 1x1 convolution over an image of width 1. Its scales may cover any number of rows, so its
+        # samples are the granules of the scale.
         channels = codes.shape[-1]
         samples = codes.shape[0] if granules == 1 else granules
-        geometry = [samples, codes.numel() // (channels * samples), 1, channels, weight.n, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+        geometry = [samples, codes.numel() // (channels * samples), 1, channels, n, 1, 1, 1, 1, 0, 0, 1, 1, 1]
     else:
         samples, channels, height, width = codes.shape
         (r, s), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups = window
         geometry = [
-            samples, height, width, channels, weight.n, r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+            samples, height, width, channels, n, r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
             groups,
         ]  # fmt: skip
     return torch.ops.modiff_cpu.product.default(
@@ -226,15 +225,14 @@ def _product_fake(
     c_out, shape = geometry[4], codes.shape
     if codes.ndim != 4:
         return codes.new_empty((*shape[:-1], c_out), dtype=out_dtype)
-    kernel_size, stride, padding, dilation, groups = *(geometry[i : i + 2] for i in (5, 7, 9, 11)), geometry[13]
-    weight = torch.empty(c_out, shape[1] // groups, *kernel_size, device="meta")
-    out = F.conv2d(torch.empty(shape, device="meta"), weight, None, stride, padding, dilation, groups)
-    return torch.empty(out.shape, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
+    window = Window.from_ints(geometry[5:])
+    out_shape = window.output_shape(shape, c_out)
+    return torch.empty(out_shape, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
 
 
 def _attention_fake(q, k, v, heads, scale):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-_FAKES = {"quantize": _quantize_fake, "product": _product_fake, "attention": _attention_fake}
+_FAKES: dict[str, Any] = {"quantize": _quantize_fake, "product": _product_fake, "attention": _attention_fake}
 """Results without values, of the ops of the library that compiled code may call."""

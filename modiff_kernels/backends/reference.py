@@ -212,8 +212,8 @@ def finish(
 
 @torch.no_grad()
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
-    by_head = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*by_head, scale=score_scale).transpose(1, 2).flatten(2).contiguous()
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=score_scale).transpose(1, 2).flatten(2).contiguous()
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from modiff_kernels.calibration import accuquant, qdiffusion, sampling_aware, static  # noqa: F401 (they register)
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
-from modiff_kernels.calibration.methods import METHODS, Job, Method, Split, layers_of, method_of
+from modiff_kernels.calibration.job import Job, Split, check_choice, layers_of
+from modiff_kernels.calibration.methods import METHODS, Method
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.calibration.workspace import Workspace
 from modiff_kernels.config import ModiffConfig
@@ -52,11 +52,18 @@ def calibrate(
     The same arguments give the same result. ValueError for what is not allowed, before anything is sampled; TypeError
     for a target that is neither.
     """
-    chosen = method_of(method)
+    check_choice("method", method, METHODS)
+    chosen = METHODS[method]
     config = ModiffConfig() if config is None else config
     if config.weight_bits is None:
         raise ValueError("calibrate: config has weight_bits=None, so no layer is low-bit; give 3, 4 or 8")
-    parsed = chosen.options_from(options)
+    known = [field.name for field in dataclasses.fields(chosen.options)]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(
+            f"calibrate: method {method!r} has no option {', '.join(map(repr, unknown))}; its options are "
+            f"{', '.join(known)}"
+        )
+    parsed = chosen.options(**{**chosen.defaults, **options})
     for name, value in (("steps", steps), ("samples", samples), ("batch", batch)):
         if not (isinstance(value, int) and value > 0):
             raise ValueError(f"calibrate: {name}={value!r} is not allowed; give a positive number")
@@ -67,7 +74,8 @@ def calibrate(
     layers = layers_of(unet, config)
     if not layers:
         raise ValueError("calibrate: config leaves no Linear and no Conv2d to calibrate; look at its skip_modules")
-    kept = None if weights is None else _weights_of(read_result(weights), config, layers)
+    given = None if weights is None else read_result(weights)
+    kept = None if given is None else _weights_of(given, config, layers)
     metadata = {
         "scheduler": type(sampler.scheduler).__name__,
         "steps": steps,
@@ -76,8 +84,8 @@ def calibrate(
         "options": dataclasses.asdict(parsed),
     }
     request = {**metadata, "method": method, "config": config.to_dict(), "batch": batch, "layers": list(layers)}
-    if weights is not None:
-        request["weights"] = read_result(weights).metadata
+    if given is not None:
+        request["weights"] = given.metadata
     workspace = Workspace(None if folder is None else Path(folder), request)
     started = time.perf_counter()
     job = Job(unet, sampler, config, parsed, samples, batch, seed, workspace, quiet, layers, weights=kept)

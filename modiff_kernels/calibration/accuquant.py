@@ -14,33 +14,28 @@ steps before the end is the option `gradient`; the paper approximates it from th
     exact                     also through the network: what back-propagation through all steps gives
 
 Weight codes are shared by all groups; from those of "distill" on they are learnt with groups in random order,
-activations float. Activation scales
-(scale_mode "static") are those of a group: a table over the calls, learnt group by group with the codes fixed. The
-paper does not say what it learns, nor with which norm, M and numbers of iterations.
+activations float. Activation scales (scale_mode "static") are those of a group: a table over the calls, learnt group by
+group with the codes fixed. The paper does not say what it learns, nor with which norm, M and numbers of iterations.
 """
 
 import copy
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modiff_kernels.calibration import reconstruction
-from modiff_kernels.calibration.data import CalibrationData, Sampler, collect
-from modiff_kernels.calibration.fake import FakeLayer, fake_quantized
-from modiff_kernels.calibration.methods import Job, check_choice, check_positive, register
-from modiff_kernels.calibration.network import learn_network
-from modiff_kernels.calibration.qdiffusion import remember
-from modiff_kernels.calibration.static import StaticOptions, activation_scales, calibrated_weights, needs_scales
-from modiff_kernels.quant.calibrated import CalibratedLayer
+from modiff_kernels.calibration.data import CalibrationData, Sampler
+from modiff_kernels.calibration.fake import FakeLayer, fake_quantized, remember
+from modiff_kernels.calibration.job import Job, Layers, choice, number
+from modiff_kernels.calibration.static import StaticOptions, activation_scales, layers_with_codes
 
 GRADIENTS = ("identity", "scheduler-coefficients", "exact")
 STATELESS = ("DDIMScheduler", "DDPMScheduler")  # a step of theirs is known by its time; others have set_begin_index
-
-Layers = dict[str, CalibratedLayer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +47,13 @@ class AccuQuantOptions(StaticOptions):
     scales, of every group (see `reconstruction.learn`). table: always True.
     """
 
-    table: bool = True
-    group_steps: int = 4
-    gradient: str = "identity"
-    group_iterations: int = 300
-    group_lr: float = 0.003
-    act_iterations: int = 10
-    act_lr: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("gradient", self.gradient, GRADIENTS)
-        check_choice("table", self.table, (True,))
-        for name in ("group_steps", "group_lr", "act_lr"):
-            check_positive(name, getattr(self, name))
-        for name in ("group_iterations", "act_iterations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"calibrate: {name}={getattr(self, name)} is not allowed; give 0 or more")
+    table: bool = choice(True, (True,))
+    group_steps: int = number(4)
+    gradient: str = choice("identity", GRADIENTS)
+    group_iterations: int = number(300, least=0)
+    group_lr: float = number(0.003)
+    act_iterations: int = number(10, least=0)
+    act_lr: float = number(0.1)
 
 
 @dataclasses.dataclass
@@ -85,27 +70,15 @@ class Groups:
     target: Tensor
 
 
-@register(
-    "accuquant",
-    AccuQuantOptions,
-    "AccuQuant: codes, and scales of groups, by the error after M denoising steps",
-    network_iterations=600,
-)
 def accuquant(job: Job) -> Layers:
     """Codes and tables of activation scales by the error at the end of groups of steps."""
     check_sampler(job.sampler)
     data = job.data()
     groups = collect_groups(job)
-    if job.weights is not None:
-        layers = dict(job.weights)
-    else:
-        weights = calibrated_weights(job, data, job.options.weight_method)
-        layers = {path: CalibratedLayer(weights[path]) for path in job.layers}
-        if job.options.network_iterations:
-            layers = learn_network(job, data, layers)
-        if job.options.group_iterations:
-            layers = job.layers_once("codes", layers, lambda: _learn_codes(job, groups, layers))
-    return _group_scales(job, data, groups, layers) if needs_scales(job) else layers
+    layers = layers_with_codes(job, data)
+    if job.weights is None and job.options.group_iterations:
+        layers = _learn_codes(job, groups, layers)
+    return _group_scales(job, data, groups, layers) if job.needs_scales else layers
 
 
 def check_sampler(sampler: Sampler) -> None:
@@ -136,9 +109,7 @@ def collect_groups(job: Job) -> Groups:
     firsts = torch.tensor([group.start for group in calls])
 
     def starts() -> dict[str, Tensor]:
-        seeds = range(job.seed, job.seed + job.samples)
-        with job.bar((), "group starts", total=job.samples, unit="image") as bar:
-            found = collect(job.sampler, firsts.expand(job.samples, -1), seeds, job.batch, bar.update)
+        found = job.collected(firsts.expand(job.samples, -1), "group starts")
         if len(found) != job.samples * len(calls):
             raise ValueError(
                 "calibrate: accuquant needs one row of the UNet's batch per image; sample without guidance, or choose "
@@ -239,19 +210,24 @@ class EndLoss(torch.autograd.Function):
         return None, None, None, *ctx.rollout.gradients(ctx.end * outer, ctx.parameters, ctx.form)
 
 
+def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
+    """The parameters that are being learnt, each once."""
+    return list({id(p): p for fake in fakes.values() for p in fake.parameters() if p.requires_grad}.values())
+
+
 def _learn(
     job: Job,
-    groups: Groups,
-    layers: Mapping[str, CalibratedLayer],
-    act_bits: int | None,
-    names: Sequence[str],
-    numbers: Iterator[int],
-    *,
     part: str,
+    groups: Groups,
+    layers: Layers,
+    names: Sequence[str],
+    draw: Callable[[], int],
+    *,
+    act_bits: int | None,
     iterations: int,
     lr: float,
 ) -> Layers:
-    """Learn `names` of all layers by the end of groups: in each iteration the group that `numbers` gives."""
+    """Learn `names` of all layers by the end of groups: in each iteration the one whose number draw() gives."""
     pairs = act_bits is not None and job.config.mode == "modulated"
     same = {} if act_bits is None else reconstruction.shared_inputs(job.unet, layers, groups.data)
     with fake_quantized(job.unet, layers, job.config.mode, act_bits, "straight_through") as fakes:
@@ -260,57 +236,44 @@ def _learn(
         before = (lambda run: remember(fakes, run)) if pairs else (lambda run: None)
 
         def loss_of(drawn: Tensor) -> Tensor:
-            number = next(numbers)
-            points = groups.points[number][drawn]
-            rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[number], before)
+            group = draw()
+            points = groups.points[group][drawn]
+            rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[group], before)
             return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
 
-        reconstruction.learn(
-            fakes.values(),
-            names,
-            loss_of,
-            job.samples,
-            iterations=job.bar(range(iterations), part),
-            total=iterations,
-            batch=job.options.learn_batch,
-            lr=lr,
-            generator=job.workspace.generator(part),
-        )
+        reconstruction.learn(job, part, fakes.values(), names, loss_of, job.samples, iterations=iterations, lr=lr)
         return {path: fake.result() for path, fake in fakes.items()}
 
 
-def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
-    """The parameters that are being learnt, each once."""
-    return list({id(p): p for fake in fakes.values() for p in fake.parameters() if p.requires_grad}.values())
-
-
 def _learn_codes(job: Job, groups: Groups, layers: Layers) -> Layers:
-    options = job.options
-    generator = job.workspace.generator("group")
-    numbers = iter(lambda: int(torch.randint(len(groups.calls), (1,), generator=generator)), None)
     names = ("variable", "weight_scale", "bias")
-    settings = {"part": "codes", "iterations": options.group_iterations, "lr": options.group_lr}
-    return _learn(job, groups, layers, None, names, numbers, **settings)
+    settings = {"act_bits": None, "iterations": job.options.group_iterations, "lr": job.options.group_lr}
+
+    def compute() -> Layers:
+        generator = job.workspace.generator("group")
+        draw = lambda: int(torch.randint(len(groups.calls), (1,), generator=generator))  # noqa: E731
+        return _learn(job, "codes", groups, layers, names, draw, **settings)
+
+    return job.layers_once("codes", layers, compute)
 
 
 def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:
     """The layers with one activation scale per group, as tables over the calls."""
-    options, tables = job.options, activation_scales(job, data)
+    tables = activation_scales(job, data)
+    settings = {"act_bits": job.config.act_bits, "iterations": job.options.act_iterations, "lr": job.options.act_lr}
     found: dict[str, dict[str, list[Tensor]]] = {path: {name: [] for name in tables[path]} for path in layers}
-    for number, calls in enumerate(job.bar(groups.calls, "group scales", unit="group")):
-        middle = slice(calls[len(calls) // 2], calls[len(calls) // 2] + 1)
+    for index, calls in enumerate(job.bar(groups.calls, "group scales", unit="group")):
+        middle = calls[len(calls) // 2]
         own = {
-            path: dataclasses.replace(layer, **{name: table[middle] for name, table in tables[path].items()})
+            path: dataclasses.replace(layer, **{name: table[middle, None] for name, table in tables[path].items()})
             for path, layer in layers.items()
         }
-        if options.act_iterations:
-            settings = {"part": f"scales-{number}", "iterations": options.act_iterations, "lr": options.act_lr}
-
-            def compute(own: Layers = own, number: int = number, settings: dict[str, Any] = settings) -> Layers:
-                repeated = iter(lambda: number, None)
-                return _learn(job, groups, own, job.config.act_bits, ("act_scale",), repeated, **settings)
-
-            own = job.layers_once(settings["part"], own, compute)
+        if job.options.act_iterations:
+            part = f"scales-{index}"
+            learn = functools.partial(
+                _learn, job, part, groups, own, ("act_scale",), lambda index=index: index, **settings
+            )
+            own = job.layers_once(part, own, learn)
         for path, entries in found.items():
             for name, values in entries.items():
                 values += [getattr(own[path], name)] * len(calls)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modiff_kernels.calibration.methods import check_choice, layers_of
+from modiff_kernels.calibration.job import check_choice, layers_of
 from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.quant.affine import expand_weight_scale, weight_rows

@@ -1,8 +1,9 @@
 """Calibration data: inputs of the UNet on the trajectories of the full-precision sampler, at chosen calls of a run."""
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +64,7 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
 def uniform_calls(calls: int, per_sample: int, samples: int) -> Tensor:
     """int64 [samples, per_sample]: for every sample the same calls, equally spaced over those that have a predecessor.
 
-    They are the middles of `per_sample` equal parts of 1 .. calls - 1 (call 0 computes full activations in a modulated
-    run, and has no state before it).
+    They are the middles of `per_sample` equal parts of 1 .. calls - 1.
     """
     if not 1 <= per_sample < calls:
         raise ValueError(
@@ -119,22 +119,18 @@ class CalibrationData:
     conditions: dict[str, Tensor]
 
     def __len__(self) -> int:
-        return self.sample.shape[0]
+        return len(self.sample)
 
     def arguments(self, points: Tensor, previous: bool = False) -> Arguments:
         """args and kwargs of a UNet call at `points` (int64), or at the calls before them."""
-        sample, timestep = (self.sample, self.timestep)
+        sample, timestep = self.sample, self.timestep
         if previous:
-            sample, timestep = (self.previous_sample, self.previous_timestep)
-        device = sample.device
+            sample, timestep = self.previous_sample, self.previous_timestep
         kwargs: dict[str, Any] = {}
         for name, values in self.conditions.items():
             outer, _, inner = name.partition(".")
-            value = values[self.row[points]].to(device)
-            if inner:
-                kwargs.setdefault(outer, {})[inner] = value
-            else:
-                kwargs[outer] = value
+            holder = kwargs.setdefault(outer, {}) if inner else kwargs
+            holder[inner or outer] = values[self.row[points]].to(sample.device)
         return (sample[points], timestep[points]), kwargs
 
     def batches(self, size: int) -> Iterator[Tensor]:
@@ -167,15 +163,14 @@ def collect(
     on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on
     inputs that are not per image.
     """
-    recorder = _Recorder(inspect.signature(sampler.unet.forward))
     timesteps = sampler.timesteps()
+    recorder = _Recorder(inspect.signature(sampler.unet.forward))
     parts: list[dict[str, Tensor]] = []
     rows = 0
     hook = sampler.unet.register_forward_pre_hook(recorder, with_kwargs=True)
     try:
         for start in range(0, len(seeds), batch):
-            chosen = calls[start : start + batch]
-            recorder.begin(chosen)
+            recorder.begin(calls[start : start + batch])
             with torch.no_grad():
                 sampler.run(seeds[start : start + batch])
             if recorder.calls != len(timesteps):
@@ -183,11 +178,9 @@ def collect(
                     f"calibrate: a run called the UNet {recorder.calls} times, but the scheduler has {len(timesteps)} "
                     "time steps; calibration needs one call per time step (guidance in one batch)"
                 )
-            part = recorder.end()
-            part["row"] += rows
+            parts.append(recorder.part(rows))
             rows += recorder.rows
-            parts.append(part)
-            on_run(len(chosen))
+            on_run(len(recorder.chosen))
     finally:
         hook.remove()
     stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -201,54 +194,82 @@ class _Recorder:
         self.signature = signature
 
     def begin(self, chosen: Tensor) -> None:
-        """chosen: int64 [images, k], the calls to keep of every image."""
+        """A run begins. chosen: int64 [images, k], the calls to keep of every image."""
         self.chosen = chosen
         self.calls = 0
         self.previous: tuple[Tensor, Tensor] | None = None
         self.points: list[dict[str, Tensor]] = []
-        self.conditions: dict[str, Tensor] = {}
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(self.signature.bind(*args, **kwargs).arguments)
         sample = arguments.pop("sample").detach().clone()
-        self.rows = sample.shape[0]
         timestep = torch.as_tensor(arguments.pop("timestep"), dtype=torch.float32).detach().cpu()
-        current = sample, timestep.reshape(-1).expand(self.rows)
+        self.rows = len(sample)
         if self.calls == 0:
             self.conditions = _conditions(arguments, self.rows)
-        previous = self.previous or current
-        copies = self.rows // len(self.chosen)
-        wanted = (self.chosen == self.calls).sum(1).repeat(copies)
+        current = sample, timestep.reshape(-1).expand(self.rows)
+        before, before_timestep = self.previous or current
+        wanted = (self.chosen == self.calls).sum(1).repeat(self.rows // len(self.chosen))
         rows = torch.arange(self.rows).repeat_interleave(wanted)
         if len(rows):
-            self.points.append(
-                {
-                    "sample": current[0][rows],
-                    "timestep": current[1][rows],
-                    "previous_sample": previous[0][rows],
-                    "previous_timestep": previous[1][rows],
-                    "call": torch.full((len(rows),), self.calls),
-                    "row": rows,
-                }
-            )
+            point = {"sample": sample, "timestep": current[1]}
+            point |= {"previous_sample": before, "previous_timestep": before_timestep}
+            point = {name: value[rows] for name, value in point.items()}
+            self.points.append({**point, "call": torch.full((len(rows),), self.calls), "row": rows})
         self.previous = current
         self.calls += 1
 
-    def end(self) -> dict[str, Tensor]:
-        """The points of this run, stacked, and the conditions of its images."""
+    def part(self, rows: int) -> dict[str, Tensor]:
+        """The points of the run, stacked, and the conditions of its images, before which `rows` others are stored."""
         stacked = {name: torch.cat([point[name] for point in self.points]) for name in self.points[0]}
+        stacked["row"] += rows
         return {**stacked, **{f"conditions.{name}": value for name, value in self.conditions.items()}}
 
 
 def _conditions(arguments: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
-    flat: dict[str, Any] = {}
+    """The tensors among the other inputs of the UNet, flat. ValueError for one that is not per image."""
+    flat: dict[str, Tensor] = {}
     for name, value in arguments.items():
         inner = value.items() if isinstance(value, Mapping) else [("", value)]
-        flat.update({f"{name}.{key}".rstrip("."): item for key, item in inner if isinstance(item, Tensor)})
+        flat |= {f"{name}.{key}".rstrip("."): item.detach().clone() for key, item in inner if isinstance(item, Tensor)}
     for name, value in flat.items():
-        if value.ndim == 0 or value.shape[0] != rows:
+        if value.ndim == 0 or len(value) != rows:
             raise ValueError(
                 f"calibrate: the UNet's input {name} has shape {tuple(value.shape)}, which is not one per image of "
                 f"{rows}; such inputs cannot be calibrated with"
             )
-    return {name: value.detach().clone() for name, value in flat.items()}
+    return flat
+
+
+def stream(
+    unet: nn.Module,
+    data: CalibrationData,
+    layers: Mapping[str, nn.Module],
+    on_input: Callable[[str, Tensor, Tensor | None, Tensor], None],
+    batches: Iterable[Tensor],
+    pairs: bool = False,
+) -> None:
+    """Call on_input(path, x, previous, points) for every layer and batch, in the order of computation.
+
+    layers: modules of `unet`. x: input of the layer at `points` (int64) of the data. previous: with `pairs` its input
+    at the calls before, else None. In memory at a time: with `pairs` the inputs of all layers for one batch, else one.
+    """
+    before: dict[str, Tensor] = {}
+    points = torch.empty(0)
+    keep = False
+
+    def observe(path: str, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach()
+        if keep:
+            before[path] = x.clone()
+        else:
+            on_input(path, x, before.pop(path, None), points)
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for path, module in layers.items():
+            hook = module.register_forward_pre_hook(lambda module, args, path=path: observe(path, args))
+            hooks.callback(hook.remove)
+        for points in batches:
+            for keep in (True, False) if pairs else (False,):
+                args, kwargs = data.arguments(points, previous=keep)
+                unet(*args, **kwargs)

@@ -9,21 +9,21 @@ passes the gradient on (straight-through); with it the gradient of a scale is th
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modiff_kernels.calibration.methods import check_choice
-from modiff_kernels.calibration.weights import rounding, rounding_logits
+from modiff_kernels.calibration.job import check_choice
 from modiff_kernels.quant.affine import MIN_SCALE, expand_weight_scale, rows_to_weight, weight_rows
-from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
+from modiff_kernels.quant.calibrated import CalibratedLayer
 from modiff_kernels.quant.spec import quant_max, quant_min
 
 ROUNDINGS = ("adaround", "straight_through")
 START = 0.2  # how far h(V) starts from the code that it is given: undecided enough to be moved, sure enough to be close
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # AdaRound's gamma and zeta
 LEAN = 0.4  # how far a code's position may lean from it towards the weight at the start, below a half
 
 
@@ -33,6 +33,24 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | floa
     position = x / scale
     rounded = position + (position.round() - position).detach()
     return scale * ((rounded + zero_point).clamp(quant_min(bits), quant_max(bits)) - zero_point)
+
+
+def rounding(logits: Tensor) -> Tensor:
+    """The rectified sigmoid h(V) of AdaRound (Nagel et al., ICML 2020), in 0..1."""
+    return (torch.sigmoid(logits) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
+
+
+def rounding_logits(part: Tensor) -> Tensor:
+    """V with h(V) = part, in 0..1: the inverse of `rounding`."""
+    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (part - STRETCH_LOW) - 1)
+
+
+def rounding_penalty(up: Tensor, progress: float) -> Tensor:
+    """sum(1 - |2 h - 1|^beta), which draws h to 0 or 1: 0 in the first fifth, then beta falls from 20 to 2."""
+    if progress < 0.2:
+        return up.new_zeros(())
+    beta = 20 - 18 * (progress - 0.2) / 0.8
+    return (1 - (2 * up - 1).abs() ** beta).sum()
 
 
 class FakeLayer(nn.Module):
@@ -57,23 +75,19 @@ class FakeLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("rounding", rounding, ROUNDINGS)
-        self.rounding = rounding
-        self.__dict__["original"] = original
-        self.known = calibrated
-        self.mode = mode
-        self.act_bits = act_bits
-        self.remember = False
-        self.hard = False
+        self.__dict__["original"] = original  # not a submodule: its parameters are not learnt
+        self.known, self.mode, self.act_bits, self.rounding = calibrated, mode, act_bits, rounding
+        self.remember = self.hard = False
         self.call = 0
         self.previous: Tensor | None = None
         weight = calibrated.weight
         if weight is None:
             raise ValueError("FakeLayer: the layer has no codes; give a CalibratedLayer with a weight")
-        inputs = calibrated.input_scale
-        shape = (1, -1, 1, 1) if original.weight.ndim == 4 else (-1,)
-        self.input_scale = None if inputs is None else inputs.view(shape)
-        scaled = original.weight.detach().float()
-        rows = weight_rows(scaled if self.input_scale is None else scaled / self.input_scale)
+        float_weight, self.input_scale = original.weight.detach().float(), calibrated.input_scale
+        if self.input_scale is not None:
+            self.input_scale = self.input_scale.view((1, -1, 1, 1) if float_weight.ndim == 4 else (-1,))
+            float_weight = float_weight / self.input_scale
+        rows = weight_rows(float_weight)
         self.weight_scale = _parameter(weight.scale)
         codes = weight.codes.float()
         self.low, self.high = float(quant_min(weight.bits)), float(quant_max(weight.bits))
@@ -83,9 +97,8 @@ class FakeLayer(nn.Module):
             self.variable = _parameter(rounding_logits((codes - self.low).clamp(START, 1 - START)))
         else:
             self.variable = _parameter(codes + distance.clamp(-LEAN, LEAN))
-        self.act_scale = None if calibrated.act_scale is None else _parameter(calibrated.act_scale)
-        bias = original.bias if calibrated.bias is None else calibrated.bias
-        self.bias = None if bias is None else _parameter(bias)
+        self.act_scale = _parameter(calibrated.act_scale)
+        self.bias = _parameter(original.bias if calibrated.bias is None else calibrated.bias)
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
         """Output for x, in its dtype float32."""
@@ -93,11 +106,11 @@ class FakeLayer(nn.Module):
             x = x * self.input_scale
         if self.act_scale is not None:
             x = self._activation(x)
-        weight = rows_to_weight((self.codes() * self._steps()), self.original.weight.shape)
-        if isinstance(self.original, nn.Linear):
+        original = self.original
+        weight = rows_to_weight(self.codes() * self._steps(), original.weight.shape)
+        if isinstance(original, nn.Linear):
             return F.linear(x, weight, self.bias)
-        conv = self.original
-        return F.conv2d(x, weight, self.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return F.conv2d(x, weight, self.bias, original.stride, original.padding, original.dilation, original.groups)
 
     def codes(self) -> Tensor:
         """float32 [N, K], differentiable in `variable` unless `hard`."""
@@ -110,13 +123,12 @@ class FakeLayer(nn.Module):
 
     def result(self) -> CalibratedLayer:
         """What has been learnt, as layers take it."""
-        known = self.known
         self.hard = True
-        codes = self.codes().detach().round().to(torch.int8)
-        weight = QuantizedWeight(codes, self.weight_scale.detach().clone(), known.weight.bits, known.weight.group_size)
-        act_scale = None if self.act_scale is None else self.act_scale.detach().clamp_min(MIN_SCALE).clone()
+        codes, scale = self.codes().detach().round().to(torch.int8), self.weight_scale.detach().clone()
+        act_scale = None if self.act_scale is None else self.act_scale.detach().clamp_min(MIN_SCALE)
         bias = None if self.bias is None else self.bias.detach().clone()
-        return dataclasses.replace(known, weight=weight, act_scale=act_scale, bias=bias)
+        weight = dataclasses.replace(self.known.weight, codes=codes, scale=scale)
+        return dataclasses.replace(self.known, weight=weight, act_scale=act_scale, bias=bias)
 
     def _activation(self, x: Tensor) -> Tensor:
         entry = min(self.call, self.act_scale.numel() - 1)
@@ -135,8 +147,8 @@ class FakeLayer(nn.Module):
         return expand_weight_scale(self.weight_scale, self.known.weight.codes.shape[1], self.known.weight.group_size)
 
 
-def _parameter(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach().float().clone(), requires_grad=False)
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(value.detach().float().clone(), requires_grad=False)
 
 
 @contextlib.contextmanager
@@ -156,14 +168,18 @@ def fake_quantized(
     }
     try:
         for path, fake in fakes.items():
-            set_module(unet, path, fake)
+            unet.set_submodule(path, fake)
         yield fakes
     finally:
         for path, fake in fakes.items():
-            set_module(unet, path, fake.original)
+            unet.set_submodule(path, fake.original)
 
 
-def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`."""
-    parent, _, name = path.rpartition(".")
-    root.get_submodule(parent)._modules[name] = module
+def remember(fakes: Mapping[str, FakeLayer], run: Callable[[], Any]) -> None:
+    """Let run() show the FakeLayers the inputs of the call before."""
+    for fake in fakes.values():
+        fake.remember = True
+    with torch.no_grad():
+        run()
+    for fake in fakes.values():
+        fake.remember = False

@@ -39,20 +39,13 @@ class CalibrationResult:
         tensors: dict[str, Tensor] = {}
         described: dict[str, Any] = {}
         for path, layer in self.layers.items():
-            described[path] = {}
-            if layer.weight is not None:
-                weight = layer.weight
-                described[path] = {
-                    "bits": weight.bits,
-                    "group_size": weight.group_size,
-                    "shape": list(weight.codes.shape),
-                }
-                tensors[f"{path}.weight_packed"] = pack(weight.codes, weight.bits)
-                tensors[f"{path}.weight_scale"] = weight.scale
-            for name in OPTIONAL:
-                value = getattr(layer, name)
-                if value is not None:
-                    tensors[f"{path}.{name}"] = value
+            described[path], weight = {}, layer.weight
+            own = {name: getattr(layer, name) for name in OPTIONAL}
+            if weight is not None:
+                own |= {"weight_packed": pack(weight.codes, weight.bits), "weight_scale": weight.scale}
+                shape = list(weight.codes.shape)
+                described[path] = {"bits": weight.bits, "group_size": weight.group_size, "shape": shape}
+            tensors |= {f"{path}.{name}": v.cpu().contiguous() for name, v in own.items() if v is not None}
         report = {
             "version": VERSION,
             "layout": KPACK_V1,
@@ -61,9 +54,7 @@ class CalibrationResult:
             "metadata": self.metadata,
             "layers": described,
         }
-        replace_file(
-            folder / TENSORS, lambda new: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new)
-        )
+        replace_file(folder / TENSORS, lambda new: save_file(tensors, new))
         replace_file(folder / DESCRIPTION, lambda new: new.write_text(json.dumps(report, indent=1) + "\n"))
 
     @classmethod
@@ -123,8 +114,7 @@ def layers_for(calibration: "CalibrationResult", config: ModiffConfig) -> dict[s
     ValueError where `config` asks for something else than was calibrated.
     """
     static = config.scale_mode == "static" and config.act_bits is not None
-    fields = ("weight_bits", "group_size", *(("act_bits", "mode") if static else ()))
-    for field in fields:
+    for field in ("weight_bits", "group_size", *(("act_bits", "mode") if static else ())):
         asked, known = getattr(config, field), getattr(calibration.config, field)
         if asked != known:
             raise ValueError(

@@ -21,13 +21,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from modiff_kernels.calibration.data import CalibrationData, Sampler, collect, uniform_calls
-from modiff_kernels.calibration.methods import Job, check_choice, register
+from modiff_kernels.calibration.data import CalibrationData, Sampler, uniform_calls
+from modiff_kernels.calibration.job import Job, Layers, choice, number
 from modiff_kernels.calibration.qdiffusion import Points, QDiffusionOptions, reconstruct_blocks
-from modiff_kernels.quant.calibrated import CalibratedLayer
 
 DIRECTIONS = ("midpoint_to_first", "first_to_midpoint")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -43,23 +43,18 @@ class SamplingAwareOptions(QDiffusionOptions):
     """
 
     split: bool = False
-    direction: str = "midpoint_to_first"
-    cosine_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("direction", self.direction, DIRECTIONS)
-        if not self.cosine_weight >= 0:
-            raise ValueError(f"calibrate: cosine_weight={self.cosine_weight} is not allowed; give 0 or more")
+    direction: str = choice("midpoint_to_first", DIRECTIONS)
+    cosine_weight: float = number(0.0, least=0)
 
 
-@register("sampling_aware", SamplingAwareOptions, "MOTA: reconstruction of blocks towards a solver of another order")
-def sampling_aware(job: Job) -> dict[str, CalibratedLayer]:
+def sampling_aware(job: Job) -> Layers:
     """Codes and step sizes by aligning the trajectories of a first- and a second-order solver."""
-    Solver(job.sampler)
+    Solver(job.sampler)  # refuses schedulers
     data = job.data()
+    whole = job.workspace.once("trajectories", lambda: _run(job))
     first, middle = (
-        CalibrationData.from_tensors(part) for part in _parts(job.workspace.once("trajectories", lambda: _run(job)))
+        CalibrationData.from_tensors({key[len(at) :]: value for key, value in whole.items() if key.startswith(at)})
+        for at in ("first/", "middle/")
     )
     seen, wanted = (middle, first) if job.options.direction == "midpoint_to_first" else (first, middle)
     return reconstruct_blocks(job, data, Points(seen, wanted, job.options.cosine_weight))
@@ -100,10 +95,7 @@ class Solver:
     def middle(self, call: int) -> Tensor:
         """s_j, float32: lambda is half-way between those of two calls; the table is linear in between."""
         wanted = sum(self.noise(self.timesteps[index])[2] for index in (call, call + 1)) / 2
-        rising = -self.lambdas
-        right = int(torch.searchsorted(rising, -wanted).clamp(1, len(rising) - 1))
-        part = (-wanted - rising[right - 1]) / (rising[right] - rising[right - 1])
-        return (right - 1 + part).float()
+        return torch.tensor(np.interp(-wanted, -self.lambdas, range(len(self.lambdas))), dtype=torch.float32)
 
     def move(self, sample: Tensor, direction: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """From time `start` to `stop` along eps = direction."""
@@ -142,40 +134,24 @@ def _run(job: Job) -> dict[str, Tensor]:
     intervals = len(solver.timesteps) - 1
     if intervals < 2:
         raise ValueError(f"calibrate: sampling_aware needs at least 3 time steps, the sampler has {intervals + 1}")
-    starts = torch.zeros(job.samples, 1, dtype=torch.int64)
-    with job.bar((), "noise", total=job.samples, unit="image") as bar:
-        noise = collect(job.sampler, starts, range(job.seed, job.seed + job.samples), job.batch, bar.update)
+    noise = job.collected(torch.zeros(job.samples, 1, dtype=torch.int64), "noise")
     calls = uniform_calls(intervals, min(job.options.calls_per_sample, intervals - 1), 1)[0].tolist()
     parts: dict[str, list[dict[str, Tensor]]] = {"first": [], "middle": []}
-    for points in job.bar(list(noise.batches(job.batch)), "trajectories", unit="batch"):
+    for points in job.batches(noise, "trajectories"):
         (sample, _), conditions = noise.arguments(points)
 
         def network(sample: Tensor, timestep: Tensor, conditions: dict[str, Any] = conditions) -> Tensor:
             return job.unet(sample, timestep.expand(len(sample)), **conditions, return_dict=False)[0]
 
-        for name, states in zip(parts, solver.run(network, sample)):
+        for found, states in zip(parts.values(), solver.run(network, sample)):
             for call in calls:
-                (now, timestep), (before, previous) = states[call], states[call - 1]
-                parts[name].append(
-                    {
-                        "sample": now,
-                        "previous_sample": before,
-                        "timestep": timestep.expand(len(points)),
-                        "previous_timestep": previous.expand(len(points)),
-                        "call": torch.full((len(points),), call),
-                        "row": noise.row[points],
-                    }
-                )
+                part = {"call": torch.full((len(points),), call), "row": noise.row[points]}
+                for at, (state, timestep) in (("", states[call]), ("previous_", states[call - 1])):
+                    part |= {f"{at}sample": state, f"{at}timestep": timestep.expand(len(points))}
+                found.append(part)
     whole: dict[str, Tensor] = {}
     for name, found in parts.items():
         points_of = {key: torch.cat([part[key] for part in found]) for key in found[0]}
         data = CalibrationData(**points_of, timesteps=noise.timesteps, conditions=noise.conditions)
         whole |= {f"{name}/{key}": value.clone() for key, value in data.tensors().items()}  # files share nothing
     return whole
-
-
-def _parts(whole: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    return [
-        {key.removeprefix(f"{name}/"): value for key, value in whole.items() if key.startswith(f"{name}/")}
-        for name in ("first", "middle")
-    ]

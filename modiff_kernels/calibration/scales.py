@@ -26,10 +26,10 @@ class Range:
 
 
 class Histogram:
-    """Counts of the values of a stream of tensors in BINS equal bins over [low, high]."""
+    """Counts of the values of a stream of tensors in BINS equal bins over their range."""
 
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, max(high, low + 2.0**-60)
+    def __init__(self, bounds: Range) -> None:
+        self.low, self.high = bounds.low, max(bounds.high, bounds.low + 2.0**-60)
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
@@ -42,11 +42,13 @@ class Histogram:
         step = (self.high - self.low) / BINS
         return (self.low + step * (torch.arange(BINS, dtype=torch.float64) + 0.5)).float()
 
-    def quantile(self, part: float) -> float:
-        """The value below which `part` of the counted values lie."""
+    def inside(self, percentile: float) -> tuple[float, float]:
+        """The values between which `percentile` per cent of all lie, as many below as above."""
         below = self.counts.cumsum(0) / self.counts.sum()
-        index = int(torch.searchsorted(below, part).clamp_max(BINS - 1))
-        return float(self.centres()[index])
+        outside = (1 - percentile / 100) / 2
+        ends = torch.searchsorted(below, torch.tensor([outside, 1 - outside], dtype=torch.float64)).clamp_max(BINS - 1)
+        low, high = self.centres()[ends].tolist()
+        return low, high
 
 
 def symmetric_scale(histogram: Histogram, bits: int, search: str, p: float, percentile: float) -> Tensor:
@@ -59,9 +61,7 @@ def symmetric_scale(histogram: Histogram, bits: int, search: str, p: float, perc
     if search == "minmax":
         return residual_scale(absmax, bits)
     if search == "percentile":
-        outside = (1 - percentile / 100) / 2
-        ends = abs(histogram.quantile(outside)), abs(histogram.quantile(1 - outside))
-        return residual_scale(torch.tensor([max(ends)]), bits)
+        return residual_scale(torch.tensor([max(map(abs, histogram.inside(percentile)))]), bits)
     candidates = residual_scale(absmax * RATIOS.float(), bits)
     return _least_error(histogram, bits, p, candidates, torch.zeros_like(candidates, dtype=torch.int32))[0]
 
@@ -75,9 +75,8 @@ def affine_scale(histogram: Histogram, bits: int, search: str, p: float, percent
     if search == "minmax":
         return affine_range(low, high, bits)
     if search == "percentile":
-        outside = (1 - percentile / 100) / 2
-        ends = min(histogram.quantile(outside), 0.0), max(histogram.quantile(1 - outside), 0.0)
-        return affine_range(torch.tensor([ends[0]]), torch.tensor([ends[1]]), bits)
+        low, high = (torch.tensor([end]) for end in histogram.inside(percentile))
+        return affine_range(low.clamp_max(0), high.clamp_min(0), bits)
     ratios = RATIOS.float()
     return _least_error(histogram, bits, p, *affine_range(low * ratios, high * ratios, bits))
 

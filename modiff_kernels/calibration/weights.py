@@ -1,27 +1,28 @@
-"""Weight codes by name: round to nearest, least squared error, GPTQ and AdaRound.
+"""Weight codes by name: round to nearest, least squared error, and GPTQ.
 
-GPTQ and layer-wise AdaRound minimise the error of the layer's output on its inputs X, which depends on X through its
-second moment only::
+GPTQ minimises the error of the layer's output on its inputs X, which depends on X through its second moment only::
 
     sum over rows of X of |x W^T - x W_q^T|^2  =  tr((W - W_q) H (W - W_q)^T),    H = X^T X   (im2col for convolutions)
 
-so H, summed over a stream of batches, is all the data that they need.
+so H, summed over a stream of batches, is all the data that it needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modiff_kernels.quant.affine import expand_weight_scale, quantize_weight
+from modiff_kernels.calibration.data import CalibrationData, stream
+from modiff_kernels.calibration.job import Job
+from modiff_kernels.quant.affine import expand_weight_scale, quantize_weight, weight_rows
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.spec import quant_max, quant_min
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3)
 BLOCK = 64  # columns whose errors GPTQ hands on at once
 SWEEPS = 6
-ADAROUND_STEPS, ADAROUND_LR, ADAROUND_WEIGHT = 1000, 0.03, 0.1
-STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # AdaRound's gamma and zeta
+HESSIAN_BYTES = 2**30  # second moments of so many layers are summed in one pass over the data
+HESSIAN_ROWS = 2**15  # of the im2col input of a layer, drawn at random from all data
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
@@ -48,7 +49,8 @@ def gptq(rows: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantized
     start = mse(rows, None, bits, group_size)
     k = rows.shape[1]
     scales = expand_weight_scale(start.scale, k, group_size).expand(-1, k)
-    damped = _damped(hessian)
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny))
     order = hessian.diagonal().argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order].double()))
     factor = torch.linalg.cholesky(inverse, upper=True).to(rows.dtype)
@@ -92,66 +94,113 @@ def _descend(rows: Tensor, hessian: Tensor, codes: Tensor, start: QuantizedWeigh
     return QuantizedWeight(codes.to(torch.int8), scale, bits, group_size)
 
 
-def adaround(rows: Tensor, hessian: Tensor, bits: int, group_size: int) -> QuantizedWeight:
-    """AdaRound (Nagel et al., ICML 2020) on the layer-wise objective: learn for every weight whether to round up.
-
-    W_q = scale * clamp(floor(W / scale) + h(V)), h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1), V by Adam on the output
-    error + lambda sum(1 - |2 h(V) - 1|^beta), beta from 20 to 2 after a fifth of the steps; then h(V) is rounded.
-    """
-    start = mse(rows, None, bits, group_size)
-    k = rows.shape[1]
-    steps = expand_weight_scale(start.scale, k, group_size).expand(-1, k)
-    damped = _damped(hessian)
-    damped = damped / output_error(rows, damped).mean().clamp_min(torch.finfo(rows.dtype).tiny)
-    floor = (rows / steps).floor()
-    with torch.enable_grad():
-        logits = rounding_logits(rows / steps - floor).requires_grad_(True)
-        optimiser = torch.optim.Adam([logits], lr=ADAROUND_LR)
-        for step in range(ADAROUND_STEPS):
-            up = rounding(logits)
-            codes = (floor + up).clamp(quant_min(bits), quant_max(bits))
-            loss = output_error(codes * steps - rows, damped).sum()
-            loss = loss + ADAROUND_WEIGHT * rounding_penalty(up, step / ADAROUND_STEPS) / k
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    codes = _codes(floor + (logits.detach() >= 0), bits)
-    return QuantizedWeight(codes.to(torch.int8), start.scale, bits, group_size)
-
-
-def rounding(logits: Tensor) -> Tensor:
-    """AdaRound's rectified sigmoid h(V), in 0..1."""
-    return (torch.sigmoid(logits) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
-
-
-def rounding_logits(part: Tensor) -> Tensor:
-    """V with h(V) = part, in 0..1: the inverse of `rounding`."""
-    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (part - STRETCH_LOW) - 1)
-
-
-def rounding_penalty(up: Tensor, progress: float) -> Tensor:
-    """sum(1 - |2 h - 1|^beta), which draws h to 0 or 1: 0 in the first fifth, then beta falls from 20 to 2."""
-    if progress < 0.2:
-        return up.new_zeros(())
-    beta = 20 - 18 * (progress - 0.2) / 0.8
-    return (1 - (2 * up - 1).abs() ** beta).sum()
-
-
 def _codes(values: Tensor, bits: int) -> Tensor:
     return values.round().clamp(quant_min(bits), quant_max(bits))
 
 
-def _damped(hessian: Tensor) -> Tensor:
-    damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny))
-    return damped
+WEIGHT_METHODS: dict[str, Callable[..., QuantizedWeight]] = {"rtn": rtn, "mse": mse, "gptq": gptq}
 
 
-WeightFunction = Callable[[Tensor, Tensor, int, int], QuantizedWeight]
-WEIGHT_METHODS: dict[str, WeightFunction] = {"rtn": rtn, "mse": mse, "gptq": gptq, "adaround": adaround}
-NEED_DATA = ("gptq", "adaround")
+def calibrated_weights(job: Job, data: CalibrationData) -> dict[str, QuantizedWeight]:
+    """Codes of every layer by the option weight_method, "auto": rounding loses nothing at 8 bits and 20 dB at 4."""
+    bits = job.config.weight_bits
+    name = job.options.weight_method
+    if name == "auto":
+        name = "rtn" if bits == 8 else "gptq"
+    whole = -1 if job.config.group_size is None else job.config.group_size
+    group_sizes = {path: job.splits[path].group_size if path in job.splits else whole for path in job.layers}
+    found: dict[str, QuantizedWeight] = {}
+    for number, paths in enumerate(_memory_groups(job.layers) if name == "gptq" else [list(job.layers)]):
+
+        def compute(paths: Sequence[str] = paths) -> dict[str, Tensor]:
+            hessians = second_moments(job, data, paths) if name == "gptq" else {}
+            tensors: dict[str, Tensor] = {}
+            for path in job.bar(paths, name, unit="layer"):
+                scale, hessian = job.input_scale(path), hessians.pop(path, None)
+                weight = quantize_layer(job.layers[path], hessian, name, bits, group_sizes[path], scale)
+                tensors |= {f"{path}/codes": weight.codes, f"{path}/scale": weight.scale}
+            return tensors
+
+        tensors = job.workspace.once(f"weights-{name}-{number}", compute)
+        for path in paths:
+            found[path] = QuantizedWeight(tensors[f"{path}/codes"], tensors[f"{path}/scale"], bits, group_sizes[path])
+    return found
 
 
-def default_weight_method(bits: int) -> str:
-    """Rounding to nearest loses nothing at 8 bits and 20 dB at 4."""
-    return "rtn" if bits == 8 else "gptq"
+def quantize_layer(
+    module: nn.Module,
+    hessian: Tensor | None,
+    method: str,
+    bits: int,
+    group_size: int,
+    input_scale: Tensor | None = None,
+) -> QuantizedWeight:
+    """Codes of one layer, for inputs that are multiplied by input_scale (then of weight / input_scale).
+
+    hessian: float32 [K, K], of the inputs as they are, or [groups, K, K] for a convolution with groups.
+    """
+    rows = weight_rows(module.weight.detach()).float()
+    function = WEIGHT_METHODS[method]
+    if input_scale is not None:
+        scale = input_scale.repeat(rows.shape[1] // len(input_scale))  # K runs in (r, s, c) order
+        rows = rows / scale
+        hessian = None if hessian is None else hessian * torch.outer(scale, scale)
+    if hessian is None or hessian.ndim == 2:
+        return function(rows, hessian, bits, group_size)
+    parts = [function(part, own, bits, group_size) for part, own in zip(rows.chunk(len(hessian)), hessian)]
+    codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+    return QuantizedWeight(codes, scale, bits, group_size)
+
+
+def second_moments(job: Job, data: CalibrationData, paths: Sequence[str]) -> dict[str, Tensor]:
+    """X^T X / rows, float32 [K, K], of about HESSIAN_ROWS rows of the im2col inputs X of each layer over all data."""
+    layers = {path: job.layers[path] for path in paths}
+    sums: dict[str, Tensor] = {}
+    rows = dict.fromkeys(paths, 0)
+    generators = {path: job.workspace.generator(path) for path in paths}
+    share = -(-HESSIAN_ROWS * job.batch // len(data))
+
+    def add(path: str, x: Tensor, previous: Tensor | None, points: Tensor) -> None:
+        operand = input_rows(layers[path], x)
+        if operand.shape[-2] > share:
+            drawn = torch.randperm(operand.shape[-2], generator=generators[path])[:share].to(x.device)
+            operand = operand.index_select(-2, drawn)
+        product = operand.transpose(-1, -2) @ operand
+        sums[path] = sums[path].add_(product) if path in sums else product
+        rows[path] += operand.shape[-2]
+
+    stream(job.unet, data, layers, add, job.batches(data, "second moments"))
+    return {path: total / rows[path] for path, total in sums.items()}
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """The GEMM operand of a Linear or Conv2d on `x`: float32 [M, K] (im2col; K in (r, s, c) order for a convolution).
+
+    A convolution with groups gives [groups, M, K].
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1]).float()
+    padding = module.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size))
+    columns = nn.functional.unfold(x.float(), module.kernel_size, module.dilation, padding, module.stride)
+    n, _, pixels = columns.shape
+    groups, channels = module.groups, x.shape[1] // module.groups
+    rows = columns.view(n, groups, channels, -1, pixels).permute(1, 0, 4, 3, 2).reshape(groups, n * pixels, -1)
+    return rows if groups > 1 else rows[0]
+
+
+def _memory_groups(layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The paths in order, split so that the second moments of a part take at most HESSIAN_BYTES (or one layer)."""
+    groups: list[list[str]] = [[]]
+    taken = 0
+    for path, module in layers.items():
+        size = 4 * getattr(module, "groups", 1) * module.weight[0].numel() ** 2
+        if groups[-1] and taken + size > HESSIAN_BYTES:
+            groups.append([])
+            taken = 0
+        groups[-1].append(path)
+        taken += size
+    return groups

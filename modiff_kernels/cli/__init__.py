@@ -6,7 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from modiff_kernels.cli.arguments import UserError, build_parser
+from modiff_kernels.cli.arguments import build_parser
+from modiff_kernels.evaluation import UserError
 
 __all__ = ["main"]
 

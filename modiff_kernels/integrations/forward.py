@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.integrations.graphs import GraphedCalls
-from modiff_kernels.integrations.patching import set_attribute
+from modiff_kernels.integrations.hooks import set_attribute, wrap_forward
 from modiff_kernels.integrations.timesteps import HostTimesteps
-from modiff_kernels.integrations.wrapping import wrap_forward
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.state_tensors import INITIALIZE
-from modiff_kernels.nn.time_table import TimeTable
-from modiff_kernels.ops.registry import inline_kernels, is_about_values, torch_must_see
+from modiff_kernels.nn.cache import TimeTable
+from modiff_kernels.ops.dispatch import torch_must_see
+from modiff_kernels.ops.registry import inline_kernels, is_about_values
 
 TIME_PROJECTIONS = ("Timesteps", "GaussianFourierProjection")
 
@@ -37,7 +36,7 @@ class UNetForward:
         self._plain = unet.forward
         self._compiled: Callable[..., Any] | None = None
         self._unet = unet
-        self._addresses = -1  # of the state, after the last call that was run as it is
+        self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
         self.timesteps = HostTimesteps()
 
@@ -71,7 +70,7 @@ class UNetForward:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> None:
             method(*args, **kwargs)
-            self.state.addresses += 1
+            self.state.relocations += 1
 
         return call
 
@@ -120,15 +119,15 @@ class UNetForward:
         changed = False
         if isinstance(encoder, Tensor) and not encoder.is_inference():
             seen = self._encoders.get(state.context_name)
-            changed = seen is None or seen[0]() is not encoder or seen[1:] != (encoder._version, state.constants.losses)
+            changed = seen is None or seen[0]() is not encoder or seen[1:] != (encoder._version, state.kept.losses)
             if changed:
-                self._encoders[state.context_name] = (weakref.ref(encoder), encoder._version, state.constants.losses)
-        moved = self._compiled is not None and self._addresses != state.addresses  # weights will be stacked anew
-        return changed or moved or state.action is INITIALIZE
+                self._encoders[state.context_name] = (weakref.ref(encoder), encoder._version, state.kept.losses)
+        moved = self._compiled is not None and self._relocations != state.relocations  # weights will be stacked anew
+        return changed or moved or state.is_first
 
     def _as_it_is(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = original(*args, **kwargs)
-        self._addresses = self.state.addresses
+        self._relocations = self.state.relocations
         return output
 
 

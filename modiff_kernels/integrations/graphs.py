@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.state_tensors import StateTensor
+from modiff_kernels.nn.tensors import ContextTensor
 
 WARM_UP_CALLS = 2
 
@@ -68,7 +68,7 @@ class _Input:
 class _Graph:
     replay: Callable[[], None]
     outputs: Any
-    updated: list[Any]  # slots of the state that the call updates
+    updated: list[ContextTensor]  # inputs with given scales that the call updates
 
 
 class GraphedCalls:
@@ -84,7 +84,7 @@ class GraphedCalls:
         self._inputs: dict[Hashable, list[_Input]] = {}
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: dict[Hashable, int] = {}
-        self._addresses = state.addresses
+        self._relocations = state.relocations
 
     def static(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Hashable]:
         """The arguments in their fixed places, and a key that stands for them."""
@@ -105,10 +105,10 @@ class GraphedCalls:
     def call(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Hashable) -> Any:
         """step(*args, **kwargs), which `static` gave: by itself at first, then captured, then replayed."""
         state = self._state
-        if self._addresses != state.addresses:  # what the graphs read and write has moved
+        if self._relocations != state.relocations:  # what the graphs read and write has moved
             self._graphs.clear()
             self._calls.clear()
-            self._addresses = state.addresses
+            self._relocations = state.relocations
         key = inputs, state.kind_of_call()
         graph = self._graphs.get(key)
         if graph is None:
@@ -122,8 +122,8 @@ class GraphedCalls:
             self.captured += 1
         graph.replay()
         self.replayed += 1
-        for slot in graph.updated:
-            slot.updated, slot.factor, slot.absmax = True, None, slot.buffer
+        for held in graph.updated:
+            held.updated, held.factor, held.absmax = True, None, held.fixed_absmax
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, graph.outputs)
 
     def describe(self) -> str:
@@ -131,9 +131,8 @@ class GraphedCalls:
         return f"CUDA graphs: {self.captured} captured, {self.replayed} calls replayed, {self.eager} calls to warm up"
 
     def _updated(self) -> list[Any]:
-        holders: list[StateTensor] = list(self._state.edges.values())
-        slots = [holder.slots.get(self._state.context_name) for holder in holders]
-        return [slot for slot in slots if slot is not None and slot.updated]
+        held = [source.contexts.get(self._state.context_name) for source in self._state.inputs.values()]
+        return [tensor for tensor in held if tensor is not None and tensor.updated]
 
 
 def _format(leaf: Any) -> Hashable:

@@ -24,12 +24,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.evaluation import psnr
-from modiff_kernels.integrations.diffusers import Handle, accelerate, channels_last
+from modiff_kernels.config.plan import FLOAT_MODE, Mode, ModeCost
+from modiff_kernels.integrations.accelerate import accelerate
+from modiff_kernels.integrations.handle import Handle, channels_last
 from modiff_kernels.integrations.replacements import config_of
 from modiff_kernels.integrations.timing import timer_of
+from modiff_kernels.metrics import psnr
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, Mode, ModeCost
 
 MAX_SQNR_DB = 300.0  # stands for equal
 CALLS_TIMED = 12  # of a trajectory
@@ -187,9 +188,9 @@ class Bench:
 
     def _state_bytes(self, state: ModulationState, path: str) -> int:
         """Bytes of x_hat and y_hat of a unit; their keys are those of its layers, or lie below its path."""
-        holders = [*state.edges.items(), *state.outputs.items()]
+        holders = [*state.inputs.items(), *state.outputs.items()]
         own = [holder for key, holder in holders if key in self.units[path] or key.startswith(f"{path}.")]
-        return sum(slot.tensor.nbytes for holder in own for slot in holder.slots.values())
+        return sum(held.tensor.nbytes for holder in own for held in holder.contexts.values())
 
     def time(self, subjects: Mapping[Any, Subject], rounds: int, per_unit: bool = False) -> dict[Any, Times]:
         """Times of the subjects' calls in turns over the first calls of the trajectory, `rounds` times."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modiff_kernels import __version__
+from modiff_kernels._version import __version__
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.planning.layer_plan import LayerPlan, PlanKey, digest
+from modiff_kernels.config.plan import LayerPlan, PlanKey, digest
 
 # How calls are left out and where a plan comes from do not change what a unit costs.
 NOT_IN_KEY = ("schedule", "plan")

@@ -20,11 +20,7 @@ from tqdm import tqdm
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.integrations import plan_cache
-from modiff_kernels.integrations.diffusers import resolve
-from modiff_kernels.integrations.measurement import Bench, Call, Sample, Subject, Times, recorded
-from modiff_kernels.planning import choice
-from modiff_kernels.planning.layer_plan import (
+from modiff_kernels.config.plan import (
     FLOAT_MODE,
     MODULATED,
     QUANTIZED,
@@ -35,6 +31,10 @@ from modiff_kernels.planning.layer_plan import (
     PlanKey,
     UnitPlan,
 )
+from modiff_kernels.integrations import plan_cache
+from modiff_kernels.integrations.accelerate import resolve
+from modiff_kernels.integrations.measurement import Bench, Call, Sample, Subject, Times, recorded
+from modiff_kernels.planning import choice
 
 logger = logging.getLogger("modiff_kernels")
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.integrations.timing import Timer, timer_of
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.planning import choice, roofline
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.planning.roofline import LayerShape, Machine
 from modiff_kernels.quant.calibrated import CalibratedLayer
 
@@ -28,7 +28,7 @@ PROBE_REPEATS = 5
 
 
 def plan_of(
-    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_edges: bool
+    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> LayerPlan | None:
     """The plan that `config` asks for, within its max_state_bytes; None if it asks for none.
 
@@ -38,7 +38,7 @@ def plan_of(
     if plan == "auto":
         plan = plan_cache.newest(plan_cache.key_of(unet, config, ()))
         if plan is None:
-            plan = estimated(unet, config, calibrated, share_edges)
+            plan = estimated(unet, config, calibrated, share_inputs)
     elif isinstance(plan, str):
         try:
             plan = LayerPlan.from_json(Path(plan).read_text())
@@ -75,7 +75,7 @@ def estimated(
     unet: nn.Module,
     config: ModiffConfig,
     calibrated: Mapping[str, CalibratedLayer] | None = None,
-    share_edges: bool = True,
+    share_inputs: bool = True,
     machine: Machine | None = None,
 ) -> LayerPlan:
     """A plan from shapes at batch 1: units stay float whose low-bit form would be slower by the roofline of `machine`.
@@ -89,7 +89,7 @@ def estimated(
             "both, or plan=None"
         )
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
-    replaced = replacements_of(unet, own, calibrated or {}, share_edges)
+    replaced = replacements_of(unet, own, calibrated or {}, share_inputs)
     shape, shapes = traced_shapes(unet)
     device = next(unet.parameters()).device
     machine = machine or measured_machine(device, config)
@@ -121,10 +121,10 @@ def _estimated_costs(
     x_hat: dict[int, int] = {}
     y_hat: dict[int, Counter[int]] = {}
     for name in layers:
-        edge, output = replaced.layers[name].edge, replaced.layers[name].output
-        if name in shapes and edge is not None:
-            x_hat[id(edge)] = shapes[name].inputs
-            y_hat.setdefault(id(output), Counter())[id(edge)] += shapes[name].outputs
+        source, output = replaced.layers[name].input, replaced.layers[name].output
+        if name in shapes and source is not None:
+            x_hat[id(source)] = shapes[name].inputs
+            y_hat.setdefault(id(output), Counter())[id(source)] += shapes[name].outputs
     # Layers that share a y_hat and read different tensors add onto it; those that read the same one have parts of it.
     elements = sum(x_hat.values()) + sum(max(parts.values()) for parts in y_hat.values())
     costs = []

@@ -12,13 +12,12 @@ from torch.nn.utils import parametrize
 
 from modiff_kernels.calibration.result import CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
+from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import FusedBlock
-from modiff_kernels.nn.conv2d import why_not_conv2d
-from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.ops.problem import FLOAT_DTYPES
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
+from modiff_kernels.nn.layer import ModulatedLayer, why_not_conv2d
+from modiff_kernels.ops.check import FLOAT_DTYPES
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 logger = logging.getLogger("modiff_kernels")
@@ -47,7 +46,7 @@ class Replacements:
         for path, layer in self.layers.items():
             around = [block for block in self.fused if path.startswith(f"{block}.")]
             block = min(around, key=len, default=None)  # the outermost: its calls hold those of the blocks in it
-            unit_of[path] = block or (layer.edge.key if layer.edge is not None else layer.name)
+            unit_of[path] = block or (layer.input.key if layer.input is not None else layer.name)
         units: dict[str, tuple[str, ...]] = {}
         for path in self.originals:
             if path in unit_of:
@@ -59,7 +58,7 @@ def replacements_of(
     unet: nn.Module,
     config: ModiffConfig,
     calibrated: Mapping[str, CalibratedLayer],
-    share_edges: bool,
+    share_inputs: bool,
     plan: LayerPlan | None = None,
 ) -> Replacements:
     """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for.
@@ -100,7 +99,7 @@ def replacements_of(
         own = config if mode is None else config_of(config, mode)
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
         whole = _fused_blocks(unet, state, own, left, calibrated)
-        edges = _shared_edges(modules, left, calibrated) if share_edges else {}
+        shared = _shared_inputs(modules, left, calibrated) if share_inputs else {}
         replacements.update(whole)
         fused.update(whole)
         for path, module in originals.items():
@@ -108,7 +107,7 @@ def replacements_of(
                 continue
             if id(module) not in made:
                 known = calibrated.get(path, NOT_CALIBRATED)
-                made[id(module)] = _make_layer(module, own, state, path, edges.get(path), known)
+                made[id(module)] = _make_layer(module, own, state, path, shared.get(path), known)
             replacements[path] = made[id(module)]
     # Outer blocks first: a layer or block that one leaves out is put into that one.
     replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
@@ -186,12 +185,12 @@ def _make_layer(
     config: ModiffConfig,
     state: ModulationState,
     path: str,
-    edge: str | None,
+    shared_input: str | None,
     calibrated: CalibratedLayer,
 ) -> ModulatedLayer:
     if isinstance(module, nn.Conv2d):
-        return ModulatedConv2d.from_conv2d(module, config, state, path, edge, calibrated)
-    return ModulatedLinear.from_linear(module, config, state, path, edge, calibrated)
+        return ModulatedConv2d.from_conv2d(module, config, state, path, shared_input, calibrated)
+    return ModulatedLinear.from_linear(module, config, state, path, shared_input, calibrated)
 
 
 def _reasons_around(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -237,12 +236,12 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
     return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
 
 
-def _shared_edges(
+def _shared_inputs(
     modules: Mapping[str, nn.Module], left: Collection[str], calibrated: Mapping[str, CalibratedLayer]
 ) -> dict[str, str]:
-    """Edge key of the attention projections that read one tensor. left: paths that share nothing, as do layers that
-    scale their input channels before it is quantised."""
-    edges: dict[str, str] = {}
+    """Key of the shared input of the attention projections that read one tensor. left: paths that share nothing, as do
+    layers that scale their input channels before it is quantised."""
+    shared: dict[str, str] = {}
     for path, module in modules.items():
         prefix = f"{path}." if path else ""
         readers = ["to_k", "to_v"] if getattr(module, "is_cross_attention", False) else ["to_q", "to_k", "to_v"]
@@ -253,8 +252,8 @@ def _shared_edges(
         scaled = any(calibrated.get(name, NOT_CALIBRATED).input_scale is not None for name in paths)
         if scaled or any(name in left for name in paths) or len({p.in_features for p in projections}) != 1:
             continue
-        edges.update(dict.fromkeys(paths, paths[0]))
-    return edges
+        shared.update(dict.fromkeys(paths, paths[0]))
+    return shared
 
 
 def _fused_blocks(

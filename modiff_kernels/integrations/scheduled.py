@@ -1,8 +1,8 @@
 """Carries a `StepSchedule` out: takes the place of a UNet's `forward` and of those of its deep blocks.
 
 A call that is held or forecast as a whole never enters the UNet. One that skips the deep levels does: diffusers' own
-forward runs, but the blocks below the cut return at once. Down blocks hand on their input and, as skips, scalars of
-zero, which nobody reads but the up blocks that are skipped too; the last of those returns the boundary tensor.
+forward runs, but the blocks below the boundary return at once. Down blocks hand on their input and, as skips, scalars
+of zero, which nobody reads but the up blocks that are skipped too; the last of those returns the boundary tensor.
 The layers that did not run keep their x_hat and y_hat, which stay consistent, and see a larger residual next time.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modiff_kernels.integrations.wrapping import wrap_forward
+from modiff_kernels.config import schedule as letters
+from modiff_kernels.config.schedule import StepSchedule
+from modiff_kernels.integrations.history import History, Trajectory
+from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.history import History, Trajectory
-from modiff_kernels.nn.state import FORECAST, HOLD
+from modiff_kernels.nn.run import FORECAST, HOLD
 from modiff_kernels.planning import clock
-from modiff_kernels.planning import schedule as letters
-from modiff_kernels.planning.schedule import StepSchedule
 from modiff_kernels.planning.stored import StoredSchedule
 
 ADDITIONAL = (
@@ -54,22 +54,22 @@ class ScheduledUNet:
         self._boundary: Tensor | None = None
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
-        self._cut: _Cut | None = None
+        self._deep: _DeepLevels | None = None
         self._level: int | None = None
         if isinstance(schedule, StepSchedule) and schedule.is_deep:
             self._level = schedule.level
-            self._cut = _Cut.of(unet, schedule.level)
+            self._deep = _DeepLevels.of(unet, schedule.level)
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put the schedule in; `undo` takes it out."""
         self.state.scheduled = True
         undo.callback(setattr, self.state, "scheduled", False)
-        if self._cut is not None:
-            for block in self._cut.silent:
+        if self._deep is not None:
+            for block in self._deep.silent:
                 wrap_forward(block, self._silent, undo)
-            for block in self._cut.down:
+            for block in self._deep.down:
                 wrap_forward(block, functools.partial(self._down, block), undo)
-            wrap_forward(self._cut.last_up, self._last_up, undo)
+            wrap_forward(self._deep.last_up, self._last_up, undo)
         wrap_forward(self.unet, self._forward, undo)
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
@@ -77,7 +77,7 @@ class ScheduledUNet:
 
         ValueError for deep levels other than the installed ones.
         """
-        if schedule is not None and schedule.is_deep and (self._cut is None or schedule.level != self._level):
+        if schedule is not None and schedule.is_deep and (self._deep is None or schedule.level != self._level):
             raise ValueError(
                 f"set_schedule: {str(schedule)!r} skips deep levels that were not prepared; call accelerate() with it"
             )
@@ -101,8 +101,8 @@ class ScheduledUNet:
         """How many calls of the last run in `context` did not compute the module at `path`."""
         done = "".join(self.state.trajectories[context].done)
         skipped = done.count(letters.HOLD) + done.count(letters.FORECAST)
-        if self._cut is not None:
-            below = {id(module) for block in self._cut.below for module in block.modules()}
+        if self._deep is not None:
+            below = {id(module) for block in self._deep.below for module in block.modules()}
             if id(self.unet.get_submodule(path)) in below:
                 skipped += done.count(letters.DEEP_HOLD) + done.count(letters.DEEP_FORECAST)
         return skipped
@@ -121,7 +121,7 @@ class ScheduledUNet:
                 f"{call}; begin a new run for a new picture, and put passes of one step into contexts "
                 "(`with handle.context('cond'):` and 'uncond')"
             )
-        if self._cut is not None and any(kwargs.get(name) is not None for name in ADDITIONAL):
+        if self._deep is not None and any(kwargs.get(name) is not None for name in ADDITIONAL):
             raise ValueError(
                 f"schedule {str(self.schedule)!r}: deep levels cannot be skipped where ControlNet or T2I-Adapter "
                 "add to them; use a schedule for the whole network"
@@ -130,12 +130,9 @@ class ScheduledUNet:
         position = trajectory.positions[call] if trajectory.positions else clock.host_timestep(timestep)
         if action != letters.UPDATE and not self._fits(trajectory, sample):
             action = letters.UPDATE
-        predicted = None
+        trajectory.done.append(action)
         if action != letters.UPDATE:
             predicted = self._predict(trajectory, action, position)
-            if predicted is None:
-                action = letters.UPDATE
-        trajectory.done.append(action)
         if action in (letters.HOLD, letters.FORECAST):
             state.action = HOLD if action == letters.HOLD else FORECAST
             return _in_form(trajectory.form, predicted)
@@ -218,18 +215,13 @@ class ScheduledUNet:
         value = trajectory.output.values[-1][1]
         return value.shape[0] == sample.shape[0] and value.shape[2:] == sample.shape[2:]
 
-    def _predict(self, trajectory: Trajectory, action: str, position: float) -> Tensor | None:
-        """What stands in for the tensor that is not computed; None where the adaptive mode wants it computed."""
+    def _predict(self, trajectory: Trajectory, action: str, position: float) -> Tensor:
+        """What stands in for the tensor that is not computed."""
         deep = action in (letters.DEEP_HOLD, letters.DEEP_FORECAST)
         history = trajectory.boundary if deep else trajectory.output
         if action in (letters.HOLD, letters.DEEP_HOLD):
             return history.hold()
-        order, tolerance = self._in_use.order, self._in_use.tolerance
-        if tolerance is not None and (
-            len(history.values) < 2 or bool(history.disagreement(position, order) > tolerance)
-        ):
-            return None
-        return history.forecast(position, order)
+        return history.forecast(position, self._in_use.order)
 
     def _run_shallow(self, original: Callable[..., Any], boundary: Tensor, args: Any, kwargs: Any) -> Any:
         self._skip_deep, self._boundary = True, boundary
@@ -258,8 +250,9 @@ class ScheduledUNet:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cut:
-    """The blocks of a UNet below a cut. silent: hand their input on. down: down blocks. last_up: gives the boundary.
+class _DeepLevels:
+    """The blocks of a UNet that a deep action skips. silent: hand their input on. down: down blocks. last_up: gives
+    the boundary.
 
     below: all that is skipped.
     """
@@ -270,8 +263,8 @@ class _Cut:
     below: list[nn.Module]
 
     @classmethod
-    def of(cls, unet: nn.Module, level: int | None) -> "_Cut":
-        """The cut before up block `level` (None: the last). ValueError naming the levels that the UNet has."""
+    def of(cls, unet: nn.Module, level: int | None) -> "_DeepLevels":
+        """Those before up block `level` (None: the last). ValueError naming the levels that the UNet has."""
         ups, downs = list(getattr(unet, "up_blocks", ())), list(getattr(unet, "down_blocks", ()))
         plain = all(hasattr(block, "resnets") and not hasattr(block, "skip_conv") for block in [*ups, *downs])
         if len(ups) < 2 or not plain:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modiff_kernels.nn.state_tensors import tensor_version
+from modiff_kernels.nn.cache import tensor_version
 from modiff_kernels.planning import clock
 
 

@@ -1,8 +1,6 @@
 """Low-bit layers in the place of `torch.nn.Linear` and `torch.nn.Conv2d`, and the state they work on."""
 
-from modiff_kernels.nn.conv2d import ModulatedConv2d
-from modiff_kernels.nn.linear import ModulatedLinear
-from modiff_kernels.nn.state import ModulationState
-from modiff_kernels.nn.state_tensors import Edge, StateTensor
+from modiff_kernels.nn.layer import ModulatedConv2d, ModulatedLinear
+from modiff_kernels.nn.tensors import ModulationState
 
-__all__ = ["Edge", "ModulatedConv2d", "ModulatedLinear", "ModulationState", "StateTensor"]
+__all__ = ["ModulatedConv2d", "ModulatedLinear", "ModulationState"]

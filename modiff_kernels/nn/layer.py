@@ -1,25 +1,21 @@
-"""What `ModulatedLinear` and `ModulatedConv2d` have in common: weights, modes, and the way through the state."""
+"""`ModulatedLinear`, `ModulatedConv2d` and `LinearStack`: low-bit layers in the place of float ones."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modiff_kernels import ops
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.nn.state import ModulationState
-from modiff_kernels.nn.state_tensors import INITIALIZE, Edge, StateTensor
-from modiff_kernels.ops import dispatch
+from modiff_kernels.nn import step
+from modiff_kernels.nn import weight as weights
+from modiff_kernels.nn.tensors import InputState, ModulationState, OutputState
+from modiff_kernels.ops import IDENTITY, PackedWeight, Window, dispatch
 from modiff_kernels.ops.problem import Problem, capability
-from modiff_kernels.quant import passes
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer, QuantizedWeight
-from modiff_kernels.quant.packing import KPACK_V1
 from modiff_kernels.quant.spec import row_count
-
-if TYPE_CHECKING:
-    from modiff_kernels.nn.stack import LinearStack
 
 NOMINAL_ROWS = 4096  # rows assumed for the choice of a weight layout, before the first input is seen
 
@@ -28,20 +24,19 @@ class ModulatedLayer(nn.Module):
     """A low-bit layer in the place of a float one.
 
     mode "modulated": the residual against x_hat is quantised and its product added onto y_hat; "quantized": plain
-    low-bit activations; "float": float activations with dequantised weights; "constant": the same from packed weights,
-    for inputs that do not change along a run, whose outputs fused blocks keep.
+    low-bit activations; "float": float activations with dequantised weights; "constant": computed once for an input
+    that does not change along a run, for fused blocks, which keep the output.
 
     `weight` and `bias` are the parameters of the original module, so the state_dict keeps its keys and values; the
     quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. The original module
     itself is in `original`. Layers have no gradient.
+
+    packed: the quantised weight, None in mode "float". float_weight: the dequantised one, in mode "float" alone.
+    bias_data: the bias that is computed with. input_scale: calibrated scale of every input channel, or None.
     """
 
-    op_suffix: ClassVar[str]
     memory_format: ClassVar[torch.memory_format]
-    initialize_op: ClassVar[Callable[..., Any]]
-    modulated_op: ClassVar[Callable[..., Any]]
-    accumulate_op: ClassVar[Callable[..., Any]]
-    quantized_op: ClassVar[Callable[..., Any]]
+    window: Window | None = None
     stack: "LinearStack | None" = None
 
     def __init__(
@@ -50,7 +45,7 @@ class ModulatedLayer(nn.Module):
         config: ModiffConfig,
         state: ModulationState,
         name: str,
-        edge: str | None,
+        shared_input: str | None,
         granularity: str,
         calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> None:
@@ -65,26 +60,28 @@ class ModulatedLayer(nn.Module):
         self.weight_bits = config.weight_bits
         self.group_size = -1 if config.group_size is None else config.group_size
         self.act_bits = config.act_bits
-        self.first_step_bits = config.first_step_bits or 0
         self.backend = config.backend
         self.granularity = granularity
         self.calibrated = calibrated
+        self.kernels: dict[Any, Callable[..., Any]] = {}
         self._check_calibrated()
         self.refresh_weight()
-        self.edge: Edge | None = None
-        self.output: StateTensor | None = None
+        self.input: InputState | None = None
+        self.output: OutputState | None = None
         if self.mode != "float":
-            self.edge = state.edge(edge or name, config, granularity)
-            _set_static_scale(self.edge, name, calibrated, self.weight.device)
-            state.add_consumer(self.edge)
+            self.input = state.input_of(shared_input or name, config, granularity)
+            _set_static_scale(self.input, name, calibrated, self.weight.device)
         if self.mode == "modulated":
-            self.output = state.y_hat(name)
+            self.add_onto(state.output_of(name))
 
-    def conv_arguments(self) -> tuple[Any, ...]:
-        """kernel_size, stride, padding, dilation and groups of a convolution, nothing for a Linear."""
-        return ()
+    def add_onto(self, output: OutputState) -> None:
+        """Add the products onto this y_hat, which other layers may add onto too."""
+        if self.output is not None:
+            self.state.outputs.pop(self.name, None)
+        self.output = output
+        output.writers.append(self)
 
-    def output_shape(self, x_shape: torch.Size) -> tuple[int, ...]:
+    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of y_hat for an input of `x_shape`."""
         raise NotImplementedError
 
@@ -99,60 +96,47 @@ class ModulatedLayer(nn.Module):
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again. Call it after changing `weight` in place, between runs.
 
-        Sets weight_packed (layout `layout`), weight_scale (float32) and, in mode "float", float_weight. Raises
-        ValueError on weights that hold NaN or Inf.
+        Raises ValueError on weights that hold NaN or Inf.
         """
         weight = self.weight.detach()
         self._refresh_bias()
-        self.input_scale = None
+        self.kernels.clear()
+        self.state.relocations += 1
+        self.input_scale: Tensor | None = None
+        self.packed: PackedWeight | None = None
+        self.float_weight: Tensor | None = None
+        if self.weight_bits is None:
+            self.float_weight = weight
+            return
         if self.calibrated.input_scale is not None:
             channels = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
             self.input_scale = self.calibrated.input_scale.to(weight.device, weight.dtype).view(channels)
-        self.layout = KPACK_V1
-        self.weight_packed = self.weight_scale = self.float_weight = None
-        self.state.addresses += 1
-        if self.stack is not None:
-            self.stack.refresh_weight()
-        if self.weight_bits is None:
-            self.input_scale = None
-            self.float_weight = weight
-            return
         quantized = self._quantized_weight(weight)
         self.weight_bits, self.group_size = quantized.bits, quantized.group_size
-        self.weight_scale = quantized.scale
         if self.mode == "float":
             dequantized = quantized.dequantized(weight.shape).to(weight.dtype)
             self.float_weight = dequantized.contiguous(memory_format=self.memory_format)
             return
-        weight_q = quantized.codes
-        packed = ops.pack_weight(weight_q, self.weight_bits)
-        self.layout = self._common_layout()
-        if self.layout != KPACK_V1:
-            n, k = weight_q.shape
-            conv = self.conv_arguments()
-            kernel_size, groups = (conv[0], conv[-1]) if conv else ((1, 1), 1)
-            packed = ops.prepare_weight(
-                packed, self.weight_bits, n, k, layout_to=self.layout, kernel_size=kernel_size, groups=groups
-            )
-        self.weight_packed = packed
-        self.weight_arguments = (self.weight_bits, self.group_size, self.layout, *self.conv_arguments())
+        try:
+            self.packed = weights.pack(quantized, self.problem("product", NOMINAL_ROWS), self.backend)
+        except dispatch.BackendUnavailable as error:
+            raise dispatch.BackendUnavailable(f"layer '{self.name}': {error}") from error
 
     def become_constant(self) -> None:
         """Take mode "constant" and give up x_hat and y_hat."""
-        self.state.drop_consumer(self.edge)
+        self.state.drop_consumer(self.input)
         self.state.outputs.pop(self.name, None)
-        self.mode, self.edge, self.output = "constant", None, None
-        self.act_bits, self.first_step_bits = None, 0
+        self.mode, self.input, self.output = "constant", None, None
+        self.act_bits = None
 
     def stored(self) -> CalibratedLayer:
         """What this layer computes with: `calibrated`, and the codes of its weight where calibration gave none."""
         return dataclasses.replace(self.calibrated, weight=self._quantized_weight(self.weight.detach()))
 
     def _check_calibrated(self) -> None:
-        calibrated, conv = self.calibrated, self.conv_arguments()
         try:
-            calibrated.check(self.weight.shape, self.bias is not None)
-            if calibrated.input_scale is not None and conv and conv[-1] != 1:
+            self.calibrated.check(self.weight.shape, self.bias is not None)
+            if self.calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
                 raise ValueError("a convolution with groups takes no input_scale; calibrate again")
         except ValueError as error:
             raise ValueError(f"layer '{self.name}': {error}") from error
@@ -172,37 +156,39 @@ class ModulatedLayer(nn.Module):
         self.bias_data = None if self.bias is None else self.bias.detach()
         if self.calibrated.bias is not None:
             self.bias_data = self.calibrated.bias.to(self.weight.device, self.weight.dtype)
+        if self.stack is not None:
+            self.stack.refresh_weight()
 
     def problem(self, op: str, rows: int) -> Problem:
-        """The dispatch key of `op` ("modulated", "accumulate", "initialize" or "quantized") with `rows` output rows."""
+        """The dispatch key of `op` ("modulate" or "product") with `rows` output rows."""
         device = self.weight.device
-        conv = self.conv_arguments()
-        names = ("kernel_size", "stride", "padding", "dilation", "groups")
-        stateless = op == "quantized"
+        modulated = self.mode == "modulated"
         return Problem(
-            op=f"{op}_{self.op_suffix}",
+            op=op,
             device_type=device.type,
             capability=capability(device),
             dtype=self.weight.dtype,
-            state_dtype=None if stateless else self.state.dtype_on(device),
+            state_dtype=self.state.dtype_on(device) if modulated else None,
             m=rows,
             n=self.weight.shape[0],
             k=self.weight[0].numel(),
-            act_bits={"modulated": self.act_bits, "initialize": self.first_step_bits}.get(op),
+            window=self.window,
+            act_bits=self.act_bits if op == "modulate" else None,
             weight_bits=self.weight_bits,
             group_size=self.group_size,
-            granularity="per_sample" if op == "initialize" else self.granularity,
-            layout=self.layout,
-            **dict(zip(names, conv)),
+            granularity=self.granularity if self.granularity != "per_block" or op == "modulate" else "per_sample",
+            prologue="identity" if op == "modulate" else None,
+            layout=None if self.packed is None else self.packed.layout,
         )
 
     def backend_in_use(self) -> str:
         """Name of the backend that computes this layer at the shape of the last run (or a nominal one)."""
         if self.mode == "float":
             return "torch"
-        slots = [] if self.output is None else list(self.output.slots.values())
-        rows = row_count(slots[0].shape, slots[0].tensor.ndim == 4) if slots else NOMINAL_ROWS
-        return dispatch.select(self.problem(self._repeated_op(), rows), self.backend).backend
+        held = [] if self.output is None else list(self.output.contexts.values())
+        rows = row_count(held[0].shape, held[0].tensor.ndim == 4) if held else NOMINAL_ROWS
+        op = "modulate" if self.mode == "modulated" else "product"
+        return dispatch.select(self.problem(op, rows), self.backend).backend
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
         """Output of the layer for `x`, in x's dtype; a new tensor (channels_last for images).
@@ -218,135 +204,23 @@ class ModulatedLayer(nn.Module):
                 f"`with torch.no_grad():`, or handle.remove() first to train or differentiate"
             )
         try:
-            if self.mode == "modulated":
-                return self._modulated_forward(x)
-            if self.mode == "quantized":
-                return self._quantized_forward(x)
+            scaled = self.scaled(x)
+            if self.mode == "float":
+                return self.float_forward(scaled, self.float_weight, self.bias_data)
+            canonical = self.canonical(scaled)
             if self.mode == "constant":
-                return stateless_output(self, self.canonical(self.scaled(x))).view(*x.shape[:-1], -1)
-            return self.float_forward(self.scaled(x), self.float_weight, self.bias_data)
+                out = step.run_once(self, canonical)
+            elif self.input.consumers == 1:
+                out = step.run(self, IDENTITY, canonical, x.dtype)
+            else:
+                out = step.run_shared(self, x, canonical)
         except (ValueError, TypeError, dispatch.BackendUnavailable) as error:
             raise type(error)(f"layer '{self.name}': {error}") from error
+        return out if canonical.ndim == x.ndim else out.view(*x.shape[:-1], -1)
 
     def scaled(self, x: Tensor) -> Tensor:
         """`x` times the calibrated scale of every input channel; `x` itself where there is none."""
         return x if self.input_scale is None else x * self.input_scale
-
-    def _modulated_forward(self, source: Tensor) -> Tensor:
-        edge, state = self.edge, self.state
-        x = self.canonical(self.scaled(source))
-        if state.action is INITIALIZE:
-            if edge.consumers > 1 and edge.codes_of(source) is None:
-                if edge.uses:
-                    edge = self.edge = state.split_edge(edge, self.name)
-                else:
-                    edge.keep(source, True)
-            x_hat = edge.ensure(x.shape, x.dtype, x.device, self.memory_format)
-            y_hat = self.output.ensure(self.output_shape(x.shape), x.dtype, x.device, self.memory_format)
-            out = self.initialize_op(
-                x,
-                x_hat,
-                y_hat,
-                self.weight_packed,
-                self.weight_scale,
-                self.bias_data,
-                None,
-                *self.weight_arguments,
-                self.first_step_bits,
-                True,
-                self.backend,
-            )
-        elif edge.consumers == 1:
-            x_hat = edge.ensure(x.shape, x.dtype, x.device, self.memory_format)
-            out, _, absmax = self.modulated_op(
-                x,
-                x_hat,
-                edge.scale(),
-                self.weight_packed,
-                self.weight_scale,
-                self.output.current(),
-                None,
-                edge.act_bits,
-                edge.granularity,
-                edge.clip_ratio,
-                *self.weight_arguments,
-                True,
-                self.backend,
-            )
-            edge.record(absmax)
-        else:
-            residual_q, scale = self._shared_residual(source, x)
-            out = self.accumulate_op(
-                residual_q,
-                scale,
-                self.weight_packed,
-                self.weight_scale,
-                self.output.current(),
-                None,
-                *self.weight_arguments,
-                x.dtype,
-                True,
-                self.backend,
-            )
-        return out if x is source or x.ndim == source.ndim else out.view(*source.shape[:-1], -1)
-
-    def _shared_residual(self, source: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        edge = self.edge
-        codes = edge.codes_of(source)
-        if codes is None:
-            edge.refuse_second_source()
-            x_hat = edge.ensure(x.shape, x.dtype, x.device, self.memory_format)
-            residual_q, scale, absmax = ops.quantize_residual(
-                x, x_hat, edge.scale(), edge.act_bits, edge.granularity, edge.clip_ratio, False, self.backend
-            )
-            edge.record(absmax)
-            codes = residual_q, scale
-            edge.keep(source, codes)
-        return codes
-
-    def _quantized_forward(self, source: Tensor) -> Tensor:
-        edge = self.edge
-        codes = edge.codes_of(source) if edge.consumers > 1 else None
-        if codes is None:
-            codes = self.activation_codes(source)
-            if edge.consumers > 1:
-                edge.keep(source, codes)
-        x_q, scale, zero_point = codes
-        out = self.quantized_op(
-            x_q,
-            scale,
-            zero_point,
-            self.weight_packed,
-            self.weight_scale,
-            self.bias_data,
-            None,
-            *self.weight_arguments,
-            source.dtype,
-            self.backend,
-        )
-        return out if x_q.ndim == source.ndim else out.view(*source.shape[:-1], -1)
-
-    def activation_codes(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scale and zero point of the input of a layer in mode "quantized"."""
-        x, edge = self.canonical(self.scaled(source)), self.edge
-        if edge.scale_mode == "static":
-            scale, zero_point = edge.static_scale, edge.static_zero_point
-            return passes.static_activation_codes(x, scale, zero_point, edge.act_bits, x.ndim == 4)
-        return ops.quantize_activation(x, edge.act_bits, edge.granularity, True, self.backend)
-
-    def _repeated_op(self) -> str:
-        if self.mode in ("quantized", "constant"):
-            return {"quantized": "quantized", "constant": "initialize"}[self.mode]
-        return "modulated" if self.edge.consumers == 1 else "accumulate"
-
-    def _common_layout(self) -> str:
-        """The layout that all ops of this layer like best, or the portable one where they differ."""
-        ops_used = ("quantized",) if self.mode == "quantized" else ("initialize", "modulated", "accumulate")
-        try:
-            layouts = {dispatch.preferred_layout(self.problem(op, NOMINAL_ROWS), self.backend) for op in ops_used}
-        except dispatch.BackendUnavailable as error:
-            raise dispatch.BackendUnavailable(f"layer '{self.name}': {error}") from error
-        return layouts.pop() if len(layouts) == 1 else KPACK_V1
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ModulatedLayer":
         before = self.weight.dtype, self.weight.device
@@ -354,8 +228,8 @@ class ModulatedLayer(nn.Module):
         self._adopt_parameters()
         if before != (self.weight.dtype, self.weight.device):
             self.refresh_weight()
-            if self.edge is not None:
-                self.edge.move_static(self.weight.device)
+            if self.input is not None:
+                self.input.move_static(self.weight.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -373,7 +247,7 @@ class ModulatedLayer(nn.Module):
         self.state.invalidate("weights were loaded")
 
     def _adopt_parameters(self) -> None:
-        self.state.addresses += 1
+        self.state.relocations += 1
         self.original.weight = self.weight
         if self.bias is not None:
             self.original.bias = self.bias
@@ -384,30 +258,201 @@ class ModulatedLayer(nn.Module):
         return f"{self.name!r}, mode={self.mode}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
 
 
-def stateless_output(layer: "ModulatedLayer | LinearStack", x: Tensor) -> Tensor:
-    """The layer on x [..., K] from float activations and dequantised weights, in x's dtype; no state is touched."""
-    x_hat = torch.empty_like(x, dtype=layer.state.dtype_on(x.device))
-    y_hat = x_hat.new_empty(layer.output_shape(x.shape))
-    return layer.initialize_op(
-        x,
-        x_hat,
-        y_hat,
-        layer.weight_packed,
-        layer.weight_scale,
-        layer.bias_data,
-        None,
-        *layer.weight_arguments,
-        0,
-        True,
-        layer.backend,
-    )
+class ModulatedLinear(ModulatedLayer):
+    """y = x W^T + b on x [..., in_features], two dimensions or more; dimension 0 counts the samples."""
+
+    memory_format = torch.contiguous_format
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: ModiffConfig,
+        state: ModulationState,
+        name: str,
+        shared_input: str | None = None,
+        calibrated: CalibratedLayer = NOT_CALIBRATED,
+    ) -> "ModulatedLinear":
+        """The low-bit form of `linear`, which is kept inside and not changed.
+
+        name: the path of the layer, unique in `state`. shared_input: key of the tensor it reads; layers that always get
+        the very same tensor share one, default: a tensor of its own. calibrated: codes, scales and bias from
+        calibration. Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on
+        a calibration of another layer.
+        """
+        layer = cls(linear, config, state, name, shared_input, config.layer_granularity, calibrated)
+        layer.in_features = linear.in_features
+        layer.out_features = linear.out_features
+        return layer
+
+    def canonical(self, x: Tensor) -> Tensor:
+        """Contiguous [N, K] or [N, L, K]."""
+        return (x.flatten(1, -2) if x.ndim > 3 else x).contiguous()
+
+    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
+        """[..., out_features]."""
+        return (*x_shape[:-1], self.weight.shape[0])
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """torch.nn.functional.linear."""
+        return F.linear(x, weight, bias)
 
 
-def _set_static_scale(edge: Edge, name: str, calibrated: CalibratedLayer, device: torch.device) -> None:
+class ModulatedConv2d(ModulatedLayer):
+    """2-D convolution with zero padding on x [N, C, H, W]; computes in channels_last and returns channels_last."""
+
+    memory_format = torch.channels_last
+    window: Window
+
+    def __init__(self, original: nn.Conv2d, *args: Any) -> None:
+        # not an attribute of the Module before its own __init__ has run
+        self.__dict__["window"] = window_of(original)
+        super().__init__(original, *args)
+        for attribute in (
+            *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+            "padding_mode",
+        ):
+            setattr(self, attribute, getattr(original, attribute))
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        config: ModiffConfig,
+        state: ModulationState,
+        name: str,
+        shared_input: str | None = None,
+        calibrated: CalibratedLayer = NOT_CALIBRATED,
+    ) -> "ModulatedConv2d":
+        """The low-bit form of `conv`, which is kept inside and not changed.
+
+        The arguments are those of `ModulatedLinear.from_linear`. Raises ValueError on padding that is not the same
+        number of zeros on both sides, on weights that hold NaN or Inf, on a missing or impossible static scale, and on
+        a calibration of another layer.
+        """
+        reason = why_not_conv2d(conv)
+        if reason is not None:
+            raise ValueError(f"layer '{name}': {reason}; leave it float")
+        granularity = config.layer_granularity
+        if granularity == "per_token" and not window_of(conv).is_pointwise:
+            granularity = "per_sample"
+        return cls(conv, config, state, name, shared_input, granularity, calibrated)
+
+    def canonical(self, x: Tensor) -> Tensor:
+        """Channels_last [N, C, H, W]."""
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
+        """[N, out_channels, P, Q]."""
+        return self.window.output_shape(x_shape, self.weight.shape[0])
+
+    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """torch.nn.functional.conv2d."""
+        return F.conv2d(x, weight, bias, *self.window[1:])
+
+
+def why_not_conv2d(conv: nn.Conv2d) -> str | None:
+    """Why `conv` has no low-bit form, or None."""
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r} is not supported, only 'zeros'"
+    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size)):
+        return "padding='same' with an even kernel pads the two sides differently"
+    return None
+
+
+def window_of(conv: nn.Conv2d) -> Window:
+    """The window of `conv`, with its padding in numbers."""
+    padding: Any = conv.padding
+    if padding == "valid":
+        padding = 0, 0
+    elif padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
+    return Window(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
+
+
+class LinearStack:
+    """Layers of one input as one Linear: weights stacked along the output channels, one y_hat [..., sum of widths].
+
+    Its weight is made of the packed weights of its layers, again whenever one of them changes.
+    """
+
+    window = None
+
+    @staticmethod
+    def fits(layers: Sequence[ModulatedLayer]) -> bool:
+        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype.
+
+        Layers that scale the channels of their input do not read one tensor.
+        """
+        if any(layer.input_scale is not None or layer.packed is None for layer in layers):
+            return False
+        kinds = {
+            (layer.input, layer.mode, layer.packed[2:], layer.backend, layer.weight.shape[1], layer.weight.dtype)
+            for layer in layers
+        }
+        return len(kinds) == 1
+
+    def __init__(self, layers: Sequence[ModulatedLayer]) -> None:
+        first = layers[0]
+        self.layers = tuple(layers)
+        self.widths = [layer.weight.shape[0] for layer in layers]
+        self.name = "+".join([first.name, *(layer.name.rpartition(".")[2] for layer in layers[1:])])
+        self.state = first.state
+        self.backend = first.backend
+        self.mode = first.mode
+        self.input = first.input
+        self.memory_format = first.memory_format
+        self.kernels: dict[Any, Callable[..., Any]] = {}
+        self.output: OutputState | None = None
+        if first.mode == "modulated":
+            self.output = self.state.output_of(self.name)
+            for layer in layers:
+                layer.add_onto(self.output)
+            self.output.writers = [self]
+        for layer in layers:
+            layer.stack = self
+        self._packed: PackedWeight | None = None
+        self._bias: Tensor | None = None
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The stacked weight in the layout of the layers."""
+        if self._packed is None:
+            parts = [layer.packed for layer in self.layers]
+            self._packed = weights.stack(parts, self.layers[0].weight.shape[1])
+            for layer, part in zip(self.layers, weights.parts_of(self._packed, parts)):
+                layer.packed = part
+            biases = [layer.bias_data for layer in self.layers]
+            self._bias = None
+            if any(bias is not None for bias in biases):
+                like = self._packed.scale
+                self._bias = torch.cat([like.new_zeros(n) if b is None else b for n, b in zip(self.widths, biases)])
+        return self._packed
+
+    @property
+    def bias_data(self) -> Tensor | None:
+        """The stacked bias, zero for a layer without; None if no layer has one."""
+        return self._bias if self.packed is not None else None
+
+    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
+        """[..., sum of widths]."""
+        return (*x_shape[:-1], sum(self.widths))
+
+    def split(self, out: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of the layers: parts of the columns of `out`."""
+        return out.split(self.widths, dim=-1)
+
+    def refresh_weight(self) -> None:
+        """Note that the weight of a layer has changed."""
+        self._packed = None
+        self.kernels.clear()
+
+
+def _set_static_scale(state: InputState, name: str, calibrated: CalibratedLayer, device: torch.device) -> None:
     scale = calibrated.act_scale
-    if edge.scale_mode != "static":
+    if state.scale_mode != "static":
         return
-    if scale is None and edge.static_scale is None:
+    if scale is None and state.static_scale is None:
         raise ValueError(
             f"layer '{name}': scale_mode='static' needs a calibrated scale for its input and none was given; calibrate "
             f"with scale_mode='static' or pass static_scales[{name!r}], or use scale_mode='dynamic' or 'delayed'"
@@ -416,6 +461,8 @@ def _set_static_scale(edge: Edge, name: str, calibrated: CalibratedLayer, device
         return
     try:
         zero_point = calibrated.act_zero_point
-        edge.set_static(scale.detach().to(device, torch.float32), None if zero_point is None else zero_point.to(device))
+        state.set_static(
+            scale.detach().to(device, torch.float32), None if zero_point is None else zero_point.to(device)
+        )
     except ValueError as error:
         raise ValueError(f"layer '{name}': {error}") from error

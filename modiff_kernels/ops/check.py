@@ -1,5 +1,5 @@
-"""Checks of the ops' arguments: each gives the `Problem`, or raises ValueError or TypeError saying what was given and what
-is allowed, before anything is mutated. They look at shapes, strides, dtypes and devices only, never at values.
+"""Checks of the ops' arguments: each gives the `Problem`, or raises ValueError or TypeError saying what was given and
+what is allowed, before anything is mutated. They look at shapes, strides, dtypes and devices only, never at values.
 """
 
 from collections.abc import Sequence
@@ -121,8 +121,8 @@ def product(
     _require_vector(op, "bias", bias, problem.n)
     if y_hat is not None and (bias is not None or zero_point is not None):
         raise ValueError(
-            f"{op}: {'bias' if bias is not None else 'zero_point'} does not go with y_hat, which holds the bias from the "
-            "beginning of a run and takes symmetric codes; leave it None"
+            f"{op}: {'bias' if bias is not None else 'zero_point'} does not go with y_hat, which holds the bias from "
+            "the beginning of a run and takes symmetric codes; leave it None"
         )
     return replace(problem, granularity=_granularity_of(op, codes, scale, window is not None))
 
@@ -289,8 +289,8 @@ def _require_activation(op: str, name: str, t: Tensor, image: bool) -> None:
     if not image:
         if t.ndim not in (2, 3):
             raise ValueError(
-                f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); expected [M, K] or [N, L, K]: flatten it first (4-D "
-                f"tensors are images)"
+                f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); expected [M, K] or [N, L, K]: flatten it first "
+                "(4-D tensors are images)"
             )
         if not t.is_contiguous():
             raise ValueError(f"{op}: {name} is not contiguous ({_text(t)}); call .contiguous() first")
@@ -338,8 +338,9 @@ def _require_kpack_v1(op: str, packed: Tensor, bits: int, n: int, k: int) -> Non
     shape, dtype = (n, packed_width(bits, k)), packed_dtype(bits)
     if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
         raise ValueError(
-            f"{op}: the packed weight has {_text(packed)}; {KPACK_V1} with {bits} bits, n={n}, k={k} needs a contiguous "
-            f"{dtype} {shape}; make it with pack_weight (k: input features, for a convolution r * s * c_in / groups)"
+            f"{op}: the packed weight has {_text(packed)}; {KPACK_V1} with {bits} bits, n={n}, k={k} needs a "
+            f"contiguous {dtype} {shape}; make it with pack_weight (k: input features, of a convolution "
+            "r * s * c_in / groups)"
         )
 
 

@@ -14,12 +14,12 @@ class Problem:
 
     op: "quantize", "product", "attention", "pack_weight", "unpack_weight", or "modulate": the first two in one piece.
     m: rows (Linear), pixels of the output (convolution) or of the image (quantize). n: output features (0: the op has
-        none). k: products summed per output, or channels of what is quantised. Of attention: m queries of all samples, n
-        keys of a sample, k values of a head.
+        none). k: products summed per output, or channels of what is quantised. Of attention: m queries of all samples,
+        n keys of a sample, k values of a head.
     dtype: of what is quantised, or of the output. state_dtype: of x_hat or y_hat, None without state.
     prologue: its kind, of ops that quantise. window: None for a Linear.
-    granularity: of a product it is read from the number of scales. scale_given: of ops that quantise, whether the scale is
-        an argument (static, delayed).
+    granularity: of a product it is read from the number of scales. scale_given: of ops that quantise, whether the
+        scale is an argument (static, delayed).
     """
 
     op: str

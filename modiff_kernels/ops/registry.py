@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..quant.operands import Window
 from . import dispatch
+from .dispatch import torch_must_see
 from .problem import Problem
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
 MAX_KEPT = 4096  # kernels per op; a run needs one per layer shape, so reaching this means shapes that never repeat
-
-EAGER_TYPES = (Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
 _library = torch.library.Library("modiff", "DEF")
 
@@ -64,11 +63,6 @@ class Op(Protocol[P, R]):
         ...
 
 
-def torch_must_see(tensor: Any) -> bool:
-    """Whether an op on `tensor` has to go through torch's dispatcher: compiling, fake tensors, dispatch modes."""
-    return torch.compiler.is_compiling() or type(tensor) not in EAGER_TYPES or torch._C._len_torch_dispatch_stack() > 0
-
-
 class _Spread:
     """The arguments of an op as torch's schemas can have them: named tuples field by field, a window as integers.
 
@@ -88,7 +82,7 @@ class _Spread:
                 fields = {f"{name}_{field}": hint for field, hint in typing.get_type_hints(kind).items()}
             self.kinds.append(kind)
             for field, hint in fields.items():
-                hint = typing.Optional[Tensor] if hint == Tensor | None else hint  # noqa: UP007 (what torch knows)
+                hint = typing.Optional[Tensor] if hint == Tensor | None else hint  # noqa: UP045 (what torch knows)
                 self.schema_parameters.append(
                     inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
                 )

@@ -2,14 +2,14 @@
 
 Words: `residual = x - x_hat`; `x_hat` is what the layers have been fed so far, `y_hat = A(x_hat) + bias` their output;
 codes are integers stored in int8; *rows* are the rows of a Linear input or the pixels of an image. Equations: MoDiff
-(Gao et al., ICML 2025), error-compensated modulation, eqs. 8-17; `naive` spells them out. The rounding contract (half to
-even on `x * inv_scale`, float32) stands in `modiff_kernels.quant.affine`; codes are the same on every backend.
+(Gao et al., ICML 2025), error-compensated modulation, eqs. 8-17; `naive` spells them out. The rounding contract (half
+to even on `x * inv_scale`, float32) stands in `modiff_kernels.quant.affine`; codes are the same on every backend.
 
 For all ops:
 
 - Images are [N, C, H, W] channels_last, inputs of a Linear [..., K] are [M, K] or [N, L, K], contiguous. `quantize`
-  reads a 4-D tensor as an image. Floating tensors are float32, float16 or bfloat16; state (x_hat, y_hat) may have another
-  of these dtypes than x. All tensors are on one device; no size is 0.
+  reads a 4-D tensor as an image. Floating tensors are float32, float16 or bfloat16; state (x_hat, y_hat) may have
+  another of these dtypes than x. All tensors are on one device; no size is 0.
 - Scales are float32 and 1-D, one per *granule*: 1 (granularity per_tensor), N = shape[0] (per_sample, per_block) or the
   number of rows (per_token; NHW order for an image).
 - `backend`: "auto", or a name, which is a demand (see `dispatch`). No gradients flow through any op.
@@ -17,8 +17,8 @@ For all ops:
 - Raises ValueError or TypeError for arguments that do not fit, `dispatch.BackendUnavailable` if no backend can do it;
   nothing is mutated then. NaN or Inf in what is to be quantised raises ValueError on the backends reference and cpu:
   before any state changes (reference), or before the state of the granule that holds it changes (cpu; other samples may
-  have been updated, so begin a new run). Backends for CUDA read no value on the host and raise nothing: there NaN and Inf
-  show in absmax and in dynamic scales, and NaN in x_hat.
+  have been updated, so begin a new run). Backends for CUDA read no value on the host and raise nothing: there NaN and
+  Inf show in absmax and in dynamic scales, and NaN in x_hat.
 """
 
 import torch
@@ -28,7 +28,8 @@ from ..quant.operands import IDENTITY, PackedWeight, Prologue, Window
 from ..quant.packing import packed_dtype, packed_width
 from ..quant.spec import granule_count
 from . import check, dispatch
-from .registry import declare, torch_must_see
+from .dispatch import torch_must_see
+from .registry import declare
 
 
 @declare(check.quantize, mutates=["x_hat"])
@@ -63,20 +64,20 @@ def quantize(
         prologue: what stands between h and x, see `Prologue`. Its norms are computed in float32 and may differ between
             backends in the last bits, and a code with it by one.
         x_hat: state of x's shape and memory format. **Mutated.**
-        scale: None, or the scales to use for the residual (static, delayed): positive and finite, one per granule, or one
-            for all.
+        scale: None, or the scales to use for the residual (static, delayed): positive and finite, one per granule, or
+            one for all.
         bits: b = 3, 4 or 8.
-        granularity: "per_tensor", "per_sample", "per_token", or, for residuals with scale None, "per_block": codes are then
-            code * multiplier with an integer multiplier per (sample, 16 consecutive rows, input channel), still int8,
-            and scale is per sample (`quant.affine.block_multipliers`); at 8 bits, and with fewer than 16 rows in a
-            sample, it equals "per_sample".
+        granularity: "per_tensor", "per_sample", "per_token", or, for residuals with scale None, "per_block": codes are
+            then code * multiplier with an integer multiplier per (sample, 16 consecutive rows, input channel), still
+            int8, and scale is per sample (`quant.affine.block_multipliers`); at 8 bits, and with fewer than 16 rows in
+            a sample, it equals "per_sample".
         clip_ratio: factor on absmax, dynamic scales only; below 1 clips the largest residuals.
         affine: without x_hat: with zero point, or symmetric.
 
     Returns:
-        codes int8, of x's shape and memory format; the scales used, float32, one per granule; and, one per granule, with
-        x_hat absmax float32 (without clip_ratio), from which `quant.affine.residual_scale` makes a delayed scale, without
-        x_hat the zero points int32.
+        codes int8, of x's shape and memory format; the scales used, float32, one per granule; and, one per granule,
+        with x_hat absmax float32 (without clip_ratio), from which `quant.affine.residual_scale` makes a delayed scale,
+        without x_hat the zero points int32.
     """
     like = h if prologue.kind != "geglu" else h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
     image = h.ndim == 4 and prologue.kind in ("identity", "group_norm")
@@ -103,7 +104,7 @@ def product(
 
     ::
 
-        sum   = scale[row] * sum_g weight_scale[col, g] * sum_{k in g} (codes[row, k] - zero_point[row]) * weight_q[col, k]
+        sum = scale[row] * sum_g weight_scale[col, g] * sum_{k in g} (codes[row, k] - zero_point[row]) * weight_q[col,k]
         with y_hat:   y_hat = float32(y_hat) + sum, rounded to y_hat's dtype          out = y_hat + skip, in out_dtype
                                         (cpu adds skip before it rounds y_hat: one rounding less, in 16-bit states)
         without:                                                      out = sum + bias[col] + skip, in out_dtype
@@ -112,9 +113,9 @@ def product(
 
     Args:
         codes: int8 [..., K], or an image [N, C, H, W] where there is a window.
-        scale: of the codes. Of rows: a length that divides their number, each scale covering as many consecutive rows. Of
-            an image: one for all, one per image, or one per pixel, which leaves the sum over K only for a pointwise window
-            (for other windows the backend reference alone takes it).
+        scale: of the codes. Of rows: a length that divides their number, each scale covering as many consecutive rows.
+            Of an image: one for all, one per image, or one per pixel, which leaves the sum over K only for a pointwise
+            window (for other windows the backend reference alone takes it).
         zero_point: int32, as many, or None for symmetric codes; not with y_hat.
         weight: see `PackedWeight`.
         y_hat: state [..., N] or [N, n, P, Q]: the product is added onto it. **Mutated.**
@@ -192,9 +193,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float, b
 def pack_weight(weight_q: Tensor, weight_bits: int, backend: str = "auto") -> Tensor:
     """Storage of weight codes in layout kpack_v1: exact, see `modiff_kernels.quant.packing`.
 
-    weight_q int8 [N, K], codes in -2^(b-1) .. 2^(b-1)-1; for a convolution K = r * s * c_in / groups in (r, s, c) order,
-    that is `weight.permute(0, 2, 3, 1).reshape(N, -1)`. Returns int8 [N, K] (8 bits), uint8 [N, ceil(K/2)] (4 bits) or
-    uint8 [N, ceil(K/4) + ceil(K/8)] (3 bits). Raises ValueError for codes out of range.
+    weight_q int8 [N, K], codes in -2^(b-1) .. 2^(b-1)-1; for a convolution K = r * s * c_in / groups in (r, s, c)
+    order, that is `weight.permute(0, 2, 3, 1).reshape(N, -1)`. Returns int8 [N, K] (8 bits), uint8 [N, ceil(K/2)] (4
+    bits) or uint8 [N, ceil(K/4) + ceil(K/8)] (3 bits). Raises ValueError for codes out of range.
     """
     n, k = weight_q.shape
     return weight_q.new_empty((n, packed_width(weight_bits, k)), dtype=packed_dtype(weight_bits))

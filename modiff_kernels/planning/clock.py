@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.config.schedule import StepSchedule
 
 LEAST_ALPHA = 2.0**-24  # of schedules that end in pure noise; diffusers' DPM-Solver takes the same
 STOCHASTIC = ("DDPM", "Ancestral", "DPMSolverSDE", "LCM", "TCD", "CMStochastic", "RePaint", "UnCLIP", "SdeVe")

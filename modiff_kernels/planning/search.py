@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, MutableMapping
 
-from modiff_kernels.planning.schedule import AXES, FORECAST, ORDERS, UPDATE, StepSchedule
+from modiff_kernels.config.schedule import AXES, FORECAST, ORDERS, UPDATE, StepSchedule
 
 PROBE_EVERY = 3  # orders and axes are compared on the rule that computes one call of so many
 

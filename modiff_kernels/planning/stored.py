@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.config.schedule import StepSchedule
 
 FILE_NAME = "modiff_schedule.json"
 SEARCH_AGAIN = "search again with `modiff calibrate --schedule`, or move the file away"

@@ -90,9 +90,9 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     image = x.ndim == 4
     memory_format = torch.channels_last if image else torch.contiguous_format
     values = granules(x.to(torch.float32).contiguous(memory_format=memory_format), 1, image)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the test would wait for the device, and cut code
-        if not all_finite(values):
-            raise ValueError("x holds NaN or Inf; look for overflow in the layers before or in the model's input")
+    may_look = x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it waits for the device
+    if may_look and not all_finite(values):
+        raise ValueError("x holds NaN or Inf; look for overflow in the layers before or in the model's input")
     codes = torch.empty_like(x, dtype=torch.int8)
     granules(codes, 1, image).copy_(quantize(values, scale, bits, zero_point))
     return codes

@@ -8,8 +8,9 @@ A file holds the state_dict of the UNet; a low-bit layer at `path` has there, in
   int32, [1] or [calls], `path.input_scale` float32 [C], `path.calibrated_bias` float32 [N].
 
 All other tensors have the dtype of the model. The metadata of every file says `modiff_format` (a version),
-`modiff_layout`, `modiff_share_edges` (the argument of `accelerate`), and `modiff_crc32`: as a JSON object, the CRC-32
-of the bytes of every tensor, little endian and row-major. Files hold tensors and text only: nothing in them is run.
+`modiff_layout`, `modiff_share_edges` (the argument share_inputs of `accelerate`), and `modiff_crc32`: as a JSON
+object, the CRC-32 of the bytes of every tensor, little endian and row-major. Files hold tensors and text only: nothing
+in them is run.
 """
 
 import json
@@ -28,7 +29,7 @@ from .spec import group_count
 FORMAT_VERSION = "1"
 FORMAT = "modiff_format"
 LAYOUT = "modiff_layout"
-SHARE_EDGES = "modiff_share_edges"
+SHARE_INPUTS = "modiff_share_edges"  # the key of version 1 of the format
 CRC32 = "modiff_crc32"
 
 WEIGHT = ".weight"
@@ -59,7 +60,7 @@ def encoded_layer(path: str, layer: CalibratedLayer) -> dict[str, Tensor]:
 
 
 def encode(
-    state_dict: Mapping[str, Tensor], layers: Mapping[str, CalibratedLayer], share_edges: bool
+    state_dict: Mapping[str, Tensor], layers: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of the files, from the state_dict of a UNet and its low-bit layers by path.
 
@@ -78,7 +79,7 @@ def encode(
     metadata = {
         FORMAT: FORMAT_VERSION,
         LAYOUT: KPACK_V1,
-        SHARE_EDGES: json.dumps(share_edges),
+        SHARE_INPUTS: json.dumps(share_inputs),
         CRC32: json.dumps(sums, sort_keys=True),
     }
     return tensors, metadata
@@ -92,7 +93,7 @@ def crc32(tensor: Tensor) -> int:
 class Checkpoint:
     """The files of one saved model. Reads their headers; `decode` gets their tensors.
 
-    share_edges: the argument of `accelerate` it was saved with. layers: those decoded so far, by path.
+    share_inputs: the argument of `accelerate` it was saved with. layers: those decoded so far, by path.
 
     ValueError, naming file and key, for files that are no safetensors, are cut off, were not written by
     `handle.save_pretrained` or by a version with another format.
@@ -100,7 +101,7 @@ class Checkpoint:
 
     def __init__(self, files: Iterable[Any]) -> None:
         self.layers: dict[str, CalibratedLayer] = {}
-        self.share_edges = True
+        self.share_inputs = True
         self._file_of: dict[str, str] = {}
         self._form: dict[str, tuple[tuple[int, ...], str]] = {}
         self._crc32: dict[str, int] = {}
@@ -211,11 +212,11 @@ class Checkpoint:
             )
         try:
             sums = json.loads(metadata[CRC32])
-            share_edges = json.loads(metadata[SHARE_EDGES])
+            share_inputs = json.loads(metadata[SHARE_INPUTS])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{file}: {CRC32!r} or {SHARE_EDGES!r} in the metadata is damaged; {_ADVICE}") from error
+            raise ValueError(f"{file}: {CRC32!r} or {SHARE_INPUTS!r} in the metadata is damaged; {_ADVICE}") from error
         for key in (key for key, at in self._file_of.items() if at == file):
             if not isinstance(sums, dict) or not isinstance(sums.get(key), int):
                 raise ValueError(f"{file}: {CRC32!r} in the metadata has no sum of {key!r}; {_ADVICE}")
             self._crc32[key] = sums[key]
-        self.share_edges = bool(share_edges)
+        self.share_inputs = bool(share_inputs)

@@ -14,8 +14,8 @@ class Prologue(NamedTuple):
 
     kind:
         "identity": x = h.
-        "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image [N, C, H, W] or tokens [N, L, C], normalised
-            over the rows of a sample and the channels of a group.
+        "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image [N, C, H, W] or tokens [N, L, C],
+            normalised over the rows of a sample and the channels of a group.
         "layer_norm": x = norm(h) over the last dimension of h [..., K].
         "geglu": x = h[..., :K] * gelu(h[..., K:]) of h [..., 2K], gelu with erf.
     gamma, beta: [C] scale and offset of the norm, or None.

@@ -9,6 +9,7 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.calibration import METHODS
 from modiff_kernels.calibration import static as static_module
+from modiff_kernels.calibration import weights as weights_module
 from modiff_kernels.cli.arguments import METHODS as CLI_METHODS
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import pack
@@ -68,7 +69,7 @@ def test_an_interrupted_calibration_goes_on(pipe, tmp_path, monkeypatch):
         mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
     assert not (tmp_path / "calibration.json").exists()
     monkeypatch.setattr(static_module, "activation_scales", real)
-    monkeypatch.setattr(static_module, "quantize_layer", lambda *args: calls.append(args))
+    monkeypatch.setattr(weights_module, "quantize_layer", lambda *args: calls.append(args))
     hook = pipe.unet.register_forward_hook(lambda *args: calls.append("unet"))
     resumed = mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
     hook.remove()
@@ -99,7 +100,7 @@ def test_what_is_saved_is_what_was_found(pipe, tmp_path):
 def test_scales_alone_for_known_codes(pipe, method, monkeypatch):
     few = {"weight_iterations": 3, "act_iterations": 2} if method == "qdiffusion" else {}
     whole = mk.calibrate(pipe, method, dataclasses.replace(STATIC, mode="quantized"), **SMALL, **few)
-    monkeypatch.setattr(static_module, "quantize_layer", lambda *args: 1 / 0)
+    monkeypatch.setattr(weights_module, "quantize_layer", lambda *args: 1 / 0)
     config = dataclasses.replace(STATIC, mode="quantized", act_bits=8)
     scales = mk.calibrate(pipe, method, config, weights=whole, **SMALL, **few)
     for path, layer in whole.layers.items():
@@ -120,10 +121,10 @@ class TestAccelerate:
         assert handle.config == STATIC
         for path, layer in handle.layers.items():
             known = result.layers[path]
-            assert torch.equal(layer.weight_scale, known.weight.scale)
-            assert torch.equal(layer.edge.static_scale, known.act_scale)
-            if layer.layout == "kpack_v1":
-                assert torch.equal(layer.weight_packed, pack(known.weight.codes, 4))
+            assert torch.equal(layer.packed.scale, known.weight.scale)
+            assert torch.equal(layer.input.static_scale, known.act_scale)
+            if layer.packed.layout == "kpack_v1":
+                assert torch.equal(layer.packed.packed, pack(known.weight.codes, 4))
         first = images(pipe)
         handle.remove()
         handle = mk.accelerate(pipe, calibration=result)
@@ -136,7 +137,7 @@ class TestAccelerate:
         for config in (mk.ModiffConfig(4, 8), mk.ModiffConfig(4, None), mk.ModiffConfig(4, 8, mode="quantized")):
             handle = mk.accelerate(pipe, config, calibration=result)
             for path, layer in handle.layers.items():
-                assert torch.equal(layer.weight_scale, result.layers[path].weight.scale)
+                assert torch.equal(layer.stored().weight.scale, result.layers[path].weight.scale)
             handle.remove()
 
     @pytest.mark.parametrize(
@@ -225,18 +226,9 @@ class TestTables:
         handle = mk.accelerate(pipe, calibration=result)
         used = []
         layer = handle.layers["mid_block.resnets.0.conv1"]
-        scale, codes = layer.edge.scale, layer.activation_codes
-
-        def used_in_codes(x):
-            x_q, scale, zero_point = codes(x)
-            used.append(scale.clone())
-            return x_q, scale, zero_point
-
-        layer.edge.scale = lambda: used.append(scale().clone()) or scale()
-        layer.activation_codes = used_in_codes
+        pipe.unet.register_forward_hook(lambda *args: used.append(layer.input.static_scale.clone()))
         images(pipe)
-        expected = result.layers["mid_block.resnets.0.conv1"].act_scale
-        assert torch.equal(torch.cat(used), expected[1:] if mode == "modulated" else expected)
+        assert torch.equal(torch.cat(used), result.layers["mid_block.resnets.0.conv1"].act_scale)
         with pytest.raises(RuntimeError, match="calibrated for the 4 UNet calls of a run, but this run has 5"):
             images(pipe, steps=5)
         handle.remove()
@@ -245,7 +237,7 @@ class TestTables:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "mes"}, "method='mes' is not known; choose one of 'minmax', 'mse'"),
+        ({"method": "mes"}, "method='mes' is not allowed; choose one of 'minmax', 'mse'"),
         ({"no_such": 1}, "method 'mse' has no option 'no_such'; its options are time_steps"),
         ({"time_steps": "often"}, "time_steps='often' is not allowed; choose one of 'uniform', 'ndtc'"),
         ({"weight_method": "best"}, "weight_method='best' is not allowed"),

@@ -10,7 +10,7 @@ def histogram_of(*parts):
     bounds = Range()
     for part in parts:
         bounds.add(part)
-    histogram = Histogram(bounds.low, bounds.high)
+    histogram = Histogram(bounds)
     for part in parts:
         histogram.add(part)
     return histogram

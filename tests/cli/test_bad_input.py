@@ -35,7 +35,7 @@ def refused(capsys, *argv):
         (["--batch", "0"], "--batch: must be at least 1"),
         (["--images", "0"], "--images: must be at least 1"),
         (["--threads", "0"], "--threads: must be at least 1"),
-        (["--seed", "-1"], "--seed: must lie in"),
+        (["--seed", "-1"], "--seed: must be at least 0 and at most"),
         (["--weight-bits", "5"], "'5' is not a supported number of bits; allowed: 3, 4, 8"),
         (["--act-bits", "16"], "'16' is not a supported number of bits; allowed: 3, 4, 8"),
         (["--device", "tpu"], "--device"),

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from modiff_kernels.cli import main
-from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.config.schedule import StepSchedule
 
 
 def calibrate(folder, out, *options):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from modiff_kernels.cli import main
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import plans
-from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.planning.roofline import Machine
 
 SAMPLING = ["--steps", "4", "--batch", "2", "--threads", "1", "--quiet"]
@@ -79,7 +79,7 @@ def test_explain_without_a_plan(unet_folder, capsys, mode):
 
 
 def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
-    """Modulated layers count 32 bits in the first of 4 calls, then 8; plain ones 8; float ones are not counted."""
+    """Modulated layers count 16 bits in the first of 4 calls, then 8; plain ones 8; float ones are not counted."""
     out = tmp_path / "c.json"
     options = ["--images", "2", "--repeats", "1", "--rows", "planned", "--plan", str(by_hand), "--json", str(out)]
     assert main(["compare", "--model", str(unet_folder), *SAMPLING, *options]) == 0
@@ -88,7 +88,7 @@ def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
     )
     modes = [layer["mode"] for layer in json.loads((tmp_path / "e.json").read_text())["layers"]]
     modulated, plain = modes.count("modulated"), modes.count("quantized")
-    expected = (modulated * (32 + 3 * 8) / 4 + plain * 8) / (modulated + plain)
+    expected = (modulated * (16 + 3 * 8) / 4 + plain * 8) / (modulated + plain)
     assert json.loads(out.read_text())["rows"][0]["average_bits"] == pytest.approx(expected)
 
 
@@ -99,7 +99,7 @@ def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
         (["calibrate", "--plan", "--speedup", "2"], "--plan: --budget-db and --speedup are for a schedule"),
         (["calibrate"], "one of the arguments --method --schedule --plan is required"),
         (["calibrate", "--plan", "--max-loss-db", "0"], "--max-loss-db: must be above 0"),
-        (["calibrate", "--plan", "--max-state-bytes", "-1"], "--max-state-bytes: must be 0 or more"),
+        (["calibrate", "--plan", "--max-state-bytes", "-1"], "--max-state-bytes: must be at least 0"),
         (["calibrate", "--plan", "--mode", "float"], "leave no low-bit mode to choose"),
         (["calibrate", "--plan", "--steps", "1"], "called the UNet 1 times"),
         (["explain", "--plan", "none.json"], "cannot read none.json as a layer plan"),

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import modiff_kernels as mk
-from modiff_kernels.cli import main, models
-from modiff_kernels.cli.arguments import UserError
-from modiff_kernels.cli.images import is_kept
+from modiff_kernels.cli import main
 from modiff_kernels.cli.sample import Process
+from modiff_kernels.evaluation import UserError, networks
+from modiff_kernels.evaluation.images import is_kept
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +103,7 @@ class TestResuming:
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
     def test_nothing_is_sampled_where_all_is_there(self, unet_folder, out, monkeypatch):
-        monkeypatch.setattr(models, "sample_images", None)
+        monkeypatch.setattr(networks, "sample_images", None)
         assert sample(unet_folder, out, "--images", "4") == 0
 
     def test_damaged_pixels(self, unet_folder, out):
@@ -203,8 +203,8 @@ class TestProcess:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        assert models.choose_device("auto", 1) == torch.device("cuda", 1)
+        assert networks.choose_device("auto", 1) == torch.device("cuda", 1)
         assert chosen == [1]
         with pytest.raises(UserError, match="process 3 on this machine has no device of its own, torch sees 2"):
-            models.choose_device("cuda", 2)
-        assert models.choose_device("cpu", 2) == torch.device("cpu")
+            networks.choose_device("cuda", 2)
+        assert networks.choose_device("cpu", 2) == torch.device("cpu")

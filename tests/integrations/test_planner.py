@@ -10,10 +10,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode
 from modiff_kernels.integrations import plan_cache, planner
 from modiff_kernels.integrations.measurement import recorded
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
 
 PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)
 STEPS = 6

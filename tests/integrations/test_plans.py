@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import modiff_kernels as mk
+from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache, plans
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.planning.layer_plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.planning.roofline import Machine
 
 FLOAT, PLAIN, MODULATED = Mode("float"), Mode("quantized", 8), Mode("modulated", 4)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 import modiff_kernels as mk
 from modiff_kernels.integrations.timesteps import HostTimesteps
-from modiff_kernels.nn.time_table import MOST_ENTRIES, ROWS
+from modiff_kernels.nn.cache import MOST_ENTRIES, ROWS
 
 STEPS = (900, 600, 300, 0)
 

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
+from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.planning.choice import choose, error_of, gains_of, reason_of, within_state
-from modiff_kernels.planning.layer_plan import LayerPlan, Mode, ModeCost, UnitPlan
 
 FLOAT, PLAIN, MODULATED = Mode("float"), Mode("quantized", 8), Mode("modulated", 4)
 ONES = {PLAIN: 1.0, MODULATED: 1.0}

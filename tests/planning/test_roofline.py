@@ -2,7 +2,7 @@
 
 import pytest
 
-from modiff_kernels.planning.layer_plan import Mode
+from modiff_kernels.config.plan import Mode
 from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
 
 H200 = Machine(float_ops=989e12, int8_ops=1979e12, bandwidth=4.8e12)

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from modiff_kernels.planning.schedule import StepSchedule
+from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.planning.search import computed_for_speedup, search
 
 WEIGHTS = [0, 5, 1, 9, 2, 8, 3, 7, 4, 20]

@@ -9,7 +9,7 @@ from ...quant.spec import GRANULARITIES
 from . import library
 
 MAX_ROW = 8192
-"""Channels of a row that a thread block holds in registers: csrc/cuda/common/quantize_plan.h kMostRowChannels."""
+"""Channels of a row that a thread block holds in registers: csrc/cuda/common/quantize_tiling.h kMostRowChannels."""
 
 MAX_ROWS = 1 << 31
 MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vectors

@@ -1,7 +1,7 @@
 """How a product is tiled: which tiles of which kernels, and how many splits along K.
 
 A call gets the measured choice of `tiles/<gpu>.json` for its shape or the nearest known one, which tools/tune_cuda.py
-makes; else the kernels choose by an estimate (csrc/cuda/sm90/plan.h, sm80/tile_config.h).
+makes; else the kernels choose by an estimate (csrc/cuda/sm90/tiling.h, sm80/tile_config.h).
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...quant.packing import KPACK_V1
-from . import quantize_plan, tiles
+from . import quantize_tiling, tiles
 
 LEAST_CAPABILITY = (8, 0)
 MAX_K = 1 << 16
@@ -50,7 +50,7 @@ def why_not(problem: Any) -> str | None:
     if problem.capability is not None and problem.capability < LEAST_CAPABILITY:
         return f"compute capability {problem.capability[0]}.{problem.capability[1]}: the kernels need 8.0 or newer"
     if problem.op == "quantize":
-        return quantize_plan.why_not(problem)
+        return quantize_tiling.why_not(problem)
     return _product_why_not(problem) if problem.op == "product" else _modulate_why_not(problem)
 
 

@@ -13,7 +13,7 @@ from .launch import Variant, recorded
 from .modulate_linear import modulate
 from .product_launch import product
 from .quantize_launch import quantize
-from .quantize_plan import MAX_ROW
+from .quantize_tiling import MAX_ROW
 from .tiles import ONE_LAUNCH, Shape, TileConfig, candidates, fits
 
 _CHANNELS = 1280  # divisible by every k-block and by 16, as in all layers that low bits pay for

@@ -35,7 +35,7 @@ from torch import Tensor
 from ...quant.operands import Prologue
 from .launch import launch
 from .quantize_kernel import tile_of_program, tile_offsets
-from .quantize_plan import Plan, next_power_of_2, tile
+from .quantize_tiling import Tiling, next_power_of_2, tile
 
 _MERGED = 2048  # elements of partial results that a program of the second kernel merges at a time
 
@@ -121,10 +121,10 @@ def merge_tile(row_blocks: int, width: int) -> tuple[int, int, int]:
 
 
 def fold_group_norm(
-    h: Tensor, norm: Prologue, plan: Plan, cleared: Tensor | None, backwards: bool
+    h: Tensor, norm: Prologue, tiling: Tiling, cleared: Tensor | None, backwards: bool
 ) -> tuple[Tensor, Tensor]:
     """a and b [N, C]. backwards: the last tile first, for a pass that runs the other way afterwards."""
-    samples, rows, channels = plan.samples, plan.rows, plan.channels
+    samples, rows, channels = tiling.samples, tiling.rows, tiling.channels
     block_r, block_c, num_warps = tile(samples, rows, channels, False, h.element_size())
     row_blocks, channel_blocks = -(-rows // block_r), -(-channels // block_c)
     partial = torch.empty((samples, row_blocks, 2, channels), dtype=torch.float32, device=h.device)
@@ -134,10 +134,10 @@ def fold_group_norm(
     )  # fmt: skip
     a, b = torch.empty((2, samples, channels), dtype=torch.float32, device=h.device)
     block_p, block_g, num_warps = merge_tile(row_blocks, channels // norm.num_groups)
-    affine = cleared is not None and cleared.shape[0] == 2 * plan.granules
+    affine = cleared is not None and cleared.shape[0] == 2 * tiling.granules
     launch(
         coefficients_kernel, (samples * norm.num_groups,), partial, norm.shift, norm.gamma, norm.beta, a, b, cleared,
-        rows, channels, plan.granules, norm.num_groups, norm.eps,
+        rows, channels, tiling.granules, norm.num_groups, norm.eps,
         BLOCK_R=block_r, BLOCK_P=block_p, BLOCK_G=block_g, AFFINE=affine, num_warps=num_warps,
     )  # fmt: skip
     return a, b

@@ -21,7 +21,7 @@ SOURCE of the scale: "given" by the caller, "reduced" by the range pass, or of t
 
 Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops; the equations are in ops/schema.py.
 A tile holds whole rows where a row must be reduced ("per_token" scales, "layer_norm"), and no more than the 16 rows of
-a block with "per_block" (quantize_plan.py).
+a block with "per_block" (quantize_tiling.py).
 
 Bytes per element (s = bytes of h, t = of x_hat), every tensor read at most once per pass:
 
@@ -35,7 +35,7 @@ for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), roundi
 patterns of non-negative float32 in int32: their maximum does not depend on the order, so that `atomic_max` is
 deterministic, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
 
-Limits: whole-row tiles reach `quantize_plan.MAX_ROW` channels.
+Limits: whole-row tiles reach `quantize_tiling.MAX_ROW` channels.
 """
 
 import triton

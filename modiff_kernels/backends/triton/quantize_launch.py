@@ -14,7 +14,7 @@ from ...quant.spec import BLOCK_ROWS
 from .launch import launch
 from .quantize_group_norm import fold_group_norm
 from .quantize_kernel import quantize_kernel, range_kernel
-from .quantize_plan import Plan, plan_of
+from .quantize_tiling import Tiling, tiling_of
 
 
 class Ranges(NamedTuple):
@@ -24,14 +24,14 @@ class Ranges(NamedTuple):
     block: Tensor | None
 
 
-def _make_ranges(plan: Plan, affine: bool, device: torch.device, zeroed: bool) -> Ranges:
+def _make_ranges(tiling: Tiling, affine: bool, device: torch.device, zeroed: bool) -> Ranges:
     """Scratch for the passes; not `zeroed`: another kernel does that and saves a launch."""
-    make = torch.zeros if zeroed and plan.granularity != "per_token" else torch.empty
-    largest = make(plan.granules * (2 if affine else 1), dtype=torch.int32, device=device)
-    if plan.granularity != "per_block":
+    make = torch.zeros if zeroed and tiling.granularity != "per_token" else torch.empty
+    largest = make(tiling.granules * (2 if affine else 1), dtype=torch.int32, device=device)
+    if tiling.granularity != "per_block":
         return Ranges(largest, None)
-    blocks = (plan.samples, -(-plan.rows // BLOCK_ROWS), plan.channels)
-    make = torch.empty if plan.block_r == BLOCK_ROWS else torch.zeros
+    blocks = (tiling.samples, -(-tiling.rows // BLOCK_ROWS), tiling.channels)
+    make = torch.empty if tiling.block_r == BLOCK_ROWS else torch.zeros
     return Ranges(largest, make(blocks, dtype=torch.int32, device=device))
 
 
@@ -51,25 +51,25 @@ def quantize(
     if kind == "geglu" and x_hat is None:
         like = h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.int8)
     affine = affine and x_hat is None
-    plan = plan_of(h, like, granularity, bits, kind)
-    source = "given" if scale is not None else "tile" if plan.granularity == "per_token" else "reduced"
-    ranges = _make_ranges(plan, affine, h.device, zeroed=kind != "group_norm")
+    tiling = tiling_of(h, like, granularity, bits, kind)
+    source = "given" if scale is not None else "tile" if tiling.granularity == "per_token" else "reduced"
+    ranges = _make_ranges(tiling, affine, h.device, zeroed=kind != "group_norm")
     if kind == "group_norm":
-        clear = None if plan.granularity == "per_token" else ranges.largest
-        a, b = fold_group_norm(h, prologue, plan, clear, backwards=source != "reduced")
-    sizes = plan.rows, plan.channels, plan.granules
+        clear = None if tiling.granularity == "per_token" else ranges.largest
+        a, b = fold_group_norm(h, prologue, tiling, clear, backwards=source != "reduced")
+    sizes = tiling.rows, tiling.channels, tiling.granules
     form: dict[str, Any] = {
-        "PROLOGUE": kind, "SILU": silu, "GRANULARITY": plan.granularity, "AFFINE": affine,
-        "BLOCK_R": plan.block_r, "BLOCK_C": plan.block_c,
+        "PROLOGUE": kind, "SILU": silu, "GRANULARITY": tiling.granularity, "AFFINE": affine,
+        "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c,
     }  # fmt: skip
     if source == "reduced":
-        launch(range_kernel, plan.grid, h, x_hat, a, b, *ranges, *sizes, eps, **form, num_warps=plan.num_warps)
+        launch(range_kernel, tiling.grid, h, x_hat, a, b, *ranges, *sizes, eps, **form, num_warps=tiling.num_warps)
     codes = torch.empty_like(like, dtype=torch.int8)
-    used = torch.empty(plan.granules, dtype=torch.float32, device=h.device)
-    zero_point = torch.empty(plan.granules, dtype=torch.int32, device=h.device) if x_hat is None else None
+    used = torch.empty(tiling.granules, dtype=torch.float32, device=h.device)
+    zero_point = torch.empty(tiling.granules, dtype=torch.int32, device=h.device) if x_hat is None else None
     launch(
-        quantize_kernel, plan.grid, h, x_hat, a, b, scale, *ranges, codes, used, zero_point,
+        quantize_kernel, tiling.grid, h, x_hat, a, b, scale, *ranges, codes, used, zero_point,
         *sizes, 0 if scale is None or scale.shape[0] == 1 else 1, eps, clip_ratio, float(1 << (bits - 1)),
-        SOURCE=source, **form, num_warps=plan.num_warps,
+        SOURCE=source, **form, num_warps=tiling.num_warps,
     )  # fmt: skip
     return codes, used, ranges.largest.view(torch.float32) if zero_point is None else zero_point

@@ -16,7 +16,7 @@ from modiff_kernels.nn.blocks.resample import FusedDownsample2D, FusedUpsample2D
 from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D
 from modiff_kernels.nn.blocks.time_projections import TimeProjections
 from modiff_kernels.nn.blocks.transformer import FusedBasicTransformerBlock, FusedFeedForward, FusedTransformer2DModel
-from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.nn.tensors import ModulationState
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED
 
 __all__ = [

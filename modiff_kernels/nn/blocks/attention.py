@@ -1,5 +1,6 @@
 """Fused attention, self and cross."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modiff_kernels import ops
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
-from modiff_kernels.nn.blocks.steps import PLAIN, GroupNorm, Prologue, constants, product, products
-from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.nn.stack import LinearStack
+from modiff_kernels.backends.reference import apply_prologue
+from modiff_kernels.nn import step
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched
+from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
+from modiff_kernels.ops import IDENTITY, Prologue
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
@@ -46,7 +48,6 @@ class FusedAttention(FusedBlock):
         self.scale = block.scale
         self.residual_connection = block.residual_connection
         self.group_norm = block.group_norm
-        self.prologue = PLAIN if block.group_norm is None else GroupNorm(block.group_norm, silu=False)
         self.is_cross_attention = block.is_cross_attention
         shared = "to_k" if self.is_cross_attention else "to_q"
         self.to_q = parts.linear("to_q", "to_q")
@@ -83,13 +84,14 @@ class FusedAttention(FusedBlock):
     ) -> Tensor:
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("self-attention without a mask is fused here; use ModiffConfig(fuse=False) to pass either")
+        prologue = group_norm(self.group_norm, silu=False)
         if x.ndim == 3:
             x = x.contiguous()
-            return self.attend(self.prologue, x, x if self.residual_connection else None)
+            return self.attend(prologue, x, x if self.residual_connection else None)
         samples, channels, height, width = x.shape
         x = x.contiguous(memory_format=torch.channels_last)
         tokens = x.permute(0, 2, 3, 1).view(samples, height * width, channels)
-        out = self.attend(self.prologue, tokens, tokens if self.residual_connection else None)
+        out = self.attend(prologue, tokens, tokens if self.residual_connection else None)
         return out.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
     def attend(
@@ -110,15 +112,24 @@ class FusedAttention(FusedBlock):
         write_out = self.state.dtype_on(x.device) != dtype
         if self.is_cross_attention:
             if encoder_hidden_states is None:
-                encoder_hidden_states = prologue.apply(x, None)
-            q = product(self.to_q, prologue, x, dtype, write_out=write_out)
-            k, v = constants(self.stacked, encoder_hidden_states)
+                encoder_hidden_states = apply_prologue(x, prologue).to(dtype)
+            q = step.run(self.to_q, prologue, x, dtype, write_out=write_out)
+            k, v = self._each(lambda layer: step.constant(layer, encoder_hidden_states))
         elif encoder_hidden_states is None:
-            q, k, v = products(self.stacked, prologue, x, dtype, write_out)
+            if isinstance(self.stacked, LinearStack):
+                q, k, v = self.stacked.split(step.run(self.stacked, prologue, x, dtype, write_out=write_out))
+            else:
+                q, k, v = step.run_each(self.stacked, prologue, x, dtype, write_out)
         else:
             raise ValueError("this self-attention got encoder_hidden_states; use ModiffConfig(fuse=False) to pass them")
         attended = self._softmax_product(q, k, v, attention_mask)
-        return product(self.to_out[0], PLAIN, attended, dtype, skip=skip)
+        return step.run(self.to_out[0], IDENTITY, attended, dtype, skip=skip)
+
+    def _each(self, output_of: Callable[[LinearStack | ModulatedLayer], Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of the stacked layers, or of each."""
+        if isinstance(self.stacked, LinearStack):
+            return self.stacked.split(output_of(self.stacked))
+        return tuple([output_of(layer) for layer in self.stacked])
 
     def _softmax_product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scale = (q.shape[-1] // self.heads) ** -0.5

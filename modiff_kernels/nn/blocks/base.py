@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from modiff_kernels import ops
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.nn.conv2d import ModulatedConv2d
-from modiff_kernels.nn.linear import ModulatedLinear
-from modiff_kernels.nn.state import ModulationState
+from modiff_kernels.nn.layer import ModulatedConv2d, ModulatedLinear
+from modiff_kernels.nn.tensors import ModulationState
+from modiff_kernels.ops import Prologue
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 Calibrated = Mapping[str, CalibratedLayer]  # by path
@@ -35,12 +35,12 @@ class Parts:
         known = self._calibrated.get(key, NOT_CALIBRATED)
         return ModulatedConv2d.from_conv2d(conv, *self._rest, key, calibrated=known)
 
-    def linear(self, name: str, edge: str | None = None) -> ModulatedLinear:
-        """The low-bit form of the Linear `name`; edge: name of the layer whose input it shares."""
+    def linear(self, name: str, shared_input: str | None = None) -> ModulatedLinear:
+        """The low-bit form of the Linear `name`; shared_input: name of the layer whose input it shares."""
         key = f"{self._path}.{name}"
-        edge = None if edge is None else f"{self._path}.{edge}"
+        shared_input = None if shared_input is None else f"{self._path}.{shared_input}"
         known = self._calibrated.get(key, NOT_CALIBRATED)
-        return ModulatedLinear.from_linear(self.block.get_submodule(name), *self._rest, key, edge, known)
+        return ModulatedLinear.from_linear(self.block.get_submodule(name), *self._rest, key, shared_input, known)
 
     def inner(self, form: type[Block], name: str) -> Block:
         """The fused form of the block `name`."""
@@ -98,6 +98,16 @@ class FusedBlock(nn.Module):
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`forward` without its checks."""
         raise NotImplementedError
+
+
+def group_norm(norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None) -> Prologue:
+    """silu?(norm(h + shift)) with the parameters that `norm` has now."""
+    return Prologue("group_norm", norm.weight, norm.bias, shift, norm.num_groups, norm.eps, silu)
+
+
+def layer_norm(norm: nn.LayerNorm) -> Prologue:
+    """norm(h) with the parameters that `norm` has now."""
+    return Prologue("layer_norm", norm.weight, norm.bias, eps=norm.eps)
 
 
 def is_untouched(*modules: nn.Module) -> bool:

@@ -1,15 +1,16 @@
 """Fused up- and down-sampling: what is done to the image before the convolution is done to its codes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modiff_kernels import ops
+from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
-from modiff_kernels.nn.blocks.steps import PLAIN, accumulate, activation, initialize, quantized, residual
-from modiff_kernels.nn.state_tensors import INITIALIZE
+from modiff_kernels.nn.step import Spread
+from modiff_kernels.ops import IDENTITY
 
 
 class FusedUpsample2D(FusedBlock):
@@ -40,19 +41,7 @@ class FusedUpsample2D(FusedBlock):
         x = x.contiguous(memory_format=torch.channels_last)
         if output_size is not None and tuple(output_size) != (2 * x.shape[2], 2 * x.shape[3]):
             return self.conv(F.interpolate(x, size=output_size, mode="nearest"))
-        layer = self.conv
-        if layer.mode == "quantized":
-            x_q, scale, zero_point = activation(layer, PLAIN, x)
-            return quantized(layer, (_repeat(x_q), scale, zero_point), None, x.dtype)
-        if self.state.action is INITIALIZE:
-            repeated = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            x_hat = torch.empty_like(repeated, dtype=self.state.dtype_on(x.device))
-            y_hat = layer.output.ensure(layer.output_shape(repeated.shape), x.dtype, x.device, layer.memory_format)
-            out = initialize(layer, repeated, x_hat, y_hat, None)
-            layer.edge.ensure(x.shape, x.dtype, x.device, layer.memory_format).copy_(x_hat[:, :, ::2, ::2])
-            return out
-        codes, scale = residual(layer, PLAIN, x, x.dtype)
-        return accumulate(layer, (_repeat(codes), scale), None, x.dtype)
+        return step.run(self.conv, IDENTITY, x, x.dtype, spread=REPEAT)
 
 
 class FusedDownsample2D(FusedBlock):
@@ -83,25 +72,24 @@ class FusedDownsample2D(FusedBlock):
 
     def run(self, x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        layer = self.conv
-        if layer.mode == "quantized":  # a zero has the code of the zero point, another one for every sample
-            codes = ops.quantize_activation(_padded(x), layer.act_bits, layer.granularity, True, layer.backend)
-            return quantized(layer, codes, None, x.dtype)
-        if self.state.action is INITIALIZE:
-            padded = _padded(x)
-            x_hat = torch.empty_like(padded, dtype=self.state.dtype_on(x.device))
-            y_hat = layer.output.ensure(layer.output_shape(padded.shape), x.dtype, x.device, layer.memory_format)
-            out = initialize(layer, padded, x_hat, y_hat, None)
-            layer.edge.ensure(x.shape, x.dtype, x.device, layer.memory_format).copy_(x_hat[:, :, :-1, :-1])
-            return out
-        codes, scale = residual(layer, PLAIN, x, x.dtype)
-        return accumulate(layer, (_padded(codes), scale), None, x.dtype)
+        if self.conv.mode == "quantized":  # a zero has the code of the zero point, another one for every sample
+            return step.run(self.conv, IDENTITY, _padded(x), x.dtype)
+        return step.run(self.conv, IDENTITY, x, x.dtype, spread=PAD)
 
 
 def _padded(image: Tensor) -> Tensor:
     return F.pad(image, (0, 1, 0, 1)).contiguous(memory_format=torch.channels_last)
 
 
-def _repeat(codes: Tensor) -> Tensor:
+def _repeated(codes: Tensor) -> Tensor:
     """int8 codes, every pixel twice in both directions, channels_last."""
-    return F.interpolate(codes.view(torch.uint8), scale_factor=2.0, mode="nearest").view(torch.int8)
+    repeated = F.interpolate(codes.view(torch.uint8), scale_factor=2.0, mode="nearest").view(torch.int8)
+    return repeated.contiguous(memory_format=torch.channels_last)
+
+
+def _with_size(shape: Sequence[int], factor: int, more: int) -> tuple[int, ...]:
+    return shape[0], shape[1], factor * shape[2] + more, factor * shape[3] + more
+
+
+REPEAT = Spread(_repeated, lambda shape: _with_size(shape, 2, 0))
+PAD = Spread(_padded, lambda shape: _with_size(shape, 1, 1))

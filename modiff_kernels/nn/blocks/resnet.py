@@ -6,18 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
-from modiff_kernels.nn.blocks.steps import (
-    PLAIN,
-    GroupNorm,
-    accumulate,
-    initialize,
-    initialize_layer,
-    product,
-    residual,
-)
+from modiff_kernels.nn import step
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched
 from modiff_kernels.nn.blocks.time_projections import TimeProjections
-from modiff_kernels.nn.state_tensors import INITIALIZE
+from modiff_kernels.ops import IDENTITY
 
 
 class FusedResnetBlock2D(FusedBlock):
@@ -55,42 +47,27 @@ class FusedResnetBlock2D(FusedBlock):
         self.time_emb_proj = block.time_emb_proj
         self.norm2 = block.norm2
         self.conv2 = parts.conv2d("conv2")
-        self.prologue1, self.prologue2 = GroupNorm(block.norm1, silu=True), GroupNorm(block.norm2, silu=True)
         self.conv_shortcut = None
         self.skip_time_act = block.skip_time_act
         self.time_projections: TimeProjections | None = None
         if block.conv_shortcut is not None:
-            shortcut = parts.conv2d("conv_shortcut")
-            if shortcut.mode == "modulated":
-                del self.state.outputs[shortcut.name]
-                shortcut.output = self.conv2.output
-            self.conv_shortcut = shortcut
+            self.conv_shortcut = parts.conv2d("conv_shortcut")
+            if self.conv_shortcut.mode == "modulated":
+                self.conv_shortcut.add_onto(self.conv2.output)
 
     def run(self, x: Tensor, temb: Tensor | None = None, *unused: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = x.dtype
-        shift = self._time_shift(temb, x.shape[0])
-        h = product(self.conv1, self.prologue1, x, dtype, write_out=False)
-        if self.conv_shortcut is None:
-            return product(self.conv2, self.prologue2, h, dtype, shift=shift, skip=x)
+        h = step.run(self.conv1, group_norm(self.norm1, True), x, dtype, write_out=False)
+        prologue = group_norm(self.norm2, True, self._time_shift(temb, x.shape[0]))
+        shortcut = self.conv_shortcut
+        if shortcut is None:
+            return step.run(self.conv2, prologue, h, dtype, skip=x)
         if self.conv2.mode == "quantized":
-            skip = product(self.conv_shortcut, PLAIN, self.conv_shortcut.scaled(x), dtype)
-            return product(self.conv2, self.prologue2, h, dtype, shift=shift, skip=skip)
-        if self.state.action is INITIALIZE:
-            return self._initialize_both(x, self.prologue2.apply(h, shift))
-        product(self.conv2, self.prologue2, h, dtype, shift=shift, write_out=False)
-        codes = residual(self.conv_shortcut, PLAIN, self.conv_shortcut.scaled(x), dtype)
-        return accumulate(self.conv_shortcut, codes, None, dtype)
-
-    def _initialize_both(self, x: Tensor, h: Tensor) -> Tensor:
-        """conv2(h) + conv_shortcut(x) on their common y_hat."""
-        out = initialize_layer(self.conv2, h)
-        layer, y_hat = self.conv_shortcut, self.conv2.output.slots[self.state.context_name].tensor
-        x_hat = layer.edge.ensure(x.shape, x.dtype, x.device, layer.memory_format)
-        shortcut = torch.empty_like(y_hat)
-        out = initialize(layer, layer.scaled(x), x_hat, shortcut, skip=out)
-        y_hat += shortcut
-        return out
+            skip = step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
+            return step.run(self.conv2, prologue, h, dtype, skip=skip)
+        step.run(self.conv2, prologue, h, dtype, write_out=False)
+        return step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
 
     def _time_shift(self, temb: Tensor | None, samples: int) -> Tensor | None:
         """The time embedding's projection [N, C], or None."""

@@ -1,19 +1,13 @@
 """Projections of the time embedding, as one product for all residual blocks."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modiff_kernels.nn.state import ModulationState
-from modiff_kernels.nn.state_tensors import tensor_version
-from modiff_kernels.nn.time_table import ROWS, one_row
-
-if TYPE_CHECKING:
-    from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D
+from modiff_kernels.nn.cache import ROWS, one_row, tensor_version
+from modiff_kernels.nn.tensors import ModulationState
 
 
 class TimeProjections:
@@ -35,9 +29,11 @@ class TimeProjections:
         self._last: tuple[Tensor | None, int, int, list[Tensor]] = (None, 0, 0, [])
 
     @staticmethod
-    def share(blocks: list[FusedResnetBlock2D]) -> None:
-        """Give blocks of one kind (same embedding width, with or without bias, same activation) common projections."""
-        kinds: dict[tuple[Any, ...], list[FusedResnetBlock2D]] = {}
+    def share(blocks: list[Any]) -> None:
+        """Give `FusedResnetBlock2D`s of one kind (same embedding width, with or without bias, same activation) common
+        projections.
+        """
+        kinds: dict[tuple[Any, ...], list[Any]] = {}
         for block in blocks:
             linear = block.time_emb_proj
             kinds.setdefault((linear.in_features, linear.bias is None, block.skip_time_act), []).append(block)

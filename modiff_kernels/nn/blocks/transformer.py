@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.attention import FusedAttention, is_plain_attention
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
-from modiff_kernels.nn.blocks.steps import GEGLU, PLAIN, GroupNorm, LayerNorm, Prologue, product
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched, layer_norm
+from modiff_kernels.ops import GEGLU, IDENTITY, Prologue
 
 
 class FusedFeedForward(FusedBlock):
@@ -41,12 +42,12 @@ class FusedFeedForward(FusedBlock):
 
     def run(self, x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
         tokens = self.net[2].canonical(x)
-        return self.feed(PLAIN, tokens, None).view(*x.shape[:-1], -1)
+        return self.feed(IDENTITY, tokens, None).view(*x.shape[:-1], -1)
 
     def feed(self, prologue: Prologue, x: Tensor, skip: Tensor | None) -> Tensor:
         """The equation above: new tokens [N, L, C] of contiguous ones."""
-        h = product(self.net[0].proj, prologue, x, x.dtype, write_out=False)
-        return product(self.net[2], GEGLU, h, x.dtype, skip=skip)
+        h = step.run(self.net[0].proj, prologue, x, x.dtype, write_out=False)
+        return step.run(self.net[2], GEGLU, h, x.dtype, skip=skip)
 
 
 class FusedBasicTransformerBlock(FusedBlock):
@@ -91,8 +92,6 @@ class FusedBasicTransformerBlock(FusedBlock):
         self.attn2 = None if block.attn2 is None else parts.inner(FusedAttention, "attn2")
         self.norm3 = block.norm3
         self.ff = parts.inner(FusedFeedForward, "ff")
-        self.prologue1, self.prologue3 = LayerNorm(block.norm1), LayerNorm(block.norm3)
-        self.prologue2 = None if block.attn2 is None else LayerNorm(block.norm2)
 
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
         """Refuses to feed tokens forward in chunks: their state belongs to all of them."""
@@ -112,10 +111,10 @@ class FusedBasicTransformerBlock(FusedBlock):
         **unused_too: Any,
     ) -> Tensor:
         h = x.contiguous()
-        h = self.attn1.attend(self.prologue1, h, h, None, attention_mask)
+        h = self.attn1.attend(layer_norm(self.norm1), h, h, None, attention_mask)
         if self.attn2 is not None:
-            h = self.attn2.attend(self.prologue2, h, h, encoder_hidden_states, encoder_attention_mask)
-        return self.ff.feed(self.prologue3, h, h)
+            h = self.attn2.attend(layer_norm(self.norm2), h, h, encoder_hidden_states, encoder_attention_mask)
+        return self.ff.feed(layer_norm(self.norm3), h, h)
 
 
 class FusedTransformer2DModel(FusedBlock):
@@ -153,7 +152,6 @@ class FusedTransformer2DModel(FusedBlock):
         self.proj_in = make("proj_in")
         self.transformer_blocks = block.transformer_blocks
         self.proj_out = make("proj_out")
-        self.prologue = GroupNorm(block.norm, silu=False)
 
     def run(
         self,
@@ -170,7 +168,7 @@ class FusedTransformer2DModel(FusedBlock):
         dtype = x.dtype
         x = x.contiguous(memory_format=torch.channels_last)
         image = _tokens(x) if self.is_linear else x
-        h = product(self.proj_in, self.prologue, image, dtype)
+        h = step.run(self.proj_in, group_norm(self.norm, silu=False), image, dtype)
         tokens = h if self.is_linear else _tokens(h)
         for block in self.transformer_blocks:
             tokens = block(
@@ -186,7 +184,7 @@ class FusedTransformer2DModel(FusedBlock):
         samples, _, height, width = x.shape
         if not self.is_linear:
             h = h.view(samples, height, width, -1).permute(0, 3, 1, 2)
-        out = product(self.proj_out, PLAIN, h, dtype, skip=image)
+        out = step.run(self.proj_out, IDENTITY, h, dtype, skip=image)
         if self.is_linear:
             out = out.view(samples, height, width, -1).permute(0, 3, 1, 2)
         if not return_dict:

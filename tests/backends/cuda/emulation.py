@@ -127,7 +127,7 @@ class ProductEmulator(Emulator):
 class HopperEmulator(Emulator):
     """emulator/hopper.cpp, the kernels of csrc/cuda/sm90 on a model of TMA, barriers and wgmma; `product` as above.
 
-    `tile`: index in csrc/cuda/sm90/plan.h, -1 for the plan's own. `seed`: of the order of threads and loads.
+    `tile`: index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own. `seed`: of the order of threads and loads.
     `prefetched`: bytes that the last call asked for ahead of its epilogue. `other`: takes what these kernels do not.
     """
 

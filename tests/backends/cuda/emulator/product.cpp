@@ -46,13 +46,13 @@ void answer(const Request& r, Launch& launch) {
   if (r.tile >= 0) call.tiling = {80, sm80::kTiles[r.tile].m, sm80::kTiles[r.tile].n, splits};
   if (r.tiling[0] != 0) {
     call.tiling = {static_cast<int>(r.tiling[0]), static_cast<int>(r.tiling[1]), static_cast<int>(r.tiling[2]),
-                static_cast<int>(r.tiling[3])};
+                   static_cast<int>(r.tiling[3])};
   }
-  const sm80::ProductPlan plan = sm80::plan_of(call, splits);
-  scratch.fill(plan.bytes);
+  const sm80::Tiling tiling = sm80::tiling_of(call, splits);
+  scratch.fill(tiling.bytes);
   call.scratch = scratch.data();
   launch.falling = r.falling != 0;
-  sm80::multiply(call, plan, launch);
+  sm80::multiply(call, tiling, launch);
   for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
   std::fflush(stdout);
 }

@@ -43,11 +43,11 @@ void answer(const Request& r, Launch& launch) {
   call.beta = parameter_of(beta.data(), static_cast<DType>(r.beta_dtype));
   call.shift = parameter_of(shift.data(), static_cast<DType>(r.shift_dtype));
 
-  const Plan plan = plan_of(p);
+  const QuantizeTiling tiling = tiling_of(p);
   codes.fill(p.samples * p.rows * (p.packed ? modiff::packed_width(p.act_bits, p.channels) : p.channels));
-  scale.fill(plan.granules * 4);
-  third.fill(plan.granules * 4);
-  scratch.fill(scratch_of(p, plan).bytes);
+  scale.fill(tiling.granules * 4);
+  third.fill(tiling.granules * 4);
+  scratch.fill(scratch_of(p, tiling).bytes);
   p.codes = static_cast<int8_t*>(codes.data());
   p.scale = static_cast<float*>(scale.data());
   p.absmax = x_hat.there ? static_cast<float*>(third.data()) : nullptr;

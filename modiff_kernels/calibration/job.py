@@ -1,0 +1,171 @@
+"""What every calibration method gets, and the options that all of them have.
+
+A method is a function `(job: Job) -> dict[str, CalibratedLayer]` with options in a frozen dataclass; `METHODS` of the
+package has them by name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modiff_kernels.calibration.data import TIME_STEPS, CalibrationData, Sampler, collect, ndtc_calls, uniform_calls
+from modiff_kernels.calibration.workspace import Workspace
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn.layer import why_not_conv2d
+from modiff_kernels.ops.check import FLOAT_DTYPES
+from modiff_kernels.quant.calibrated import CalibratedLayer
+
+T = TypeVar("T")
+Layers = dict[str, CalibratedLayer]
+LEARNT = ("act_scale", "bias")  # what methods learn besides codes and their scales
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ValueError unless `name` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"calibrate: {name}={value!r} is not allowed; choose one of {', '.join(map(repr, allowed))}")
+
+
+def choice(default: Any, allowed: Sequence[Any]) -> Any:
+    """A field of options whose value is one of `allowed`."""
+    return dataclasses.field(
+        default=default, metadata={"check": lambda name, value: check_choice(name, value, allowed)}
+    )
+
+
+def number(default: float, above: float = 0.0, most: float = math.inf, least: float | None = None) -> Any:
+    """A field of options whose value is greater than `above` (or not below `least`), and up to `most`."""
+
+    def check(name: str, value: Any) -> None:
+        if not (above < value <= most if least is None else least <= value <= most):
+            low = f"a number above {above:g}" if least is None else f"{least:g} or more"
+            high = "" if most == math.inf else f" and up to {most:g}"
+            raise ValueError(f"calibrate: {name}={value!r} is not allowed; give {low}{high}")
+
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options that all methods have. Impossible values raise ValueError.
+
+    time_steps: which calls of a run give data: "uniform" (equally spaced) or "ndtc" (PTQ4DM's clipped normal
+        distribution, see `ndtc_calls`). mean, std: of "ndtc", in parts of all training steps.
+    calls_per_sample: calls that every trajectory gives.
+    """
+
+    time_steps: str = choice("uniform", TIME_STEPS)
+    calls_per_sample: int = number(16)
+    mean: float = 0.4
+    std: float = 0.4
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "check" in field.metadata:
+                field.metadata["check"](field.name, getattr(self, field.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A layer whose input channels are quantised in parts.
+
+    group_size: of its weight. input_scale: float32 [C] that the input is multiplied by, or None.
+    """
+
+    group_size: int
+    input_scale: Tensor | None
+
+
+@dataclasses.dataclass
+class Job:
+    """One calibration: what a method works on.
+
+    unet: the full-precision network, not to be changed for good. config: what is calibrated for. options: of the
+    method's dataclass. samples: trajectories. batch: images at once. seed: the noise of trajectory i has seed + i.
+    workspace: for everything that takes long. layers: to calibrate, by path. splits: those that are quantised in parts.
+    weights: layers of an earlier calibration whose codes are to be kept, or None.
+    """
+
+    unet: nn.Module
+    sampler: Sampler
+    config: ModiffConfig
+    options: Any
+    samples: int
+    batch: int
+    seed: int
+    workspace: Workspace
+    quiet: bool
+    layers: dict[str, nn.Module]
+    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, CalibratedLayer] | None = None
+
+    @property
+    def needs_scales(self) -> bool:
+        """Whether the config asks for static activation scales."""
+        return self.config.act_bits is not None and self.config.scale_mode == "static"
+
+    def input_scale(self, path: str) -> Tensor | None:
+        """What the input channels of a layer are multiplied by before they are quantised."""
+        return self.splits[path].input_scale if path in self.splits else None
+
+    def bar(self, items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> "tqdm[T]":
+        """A progress bar around `items`."""
+        return tqdm(items, desc=description, total=total, unit=unit, disable=self.quiet, leave=False)
+
+    def batches(self, data: CalibrationData, description: str) -> Iterator[Tensor]:
+        """Batches of points behind a progress bar."""
+        yield from self.bar(list(data.batches(self.batch)), description, unit="batch")
+
+    def collected(self, calls: Tensor, description: str = "sample") -> CalibrationData:
+        """Inputs of the UNet at calls[i] (int64 [samples, k]) of trajectory i of the full-precision sampler."""
+        seeds = range(self.seed, self.seed + self.samples)
+        with self.bar((), description, total=self.samples, unit="image") as bar:
+            return collect(self.sampler, calls, seeds, self.batch, bar.update)
+
+    def data(self) -> CalibrationData:
+        """Inputs of the UNet at the time steps that the options ask for."""
+        return CalibrationData.from_tensors(self.workspace.once("data", lambda: self._collect().tensors()))
+
+    def _collect(self) -> CalibrationData:
+        options, timesteps = self.options, self.sampler.timesteps()
+        if options.time_steps == "ndtc":
+            drawn = (options.calls_per_sample, self.samples, options.mean, options.std)
+            steps = self.sampler.scheduler.config.num_train_timesteps
+            return self.collected(ndtc_calls(timesteps, steps, *drawn, self.workspace.generator("ndtc")))
+        count = min(options.calls_per_sample, len(timesteps) - 1)
+        return self.collected(uniform_calls(len(timesteps), count, self.samples))
+
+    def layers_once(self, name: str, start: Mapping[str, CalibratedLayer], compute: Callable[[], Layers]) -> Layers:
+        """compute(), kept in the workspace: `start` with other codes, weight scales, act_scale and bias."""
+
+        def tensors_of() -> dict[str, Tensor]:
+            tensors: dict[str, Tensor | None] = {}
+            for path, layer in compute().items():
+                tensors |= {f"{path}/codes": layer.weight.codes, f"{path}/scale": layer.weight.scale}
+                tensors |= {f"{path}/{name}": getattr(layer, name) for name in LEARNT}
+            return {key: value for key, value in tensors.items() if value is not None}
+
+        tensors = self.workspace.once(name, tensors_of)
+        layers = {}
+        for path, layer in start.items():
+            weight = dataclasses.replace(layer.weight, codes=tensors[f"{path}/codes"], scale=tensors[f"{path}/scale"])
+            layers[path] = dataclasses.replace(
+                layer, weight=weight, **{name: tensors.get(f"{path}/{name}") for name in LEARNT}
+            )
+        return layers
+
+
+def layers_of(unet: nn.Module, config: ModiffConfig) -> dict[str, nn.Module]:
+    """The Linear and Conv2d layers of `unet` that `config` makes low-bit, by path."""
+    return {
+        path: module
+        for path, module in unet.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        and config.skips(path) is None
+        and module.weight.dtype in FLOAT_DTYPES
+        and not (isinstance(module, nn.Conv2d) and why_not_conv2d(module))
+    }

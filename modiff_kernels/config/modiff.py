@@ -1,0 +1,236 @@
+"""`ModiffConfig`: everything `accelerate` can be told about bits, scales and state, with a JSON round trip."""
+
+import dataclasses
+import enum
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.config.schedule import StepSchedule
+from modiff_kernels.quant.spec import BITS, GRANULARITIES
+
+BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_bits": (*BITS, None),
+    "act_bits": (*BITS, None),
+    "granularity": (*GRANULARITIES, None),
+    "scale_mode": ("dynamic", "delayed", "static"),
+    "mode": ("modulated", "quantized"),
+    "backend": BACKENDS,
+    "state_dtype": ("float32", "float16", "bfloat16", None),
+    "fuse": (True, False),
+    "cuda_graphs": (True, False),
+}
+DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
+FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
+
+log = logging.getLogger(__name__)
+
+
+class QuantizationMethod(str, enum.Enum):
+    """What diffusers asks a quantization_config for; it reads `.value` too."""
+
+    MODIFF = "modiff"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModiffConfig:
+    """How the layers of a UNet are computed.
+
+    Immutable. Every impossible value raises ValueError naming the field, the value and what is allowed.
+
+    weight_bits: 3, 4, 8, or None (weights untouched; then act_bits must be None too).
+    act_bits: bits of the residual codes (mode "modulated") or activation codes ("quantized"): 3, 4, 8, or None
+        (float activations with dequantised weights: the ceiling that weight quantisation alone sets).
+    granularity: how many activation scales a tensor has: "per_tensor", "per_sample", "per_token" or "per_block" (one
+        per sample, input channel and 16 rows or pixels; dynamic scales of residuals only). None is "per_block" where it
+        can be had at 3 and 4 bits, else "per_sample". A convolution whose scale per pixel does not factor out of its
+        sum (anything but 1x1 with stride 1 and no padding) takes "per_sample" in place of "per_token".
+    scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
+        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration` or
+        static_scales; in mode "quantized" it is the scale of the activation itself.
+    state_dtype: "float32", "float16", "bfloat16" or the torch dtype; None is float32 on the CPU, float16 on CUDA.
+    group_size: None for one weight scale per output channel, else the number of weights along K that share one.
+    skip_modules: parts of module paths that stay float. A part "a.b" fits a path with consecutive names that
+        contain "a" and "b"; a number must be equal ("down_blocks.1" does not fit "down_blocks.10").
+    backend: "auto", or a backend by name, which then never falls back.
+    mode: "modulated", or "quantized" (plain low-bit layers without state: clip_ratio and state_dtype are not
+        used, and scale_mode "delayed" is "dynamic").
+    clip_ratio: above 0 and up to 1: dynamic and delayed scales cover this part of the absmax.
+    schedule: which calls of a run compute the network and what takes the place of the others: None (all do), a
+        StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U", or "auto": what `modiff calibrate` stored in
+        the model's folder for this sampler and these timesteps, else by sampler and number of calls.
+    plan: a mode for every layer or block in the place of `mode` and `act_bits`: None, a LayerPlan, the path of one as
+        JSON, or "auto": the newest one that `make_plan` has stored for this device, model and configuration, else one
+        estimated from shapes, in which what would be slower in low bits stays float.
+    max_state_bytes: with a plan: bytes that x_hat and y_hat may take; the units that gain least are not modulated.
+    fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
+        exists.
+    cuda_graphs: run the calls of a UNet on a GPU as CUDA graphs, after two warm-up calls of each kind.
+    """
+
+    weight_bits: int | None = 8
+    act_bits: int | None = 8
+    granularity: str | None = None
+    scale_mode: str = "dynamic"
+    state_dtype: str | None = None
+    group_size: int | None = None
+    skip_modules: tuple[str, ...] = DEFAULT_SKIP_MODULES
+    backend: str = "auto"
+    mode: str = "modulated"
+    clip_ratio: float = 1.0
+    fuse: bool = True
+    schedule: StepSchedule | str | None = None
+    plan: LayerPlan | str | None = None
+    max_state_bytes: int | None = None
+    cuda_graphs: bool = False
+    first_step_bits: dataclasses.InitVar[int | None] = None  # gone; refused with the reason
+
+    quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODIFF
+
+    def __post_init__(self, first_step_bits: int | None) -> None:
+        if first_step_bits is not None:
+            raise _error("first_step_bits", first_step_bits, f"nothing: {FIRST_CALL}")
+        if self.state_dtype is not None:
+            object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
+        for field, allowed in CHOICES.items():
+            _check_choice(field, getattr(self, field), allowed)
+        object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
+        object.__setattr__(self, "plan", _checked_plan(self.plan))
+        object.__setattr__(self, "skip_modules", _checked_skip_modules(self.skip_modules))
+        limit = self.max_state_bytes
+        if limit is not None and not (_is_int(limit) and limit >= 0):
+            raise _error("max_state_bytes", limit, "a number of bytes, 0 or more, or None for no limit")
+        if limit is not None and self.plan is None:
+            raise _error("max_state_bytes", limit, "None without a plan; plan='auto' or a plan says what to leave out")
+        if self.group_size is not None and not (_is_int(self.group_size) and self.group_size > 0):
+            raise _error("group_size", self.group_size, "a positive number, or None for one scale per output channel")
+        if not (_is_number(self.clip_ratio) and 0.0 < self.clip_ratio <= 1.0):
+            raise _error("clip_ratio", self.clip_ratio, "a number above 0 and up to 1")
+        object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
+        if self.granularity == "per_block" and self.scale_mode != "dynamic":
+            raise _error(
+                "granularity", self.granularity, f"another one, or scale_mode='dynamic' (got {self.scale_mode!r})"
+            )
+        if self.weight_bits is None and self.act_bits is not None:
+            raise _error(
+                "act_bits",
+                self.act_bits,
+                "None as long as weight_bits is None: integer kernels need quantised weights (weight_bits 3, 4 or 8)",
+            )
+
+    @property
+    def layer_granularity(self) -> str:
+        """The granularity that layers use: `granularity`, or what None stands for."""
+        blockwise = self.mode == "modulated" and self.scale_mode == "dynamic" and self.act_bits in (3, 4)
+        if self.granularity is None:
+            return "per_block" if blockwise else "per_sample"
+        if self.granularity == "per_block" and not blockwise:
+            return "per_sample"
+        return self.granularity
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types, and `quant_method`; `from_dict` gives an equal config back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["skip_modules"] = list(self.skip_modules)
+        values["schedule"] = None if self.schedule is None else str(self.schedule)
+        values["plan"] = json.loads(self.plan.to_json()) if isinstance(self.plan, LayerPlan) else self.plan
+        return {"quant_method": self.quant_method.value, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
+        """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError.
+
+        `first_step_bits`, which older versions wrote, is dropped, with a warning where it was a number.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
+        values = dict(values)
+        _check_choice("quant_method", values.pop("quant_method", cls.quant_method.value), (cls.quant_method.value,))
+        if (bits := values.pop("first_step_bits", None)) is not None:
+            log.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ValueError(
+                f"ModiffConfig: unknown field {', '.join(map(repr, unknown))}; the fields are {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The config as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModiffConfig":
+        """Read what `to_json` wrote; raises ValueError on text that is not a JSON object of known fields."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"ModiffConfig: the text is not JSON ({error}); give what to_json() returns") from error
+        return cls.from_dict(values)
+
+    def skips(self, path: str) -> str | None:
+        """The first of `skip_modules` that fits the dotted module path, or None."""
+        names = path.split(".")
+        for pattern in self.skip_modules:
+            parts = pattern.split(".")
+            for start in range(len(names) - len(parts) + 1):
+                if all(_fits(part, name) for part, name in zip(parts, names[start:])):
+                    return pattern
+        return None
+
+
+def _fits(part: str, name: str) -> bool:
+    return part == name if part.isdigit() else part in name
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_choice(field: str, value: Any, allowed: Sequence[Any]) -> None:
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+        raise _error(field, value, f"one of {', '.join(map(repr, allowed))}")
+
+
+def _checked_skip_modules(patterns: Any) -> tuple[str, ...]:
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise _error("skip_modules", patterns, "a list or tuple of parts of module paths, such as ('conv_in',)")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not all(pattern.split(".")):
+            raise _error("skip_modules", pattern, "parts of module paths without empty names, such as 'attentions.0'")
+    return tuple(patterns)
+
+
+def _checked_schedule(schedule: Any) -> StepSchedule | str | None:
+    if schedule is None or schedule == "auto" or isinstance(schedule, StepSchedule):
+        return schedule
+    if not isinstance(schedule, str):
+        raise _error("schedule", schedule, "None, 'auto', a StepSchedule or its text, such as 'forecast every=3'")
+    try:
+        return StepSchedule.parse(schedule)
+    except ValueError as error:
+        raise _error("schedule", schedule, f"None, 'auto' or the text of a StepSchedule ({error})") from error
+
+
+def _checked_plan(plan: Any) -> LayerPlan | str | None:
+    if plan is None or isinstance(plan, LayerPlan):
+        return plan
+    if isinstance(plan, Mapping):
+        return LayerPlan.from_json(json.dumps(plan))
+    if not isinstance(plan, (str, os.PathLike)) or not str(plan):
+        raise _error("plan", plan, "None, 'auto', a LayerPlan or the path of one as JSON")
+    return str(plan)
+
+
+def _error(field: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"ModiffConfig: {field}={value!r} is not allowed; give {allowed}")

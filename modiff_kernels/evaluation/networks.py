@@ -1,0 +1,268 @@
+"""Loading a network named on a command line, and sampling from it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import modiff_kernels as mk
+from modiff_kernels.evaluation import SCHEDULERS, UserError
+from modiff_kernels.integrations.measurement import share_copy
+from modiff_kernels.models import SHIPPED, shipped_model_path
+
+__all__ = [
+    "Model",
+    "check_steps",
+    "choose_device",
+    "load_model",
+    "make_scheduler",
+    "open_model",
+    "quiet_libraries",
+    "sample_images",
+    "share_copy",
+]
+
+
+@dataclass
+class Model:
+    """A UNet and what it takes to sample from it.
+
+    `pipe` is None for an unconditional UNet on pixels, which is sampled by the loop in this module, and otherwise the
+    pipeline that holds the UNet. `handle` is that of a UNet that was saved in low bits, else None.
+    """
+
+    name: str
+    unet: Any
+    scheduler_config: dict[str, Any]
+    pipe: Any = None
+    prompt: str | None = None
+    handle: mk.Handle | None = None
+
+
+def open_model(args: argparse.Namespace, low_bit: bool = False, local: int | None = None) -> Model:
+    """The model that --model, --prompt, --device and --threads stand for; the others as `load_model` takes them."""
+    quiet_libraries()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
+
+
+def choose_device(name: str, local: int | None = None) -> torch.device:
+    """The device of --device; `local` is the number of this process on its machine, where there are several."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cuda" or local is None:
+        return torch.device(name)
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local + 1} on this machine has no device of its own, torch sees {torch.cuda.device_count()}; "
+            "start as many processes as devices, or give --device cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device(name, local)
+
+
+def import_diffusers() -> Any:
+    """The module. UserError where it is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(f"diffusers cannot be imported ({error}); pip install 'modiff-kernels[diffusers]'") from error
+    return diffusers
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"cannot read {path}: not a JSON object")
+    return config
+
+
+def _find_folder(name: str | None) -> tuple[str, Path]:
+    """Name for reports and local folder of --model; a hub id is downloaded first."""
+    if name is None or name == SHIPPED:
+        return SHIPPED, shipped_model_path()
+    if Path(name).is_dir():
+        return Path(name).resolve().name, Path(name)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise UserError(f"--model {name}: no such folder; give a diffusers folder, a hub id (owner/name) or {SHIPPED}")
+    diffusers = import_diffusers()
+    try:
+        return name, Path(diffusers.DiffusionPipeline.download(name))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--model {name}: no such folder, and no pipeline of this name could be had from the hub ({reason})"
+        ) from error
+
+
+def load_model(name: str | None, prompt: str | None, device: torch.device, low_bit: bool = False) -> Model:
+    """Load --model in float32 onto `device`. UserError for what cannot be loaded or sampled, and for NaN weights.
+
+    low_bit: whether a UNet that was saved in low bits will do.
+    """
+    label, folder = _find_folder(name)
+    diffusers = import_diffusers()
+    where = f"--model {folder}"
+    unet_folder, with_pipe = folder, False
+    if (folder / "model_index.json").is_file():
+        parts = {key for key in _read_config(folder / "model_index.json") if not key.startswith("_")}
+        if "unet" not in parts:
+            held = ", ".join(sorted(parts))
+            raise UserError(f"{where}: the pipeline holds no unet (it holds {held}); only UNets can be sampled")
+        unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+        with_pipe = not parts <= {"unet", "scheduler"}
+    elif not (folder / "config.json").is_file():
+        raise UserError(f"{where}: neither config.json (a UNet) nor model_index.json (a pipeline) in this folder")
+    unet_config = _read_config(unet_folder / "config.json")
+    method = (unet_config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and not (low_bit and method == mk.ModiffConfig.quant_method.value):
+        raise UserError(f"{where}: was saved in low bits ({method}); give the model in full precision")
+    kind = unet_config.get("_class_name")
+    if not with_pipe and kind != "UNet2DModel":
+        raise UserError(f"{where}: a {kind} cannot be sampled by itself; give the folder of its pipeline")
+    loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
+    try:
+        loaded = loader.from_pretrained(place, torch_dtype=torch.float32).to(device)
+    except Exception as error:
+        raise UserError(f"{where}: diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
+    unet = loaded.unet if with_pipe else loaded
+    for key, parameter in unet.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{where}: parameter {key} holds NaN or Inf; repair or re-download the model")
+    if with_pipe:
+        if "prompt" in inspect.signature(loaded.__call__).parameters and prompt is None:
+            raise UserError(f"{where}: {type(loaded).__name__} takes a text; give --prompt")
+        scheduler_config = dict(loaded.scheduler.config)
+    else:
+        if unet.config.out_channels != unet.config.in_channels:
+            raise UserError(
+                f"{where}: {unet.config.in_channels} input and {unet.config.out_channels} output channels; only UNets "
+                "that predict the noise alone can be sampled (no learned variance)"
+            )
+        if prompt is not None:
+            raise UserError(f"--prompt: {label} takes no text")
+        scheduler_config = _scheduler_config(folder)
+    handle = None if method is None else mk.accelerate(unet)
+    pipe = loaded if with_pipe else None
+    return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
+
+
+def _scheduler_config(folder: Path) -> dict[str, Any]:
+    """Noise schedule of a UNet folder: its own, or the linear one of DDPM."""
+    for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
+        if path.is_file():
+            return _read_config(path)
+    return {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def make_scheduler(model: Model, name: str, **more: Any):
+    """A fresh diffusers scheduler on the noise schedule of the model; `more` options are those of its class."""
+    of_samplers: dict[str, dict[str, Any]] = {
+        "pndm": {"skip_prk_steps": True},
+        "dpmsolver++": {"algorithm_type": "dpmsolver++"},
+    }
+    options = of_samplers.get(name, {})
+    if model.pipe is None and name in ("ddim", "ddpm"):
+        options = {"clip_sample": True}
+    config = {key: value for key, value in model.scheduler_config.items() if not key.startswith("_")}
+    return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **{**options, **more})
+
+
+def check_steps(model: Model, scheduler: str, steps: int) -> int:
+    """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them."""
+    schedule = make_scheduler(model, scheduler)
+    longest = schedule.config.num_train_timesteps
+    if steps > longest:
+        raise UserError(f"--steps {steps}: the model was trained on {longest} steps; give at most {longest}")
+    try:
+        schedule.set_timesteps(steps)
+    except Exception as error:
+        raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
+    return len(schedule.timesteps)
+
+
+def sample_images(
+    model: Model,
+    unet: Any,
+    scheduler: str,
+    steps: int,
+    seeds: Sequence[int],
+    channels_last: bool = True,
+    run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    on_step: Callable[[], None] = lambda: None,
+    scheduler_options: Mapping[str, Any] | None = None,
+) -> np.ndarray:
+    """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i].
+
+    `unet` takes the place of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is
+    called after each of them (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them.
+    """
+    device = next(model.unet.parameters()).device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
+    if model.pipe is not None:
+        return _sample_pipeline(model, unet, schedule, steps, generators, run)
+    config = unet.config
+    size = config.sample_size
+    if size is None:
+        raise UserError("the UNet's config.json has no sample_size; add it")
+    shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    conditions = {}
+    if config.num_class_embeds is not None:
+        conditions["class_labels"] = torch.tensor([seed % config.num_class_embeds for seed in seeds], device=device)
+    extra = {"generator": generators} if "generator" in inspect.signature(schedule.step).parameters else {}
+    with torch.inference_mode(), run(schedule):
+        schedule.set_timesteps(steps, device=device)
+        x = x * schedule.init_noise_sigma
+        for t in schedule.timesteps:
+            predicted = unet(schedule.scale_model_input(x, t), t, return_dict=False, **conditions)[0]
+            x = schedule.step(predicted, t, x, return_dict=False, **extra)[0]
+            on_step()
+        return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def _sample_pipeline(model: Model, unet, schedule, steps, generators, run) -> np.ndarray:
+    pipe = model.pipe
+    pipe.unet, pipe.scheduler = unet, schedule
+    pipe.set_progress_bar_config(disable=True)
+    accepted = inspect.signature(pipe.__call__).parameters
+    options: dict[str, Any] = {"num_inference_steps": steps, "generator": generators, "output_type": "np"}
+    if model.prompt is not None:
+        options["prompt"] = [model.prompt] * len(generators)
+    elif "batch_size" in accepted:
+        options["batch_size"] = len(generators)
+    elif "class_labels" in accepted:
+        options["class_labels"] = [generator.initial_seed() % 1000 for generator in generators]
+    with run(schedule):
+        images = pipe(**{key: value for key, value in options.items() if key in accepted}).images
+    return np.asarray(images, dtype=np.float32)
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars, advice and logged errors of other libraries out of the terminal; exceptions tell enough."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    diffusers = import_diffusers()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+    diffusers.utils.logging.disable_progress_bar()

@@ -1,0 +1,107 @@
+"""`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out
+again.
+
+Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and
+announces the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is
+not imported.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from modiff_kernels.calibration.result import CalibrationResult, read_result
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.integrations.handle import LOADED_HANDLE, Handle, check_graphs, is_accelerated
+from modiff_kernels.integrations.plans import plan_of
+from modiff_kernels.integrations.replacements import calibrated_layers, replacements_of, require_calibrated
+
+
+def accelerate(
+    target: Any,
+    config: ModiffConfig | None = None,
+    *,
+    calibration: CalibrationResult | str | Path | None = None,
+    static_scales: Mapping[str, Tensor | float] | None = None,
+    share_inputs: bool = True,
+) -> "Handle":
+    """Replace the Linear and Conv2d layers of a UNet in place; returns the handle that explains and removes it all.
+
+    target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
+    (UNet2DModel, UNet2DConditionModel or another module with a 4-D sample as first argument; runs are opened with
+    `with handle.sampling_run():`). calibration: a CalibrationResult or its folder: weight codes and, for scale_mode
+    "static", activation scales; config None is then the one it was calibrated for. static_scales: scale per layer path
+    for scale_mode "static", without a calibration.
+    share_inputs: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
+
+    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
+    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
+    pipeline begins the runs from now on. The other arguments must be left out then.
+
+    The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
+    stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
+    to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
+    UNet is accelerated already, BackendUnavailable if config.backend cannot do it.
+    """
+    unet, pipe = _unet_and_pipe(target)
+    if LOADED_HANDLE in unet.__dict__:
+        if (config, calibration, static_scales) != (None, None, None) or not share_inputs:
+            raise ValueError(
+                f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
+                "loaded with; leave out the other arguments, or call remove() on the handle before"
+            )
+        loaded: Handle = unet.__dict__[LOADED_HANDLE]
+        if pipe is not None:
+            loaded.attach(pipe)
+        return loaded
+    result = None if calibration is None else read_result(calibration)
+    if config is None:
+        config = ModiffConfig() if result is None else result.config
+    if not isinstance(config, ModiffConfig):
+        raise TypeError(
+            f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
+            "dict)"
+        )
+    _refuse_accelerated(unet)
+    if config.cuda_graphs:
+        check_graphs(unet, config.schedule)
+    calibrated = calibrated_layers(config, result, static_scales or {})
+    layer_plan = plan_of(unet, config, calibrated, share_inputs)
+    replaced = replacements_of(unet, config, calibrated, share_inputs, layer_plan)
+    if result is not None:
+        require_calibrated(replaced, result)
+    handle = Handle(unet, pipe, config, replaced, layer_plan, share_inputs)
+    handle.install()
+    return handle
+
+
+def resolve(target: Any) -> tuple[nn.Module, Any]:
+    """The UNet of `target`, and the pipeline around it or None.
+
+    TypeError for anything else, RuntimeError for a UNet that is accelerated already.
+    """
+    unet, pipe = _unet_and_pipe(target)
+    _refuse_accelerated(unet)
+    return unet, pipe
+
+
+def _unet_and_pipe(target: Any) -> tuple[nn.Module, Any]:
+    unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
+    if not isinstance(unet, nn.Module):
+        raise TypeError(
+            f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) or a pipeline with a `unet`; "
+            f"pipelines built on a transformer are not supported"
+        )
+    if hasattr(unet, "_orig_mod"):
+        raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
+    return unet, pipe
+
+
+def _refuse_accelerated(unet: nn.Module) -> None:
+    if is_accelerated(unet):
+        raise RuntimeError(
+            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
+            "before"
+        )

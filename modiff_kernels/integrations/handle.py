@@ -1,0 +1,397 @@
+"""`Handle`: what `accelerate` did to one UNet, the runs on it, and the way back."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.config import ModiffConfig
+from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.integrations.forward import UNetForward
+from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
+from modiff_kernels.integrations.hooks import (
+    SetTimesteps,
+    answer_dtype_quickly,
+    refuse_changes_of_layers,
+    set_attribute,
+    set_module,
+)
+from modiff_kernels.integrations.plans import plan_text
+from modiff_kernels.integrations.replacements import Replacements
+from modiff_kernels.integrations.scheduled import ScheduledUNet
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.adapters import is_adapter
+from modiff_kernels.nn.blocks import covering
+from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.nn.run import DEFAULT_CONTEXT
+from modiff_kernels.planning.stored import beside
+
+logger = logging.getLogger("modiff_kernels")
+
+LOADED_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
+
+_accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """One line of `Handle.explain`: what became of a Linear or Conv2d. reason: why it is float, else empty."""
+
+    name: str
+    kind: str
+    shape: str
+    mode: str
+    bits: str
+    backend: str
+    reason: str
+
+
+class Handle:
+    """What `accelerate` did to one UNet.
+
+    config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
+    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_inputs: as `accelerate` got
+    it.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        pipe: Any,
+        config: ModiffConfig,
+        replaced: Replacements,
+        plan: LayerPlan | None,
+        share_inputs: bool,
+    ) -> None:
+        self.unet = unet
+        self.pipe = pipe
+        self.config = config
+        self.plan = plan
+        self.share_inputs = share_inputs
+        self.state = replaced.state
+        self.layers = replaced.layers
+        self.replaced = replaced
+        self._untouched = plan is not None and not replaced.replacements
+        self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
+        self._seen: tuple[torch.Size, str] | None = None
+        self._set_timesteps: SetTimesteps | None = None
+        self._own_runs: list[tuple[int | None, Any]] = []
+        self._forward = UNetForward(
+            unet, self.state, GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
+        )
+        self._scheduled: ScheduledUNet | None = None
+        if config.schedule is not None:
+            stored = beside(unet, pipe) if config.schedule == "auto" else None
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run, stored)
+        self._undo: contextlib.ExitStack | None = None
+
+    def sampling_run(
+        self, num_calls: int | None = None, scheduler: Any = None
+    ) -> contextlib.AbstractContextManager[ModulationState]:
+        """One run of an own sampler: all UNet calls of one picture go inside.
+
+        num_calls: more of them raise. scheduler: the one that samples; a step schedule reads its timesteps and noise
+        levels at the first call, so `set_timesteps` may come inside. On a GPU, set them before: the embeddings of
+        timesteps that are known when the run begins are kept from run to run.
+        """
+        self._require_active()
+        return self._own_run(num_calls, scheduler)
+
+    def context(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A trajectory of its own for the UNet calls inside: "cond" and "uncond" for guidance in two passes."""
+        self._require_active()
+        return self.state.context(name)
+
+    def wrap_scheduler(self) -> None:
+        """Let the scheduler that the pipeline has now begin the runs. Call it after replacing `pipe.scheduler`."""
+        self._require_active()
+        if self.pipe is None:
+            raise RuntimeError(
+                "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
+                "with `with handle.sampling_run():`"
+            )
+        self.attach(self.pipe)
+
+    def remove(self) -> None:
+        """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
+        if self._undo is not None:
+            self.state.release()
+            undo, self._undo = self._undo, None
+            undo.close()
+
+    def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
+        """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
+
+        config.json gets this handle's config as `quantization_config`; the safetensors files hold codes and scales of
+        the low-bit layers, static activation scales where there are some, and all other parameters in their own dtype
+        (`quant.checkpoint` has the format). More than `max_shard_size` (bytes, or text such as "5GB") goes into several
+        files. Files of an earlier save there are replaced. The state of a run is not saved.
+
+        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
+        """
+        self._require_active()
+        from modiff_kernels.integrations.saving import save  # which imports diffusers
+
+        save(self, directory, max_shard_size)
+
+    def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
+        """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        self._undo.callback(on_remove, self.unet)
+        set_attribute(self.unet, LOADED_HANDLE, self, self._undo)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
+
+        In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
+        first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
+        between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
+
+        Where neither backend, mode nor options are given, inductor does not look at the attributes of torch's own
+        layers before every call, and calls the kernels from C++ on the CPU (torch 2.13); both save time on the host.
+        """
+        self._require_active()
+        self._forward.compile(**options)
+
+    def rows(self) -> list[LayerRow]:
+        """What became of every Linear and Conv2d of the original UNet, in its order."""
+        return [self._row(path, module) for path, module in self.replaced.originals.items()]
+
+    def explain(self) -> str:
+        """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
+        rows = self.rows()
+        fields = [field.name for field in dataclasses.fields(LayerRow)]
+        cells = [fields, *[[getattr(row, field) for field in fields] for row in rows]]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+        low_bit = sum(row.mode != "float" for row in rows)
+        summary = (
+            f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
+            f"state {self.state.nbytes() / 2**20:.1f} MiB"
+        )
+        if self.state.time_table is not None:
+            summary += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
+        if self._scheduled is not None:
+            summary += f"\nschedule: {self.explain_schedule()}"
+        if self.plan is not None:
+            summary += f"\n{self.explain_plan()}\n"
+        if self._forward.graphs is not None:
+            summary += f"\n{self._forward.graphs.describe()}"
+        return "\n".join([summary, *lines])
+
+    def explain_plan(self) -> str:
+        """The layer plan as `plan_text` shows it; empty without a plan."""
+        return "" if self.plan is None else plan_text(self.plan)
+
+    def set_schedule(self, schedule: StepSchedule | None) -> None:
+        """Take another schedule, or None, from the next run on.
+
+        RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than the one it got.
+        """
+        self._require_active()
+        if self.config.cuda_graphs:
+            check_graphs(self.unet, schedule)
+        if self._scheduled is None:
+            raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
+        self._scheduled.set_schedule(schedule)
+
+    def explain_schedule(self) -> str:
+        """The step schedule, what it skips, and what the calls of the last run did; empty without a schedule."""
+        return "" if self._scheduled is None else self._scheduled.describe()
+
+    def actions(self, context: str = DEFAULT_CONTEXT) -> tuple[str, ...]:
+        """What the calls of the last run did in `context`: "update", "hold", "forecast", "deep-hold" or
+        "deep-forecast"; empty without a schedule."""
+        trajectory = self.state.trajectories.get(context)
+        return () if trajectory is None else tuple([ACTION_NAMES[letter] for letter in trajectory.done])
+
+    def skipped_calls(self, path: str, context: str = DEFAULT_CONTEXT) -> int:
+        """How many calls of the last run in `context` did not compute the module at `path`."""
+        if self._scheduled is None or context not in self.state.trajectories:
+            return 0
+        return self._scheduled.skipped_calls(path, context)
+
+    @contextlib.contextmanager
+    def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:
+        with self.state.sampling_run(num_calls):
+            self._own_runs.append((num_calls, scheduler))
+            self._forward.timesteps.announce(scheduler)
+            try:
+                yield self.state
+            finally:
+                self._own_runs.pop()
+
+    def _layout_of_run(self) -> tuple[int | None, Any]:
+        """Number of calls and scheduler of this run, None for what is not known."""
+        if self._own_runs or self._set_timesteps is None:
+            return self._own_runs[-1] if self._own_runs else (None, None)
+        return None, self._set_timesteps.scheduler
+
+    def _require_active(self) -> None:
+        if self._undo is None:
+            raise RuntimeError("this handle was removed; call accelerate() again")
+
+    def install(self) -> None:
+        """Put everything in; on any error nothing is left of it."""
+        with contextlib.ExitStack() as undo:
+            self._put_in(undo)
+            self._undo = undo.pop_all()
+
+    def _put_in(self, undo: contextlib.ExitStack) -> None:
+        unet = self.unet
+        _accelerated.add(unet)
+        undo.callback(_accelerated.discard, unet)
+        for path, module in self.replaced.replacements.items():
+            undo.callback(set_module, unet, path, set_module(unet, path, module))
+        undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
+        set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
+        refuse_changes_of_layers(unet, undo)
+        self._forward.install(undo)
+        answer_dtype_quickly(unet, undo)
+        if not self._untouched:
+            self._forward.keep_time_table(undo)
+        if self._scheduled is not None:
+            self._scheduled.install(undo)
+        undo.callback(self._detach)
+        if self.pipe is not None:
+            self.attach(self.pipe)
+
+    def attach(self, pipe: Any) -> None:
+        """Let the scheduler of `pipe` begin the runs."""
+        wrapper = SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
+        self._detach()
+        self.pipe, self._set_timesteps = pipe, wrapper
+        wrapper.install()
+
+    def _detach(self) -> None:
+        if self._set_timesteps is not None:
+            self._set_timesteps.restore()
+
+    def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if (
+            self._set_timesteps is not None
+            and self.state.needs_run
+            and not self._own_runs
+            and not self._set_timesteps.is_on(self.pipe)
+        ):
+            raise RuntimeError(
+                "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
+                "handle.wrap_scheduler() once after the change, before set_timesteps()"
+            )
+        if self._planned_shape is not None:
+            self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
+        self._begin_call(unet)
+        if self._untouched:
+            return args, kwargs
+        if args:
+            return (channels_last(args[0]), *args[1:]), kwargs
+        return args, {name: channels_last(value) for name, value in kwargs.items()}
+
+    def _begin_call(self, unet: nn.Module) -> None:
+        try:
+            self.state.begin_call()
+        except RuntimeError as error:
+            if self._set_timesteps is not None or LOADED_HANDLE not in unet.__dict__:
+                raise
+            raise RuntimeError(
+                f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
+                "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
+            ) from error
+
+    def _leave(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self.state.end_call(failed=output is None)
+        return output if self._untouched else _contiguous(output)
+
+    def _look_at_shape(self, shape: torch.Size) -> None:
+        """Where the shape is not the one that the plan was made for: warn once, refuse more state than is allowed."""
+        if (shape, self.state.context_name) == self._seen:
+            return
+        limit, contexts = self.config.max_state_bytes, {*self.state.contexts(), self.state.context_name}
+        needed = self.plan.state_bytes * math.prod(shape) / math.prod(self._planned_shape) * len(contexts)
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"max_state_bytes={limit}: a sample {tuple(shape)} in {len(contexts)} context(s) needs about "
+                f"{needed:.0f} bytes of state, the plan was made for {tuple(self._planned_shape)}; give a plan for "
+                "this shape (make_plan), or a higher limit"
+            )
+        if tuple(shape) != tuple(self._planned_shape) and self._seen is None:
+            logger.warning(
+                "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these",
+                tuple(self._planned_shape),
+                tuple(shape),
+            )
+        self._seen = shape, self.state.context_name
+
+    def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
+        self.state.reset_after_pipeline()
+
+    def _row(self, path: str, module: nn.Module) -> LayerRow:
+        layer = self.layers.get(path)
+        shape = f"{module.weight.shape[1] * getattr(module, 'groups', 1)}->{module.weight.shape[0]}"
+        kind = "Linear"
+        if isinstance(module, nn.Conv2d):
+            kind = f"Conv2d {module.kernel_size[0]}x{module.kernel_size[1]}"
+            stride, groups = module.stride, module.groups
+            shape += f" /{stride[0]}" if stride != (1, 1) else ""
+            shape += f" groups {groups}" if groups != 1 else ""
+        if layer is not None:
+            bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
+            reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
+            return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
+        block = covering(path, self.replaced.fused)
+        if block is not None and path not in self.replaced.reasons:
+            bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
+            return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
+        return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
+
+
+def is_accelerated(unet: nn.Module) -> bool:
+    """Whether a handle is alive for `unet`, or low-bit layers are in it."""
+    return unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules())
+
+
+def check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
+    """ValueError where calls cannot be CUDA graphs."""
+    if isinstance(schedule, StepSchedule) and schedule.is_deep:
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: one of deep levels "
+            f"keeps a tensor from the middle of a call; give one of whole calls, or leave cuda_graphs out"
+        )
+    if any(is_adapter(module) for module in unet.modules()):
+        raise ValueError(
+            "ModiffConfig: cuda_graphs=True is not possible with a LoRA beside the layers, whose weight may change and "
+            "a graph would not follow; call fuse_lora() and unload_lora() before accelerate(), or leave cuda_graphs out"
+        )
+    device = next(unet.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(
+            f"ModiffConfig: cuda_graphs=True is not possible for a UNet on {device}; move it to a GPU before "
+            f"accelerate(), or leave cuda_graphs out"
+        )
+
+
+def channels_last(value: Any) -> Any:
+    """`value` in channels_last if it is a tensor of four dimensions, else as it is."""
+    if isinstance(value, Tensor) and value.ndim == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def _contiguous(output: Any) -> Any:
+    """The UNet's output with a contiguous sample: a tensor, a tuple, or an output object with a `sample`."""
+    if isinstance(output, Tensor):
+        return output.contiguous()
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return (output[0].contiguous(), *output[1:])
+    if isinstance(getattr(output, "sample", None), Tensor):
+        output.sample = output.sample.contiguous()
+    return output

@@ -1,0 +1,174 @@
+"""What `accelerate` changes on objects of diffusers while a handle is alive, each with its way back."""
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.adapters import is_adapter
+
+
+class SetTimesteps:
+    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run.
+
+    announce: gets the scheduler when its timesteps are set.
+    """
+
+    def __init__(self, scheduler: Any, state: ModulationState, announce: Callable[[Any], None]) -> None:
+        original = getattr(scheduler, "set_timesteps", None)
+        if not callable(original):
+            raise ValueError(
+                f"the pipeline's scheduler ({type(scheduler).__name__}) has no set_timesteps() to begin runs with; "
+                "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
+            )
+        functools.update_wrapper(self, original)
+        self.scheduler = scheduler
+        self._original = original
+        self._state = state
+        self._announce = announce
+        self._active = False
+        self._undo = contextlib.ExitStack()
+
+    def install(self) -> None:
+        """Put the wrapper on the scheduler."""
+        self._active = True
+        set_attribute(self.scheduler, "set_timesteps", self, self._undo)
+
+    def restore(self) -> None:
+        """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
+        self._active = False
+        outermost = self.scheduler.__dict__.get("set_timesteps")
+        while isinstance(outermost, SetTimesteps) and not outermost._active:
+            outermost._undo.close()
+            outermost = self.scheduler.__dict__.get("set_timesteps")
+
+    def is_on(self, pipe: Any) -> bool:
+        """Whether `pipe` still has the scheduler that this wraps."""
+        return pipe.scheduler is self.scheduler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._original(*args, **kwargs)
+        self._state.end_run()
+        result = self._original(*args, **kwargs)
+        self._announce(self.scheduler)
+        self._state.begin_run(len(self.scheduler.timesteps))
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.scheduler))
+        return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put `module` at `path` and return what was there."""
+    parent_path, _, name = path.rpartition(".")
+    children = root.get_submodule(parent_path)._modules
+    previous = children[name]
+    children[name] = module
+    return previous
+
+
+def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
+    """Set an instance attribute; `undo` puts back the instance's own one, or uncovers that of the class."""
+    attributes = owner.__dict__
+    if name in attributes:
+        undo.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        undo.callback(attributes.pop, name, None)
+    attributes[name] = value
+
+
+def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
+    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`.
+
+    Where another wrapper has been put over it by then, it stays and only calls through.
+    """
+    original = module.forward
+    own = module.__dict__.get("forward")
+    active = True
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs) if active else original(*args, **kwargs)
+
+    def restore() -> None:
+        nonlocal active
+        active = False
+        if module.__dict__.get("forward") is not forward:
+            return
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = forward
+    undo.callback(restore)
+
+
+REFUSED = (
+    *("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora"),
+    "fuse_qkv_projections",
+)
+"""Methods of diffusers' UNets that exchange layers, or weights without a trace."""
+REFUSED_IF_MERGED = ("disable_adapters", "disable_lora")
+"""Those that do so where fuse_lora() was called before: peft takes the LoRA out of the weights again."""
+REFUSED_BY_ADAPTERS = ("merge", "unmerge")
+"""Methods of peft's layers that change weights; pipelines call some without asking the UNet."""
+
+
+def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes."""
+
+    def refusal(name: str) -> Callable[..., None]:
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError(
+                f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
+                f"handle.remove(), then {name}(), then accelerate() again. Adapters that are there already and "
+                "not fused can be weighted and switched off and on"
+            )
+
+        return refuse
+
+    adapters = [module for module in unet.modules() if is_adapter(module)]
+    merged = any(getattr(adapter, "merged", False) for adapter in adapters)
+    names = {unet: REFUSED + REFUSED_IF_MERGED * merged, **dict.fromkeys(adapters, REFUSED_BY_ADAPTERS)}
+    for module in names:
+        for name in names[module]:
+            if callable(getattr(module, name, None)):
+                set_attribute(module, name, refusal(name), undo)
+
+
+def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let `dtype` of `unet` be that of its first floating parameter while it is called, until `undo`.
+
+    diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call,
+    which small ones feel. A property belongs to a class, so the UNet is of a subclass of its own, but only within
+    calls: pipelines look at its type (`from_pipe` takes over components of the very class it asks for). UNets that
+    have such hooks, or modules kept in float32, keep the property.
+    """
+    plain = type(unet)
+    if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):
+        return
+    if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
+        return
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    quick = type(plain.__name__, (plain,), {**names, "dtype": property(_first_floating_dtype)})
+
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        unet.__class__ = quick
+        try:
+            return original(*args, **kwargs)
+        finally:
+            unet.__class__ = plain
+
+    wrap_forward(unet, forward, undo)
+
+
+def _first_floating_dtype(module: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())

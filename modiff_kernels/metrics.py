@@ -1,0 +1,87 @@
+"""How close images or tensors are to those of full precision."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["frechet_distance", "psnr", "sqnr", "ssim"]
+
+
+def _image_pairs(images, reference) -> list[tuple[np.ndarray, np.ndarray]]:
+    images, reference = np.asarray(images), np.asarray(reference)
+    if images.shape != reference.shape:
+        raise ValueError(f"images {images.shape} and reference {reference.shape} differ in shape; make them equal")
+    if images.ndim != 4 or not images.size:
+        raise ValueError(f"images have shape {images.shape}; they must be [N, H, W, C] with N >= 1 and values in 0..1")
+    return list(zip(images.astype(np.float64), reference.astype(np.float64), strict=True))
+
+
+def psnr(images, reference) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image in dB: 10 log10(1 / mean squared error).
+
+    images, reference: float arrays [N, H, W, C] with values in 0..1. Returns float64 [N]; inf for equal images.
+    Raises ValueError on shapes that differ or are not [N, H, W, C].
+    """
+    from skimage.metrics import peak_signal_noise_ratio
+
+    with np.errstate(divide="ignore"):
+        return np.array([peak_signal_noise_ratio(b, a, data_range=1.0) for a, b in _image_pairs(images, reference)])
+
+
+def ssim(images, reference) -> np.ndarray:
+    """Structural similarity of each image, 1 where two images are equal.
+
+    images, reference: float arrays [N, H, W, C] with values in 0..1. Returns float64 [N]. The window is 7 pixels
+    wide, or the largest odd number that fits a smaller image. Raises ValueError on shapes that differ, are not
+    [N, H, W, C], or hold images below 3 pixels.
+    """
+    from skimage.metrics import structural_similarity
+
+    pairs = _image_pairs(images, reference)
+    side = min(pairs[0][0].shape[:2])
+    if side < 3:
+        raise ValueError(f"images are {side} pixels high or wide; structural similarity needs at least 3")
+    window = min(7, side - (side + 1) % 2)
+    return np.array([structural_similarity(b, a, data_range=1.0, channel_axis=-1, win_size=window) for a, b in pairs])
+
+
+def frechet_distance(features, reference) -> float:
+    """Fréchet distance between two sets of feature vectors, each taken as a normal distribution (Heusel et al., 2017)::
+
+        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+
+    features, reference: float arrays [N, F] and [M, F], N and M at least 2. With features of InceptionV3 and many
+    images it is the FID; numbers of other networks, or of few images, are not comparable with it. Computed in float64;
+    0 for equal sets up to rounding. Raises ValueError on other shapes.
+    """
+    a, b = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features {a.shape} and reference {b.shape} must be [N, F] and [M, F] with N, M >= 2")
+    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2)
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    return float(max(distance, 0.0))
+
+
+def sqnr(x: torch.Tensor, reference: torch.Tensor) -> float:
+    """Signal-to-quantisation-noise ratio in dB: 10 log10(sum(reference^2) / sum((x - reference)^2)), in float64.
+
+    x, reference: tensors of one shape, any dtype. inf where both are equal. Raises ValueError on shapes that differ.
+    """
+    if x.shape != reference.shape:
+        raise ValueError(f"x {tuple(x.shape)} and reference {tuple(reference.shape)} differ in shape")
+    reference = reference.detach().double()
+    noise = (x.detach().double() - reference).square().sum().item()
+    signal = reference.square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

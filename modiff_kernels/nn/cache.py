@@ -1,0 +1,235 @@
+"""What is computed once and kept: outputs of layers whose input does not change along a run (`KeptOutputs`), and what a
+network derives from the timestep alone (`TimeTable`).
+
+A run calls the network at the timesteps of a schedule, and the next run mostly at the same ones. Features
+(`time_proj`), embedding (`time_embedding`) and the embedding's projections in the residual blocks follow from the
+timestep and the weights, so they are a table over the schedule, filled as it is walked through.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modiff_kernels.nn.adapters import is_adapter
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """A number that grows with every in-place change of `tensor`; 0 for inference tensors, which do not count."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+@dataclasses.dataclass
+class _Kept:
+    source: Tensor | None
+    version: int
+    weight: Tensor
+    value: Tensor
+
+
+class KeptOutputs:
+    """By context and layer: the output for the tensor that the layer read last.
+
+    A tensor is the same if it is the same object, unchanged in place since (torch counts that). Values are never looked
+    at. Tensors made in torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet
+    under torch.no_grad() with tensors made outside of inference mode.
+
+    losses: grows whenever something kept is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.losses = 0
+        self._kept: dict[tuple[str, str], _Kept] = {}
+
+    def find(self, context: str, layer: str, source: Tensor, weight: Tensor) -> Tensor | None:
+        """What `keep` got for this very source and weight, if they are unchanged; else None."""
+        kept = self._kept.get((context, layer))
+        if kept is None or kept.source is not source or kept.weight is not weight:
+            return None
+        # Compiled code asks for no versions: whoever runs it has looked for changed tensors before (`expire`).
+        if not torch.compiler.is_compiling() and kept.version != source._version:
+            return None
+        return kept.value
+
+    def keep(self, context: str, layer: str, source: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """Keep `value` until source or weight change; the tensor that is kept, at the old address where it fits."""
+        if torch.compiler.is_compiling():
+            return value
+        kept = self._kept.get((context, layer))
+        if kept is not None and _alike(kept.value, value):
+            value = kept.value.copy_(value)
+        known = None if source.is_inference() else source
+        version = 0 if known is None else source._version
+        self._kept[context, layer] = _Kept(known, version, weight, value)
+        return value
+
+    def expire(self) -> None:
+        """Forget what belongs to tensors that were changed in place."""
+        for kept in self._kept.values():
+            if kept.source is not None and kept.source._version != kept.version:
+                kept.source = None
+                self.losses += 1
+
+    def forget(self) -> None:
+        """Forget all tensors; the memory of the values stays for the next ones."""
+        self.losses += 1
+        for kept in self._kept.values():
+            kept.source = None
+
+    def release(self) -> None:
+        """Free all values."""
+        self._kept.clear()
+
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return sum(kept.value.nbytes for kept in self._kept.values())
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    same = old.shape == new.shape and old.dtype is new.dtype and old.device == new.device
+    return same and old.is_inference() == new.is_inference()
+
+
+MOST_ENTRIES = 1024  # as many as the longest schedules have calls; a table that is full begins anew
+
+ROWS = 2
+"""How many rows are computed, of which one is kept: products of one row are the only ones whose order of summation
+depends on where the weights lie in memory, and with that a saved model's pictures."""
+
+Weights = list[tuple[Tensor, int, int, torch.dtype]]
+
+
+@dataclasses.dataclass
+class Entry:
+    """For one timestep and batch: features [N, F] and embedding [N, D], whose rows are one row in memory.
+
+    projections: by what projects them (`TimeProjections`), valid for its weights; tensors of one row each.
+    """
+
+    features: Tensor
+    embedding: Tensor | None = None
+    projections: dict[int, tuple[Any, list[Tensor]]] = dataclasses.field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        """Bytes in memory, of one row each."""
+        rows = [self.features[:1]] + ([] if self.embedding is None else [self.embedding[:1]])
+        return sum(row.nbytes for row in rows + [part for _, parts in self.projections.values() for part in parts])
+
+
+class _Call(threading.local):
+    """The UNet call of this thread: its number, its timestep until `time_proj` has taken it, then its entry."""
+
+    number = 0
+    timestep: float | None = None
+    entry: Entry | None = None
+
+
+class TimeTable:
+    """The table of one UNet. `time_proj` and `time_embedding` are its modules, whose forwards go through `features`
+    and `embedding`.
+
+    A call of the UNet with a known timestep stands between `begin_call` and `end_call`; all others compute as ever, as
+    does compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
+    the weights of both modules are the same, unchanged tensors, and no hook and no adapter is on them or below.
+    """
+
+    def __init__(self, time_proj: nn.Module, time_embedding: nn.Module) -> None:
+        self._modules = time_proj, time_embedding
+        self._entries: dict[tuple[float, int], Entry] = {}
+        self._weights: Weights = []
+        self._call = _Call()
+
+    def begin_call(self, timestep: float) -> None:
+        """The UNet is called with `timestep` for all samples."""
+        self._call.number += 1
+        self._call.timestep = None if torch.is_grad_enabled() else timestep
+
+    def end_call(self) -> None:
+        """The call is over."""
+        self._call.timestep = self._call.entry = None
+
+    @property
+    def call_number(self) -> int:
+        """Grows with every call of this thread."""
+        return self._call.number
+
+    def entry_of(self, embedding: Tensor) -> Entry | None:
+        """The entry of this call if `embedding` is its embedding, else None."""
+        entry = self._call.entry
+        return entry if entry is not None and entry.embedding is embedding else None
+
+    def features(self, compute: Callable[[Tensor], Tensor], timesteps: Tensor) -> Tensor:
+        """compute(timesteps) [N, F] for timesteps [N], all equal in a call that was begun; not to be written to."""
+        if torch.compiler.is_compiling() or self._call.timestep is None:
+            return compute(timesteps)
+        key = self._call.timestep, len(timesteps)
+        self._call.timestep = None
+        if timesteps.ndim != 1 or torch.is_autocast_enabled(timesteps.device.type):
+            return compute(timesteps)
+        if not self._is_current():
+            self._entries.clear()
+        if not self._weights:
+            return compute(timesteps)
+        entry = self._entries.get(key)
+        if entry is None:
+            if len(self._entries) >= MOST_ENTRIES:
+                self._entries.clear()
+            # In the dtype of the embedding's weights, to which the UNet casts it: the cast gives the same object then.
+            row = compute(timesteps[:1]).to(self._weights[-1][0].dtype)
+            entry = self._entries[key] = Entry(row.expand(len(timesteps), -1))
+        self._call.entry = entry
+        return entry.features
+
+    def embedding(self, compute: Callable[..., Tensor], features: Tensor, condition: Tensor | None = None) -> Tensor:
+        """compute(features, condition) [N, D]; not to be written to."""
+        if torch.compiler.is_compiling():
+            return compute(features, condition)
+        entry = self._call.entry
+        if entry is None or entry.features is not features or condition is not None:
+            return compute(features, condition)
+        if entry.embedding is None:
+            entry.embedding = one_row(compute(features[:1].expand(ROWS, -1))).expand(len(features), -1)
+        return entry.embedding
+
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(entry.nbytes() for entry in list(self._entries.values()))
+
+    def release(self) -> None:
+        """Forget all entries."""
+        self._entries.clear()
+
+    def _is_current(self) -> bool:
+        """Whether the weights are those of the entries; from now on they are, [] where something is in the way."""
+        old, self._weights = self._weights, _weights(self._modules)
+        pairs = zip(self._weights, old)
+        return len(self._weights) == len(old) and all(new[0] is was[0] and new[1:] == was[1:] for new, was in pairs)
+
+
+def one_row(rows: Tensor) -> Tensor:
+    """The first row of a result that has ROWS equal ones, without the memory of the others."""
+    return rows[:1].clone()
+
+
+def _weights(modules: tuple[nn.Module, ...]) -> Weights:
+    """The parameters of `modules` with all that tells whether they have changed; [] if a hook may see their calls
+    or an adapter adds to them."""
+    weights: Weights = []
+    for module in _below(*modules):
+        own_forward = "forward" in module.__dict__ and module not in modules  # that of `modules` leads here
+        if own_forward or module._forward_hooks or module._forward_pre_hooks or is_adapter(module):
+            return []
+        for weight in module._parameters.values():
+            if weight is not None:
+                weights.append((weight, tensor_version(weight), weight.data_ptr(), weight.dtype))
+    return weights
+
+
+def _below(*modules: nn.Module) -> Iterator[nn.Module]:
+    """The modules and all below them. nn.Module.modules() takes several times as long."""
+    for module in modules:
+        yield module
+        yield from _below(*module._modules.values())

@@ -1,0 +1,228 @@
+"""`Run`: the clock of one accelerated network. It says which run, call and context this is, and refuses what would
+give a wrong picture.
+
+A *run* is one sampling trajectory. In the first call of a run the layers begin their state anew, in later ones they
+update it, so beginning a run touches no memory. A *context* is an independent trajectory inside a run: two for
+classifier-free guidance in two passes. Everything here is decided on the host; nothing reads the device.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+UPDATE, HOLD, FORECAST = "update", "hold", "forecast"
+DEFAULT_CONTEXT = "default"
+
+R = TypeVar("R", bound="Run")
+
+NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipeline, or `with handle.sampling_run():`)"
+
+
+class Run:
+    """action: what this call does: "update", or "hold" or "forecast" where a schedule skips it; None outside a call.
+    is_first: whether this is the first call of its context in this run.
+    call_index: number of the call in its context and run, from 0.
+    scheduled: whether calls need a run even if nothing has a state.
+    calls_calibrated: calls of a run, where scales are tables over them; None: any number.
+
+    One thread samples at a time: the one that began the run. Every misuse raises RuntimeError; after a failed or
+    interrupted call the run is over, because its layers hold a mix of two steps.
+
+    Owners of state override `needs_run` and the methods that begin with `_on_`.
+    """
+
+    def __init__(self) -> None:
+        self.action: str | None = None
+        self.is_first = False
+        self.context_name = DEFAULT_CONTEXT
+        self.call_index = 0
+        self.scheduled = False
+        self.calls_calibrated: int | None = None
+        self._busy = threading.Lock()
+        self._caller: threading.Thread | None = None
+        self._runner: threading.Thread | None = None
+        self._calls: dict[str, int] = {}
+        self._num_calls: int | None = None
+        self._over: str | None = "no run has begun"
+
+    @property
+    def needs_run(self) -> bool:
+        """Whether a call outside a run is an error."""
+        return self.scheduled or self.calls_calibrated is not None
+
+    def _on_begin_run(self) -> None:
+        """A run begins."""
+
+    def _on_end_run(self) -> None:
+        """The run is over, or has been before."""
+
+    def _on_begin_call(self) -> None:
+        """A call that needs a run begins."""
+
+    def _on_end_call(self) -> None:
+        """A call that needs a run has ended well."""
+
+    def _on_leave_call(self) -> None:
+        """A call ends, well or not, whether it needs a run or not."""
+
+    def expect_calls(self, calls: int) -> None:
+        """From now on runs have `calls` calls: scales are given for each. ValueError if it was another number."""
+        if self.calls_calibrated not in (None, calls):
+            raise ValueError(
+                f"a table of {calls} scales, one per call, in a UNet with tables of {self.calls_calibrated}; give all "
+                "layers one table length"
+            )
+        self.calls_calibrated = calls
+
+    def begin_run(self, num_calls: int | None = None) -> None:
+        """Begin a run in this thread: the next call of every context is its first.
+
+        num_calls: calls per context that the sampler announced; one more raises. None = any number.
+        Raises RuntimeError while another thread is inside a call, and on a number other than that of calibrated tables
+        of scales.
+        """
+        if self.calls_calibrated is not None:
+            if num_calls not in (None, self.calls_calibrated):
+                raise RuntimeError(
+                    f"the scales are calibrated for the {self.calls_calibrated} UNet calls of a run, but this run has "
+                    f"{num_calls}; sample with as many steps as in calibration, or calibrate for these"
+                )
+            num_calls = self.calls_calibrated
+        with self._between_calls("begin a run"):
+            self._on_begin_run()
+            self._runner = threading.current_thread()
+            self._calls = {}
+            self._num_calls = num_calls
+            self._over = None
+
+    def end_run(self) -> None:
+        """End the run, if there is one."""
+        with self._between_calls("end a run"):
+            self._end("the run has ended")
+
+    def reset_after_pipeline(self) -> None:
+        """End the run of this thread; leave that of another live thread alone."""
+        if self._runner is threading.current_thread() or self._runner is None or not self._runner.is_alive():
+            self.end_run()
+
+    @contextlib.contextmanager
+    def sampling_run(self: R, num_calls: int | None = None) -> Iterator[R]:
+        """One run: `begin_run` on entry, `end_run` on exit."""
+        self.begin_run(num_calls)
+        try:
+            yield self
+        finally:
+            self.end_run()
+
+    @contextlib.contextmanager
+    def context(self, name: str) -> Iterator[None]:
+        """Calls inside belong to the trajectory `name`, for example "cond" and "uncond"."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"context: name={name!r} is not allowed; give a non-empty string such as 'cond'")
+        if self.action is not None:
+            raise RuntimeError("context: a UNet call is in progress; enter contexts around whole UNet calls")
+        previous, self.context_name = self.context_name, name
+        try:
+            yield
+        finally:
+            self.context_name = previous
+
+    def begin_call(self) -> None:
+        """Enter a call. Raises RuntimeError where it would give a wrong picture."""
+        if not self.needs_run:
+            return
+        thread = threading.current_thread()
+        if not self._busy.acquire(blocking=False):
+            self._refuse_or_recover("call the UNet")
+            self._busy.acquire()
+        try:
+            self._check_run(thread)
+        except RuntimeError:
+            self._busy.release()
+            raise
+        self.call_index = self._calls.get(self.context_name, 0)
+        self.is_first = self.call_index == 0
+        self.action = UPDATE
+        self._caller = thread
+        self._on_begin_call()
+
+    def end_call(self, failed: bool = False) -> None:
+        """Leave the call of this thread, if it is in one; a failed one ends the run."""
+        if self.needs_run and self._caller is not threading.current_thread():
+            return
+        self._on_leave_call()
+        if not self.needs_run:
+            return
+        if failed:
+            self._end("a UNet call failed")
+        else:
+            self._calls[self.context_name] = self.call_index + 1
+            self._on_end_call()
+        self._leave()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """One call, for layers that are used without a network around them."""
+        self.begin_call()
+        try:
+            yield
+        except BaseException:
+            self.end_call(failed=True)
+            raise
+        self.end_call()
+
+    def invalidate(self, reason: str) -> None:
+        """End the run because `reason` made its state worthless."""
+        self._end(reason)
+
+    def _check_run(self, thread: threading.Thread) -> None:
+        if self._over is not None:
+            raise RuntimeError(f"the UNet was called outside a run ({self._over}); {NEW_RUN}")
+        runner: Any = self._runner
+        if thread is not runner:
+            raise RuntimeError(
+                f"the run was begun by thread {runner.name!r} but {thread.name!r} calls the UNet; one thread "
+                f"samples with one accelerated UNet at a time: {NEW_RUN} in this thread, or give every thread its "
+                "own UNet"
+            )
+        if self._num_calls is not None and self._calls.get(self.context_name, 0) >= self._num_calls:
+            raise RuntimeError(
+                f"call {self._num_calls + 1} of the UNet in context {self.context_name!r}, but the scheduler announced "
+                f"{self._num_calls}; {NEW_RUN} for a new picture, and put passes of one step into contexts "
+                f"(`with handle.context('cond'):` and 'uncond')"
+            )
+
+    @contextlib.contextmanager
+    def _between_calls(self, what: str) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            self._refuse_or_recover(what)
+            self._busy.acquire()
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _refuse_or_recover(self, what: str) -> None:
+        """There is a call in progress. Leave it if it cannot be running any more, else raise RuntimeError."""
+        owner = self._caller
+        if owner is threading.current_thread() or (owner is not None and not owner.is_alive()):
+            self._end("a UNet call was interrupted")
+            self._leave()
+            return
+        raise RuntimeError(
+            f"cannot {what}: another thread is inside a call of this UNet; one thread samples with one accelerated "
+            "UNet at a time, give every thread its own"
+        )
+
+    def _end(self, reason: str) -> None:
+        self._on_end_run()
+        if self._over is None:
+            self._over = reason
+            self._num_calls = None
+
+    def _leave(self) -> None:
+        self.action = None
+        self.is_first = False
+        self._caller = None
+        self._busy.release()

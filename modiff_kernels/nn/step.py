@@ -1,0 +1,242 @@
+"""The one place where a layer's mode and the call of the run choose what is executed.
+
+Blocks and single layers are written as equations in `run`, which is the layer on prologue(h), plus a skip::
+
+    run(layer, prologue, h, skip=skip) = layer(prologue(h)) + skip
+
+- mode "modulated": an update of x_hat and y_hat, `ops.modulate`; in the first call of a run two of 8 bits, the second
+  on what the first left over, which together are as good as a float first call.
+- mode "quantized": the plain quantiser and the product.
+- mode "constant" (`constants`): computed when the input is another tensor than in the call before.
+
+A `layer` here is a `ModulatedLayer` or a `LinearStack`; `Layer` says what it must have.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from modiff_kernels import ops
+from modiff_kernels.nn.tensors import InputState, ModulationState, OutputState, fill_with_bias
+from modiff_kernels.ops import IDENTITY, PackedWeight, Prologue, Window
+from modiff_kernels.ops.dispatch import torch_must_see
+from modiff_kernels.ops.naive import FIRST_BITS, FIRST_UPDATES
+from modiff_kernels.quant import affine
+
+Codes = tuple[Tensor, Tensor]
+"""Residual codes and their scales."""
+
+
+class Layer(Protocol):
+    """What a step reads of a layer. kernels: what it executes without a state, by format of the input."""
+
+    name: str
+    state: ModulationState
+    mode: str
+    input: InputState | None
+    output: OutputState | None
+    packed: PackedWeight
+    bias_data: Tensor | None
+    window: Window | None
+    backend: str
+    memory_format: torch.memory_format
+    kernels: dict[Any, Callable[..., Any]]
+
+    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the output for an input of `x_shape`."""
+        ...
+
+
+class Spread(NamedTuple):
+    """What a block does to the codes of its input before the product: `codes` does it, `shape` to the shape."""
+
+    codes: Callable[[Tensor], Tensor]
+    shape: Callable[[Sequence[int]], tuple[int, ...]]
+
+
+def run(
+    layer: Layer,
+    prologue: Prologue,
+    h: Tensor,
+    dtype: torch.dtype,
+    *,
+    skip: Tensor | None = None,
+    write_out: bool = True,
+    spread: Spread | None = None,
+) -> Tensor:
+    """layer(spread(prologue(h))) + skip, in `dtype`, that of the activations around; mutates the layer's state.
+
+    h may have another dtype: that of a y_hat. write_out False: the reader takes any float dtype and changes nothing, so
+    in mode "modulated" y_hat itself is returned.
+    """
+    if layer.mode == "quantized":
+        return plain_product(layer, plain_codes(layer, prologue, h), skip, dtype, spread)
+    if layer.state.is_first or spread is not None:
+        return accumulate(layer, residual_codes(layer, prologue, h, dtype), skip, dtype, write_out, spread)
+    source: Any = layer.input
+    x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
+    held = layer.output.current()
+    scale = source.scale()
+    args = (
+        h, prologue, x_hat, scale, layer.packed, held.tensor, skip, layer.window, dtype, source.act_bits,
+        source.granularity, source.clip_ratio, write_out,
+    )  # fmt: skip
+    if torch_must_see(h):
+        out, _, absmax = ops.modulate(*args, layer.backend)
+    else:
+        kernel = held.kernels.get((layer.name, scale is None))
+        if kernel is None:
+            kernel = held.kernels[layer.name, scale is None] = ops.modulate_kernel(*args, layer.backend)
+        out, _, absmax = kernel(*args)
+    source.record(absmax)
+    return out if write_out else held.tensor
+
+
+def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dtype) -> tuple[Codes, ...]:
+    """Codes of the residual of prologue(h), for the input of `layer`: of one update, or those of a first call.
+
+    Updates x_hat.
+    """
+    source: Any = layer.input
+    x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
+    if layer.state.is_first:
+        first = (h, prologue, x_hat, None, FIRST_BITS, source.granularity, 1.0, True, layer.backend)
+        return tuple([ops.quantize(*first)[:2] for _ in range(FIRST_UPDATES)])
+    scale = source.scale()
+    args = (h, prologue, x_hat, scale, source.act_bits, source.granularity, source.clip_ratio, True)
+    kernels = source.current().kernels
+    codes, used, absmax = _repeated(kernels, (layer.name, scale is None), ops.quantize, args, layer.backend)
+    source.record(absmax)
+    return ((codes, used),)
+
+
+def accumulate(
+    layer: Layer,
+    updates: Sequence[Codes],
+    skip: Tensor | None,
+    dtype: torch.dtype,
+    write_out: bool = True,
+    spread: Spread | None = None,
+) -> Tensor:
+    """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing
+    is written."""
+    shape = updates[0][0].shape
+    out_shape = layer.output_shape(shape if spread is None else spread.shape(shape))
+    output: Any = layer.output
+    y_hat = output.ensure(out_shape, dtype, updates[0][0].device, layer.memory_format)
+    kernels = output.current().kernels
+    out = y_hat
+    for i, (codes, scale) in enumerate(updates):
+        last = i == len(updates) - 1
+        codes = codes if spread is None else spread.codes(codes)
+        args = (
+            codes, scale, None, layer.packed, y_hat, None, skip if last else None, layer.window, dtype,
+            write_out and last,
+        )  # fmt: skip
+        if layer.state.is_first:
+            out = ops.product(*args, layer.backend)
+        else:
+            out = _repeated(kernels, (layer.name, "product"), ops.product, args, layer.backend)
+    return out if write_out else y_hat
+
+
+def plain_codes(layer: Layer, prologue: Prologue, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero point of prologue(h) for a layer in mode "quantized"."""
+    source: Any = layer.input
+    if source.scale_mode == "static":
+        codes = affine.static_codes(h, source.static_scale, source.static_zero_point, source.act_bits)
+        return codes, source.static_scale, source.static_zero_point
+    args = (h, prologue, None, None, source.act_bits, source.granularity, 1.0, True)
+    key = "quantize", prologue.shift is None, h.shape, h.dtype, h.device
+    return _repeated(layer.kernels, key, ops.quantize, args, layer.backend)
+
+
+def plain_product(
+    layer: Layer,
+    codes: tuple[Tensor, Tensor, Tensor],
+    skip: Tensor | None,
+    dtype: torch.dtype,
+    spread: Spread | None = None,
+) -> Tensor:
+    """The product of plain codes, plus bias and `skip`."""
+    values, scale, zero_point = codes
+    if spread is not None:
+        values = spread.codes(values)
+    args = (values, scale, zero_point, layer.packed, None, layer.bias_data, skip, layer.window, dtype, True)
+    key = "product", skip is None, values.shape, dtype, values.device, scale.shape
+    return _repeated(layer.kernels, key, ops.product, args, layer.backend)
+
+
+def run_each(
+    layers: Sequence[Layer], prologue: Prologue, h: Tensor, dtype: torch.dtype, write_out: bool = True
+) -> tuple[Tensor, ...]:
+    """`run` of layers that share an input, which is quantised once."""
+    first = layers[0]
+    if first.mode == "quantized":
+        plain = plain_codes(first, prologue, h)
+        return tuple([plain_product(layer, plain, None, dtype) for layer in layers])
+    updates = residual_codes(first, prologue, h, dtype)
+    return tuple([accumulate(layer, updates, None, dtype, write_out) for layer in layers])
+
+
+def run_shared(layer: Layer, source: Tensor, x: Tensor) -> Tensor:
+    """`run` of a layer that finds its input by itself: x is `source` in the form of the ops.
+
+    The first reader of a shared input quantises it, the others take its codes. In the first call of a run, one that
+    reads another tensor gets an input of its own.
+    """
+    shared: Any = layer.input
+    codes = shared.shared_codes(source)
+    if codes is None:
+        modulated = layer.mode == "modulated"
+        if modulated and shared.uses:
+            if not layer.state.is_first:
+                shared.refuse_second_source()
+            layer.input = layer.state.separate_input(shared, layer.name)
+            return run(layer, IDENTITY, x, x.dtype)
+        codes = residual_codes(layer, IDENTITY, x, x.dtype) if modulated else plain_codes(layer, IDENTITY, x)
+        shared.share(source, codes)
+    if layer.mode == "quantized":
+        return plain_product(layer, codes, None, x.dtype)
+    return accumulate(layer, codes, None, x.dtype)
+
+
+def run_once(layer: Layer, x: Tensor) -> Tensor:
+    """The layer on x [..., K] as a first call of a run computes it, in x's dtype, on a state that nobody keeps."""
+    x_hat = torch.zeros_like(x, dtype=torch.float32)
+    y_hat = x_hat.new_empty(layer.output_shape(x.shape))
+    fill_with_bias(y_hat, [layer])
+    out = y_hat
+    for _ in range(FIRST_UPDATES):
+        codes, scale, _ = ops.quantize(x, IDENTITY, x_hat, None, FIRST_BITS, "per_sample", backend=layer.backend)
+        out = ops.product(
+            codes, scale, None, layer.packed, y_hat, window=layer.window, out_dtype=x.dtype, backend=layer.backend
+        )
+    return out
+
+
+def constant(layer: Layer, source: Tensor) -> Tensor:
+    """The output of a layer in mode "constant", computed when `source` is another tensor than in the call before."""
+    state, weight = layer.state, layer.packed.packed
+    value = state.kept.find(state.context_name, layer.name, source, weight)
+    if value is None:
+        value = run_once(layer, source.contiguous())
+        value = state.kept.keep(state.context_name, layer.name, source, weight, value)
+    return value
+
+
+def quantized_shape(prologue: Prologue, h: Tensor) -> Sequence[int]:
+    """Shape of prologue(h)."""
+    return (*h.shape[:-1], h.shape[-1] // 2) if prologue.kind == "geglu" else h.shape
+
+
+def _repeated(kernels: dict[Any, Callable[..., Any]], key: Any, op: Any, args: tuple[Any, ...], backend: str) -> Any:
+    """op(*args, backend), checked and given a kernel once per `key`, whose calls have tensors of the same formats."""
+    if torch_must_see(args[0]):
+        return op(*args, backend)
+    kernel = kernels.get(key)
+    if kernel is None:
+        kernel = kernels[key] = op.kernel_for(*args, backend)
+    return kernel(*args)

@@ -1,0 +1,37 @@
+"""Packed weights of layers: made from codes in the layout that the layer's backend likes best, alone or stacked."""
+
+from collections.abc import Sequence
+
+import torch
+
+from modiff_kernels import ops
+from modiff_kernels.ops import PackedWeight, Window
+from modiff_kernels.ops.problem import Problem
+from modiff_kernels.quant.calibrated import QuantizedWeight
+from modiff_kernels.quant.packing import KPACK_V1
+
+
+def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeight:
+    """The storage of `weight` for products like `problem`. Raises BackendUnavailable if nothing solves them."""
+    packed = PackedWeight(ops.pack_weight(weight.codes, weight.bits), weight.scale, weight.bits, weight.group_size)
+    layout = ops.preferred_layout(problem, backend)
+    return ops.prepare_weight(packed, problem.k, problem.window, layout)
+
+
+def stack(weights: Sequence[PackedWeight], k: int, window: Window | None = None) -> PackedWeight:
+    """Weights of one k, format and layout as one, along the output channels."""
+    portable = [ops.prepare_weight(weight, k, window, KPACK_V1) for weight in weights]
+    scale = torch.cat([weight.scale for weight in weights])
+    packed = portable[0]._replace(packed=torch.cat([weight.packed for weight in portable]), scale=scale)
+    return ops.prepare_weight(packed, k, window, weights[0].layout)
+
+
+def parts_of(stacked: PackedWeight, weights: Sequence[PackedWeight]) -> list[PackedWeight]:
+    """`weights`, which `stacked` is made of, as views of it where the layout allows it, so that nothing is stored
+    twice.
+    """
+    flat = [weight.packed.flatten() for weight in weights]
+    if not torch.equal(torch.cat(flat), stacked.packed.flatten()):
+        return list(weights)
+    views = stacked.packed.flatten().split([len(part) for part in flat])
+    return [weight._replace(packed=view.view(weight.packed.shape)) for weight, view in zip(weights, views)]

@@ -1,0 +1,129 @@
+import pytest
+
+import modiff_kernels as mk
+from modiff_kernels.config.schedule import StepSchedule
+
+
+@pytest.mark.parametrize(
+    ("text", "calls", "expected"),
+    [
+        ("forecast every=2 first=3 last=1", 10, "UUUFUFUFUU"),
+        ("hold every=3 first=1 last=0", 8, "UHHUHHUH"),
+        ("deep-forecast every=4 first=2 last=2", 9, "UUfffUfUU"),
+        ("deep-hold every=2 first=1", 5, "UhUhU"),
+        ("U3F2UF2U", 9, "UUUFFUFFU"),
+        ("UHhFfU", 6, "UHhFfU"),
+        ("forecast every=2", 3, "UUU"),
+        ("forecast every=2", 1, "U"),
+    ],
+)
+def test_actions(text, calls, expected):
+    assert StepSchedule.parse(text).actions(calls) == expected
+
+
+def test_a_pattern_keeps_its_computed_calls_at_their_places():
+    pattern = StepSchedule.parse("U2F3UF3U2")
+    assert pattern.actions(11) == "UUFFFUFFFUU"
+    assert pattern.actions(21) == "UFUFFFFFFFUFFFFFFFUFU"
+    assert pattern.actions(6) == "UFUFUU"
+    assert pattern.actions(5) == "UUUUU"
+    mixed = StepSchedule.parse("UF2Uh2U").actions(13)
+    assert mixed == "UFFFFFUhhhhhU"
+
+
+@pytest.mark.parametrize("calls", [1, 2, 7, 50, 99, 1000])
+@pytest.mark.parametrize("text", ["forecast every=3", "U3F2UF2U", "UF10UF10UF27"])
+def test_every_length_has_a_computed_first_call(text, calls):
+    actions = StepSchedule.parse(text).actions(calls)
+    assert len(actions) == calls
+    assert actions[0] == "U"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "forecast",
+        "forecast every=3 first=1 last=2 order=1 axis=log_snr",
+        "deep-hold level=2 stochastic=True",
+        "U3F2UF2U order=3 axis=sigma",
+    ],
+)
+def test_text_and_json_round_trips(text):
+    schedule = StepSchedule.parse(text)
+    assert str(schedule) == text
+    assert StepSchedule.parse(str(schedule)) == schedule == StepSchedule.from_json(schedule.to_json())
+    assert eval(repr(schedule)) == schedule
+
+
+def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_load():
+    for make in (
+        lambda: StepSchedule("forecast", tolerance=0.1),
+        lambda: StepSchedule.parse("forecast every=4 tolerance=0.1"),
+        lambda: StepSchedule.from_json('{"rule": "forecast", "tolerance": 0.1}'),
+    ):
+        with pytest.raises(ValueError, match=r"tolerance=0\.1 is not allowed; .*read the device at every forecast"):
+            make()
+    stored = '{"rule": "forecast", "every": 4, "tolerance": null}'
+    assert StepSchedule.from_json(stored) == StepSchedule.parse("forecast every=4 tolerance=None")
+    assert "tolerance" not in StepSchedule.from_json(stored).to_json()
+
+
+def test_patterns_have_one_spelling():
+    assert str(StepSchedule.parse("UUUFFUF1U")) == "U3F2UFU"
+
+
+def test_constructors():
+    assert StepSchedule.uniform(3, order=1) == StepSchedule.parse("forecast every=3 order=1")
+    assert mk.StepSchedule is StepSchedule
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "allowed"),
+    [
+        ({"rule": "sometimes"}, "rule='sometimes'", "forecast, hold, deep-forecast, deep-hold"),
+        ({"rule": "FUU"}, "rule='FU2'", "begins with U"),
+        ({"rule": "U5"}, "rule='U5'", "no schedule at all"),
+        ({"rule": "U0F"}, "rule='F'", "begins with U"),
+        ({"rule": "hold", "every": 1}, "every=1", "2 or more"),
+        ({"rule": "hold", "every": True}, "every=True", "2 or more"),
+        ({"rule": "hold", "first": 0}, "first=0", "1 or more"),
+        ({"rule": "hold", "last": -1}, "last=-1", "0 or more"),
+        ({"rule": "UFU", "every": 3}, "every=3", "a pattern says itself"),
+        ({"rule": "forecast", "order": 4}, "order=4", "one of 1, 2, 3"),
+        ({"rule": "forecast", "axis": "time"}, "axis='time'", "timestep, log_snr, sigma, root_sigma"),
+        ({"rule": "deep-hold", "level": 0}, "level=0", "1 or more"),
+        ({"rule": "hold", "level": 1}, "level=1", "skips no deep levels"),
+        ({"rule": "hold", "stochastic": 2}, "stochastic=2", "one of True, False"),
+    ],
+)
+def test_impossible_values(options, field, allowed):
+    with pytest.raises(ValueError, match="StepSchedule: ") as caught:
+        StepSchedule(**options)
+    assert field in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "  ", "forecast 3", "forecast every", "forecast each=3", "forecast rule=hold", None]
+)
+def test_impossible_texts(text):
+    with pytest.raises(ValueError, match=r"StepSchedule: .*; give |StepSchedule: .* is not allowed"):
+        StepSchedule.parse(text)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rule": "hold", "each": 2}'])
+def test_impossible_json(text):
+    with pytest.raises(ValueError, match="StepSchedule"):
+        StepSchedule.from_json(text)
+
+
+@pytest.mark.parametrize("calls", [0, -1, 2.5, True])
+def test_impossible_runs(calls):
+    with pytest.raises(ValueError, match="whole number"):
+        StepSchedule("hold").actions(calls)
+
+
+def test_description_counts_calls():
+    text = StepSchedule.parse("forecast every=2 axis=sigma").describe(10)
+    assert "skips the whole network, forecast in sigma with order 2; 7 of 10 calls are computed" in text
+    assert "the levels below up block 1, held" in StepSchedule.parse("deep-hold level=1").describe()
