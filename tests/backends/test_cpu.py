@@ -26,7 +26,7 @@ PROBLEM = Problem("product", "cpu", m=64, n=16, k=9 * 64, window=THREE, weight_b
 
 def test_build_info():
     info = cpu.build_info()
-    assert set(info) == {"compiler", "oldest_torch"}
+    assert set(info) == {"sources", "compiler", "oldest_torch"}
     assert re.fullmatch(r"[A-Za-z]+ \d+(\.\d+)+", info["compiler"])
     assert re.fullmatch(r"\d+\.\d+", info["oldest_torch"])
 
