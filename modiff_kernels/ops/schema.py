@@ -106,6 +106,7 @@ def product(
 
         sum = scale[row] * sum_g weight_scale[col, g] * sum_{k in g} (codes[row, k] - zero_point[row]) * weight_q[col,k]
         with y_hat:   y_hat = float32(y_hat) + sum, rounded to y_hat's dtype          out = y_hat + skip, in out_dtype
+                                        (cpu adds skip before it rounds y_hat: one rounding less, in 16-bit states)
         without:                                                      out = sum + bias[col] + skip, in out_dtype
 
     The integer sums are exact. Padding stands for x = 0, code = zero_point.
