@@ -1,5 +1,5 @@
-"""Fixtures for all tests: fixed seeds, poisoned buffers, a dispatcher without memory. Tests for a GPU run where there is
-one.
+"""Fixtures for all tests: fixed seeds, poisoned buffers, a dispatcher without memory, places of the contract. Tests for
+a GPU run where there is one.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def host_module(tmp_path_factory, compiler):
 
 @pytest.fixture(scope="session")
 def emulators(pytestconfig, compiler):
-    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80) and "hopper" (sm_90). A sanitizer's complaint
+    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80), "hopper" (sm_90). A sanitizer's complaint
     fails the test whose call it ends. Compiled programs are kept until a source changes.
     """
     from tests.backends.cuda import emulation
@@ -129,7 +129,9 @@ def pytest_generate_tests(metafunc):
     if "place" in metafunc.fixturenames:
         from tests.places import places
 
-        metafunc.parametrize("place", places(metafunc.module.OP, getattr(metafunc.module, "PLACES", None)), indirect=True)
+        metafunc.parametrize(
+            "place", places(metafunc.module.OP, getattr(metafunc.module, "PLACES", None)), indirect=True
+        )
 
 
 @pytest.fixture

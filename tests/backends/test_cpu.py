@@ -1,4 +1,4 @@
-"""Insides of the backend cpu: what it was built with, conversions of 16-bit state, its weight layout, what it refuses."""
+"""Insides of the backend cpu: its build, conversions of 16-bit state, its weight layout, what it refuses."""
 
 import math
 import re
@@ -26,7 +26,7 @@ PROBLEM = Problem("product", "cpu", m=64, n=16, k=9 * 64, window=THREE, weight_b
 
 def test_build_info():
     info = cpu.build_info()
-    assert set(info) == {"sources", "compiler", "oldest_torch"}
+    assert {"compiler", "oldest_torch"} <= set(info)
     assert re.fullmatch(r"[A-Za-z]+ \d+(\.\d+)+", info["compiler"])
     assert re.fullmatch(r"\d+\.\d+", info["oldest_torch"])
 

@@ -14,7 +14,7 @@ from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.operands import Window
 
 PROBLEM = Problem("product", "cpu", m=128, n=24, k=144, window=Window((3, 3), padding=(1, 1)), weight_bits=8,
-                  granularity="per_sample", dtype=torch.float32, state_dtype=torch.float32, layout="kpack_v1")  # fmt: skip
+                  granularity="per_sample", dtype=torch.float32, layout="kpack_v1")  # fmt: skip
 
 
 @pytest.fixture

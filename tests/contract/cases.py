@@ -287,7 +287,9 @@ def group_norm(
     z = ((grouped - grouped.mean(2, keepdim=True)) * rstd).view(shifted.shape)
     # Terms of this size cancel: h + shift, the mean, and a * h + b of a kernel that folds both into two numbers.
     large = ((grouped.abs() + grouped.mean(2, keepdim=True).abs()) * rstd).view(shifted.shape)
-    large = large + first(h.double().abs()) * rstd.repeat_interleave(channels // groups, 1).view(shape[0], channels, *[1] * (len(shape) - 2))
+    large = large + first(h.double().abs()) * rstd.repeat_interleave(channels // groups, 1).view(
+        shape[0], channels, *[1] * (len(shape) - 2)
+    )
     # The sums of a group are in any order: roundings at random.
     error = EPS32 * (4 * large + (16 + grouped.shape[2] ** 0.5) * (1 + z.abs()))
     if affine:
@@ -299,7 +301,11 @@ def group_norm(
 
 
 def layer_norm(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, affine: bool = True, mean: float = 0.5, eps: float = 1e-5
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    affine: bool = True,
+    mean: float = 0.5,
+    eps: float = 1e-5,
 ) -> Prologued:
     h = (activation(shape) + mean).to(dtype)
     gamma, beta = None, None

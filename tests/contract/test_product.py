@@ -95,10 +95,12 @@ def test_sums_of_random_convolutions_are_exact(place):
 def test_largest_sums_do_not_saturate(place):
     """Beyond 2^24 the int32 sum is rounded once, when it becomes a float."""
     codes_of_all = [(-128, -128, 127), (-128, 127, -128), (127, -128, None), (-127, 127, None)]  # weight, code, zero
-    cases = [Case((1, 1 << 16), 1), Case((2, 4608), 16), conv((1, 512, 3, 3), 16)]
-    for case in cases[:1] if place.few else cases:
+    cases = [conv((1, 512, 3, 3), 16), Case((2, 4608), 16), Case((1, 1 << 16), 1)]
+    for case in [Case((1, 1 << 12), 1)] if place.few else cases:  # tests/backends have the longest sums of these
         for weight_code, code, zero in codes_of_all[:1] if place.few else codes_of_all:
-            weight = weight_of(place, case, 8, unit=True, codes=torch.full(case.weight_shape, weight_code).to(torch.int8))
+            weight = weight_of(
+                place, case, 8, unit=True, codes=torch.full(case.weight_shape, weight_code).to(torch.int8)
+            )
             codes = activation(case.x_shape).to(torch.int8).fill_(code)
             zeros = None if zero is None else torch.full((1,), zero, dtype=torch.int32)
             out = place.product(codes, torch.ones(1), zeros, weight.packed, window=case.window)
@@ -182,10 +184,11 @@ def test_linear_scales_cover_consecutive_rows(place):
     """A Linear flattened to two dimensions keeps its scales per sample."""
     flat, full = Case((12, 64), 8), Case((3, 4, 64), 8)
     weight, codes, scale = weight_of(place, full, 8), codes_of(full), torch.rand(3)
-    out = place.product(codes.view(12, 64), scale, None, weight.packed)
+    rows = codes.view(12, 64)
+    out = place.product(rows, scale, None, weight.packed)
     assert torch.equal(out, place.product(codes, scale, None, weight.packed).view(12, 8))
-    assert_close(out, flat.apply(codes.view(12, 64).double() * scale.double().repeat_interleave(4)[:, None], weight.dense),
-                 flat.apply(codes.view(12, 64).double().abs(), weight.dense.abs()))  # fmt: skip
+    values = rows.double() * scale.double().repeat_interleave(4)[:, None]
+    assert_close(out, flat.apply(values, weight.dense), flat.apply(values.abs(), weight.dense.abs()))
 
 
 def test_zero_codes_leave_the_state(place):
