@@ -299,11 +299,10 @@ WAYS = [
 class TestWaysAgree:
     """One UNet run in every way there is, two long runs each.
 
-    Float results agree up to rounding, in another order of summation or with another fused multiplication. So a code may
-    differ by one where a residual lies next to the middle of two codes; from there on both ways round independently of
-    each other. Each stays within its own rounding error of the exact run (the same low-bit weights, float activations),
-    because what rounding loses is in the next residual: their distance is that of two independent errors, 3 dB above one
-    of them, and does not grow.
+    Float results agree up to rounding. So a code may differ by one where a residual lies next to the middle of two
+    codes; from there on both ways round independently of each other. Each stays within its own rounding error of the
+    exact run (the same low-bit weights, float activations), because what rounding loses is in the next residual: their
+    distance is that of two independent errors, 3 dB above one of them, and does not grow.
     """
 
     STEPS = 16
@@ -311,11 +310,10 @@ class TestWaysAgree:
     SPREAD_DB = 3.0  # of one step at one place, an 8x8 sample of two, around the mean of steps
     FLOAT_DB = 100.0  # more is asked nowhere: float32 rounds differently from way to way
     EARLY, LATE = slice(3, 7), slice(STEPS - 4, STEPS)
-    NETWORKS = {"cross-attention": functools.partial(unet2d_condition, **ONE_LEVEL), "unet2d": unet2d}
 
     @classmethod
     def two_runs(cls, network, way="fused", **config):
-        unet = cls.NETWORKS[network]()
+        unet = unet2d() if network == "unet2d" else unet2d_condition(**ONE_LEVEL)
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=way != "layers", **config))
         if way == "graphs":
             graphs = capture_calls(handle)

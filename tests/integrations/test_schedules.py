@@ -78,7 +78,7 @@ class TestWholeNetwork:
     def test_hold_returns_the_last_output_and_forecast_extrapolates(self):
         scheduler, unet = DDIMScheduler(), unet2d()
         inputs = [noise() * factor for factor in (1.0, 0.9, 0.8, 0.7)]
-        for text, expect in {
+        for schedule, expect in {
             "U3H axis=timestep": lambda y, t: y[2],
             "U3F order=1 axis=timestep": lambda y, t: y[2] + (y[2] - y[1]) * (t[3] - t[2]) / (t[2] - t[1]),
             "U1F3 axis=timestep": lambda y, t: y[0],
@@ -86,7 +86,7 @@ class TestWholeNetwork:
             scheduler.set_timesteps(4)
             times = [int(t) for t in scheduler.timesteps]
             dense = [unet(x, t).sample for x, t in zip(inputs, times)]
-            handle = mk.accelerate(unet, mk.ModiffConfig(schedule=text, **FLOAT))
+            handle = mk.accelerate(unet, mk.ModiffConfig(schedule=schedule, **FLOAT))
             with handle.sampling_run(scheduler=scheduler):
                 found = [unet(x, t).sample for x, t in zip(inputs, times)]
             torch.testing.assert_close(found[3], expect(dense, times))
@@ -283,9 +283,9 @@ class TestRefusals:
                 unet(noise(), 0)
 
     def test_stochastic_samplers_are_warned_about_unless_meant(self):
-        for text, warned in (("forecast", 1), ("forecast stochastic=True", 0)):
+        for schedule, warned in (("forecast", 1), ("forecast stochastic=True", 0)):
             pipe = pipeline(DDPMScheduler())
-            mk.accelerate(pipe, mk.ModiffConfig(schedule=text, **FLOAT))
+            mk.accelerate(pipe, mk.ModiffConfig(schedule=schedule, **FLOAT))
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 sample(pipe, 6)
