@@ -25,11 +25,10 @@ import modiff_kernels as mk
 from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
-from modiff_kernels.nn import ModulatedLinear
 from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.unets import WIDTH, each_backend, unet2d, unet2d_condition
+from tests.unets import FLOAT, WIDTH, each_backend, unet2d, unet2d_condition
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -148,19 +147,6 @@ class TestRoundTrip:
         assert loaded.config == handle.config
         assert torch.equal(sample(loaded), before)
 
-    def test_layer_plan(self, tmp_path):
-        plan = LayerPlan.of({"mid_block": "float", "down_blocks.1": "quantized 8", "up_blocks": "modulated 4"})
-        path = tmp_path / "plan.json"
-        path.write_text(plan.to_json())
-        handle = mk.accelerate(unet2d(), mk.ModiffConfig(plan=str(path)))
-        before = sample(handle)
-        handle.save_pretrained(tmp_path / "model")
-        path.unlink()
-        loaded = load(tmp_path / "model")
-        assert loaded.config.plan == plan
-        assert [row.mode for row in loaded.rows()] == [row.mode for row in handle.rows()]
-        assert torch.equal(sample(loaded), before)
-
     @pytest.mark.parametrize("scale_mode", ["dynamic", "static"])
     def test_calibrated_layers(self, tmp_path, scale_mode):
         """Codes that are not the nearest, scaled input channels, a bias and scales per call."""
@@ -180,20 +166,24 @@ class TestRoundTrip:
 
     def test_calibrated_layers_with_a_plan(self, tmp_path):
         """Static scales are those of the modulated layers: the others have dynamic ones, and keep what they were given.
-        The layers in one of the modes are saved with all that was calibrated."""
+        The layers in one of the modes are saved with all that was calibrated, and the plan with them."""
         plan = LayerPlan.of({"mid_block": "float", "down_blocks.1": "quantized 8", "up_blocks": "modulated 4"})
-        config = mk.ModiffConfig(weight_bits=3, act_bits=4, scale_mode="static", plan=plan)
+        path = tmp_path / "plan.json"
+        path.write_text(plan.to_json())
+        config = mk.ModiffConfig(weight_bits=3, act_bits=4, scale_mode="static", plan=str(path))
         plain = mk.accelerate(unet2d(), mk.ModiffConfig(weight_bits=3))
         result = mk.CalibrationResult("test", config, calibrated(plain))
         handle = mk.accelerate(unet2d(), config, calibration=result)
         modes = {layer.mode: layer.input.scale_mode for layer in handle.layers.values()}
         assert modes == {"quantized": "dynamic", "modulated": "static"}
         before = sample(handle)
-        handle.save_pretrained(tmp_path)
-        loaded = load(tmp_path)
+        handle.save_pretrained(tmp_path / "model")
+        path.unlink()
+        loaded = load(tmp_path / "model")
+        assert loaded.config.plan == plan
         assert [row.mode for row in loaded.rows()] == [row.mode for row in handle.rows()]
-        for path, layer in loaded.layers.items():
-            kept, known = layer.stored(), result.layers[path]
+        for name, layer in loaded.layers.items():
+            kept, known = layer.stored(), result.layers[name]
             assert torch.equal(kept.weight.codes, known.weight.codes)
             assert torch.equal(kept.act_scale, known.act_scale)
         assert torch.equal(sample(loaded), before)
@@ -443,35 +433,30 @@ class TestRefusedFiles:
 
 
 class TestRefusedSaving:
-    def test_no_model_of_diffusers(self, tmp_path):
-        handle = mk.accelerate(torch.nn.Sequential(torch.nn.Linear(8, 8)))
-        assert isinstance(handle.layers["0"], ModulatedLinear)
-        with pytest.raises(TypeError, match="Sequential is no model of diffusers"):
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda: mk.accelerate(torch.nn.Sequential(torch.nn.Linear(8, 8))), TypeError, "Sequential is no model of"),
+            (lambda: mk.accelerate(unet2d(), mk.ModiffConfig(**FLOAT)), ValueError, "weight_bits is None"),
+        ],
+    )
+    def test_what_cannot_be_saved(self, tmp_path, make, error, message):
+        handle = make()
+        with pytest.raises(error, match=message):
             handle.save_pretrained(tmp_path / "out")
         assert not (tmp_path / "out").exists()
-
-    def test_nothing_low_bit(self, tmp_path):
-        handle = mk.accelerate(unet2d(), mk.ModiffConfig(weight_bits=None, act_bits=None))
-        with pytest.raises(ValueError, match="weight_bits is None"):
-            handle.save_pretrained(tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    def test_a_file_is_in_the_way(self, tmp_path):
-        (tmp_path / "file").write_text("kept")
-        with pytest.raises(NotADirectoryError, match="file is a file; give a folder"):
-            mk.accelerate(unet2d()).save_pretrained(tmp_path / "file")
-        assert (tmp_path / "file").read_text() == "kept"
-
-    def test_removed_handle(self, tmp_path):
-        handle = mk.accelerate(unet2d())
         handle.remove()
         with pytest.raises(RuntimeError, match="this handle was removed"):
             handle.save_pretrained(tmp_path)
 
-    def test_unet_is_as_before(self, tmp_path):
+    def test_a_file_is_in_the_way_and_the_unet_is_as_before(self, tmp_path):
+        (tmp_path / "file").write_text("kept")
         unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(weight_bits=4))
         config, attributes = dict(unet.config), sorted(unet.__dict__)
+        with pytest.raises(NotADirectoryError, match="file is a file; give a folder"):
+            handle.save_pretrained(tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "kept"
         handle.save_pretrained(tmp_path / "low")
         assert (dict(unet.config), sorted(unet.__dict__)) == (config, attributes)
         unet.save_pretrained(tmp_path / "float")  # which an accelerated UNet still saves in full precision
