@@ -52,7 +52,7 @@ style: setup
 	find csrc tests benchmarks -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format -i {} +
 
 bench: setup
-	$(BIN)/python benchmarks/bench_unet_step.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks steps $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build demo modiff_kernels/_lib

@@ -1,4 +1,7 @@
-"""What whole steps and whole runs are timed with: full precision, its rivals, and ours, as UNets that share weights."""
+"""What whole steps and runs are timed with: full precision, its peers, and ours, as UNets that share weights.
+
+A layer of ours that is asked for from a named backend has that name behind its key: "modulated-w8a8.cuda".
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,21 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import record
-from benchmarks.deepcache import CachedUNet
-from benchmarks.openvino_unet import PRECISIONS, OpenVinoUNet
+from benchmarks.baselines.deepcache import CachedUNet
+from benchmarks.baselines.openvino_unet import PRECISIONS, OpenVinoUNet
+from benchmarks.runner import Session, default_dtype, is_wanted
 from benchmarks.shapes import NOT_COUNTED
-from modiff_kernels.evaluation.configurations import Quantised, Row, build_rows
-from modiff_kernels.evaluation.networks import share_copy
+from benchmarks.shared import Quantised, Row, build_rows, share_copy
 from modiff_kernels.integrations.graphs import CudaCapture
 from modiff_kernels.integrations.handle import channels_last
 
-PLANS = record.RESULTS / "plans"
 TORCHAO = "torchao-int8"
+QUICK = "float-compile-default-graphs"
+"""In inductor's default mode, which chooses among no kernels: a minute where max-autotune takes many."""
 BFLOAT16 = "float-compile-bfloat16"
 FUSE_INT_MM = {"force_fuse_int_mm_with_mul": True, "coordinate_descent_check_all_directions": True}
 """What torchao recommends for its int8 products; set in its own way, it would hold for all that is compiled later."""
@@ -81,9 +83,8 @@ class Networks:
     shown: calls that peers may calibrate with, (sample, timestep) each; set it before their rows are made.
     """
 
-    def __init__(self, unet: torch.nn.Module, backend: str = "auto") -> None:
+    def __init__(self, unet: torch.nn.Module) -> None:
         self.unet = unet
-        self.backend = backend
         self.shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
         self.channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
         self._own = {tensor.data_ptr() for net in (unet, self.channels_last) for tensor in _tensors(net)}
@@ -98,7 +99,7 @@ class Networks:
         unet = share_copy(self.channels_last if row.channels_last else self.unet)
         network = Network(row, unet)
         if row.mode != "float" or row.schedule is not None:
-            network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, self.backend)
+            network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, backend_of(row.key))
             if row.compiled:
                 network.quantised.handle.compile(**compile_options(on_cuda, cuda_graphs=False))
         elif row.key in DEEPCACHE:
@@ -107,9 +108,11 @@ class Networks:
             network.cached = CachedUNet(unet, DEEPCACHE[row.key], row.compiled, options, capture)
         else:
             options = compile_options(on_cuda, row.cuda_graphs)
+            if row.key == QUICK:
+                options = {"options": {"triton.cudagraphs": True}}
             if row.key == TORCHAO:
                 quantise_with_torchao(unet)
-                options = compile_options(on_cuda, row.cuda_graphs, fuse_int_mm=True)
+                options = compile_options(on_cuda, row.cuda_graphs, **FUSE_INT_MM)
             if row.compiled:
                 compile_calls(unet, options)
         network.shared_bytes = sum(t.nbytes for t in _tensors(unet) if t.data_ptr() in self._own)
@@ -120,18 +123,10 @@ def _tensors(unet: torch.nn.Module) -> list[torch.Tensor]:
     return [*unet.parameters(), *unet.buffers()]
 
 
-def compile_options(on_cuda: bool, cuda_graphs: bool, fuse_int_mm: bool = False) -> dict[str, Any]:
-    """Options of torch.compile: on a GPU what max-autotune stands for, on a CPU the default mode.
-
-    fuse_int_mm: FUSE_INT_MM too.
-    """
-    if not on_cuda:
-        return {}
-    options = dict(torch._inductor.list_mode_options("max-autotune"))
-    options["triton.cudagraphs"] = cuda_graphs
-    if fuse_int_mm:
-        options |= FUSE_INT_MM
-    return {"options": options}
+def compile_options(on_cuda: bool, cuda_graphs: bool, **more: Any) -> dict[str, Any]:
+    """Options of torch.compile: on a GPU what max-autotune stands for, on a CPU the default mode."""
+    chosen = {**torch._inductor.list_mode_options("max-autotune"), "triton.cudagraphs": cuda_graphs, **more}
+    return {"options": chosen} if on_cuda else {}
 
 
 def compile_calls(unet: torch.nn.Module, options: dict[str, Any]) -> None:
@@ -164,9 +159,20 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """What networks are sampled in on `device`."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def backend_of(key: str) -> str:
+    """The backend that a configuration asks for."""
+    return key.partition(".")[2] or "auto"
+
+
+def with_backends(rows: Sequence[Row], backends: Sequence[str]) -> list[Row]:
+    """`rows` with those of our layers once for each of `backends`."""
+    found = []
+    for row in rows:
+        ours = row.mode != "float" or row.schedule is not None
+        for name in backends if ours else ("auto",):
+            named = {"key": f"{row.key}.{name}", "name": f"{row.name}, {name}"}
+            found.append(row if name == "auto" else dataclasses.replace(row, **named))
+    return found
 
 
 def label(network: str, unet: torch.nn.Module) -> str:
@@ -175,30 +181,26 @@ def label(network: str, unet: torch.nn.Module) -> str:
     return network if dtype == default_dtype(unet.device) else f"{network}.{str(dtype).removeprefix('torch.')}"
 
 
-def plan_file(device: torch.device, network: str, batch: int, folder: Path = PLANS) -> Path:
-    """Where benchmarks/make_plans.py writes the plan for `batch` samples, by the model of `device`."""
-    return folder / record.file_stem(record.name_of(device)) / f"{network}-b{batch}.json"
-
-
-def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Path | None = None) -> list[Row]:
+def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: str | None = None) -> list[Row]:
     """The rows of whole steps, as tables show them: those of `modiff compare` with weights in 8 bits, and more.
 
     plan: of the rows "planned", which are left out without one.
     """
     rows = {row.key: row for row in build_rows((8,), None, compiled)}
-    modulated, on_cuda = rows["modulated-w8a8"], device.type == "cuda"
+    ours, on_cuda = rows["modulated-w8a8"], device.type == "cuda"
 
     def add(key: str, base: Row, name: str, **changes: Any) -> None:
         rows[key] = dataclasses.replace(base, key=key, name=name, **changes)
 
+    if compiled and on_cuda:
+        best = rows["float-compile"]
+        add("float-compile-graphs", best, "float32 torch.compile channels_last, CUDA graphs", cuda_graphs=True)
+        add(QUICK, best, "float32 torch.compile default mode channels_last, CUDA graphs", cuda_graphs=True)
+        # On a CPU its compiled products are made in float32, so it is no peer there.
+        add(TORCHAO, best, "torchao int8 dynamic, torch.compile, CUDA graphs", cuda_graphs=True)
+        rows[TORCHAO] = dataclasses.replace(rows[TORCHAO], weight_bits=8, act_bits=8)
     if compiled:
-        if on_cuda:
-            name = "float32 torch.compile channels_last, CUDA graphs"
-            add("float-compile-graphs", rows["float-compile"], name, cuda_graphs=True)
-            # On a CPU its compiled products are made in float32, so it is no rival there.
-            name = "torchao int8 dynamic, torch.compile, CUDA graphs"
-            rows[TORCHAO] = Row(TORCHAO, name, "float", 8, 8, compiled=True, cuda_graphs=True)
-        add("modulated-w8a8-compile", modulated, "modulated W8A8, compiled", compiled=True)
+        add("modulated-w8a8-compile", ours, "modulated W8A8, compiled", compiled=True)
     if not on_cuda and dtype == torch.float32:
         if compiled and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             rows[BFLOAT16] = Row(BFLOAT16, "bfloat16 torch.compile channels_last", "float", 16, 16, compiled=True)
@@ -207,55 +209,54 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Pa
             name = key.replace("openvino-", "OpenVINO ").replace("int8-", "int8, ")
             rows[key] = Row(key, name, "float", bits, bits, channels_last=False)
     if on_cuda:
-        add("modulated-w8a8-graphs", modulated, "modulated W8A8, CUDA graphs", cuda_graphs=True)
+        add("modulated-w8a8-graphs", ours, "modulated W8A8, CUDA graphs", cuda_graphs=True)
     if on_cuda and compiled:
-        both = {"compiled": True, "cuda_graphs": True}
-        add("modulated-w8a8-compile-graphs", modulated, "modulated W8A8, compiled, CUDA graphs", **both)
+        base = rows["modulated-w8a8-compile"]
+        add("modulated-w8a8-compile-graphs", base, "modulated W8A8, compiled, CUDA graphs", cuda_graphs=True)
     if plan is not None:
-        add("planned-w8", modulated, "W8A8 planned", plan=str(plan))
-        if on_cuda:
-            add("planned-w8-graphs", modulated, "W8A8 planned, CUDA graphs", plan=str(plan), cuda_graphs=True)
+        add("planned-w8", ours, "W8A8 planned", plan=plan)
+    if plan is not None and on_cuda:
+        add("planned-w8-graphs", ours, "W8A8 planned, CUDA graphs", plan=plan, cuda_graphs=True)
     return _named(rows, dtype)
 
 
-def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: Path | None = None) -> list[Row]:
+def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: str | None = None) -> list[Row]:
     """The rows of whole runs, as tables show them: those of whole steps that matter, DeepCache, and schedules."""
     steps = [row for row in step_rows(device, torch.float32, compiled, plan) if row.mode != "weight_only"]
     steps = [row for row in steps if min(row.act_bits, row.weight_bits) >= 8 and row.key not in (BFLOAT16, *PRECISIONS)]
-    on_cuda = device.type == "cuda"
+    graphs = device.type == "cuda"
     rows = {row.key: row for row in steps if row.mode == "float"}
     for key, interval in DEEPCACHE.items():
-        name = f"DeepCache N={interval}"
+        name, own = f"DeepCache N={interval}", {"compiled": True, "cuda_graphs": graphs}
         if not key.endswith("compile"):
             rows[key] = Row(key, name, "float")
         elif compiled:
-            name += ", torch.compile, CUDA graphs" if on_cuda else ", torch.compile"
-            rows[key] = Row(key, name, "float", compiled=True, cuda_graphs=on_cuda)
-    rows["scheduled-float"] = Row("scheduled-float", "float32 scheduled", "float", schedule="auto", cuda_graphs=on_cuda)
+            rows[key] = Row(key, f"{name}, torch.compile{', CUDA graphs' * graphs}", "float", **own)
+    rows["scheduled-float"] = Row("scheduled-float", "float32 scheduled", "float", schedule="auto", cuda_graphs=graphs)
     rows |= {row.key: row for row in steps if row.mode != "float"}
+
+    def add(key: str, base: Row, what: str, schedule: str) -> None:
+        rows[key] = dataclasses.replace(base, key=key, name=base.name.replace("W8A8", what, 1), schedule=schedule)
+
     for row in [row for row in steps if row.key.startswith("modulated-w8a8")]:
-        key = row.key.replace("modulated", "scheduled")
-        name = row.name.replace("modulated W8A8", "modulated W8A8 scheduled")
-        rows[key] = dataclasses.replace(row, key=key, name=name, schedule="auto")
-    base = rows["modulated-w8a8-graphs" if on_cuda else "modulated-w8a8"]
+        add(row.key.replace("modulated", "scheduled"), row, "W8A8 scheduled", "auto")
     for every in FORECASTS:
-        name = base.name.replace("W8A8", f"W8A8 forecast every {every}")
-        key = f"forecast{every}-w8a8"
-        rows[key] = dataclasses.replace(base, key=key, name=name, schedule=f"forecast every={every}")
-    deep = {"key": "deep-w8a8", "name": "modulated W8A8 deep levels every 3", "schedule": "deep-forecast every=3"}
-    rows["deep-w8a8"] = dataclasses.replace(rows["modulated-w8a8"], **deep)
+        base = rows["modulated-w8a8-graphs" if graphs else "modulated-w8a8"]
+        add(f"forecast{every}-w8a8", base, f"W8A8 forecast every {every}", f"forecast every={every}")
+    add("deep-w8a8", rows["modulated-w8a8"], "W8A8 deep levels every 3", "deep-forecast every=3")
     return _named(rows, dtype)
 
 
 STEP_ORDER = (
     *("float-contiguous", "float-channels_last", "modulated-w8a8-graphs", "plain-w8a8", "modulated-w8a8"),
-    *("planned-w8-graphs", "float-compile-graphs", "modulated-w8a8-compile-graphs", TORCHAO, "planned-w8"),
+    *("planned-w8-graphs", QUICK, "float-compile-graphs", "modulated-w8a8-compile-graphs", TORCHAO, "planned-w8"),
     *("modulated-w8a8-compile", "float-compile"),
 )
 RUN_ORDER = (
     *("float-channels_last", "deepcache-3", "deepcache-5", "scheduled-w8a8-graphs", "modulated-w8a8-graphs"),
     *(f"forecast{every}-w8a8" for every in FORECASTS),
-    *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", "float-compile-graphs"),
+    *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", QUICK),
+    "float-compile-graphs",
     *("deepcache-3-compile", "deepcache-5-compile", "scheduled-w8a8-compile-graphs", "modulated-w8a8-compile-graphs"),
     *("scheduled-float", TORCHAO, "planned-w8", "scheduled-w8a8-compile", "modulated-w8a8-compile", "float-compile"),
     "float-contiguous",
@@ -266,18 +267,22 @@ has to be compiled for minutes behind what has not. Ratios to a baseline that co
 
 def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
     """`rows` in `order`, those that are not in it behind."""
-    return sorted(rows, key=lambda row: order.index(row.key) if row.key in order else len(order))
+    return sorted(rows, key=lambda row: [*order, key].index(key) if (key := row.key.partition(".")[0]) else 0)
 
 
-def importable(rows: Sequence[Row]) -> list[Row]:
-    """`rows` without those of packages that are not installed, which stderr is told."""
+def chosen(rows: Sequence[Row], session: Session, order: Sequence[str]) -> list[Row]:
+    """`rows` as the options of `session` ask for them, without those of packages that are not installed, which stderr
+    is told.
+    """
+    rows = [row for row in with_backends(rows, session.args.backend) if is_wanted(row.key, session.args.rows)]
     needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
     needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
     wanted = set().union(*(needed.get(row.key, set()) for row in rows))
     missing = {package for package in wanted if not has(package)}
     for package in sorted(missing):
         print(f"{package} is not installed (pip install {package}): its rows are left out", file=sys.stderr)
-    return [row for row in rows if not needed.get(row.key, set()) & missing]
+    rows = [row for row in rows if not needed.get(row.key, set()) & missing]
+    return rows if session.in_turns else telling_first(rows, order)
 
 
 def _named(rows: dict[str, Row], dtype: torch.dtype) -> list[Row]:

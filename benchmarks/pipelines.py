@@ -14,27 +14,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import shared as models
 from benchmarks.configurations import label
-from benchmarks.shapes import TEXT_TOKENS
-from modiff_kernels.evaluation import networks as models
+from benchmarks.shapes import CONFIGS, TEXT_TOKENS
 
-SHIPPED_SCHEDULE = "cifar10_small16"
-PIXELS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-LATENTS = {**PIXELS, "beta_start": 0.0015, "beta_end": 0.0155}
-STABLE_DIFFUSION = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-}
-SCHEDULER_CONFIGS = {
-    "ddpm_cifar10": PIXELS,
-    "ldm8_churches": LATENTS,
-    "sd15": STABLE_DIFFUSION,
-    "sdxl": STABLE_DIFFUSION,
-}
 OF_PIXELS = ("cifar10_small16", "ddpm_cifar10")
 GUIDED = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -50,47 +33,25 @@ class Sampler:
 
 
 SAMPLERS = {
-    sampler.key: sampler
-    for sampler in (
-        Sampler("ddim50", "DDIM, 50 steps", "ddim", 50),
-        Sampler("dpm20", "DPM-Solver++, 20 steps", "dpmsolver++", 20),
-    )
+    "ddim50": Sampler("ddim50", "DDIM, 50 steps", "ddim", 50),
+    "dpm20": Sampler("dpm20", "DPM-Solver++, 20 steps", "dpmsolver++", 20),
 }
-
-
-def scheduler_config(network: str) -> dict[str, Any]:
-    """The noise schedule that `network` was, or would be, trained on."""
-    if network == SHIPPED_SCHEDULE:
-        return models.load_model(None, None, torch.device("cpu")).scheduler_config
-    return SCHEDULER_CONFIGS[network]
 
 
 class Workload:
     """What is sampled: `images` pictures, or latents, of `network` from the noise of seeds 0, 1, ... in one batch.
 
-    unet: gives sizes, dtype and device. steps: of the sampler, if others than its own. guided: with guidance, where
-    the network has it.
+    unet: gives sizes, dtype and device. steps: of the sampler, if others than its own.
     """
 
-    def __init__(
-        self,
-        network: str,
-        unet: torch.nn.Module,
-        sampler: Sampler,
-        images: int,
-        steps: int | None = None,
-        guided: bool = True,
-    ) -> None:
-        self.network = network
-        self.label = label(network, unet)
-        self.sampler = sampler
-        self.images = images
-        self.steps = steps or sampler.steps
+    def __init__(self, network: str, unet: torch.nn.Module, sampler: Sampler, images: int, steps: int | None) -> None:
+        self.network, self.label = network, label(network, unet)
+        self.sampler, self.images, self.steps = sampler, images, steps or sampler.steps
         self.in_pixels = network in OF_PIXELS
-        self._model = models.Model(network, unet, scheduler_config(network))
+        shipped = models.load_model(None, None, torch.device("cpu")).scheduler_config
+        schedule = CONFIGS[network]["scheduler"] if network in CONFIGS else shipped
+        self._model = models.Model(network, unet, schedule)
         self._text = _embeddings(network, unet, images) if network in GUIDED else {}
-        if not guided:
-            self._text |= {"guidance_scale": 1.0} if self._text else {}
 
     def pipe(self, unet: torch.nn.Module) -> Any:
         """A pipeline with `unet` and a scheduler of its own."""

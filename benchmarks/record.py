@@ -27,30 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 COLUMNS = (
-    "op",  # what ran: an op, or unet_step
-    "problem",  # its size, in words that benchmarks/shapes.py defines
-    "backend",
-    "metric",  # time, ratio, ...
-    "unit",
-    "p50",
-    "p20",
-    "p80",
-    "n",  # samples behind p50
-    "cache",  # cold or warm
-    "timer",
-    "sqnr_db",  # of the result, against what `verified` was checked with
-    "verified",
-    "device",
-    "threads",
-    "load",  # load average of the machine over the last minute before the measurement
-    "python",
-    "torch",
-    "diffusers",
-    "modiff_kernels",
-    "git_commit",
-    "dirty",
-    "utc",
-    "repro",
+    *("op", "problem", "backend", "metric", "unit"),
+    *("p50", "p20", "p80", "n"),  # n: samples behind the percentiles
+    *("cache", "timer"),
+    *("sqnr_db", "verified"),  # of the result, against what it was verified with
+    *("device", "threads", "load"),  # load: average of the machine over the last minute before the measurement
+    *("python", "torch", "diffusers", "modiff_kernels", "git_commit", "dirty", "utc", "repro"),
 )
 
 
@@ -78,12 +60,8 @@ def results_file(folder: Path = RESULTS, device: str | None = None) -> Path:
     return folder / f"{file_stem(device or device_name())}.csv"
 
 
-def _git(*arguments: str) -> str:
-    return _git_in(ROOT, *arguments)
-
-
 @cache
-def _git_in(folder: Path, *arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> str:
     """Asked for once in a process: code that was loaded does not change with the checkout. Empty without git."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
@@ -101,9 +79,9 @@ def _version(package: str) -> str:
 
 def commit() -> tuple[str, bool | str]:
     """Commit of the sources and whether they differ from it; without .git what MODIFF_COMMIT says, or ("", "")."""
-    found = _git("rev-parse", "--short=12", "HEAD")
+    found = _git(ROOT, "rev-parse", "--short=12", "HEAD")
     if found:
-        return found, bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"))
+        return found, bool(_git(ROOT, "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"))
     given = os.environ.get("MODIFF_COMMIT", "")
     return given, False if given else ""
 
@@ -138,6 +116,12 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
         return {"p50": values[0], "p20": values[0], "p80": values[0], "n": 1}
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return {"p50": cuts[4], "p20": cuts[1], "p80": cuts[7], "n": len(values)}
+
+
+def row(op: str, problem: str, backend: str, metric: str, unit: str, values: Sequence[float], **more: Any) -> dict:
+    """A row out of `values`; by default of warm calls that the clock has timed."""
+    named = {"op": op, "problem": problem, "backend": backend, "metric": metric, "unit": unit}
+    return {**named, "cache": "warm", "timer": "perf_counter", **percentiles(values), **more}
 
 
 def append(rows: Sequence[dict[str, Any]], path: Path | None = None) -> Path:

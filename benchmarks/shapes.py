@@ -6,8 +6,10 @@ shape is written down twice.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,62 +22,10 @@ NETWORKS = (*SMALL_NETWORKS, "ldm8_churches", "sd15", "sdxl")
 diffusers builds them. sd15, sdxl: the UNets of Stable Diffusion 1.5 (512x512) and XL (1024x1024). All but the shipped
 model have random weights."""
 
-SD15 = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+CONFIGS: dict[str, Any] = json.loads(Path(__file__).with_name("networks.json").read_text())
+"""Of those: class and configuration of the UNet in diffusers, and the noise schedule that it is trained on."""
 TEXT_TOKENS = 77
 NOT_COUNTED = {"time_embedding", "time_emb_proj", "add_embedding"}  # once per image, not per pixel or token
-
-DDPM_CIFAR10 = {
-    "sample_size": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 2,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-    "attention_head_dim": None,
-    "norm_num_groups": 32,
-    "act_fn": "silu",
-    "center_input_sample": False,
-}
-
-
-LDM8_CHURCHES = {
-    "sample_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (192, 384, 384, 768, 768),
-    "down_block_types": (*["AttnDownBlock2D"] * 4, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *["AttnUpBlock2D"] * 4),
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-    "resnet_time_scale_shift": "scale_shift",
-    "attention_head_dim": 24,
-}
 
 
 @dataclass(frozen=True)
@@ -109,24 +59,19 @@ class Layer:
 
 def build_unet(network: str, device: str | torch.device = "cpu") -> torch.nn.Module:
     """The network in float32, eval, on `device`; random weights are those of seed 0 (none on device meta)."""
-    from diffusers import UNet2DConditionModel, UNet2DModel
+    import diffusers
 
     if network not in NETWORKS:
         raise ValueError(f"network {network!r} is unknown; allowed: {', '.join(NETWORKS)}")
     if network == "cifar10_small16":
         from modiff_kernels.models import shipped_model_path
 
-        return UNet2DModel.from_pretrained(shipped_model_path()).float().to(device).eval().requires_grad_(False)
-    kinds = {
-        "ddpm_cifar10": (UNet2DModel, DDPM_CIFAR10),
-        "ldm8_churches": (UNet2DModel, LDM8_CHURCHES),
-        "sd15": (UNet2DConditionModel, SD15),
-        "sdxl": (UNet2DConditionModel, SDXL),
-    }
-    kind, config = kinds[network]
+        return (
+            diffusers.UNet2DModel.from_pretrained(shipped_model_path()).float().to(device).eval().requires_grad_(False)
+        )
     torch.manual_seed(0)
     with torch.device(device):
-        return kind(**config).eval().requires_grad_(False)
+        return getattr(diffusers, CONFIGS[network]["class"])(**CONFIGS[network]["unet"]).eval().requires_grad_(False)
 
 
 def conditions(unet: torch.nn.Module, batch: int) -> dict[str, Any]:
@@ -157,18 +102,8 @@ def layer_table(network: str) -> dict[Layer, int]:
     def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0]
         if isinstance(module, torch.nn.Conv2d):
-            padding = module.padding[0]
-            table[
-                Layer(
-                    "conv",
-                    module.in_channels,
-                    module.out_channels,
-                    *x.shape[2:],
-                    module.kernel_size[0],
-                    module.stride[0],
-                    padding,
-                )
-            ] += 1
+            size = (*x.shape[2:], module.kernel_size[0], module.stride[0], module.padding[0])
+            table[Layer("conv", module.in_channels, module.out_channels, *size)] += 1
         else:
             table[Layer("linear", module.in_features, module.out_features, x.numel() // module.in_features, 1, 1)] += 1
 

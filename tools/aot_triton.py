@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -25,16 +23,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import sass_report
 
 if TYPE_CHECKING:
-    from modiff_kernels.backends.triton.launching import Variant
+    from modiff_kernels.backends.triton.launch import Variant
 
 PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
 COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
 MAIN_SHARE = 16  # of the many forms of the quantising kernels, every 16th is a main one
-WITH_PRODUCT = ("product_kernel", "modulated_linear_kernel")
+WITH_PRODUCT = ("product_kernel", "modulate_linear_kernel")
 
 
 @dataclass
@@ -53,23 +52,13 @@ class Report:
 
 def variants(capability: int, main_only: bool) -> Iterator[tuple[str, Variant]]:
     """(name, variant) of all kernels of the backend."""
-    from modiff_kernels.backends.triton import product_variants, quantizing
+    from modiff_kernels.backends.triton.aot import product_variants, quantize_variants
 
-    yield from product_variants.aot_variants(divmod(capability, 10), main_only)
-    for variant in quantizing.aot_variants()[:: MAIN_SHARE if main_only else 1]:
+    yield from product_variants(divmod(capability, 10), main_only)
+    for variant in quantize_variants()[:: MAIN_SHARE if main_only else 1]:
         meta = "-".join(f"{key.lower()}{value}" for key, value in variant.constexprs.items() if key.isupper())
         types = "-".join(kind for kind in variant.signature.values() if kind.startswith("*"))
         yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.num_warps}", variant
-
-
-def _binary(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_variant(name: str, variant: Variant, capability: int) -> Report:
@@ -92,26 +81,20 @@ def compile_variant(name: str, variant: Variant, capability: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = re.search(
-            r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _run(_binary("cuobjdump"), "-res-usage", file.name)
-        )
-        code = _run(_binary("nvdisasm"), "-c", file.name)
-    if usage is None:
-        raise RuntimeError(f"{name}: cuobjdump -res-usage says nothing about registers")
-    registers, stack, local = map(int, usage.groups())
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", code, re.MULTILINE)
-    counts = Counter(opcodes)
-    report = Report(
-        name, capability, registers, stack + local, compiled.metadata.shared, len(opcodes),
-        {opcode: counts[opcode] for opcode in COUNTED if counts[opcode]},
-    )  # fmt: skip
+        (code,) = sass_report.report(Path(file.name))
+    counts: Counter[str] = Counter()
+    for opcode, count in code.opcodes.items():
+        counts[opcode.split(".")[0]] += count
+    found = {opcode: counts[opcode] for opcode in COUNTED if counts[opcode]}
+    sizes = (code.registers, code.stack_bytes, compiled.metadata.shared, counts.total())
+    report = Report(name, capability, *sizes, found)
     report.failures = broken_rules(report, variant.kernel.__name__)
     return report
 
 
 def broken_rules(report: Report, kernel: str) -> list[str]:
     """What is wrong with the machine code of `kernel`, in words."""
-    from modiff_kernels.backends.triton.tile_configs import SHARED_MEMORY_BYTES
+    from modiff_kernels.backends.triton.tiles import SHARED_MEMORY_BYTES
 
     failures = []
     wanted = PRODUCT_INSTRUCTION[report.capability]

@@ -1,18 +1,18 @@
 """One unattended run on a bare GPU machine: build, GPU tests and benchmarks, the most important first.
 
-    python tools/gpu_campaign.py --seconds 1500 --out results
-    python tools/gpu_campaign.py --seconds 540 --out "$OUT" --set kernels --wheels wheels
+    python tools/gpu_campaign.py --set first --seconds 480 --carried-build --wheels wheels --out out
     python tools/gpu_campaign.py --list
 
-Needs a CUDA build of torch with triton, nvcc, CMake and ninja. What else a part needs and is not installed can be given
-as wheels in a folder (`--wheels`), for machines without a network; those of `--list` are fetched elsewhere with
-`python tools/gpu_campaign.py --download-wheels DIR`.
+Needs a CUDA build of torch with triton, nvcc, CMake and ninja; CUDA's tools are sought on PATH and in its usual folder.
+What else a part needs and is not installed can be given as wheels in a folder (`--wheels`; `--list` names them), for
+machines without a network; one that does not install is told and left out. --carried-build takes the libraries in
+modiff_kernels/_lib if they load, and builds only if not: carry those of the same commit.
 
 Every part has a time limit, and the whole never takes longer than `--seconds`: a part that would not fit is cut short
-or not begun. Benchmarks append rows to benchmarks/results as they go, so what they measured is kept when they are
-stopped. State, logs and summary of all parts are kept in `--work`; the same command again goes on with the parts that
-have not passed. `--out` gets the summary and, packed, every result file that the campaign changed, with paths from the
-root of the repository: `unzip -o results-1.zip` there puts them in place.
+or not begun. It is asked to end first, so that tests print what failed. Benchmarks append rows to benchmarks/results as
+they go. State, logs and summary are kept in `--work`; the same command again goes on with the parts that have not
+passed. `--out` gets the summary and, packed, every result file that the campaign changed, with paths from the root of
+the repository: `unzip -o results-1.zip` there puts them in place.
 
 Where the sources have no .git, MODIFF_COMMIT tells the rows their commit (ENVS.md).
 
@@ -32,7 +32,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,11 +41,7 @@ from tools.gpu_campaign_parts import PARTS, SETS, WHEELS, Part
 
 ROOT = Path(__file__).resolve().parent.parent
 
-RESULTS = (
-    "benchmarks/results/**/*",
-    "benchmarks/features/*",
-    "modiff_kernels/backends/*/tiles/*.json",
-)
+RESULTS = ("benchmarks/results/**/*", "modiff_kernels/backends/*/tiles/*.json")
 """Where parts write, beside the working folder: patterns from the root of the repository."""
 
 NOT_FINISHED = 3
@@ -53,7 +49,9 @@ NOT_FINISHED = 3
 PASSED, FAILED, STOPPED, SKIPPED, WAITING = "passed", "failed", "stopped", "skipped", "not reached"
 LEAST_SECONDS = 10  # a part is not begun with less
 TAIL_SECONDS = 8  # kept for packing the results
-GRACE_SECONDS = 5  # between the request to end and the end
+GRACE_SECONDS = 5  # between a request to end and the next, and the end
+LONGEST_ANSWER = 90  # seconds that torch may take to find the GPU
+TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")  # where CUDA's are, if not on PATH
 LOG_TAIL = 30  # lines of a failed part in the summary
 
 
@@ -80,9 +78,8 @@ class Campaign:
         seconds: float,
         variables: dict[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        data: Path | None = None,
     ) -> None:
-        self.parts, self.work, self.clock, self.data = list(parts), work, clock, data
+        self.parts, self.work, self.clock = list(parts), work, clock
         self.deadline = clock() + seconds - TAIL_SECONDS
         self.variables = variables or {}
         self.logs = work / "logs"
@@ -114,8 +111,6 @@ class Campaign:
         for program in filter(None, (part.program, part.command[0])):
             if program != "{python}" and shutil.which(program) is None:
                 return Outcome(SKIPPED, reason=f"{program} was not found on the PATH")
-        if self.data is None and any("{data}" in word for word in part.command):
-            return Outcome(WAITING, reason="needs --data")
         if self.deadline - self.clock() < LEAST_SECONDS:
             return Outcome(WAITING, reason="no time left")
         return None
@@ -123,8 +118,8 @@ class Campaign:
     def _executed(self, part: Part) -> Outcome:
         limit = min(part.seconds, self.deadline - self.clock())
         budget = max(limit - part.margin_seconds, 1)
-        values = {"python": sys.executable, "work": self.work, "data": self.data, "budget": int(budget)}
-        command = [word.format(**values, minutes=f"{budget / 60:.2f}") for word in part.command]
+        values = {"python": sys.executable, "work": self.work, "budget": int(budget)}
+        command = [word.format(**values) for word in part.command]
         print(f"campaign: {part.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
         begun = self.clock()
         with (self.logs / f"{part.name}.log").open("ab") as log:
@@ -184,7 +179,7 @@ def _run(command: list[str], log, seconds: float, variables: dict[str, str]) -> 
         start_new_session=True,
     )
     try:
-        return process.wait(timeout=max(seconds - GRACE_SECONDS, 1))
+        return process.wait(timeout=max(seconds - 2 * GRACE_SECONDS, 1))
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -192,8 +187,8 @@ def _run(command: list[str], log, seconds: float, variables: dict[str, str]) -> 
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the process group of `process`, asking first."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    """End the process group of `process`, asking first: at an interrupt pytest tells its failures, at SIGTERM none."""
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
         except ProcessLookupError:
@@ -204,61 +199,61 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def result_files(work: Path, since: float) -> list[Path]:
-    """Files below `work`, and of RESULTS those written after `since` (seconds of time.time)."""
+def pack(work: Path, since: float, out: Path, most_bytes: int) -> list[str]:
+    """Write what lies below `work`, and files of RESULTS written after `since` (seconds of time.time), into
+    `out`/results-1.zip, -2, ... of at most `most_bytes` each, the paths those from the root of the repository; returns
+    what is larger than that.
+    """
     found = {path for pattern in RESULTS for path in ROOT.glob(pattern) if path.stat().st_mtime >= since}
     found |= {path for path in work.rglob("*") if "site" not in path.relative_to(work).parts[:1]}
-    return sorted(path for path in found if path.is_file())
-
-
-def pack(files: Iterable[Path], out: Path, most_bytes: int) -> list[str]:
-    """Write `files` into `out`/results-1.zip, -2, ... of at most `most_bytes` each; returns what did not fit, and why.
-
-    Paths in the archives are relative to the root of the repository; a file outside of it is stored by its name.
-    """
     for old in out.glob("results-*.zip"):
         old.unlink()
-    left_out, sizes = [], []
-    for path in files:
+    left_out, sizes = [], [0]
+    for path in sorted(path for path in found if path.is_file()):
         packed = len(zlib.compress(path.read_bytes())) + 1024  # and its two headers
         name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
         if packed > most_bytes:
             left_out.append(f"{name}: {packed >> 20} MiB, an archive has at most {most_bytes >> 20}")
             continue
-        index = next((i for i, size in enumerate(sizes) if size + packed <= most_bytes), len(sizes))
-        if index == len(sizes):
+        if sizes[-1] + packed > most_bytes:
             sizes.append(0)
-        sizes[index] += packed
-        with zipfile.ZipFile(out / f"results-{index + 1}.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        sizes[-1] += packed
+        with zipfile.ZipFile(out / f"results-{len(sizes)}.zip", "a", zipfile.ZIP_DEFLATED) as archive:
             archive.write(path, name)
     return left_out
 
 
 def install_wheels(folder: Path, target: Path) -> dict[str, str]:
     """Install the wheels of `folder` into `target`, without a network. The variables that put them on the path."""
-    wheels = sorted(map(str, folder.glob("*.whl")))
+    wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        raise SystemExit(f"gpu_campaign: {folder} holds no wheels; fill it with --download-wheels {folder}")
+        raise SystemExit(f"gpu_campaign: {folder} holds no wheels")
     flags = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(target))
-    subprocess.run([sys.executable, "-m", "pip", "install", *flags, *wheels], check=True)
+    for wheel in wheels:  # one by one: a bad one costs the parts that need it alone
+        if subprocess.run([sys.executable, "-m", "pip", "install", *flags, str(wheel)], check=False).returncode:
+            print(f"gpu_campaign: {wheel.name} could not be installed", file=sys.stderr, flush=True)
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))}
 
 
-def download_wheels(folder: Path) -> None:
-    """Fetch WHEELS for Python 3.12 on Linux x86-64 into `folder`."""
-    flags = ["--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
-    for tag in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1"):
-        flags += ["--platform", f"{tag}_x86_64"]
-    subprocess.run([sys.executable, "-m", "pip", "download", *flags, "--dest", str(folder), *WHEELS], check=True)
+def find_tools() -> None:
+    """Put the folders of CUDA's tools behind PATH, for the parts too."""
+    folders = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *folders, *TOOLS])
+
+
+KEEP_BUILD = """import subprocess, sys
+from modiff_kernels.backends import cpu, cuda
+reasons = [reason for backend in (cpu, cuda) if (reason := backend.unavailable())]
+print(*reasons or (cpu.build_info(), cuda.build_info()), sep="\\n", flush=True)
+sys.exit(subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"]) if reasons else 0)"""
+"""Takes the carried libraries, and builds where they do not load."""
 
 
 def selected(names: Sequence[str], set_name: str) -> list[Part]:
     """Parts of the set, or those named, with everything they need, in the order of PARTS."""
     wanted = set(names or SETS[set_name])
-    unknown = wanted - {part.name for part in PARTS}
-    if unknown:
-        allowed = ", ".join(part.name for part in PARTS)
-        raise SystemExit(f"gpu_campaign: part {sorted(unknown)[0]!r} is unknown; allowed: {allowed}")
+    if unknown := wanted - {part.name for part in PARTS}:
+        raise SystemExit(f"gpu_campaign: part {min(unknown)!r} is unknown; --list shows them")
     for part in reversed(PARTS):  # needs stand before what needs them
         if part.name in wanted:
             wanted |= set(part.needs)
@@ -268,25 +263,26 @@ def selected(names: Sequence[str], set_name: str) -> list[Part]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seconds", type=float, default=1500, help="the whole ends within (%(default)s)")
-    add("--set", default="all", choices=SETS, help="parts by what they are for (%(default)s)")
+    add("--seconds", type=float, default=480, help="the whole ends within (%(default)s)")
+    add("--set", default="first", choices=SETS, help="parts by what they are for (%(default)s)")
     add("--part", action="append", default=[], help="instead: a part by name, may be given several times")
     add("--work", type=Path, default=ROOT / "build" / "gpu_campaign", help="state and logs (%(default)s)")
     add("--out", type=Path, help="folder that gets summary and results")
     add("--archive-mb", type=float, default=15, help="most MiB of one archive in --out (%(default)s)")
-    add("--data", type=Path, help="folder of CIFAR-10, for the parts that need it")
+    add("--carried-build", action="store_true", help="build only if modiff_kernels/_lib does not load")
     add("--wheels", type=Path, help="folder of wheels to install first, into --work")
-    add("--download-wheels", type=Path, metavar="DIR", help="fetch those wheels, and end")
     add("--list", action="store_true", help="show sets and parts, and end")
     args = parser.parse_args(argv)
     if args.list:
-        print(listing())
-        return 0
-    if args.download_wheels:
-        download_wheels(args.download_wheels)
+        print(*(f"{name}: {', '.join(parts)}" for name, parts in SETS.items()), sep="\n")
+        print(*(f"{part.name:18} {part.seconds:4} s  {part.purpose}" for part in PARTS), f"wheels: {WHEELS}", sep="\n")
         return 0
     begun = time.monotonic()
+    find_tools()
     parts = selected(args.part, args.set)
+    if args.carried_build:
+        kept = ("{python}", "-c", KEEP_BUILD)
+        parts = [dataclasses.replace(part, command=kept) if part.name == "build" else part for part in parts]
     if args.seconds < LEAST_SECONDS + TAIL_SECONDS:
         parser.error(f"--seconds {args.seconds:g} is too little, at least {LEAST_SECONDS + TAIL_SECONDS}")
     reason = why_no_gpu()
@@ -295,12 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     work = args.work.resolve()
     variables = install_wheels(args.wheels, work / "site") if args.wheels else {}
-    campaign = Campaign(parts, work, args.seconds - (time.monotonic() - begun), variables, data=args.data)
+    campaign = Campaign(parts, work, args.seconds - (time.monotonic() - begun), variables)
 
     def keep() -> None:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            left_out = pack(result_files(work, campaign.started), args.out, int(args.archive_mb * (1 << 20)))
+            left_out = pack(work, campaign.started, args.out, int(args.archive_mb * (1 << 20)))
             notes = "".join(f"\nleft out: {line}" for line in left_out)
             (args.out / "campaign.md").write_text(campaign.summary() + notes)
 
@@ -309,17 +305,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return campaign.exit_code()
 
 
-def listing() -> str:
-    """Sets, parts with their limits, and wheels, as text."""
-    lines = [f"{name}: {', '.join(parts)}" for name, parts in SETS.items()] + [""]
-    lines += [f"{part.name:18} {part.seconds:4} s  {part.purpose}" for part in PARTS]
-    return "\n".join([*lines, "", f"wheels: {' '.join(WHEELS)}"])
-
-
 def why_no_gpu() -> str | None:
     """Why nothing can be measured here, or None. Asked in a process of its own: a CUDA context would stay here."""
     code = "import torch; assert torch.cuda.is_available(), f'torch {torch.__version__} sees no CUDA device'"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST_ANSWER)
+    except subprocess.TimeoutExpired:
+        return f"torch did not answer within {LONGEST_ANSWER} s"
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1].removeprefix("AssertionError: ")
 
 

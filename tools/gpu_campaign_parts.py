@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
-NETWORKS = ("sd15", "sdxl", "ldm8_churches", "ddpm_cifar10")
-LAYERS = ("--network", *NETWORKS, "--batch", "1", "2", "8", "16", "64")
-BOUNDED = ("--record", "--skip-recorded", "--budget", "{budget}")
+BOUNDED = ("--device", "cuda", "--record", "--skip-recorded", "--budget", "{budget}", "--quiet")
+"""Of a benchmark that ends itself and, the next time, goes on with what it has not recorded."""
+TWELVE = ("--network", "sd15", "sdxl", "ddpm_cifar10", "--batch", "8", "16", "--most", "12")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One command of the campaign.
 
-    command: words in which {python}, {work} (the campaign's folder), {budget} (seconds it may use), {minutes} (the
-    same) and {data} (--data; without it the part is not run) are filled in.
+    command: words in which {python}, {work} (the campaign's folder) and {budget} (seconds it may use) are filled in.
     seconds: after which it is stopped; a command with {budget} ends itself `margin_seconds` before.
     needs: parts that must have passed. every_time: run again although it has passed, since what it makes is no result.
-    program: one that must be on the PATH.
+    program: one that must be found.
     """
 
     name: str
@@ -27,241 +26,133 @@ class Part:
     needs: tuple[str, ...] = ("build",)
     every_time: bool = False
     program: str | None = None
-    margin_seconds: int = 20
+    margin_seconds: int = 10
     variables: tuple[tuple[str, str], ...] = ()
 
 
-def _pytest(*arguments: str) -> tuple[str, ...]:
-    return ("{python}", "-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "-m", "gpu", *arguments)
+def _tests(name: str, purpose: str, seconds: int, *arguments: str) -> Part:
+    """Tests that need a GPU, in 14 processes: a lost context costs one of them, a hanging test itself."""
+    words = (
+        "{python}",
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tools.pytest_gpu",
+        "-v",
+        "--tb=long",
+        "-m",
+        "gpu",
+    )
+    kept = ("--failures", "{work}/failures.txt", "-n", "14", "--max-worker-restart", "60")
+    only = ("-k", "not emulated and not interpreter")  # they stand for the host as well
+    return Part(name, purpose, (*words, *kept, *only, *arguments), seconds, variables=(("OMP_NUM_THREADS", "1"),))
 
 
-def _quality(model: tuple[str, ...], report: str) -> tuple[str, ...]:
-    """The study of pictures: float images and codes are kept outside of {work}, they are too large to bring back."""
-    words = ("{python}", "benchmarks/quality.py", "--data", "{data}", *model, "--device", "cuda", "--dtype", "float16")
-    words += ("--batch", "128", "--times", "--cuda-graphs", "--compile", "--quiet", "--resume", "--budget", "{budget}")
-    return (*words, "--keep", "build/quality", "--json", f"benchmarks/results/{report}.json")
+def _bench(name: str, purpose: str, seconds: int, *arguments: str) -> Part:
+    return Part(name, purpose, ("{python}", "-m", "benchmarks", *arguments, *BOUNDED), seconds)
 
 
-def _training(preset: str, batch: int, out: str) -> tuple[str, ...]:
-    words = ("{python}", "examples/train_ddpm.py", "--data", "{data}", "--out", out, "--preset", preset, "--quiet")
-    words += ("--batch-size", str(batch), "--lr", "4e-4", "--ema", "0.9995", "--minutes", "{minutes}", "--resume")
-    return (*words, "--device", "cuda", "--checkpoint-dir", f"build/checkpoints/{preset}")
+def _products(name: str, seconds: int, purpose: str, *arguments: str) -> Part:
+    return _bench(name, purpose, seconds, "layers", *TWELVE, *arguments)
 
 
-def _sanitized(tool: str, *arguments: str) -> tuple[str, ...]:
+def _steps(network: str, batch: str, kind: str, seconds: int, rows: str) -> Part:
+    backend = kind if kind in ("cuda", "triton") else "auto"
+    words = ("steps", "--network", network, "--batch", batch, "--backend", backend, "--rows", rows)
+    return _bench(f"step_{network}_{kind}", f"a step of {network}, {kind}", seconds, *words, "--calls", "8")
+
+
+def _families(backend: str, seconds: int) -> Part:
+    words = ("{python}", "tools/sanitize_kernels.py", "--backend", backend, "--jobs", "14")
+    purpose = "every family of kernels once, against the reference"
+    return Part(f"families_{backend}", purpose, words, seconds, variables=(("OMP_NUM_THREADS", "1"),))
+
+
+def _sanitized(tool: str, purpose: str, seconds: int, *arguments: str) -> Part:
     only_ours = () if tool == "memcheck" else ("--kernel-name", "kns=modiff")
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only_ours)
-    return (*watched, "{python}", "tools/sanitize_kernels.py", *arguments)
+    command = (*watched, "{python}", "tools/sanitize_kernels.py", "--backend", "cuda", *arguments)
+    # Every tensor is an allocation whose ends are watched.
+    variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    return Part(tool, purpose, command, seconds, program="compute-sanitizer", variables=variables)
 
 
-UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # every tensor is an allocation whose ends are watched
-
-
-def _bounded(script: str, *arguments: str) -> tuple[str, ...]:
-    """A benchmark on the GPU that ends itself and, the next time, goes on with what it has not recorded."""
-    return ("{python}", f"benchmarks/{script}", *arguments, "--device", "cuda", "--budget", "{budget}", "--quiet")
-
-
-def _steps(network: str, *batches: str) -> tuple[str, ...]:
-    few = ("--calls", "8", "--rounds", "3", "--record", "--skip-recorded")
-    return _bounded("bench_unet_step.py", "--network", network, "--batch", *batches, *few)
-
-
-def _runs(network: str, *images: str) -> tuple[str, ...]:
-    few = ("--rounds", "3", "--record", "--skip-recorded")
-    return _bounded("bench_sampling.py", "--network", network, "--images", *images, *few)
-
-
+FLOATS, GRAPHS = "float-channels_last,float-compile-default-graphs", "modulated-w8a8-graphs"
 PARTS = (
     Part("environment", "GPU, driver, versions", ("nvidia-smi",), 20, needs=()),
     Part(
         "build",
         "compiled kernels for this CPU and GPU",
         ("{python}", "setup.py", "build_ext", "--inplace"),
-        240,
+        120,
         needs=(),
         every_time=True,
         variables=(("MODIFF_CUDA", "ON"),),
     ),
-    Part("doctor", "which backends run, and why others do not", ("{python}", "-m", "modiff_kernels", "doctor"), 60),
-    Part(
-        "families",
-        "every family of kernels once, against the reference",
-        ("{python}", "tools/sanitize_kernels.py"),
-        150,
-    ),
-    Part(
-        "smoke_cuda",
-        "layers of UNets through the wgmma kernels",
-        _pytest("tests/backends/cuda/test_hopper_on_gpu.py"),
-        90,
-    ),
-    Part(
-        "gpu_tests",
-        "all tests that need a GPU; in 14 processes, as Triton compiles some 1500 forms for them",
-        _pytest("-n", "14", "--maxfail", "60", "tests/backends", "tests/integrations/test_graphs_on_gpu.py"),
-        360,
-    ),
-    Part(
-        "memcheck",
-        "the families under compute-sanitizer: addresses",
-        _sanitized("memcheck"),
-        120,
-        needs=("build", "families"),
-        program="compute-sanitizer",
-        variables=UNCACHED,
-    ),
-    Part(
-        "racecheck",
-        "the same: races in shared memory",
-        _sanitized("racecheck", "--backend", "cuda"),
-        120,
-        needs=("build", "families"),
-        program="compute-sanitizer",
-        variables=UNCACHED,
-    ),
-    Part(
-        "initcheck",
-        "the same: reads of memory that nothing has written",
-        _sanitized("initcheck", "--backend", "cuda", "--match", "quantize"),
-        90,
-        needs=("build", "families"),
-        program="compute-sanitizer",
-        variables=UNCACHED,
-    ),
-    Part(
-        "machine",
-        "rates of copies and products, as rows",
-        ("{python}", "benchmarks/bench_machine.py", "--device", "cuda", "--record"),
-        60,
-    ),
-    Part(
-        "cutlass",
-        "CUTLASS's int8 kernels, a rival; what is carried in build/cutlass_int8 is not compiled again",
-        ("{python}", "-m", "benchmarks.cutlass_int8.build"),
-        240,
-        needs=(),
-        every_time=True,
-        program="nvcc",
-    ),
-    Part(
-        "tune_cuda",
-        "tiles of the CUDA products, measured",
-        ("{python}", "tools/tune_cuda.py", *LAYERS, *BOUNDED),
-        240,
-        needs=("build", "smoke_cuda"),
-    ),
-    Part(
-        "tune_triton",
-        "tiles of the Triton products, measured",
-        ("{python}", "tools/tune_triton.py", *LAYERS, *BOUNDED),
-        240,
-    ),
-    Part(
-        "products",
-        "single layers beside cuDNN, cuBLAS and CUTLASS",
-        ("{python}", "benchmarks/bench_products.py", *LAYERS, *BOUNDED),
-        420,
+    _tests("tests_cuda", "tests of the CUDA kernels", 90, "tests/backends/cuda"),
+    _tests("tests", "all other tests that need a GPU", 120, "tests", "--ignore", "tests/backends/cuda"),
+    _products("products_cuda", 50, "twelve layers by cuda", "--backend", "cuda", "--rows", "product,modulate"),
+    _products("products_triton", 70, "the same by triton", "--backend", "triton", "--rows", "product,modulate"),
+    _products("products_torch", 40, "the same by cuDNN, cuBLAS and CUTLASS", "--rows", "bf16,int_mm,cutlass_int8"),
+    _steps("ddpm_cifar10", "16", "float", 70, FLOATS),
+    _steps("ddpm_cifar10", "16", "cuda", 45, GRAPHS),
+    _steps("ddpm_cifar10", "16", "triton", 60, GRAPHS),
+    _steps("sd15", "8", "cuda", 60, GRAPHS),
+    _steps("sd15", "8", "float", 120, FLOATS),
+    _steps("sd15", "8", "triton", 90, GRAPHS),
+    _bench("machine", "rates of copies and products, as rows", 30, "layers", "--case", "machine"),
+    _families("cuda", 60),
+    _families("triton", 90),
+    _sanitized("memcheck", "the families of cuda under compute-sanitizer: addresses", 60),
+    _sanitized("racecheck", "the same: races in shared memory", 60),
+    _sanitized("initcheck", "the same: reads of memory that nothing has written", 60, "--match", "quantize"),
+    *(
+        Part(
+            f"tune_{backend}",
+            f"tiles of the products of {backend}, measured",
+            ("{python}", f"tools/tune_{backend}.py", *TWELVE, *BOUNDED),
+            120,
+        )
+        for backend in ("cuda", "triton")
     ),
     Part(
         "ncu",
         "counters of the products furthest from their bound",
         ("{python}", "tools/ncu_worst.py", "--budget", "{budget}"),
-        180,
+        90,
         program="ncu",
     ),
     Part(
-        "passes",
-        "fused passes beside inductor's, and the bandwidth they reach",
-        (
-            *("{python}", "benchmarks/bench_passes.py", "--network", "sd15", "--network", "ddpm_cifar10"),
-            *("--batch", "2", "16", "--device", "cuda", "--seconds", "0.05", "--record", "--quiet"),
-        ),
+        "cutlass",
+        "CUTLASS's int8 kernels, a baseline; what is carried in build/cutlass_int8 is not compiled again",
+        ("{python}", "-m", "benchmarks.baselines.cutlass_int8.build"),
         240,
-    ),
-    Part(
-        "plans_sd15",
-        "layer plans of Stable Diffusion 1.5",
-        _bounded("make_plans.py", "--network", "sd15", "--batch", "2", "16", "--rounds", "2", "--skip-existing"),
-        150,
-    ),
-    Part("steps_sd15", "whole steps of Stable Diffusion 1.5", _steps("sd15", "16", "2", "8", "1", "64"), 420),
-    Part("runs_sd15", "whole runs of Stable Diffusion 1.5", _runs("sd15", "8", "1"), 420),
-    Part(
-        "profile_sd15",
-        "what takes the time of its steps",
-        (*_steps("sd15", "16", "2"), "--profile", "--rows", "float-compile-graphs,modulated-w8a8"),
-        120,
-    ),
-    Part("steps_sdxl", "whole steps of Stable Diffusion XL", _steps("sdxl", "8", "2", "1", "16", "64"), 540),
-    Part("runs_sdxl", "whole runs of Stable Diffusion XL", _runs("sdxl", "4", "1"), 540),
-    Part("steps_ddpm", "whole steps of DDPM", _steps("ddpm_cifar10", "64", "8", "1", "2", "16"), 240),
-    Part("runs_ddpm", "whole runs of DDPM", _runs("ddpm_cifar10", "64", "1"), 180),
-    Part("runs_shipped", "whole runs of the shipped model, which is trained", _runs("cifar10_small16", "64", "8"), 120),
-    Part("steps_ldm8", "whole steps of LDM-8", _steps("ldm8_churches", "8", "64", "1", "2", "16"), 240),
-    Part(
-        "plans",
-        "layer plans of all networks",
-        _bounded(
-            "make_plans.py",
-            *("--network", "sd15", "sdxl", "ddpm_cifar10", "ldm8_churches"),
-            *("--batch", "1", "2", "8", "16", "64", "--rounds", "2", "--skip-existing"),
-        ),
-        540,
-    ),
-    Part(
-        "quality_small16",
-        "pictures of the shipped model in every configuration",
-        _quality((), "quality_small16_gpu"),
-        420,
-        margin_seconds=45,
-    ),
-    Part(
-        "quality_features",
-        "a classifier of 32x32 images, for Fréchet distances",
-        (
-            *("{python}", "benchmarks/feature_network.py", "--data", "{data}", "--size", "32", "--width", "64"),
-            *("--epochs", "40", "--batch-size", "512", "--minutes", "{minutes}", "--device", "cuda", "--quiet"),
-        ),
-        180,
         needs=(),
-        margin_seconds=40,
+        every_time=True,
+        program="nvcc",
     ),
-    Part(
-        "quality_train_ddpm",
-        "the 35.7 M DDPM UNet, to be studied where it was trained",
-        _training("ddpm_cifar10", 256, "build/ddpm_cifar10"),
-        570,
-        needs=(),
-        margin_seconds=70,
-    ),
-    Part(
-        "quality_ddpm",
-        "its pictures in every configuration",
-        _quality(("--model", "build/ddpm_cifar10"), "quality_ddpm_cifar10"),
-        570,
-        needs=("build", "quality_features", "quality_train_ddpm"),
-        margin_seconds=60,
-    ),
-    Part(
-        "quality_train_base32",
-        "a model of 9 M parameters for 32x32 images, small enough to ship",
-        _training("base32", 256, "{work}/base32"),
-        570,
-        needs=(),
-        margin_seconds=70,
-    ),
+    _steps("sdxl", "8", "cuda", 120, GRAPHS),
+    _steps("sdxl", "8", "float", 180, FLOATS),
+    _bench("runs_sd15", "whole runs of sd15", 240, "runs", "--network", "sd15", "--images", "4", "--backend", "cuda"),
+    _bench("runs_shipped", "whole runs of the shipped model, which is trained", 120, "runs", "--images", "64"),
 )
 
-CHECKS = ("environment", "build", "doctor", "families", "smoke_cuda", "gpu_tests", "memcheck", "racecheck", "initcheck")
+
+def _until(first: str, last: str) -> tuple[str, ...]:
+    names = [part.name for part in PARTS]
+    return tuple(names[names.index(first) : names.index(last) + 1])
+
+
 SETS = {
-    "all": tuple(part.name for part in PARTS),
-    "quality": tuple(part.name for part in PARTS if part.name.startswith("quality")),
-    "checks": CHECKS,
-    "kernels": ("machine", "cutlass", "tune_cuda", "tune_triton", "products", "ncu", "passes"),
-    "sampling": tuple(part.name for part in PARTS if part.name.startswith(("plans", "steps", "runs", "profile"))),
+    "first": _until("environment", "machine"),
+    "checks": ("tests_cuda", "tests", *_until("families_cuda", "initcheck")),
+    "kernels": ("products_cuda", "products_triton", "products_torch", *_until("tune_cuda", "ncu")),
+    "sampling": _until("step_sdxl_cuda", "runs_shipped"),
+    "all": _until(PARTS[0].name, PARTS[-1].name),
 }
 """Parts by what they are for; what a part needs comes along."""
 
-WHEELS = ("diffusers==0.42.1", "torchao==0.18.0", "DeepCache==0.1.1", "nvidia-cutlass==4.2.0.0")
-"""What parts import beside torch, triton and the package's own dependencies."""
+WHEELS = ("diffusers==0.42.1", "DeepCache==0.1.1", "nvidia-cutlass==4.2.0.0")
+"""What parts import beside torch, triton and the package's own dependencies; diffusers alone is needed for `first`."""

@@ -9,10 +9,8 @@ The picture carries a digest of what it shows.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,24 +18,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.pareto_report import Panel, panels  # noqa: E402 (the path is set first)
+from benchmarks.studies.schedules import Panel, panels  # noqa: E402 (the path is set first)
 
-NETWORK = "float32"
-SHOWN = (
-    ("DDIM", 20),
-    ("DDIM", 50),
-    ("DPM-Solver++", 25),
-    ("DPM-Solver++ Karras", 25),
-    ("DPM-Solver++ Lu", 25),
-    ("UniPC", 25),
-)
-COLUMNS = 3
+NETWORK, COLUMNS = "float32", 3
+SHOWN = {
+    "DDIM": (20, 50),
+    **dict.fromkeys((f"DPM-Solver++{kind}" for kind in ("", " Karras", " Lu")), (25,)),
+    "UniPC": (25,),
+}
 # What every line is called, and how it is drawn; the searched schedules are drawn last, over all others.
-RIVALS = {
+LINES: dict[str, tuple[str, dict[str, Any]]] = {
     "any_sampler": ("any sampler, every call", {"color": "black", "linestyle": "--", "drawstyle": "steps-post"}),
     "fewer_steps": ("same sampler, fewer steps", {"color": "grey", "marker": "."}),
-}
-METHODS = {
     "DeepCache": ("DeepCache N=2, 3, 5", {"color": "tab:red", "marker": "s"}),
     "hold": ("hold", {"color": "tab:orange", "marker": "v"}),
     "forecast deep": ("forecast, deep levels", {"color": "tab:cyan", "marker": "^"}),
@@ -49,18 +41,13 @@ DIGEST = "Description"  # the text chunk of the picture that holds it
 
 def shown_panels(report: dict[str, Any]) -> list[Panel]:
     """The panels of the picture, as far as the report has them."""
-    found = {(panel.sampler, panel.steps): panel for panel in panels(report, NETWORK)}
-    return [found[name] for name in SHOWN if name in found]
+    return [panel for panel in panels(report, NETWORK) if panel.steps in SHOWN.get(panel.sampler, ())]
 
 
 def curves(panel: Panel) -> list[tuple[str, dict[str, Any], list[tuple[float, float]]]]:
     """Label, style and points of every line of a panel."""
-    rivals = [(label, style, getattr(panel, name)) for name, (label, style) in RIVALS.items()]
-    return rivals + [
-        (label, style, panel.schedules[method])
-        for method, (label, style) in METHODS.items()
-        if method in panel.schedules
-    ]
+    points = {"any_sampler": panel.any_sampler, "fewer_steps": panel.fewer_steps, **panel.schedules}
+    return [(label, style, points[name]) for name, (label, style) in LINES.items() if name in points]
 
 
 def digest(found: list[Panel]) -> str:
@@ -78,11 +65,10 @@ def draw(found: list[Panel], path: Path) -> None:
 
     rows = -(-len(found) // COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(11, 3.3 * rows + 0.6), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(found) :]:
-        axis.set_axis_off()
+    lines: dict[str, Any] = {}
     for axis, panel in zip(axes.flat, found):
         for label, style, points in curves(panel):
-            axis.plot(*zip(*points), label=label, **{"markersize": 5, "linewidth": 1.3, **style})
+            (lines[label],) = axis.plot(*zip(*points), label=label, **{"markersize": 5, "linewidth": 1.3, **style})
         axis.axhline(panel.every_call_db, color="grey", linestyle=":", linewidth=1)
         axis.set_title(f"{panel.sampler}, {panel.steps} steps", fontsize=10)
         axis.grid(alpha=0.3)
@@ -90,40 +76,25 @@ def draw(found: list[Panel], path: Path) -> None:
         axis.set_xlabel("evaluations of the network", fontsize=9)
         axis.set_ylabel("dB to converged", fontsize=9)
         axis.tick_params(labelsize=8)
-    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_legend_handles_labels()[0]}
-    order = [label for label, _ in (*RIVALS.values(), *METHODS.values()) if label in lines]
-    figure.legend(
-        [lines[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=9, frameon=False
-    )
+    order = [label for label, _ in LINES.values() if label in lines]
+    place = {"loc": "outside lower center", "ncols": 4, "fontsize": 9, "frameon": False}
+    figure.legend([lines[label] for label in order], order, **place)
     figure.savefig(path, dpi=88, metadata={DIGEST: digest(found), "Software": None})
-    pyplot.close(figure)
 
 
-def drawn_digest(path: Path) -> str | None:
-    """The digest in the picture at `path`, None where there is none."""
-    content, place = path.read_bytes() if path.exists() else b"", 8
-    while place + 8 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        name, _, text = content[place + 8 : place + 8 + length].partition(b"\0")
-        if kind == b"tEXt" and name.decode() == DIGEST:
-            return text.decode()
-        place += length + 12
-    return None
+def main(argv: list[str]) -> int:
+    from PIL import Image
 
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="draw nothing, exit code 1 if the picture is out of date")
-    args = parser.parse_args(argv)
     path = ROOT / "docs" / "schedules_pareto.png"
     found = shown_panels(json.loads((ROOT / "benchmarks" / "results" / "pareto.json").read_text()))
-    if not args.check:
+    if "--check" not in argv:
         draw(found, path)
-    elif drawn_digest(path) != digest(found):
-        print(f"{path.name} is out of date; run python tools/plot_pareto.py", file=sys.stderr)
-        return 1
+    with Image.open(path) as picture:
+        if picture.info.get(DIGEST) != digest(found):
+            print(f"{path.name} is out of date; run python tools/plot_pareto.py", file=sys.stderr)
+            return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,24 +1,25 @@
 """Every family of kernels once, at small odd sizes, against the backend reference: the first thing to run on a new GPU,
 and what compute-sanitizer is run on.
 
-python tools/sanitize_kernels.py [--backend cuda triton] [--match TEXT]
+python tools/sanitize_kernels.py [--backend cuda triton] [--match TEXT] [--jobs 14]
 
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1          every tensor is an allocation of its own, whose ends are watched
-compute-sanitizer --tool memcheck python tools/sanitize_kernels.py
+compute-sanitizer --tool memcheck python tools/sanitize_kernels.py --backend cuda
 compute-sanitizer --tool racecheck --kernel-name kns=modiff python tools/sanitize_kernels.py --backend cuda
-compute-sanitizer --tool initcheck python tools/sanitize_kernels.py --backend cuda --match quantize
-compute-sanitizer --tool synccheck --kernel-name kns=modiff python tools/sanitize_kernels.py --backend cuda
 
 Prints a line per family: ok, what differs, or why the backend leaves it out. Exit code 1 if something differs. Inputs
 are made on the CPU, so that hardly a kernel of torch runs beside those that are looked at. Backend cpu runs everywhere.
+--jobs deals the families out to so many processes, as Triton compiles some for each. A process that has lost its CUDA
+context ends; give each backend a run of its own, so that it does not take the other one with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +30,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.layers.products import prepared  # noqa: E402
+from benchmarks.runner import device_is_lost  # noqa: E402
 from modiff_kernels import ops  # noqa: E402
 from modiff_kernels.ops import dispatch  # noqa: E402
 from modiff_kernels.quant.affine import quantize_weight  # noqa: E402
 
 GPU_BACKENDS = ("cuda", "triton")
+EMPTY = 2  # exit code where no family has the name that is asked for
 MOST_TIES = 0.01
 """Share of codes that may be off behind a norm or an activation, whose float32 sums have no fixed order."""
 MULTIPLIER = 16  # the largest of per_block at 4 bits: what a code at a tie is multiplied with
@@ -55,14 +59,14 @@ class Product:
     groups: int = 1
 
     @property
-    def conv(self) -> tuple:
-        """Arguments of a convolution; a Linear is what has neither a window nor a width."""
+    def window(self) -> ops.Window | None:
+        """Of a convolution; a Linear is what has neither a window nor a width."""
         if self.kernel == 1 and self.stride == 1 and self.width == 1:
-            return ()
-        return (self.kernel,) * 2, (self.stride,) * 2, (self.kernel // 2,) * 2, (1, 1), self.groups
+            return None
+        return ops.Window((self.kernel,) * 2, (self.stride,) * 2, (self.kernel // 2,) * 2, (1, 1), self.groups)
 
     def __str__(self) -> str:
-        kind = f"conv{self.kernel}x{self.kernel}-s{self.stride}-g{self.groups}" if self.conv else "linear"
+        kind = f"conv{self.kernel}x{self.kernel}-s{self.stride}-g{self.groups}" if self.window else "linear"
         size = f"{self.samples}x{self.height}x{self.width}x{self.c_in}-{self.c_out}"
         return f"{kind}-w{self.bits}-group{self.group_size}-{size}"
 
@@ -101,144 +105,107 @@ class Call(NamedTuple):
     tie: int = 0
 
 
+def _laid_out(values: Tensor) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values
+
+
 def _random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
-
-
-def _codes(*shape: int) -> Tensor:
-    codes = torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
-    return codes.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else codes
+    return _laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 class Layer:
     """The operands of a product on `device`."""
 
-    def __init__(self, case: Product, stem: str, backend: str, device: str) -> None:
-        self.conv, self.op_name = case.conv, f"{stem}_{'conv2d' if case.conv else 'linear'}"
-        k = case.c_in // case.groups
-        weight = _random(*((case.c_out, k, case.kernel, case.kernel) if self.conv else (case.c_out, k)), seed=2)
+    def __init__(self, case: Product, backend: str, device: str) -> None:
+        self.window, k = case.window, case.c_in // case.groups
+        side = () if self.window is None else (case.kernel, case.kernel)
+        weight = _random(case.c_out, k, *side, seed=2)
         codes, scale = quantize_weight(weight.float() / k**0.5, case.bits, case.group_size)
-        sizes = {"n": case.c_out, "k": codes.shape[1], "weight_bits": case.bits, "group_size": case.group_size}
-        names = ("kernel_size", "stride", "padding", "dilation", "groups")
-        window = dict(zip(names, self.conv))
-        layout = ops.preferred_layout(self.op_name, device, **sizes, **window, backend=backend)
-        kept = {name: window[name] for name in ("kernel_size", "groups") if window}
         packed = ops.pack_weight(codes, case.bits).to(device)
-        arguments = (packed, case.bits, case.c_out, codes.shape[1])
-        self.packed = ops.prepare_weight(*arguments, layout_to=layout, **kept, backend=backend)
-        self.scale = scale.to(device)
-        self.format = (case.bits, case.group_size, layout, *self.conv)
-        self.x_shape, self.y_shape = (case.samples, case.height, case.c_in), (case.samples, case.height, case.c_out)
-        if self.conv:
-            sizes = [(side - 1) // case.stride + 1 for side in (case.height, case.width)]  # odd kernels, half padding
+        portable = ops.PackedWeight(packed, scale.to(device), case.bits, case.group_size)
+        self.weight = prepared(portable, codes.shape[1], self.window, backend)
+        self.x_shape, y_shape = (case.samples, case.height, case.c_in), (case.samples, case.height, case.c_out)
+        if self.window is not None:
             self.x_shape = (case.samples, case.c_in, case.height, case.width)
-            self.y_shape = (case.samples, case.c_out, *sizes)
+            y_shape = self.window.output_shape(self.x_shape, case.c_out)
         self.x, self.x_hat = (_random(*self.x_shape, seed=seed).to(device) for seed in (3, 4))
-        self.y_hat, self.skip = (_random(*self.y_shape, seed=seed).to(device) for seed in (5, 6))
+        self.y_hat, self.skip = (_random(*y_shape, seed=seed).to(device) for seed in (5, 6))
         self.bias = _random(case.c_out, seed=7).to(device)
-        self.op: Callable = getattr(ops, self.op_name)
 
 
-def _accumulate(case: Product, backend: str, device: str) -> list[Tensor]:
-    layer = Layer(case, "accumulate", backend, device)
+def _product(case: Product, with_state: bool, backend: str, device: str) -> list[Tensor]:
+    layer = Layer(case, backend, device)
     scale = (torch.arange(case.samples) * 1e-4 + 1e-3).to(device)
-    weight = (layer.packed, layer.scale, layer.y_hat, layer.skip)
-    codes = _codes(*layer.x_shape).to(device)
-    return [layer.op(codes, scale, *weight, *layer.format, torch.float16, backend=backend), layer.y_hat]
-
-
-def _quantized(case: Product, backend: str, device: str) -> list[Tensor]:
-    layer = Layer(case, "quantized", backend, device)
-    scale = (torch.arange(case.samples) * 1e-4 + 1e-3).to(device)
+    codes = torch.randint(-128, 128, layer.x_shape, dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    codes, rest = _laid_out(codes).to(device), (layer.skip, layer.window, torch.float16)
+    if with_state:
+        return [ops.product(codes, scale, None, layer.weight, layer.y_hat, None, *rest, backend=backend), layer.y_hat]
     zero_point = (torch.arange(case.samples, dtype=torch.int32) * 5 - 7).to(device)
-    weight = (layer.packed, layer.scale, layer.bias, layer.skip)
-    codes = _codes(*layer.x_shape).to(device)
-    return [layer.op(codes, scale, zero_point, *weight, *layer.format, torch.float16, backend=backend)]
+    return [ops.product(codes, scale, zero_point, layer.weight, None, layer.bias, *rest, backend=backend)]
 
 
-def _initialize(case: Product, first_step_bits: int, backend: str, device: str) -> list[Tensor]:
-    layer = Layer(case, "initialize", backend, device)
-    x_hat, y_hat = (torch.full_like(t, torch.nan) for t in (layer.x_hat, layer.y_hat))
-    weight = (layer.packed, layer.scale, layer.bias, layer.skip)
-    return [layer.op(layer.x, x_hat, y_hat, *weight, *layer.format, first_step_bits, backend=backend), x_hat, y_hat]
-
-
-def _modulated(case: Product, granularity: str, backend: str, device: str) -> list[Tensor]:
-    layer = Layer(case, "modulated", backend, device)
-    weight = (layer.packed, layer.scale, layer.y_hat, layer.skip)
-    arguments = (layer.x, layer.x_hat, None, *weight, 4, granularity, 1.0, *layer.format)
-    return [*layer.op(*arguments, backend=backend), layer.x_hat, layer.y_hat]
+def _modulate(case: Product, granularity: str, backend: str, device: str) -> list[Tensor]:
+    layer = Layer(case, backend, device)
+    state = (layer.x_hat, None, layer.weight, layer.y_hat, layer.skip, layer.window, torch.float16)
+    results = ops.modulate(layer.x, ops.IDENTITY, *state, 4, granularity, backend=backend)
+    return [*results, layer.x_hat, layer.y_hat]
 
 
 GRANULARITIES = ("per_sample", "per_token")
 IMAGES, TOKENS = ((2, 40, 7, 5), (1, 21, 5, 3)), ((2, 33, 72), (3, 5, 21), (65, 320))
-PROLOGUES = {"": IMAGES + TOKENS, "group_norm_silu_": IMAGES, "layer_norm_": TOKENS, "geglu_": TOKENS}
+PROLOGUES = {"identity": IMAGES + TOKENS, "group_norm": IMAGES, "layer_norm": TOKENS, "geglu": TOKENS}
 
 
-def _prologue(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple:
-    """The arguments of a quantising op before x_hat."""
+def _prologue(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, ops.Prologue]:
+    """What is quantised, and how x is made of it."""
     channels = shape[1] if len(shape) == 4 else shape[-1]
-    vectors = [_random(channels, dtype=dtype, seed=seed).to(device) for seed in (8, 9)]
-    if name == "group_norm_silu_":
-        shift = _random(shape[0], channels, dtype=dtype, seed=10).to(device)
-        return _random(*shape, dtype=dtype).to(device), shift, *vectors, 4 if channels % 4 == 0 else 3, 1e-5, True
-    if name == "layer_norm_":
-        return _random(*shape, dtype=dtype).to(device), *vectors, 1e-5
-    wide = (*shape[:-1], 2 * channels) if name == "geglu_" else shape
-    return (_random(*wide, dtype=dtype).to(device),)
+    h = _random(*((*shape[:-1], 2 * channels) if kind == "geglu" else shape), dtype=dtype).to(device)
+    if kind in ("identity", "geglu"):
+        return h, ops.Prologue(kind)
+    gamma, beta = (_random(channels, dtype=dtype, seed=seed).to(device) for seed in (8, 9))
+    if kind == "layer_norm":
+        return h, ops.Prologue(kind, gamma, beta, eps=1e-5)
+    shift = _random(shape[0], channels, dtype=dtype, seed=10).to(device)
+    return h, ops.Prologue(kind, gamma, beta, shift, 4 if channels % 4 == 0 else 3, 1e-5, True)
 
 
-def _residual(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, granularity: str, given: bool, packed: bool, bits: int
-) -> Callable[[str, str], list[Tensor]]:
+def _quantize(kind: str, shape: tuple[int, ...], granularity: str, source: str, bits: int) -> Callable:
+    """Of the residual with a scale by `source`, or of the activation: "affine", "symmetric"."""
+
     def run(backend: str, device: str) -> list[Tensor]:
+        h = _prologue(kind, shape, torch.float32 if source == "float32" else torch.float16, device)
+        if source in ("affine", "symmetric"):
+            return list(ops.quantize(*h, None, None, bits, granularity, affine=source == "affine", backend=backend))
         x_hat = _random(*shape, seed=11).to(device)
-        scale = torch.full((1,), 0.3).to(device) if given else None
-        arguments = (*_prologue(name, shape, dtype, device), x_hat, scale, bits, granularity, 1.0)
-        function = getattr(ops, f"{name}quantize_residual")
-        results = function(*arguments, *((packed,) if name == "" else ()), backend=backend)
-        return [*results, x_hat]
-
-    return run
-
-
-def _activation(name: str, shape: tuple[int, ...], granularity: str, affine: bool) -> Callable:
-    def run(backend: str, device: str) -> list[Tensor]:
-        function = getattr(ops, f"{name}quantize_activation")
-        return list(function(*_prologue(name, shape, torch.float16, device), 8, granularity, affine, backend=backend))
+        scale = torch.full((1,), 0.3).to(device) if source == "given" else None
+        return [*ops.quantize(*h, x_hat, scale, bits, granularity, backend=backend), x_hat]
 
     return run
 
 
 def calls() -> Iterator[Call]:
-    """All families: everything at the first shape of an op, the rest of the shapes with the two cuts into blocks."""
-    for name, shapes in PROLOGUES.items():
+    """All families: everything at the first shape of a prologue, the rest of the shapes with two granularities."""
+    for kind, shapes in PROLOGUES.items():
         for place, shape in enumerate(shapes):
-            for granularity in ("per_sample", "per_token", "per_tensor", "per_block") if place == 0 else GRANULARITIES:
-                for source in ("dynamic", "given", "float32") if place == 0 else ("dynamic",):
-                    if granularity == "per_block" and source == "given":
-                        continue
-                    dtype = torch.float32 if source == "float32" else torch.float16
-                    tie = 0 if name == "" else MULTIPLIER if granularity == "per_block" else 1
-                    run = _residual(name, shape, dtype, granularity, source == "given", False, 4)
-                    yield Call(f"{name}quantize_residual {shape} {granularity} {source}", run, tie)
-            for granularity in GRANULARITIES:
-                for affine in (True, False) if place == 0 else (True,):
-                    kind = "affine" if affine else "symmetric"
-                    run = _activation(name, shape, granularity, affine)
-                    yield Call(f"{name}quantize_activation {shape} {granularity} {kind}", run, int(name != ""))
-                for bits in (3, 4) if name == "" else ():
-                    run = _residual(name, shape, torch.float16, granularity, False, True, bits)
-                    yield Call(f"quantize_residual {shape} {granularity} packed {bits}", run)
+            forms = [(granularity, "dynamic", 4) for granularity in GRANULARITIES]
+            forms += [(granularity, "affine", 8) for granularity in GRANULARITIES]
+            if place == 0:
+                sources = ("dynamic", "given", "float32")
+                forms += [(granularity, s, 4) for granularity in GRANULARITIES for s in sources[1:]]
+                forms += [("per_tensor", s, 4) for s in sources] + [("per_block", s, 4) for s in sources[::2]]
+                forms += [(granularity, "symmetric", 8) for granularity in GRANULARITIES]
+            if kind == "identity":
+                forms += [(granularity, s, 3) for granularity, s, bits in forms if (s, bits) == ("dynamic", 4)]
+            for granularity, source, bits in forms:
+                tie = 0 if kind == "identity" else MULTIPLIER if granularity == "per_block" else 1
+                name = f"quantize {kind} {shape} {granularity} {source} {bits}"
+                yield Call(name, _quantize(kind, shape, granularity, source, bits), tie)
     for case in PRODUCTS:
-        yield Call(f"accumulate {case}", lambda *at, case=case: _accumulate(case, *at))
-        yield Call(f"quantized {case}", lambda *at, case=case: _quantized(case, *at))
-    for case in (PRODUCTS[0], PRODUCTS[1]):
-        for bits in (0, 8):
-            yield Call(f"initialize {bits} {case}", lambda *at, case=case, bits=bits: _initialize(case, bits, *at))
-        for granularity in ("per_sample", "per_block") if case.conv else ("per_sample", "per_token"):
-            yield Call(f"modulated {granularity} {case}", lambda *at, c=case, g=granularity: _modulated(c, g, *at))
+        yield Call(f"product state {case}", lambda *at, case=case: _product(case, True, *at))
+        yield Call(f"product plain {case}", lambda *at, case=case: _product(case, False, *at))
+    for case in (PRODUCTS[0], PRODUCTS[1], *(case for case in PRODUCTS if case.groups == 9)):
+        for granularity in ("per_sample", "per_block" if case.window else "per_token"):
+            yield Call(f"modulate {granularity} {case}", lambda *at, c=case, g=granularity: _modulate(c, g, *at))
 
 
 def difference(got: list[Tensor], wanted: list[Tensor], tie: int) -> str | None:
@@ -277,33 +244,48 @@ def check(call: Call, backend: str, wanted: list[Tensor]) -> tuple[bool, str]:
     return found is None, found or "ok"
 
 
+def check_all(chosen: Sequence[Call], backends: Sequence[str]) -> int | None:
+    """How many calls went wrong; None: the CUDA context is lost, and nothing works any more in this process."""
+    failed = 0
+    for call in chosen:
+        wanted = call.run("reference", "cpu")
+        for backend in backends:
+            try:
+                well, words = check(call, backend, wanted)
+            except Exception as error:  # compilers have errors of their own
+                well, words = False, f"{type(error).__name__}: {error}"
+            failed += not well
+            print(f"{backend:9s} {call.name}: {'' if well else 'FAILED: '}{words}", flush=True)
+            if not well and backend in GPU_BACKENDS and device_is_lost():
+                print("stopped: the CUDA context is lost", flush=True)
+                return None
+    return failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", nargs="+", default=GPU_BACKENDS, choices=dispatch.BACKENDS)
     parser.add_argument("--match", default="", help="only families whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     for backend in args.backend:
         if (reason := dispatch.why_unavailable(backend)) is not None:
             parser.error(f"backend {backend}: {reason}")
-    chosen = [call for call in calls() if args.match in call.name]
-    failed = 0
     begin = time.perf_counter()
-    for call in chosen:
-        wanted = call.run("reference", "cpu")
-        for backend in args.backend:
-            try:
-                well, words = check(call, backend, wanted)
-            except (RuntimeError, ValueError) as error:
-                well, words = False, str(error)
-            failed += not well
-            print(f"{backend:9s} {call.name}: {'' if well else 'FAILED: '}{words}", flush=True)
-            if not well and "CUDA error" in words:
-                print("stopped: after an error of CUDA nothing works any more in this process")
-                return 1
+    chosen = [call for call in calls() if args.match in call.name]
+    if args.jobs > 1:
+        own = [sys.executable, str(Path(__file__)), "--backend", *args.backend, "--match", args.match, "--share"]
+        processes = [subprocess.Popen([*own, str(index), str(args.jobs)]) for index in range(args.jobs)]
+        failed: int | None = sum(process.wait() not in (0, EMPTY) for process in processes)
+    else:
+        index, count = args.share
+        chosen = chosen[index::count]
+        failed = check_all(chosen, args.backend)
     seconds = time.perf_counter() - begin
-    print(f"{len(chosen) * len(args.backend)} calls, {failed} failed, {seconds:.0f} s")
-    return int(failed > 0 or not chosen)
+    print(f"{len(chosen) * len(args.backend)} calls, {'all' if failed is None else failed} failed, {seconds:.0f} s")
+    return EMPTY if not chosen else int(failed != 0)
 
 
 if __name__ == "__main__":

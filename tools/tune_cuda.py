@@ -1,11 +1,11 @@
-"""Measure how products of the backend cuda are best cut on this GPU; write the best per shape to backends/cuda/tiles/.
+"""Measure the tiles of products of the backend cuda on this GPU; write the best per shape to backends/cuda/tiles/.
 
 python tools/tune_cuda.py [--network sd15 ...] [--batch 1 2 8] [--weight-bits 8 4] [--budget 500] [--record]
 
-A cut is a tile of the kernels of sm_90 or sm_80 and a number of parts along K. Needs a GPU, which nothing else should
-use meanwhile. Works on scratch tensors of the layers' shapes, so no state is touched; a cut whose sums are not exact is
-refused and never timed. Layers with the largest share of a network's step come first, and every choice is written as
-soon as it is there. Choices for other shapes are kept.
+A choice is a tile of the kernels of sm_90 or sm_80 and a number of parts along K. Needs a GPU, which nothing else
+should use meanwhile. Works on scratch tensors of the layers' shapes, so no state is touched; a choice whose sums are
+not exact is refused and never timed. Layers with the largest share of a network's step come first, and every choice is
+written as soon as it is there. Choices for other shapes are kept.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class CudaProducts:
         self.gpu = (capability, multiprocessors)
 
     def _geometry(self, scratch: Scratch) -> list[int]:
-        return products.geometry_of(scratch.codes, len(scratch.weight[1]), scratch.conv)
+        return products.geometry_of(scratch.codes, scratch.weight.n, scratch.window)
 
     def shape(self, scratch: Scratch) -> cuts.Shape:
         return cuts.shape_of(self._geometry(scratch), scratch.weight_bits, CODE_BITS)
 
     def candidates(self, scratch: Scratch) -> list[Cut]:
-        shape, conv = self.shape(scratch), scratch.conv
+        shape, conv = self.shape(scratch), scratch.window
         window = {} if conv is None else dict(zip(("kernel_size", "stride", "padding", "dilation"), conv))
         problem = Problem(
             "accumulate_linear" if conv is None else "accumulate_conv2d", device_type="cuda", m=shape.m, n=shape.n,
@@ -54,14 +54,14 @@ class CudaProducts:
             return []
         return cuts.candidates(self._geometry(scratch), scratch.weight_bits, CODE_BITS, *self.gpu)
 
-    def cut(self, candidate: Cut) -> tuple[Cut, int]:
+    def tile(self, candidate: Cut) -> tuple[Cut, int]:
         return candidate._replace(splits=1), candidate.splits
 
     def update(self, scratch: Scratch, candidate: Cut) -> Callable[[], None]:
         def call() -> None:
             products.integer_product(
-                scratch.codes, scratch.scale, None, *scratch.weight, None, products.ACCUMULATE, scratch.y_hat, None,
-                False, torch.float16, scratch.weight_bits, scratch.conv, candidate,
+                scratch.codes, scratch.scale, None, *scratch.weight[:2], None, products.ACCUMULATE, scratch.y_hat, None,
+                False, torch.float16, scratch.weight_bits, scratch.window, candidate,
             )  # fmt: skip
 
         return call
@@ -78,8 +78,8 @@ def _about() -> dict[str, str]:
     return {"nvcc": info["nvcc"]} if isinstance(info, dict) else {}
 
 
-def main(argv: list[str] | None = None) -> int:
-    return tile_tuning.main(argv, __doc__ or "", cuda.unavailable(), products_on, _about)
+def main() -> int:
+    return tile_tuning.main(__doc__ or "", cuda.unavailable(), products_on, _about)
 
 
 if __name__ == "__main__":

@@ -36,19 +36,18 @@ class TritonProducts:
         self.gpu, self.store = gpu_of(device), STORE
 
     def shape(self, scratch: Scratch) -> Any:
-        from modiff_kernels.backends.triton.products import geometry
-        from modiff_kernels.backends.triton.tile_configs import Shape
+        from modiff_kernels.backends.triton import products, tile_configs
 
-        geo = geometry(scratch.codes, scratch.y_hat.shape, scratch.conv)
-        n = scratch.y_hat.shape[1 if scratch.conv else -1]
-        return Shape(geo.m, n, geo.channels, geo.taps, 1, scratch.weight_bits, -1)
+        geo = products.geometry(scratch.codes, scratch.y_hat.shape, scratch.window)
+        n = scratch.y_hat.shape[1 if scratch.window else -1]
+        return tile_configs.Shape(geo.m, n, geo.channels, geo.taps, 1, scratch.weight_bits, -1)
 
     def candidates(self, scratch: Scratch) -> list[Any]:
         from modiff_kernels.backends.triton import tile_configs
 
         return tile_configs.ranked(self.shape(scratch), self.gpu)
 
-    def cut(self, candidate: Any) -> tuple[Any, int]:
+    def tile(self, candidate: Any) -> tuple[Any, int]:
         return replace(candidate, split_k=1), candidate.split_k
 
     def update(self, scratch: Scratch, candidate: Any) -> Callable[[], None]:
@@ -57,8 +56,8 @@ class TritonProducts:
 
         def call() -> None:
             products.integer_product(
-                scratch.codes, scratch.scale, None, *scratch.weight, None, ACCUMULATE, scratch.y_hat, None, False,
-                torch.float16, scratch.weight_bits, -1, scratch.conv, candidate,
+                scratch.codes, scratch.scale, None, *scratch.weight[:2], None, ACCUMULATE, scratch.y_hat, None, False,
+                torch.float16, scratch.weight_bits, -1, scratch.window, candidate,
             )  # fmt: skip
 
         return call
@@ -70,8 +69,8 @@ def _about() -> dict[str, str]:
     return {"triton": triton_package.__version__}
 
 
-def main(argv: list[str] | None = None) -> int:
-    return tile_tuning.main(argv, __doc__ or "", triton.unavailable(), TritonProducts, _about)
+def main() -> int:
+    return tile_tuning.main(__doc__ or "", triton.unavailable(), TritonProducts, _about)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""Baselines compute what the network does: DeepCache, OpenVINO and CUTLASS by stand-ins for their packages."""
+
+import ctypes
+import sys
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import configurations
+from benchmarks.baselines import deepcache
+from benchmarks.baselines.cutlass_int8 import build, kernels
+from benchmarks.baselines.deepcache import CachedUNet
+from benchmarks.baselines.openvino_unet import PRECISIONS
+from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, InBfloat16, Networks, run_rows, step_rows
+from benchmarks.layers.products import PEER_FORM, Tensors
+from benchmarks.runner import LeftOut
+from benchmarks.shapes import Layer, build_unet
+from benchmarks.steps import BASELINES, least_sqnr_db, trajectory
+from modiff_kernels.evaluation import sqnr
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+class Helper:
+    """What DeepCacheSDHelper does, for the mid block alone."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def set_params(self, cache_interval, cache_branch_id):
+        assert cache_branch_id == 0
+        self.interval = cache_interval
+
+    def enable(self):
+        self.cached_output, self.start_timestep, self.cur_timestep = {}, None, 0
+        self.plain, self.mid = self.pipe.unet.forward, self.pipe.unet.mid_block.forward
+        self.pipe.unet.forward, self.pipe.unet.mid_block.forward = self.forward, self.mid_forward
+
+    def disable(self):
+        self.pipe.unet.forward, self.pipe.unet.mid_block.forward = self.plain, self.mid
+
+    def forward(self, *args, **kwargs):
+        self.cur_timestep = [float(t) for t in self.pipe.scheduler.timesteps].index(float(args[1]))
+        return self.plain(*args, **kwargs)
+
+    def mid_forward(self, *args, **kwargs):
+        start = self.cur_timestep if self.start_timestep is None else self.start_timestep
+        self.start_timestep = start
+        if (self.cur_timestep - start) % self.interval == 0:
+            self.cached_output["mid"] = self.mid(*args, **kwargs)
+        return self.cached_output["mid"]
+
+
+def capture(step, device):
+    """Stands for a CUDA graph: replaying writes into the tensors that the captured call gave."""
+    assert device == CPU
+    outputs = step()
+
+    def replay():
+        torch.utils._pytree.tree_map_(lambda kept, new: kept.copy_(new), outputs, step())
+
+    return replay, outputs
+
+
+def test_both_forms_of_deepcache_compute_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "DeepCache", types.SimpleNamespace(DeepCacheSDHelper=Helper))
+    monkeypatch.setattr(deepcache.torch, "compile", lambda function, dynamic: function)
+    scheduler = types.SimpleNamespace(timesteps=torch.tensor([900, 700, 500, 300, 200, 100, 50]))
+    inputs = torch.randn(7, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    samples = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    with torch.no_grad():
+        unet = build_unet("cifar10_small16").to(memory_format=torch.channels_last)
+        dense = [unet(x, t).sample for x, t in zip(samples, scheduler.timesteps)]
+        expected = None
+        for options, times in (({}, 1), ({"compiled": True}, 2), ({"compiled": True, "capture": capture}, 3)):
+            unet = build_unet("cifar10_small16").to(memory_format=torch.channels_last)
+            cached = CachedUNet(unet, 3, **options)
+            for _ in range(times):
+                with cached.run(scheduler):
+                    outputs = [unet(x, t).sample for x, t in zip(samples, scheduler.timesteps)]
+                assert cached.calls_full == 3, "calls 1, 4 and 7 of 7"
+                expected = expected or outputs
+                for i, (out, same) in enumerate(zip(outputs, expected, strict=True)):
+                    torch.testing.assert_close(out, same, rtol=0, atol=0)
+                    assert torch.equal(out, dense[i]) == (i % 3 == 0), "in between something is reused"
+
+
+@pytest.fixture
+def openvino(monkeypatch):
+    """openvino and nncf whose models are the traced modules themselves; `seen` tells what they were given."""
+    seen = {}
+
+    class Core:
+        def compile_model(self, model, device, options):
+            seen.update(device=device, options=options)
+
+            def infer(arrays, share_outputs):
+                assert all(isinstance(array, np.ndarray) for array in arrays)
+                with torch.no_grad():
+                    return [model(*map(torch.from_numpy, map(np.asarray, arrays))).numpy()]
+
+            return SimpleNamespace(create_infer_request=lambda: SimpleNamespace(infer=infer))
+
+    def quantize(model, dataset, subset_size):
+        seen.update(dataset=dataset, subset_size=subset_size)
+        return model
+
+    convert_model = lambda module, example_input, input: module  # noqa: E731
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, convert_model=convert_model))
+    monkeypatch.setitem(sys.modules, "nncf", SimpleNamespace(Dataset=list, quantize=quantize))
+    return seen
+
+
+@pytest.mark.parametrize("key", ["openvino-float32", "openvino-int8-bfloat16"])
+def test_the_unet_in_openvino(openvino, key):
+    unet = build_unet("cifar10_small16")
+    networks = Networks(unet)
+    networks.shown = trajectory(16, 2, 3)
+    network = networks.make(next(row for row in step_rows(CPU, torch.float32, compiled=False) if row.key == key))
+    x, t = networks.shown[-1]
+    with torch.no_grad():
+        expected = unet(x, t, return_dict=False)[0]
+    got = network.unet(x.to(memory_format=torch.channels_last), t, return_dict=False)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert openvino["options"]["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    assert openvino["options"]["INFERENCE_PRECISION_HINT"] == ("bf16" if "bfloat16" in key else "f32")
+    assert openvino.get("subset_size") == (3 if "int8" in key else None), "every call of the run that is timed"
+
+
+def test_the_unet_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(configurations, "compile_calls", lambda unet, options: None)
+    unet = build_unet("cifar10_small16")
+    x, t = trajectory(16, 1, 2)[-1]
+    with torch.no_grad():
+        expected, got = unet(x, t, return_dict=False)[0], InBfloat16(unet)(x, t, return_dict=False)[0]
+    assert got.dtype == torch.float32
+    assert 30 < sqnr(got, expected) < 70
+
+
+def test_the_strongest_baselines_are_there(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    steps = {row.key: row for row in step_rows(CPU, torch.float32, compiled=True)}
+    peers = {BFLOAT16, *PRECISIONS}
+    assert peers | {"float-compile"} <= set(steps)
+    least = {key: least_sqnr_db(steps[key], torch.float32) for key in peers}
+    assert least == {key: 80 if key == "openvino-float32" else 15 if "int8" in key else 25 for key in peers}
+    on_gpu = {row.key for row in step_rows(GPU, torch.bfloat16, compiled=True)}
+    assert {"float-compile", "float-compile-graphs", QUICK, TORCHAO} <= on_gpu
+    assert not peers & (on_gpu | {row.key for row in run_rows(CPU, torch.float32, compiled=True)})
+    assert {key for keys in BASELINES.values() for key in keys if "." not in key} <= on_gpu
+    runs = {row.key for row in run_rows(GPU, torch.bfloat16, compiled=True)}
+    assert {"deepcache-3", "deepcache-3-compile", "deepcache-5-compile", "float-compile-graphs"} <= runs
+
+
+class Library:
+    """A compiled library that writes what it should, times `factor`, for sizes that it takes."""
+
+    def __init__(self, tensors, factor=1.0, takes=True):
+        self.sizes = None
+
+        def run(codes, weight, scale, weight_scale, out, sizes, workspace, stream):
+            self.sizes = list(sizes)
+            value = (tensors.expected(PEER_FORM) * factor).half()
+            data = (value.permute(0, 2, 3, 1) if value.ndim == 4 else value).contiguous()
+            ctypes.memmove(out, data.data_ptr(), 2 * data.numel())
+            return 0
+
+        # Attributes can be set on both, as on what ctypes gives.
+        self.run, self.workspace_bytes = run, lambda array: 64 if takes else -1
+
+
+def cutlass(libraries, folder):
+    for kernel in libraries:
+        kernel.library(folder).touch()
+    return kernels.Cutlass(folder, {str(kernel.library(folder)): own for kernel, own in libraries.items()}.__getitem__)
+
+
+GEMM = next(kernel for kernel in build.KERNELS if kernel.source == "gemm_sm90")
+CONVS = [kernel for kernel in build.KERNELS if kernel.source.startswith("conv")]
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (Layer("linear", 32, 24, 18, 1, 1), [54, 24, 32]),
+        (Layer("conv", 32, 24, 5, 5, 1), [75, 24, 32]),
+        (Layer("conv", 16, 24, 6, 7, 3, 2, 1), [3, 6, 7, 16, 24, 3, 2, 1]),
+    ],
+    ids=str,
+)
+def test_cutlass_gets_the_sizes_and_agrees_with_the_reference(layer, sizes, tmp_path):
+    with torch.inference_mode():
+        tensors = Tensors(layer, 3, 8, CPU)
+        library = Library(tensors)
+        call = cutlass({CONVS[0] if layer.kernel == 3 else GEMM: library}, tmp_path).fastest(
+            tensors, lambda call: [1.0]
+        )
+        assert library.sizes == sizes
+        assert sqnr(call().float(), tensors.expected(PEER_FORM).float()) > 60
+
+
+def test_the_fastest_right_kernel_of_cutlass_counts(tmp_path):
+    with torch.inference_mode():
+        tensors = Tensors(Layer("conv", 16, 24, 6, 7, 3, 2, 1), 2, 8, CPU)
+        right = {CONVS[0]: Library(tensors), CONVS[2]: Library(tensors)}
+        wrong = {
+            CONVS[1]: Library(tensors, takes=False),
+            CONVS[3]: Library(tensors, factor=1.1),
+            GEMM: Library(tensors),
+        }
+        times = iter([[5.0], [3.0]])
+        found = cutlass({**right, **wrong}, tmp_path).fastest(tensors, lambda call: next(times))
+        assert found.kernel == f"cutlass-{CONVS[2].name}"
+        assert wrong[GEMM].sizes is None, "a convolution with a window is no matrix"
+        (tmp_path / "other").mkdir()
+        with pytest.raises(LeftOut, match=r"dB to the reference"):
+            cutlass({CONVS[3]: wrong[CONVS[3]]}, tmp_path / "other").fastest(tensors, lambda call: [1.0])

@@ -1,0 +1,143 @@
+"""Single layers: the arithmetic of their bounds, what is refused, and rows out of known times."""
+
+import argparse
+
+import pytest
+import torch
+
+from benchmarks import record, tile_tuning
+from benchmarks.bounds import PEAKS, Machine
+from benchmarks.layers import products
+from benchmarks.layers.products import Check, Form, Problem, ProductCase, Tensors
+from benchmarks.runner import Entrant, Session
+from benchmarks.shapes import Layer
+
+CPU = torch.device("cpu")
+CONV, LINEAR = Layer("conv", 32, 24, 6, 7, 3, 2, 1), Layer("linear", 32, 24, 18, 1, 1)
+FORMS = [*(Form(form, name) for form in products.OUR_FORMS for name in ("cpu", "onednn")), Form("float32", "torch")]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.key)
+@pytest.mark.parametrize("layer", [CONV, LINEAR], ids=str)
+def test_every_form_is_right_and_a_wrong_one_is_refused(layer, form):
+    with torch.inference_mode():
+        tensors = Tensors(layer, 3, 8, CPU)
+        call = tensors.call(form.op, form.backend)
+        assert Check(form.op, tensors).sqnr_db(call) >= 100
+        call = Tensors(layer, 3, 8, CPU).call(form.op, form.backend)
+
+        def wrong():
+            out = call().clone()
+            out[-1] += 1
+            return out
+
+        tensors = Tensors(layer, 3, 8, CPU)
+        with pytest.raises(AssertionError, match=form.op):
+            Check(form.op, tensors).sqnr_db(wrong)
+
+
+def test_a_state_that_is_not_the_reference_s_is_refused():
+    with torch.inference_mode():
+        tensors = Tensors(LINEAR, 2, 8, CPU)
+        check = Check("product", tensors)
+        call = tensors.call("product", "cpu")
+
+        def forgets_the_state():
+            before = tensors.y_hat.clone()
+            out = call()
+            tensors.y_hat.copy_(before)
+            return out
+
+        with pytest.raises(AssertionError, match="y_hat is not that of the reference"):
+            check.sqnr_db(forgets_the_state)
+
+
+def test_bounds_and_rows_of_known_times():
+    machine = Machine(1e12, 2e12, 1e9)
+    inputs, outputs, weights = 54 * 32, 54 * 24, 24 * 32
+    moved = inputs + weights + 6 * outputs
+    assert products.bytes_moved("product", LINEAR, 3, 8) == moved
+    assert products.bound_us("product", LINEAR, 3, 8, machine) == pytest.approx(1e-3 * moved), "bound by memory"
+    slow = Machine(1e6, 2e6, 1e12)
+    assert products.bound_us("product", LINEAR, 3, 8, slow) == pytest.approx(2 * outputs * 32 / 2.0)
+    case = ProductCase(Problem(LINEAR, 3, 0.1), 8, CPU, "no such device", 1, None)
+    case.peaks = machine
+    entrant = Entrant(Form("product", "cpu"), sqnr_db=150.0, times=[2e-6, 4e-6, 3e-6], more={"backend": "cpu"})
+    rows = {row["metric"]: row for row in case.rows(entrant)}
+    assert (rows["time"]["p50"], rows["time"]["unit"]) == (3.0, "us")
+    assert rows["rate"]["p50"] == pytest.approx(2 * outputs * 32 / 3e-6 / 1e12)
+    percent = products.bound_us("product", LINEAR, 3, 8, machine, 4) / 3.0 * 100
+    assert rows["of_bound"]["p50"] == pytest.approx(percent)
+
+
+def test_problems_by_share_begin_with_what_takes_most(monkeypatch):
+    large, small = Layer("conv", 64, 64, 32, 32, 3, 1, 1), Layer("linear", 32, 32, 4, 1, 1)
+    monkeypatch.setattr(
+        products, "layer_table", lambda network: {small: 2, large: 1, Layer("conv", 3, 64, 32, 32, 3): 1}
+    )
+    products.low_bit_layers.cache_clear()
+    found = products.problems_by_share(["any"], [2], PEAKS["H200"])
+    products.low_bit_layers.cache_clear()
+    assert [problem.layer for problem in found] == [large, small], "layers that stay in floating point are left out"
+    assert sum(problem.share for problem in found) == pytest.approx(1.0)
+
+
+def test_the_worst_are_those_furthest_from_their_bound():
+    def rows(layer, backend, time, percent):
+        common = {"problem": Problem(layer, 2, 0.0).name(8), "op": "product", "backend": backend}
+        return [{**common, "metric": "time", "p50": time}, {**common, "metric": "of_bound", "p50": percent}]
+
+    problems = [Problem(CONV, 2, 0.5), Problem(LINEAR, 2, 0.5), Problem(CONV, 4, 0.001)]
+    found = products.worst(
+        [*rows(CONV, "cuda", 100, 40), *rows(CONV, "triton", 100, 20), *rows(LINEAR, "cuda", 4, 1)], problems, 5
+    )
+    assert [(problem.layer, backend) for problem, _, backend in found] == [(CONV, "triton"), (CONV, "cuda")]
+
+
+def test_forms_of_a_layer():
+    def keys(layer, on_cuda, cutlass=True):
+        return [form.key for form in products.forms_of(layer, 2, 8, ["cuda", "triton"], on_cuda, cutlass)]
+
+    assert {"product.cuda", "product.triton", "bf16.torch", "int_mm.torch", "cutlass_int8.cutlass"} <= set(
+        keys(LINEAR, True)
+    )
+    assert "int_mm.torch" not in keys(CONV, True), "a window is no matrix"
+    assert "cutlass_int8.cutlass" not in keys(CONV, True, cutlass=False)
+    assert keys(CONV, False)[0] == "float32.torch"
+
+
+class Tiles:
+    """A backend whose candidates compute the product by the reference, one of them wrongly."""
+
+    name = "any"
+
+    def shape(self, scratch):
+        return "shape"
+
+    def candidates(self, scratch):
+        return ["slow", "wrong", "fast"]
+
+    def tile(self, candidate):
+        return candidate, 1
+
+    def update(self, scratch, candidate):
+        def call():
+            scratch.y_hat[scratch._ends] = scratch._expected + (candidate == "wrong")
+
+        call.candidate = candidate
+        return call
+
+
+def test_the_fastest_exact_tile_is_chosen(monkeypatch):
+    times = {"slow": 4e-6, "fast": 2e-6}
+    monkeypatch.setattr(tile_tuning, "ColdTimer", lambda *_: lambda call: [times[call.candidate]])
+    monkeypatch.setattr(tile_tuning.ColdTimer, "columns", {}, raising=False)
+    args = argparse.Namespace(
+        budget=None, threads=torch.get_num_threads(), device="cpu", results=record.RESULTS, rows=""
+    )
+    vars(args).update(rounds=1, in_turns=False, dtype=None, record=False, skip_recorded=False, quiet=True)
+    session = Session(args)
+    assert tile_tuning.tune(session, Tiles(), Problem(LINEAR, 2, 0.0), 8) == ("shape", "fast")
+    rows = {(row["backend"], row["metric"]): row["p50"] for row in session.rows}
+    assert rows == {("any-slow", "time"): 4.0, ("any-fast", "time"): 2.0, ("any-fast", tile_tuning.OVER_BEST): 2.0}
+    assert session.failed == 1, "the wrong one is never timed"

@@ -1,0 +1,84 @@
+"""Whole steps and runs: a wrong network is refused, rows say which backend was asked for, tables name them."""
+
+import argparse
+
+import pytest
+import torch
+
+from benchmarks import record, runs, steps, tables
+from benchmarks.configurations import telling_first, with_backends
+from benchmarks.shapes import build_unet
+from benchmarks.shared import Row
+from tests.benchmarks.test_baselines import CPU, GPU, step_rows
+
+
+def command(module, tmp_path, *words):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    threads = str(torch.get_num_threads())
+    common = ("--no-compile", "--rounds", "1", "--threads", threads, "--quiet", "--record", "--results", str(tmp_path))
+    code = module.main(parser.parse_args([*words, *common]))
+    found = [row for path in tmp_path.glob("*.csv") for row in record.read(path)]
+    return code, {(row["problem"], row["metric"]): row for row in found}
+
+
+def test_a_step_is_timed_and_recorded(tmp_path, capsys):
+    words = ("--network", "cifar10_small16", "--batch", "1", "--calls", "4", "--backend", "cpu")
+    code, rows = command(steps, tmp_path, *words, "--rows", "float-contiguous,modulated-w8a8,plain-w8a8")
+    assert code == 0
+    ours, reference = "cifar10_small16-b1-modulated-w8a8.cpu", "cifar10_small16-b1-float-contiguous"
+    assert rows[ours, "update_time"]["backend"] == "cpu"
+    assert rows[ours, "update_time"]["n"] == "3", "later calls of a run of four"
+    assert rows[ours, "initialize_time"]["n"] == "1"
+    assert float(rows[ours, "update_time"]["sqnr_db"]) > 15
+    assert float(rows[reference, "speedup_vs_best_eager"]["p50"]) == 1
+    assert (reference, "overhead_vs_plain") not in rows
+    assert (ours, "state") in rows
+    assert "modulated W8A8, cpu" in tables.steps_table(tmp_path, "cifar10_small16")
+
+
+def test_a_wrong_step_is_refused(tmp_path, monkeypatch, capsys):
+    make = steps.Networks.make
+
+    def broken(networks, row):
+        network = make(networks, row)
+        network.unet.conv_out.weight = torch.nn.Parameter(network.unet.conv_out.weight * 1.5)
+        return network
+
+    monkeypatch.setattr(steps.Networks, "make", broken)
+    words = ("--network", "cifar10_small16", "--batch", "1", "--calls", "4", "--rows", "float-channels_last")
+    code, rows = command(steps, tmp_path, *words)
+    assert (code, rows) == (1, {})
+    assert "dB to full precision, at least 80.0 expected" in capsys.readouterr().err
+
+
+def test_a_run_is_timed_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setitem(runs.SAMPLERS, "ddim50", runs.SAMPLERS["ddim50"].__class__("ddim50", "DDIM", "ddim", 4))
+    words = ("--images", "1", "--sampler", "ddim50", "--rows", "float-channels_last,modulated-w8a8")
+    code, rows = command(runs, tmp_path, *words)
+    assert code == 0
+    ours = "cifar10_small16-ddim50-n1-modulated-w8a8"
+    seconds, rate = (float(rows[ours, name]["p50"]) for name in ("run_time", "images_per_s"))
+    assert seconds * rate == pytest.approx(1, rel=1e-3)
+    assert rows[ours, "full_calls"]["p50"] == "4"
+    reference = float(rows["cifar10_small16-ddim50-n1-float-channels_last", "run_time"]["p50"])
+    assert float(rows[ours, "speedup_vs_float"]["p50"]) == pytest.approx(reference / seconds, rel=1e-3)
+
+
+def test_ours_comes_once_for_each_backend_and_what_tells_most_first():
+    rows = with_backends(step_rows(GPU, torch.bfloat16, compiled=True), ["cuda", "triton"])
+    keys = [row.key for row in telling_first(rows, steps.STEP_ORDER)]
+    assert keys[:4] == [
+        *("float-contiguous", "float-channels_last"),
+        *(f"modulated-w8a8-graphs.{b}" for b in ("cuda", "triton")),
+    ]
+    assert keys.count("float-contiguous") == 1
+    assert with_backends(rows[:3], ["auto"]) == rows[:3]
+
+
+def test_what_a_wrong_result_is():
+    exact = [Row("a", "a", "float"), Row("b", "b", "float", act_bits=8), Row("c", "c", "float", schedule="auto")]
+    assert [runs.least_sqnr_db(row, torch.float32) for row in exact] == [80, 3, 3]
+    assert steps.least_sqnr_db(Row("d", "d", "modulated", 8, 4), torch.float32) == 10
+    x, t = steps.trajectory(build_unet("cifar10_small16").config.sample_size, 2, 3)[0]
+    assert (x.shape, x.device, t.ndim) == ((2, 3, 16, 16), CPU, 0)

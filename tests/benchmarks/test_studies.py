@@ -1,0 +1,142 @@
+"""Studies: what tables and the plot make of known rows, reports that go on, and one small run of each."""
+
+import argparse
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import record
+from benchmarks.studies import calibration, quality, schedules
+from benchmarks.studies.features import Features
+from benchmarks.studies.report import Report, command
+from benchmarks.studies.schedules import between_db, lines, panels, wins
+from modiff_kernels import cli
+from tests.cifar10_files import write_packed
+
+
+def row(method, evaluations, db, sampler="DDIM", steps=20, network="float32"):
+    values = {"network": network, "sampler": sampler, "steps": steps, "method": method}
+    return {**values, "evaluations": evaluations, "converged_db": db}
+
+
+REPORT = {
+    "rows": [
+        row("every call", 9, 25.0, steps=9),
+        row("every call", 12, 24.0, steps=12),
+        row("every call", 20, 31.0),
+        row("every call", 50, 60.0, steps=50),
+        row("every call", 8, 26.0, sampler="other", steps=8),
+        row("every call", 10, 28.0, sampler="other", steps=10),
+        row("forecast", 12, 29.0),
+        row("forecast", 12, 30.0),
+        row("forecast", 9, 27.0),
+        row("hold", 10, 26.5),
+        row("DeepCache", 8.0, 20.0),
+        row("DeepCache", 10.0, 24.0),
+        row("searched", 12, 30.5),
+        row("forecast", 9, 99.0, network="W8A8"),
+        row("every call", 50, 10.0, sampler="noisy", steps=50),
+        row("forecast", 27, 11.0, sampler="noisy", steps=50),
+    ]
+}
+
+
+def test_schedules_compare_at_equal_cost():
+    (panel,) = panels(REPORT, "float32")  # a sampler with one number of steps has nothing beside it
+    assert (panel.sampler, panel.steps, panel.every_call_db) == ("DDIM", 20, 31.0)
+    assert panel.schedules["forecast"] == [(9, 27.0), (12, 30.0)], "the best at each cost"
+    assert panel.any_sampler == [(8, 26.0), (10, 28.0), (20, 31.0)], "only what rises"
+    high, low = lines(REPORT, "float32")
+    assert (high.evaluations, low.evaluations) == (12, 9)
+    assert (low.reached["forecast"], low.reached["hold"], low.reached["searched"]) == (27.0, None, None)
+    assert (high.reached["DeepCache"], low.reached["DeepCache"]) == (24.0, 22.0)
+    assert [high.reached[name] for name in (schedules.FEWER, schedules.ANY)] == [25.0, 28.0]
+    curve = [(10.0, 20.0), (20.0, 30.0)]
+    assert [between_db(curve, cost) for cost in (9.0, 12.5, 25.0)] == [None, 22.5, 30.0]
+    assert wins([(2.0, 1.0), (1.0, 1.0), (None, 1.0), (3.0, 4.0)]) == (1, 3)
+
+
+def test_the_plot_is_up_to_date(tmp_path):
+    spec = importlib.util.spec_from_file_location("plot", record.ROOT / "tools" / "plot_pareto.py")
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    assert plot.main(["--check"]) == 0, "run python tools/plot_pareto.py"
+    other = json.loads(json.dumps(REPORT))
+    other["rows"][12]["converged_db"] += 0.01
+    assert plot.digest(plot.shown_panels(other)) != plot.digest(plot.shown_panels(REPORT))
+
+
+def test_a_report_goes_on_with_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "quality", "--json", "r.json", "--images", "4", "--resume"])
+    path = tmp_path / "r.json"
+    report = Report(path, True, {"images": 4}, {}, ("a",))
+    report.add({"a": 1, "b": 2.0})
+    again = Report(path, True, {"images": 4}, {}, ("a",))
+    assert (again.known, again.content["commands"]) == ({(1,)}, ["python -m benchmarks quality --images 4"])
+    with pytest.raises(SystemExit, match="has images 4, this run 8"):
+        Report(path, True, {"images": 8}, {}, ("a",))
+    assert Report(path, False, {"images": 8}, {}, ("a",)).rows == []
+    assert command(["calibration", "--json=r.json", "--keep", "k", "--bits", "W8A8"]).endswith(
+        "calibration --bits W8A8"
+    )
+
+
+def parsed(module, *words):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args([*map(str, words), "--threads", str(torch.get_num_threads())])
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "study"])
+    for module in (quality, calibration):
+        monkeypatch.setattr(module, "SAMPLERS", {"DDIM-50": ("ddim", 3)})
+
+
+def test_quality_judges_by_the_float_images_of_the_same_noise(few_steps, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_packed(tmp_path / "data", {"cifar10_train_0": 9, "cifar10_test": 16})
+    words = ("--data", tmp_path / "data", "--images", "3", "--batch", "2", "--device", "cpu", "--quiet", "--resume")
+    words += ("--keep", tmp_path / "kept", "--json", tmp_path / "q.json", "--samplers", "DDIM-50", "--bits", "W8A8")
+    assert quality.main(parsed(quality, *words)) == 0
+    report = json.loads((tmp_path / "q.json").read_text())
+    rows = {(found["way"], found["scheduled"]): found for found in report["rows"]}
+    assert set(rows) == {
+        ("float", False),
+        *((w, s) for w in ("modulated", "plain") for s in (False, True)),
+        ("weights", False),
+    }
+    assert rows["modulated", False]["psnr_db"] > 30
+    assert rows["modulated", False]["images"] == 3
+    assert "psnr_db" not in rows["float", False]
+    assert (report["failures"], report["yardsticks"]["test_images"]) == ({}, 16)
+    before = (tmp_path / "q.json").read_text().count("frechet_test")
+    assert quality.main(parsed(quality, *words)) == 0
+    assert (tmp_path / "q.json").read_text().count("frechet_test") == before, "all rows were there"
+
+
+def test_calibration_judges_and_counts_what_it_costs(few_steps, monkeypatch, tmp_path):
+    def measured(words):
+        assert cli.main(words[3:]) == 0
+        return calibration.Cost(1.0, 2.0, 30.0)
+
+    monkeypatch.setattr(calibration, "_measured", measured)
+    args = parsed(calibration, "--images", "2", "--samples", "2", "--json", tmp_path / "c.json")
+    study = calibration.Study(args, tmp_path / "kept")
+    found = study.row("DDIM-50", "minmax", "W4A4", "plain")
+    assert 5 < found["psnr_db"] < study.row("DDIM-50", "minmax", "W4A4", "float")["psnr_db"]
+    assert (found["calibration_s"], found["calibration_cpu_s"], found["peak_mib"]) == (2.0, 4.0, 30.0), (
+        "codes, then scales"
+    )
+
+
+def test_the_feature_network_is_stored():
+    features = Features(16)
+    assert "test accuracy" in features.name
+    assert features(np.zeros((2, 16, 16, 3), np.float32)).shape == (2, 96)
+    with pytest.raises(ValueError, match="the network is for"):
+        features(np.zeros((2, 8, 8, 3), np.float32))
