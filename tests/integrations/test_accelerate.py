@@ -113,7 +113,9 @@ class TestReplacement:
         refused(ValueError, "needs a calibrated scale", config=static)
         refused(ValueError, "scale_mode='dynamic' does not use them", static_scales={"conv_in": 1.0})
         refused(ValueError, "names 'conv', which is no .*such as 'conv_in'", config=static, static_scales={"conv": 1.0})
-        refused(ValueError, "cuda_graphs=True is not possible for a UNet on cpu", config=mk.ModiffConfig(cuda_graphs=True))
+        refused(
+            ValueError, "cuda_graphs=True is not possible for a UNet on cpu", config=mk.ModiffConfig(cuda_graphs=True)
+        )
         monkeypatch.setattr(dispatch, "load", lambda name: "it is broken")
         dispatch.reset()
         refused((BackendUnavailable, ValueError), "it is broken", config=mk.ModiffConfig(backend="reference"))

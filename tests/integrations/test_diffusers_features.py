@@ -292,7 +292,9 @@ class TestLora:
         def make():
             unet = unet2d_condition()
             torch.manual_seed(3)
-            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False))
+            unet.add_adapter(
+                peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False)
+            )
             return unet
 
         return make

@@ -394,7 +394,9 @@ class TestAround:
             unet(torch.ones(1, unet.config.in_channels, 8, 8), 5, **conditions_of(unet, 1))
         assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
 
-    @pytest.mark.parametrize(("network", "mode"), [("unet2d", "modulated"), ("unet2d", "quantized"), ("sd15", "modulated")])
+    @pytest.mark.parametrize(
+        ("network", "mode"), [("unet2d", "modulated"), ("unet2d", "quantized"), ("sd15", "modulated")]
+    )
     def test_explain_lists_the_layers_inside(self, network, mode):
         unet, handle, _ = run(network, mode=mode)
         rows = {row.name: row for row in handle.rows()}

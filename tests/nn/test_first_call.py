@@ -84,7 +84,9 @@ def test_the_ops_of_a_call_are_counted(kind, reference_calls):
 def test_the_first_call_takes_8_bits_and_dynamic_scales_whatever_later_ones_take(monkeypatch):
     asked = []
     original = step.ops.quantize
-    monkeypatch.setattr(step.ops, "quantize", lambda *args: asked.append((args[3], args[4], args[6])) or original(*args))
+    monkeypatch.setattr(
+        step.ops, "quantize", lambda *args: asked.append((args[3], args[4], args[6])) or original(*args)
+    )
     layer, _ = layer_of("linear", act_bits=3, scale_mode="delayed", clip_ratio=0.8)
     with layer.state.sampling_run(), layer.state.call():
         layer(torch.randn(3, 7, 24))

@@ -374,9 +374,9 @@ class TestCalibrated:
         weight = QuantizedWeight.rounded(module.weight / scale.view(shape), 4)
         zero_point = torch.tensor([-3], dtype=torch.int32)
         known = CalibratedLayer(weight, torch.tensor([0.02]), zero_point, scale, torch.randn(6))
-        return make(module, known, weight_bits=4, **options), torch.randn(3, 5, 20) if kind == "linear" else torch.randn(
-            2, 20, 5, 5
-        )
+        return make(module, known, weight_bits=4, **options), torch.randn(
+            3, 5, 20
+        ) if kind == "linear" else torch.randn(2, 20, 5, 5)
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -416,7 +416,10 @@ class TestCalibrated:
             (lambda c: {"weight": QuantizedWeight(c(), torch.ones(5), 4)}, r"group_size -1 needs float32 \(6,\)"),
             (lambda c: {"weight": QuantizedWeight(c(9), torch.ones(6), 4)}, r"codes from 9 to 9 do not fit 4 bits"),
             (lambda c: {"weight": QuantizedWeight(c(), torch.zeros(6), 4)}, r"a scale is not positive and finite"),
-            (lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 20), 4)}, r"away from the weight of the layer"),
+            (
+                lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 20), 4)},
+                r"away from the weight of the layer",
+            ),
             (lambda c: {"input_scale": torch.ones(19)}, r"input_scale \(19,\) does not fit 20 input channels"),
             (lambda c: {"bias": torch.ones(7)}, r"a calibrated bias \(7,\) does not fit a layer of 6 outputs with"),
             (lambda c: {"act_zero_point": torch.zeros(1, dtype=torch.int32)}, r"zero point needs a static scale"),
