@@ -99,7 +99,9 @@ class Networks:
         unet = share_copy(self.channels_last if row.channels_last else self.unet)
         network = Network(row, unet)
         if row.mode != "float" or row.schedule is not None:
-            network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, backend_of(row.key))
+            network.quantised = Quantised(
+                unet if pipe_of is None else pipe_of(unet), row, row.key.partition(".")[2] or "auto"
+            )
             if row.compiled:
                 network.quantised.handle.compile(**compile_options(on_cuda, cuda_graphs=False))
         elif row.key in DEEPCACHE:
@@ -157,11 +159,6 @@ def quantise_with_torchao(unet: torch.nn.Module) -> None:
 def has(package: str) -> bool:
     """Whether `package` can be imported."""
     return importlib.util.find_spec(package) is not None
-
-
-def backend_of(key: str) -> str:
-    """The backend that a configuration asks for."""
-    return key.partition(".")[2] or "auto"
 
 
 def with_backends(rows: Sequence[Row], backends: Sequence[str]) -> list[Row]:

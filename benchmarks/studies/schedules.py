@@ -73,10 +73,8 @@ SEARCH_SEED = 1000  # the rows are measured on seeds from 0 on, the search sees 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by its name on the command line, the options of its scheduler, and the numbers of steps to try.
-
-    scheduled: those of the steps that schedules are tried on; the others stand for taking fewer steps. searched: those
-    of the scheduled ones that schedules are searched for.
+    """A sampler by its name on the command line, the options of its scheduler, and the numbers of steps to try: with
+    schedules (the others stand for taking fewer steps), and with schedules that are searched for.
     """
 
     label: str

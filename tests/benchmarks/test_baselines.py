@@ -15,7 +15,7 @@ from benchmarks.baselines.cutlass_int8 import build, kernels
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS
 from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, InBfloat16, Networks, run_rows, step_rows
-from benchmarks.layers.products import PEER_FORM, Tensors
+from benchmarks.layers import PEER_FORM, Tensors
 from benchmarks.runner import LeftOut
 from benchmarks.shapes import Layer, build_unet
 from benchmarks.steps import BASELINES, least_sqnr_db, trajectory

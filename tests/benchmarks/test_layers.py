@@ -5,10 +5,10 @@ import argparse
 import pytest
 import torch
 
+from benchmarks import layers as products
 from benchmarks import record, tile_tuning
 from benchmarks.bounds import PEAKS, Machine
-from benchmarks.layers import products
-from benchmarks.layers.products import Check, Form, Problem, ProductCase, Tensors
+from benchmarks.layers import Check, Form, Problem, ProductCase, Tensors
 from benchmarks.runner import Entrant, Session
 from benchmarks.shapes import Layer
 
