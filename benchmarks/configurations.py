@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -156,11 +156,6 @@ def quantise_with_torchao(unet: torch.nn.Module) -> None:
     quantize_(unet, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), wanted)
 
 
-def has(package: str) -> bool:
-    """Whether `package` can be imported."""
-    return importlib.util.find_spec(package) is not None
-
-
 def with_backends(rows: Sequence[Row], backends: Sequence[str]) -> list[Row]:
     """`rows` with those of our layers once for each of `backends`."""
     found = []
@@ -275,7 +270,7 @@ def chosen(rows: Sequence[Row], session: Session, order: Sequence[str]) -> list[
     needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
     needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
     wanted = set().union(*(needed.get(row.key, set()) for row in rows))
-    missing = {package for package in wanted if not has(package)}
+    missing = {package for package in wanted if find_spec(package) is None}
     for package in sorted(missing):
         print(f"{package} is not installed (pip install {package}): its rows are left out", file=sys.stderr)
     rows = [row for row in rows if not needed.get(row.key, set()) & missing]

@@ -82,18 +82,6 @@ def test_problems_by_share_begin_with_what_takes_most(monkeypatch):
     assert sum(problem.share for problem in found) == pytest.approx(1.0)
 
 
-def test_the_worst_are_those_furthest_from_their_bound():
-    def rows(layer, backend, time, percent):
-        common = {"problem": Problem(layer, 2, 0.0).name(8), "op": "product", "backend": backend}
-        return [{**common, "metric": "time", "p50": time}, {**common, "metric": "of_bound", "p50": percent}]
-
-    problems = [Problem(CONV, 2, 0.5), Problem(LINEAR, 2, 0.5), Problem(CONV, 4, 0.001)]
-    found = products.worst(
-        [*rows(CONV, "cuda", 100, 40), *rows(CONV, "triton", 100, 20), *rows(LINEAR, "cuda", 4, 1)], problems, 5
-    )
-    assert [(problem.layer, backend) for problem, _, backend in found] == [(CONV, "triton"), (CONV, "cuda")]
-
-
 def test_forms_of_a_layer():
     def keys(layer, on_cuda, cutlass=True):
         return [form.key for form in products.forms_of(layer, 2, 8, ["cuda", "triton"], on_cuda, cutlass)]
