@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 
 from modiff_kernels import tuned
-from modiff_kernels.backends.cuda import cuts
-from modiff_kernels.backends.triton import tile_configs
+from modiff_kernels.backends.cuda import tiles as cuda_tiles
+from modiff_kernels.backends.triton import tiles as triton_tiles
 
 
 class Shape(NamedTuple):
@@ -38,8 +38,8 @@ def test_what_is_saved_is_loaded(store):
 @pytest.mark.parametrize(
     ("kind", "shape", "choice"),
     [
-        ("triton", tile_configs.Shape(64, 32, 16, 9), tile_configs.TileConfig(64, 64, 32, 4, 2)),
-        ("cuda", cuts.Shape(64, 32, 16, 9, 8, 8), cuts.Cut(90, 256, 160, 1)),
+        ("triton", triton_tiles.Shape(64, 32, 16, 9), triton_tiles.TileConfig(64, 64, 32, 4, 2)),
+        ("cuda", cuda_tiles.Shape(64, 32, 16, 9, 8, 8), cuda_tiles.Tile(90, 256, 160, 1)),
     ],
 )
 def test_choices_of_the_backends(tmp_path, kind, shape, choice):

@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import sass_report
 
 if TYPE_CHECKING:
-    from modiff_kernels.backends.triton.launching import Variant
+    from modiff_kernels.backends.triton.launch import Variant
 
 PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
 COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
 MAIN_SHARE = 16  # of the many forms of the quantising kernels, every 16th is a main one
-WITH_PRODUCT = ("product_kernel", "modulated_linear_kernel")
+WITH_PRODUCT = ("product_kernel", "modulate_linear_kernel")
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Report:
 
 def variants(capability: int, main_only: bool) -> Iterator[tuple[str, Variant]]:
     """(name, variant) of all kernels of the backend."""
-    from modiff_kernels.backends.triton import product_variants, quantizing
+    from modiff_kernels.backends.triton.aot import product_variants, quantize_variants
 
-    yield from product_variants.aot_variants(divmod(capability, 10), main_only)
-    for variant in quantizing.aot_variants()[:: MAIN_SHARE if main_only else 1]:
+    yield from product_variants(divmod(capability, 10), main_only)
+    for variant in quantize_variants()[:: MAIN_SHARE if main_only else 1]:
         meta = "-".join(f"{key.lower()}{value}" for key, value in variant.constexprs.items() if key.isupper())
         types = "-".join(kind for kind in variant.signature.values() if kind.startswith("*"))
         yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.num_warps}", variant
@@ -94,7 +94,7 @@ def compile_variant(name: str, variant: Variant, capability: int) -> Report:
 
 def broken_rules(report: Report, kernel: str) -> list[str]:
     """What is wrong with the machine code of `kernel`, in words."""
-    from modiff_kernels.backends.triton.tile_configs import SHARED_MEMORY_BYTES
+    from modiff_kernels.backends.triton.tiles import SHARED_MEMORY_BYTES
 
     failures = []
     wanted = PRODUCT_INSTRUCTION[report.capability]

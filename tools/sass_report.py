@@ -11,6 +11,7 @@ is broken, or applies to no kernel. RULES (default: sass_rules.json beside this 
   must         instructions that occur (regular expressions from the beginning, such as "LDG\\.E\\.128")
   never        instructions that do not occur
   registers, stack_bytes, shared_bytes     largest value allowed
+  registers_exactly                        the only value allowed
   kernels      how many of an architecture the rule applies to, if that is known
 
 The disassemblers come with triton, or are those on PATH.
@@ -34,7 +35,7 @@ RULES = Path(__file__).with_name("sass_rules.json")
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
 COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
-KEYS = {"why", "arch", "kernel", "must", "never", "kernels", *LIMITS}
+KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", *LIMITS}
 
 
 @dataclass
@@ -150,6 +151,8 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
         for limit in LIMITS:
             if getattr(row, limit) > rule.get(limit, sys.maxsize):
                 reasons.append(f"{row.arch} {row.kernel}: {limit} {getattr(row, limit)}, at most {rule[limit]}")
+        if row.registers != rule.get("registers_exactly", row.registers):
+            reasons.append(f"{row.arch} {row.kernel}: registers {row.registers}, not {rule['registers_exactly']}")
     return reasons
 
 

@@ -23,13 +23,13 @@ struct DeviceCta {
   __device__ __forceinline__ int64_t block() const { return blockIdx.x; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   __device__ __forceinline__ uint32_t warp_max(uint32_t value) const {
-    MODIFF_UNROLL for (int lane = kWarp / 2; lane > 0; lane /= 2) value =
-        most(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
+    MODIFF_UNROLL for (int lane = kWarp / 2; lane > 0; lane /= 2)
+      value = most(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
     return value;
   }
   __device__ __forceinline__ float warp_sum(float value) const {
-    MODIFF_UNROLL for (int lane = kWarp / 2; lane > 0; lane /= 2) value =
-        __fadd_rn(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
+    MODIFF_UNROLL for (int lane = kWarp / 2; lane > 0; lane /= 2)
+      value = __fadd_rn(value, __shfl_xor_sync(0xFFFFFFFFu, value, lane));
     return value;
   }
   __device__ __forceinline__ int32_t warp_sum(int32_t value) const { return __reduce_add_sync(0xFFFFFFFFu, value); }

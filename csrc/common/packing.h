@@ -27,19 +27,22 @@ MODIFF_HD int8_t unpack_code(const uint8_t* row, int bits, int64_t k, int64_t i)
 // Eight codes of a row from a multiple of eight on: the nibbles of a word; the bytes of both planes of 3 bits.
 MODIFF_HD uint32_t pack_nibbles(const int8_t (&codes)[8]) {
   uint32_t word = 0;
-  MODIFF_UNROLL for (int i = 0; i < 8; ++i) word |= static_cast<uint32_t>(codes[i] & 15) << (4 * i);
+  MODIFF_UNROLL for (int i = 0; i < 8; ++i)
+    word |= static_cast<uint32_t>(codes[i] & 15) << (4 * i);
   return word;
 }
 
 MODIFF_HD uint16_t pack_low_bits(const int8_t (&codes)[8]) {
   uint32_t plane = 0;
-  MODIFF_UNROLL for (int i = 0; i < 8; ++i) plane |= static_cast<uint32_t>((codes[i] + 4) & 3) << (2 * i);
+  MODIFF_UNROLL for (int i = 0; i < 8; ++i)
+    plane |= static_cast<uint32_t>((codes[i] + 4) & 3) << (2 * i);
   return static_cast<uint16_t>(plane);
 }
 
 MODIFF_HD uint8_t pack_high_bits(const int8_t (&codes)[8]) {
   uint32_t plane = 0;
-  MODIFF_UNROLL for (int i = 0; i < 8; ++i) plane |= static_cast<uint32_t>(((codes[i] + 4) >> 2) & 1) << i;
+  MODIFF_UNROLL for (int i = 0; i < 8; ++i)
+    plane |= static_cast<uint32_t>(((codes[i] + 4) >> 2) & 1) << i;
   return static_cast<uint8_t>(plane);
 }
 

@@ -50,8 +50,8 @@ struct QuantizeProblem {
   int32_t* zero_point;  // one per granule, plain form only
 };
 
-// The product of codes and a weight. With y_hat: y_hat += v, out = y_hat (+ skip), if out is given; without: out = v + bias
-// (+ skip).
+// The product of codes and a weight. With y_hat: y_hat += v, out = y_hat (+ skip), if out is given; without: out = v +
+// bias (+ skip).
 //
 // v[m, n] = scale[m] * weight_scale[n] * sum_k (code[m, k] - zero_point[m]) * weight_q[n, k], NHWC implicit GEMM with
 // m = (sample, p, q), k = (r, s, c). A Linear is the case h = rows, w = 1, kernel 1x1.

@@ -33,9 +33,8 @@
 namespace modiff::cpu {
 namespace {
 
-constexpr int kMaxPixels = 14;  // largest MR
-constexpr int64_t kTaskPixels =
-    256;  // output pixels of a task: a weight panel set is read once per task from the L2 cache
+constexpr int kMaxPixels = 14;        // largest MR
+constexpr int64_t kTaskPixels = 256;  // output pixels of a task, which reads a weight panel set from the L2 cache once
 constexpr int64_t kMaxRuns = 64;
 constexpr int64_t kMaxSums = 24 * kPanel;  // largest MR * NR, times the channels of a panel
 

@@ -16,7 +16,7 @@
 #include "common/build_info.h"
 #include "common/packing.h"
 #include "cuda/common/quantize.h"
-#include "cuda/cuts.h"
+#include "cuda/tiles.h"
 #include "cuda/product.h"
 #include "cuda/stream.h"
 
@@ -107,19 +107,19 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t prologu
 
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Plan plan = plan_of(p);
+  const QuantizeTiling tiling = tiling_of(p);
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   int64_t& width = sizes.size() == 4 ? sizes[1] : sizes.back();
   width = packed ? packed_width(p.act_bits, channels) : channels;
   Tensor codes = empty(sizes, packed ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8(), device);
-  Tensor scale_out = empty({plan.granules}, aoti_torch_dtype_float32(), device);
-  Tensor third = empty({plan.granules}, x_hat ? aoti_torch_dtype_float32() : aoti_torch_dtype_int32(), device);
+  Tensor scale_out = empty({tiling.granules}, aoti_torch_dtype_float32(), device);
+  Tensor third = empty({tiling.granules}, x_hat ? aoti_torch_dtype_float32() : aoti_torch_dtype_int32(), device);
   p.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
   p.scale = static_cast<float*>(scale_out.mutable_data_ptr());
   p.absmax = x_hat ? static_cast<float*>(third.mutable_data_ptr()) : nullptr;
   p.zero_point = x_hat ? nullptr : static_cast<int32_t*>(third.mutable_data_ptr());
   std::optional<Tensor> scratch;
-  if (const int64_t bytes = scratch_of(p, plan).bytes; bytes > 0) {
+  if (const int64_t bytes = scratch_of(p, tiling).bytes; bytes > 0) {
     scratch = empty({bytes}, aoti_torch_dtype_uint8(), device);
     call.scratch = scratch->mutable_data_ptr();
   }
@@ -159,46 +159,47 @@ struct Kernels {
 
 Kernels kernels_of(const ProductCall& call, const Device& device) {
 #if MODIFF_SM90
-  if (device.capability == 90 && call.cut.architecture != 80 && call.code_bits == 8 &&
+  if (device.capability == 90 && call.tiling.architecture != 80 && call.code_bits == 8 &&
       product_sm90_limit(call) == nullptr)
     return {product_sm90, product_sm90_scratch(call, device)};
 #endif
-  STD_TORCH_CHECK(call.cut.architecture != 90, "modiff_cuda::product: this library has no kernels of sm_90");
+  STD_TORCH_CHECK(call.tiling.architecture != 90, "modiff_cuda::product: this library has no kernels of sm_90");
   return {product_sm80, product_sm80_scratch(call, device)};
 }
 
-// The values of a cut in the order of its fields, for Python.
-constexpr size_t kCut = 4;
+// The values of a tiling in the order of its fields, for Python.
+constexpr size_t kTiling = 4;
 
-Cut cut_from(const std::vector<int64_t>& values) {
-  STD_TORCH_CHECK(values.empty() || values.size() == kCut,
-                  "modiff_cuda: a cut has 4 values (architecture, rows, columns, splits) or none, got ", values.size());
-  if (values.empty()) return Cut{};
+ProductTiling tiling_from(const std::vector<int64_t>& values) {
+  STD_TORCH_CHECK(values.empty() || values.size() == kTiling,
+                  "modiff_cuda: a tiling has 4 values (architecture, rows, columns, splits) or none, got ",
+                  values.size());
+  if (values.empty()) return ProductTiling{};
   return {static_cast<int>(values[0]), static_cast<int>(values[1]), static_cast<int>(values[2]),
           static_cast<int>(values[3])};
 }
 
-// All cuts of a call as cuts_of orders them, one after the other. A tensor has no part in it, nor has a GPU.
-std::vector<int64_t> cuts(std::vector<int64_t> geometry, int64_t weight_bits, int64_t code_bits, int64_t capability,
-                          int64_t multiprocessors) {
-  STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::cuts: ", kGeometry, " geometry values expected, got ",
+// All tilings of a call as tilings_of orders them, one after the other. A tensor has no part in it, nor has a GPU.
+std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, int64_t code_bits, int64_t capability,
+                           int64_t multiprocessors) {
+  STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::tiles: ", kGeometry, " geometry values expected, got ",
                   geometry.size());
   ProductCall call{};
   set_geometry(call.problem, geometry.data());
   call.weight_bits = static_cast<int>(weight_bits);
   call.code_bits = static_cast<int>(code_bits);
   std::vector<int64_t> values;
-  for (const Cut& cut : cuts_of(call, static_cast<int>(capability), static_cast<int>(multiprocessors)))
-    values.insert(values.end(), {cut.architecture, cut.rows, cut.columns, cut.splits});
+  for (const ProductTiling& tiling : tilings_of(call, static_cast<int>(capability), static_cast<int>(multiprocessors)))
+    values.insert(values.end(), {tiling.architecture, tiling.rows, tiling.columns, tiling.splits});
   return values;
 }
 
-// geometry: product.h; cut: empty, or a Cut. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are
-// aligned to 16 bytes.
+// geometry: product.h; tile: empty, or a ProductTiling. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and
+// weight are aligned to 16 bytes.
 Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& weight,
-               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias,
-               std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
-               std::vector<int64_t> geometry, std::vector<int64_t> cut) {
+               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, std::optional<Tensor> y_hat,
+               std::optional<Tensor> skip, bool write_out, ScalarType out_dtype, std::vector<int64_t> geometry,
+               std::vector<int64_t> tile) {
   STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::product: ", kGeometry, " geometry values expected, got ",
                   geometry.size());
   ProductCall call{};
@@ -222,13 +223,13 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   call.bias = parameter(bias);
   call.weight_bits = static_cast<int>(weight_bits);
   call.rows_per_scale = p.samples * p.out_h * p.out_w / scale.numel();
-  call.cut = cut_from(cut);
+  call.tiling = tiling_from(tile);
 
   const int32_t device = codes.get_device_index();
-  const char* problem = cut_problem(call, device_of(device).capability);
-  STD_TORCH_CHECK(problem == nullptr, "modiff_cuda::product: no cut into ", call.cut.rows, " x ", call.cut.columns,
-                  " outputs and ", call.cut.splits, " parts along K by the kernels of sm_", call.cut.architecture, ": ",
-                  problem);
+  const char* problem = tiling_problem(call, device_of(device).capability);
+  STD_TORCH_CHECK(problem == nullptr, "modiff_cuda::product: no tiles of ", call.tiling.rows, " x ",
+                  call.tiling.columns, " outputs and ", call.tiling.splits, " splits of K by the kernels of sm_",
+                  call.tiling.architecture, ": ", problem);
   const torch::stable::accelerator::DeviceGuard guard(device);
   std::vector<int64_t> sizes{0};
   if (write_out) {
@@ -268,14 +269,14 @@ STABLE_TORCH_LIBRARY(modiff_cuda, m) {
   m.def(
       "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, int weight_bits, Tensor weight_scale, "
       "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
-      "int[] geometry, int[] cut) -> Tensor");
-  m.def("cuts(int[] geometry, int weight_bits, int code_bits, int capability, int multiprocessors) -> int[]");
+      "int[] geometry, int[] tile) -> Tensor");
+  m.def("tiles(int[] geometry, int weight_bits, int code_bits, int capability, int multiprocessors) -> int[]");
 }
 
 // A call without tensors has no device: this key is what a torch without CUDA dispatches it to.
 STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
-  m.impl("cuts", TORCH_BOX(&cuts));
+  m.impl("tiles", TORCH_BOX(&tiles));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cuda, CUDA, m) {

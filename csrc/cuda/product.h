@@ -6,10 +6,10 @@
 
 namespace modiff::cuda {
 
-// How a call is cut, where a caller says so: into tiles of `rows` x `columns` outputs and `splits` parts along K, for
-// the kernels of csrc/cuda/sm90 or sm80.
-struct Cut {
-  int architecture;  // 90, 80, or 0: the kernels choose, by the estimates of sm90/plan.h and sm80/tile_config.h
+// The tiling of a call, where a caller says so: tiles of `rows` x `columns` outputs and `splits` splits of K, by the
+// kernels of csrc/cuda/sm90 or sm80.
+struct ProductTiling {
+  int architecture;  // 90, 80, or 0: the kernels choose, by the estimates of sm90/tiling.h and sm80/tile_config.h
   int rows, columns;
   int splits;
 };
@@ -17,14 +17,15 @@ struct Cut {
 // v[m, n] = scale[m / rows_per_scale] * weight_scale[n] * sum_k (code[m, k] - zero_point[m / rows_per_scale]) *
 // weight[n, k] for the output pixels m = (sample, p, q) of `problem`, whose granularity is not read here.
 struct ProductCall {
-  ProductProblem problem;  // weight: kpack_v1 (common/packing.h), c_out rows of kernel_h * kernel_w * c_in / groups codes;
-                        // bias stays null in it:
-  Parameter bias;       // [c_out], here it keeps the model's dtype
-  int weight_bits;      // 8, 4, 3
-  int code_bits = 8;    // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
+  // weight: kpack_v1 (common/packing.h), c_out rows of kernel_h * kernel_w * c_in / groups codes; bias stays null in
+  // it.
+  ProductProblem problem;
+  Parameter bias;          // [c_out], here it keeps the model's dtype
+  int weight_bits;         // 8, 4, 3
+  int code_bits = 8;       // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
   int64_t rows_per_scale;  // output pixels that share a scale and a zero point
   void* scratch;           // aligned to 16
-  Cut cut;
+  ProductTiling tiling;
 };
 
 constexpr int64_t kMostPixels = int64_t{1} << 31;  // of all images of a call; kernels count them in 31 bits

@@ -13,7 +13,7 @@ The arguments are those of `ops.schema`, already checked. Where it has more to o
     modulate(...)                                  `ops.modulate` in one piece: a private fusion, for problems of op
                                                    "modulate" that why_not accepts
     preferred_layout(problem) -> str               the weight layout that suits the problem best, if it is not kpack_v1
-    prepare_weight(weight, k, window, layout)      `weight` in another layout; ValueError for layouts it does not know
+    prepare_weight(weight, k, window, layout)      `weight` in another layout; ValueError if it knows not both
     TRACEABLE = True                               the functions consist of torch ops that have fakes, so that compiled
                                                    code can call these and not the op
     build_info() -> dict[str, str] | str           what its library was built with, or why that is not known
@@ -21,7 +21,9 @@ The arguments are those of `ops.schema`, already checked. Where it has more to o
 A backend may import `reference` and the formats in `quant`, and nothing else of the package.
 """
 
+import hashlib
 import json
+from pathlib import Path
 
 BACKENDS: dict[str, str | None] = {
     "cpu": "cpu",
@@ -34,6 +36,18 @@ BACKENDS: dict[str, str | None] = {
     "reference": None,
 }
 """Every backend and the device type it is for (None: all), in the order in which they are asked."""
+
+
+def source_hash() -> str | None:
+    """Hash of csrc in this checkout, as CMakeLists.txt computes it for the key `sources` of `build_info`; None in an
+    installation without sources.
+    """
+    root = Path(__file__).resolve().parents[2] / "csrc"
+    if not root.is_dir():
+        return None
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    lines = "".join(f"{hashlib.sha256((root / name).read_bytes()).hexdigest()} {name}\n" for name in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def library_build_info(namespace: str) -> dict[str, str] | str:

@@ -170,18 +170,18 @@ def product(
     out_dtype: torch.dtype,
     write_out: bool,
 ) -> Tensor:
-    granules = scale.shape[0]
+    granules, n = scale.shape[0], weight.scale.shape[0]
     if window is None:
         # A Linear is a 1x1 convolution over an image of width 1. Its scales may cover any number of rows, so its
         # samples are the granules of the scale.
         channels = codes.shape[-1]
         samples = codes.shape[0] if granules == 1 else granules
-        geometry = [samples, codes.numel() // (channels * samples), 1, channels, weight.n, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+        geometry = [samples, codes.numel() // (channels * samples), 1, channels, n, 1, 1, 1, 1, 0, 0, 1, 1, 1]
     else:
         samples, channels, height, width = codes.shape
         (r, s), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups = window
         geometry = [
-            samples, height, width, channels, weight.n, r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+            samples, height, width, channels, n, r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
             groups,
         ]  # fmt: skip
     return torch.ops.modiff_cpu.product.default(

@@ -140,7 +140,10 @@ def product(
     if window is not None and scale.shape[0] > codes.shape[0] and not window.is_pointwise:
         values = values * per_row(scale, codes.shape, window).to(torch.float64)  # such scales do not leave the sum
         late = scale.new_ones(1)
-    sums = _sums(values, _dense(weight, codes, window), window).to(torch.float32)
+    sums = _sums(values, _dense(weight, codes, window), window)
+    if late is scale and weight.group_size == -1:
+        sums = sums.round()  # they are integers, but the algorithm of a GPU's convolution need not be exact
+    sums = sums.to(torch.float32)
     return finish(sums * (per_row(late, sums.shape, window) * factor), y_hat, bias, skip, window, out_dtype, write_out)
 
 

@@ -84,18 +84,17 @@ def accuquant(job: Job) -> Layers:
 def check_sampler(sampler: Sampler) -> None:
     """Raise ValueError unless runs of the sampler's scheduler can start at any call, from the input of the UNet."""
     name = type(sampler.scheduler).__name__
-    advice = f"use {', '.join(STATELESS)} or DPMSolverMultistepScheduler"
     if not (hasattr(sampler.scheduler, "set_begin_index") or name in STATELESS):
-        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; {advice}")
-    scheduler, probe = scheduler_at(sampler, 0), torch.ones(1)
-    if not torch.equal(scheduler.scale_model_input(probe, scheduler.timesteps[0]), probe):
-        raise ValueError(f"calibrate: accuquant steps from the UNet's input, which {name} scales; {advice}")
+        raise ValueError(
+            f"calibrate: accuquant starts in the middle of a run, which {name} cannot; use {', '.join(STATELESS)} or "
+            "DPMSolverMultistepScheduler"
+        )
+    sampler.check_input("accuquant")
 
 
 def scheduler_at(sampler: Sampler, call: int) -> Any:
     """A new scheduler whose next step is that of `call`; multistep solvers start there with first order."""
-    scheduler = type(sampler.scheduler).from_config(sampler.scheduler.config)
-    scheduler.set_timesteps(sampler.steps)
+    scheduler = sampler.new_scheduler()
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(call)
     return scheduler

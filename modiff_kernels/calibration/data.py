@@ -28,11 +28,24 @@ class Sampler:
     steps: int
     run: Callable[[Sequence[int]], Any]
 
-    def timesteps(self) -> Tensor:
-        """Time steps of the calls of a run, float32 [calls], the noisiest first."""
+    def new_scheduler(self) -> Any:
+        """A scheduler at the beginning of a run."""
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(self.steps)
-        return torch.as_tensor(scheduler.timesteps, dtype=torch.float32).cpu()
+        return scheduler
+
+    def timesteps(self) -> Tensor:
+        """Time steps of the calls of a run, float32 [calls], the noisiest first."""
+        return torch.as_tensor(self.new_scheduler().timesteps, dtype=torch.float32).cpu()
+
+    def check_input(self, method: str) -> None:
+        """Raise ValueError where the scheduler scales the UNet's input, which `method` makes steps from."""
+        scheduler, probe = self.new_scheduler(), torch.ones(1)
+        if not torch.equal(scheduler.scale_model_input(probe, scheduler.timesteps[0]), probe):
+            raise ValueError(
+                f"calibrate: {method} steps from the UNet's input, which {type(scheduler).__name__} scales; use "
+                "DDIMScheduler or DPMSolverMultistepScheduler"
+            )
 
 
 def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> Sampler:
@@ -48,17 +61,25 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
     if "prompt" in accepted and not {"prompt", "prompt_embeds"} & set(call_kwargs):
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
 
-    def run(seeds: Sequence[int]) -> Any:
-        options = {"num_inference_steps": steps, **call_kwargs}
-        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        if isinstance(options.get("prompt"), str):
-            options["prompt"] = [options["prompt"]] * len(seeds)
-        elif "batch_size" in accepted:
-            options["batch_size"] = len(seeds)
-        options.setdefault("output_type", "latent" if "prompt" in accepted else "np")
-        return pipe(**options)
+    options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
+    return Sampler(pipe.unet, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options))
 
-    return Sampler(pipe.unet, pipe.scheduler, steps, run)
+
+def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[str, Any]) -> Any:
+    """What a diffusers pipeline gives for the noise of `seeds`. options: more arguments; one prompt is for all images.
+
+    Of a pipeline with classes, image i has the class seeds[i] modulo 1000.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    more: dict[str, Any] = {"num_inference_steps": steps, **options}
+    more["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if isinstance(more.get("prompt"), str):
+        more["prompt"] = [more["prompt"]] * len(seeds)
+    elif "batch_size" in accepted:
+        more["batch_size"] = len(seeds)
+    elif "class_labels" in accepted:
+        more.setdefault("class_labels", [seed % 1000 for seed in seeds])
+    return pipe(**more)
 
 
 def uniform_calls(calls: int, per_sample: int, samples: int) -> Tensor:

@@ -72,13 +72,7 @@ class Solver:
                 f"{', '.join(PREDICTIONS)}; {type(scheduler).__name__} (prediction_type {prediction!r}) is of another "
                 "kind; choose another method"
             )
-        probe = type(scheduler).from_config(scheduler.config)
-        probe.set_timesteps(sampler.steps)
-        if not torch.equal(probe.scale_model_input(torch.ones(1), probe.timesteps[0]), torch.ones(1)):
-            raise ValueError(
-                f"calibrate: sampling_aware steps from the UNet's input, which {type(scheduler).__name__} scales; use "
-                "DDIMScheduler or DPMSolverMultistepScheduler"
-            )
+        sampler.check_input("sampling_aware")
         self.prediction = prediction
         self.timesteps = sampler.timesteps()
         alphas = scheduler.alphas_cumprod.double().cpu()

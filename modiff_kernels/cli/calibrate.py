@@ -1,15 +1,15 @@
-"""`modiff calibrate`: the step schedule of a model, within a budget of fidelity or time, or its layer plan.
-
-Weights and activation scales (`--method`) are in `calibrate_layers`.
-"""
+"""`modiff calibrate`: weight codes and activation scales of a model, its step schedule, or its layer plan."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import hashlib
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modiff_kernels.cli import calibrate_layers
+import modiff_kernels as mk
+from modiff_kernels.calibration import METHODS
 from modiff_kernels.cli.arguments import writable
-from modiff_kernels.cli.plan import measure_plan
-from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.evaluation import UserError, command_line, networks, psnr
-from modiff_kernels.evaluation.configurations import Quantised, Row
+from modiff_kernels.evaluation.configurations import Quantised, config_of_row, row_of
+from modiff_kernels.integrations import plan_cache
+from modiff_kernels.integrations.plans import plan_text
+from modiff_kernels.planning import stored
 from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.search import Found, computed_for_speedup, search
-from modiff_kernels.planning.stored import FILE_NAME, run_of
+from modiff_kernels.planning.search import computed_for_speedup, search
 
 __all__ = ["run"]
 
@@ -33,30 +34,137 @@ TIMED_RUNS = 3
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.method is not None:
-        return calibrate_layers.run(args)
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
+    if args.method is not None:
+        return _calibrate_layers(args, args.out or Path("calibration"))
     if args.plan:
         if args.budget_db is not None or args.speedup is not None:
             raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
-        return measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
+        return _measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
     if args.budget_db is None and args.speedup is None:
         raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
-    out = writable(args.out or folder / FILE_NAME)
-    networks.quiet_libraries()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model = networks.load_model(args.model, args.prompt, networks.choose_device(args.device))
+    return _search_schedule(args, writable(args.out or folder / stored.FILE_NAME))
+
+
+@contextlib.contextmanager
+def _user_errors(prefix: str = "") -> Iterator[None]:
+    """What the library refuses is bad input."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def _open(args: argparse.Namespace) -> tuple[networks.Model, torch.nn.Module, int]:
+    """The model, its UNet in channels_last, and the calls of a run."""
+    model = networks.open_model(args)
     calls = networks.check_steps(model, args.scheduler, args.steps)
-    network = _Network(args, model)
+    return model, model.unet.to(memory_format=torch.channels_last), calls
+
+
+def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
+    """--method: into `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: a file of this name is there; give a folder")
+    if args.mode == "float":
+        raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
+    options = _options(args.method, args.set)
+    model, unet, _ = _open(args)
+    with _user_errors():
+        config = config_of_row(row_of(args, "calibrate"), args.backend, args.granularity)
+        if args.mode == "weight_only":
+            config = dataclasses.replace(config, mode="modulated")
+        config = dataclasses.replace(config, scale_mode=args.scale_mode, group_size=args.group_size)
+        try:
+            result = mk.calibrate(
+                unet,
+                args.method,
+                config,
+                steps=args.steps,
+                samples=args.samples,
+                batch=args.batch,
+                seed=args.seed,
+                folder=folder,
+                weights=args.weights,
+                quiet=args.quiet,
+                scheduler=networks.make_scheduler(model, args.scheduler),
+                sample=lambda seeds: networks.sample_images(model, unet, args.scheduler, args.steps, seeds),
+                **options,
+            )
+        except OSError as error:
+            raise UserError(f"--out {folder}: {error.strerror}; give another folder") from error
+    if not args.quiet:
+        seconds = result.metadata["seconds"]
+        print(f"{len(result.layers)} layers of {model.name} calibrated by {args.method} in {seconds} s: {folder}")
+    return 0
+
+
+def _options(method: str, items: list[str]) -> dict[str, Any]:
+    """--set NAME=VALUE, each in the type of the option's default."""
+    types: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(METHODS[method].options)}
+    options: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or name not in types:
+            raise UserError(f"--set {item}: give NAME=VALUE, with one of the names {', '.join(types)}")
+        try:
+            options[name] = {"true": True, "false": False}[text] if types[name] is bool else types[name](text)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"--set {item}: {name} is a {types[name].__name__}") from error
+    return options
+
+
+def _measure_plan(args: argparse.Namespace, out: Path) -> int:
+    """--plan: to `out` and to the cache."""
+    model, unet, _ = _open(args)
+    seeds = range(args.seed, args.seed + args.batch)
+    limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
+    with _user_errors():
+        plan = mk.make_plan(
+            unet,
+            config_of_row(row_of(args, "plan", plan=limited), args.backend, args.granularity, args.max_state_bytes),
+            sample=lambda candidate: networks.sample_images(model, candidate, args.scheduler, args.steps, seeds),
+            max_loss_db=args.max_loss_db,
+            rounds=args.rounds,
+            use_cache=False,
+            progress=not args.quiet,
+        )
+    out.write_text(plan.to_json() + "\n")
+    try:
+        plan_cache.store(plan)
+    except OSError as error:
+        raise UserError(f"written to {out}, but not to the cache {plan_cache.folder()}: {error}") from error
+    print(plan_text(plan))
+    if not args.quiet and plan.key is not None:
+        shape = "x".join(map(str, plan.key.shape))
+        print(f"\n--plan {out}, and plan='auto' for samples {shape} on {plan.key.device}")
+    return 0
+
+
+def _search_schedule(args: argparse.Namespace, out: Path) -> int:
+    """--schedule: to `out`. What it has measured is beside it until it is done."""
+    model, unet, calls = _open(args)
+    row = row_of(args, args.mode, schedule="forecast every=2")
+    quantised = Quantised(unet, row, args.backend, args.granularity)
+
+    def pictures(schedule: mk.StepSchedule | None, first: int, count: int) -> np.ndarray:
+        quantised.handle.set_schedule(schedule)
+        seeds = range(args.seed + first, args.seed + first + count)
+        batches = [seeds[start : start + args.batch] for start in range(0, count, args.batch)]
+        run = (model, unet, args.scheduler, args.steps)
+        return np.concatenate([networks.sample_images(*run, batch, run=quantised.sampling_run) for batch in batches])
+
+    def fidelity_from(first: int) -> Callable[[mk.StepSchedule], float]:
+        """Mean PSNR in dB of a schedule's pictures against those of the same network computed at every call."""
+        dense = pictures(None, first, args.images)
+        return lambda schedule: float(psnr(pictures(schedule, first, args.images), dense).mean())
+
     known = _Known(out.with_suffix(".partial.json"), args)
     computed, times = None, None
     if args.speedup is not None:
-        times = network.seconds_per_call(calls)
-        try:
+        times = _seconds_per_call(lambda schedule: pictures(schedule, 0, args.batch), calls)
+        with _user_errors(f"--speedup {args.speedup:g}: "):
             computed = computed_for_speedup(calls, args.speedup, *times)
-        except ValueError as error:
-            raise UserError(f"--speedup {args.speedup:g}: {error}") from error
     with tqdm(desc="search", unit="schedule", disable=args.quiet, leave=False, initial=len(known.values)) as bar:
 
         def on_evaluation(size: int) -> None:
@@ -64,103 +172,20 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
             known.save()
 
-        try:
+        evaluate = fidelity_from(0)
+        with _user_errors():
             found = search(
-                network.fidelity_of(range(args.images)),
+                evaluate,
                 calls,
                 budget_db=args.budget_db,
                 computed=computed,
                 known=known.values,
                 on_evaluation=on_evaluation,
             )
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    held_out_db = network.fidelity_of(range(args.images, 2 * args.images))(found.schedule)
-    out.write_text(json.dumps(_report(args, model, calls, found, held_out_db, times), indent=1) + "\n")
-    known.path.unlink(missing_ok=True)
-    print(f"--schedule {str(found.schedule)!r}")
-    print(
-        f"{found.computed} of {calls} calls are computed; {found.fidelity_db:.1f} dB to the same network computed at "
-        f"every call on the seeds of the search, {held_out_db:.1f} dB on others; written to {out}"
-    )
-    return 0
-
-
-class _Network:
-    """The accelerated model: pictures with and without a schedule, and times."""
-
-    def __init__(self, args: argparse.Namespace, model: networks.Model) -> None:
-        self.args = args
-        self.model = model
-        self.unet = model.unet.to(memory_format=torch.channels_last)
-        act_bits = 32 if args.mode == "weight_only" else args.act_bits
-        row = Row("calibrate", args.mode, args.mode, args.weight_bits, act_bits, schedule="forecast every=2")
-        self.quantised = Quantised(self.unet, row, args.backend, args.granularity)
-
-    def pictures(self, schedule: StepSchedule | None, indices: range) -> np.ndarray:
-        self.quantised.handle.set_schedule(schedule)
-        batches = [indices[start : start + self.args.batch] for start in range(0, len(indices), self.args.batch)]
-        return np.concatenate([self._sample(batch) for batch in batches])
-
-    def _sample(self, indices: range) -> np.ndarray:
-        seeds = [self.args.seed + index for index in indices]
-        args = (self.model, self.unet, self.args.scheduler, self.args.steps, seeds)
-        return networks.sample_images(*args, run=self.quantised.sampling_run)
-
-    def fidelity_of(self, indices: range):
-        """Mean PSNR in dB of a schedule's pictures against those of the same network computed at every call."""
-        dense = self.pictures(None, indices)
-        return lambda schedule: float(psnr(self.pictures(schedule, indices), dense).mean())
-
-    def seconds_per_call(self, calls: int) -> tuple[float, float]:
-        """Of a computed and of a skipped call, the sampler's work included: medians of whole runs."""
-        sparse = StepSchedule(f"U2H{calls - 2}")
-
-        def timed(schedule: StepSchedule | None) -> float:
-            started = time.perf_counter()
-            self.pictures(schedule, range(self.args.batch))
-            return time.perf_counter() - started
-
-        timed(None)
-        pairs = [(timed(None), timed(sparse)) for _ in range(TIMED_RUNS)]
-        dense_s, sparse_s = (statistics.median(column) for column in zip(*pairs, strict=True))
-        update_s = dense_s / calls
-        return update_s, max(sparse_s - 2 * update_s, 0.0) / (calls - 2)
-
-
-class _Known:
-    """Fidelities that an interrupted search of the same request has measured, by schedule."""
-
-    def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        options = {
-            key: str(value) for key, value in vars(args).items() if key not in ("argv", "quiet", "out", "threads")
-        }
-        self.request = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
-        self.path = path
-        self.values: dict[str, float] = {}
-        if path.is_file():
-            stored = json.loads(path.read_text())
-            if stored["request"] == self.request:
-                self.values = stored["fidelity_db"]
-
-    def save(self) -> None:
-        """Write through a second file, so that an interruption leaves a whole one."""
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"request": self.request, "fidelity_db": self.values}))
-        new.replace(self.path)
-
-
-def _report(
-    args: argparse.Namespace,
-    model: networks.Model,
-    calls: int,
-    found: Found,
-    held_out_db: float,
-    times: tuple[float, float] | None,
-) -> dict[str, Any]:
+    held_out_db = fidelity_from(args.images)(found.schedule)
     scheduler = networks.make_scheduler(model, args.scheduler)
     scheduler.set_timesteps(args.steps)
-    return {
+    report = {
         "schedule": str(found.schedule),
         "model": model.name,
         "scheduler": args.scheduler,
@@ -173,5 +198,50 @@ def _report(
         "update_s": times and times[0],
         "skip_s": times and times[1],
         "command": command_line(args.argv),
-        **run_of(scheduler, host_timesteps(scheduler)),
+        **stored.run_of(scheduler, host_timesteps(scheduler)),
     }
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    known.path.unlink(missing_ok=True)
+    print(f"--schedule {str(found.schedule)!r}")
+    print(
+        f"{found.computed} of {calls} calls are computed; {found.fidelity_db:.1f} dB to the same network computed at "
+        f"every call on the seeds of the search, {held_out_db:.1f} dB on others; written to {out}"
+    )
+    return 0
+
+
+def _seconds_per_call(run: Callable[[mk.StepSchedule | None], Any], calls: int) -> tuple[float, float]:
+    """Of a computed and of a skipped call, the sampler's work included: medians of whole runs."""
+    sparse = mk.StepSchedule(f"U2H{calls - 2}")
+
+    def timed(schedule: mk.StepSchedule | None) -> float:
+        started = time.perf_counter()
+        run(schedule)
+        return time.perf_counter() - started
+
+    timed(None)
+    pairs = [(timed(None), timed(sparse)) for _ in range(TIMED_RUNS)]
+    dense_s, sparse_s = (statistics.median(column) for column in zip(*pairs, strict=True))
+    update_s = dense_s / calls
+    return update_s, max(sparse_s - 2 * update_s, 0.0) / (calls - 2)
+
+
+class _Known:
+    """Fidelities that an interrupted search of the same request has measured, by schedule."""
+
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        unimportant = ("argv", "quiet", "out", "threads")
+        options = {key: str(value) for key, value in vars(args).items() if key not in unimportant}
+        self.request = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+        self.path = path
+        self.values: dict[str, float] = {}
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found["request"] == self.request:
+                self.values = found["fidelity_db"]
+
+    def save(self) -> None:
+        """Write through a second file, so that an interruption leaves a whole one."""
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps({"request": self.request, "fidelity_db": self.values}))
+        new.replace(self.path)

@@ -10,7 +10,7 @@ import torch
 
 from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, command_line, networks, to_json
-from modiff_kernels.evaluation.configurations import Quantised, Row
+from modiff_kernels.evaluation.configurations import Quantised, row_of
 
 __all__ = ["run"]
 
@@ -20,18 +20,13 @@ in kB = 10^3 bytes; speed-up is against the unit in float; "-": not measured"""
 
 
 def run(args: argparse.Namespace) -> int:
-    plan = args.plan
     if args.mode in ("float", "weight_only"):
-        if plan not in (None, "auto"):
-            raise UserError(f"--plan {plan}: --mode {args.mode} has no low bits to plan; give --mode modulated")
-        plan = None
+        if args.plan not in (None, "auto"):
+            raise UserError(f"--plan {args.plan}: --mode {args.mode} has no low bits to plan; give --mode modulated")
+        args.plan = None
     out = writable(args.json) if args.json else None
-    networks.quiet_libraries()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model = networks.load_model(args.model, args.prompt, networks.choose_device(args.device))
-    act_bits = 32 if args.mode == "weight_only" else args.act_bits
-    row = Row("explain", model.name, args.mode, args.weight_bits, act_bits, plan=plan)
+    model = networks.open_model(args)
+    row = row_of(args, model.name, plan=args.plan)
     unet = model.unet.to(memory_format=torch.channels_last)
     handle = Quantised(unet, row, args.backend, args.granularity, args.max_state_bytes).handle
     print(handle.explain())

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, images, networks
-from modiff_kernels.evaluation.configurations import Quantised, Row
+from modiff_kernels.evaluation.configurations import Quantised, row_of
 from modiff_kernels.quant.checkpoint import encoded_layer
 
 __all__ = ["Process", "run"]
 
 PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # what launchers set, and what no launcher means
+OF_LAYERS = ("mode", "weight_bits", "act_bits", "granularity")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if as_grid and process.count > 1:
         raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
     writable(args.out if as_grid else args.out / f".process_{process.rank}")
-    networks.quiet_libraries()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = networks.choose_device(args.device, process.local if process.count > 1 else None)
-    model = networks.load_model(args.model, args.prompt, device, low_bit=True)
+    model = networks.open_model(args, low_bit=True, local=process.local if process.count > 1 else None)
     calls = networks.check_steps(model, args.scheduler, args.steps)
     sampler = _Sampler(args, model)
     batch = min(args.batch, args.images)
@@ -96,10 +93,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         place = f", process {process.rank + 1} of {process.count}" if process.count > 1 else ""
         already = f", {len(kept)} were there already" if kept else ""
-        print(
-            f"{sampled} images in {time.perf_counter() - started:.1f} s ({sampler.description()}{place}{already}): "
-            f"{args.out}"
-        )
+        took = f"{time.perf_counter() - started:.1f} s"
+        print(f"{sampled} images in {took} ({sampler.description()}{place}{already}): {args.out}")
     return 0
 
 
@@ -107,39 +102,27 @@ class _Sampler:
     """The model in the configuration of the command line: pictures, and what they depend on."""
 
     def __init__(self, args: argparse.Namespace, model: networks.Model) -> None:
-        self.args = args
-        self.model = model
+        self.args, self.model = args, model
         self.unet = model.unet.to(memory_format=torch.channels_last)
-        self.mode = args.mode or "modulated"
         self.quantised: Quantised | None = None
         if model.handle is not None:
-            _refuse_options(
-                args,
-                ("mode", "weight_bits", "act_bits", "granularity", "backend", "schedule", "plan", "calibration"),
-                "the model was saved in low bits and is sampled with the configuration in its config.json",
-            )
-            self.quantised = Quantised.loaded(model.handle)
-            self.mode = "saved low-bit model"
+            reason = "the model was saved in low bits and is sampled with the configuration in its config.json"
+            _refuse(args, (*OF_LAYERS, "backend", "schedule", "plan", "calibration"), reason)
+            self.quantised, args.mode = Quantised.loaded(model.handle), "saved low-bit model"
             return
         if args.calibration is not None:
-            _refuse_options(
-                args,
-                ("mode", "weight_bits", "act_bits", "granularity"),
-                f"the calibration {args.calibration} has modes and bits of the layers",
-            )
-        if self.mode != "float" or args.schedule is not None or args.plan is not None:
-            act_bits = 32 if self.mode == "weight_only" else args.act_bits or 8
-            weight_bits, plan = args.weight_bits or 8, args.plan
-            row = Row("sample", self.mode, self.mode, weight_bits, act_bits, schedule=args.schedule, plan=plan)
-            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, calibration=args.calibration)
+            _refuse(args, OF_LAYERS, f"the calibration {args.calibration} has modes and bits of the layers")
+        args.mode, args.weight_bits, args.act_bits = args.mode or "modulated", args.weight_bits or 8, args.act_bits or 8
+        if args.mode != "float" or args.schedule is not None or args.plan is not None:
+            row = row_of(args, args.mode, schedule=args.schedule, plan=args.plan)
+            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, None, args.calibration)
 
     def options(self) -> dict[str, Any]:
         """All that an image depends on besides its seed and its batch, as JSON types."""
-        config = None if self.quantised is None else self.quantised.handle.config.to_dict()
         options = {
             "model": self.model.name,
             "weights": images.tensors_crc32(self._tensors()),
-            "config": config,
+            "config": None if self.quantised is None else self.quantised.handle.config.to_dict(),
             "prompt": self.model.prompt,
             "scheduler": self.args.scheduler,
             "scheduler_config": {k: v for k, v in self.model.scheduler_config.items() if not k.startswith("_")},
@@ -175,11 +158,11 @@ class _Sampler:
     def description(self) -> str:
         """Mode, state and backend, for the last line."""
         if self.quantised is None:
-            return self.mode
-        return f"{self.mode}, state {self.quantised.state_bytes / 1e6:.1f} MB, backend {self.quantised.backend}"
+            return self.args.mode
+        return f"{self.args.mode}, state {self.quantised.state_bytes / 1e6:.1f} MB, backend {self.quantised.backend}"
 
 
-def _refuse_options(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+def _refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
     """UserError for options `names` that say how layers are computed, where something else says it."""
     given = [name for name in names if getattr(args, name) != ("auto" if name == "backend" else None)]
     if given:

@@ -13,10 +13,18 @@ from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
-MODES = ("modulated", "quantized")
-SCALE_MODES = ("dynamic", "delayed", "static")
-STATE_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_bits": (*BITS, None),
+    "act_bits": (*BITS, None),
+    "granularity": (*GRANULARITIES, None),
+    "scale_mode": ("dynamic", "delayed", "static"),
+    "mode": ("modulated", "quantized"),
+    "backend": BACKENDS,
+    "state_dtype": ("float32", "float16", "bfloat16", None),
+    "fuse": (True, False),
+    "cuda_graphs": (True, False),
+}
 DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
 FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
 
@@ -87,19 +95,13 @@ class ModiffConfig:
     def __post_init__(self, first_step_bits: int | None) -> None:
         if first_step_bits is not None:
             raise _error("first_step_bits", first_step_bits, f"nothing: {FIRST_CALL}")
-        for field in ("weight_bits", "act_bits"):
-            _check_choice(field, getattr(self, field), (*BITS, None))
-        _check_choice("granularity", self.granularity, (*GRANULARITIES, None))
-        _check_choice("scale_mode", self.scale_mode, SCALE_MODES)
-        _check_choice("mode", self.mode, MODES)
-        _check_choice("backend", self.backend, BACKENDS)
-        _check_choice("fuse", self.fuse, (True, False))
-        _check_choice("cuda_graphs", self.cuda_graphs, (True, False))
         if self.state_dtype is not None:
             object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
-        _check_choice("state_dtype", self.state_dtype, (*STATE_DTYPES, None))
+        for field, allowed in CHOICES.items():
+            _check_choice(field, getattr(self, field), allowed)
         object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
         object.__setattr__(self, "plan", _checked_plan(self.plan))
+        object.__setattr__(self, "skip_modules", _checked_skip_modules(self.skip_modules))
         limit = self.max_state_bytes
         if limit is not None and not (_is_int(limit) and limit >= 0):
             raise _error("max_state_bytes", limit, "a number of bytes, 0 or more, or None for no limit")
@@ -110,7 +112,6 @@ class ModiffConfig:
         if not (_is_number(self.clip_ratio) and 0.0 < self.clip_ratio <= 1.0):
             raise _error("clip_ratio", self.clip_ratio, "a number above 0 and up to 1")
         object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
-        object.__setattr__(self, "skip_modules", _checked_skip_modules(self.skip_modules))
         if self.granularity == "per_block" and self.scale_mode != "dynamic":
             raise _error(
                 "granularity", self.granularity, f"another one, or scale_mode='dynamic' (got {self.scale_mode!r})"
@@ -134,16 +135,11 @@ class ModiffConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, and `quant_method`; `from_dict` gives an equal config back."""
-        schedule = None if self.schedule is None else str(self.schedule)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plan = json.loads(self.plan.to_json()) if isinstance(self.plan, LayerPlan) else self.plan
-        return {
-            "quant_method": self.quant_method.value,
-            **values,
-            "skip_modules": list(self.skip_modules),
-            "schedule": schedule,
-            "plan": plan,
-        }
+        values["skip_modules"] = list(self.skip_modules)
+        values["schedule"] = None if self.schedule is None else str(self.schedule)
+        values["plan"] = json.loads(self.plan.to_json()) if isinstance(self.plan, LayerPlan) else self.plan
+        return {"quant_method": self.quant_method.value, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":

@@ -23,8 +23,8 @@ class Mode:
     act_bits: int | None = None
 
     def __post_init__(self) -> None:
-        known = self.kind in KINDS and (self.kind in WITHOUT_BITS) == (self.act_bits is None)
-        if not known or self.act_bits not in (None, *ACT_BITS) or isinstance(self.act_bits, bool):
+        bits = (None,) if self.kind in WITHOUT_BITS else ACT_BITS
+        if self.kind not in KINDS or self.act_bits not in bits or isinstance(self.act_bits, bool):
             raise ValueError(f"LayerPlan: mode {self} is not allowed; give {ALLOWED_MODES}")
 
     def __str__(self) -> str:
@@ -200,24 +200,7 @@ class LayerPlan:
 
     def to_json(self) -> str:
         """The plan as a JSON object; `from_json` gives an equal one back."""
-        values = {
-            "units": [
-                {
-                    "path": unit.path,
-                    "mode": str(unit.mode),
-                    "layers": list(unit.layers),
-                    "reason": unit.reason,
-                    "costs": [{**dataclasses.asdict(cost), "mode": str(cost.mode)} for cost in unit.costs],
-                }
-                for unit in self.units
-            ],
-            "key": None if self.key is None else dataclasses.asdict(self.key),
-            "source": self.source,
-            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
-            "summary": self.summary,
-            "max_loss_db": self.max_loss_db,
-        }
-        return json.dumps(values, indent=1, allow_nan=False)
+        return json.dumps(dataclasses.asdict(self, dict_factory=_json_value), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "LayerPlan":
@@ -249,23 +232,13 @@ class LayerPlan:
         header = ("unit", "mode", *(f"{mode} us" for mode in modes), "speed-up", "SQNR dB", "state kB", "reason")
         rows = []
         for unit in self.units:
-            costs = {cost.mode: cost for cost in unit.costs}
-            times = [_shown(costs[mode].time_us if mode in costs else None, ".0f") for mode in modes]
-            chosen, plain = costs.get(unit.mode), costs.get(FLOAT_MODE)
-            speedup = None
-            if chosen and plain and chosen.time_us and plain.time_us:
-                speedup = plain.time_us / chosen.time_us
-            rows.append(
-                (
-                    unit.path,
-                    str(unit.mode),
-                    *times,
-                    _shown(speedup, ".2f", "x"),
-                    _shown(chosen.sqnr_db if chosen else None, ".1f"),
-                    _shown(chosen.state_bytes / 1e3 if chosen else None, ".1f"),
-                    unit.reason,
-                )
-            )
+            times = {cost.mode: cost.time_us for cost in unit.costs}
+            chosen, own, plain = unit.cost(unit.mode), times.get(unit.mode), times.get(FLOAT_MODE)
+            cells = [_shown(times.get(mode), ".0f") for mode in modes]
+            cells.append(_shown(plain / own if own and plain else None, ".2f", "x"))
+            cells.append(_shown(chosen.sqnr_db if chosen else None, ".1f"))
+            cells.append(_shown(chosen.state_bytes / 1e3 if chosen else None, ".1f"))
+            rows.append((unit.path, str(unit.mode), *cells, unit.reason))
         return header, rows
 
 
@@ -277,6 +250,12 @@ def digest(values: Any) -> str:
 def noise_of(sqnr_db: float | None) -> float:
     """Power of the error over that of the signal; None is exact."""
     return 0.0 if sqnr_db is None else 10.0 ** (-sqnr_db / 10)
+
+
+def _json_value(fields: Sequence[tuple[str, Any]]) -> Any:
+    """The fields of one dataclass; a mode as its text."""
+    values = dict(fields)
+    return str(Mode(**values)) if values.keys() == {"kind", "act_bits"} else values
 
 
 def _unit(values: Mapping[str, Any]) -> UnitPlan:

@@ -52,13 +52,12 @@ class StepSchedule:
             object.__setattr__(self, "rule", _shortened(_expanded(self.rule)))
             self._check_pattern()
         for field, least in (("every", 2), ("first", 1), ("last", 0)):
+            if not (_is_int(getattr(self, field)) and getattr(self, field) >= least):
+                raise _error(field, getattr(self, field), f"a whole number, {least} or more")
+        for field, allowed in (("order", ORDERS), ("axis", AXES), ("stochastic", (True, False))):
             value = getattr(self, field)
-            if not _is_int(value) or value < least:
-                raise _error(field, value, f"a whole number, {least} or more")
-        if self.order not in ORDERS or not _is_int(self.order):
-            raise _error("order", self.order, f"one of {', '.join(map(str, ORDERS))}")
-        if self.axis not in AXES:
-            raise _error("axis", self.axis, f"one of {', '.join(AXES)}")
+            if value not in allowed or (field == "order" and not _is_int(value)):
+                raise _error(field, value, f"one of {', '.join(map(str, allowed))}")
         if self.level is not None and not (_is_int(self.level) and self.level >= 1):
             raise _error("level", self.level, "the index of an up block, 1 or more, or None for the last")
         if self.level is not None and not self.is_deep:
@@ -70,23 +69,11 @@ class StepSchedule:
                 "None: there is no adaptive mode any more; it read the device at every forecast, and in its study a "
                 "schedule without it was better at equal cost",
             )
-        if self.stochastic not in (True, False):
-            raise _error("stochastic", self.stochastic, "True or False")
 
     @classmethod
     def uniform(cls, every: int = 2, **options: Any) -> "StepSchedule":
         """Forecasts the output of the whole network but at every `every`-th call."""
         return cls("forecast", every=every, **options)
-
-    @classmethod
-    def hold(cls, every: int = 2, **options: Any) -> "StepSchedule":
-        """Repeats the output of the whole network but at every `every`-th call."""
-        return cls("hold", every=every, **options)
-
-    @classmethod
-    def deep(cls, every: int = 2, **options: Any) -> "StepSchedule":
-        """Forecasts what the deep levels give but at every `every`-th call."""
-        return cls("deep-forecast", every=every, **options)
 
     @classmethod
     def parse(cls, text: str) -> "StepSchedule":
@@ -164,11 +151,8 @@ class StepSchedule:
 
     def describe(self, calls: int | None = None) -> str:
         """One line: the schedule, what it skips, and how many of `calls` calls are computed in full."""
-        letters = set(self._letters())
-        what = []
-        if {HOLD, FORECAST} & letters:
-            what.append("the whole network")
-        if {DEEP_HOLD, DEEP_FORECAST} & letters:
+        what = ["the whole network"] if {HOLD, FORECAST} & set(self._letters()) else []
+        if self.is_deep:
             what.append(f"the levels below up block {'-1' if self.level is None else self.level}")
         how = f", forecast in {self.axis} with order {self.order}" if self.needs_axis else ", held"
         count = "" if calls is None else f"; {self.actions(calls).count(UPDATE)} of {calls} calls are computed"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,13 @@ import modiff_kernels as mk
 from modiff_kernels.evaluation import UserError
 from modiff_kernels.quant.spec import BLOCK_ROWS
 
-__all__ = ["Quantised", "Row", "build_rows", "config_of_row", "select_rows"]
+__all__ = ["Quantised", "Row", "build_rows", "config_of_row", "row_of", "select_rows"]
 
 FLOAT_BITS = 32
-PLAIN_ACT_BITS = (8, 4)
-MODULATED_ACT_BITS = (8, 4, 3)
-SCHEDULED_ACT_BITS = (8,)
+FIRST_CALL_BITS = 16  # two updates of 8 bits
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One configuration. Full precision has 32 bits; `mode` is float, weight_only, quantized or modulated.
 
@@ -35,13 +34,19 @@ class Row:
     key: str
     name: str
     mode: str
-    weight_bits: int = 32
-    act_bits: int = 32
+    weight_bits: int = FLOAT_BITS
+    act_bits: int = FLOAT_BITS
     channels_last: bool = True
     compiled: bool = False
     schedule: str | None = None
     plan: str | None = None
     cuda_graphs: bool = False
+
+
+def row_of(args: argparse.Namespace, name: str, **more: Any) -> Row:
+    """The one configuration that --mode, --weight-bits and --act-bits stand for."""
+    act_bits = FLOAT_BITS if args.mode == "weight_only" else args.act_bits
+    return Row(args.command, name, args.mode, args.weight_bits, act_bits, **more)
 
 
 def build_rows(
@@ -62,18 +67,16 @@ def build_rows(
     ]
     if compiled:
         rows.append(Row("float-compile", "float32 torch.compile channels_last", "float", compiled=True))
-    for w in weight_bits:
-        rows.append(Row(f"weight-only-w{w}", f"W{w} float activations", "weight_only", w))
-    for w in weight_bits:
-        for a in act_bits or PLAIN_ACT_BITS:
-            rows.append(Row(f"plain-w{w}a{a}", f"plain W{w}A{a}", "quantized", w, a))
-    for w in weight_bits:
-        for a in act_bits or MODULATED_ACT_BITS:
-            rows.append(Row(f"modulated-w{w}a{a}", f"modulated W{w}A{a}", "modulated", w, a))
-    for w in weight_bits if schedule is not None else ():
-        for a in act_bits or SCHEDULED_ACT_BITS:
-            name = f"modulated W{w}A{a} scheduled"
-            rows.append(Row(f"scheduled-w{w}a{a}", name, "modulated", w, a, schedule=schedule))
+    rows += [Row(f"weight-only-w{w}", f"W{w} float activations", "weight_only", w) for w in weight_bits]
+    low_bit: list[tuple[str, str, str, Sequence[int], str | None]] = [
+        ("plain", "plain W{}A{}", "quantized", (8, 4), None),
+        ("modulated", "modulated W{}A{}", "modulated", (8, 4, 3), None),
+    ]
+    if schedule is not None:
+        low_bit.append(("scheduled", "modulated W{}A{} scheduled", "modulated", (8,), schedule))
+    for key, name, mode, default, of_row in low_bit:
+        for w, a in itertools.product(weight_bits, act_bits or default):
+            rows.append(Row(f"{key}-w{w}a{a}", name.format(w, a), mode, w, a, schedule=of_row))
     for w in weight_bits if plan is not None else ():
         rows.append(Row(f"planned-w{w}", f"W{w} planned", "modulated", w, (act_bits or (8,))[0], plan=plan))
     return rows
@@ -92,10 +95,9 @@ def config_of_row(
 ) -> mk.ModiffConfig:
     """The configuration that `row` stands for; ValueError if it is impossible."""
     mode = "modulated" if row.mode == "modulated" else "quantized"
-    plain = row.mode == "float"
     return mk.ModiffConfig(
-        weight_bits=None if plain else row.weight_bits,
-        act_bits=None if plain or row.mode == "weight_only" else row.act_bits,
+        weight_bits=None if row.mode == "float" else row.weight_bits,
+        act_bits=None if row.mode in ("float", "weight_only") else row.act_bits,
         mode=mode,
         backend=backend,
         granularity=None if mode == "quantized" and granularity == "per_block" else granularity,
@@ -107,9 +109,9 @@ def config_of_row(
 
 
 class Quantised:
-    """Accelerates `unet` in place as `row` says. UserError for a configuration that cannot run here.
+    """An accelerated UNet as a report needs it: run boundaries, state bytes, average bits, backend.
 
-    calibration: folder of a CalibrationResult, whose mode and bits then count.
+    state_bytes: the most that the state has taken in the runs so far.
     """
 
     def __init__(
@@ -121,18 +123,16 @@ class Quantised:
         max_state_bytes: int | None = None,
         calibration: Path | None = None,
     ) -> None:
+        """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here.
+
+        calibration: folder of a CalibrationResult, whose mode and bits then count.
+        """
         try:
+            config = config_of_row(row, backend, granularity, max_state_bytes)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)
-            if result is None:
-                config = config_of_row(row, backend, granularity, max_state_bytes)
-            else:
-                config = dataclasses.replace(
-                    result.config,
-                    backend=backend,
-                    schedule=row.schedule,
-                    plan=row.plan,
-                    max_state_bytes=max_state_bytes,
-                )
+            if result is not None:
+                own = {name: getattr(config, name) for name in ("backend", "schedule", "plan", "max_state_bytes")}
+                config = dataclasses.replace(result.config, **own)
             self.handle = mk.accelerate(unet, config, calibration=result)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{row.name}: {error}") from error
@@ -142,16 +142,12 @@ class Quantised:
     def loaded(cls, handle: mk.Handle) -> Quantised:
         """Of a UNet that diffusers loaded in low bits."""
         quantised = cls.__new__(cls)
-        quantised.handle = handle
-        quantised.state_bytes = 0
+        quantised.handle, quantised.state_bytes = handle, 0
         return quantised
 
     @contextlib.contextmanager
     def sampling_run(self, scheduler: Any = None) -> Iterator[None]:
-        """One sampling run; afterwards `state_bytes` is the most that the state has taken so far.
-
-        scheduler: the one that samples, which step schedules need.
-        """
+        """One sampling run. scheduler: the one that samples, which step schedules need."""
         with self.handle.sampling_run(scheduler=scheduler):
             yield
             self.state_bytes = max(self.state_bytes, self.handle.state.nbytes())
@@ -169,7 +165,7 @@ class Quantised:
             later = float(layer.act_bits if layer.act_bits is not None and layer.mode != "float" else FLOAT_BITS)
             if layer.mode == "modulated" and layer.granularity == "per_block":
                 later += (8 - later) / BLOCK_ROWS
-            first = (layer.first_step_bits or FLOAT_BITS) if layer.mode == "modulated" else later
+            first = FIRST_CALL_BITS if layer.mode == "modulated" else later
             total += first + later * (calls - 1 - self.handle.skipped_calls(row.name))
         return total / (calls * len(layers)) if layers else float(FLOAT_BITS)
 
@@ -181,6 +177,6 @@ class Quantised:
     def backend(self) -> str:
         """Backend of the low-bit layers; where there are several, each with its number of layers."""
         layers = Counter(layer.backend for layer in self.handle.rows() if layer.bits != "-")
-        if len(layers) == 1:
-            return next(iter(layers))
-        return ", ".join(f"{name} {count}" for name, count in layers.most_common())
+        return (
+            next(iter(layers)) if len(layers) == 1 else ", ".join(f"{n} {count}" for n, count in layers.most_common())
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import inspect
 import json
@@ -17,11 +18,22 @@ import numpy as np
 import torch
 
 import modiff_kernels as mk
+from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.integrations.measurement import share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 
-__all__ = ["Model", "choose_device", "load_model", "make_scheduler", "sample_images", "share_copy"]
+__all__ = [
+    "Model",
+    "check_steps",
+    "choose_device",
+    "load_model",
+    "make_scheduler",
+    "open_model",
+    "quiet_libraries",
+    "sample_images",
+    "share_copy",
+]
 
 
 @dataclass
@@ -38,6 +50,14 @@ class Model:
     pipe: Any = None
     prompt: str | None = None
     handle: mk.Handle | None = None
+
+
+def open_model(args: argparse.Namespace, low_bit: bool = False, local: int | None = None) -> Model:
+    """The model that --model, --prompt, --device and --threads stand for; the others as `load_model` takes them."""
+    quiet_libraries()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
 
 
 def choose_device(name: str, local: int | None = None) -> torch.device:
@@ -57,7 +77,8 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
     return torch.device(name, local)
 
 
-def import_diffusers():
+def import_diffusers() -> Any:
+    """The module. UserError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -100,54 +121,48 @@ def load_model(name: str | None, prompt: str | None, device: torch.device, low_b
     """
     label, folder = _find_folder(name)
     diffusers = import_diffusers()
-    index, pipe = folder / "model_index.json", None
-    if index.is_file():
-        parts = _read_config(index)
+    where = f"--model {folder}"
+    unet_folder, with_pipe = folder, False
+    if (folder / "model_index.json").is_file():
+        parts = {key for key in _read_config(folder / "model_index.json") if not key.startswith("_")}
         if "unet" not in parts:
-            held = ", ".join(key for key in parts if not key.startswith("_"))
-            raise UserError(
-                f"--model {folder}: the pipeline holds no unet (it holds {held}); only UNets can be sampled"
-            )
+            held = ", ".join(sorted(parts))
+            raise UserError(f"{where}: the pipeline holds no unet (it holds {held}); only UNets can be sampled")
         unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-        with_pipe = not {key for key in parts if not key.startswith("_")} <= {"unet", "scheduler"}
-    elif (folder / "config.json").is_file():
-        unet_folder, with_pipe = folder, False
-    else:
-        raise UserError(
-            f"--model {folder}: neither config.json (a UNet) nor model_index.json (a pipeline) in this folder"
-        )
+        with_pipe = not parts <= {"unet", "scheduler"}
+    elif not (folder / "config.json").is_file():
+        raise UserError(f"{where}: neither config.json (a UNet) nor model_index.json (a pipeline) in this folder")
     unet_config = _read_config(unet_folder / "config.json")
     method = (unet_config.get("quantization_config") or {}).get("quant_method")
     if method is not None and not (low_bit and method == mk.ModiffConfig.quant_method.value):
-        raise UserError(f"--model {folder}: was saved in low bits ({method}); give the model in full precision")
+        raise UserError(f"{where}: was saved in low bits ({method}); give the model in full precision")
     kind = unet_config.get("_class_name")
     if not with_pipe and kind != "UNet2DModel":
-        raise UserError(f"--model {folder}: a {kind} cannot be sampled by itself; give the folder of its pipeline")
+        raise UserError(f"{where}: a {kind} cannot be sampled by itself; give the folder of its pipeline")
+    loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
     try:
-        if with_pipe:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
-            unet = pipe.unet
-        else:
-            unet = diffusers.UNet2DModel.from_pretrained(unet_folder, torch_dtype=torch.float32).to(device)
+        loaded = loader.from_pretrained(place, torch_dtype=torch.float32).to(device)
     except Exception as error:
-        raise UserError(f"--model {folder}: diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{where}: diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
+    unet = loaded.unet if with_pipe else loaded
     for key, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise UserError(f"--model {folder}: parameter {key} holds NaN or Inf; repair or re-download the model")
-    if not with_pipe and unet.config.out_channels != unet.config.in_channels:
-        raise UserError(
-            f"--model {folder}: {unet.config.in_channels} input and {unet.config.out_channels} output channels; only "
-            "UNets that predict the noise alone can be sampled (no learned variance)"
-        )
-    if pipe is not None:
-        if "prompt" in inspect.signature(pipe.__call__).parameters and prompt is None:
-            raise UserError(f"--model {folder}: {type(pipe).__name__} takes a text; give --prompt")
-        scheduler_config = dict(pipe.scheduler.config)
+            raise UserError(f"{where}: parameter {key} holds NaN or Inf; repair or re-download the model")
+    if with_pipe:
+        if "prompt" in inspect.signature(loaded.__call__).parameters and prompt is None:
+            raise UserError(f"{where}: {type(loaded).__name__} takes a text; give --prompt")
+        scheduler_config = dict(loaded.scheduler.config)
     else:
+        if unet.config.out_channels != unet.config.in_channels:
+            raise UserError(
+                f"{where}: {unet.config.in_channels} input and {unet.config.out_channels} output channels; only UNets "
+                "that predict the noise alone can be sampled (no learned variance)"
+            )
         if prompt is not None:
             raise UserError(f"--prompt: {label} takes no text")
         scheduler_config = _scheduler_config(folder)
     handle = None if method is None else mk.accelerate(unet)
+    pipe = loaded if with_pipe else None
     return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
 
 
@@ -161,13 +176,13 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 def make_scheduler(model: Model, name: str, **more: Any):
     """A fresh diffusers scheduler on the noise schedule of the model; `more` options are those of its class."""
-    options: dict[str, Any] = {}
-    if name == "pndm":
-        options["skip_prk_steps"] = True
-    elif name == "dpmsolver++":
-        options["algorithm_type"] = "dpmsolver++"
-    elif model.pipe is None and name in ("ddim", "ddpm"):
-        options["clip_sample"] = True
+    of_samplers: dict[str, dict[str, Any]] = {
+        "pndm": {"skip_prk_steps": True},
+        "dpmsolver++": {"algorithm_type": "dpmsolver++"},
+    }
+    options = of_samplers.get(name, {})
+    if model.pipe is None and name in ("ddim", "ddpm"):
+        options = {"clip_sample": True}
     config = {key: value for key, value in model.scheduler_config.items() if not key.startswith("_")}
     return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **{**options, **more})
 
@@ -202,10 +217,15 @@ def sample_images(
     called after each of them (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them.
     """
     device = next(model.unet.parameters()).device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:
-        return _sample_pipeline(model, unet, schedule, steps, generators, run)
+        model.pipe.unet, model.pipe.scheduler = unet, schedule
+        model.pipe.set_progress_bar_config(disable=True)
+        prompt = {} if model.prompt is None else {"prompt": model.prompt}
+        with run(schedule):
+            images = run_pipeline(model.pipe, steps, seeds, {"output_type": "np", **prompt}).images
+        return np.asarray(images, dtype=np.float32)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     config = unet.config
     size = config.sample_size
     if size is None:
@@ -226,23 +246,6 @@ def sample_images(
             x = schedule.step(predicted, t, x, return_dict=False, **extra)[0]
             on_step()
         return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-
-
-def _sample_pipeline(model: Model, unet, schedule, steps, generators, run) -> np.ndarray:
-    pipe = model.pipe
-    pipe.unet, pipe.scheduler = unet, schedule
-    pipe.set_progress_bar_config(disable=True)
-    accepted = inspect.signature(pipe.__call__).parameters
-    options: dict[str, Any] = {"num_inference_steps": steps, "generator": generators, "output_type": "np"}
-    if model.prompt is not None:
-        options["prompt"] = [model.prompt] * len(generators)
-    elif "batch_size" in accepted:
-        options["batch_size"] = len(generators)
-    elif "class_labels" in accepted:
-        options["class_labels"] = [generator.initial_seed() % 1000 for generator in generators]
-    with run(schedule):
-        images = pipe(**{key: value for key, value in options.items() if key in accepted}).images
-    return np.asarray(images, dtype=np.float32)
 
 
 def quiet_libraries() -> None:

@@ -21,7 +21,8 @@ from modiff_kernels.integrations.hooks import set_attribute, wrap_forward
 from modiff_kernels.integrations.timesteps import HostTimesteps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.cache import TimeTable
-from modiff_kernels.ops.registry import inline_kernels, is_about_values, torch_must_see
+from modiff_kernels.ops.dispatch import torch_must_see
+from modiff_kernels.ops.registry import inline_kernels, is_about_values
 
 TIME_PROJECTIONS = ("Timesteps", "GaussianFourierProjection")
 

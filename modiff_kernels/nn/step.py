@@ -21,8 +21,8 @@ from torch import Tensor
 from modiff_kernels import ops
 from modiff_kernels.nn.tensors import InputState, ModulationState, OutputState, fill_with_bias
 from modiff_kernels.ops import IDENTITY, PackedWeight, Prologue, Window
+from modiff_kernels.ops.dispatch import torch_must_see
 from modiff_kernels.ops.naive import FIRST_BITS, FIRST_UPDATES
-from modiff_kernels.ops.registry import torch_must_see
 from modiff_kernels.quant import affine
 
 Codes = tuple[Tensor, Tensor]

@@ -339,7 +339,8 @@ def _require_kpack_v1(op: str, packed: Tensor, bits: int, n: int, k: int) -> Non
     if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
         raise ValueError(
             f"{op}: the packed weight has {_text(packed)}; {KPACK_V1} with {bits} bits, n={n}, k={k} needs a "
-            f"contiguous {dtype} {shape}; make it with pack_weight (k: input features, for a convolution r * s * c_in / groups)"
+            f"contiguous {dtype} {shape}; make it with pack_weight (k: input features, of a convolution "
+            "r * s * c_in / groups)"
         )
 
 

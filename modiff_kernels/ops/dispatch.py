@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+
 from ..backends import BACKENDS
 from ..quant.operands import PackedWeight, Window
 from ..quant.packing import KPACK_V1
@@ -23,6 +25,8 @@ REFERENCE = "reference"
 OPS = ("quantize", "product", "attention", "pack_weight", "unpack_weight")
 # Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
 REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
+
+EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -82,6 +86,11 @@ def why_unavailable(name: str) -> str | None:
     if isinstance(module, str):
         return module
     return module.unavailable() if hasattr(module, "unavailable") else None
+
+
+def torch_must_see(tensor: Any) -> bool:
+    """Whether an op on `tensor` has to go through torch's dispatcher: compiling, fake tensors, dispatch modes."""
+    return torch.compiler.is_compiling() or type(tensor) not in EAGER_TYPES or torch._C._len_torch_dispatch_stack() > 0
 
 
 def runs_on(name: str, device_type: str) -> bool:

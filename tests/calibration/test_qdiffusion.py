@@ -16,7 +16,7 @@ from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2}
-FEW = {"weight_iterations": 5, "act_iterations": 3, "learn_batch": 4, "weight_method": "rtn"}
+FEW = {"weight_iterations": 2, "act_iterations": 2, "learn_batch": 2, "weight_method": "rtn"}
 SPLITS = {
     "up_blocks.0.resnets.0.conv_shortcut": 32,
     "up_blocks.0.resnets.1.conv_shortcut": 32,
@@ -93,7 +93,7 @@ def test_reconstruction_lowers_the_error_of_a_block_behind_quantised_ones(pipe, 
             fake.hard = True
         before = loss_of(points).item()
         reconstruction.learn(
-            job, "part", fakes.values(), ("variable",), loss_of, len(data), iterations=200, lr=0.1, rounding_weight=0.5
+            job, "part", fakes.values(), ("variable",), loss_of, len(data), iterations=100, lr=0.1, rounding_weight=0.5
         )
         after = loss_of(points).item()
     assert after < 0.6 * before
@@ -109,9 +109,8 @@ def test_blocks_come_in_the_order_of_computation(pipe, data):
     assert kinds == sorted(kinds, key=["down", "mid", "up"].index)
 
 
-@pytest.mark.parametrize("mode", ["modulated", "quantized"])
-def test_method_is_deterministic_goes_on_and_can_be_used(pipe, tmp_path, monkeypatch, mode):
-    config = dataclasses.replace(STATIC, mode=mode)
+def test_method_is_deterministic_goes_on_and_can_be_used(pipe, tmp_path, monkeypatch):
+    config = STATIC
     whole = mk.calibrate(pipe, "qdiffusion", config, **SMALL, **FEW)
     real, counts = reconstruction.learn, []
 
@@ -148,13 +147,13 @@ def test_the_whole_network_comes_closer(pipe):
     with torch.no_grad():
         target = output_at(pipe.unet, data, points)
     losses = {}
-    for iterations in (0, 60):
-        options = {"network_iterations": iterations, "network_lr": 0.01, "weight_method": "rtn"}
+    for iterations in (0, 30):
+        options = {"network_iterations": iterations, "network_lr": 0.02, "weight_method": "rtn", "learn_batch": 8}
         result = mk.calibrate(pipe, "distill", config, **SMALL, **options)
         handle = mk.accelerate(pipe, config, calibration=result)
         losses[iterations] = (output_at(pipe.unet, data, points) - target).square().mean()
         handle.remove()
-    assert losses[60] < 0.7 * losses[0]
+    assert losses[30] < 0.7 * losses[0]
 
 
 def test_layers_that_read_one_tensor(pipe, data):

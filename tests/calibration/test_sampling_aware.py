@@ -14,6 +14,11 @@ STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 5, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
 FEW = {"weight_iterations": 2, "act_iterations": 1, "learn_batch": 4}
 DEVIATION = 0.5
+ONE_BLOCK = mk.ModiffConfig(
+    3,
+    None,
+    skip_modules=("down_blocks", "up_blocks", "conv_in", "conv_out", "time_emb", "attn", "attentions", "resnets.0"),
+)
 
 
 def gaussian(solver):
@@ -85,7 +90,7 @@ def captured_points(pipe, monkeypatch, direction):
     with monkeypatch.context() as patch:
         patch.setattr(sampling_aware, "reconstruct_blocks", capture)
         options = {**FEW, "weight_iterations": 40, "direction": direction, "cosine_weight": 0.5}
-        result = mk.calibrate(pipe, "sampling_aware", mk.ModiffConfig(3, None), **SMALL, **options)
+        result = mk.calibrate(pipe, "sampling_aware", ONE_BLOCK, **SMALL, **options)
     return seen[0], result
 
 
@@ -101,8 +106,8 @@ def test_quantised_blocks_come_closer_to_those_at_the_other_point(pipe, monkeypa
     assert (first.previous_timestep > middle.previous_timestep).all()
     assert (middle.previous_timestep > first.timestep).all()
 
-    block = next(path for path in result.layers if path.endswith("resnets.0.conv1")).removesuffix(".conv1")
-    rounded = mk.calibrate(pipe, "minmax", mk.ModiffConfig(3, None), **SMALL)
+    block = "mid_block.resnets.1"
+    rounded = mk.calibrate(pipe, "minmax", ONE_BLOCK, **SMALL)
     outputs = {}
 
     def run(name, data):
@@ -124,9 +129,8 @@ def test_quantised_blocks_come_closer_to_those_at_the_other_point(pipe, monkeypa
     assert error["learnt"] < 0.9 * error["rounded"], error
 
 
-@pytest.mark.parametrize("mode", ["modulated", "quantized"])
-def test_result_can_be_used(pipe, mode):
-    config = mk.ModiffConfig(4, 8, scale_mode="static", mode=mode)
+def test_result_can_be_used(pipe):
+    config = mk.ModiffConfig(4, 8, scale_mode="static", mode="quantized")
     result = mk.calibrate(pipe, "sampling_aware", config, **SMALL, **FEW)
     assert all(layer.input_scale is None for layer in result.layers.values())
     assert result.metadata["options"]["direction"] == "midpoint_to_first"
@@ -138,7 +142,7 @@ def test_result_can_be_used(pipe, mode):
 
 
 def test_an_interrupted_calibration_goes_on_to_the_same_result(pipe, tmp_path, monkeypatch):
-    config = mk.ModiffConfig(4, None)
+    config = ONE_BLOCK
     whole = mk.calibrate(pipe, "sampling_aware", config, **SMALL, **FEW)
     with monkeypatch.context() as patch:
         patch.setattr(sampling_aware, "reconstruct_blocks", lambda *args: 1 / 0)

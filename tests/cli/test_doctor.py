@@ -16,7 +16,7 @@ def fresh_dispatch():
 def test_doctor_says_what_is_there(capsys, fresh_dispatch):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in ("versions", "torch", "devices", "backends", "reference", "modulated_conv2d", "self-check", "ok ("):
+    for word in ("versions", "torch", "devices", "backends", "reference", "product", "self-check", "ok ("):
         assert word in out
 
 
@@ -40,21 +40,19 @@ def test_doctor_says_what_the_libraries_were_built_with(capsys, monkeypatch, fre
     assert "  cpu   it was not built" in lines
 
 
-def test_doctor_fails_on_a_backend_that_disagrees(capsys, monkeypatch):
-    linear = doctor._check_linear
+@pytest.mark.parametrize(("part", "message"), [(0, "codes of quantize differ"), (1, "outputs are only")])
+def test_doctor_fails_on_a_backend_that_disagrees(capsys, monkeypatch, part, message):
+    computed = doctor._computed
 
-    def wrong(backend, act_bits):
-        codes, *outputs = linear(backend, act_bits)
-        return (codes if backend == "reference" else codes + 1, *outputs)
+    def wrong(kind, backend, act_bits, device):
+        results = computed(kind, backend, act_bits, device)
+        if backend == "cpu":
+            results[part] = results[part] + 1
+        return results
 
-    monkeypatch.setattr(doctor, "_check_linear", wrong)
-    monkeypatch.setattr(dispatch, "BACKENDS", ("broken", "reference"))
-    monkeypatch.setattr(doctor, "_reason", lambda name: None)
-    monkeypatch.setattr(doctor, "_backends", lambda: "")
-    monkeypatch.setattr(doctor, "_libraries", lambda: "")
-    monkeypatch.setattr(doctor, "_dispatch", lambda: "")
+    monkeypatch.setattr(doctor, "_computed", wrong)
     assert main(["doctor"]) == 1
-    assert "broken     FAILED" in capsys.readouterr().out
+    assert f"cpu        FAILED: {message}" in capsys.readouterr().out
 
 
 def test_doctor_checks_every_backend_when_one_is_forced(capsys, monkeypatch, fresh_dispatch):

@@ -20,7 +20,18 @@ def train_ddpm():
     spec = importlib.util.spec_from_file_location("train_ddpm", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    small = module.PRESETS["small16"]
+    module.PRESETS["tiny"] = {**small, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
     return module
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Enough for a tiny network."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +43,14 @@ def data(tmp_path_factory) -> Path:
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
     """A command line for a run of a few steps."""
     words = ["--data", data, "--out", out, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--quiet", *more]
-    return [str(word) for word in words]
+    return [str(word) for word in (*words, "--preset", "tiny", "--no-sample-grid")]
 
 
 def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
     from diffusers import DDIMScheduler, UNet2DModel
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train_ddpm.main(arguments(data, whole, "--no-sample-grid")) == 0
+    assert train_ddpm.main(arguments(data, whole)) == 0
 
     # Stop a second run after its first step, then resume it: the result has to be the same.
     real, calls = train_ddpm.Trainer.train_step, []
@@ -50,7 +61,7 @@ def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(trainer)
 
-    options = arguments(data, parts, "--no-sample-grid", "--checkpoint-every", "1")
+    options = arguments(data, parts, "--checkpoint-every", "1")
     with monkeypatch.context() as patch:
         patch.setattr(train_ddpm.Trainer, "train_step", stop_at_second)
         with pytest.raises(KeyboardInterrupt):
@@ -71,7 +82,7 @@ def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
 
 
 def test_resume_may_change_the_number_of_steps(train_ddpm, data, tmp_path):
-    options = arguments(data, tmp_path, "--no-sample-grid")
+    options = arguments(data, tmp_path)
     assert train_ddpm.main(options) == 0
     assert train_ddpm.main([*options, "--resume", "--steps", "3"]) == 0
     record = json.loads((tmp_path / "training.json").read_text())
@@ -96,7 +107,7 @@ def test_minutes_end_training_and_the_learning_rate(train_ddpm, data, tmp_path, 
         return loss
 
     monkeypatch.setattr(train_ddpm.Trainer, "train_step", step)
-    options = arguments(data, tmp_path, "--no-sample-grid", "--minutes", "0.5")
+    options = arguments(data, tmp_path, "--minutes", "0.5")
     at = options.index("--steps")
     options = options[:at] + options[at + 2 :]
     saved, save = [], train_ddpm.Trainer.save_checkpoint
@@ -138,18 +149,18 @@ def test_large_models_are_saved_in_small_files(train_ddpm, data, tmp_path, monke
 
     from modiff_kernels.evaluation.networks import load_model
 
-    monkeypatch.setattr(train_ddpm, "SHARD", "1MB")
-    assert train_ddpm.main(arguments(data, tmp_path, "--no-sample-grid")) == 0
+    monkeypatch.setattr(train_ddpm, "SHARD", "20KB")
+    assert train_ddpm.main(arguments(data, tmp_path)) == 0
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) >= 4
-    assert max(file.stat().st_size for file in files) < 1.1e6
+    assert max(file.stat().st_size for file in files) < 25e3
     saved = UNet2DModel.from_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), None, torch.device("cpu")).unet
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, saved.state_dict()[name])
 
 
-def test_a_compiler_that_fails_is_no_end(train_ddpm, data, tmp_path, monkeypatch, capsys):
+def test_compiling_changes_nothing_and_a_compiler_that_fails_is_no_end(train_ddpm, data, tmp_path, monkeypatch, capsys):
     def broken(model):
         def call(*args, **more):
             model(*args, **more)[0].sum().backward()  # gradients that must not reach the optimiser
@@ -157,28 +168,22 @@ def test_a_compiler_that_fails_is_no_end(train_ddpm, data, tmp_path, monkeypatch
 
         return call
 
-    alone, failed = tmp_path / "alone", tmp_path / "failed"
-    assert train_ddpm.main(arguments(data, alone, "--no-sample-grid")) == 0
-    monkeypatch.setattr(train_ddpm.torch, "compile", broken)
-    assert train_ddpm.main(arguments(data, failed, "--no-sample-grid", "--compile")) == 0
+    def record_of(name, compiler, *options):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_ddpm.torch, "compile", compiler)
+            assert train_ddpm.main(arguments(data, tmp_path / name, *options)) == 0
+        return json.loads((tmp_path / name / "training.json").read_text())
+
+    alone = record_of("alone", None, "--no-compile")
+    compiled = record_of("compiled", lambda model: lambda *args, **more: model(*args, **more), "--compile")
+    failed = record_of("failed", broken, "--compile")
     assert "torch.compile failed, going on without it: no compiler\n" in capsys.readouterr().err
-    records = [json.loads((folder / "training.json").read_text()) for folder in (alone, failed)]
-    assert records[0]["train_loss_curve"] == records[1]["train_loss_curve"]
-    assert [record["compiled"] for record in records] == [False, False]
-
-
-def test_compiling_first_changes_nothing(train_ddpm, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_ddpm.torch, "compile", lambda model: lambda *args, **more: model(*args, **more))
-    records = []
-    for option in ("--compile", "--no-compile"):
-        assert train_ddpm.main(arguments(data, tmp_path / option, "--no-sample-grid", option)) == 0
-        records.append(json.loads((tmp_path / option / "training.json").read_text()))
-    assert [record["compiled"] for record in records] == [True, False]
-    assert records[0]["train_loss_curve"] == records[1]["train_loss_curve"]
+    assert [record["compiled"] for record in (alone, compiled, failed)] == [False, True, False]
+    assert alone["train_loss_curve"] == compiled["train_loss_curve"] == failed["train_loss_curve"]
 
 
 def test_checkpoint_of_other_options_is_refused(train_ddpm, data, tmp_path, capsys):
-    options = arguments(data, tmp_path, "--no-sample-grid")
+    options = arguments(data, tmp_path)
     assert train_ddpm.main(options) == 0
     assert train_ddpm.main([*options, "--resume", "--seed", "5"]) == 2
     assert "seed" in capsys.readouterr().err

@@ -1,12 +1,1 @@
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    """One thread: enough for tiny networks, and steady on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+from tests.unets import no_grad_and_one_thread, reference_calls  # noqa: F401 (fixtures of all tests here)

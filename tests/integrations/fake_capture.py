@@ -33,12 +33,12 @@ class FakeCapture:
         return tape.replay, outputs
 
     def _state_tensors(self):
-        for holder in [*self.state.edges.values(), *self.state.outputs.values()]:
-            for slot in holder.slots.values():
-                yield slot.tensor
-                if slot.buffer is not None:
-                    yield slot.buffer
-        for kept in self.state.constants._kept.values():
+        for holder in [*self.state.inputs.values(), *self.state.outputs.values()]:
+            for held in holder.contexts.values():
+                yield held.tensor
+                if held.fixed_absmax is not None:
+                    yield held.fixed_absmax
+        for kept in self.state.kept._kept.values():
             yield kept.value
 
 

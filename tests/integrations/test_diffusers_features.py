@@ -1,7 +1,6 @@
 """What diffusers can do to a UNet: works with low-bit layers as with float ones, or is refused with the way out."""
 
 import functools
-import math
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
@@ -18,9 +16,8 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from tests.integrations.fake_capture import capture_calls
-
-WIDTH = 24
-CALLS = 6
+from tests.integrations.test_forward import Net, run
+from tests.unets import WIDTH, outputs, unet2d_condition
 
 FIDELITY_DB = 34.5
 """SQNR that every feature reaches against itself on the float UNet. The plain UNet has 38 dB in float32, and the
@@ -33,43 +30,14 @@ IGNORED_DB = 25.0
 """SQNR to the plain UNet below which a feature has changed the picture, far more than rounding does."""
 
 
-def tiny_unet(dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "block_out_channels": (32, 64),
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "cross_attention_dim": WIDTH,
-            "attention_head_dim": 2,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **options,
-        }
-    )
-    return unet.eval().to(dtype)
-
-
-def last_output(unet, handle=None, dtype=torch.float32, **keywords):
-    """The last output of a run along a trajectory, in a run of `handle` if there is one."""
-    if handle is not None:
-        with handle.sampling_run(CALLS):
-            return last_output(unet, dtype=dtype, **keywords)
-    generator = torch.Generator().manual_seed(1)
-    start, end = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
-    text = torch.randn(2, 7, WIDTH, generator=generator).to(dtype)
-    for call in range(CALLS):
-        angle = 0.5 * call / CALLS
-        x = (math.cos(angle) * start + math.sin(angle) * end).to(dtype)
-        own = {name: [*value] if isinstance(value, list) else value for name, value in keywords.items()}
-        output = unet(x, 500 - 10 * call, encoder_hidden_states=text, **own).sample
-    return output
+def last_output(unet, handle=None, **keywords):
+    """Of a run along a trajectory."""
+    return outputs(unet, handle, calls=3, **keywords)[-1]
 
 
 @functools.cache
 def plain():
-    return last_output(tiny_unet())
+    return last_output(unet2d_condition())
 
 
 def nothing(unet):
@@ -124,16 +92,16 @@ def image_prompt():
 def control():
     """Residuals of a ControlNet."""
     generator = torch.Generator().manual_seed(9)
-    shapes = [(2, 32, 8, 8), (2, 32, 8, 8), (2, 32, 4, 4), (2, 64, 4, 4)]
+    shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4)]
     down = tuple(0.3 * torch.randn(shape, generator=generator) for shape in shapes)
-    middle = 0.3 * torch.randn(2, 64, 4, 4, generator=generator)
+    middle = 0.3 * torch.randn(2, 32, 4, 4, generator=generator)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
 def adapter():
     """Features of a T2I-Adapter, which the UNet takes out of their list and adds in place."""
     generator = torch.Generator().manual_seed(9)
-    shapes = [(2, 32, 8, 8), (2, 64, 4, 4)]
+    shapes = [(2, 16, 8, 8), (2, 32, 4, 4)]
     return {"down_intrablock_additional_residuals": [0.3 * torch.randn(shape, generator=generator) for shape in shapes]}
 
 
@@ -156,7 +124,7 @@ REPLACES_PROCESSORS = ("older-processor", "own-processor", "ip-adapter")
 def expected(feature):
     """On the float UNet."""
     change, keywords, _ = FEATURES[feature]
-    unet = tiny_unet()
+    unet = unet2d_condition()
     change(unet)
     return last_output(unet, **keywords())
 
@@ -170,7 +138,7 @@ class TestFeatures:
     @pytest.mark.parametrize("feature", FEATURES)
     def test_before_accelerate(self, feature, fuse):
         change, keywords, has_effect = FEATURES[feature]
-        unet = tiny_unet()
+        unet = unet2d_condition()
         change(unet)
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
         got = last_output(unet, handle, **keywords())
@@ -180,7 +148,7 @@ class TestFeatures:
     @pytest.mark.parametrize("feature", ["freeu", "attention-slicing", *REPLACES_PROCESSORS])
     def test_after_accelerate(self, feature, fuse):
         change, keywords, has_effect = FEATURES[feature]
-        unet = tiny_unet()
+        unet = unet2d_condition()
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
         last_output(unet, handle)
         if fuse and feature in REPLACES_PROCESSORS:
@@ -193,7 +161,7 @@ class TestFeatures:
         assert (sqnr(got, plain()) < IGNORED_DB) == has_effect
 
     def test_freeu_off_again(self, fuse):
-        unet = tiny_unet()
+        unet = unet2d_condition()
         freeu(unet)
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
         last_output(unet, handle)
@@ -202,7 +170,7 @@ class TestFeatures:
 
     def test_freeu_between_runs_of_graphs(self):
         """Its numbers are in the kernels of a graph."""
-        unet = tiny_unet()
+        unet = unet2d_condition()
         handle = mk.accelerate(unet)
         graphs = capture_calls(handle)
         for feature in ("nothing", "freeu", "nothing"):
@@ -213,36 +181,37 @@ class TestFeatures:
             assert graphs.replayed > replayed
 
     def test_another_dtype_within_a_run(self, fuse):
-        unet = tiny_unet()
+        unet = unet2d_condition()
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
-        text = torch.randn(2, 7, WIDTH)
+        text = torch.randn(2, 5, WIDTH)
         with handle.sampling_run():
             unet(torch.randn(2, 4, 8, 8), 500, encoder_hidden_states=text)
             unet.to(torch.bfloat16)
             with pytest.raises(RuntimeError, match=r"got .* torch.bfloat16 on cpu in a run that began with"):
                 unet(torch.randn(2, 4, 8, 8).bfloat16(), 400, encoder_hidden_states=text.bfloat16())
-        got = last_output(unet, handle, torch.bfloat16)
-        assert sqnr(got, last_output(tiny_unet(torch.bfloat16), dtype=torch.bfloat16)) > BFLOAT16_DB
+        got = last_output(unet, handle)
+        assert sqnr(got, last_output(unet2d_condition().to(torch.bfloat16))) > BFLOAT16_DB
 
-    @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        ("dtype", "processor"), [(torch.float16, AttnProcessor), (torch.bfloat16, AttnProcessor2_0)], ids=str
+    )
     def test_dtypes_with_upcast_attention(self, dtype, processor, fuse):
         def make():
-            unet = tiny_unet(dtype, upcast_attention=True)
+            unet = unet2d_condition(upcast_attention=True).to(dtype)
             unet.set_attn_processor(processor())
             return unet
 
         unet = make()
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
-        got = last_output(unet, handle, dtype)
+        got = last_output(unet, handle)
         assert got.dtype == dtype
-        assert sqnr(got, last_output(make(), dtype=dtype)) > (BFLOAT16_DB if dtype is torch.bfloat16 else FIDELITY_DB)
+        assert sqnr(got, last_output(make())) > (BFLOAT16_DB if dtype is torch.bfloat16 else FIDELITY_DB)
 
     def test_feed_forward_in_chunks_stays_float(self, fuse):
         """One state cannot follow several chunks: with 4 bits, low-bit layers would lose 3 dB here."""
         results = {}
         for in_chunks in (False, True):
-            unet = tiny_unet()
+            unet = unet2d_condition()
             if in_chunks:
                 for module in unet.modules():
                     if hasattr(module, "set_chunk_feed_forward"):
@@ -263,7 +232,7 @@ class TestFromPipe:
         vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
         parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
         pipe = StableDiffusionPipeline(
-            vae=vae, unet=tiny_unet(), scheduler=DDIMScheduler(), requires_safety_checker=False, **parts
+            vae=vae, unet=unet2d_condition(), scheduler=DDIMScheduler(), requires_safety_checker=False, **parts
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -306,18 +275,24 @@ class TestLora:
 
     @pytest.fixture(autouse=True)
     def peft(self):
-        return pytest.importorskip("peft")
+        import peft
 
-    @pytest.fixture(params=[ATTENTION, EVERYWHERE], ids=["attention", "everywhere"])
-    def targets(self, request):
+        return peft
+
+    @pytest.fixture(params=[(ATTENTION, False), (EVERYWHERE, True)], ids=["attention-layers", "everywhere-fused"])
+    def targets_and_fuse(self, request):
         return request.param
 
     @pytest.fixture
-    def with_lora(self, peft, targets):
+    def fuse(self, targets_and_fuse):
+        return targets_and_fuse[1]
+
+    @pytest.fixture
+    def with_lora(self, peft, targets_and_fuse):
         def make():
-            unet = tiny_unet()
+            unet = unet2d_condition()
             torch.manual_seed(3)
-            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets), init_lora_weights=False))
+            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False))
             return unet
 
         return make
@@ -395,24 +370,21 @@ class TestLora:
 
     def test_compiled(self, peft):
         """One block: compiling takes long."""
-
-        def make():
-            unet = tiny_unet(
-                block_out_channels=(32,),
-                down_block_types=("CrossAttnDownBlock2D",),
-                up_block_types=("CrossAttnUpBlock2D",),
-                mid_block_type=None,
-            )
+        results = {}
+        for compiled in (False, True):
             torch.manual_seed(3)
-            unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-            return unet
-
-        unet = make()
-        handle = mk.accelerate(unet)
-        handle.compile(backend="eager")
+            net = Net().eval()
+            config = peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False)
+            peft.inject_adapter_in_model(config, net)
+            handle = mk.accelerate(net)
+            if compiled:
+                handle.compile(backend="eager")
+            for weight in (1.0, 0.0):
+                for module in net.modules():
+                    if hasattr(module, "lora_A"):
+                        module.set_scale("default", weight)
+                results[compiled, weight] = run(net, handle, calls=3)[-1]
         for weight in (1.0, 0.0):
-            reference = make()
-            for model in (unet, reference):
-                model.set_adapters(["default"], [weight])
-            assert sqnr(last_output(unet, handle), last_output(reference)) > FIDELITY_DB
+            assert sqnr(results[True, weight], results[False, weight]) > FIDELITY_DB
+        assert sqnr(results[True, 0.0], results[True, 1.0]) < FIDELITY_DB
         torch._dynamo.reset()

@@ -91,5 +91,5 @@ def test_a_run(make, config, dtype):
     for found, wanted in zip(run("meta"), expected, strict=True):
         assert found.is_meta
         assert (found.shape, found.dtype, found.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
-    states = [slot.tensor for output in handle.state.outputs.values() for slot in output.slots.values()]
+    states = [slot.tensor for output in handle.state.outputs.values() for slot in output.contexts.values()]
     assert all(state.is_meta and state.dtype == torch.float16 for state in states)

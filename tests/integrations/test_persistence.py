@@ -163,7 +163,7 @@ class TestRoundTrip:
         [
             {"weight_bits": 8, "act_bits": 8, "fuse": False},
             {"weight_bits": 4, "act_bits": 4},
-            {"weight_bits": 3, "act_bits": 3, "scale_mode": "delayed", "first_step_bits": 8},
+            {"weight_bits": 3, "act_bits": 3, "scale_mode": "delayed"},
             {"weight_bits": 4, "act_bits": 8, "mode": "quantized"},
         ],
         ids=["w8a8-layers", "w4a4", "w3a3-delayed", "w4a8-plain"],
@@ -214,7 +214,7 @@ class TestRoundTrip:
         config = mk.ModiffConfig(weight_bits=3, scale_mode=scale_mode)
         plain = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
         result = mk.CalibrationResult("test", config, calibrated(plain))
-        handle = mk.accelerate(tiny_unet(), config, calibration=result, share_edges=False)
+        handle = mk.accelerate(tiny_unet(), config, calibration=result, share_inputs=False)
         before = sample(handle)
         assert not torch.equal(before, sample(plain))
         handle.save_pretrained(tmp_path / "a")
@@ -233,7 +233,7 @@ class TestRoundTrip:
         plain = mk.accelerate(tiny_unet(), mk.ModiffConfig(weight_bits=3))
         result = mk.CalibrationResult("test", config, calibrated(plain))
         handle = mk.accelerate(tiny_unet(), config, calibration=result)
-        modes = {layer.mode: layer.edge.scale_mode for layer in handle.layers.values()}
+        modes = {layer.mode: layer.input.scale_mode for layer in handle.layers.values()}
         assert modes == {"quantized": "dynamic", "modulated": "static"}
         before = sample(handle)
         handle.save_pretrained(tmp_path)
@@ -247,17 +247,17 @@ class TestRoundTrip:
 
     def test_static_scales_and_edges(self, tmp_path):
         unet = tiny_unet()
-        handle = mk.accelerate(unet, mk.ModiffConfig(), share_edges=False)
+        handle = mk.accelerate(unet, mk.ModiffConfig(), share_inputs=False)
         names = list(handle.layers)
         handle.remove()
         scales = {name: 0.01 + 0.001 * i for i, name in enumerate(names)}
         config = mk.ModiffConfig(scale_mode="static", fuse=False)  # fused attention reads one tensor with one scale
-        handle = mk.accelerate(unet, config, static_scales=scales, share_edges=False)
+        handle = mk.accelerate(unet, config, static_scales=scales, share_inputs=False)
         before = sample(handle)
         handle.save_pretrained(tmp_path)
         loaded = load(tmp_path)
-        assert not loaded.share_edges
-        assert {name: layer.edge.static_scale.item() for name, layer in loaded.layers.items()} == pytest.approx(scales)
+        assert not loaded.share_inputs
+        assert {name: layer.input.static_scale.item() for name, layer in loaded.layers.items()} == pytest.approx(scales)
         assert torch.equal(sample(loaded), before)
 
     def test_half_precision(self, tmp_path):
@@ -266,7 +266,7 @@ class TestRoundTrip:
         handle.save_pretrained(tmp_path)
         assert load_file(tmp_path / WEIGHTS)["conv_in.weight"].dtype == torch.float16
         loaded = load(tmp_path, torch_dtype=torch.float16)
-        assert loaded.layers["mid_block.resnets.0.conv1"].weight_scale.dtype == torch.float32
+        assert loaded.layers["mid_block.resnets.0.conv1"].packed.scale.dtype == torch.float32
         assert torch.equal(sample(loaded), before)
 
     def test_shards(self, tmp_path):
@@ -333,7 +333,7 @@ class TestLoadedUNet:
             {"config": mk.ModiffConfig()},
             {"static_scales": {}},
             {"calibration": "folder"},
-            {"share_edges": False},
+            {"share_inputs": False},
         ):
             with pytest.raises(ValueError, match="was loaded in low bits, with the config it was saved"):
                 mk.accelerate(loaded.unet, **arguments)

@@ -10,13 +10,15 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 
 import modiff_kernels as mk
-from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode
 from modiff_kernels.integrations import plan_cache, planner
 from modiff_kernels.integrations.measurement import recorded
+from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn.layer import ModulatedLayer
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
+from tests.unets import text, unet2d, unet2d_condition
 
 PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +30,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def unet():
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
+    return unet2d()
 
 
 def sample(unet, seed=0, steps=STEPS):
@@ -235,8 +229,7 @@ def test_recorded_calls_keep_tensors_that_do_not_change():
             module(text)
         return x.detach().reshape(1, 1, 1, 2).numpy()
 
-    with torch.no_grad():
-        calls, _ = recorded(layer, sampling)
+    calls, _ = recorded(layer, sampling)
     values = [args[0] for args, _ in calls]
     assert [value[0, 0].item() for value in values] == [0, 1, 1, 1, 2, 1]
     assert values[1] is values[2] is values[3]
@@ -253,8 +246,6 @@ def test_the_shape_and_config_are_in_the_key(unet):
 @pytest.mark.slow
 def test_the_shipped_model():
     """A plan for the shipped model: faster than float in whole calls, and its pictures as good as promised."""
-    from modiff_kernels.models import shipped_model_path
-
     unet = UNet2DModel.from_pretrained(shipped_model_path()).to(memory_format=torch.channels_last).eval()
     noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -291,33 +282,21 @@ def test_the_shipped_model():
         assert db >= best_db - plan.max_loss_db
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-def test_a_conditional_unet(fuse):
+def test_a_conditional_unet():
     """Cross-attention, encoder states by keyword, guidance in one batch."""
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
-    text = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    unet = unet2d_condition()
+    prompts = text()
 
     def guided(unet):
         scheduler = DDIMScheduler(beta_end=0.002)
-        scheduler.set_timesteps(4)
+        scheduler.set_timesteps(2)
         x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         for t in scheduler.timesteps:
-            plain, prompted = unet(torch.cat([x, x]), t, encoder_hidden_states=text).sample.chunk(2)
+            plain, prompted = unet(torch.cat([x, x]), t, encoder_hidden_states=prompts).sample.chunk(2)
             x = scheduler.step(plain + 3 * (prompted - plain), t, x).prev_sample
         return (x[:, :3] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
-    config = mk.ModiffConfig(fuse=fuse)
+    config = mk.ModiffConfig()
     plan = mk.make_plan(unet, config, sample=guided, rounds=1, progress=False)
     assert plan.key.shape == (2, 4, 8, 8)
     handle = mk.accelerate(unet, config)
@@ -325,7 +304,7 @@ def test_a_conditional_unet(fuse):
     handle.remove()
     assert all(cost.time_us > 0 for unit in plan.units for cost in unit.costs)
     handle = mk.accelerate(unet, dataclasses.replace(config, plan=plan))
-    with torch.no_grad(), handle.sampling_run():
+    with handle.sampling_run():
         guided(unet)
 
 

@@ -40,7 +40,7 @@ def check(handle, name, least_db):
 # The first call made one update with float activations, or with 8 bits; it makes two of 8 bits now. What that moves is
 # far below the rounding of later calls, whose codes it may change: 4-bit codes move the output by more than 8-bit ones.
 def test_a_low_bit_model():
-    check(mk.accelerate(unet_of("low_bit")), "low_bit", 20)
+    check(mk.accelerate(unet_of("low_bit")), "low_bit", 18)
 
 
 def test_a_calibration(caplog):

@@ -34,11 +34,11 @@ def assert_invariant(handle):
     """y_hat == A(x_hat) + bias for every layer with a state of its own, by torch in float64."""
     checked = 0
     for layer in handle.layers.values():
-        slot = layer.output.slots.get("default") if layer.output is not None else None
+        slot = layer.output.contexts.get("default") if layer.output is not None else None
         if slot is None or layer.name.endswith("conv_shortcut") or layer.output.key != layer.name:
             continue
         shares_output = any(other is not layer and other.output is layer.output for other in handle.layers.values())
-        x_hat = layer.edge.slots["default"].tensor.double()
+        x_hat = layer.input.contexts["default"].tensor.double()
         if shares_output or slot.shape[2:] != layer.output_shape(x_hat.shape)[2:]:
             continue  # its y_hat holds the shortcut's product too, or its x_hat is kept before the upsampling
         weight = layer.original.weight.double()
@@ -46,7 +46,7 @@ def assert_invariant(handle):
         weight = dequantize_weight(codes, scale, layer.group_size, weight.shape).double()
         bias = None if layer.bias is None else layer.bias.double()
         if weight.ndim == 4:
-            expected = F.conv2d(x_hat, weight, bias, *layer.conv_arguments()[1:])
+            expected = F.conv2d(x_hat, weight, bias, *layer.window[1:])
         else:
             expected = F.linear(x_hat, weight, bias)
         torch.testing.assert_close(slot.tensor.double(), expected, rtol=1e-4, atol=1e-4)
@@ -236,8 +236,8 @@ def test_scales_cope_with_the_gap(mode):
         with handle.sampling_run(9):
             for call in range(9):
                 unet(step * call, 9 - call)
-        edge = handle.layers["conv"].edge
-        error = (edge.slots["default"].tensor - step * 8).abs().max()
+        edge = handle.layers["conv"].input
+        error = (edge.contexts["default"].tensor - step * 8).abs().max()
         handle.remove()
         return float(error / step.abs().max())
 
@@ -298,8 +298,8 @@ def test_explain_names_the_schedule():
     assert "last run, context default: UUUhUU" in handle.explain()
     assert handle.state.nbytes() > sum(
         slot.tensor.nbytes
-        for holder in [*handle.state.edges.values(), *handle.state.outputs.values()]
-        for slot in holder.slots.values()
+        for holder in [*handle.state.inputs.values(), *handle.state.outputs.values()]
+        for slot in holder.contexts.values()
     )
 
 

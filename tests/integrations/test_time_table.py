@@ -4,35 +4,19 @@ import threading
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.integrations.timesteps import HostTimesteps
-from modiff_kernels.nn.time_table import MOST_ENTRIES, ROWS
+from modiff_kernels.nn.cache import MOST_ENTRIES, ROWS
+from tests.unets import assert_equal, conditions_of, noise, unet2d, unet2d_condition
 
 STEPS = (900, 600, 300, 0)
 
 
-def small_unet(**config):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        **config,
-    ).eval()
-
-
-def sample(batch=2, seed=0):
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def run(unet, handle, timesteps=STEPS, batch=2, **keywords):
+def run(unet, handle, timesteps=STEPS, batch=2, channels=3, **keywords):
     with handle.sampling_run():
-        return [unet(sample(batch, i), t, **keywords).sample for i, t in enumerate(timesteps)]
+        return [unet(noise(batch, channels, seed=i), t, **keywords).sample for i, t in enumerate(timesteps)]
 
 
 def without_table(unet, config=None, **keywords):
@@ -42,12 +26,6 @@ def without_table(unet, config=None, **keywords):
     outputs = run(unet, handle, **keywords)
     handle.remove()
     return outputs
-
-
-def assert_same(got, expected):
-    """Bit by bit: for two samples the table computes exactly what the UNet does."""
-    assert len(got) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
 @pytest.fixture
@@ -71,58 +49,54 @@ def embedded():
 class TestTimeTable:
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])
     def test_once_per_timestep_for_all_runs(self, embedded, mode):
-        unet = small_unet()
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(mode=mode))
         rows = embedded(unet)
         first = run(unet, handle)
         assert rows == [ROWS] * len(STEPS)
-        assert_same(run(unet, handle), first)
+        assert_equal(run(unet, handle), first)
         assert rows == [ROWS] * len(STEPS)
 
     @pytest.mark.parametrize("options", [{}, {"mode": "quantized"}, {"act_bits": None}, {"fuse": False}], ids=str)
     def test_equals_calls_without_it(self, options):
         config = mk.ModiffConfig(**options)
-        unet = small_unet()
+        unet = unet2d()
         expected = without_table(unet, config)
-        assert_same(run(unet, mk.accelerate(unet, config)), expected)
+        assert_equal(run(unet, mk.accelerate(unet, config)), expected)
 
     def test_class_embeddings_that_go_through_the_same_projection(self):
-        unet = small_unet(class_embed_type="timestep", num_class_embeds=None)
+        unet = unet2d(class_embed_type="timestep", num_class_embeds=None)
         labels = [torch.tensor([value, value + 9]) for value in (3.0, 700.0)]
         expected = [without_table(unet, class_labels=label) for label in labels]
         handle = mk.accelerate(unet)
         got = [run(unet, handle, class_labels=label) for label in labels]
         assert not torch.allclose(got[0][0], got[1][0], atol=1e-3)
         for a, b in zip(got, expected):
-            assert_same(a, b)
+            assert_equal(a, b)
 
     def test_a_timestep_per_sample_is_not_in_it(self):
-        unet = small_unet()
+        unet = unet2d()
         steps = [torch.tensor([900, 100]), torch.tensor([800, 100])]
         expected = without_table(unet, timesteps=steps)
         handle = mk.accelerate(unet)
-        assert_same(run(unet, handle, steps), expected)
+        assert_equal(run(unet, handle, steps), expected)
         assert handle.state.time_table.nbytes() == 0
 
     def test_a_condition_is_not_in_it(self):
-        unet = UNet2DConditionModel(
-            block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=24,
-            down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-            in_channels=3, out_channels=3, time_cond_proj_dim=4,
-        ).eval()  # fmt: skip
-        keywords = {"encoder_hidden_states": torch.zeros(2, 3, 24)}
+        unet = unet2d_condition(time_cond_proj_dim=4)
+        keywords = {**conditions_of(unet), "channels": 4}
         conditions = [torch.full((2, 4), value) for value in (0.0, 5.0)]
         expected = [without_table(unet, timestep_cond=c, **keywords) for c in conditions]
         handle = mk.accelerate(unet)
         got = [run(unet, handle, timestep_cond=c, **keywords) for c in conditions]
         assert not torch.allclose(expected[0][0], expected[1][0], atol=1e-3)
         for a, b in zip(got, expected):
-            assert_same(a, b)
+            assert_equal(a, b)
 
     @pytest.mark.parametrize("where", ["time_embedding.linear_1", "down_blocks.0.resnets.0.time_emb_proj"])
     @pytest.mark.parametrize("way", ["in_place", "data", "module"])
     def test_changed_weights_are_seen(self, where, way):
-        unet = small_unet()
+        unet = unet2d()
         handle = mk.accelerate(unet)
         before = run(unet, handle)
         linear = unet.get_submodule(where)
@@ -136,11 +110,11 @@ class TestTimeTable:
         got = run(unet, handle)
         handle.remove()
         assert not torch.allclose(got[0], before[0], atol=1e-3)
-        assert_same(got, without_table(unet))
+        assert_equal(got, without_table(unet))
 
-    def test_a_replaced_projection_is_called(self):
+    def test_a_replaced_projection_and_a_hook_are_called(self):
         """As LoRA does it: another module in the place of the Linear."""
-        unet = small_unet()
+        unet = unet2d()
         resnet = unet.down_blocks[0].resnets[0]
 
         class Lora(torch.nn.Module):
@@ -156,36 +130,25 @@ class TestTimeTable:
         before = run(unet, handle)
         unet.down_blocks[0].resnets[0].time_emb_proj = Lora(resnet.time_emb_proj)
         assert not torch.allclose(run(unet, handle)[0], before[0], atol=1e-3)
-
-    def test_hooks_are_called(self):
-        unet = small_unet()
-        handle = mk.accelerate(unet)
-        run(unet, handle)
-        calls = []
+        calls = []  # hooks that come later are called too
         unet.time_embedding.linear_2.register_forward_hook(lambda *args: calls.append(1))
         run(unet, handle)
         assert len(calls) == len(STEPS)
 
-    def test_autocast_and_another_dtype_have_their_own(self):
-        unet = small_unet()
+    def test_autocast_and_another_batch_have_their_own(self):
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
         expected = run(unet, handle)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             run(unet, handle)
-        assert_same(run(unet, handle), expected)
-
-    def test_another_batch(self):
-        unet = small_unet()
-        handle = mk.accelerate(unet)
-        expected = run(unet, handle)
         run(unet, handle, batch=3)
-        assert_same(run(unet, handle), expected)
+        assert_equal(run(unet, handle), expected)
 
     def test_threads_of_a_plain_network_do_not_mix(self):
         """mode "quantized" has no state, so any thread may call it."""
-        unet = small_unet()
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
-        jobs = {seed: [(37 * seed + 11 * i) % 1000 for i in range(8)] for seed in range(3)}
+        jobs = {seed: [(37 * seed + 11 * i) % 1000 for i in range(5)] for seed in range(2)}
         expected = {seed: run_plain(unet, steps) for seed, steps in jobs.items()}
         handle.state.time_table.release()
         got = {}
@@ -195,30 +158,30 @@ class TestTimeTable:
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         for seed, outputs in expected.items():
-            assert_same(got[seed], outputs)
+            assert_equal(got[seed], outputs)
 
     def test_memory_is_bounded_and_counted(self):
-        unet = small_unet()
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
-        unet(sample(), 5)
-        # features 32, embedding 128, and 32 channels in each of eight residual blocks, float32
-        assert handle.state.time_table.nbytes() == 4 * (32 + 128 + 8 * 32)
+        unet(noise(), 5)
+        # features 16, embedding 64, and the channels of eight residual blocks, float32
+        assert handle.state.time_table.nbytes() == 4 * (16 + 64 + 3 * 16 + 5 * 32)
         assert ", time table 0.0 MiB" in handle.explain()
         table = handle.state.time_table
         table._entries.update({(-1.0 - i, 2): next(iter(table._entries.values())) for i in range(MOST_ENTRIES)})
-        unet(sample(), 6)
+        unet(noise(), 6)
         assert len(table._entries) == 1
         handle.state.release()
         assert table.nbytes() == 0
 
     def test_remove_gives_the_forwards_back(self):
-        unet = small_unet()
+        unet = unet2d()
         mk.accelerate(unet).remove()
         assert "forward" not in unet.time_proj.__dict__
         assert "forward" not in unet.time_embedding.__dict__
 
     def test_gradients_of_the_time_embedding_are_not_cut(self):
-        unet = small_unet()
+        unet = unet2d()
         run(unet, mk.accelerate(unet))
         with torch.enable_grad():
             features = unet.time_proj(torch.tensor([5]))
@@ -226,8 +189,8 @@ class TestTimeTable:
 
 
 def run_plain(unet, timesteps):
-    with torch.no_grad():
-        return [unet(sample(), t).sample for t in timesteps]
+    with torch.no_grad():  # of each thread
+        return [unet(noise(), t).sample for t in timesteps]
 
 
 class TestHostTimesteps:

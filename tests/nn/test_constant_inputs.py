@@ -6,11 +6,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 import modiff_kernels as mk
-from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.blocks import steps
-from modiff_kernels.nn.constants import Constants
-
-WIDTH = 24
+from modiff_kernels.nn import ModulationState, step
+from modiff_kernels.nn.cache import KeptOutputs
+from tests.unets import WIDTH, text
 
 
 class Net(nn.Module):
@@ -26,12 +24,6 @@ class Net(nn.Module):
         return x
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture
 def computed(monkeypatch):
     """A line per computed output of a layer with a constant input."""
@@ -41,8 +33,8 @@ def computed(monkeypatch):
         lines.append(layer.name)
         return original(layer, x)
 
-    original = steps.stateless_output
-    monkeypatch.setattr(steps, "stateless_output", counted)
+    original = step.run_once
+    monkeypatch.setattr(step, "run_once", counted)
     return lines
 
 
@@ -54,10 +46,6 @@ def accelerated(**config):
 
 def tokens(seed=0, batch=2):
     return torch.randn(batch, 9, 32, generator=torch.Generator().manual_seed(seed))
-
-
-def text(seed=1, batch=2):
-    return torch.randn(batch, 7, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def last_output(x, encoders, **config):
@@ -88,7 +76,7 @@ class TestWhenTheyAreComputed:
 
     def test_again_after_a_change_in_place(self, mode, computed):
         net, handle = accelerated(mode=mode)
-        encoder, other = text(), text(5)
+        encoder, other = text(), text(seed=5)
         with handle.sampling_run():
             net(tokens(), encoder)
             net(tokens(), encoder)
@@ -99,7 +87,7 @@ class TestWhenTheyAreComputed:
 
     def test_in_two_passes_with_contexts(self, mode, computed):
         net, handle = accelerated(mode=mode)
-        encoders = {"cond": text(), "uncond": text(6)}
+        encoders = {"cond": text(), "uncond": text(seed=6)}
         with handle.sampling_run():
             for _ in range(3):
                 got = {}
@@ -109,16 +97,6 @@ class TestWhenTheyAreComputed:
         assert len(computed) == 2 * 2
         for name, encoder in encoders.items():
             assert torch.equal(got[name], last_output(tokens(), [encoder] * 3, mode=mode))
-
-    def test_in_one_pass_for_both(self, mode, computed):
-        net, handle = accelerated(mode=mode, granularity="per_sample")
-        both = torch.cat([text(), text(6)])
-        with handle.sampling_run():
-            for _ in range(3):
-                got = net(tokens(batch=4), both)
-        assert len(computed) == 2
-        alone = last_output(tokens(batch=4)[:2], [text()] * 3, mode=mode, granularity="per_sample")
-        torch.testing.assert_close(got[:2], alone, rtol=1e-4, atol=1e-4)
 
     def test_again_in_every_call_for_inference_tensors(self, mode, computed):
         net, handle = accelerated(mode=mode)
@@ -146,27 +124,27 @@ def test_values_keep_their_address_and_are_counted():
     addresses = []
     for seed in (1, 2):
         with handle.sampling_run():
-            net(tokens(), text(seed))
-            addresses.append([kept.value.data_ptr() for kept in handle.state.constants._kept.values()])
+            net(tokens(), text(seed=seed))
+            addresses.append([kept.value.data_ptr() for kept in handle.state.kept._kept.values()])
     assert addresses[0] == addresses[1]
-    assert handle.state.constants.nbytes() == 2 * (2 * 7 * 64 * 4)
-    assert handle.state.nbytes() > handle.state.constants.nbytes()
+    assert handle.state.kept.nbytes() == 2 * (2 * 5 * 64 * 4)
+    assert handle.state.nbytes() > handle.state.kept.nbytes()
     handle.state.release()
-    assert handle.state.constants.nbytes() == 0
+    assert handle.state.kept.nbytes() == 0
 
 
 def test_tensors_of_a_finished_run_are_let_go():
     state = ModulationState()
     source = torch.zeros(1)
-    state.constants.keep("default", "layer", source, source, torch.ones(1))
+    state.kept.keep("default", "layer", source, source, torch.ones(1))
     state.begin_run()
-    assert all(kept.source is None for kept in state.constants._kept.values())
+    assert all(kept.source is None for kept in state.kept._kept.values())
 
 
 def test_a_value_of_another_shape_takes_the_place():
-    constants, source = Constants(), torch.zeros(1)
-    constants.keep("default", "layer", source, source, torch.ones(2))
-    kept = constants.keep("default", "layer", source, source, torch.ones(3))
+    kept_outputs, source = KeptOutputs(), torch.zeros(1)
+    kept_outputs.keep("default", "layer", source, source, torch.ones(2))
+    kept = kept_outputs.keep("default", "layer", source, source, torch.ones(3))
     assert kept.shape == (3,)
-    assert constants.find("default", "layer", source, source) is kept
-    assert constants.find("other", "layer", source, source) is None
+    assert kept_outputs.find("default", "layer", source, source) is kept
+    assert kept_outputs.find("other", "layer", source, source) is None

@@ -1,3 +1,5 @@
+"""Runs, calls and contexts, x_hat and y_hat of layers alone, and inputs that several layers share."""
+
 import copy
 import threading
 
@@ -7,14 +9,9 @@ from torch import nn
 
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn import ModulatedLinear, ModulationState
+from tests.unets import operator, x_hat_of, y_hat_of
 
 CONFIG = ModiffConfig(act_bits=4, backend="reference")
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
@@ -22,8 +19,8 @@ def state():
     return ModulationState()
 
 
-def linear(state, name="layer", edge=None, config=CONFIG):
-    return ModulatedLinear.from_linear(nn.Linear(8, 8), config, state, name, edge)
+def linear(state, name="layer", shared_input=None, config=CONFIG):
+    return ModulatedLinear.from_linear(nn.Linear(8, 8), config, state, name, shared_input)
 
 
 def call(state, layer, x):
@@ -31,29 +28,30 @@ def call(state, layer, x):
         return layer(x)
 
 
-def test_actions_follow_the_calls(state):
+def test_the_clock_follows_the_calls(state):
     linear(state)
-    actions = []
+    seen = []
     for _ in range(2):
         state.begin_run()
         for _ in range(3):
             with state.call():
-                actions.append(state.action)
+                seen.append((state.action, state.is_first, state.call_index))
             assert state.action is None
-    assert actions == ["initialize", "update", "update"] * 2
+            assert not state.is_first
+    assert seen == [("update", True, 0), ("update", False, 1), ("update", False, 2)] * 2
 
 
 def test_contexts_have_their_own_calls_and_tensors(state):
     layer = linear(state)
     state.begin_run()
-    actions = []
+    first = []
     for _ in range(2):
         for name in ("cond", "uncond"):
             with state.context(name), state.call():
-                actions.append(state.action)
+                first.append(state.is_first)
                 layer(torch.randn(2, 8))
-    assert actions == ["initialize", "initialize", "update", "update"]
-    assert set(layer.edge.slots) == {"cond", "uncond"}
+    assert first == [True, True, False, False]
+    assert set(layer.input.contexts) == {"cond", "uncond"}
     assert state.context_name == "default"
     assert state.nbytes() == 2 * 2 * 2 * 8 * 4
 
@@ -77,12 +75,11 @@ def test_addresses_stay_over_runs(state):
         state.begin_run()
         for _ in range(2):
             call(state, layer, torch.randn(2, 8))
-            slots = layer.edge.slots["default"], layer.output.slots["default"]
-            addresses.add(tuple(slot.tensor.data_ptr() for slot in slots))
+            addresses.add((x_hat_of(layer).data_ptr(), y_hat_of(layer).data_ptr()))
     assert len(addresses) == 1
     state.begin_run()
     call(state, layer, torch.randn(3, 8))
-    assert layer.edge.slots["default"].tensor.shape == (3, 8)
+    assert x_hat_of(layer).shape == (3, 8)
 
 
 def test_interrupted_run_then_new_run_equals_a_fresh_run(state, poisoned_empty):
@@ -157,8 +154,7 @@ def test_skipped_layers_may_come_back(state):
             always(x)
             if step % 2 == 0:
                 out = sometimes(x)
-    weight = sometimes.weight_scale[:, None] * sometimes.weight_packed
-    torch.testing.assert_close(out, nn.functional.linear(x, weight, sometimes.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), operator(sometimes, x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_more_calls_than_announced(state):
@@ -267,38 +263,38 @@ def test_state_dtype(state):
     assert ModulationState("bfloat16").dtype_on(torch.device("cpu")) is torch.bfloat16
 
 
-class TestSharedEdge:
+class TestSharedInput:
     @pytest.fixture
     def layers(self, state):
         return [linear(state, name, "q") for name in "qkv"]
 
-    def quantised_tensors(self, monkeypatch):
-        from modiff_kernels import ops
-
-        seen = []
-        original = ops.quantize_residual
-
-        def counting(x, *args):
-            seen.append(x)
-            return original(x, *args)
-
-        monkeypatch.setattr(ops, "quantize_residual", counting)
-        return seen
-
-    def test_one_quantisation_for_all(self, state, layers, monkeypatch):
-        seen = self.quantised_tensors(monkeypatch)
-        alone = [ModulatedLinear.from_linear(layer.original, CONFIG, state, f"{layer.name} alone") for layer in layers]
-        state.begin_run()
-        for _ in range(4):
+    @pytest.mark.parametrize("mode", ["modulated", "quantized"])
+    def test_one_quantisation_for_all(self, state, mode, reference_calls):
+        """Two in the first call of a run, as for a layer alone; then one."""
+        config = ModiffConfig(mode=mode, backend="reference")
+        layers = [linear(state, name, "q", config) for name in "qkv"]
+        alone = [ModulatedLinear.from_linear(layer.original, config, ModulationState(), "l") for layer in layers]
+        [layer.state.begin_run() for layer in (layers[0], *alone)]
+        counts = []
+        for _ in range(3):
             x = torch.randn(2, 3, 8)
+            before = reference_calls.count("quantize")
             with state.call():
                 together = [layer(x) for layer in layers]
-                separate = [layer(x) for layer in alone]
-        assert len(seen) == 3
-        for a, b in zip(together, separate):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-        assert len({id(layer.edge) for layer in layers}) == 1
-        assert state.nbytes() == (4 + 6) * 2 * 3 * 8 * 4
+            counts.append(reference_calls.count("quantize") - before)
+            for out, layer in zip(together, alone):
+                assert torch.equal(out, call(layer.state, layer, x))
+        assert counts == ([2, 1, 1] if mode == "modulated" else [1, 1, 1])
+        assert len({id(layer.input) for layer in layers}) == 1
+        assert state.nbytes() == (4 * 2 * 3 * 8 * 4 if mode == "modulated" else 0)
+
+    def test_plain_codes_follow_a_change_in_place(self, state):
+        config = ModiffConfig(mode="quantized", backend="reference")
+        q, k = (linear(state, name, "q", config) for name in "qk")
+        x = torch.randn(2, 8)
+        q(x)
+        x += 1
+        assert torch.equal(k(x), ModulatedLinear.from_linear(k.original, config, ModulationState(), "alone")(x))
 
     def test_source_is_not_kept_alive(self, state, layers):
         state.begin_run()
@@ -307,62 +303,43 @@ class TestSharedEdge:
             with state.call():
                 for layer in layers:
                     layer(x)
-                assert layers[0].edge._memo is None
+                assert layers[0].input.shared_codes(x) is None
 
-    def test_different_tensors_from_the_start_split_the_edge(self, state, layers):
+    def test_different_tensors_from_the_start_get_inputs_of_their_own(self, state, layers):
         state.begin_run()
-        for _ in range(12):
+        for _ in range(4):
             with state.call():
                 xs = [torch.full((2, 8), float(i)) for i in range(3)]
                 outs = [layer(x) for layer, x in zip(layers, xs)]
-        assert len({id(layer.edge) for layer in layers}) == 3
+        assert len({id(layer.input) for layer in layers}) == 3
         for layer, x, out in zip(layers, xs, outs):
-            weight = layer.weight_scale[:, None] * layer.weight_packed
-            torch.testing.assert_close(out, nn.functional.linear(x, weight, layer.bias), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out.double(), operator(layer, x)[0], rtol=1e-5, atol=1e-5)
 
     def test_two_tensors_of_different_shape(self, state, layers):
         q, k, v = layers
         state.begin_run()
         for _ in range(3):
-            x, context = torch.randn(2, 8), torch.randn(5, 8)
+            x, encoder = torch.randn(2, 8), torch.randn(5, 8)
             with state.call():
                 q(x)
-                k(context)
-                v(context)
-        assert q.edge is not k.edge
+                k(encoder)
+                v(encoder)
+        assert q.input is not k.input
 
-    def begin(self, state, layers, x):
+    @pytest.mark.parametrize("change", ["another tensor", "in place", "second round"])
+    def test_different_tensors_later_are_refused(self, state, layers, change):
+        """Codes of the second tensor would be added to those of the first."""
+        x = torch.randn(2, 8)
         state.begin_run()
         with state.call():
             for layer in layers:
                 layer(x)
-
-    def test_different_tensors_later_are_refused(self, state, layers):
-        x = torch.randn(2, 8)
-        self.begin(state, layers, x)
         state.begin_call()
-        layers[0](x)
-        with pytest.raises(RuntimeError, match=r"share the input of 'q' got different tensors.*share_edges=False"):
-            layers[1](x.clone())
-
-    def test_tensor_changed_in_place_is_refused(self, state, layers):
-        x = torch.randn(2, 8)
-        self.begin(state, layers, x)
-        state.begin_call()
-        layers[0](x)
-        x += 1
-        with pytest.raises(RuntimeError, match="got different tensors"):
-            layers[1](x)
-
-    def test_second_round_in_one_call_is_refused(self, state, layers):
-        """A layer that reads two tensors per call cannot share: codes of the second would be added to the first."""
-        x = torch.randn(2, 8)
-        self.begin(state, layers, x)
-        state.begin_call()
-        for layer in layers:
+        for layer in layers if change == "second round" else layers[:1]:
             layer(x)
-        with pytest.raises(RuntimeError, match="got different tensors"):
-            layers[2](torch.randn(2, 8))
+        second = x.add_(1) if change == "in place" else x.clone()
+        with pytest.raises(RuntimeError, match=r"share the input of 'q' got different tensors.*share_inputs=False"):
+            layers[2](second)
 
     def test_inference_mode(self, state, layers):
         with torch.inference_mode():
@@ -371,15 +348,5 @@ class TestSharedEdge:
                 x = torch.randn(2, 8)
                 with state.call():
                     outs = [layer(x) for layer in layers]
-        assert all(out.shape == (2, 8) for out in outs)
-
-    def test_plain_quantisation_shares_too(self, state):
-        config = ModiffConfig(act_bits=8, mode="quantized", backend="reference")
-        layers = [linear(state, name, "q", config) for name in "qkv"]
-        alone = [ModulatedLinear.from_linear(layer.original, config, ModulationState(), "alone") for layer in layers]
-        for _ in range(2):
-            x = torch.randn(2, 8)
-            for layer, other in zip(layers, alone):
-                assert torch.equal(layer(x), other(x))
-            x += 1
-            assert torch.equal(layers[0](x), alone[0](x))
+        for layer, out in zip(layers, outs):
+            assert torch.equal(out, y_hat_of(layer))

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "common/packing.h"
-#include "cuda/common/quantize_plan.h"
+#include "cuda/common/quantize_tiling.h"
 
 namespace modiff::cuda {
 
@@ -23,27 +23,27 @@ template <class State>
 constexpr bool kHasState = !std::is_same_v<State, NoState>;
 
 template <Prologue P, class In, class State>
-struct Slot {
+struct Loaded {
   Raw<In> h;
   Raw<std::conditional_t<P == Prologue::kGeglu, In, NoState>> gate;
   Raw<State> old;
 };
 
-// Slot of `count` values from channel `column` of row `row` (of all samples). Loads only: nothing waits here.
+// `count` values from channel `column` of row `row` (of all samples) on. Loads only: nothing waits here.
 template <Prologue P, class In, class State>
-MODIFF_HD Slot<P, In, State> load_slot(const QuantizeArgs& args, int64_t row, int64_t column, int count) {
+MODIFF_HD Loaded<P, In, State> load_vector(const QuantizeArgs& args, int64_t row, int64_t column, int count) {
   const bool whole = args.whole && count == kVector;
   const int64_t offset = row * args.channels + column;
   const In* input =
       static_cast<const In*>(args.input) + (P == Prologue::kGeglu ? offset + row * args.channels : offset);
-  Slot<P, In, State> slot;
-  slot.h = load_raw(input, count, whole);
-  if constexpr (P == Prologue::kGeglu) slot.gate = load_raw(input + args.channels, count, whole);
-  if constexpr (kHasState<State>) slot.old = load_raw(static_cast<const State*>(args.x_hat) + offset, count, whole);
-  return slot;
+  Loaded<P, In, State> loaded;
+  loaded.h = load_raw(input, count, whole);
+  if constexpr (P == Prologue::kGeglu) loaded.gate = load_raw(input + args.channels, count, whole);
+  if constexpr (kHasState<State>) loaded.old = load_raw(static_cast<const State*>(args.x_hat) + offset, count, whole);
+  return loaded;
 }
 
-// Factor and offset of the channels of a slot.
+// Factor and offset of the channels of a vector.
 struct Affine {
   float a[kVector], b[kVector];
 };
@@ -68,8 +68,7 @@ MODIFF_HD Affine load_affine(const QuantizeArgs& args, int64_t sample, int64_t c
   return f;
 }
 
-// The GPU's approximations, good to a few units in the last place of 1 + |x|: two instructions where exact ones are
-// twenty.
+// The GPU's approximations, good to a few units in the last place of 1 + |x|: two instructions instead of twenty.
 MODIFF_HD float silu(float x) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(x, __fadd_rn(1.0f, __expf(-x)));
@@ -80,29 +79,29 @@ MODIFF_HD float silu(float x) {
 
 MODIFF_HD float gelu(float x) { return mul_rn(mul_rn(0.5f, x), add_rn(1.0f, ::erff(mul_rn(x, 0.70710678118654752f)))); }
 
-// x of value i of a slot; mean and inverse deviation are of its row (layer norm).
+// x of value i of a vector; mean and inverse deviation are of its row (layer norm).
 template <Prologue P, class In, class State>
-MODIFF_HD float activation(const Slot<P, In, State>& slot, int i, const Affine& f, float mean, float inverse,
+MODIFF_HD float activation(const Loaded<P, In, State>& loaded, int i, const Affine& f, float mean, float inverse,
                            bool apply_silu) {
-  const float h = value_of(slot.h, i);
+  const float h = value_of(loaded.h, i);
   if constexpr (P == Prologue::kGroupNorm) {
     const float x = fma_rn(f.a[i], h, f.b[i]);
     return apply_silu ? silu(x) : x;
   } else if constexpr (P == Prologue::kLayerNorm) {
     return add_rn(mul_rn(mul_rn(sub_rn(h, mean), inverse), f.a[i]), f.b[i]);
   } else if constexpr (P == Prologue::kGeglu) {
-    return mul_rn(h, gelu(value_of(slot.gate, i)));
+    return mul_rn(h, gelu(value_of(loaded.gate, i)));
   } else {
     return h;
   }
 }
 
 template <class S>
-MODIFF_HD float old_value(const S& slot, int i) {
-  if constexpr (std::is_same_v<decltype(slot.old), Raw<NoState>>) {
+MODIFF_HD float old_value(const S& loaded, int i) {
+  if constexpr (std::is_same_v<decltype(loaded.old), Raw<NoState>>) {
     return 0.0f;
   } else {
-    return value_of(slot.old, i);
+    return value_of(loaded.old, i);
   }
 }
 
@@ -134,27 +133,29 @@ MODIFF_HD void store_packed(const QuantizeArgs& args, int64_t row, int64_t colum
   out[ceil_div(args.channels, 4) + column / 8] = pack_high_bits(codes);
 }
 
-// Codes and state of one slot. residual[i] is what is quantised; the code is multiplied by multiplier[i] (per_block).
+// Codes and state of one vector. residual[i] is what is quantised; the code is multiplied by multiplier[i]
+// (per_block).
 template <class In, class State, Prologue P>
-MODIFF_HD void store_slot(const QuantizeArgs& args, int64_t row, int64_t column, int count, Slot<P, In, State>& slot,
-                          const float (&residual)[kVector], float scale, const float (&inverse)[kVector],
-                          const float (&multiplier)[kVector], float zero_point) {
+MODIFF_HD void store_vector(const QuantizeArgs& args, int64_t row, int64_t column, int count,
+                            Loaded<P, In, State>& loaded, const float (&residual)[kVector], float scale,
+                            const float (&inverse)[kVector], const float (&multiplier)[kVector], float zero_point) {
   const bool whole = args.whole && count == kVector;
   const int64_t offset = row * args.channels + column;
   int8_t codes[kVector];
   MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
     const float code = mul_rn(code_of(residual[i], inverse[i], zero_point, args.half), multiplier[i]);
     codes[i] = static_cast<int8_t>(to_int(code));
-    if constexpr (kHasState<State>) set_value(slot.old, i, fma_rn(scale, code, value_of(slot.old, i)));
+    if constexpr (kHasState<State>) set_value(loaded.old, i, fma_rn(scale, code, value_of(loaded.old, i)));
   }
   if (args.packed_bits == 0) {
     store_codes(args.codes + offset, codes, count, whole);
   } else {
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) codes[i] = i < count ? codes[i] : int8_t{0};
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      codes[i] = i < count ? codes[i] : int8_t{0};
     store_packed(args, row, column, count, codes);
   }
   // The state is read again a step later; the L2 cache is for the codes, which the product reads now.
-  if constexpr (kHasState<State>) store_raw(static_cast<State*>(args.x_hat) + offset, slot.old, count, whole, true);
+  if constexpr (kHasState<State>) store_raw(static_cast<State*>(args.x_hat) + offset, loaded.old, count, whole, true);
 }
 
 }  // namespace modiff::cuda

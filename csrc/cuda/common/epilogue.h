@@ -3,9 +3,8 @@
 //   v[m, n] = scale[m / rows_per_scale] * weight_scale[n]
 //             * (sum[m, n] - zero_point[m / rows_per_scale] * weights[m, n])
 //
-//   accumulate   y_hat += v              out = y_hat + skip, if there is an out
-//   initialize   y_hat  = v + bias       out = y_hat + skip, if there is an out
-//   output                               out = v + bias + skip
+//   with y_hat   y_hat += v              out = y_hat + skip, if there is an out
+//   without                              out = v + bias + skip
 //
 // in float32; out is made from y_hat as it is stored. weights[m, n]: the sum of the weight's codes over the taps of the
 // kernel that lie inside the image for pixel m (padding stands for x = 0, a code equal to the zero point, while its
@@ -19,7 +18,7 @@
 //                                                  else 1
 //   y_hat, skip, out       [M, N]                  float32, float16 or bfloat16, or null
 //
-// Bytes per output: 2t + s with a state of t and an output of s bytes (accumulate), s more for skip.
+// Bytes per output: 2t + s with a state of t and an output of s bytes, s more for skip.
 #pragma once
 #include "cuda/product.h"
 
@@ -141,7 +140,8 @@ MODIFF_HD void finish_vector(const EpilogueArgs& args, int64_t row, int64_t colu
   const float scale = args.scale[granule];
   const int32_t zero_point = args.zero_point == nullptr ? 0 : args.zero_point[granule];
   int32_t sum[kVector];
-  MODIFF_UNROLL for (int i = 0; i < kVector; ++i) sum[i] = sums[i];
+  MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+    sum[i] = sums[i];
   if (zero_point != 0) subtract_zero_point(args, row, column, count, zero_point, sum);
   float value[kVector], weight_scale[kVector];
   load_values(args.weight_scale + column, count, whole, weight_scale);
@@ -151,10 +151,12 @@ MODIFF_HD void finish_vector(const EpilogueArgs& args, int64_t row, int64_t colu
   float other[kVector];
   if (args.y_hat != nullptr) {
     load_row(args.y_hat, args.y_hat_dtype, at, count, whole, other);
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) value[i] = add_rn(other[i], value[i]);
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      value[i] = add_rn(other[i], value[i]);
   } else {
     load_parameters(args.bias, column, count, 0.0f, other);
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) value[i] = add_rn(value[i], other[i]);
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      value[i] = add_rn(value[i], other[i]);
   }
   if (args.y_hat != nullptr) {
     // The state is read again a step later; the L2 cache is for what the next op reads, which is y_hat without an out.
@@ -163,7 +165,8 @@ MODIFF_HD void finish_vector(const EpilogueArgs& args, int64_t row, int64_t colu
   if (args.out == nullptr) return;
   if (args.skip != nullptr) {
     load_row(args.skip, args.skip_dtype, at, count, whole, other);
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) value[i] = add_rn(value[i], other[i]);
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      value[i] = add_rn(value[i], other[i]);
   }
   store_row(args.out, args.out_dtype, at, count, whole, false, value);
 }

@@ -6,7 +6,7 @@
 //                                            P = ceil(R / rows of a tile)
 //   coefficient  [2, N, C]        float32    scratch: a, then b
 //
-// `TileStatistics`: tiles as in quantize_plan.h; two reductions over the rows of a tile in shared memory (4 KiB).
+// `TileStatistics`: tiles as in quantize_tiling.h; two reductions over the rows of a tile in shared memory (4 KiB).
 // `Coefficients`: one block of 256 threads per group of a sample. Means and squares are merged as in Chan et al., so
 // that a mean far from 0 does not cancel the variance (shift moves means only):
 //
@@ -53,9 +53,9 @@ struct TileStatistics {
     const In* input =
         static_cast<const In*>(args.input) + (place.sample * args.rows + place.row) * args.channels + place.column;
     const bool whole = args.whole && place.count == kVector;
-    Raw<In> raw[kSlots];
-    bool inside[kSlots];
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+    Raw<In> raw[kThreadVectors];
+    bool inside[kThreadVectors];
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
       inside[j] = place.row + j < args.rows;
       raw[j] = load_raw(input + j * args.channels, inside[j] ? place.count : 0, inside[j] && whole);
     }
@@ -63,13 +63,14 @@ struct TileStatistics {
     float mean[kVector], squares[kVector];
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
       mean[i] = 0.0f;
-      MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) mean[i] += value_of(raw[j], i);  // 0 beyond the last row
+      MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j)
+        mean[i] += value_of(raw[j], i);  // 0 beyond the last row
     }
     sum_rows(cta, shared, args.grid.width, mean);
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
       mean[i] = div_rn(mean[i], rows);
       squares[i] = 0.0f;
-      MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+      MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
         const float distance = inside[j] ? value_of(raw[j], i) - mean[i] : 0.0f;
         squares[i] = fma_rn(distance, distance, squares[i]);
       }
@@ -89,15 +90,18 @@ struct TileStatistics {
   template <class Cta>
   static MODIFF_HD void sum_rows(Cta& cta, Shared& shared, int width, float (&value)[kVector]) {
     const int t = cta.thread();
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) shared.channel[i][t] = value[i];
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      shared.channel[i][t] = value[i];
     for (int reach = kThreads / 2; reach >= width; reach /= 2) {
       cta.sync();
       if (t < reach) {
-        MODIFF_UNROLL for (int i = 0; i < kVector; ++i) shared.channel[i][t] += shared.channel[i][t + reach];
+        MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+          shared.channel[i][t] += shared.channel[i][t + reach];
       }
     }
     cta.sync();
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) value[i] = shared.channel[i][t % width];
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      value[i] = shared.channel[i][t % width];
     cta.sync();
   }
 };

@@ -1,7 +1,7 @@
 // The quantising ops on a GPU, as plain functions: what the binding calls, without a torch or device header.
 #pragma once
 #include "common/problem.h"
-#include "cuda/common/quantize_plan.h"
+#include "cuda/common/quantize_tiling.h"
 #include "cuda/stream.h"
 
 namespace modiff::cuda {
@@ -9,7 +9,7 @@ namespace modiff::cuda {
 struct QuantizeCall {
   QuantizeProblem problem;       // gamma, beta and shift stay null in it:
   Parameter gamma, beta, shift;  // here they keep the model's dtype, as a conversion would be a launch of its own
-  void* scratch;                 // scratch_of(problem, plan_of(problem)).bytes, aligned to 16
+  void* scratch;                 // scratch_of(problem, tiling_of(problem)).bytes, aligned to 16
 };
 
 // Launches on the current device. Returns 0, or the cudaError_t of the launch.

@@ -14,17 +14,17 @@ namespace modiff::cuda {
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-inline QuantizeArgs quantize_args(const QuantizeCall& call, const Plan& plan, const Scratch& at) {
+inline QuantizeArgs quantize_args(const QuantizeCall& call, const QuantizeTiling& tiling, const Scratch& at) {
   const QuantizeProblem& p = call.problem;
   char* scratch = static_cast<char*>(call.scratch);
   QuantizeArgs args{};
-  args.samples = plan.samples;
-  args.rows = plan.rows;
-  args.channels = plan.channels;
-  args.granularity = plan.granularity;
-  args.granules = plan.granules;
-  args.grid = plan.grid;
-  args.row_width = plan.row_width;
+  args.samples = tiling.samples;
+  args.rows = tiling.rows;
+  args.channels = tiling.channels;
+  args.granularity = tiling.granularity;
+  args.granules = tiling.granules;
+  args.grid = tiling.grid;
+  args.row_width = tiling.row_width;
   args.whole = p.channels % kVector == 0 && aligned(p.input, 16) && aligned(p.x_hat, 16) && aligned(p.codes, kVector);
   args.input = p.input;
   args.x_hat = p.x_hat;
@@ -41,7 +41,7 @@ inline QuantizeArgs quantize_args(const QuantizeCall& call, const Plan& plan, co
   args.one_given = p.given_scale_count == 1;
   args.range =
       p.x_hat != nullptr ? reinterpret_cast<uint32_t*>(p.absmax) : reinterpret_cast<uint32_t*>(scratch + at.range);
-  args.range_count = plan.granularity == Granularity::kPerToken ? 0 : plan.granules * (p.affine ? 2 : 1);
+  args.range_count = tiling.granularity == Granularity::kPerToken ? 0 : tiling.granules * (p.affine ? 2 : 1);
   args.block_range = reinterpret_cast<uint32_t*>(scratch + at.block_range);
   args.codes = p.codes;
   args.packed_bits = p.packed ? p.act_bits : 0;
@@ -51,15 +51,15 @@ inline QuantizeArgs quantize_args(const QuantizeCall& call, const Plan& plan, co
 }
 
 template <class In, class Launch>
-void fold_group_norm(const QuantizeCall& call, const Plan& plan, const Scratch& at, const QuantizeArgs& args,
-                     Launch& launch) {
+void fold_group_norm(const QuantizeCall& call, const QuantizeTiling& tiling, const Scratch& at,
+                     const QuantizeArgs& args, Launch& launch) {
   NormArgs norm{};
-  norm.samples = plan.samples;
-  norm.rows = plan.rows;
-  norm.channels = plan.channels;
-  norm.grid = plan.grid;
+  norm.samples = tiling.samples;
+  norm.rows = tiling.rows;
+  norm.channels = tiling.channels;
+  norm.grid = tiling.grid;
   norm.whole = args.whole;
-  norm.backwards = !plan.range_pass;  // against the pass that follows
+  norm.backwards = !tiling.range_pass;  // against the pass that follows
   norm.input = args.input;
   norm.statistics = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + at.statistics);
   norm.coefficient = args.coefficient;
@@ -70,36 +70,36 @@ void fold_group_norm(const QuantizeCall& call, const Plan& plan, const Scratch& 
   norm.eps = args.eps;
   norm.range = args.range;
   norm.range_count = args.range_count;
-  launch.template run<TileStatistics<In>>(plan.grid.blocks, norm);
-  launch.template run<Coefficients>(plan.samples * norm.num_groups, norm);
+  launch.template run<TileStatistics<In>>(tiling.grid.blocks, norm);
+  launch.template run<Coefficients>(tiling.samples * norm.num_groups, norm);
 }
 
 template <Prologue P, class In, class State, class Launch>
 void quantize_typed(const QuantizeCall& call, Launch& launch) {
-  const Plan plan = plan_of(call.problem);
-  const Scratch at = scratch_of(call.problem, plan);
-  QuantizeArgs args = quantize_args(call, plan, at);
+  const QuantizeTiling tiling = tiling_of(call.problem);
+  const Scratch at = scratch_of(call.problem, tiling);
+  QuantizeArgs args = quantize_args(call, tiling, at);
   bool cleared = args.range_count == 0;
   if constexpr (P == Prologue::kGroupNorm) {
-    fold_group_norm<In>(call, plan, at, args, launch);
+    fold_group_norm<In>(call, tiling, at, args, launch);
     cleared = true;
   }
   if constexpr (P == Prologue::kLayerNorm) {
-    if (!plan.by_rows) {
-      launch.template run<RowStatistics<In>>(plan.row_blocks, args);
+    if (!tiling.by_rows) {
+      launch.template run<RowStatistics<In>>(tiling.row_blocks, args);
       cleared = true;
     }
   }
   if (!cleared) launch.clear(args.range, args.range_count);
-  if (plan.by_rows) {
-    launch.template run<RowPass<P, In, State>>(plan.row_blocks, args);
+  if (tiling.by_rows) {
+    launch.template run<RowPass<P, In, State>>(tiling.row_blocks, args);
     return;
   }
-  if (plan.range_pass) {
+  if (tiling.range_pass) {
     args.backwards = true;
-    launch.template run<RangePass<P, In, State>>(plan.grid.blocks, args);
+    launch.template run<RangePass<P, In, State>>(tiling.grid.blocks, args);
   }
-  launch.template run<TilePass<P, In, State>>(plan.grid.blocks, args);
+  launch.template run<TilePass<P, In, State>>(tiling.grid.blocks, args);
 }
 
 template <Prologue P, class In, class Launch>

@@ -2,10 +2,10 @@
 // layer norm's first step where scales cover more than a row (then the tile passes follow).
 //
 // Operands: as in quantize_tiles.h; mean [N, R, 2] float32: mean and 1 / sqrt(variance + eps) of every row.
-// Blocks and threads: quantize_plan.h, "rows": 256 threads, `width` of them on a row, 4 vectors of 8 values each, which
-// stay in registers between the reductions; sums are trees of a fixed shape, so that runs agree bit for bit.
-// Shared memory: 64 bytes. Limit: rows of kMostRowChannels = 8192 channels.
-// Bytes per element: RowPass s + 2t + 1 (GEGLU 2s + 2t + 1), everything read once; RowStatistics s.
+// Blocks and threads: quantize_tiling.h, "rows": 256 threads, `width` of them on a row, 4 vectors of 8 values each,
+// which stay in registers between the reductions; sums are trees of a fixed shape, so that runs agree bit for bit.
+// Shared memory: 64 bytes. Limit: rows of kMostRowChannels = 8192 channels. Bytes per element: RowPass s + 2t + 1
+// (GEGLU 2s + 2t + 1), everything read once; RowStatistics s.
 #pragma once
 #include "common/cta.h"
 #include "cuda/common/activation.h"
@@ -72,18 +72,19 @@ struct Moments {
 
   template <class Cta, class S>
   MODIFF_HD void measure(Cta& cta, RowShared& shared, const QuantizeArgs& args, const RowPlace& place,
-                         const S (&slot)[kSlots]) {
+                         const S (&loaded)[kThreadVectors]) {
     const float channels = static_cast<float>(args.channels);
     float sum = 0.0f;
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
-      MODIFF_UNROLL for (int i = 0; i < kVector; ++i) sum += value_of(slot[j].h, i);  // 0 where there is no element
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
+      MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+        sum += value_of(loaded[j].h, i);  // 0 where there is no element
     }
     mean = div_rn(row_sum(cta, shared.warps[0], args.row_width, sum), channels);
     float squares = 0.0f;
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
       const int count = place.count(args, j);
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
-        const float distance = i < count ? value_of(slot[j].h, i) - mean : 0.0f;
+        const float distance = i < count ? value_of(loaded[j].h, i) - mean : 0.0f;
         squares = fma_rn(distance, distance, squares);
       }
     }
@@ -108,11 +109,12 @@ struct RowStatistics {
   template <class Cta>
   static MODIFF_HD void run(Cta& cta, Shared& shared, const Args& args) {
     const RowPlace place(cta, args);
-    Slot<Prologue::kLayerNorm, In, NoState> slot[kSlots];
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) slot[j] =
-        load_slot<Prologue::kLayerNorm, In, NoState>(args, place.row, place.column(args, j), place.count(args, j));
+    Loaded<Prologue::kLayerNorm, In, NoState> loaded[kThreadVectors];
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j)
+      loaded[j] =
+          load_vector<Prologue::kLayerNorm, In, NoState>(args, place.row, place.column(args, j), place.count(args, j));
     Moments moments;
-    moments.measure(cta, shared, args, place, slot);
+    moments.measure(cta, shared, args, place, loaded);
     if (place.inside && place.lane == 0) {
       args.mean[2 * place.row] = moments.mean;
       args.mean[2 * place.row + 1] = moments.inverse;
@@ -130,22 +132,22 @@ struct RowPass {
   template <class Cta>
   static MODIFF_HD void run(Cta& cta, Shared& shared, const Args& args) {
     const RowPlace place(cta, args);
-    Slot<P, In, State> slot[kSlots];
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) slot[j] =
-        load_slot<P, In, State>(args, place.row, place.column(args, j), place.count(args, j));
+    Loaded<P, In, State> loaded[kThreadVectors];
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j)
+      loaded[j] = load_vector<P, In, State>(args, place.row, place.column(args, j), place.count(args, j));
     Moments moments;
-    if constexpr (P == Prologue::kLayerNorm) moments.measure(cta, shared, args, place, slot);
+    if constexpr (P == Prologue::kLayerNorm) moments.measure(cta, shared, args, place, loaded);
 
     // There are less than 2^31 rows: a division of 32 bits is much the cheaper one.
     const int64_t sample = place.inside ? static_cast<uint32_t>(place.row) / static_cast<uint32_t>(args.rows) : 0;
-    float residual[kSlots][kVector];
+    float residual[kThreadVectors][kVector];
     uint32_t largest = 0, below = 0;
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
       const int count = place.count(args, j);
       const Affine f = load_affine<P>(args, sample, place.column(args, j), count);
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
-        const float x = activation(slot[j], i, f, moments.mean, moments.inverse, args.silu);
-        residual[j][i] = i < count ? sub_rn(x, old_value(slot[j], i)) : 0.0f;
+        const float x = activation(loaded[j], i, f, moments.mean, moments.inverse, args.silu);
+        residual[j][i] = i < count ? sub_rn(x, old_value(loaded[j], i)) : 0.0f;
         below = most(below, magnitude_below(residual[j][i]));
         largest = most(largest, args.affine ? magnitude_above(residual[j][i]) : magnitude(residual[j][i]));
       }
@@ -183,11 +185,11 @@ struct RowPass {
       multiplier[i] = 1.0f;
       inverse[i] = inv_scale;
     }
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
       const int count = place.count(args, j);
       if (count > 0)
-        store_slot(args, place.row, place.column(args, j), count, slot[j], residual[j], scale, inverse, multiplier,
-                   zero_point);
+        store_vector(args, place.row, place.column(args, j), count, loaded[j], residual[j], scale, inverse, multiplier,
+                     zero_point);
     }
   }
 };

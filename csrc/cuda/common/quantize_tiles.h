@@ -10,8 +10,8 @@
 //   codes        [N, R, C]                int8       written
 //   scale        [granules]               float32    zero_point [granules] int32, plain form only
 //
-// Blocks and threads: quantize_plan.h, "tiles": 128 threads, 4 rows of 8 values each, no loop over tiles. All loads of
-// a thread are under way before the first is used: 64 bytes each of h and x_hat with 2-byte dtypes. Shared memory: 4
+// Blocks and threads: quantize_tiling.h, "tiles": 128 threads, 4 rows of 8 values each, no loop over tiles. All loads
+// of a thread are under way before the first is used: 64 bytes each of h and x_hat with 2-byte dtypes. Shared memory: 4
 // KiB for the ranges of per_block, 32 bytes otherwise used. No bank conflicts: thread t has word t. Bytes per element
 // (s of input, twice for GEGLU, t of x_hat): RangePass s + t, TilePass s + 2t + 1; per_block writes and reads 1/4 byte
 // more. The second reading comes from the L2 cache as far as it reaches: passes alternate direction.
@@ -37,7 +37,7 @@ MODIFF_HD TilePlace tile_place(const Cta& cta, const TileGrid& grid, int64_t cha
   place.sample = block / grid.columns / grid.tiles;
   place.tile = tile;
   place.below = cta.thread() / grid.width;
-  place.row = (static_cast<int64_t>(tile) * grid.tall() + place.below) * kSlots;
+  place.row = (static_cast<int64_t>(tile) * grid.tall() + place.below) * kThreadVectors;
   place.column = (static_cast<int64_t>(column) * grid.width + cta.thread() % grid.width) * kVector;
   place.count = static_cast<int>(least<int64_t>(most<int64_t>(channels - place.column, 0), kVector));
   place.first_of_sample = column == 0 && tile == 0;
@@ -47,15 +47,15 @@ MODIFF_HD TilePlace tile_place(const Cta& cta, const TileGrid& grid, int64_t cha
 // The residuals of a thread (or, plain, activations), 0 where there is no element.
 template <Prologue P, class In, class State>
 struct TileValues {
-  Slot<P, In, State> slot[kSlots];
-  float residual[kSlots][kVector];
+  Loaded<P, In, State> loaded[kThreadVectors];
+  float residual[kThreadVectors][kVector];
 
   MODIFF_HD void load(const QuantizeArgs& args, const TilePlace& place) {
     const int64_t first = place.sample * args.rows + place.row;
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) slot[j] =
-        load_slot<P, In, State>(args, first + j, place.column, count(args, place, j));
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j)
+      loaded[j] = load_vector<P, In, State>(args, first + j, place.column, count(args, place, j));
     const Affine f = load_affine<P>(args, place.sample, place.column, place.count);
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
       const int values = count(args, place, j);
       float mean = 0.0f, inverse = 0.0f;
       if constexpr (P == Prologue::kLayerNorm) {
@@ -65,8 +65,8 @@ struct TileValues {
         }
       }
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
-        const float x = activation(slot[j], i, f, mean, inverse, args.silu);
-        residual[j][i] = i < values ? sub_rn(x, old_value(slot[j], i)) : 0.0f;
+        const float x = activation(loaded[j], i, f, mean, inverse, args.silu);
+        residual[j][i] = i < values ? sub_rn(x, old_value(loaded[j], i)) : 0.0f;
       }
     }
   }
@@ -96,7 +96,7 @@ struct RangePass {
     values.load(args, place);
     uint32_t largest = 0, below = 0;
     if (args.affine) {
-      MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+      MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
         MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
           below = most(below, magnitude_below(values.residual[j][i]));
           largest = most(largest, magnitude_above(values.residual[j][i]));
@@ -105,7 +105,8 @@ struct RangePass {
     } else {
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
         uint32_t channel = 0;
-        MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) channel = most(channel, magnitude(values.residual[j][i]));
+        MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j)
+          channel = most(channel, magnitude(values.residual[j][i]));
         largest = most(largest, channel);
         if (args.granularity == Granularity::kPerBlock) shared.channel[i][cta.thread()] = channel;
       }
@@ -128,7 +129,7 @@ struct RangePass {
   // Of the threads that have the 16 rows of a block, the uppermost merges and writes; block_max was the barrier.
   template <class Cta>
   static MODIFF_HD void write_blocks(Cta& cta, Shared& shared, const Args& args, const TilePlace& place) {
-    constexpr int kMerged = kBlockRows / kSlots;
+    constexpr int kMerged = kBlockRows / kThreadVectors;
     if (place.below % kMerged != 0 || place.row >= args.rows) return;
     uint32_t* out = args.block_range +
                     (place.sample * ceil_div(args.rows, kBlockRows) + place.row / kBlockRows) * args.channels +
@@ -159,8 +160,9 @@ struct TilePass {
     if (args.given != nullptr) {
       scale = args.given[args.one_given ? 0 : granule];
       uint32_t largest = 0;
-      MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
-        MODIFF_UNROLL for (int i = 0; i < kVector; ++i) largest = most(largest, magnitude(values.residual[j][i]));
+      MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
+        MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+          largest = most(largest, magnitude(values.residual[j][i]));
       }
       largest = block_max(cta, shared.warps, kThreads, largest);
       if (cta.thread() == 0) cta.atomic_max(args.range + granule, largest);
@@ -181,11 +183,11 @@ struct TilePass {
     float multiplier[kVector], inverse[kVector];
     multipliers(args, place, scale, multiplier, inverse);
     const int64_t first = place.sample * args.rows + place.row;
-    MODIFF_UNROLL for (int j = 0; j < kSlots; ++j) {
+    MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
       const int count = TileValues<P, In, State>::count(args, place, j);
       if (count > 0)
-        store_slot(args, first + j, place.column, count, values.slot[j], values.residual[j], scale, inverse, multiplier,
-                   zero_point);
+        store_vector(args, first + j, place.column, count, values.loaded[j], values.residual[j], scale, inverse,
+                     multiplier, zero_point);
     }
   }
 

@@ -60,7 +60,8 @@ MODIFF_HD Raw<T> load_raw(const T* p, int count, bool whole) {
 #endif
     return raw;
   }
-  MODIFF_UNROLL for (int i = 0; i < Raw<T>::kWords; ++i) raw.word[i] = 0;
+  MODIFF_UNROLL for (int i = 0; i < Raw<T>::kWords; ++i)
+    raw.word[i] = 0;
   MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
     if (i < count) set_value(raw, i, element(p + i));
   }
@@ -93,8 +94,8 @@ MODIFF_HD void store_raw(T* p, const Raw<T>& raw, int count, bool whole, [[maybe
 MODIFF_HD void store_codes(int8_t* p, const int8_t (&codes)[kVector], int count, bool whole) {
   if (whole) {
     uint32_t word[2] = {0, 0};
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) word[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(codes[i]))
-                                                                   << (8 * (i % 4));
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      word[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(codes[i])) << (8 * (i % 4));
 #if defined(__CUDA_ARCH__)
     *reinterpret_cast<uint2*>(p) = make_uint2(word[0], word[1]);
 #else
@@ -121,7 +122,8 @@ inline Parameter parameter_of(const void* data, DType dtype) {
 template <class T>
 MODIFF_HD void load_values(const T* p, int count, bool whole, float (&values)[kVector]) {
   const Raw<T> raw = load_raw(p, count, whole);
-  MODIFF_UNROLL for (int i = 0; i < kVector; ++i) values[i] = value_of(raw, i);
+  MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+    values[i] = value_of(raw, i);
 }
 
 // Eight values from parameter[at] on, those past `count` 0; `missing` where there is no parameter.
@@ -129,7 +131,8 @@ MODIFF_HD void load_parameters(const Parameter& parameter, int64_t at, int count
                                float (&values)[kVector]) {
   const bool whole = count == kVector && parameter.whole;
   if (parameter.data == nullptr) {
-    MODIFF_UNROLL for (int i = 0; i < kVector; ++i) values[i] = missing;
+    MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+      values[i] = missing;
   } else if (parameter.dtype == DType::kFloat32) {
     load_values(static_cast<const float*>(parameter.data) + at, count, whole, values);
   } else if (parameter.dtype == DType::kFloat16) {

@@ -1,6 +1,7 @@
-// From global into shared memory: the rows of codes that a window meets (implicit GEMM, NHWC) and the rows of the
-// weight, in tiles of 64 bytes a row along K = (r, s, c), c fastest, which is flat: a tile may hold pieces of several
-// taps. Pieces are chunks of 16 bytes; those outside the image, and past the last row or K, are zeros.
+// From global into shared memory: operand A, the rows of codes that a window meets (implicit GEMM, NHWC), and operand
+// B, the rows of the weight. A k-block is 64 bytes of every row of a tile along K = (r, s, c), c fastest, which is
+// flat: it may hold codes of several taps. Rows are copied in chunks of 16 bytes; those outside the image, and past the
+// last row or K, are zeros. Chunks are swizzled against bank conflicts.
 #pragma once
 #include "common/packing.h"
 #include "cuda/sm80/tile_config.h"
@@ -8,11 +9,11 @@
 namespace modiff::cuda::sm80 {
 
 constexpr int kChunk = 16;
-constexpr int kChunks = kStepBytes / kChunk;  // of a row of a tile
+constexpr int kChunks = kBlockKBytes / kChunk;  // of a row of a tile
 
 // Place of a chunk of a tile in shared memory. Eight rows lie in four lines of 128 bytes; with this exclusive or the
 // eight chunks that a phase of ldmatrix reads, one column of eight rows, lie in all eight groups of four banks.
-MODIFF_HD int swizzled(int row, int chunk) { return row * kStepBytes + ((chunk ^ ((row >> 1) & 3)) * kChunk); }
+MODIFF_HD int swizzled(int row, int chunk) { return row * kBlockKBytes + ((chunk ^ ((row >> 1) & 3)) * kChunk); }
 
 // What the loaders read. Lengths along K and channels are in bytes: of codes, or of pairs of them (Operands::kNibbles).
 struct OperandArgs {
@@ -36,9 +37,9 @@ struct CodesLoader {
 
   int first[kCount];  // the pixel of the images under tap (0, 0), which may lie outside of its own
   int top[kCount], left[kCount];
-  int channel, r, s;  // of this thread's chunk in the next step; r >= kernel_h past the end
+  int channel, r, s;  // of this thread's chunk in the next k-block; r >= kernel_h past the end
 
-  // The tile begins at output pixel `row`, the steps at byte `k`.
+  // The tile begins at output pixel `row`, the first k-block at byte `k`.
   MODIFF_HD CodesLoader(const OperandArgs& args, int thread, int row, int k) {
     k += thread % kChunks * kChunk;
     const int tap = k / args.channels;
@@ -55,7 +56,7 @@ struct CodesLoader {
     }
   }
 
-  // Copies this thread's chunks of the next step.
+  // Copies this thread's chunks of the next k-block.
   template <class Cta>
   MODIFF_HD void load(Cta& cta, const OperandArgs& args, int thread, uint8_t* tile) {
     const int down = r * args.dilation_h, right = s * args.dilation_w;
@@ -68,7 +69,7 @@ struct CodesLoader {
           there ? args.codes + (static_cast<int64_t>(first[i] + beside) * args.channels + channel) : args.codes;
       cta.template copy_async<kChunk>(tile + swizzled(thread / kChunks + i * kApart, thread % kChunks), from, there);
     }
-    channel += kStepBytes;
+    channel += kBlockKBytes;
     while (channel >= args.channels) {
       channel -= args.channels;
       if (++s == args.kernel_w) {
@@ -102,17 +103,17 @@ struct WeightLoader {
       const uint8_t* from = there ? args.weight + (n * args.row_bytes + k) : args.weight;
       cta.template copy_async<kChunk>(tile + swizzled(thread / kChunks + i * kApart, thread % kChunks), from, there);
     }
-    k += kStepBytes;
+    k += kBlockKBytes;
   }
 };
 
 // Weights of 4 and 3 bits. A thread copies 32 codes of a row, 16 or 12 bytes, into a place of its own, and makes two
-// chunks of bytes of them: what it waits for is its own, and unpacking is shared out evenly. A step of K ends at a
+// chunks of bytes of them: what it waits for is its own, and unpacking is shared out evenly. A k-block ends at a
 // multiple of 32 codes.
 template <int kThreads, int kRows>
 struct PackedLoader {
   static constexpr int kCodes = 32;
-  static_assert(kThreads == kRows * kStepBytes / kCodes, "32 codes for every thread");
+  static_assert(kThreads == kRows * kBlockKBytes / kCodes, "32 codes for every thread");
 
   int row, k;
 
@@ -132,7 +133,7 @@ struct PackedLoader {
       cta.template copy_async<4>(place + 4, there ? low + 4 : low, there);
       cta.template copy_async<4>(place + 8, there ? from + (args.high_plane + at / 8) : from, there);
     }
-    k += kStepBytes;
+    k += kBlockKBytes;
   }
 
   // Bytes of the 32 codes in `place`. Zeros of 3 bits stand for code -4, but they meet zeros: rows past the last
@@ -141,7 +142,8 @@ struct PackedLoader {
     uint32_t packed[4], bytes[8];
     load_words(place, packed);
     if (bits == 4) {
-      MODIFF_UNROLL for (int i = 0; i < 4; ++i) unpack_eight_nibbles(packed[i], bytes[2 * i], bytes[2 * i + 1]);
+      MODIFF_UNROLL for (int i = 0; i < 4; ++i)
+        unpack_eight_nibbles(packed[i], bytes[2 * i], bytes[2 * i + 1]);
     } else {
       MODIFF_UNROLL for (int i = 0; i < 4; ++i) {
         unpack_eight_planes(packed[i / 2] >> (16 * (i % 2)), packed[2] >> (8 * i), bytes[2 * i], bytes[2 * i + 1]);

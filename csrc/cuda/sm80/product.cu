@@ -13,14 +13,14 @@ extern template void launch_tile<Operands::kNibbles>(int, int64_t, const Product
 }  // namespace sm80
 
 int64_t product_sm80_scratch(const ProductCall& call, const Device& device) {
-  return sm80::plan_of(call, device.multiprocessors).bytes;
+  return sm80::tiling_of(call, device.multiprocessors).bytes;
 }
 
 int product_sm80(const ProductCall& call, const Device& device, Stream stream) {
-  const sm80::ProductPlan plan = sm80::plan_of(call, device.multiprocessors);
-  if (plan.operands == sm80::Operands::kNibbles && device.capability >= 90) return cudaErrorNotSupported;
+  const sm80::Tiling tiling = sm80::tiling_of(call, device.multiprocessors);
+  if (tiling.operands == sm80::Operands::kNibbles && device.capability >= 90) return cudaErrorNotSupported;
   sm80::TensorLaunch launch{{static_cast<cudaStream_t>(stream)}};
-  sm80::multiply(call, plan, launch);
+  sm80::multiply(call, tiling, launch);
   return launch.error;
 }
 

@@ -1,13 +1,15 @@
 // The integer product of all ops (cuda/product.h) as an implicit GEMM: m = output pixel, k = (r, s, c), c fastest. A
 // Linear is an image of one column with a 1x1 window.
 //
-// Block: one tile of the output, or of one split's sums. Its operands come through kStages steps of K in shared memory
-// (operands.h), each filled by cp.async kStages - 1 steps ahead:
+// Operands: A the codes, B the weight (operands.h), accumulators int32 `sums` in registers, epilogue.h for the rest.
+// Block: one tile of the output, or of one split of K of it. Warp: kWarpM x kWarpN of the tile, by mma.sync of 16 x 8.
+// Shared memory: kStages stages of one k-block of A and B each, filled by cp.async kStages - 1 k-blocks ahead; weights
+// of 4 and 3 bits have a place for packed bytes in every stage, and two unpacked k-blocks beside them. A k-block:
 //
-//   wait for the step's own copies | unpack own weights | barrier | start the copies of step + kStages - 1 | multiply
+//   wait for its own copies | unpack own weights | barrier | start the copies of k-block + kStages - 1 | multiply
 //
-// One barrier per step is enough: it makes a step's bytes visible to all, and whoever has passed it has finished the
-// step before, whose place the new copies take. Unpacked weights alternate between two places for the same reason.
+// One barrier per k-block is enough: it makes its bytes visible to all, and whoever has passed it has finished the
+// k-block before, whose stage the new copies take. Unpacked weights alternate between two places for the same reason.
 //
 // Sums leave through shared memory, a warp at a time and 32 rows at once, so that a thread gets eight neighbours of a
 // row for the epilogue (cuda/common/epilogue.h), or stores them as the sums of its split.
@@ -22,7 +24,7 @@ struct ProductArgs {
   OperandArgs operands;
   EpilogueArgs epilogue;
   int tiles_m, tiles_n;
-  int steps, steps_per_split, splits;
+  int k_blocks, k_blocks_per_split, splits;
   int32_t* partial;         // [splits, rows, partial_columns] with splits > 1
   int64_t partial_columns;  // columns, up to a multiple of eight
 };
@@ -50,7 +52,7 @@ struct Product {
   static constexpr bool kUnpack = kOperands == Operands::kUnpacked, kS4 = kOperands == Operands::kNibbles;
   static constexpr int kStages = T::kStages;
   static constexpr int kMmaM = T::kWarpM / 16, kMmaN = T::kWarpN / 8;  // mma tiles of a warp
-  static constexpr int kTileM = T::kM * kStepBytes, kTileN = T::kN * kStepBytes;
+  static constexpr int kTileM = T::kM * kBlockKBytes, kTileN = T::kN * kBlockKBytes;
   // Of weights: a place per stage, then, with weights that are unpacked, two tiles of bytes.
   static constexpr int kPlaceN = kUnpack ? kThreads * kChunk : kTileN;
   static constexpr int kWeightBytes = kStages * kPlaceN + (kUnpack ? 2 * kTileN : 0);
@@ -93,10 +95,10 @@ struct Product {
   template <class Cta>
   static MODIFF_HD void multiply_tile(Cta& cta, Ring& ring, const Args& args, TilePlace place, int split, Sums& sums) {
     const int thread = cta.thread();
-    const int begin = split * args.steps_per_split;
-    const int steps = least(args.steps_per_split, args.steps - begin);
-    CodesLoader<kThreads, T::kM> codes(args.operands, thread, place.m * T::kM, begin * kStepBytes);
-    Weights weights(args.operands, thread, place.n * T::kN, begin * kStepBytes);
+    const int begin = split * args.k_blocks_per_split;
+    const int k_blocks = least(args.k_blocks_per_split, args.k_blocks - begin);
+    CodesLoader<kThreads, T::kM> codes(args.operands, thread, place.m * T::kM, begin * kBlockKBytes);
+    Weights weights(args.operands, thread, place.n * T::kN, begin * kBlockKBytes);
     const auto load = [&](int stage, bool there) {
       if (there) {
         codes.load(cta, args.operands, thread, ring.codes[stage]);
@@ -106,28 +108,32 @@ struct Product {
     };
 
     MODIFF_UNROLL for (int m = 0; m < kMmaM; ++m) {
-      MODIFF_UNROLL for (int n = 0; n < kMmaN; ++n) { MODIFF_UNROLL for (int i = 0; i < 4; ++i) sums[m][n][i] = 0; }
+      MODIFF_UNROLL for (int n = 0; n < kMmaN; ++n) {
+        MODIFF_UNROLL for (int i = 0; i < 4; ++i)
+          sums[m][n][i] = 0;
+      }
     }
-    MODIFF_UNROLL for (int step = 0; step < kStages - 1; ++step) load(step, step < steps);
+    MODIFF_UNROLL for (int k_block = 0; k_block < kStages - 1; ++k_block)
+      load(k_block, k_block < k_blocks);
     int stage = 0;
-    MODIFF_NO_UNROLL for (int step = 0; step < steps; ++step) {
+    MODIFF_NO_UNROLL for (int k_block = 0; k_block < k_blocks; ++k_block) {
       const uint8_t* tile_n = ring.weights + stage * kPlaceN;
       cta.template wait<kStages - 2>();
       if constexpr (kUnpack) {
-        uint8_t* unpacked = ring.weights + kStages * kPlaceN + step % 2 * kTileN;
+        uint8_t* unpacked = ring.weights + kStages * kPlaceN + k_block % 2 * kTileN;
         Weights::unpack(args.operands.weight_bits, thread, tile_n + thread * kChunk, unpacked);
         tile_n = unpacked;
       }
       cta.sync();
-      load(stage == 0 ? kStages - 1 : stage - 1, step + kStages - 1 < steps);
-      multiply_step(cta, ring.codes[stage], tile_n, sums);
+      load(stage == 0 ? kStages - 1 : stage - 1, k_block + kStages - 1 < k_blocks);
+      multiply_k_block(cta, ring.codes[stage], tile_n, sums);
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     cta.template wait<0>();  // of the empty groups alone
   }
 
   template <class Cta>
-  static MODIFF_HD void multiply_step(Cta& cta, const uint8_t* tile_m, const uint8_t* tile_n, Sums& sums) {
+  static MODIFF_HD void multiply_k_block(Cta& cta, const uint8_t* tile_m, const uint8_t* tile_n, Sums& sums) {
     const int thread = cta.thread(), lane = thread % kWarp;
     const int row = warp_row(thread) + lane % 16, column = warp_column(thread) + lane % 8 + lane / 16 * 8;
     MODIFF_UNROLL for (int chunk = 0; chunk < kChunks; chunk += 2) {
@@ -138,7 +144,8 @@ struct Product {
       MODIFF_UNROLL for (int n = 0; n < kMmaN; n += 2) {
         uint32_t two[4];
         cta.load_matrices(tile_n + swizzled(column + n * 8, chunk + lane / 8 % 2), two);
-        MODIFF_UNROLL for (int i = 0; i < 4; ++i) b[n + i / 2][i % 2] = two[i];
+        MODIFF_UNROLL for (int i = 0; i < 4; ++i)
+          b[n + i / 2][i % 2] = two[i];
       }
       cta.template multiply<kS4>(sums, a, b);
     }
@@ -164,7 +171,8 @@ struct Product {
       MODIFF_NO_UNROLL for (int i = lane; i < kPassRows * (T::kWarpN / kVector); i += kWarp) {
         const int down = i / (T::kWarpN / kVector), right = i % (T::kWarpN / kVector) * kVector;
         int32_t vector[kVector];
-        MODIFF_UNROLL for (int j = 0; j < kVector; ++j) vector[j] = staged[down][right + j];
+        MODIFF_UNROLL for (int j = 0; j < kVector; ++j)
+          vector[j] = staged[down][right + j];
         finish(args, split, row + down, column + right, vector);
       }
     }
@@ -207,7 +215,8 @@ struct FinishSplits {
     for (int split = 0; split < args.splits; ++split, from += args.epilogue.rows * args.partial_columns) {
       int32_t part[kVector];
       load_sums(from, part);
-      MODIFF_UNROLL for (int i = 0; i < kVector; ++i) sums[i] += part[i];
+      MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+        sums[i] += part[i];
     }
     finish_vector(args.epilogue, row, column, sums);
   }

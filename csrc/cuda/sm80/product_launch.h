@@ -7,7 +7,7 @@
 
 namespace modiff::cuda::sm80 {
 
-struct ProductPlan {
+struct Tiling {
   Operands operands;
   TileChoice choice;
   int64_t k;  // codes of a row of the weight
@@ -15,30 +15,30 @@ struct ProductPlan {
   int64_t partial_at, bytes;  // of scratch: the weight's sums, then those of splits
 };
 
-inline ProductPlan plan_of(const ProductCall& call, TileChoice choice) {
+inline Tiling tiling_of(const ProductCall& call, TileChoice choice) {
   const ProductProblem& p = call.problem;
-  ProductPlan plan{};
-  plan.operands = operands_of(call.code_bits, call.weight_bits);
-  plan.choice = choice;
-  plan.k = p.kernel_h * p.kernel_w * p.c_in;
-  plan.partial_columns = ceil_div(p.c_out, kVector) * kVector;
-  if (p.zero_point != nullptr) plan.partial_at = ceil_div(p.c_out * tap_sum_count(p) * 4, 16) * 16;
-  plan.bytes = plan.partial_at;
+  Tiling tiling{};
+  tiling.operands = operands_of(call.code_bits, call.weight_bits);
+  tiling.choice = choice;
+  tiling.k = p.kernel_h * p.kernel_w * p.c_in;
+  tiling.partial_columns = ceil_div(p.c_out, kVector) * kVector;
+  if (p.zero_point != nullptr) tiling.partial_at = ceil_div(p.c_out * tap_sum_count(p) * 4, 16) * 16;
+  tiling.bytes = tiling.partial_at;
   if (choice.splits > 1)
-    plan.bytes += choice.splits * p.samples * p.out_h * p.out_w * plan.partial_columns * int64_t{4};
-  return plan;
+    tiling.bytes += choice.splits * p.samples * p.out_h * p.out_w * tiling.partial_columns * int64_t{4};
+  return tiling;
 }
 
-inline ProductPlan plan_of(const ProductCall& call, int multiprocessors) {
-  if (call.cut.architecture == 80)
-    return plan_of(call, TileChoice{tile_of_size(call.cut.rows, call.cut.columns), call.cut.splits});
+inline Tiling tiling_of(const ProductCall& call, int multiprocessors) {
+  if (call.tiling.architecture == 80)
+    return tiling_of(call, TileChoice{tile_of_size(call.tiling.rows, call.tiling.columns), call.tiling.splits});
   const ProductProblem& p = call.problem;
-  const ProductPlan any = plan_of(call, TileChoice{0, 1});
-  return plan_of(call, choose_tile(p.samples * p.out_h * p.out_w, p.c_out, any.k, call.weight_bits, any.operands,
-                                   multiprocessors));
+  const Tiling any = tiling_of(call, TileChoice{0, 1});
+  return tiling_of(call, choose_tile(p.samples * p.out_h * p.out_w, p.c_out, any.k, call.weight_bits, any.operands,
+                                     multiprocessors));
 }
 
-inline OperandArgs operand_args(const ProductCall& call, const ProductPlan& plan) {
+inline OperandArgs operand_args(const ProductCall& call, const Tiling& tiling) {
   const ProductProblem& p = call.problem;
   OperandArgs args{};
   args.codes = reinterpret_cast<const uint8_t*>(p.codes);
@@ -46,7 +46,7 @@ inline OperandArgs operand_args(const ProductCall& call, const ProductPlan& plan
   args.rows = static_cast<int>(p.samples * p.out_h * p.out_w);
   args.columns = static_cast<int>(p.c_out);
   const int codes_per_byte = 8 / call.code_bits;
-  args.k = static_cast<int>(plan.k) / codes_per_byte;
+  args.k = static_cast<int>(tiling.k) / codes_per_byte;
   args.channels = static_cast<int>(p.c_in) / codes_per_byte;
   args.h = static_cast<int>(p.h);
   args.w = static_cast<int>(p.w);
@@ -61,8 +61,8 @@ inline OperandArgs operand_args(const ProductCall& call, const ProductPlan& plan
   args.dilation_h = static_cast<int>(p.dilation_h);
   args.dilation_w = static_cast<int>(p.dilation_w);
   args.weight_bits = call.weight_bits;
-  args.row_bytes = packed_width(call.weight_bits, plan.k);
-  args.high_plane = ceil_div(plan.k, 4);
+  args.row_bytes = packed_width(call.weight_bits, tiling.k);
+  args.high_plane = ceil_div(tiling.k, 4);
   return args;
 }
 
@@ -79,34 +79,34 @@ void launch_tile(int tile, int64_t blocks, const ProductArgs& args, Launch& laun
 }
 
 template <class Launch>
-void multiply(const ProductCall& call, const ProductPlan& plan, Launch& launch) {
+void multiply(const ProductCall& call, const Tiling& tiling, Launch& launch) {
   char* scratch = static_cast<char*>(call.scratch);
   int32_t* tap_sums = nullptr;
   if (call.problem.zero_point != nullptr) {
     tap_sums = reinterpret_cast<int32_t*>(scratch);
     sum_weights(call, tap_sums, launch);
   }
-  const TileSize& tile = kTiles[plan.choice.tile];
+  const TileSize& tile = kTiles[tiling.choice.tile];
   ProductArgs args{};
-  args.operands = operand_args(call, plan);
+  args.operands = operand_args(call, tiling);
   args.epilogue = epilogue_args(call, tap_sums);
   args.tiles_m = ceil_div(args.operands.rows, tile.m);
   args.tiles_n = ceil_div(args.operands.columns, tile.n);
-  args.steps = step_count(plan.k, plan.operands);
-  args.splits = plan.choice.splits;
-  args.steps_per_split = ceil_div(args.steps, args.splits);
-  args.partial = reinterpret_cast<int32_t*>(scratch + plan.partial_at);
-  args.partial_columns = plan.partial_columns;
+  args.k_blocks = k_block_count(tiling.k, tiling.operands);
+  args.splits = tiling.choice.splits;
+  args.k_blocks_per_split = ceil_div(args.k_blocks, args.splits);
+  args.partial = reinterpret_cast<int32_t*>(scratch + tiling.partial_at);
+  args.partial_columns = tiling.partial_columns;
   const int64_t blocks = static_cast<int64_t>(args.tiles_m) * args.tiles_n * args.splits;
-  switch (plan.operands) {
+  switch (tiling.operands) {
     case Operands::kBytes:
-      launch_tile<Operands::kBytes>(plan.choice.tile, blocks, args, launch);
+      launch_tile<Operands::kBytes>(tiling.choice.tile, blocks, args, launch);
       break;
     case Operands::kUnpacked:
-      launch_tile<Operands::kUnpacked>(plan.choice.tile, blocks, args, launch);
+      launch_tile<Operands::kUnpacked>(tiling.choice.tile, blocks, args, launch);
       break;
     case Operands::kNibbles:
-      launch_tile<Operands::kNibbles>(plan.choice.tile, blocks, args, launch);
+      launch_tile<Operands::kNibbles>(tiling.choice.tile, blocks, args, launch);
       break;
   }
   if (args.splits > 1) launch.template run<FinishSplits>(FinishSplits::blocks(args), args);

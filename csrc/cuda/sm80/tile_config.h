@@ -13,10 +13,11 @@ enum class Operands {
   kNibbles,   // packed 4-bit codes times 4-bit weights, both as they are in memory: s4
 };
 
-constexpr int kStepBytes = 64;  // of a row of a tile and a step along K: half a line of shared memory. 128 would halve
-                                // the barriers, but two stages of it already fill what a block may have of sm_86.
+// Of a row of a tile in a k-block: half a line of shared memory. 128 would halve the barriers, but two stages of it
+// already fill what a block may have of sm_86.
+constexpr int kBlockKBytes = 64;
 
-// kM x kN outputs of a block, in warps of kWarpM x 32; kStages steps along K are in shared memory. Sums are int32
+// kM x kN outputs of a block, in warps of kWarpM x 32; kStages k-blocks are in shared memory. Sums are int32
 // registers: 64 rows of a warp are 64 of them per thread, and with operands and addresses 128 is the budget.
 template <int kM_, int kN_, int kWarpM_, int kStages_, int kResident_>
 struct Tile {
@@ -55,23 +56,23 @@ inline int tile_of_size(int rows, int columns) {
   return -1;
 }
 
-// Steps along K of `k` codes.
-inline int step_count(int64_t k, Operands operands) {
-  return static_cast<int>(ceil_div(operands == Operands::kNibbles ? ceil_div(k, 2) : k, kStepBytes));
+// Number of k-blocks of `k` codes.
+inline int k_block_count(int64_t k, Operands operands) {
+  return static_cast<int>(ceil_div(operands == Operands::kNibbles ? ceil_div(k, 2) : k, kBlockKBytes));
 }
 
-// The number of splits that are not empty when `steps` are dealt out in equal shares.
-inline int used_splits(int steps, int splits) { return ceil_div(steps, ceil_div(steps, splits)); }
+// The number of splits that are not empty when `k_blocks` are dealt out in equal shares.
+inline int used_splits(int k_blocks, int splits) { return ceil_div(k_blocks, ceil_div(k_blocks, splits)); }
 
 // Cycles of one multiprocessor of an A100, from published peaks; they rank tiles, they are no measurement.
 constexpr double kProductsPerCycle = 2048;  // of bytes; twice that of nibbles
 constexpr double kL2BytesPerCycle = 48;
-constexpr double kStepCycles = 40;             // barrier, and the latency that stages do not hide
+constexpr double kKBlockCycles = 40;           // barrier, and the latency that stages do not hide
 constexpr double kBlockCycles = 1500;          // filling the pipeline and leaving
 constexpr double kOutputBytes = 6;             // y_hat read and written, out written, 2 bytes each
 constexpr double kLaunchCycles = 4000;         // of the second kernel of a split, about 2 us
 constexpr double kMemoryBytesPerCycle = 1000;  // of the whole device
-constexpr int kLeastSteps = 4;                 // of a split: the pipeline has to fill
+constexpr int kLeastKBlocks = 4;               // of a split: the pipeline has to fill
 constexpr int kMostSplits = 16;
 
 inline double estimated_cycles(const TileChoice& choice, int64_t rows, int64_t columns, int64_t k, int weight_bits,
@@ -79,13 +80,14 @@ inline double estimated_cycles(const TileChoice& choice, int64_t rows, int64_t c
   const TileSize& tile = kTiles[choice.tile];
   const bool nibbles = operands == Operands::kNibbles;
   const double blocks = static_cast<double>(ceil_div(rows, tile.m) * ceil_div(columns, tile.n) * choice.splits);
-  const double steps = ceil_div(step_count(k, operands), choice.splits);
-  const double products = double(tile.m) * tile.n * kStepBytes / kProductsPerCycle;  // nibbles: twice as many, as fast
-  const double weight_bytes = nibbles ? kStepBytes : kStepBytes * weight_bits / 8.0;
-  const double loads = (tile.m * kStepBytes + tile.n * weight_bytes) / kL2BytesPerCycle;
+  const double k_blocks = ceil_div(k_block_count(k, operands), choice.splits);
+  const double products =
+      double(tile.m) * tile.n * kBlockKBytes / kProductsPerCycle;  // nibbles: twice as many, as fast
+  const double weight_bytes = nibbles ? kBlockKBytes : kBlockKBytes * weight_bits / 8.0;
+  const double loads = (tile.m * kBlockKBytes + tile.n * weight_bytes) / kL2BytesPerCycle;
   const double epilogue = tile.m * tile.n * kOutputBytes / kL2BytesPerCycle;
-  const double block = kBlockCycles + steps * (most(products, loads) + kStepCycles) + epilogue;
-  // A block alone on a multiprocessor leaves its tensor cores idle at every barrier; that is in the step's cycles.
+  const double block = kBlockCycles + k_blocks * (most(products, loads) + kKBlockCycles) + epilogue;
+  // A block alone on a multiprocessor leaves its tensor cores idle at every barrier; that is in the k-block's cycles.
   double cycles = static_cast<double>(ceil_div(static_cast<int64_t>(blocks), multiprocessors)) * block;
   if (choice.splits > 1)
     cycles += kLaunchCycles + 8.0 * choice.splits * static_cast<double>(rows * columns) / kMemoryBytesPerCycle;
@@ -97,10 +99,10 @@ inline TileChoice choose_tile(int64_t rows, int64_t columns, int64_t k, int weig
                               int multiprocessors) {
   TileChoice best{0, 1};
   double least_cycles = 0;
-  const int steps = step_count(k, operands);
+  const int k_blocks = k_block_count(k, operands);
   for (int tile = 0; tile < kTileCount; ++tile) {
-    for (int splits = 1; splits <= kMostSplits && (splits == 1 || steps / splits >= kLeastSteps); ++splits) {
-      const TileChoice choice{tile, used_splits(steps, splits)};
+    for (int splits = 1; splits <= kMostSplits && (splits == 1 || k_blocks / splits >= kLeastKBlocks); ++splits) {
+      const TileChoice choice{tile, used_splits(k_blocks, splits)};
       const double cycles = estimated_cycles(choice, rows, columns, k, weight_bits, operands, multiprocessors);
       if ((tile == 0 && splits == 1) || cycles < least_cycles) {
         best = choice;

@@ -14,7 +14,8 @@ struct HopperCta : DeviceCta {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
   }
   __device__ __forceinline__ void exchange(uint32_t (&values)[4], int mask) const {
-    MODIFF_UNROLL for (int i = 0; i < 4; ++i) values[i] = __shfl_xor_sync(0xFFFFFFFFu, values[i], mask);
+    MODIFF_UNROLL for (int i = 0; i < 4; ++i)
+      values[i] = __shfl_xor_sync(0xFFFFFFFFu, values[i], mask);
   }
   __device__ __forceinline__ void warp_sync() const { __syncwarp(); }
   __device__ __forceinline__ void consumers_sync() const { asm volatile("bar.sync 1, 256;" ::: "memory"); }

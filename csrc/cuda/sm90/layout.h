@@ -1,34 +1,35 @@
 // Where TMA and wgmma have the bytes of an operand in shared memory, and where wgmma has the sums in registers.
 //
-// A pipeline stage holds 128 codes of K for every row of a tile, as one box of rows of 128 bytes or two boxes of rows
-// of 64 (`span`). In a box the 16-byte chunks of a row are permuted by the bits of the row above them in the address
-// (PTX ISA, "Shared memory matrix layout", 128B and 64B swizzling), so that eight rows meet no bank twice.
+// A pipeline stage holds a k-block: 128 codes of K for every row of a tile, as one box of rows of 128 bytes or two
+// boxes of rows of 64 (`swizzle`: the bytes of a row, which are the reach of the permutation). In a box the 16-byte
+// chunks of a row are permuted by the bits of the row above them in the address (PTX ISA, "Shared memory matrix
+// layout", 128B and 64B swizzling), so that eight rows meet no bank twice.
 #pragma once
 #include "common/hd.h"
 
 namespace modiff::cuda::sm90 {
 
-constexpr int kStep = 128;     // codes of K in a stage
+constexpr int kBlockK = 128;   // codes of K in a stage
 constexpr int kMmaRows = 64;   // of a wgmma, 16 to a warp
 constexpr int kMmaDepth = 32;  // codes of K of a wgmma
 constexpr int kWarpgroup = 128;
 
-// An address in boxes whose rows have `span` bytes, 64 or 128; boxes begin at multiples of 1024.
-MODIFF_HD uint32_t swizzled(uint32_t address, int span) {
-  return address ^ ((address >> 3) & (span == 128 ? 0x70u : 0x30u));
+// An address in boxes whose rows have `swizzle` bytes, 64 or 128; boxes begin at multiples of 1024.
+MODIFF_HD uint32_t swizzled(uint32_t address, int swizzle) {
+  return address ^ ((address >> 3) & (swizzle == 128 ? 0x70u : 0x30u));
 }
 
-// Bytes from the beginning of an operand of `rows` rows in a stage to those of the i-th wgmma, i < kStep / kMmaDepth.
-MODIFF_HD uint32_t depth_offset(int i, int rows, int span) {
+// Bytes from the beginning of an operand of `rows` rows in a stage to those of the i-th wgmma, i < kBlockK / kMmaDepth.
+MODIFF_HD uint32_t depth_offset(int i, int rows, int swizzle) {
   const int at = i * kMmaDepth;
-  return static_cast<uint32_t>(at / span * rows * span + at % span);
+  return static_cast<uint32_t>(at / swizzle * rows * swizzle + at % swizzle);
 }
 
 // The matrix descriptor of an operand at `address` of shared memory: K-major, groups of eight rows 8 * span bytes
 // apart. The offset between groups of columns is not read with these layouts; 1 is its customary value.
-MODIFF_HD uint64_t descriptor(uint32_t address, int span) {
-  const uint64_t layout = span == 128 ? 1 : 2;
-  return (address & 0x3FFFFu) >> 4 | uint64_t{1} << 16 | static_cast<uint64_t>(span / 2) << 32 | layout << 62;
+MODIFF_HD uint64_t descriptor(uint32_t address, int swizzle) {
+  const uint64_t layout = swizzle == 128 ? 1 : 2;
+  return (address & 0x3FFFFu) >> 4 | uint64_t{1} << 16 | static_cast<uint64_t>(swizzle / 2) << 32 | layout << 62;
 }
 
 // Register i of the sums that a thread of a warpgroup holds of a [64, N] result.

@@ -8,10 +8,10 @@
 namespace modiff::cuda {
 namespace {
 
-// plan_of takes microseconds, twice in a call, and the calls of a network have few different plans: the last one of
+// tiling_of takes microseconds, twice in a call, and the calls of a network have few different tilings: the last one of
 // every place of a table is kept.
-const sm90::Plan& plan_for(const ProductCall& call, const Device& device) {
-  using Key = std::array<int64_t, 13>;  // all that a plan depends on
+const sm90::Tiling& tiling_for(const ProductCall& call, const Device& device) {
+  using Key = std::array<int64_t, 13>;  // all that a tiling depends on
   const ProductProblem& p = call.problem;
   const Key key = {p.samples * p.out_h * p.out_w,
                    p.c_in,
@@ -22,19 +22,19 @@ const sm90::Plan& plan_for(const ProductCall& call, const Device& device) {
                    p.dilation_w,
                    call.weight_bits,
                    device.multiprocessors,
-                   call.cut.architecture,
-                   call.cut.rows,
-                   call.cut.columns,
-                   call.cut.splits};
+                   call.tiling.architecture,
+                   call.tiling.rows,
+                   call.tiling.columns,
+                   call.tiling.splits};
   uint64_t hash = 0;
   for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9E3779B97F4A7C15u;
-  thread_local std::array<std::pair<Key, sm90::Plan>, 256> table{};  // no call has a key of zeros
-  auto& [kept, plan] = table[hash >> 56];
+  thread_local std::array<std::pair<Key, sm90::Tiling>, 256> table{};  // no call has a key of zeros
+  auto& [kept, tiling] = table[hash >> 56];
   if (kept != key) {
     kept = key;
-    plan = sm90::plan_of(call, device.multiprocessors);
+    tiling = sm90::tiling_of(call, device.multiprocessors);
   }
-  return plan;
+  return tiling;
 }
 
 }  // namespace
@@ -43,15 +43,15 @@ const char* product_sm90_limit(const ProductCall& call) { return sm90::limit_of(
 
 int64_t product_sm90_scratch(const ProductCall& call, const Device& device) {
   const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
-  return sm90::scratch_of(call, plan_for(call, device), tap_sums).words * 4;
+  return sm90::scratch_of(call, tiling_for(call, device), tap_sums).words * 4;
 }
 
 int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   if (sm90::limit_of(call) != nullptr) return cudaErrorInvalidValue;
-  const sm90::Plan& plan = plan_for(call, device);
+  const sm90::Tiling& tiling = tiling_for(call, device);
   const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
-  const sm90::Scratch scratch = sm90::scratch_of(call, plan, tap_sums);
-  const sm90::ProductArgs<sm90::TensorMap> plain = sm90::product_args(call, plan, tap_sums);
+  const sm90::Scratch scratch = sm90::scratch_of(call, tiling, tap_sums);
+  const sm90::ProductArgs<sm90::TensorMap> plain = sm90::product_args(call, tiling, tap_sums);
   sm90::ProductArgs<CUtensorMap> args{};
   args.schedule = plain.schedule;
   args.window = plain.window;
@@ -63,15 +63,15 @@ int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   if (error == cudaSuccess) error = sm90::encode(plain.weight, args.weight);
   if (error == cudaSuccess && call.weight_bits == 3) error = sm90::encode(plain.high_plane, args.high_plane);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (error == cudaSuccess && plan.schedule.splits > 1)
+  if (error == cudaSuccess && tiling.schedule.splits > 1)
     error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(scratch.tap_sums) * 4, on);
   if (error == cudaSuccess && call.problem.zero_point != nullptr) {
     int32_t* sums = static_cast<int32_t*>(call.scratch) + scratch.tap_sums;
     error = static_cast<cudaError_t>(weight_tap_sums(call, sums, stream));
   }
   if (error != cudaSuccess) return error;
-  return call.weight_bits == 8 ? sm90::launch_8bit(plan.tile, args, device, on)
-                               : sm90::launch_packed(plan.tile, call.weight_bits, args, device, on);
+  return call.weight_bits == 8 ? sm90::launch_8bit(tiling.tile, args, device, on)
+                               : sm90::launch_packed(tiling.tile, call.weight_bits, args, device, on);
 }
 
 }  // namespace modiff::cuda

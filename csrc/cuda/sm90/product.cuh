@@ -13,12 +13,12 @@ cudaError_t launch(const ProductArgs<CUtensorMap>& args, const Device& device, c
   const cudaError_t allowed =
       cudaFuncSetAttribute(product_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
-  const int blocks = least(unit_count(args.schedule), device.multiprocessors);
+  const int blocks = least(work_count(args.schedule), device.multiprocessors);
   product_kernel<Body><<<static_cast<unsigned>(blocks), Body::kThreads, kBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
-// By the index of the plan's tile.
+// By the index of the tiling's tile.
 cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, const Device& device, cudaStream_t stream);
 cudaError_t launch_packed(int tile, int weight_bits, const ProductArgs<CUtensorMap>& args, const Device& device,
                           cudaStream_t stream);

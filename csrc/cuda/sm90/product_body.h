@@ -1,18 +1,20 @@
-// The integer product of Hopper's tensor cores: TMA, wgmma s8 x s8 -> s32, modulated epilogue.
+// The integer product on Hopper's tensor cores: TMA, wgmma s8 x s8 -> s32, the epilogue of all products.
 //
 //   sum[m, n] = sum_k code[m, k] * weight[n, k]           m output pixels, k = (tap, channel)
 //
-// Roles of a thread block, which stays for many units (schedule.h):
+// Operands: A the codes (TMA, tiled or im2col), B the weight, accumulators int32 `sums` in registers, the rest as in
+// epilogue.h. A thread block stays for many work items, each one tile of the output or one split of K of it
+// (schedule.h). Shared memory: kStages stages of one k-block of A and B each, swizzled, packed weights beside them.
+// Roles:
 //
-//   producer    one thread: waits for an `empty` stage, and lets TMA fill it with the codes' boxes (tiled or im2col)
-//               and the weight's; meanwhile asks for the lines of y_hat and skip that the epilogue will read
+//   producer    one thread: waits for an `empty` stage, and lets TMA fill it with the codes' boxes and the weight's;
+//               meanwhile asks for the lines of y_hat and skip that the epilogue will read
 //   unpackers   4 and 3 bits: a warpgroup turns packed rows of a stage into swizzled int8
-//   consumers   two warpgroups: wait for a `full` stage, multiply 64 kBlocks rows each by all columns, release the
-//   stage
-//               before; after the last step the epilogue, while the producer fills stages for the next unit
+//   consumers   two warpgroups: wait for a `full` stage, multiply 64 kBlocks rows each by all columns, release the one
+//               before; after the last k-block the epilogue, while the producer fills stages for the next work item
 //
-// With parts along K (splits > 1) consumers add their sums to scratch; the block that comes last to a tile takes them
-// back and runs the epilogue. Sums are integers, so their order does not matter.
+// With splits > 1 consumers add their sums to scratch; the block that comes last to a tile takes them back and runs the
+// epilogue. Sums are integers, so their order does not matter. Limits: limit_of in tensor_map.h.
 //
 // The context is that of common/cta.h, and (hopper_cta.cuh on a GPU, hopper_cta.h of the emulator):
 //   blocks(), shared_address(p), exchange(values, mask), warp_sync(), consumers_sync()
@@ -26,7 +28,7 @@
 #include "common/cta.h"
 #include "common/packing.h"
 #include "cuda/common/epilogue.h"
-#include "cuda/sm90/plan.h"
+#include "cuda/sm90/tiling.h"
 
 namespace modiff::cuda::sm90 {
 
@@ -39,7 +41,7 @@ struct ProductArgs {
   Window window;
   Image image;
   EpilogueArgs epilogue;
-  uint32_t* arrived;  // with parts
+  uint32_t* arrived;  // with splits
   int32_t* sums;
 };
 
@@ -71,9 +73,9 @@ struct Product {
   static constexpr int kUnpackerRegisters = 40;
   static constexpr int kConsumerRegisters = kPacked ? 224 : 240;
 
-  static constexpr int kCodesBytes = kRows * kStep, kWeightBytes = kColumns * kStep;
-  static constexpr int kPackedBytes = kPacked ? kColumns * kStep * kBits / 8 : 0;
-  static constexpr int kLowBytes = kColumns * kStep / 4;  // of the low planes of 3 bits; the high ones follow
+  static constexpr int kCodesBytes = kRows * kBlockK, kWeightBytes = kColumns * kBlockK;
+  static constexpr int kPackedBytes = kPacked ? kColumns * kBlockK * kBits / 8 : 0;
+  static constexpr int kLowBytes = kColumns * kBlockK / 4;  // of the low planes of 3 bits; the high ones follow
   static constexpr int kBarrierBytes = 1024;
   static constexpr int kStages = (kSharedBytes - kBarrierBytes) / (kCodesBytes + kWeightBytes + kPackedBytes);
   static constexpr int kSums = kColumns / 2;  // registers of a thread for 64 rows
@@ -117,31 +119,31 @@ struct Product {
   template <class Cta, class Map>
   static MODIFF_HD void produce(Cta& cta, Shared& shared, const ProductArgs<Map>& args) {
     const Window& window = args.window;
-    const int boxes = kStep / window.span;
+    const int boxes = kBlockK / window.swizzle;
     Ring<kStages> ring;
-    for (int index = static_cast<int>(cta.block()); index < unit_count(args.schedule); index += cta.blocks()) {
-      const Unit unit = unit_of(args.schedule, index);
-      const int row = unit.row_tile * kRows, column = unit.column_tile * kColumns;
+    for (int index = static_cast<int>(cta.block()); index < work_count(args.schedule); index += cta.blocks()) {
+      const Work work = work_of(args.schedule, index);
+      const int row = work.row_tile * kRows, column = work.column_tile * kColumns;
       const Corner corner = corner_of(args.image, row);
-      for (int step = unit.first_step; step < unit.end_step; ++step) {
+      for (int k_block = work.first_k_block; k_block < work.end_k_block; ++k_block) {
         cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
         uint64_t* full = &shared.full[ring.stage];
         uint64_t* weight_full = kPacked ? &shared.packed_full[ring.stage] : full;
         cta.arrive_expecting(full, kCodesBytes + (kPacked ? 0 : kWeightBytes));
         if (kPacked) cta.arrive_expecting(weight_full, kPackedBytes);
         MODIFF_NO_UNROLL for (int i = 0; i < boxes; ++i) {
-          const Box box = box_of(window, step * boxes + i);
-          uint8_t* codes = shared.codes[ring.stage] + i * kRows * window.span;
+          const Box box = box_of(window, k_block * boxes + i);
+          uint8_t* codes = shared.codes[ring.stage] + i * kRows * window.swizzle;
           if (args.image.tiled) {
             cta.load_matrix(args.codes, codes, full, box.channel, row);
           } else {
             cta.load_pixels(args.codes, codes, full, box.channel, corner, box.offset_w, box.offset_h);
           }
           if (kBits == 8) {
-            uint8_t* weight = shared.weight[ring.stage] + i * kColumns * window.span;
+            uint8_t* weight = shared.weight[ring.stage] + i * kColumns * window.swizzle;
             cta.load_matrix(args.weight, weight, full, box.code, column);
           } else if (kBits == 4) {
-            uint8_t* packed = shared.packed[ring.stage] + i * kColumns * window.span / 2;
+            uint8_t* packed = shared.packed[ring.stage] + i * kColumns * window.swizzle / 2;
             cta.load_matrix(args.weight, packed, weight_full, box.code / 2, column);
           } else {
             uint8_t* packed = shared.packed[ring.stage];
@@ -150,19 +152,20 @@ struct Product {
           }
         }
         ring.advance();
-        if (args.schedule.splits == 1) prefetch_operands(cta, args.epilogue, unit, step, row, column);
+        if (args.schedule.splits == 1) prefetch_operands(cta, args.epilogue, work, k_block, row, column);
       }
     }
   }
 
-  // Asks for what the epilogue of this unit reads, a few rows of it with every step.
+  // Asks for what the epilogue of this work item reads, a few rows of it with every k-block.
   template <class Cta>
-  static MODIFF_HD void prefetch_operands(Cta& cta, const EpilogueArgs& args, const Unit& unit, int step, int row,
+  static MODIFF_HD void prefetch_operands(Cta& cta, const EpilogueArgs& args, const Work& work, int k_block, int row,
                                           int column) {
     if (!args.whole) return;
     const int rows = static_cast<int>(least<int64_t>(kRows, args.rows - row));
     const int width = static_cast<int>(least<int64_t>(kColumns, args.columns - column));
-    const int each = ceil_div(rows, unit.end_step - unit.first_step), first = (step - unit.first_step) * each;
+    const int each = ceil_div(rows, work.end_k_block - work.first_k_block),
+              first = (k_block - work.first_k_block) * each;
     const void* y_hat = args.y_hat;
     const void* skip = args.out != nullptr ? args.skip : nullptr;
     MODIFF_NO_UNROLL for (int i = first; i < least(first + each, rows); ++i) {
@@ -182,18 +185,18 @@ struct Product {
   // bytes, and eight of them write the eight 16-byte chunks of a row (or of two rows of 64 bytes).
   template <class Cta, class Map>
   static MODIFF_HD void unpack(Cta& cta, Shared& shared, const ProductArgs<Map>& args) {
-    const int thread = cta.thread() % kWarpgroup, span = args.window.span;
+    const int thread = cta.thread() % kWarpgroup, swizzle = args.window.swizzle;
     Ring<kStages> ring;
-    for (int index = static_cast<int>(cta.block()); index < unit_count(args.schedule); index += cta.blocks()) {
-      const Unit unit = unit_of(args.schedule, index);
-      for (int step = unit.first_step; step < unit.end_step; ++step) {
+    for (int index = static_cast<int>(cta.block()); index < work_count(args.schedule); index += cta.blocks()) {
+      const Work work = work_of(args.schedule, index);
+      for (int k_block = work.first_k_block; k_block < work.end_k_block; ++k_block) {
         // The producer filled the packed rows after the stage was empty, so the place for int8 is empty too.
         cta.wait(&shared.packed_full[ring.stage], ring.parity);
         const uint8_t* packed = shared.packed[ring.stage];
         uint8_t* weight = shared.weight[ring.stage];
         const uint32_t base = cta.shared_address(weight);
-        MODIFF_UNROLL for (int part = 0; part < kColumns * kStep / 16 / kWarpgroup; ++part) {
-          const int chunk = part * kWarpgroup + thread;  // in the order of boxes, rows, codes
+        MODIFF_UNROLL for (int pass = 0; pass < kColumns * kBlockK / 16 / kWarpgroup; ++pass) {
+          const int chunk = pass * kWarpgroup + thread;  // in the order of boxes, rows, codes
           uint32_t words[4];
           if (kBits == 4) {
             uint32_t nibbles[2];
@@ -208,7 +211,7 @@ struct Product {
             unpack_eight_planes(low[0] & 0xFFFFu, high[0] & 0xFFu, words[0], words[1]);
             unpack_eight_planes(low[0] >> 16, static_cast<uint32_t>(high[0]) >> 8, words[2], words[3]);
           }
-          cta.shared_store(weight + (swizzled(base + static_cast<uint32_t>(chunk) * 16, span) - base), words);
+          cta.shared_store(weight + (swizzled(base + static_cast<uint32_t>(chunk) * 16, swizzle) - base), words);
         }
         cta.publish_stores();
         cta.warp_sync();
@@ -236,33 +239,34 @@ struct Product {
 
   template <class Cta, class Map>
   static MODIFF_HD void consume(Cta& cta, Shared& shared, const ProductArgs<Map>& args, int consumer) {
-    const int span = args.window.span;
+    const int swizzle = args.window.swizzle;
     const bool leader = cta.thread() % kWarp == 0;
-    uint32_t offsets[kStep / kMmaDepth][2];  // of codes and weight
-    MODIFF_UNROLL for (int i = 0; i < kStep / kMmaDepth; ++i) {
-      offsets[i][0] = depth_offset(i, kRows, span) / 16;
-      offsets[i][1] = depth_offset(i, kColumns, span) / 16;
+    uint32_t offsets[kBlockK / kMmaDepth][2];  // of codes and weight
+    MODIFF_UNROLL for (int i = 0; i < kBlockK / kMmaDepth; ++i) {
+      offsets[i][0] = depth_offset(i, kRows, swizzle) / 16;
+      offsets[i][1] = depth_offset(i, kColumns, swizzle) / 16;
     }
     Ring<kStages> ring;
-    for (int index = static_cast<int>(cta.block()); index < unit_count(args.schedule); index += cta.blocks()) {
-      const Unit unit = unit_of(args.schedule, index);
+    for (int index = static_cast<int>(cta.block()); index < work_count(args.schedule); index += cta.blocks()) {
+      const Work work = work_of(args.schedule, index);
       int32_t sums[kBlocks][kSums];
       int before = 0;  // the stage whose release is due
-      for (int step = unit.first_step; step < unit.end_step; ++step) {
+      for (int k_block = work.first_k_block; k_block < work.end_k_block; ++k_block) {
         cta.wait(&shared.full[ring.stage], ring.parity);
         const uint32_t rows = cta.shared_address(shared.codes[ring.stage]);
-        const uint64_t codes = descriptor(rows + static_cast<uint32_t>(consumer * kBlocks * kMmaRows * span), span);
-        const uint64_t weight = descriptor(cta.shared_address(shared.weight[ring.stage]), span);
+        const uint64_t codes =
+            descriptor(rows + static_cast<uint32_t>(consumer * kBlocks * kMmaRows * swizzle), swizzle);
+        const uint64_t weight = descriptor(cta.shared_address(shared.weight[ring.stage]), swizzle);
         cta.mma_begin();
-        MODIFF_UNROLL for (int i = 0; i < kStep / kMmaDepth; ++i) {
+        MODIFF_UNROLL for (int i = 0; i < kBlockK / kMmaDepth; ++i) {
           MODIFF_UNROLL for (int block = 0; block < kBlocks; ++block) {
-            const uint64_t next = static_cast<uint64_t>(block * kMmaRows * span / 16);
+            const uint64_t next = static_cast<uint64_t>(block * kMmaRows * swizzle / 16);
             cta.template mma<kColumns>(sums[block], codes + next + offsets[i][0], weight + offsets[i][1],
-                                       i > 0 || step > unit.first_step);
+                                       i > 0 || k_block > work.first_k_block);
           }
         }
         cta.mma_commit();
-        if (step > unit.first_step) {
+        if (k_block > work.first_k_block) {
           cta.template mma_wait<1>(sums);
           if (leader) cta.arrive(&shared.empty[before]);
         }
@@ -271,19 +275,19 @@ struct Product {
       }
       cta.template mma_wait<0>(sums);
       if (leader) cta.arrive(&shared.empty[before]);
-      if (args.schedule.splits > 1 && !join_parts(cta, shared, args, unit, consumer, sums)) continue;
-      finish(cta, args.epilogue, unit, consumer, sums);
+      if (args.schedule.splits > 1 && !reduce_splits(cta, shared, args, work, consumer, sums)) continue;
+      finish(cta, args.epilogue, work, consumer, sums);
     }
   }
 
-  // Adds the sums of a part to those in scratch. True in the block that comes last to the tile; it has the whole sums.
+  // Adds the sums of a split to those in scratch. True in the block that comes last to the tile; it has the whole sums.
   // Rows past the end are left out: of 64 pixels at 8 x 8 one consumer has none.
   template <class Cta, class Map>
-  static MODIFF_HD bool join_parts(Cta& cta, Shared& shared, const ProductArgs<Map>& args, const Unit& unit,
-                                   int consumer, int32_t (&sums)[kBlocks][kSums]) {
+  static MODIFF_HD bool reduce_splits(Cta& cta, Shared& shared, const ProductArgs<Map>& args, const Work& work,
+                                      int consumer, int32_t (&sums)[kBlocks][kSums]) {
     const int thread = cta.thread() % kWarpgroup;
-    const int64_t rows = args.epilogue.rows - (int64_t{unit.row_tile} * kRows + consumer * kBlocks * kMmaRows);
-    const int64_t block = (int64_t{unit.tile} * kConsumers + consumer) * kBlocks;
+    const int64_t rows = args.epilogue.rows - (int64_t{work.row_tile} * kRows + consumer * kBlocks * kMmaRows);
+    const int64_t block = (int64_t{work.tile} * kConsumers + consumer) * kBlocks;
     int32_t* mine = args.sums + block * kSums * kWarpgroup + thread;
     MODIFF_UNROLL for (int i = 0; i < kBlocks * kSums; ++i) {
       if (i / kSums * kMmaRows + sum_row(thread, i % kSums) < rows) {
@@ -293,9 +297,9 @@ struct Product {
     cta.add_is_visible();
     cta.consumers_sync();
     if (thread == 0 && consumer == 0) {
-      shared.last = cta.count_arrival(args.arrived + unit.tile) + 1 == static_cast<uint32_t>(args.schedule.splits);
+      shared.last = cta.count_arrival(args.arrived + work.tile) + 1 == static_cast<uint32_t>(args.schedule.splits);
     }
-    cta.consumers_sync();  // all read `last` before the first of these two barriers of another unit
+    cta.consumers_sync();  // all read `last` before the first of these two barriers of another work item
     if (shared.last == 0) return false;
     cta.add_is_visible();
     MODIFF_UNROLL for (int i = 0; i < kBlocks * kSums; ++i) {
@@ -306,21 +310,21 @@ struct Product {
     return true;
   }
 
-  static constexpr int kSlices = kColumns / kSlice, kPieces = kBlocks * kSlices * 2;
+  static constexpr int kSlices = kColumns / kSlice, kFragments = kBlocks * kSlices * 2;
 
-  // This thread's pairs of a piece. Registers have no index, so the piece is found by bisection; without `held` the
-  // compiler would select every register from all pieces instead.
+  // This thread's pairs of a fragment. Registers have no index, so the fragment is found by bisection; without `held`
+  // the compiler would select every register from all fragments instead.
   template <int low, int high>
-  static MODIFF_HD void pick_piece(int piece, const int32_t (&sums)[kBlocks][kSums], int32_t (&pairs)[4][2]) {
+  static MODIFF_HD void pick_fragment(int fragment, const int32_t (&sums)[kBlocks][kSums], int32_t (&pairs)[4][2]) {
     if constexpr (high - low == 1) {
       const int first = low / 2 % kSlices * kSlice / 2 + low % 2 * 2;
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
         pairs[i / 2][i % 2] = held(sums[low / 2 / kSlices][first + i / 2 * 4 + i % 2]);
       }
-    } else if (piece < (low + high) / 2) {
-      pick_piece<low, (low + high) / 2>(piece, sums, pairs);
+    } else if (fragment < (low + high) / 2) {
+      pick_fragment<low, (low + high) / 2>(fragment, sums, pairs);
     } else {
-      pick_piece<(low + high) / 2, high>(piece, sums, pairs);
+      pick_fragment<(low + high) / 2, high>(fragment, sums, pairs);
     }
   }
 
@@ -331,38 +335,39 @@ struct Product {
     return value;
   }
 
-  // A piece at a time: 32 columns of every other eight of 64 rows, a vector to a thread. A loop, so that the epilogue's
-  // code is there once.
+  // A fragment at a time: 32 columns of every other eight of 64 rows, a vector to a thread. A loop, so that the
+  // epilogue's code is there once.
   template <class Cta>
-  static MODIFF_HD void finish(Cta& cta, const EpilogueArgs& args, const Unit& unit, int consumer,
+  static MODIFF_HD void finish(Cta& cta, const EpilogueArgs& args, const Work& work, int consumer,
                                const int32_t (&sums)[kBlocks][kSums]) {
     const int thread = cta.thread() % kWarpgroup, lane = thread % kWarp;
-    const int64_t first_row = int64_t{unit.row_tile} * kRows + consumer * kBlocks * kMmaRows + sum_row(thread, 0);
-    const int64_t first_column = int64_t{unit.column_tile} * kColumns + lane % 4 * kVector;
-    MODIFF_NO_UNROLL for (int piece = 0; piece < kPieces; ++piece) {
+    const int64_t first_row = int64_t{work.row_tile} * kRows + consumer * kBlocks * kMmaRows + sum_row(thread, 0);
+    const int64_t first_column = int64_t{work.column_tile} * kColumns + lane % 4 * kVector;
+    MODIFF_NO_UNROLL for (int fragment = 0; fragment < kFragments; ++fragment) {
       int32_t pairs[4][2];
-      pick_piece<0, kPieces>(piece, sums, pairs);
+      pick_fragment<0, kFragments>(fragment, sums, pairs);
       gather_vector(cta, lane, pairs);
       int32_t vector[kVector];
-      MODIFF_UNROLL for (int i = 0; i < kVector; ++i) vector[i] = pairs[i / 2][i % 2];
-      finish_vector(args, first_row + piece / 2 / kSlices * kMmaRows + piece % 2 * 8,
-                    first_column + piece / 2 % kSlices * kSlice, vector);
+      MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
+        vector[i] = pairs[i / 2][i % 2];
+      finish_vector(args, first_row + fragment / 2 / kSlices * kMmaRows + fragment % 2 * 8,
+                    first_column + fragment / 2 % kSlices * kSlice, vector);
     }
   }
 };
 
 // Everything but the maps, and the maps as plain numbers.
-inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Plan& plan, int64_t tap_sum_words) {
+inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Tiling& tiling, int64_t tap_sum_words) {
   const ProductProblem& p = call.problem;
-  const Tile tile = kTiles[plan.tile];
+  const Tile tile = kTiles[tiling.tile];
   ProductArgs<TensorMap> args{};
-  args.codes = codes_map(p, plan.window, tile.rows);
-  args.weight = weight_map(call, plan.window, tile.columns, call.weight_bits == 3 ? Part::kLow : Part::kWhole);
-  if (call.weight_bits == 3) args.high_plane = weight_map(call, plan.window, tile.columns, Part::kHigh);
-  args.schedule = plan.schedule;
-  args.window = plan.window;
+  args.codes = codes_map(p, tiling.window, tile.rows);
+  args.weight = weight_map(call, tiling.window, tile.columns, call.weight_bits == 3 ? Plane::kLow : Plane::kWhole);
+  if (call.weight_bits == 3) args.high_plane = weight_map(call, tiling.window, tile.columns, Plane::kHigh);
+  args.schedule = tiling.schedule;
+  args.window = tiling.window;
   args.image = image_of(p);
-  const Scratch scratch = scratch_of(call, plan, tap_sum_words);
+  const Scratch scratch = scratch_of(call, tiling, tap_sum_words);
   auto* words = static_cast<int32_t*>(call.scratch);
   args.epilogue = epilogue_args(call, p.zero_point == nullptr ? nullptr : words + scratch.tap_sums);
   args.arrived = reinterpret_cast<uint32_t*>(words + scratch.arrived);

@@ -1,49 +1,50 @@
-// What a thread block computes, and in which order: units of work, steps along K, and the pixels that TMA starts from.
+// What a thread block computes, and in which order: work items, k-blocks, and the pixels that TMA starts from.
 #pragma once
 #include "common/problem.h"
 #include "cuda/sm90/layout.h"
 
 namespace modiff::cuda::sm90 {
 
-// The result is cut into tiles, the steps of K of a tile into `splits` parts. A unit is a part of a tile.
+// The output has row_tiles * column_tiles tiles, each of `k_blocks` along K that are shared out among `splits` work
+// items.
 struct Schedule {
   int row_tiles, column_tiles, splits;
-  int steps;  // along K
+  int k_blocks;
 };
 
-struct Unit {
+struct Work {
   int row_tile, column_tile;
-  int first_step, end_step;
+  int first_k_block, end_k_block;
   int tile;  // row_tile * column_tiles + column_tile
 };
 
-MODIFF_HD int unit_count(const Schedule& s) { return s.row_tiles * s.column_tiles * s.splits; }
+MODIFF_HD int work_count(const Schedule& s) { return s.row_tiles * s.column_tiles * s.splits; }
 
-// Blocks take the units block, block + blocks, ... at about the same time. Parts of a tile are neighbours; tiles go
-// down kBand tiles of rows before they go to the next column, so that the units of a wave share rows and columns in the
-// L2 cache.
+// Blocks take the work items block, block + blocks, ... at about the same time. Splits of a tile are neighbours; tiles
+// go down kBand tiles of rows before they go to the next column, so that the work items of a wave share rows and
+// columns in the L2 cache.
 constexpr int kBand = 8;
 
-MODIFF_HD Unit unit_of(const Schedule& s, int index) {
-  const int part = index % s.splits, tile = index / s.splits;
+MODIFF_HD Work work_of(const Schedule& s, int index) {
+  const int split = index % s.splits, tile = index / s.splits;
   const int band = tile / (kBand * s.column_tiles), within = tile % (kBand * s.column_tiles);
   const int height = least(kBand, s.row_tiles - band * kBand);
-  Unit unit;
-  unit.row_tile = band * kBand + within % height;
-  unit.column_tile = within / height;
-  unit.first_step = s.steps * part / s.splits;
-  unit.end_step = s.steps * (part + 1) / s.splits;
-  unit.tile = unit.row_tile * s.column_tiles + unit.column_tile;
-  return unit;
+  Work work;
+  work.row_tile = band * kBand + within % height;
+  work.column_tile = within / height;
+  work.first_k_block = s.k_blocks * split / s.splits;
+  work.end_k_block = s.k_blocks * (split + 1) / s.splits;
+  work.tile = work.row_tile * s.column_tiles + work.column_tile;
+  return work;
 }
 
-// K is walked in boxes of `span` codes of one tap, kStep / span of them to a step. The last box of a tap may reach past
-// its channels, and the last step past the last tap: the codes there are 0, because TMA fills with 0 what lies
-// outside the image's channels, whatever the weight's bytes are.
+// K is walked in boxes of `swizzle` codes of one tap, kBlockK / swizzle of them to a k-block. The last box of a tap may
+// reach past its channels, and the last k-block past the last tap: the codes there are 0, because TMA fills with 0 what
+// lies outside the image's channels, whatever the weight's bytes are.
 struct Window {
   int channels;  // of a tap
   int taps, kernel_w, dilation_h, dilation_w;
-  int span;
+  int swizzle;
   int boxes;  // of a tap
 };
 
@@ -54,10 +55,10 @@ struct Box {
 };
 
 MODIFF_HD Box box_of(const Window& w, int index) {
-  int tap = index / w.boxes, channel = index % w.boxes * w.span;
+  int tap = index / w.boxes, channel = index % w.boxes * w.swizzle;
   if (tap >= w.taps) {
     tap = 0;
-    channel = w.boxes * w.span;
+    channel = w.boxes * w.swizzle;
   }
   Box box;
   box.channel = channel;
@@ -77,12 +78,12 @@ inline Window window_of(const ProductProblem& p, int weight_bits) {
   w.dilation_h = static_cast<int>(p.dilation_h);
   w.dilation_w = static_cast<int>(p.dilation_w);
   const bool narrow = weight_bits != 3 && ceil_div(w.channels, 64) % 2 == 1 && w.taps > 1;
-  w.span = narrow ? 64 : 128;
-  w.boxes = ceil_div(w.channels, w.span);
+  w.swizzle = narrow ? 64 : 128;
+  w.boxes = ceil_div(w.channels, w.swizzle);
   return w;
 }
 
-MODIFF_HD int step_count(const Window& w) { return ceil_div(w.taps * w.boxes, kStep / w.span); }
+MODIFF_HD int k_block_count(const Window& w) { return ceil_div(w.taps * w.boxes, kBlockK / w.swizzle); }
 
 // Rows of the result are the output pixels of all samples in order. A pixel's window begins here in the input.
 struct Image {

@@ -42,20 +42,21 @@ inline cudaError_t encode(const TensorMap& map, CUtensorMap& encoded) {
   for (int i = 0; i < 4; ++i) dims[i] = static_cast<cuuint64_t>(map.dims[i]);
   for (int i = 0; i < 3; ++i) strides[i] = static_cast<cuuint64_t>(map.strides[i]);
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(map.box[0]), static_cast<cuuint32_t>(map.box[1])};
-  const CUtensorMapSwizzle swizzle = map.span == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : map.span == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+  const CUtensorMapSwizzle mode = map.swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                  : map.swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                       : CU_TENSOR_MAP_SWIZZLE_NONE;
   void* base = const_cast<void*>(map.base);
   CUresult done;
   if (map.im2col) {
-    const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(map.step[0]), static_cast<cuuint32_t>(map.step[1]), 1};
+    const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(map.element_strides[0]),
+                                 static_cast<cuuint32_t>(map.element_strides[1]), 1};
     done = encoder.im2col(&encoded, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, base, dims, strides, map.lower, map.upper,
-                          box[0], box[1], steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                          box[0], box[1], steps, CU_TENSOR_MAP_INTERLEAVE_NONE, mode,
                           CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   } else {
     const cuuint32_t steps[2] = {1, 1};
     done = encoder.tiled(&encoded, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, base, dims, strides, box, steps,
-                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                         CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   }
   if (done != CUDA_SUCCESS) return cudaErrorInvalidValue;

@@ -12,12 +12,12 @@ struct TensorMap {
   int64_t dims[4];     // innermost first: {bytes, rows}, or {c, w, h, n} with im2col
   int64_t strides[3];  // in bytes, of dims[1] on
   int box[2];          // bytes and rows (pixels, with im2col) of a box
-  // im2col: the first pixel of windows is walked over [lower, extent + upper) of w and h, with these steps.
-  int lower[2], upper[2], step[2];
-  int span;  // of the swizzle, 0: none
+  // im2col: the first pixel of windows is walked over [lower, extent + upper) of w and h, element_strides apart.
+  int lower[2], upper[2], element_strides[2];
+  int swizzle;  // bytes of a row that it permutes, 0: none
 };
 
-inline TensorMap matrix_map(const void* base, int64_t bytes, int64_t rows, int box_bytes, int box_rows, int span) {
+inline TensorMap matrix_map(const void* base, int64_t bytes, int64_t rows, int box_bytes, int box_rows, int swizzle) {
   TensorMap map{};
   map.base = base;
   map.dims[0] = bytes;
@@ -25,13 +25,13 @@ inline TensorMap matrix_map(const void* base, int64_t bytes, int64_t rows, int b
   map.strides[0] = bytes;
   map.box[0] = box_bytes;
   map.box[1] = box_rows;
-  map.span = span;
+  map.swizzle = swizzle;
   return map;
 }
 
 // The codes, `rows` rows of a tile to a box.
 inline TensorMap codes_map(const ProductProblem& p, const Window& window, int rows) {
-  if (is_matrix(p)) return matrix_map(p.codes, p.c_in, p.samples * p.h * p.w, window.span, rows, window.span);
+  if (is_matrix(p)) return matrix_map(p.codes, p.c_in, p.samples * p.h * p.w, window.swizzle, rows, window.swizzle);
   TensorMap map{};
   map.base = p.codes;
   map.im2col = true;
@@ -40,35 +40,36 @@ inline TensorMap codes_map(const ProductProblem& p, const Window& window, int ro
   map.strides[0] = p.c_in;
   map.strides[1] = p.c_in * p.w;
   map.strides[2] = p.c_in * p.w * p.h;
-  map.box[0] = window.span;
+  map.box[0] = window.swizzle;
   map.box[1] = rows;
   map.lower[0] = static_cast<int>(-p.pad_w);
   map.lower[1] = static_cast<int>(-p.pad_h);
   map.upper[0] = static_cast<int>(p.pad_w - (p.kernel_w - 1) * p.dilation_w);
   map.upper[1] = static_cast<int>(p.pad_h - (p.kernel_h - 1) * p.dilation_h);
-  map.step[0] = static_cast<int>(p.stride_w);
-  map.step[1] = static_cast<int>(p.stride_h);
-  map.span = window.span;
+  map.element_strides[0] = static_cast<int>(p.stride_w);
+  map.element_strides[1] = static_cast<int>(p.stride_h);
+  map.swizzle = window.swizzle;
   return map;
 }
 
-// Bytes that hold `codes` codes: of 8 and 4 bits, or of the planes of 3 bits, low (two bits) and high (one).
-enum class Part { kWhole, kLow, kHigh };
+// What a map of the weight covers: whole rows of 8 and 4 bits, or a plane of 3 bits, low (two bits) or high (one); and
+// the bytes that hold `codes` codes in it.
+enum class Plane { kWhole, kLow, kHigh };
 
-MODIFF_HD constexpr int part_bytes(int codes, int bits, Part part) {
-  return part == Part::kLow ? codes / 4 : part == Part::kHigh ? codes / 8 : codes * bits / 8;
+MODIFF_HD constexpr int plane_bytes(int codes, int bits, Plane plane) {
+  return plane == Plane::kLow ? codes / 4 : plane == Plane::kHigh ? codes / 8 : codes * bits / 8;
 }
 
 // The weight, `columns` output channels to a box. Both planes of 3 bits stand in one row: the map of the high one
 // begins at the first row's high plane, and reaches past the last row's end no more than the low one.
-inline TensorMap weight_map(const ProductCall& call, const Window& window, int columns, Part part) {
+inline TensorMap weight_map(const ProductCall& call, const Window& window, int columns, Plane plane) {
   const ProductProblem& p = call.problem;
   const int64_t k = p.kernel_h * p.kernel_w * p.c_in, pitch = k * call.weight_bits / 8;
-  const int64_t first = part == Part::kHigh ? k / 4 : 0;
-  const int64_t bytes = part == Part::kLow ? k / 4 : part == Part::kHigh ? k / 8 : pitch;
-  TensorMap map =
-      matrix_map(reinterpret_cast<const char*>(p.weight) + first, bytes, p.c_out,
-                 part_bytes(window.span, call.weight_bits, part), columns, call.weight_bits == 8 ? window.span : 0);
+  const int64_t first = plane == Plane::kHigh ? k / 4 : 0;
+  const int64_t bytes = plane == Plane::kLow ? k / 4 : plane == Plane::kHigh ? k / 8 : pitch;
+  TensorMap map = matrix_map(reinterpret_cast<const char*>(p.weight) + first, bytes, p.c_out,
+                             plane_bytes(window.swizzle, call.weight_bits, plane), columns,
+                             call.weight_bits == 8 ? window.swizzle : 0);
   map.strides[0] = pitch;
   return map;
 }

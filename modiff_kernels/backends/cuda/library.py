@@ -1,6 +1,6 @@
 """The compiled library of the CUDA kernels and its ops, in the private namespace `modiff_cuda`."""
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +44,16 @@ def unavailable() -> str | None:
     return why_not_loaded()
 
 
-def too_old(problem: Any) -> str | None:
-    """Why the device of `problem` cannot run these kernels, or None."""
-    if problem.capability is not None and problem.capability < LEAST_CAPABILITY:
-        return f"compute capability {problem.capability[0]}.{problem.capability[1]}: the kernels need 8.0 or newer"
-    return None
-
-
-@cache
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a CUDA device, None for others."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+# The ops of the library, which `unavailable` or `why_not_loaded` has loaded; tests put an emulation in their place.
 
 
 def quantize_op() -> Any:
-    """The op of the library, which `unavailable` has loaded; tests put an emulation in its place."""
     return torch.ops.modiff_cuda.quantize.default
 
 
-def cuts_op() -> Any:
-    """The op of the library, which `unavailable` or `why_not_loaded` has loaded."""
-    return torch.ops.modiff_cuda.cuts.default
-
-
 def product_op() -> Any:
-    """The op of the library, which `unavailable` has loaded; tests put an emulation in its place."""
     return torch.ops.modiff_cuda.product.default
+
+
+def tiles_op() -> Any:
+    return torch.ops.modiff_cuda.tiles.default

@@ -1,20 +1,32 @@
 """Triton kernels for NVIDIA GPUs from sm_80 (A100) on; no compiler is needed on the user's machine.
 
-Quantising passes, and integer products on the int8 tensor cores. Importing this package imports neither triton nor a
-kernel: KERNELS is made at its first use, after `unavailable()` has said that they can run.
+Quantisation, integer products on the int8 tensor cores, and small Linears in one launch. Importing this package imports
+no triton and touches no GPU: `quantize`, `product` and `modulate` are imported at their first use, after
+`unavailable()` has said that they can run.
 """
 
-from functools import lru_cache
+import importlib
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...quant.packing import KPACK_V1, check_layout
+from ...quant.packing import KPACK_V1
+from . import quantize_tiling, tiles
 
-NAME = "triton"
+LEAST_CAPABILITY = (8, 0)
+MAX_K = 1 << 16
+"""255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32."""
+MAX_ROWS = 1 << 31
 
-_LEAST_CAPABILITY = (8, 0)
+_FUNCTIONS = {"quantize": ".quantize_launch", "product": ".product_launch", "modulate": ".modulate_linear"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = function = getattr(importlib.import_module(_FUNCTIONS[name], __name__), name)
+    return function
 
 
 @lru_cache(maxsize=1)
@@ -23,7 +35,7 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    if max(capabilities) < _LEAST_CAPABILITY:
+    if max(capabilities) < LEAST_CAPABILITY:
         found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
         return f"compute capability {found}: the kernels need 8.0 (A100) or newer"
     try:
@@ -33,31 +45,62 @@ def unavailable() -> str | None:
     return None
 
 
-def preferred_layout(problem: Any) -> str:
-    """The portable layout: tiles of it unpack without moving data between threads (weight_tiles.py)."""
-    return KPACK_V1
+def why_not(problem: Any) -> str | None:
+    """Why the kernels cannot solve `problem`, None if they can."""
+    if problem.capability is not None and problem.capability < LEAST_CAPABILITY:
+        return f"compute capability {problem.capability[0]}.{problem.capability[1]}: the kernels need 8.0 or newer"
+    if problem.op == "quantize":
+        return quantize_tiling.why_not(problem)
+    return _product_why_not(problem) if problem.op == "product" else _modulate_why_not(problem)
 
 
-def prepare_weight(
-    weight_packed: Tensor,
-    weight_bits: int,
-    n: int,
-    k: int,
-    layout_from: str,
-    layout_to: str,
-    kernel_size: tuple[int, int] = (1, 1),
-    groups: int = 1,
-) -> Tensor:
-    """The identity on kpack_v1; ValueError for other layouts."""
-    for layout in (layout_from, layout_to):
-        check_layout("prepare_weight (triton)", layout)
-    return weight_packed
+def _shape_of(problem: Any) -> tiles.Shape:
+    groups = 1 if problem.window is None else problem.window.groups
+    channels = problem.channels // groups
+    return tiles.Shape(
+        problem.m, problem.n, channels, problem.taps, groups, problem.weight_bits, problem.group_size
+    )  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name != "KERNELS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .table import kernels
+def _product_why_not(problem: Any) -> str | None:
+    if problem.layout != KPACK_V1:
+        return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
+    shape = _shape_of(problem)
+    if shape.weight_bits != 8 and shape.taps > 1 and shape.channels % 8 != 0:
+        return (
+            f"{shape.weight_bits}-bit weights with {shape.channels} input channels per tap: a tap must begin at a "
+            "byte, so their number must be divisible by 8; use weight_bits=8"
+        )
+    if not any(tiles.fits(tile, shape) for tile in tiles.candidates(problem.capability or LEAST_CAPABILITY)):
+        return (
+            f"group_size={shape.group_size} with {shape.channels} input channels per tap: a step along K is inside one "
+            "group, so group_size (and, for kernels above 1x1, the channels) must be divisible by 32"
+        )
+    if problem.k > MAX_K:
+        return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
+    if problem.m >= MAX_ROWS:
+        return f"m={problem.m} rows; they are counted in int32"
+    if problem.granularity == "per_token" and not problem.is_pointwise:
+        return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
+    return None
 
-    globals()[name] = made = kernels()
-    return made
+
+def _modulate_why_not(problem: Any) -> str | None:
+    """Of the update in one launch, beside what is asked of its two parts."""
+    if problem.window is not None or problem.prologue != "identity":
+        return "one launch is for Linears whose input needs no prologue"
+    if not problem.scale_given and problem.granularity != "per_token":
+        return f"a dynamic scale {problem.granularity} needs all rows before the first code"
+    if not tiles.one_launch_pays(_shape_of(problem), _gpu_like(problem.capability)):
+        return "two launches are estimated to be faster"
+    return None
+
+
+@cache
+def _gpu_like(capability: tuple[int, int] | None) -> tiles.Gpu:
+    """A GPU of this machine with `capability`, else the one that the interpreter stands for."""
+    for index in range(torch.cuda.device_count()):
+        gpu = tiles.gpu_of(torch.device("cuda", index))
+        if gpu.capability == capability:
+            return gpu
+    return tiles.INTERPRETED_GPU

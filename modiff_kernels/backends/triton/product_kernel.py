@@ -10,16 +10,15 @@ zero_point   like scale, or none                        int32
 weight_sums  [N, taps] with zero_point, [N] unpadded    int32 (grouped: float32)
 weight_scale [N], or [N, K / group_size] (grouped)      float32
 bias         [N] or none                                float
-y_hat        [M, N]                                     float, updated in place
-skip, out    [M, N]                                     float
+y_hat        [M, N] or none                             float, updated in place
+skip, out    [M, N] or none                             float
 partial      [splits, M, N] with splits > 1             int32 (grouped: float32)
 ============ ========================================== ========================
 
     acc[m, n] = sum over taps t and channels c of codes[pixel(m, t), c] * weight[n, t, c]       0 outside of the image
     v         = scale[m] * weight_scale[n] * (acc[m, n] - zero_point[m] * sum of weight_sums[n, t] over taps inside)
-    ACCUMULATE  y_hat += v              out = y_hat + skip
-    INITIALIZE  y_hat  = v + bias       out = y_hat + skip
-    OUTPUT                              out = v + bias + skip
+    with y_hat     y_hat += v              out = y_hat + skip
+    without                                out = v + bias + skip
 
 m counts output pixels (sample, p, q). Integers are exact; the rest is float32. One kernel serves both operators: with
 WINDOW off a row's address is one multiplication, and what a window needs is not compiled.
@@ -41,9 +40,6 @@ import triton
 import triton.language as tl
 
 from .weight_tiles import load_weight_tile
-
-ACCUMULATE, INITIALIZE, OUTPUT = range(3)
-_ACCUMULATE, _INITIALIZE, _OUTPUT = tl.constexpr(ACCUMULATE), tl.constexpr(INITIALIZE), tl.constexpr(OUTPUT)
 
 # Extents on which no address alignment depends: their values must not lead to further compilations.
 _WINDOW = ["height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w"]
@@ -75,8 +71,6 @@ def _finish(
     scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
     rows_per_scale, height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
-    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
-    EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what may be written (start + at).
 
@@ -84,7 +78,7 @@ def _finish(
     """
     scale_at = rows // rows_per_scale
     row_scale = tl.load(scale + scale_at)
-    if HAS_ZERO_POINT:
+    if zero_point is not None:
         zero = tl.load(zero_point + scale_at)
         if PADDED:
             _, top, left = _pixel(rows, out_height, out_width, stride_h, stride_w, pad_h, pad_w)
@@ -100,16 +94,15 @@ def _finish(
         v = acc * row_scale[:, None]
     else:
         v = acc.to(tl.float32) * (row_scale[:, None] * tl.load(weight_scale + cols)[None, :])
-    if HAS_BIAS:
+    if bias is not None:
         v += tl.load(bias + cols).to(tl.float32)[None, :]
-    if EPILOGUE == _ACCUMULATE:
+    if y_hat is not None:
         v += tl.load(y_hat + start + at, mask=mask, other=0.0).to(tl.float32)
-    if EPILOGUE != _OUTPUT:
         stored = v.to(y_hat.dtype.element_ty)
         tl.store(y_hat + start + at, stored, mask=mask)
         v = stored.to(tl.float32)
-    if WRITE_OUT:
-        if HAS_SKIP:
+    if out is not None:
+        if skip is not None:
             v += tl.load(skip + start + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + start + at, v.to(out.dtype.element_ty), mask=mask)
 
@@ -121,9 +114,7 @@ def product_kernel(
     group_size, scale_groups,
     height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     WINDOW: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
-    EPILOGUE: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of the output, or of one split's sums; operands and mapping at the top of this file."""
@@ -181,7 +172,7 @@ def product_kernel(
     start = (tile_m * BLOCK_M).to(tl.int64) * n
     at = tl.arange(0, BLOCK_M)[:, None] * n + col[None, :]
     mask = (row < m)[:, None] & (col < column_end)[None, :]
-    if SPLIT:
+    if partial is not None:
         tl.store(partial + tl.program_id(1).to(tl.int64) * m * n + start + at, acc, mask=mask)
     else:
         _finish(
@@ -189,7 +180,7 @@ def product_kernel(
             scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
             rows_per_scale, height, width, out_height, out_width,
             stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-            KERNEL_H, KERNEL_W, PADDED, GROUPED, HAS_ZERO_POINT, HAS_BIAS, HAS_SKIP, WRITE_OUT, EPILOGUE,
+            KERNEL_H, KERNEL_W, PADDED, GROUPED,
         )  # fmt: skip
 
 
@@ -199,8 +190,7 @@ def finish_kernel(
     m, n, rows_per_scale, height, width, out_height, out_width,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
-    HAS_ZERO_POINT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, WRITE_OUT: tl.constexpr,
-    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of all splits, in order, and do the epilogue of one tile [BLOCK_M, BLOCK_N]."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -219,7 +209,7 @@ def finish_kernel(
         scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
         rows_per_scale, height, width, out_height, out_width,
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-        KERNEL_H, KERNEL_W, PADDED, GROUPED, HAS_ZERO_POINT, HAS_BIAS, HAS_SKIP, WRITE_OUT, EPILOGUE,
+        KERNEL_H, KERNEL_W, PADDED, GROUPED,
     )  # fmt: skip
 
 

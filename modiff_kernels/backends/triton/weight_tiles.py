@@ -20,7 +20,7 @@ the other operand must be 0 there.
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED
+from .launch import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels at both of their places: emulated on the host under sanitizers, and on a GPU."""
+"""The CUDA kernels emulated on the host under sanitizers."""
 
 import os
 import shutil
@@ -6,21 +6,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
 
-from modiff_kernels.backends import cuda
-from modiff_kernels.backends.cuda import library
-from tests.backends.cuda.emulation import (
-    EMULATOR,
-    SANITIZED,
-    ProductEmulator,
-    QuantizingEmulator,
-    compile_module,
-    compile_source,
-)
-from tests.backends.quantizing_cases import Place
-
-KERNELS = {name: kernel.fn for name, kernel in cuda.KERNELS.items()}
+from tests.backends.cuda.emulation import compile_module, running
 
 
 @pytest.fixture(scope="session")
@@ -41,34 +28,22 @@ def host_module(tmp_path_factory, compiler):
     return lambda name: compile_module(compiler, name, tmp_path_factory.mktemp(name), pybind11.get_include())
 
 
-def running(kind, name, tmp_path_factory, compiler, *flags):
-    """The program emulator/<name>.cpp; a sanitizer's complaint fails the test whose call it ends."""
-    program = tmp_path_factory.mktemp("emulator") / name
-    compile_source(compiler, EMULATOR / f"{name}.cpp", program, *SANITIZED, *flags)
-    emulator = kind(program)
-    yield emulator
-    emulator.close()
-
-
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory, compiler):
-    """The quantising kernels on the host."""
-    yield from running(QuantizingEmulator, "quantizing", tmp_path_factory, compiler)
+def quantize_emulator(tmp_path_factory, compiler):
+    """`quantize` on the host."""
+    with running("quantize", compiler, tmp_path_factory.mktemp("emulator")) as emulator:
+        yield emulator
 
 
 @pytest.fixture(scope="session")
 def product_emulator(tmp_path_factory, compiler):
-    """The products of csrc/cuda/sm80 on the host."""
-    yield from running(ProductEmulator, "products", tmp_path_factory, compiler)
+    """The product of csrc/cuda/sm80 on the host."""
+    with running("product", compiler, tmp_path_factory.mktemp("emulator")) as emulator:
+        yield emulator
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def place(request, monkeypatch):
-    """The kernels where they run."""
-    if request.param == "cuda":
-        if (reason := cuda.unavailable()) is not None:
-            pytest.skip(reason)
-        return Place(KERNELS, torch.device("cuda"))
-    quantize = request.getfixturevalue("emulator").quantize
-    monkeypatch.setattr(library, "quantize_op", lambda: quantize)
-    return Place(KERNELS, torch.device("cpu"))
+@pytest.fixture(scope="session")
+def hopper(tmp_path_factory, compiler):
+    """The product of csrc/cuda/sm90 on the host."""
+    with running("hopper", compiler, tmp_path_factory.mktemp("emulator")) as emulator:
+        yield emulator

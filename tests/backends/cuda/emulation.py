@@ -1,20 +1,22 @@
 """The CUDA kernels on the host: builds the programs of emulator/ with sanitizers, and calls them in the place of the
-ops `modiff_cuda::quantize` and `modiff_cuda::product`; builds its modules, functions of csrc on arrays.
+ops `modiff_cuda::quantize` and `modiff_cuda::product` (`stand_ins`); builds its modules, functions of csrc on arrays.
 """
 
 import importlib.util
+import math
 import struct
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from modiff_kernels.backends.cuda import quantizing
+from modiff_kernels.backends.cuda import library
 from modiff_kernels.quant.packing import empty_packed
-from modiff_kernels.quant.spec import granule_count
+from modiff_kernels.quant.spec import GRANULARITIES, granule_count
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).parent / "emulator"
@@ -75,8 +77,8 @@ class Emulator:
         return torch.frombuffer(bytearray(data), dtype=like.dtype).view(_in_memory_order(like).shape)
 
 
-class QuantizingEmulator(Emulator):
-    """emulator/quantizing.cpp; `quantize` has the arguments and results of the op."""
+class QuantizeEmulator(Emulator):
+    """emulator/quantize.cpp; `quantize` has the arguments and results of the op."""
 
     def quantize(
         self, x, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity, clip_ratio,
@@ -88,17 +90,17 @@ class QuantizingEmulator(Emulator):
         )  # fmt: skip
         like = x if x.ndim == 4 else x[..., :channels].contiguous()
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
-        name = next(key for key, value in quantizing.GRANULARITY.items() if value == granularity)
-        used = torch.empty(granule_count(like.shape, name, x.ndim == 4))
+        used = torch.empty(granule_count(like.shape, GRANULARITIES[granularity], x.ndim == 4))
         third = torch.empty_like(used, dtype=torch.int32 if x_hat is None else torch.float32)
         self.ask(head, (x, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
         return codes, used, third
 
 
 class ProductEmulator(Emulator):
-    """emulator/products.cpp; `product` has the arguments and results of the op. `tile` and `splits` are what the
-    kernels choose for a GPU (csrc/cuda/sm80/tile_config.h); CHOOSE leaves it to them, for a GPU with as many
-    multiprocessors as `splits`.
+    """emulator/product.cpp, the kernels of csrc/cuda/sm80; `product` has the arguments and results of the op.
+
+    `tile` and `splits` are what the kernels choose for a GPU (csrc/cuda/sm80/tile_config.h); CHOOSE leaves it to them,
+    for a GPU with as many multiprocessors as `splits`.
     """
 
     CHOOSE = -1
@@ -108,27 +110,96 @@ class ProductEmulator(Emulator):
         self.tile, self.splits = self.CHOOSE, 4
 
     def product(
-        self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, epilogue, y_hat, skip, write_out,
-        out_dtype, geometry, cut,
+        self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
+        geometry, tile,
     ):  # fmt: skip
-        samples, h, w, _, n, r, s, *window, _ = geometry
-        sizes = [
-            (size + 2 * window[2 + i] - window[4 + i] * (kernel - 1) - 1) // window[i] + 1
-            for i, (size, kernel) in enumerate(((h, r), (w, s)))
-        ]
-        bits, rows_per_scale = 4 if codes.dtype == torch.uint8 else 8, samples * sizes[0] * sizes[1] // len(scale)
+        out = _output(codes, geometry, out_dtype)
+        code_bits = 4 if codes.dtype == torch.uint8 else 8
         head = struct.pack(
-            "30q", *geometry, weight_bits, bits, rows_per_scale, epilogue, _dtype(bias), _dtype(y_hat),
-            _dtype(skip), DTYPES[out_dtype], write_out, self.tile, self.splits, self.falling,
-            *(cut or (0, 0, 0, 0)),
+            "29q", *geometry, weight_bits, code_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat),
+            _dtype(skip), DTYPES[out_dtype], write_out, self.tile, self.splits, self.falling, *(tile or (0, 0, 0, 0)),
         )  # fmt: skip
-        if codes.ndim == 4:
-            out = torch.empty((samples, n, *sizes), dtype=out_dtype, memory_format=torch.channels_last)
-        else:
-            out = torch.empty((*codes.shape[:-1], n), dtype=out_dtype)
         tensors = (codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip)
         self.ask(head, tensors, (out if write_out else None, y_hat))
         return out if write_out else torch.empty(0, dtype=out_dtype)
+
+
+class HopperEmulator(Emulator):
+    """emulator/hopper.cpp, the kernels of csrc/cuda/sm90 on a model of TMA, barriers and wgmma; `product` as above.
+
+    `tile`: index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own. `seed`: of the order of threads and loads.
+    `prefetched`: bytes that the last call asked for ahead of its epilogue. `other`: takes what these kernels do not.
+    """
+
+    def __init__(self, program: Path, other: ProductEmulator | None = None):
+        super().__init__(program)
+        self.tile, self.splits, self.multiprocessors, self.seed = -1, 1, 3, 0
+        self.prefetched, self.other = 0, other
+
+    def product(
+        self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
+        geometry, tile,
+    ):  # fmt: skip
+        k = geometry[3] * geometry[5] * geometry[6]
+        if self.other is not None and weight_bits == 3 and k % 128 != 0:
+            return self.other.product(
+                codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
+                geometry, tile,
+            )  # fmt: skip
+        out = _output(codes, geometry, out_dtype) if write_out else None
+        head = struct.pack(
+            "24q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
+            DTYPES[out_dtype], self.tile, self.splits, self.multiprocessors, self.seed,
+        )  # fmt: skip
+        prefetched = torch.zeros(1, dtype=torch.int64)
+        tensors = (codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out)
+        self.ask(head, tensors, (out, y_hat, prefetched))
+        self.prefetched = int(prefetched)
+        return torch.empty(0, dtype=out_dtype) if out is None else out
+
+
+PROGRAMS = {"quantize": QuantizeEmulator, "product": ProductEmulator, "hopper": HopperEmulator}
+
+
+@contextmanager
+def running(name: str, compiler: str, folder: Path) -> Iterator[Emulator]:
+    """The program emulator/<name>.cpp; a sanitizer's complaint fails the test whose call it ends."""
+    program = folder / name
+    compile_source(compiler, EMULATOR / f"{name}.cpp", program, *SANITIZED)
+    emulator = PROGRAMS[name](program)
+    yield emulator
+    emulator.close()
+
+
+def stand_ins(
+    quantize: QuantizeEmulator, product: ProductEmulator | HopperEmulator
+) -> dict[tuple[ModuleType, str], Callable[[], Callable]]:
+    """(module, attribute) and value that put the emulation behind `modiff_kernels.backends.cuda`, whose `quantize` and
+    `product` then take tensors of the CPU.
+    """
+    return {
+        (library, "quantize_op"): lambda: quantize.quantize,
+        (library, "product_op"): lambda: product.product,
+    }
+
+
+def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    if codes.ndim == 4:
+        shape = (geometry[0], geometry[4], *_output_sides(geometry))
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty((*codes.shape[:-1], geometry[4]), dtype=dtype)
+
+
+def _output_sides(geometry: Sequence[int]) -> list[int]:
+    _, h, w, _, _, r, s, *window, _ = geometry
+    return [
+        (size + 2 * window[2 + i] - window[4 + i] * (kernel - 1) - 1) // window[i] + 1
+        for i, (size, kernel) in enumerate(((h, r), (w, s)))
+    ]
+
+
+def _rows_per_scale(geometry: Sequence[int], scale: torch.Tensor) -> int:
+    return geometry[0] * math.prod(_output_sides(geometry)) // len(scale)
 
 
 def _dtype(t: torch.Tensor | None) -> int:

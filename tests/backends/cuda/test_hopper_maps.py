@@ -1,4 +1,4 @@
-"""How the kernels of csrc/cuda/sm90 cut and walk a call: compiled by the host compiler, against definitions."""
+"""How the kernels of csrc/cuda/sm90 tile and walk a call: compiled by the host compiler, against definitions."""
 
 import itertools
 import random
@@ -22,24 +22,24 @@ def sizes(samples, h, w, c_in, c_out, window=ONE, groups=1):
     return (samples, h, w, c_in, c_out, *(side for pair in window for side in pair), groups)
 
 
-class TestUnits:
+class TestWork:
     @pytest.mark.parametrize(
-        ("row_tiles", "column_tiles", "splits", "steps"),
+        ("row_tiles", "column_tiles", "splits", "k_blocks"),
         [*itertools.product((1, 7, 8, 9, 20), (1, 2, 5), (1, 3), (7,)), (3, 2, 16, 90), (64, 64, 1, 1)],
     )
-    def test_every_step_of_every_tile_once(self, maps, row_tiles, column_tiles, splits, steps):
-        units = maps.units(row_tiles, column_tiles, splits, steps)
-        assert len(units) == row_tiles * column_tiles * splits
-        done = [(u.row_tile, u.column_tile, step) for u in units for step in range(u.first_step, u.end_step)]
-        assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(steps)))
-        assert all(u.tile == u.row_tile * column_tiles + u.column_tile for u in units)
-        assert all(u.end_step > u.first_step for u in units)
+    def test_every_k_block_of_every_tile_once(self, maps, row_tiles, column_tiles, splits, k_blocks):
+        works = maps.works(row_tiles, column_tiles, splits, k_blocks)
+        assert len(works) == row_tiles * column_tiles * splits
+        done = [(w.row_tile, w.column_tile, i) for w in works for i in range(w.first_k_block, w.end_k_block)]
+        assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(k_blocks)))
+        assert all(w.tile == w.row_tile * column_tiles + w.column_tile for w in works)
+        assert all(w.end_k_block > w.first_k_block for w in works)
 
     def test_a_wave_shares_rows_and_columns(self, maps):
         """The first 132 of 32 x 32 tiles: 8 tiles of rows and 17 of columns, not 132 of one."""
-        units = maps.units(32, 32, 1, 4)[:MULTIPROCESSORS]
-        assert len({u.row_tile for u in units}) == 8
-        assert len({u.column_tile for u in units}) == 17
+        works = maps.works(32, 32, 1, 4)[:MULTIPROCESSORS]
+        assert len({w.row_tile for w in works}) == 8
+        assert len({w.column_tile for w in works}) == 17
 
 
 class TestWalks:
@@ -51,20 +51,20 @@ class TestWalks:
         fills zeros.
         """
         (r, s), _, _, (dilation_h, dilation_w) = window
-        span, boxes = maps.boxes(sizes(1, 16, 16, channels, 64, window), bits)
+        swizzle, boxes = maps.boxes(sizes(1, 16, 16, channels, 64, window), bits)
         codes = []
         for box in boxes:
-            inside = range(min(span, max(0, channels - box.channel)))
+            inside = range(min(swizzle, max(0, channels - box.channel)))
             tap = (box.offset_h // dilation_h) * s + box.offset_w // dilation_w
             assert all(box.code + i == tap * channels + box.channel + i for i in inside)
             codes += [box.code + i for i in inside]
         assert codes == list(range(r * s * channels))
-        assert len(boxes) * span % 128 == 0
-        assert len(boxes) * span - 128 < -(-channels // span) * span * r * s  # no step of zeros alone
+        assert len(boxes) * swizzle % 128 == 0
+        assert len(boxes) * swizzle - 128 < -(-channels // swizzle) * swizzle * r * s  # no k-block of zeros alone
 
-    def test_the_320_channels_of_a_unet_cost_half_a_step_of_zeros(self, maps):
-        span, boxes = maps.boxes(sizes(2, 64, 64, 320, 320, THREE), 8)
-        assert span == 64
+    def test_the_320_channels_of_a_unet_cost_half_a_k_block_of_zeros(self, maps):
+        swizzle, boxes = maps.boxes(sizes(2, 64, 64, 320, 320, THREE), 8)
+        assert swizzle == 64
         assert len(boxes) * 64 == 9 * 320 + 64
 
     @pytest.mark.parametrize("window", [ONE, THREE, DOWN, ((3, 2), (1, 3), (0, 2), (2, 1))])
@@ -79,18 +79,18 @@ class TestWalks:
 
 
 class TestSharedMemory:
-    @pytest.mark.parametrize("span", [64, 128])
-    def test_swizzles_permute_chunks_within_their_span(self, maps, span):
-        at = maps.swizzled(np.arange(4096), span)
+    @pytest.mark.parametrize("swizzle", [64, 128])
+    def test_swizzles_permute_chunks_within_their_rows(self, maps, swizzle):
+        at = maps.swizzled(np.arange(4096), swizzle)
         assert sorted(at) == list(range(4096))
-        assert all(at[i] // span == i // span and at[i] % 16 == i % 16 for i in range(4096))
+        assert all(at[i] // swizzle == i // swizzle and at[i] % 16 == i % 16 for i in range(4096))
 
-    @pytest.mark.parametrize("span", [64, 128])
-    def test_eight_rows_of_a_chunk_meet_every_bank_once(self, maps, span):
+    @pytest.mark.parametrize("swizzle", [64, 128])
+    def test_eight_rows_of_a_chunk_meet_every_bank_once(self, maps, swizzle):
         """A wgmma reads 16 bytes of eight rows at a time: 128 bytes, the width of the 32 banks."""
-        at = maps.swizzled(np.arange(4096), span)
-        for group, chunk in itertools.product(range(0, 4096, 8 * span), range(0, span, 16)):
-            assert len({at[group + row * span + chunk] // 16 % 8 for row in range(8)}) == 8
+        at = maps.swizzled(np.arange(4096), swizzle)
+        for group, chunk in itertools.product(range(0, 4096, 8 * swizzle), range(0, swizzle, 16)):
+            assert len({at[group + row * swizzle + chunk] // 16 % 8 for row in range(8)}) == 8
 
     @pytest.mark.parametrize("columns", [64, 128, 160, 256])
     def test_a_warpgroup_holds_every_sum_once(self, maps, columns):
@@ -113,50 +113,52 @@ class TestSharedMemory:
             assert all(registers % 8 == 0 for registers in (producer, unpacker, consumer))
 
 
-class TestPlan:
-    def plan(self, maps, call, bits=8, multiprocessors=MULTIPROCESSORS):
-        """Tile, number of tiles, splits, steps and bytes of scratch."""
-        plan = maps.plan(call, bits, multiprocessors)
-        tiles = plan["row_tiles"] * plan["column_tiles"]
-        return (plan["rows"], plan["columns"]), tiles, plan["splits"], plan["steps"], plan["scratch"]
+class TestTiling:
+    def tiling(self, maps, call, bits=8, multiprocessors=MULTIPROCESSORS):
+        """Tile, number of tiles, splits, k-blocks and bytes of scratch."""
+        tiling = maps.tiling(call, bits, multiprocessors)
+        tiles = tiling["row_tiles"] * tiling["column_tiles"]
+        return (tiling["rows"], tiling["columns"]), tiles, tiling["splits"], tiling["k_blocks"], tiling["scratch"]
 
     @pytest.mark.parametrize(
         ("samples", "side", "channels"), [(8, 64, 320), (16, 64, 320), (8, 32, 640), (16, 32, 640), (16, 16, 1280)]
     )
     def test_large_convolutions_waste_no_column(self, maps, samples, side, channels):
         """256 x 160, whole along K, and three quarters of all multiprocessors busy at least."""
-        tile, tiles, splits, _, scratch = self.plan(maps, sizes(samples, side, side, channels, channels, THREE))
+        tile, tiles, splits, _, scratch = self.tiling(maps, sizes(samples, side, side, channels, channels, THREE))
         assert (tile, splits, scratch) == ((256, 160), 1, 0)
         assert tiles / (-(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS) >= 0.75
 
     @pytest.mark.parametrize("bits", [8, 4, 3])
     @pytest.mark.parametrize(("samples", "side"), [(1, 8), (2, 8), (1, 16)])
     def test_few_rows_are_split_along_k(self, maps, samples, side, bits):
-        """One tile of rows: without parts 20 multiprocessors at most would read a weight of 14.7 million codes."""
-        _, tiles, splits, steps, scratch = self.plan(maps, sizes(samples, side, side, 1280, 1280, THREE), bits)
-        assert steps == 90
+        """One tile of rows: without splits 20 multiprocessors at most would read a weight of 14.7 million codes."""
+        _, tiles, splits, k_blocks, scratch = self.tiling(maps, sizes(samples, side, side, 1280, 1280, THREE), bits)
+        assert k_blocks == 90
         assert splits > 1
         assert 0.6 * MULTIPROCESSORS <= tiles * splits <= MULTIPROCESSORS
         assert scratch > 0
 
     @pytest.mark.parametrize("bits", [8, 4, 3])
-    def test_plans_of_any_call_are_whole(self, maps, bits):
+    def test_tilings_of_any_call_are_whole(self, maps, bits):
         random.seed(bits)
         for _ in range(300):
             side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
             call = sizes(
                 random.randint(1, 16), side, side, 16 * random.randint(1, 160), random.randint(1, 3000), window
             )
-            (rows, columns), tiles, splits, steps, scratch = self.plan(maps, call, bits, random.choice((78, 114, 132)))
+            (rows, columns), tiles, splits, k_blocks, scratch = self.tiling(
+                maps, call, bits, random.choice((78, 114, 132))
+            )
             out_side = side if window is not DOWN else (side - 1) // 2 + 1
             assert tiles == -(-call[0] * out_side * out_side // rows) * -(-call[4] // columns)
-            assert 1 <= splits <= max(1, steps // 4)
+            assert 1 <= splits <= max(1, k_blocks // 4)
             assert (bits == 8) or (rows, columns) in ((256, 160), (128, 64))
             assert scratch == (0 if splits == 1 else 4 * (-(-tiles // 4) * 4 + tiles * rows * columns))
 
 
-class TestCuts:
-    """csrc/cuda/cuts.h: what a caller may ask for."""
+class TestTilings:
+    """csrc/cuda/tiles.h: what a caller may ask for."""
 
     CALL = (2, 16, 16, 640, 1280, 3, 3, 1, 1, 1, 1, 1, 1, 1)
 
@@ -168,26 +170,26 @@ class TestCuts:
             channels = (128 if bits == 3 else 32) * random.randint(1, 20)
             call = sizes(random.randint(1, 16), side, side, channels, random.randint(1, 3000), window)
             multiprocessors = random.choice((78, 114, 132))
-            plan = maps.plan(call, bits, multiprocessors)
-            found = maps.cuts(call, bits, 8, 90, multiprocessors)
-            assert found[0] == (90, plan["rows"], plan["columns"], plan["splits"])
+            tiling = maps.tiling(call, bits, multiprocessors)
+            found = maps.tilings(call, bits, 8, 90, multiprocessors)
+            assert found[0] == (90, tiling["rows"], tiling["columns"], tiling["splits"])
             assert len(set(found)) == len(found)
-            assert [cut[0] for cut in found] == sorted((cut[0] for cut in found), reverse=True)
-            assert all(maps.why_not_cut(call, bits, 8, cut, 90) is None for cut in found)
-            assert all(maps.told_plan(call, bits, cut) == cut[1:] for cut in found if cut[0] == 90)
+            assert [tiling[0] for tiling in found] == sorted((tiling[0] for tiling in found), reverse=True)
+            assert all(maps.why_not_tiling(call, bits, 8, tiling, 90) is None for tiling in found)
+            assert all(maps.told_tiling(call, bits, tiling) == tiling[1:] for tiling in found if tiling[0] == 90)
 
     def test_older_gpus_have_the_kernels_of_sm80_alone(self, maps):
-        found = maps.cuts(self.CALL, 8, 8, 86, 84)
-        assert {cut[0] for cut in found} == {80}
+        found = maps.tilings(self.CALL, 8, 8, 86, 84)
+        assert {tiling[0] for tiling in found} == {80}
         assert found[0] == (80, *maps.choice_of_sm80(512, 1280, 9 * 640, 8, 84))
-        assert {cut[1:3] for cut in found} == {(128, 128), (128, 64), (64, 64)}
+        assert {tiling[1:3] for tiling in found} == {(128, 128), (128, 64), (64, 64)}
 
     def test_packed_codes_have_tensor_cores_on_older_gpus_alone(self, maps):
-        assert maps.cuts(self.CALL, 4, 4, 90, 132) == []
-        assert {cut[0] for cut in maps.cuts(self.CALL, 4, 4, 80, 108)} == {80}
+        assert maps.tilings(self.CALL, 4, 4, 90, 132) == []
+        assert {tiling[0] for tiling in maps.tilings(self.CALL, 4, 4, 80, 108)} == {80}
 
     @pytest.mark.parametrize(
-        ("cut", "bits", "capability", "words"),
+        ("tiling", "bits", "capability", "words"),
         [
             ((90, 256, 160, 1), 8, 90, None),
             ((80, 128, 64, 2), 8, 90, None),
@@ -195,15 +197,15 @@ class TestCuts:
             ((90, 256, 160, 1), 8, 80, "capability 9.0 alone"),
             ((90, 128, 256, 1), 4, 90, "no such tile"),
             ((90, 64, 64, 1), 8, 90, "no such tile"),
-            ((90, 128, 64, 46), 8, 90, "more parts than steps"),
-            ((90, 128, 64, 0), 8, 90, "less than one part"),
+            ((90, 128, 64, 46), 8, 90, "more splits than k-blocks"),
+            ((90, 128, 64, 0), 8, 90, "less than one split"),
             ((80, 256, 160, 1), 8, 90, "no such tile"),
-            ((80, 64, 64, 89), 8, 90, "no steps along K"),
+            ((80, 64, 64, 89), 8, 90, "no k-blocks"),
             ((75, 64, 64, 1), 8, 80, "sm_90 and sm_80"),
         ],
     )
-    def test_others_are_refused_with_a_reason(self, maps, cut, bits, capability, words):
-        reason = maps.why_not_cut(self.CALL, bits, 8, cut, capability)
+    def test_others_are_refused_with_a_reason(self, maps, tiling, bits, capability, words):
+        reason = maps.why_not_tiling(self.CALL, bits, 8, tiling, capability)
         assert reason is None if words is None else words in reason
 
 

@@ -1,4 +1,4 @@
-"""The products of csrc/cuda/sm90 on a GPU of capability 9.0, through the public ops: layers of UNets that reach every
+"""The product of csrc/cuda/sm90 on a GPU of capability 9.0, through the public ops: layers of UNets that reach every
 kernel, bit for bit with the backend reference; races; graphs.
 """
 
@@ -9,28 +9,27 @@ from benchmarks import shapes
 from benchmarks.tile_tuning import Scratch
 from modiff_kernels import ops
 from modiff_kernels.backends import cuda
-from modiff_kernels.quant.packing import KPACK_V1, pack
+from modiff_kernels.quant.operands import PackedWeight
+from modiff_kernels.quant.packing import pack
 from modiff_kernels.quant.spec import quant_max, quant_min
+from tests.backends.exact_product import DOWN, POINT, THREE
 from tools import tune_cuda
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable())),
 ]
-ONE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel size, stride, padding, dilation
-THREE = ((3, 3), (1, 1), (1, 1), (1, 1))
-DOWN = ((3, 3), (2, 2), (1, 1), (1, 1))
 
 LAYERS = [
-    (1, 1, 128, 64, ONE, 8),  # the simplest: one step of one tile
-    (2, 8, 128, 160, ONE, 8),
+    (1, 1, 128, 64, POINT, 8),  # the simplest: one k-block of one tile
+    (2, 8, 128, 160, POINT, 8),
     (2, 8, 64, 64, THREE, 8),  # boxes of 64 codes
     (2, 64, 320, 320, THREE, 8),
     (2, 64, 320, 320, DOWN, 8),
     (8, 32, 640, 640, THREE, 8),  # 256 x 160
-    (2, 16, 1280, 1280, THREE, 8),  # parts along K
+    (2, 16, 1280, 1280, THREE, 8),  # splits of K
     (1, 8, 1280, 1280, THREE, 8),
-    (2, 16, 2560, 1280, ONE, 8),
+    (2, 16, 2560, 1280, POINT, 8),
     (8, 16, 1280, 1280, THREE, 4),
     (1, 8, 1280, 1280, THREE, 4),
     (8, 16, 1280, 1280, THREE, 3),
@@ -51,28 +50,28 @@ class Layer:
 
     def __init__(self, n, side, c_in, c_out, window, bits, device="cuda"):
         draw = torch.Generator().manual_seed(0)
-        self.window, self.bits = window, bits
-        (kernel, _), (stride, _), (padding, _), _ = window
-        out_side = (side + 2 * padding - kernel) // stride + 1
+        self.window = window
+        kernel, out_side = window.kernel_size[0], window.output_shape((n, c_in, side, side), c_out)[2]
         weight_q = torch.randint(
             quant_min(bits), quant_max(bits) + 1, (c_out, kernel**2 * c_in), dtype=torch.int8, generator=draw
         )
         codes = torch.randint(-128, 128, (n, side, side, c_in), dtype=torch.int8, generator=draw)
         states = torch.randn((2, n, out_side, out_side, c_out), generator=draw, dtype=torch.float32).half()
-        self.codes, self.weight = codes.permute(0, 3, 1, 2).to(device), pack(weight_q, bits).to(device)
+        self.codes = codes.permute(0, 3, 1, 2).to(device)
         self.y_hat, self.skip = states.permute(0, 1, 4, 2, 3).to(device)
         self.scale = (torch.rand(n, generator=draw) * 0.01 + 0.001).to(device)
-        self.weight_scale = (torch.rand(c_out, generator=draw) * 0.01 + 0.001).to(device)
+        weight_scale = (torch.rand(c_out, generator=draw) * 0.01 + 0.001).to(device)
+        self.weight = PackedWeight(pack(weight_q, bits).to(device), weight_scale, bits)
 
-    def accumulate(self, y_hat, backend):
-        return ops.accumulate_conv2d(
-            self.codes, self.scale, self.weight, self.weight_scale, y_hat, self.skip, self.bits, -1, KPACK_V1,
-            *self.window, 1, torch.float16, backend=backend,
+    def update(self, y_hat, backend):
+        return ops.product(
+            self.codes, self.scale, None, self.weight, y_hat, None, self.skip, self.window, torch.float16,
+            backend=backend,
         )  # fmt: skip
 
     def results(self, backend):
         y_hat = self.y_hat.clone()
-        return self.accumulate(y_hat, backend), y_hat
+        return self.update(y_hat, backend), y_hat
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -86,13 +85,13 @@ def test_layers(layer):
 @pytest.mark.parametrize(
     "layer", [shapes.Layer("conv", 128, 328, 17, 17, 3, 1, 1), shapes.Layer("linear", 1280, 328, 77, 1, 1)], ids=str
 )
-def test_every_cut_is_exact(layer, bits):
-    """All tiles and parts of sm_90 and sm_80 that tools/tune_cuda.py may measure."""
+def test_every_tile_is_exact(layer, bits):
+    """All tiles and splits of sm_90 and sm_80 that tools/tune_cuda.py may measure."""
     device = torch.device("cuda", torch.cuda.current_device())
     tunable, scratch = tune_cuda.products_on(device), Scratch(layer, 3, bits, device)
-    cuts = tunable.candidates(scratch)
-    assert {cut.architecture for cut in cuts} == {90, 80}
-    assert [cut for cut in cuts if not scratch.is_exact(tunable.update(scratch, cut))] == []
+    tiles = tunable.candidates(scratch)
+    assert {tile.architecture for tile in tiles} == {90, 80}
+    assert [tile for tile in tiles if not scratch.is_exact(tunable.update(scratch, tile))] == []
 
 
 @pytest.mark.parametrize("layer", [LAYERS[5], LAYERS[6], LAYERS[10], LAYERS[12]], ids=str)
@@ -104,14 +103,14 @@ def test_results_are_the_same_every_time(layer):
         assert all(torch.equal(found, wanted) for found, wanted in zip(layer.results("cuda"), first))
 
 
-def test_parts_along_k_in_a_graph():
+def test_splits_of_k_in_a_graph():
     """Sums and counters in scratch are cleared with every replay."""
     layer = Layer(*LAYERS[7])
     wanted, state = layer.results("reference")
     layer.results("cuda")  # loads what is loaded once
     y_hat, graph = layer.y_hat.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = layer.accumulate(y_hat, "cuda")
+        found = layer.update(y_hat, "cuda")
     for _ in range(3):
         y_hat.copy_(layer.y_hat)
         graph.replay()

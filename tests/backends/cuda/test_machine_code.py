@@ -92,6 +92,8 @@ RULE = {"why": "w", "arch": "sm_90a", "kernel": "^Tile"}
         ({"must": ["IGMMA"]}, "sm_90a TilePass<float>: no IGMMA"),
         ({"never": ["STG"]}, "sm_90a TilePass<float>: STG.E"),
         ({"registers": 95}, "sm_90a TilePass<float>: registers 96, at most 95"),
+        ({"registers_exactly": 96}, None),
+        ({"registers_exactly": 97}, "sm_90a TilePass<float>: registers 96, not 97"),
         ({"shared_bytes": 1024}, "sm_90a TilePass<float>: shared_bytes 1040, at most 1024"),
         ({"kernels": 2}, "sm_90a: applies to 1 kernels, 2 are expected"),
         ({"arch": "sm_90"}, "applies to no kernel"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.op_cases import ConvCase
+from modiff_kernels.quant.operands import Window
 
-CHUNK, STEP = 16, 64
+CHUNK, K_BLOCK = 16, 64
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ class TestSwizzle:
     def test_every_chunk_has_its_own_place_in_its_row(self, maps):
         for row in range(128):
             places = [maps.swizzled(row, chunk) for chunk in range(4)]
-            assert sorted(places) == [row * STEP + chunk * CHUNK for chunk in range(4)]
+            assert sorted(places) == [row * K_BLOCK + chunk * CHUNK for chunk in range(4)]
 
     @pytest.mark.parametrize("chunk", range(4))
     def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps, chunk):
@@ -94,33 +94,32 @@ def test_tiles_are_a_permutation_in_bands(maps, tiles_m, tiles_n):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("x_shape", "window"),
     [
-        ConvCase((2, 16, 5, 7), 1),
-        ConvCase((2, 48, 7, 5), 1, stride=(2, 2)),
-        ConvCase((1, 80, 6, 6), 1, (3, 3), (1, 1), (0, 0)),
-        ConvCase((3, 16, 4, 9), 1, (1, 3), (2, 1), (0, 2), (1, 2)),
-        ConvCase((1, 32, 9, 8), 1, (5, 4), (2, 3), (3, 1), (2, 1)),
-        ConvCase((2, 32, 3, 3), 1, (1, 1), (1, 1), (1, 1)),
+        ((2, 16, 5, 7), Window((3, 3), padding=(1, 1))),
+        ((2, 48, 7, 5), Window((3, 3), (2, 2), (1, 1))),
+        ((1, 80, 6, 6), Window((3, 3))),
+        ((3, 16, 4, 9), Window((1, 3), (2, 1), (0, 2), (1, 2))),
+        ((1, 32, 9, 8), Window((5, 4), (2, 3), (3, 1), (2, 1))),
+        ((2, 32, 3, 3), Window((1, 1), padding=(1, 1))),
     ],
     ids=str,
 )
-def test_chunks_come_from_where_the_window_meets_them(maps, case):
+def test_chunks_come_from_where_the_window_meets_them(maps, x_shape, window):
     """Against F.unfold of an image of the numbers of its own chunks, from 1 on, as 0 stands for padding."""
-    samples, channels, h, w = case.x_shape
+    samples, channels, h, w = x_shape
     chunks = channels // CHUNK
     image = torch.arange(1.0, samples * h * w * chunks + 1).view(samples, h, w, chunks).permute(0, 3, 1, 2)
-    columns = F.unfold(image.double(), case.kernel_size, case.dilation, case.padding, case.stride)
-    taps = case.kernel_size[0] * case.kernel_size[1]
+    columns = F.unfold(image.double(), window.kernel_size, window.dilation, window.padding, window.stride)
+    taps = window.kernel_size[0] * window.kernel_size[1]
     rows = columns.view(samples, chunks, taps, -1).permute(0, 3, 2, 1).reshape(-1, taps * chunks)
-    steps = -(-taps * channels // STEP) + 1  # one more: past the end of K
-    wanted = torch.zeros(-(-len(rows) // 64) * 64, steps * 4)
+    k_blocks = -(-taps * channels // K_BLOCK) + 1  # one more: past the end of K
+    wanted = torch.zeros(-(-len(rows) // 64) * 64, k_blocks * 4)
     wanted[: len(rows), : rows.shape[1]] = rows
-    window = (*case.kernel_size, *case.stride, *case.padding, *case.dilation)
-    geometry = (samples, h, w, channels, 1, *window, 1)
+    geometry = (samples, h, w, channels, 1, *window.to_ints())
     for first in range(0, len(wanted), 64):
-        sources = torch.from_numpy(maps.gather(geometry, first, steps))
-        found = sources.transpose(0, 1).reshape(64, steps * 4)
+        sources = torch.from_numpy(maps.gather(geometry, first, k_blocks))
+        found = sources.transpose(0, 1).reshape(64, k_blocks * 4)
         assert torch.equal(torch.where(found < 0, found + 1, found // CHUNK + 1), wanted[first : first + 64].long())
         assert ((found % CHUNK == 0) | (found == -1)).all()
 
@@ -144,9 +143,9 @@ class TestChoice:
     @pytest.mark.parametrize("sizes", [(1, 1, 16), (64, 320, 2880), (4096, 320, 320), (77, 1280, 768)], ids=str)
     def test_it_is_the_least_estimate_and_every_split_has_work(self, maps, sizes, multiprocessors, weight_bits):
         tile, splits = maps.choose(*sizes, weight_bits, multiprocessors)
-        steps = -(-sizes[2] // STEP)
-        share = -(-steps // splits)
-        assert (splits - 1) * share < steps
+        k_blocks = -(-sizes[2] // K_BLOCK)
+        share = -(-k_blocks // splits)
+        assert (splits - 1) * share < k_blocks
         assert splits == 1 or share >= 4
 
         def cycles(tile, splits):
@@ -156,6 +155,6 @@ class TestChoice:
 
 
 @pytest.mark.parametrize(("tile", "size"), list(enumerate([(128, 128), (128, 64), (64, 64)])))
-def test_a_call_that_is_told_its_cut_gets_it(maps, tile, size):
+def test_a_call_that_is_told_its_tiling_gets_it(maps, tile, size):
     geometry = (2, 16, 16, 640, 320, 3, 3, 1, 1, 1, 1, 1, 1, 1)
     assert maps.told(geometry, 8, *size, 3) == (tile, 3)

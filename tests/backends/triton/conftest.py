@@ -12,9 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from modiff_kernels.backends.triton.common import INTERPRETED
-from modiff_kernels.backends.triton.quantizing import QUANTIZING_KERNELS
-from tests.backends.quantizing_cases import Place
+from modiff_kernels.backends.triton.launch import INTERPRETED
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -31,10 +29,3 @@ def device(request):
     if INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1: the kernels are interpreted in this process")
     return torch.device("cuda")
-
-
-@pytest.fixture
-def place(device):
-    """The quantising kernels on `device`."""
-    reason = "Triton's interpreter truncates float32 to bfloat16 instead of rounding it" if INTERPRETED else None
-    return Place(QUANTIZING_KERNELS, device, no_bfloat16=reason)

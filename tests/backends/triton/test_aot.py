@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modiff_kernels.backends.triton import tile_configs
+from modiff_kernels.backends.triton import tiles
 from tools import aot_triton
 
 TOOL = Path(aot_triton.__file__)
@@ -41,9 +41,9 @@ def test_main_forms_use_the_tensor_cores_and_do_not_spill(tmp_path):
     assert_kept(found, text)
     for capability in aot_triton.PRODUCT_INSTRUCTION:
         names = [report["name"] for report in found if report["capability"] == capability]
-        for config in tile_configs.candidates(divmod(capability, 10)):
+        for config in tiles.candidates(divmod(capability, 10)):
             assert any(str(config) in name for name in names), f"sm_{capability}: {config} was not compiled"
-        assert any(name.startswith("modulated_linear") for name in names)
+        assert any(name.startswith("modulate_linear") for name in names)
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def report(**changes):
     [
         ({}, "product_kernel", None),
         ({"counts": {"IMMA": 4}}, "product_kernel", "no IGMMA"),
-        ({"counts": {}}, "modulated_linear_kernel", "no IGMMA"),
+        ({"counts": {}}, "modulate_linear_kernel", "no IGMMA"),
         ({"counts": {}}, "finish_kernel", None),
         ({"counts": {"IGMMA": 2, "STL": 1}}, "product_kernel", "spills"),
         ({"stack_bytes": 8}, "product_kernel", "spills: 8 bytes of stack"),

@@ -1,4 +1,4 @@
-// Runs whole calls of the products of csrc/cuda/sm90 on the host until the input ends.
+// Runs whole calls of the product of csrc/cuda/sm90 on the host until the input ends.
 #include "cuda/common/weight_sums.h"
 #include "cuda/sm90/product_body.h"
 #include "hopper_cta.h"
@@ -12,14 +12,14 @@ using namespace modiff::cuda;
 using SumsLaunch = HostLaunch<HostCta>;
 
 struct Request {
-  int64_t geometry[14], weight_bits, rows_per_scale, epilogue, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
-  int64_t tile, splits, multiprocessors, seed;  // tile -1: as planned
+  int64_t geometry[14], weight_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
+  int64_t tile, splits, multiprocessors, seed;  // tile -1: as chosen
 };
 
 // Returns the bytes that were prefetched.
 template <class Body>
 int64_t launch(const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r) {
-  const int blocks = least(sm90::unit_count(args.schedule), static_cast<int>(r.multiprocessors));
+  const int blocks = least(sm90::work_count(args.schedule), static_cast<int>(r.multiprocessors));
   return sm90::launch_on_host<Body>(args, blocks, static_cast<uint32_t>(r.seed));
 }
 
@@ -50,7 +50,6 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   p.zero_point = static_cast<const int32_t*>(zero_point.data());
   p.weight = static_cast<const int8_t*>(weight.data());
   p.weight_scale = static_cast<const float*>(weight_scale.data());
-  p.epilogue = static_cast<Epilogue>(r.epilogue);
   p.y_hat = y_hat.data();
   p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
   p.skip = skip.data();
@@ -62,16 +61,17 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   call.rows_per_scale = r.rows_per_scale;
   if (const char* limit = sm90::limit_of(call)) sm90::fail(limit);
 
-  if (r.tile >= 0) call.cut = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
-  const sm90::Plan plan = sm90::plan_of(call, static_cast<int>(r.multiprocessors));
+  if (r.tile >= 0)
+    call.tiling = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
+  const sm90::Tiling tiling = sm90::tiling_of(call, static_cast<int>(r.multiprocessors));
   const int64_t tap_sums = p.c_out * tap_sum_count(p);
-  const sm90::Scratch words = sm90::scratch_of(call, plan, tap_sums);
+  const sm90::Scratch words = sm90::scratch_of(call, tiling, tap_sums);
   scratch.fill(words.words * 4);
   call.scratch = scratch.data();
-  if (plan.schedule.splits > 1) std::memset(scratch.data(), 0, static_cast<size_t>(words.tap_sums) * 4);
+  if (tiling.schedule.splits > 1) std::memset(scratch.data(), 0, static_cast<size_t>(words.tap_sums) * 4);
   if (p.zero_point != nullptr) sum_weights(call, static_cast<int32_t*>(call.scratch) + words.tap_sums, sums_launch);
 
-  const int64_t prefetched = launch_tile(call.weight_bits, plan.tile, sm90::product_args(call, plan, tap_sums), r);
+  const int64_t prefetched = launch_tile(call.weight_bits, tiling.tile, sm90::product_args(call, tiling, tap_sums), r);
   for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
   std::fwrite(&prefetched, sizeof(prefetched), 1, stdout);
   std::fflush(stdout);

@@ -4,13 +4,11 @@
 //
 //   barriers   arrivals and bytes are counted by phase
 //   TMA        a box is poisoned when its load is issued, and filled at a random time until somebody needs it; only
-//   then
-//              its bytes are counted. Coordinates outside the tensor give zeros. Maps are checked against the driver's
-//              limits, and addresses in shared memory against the swizzle's
+//              after that its bytes are counted. Coordinates outside the tensor give zeros. Maps are checked against
+//              the driver's limits, and addresses in shared memory against the swizzle's
 //   wgmma      operands are read as late as allowed, when a thread waits for the group, or with odd seeds as early,
-//   when it
-//              issues it; operands that ordinary stores wrote must have been published. All threads of a warpgroup must
-//              issue the same operations
+//              when it issues it; operands that ordinary stores wrote must have been published. All threads of a
+//              warpgroup must issue the same operations
 //   blocks     of a launch run together
 #pragma once
 #include <cstring>
@@ -37,8 +35,7 @@ inline void require(bool holds, const char* what) {
   if (!holds) fail(what);
 }
 
-// What the driver's documentation of cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col, for bytes, does not allow, or
-// null.
+// What the documentation of cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col does not allow, for bytes, or null.
 inline const char* map_problem(const TensorMap& map) {
   if (reinterpret_cast<uintptr_t>(map.base) % 16 != 0) return "TMA: the base is not aligned";
   const int rank = map.im2col ? 4 : 2;
@@ -49,11 +46,11 @@ inline const char* map_problem(const TensorMap& map) {
     if (map.strides[i] % 16 != 0 || map.strides[i] >= int64_t{1} << 40) return "TMA: strides";
   }
   if (map.box[0] % 16 != 0 || map.box[0] > 256) return "TMA: bytes of a box";
-  if (map.span != 0 && map.box[0] > map.span) return "TMA: a box is wider than the swizzle";
+  if (map.swizzle != 0 && map.box[0] > map.swizzle) return "TMA: a box is wider than the swizzle";
   if (map.box[1] <= 0 || map.box[1] > (map.im2col ? 1024 : 256)) return "TMA: rows of a box";
   for (int i = 0; map.im2col && i < 2; ++i) {
     if (map.lower[i] < -128 || map.lower[i] > 127 || map.upper[i] < -128 || map.upper[i] > 127) return "TMA: corners";
-    if (map.step[i] < 1 || map.step[i] > 8) return "TMA: steps";
+    if (map.element_strides[i] < 1 || map.element_strides[i] > 8) return "TMA: element strides";
   }
   return nullptr;
 }
@@ -281,7 +278,7 @@ class HopperCta {
   Load issue(const TensorMap& map, uint8_t* to, uint64_t* barrier) {
     if (const char* problem = map_problem(map)) fail(problem);
     const uint32_t address = shared_address(to);
-    require(address % 128 == 0 && address % static_cast<uint32_t>(8 * most(16, map.span)) == 0, "TMA: destination");
+    require(address % 128 == 0 && address % static_cast<uint32_t>(8 * most(16, map.swizzle)) == 0, "TMA: destination");
     const auto bytes = static_cast<size_t>(map.box[0]) * static_cast<size_t>(map.box[1]);
     require(address - kBase + bytes <= size_, "TMA: a box reaches past shared memory");
     std::memset(to, 0x5A, bytes);
@@ -299,10 +296,10 @@ class HopperCta {
         outer[0] = pixel.w + load.offset_w;
         outer[1] = pixel.h + load.offset_h;
         outer[2] = pixel.n;
-        pixel.w += map.step[0];
+        pixel.w += map.element_strides[0];
         if (pixel.w >= map.dims[1] + map.upper[0]) {
           pixel.w = map.lower[0];
-          pixel.h += map.step[1];
+          pixel.h += map.element_strides[1];
           if (pixel.h >= map.dims[2] + map.upper[1]) {
             pixel.h = map.lower[1];
             ++pixel.n;
@@ -320,17 +317,17 @@ class HopperCta {
         uint8_t byte = 0;
         if (inside && x >= 0 && x < map.dims[0]) byte = base[from + x];
         const uint32_t address = to + static_cast<uint32_t>(row * map.box[0] + i);
-        shared_[permuted(address, map.span) - kBase] = byte;
+        shared_[permuted(address, map.swizzle) - kBase] = byte;
       }
     }
   }
 
   // Swizzling: the 16-byte chunk in a span is XORed with the number of the 128-byte line, of which a span of 128 bytes
   // takes three bits and one of 64 bytes two.
-  MODIFF_HOT static uint32_t permuted(uint32_t address, int span) {
+  MODIFF_HOT static uint32_t permuted(uint32_t address, int swizzle) {
     const uint32_t line = address / 128, chunk = address / 16;
-    if (span == 128) return (chunk ^ line % 8) * 16 + address % 16;
-    if (span == 64) return (chunk ^ line % 4) * 16 + address % 16;
+    if (swizzle == 128) return (chunk ^ line % 8) * 16 + address % 16;
+    if (swizzle == 64) return (chunk ^ line % 4) * 16 + address % 16;
     return address;
   }
 
@@ -341,10 +338,11 @@ class HopperCta {
     const int layout = static_cast<int>(descriptor >> 62);
     require(layout == 1 || layout == 2, "wgmma: a layout that is not modelled");
     require((descriptor >> 49 & 7) == 0, "wgmma: base offsets are not modelled");
-    const int span = layout == 1 ? 128 : 64;
+    const int swizzle = layout == 1 ? 128 : 64;
     for (uint32_t chunk = 0; chunk < 32; chunk += 16) {
-      const uint32_t address = start + static_cast<uint32_t>(row / 8) * group + static_cast<uint32_t>(row % 8 * span);
-      const uint32_t at = permuted(address + chunk, span) - kBase;
+      const uint32_t address =
+          start + static_cast<uint32_t>(row / 8) * group + static_cast<uint32_t>(row % 8 * swizzle);
+      const uint32_t at = permuted(address + chunk, swizzle) - kBase;
       require(at + 16 <= size_, "wgmma: an operand outside of shared memory");
       const uint16_t* unpublished = unpublished_.data() + at;
       for (uint32_t i = 0; i < 16; ++i) require(unpublished[i] == 0, "wgmma reads what was not published");

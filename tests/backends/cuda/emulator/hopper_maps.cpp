@@ -1,9 +1,9 @@
-// How csrc/cuda/sm90 cuts and walks a call, as a Python module, for tests/backends/cuda/test_hopper_maps.py.
+// How csrc/cuda/sm90 tiles and walks a call, as a Python module, for tests/backends/cuda/test_hopper_maps.py.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include "cuda/cuts.h"
 #include "cuda/sm90/product_body.h"
+#include "cuda/tiles.h"
 #include "hopper_cta.h"
 
 namespace py = pybind11;
@@ -41,20 +41,20 @@ std::vector<py::dict> kernels() {
           kernel<sm90::Product<3, 2, 160>>(), kernel<sm90::Product<3, 1, 64>>()};
 }
 
-std::vector<sm90::Unit> units(int row_tiles, int column_tiles, int splits, int steps) {
-  const sm90::Schedule schedule{row_tiles, column_tiles, splits, steps};
-  std::vector<sm90::Unit> found;
-  for (int i = 0; i < sm90::unit_count(schedule); ++i) found.push_back(sm90::unit_of(schedule, i));
+std::vector<sm90::Work> works(int row_tiles, int column_tiles, int splits, int k_blocks) {
+  const sm90::Schedule schedule{row_tiles, column_tiles, splits, k_blocks};
+  std::vector<sm90::Work> found;
+  for (int i = 0; i < sm90::work_count(schedule); ++i) found.push_back(sm90::work_of(schedule, i));
   return found;
 }
 
-// The codes of a box, and every box of the steps.
+// The codes of a box, and every box of the k-blocks.
 std::pair<int, std::vector<sm90::Box>> boxes(const Geometry& geometry, int bits) {
   const sm90::Window window = sm90::window_of(call_of(geometry, bits).problem, bits);
-  const int64_t count = sm90::step_count(window) * (sm90::kStep / window.span);
+  const int64_t count = sm90::k_block_count(window) * (sm90::kBlockK / window.swizzle);
   std::vector<sm90::Box> found;
   for (int i = 0; i < count; ++i) found.push_back(sm90::box_of(window, i));
-  return {window.span, found};
+  return {window.swizzle, found};
 }
 
 // w, h, n of every output pixel.
@@ -77,45 +77,47 @@ std::vector<std::pair<int, int>> fragment(int columns) {
   return places;
 }
 
-// Rows and columns of the tile, row_tiles, column_tiles, splits, steps; bytes of scratch.
-py::dict plan(const Geometry& geometry, int bits, int multiprocessors) {
+// Rows and columns of the tile, row_tiles, column_tiles, splits, k-blocks; bytes of scratch.
+py::dict tiling(const Geometry& geometry, int bits, int multiprocessors) {
   const ProductCall call = call_of(geometry, bits);
-  const sm90::Plan plan = sm90::plan_of(call, multiprocessors);
-  const sm90::Schedule& s = plan.schedule;
-  const sm90::Tile tile = sm90::kTiles[plan.tile];
+  const sm90::Tiling tiling = sm90::tiling_of(call, multiprocessors);
+  const sm90::Schedule& s = tiling.schedule;
+  const sm90::Tile tile = sm90::kTiles[tiling.tile];
   return py::dict("rows"_a = int{tile.rows}, "columns"_a = int{tile.columns}, "row_tiles"_a = int{s.row_tiles},
-                  "column_tiles"_a = int{s.column_tiles}, "splits"_a = int{s.splits}, "steps"_a = int{s.steps},
-                  "scratch"_a = sm90::scratch_of(call, plan, 0).words * 4);
+                  "column_tiles"_a = int{s.column_tiles}, "splits"_a = int{s.splits}, "k_blocks"_a = int{s.k_blocks},
+                  "scratch"_a = sm90::scratch_of(call, tiling, 0).words * 4);
 }
 
-using CutFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h Cut
+using TilingFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h ProductTiling
 
-// All cuts of a call, those of sm_90 first.
-std::vector<CutFields> cuts(const Geometry& geometry, int bits, int code_bits, int capability, int multiprocessors) {
+// All tilings of a call, those of sm_90 first.
+std::vector<TilingFields> tilings(const Geometry& geometry, int bits, int code_bits, int capability,
+                                  int multiprocessors) {
   ProductCall call = call_of(geometry, bits);
   call.code_bits = code_bits;
-  std::vector<CutFields> found;
-  for (const Cut& cut : cuts_of(call, capability, multiprocessors))
-    found.emplace_back(cut.architecture, cut.rows, cut.columns, cut.splits);
+  std::vector<TilingFields> found;
+  for (const ProductTiling& tiling : tilings_of(call, capability, multiprocessors))
+    found.emplace_back(tiling.architecture, tiling.rows, tiling.columns, tiling.splits);
   return found;
 }
 
-ProductCall told(const Geometry& geometry, int bits, const CutFields& cut) {
+ProductCall told(const Geometry& geometry, int bits, const TilingFields& tiling) {
   ProductCall call = call_of(geometry, bits);
-  call.cut = {std::get<0>(cut), std::get<1>(cut), std::get<2>(cut), std::get<3>(cut)};
+  call.tiling = {std::get<0>(tiling), std::get<1>(tiling), std::get<2>(tiling), std::get<3>(tiling)};
   return call;
 }
 
-const char* why_not_cut(const Geometry& geometry, int bits, int code_bits, const CutFields& cut, int capability) {
-  ProductCall call = told(geometry, bits, cut);
+const char* why_not_tiling(const Geometry& geometry, int bits, int code_bits, const TilingFields& tiling,
+                           int capability) {
+  ProductCall call = told(geometry, bits, tiling);
   call.code_bits = code_bits;
-  return cut_problem(call, capability);
+  return tiling_problem(call, capability);
 }
 
-// Rows and columns of the tile and the parts of a call that is told its cut.
-std::tuple<int, int, int> told_plan(const Geometry& geometry, int bits, const CutFields& cut) {
-  const sm90::Plan plan = sm90::plan_of(told(geometry, bits, cut), 132);
-  return {sm90::kTiles[plan.tile].rows, sm90::kTiles[plan.tile].columns, plan.schedule.splits};
+// Rows and columns of the tile and the splits of a call that is told its tiling.
+std::tuple<int, int, int> told_tiling(const Geometry& geometry, int bits, const TilingFields& tiling) {
+  const sm90::Tiling tiling = sm90::tiling_of(told(geometry, bits, tiling), 132);
+  return {sm90::kTiles[tiling.tile].rows, sm90::kTiles[tiling.tile].columns, tiling.schedule.splits};
 }
 
 // What the kernels of sm_80 choose: rows and columns of the tile, and splits.
@@ -137,7 +139,7 @@ const char* limit(const Geometry& geometry, int bits, int codes_offset, int weig
 const char* problem_of_maps(const Geometry& geometry, int bits) {
   const ProductCall call = call_of(geometry, bits);
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
-    const auto args = sm90::product_args(call, sm90::plan_of_tile(call, tile, 1), 0);
+    const auto args = sm90::product_args(call, sm90::tiling_of_tile(call, tile, 1), 0);
     for (const sm90::TensorMap* map : {&args.codes, &args.weight, bits == 3 ? &args.high_plane : &args.weight}) {
       if (const char* problem = sm90::map_problem(*map)) return problem;
     }
@@ -148,28 +150,28 @@ const char* problem_of_maps(const Geometry& geometry, int bits) {
 }  // namespace
 
 PYBIND11_MODULE(hopper_maps, m) {
-  py::class_<sm90::Unit>(m, "Unit")
-      .def_readonly("row_tile", &sm90::Unit::row_tile)
-      .def_readonly("column_tile", &sm90::Unit::column_tile)
-      .def_readonly("first_step", &sm90::Unit::first_step)
-      .def_readonly("end_step", &sm90::Unit::end_step)
-      .def_readonly("tile", &sm90::Unit::tile);
+  py::class_<sm90::Work>(m, "Work")
+      .def_readonly("row_tile", &sm90::Work::row_tile)
+      .def_readonly("column_tile", &sm90::Work::column_tile)
+      .def_readonly("first_k_block", &sm90::Work::first_k_block)
+      .def_readonly("end_k_block", &sm90::Work::end_k_block)
+      .def_readonly("tile", &sm90::Work::tile);
   py::class_<sm90::Box>(m, "Box")
       .def_readonly("channel", &sm90::Box::channel)
       .def_readonly("offset_h", &sm90::Box::offset_h)
       .def_readonly("offset_w", &sm90::Box::offset_w)
       .def_readonly("code", &sm90::Box::code);
   m.def("kernels", kernels);
-  m.def("units", units);
+  m.def("works", works);
   m.def("boxes", boxes);
   m.def("corners", corners);
   m.def("swizzled", py::vectorize(sm90::swizzled));
   m.def("fragment", fragment);
-  m.def("plan", plan);
+  m.def("tiling", tiling);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);
-  m.def("cuts", cuts);
-  m.def("why_not_cut", why_not_cut);
-  m.def("told_plan", told_plan);
+  m.def("tilings", tilings);
+  m.def("why_not_tiling", why_not_tiling);
+  m.def("told_tiling", told_tiling);
   m.def("choice_of_sm80", choice_of_sm80);
 }

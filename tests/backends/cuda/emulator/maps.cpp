@@ -108,28 +108,28 @@ std::pair<int, int> tile_place(int tile, int tiles_m, int tiles_n) {
   return {place.m, place.n};
 }
 
-// Where in the image the chunks of the tile at `row` come from: [steps, 64 rows, 4 chunks].
-Array<int64_t> gather(const Geometry& geometry, int row, int steps) {
+// Where in the image the chunks of the tile at `row` come from: [k-blocks, 64 rows, 4 chunks].
+Array<int64_t> gather(const Geometry& geometry, int row, int k_blocks) {
   constexpr int kThreads = 128, kRows = 64, kTileChunks = kRows * sm80::kChunks;
   ProductCall call{};
   set_geometry(call.problem, geometry.data());
   call.weight_bits = call.code_bits = 8;
-  std::vector<uint8_t> image(1), tile(kRows * sm80::kStepBytes);
+  std::vector<uint8_t> image(1), tile(kRows * sm80::kBlockKBytes);
   call.problem.codes = reinterpret_cast<const int8_t*>(image.data());
-  const sm80::ProductPlan plan = sm80::plan_of(call, sm80::TileChoice{2, 1});
-  const sm80::OperandArgs args = sm80::operand_args(call, plan);
-  Array<int64_t> sources({steps, kRows, static_cast<int>(sm80::kChunks)});
+  const sm80::Tiling tiling = sm80::tiling_of(call, sm80::TileChoice{2, 1});
+  const sm80::OperandArgs args = sm80::operand_args(call, tiling);
+  Array<int64_t> sources({k_blocks, kRows, static_cast<int>(sm80::kChunks)});
   std::fill_n(sources.mutable_data(), sources.size(), kUnwritten);
   std::vector<int64_t> swizzled(kTileChunks);
   for (int thread = 0; thread < kThreads; ++thread) {
     sm80::CodesLoader<kThreads, kRows> loader(args, thread, row, 0);
     Recorder recorder{args.codes, tile.data(), swizzled.data()};
-    for (int step = 0; step < steps; ++step) {
+    for (int k_block = 0; k_block < k_blocks; ++k_block) {
       std::fill(swizzled.begin(), swizzled.end(), kUnwritten);
       loader.load(recorder, args, thread, tile.data());
       for (int i = thread / sm80::kChunks; i < kRows; i += kThreads / sm80::kChunks) {
         const int chunk = thread % sm80::kChunks;
-        sources.mutable_at(step, i, chunk) = swizzled[static_cast<size_t>(sm80::swizzled(i, chunk) / sm80::kChunk)];
+        sources.mutable_at(k_block, i, chunk) = swizzled[static_cast<size_t>(sm80::swizzled(i, chunk) / sm80::kChunk)];
       }
     }
   }
@@ -147,14 +147,14 @@ std::pair<int, int> choose(int64_t rows, int64_t columns, int64_t k, int weight_
   return {best.tile, best.splits};
 }
 
-// The same of a call that is told its cut.
+// The same of a call that is told its tiling.
 std::pair<int, int> told(const Geometry& geometry, int weight_bits, int rows, int columns, int splits) {
   ProductCall call{};
   set_geometry(call.problem, geometry.data());
   call.weight_bits = weight_bits;
-  call.cut = {80, rows, columns, splits};
-  const sm80::ProductPlan plan = sm80::plan_of(call, 108);
-  return {plan.choice.tile, plan.choice.splits};
+  call.tiling = {80, rows, columns, splits};
+  const sm80::Tiling tiling = sm80::tiling_of(call, 108);
+  return {tiling.choice.tile, tiling.choice.splits};
 }
 
 double cycles(int tile, int splits, int64_t rows, int64_t columns, int64_t k, int weight_bits, int multiprocessors) {

@@ -1,0 +1,98 @@
+"""`product`: csrc/cuda/product.h in the shape of the op. Nothing here reads the device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...quant.operands import PackedWeight, Window
+from ...quant.packing import KPACK_V1
+from . import library
+from .tiles import Tile, choose
+
+_ALIGNMENT = 16
+
+CHANNEL_MULTIPLE = 16
+"""Codes are copied in chunks of 16 bytes, each inside one tap."""
+
+PACKED_MULTIPLE = 32
+"""4- and 3-bit weights are copied in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes."""
+
+MAX_K = 1 << 16
+"""255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32."""
+
+MAX_ROWS = 1 << 30
+"""Of the output, times the stride: 31 bits hold them, an image's border and a tile's rows past the end."""
+
+MAX_OUTPUTS = 1 << 39  # 2^31 blocks of 64 x 64 outputs, with K in 16 splits
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """`t`, or a copy where its first element is not at a multiple of 16 bytes (a view into another tensor)."""
+    return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone()
+
+
+def geometry_of(codes: Tensor, n: int, window: Window | None) -> tuple[int, ...]:
+    """Sizes of a product as the library has them (csrc/cuda/product.h); a Linear is a 1x1 convolution over an image of
+    width 1. Codes of dtype uint8 are packed, two to a byte.
+    """
+    per_element = 2 if codes.dtype == torch.uint8 else 1
+    if window is None:
+        return (1, codes.shape[:-1].numel(), 1, codes.shape[-1] * per_element, n, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+    samples, channels, height, width = codes.shape
+    return (samples, height, width, channels * per_element, n, *window.to_ints())
+
+
+def product(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: PackedWeight,
+    y_hat: Tensor | None,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    window: Window | None,
+    out_dtype: torch.dtype,
+    write_out: bool,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`ops.product`, its arguments already checked. Codes are int8, or uint8: 4-bit ones, packed. In `tile`, or the one
+    measured on this GPU; if there is none, the kernels choose.
+    """
+    geometry = geometry_of(codes, weight.n, window)
+    if tile is None:
+        tile = choose(geometry, weight.bits, 4 if codes.dtype == torch.uint8 else 8, codes.device)
+    return library.product_op()(
+        _aligned(codes), scale, zero_point, _aligned(weight.packed), weight.bits, weight.scale, bias, y_hat, skip,
+        write_out, out_dtype, geometry, tile or (),
+    )  # fmt: skip
+
+
+def why_not(problem: Any) -> str | None:
+    """Why `product` cannot solve `problem`, None if it can."""
+    stride = (1, 1) if problem.window is None else problem.window.stride
+    if problem.layout != KPACK_V1:
+        return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
+    if problem.group_size != -1:
+        return f"group_size={problem.group_size}: only one weight scale per output channel; use group_size=-1"
+    if problem.window is not None and problem.window.groups != 1:
+        return f"groups={problem.window.groups}: only convolutions over all channels"
+    if problem.granularity == "per_token" and not problem.is_pointwise:
+        return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
+    if problem.channels % CHANNEL_MULTIPLE != 0:
+        return (
+            f"{problem.channels} input channels: codes are read {CHANNEL_MULTIPLE} at a time, so their number must be "
+            f"divisible by {CHANNEL_MULTIPLE}"
+        )
+    if problem.weight_bits != 8 and problem.k % PACKED_MULTIPLE != 0:
+        return (
+            f"{problem.weight_bits}-bit weights with k={problem.k}: they are read {PACKED_MULTIPLE} at a time, so k "
+            f"must be divisible by {PACKED_MULTIPLE}; use weight_bits=8"
+        )
+    if problem.k > MAX_K:
+        return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
+    if problem.m * stride[0] * stride[1] >= MAX_ROWS:
+        return f"m={problem.m} rows at stride {stride}; less than 2^30 pixels are counted"
+    if problem.m * problem.n >= MAX_OUTPUTS:
+        return f"{problem.m} x {problem.n} outputs may take more blocks than a launch has; less than 2^39 always fit"
+    return None

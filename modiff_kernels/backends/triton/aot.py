@@ -1,0 +1,163 @@
+"""The compiled forms of the kernels that ship, for ahead-of-time compilation without a GPU (tools/aot_triton.py)."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ...quant.operands import IDENTITY, PackedWeight, Prologue, Window
+from ...quant.packing import packed_dtype, packed_width
+from ...quant.spec import GRANULARITIES
+from .launch import Variant, recorded
+from .modulate_linear import modulate
+from .product_launch import product
+from .quantize_launch import quantize
+from .quantize_tiling import MAX_ROW
+from .tiles import ONE_LAUNCH, Shape, TileConfig, candidates, fits
+
+_CHANNELS = 1280  # divisible by every k-block and by 16, as in all layers that low bits pay for
+_ODD_CHANNELS = 1008  # no multiple of a k-block, but of 16
+_COLUMNS = 640
+_WINDOW = Window((3, 3), padding=(1, 1))
+
+_IMAGES, _TOKENS = ("identity", "group_norm"), ("identity", "layer_norm", "geglu")  # prologues
+_FIRST_IMAGE, _FIRST_TOKENS = (2, 320, 64, 64), (2, 4096, 320)
+_OTHER_SHAPES = ((2, 640, 32, 32), (2, 1280, 8, 8), (2, 1024, 640), (2, 64, 1280), (2, 77, 768))
+_OTHER_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32, torch.float32))
+
+
+class Form(NamedTuple):
+    """One use of the product kernel, independent of its tile."""
+
+    name: str
+    conv: bool = True
+    weight_bits: int = 8
+    group_size: int = -1
+    channels: int = _CHANNELS
+    state_dtype: torch.dtype | None = torch.float16  # None: without y_hat, but with a zero point and a bias
+    dtype: torch.dtype = torch.float16
+    skip: bool = False
+    split_k: int = 1
+
+
+MAIN_FORMS = (Form("conv-w8"), Form("conv-w4", weight_bits=4), Form("linear-w8", conv=False))
+"""What most time is spent in: for a fast check."""
+
+OTHER_FORMS = (
+    Form("conv-w3", weight_bits=3),
+    Form("linear-w4", conv=False, weight_bits=4),
+    Form("linear-w3", conv=False, weight_bits=3),
+    Form("conv-w8-odd", channels=_ODD_CHANNELS),
+    Form("linear-w4-odd", conv=False, weight_bits=4, channels=_ODD_CHANNELS),
+    Form("linear-w4-group128", conv=False, weight_bits=4, group_size=128),
+    Form("conv-w4-group64", weight_bits=4, group_size=64),
+    Form("conv-w8-split", split_k=4),
+    Form("linear-w4-group128-split", conv=False, weight_bits=4, group_size=128, split_k=2),
+    Form("conv-w8-skip-bf16", dtype=torch.bfloat16, skip=True),
+    Form("conv-w8-float32", state_dtype=torch.float32, dtype=torch.float32),
+    Form("conv-w8-plain", state_dtype=None, skip=True),
+    Form("linear-w8-plain", conv=False, state_dtype=None),
+    Form("linear-w4-group128-plain", conv=False, weight_bits=4, group_size=128, state_dtype=None),
+)
+
+
+def _weight(n: int, k: int, bits: int, group_size: int) -> PackedWeight:
+    scale = torch.empty((n,) if group_size == -1 else (n, -(-k // group_size)))
+    return PackedWeight(torch.empty((n, packed_width(bits, k)), dtype=packed_dtype(bits)), scale, bits, group_size)
+
+
+def _call_product(form: Form, tile: TileConfig) -> None:
+    def empty(channels: int, dtype: torch.dtype) -> torch.Tensor:
+        if not form.conv:
+            return torch.empty((512, channels), dtype=dtype)
+        return torch.empty((2, channels, 16, 16), dtype=dtype, memory_format=torch.channels_last)
+
+    weight = _weight(_COLUMNS, (9 if form.conv else 1) * form.channels, form.weight_bits, form.group_size)
+    plain = form.state_dtype is None
+    product(
+        empty(form.channels, torch.int8), torch.empty(2), torch.empty(2, dtype=torch.int32) if plain else None, weight,
+        None if form.state_dtype is None else empty(_COLUMNS, form.state_dtype),
+        torch.empty(_COLUMNS, dtype=form.dtype) if plain else None,
+        empty(_COLUMNS, form.dtype) if form.skip else None,
+        _WINDOW if form.conv else None, form.dtype, True, replace(tile, split_k=form.split_k),
+    )  # fmt: skip
+
+
+def _call_modulate(weight_bits: int, group_size: int, given: bool, dtype: torch.dtype, channels: int) -> None:
+    h, x_hat, y_hat = (
+        torch.empty((512, width), dtype=kind)
+        for width, kind in ((channels, dtype), (channels, torch.float16), (128, torch.float16))
+    )
+    scale, granularity = (torch.empty(1), "per_tensor") if given else (None, "per_token")
+    weight = _weight(128, channels, weight_bits, group_size)
+    modulate(h, IDENTITY, x_hat, scale, weight, y_hat, None, None, dtype, 4, granularity, 1.0, True)
+
+
+def product_variants(capability: tuple[int, int], main_only: bool = False) -> list[tuple[str, Variant]]:
+    """(name, variant) of every tile that a device of `capability` may get, in every form that it fits; each once."""
+    named: dict[Any, tuple[str, Variant]] = {}
+
+    def keep(name: str, variants: list[Variant]) -> None:
+        for variant in variants:
+            key = (variant.kernel, *variant.signature.items(), *variant.constexprs.items(), variant[3:])
+            named.setdefault(key, (f"{variant.kernel.__name__.removesuffix('_kernel')} {name}", variant))
+
+    with torch.device("meta"):
+        for tile in candidates(capability):
+            for form in MAIN_FORMS if main_only else MAIN_FORMS + OTHER_FORMS:
+                taps = 9 if form.conv else 1
+                if fits(tile, Shape(512, _COLUMNS, form.channels, taps, 1, form.weight_bits, form.group_size)):
+                    with recorded() as variants:
+                        _call_product(form, tile)
+                    keep(f"{form.name} {tile}", variants)
+        for weight_bits, group_size in ((8, -1),) if main_only else ((8, -1), (4, -1), (3, -1), (4, 128)):
+            for given in (False, True):
+                for dtype, channels in ((torch.float16, 320), (torch.bfloat16, _ODD_CHANNELS)):
+                    with recorded() as variants:
+                        _call_modulate(weight_bits, group_size, given, dtype, channels)
+                    given_name = "given" if given else "dynamic"
+                    keep(f"w{weight_bits} group {group_size} {given_name} {dtype} k{channels} {ONE_LAUNCH}", variants)
+    return list(named.values())
+
+
+def quantize_variants() -> list[Variant]:
+    """Forms of the quantising kernels that layers of SD 1.5 launch, each once: with float16 every prologue, granularity
+    and source of the scale at the first level; per_block, which needs most registers, at other levels and with other
+    dtypes; the longest rows.
+    """
+    half = (torch.float16, torch.float16)
+    with recorded() as variants, torch.device("meta"):
+        for granularity in GRANULARITIES:
+            _call_quantize(_FIRST_IMAGE, half, _IMAGES, granularity)
+            _call_quantize(_FIRST_TOKENS, half, _TOKENS[1:], granularity)
+        for dtypes in _OTHER_DTYPES:
+            _call_quantize(_FIRST_IMAGE, dtypes, _IMAGES, "per_block")
+            _call_quantize(_FIRST_TOKENS, dtypes, _TOKENS, "per_block")
+            _call_quantize((2, 64, MAX_ROW), dtypes, _TOKENS, "per_token")
+        for shape in _OTHER_SHAPES:
+            _call_quantize(shape, half, _IMAGES if len(shape) == 4 else _TOKENS, "per_block")
+    return list({repr(variant): variant for variant in variants}.values())
+
+
+def _call_quantize(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], prologues: Iterable[str], granularity: str
+) -> None:
+    dtype, state_dtype = dtypes
+    image = len(shape) == 4
+    channels = shape[1] if image else shape[-1]
+    memory_format = torch.channels_last if image else torch.contiguous_format
+    x_hat = torch.empty(shape, dtype=state_dtype, memory_format=memory_format)
+    vector, shift = torch.empty(channels, dtype=dtype), torch.empty((shape[0], channels), dtype=dtype)
+    known = {
+        "group_norm": Prologue("group_norm", vector, vector, shift, 32, 1e-5, True),
+        "layer_norm": Prologue("layer_norm", vector, vector, eps=1e-5),
+    }
+    for kind in prologues:
+        width = 2 * shape[-1] if kind == "geglu" else shape[-1]
+        h = torch.empty((*shape[:-1], width), dtype=dtype, memory_format=memory_format)
+        prologue = known.get(kind, Prologue(kind))
+        quantize(h, prologue, x_hat, None, 4, granularity, 1.0, False)
+        if granularity in ("per_sample", "per_token"):
+            quantize(h, prologue, x_hat, torch.empty(1), 4, granularity, 1.0, False)
+            quantize(h, prologue, None, None, 8, granularity, 1.0, True)

@@ -1,0 +1,126 @@
+"""`product`: the sizes of a product, its tile, and the kernels that it takes (product_kernel.py)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...quant.operands import PackedWeight, Window
+from ...quant.packing import packed_width
+from .launch import launch
+from .product_kernel import finish_kernel, product_kernel, weight_sums_kernel
+from .tiles import Shape, TileConfig, choose, gpu_of
+
+_FINISH_TILE = {"BLOCK_M": 32, "BLOCK_N": 64}  # 2048 sums in 4 warps: memory-bound, 16 bytes per thread and load
+_SUMS_ROWS = 64
+_NO_WINDOW = Window((1, 1))
+
+
+class Geometry(NamedTuple):
+    """Sizes of one product. A Linear is an image of `m` pixels in one row with a 1x1 window."""
+
+    m: int
+    channels: int  # of a group
+    channels_in: int
+    image: tuple[int, int, int, int]  # height, width, out_height, out_width
+    out_shape: tuple[int, ...]
+    window: Window
+
+    @property
+    def taps(self) -> int:
+        return self.window.kernel_size[0] * self.window.kernel_size[1]
+
+    @property
+    def padded(self) -> bool:
+        return self.window.padding != (0, 0)
+
+    def shape(self, weight: PackedWeight) -> Shape:
+        """What the choice of a tile depends on."""
+        return Shape(
+            self.m, weight.n, self.channels, self.taps, self.window.groups, weight.bits, weight.group_size
+        )  # fmt: skip
+
+
+def geometry_of(codes: Tensor, n: int, window: Window | None) -> Geometry:
+    """Sizes of the product of `codes` with a weight of `n` rows."""
+    if window is None:
+        k = codes.shape[-1]
+        m = codes.numel() // k
+        return Geometry(m, k, k, (1, m, 1, m), (*codes.shape[:-1], n), _NO_WINDOW)
+    samples, channels, height, width = codes.shape
+    out_shape = window.output_shape(codes.shape, n)
+    out_height, out_width = out_shape[2:]
+    image = (height, width, out_height, out_width)
+    return Geometry(
+        samples * out_height * out_width, channels // window.groups, channels, image, out_shape, window
+    )  # fmt: skip
+
+
+def weight_sums(weight: PackedWeight, geometry: Geometry, block_k: int) -> Tensor:
+    """Sums of the weight's codes that a zero point is multiplied with: [N, taps] with padding, else [N, 1]."""
+    k, taps = geometry.taps * geometry.channels, geometry.taps if geometry.padded else 1
+    grouped = weight.group_size != -1
+    dtype = torch.float32 if grouped else torch.int32
+    sums = torch.empty((weight.n, taps), dtype=dtype, device=weight.packed.device)
+    launch(
+        weight_sums_kernel, (-(-weight.n // _SUMS_ROWS), taps),
+        weight.packed, weight.scale, sums, weight.n, k // taps, k, packed_width(weight.bits, k),
+        weight.group_size if grouped else k, weight.scale.shape[1] if grouped else 1,
+        WEIGHT_BITS=weight.bits, GROUPED=grouped, BLOCK_N=_SUMS_ROWS, BLOCK_K=block_k if grouped else 128, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+def product(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    weight: PackedWeight,
+    y_hat: Tensor | None,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    window: Window | None,
+    out_dtype: torch.dtype,
+    write_out: bool,
+    tile: TileConfig | None = None,
+) -> Tensor:
+    """`ops.product`, its arguments already checked, in `tile` or the one that is chosen for its shape."""
+    n, grouped = weight.n, weight.group_size != -1
+    geometry = geometry_of(codes, n, window)
+    m, channels, channels_in, image, out_shape, (kernel, stride, padding, dilation, groups) = geometry
+    tile = tile or choose(geometry.shape(weight), gpu_of(codes.device))
+    out = None
+    if write_out:
+        memory_format = torch.contiguous_format if window is None else torch.channels_last
+        out = torch.empty(out_shape, dtype=out_dtype, device=codes.device, memory_format=memory_format)
+    steps_per_tap = -(-channels // tile.block_k)
+    steps = geometry.taps * steps_per_tap
+    steps_per_split = -(-steps // tile.split_k)
+    splits = -(-steps // steps_per_split)
+    tiles = -(-m // tile.block_m) * groups * -(-(n // groups) // tile.block_n)
+    k = geometry.taps * channels
+    sums = partial = None
+    if zero_point is not None:
+        sums = weight_sums(weight, geometry, tile.block_k)
+    if splits > 1:
+        partial_dtype = torch.float32 if grouped else torch.int32
+        partial = torch.empty((splits, m, n), dtype=partial_dtype, device=codes.device)
+    rows_per_scale = m // scale.shape[0]
+    window_sizes = (*image, *stride, *padding, *dilation)
+    form = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "PADDED": geometry.padded, "GROUPED": grouped}
+    launch(
+        product_kernel, (tiles, splits),
+        codes, weight.packed, scale, zero_point, sums, weight.scale, bias, y_hat, skip, out, partial,
+        m, n, channels, channels_in, packed_width(weight.bits, k), groups, steps_per_tap, steps_per_split,
+        rows_per_scale, weight.group_size if grouped else k, weight.scale.shape[1] if grouped else 1, *window_sizes,
+        WINDOW=not geometry.window.is_pointwise, WEIGHT_BITS=weight.bits, EVEN_K=channels % tile.block_k == 0,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **form,
+    )  # fmt: skip
+    if partial is not None:
+        launch(
+            finish_kernel, (-(-m // _FINISH_TILE["BLOCK_M"]), -(-n // _FINISH_TILE["BLOCK_N"])),
+            partial, splits, scale, zero_point, sums, weight.scale, bias, y_hat, skip, out,
+            m, n, rows_per_scale, *window_sizes, **form, **_FINISH_TILE, num_warps=4,
+        )  # fmt: skip
+    return codes.new_empty((0,), dtype=out_dtype) if out is None else out

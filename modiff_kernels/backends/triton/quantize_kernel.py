@@ -1,0 +1,293 @@
+"""The kernels of all quantisation: `range_kernel` (dynamic scales that cover more than a row) and `quantize_kernel`.
+
+Operands (N samples, R rows of C channels per sample; an NHWC image has R = H * W), all row major:
+
+========== =================== ============ ========================================================================
+h          [N, R, C]           float        input ("geglu": [N, R, 2C]); x = prologue(h)
+x_hat      [N, R, C]           float        state, read and written; None: the plain form, which quantises x itself
+a, b       [N, C] or [C]       float        "group_norm": folded norm, float32; "layer_norm": gamma and beta or None
+given      [1] or [granules]   float32      scales of the caller
+range      [granules]          int32        bit patterns of absmax; it is the result absmax
+           (affine: twice)                  affine: of -min(x, 0), then of max(x, 0)
+block      [N, ceil(R/16), C]  int32        "per_block": bit patterns of absmax per 16 rows of a channel; the last block
+                                            of a sample takes the rows that are left, and so the last two entries
+codes      [N, R, C]           int8
+scale      [granules]          float32      zero_point [granules] int32: plain form only
+========== =================== ============ ========================================================================
+
+PROLOGUE: "identity" (x = h), "group_norm" (x = silu?(a * h + b), quantize_group_norm.py), "layer_norm" (x = (h - mean)
+/ sqrt(var + eps) * a + b, statistics of the row in registers) or "geglu" (x = h[:C] * gelu(h[C:]), gelu with erf).
+SOURCE of the scale: "given" by the caller, "reduced" by the range pass, or of this "tile" (granularity "per_token").
+
+Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops; the equations are in ops/schema.py.
+A tile holds whole rows where a row must be reduced ("per_token" scales, "layer_norm"), and no more than the 16 rows of
+a block with "per_block" (quantize_tiling.py).
+
+Bytes per element (s = bytes of h, t = of x_hat), every tensor read at most once per pass:
+
+- scale given, or "per_token": one pass, s + 2 t + 1 ("geglu": 2 s + 2 t + 1). absmax comes from the same registers.
+- other dynamic scales: the range pass reads s + t before it, from the last tile to the first, so that the second
+  reading comes from the L2 cache (50 MB on H100) as far as it reaches. "per_block" writes and reads 1/4 byte more.
+- plain form: t = 0.
+
+The formulas are those of `quant/affine.py`, in its order of float32 roundings, so that scales and codes come out bit
+for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`. Ranges are kept as the bit
+patterns of non-negative float32 in int32: their maximum does not depend on the order, so that `atomic_max` is
+deterministic, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
+
+Limits: whole-row tiles reach `quantize_tiling.MAX_ROW` channels.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from ...quant.spec import BLOCK_ROWS
+from .launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_BLOCK_ROWS = tl.constexpr(BLOCK_ROWS)
+_MIN_SCALE = tl.constexpr(2.0**-100)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def rne(x):
+    """Round half to even, for |x| <= 2^22: clamp first (to integers, which changes no code)."""
+    if _INTERPRETED:  # it has no libdevice; compiled, the addition could fuse with a product before it
+        return (x + 12582912.0) - 12582912.0
+    else:
+        return libdevice.rint(x)
+
+
+@triton.jit
+def tile_of_program(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
+    """sample, first row, row numbers [BLOCK_R] and channels [BLOCK_C] of this program's tile; a tile lies in one
+    sample. Blocks of channels follow each other, so that programs that run together read whole rows.
+
+    BACKWARDS: the last tile first. A pass runs against the pass before it, and so begins with what that one read last,
+    which is in the L2 cache even where the tensors do not fit.
+    """
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    row_blocks = tl.cdiv(rows, BLOCK_R)
+    program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
+    col = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = program // channel_blocks
+    first = (block % row_blocks) * BLOCK_R
+    return block // row_blocks, first, first + tl.arange(0, BLOCK_R), col
+
+
+@triton.jit
+def tile_offsets(sample, first, rows, width, row, col):
+    """Where a tile lies in a tensor of `width` elements per row. 64 bits hold the start only: the rest stays within
+    the tile.
+    """
+    start = (sample.to(tl.int64) * rows + first) * width
+    return start + ((row - first)[:, None] * width + col[None, :])
+
+
+@triton.jit
+def load_activation(
+    h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE: tl.constexpr, SILU: tl.constexpr
+):
+    """x in float32 [BLOCK_R, BLOCK_C]; a "layer_norm" tile holds whole rows. Undefined outside `mask`."""
+    if PROLOGUE == "geglu":
+        offsets = tile_offsets(sample, first, rows, 2 * channels, row, col)
+        x = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(h_ptr + offsets + channels, mask=mask, other=0.0).to(tl.float32)
+        x = x * (0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF)))
+    else:
+        offsets = tile_offsets(sample, first, rows, channels, row, col)
+        x = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if PROLOGUE == "group_norm":
+        at = sample.to(tl.int64) * channels + col
+        a = tl.load(a_ptr + at, mask=col < channels, other=0.0)
+        b = tl.load(b_ptr + at, mask=col < channels, other=0.0)
+        x = x * a[None, :] + b[None, :]
+        if SILU:
+            x = x * tl.sigmoid(x)
+    if PROLOGUE == "layer_norm":
+        inside = (col < channels)[None, :]
+        mean = tl.div_rn(tl.sum(x, axis=1), tl.cast(channels, tl.float32))
+        x = tl.where(inside, x - mean[:, None], 0.0)
+        variance = tl.div_rn(tl.sum(x * x, axis=1), tl.cast(channels, tl.float32))
+        x = x * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
+        if a_ptr is not None:
+            x = x * tl.load(a_ptr + col, mask=col < channels, other=0.0).to(tl.float32)[None, :]
+        if b_ptr is not None:
+            x = x + tl.load(b_ptr + col, mask=col < channels, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def magnitude(x):
+    """|x| as an ordered integer."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def magnitude_below(x):
+    """max(-x, 0) as an ordered integer; NaN counts above."""
+    return tl.where(x < 0.0, magnitude(x), 0)
+
+
+@triton.jit
+def magnitude_above(x):
+    """max(x, 0) as an ordered integer, NaN included."""
+    return tl.where(x < 0.0, 0, magnitude(x))
+
+
+@triton.jit
+def symmetric_scale(absmax, clip_ratio, levels):
+    """`affine.residual_scale`; a NaN stays one."""
+    scale = tl.div_rn(absmax * clip_ratio, levels)
+    return tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale)
+
+
+@triton.jit
+def affine_scale(below, above, half):
+    """Scale and zero point (a float) of `affine.affine_range` over [-below, above]; `half` = 2^(bits-1)."""
+    scale = tl.div_rn(above + below, 2.0 * half - 1.0)
+    scale = tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale)
+    # At most 2^bits - 1, because the range holds `below`: nothing is left to clamp.
+    steps = below * tl.div_rn(1.0, scale)
+    return scale, rne(steps) - half
+
+
+@triton.jit
+def block_scale(absmax, clip_ratio, half):
+    """The scale of a sample in `affine.block_multipliers`."""
+    return symmetric_scale(absmax, clip_ratio, (half - 0.8125) * tl.div_rn(128.0, half))
+
+
+@triton.jit
+def block_multiplier(absmax, scale, clip_ratio, half):
+    """The integer multipliers (floats) of blocks in `affine.block_multipliers`."""
+    multiplier = tl.ceil(tl.div_rn(absmax * clip_ratio, scale * (half - 0.8125)))
+    return tl.minimum(tl.maximum(multiplier, 1.0), tl.div_rn(128.0, half))
+
+
+@triton.jit
+def round_to_code(scaled, low, high):
+    """rne(clamp(scaled, low, high)) for integers low and high: the code, a float. NaN stays NaN, and so reaches
+    x_hat.
+    """
+    scaled = tl.maximum(scaled, low, propagate_nan=tl.PropagateNan.ALL)
+    return rne(tl.minimum(scaled, high, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def range_kernel(
+    h_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, block_ptr, rows, channels, granules, eps,
+    PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, AFFINE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, True)
+    mask = (row < rows)[:, None] & (col < channels)[None, :]
+    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    if x_hat_ptr is not None:
+        offsets = tile_offsets(sample, first, rows, channels, row, col)
+        value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = tl.where(mask, value, 0.0)
+    granule = sample
+    if GRANULARITY == "per_tensor":
+        granule = 0
+    if AFFINE:
+        tl.atomic_max(range_ptr + granule, tl.max(magnitude_below(value)), sem="relaxed")
+        tl.atomic_max(range_ptr + granules + granule, tl.max(magnitude_above(value)), sem="relaxed")
+    elif GRANULARITY == "per_block":
+        largest = tl.max(magnitude(value), axis=0)
+        at = (sample.to(tl.int64) * tl.cdiv(rows, _BLOCK_ROWS) + first // _BLOCK_ROWS) * channels + col
+        if BLOCK_R == _BLOCK_ROWS:
+            tl.store(block_ptr + at, largest, mask=col < channels)
+        else:  # several tiles of a block
+            tl.atomic_max(block_ptr + at, largest, mask=col < channels, sem="relaxed")
+        tl.atomic_max(range_ptr + granule, tl.max(largest), sem="relaxed")
+    else:
+        tl.atomic_max(range_ptr + granule, tl.max(magnitude(value)), sem="relaxed")
+
+
+@triton.jit
+def quantize_kernel(
+    h_ptr, x_hat_ptr, a_ptr, b_ptr, given_ptr, range_ptr, block_ptr, codes_ptr, scale_ptr, zero_point_ptr,
+    rows, channels, granules, given_stride, eps, clip_ratio, half,
+    PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, AFFINE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, False)
+    mask = (row < rows)[:, None] & (col < channels)[None, :]
+    offsets = tile_offsets(sample, first, rows, channels, row, col)
+    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    if x_hat_ptr is not None:
+        old = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = value - old
+    value = tl.where(mask, value, 0.0)
+
+    # Scale and zero point are scalars or, per_token, one per row; `owner` says which this program writes down.
+    if GRANULARITY == "per_token":
+        granule = sample * rows + row
+        owner = row < rows
+    elif GRANULARITY == "per_tensor":
+        granule = 0
+        owner = tl.program_id(0) == 0
+    else:
+        granule = sample
+        owner = (first == 0) & (tl.program_id(0) % tl.cdiv(channels, BLOCK_C) == 0)
+    zero_point = half * 0.0
+
+    if SOURCE == "given":
+        if GRANULARITY == "per_token":
+            scale = tl.load(given_ptr + granule * given_stride, mask=owner, other=1.0)
+            tl.store(range_ptr + granule, tl.max(magnitude(value), axis=1), mask=owner)
+        else:
+            scale = tl.load(given_ptr + granule * given_stride)
+            tl.atomic_max(range_ptr + granule, tl.max(magnitude(value)), sem="relaxed")
+    elif AFFINE:
+        if SOURCE == "tile":
+            below = tl.max(magnitude_below(value), axis=1)
+            above = tl.max(magnitude_above(value), axis=1)
+        else:
+            below = tl.load(range_ptr + granule)
+            above = tl.load(range_ptr + granules + granule)
+        scale, zero_point = affine_scale(below.to(tl.float32, bitcast=True), above.to(tl.float32, bitcast=True), half)
+    else:
+        if SOURCE == "tile":
+            largest = tl.max(magnitude(value), axis=1)
+            if x_hat_ptr is not None:
+                tl.store(range_ptr + granule, largest, mask=owner)
+        else:
+            largest = tl.load(range_ptr + granule)
+        absmax = largest.to(tl.float32, bitcast=True)
+        if GRANULARITY == "per_block":
+            scale = block_scale(absmax, clip_ratio, half)
+        else:
+            scale = symmetric_scale(absmax, clip_ratio, half - 0.5)
+    tl.store(scale_ptr + granule, scale, mask=owner)
+    if zero_point_ptr is not None:
+        tl.store(zero_point_ptr + granule, zero_point.to(tl.int32), mask=owner)
+
+    if GRANULARITY == "per_block":
+        last = rows // _BLOCK_ROWS - 1
+        block = tl.minimum(first // _BLOCK_ROWS, last)
+        at = (sample.to(tl.int64) * tl.cdiv(rows, _BLOCK_ROWS) + block) * channels + col
+        largest = tl.load(block_ptr + at, mask=col < channels, other=0)
+        # The rows that are left are the last block's, too; elsewhere the second load repeats the first.
+        beyond = tl.where(block == last, tl.cdiv(rows, _BLOCK_ROWS) - rows // _BLOCK_ROWS, 0) * channels
+        rest = tl.load(block_ptr + at + beyond, mask=col < channels, other=0)
+        largest = tl.maximum(largest, rest)
+        multiplier = block_multiplier(largest.to(tl.float32, bitcast=True), scale, clip_ratio, half)
+        code = round_to_code(value * tl.div_rn(1.0, scale * multiplier)[None, :], -half, half - 1.0)
+        code = code * multiplier[None, :]
+    else:
+        if GRANULARITY == "per_token":
+            scale = scale[:, None]
+            if AFFINE:
+                zero_point = zero_point[:, None]
+        code = round_to_code(value * tl.div_rn(1.0, scale), -half - zero_point, half - 1.0 - zero_point) + zero_point
+    tl.store(codes_ptr + offsets, code.to(tl.int8), mask=mask)
+    if x_hat_ptr is not None:
+        updated = (old + scale * code).to(x_hat_ptr.dtype.element_ty)
+        # x_hat is read again in the next step; the L2 cache is for the codes, which the product reads now.
+        tl.store(x_hat_ptr + offsets, updated, mask=mask, eviction_policy="evict_first")

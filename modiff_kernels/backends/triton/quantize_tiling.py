@@ -1,0 +1,115 @@
+"""How a tensor is shared out among the programs of the quantising kernels (quantize_kernel.py). Plain Python."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...quant.spec import BLOCK_ROWS, block_count
+
+MAX_ROW = 8192  # 16 float32 values per thread of 16 warps, of two inputs (GEGLU) and x_hat at the same time
+_TILE_BYTES = 8192  # of h or x_hat, the wider: four 16-byte loads per thread of 4 warps in flight, below 150 registers
+_LEAST_TILE = 1024  # elements: 8 per thread, which is one 16-byte load of a 2-byte tensor
+_ENOUGH_PROGRAMS = 264  # two per SM of an H100
+
+
+def why_not(problem: Any) -> str | None:
+    """Why the quantising kernels cannot solve `problem`, None if they can."""
+    whole_rows = problem.granularity == "per_token" or problem.prologue == "layer_norm"
+    if whole_rows and problem.k > MAX_ROW:
+        return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"
+    return None
+
+
+class Tiling(NamedTuple):
+    """Samples, rows, channels and granularity as the kernels see them, and the tile [block_r, block_c] of a program."""
+
+    samples: int
+    rows: int
+    channels: int
+    granularity: str
+    granules: int
+    block_r: int
+    block_c: int
+    num_warps: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        """One program per tile."""
+        return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
+
+
+def tiling_of(h: Tensor, like: Tensor, granularity: str, bits: int, prologue: str) -> Tiling:
+    """`tiling` for the input h and a result of the shape and (x_hat) dtype of `like`, an image, [N, L, K] or [M, K]."""
+    shape = like.shape
+    image = len(shape) == 4
+    rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
+    channels = shape[1] if image else shape[-1]
+    bytes_read = max(h.element_size(), like.element_size()) * (2 if prologue == "geglu" else 1)
+    return tiling(shape[0], rows, channels, granularity, bits, prologue, bytes_read)
+
+
+@lru_cache(maxsize=4096)
+def tiling(
+    samples: int, rows: int, channels: int, granularity: str, bits: int, prologue: str, bytes_read: int
+) -> Tiling:  # fmt: skip
+    """The tiling of [samples, rows, channels]. Samples are dissolved where nothing depends on them: one sample with all
+    rows makes better tiles, above all for the [M, K] input of a Linear, whose samples are single rows.
+    """
+    if granularity == "per_block" and block_count(rows, bits) == 0:
+        granularity = "per_sample"  # without multipliers
+    if granularity == "per_sample" and rows == 1 and channels <= MAX_ROW:
+        granularity = "per_token"
+    granules = {"per_tensor": 1, "per_token": samples * rows}.get(granularity, samples)
+    if granularity in ("per_tensor", "per_token") and prologue != "group_norm":
+        samples, rows = 1, samples * rows
+    whole_rows = granularity == "per_token" or prologue == "layer_norm"
+    if granularity == "per_block":
+        block_r, block_c, num_warps = block_tile(channels, whole_rows, bytes_read)
+    else:
+        block_r, block_c, num_warps = tile(samples, rows, channels, whole_rows, bytes_read)
+    return Tiling(samples, rows, channels, granularity, granules, block_r, block_c, num_warps)
+
+
+@lru_cache(maxsize=4096)
+def tile(samples: int, rows: int, channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle.
+
+    Channels are divided without a remainder where a power of two from 32 on divides them (as it does in all UNets
+    here): no lane is masked, and a row segment is whole sectors of 32 bytes, also in the int8 codes.
+    """
+    most = _TILE_BYTES // bytes_read
+    block_c = _channel_block(channels, whole_rows)
+    block_r = max(1, min(most // block_c, next_power_of_2(rows)))
+    while (
+        block_r > 1
+        and block_r * block_c > _LEAST_TILE
+        and samples * -(-rows // block_r) * -(-channels // block_c) < _ENOUGH_PROGRAMS
+    ):
+        block_r //= 2
+    return block_r, block_c, min(16, max(4, 4 * block_r * block_c // most))
+
+
+def block_tile(channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
+    """`tile` for per_block: the rows of one block, and as many warps as leave 16 elements to a thread (two 16-byte
+    loads of a 2-byte tensor); of whole rows, which fill more registers, a part of a block.
+    """
+    most = _TILE_BYTES // bytes_read
+    block_c = _channel_block(channels, whole_rows)
+    if whole_rows:
+        block_r = max(1, min(BLOCK_ROWS, most // block_c))
+        return block_r, block_c, min(16, max(4, 4 * block_r * block_c // most))
+    block_c = min(block_c, most // BLOCK_ROWS)
+    return BLOCK_ROWS, block_c, max(1, BLOCK_ROWS * block_c // 512)
+
+
+def _channel_block(channels: int, whole_rows: bool) -> int:
+    if whole_rows:
+        return next_power_of_2(channels)
+    divisor = channels & -channels
+    return min(divisor, 256) if divisor >= 32 else min(next_power_of_2(channels), 128)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,203 @@
+"""Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU. Plain
+Python.
+
+`choose(shape, gpu)` takes the tuned choice of `tiles/<gpu>.json` for this or the nearest known shape, else the
+candidate with the least `estimated_cycles`. Nothing is measured while a user waits; `tools/tune_triton.py` makes the
+JSON files.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ...tuned import Store
+
+TILES = Path(__file__).resolve().parent / "tiles"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Output tile, k-block, and how a program runs; split_k > 1 shares out K between programs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    group_m: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}-w{self.num_warps}-s{self.num_stages}-k{self.split_k}"
+
+
+class Shape(NamedTuple):
+    """What the choice depends on. channels: summed per tap; taps: kernel_h * kernel_w; n: all groups together."""
+
+    m: int
+    n: int
+    channels: int
+    taps: int = 1
+    groups: int = 1
+    weight_bits: int = 8
+    group_size: int = -1
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{value}" for name, value in self._asdict().items())
+
+
+class Gpu(NamedTuple):
+    """What the choice depends on of a device."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+INTERPRETED_GPU = Gpu("interpreter", (9, 0), 4)
+"""What Triton's interpreter, which runs on the CPU, stands for."""
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that `device` names."""
+    if device.type != "cuda":
+        return INTERPRETED_GPU
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+WGMMA = (9, 0)
+# Warp-group products (sm_90) are 64 rows per four warps and read both operands from shared memory, so deep K steps are
+# free in registers. The accumulator is int32: 128x128 over 8 warps is 64 registers a thread; over 4 warps, or as
+# 128x256 over 8, it is 128 and the epilogue spills.
+_WGMMA_TILES = (
+    TileConfig(128, 128, 128, 8, 4),  # 128 KiB: highest reuse that does not spill; K divisible by 128
+    TileConfig(128, 128, 64, 8, 4),  # the same for channels that are odd multiples of 64 (320, 960)
+    TileConfig(128, 64, 128, 4, 4),  # 320 columns are 5 tiles of 64 and 3 of 128; one warp group per 64 rows
+    TileConfig(128, 64, 64, 4, 4),
+    TileConfig(64, 128, 128, 8, 4),  # few rows (8x8 level): twice the programs; two warp groups share the columns
+    TileConfig(64, 64, 128, 4, 4),  # fewest products per program that one warp group can do
+    TileConfig(64, 64, 64, 4, 4),
+    TileConfig(64, 64, 32, 4, 4),  # weight groups of 32, and channels that pad 64 badly
+)
+# mma.sync (sm_80, 86, 89, and newer GPUs through compatibility) holds both operands in registers as well: a K step of
+# 64 bounds them. Four stages of 128x64 are 48 KiB, so that two programs fit the 99 KiB of sm_86 and sm_89.
+_MMA_TILES = (
+    TileConfig(128, 128, 64, 8, 3),
+    TileConfig(128, 64, 64, 4, 4),
+    TileConfig(64, 64, 64, 4, 4),
+    TileConfig(64, 64, 32, 4, 4),
+)
+# modulate_linear.py: programs share out rows only, so few of them; wide, as rows are quantised per tile.
+ONE_LAUNCH = TileConfig(64, 128, 64, 8, 3)
+_MOST_GROUPED_SUMS = 128 * 64
+SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
+"""What a program may use; the candidates are checked against it, compiled ones too (tools/aot_triton.py)."""
+
+
+def candidates(capability: tuple[int, int]) -> tuple[TileConfig, ...]:
+    """Tiles without split that a device of this compute capability may get."""
+    return _WGMMA_TILES if capability == WGMMA else _MMA_TILES
+
+
+def fits(config: TileConfig, shape: Shape) -> bool:
+    """Whether `config` computes `shape`: a K step must stay inside one group of weight scales, and a tile must hold the
+    sums of a group beside those of all, which 128x128 cannot without spilling.
+    """
+    if shape.group_size == -1:
+        return True
+    if config.block_m * config.block_n > _MOST_GROUPED_SUMS:
+        return False
+    whole_steps = shape.taps == 1 or shape.channels % config.block_k == 0
+    return shape.group_size % config.block_k == 0 and whole_steps
+
+
+# Cycles of one multiprocessor, from published peaks: products per cycle, bytes per cycle from the L2 cache, and per
+# K step the latency that the pipeline does not hide. They rank tiles; they are no measurement.
+_PRODUCTS_PER_CYCLE = {True: 4096, False: 2048}
+_L2_BYTES_PER_CYCLE = 48
+_STEP_CYCLES = 40
+_PROGRAM_CYCLES = 1500
+_STATE_BYTES = 6  # y_hat read and written, out written, 2 bytes each
+_LAUNCH_CYCLES = 4000  # of a second kernel, about 2 us
+_CODES_PER_CYCLE = 16  # residuals quantised: about ten instructions each on 128 lanes
+_QUANTISE_BYTES = 7  # x and x_hat read, x_hat and the code written
+_MEMORY_BYTES_PER_CYCLE = 1500  # of the whole device
+_LEAST_STEPS = 4  # per split: the pipeline has to fill
+
+
+def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
+    """Time of a product on an empty device, after the roofline of one multiprocessor."""
+    columns = -(-(shape.n // shape.groups) // config.block_n) * shape.groups
+    tiles = -(-shape.m // config.block_m) * columns
+    steps = -(-shape.taps * -(-shape.channels // config.block_k) // config.split_k)
+    wgmma = gpu.capability == WGMMA
+    products = config.block_m * config.block_n * config.block_k / _PRODUCTS_PER_CYCLE[wgmma]
+    weight_bytes = config.block_n * config.block_k * shape.weight_bits / 8
+    loads = (config.block_m * config.block_k + weight_bytes) / _L2_BYTES_PER_CYCLE
+    if shape.group_size != -1:  # conversion and multiplication of every sum, on the general cores
+        products += config.block_m * config.block_n / 40
+    epilogue = config.block_m * config.block_n * _STATE_BYTES / _L2_BYTES_PER_CYCLE
+    program = _PROGRAM_CYCLES + steps * (max(products, loads) + _STEP_CYCLES) + epilogue
+    cycles = -(-tiles * config.split_k // gpu.multiprocessors) * program
+    if config.split_k > 1:
+        cycles += _LAUNCH_CYCLES + 8 * config.split_k * shape.m * shape.n / _MEMORY_BYTES_PER_CYCLE
+    return cycles
+
+
+@lru_cache(maxsize=4096)
+def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
+    """Whether the update of a Linear in one launch is estimated to be faster than quantising and multiplying in two."""
+    tile = ONE_LAUNCH
+    if not fits(tile, shape):
+        return False
+    steps = -(-shape.n // tile.block_n) * -(-shape.channels // tile.block_k)
+    wgmma = gpu.capability == WGMMA
+    products = tile.block_m * tile.block_n * tile.block_k / _PRODUCTS_PER_CYCLE[wgmma]
+    codes = tile.block_m * tile.block_k / _CODES_PER_CYCLE
+    loads = (tile.block_m * 4 + tile.block_n * shape.weight_bits / 8) * tile.block_k / _L2_BYTES_PER_CYCLE
+    program = _PROGRAM_CYCLES + steps * (max(products, loads) + codes + _STEP_CYCLES)
+    programs = -(-shape.m // tile.block_m)
+    one = -(-programs // gpu.multiprocessors) * program
+    quantise = _LAUNCH_CYCLES + shape.m * shape.channels * _QUANTISE_BYTES / _MEMORY_BYTES_PER_CYCLE
+    best = ranked(shape, gpu)
+    return bool(best) and one < quantise + estimated_cycles(best[0], shape, gpu)
+
+
+def _with_splits(config: TileConfig, shape: Shape) -> list[TileConfig]:
+    steps = shape.taps * -(-shape.channels // config.block_k)
+    splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or steps // s >= _LEAST_STEPS]
+    return [replace(config, split_k=s) for s in splits]
+
+
+def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
+    """All candidates for `shape`, with their splits, best estimate first; empty if no candidate fits."""
+    fitting = [c for c in candidates(gpu.capability) if fits(c, shape)]
+    return sorted(
+        (split for config in fitting for split in _with_splits(config, shape)),
+        key=lambda config: estimated_cycles(config, shape, gpu),
+    )
+
+
+STORE = Store(TILES, Shape, TileConfig)
+
+
+@lru_cache(maxsize=4096)
+def choose(shape: Shape, gpu: Gpu, store: Store[Shape, TileConfig] = STORE) -> TileConfig:
+    """The tile for `shape`: tuned if this or a near shape was, else the best estimate.
+
+    Raises ValueError if no candidate fits; `why_not` of the backend asks `fits` before.
+    """
+    config = store.nearest(shape, gpu.name)
+    if config is not None:
+        return config
+    found = ranked(shape, gpu)
+    if not found:
+        raise ValueError(
+            f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv"
+        )
+    return found[0]

@@ -1,0 +1,122 @@
+"""The insides of `product` of the backend cuda on csrc/cuda/sm80, emulated: every tile and split, the order of threads,
+windows, nibbles, and what lies beside the tensors.
+"""
+
+import pytest
+import torch
+
+from modiff_kernels.backends.cuda import library
+from modiff_kernels.backends.cuda.product_launch import MAX_K, product
+from modiff_kernels.backends.cuda.tiles import Tile
+from modiff_kernels.quant.operands import PackedWeight, Window
+from modiff_kernels.quant.packing import pack_channels
+from tests.backends.exact_product import DOWN, POINT, THREE, ExactProduct
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+LARGE, NARROW, SMALL = range(3)  # csrc/cuda/sm80/tile_config.h kTiles
+
+
+@pytest.fixture
+def emulator(product_emulator, monkeypatch):
+    monkeypatch.setattr(library, "product_op", lambda: product_emulator.product)
+    product_emulator.tile, product_emulator.splits = SMALL, 1
+    yield product_emulator
+    product_emulator.tile, product_emulator.splits, product_emulator.falling = product_emulator.CHOOSE, 4, False
+
+
+WALKS = [
+    ExactProduct((1, 16), 1),
+    ExactProduct((2, 3, 48), 65),  # less than a k-block, one above a tile
+    ExactProduct((63, 144), 63),
+    ExactProduct((2, 16, 5, 7), 24, THREE),  # four taps in a k-block
+    ExactProduct((2, 48, 7, 5), 65, DOWN),  # a k-block begins inside of a tap
+    ExactProduct((1, 16, 7, 9), 12, Window((3, 3), padding=(2, 2), dilation=(2, 2))),
+    ExactProduct((1, 16, 8, 8), 8, Window((1, 1), (2, 2))),
+    ExactProduct((1, 16, 3, 3), 8, Window((1, 1), padding=(1, 1))),
+    ExactProduct((1, 32, 8, 8), 7, Window((5, 4), (2, 1), (2, 1))),
+    ExactProduct((3, 16, 2, 2), 8, Window((3, 3), padding=(3, 3))),  # whole windows lie outside
+    ExactProduct((65, 64), 64, bits=4),
+    ExactProduct((2, 32, 4, 4), 65, POINT, bits=3),
+    ExactProduct((64 * 9 + 1, 16), 130),  # 10 x 3 tiles: a band of 8 and a rest
+]
+
+
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_walks(emulator, case):
+    case.check(product)
+
+
+TILED = [
+    ExactProduct((130, 320), 130),
+    ExactProduct((2, 48, 9, 8), 65, THREE),
+    ExactProduct((130, 320), 130, bits=4),
+    ExactProduct((1, 32, 12, 12), 136, THREE, bits=3),
+]
+
+
+@pytest.mark.parametrize("falling", [False, True])
+@pytest.mark.parametrize("tile", [LARGE, NARROW, SMALL])
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_tiles_and_orders_of_threads(emulator, case, tile, falling):
+    """Falling order: copies arrive when they are issued; rising order: when they are waited for."""
+    emulator.tile, emulator.falling = tile, falling
+    case.check(product)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 5])
+@pytest.mark.parametrize(
+    "case",
+    [ExactProduct((5, 320), 33), ExactProduct((5, 320), 33, bits=4), ExactProduct((1, 32, 4, 4), 65, THREE)],
+    ids=str,
+)
+def test_splits_of_k(emulator, case, splits):
+    """320 codes are five k-blocks, so that three splits have two, two and one; 288 are four and a half."""
+    emulator.splits = splits
+    case.check(product)
+
+
+@pytest.mark.parametrize("tile", [(80, 128, 128, 1), (80, 128, 64, 2), (80, 64, 64, 3)], ids=str)
+def test_the_caller_may_name_the_tile(emulator, tile):
+    TILED[1].check(product, tile=Tile(*tile))
+
+
+def test_the_chosen_tile(emulator):
+    """Columns of the first resnet of SD 1.5, cut to a few rows."""
+    emulator.tile, emulator.splits = emulator.CHOOSE, 4
+    ExactProduct((1, 320, 4, 16), 64, THREE, bits=4, code_bits=4).check(product)
+
+
+NIBBLES = [
+    ExactProduct((3, 32), 9, bits=4, code_bits=4),
+    ExactProduct((65, 160), 72, bits=4, code_bits=4),
+    ExactProduct((2, 32, 5, 7), 24, THREE, bits=4, code_bits=4),
+    ExactProduct((1, 96, 6, 5), 66, DOWN, bits=4, code_bits=4),
+]
+
+
+@pytest.mark.parametrize(("tile", "splits"), [(SMALL, 1), (SMALL, 2), (NARROW, 1), (LARGE, 1)])
+@pytest.mark.parametrize("case", NIBBLES, ids=str)
+def test_packed_codes_are_multiplied_as_they_are(emulator, case, tile, splits):
+    emulator.tile, emulator.splits, emulator.falling = tile, splits, splits == 2
+    case.check(product, packed_codes=lambda codes: pack_channels(codes, 4))
+
+
+def test_the_largest_sums_do_not_leave_int32(emulator):
+    codes, rows = (torch.full((1, MAX_K), -128, dtype=torch.int8) for _ in range(2))
+    zero_point, one = torch.full((1,), 127, dtype=torch.int32), torch.ones(1)
+    weight = PackedWeight(rows, one, 8)
+    out = product(codes, one, zero_point, weight, None, None, None, None, torch.float32, True)
+    assert out.item() == 255 * 128 * MAX_K
+
+
+def test_tensors_on_addresses_that_are_not_aligned(emulator):
+    """Views into larger tensors: codes and weights are copied, everything else is read as it is."""
+    codes, weight = ExactProduct((7, 64), 24).draw()
+    shifted = torch.cat((torch.zeros(1, dtype=torch.int8), codes.flatten()))[1:].view(codes.shape)
+    packed = torch.cat((torch.zeros(3, dtype=torch.int8), weight.packed.flatten()))[3:].view(24, 64)
+    assert shifted.data_ptr() % 16 != 0
+    assert packed.data_ptr() % 16 != 0
+    y_hat = torch.full((7 * 24 + 1,), 2.0)[1:].view(7, 24)
+    ones = torch.ones(1)
+    out = product(shifted, ones, None, weight._replace(packed=packed), y_hat, None, None, None, torch.float32, True)
+    assert torch.equal(out.double(), codes.double() @ weight.packed.double().T + 2)

@@ -1,0 +1,190 @@
+"""The product of csrc/cuda/sm90: whole kernels on a model of TMA, barriers and wgmma, under sanitizers, bit for bit
+with the backend reference, for every tile, split, epilogue and order of threads.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from modiff_kernels.backends import reference
+from modiff_kernels.backends.cuda import library
+from modiff_kernels.backends.cuda.product_launch import product
+from modiff_kernels.quant.operands import PackedWeight, Window
+from modiff_kernels.quant.packing import pack
+from modiff_kernels.quant.spec import quant_max, quant_min
+from tests.backends.exact_product import DOWN, POINT, THREE
+
+TILES = {8: (0, 1, 2, 3), 4: (0, 3), 3: (0, 3)}  # csrc/cuda/sm90/tiling.h
+ALL_TILES = [(bits, tile) for bits, tiles in TILES.items() for tile in tiles]
+
+
+class Launch(NamedTuple):
+    """How a call is launched: the tile's index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own; splits of K."""
+
+    tile: int = -1
+    splits: int = 1
+    multiprocessors: int = 3
+    seed: int = 0
+
+
+@pytest.fixture(autouse=True)
+def behind_the_backend(hopper, monkeypatch):
+    monkeypatch.setattr(library, "product_op", lambda: hopper.product)
+
+
+def image(nhwc):
+    return nhwc.permute(0, 3, 1, 2)
+
+
+class Case:
+    """A product of random codes, and its results by the reference. Images are channels_last."""
+
+    def __init__(
+        self, n, h, w, c_in, c_out, window=POINT, bits=8, *, seed=0, granules=None, state=torch.float16,
+        out=torch.float16, skip=True, bias=None, zero_point=False,
+    ):  # fmt: skip
+        draw = torch.Generator().manual_seed(seed)
+        self.window, self.out_dtype = window, out
+        self.codes = image(torch.randint(-128, 128, (n, h, w, c_in), dtype=torch.int8, generator=draw))
+        k = window.kernel_size[0] * window.kernel_size[1] * c_in
+        rows = torch.randint(quant_min(bits), quant_max(bits) + 1, (c_out, k), dtype=torch.int8, generator=draw)
+        weight_scale, self.scale = (
+            torch.rand(count, generator=draw) * 0.01 + 0.001 for count in (c_out, granules or n)
+        )
+        self.weight = PackedWeight(pack(rows, bits), weight_scale, bits)
+        self.zero_point = None
+        if zero_point:
+            self.zero_point = torch.randint(-128, 128, (n,), dtype=torch.int32, generator=draw)
+        _, _, *sides = window.output_shape(self.codes.shape, c_out)
+        self.y_hat = image(torch.randn((n, *sides, c_out), generator=draw).to(state))
+        self.skip = image(torch.randn((n, *sides, c_out), generator=draw).to(out)) if skip else None
+        self.bias = None if bias is None else torch.randn(c_out, generator=draw).to(bias)
+
+    def check(self, hopper, launch, with_state=True, write_out=True):
+        """Returns the bytes that were prefetched for the epilogue."""
+        hopper.tile, hopper.splits, hopper.multiprocessors, hopper.seed = launch
+        states = [self.y_hat.clone() if with_state else None for _ in range(2)]
+        outs = [
+            function(
+                self.codes, self.scale, self.zero_point, self.weight, state, self.bias, self.skip, self.window,
+                self.out_dtype, write_out,
+            )
+            for function, state in zip((product, reference.product), states)
+        ]  # fmt: skip
+        assert torch.equal(*outs)
+        if with_state:
+            assert torch.equal(*states)
+        return hopper.prefetched
+
+
+class TestTiles:
+    @pytest.mark.parametrize(("bits", "tile"), ALL_TILES)
+    def test_matrix(self, hopper, bits, tile):
+        """Rows and columns one past a tile, K with a tail; a scale per row."""
+        rows, columns = ((256, 160), (128, 256), (128, 128), (128, 64))[tile]
+        k = 384 if bits == 3 else 160
+        Case(1, rows + 1, 1, k, columns + 8, bits=bits, granules=rows + 1).check(hopper, Launch(tile))
+
+    @pytest.mark.parametrize("window", [THREE, DOWN], ids=["stride 1", "stride 2"])
+    @pytest.mark.parametrize(("bits", "tile"), ALL_TILES)
+    def test_convolution(self, hopper, bits, tile, window):
+        """Boxes of pixels that cross lines and images; two boxes of 64 codes to a k-block except with 3 bits."""
+        case = Case(3, 13, 11, 128 if bits == 3 else 64, 72, window, bits)
+        case.check(hopper, Launch(tile, multiprocessors=2, seed=window.stride[0]))
+
+    @pytest.mark.parametrize(("bits", "tile"), ALL_TILES)
+    def test_splits_of_k(self, hopper, bits, tile):
+        """More work items than blocks: a block takes splits of several tiles, and is sometimes the last to a tile."""
+        case = Case(2, 9, 9, 128, 72, THREE, bits)
+        case.check(hopper, Launch(tile, splits=3, multiprocessors=2))
+
+    @pytest.mark.parametrize("rows", [1, 127, 128, 129])
+    @pytest.mark.parametrize("columns", [8, 64, 65])
+    def test_edges(self, hopper, rows, columns):
+        Case(1, rows, 1, 64, columns).check(hopper, Launch(3))
+
+    @pytest.mark.parametrize("k", [16, 32, 112, 128, 144])
+    def test_depths(self, hopper, k):
+        Case(2, 5, 3, k, 24).check(hopper, Launch(3))
+
+    def test_as_chosen(self, hopper):
+        """A layer of a UNet in its own tiling: the 8 x 8 level with its channels divided by ten."""
+        Case(2, 8, 8, 128, 128, THREE, 4).check(hopper, Launch(-1, multiprocessors=132))
+
+
+class TestWindows:
+    @pytest.mark.parametrize(
+        "window",
+        [
+            Window((1, 1), (2, 2)),
+            Window((3, 3)),
+            Window((3, 3), padding=(2, 2), dilation=(2, 2)),
+            Window((2, 3), (3, 1), (0, 2), (1, 3)),
+            Window((1, 1), padding=(1, 0)),
+            Window((5, 5), padding=(2, 2)),
+        ],
+        ids=["1x1 stride 2", "no padding", "dilation", "uneven", "1x1 padding", "5x5"],
+    )
+    def test_window(self, hopper, window):
+        Case(2, 8, 9, 48, 40, window).check(hopper, Launch(3))
+
+    @pytest.mark.parametrize("channels", [16, 80, 128, 192])
+    def test_channels(self, hopper, channels):
+        """Boxes that reach past a tap's channels, and k-blocks that reach past the last tap."""
+        Case(1, 6, 7, channels, 40, THREE).check(hopper, Launch(3))
+
+
+class TestOrders:
+    """The model's freedom: which thread goes on, when a load is there. Results do not depend on it."""
+
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_seeds(self, hopper, bits, seed):
+        """15 k-blocks in splits of 7 and 8, through 7 and 8 stages, by a block that stays for four work items."""
+        case = Case(2, 9, 8, 192, 72, THREE, bits, seed=seed)
+        case.check(hopper, Launch(3, splits=2, multiprocessors=1 + seed % 2, seed=seed))
+
+    @pytest.mark.parametrize("seed", [6, 7])
+    def test_stages_are_used_again_and_again(self, hopper, seed):
+        """Four stages, 21 k-blocks; operands are read late and early."""
+        Case(1, 20, 1, 21 * 128, 16).check(hopper, Launch(0, seed=seed))
+
+
+class TestEpilogues:
+    @pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("state", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_dtypes(self, hopper, state, out):
+        Case(2, 6, 5, 32, 40, state=state, out=out).check(hopper, Launch(3))
+
+    @pytest.mark.parametrize("columns", [40, 37])
+    @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
+    def test_without_a_state(self, hopper, bias, columns):
+        Case(2, 6, 5, 32, columns, bias=bias).check(hopper, Launch(3), with_state=False)
+
+    def test_without_skip_and_out(self, hopper):
+        Case(2, 6, 5, 32, 40, skip=False).check(hopper, Launch(3), write_out=False)
+
+    @pytest.mark.parametrize("splits", [1, 2])
+    @pytest.mark.parametrize("window", [POINT, THREE], ids=["1x1", "3x3"])
+    def test_zero_points(self, hopper, window, splits):
+        """Padding stands for x = 0, which has the code zero_point and not 0."""
+        case = Case(3, 5, 6, 192, 40, window, zero_point=True, bias=torch.float16)
+        case.check(hopper, Launch(3, splits=splits), with_state=False)
+
+    def test_one_scale_for_all(self, hopper):
+        Case(3, 5, 6, 32, 40, THREE, granules=1).check(hopper, Launch(3))
+
+    @pytest.mark.parametrize(("splits", "all_of_it"), [(1, True), (2, False)])
+    @pytest.mark.parametrize("tile", [0, 3])
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_what_the_epilogue_reads_is_asked_for_once_and_whole(self, hopper, tile, splits, all_of_it, skip):
+        case = Case(3, 11, 10, 256, 168, state=torch.float32, skip=skip)
+        asked = case.check(hopper, Launch(tile, splits=splits))
+        assert asked == (case.y_hat.numel() * (6 if skip else 4) if all_of_it else 0)
+
+
+def test_results_do_not_depend_on_the_launch(hopper):
+    case = Case(2, 9, 9, 128, 96, THREE)
+    for launch in (Launch(2), Launch(2, splits=4), Launch(1), Launch(2, multiprocessors=7)):
+        case.check(hopper, launch)

@@ -1,0 +1,70 @@
+"""The insides of `quantize` of the backend cuda, emulated: the order of threads, and packed codes."""
+
+import pytest
+import torch
+
+from modiff_kernels.backends.cuda import library
+from modiff_kernels.backends.cuda.quantize_launch import quantize
+from modiff_kernels.quant.operands import IDENTITY, Prologue
+from modiff_kernels.quant.packing import pack_channels
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+GRANULARITIES = ["per_tensor", "per_sample", "per_token"]
+
+
+@pytest.fixture
+def emulator(quantize_emulator, monkeypatch):
+    monkeypatch.setattr(library, "quantize_op", lambda: quantize_emulator.quantize)
+    yield quantize_emulator
+    quantize_emulator.falling = False
+
+
+def image(shape):
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+def norm(kind, channels, **more):
+    return Prologue(kind, torch.randn(channels), torch.randn(channels), eps=1e-5, **more)
+
+
+class TestOrderOfThreads:
+    """A missing barrier lets a thread read what another has not written yet: then the order of turns shows."""
+
+    @pytest.mark.parametrize("granularity", [*GRANULARITIES, "per_block"])
+    def test_it_changes_no_residual(self, emulator, granularity):
+        for h, prologue in (
+            (image((2, 96, 13, 5)), norm("group_norm", 96, num_groups=8, silu=True)),
+            (torch.randn(2, 35, 320), norm("layer_norm", 320)),
+            (torch.randn(1, 3, 5120), norm("layer_norm", 5120)),
+            (torch.randn(3, 49, 64), IDENTITY),
+        ):
+            self.check(emulator, h, prologue, torch.zeros_like(h), 4, granularity)
+
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_it_changes_no_activation(self, emulator, granularity):
+        self.check(emulator, torch.randn(2, 49, 640), IDENTITY, None, 8, granularity)
+
+    @staticmethod
+    def check(emulator, h, prologue, x_hat, bits, granularity):
+        results = []
+        for emulator.falling in (False, True):
+            state = None if x_hat is None else x_hat.clone()
+            found = quantize(h, prologue, state, None, bits, granularity, 1.0, True)
+            results.append([*found] if state is None else [*found, state])
+        for rising, falling in zip(*results, strict=True):
+            assert torch.equal(rising, falling)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(2, 35, 64), (2, 9, 33), (2, 40, 5, 7)], ids=str)
+def test_packed_codes_are_the_codes_in_kpack_v1(emulator, shape, granularity, bits):
+    h, x_hat = (torch.randn(shape) if len(shape) == 3 else image(shape) for _ in range(2))
+    states = x_hat.clone(), x_hat.clone()
+    plain, packed = (
+        quantize(h, IDENTITY, state, None, bits, granularity, 1.0, True, packed)
+        for state, packed in zip(states, (False, True))
+    )
+    assert torch.equal(packed[0], pack_channels(plain[0], bits))
+    for got, wanted in zip((*packed[1:], states[1]), (*plain[1:], states[0]), strict=True):
+        assert torch.equal(got, wanted)

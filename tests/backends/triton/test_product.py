@@ -1,0 +1,79 @@
+"""The insides of `product` of the backend triton: every tile and split, the order of tiles, and short taps."""
+
+import pytest
+import torch
+
+from modiff_kernels.backends.triton.tiles import TileConfig
+from modiff_kernels.quant.operands import PackedWeight, Window
+from tests.backends.exact_product import DOWN, POINT, THREE, ExactProduct
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+SMALL = TileConfig(64, 64, 32, 4, 2)
+TILES = [TileConfig(128, 128, 128, 8, 3), TileConfig(128, 64, 64, 4, 3), TileConfig(64, 64, 128, 4, 2)]
+
+
+@pytest.fixture
+def product(device):
+    """`product` with tensors of the CPU, on `device`."""
+    from modiff_kernels.backends.triton.product_launch import product
+
+    def moved(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return value._replace(packed=moved(value.packed), scale=moved(value.scale)) if hasattr(value, "n") else value
+
+    def call(*args, tile=SMALL):
+        there = [moved(value) for value in args]
+        out = product(*there, tile)
+        if args[4] is not None:
+            args[4].copy_(there[4])
+        return out.cpu()
+
+    return call
+
+
+WALKS = [
+    ExactProduct((1, 1), 1),
+    ExactProduct((2, 3, 63), 65),
+    ExactProduct((63, 129), 63, bits=4),
+    ExactProduct((63, 129), 63, bits=3),
+    ExactProduct((2, 40, 7, 5), 65, DOWN),
+    ExactProduct((1, 8, 7, 9), 12, Window((3, 3), padding=(2, 2), dilation=(2, 2)), bits=3),
+    ExactProduct((2, 6, 5, 5), 6, Window((3, 3), padding=(1, 1), groups=6)),
+    ExactProduct((2, 16, 6, 6), 8, Window((3, 3), padding=(1, 1), groups=2), bits=4),
+    ExactProduct((2, 63, 4, 4), 65, POINT, bits=4),
+    ExactProduct((1, 8, 3, 3), 8, Window((1, 1), padding=(1, 1))),
+    ExactProduct((1, 5, 8, 8), 7, Window((5, 5), (2, 1), (2, 2))),
+    ExactProduct((1, 24, 4, 4), 16, THREE, bits=4),
+]
+
+
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_walks(product, case):
+    case.check(product)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("case", [ExactProduct((130, 200), 130), ExactProduct((2, 40, 9, 8), 65, THREE)], ids=str)
+def test_every_tile_gives_the_same_sums(product, case, tile):
+    case.check(product, tile=tile)
+
+
+@pytest.mark.parametrize("group_m", [1, 3])
+def test_the_order_of_tiles_covers_all(product, group_m):
+    """5 x 4 tiles: bands of 3 leave a rest."""
+    ExactProduct((260, 32), 200).check(product, tile=TileConfig(64, 64, 32, 4, 2, group_m=group_m))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("split_k", [2, 3, 16])
+@pytest.mark.parametrize(("x_shape", "n", "window"), [((5, 320), 33, None), ((1, 32, 4, 4), 65, THREE)], ids=str)
+def test_splits_of_k_give_the_same_sums(product, x_shape, n, window, split_k, bits):
+    ExactProduct(x_shape, n, window, bits).check(product, tile=TileConfig(64, 64, 32, 4, 2, split_k=split_k))
+
+
+def test_the_largest_sums_do_not_leave_int32(product):
+    codes, rows = (torch.full((1, 65536), -128, dtype=torch.int8) for _ in range(2))
+    zero_point, one = torch.full((1,), 127, dtype=torch.int32), torch.ones(1)
+    operands = (codes, one, zero_point, PackedWeight(rows, one, 8), None, None, None, None, torch.float32, True)
+    assert product(*operands, tile=TileConfig(64, 64, 128, 4, 2, split_k=4)).item() == 255 * 128 * 65536

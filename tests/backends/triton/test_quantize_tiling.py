@@ -1,0 +1,51 @@
+"""How the quantising kernels of the backend triton share out a tensor."""
+
+import pytest
+
+from modiff_kernels.backends.triton import quantize_tiling
+from modiff_kernels.backends.triton.quantize_tiling import tiling
+from modiff_kernels.quant.operands import PROLOGUES
+from modiff_kernels.quant.spec import GRANULARITIES
+
+
+@pytest.mark.parametrize("channels", [128, 192, 256, 320, 384, 512, 640, 960, 1280, 1920, 2560])
+def test_no_lane_of_an_image_is_masked(channels):
+    for rows in (64 * 64, 32 * 32, 16 * 16, 8 * 8):
+        p = tiling(2, rows, channels, "per_sample", 8, "group_norm", 2)
+        assert channels % p.block_c == 0
+        assert rows % p.block_r == 0
+
+
+@pytest.mark.parametrize("prologue", PROLOGUES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_tiles_cover_everything_in_powers_of_two(granularity, prologue):
+    for samples in (1, 3):
+        for rows in (1, 63, 64, 65, 4096):
+            for channels in (1, 33, 320, 5120):
+                p = tiling(samples, rows, channels, granularity, 4, prologue, 2)
+                assert p.samples * p.rows * p.channels == samples * rows * channels
+                for size in (p.block_r, p.block_c, p.num_warps):
+                    assert size & (size - 1) == 0
+                assert p.grid[0] * p.block_r * p.block_c >= samples * rows * channels
+                whole_rows = granularity == "per_token" or prologue == "layer_norm"
+                assert not whole_rows or p.block_c >= channels
+
+
+def test_one_image_of_the_first_level_fills_the_gpu():
+    for rows, channels in ((64 * 64, 320), (32 * 32, 640), (16 * 16, 1280)):
+        assert tiling(1, rows, channels, "per_sample", 8, "identity", 2).grid[0] >= 132
+
+
+def test_powers_of_two():
+    assert [quantize_tiling.next_power_of_2(n) for n in (1, 2, 3, 4, 5, 1023, 1024)] == [1, 2, 4, 4, 8, 1024, 1024]
+
+
+def test_the_tile_that_merges_statistics_is_bounded():
+    from modiff_kernels.backends.triton.quantize_group_norm import merge_tile
+
+    for row_blocks in (1, 7, 64, 4096):
+        for width in (1, 10, 40, 2560):
+            block_p, block_g, num_warps = merge_tile(row_blocks, width)
+            assert block_g >= width
+            assert block_p * block_g <= max(2048, block_g)
+            assert num_warps >= 4

@@ -1,0 +1,92 @@
+"""The choice of a tile: deterministic, fitting, tuned choices before estimates and only near their shape."""
+
+import json
+
+import pytest
+
+from modiff_kernels.backends.triton import tiles
+from modiff_kernels.backends.triton.tiles import Gpu, Shape, TileConfig
+from modiff_kernels.tuned import Store
+
+H200 = Gpu("NVIDIA H200", (9, 0), 132)
+A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108)
+GPUS = [H200, A100, Gpu("NVIDIA RTX A6000", (8, 6), 84), Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)]
+BIG = Shape(65536, 320, 320, 9)
+TILE = TileConfig(64, 64, 64, 4, 2, split_k=2)
+
+
+def pipeline_bytes(config, stages=None):
+    return (config.block_m + config.block_n) * config.block_k * (stages or config.num_stages)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_candidates_fit_the_shared_memory(gpu):
+    for config in tiles.candidates(gpu.capability):
+        assert pipeline_bytes(config) <= tiles.SHARED_MEMORY_BYTES[gpu.capability]
+
+
+def test_wgmma_needs_64_rows_per_four_warps():
+    for config in tiles.candidates((9, 0)):
+        assert config.block_m % 64 == 0
+        assert config.num_warps % 4 == 0
+        assert (config.block_m // 64) * (config.block_n // 64) >= config.num_warps // 4, "a warp group without a tile"
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_large_shapes_get_large_tiles_and_small_ones_are_split(gpu):
+    large = tiles.choose(Shape(65536, 1280, 1280, 9), gpu)
+    assert (large.block_m, large.block_n, large.split_k) == (128, 128, 1)
+    small = tiles.choose(Shape(128, 1280, 1280, 9), gpu)  # 8x8 level at batch 2: 20 tiles of 128x64
+    count = -(-128 // small.block_m) * -(-1280 // small.block_n)
+    assert small.split_k > 1
+    assert count * small.split_k > gpu.multiprocessors / 2
+
+
+def test_no_work_is_wasted_on_channels_that_are_odd_multiples_of_64():
+    assert 320 % tiles.choose(BIG, H200).block_k == 0
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128])
+def test_a_step_stays_inside_a_group(group_size, gpu):
+    config = tiles.choose(Shape(4096, 640, 640, 1, 1, 4, group_size), gpu)
+    assert group_size % config.block_k == 0
+    if 384 % group_size == 0:
+        config = tiles.choose(Shape(4096, 640, 384, 9, 1, 4, group_size), gpu)
+        assert 384 % config.block_k == 0
+
+
+def test_a_group_size_that_fits_no_tile_is_refused():
+    with pytest.raises(ValueError, match="group_size must be a multiple of 32"):
+        tiles.choose(Shape(4096, 640, 640, 1, 1, 4, 48), H200)
+    with pytest.raises(ValueError, match="no tile computes m4096-n640-channels48"):
+        tiles.choose(Shape(4096, 640, 48, 9, 1, 4, 32), H200)
+
+
+def test_the_choice_does_not_depend_on_what_was_asked_before():
+    first = [tiles.choose(Shape(m, 640, 640, 9), H200) for m in (64, 1024, 16384)]
+    tiles.choose.cache_clear()
+    assert first == [tiles.choose(Shape(m, 640, 640, 9), H200) for m in (16384, 1024, 64)][::-1]
+
+
+def test_tuned_choices_come_first_and_serve_near_shapes(tmp_path):
+    store = Store(tmp_path, Shape, TileConfig)
+    store.save({BIG: TILE}, H200.name, {})
+    for m in (65536, 32768, 131072):
+        assert tiles.choose(BIG._replace(m=m), H200, store) == TILE
+    for other in (BIG._replace(m=32767), BIG._replace(n=640), BIG._replace(weight_bits=4), BIG._replace(taps=1)):
+        assert tiles.choose(other, H200, store) == tiles.ranked(other, H200)[0]
+    assert tiles.choose(BIG, A100, store) == tiles.ranked(BIG, A100)[0]
+
+
+def test_shipped_choices_are_readable_and_fit():
+    for path in tiles.TILES.glob("*.json"):
+        name = json.loads(path.read_text())["gpu"]
+        assert tiles.STORE.path(name) == path
+        assert all(tiles.fits(config, shape) for shape, config in tiles.STORE.load(name).items())
+
+
+def test_one_launch_pays_where_launches_are_what_it_costs():
+    assert tiles.one_launch_pays(Shape(64, 128, 320), H200)
+    assert not tiles.one_launch_pays(Shape(4096, 10240, 1280), H200)
+    assert not tiles.one_launch_pays(Shape(64, 128, 320, 1, 1, 4, 48), H200), "no tile has steps of 48"

@@ -1,0 +1,436 @@
+"""`ModulatedLinear` and `ModulatedConv2d` alone, rounded or calibrated, against their definition in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modiff_kernels.config import BACKENDS, ModiffConfig
+from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+from modiff_kernels.ops import dispatch
+from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer, QuantizedWeight
+from tests.unets import FloatProducts, assert_invariant, each_backend, operator, trajectory, x_hat_of
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 20), (2, 5, 24)),
+    "linear-no-bias-2d": (lambda: nn.Linear(7, 9, bias=False), (3, 7)),
+    "linear-4d": (lambda: nn.Linear(16, 3), (2, 3, 2, 16)),
+    "conv3x3": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 5, 4)),
+    "conv3x3-stride2": (lambda: nn.Conv2d(5, 4, 3, stride=2, padding=1), (1, 5, 7, 6)),
+    "conv1x1-no-bias": (lambda: nn.Conv2d(8, 6, 1, bias=False), (2, 8, 3, 3)),
+    "conv-groups-dilation": (lambda: nn.Conv2d(4, 6, (3, 1), padding=(2, 0), dilation=2, groups=2), (2, 4, 6, 5)),
+    "conv-same": (lambda: nn.Conv2d(3, 4, 3, padding="same", dilation=2), (1, 3, 6, 6)),
+    "conv-valid": (lambda: nn.Conv2d(3, 4, 2, padding="valid"), (1, 3, 4, 5)),
+}
+both_kinds = pytest.mark.parametrize("kind", ["linear", "conv3x3"])
+both_modes = pytest.mark.parametrize("mode", ["modulated", "quantized"])
+
+
+def make(module, calibrated=NOT_CALIBRATED, state=None, name="block.layer", shared_input=None, **options):
+    """The low-bit form of `module`, in a state of its own."""
+    config = ModiffConfig(**options)
+    state = state or ModulationState(config.state_dtype)
+    form = ModulatedConv2d.from_conv2d if isinstance(module, nn.Conv2d) else ModulatedLinear.from_linear
+    return form(module, config, state, name, shared_input, calibrated)
+
+
+def build(kind, calibrated=NOT_CALIBRATED, **options):
+    """A low-bit layer and the shape of an input."""
+    module, shape = LAYERS[kind][0]().requires_grad_(False), LAYERS[kind][1]
+    if options.get("scale_mode") == "static" and calibrated is NOT_CALIBRATED:
+        calibrated = CalibratedLayer(act_scale=torch.tensor([0.05]))
+    return make(module, calibrated, **options), shape
+
+
+def run(layer, inputs):
+    """Output of the last of `inputs`, one call each."""
+    layer.state.begin_run()
+    for x in inputs:
+        with layer.state.call():
+            out = layer(x)
+    return out
+
+
+def on(layer, x):
+    """What the layer's weight gives for x."""
+    return operator(layer, layer.scaled(x))[0].to(x.dtype)
+
+
+def test_config_knows_the_backends():
+    assert ("auto", *dispatch.BACKENDS) == BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("act_bits", "granularity", "scale_mode", "state_dtype"),
+    [
+        (3, "per_tensor", "dynamic", "float16"),
+        (3, "per_block", "dynamic", "float32"),
+        (4, None, "dynamic", "bfloat16"),
+        (4, "per_token", "delayed", "float32"),
+        (4, "per_sample", "static", "float16"),
+        (8, "per_token", "static", "float32"),
+        (8, "per_sample", "delayed", "float16"),
+    ],
+)
+@both_kinds
+@each_backend
+def test_the_invariant_after_many_updates(kind, act_bits, granularity, scale_mode, state_dtype, backend):
+    options = {"granularity": granularity, "scale_mode": scale_mode, "state_dtype": state_dtype}
+    layer, shape = build(kind, act_bits=act_bits, backend=backend, **options)
+    run(layer, trajectory(shape, 40, angle=1.5))
+    assert assert_invariant([layer], 41) == 1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("weight_bits", "group_size"), [(8, None), (4, None), (3, 4)])
+def test_all_geometries(kind, weight_bits, group_size, poisoned_empty):
+    """auto: whatever solves it. group_size: only the reference has it."""
+    options = {"weight_bits": weight_bits, "group_size": group_size, "granularity": "per_token"}
+    layer, shape = build(kind, backend="auto" if group_size is None else "reference", **options)
+    inputs = trajectory(shape, 4)
+    out = run(layer, inputs)
+    assert_invariant([layer], 5)
+    assert (out - on(layer, inputs[-1])).abs().max() < 0.02 * out.abs().max()  # 8-bit residuals
+    assert out.dtype == torch.float32
+    assert out.is_contiguous(memory_format=layer.memory_format)
+    plain, _ = build(kind, mode="quantized", weight_bits=weight_bits, group_size=group_size, backend=layer.backend)
+    # codes of 8 bits, each half a step off at most; sums of a few dozen stay within 2 % of the largest
+    assert (plain(inputs[0]) - on(plain, inputs[0])).abs().max() < 0.02 * out.abs().max()
+    assert plain.state.nbytes() == 0
+    exact, _ = build(kind, act_bits=None, weight_bits=weight_bits, group_size=group_size)
+    torch.testing.assert_close(exact(inputs[0]), on(exact, inputs[0]), rtol=1e-5, atol=1e-5)  # float32 sums
+    assert exact.mode == "float"
+
+
+@both_kinds
+@pytest.mark.parametrize("act_bits", [3, 4, 8])
+def test_a_constant_input_is_reached_exactly(kind, act_bits):
+    layer, shape = build(kind, act_bits=act_bits)
+    x = torch.randn(shape)
+    out = run(layer, [torch.zeros(shape), *[x] * 16])
+    torch.testing.assert_close(out, on(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@both_kinds
+@each_backend
+def test_error_compensation_beats_plain_quantisation(kind, backend):
+    errors = {}
+    for mode in ("modulated", "quantized"):
+        torch.manual_seed(0)
+        layer, shape = build(kind, act_bits=4, mode=mode, backend=backend)
+        *_, x = inputs = trajectory(shape, 20)
+        errors[mode] = (run(layer, inputs) - on(layer, x)).square().mean().item()
+    assert errors["modulated"] < 0.1 * errors["quantized"]
+
+
+def test_untouched_weights():
+    layer, shape = build("linear", weight_bits=None, act_bits=None)
+    x = torch.randn(shape)
+    assert torch.equal(layer(x), layer.original(x))
+
+
+@both_modes
+def test_low_bit_layers_keep_no_float_copy_of_the_weight(mode):
+    """Beside the parameter of the original module, which the state_dict needs."""
+    for kind in ("linear", "conv3x3"):
+        layer, shape = build(kind, mode=mode, weight_bits=4)
+        run(layer, trajectory(shape, 3))
+        assert layer.float_weight is None
+        held = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)] + list(layer.packed[:2])
+        held += [part for part in layer.kernels if isinstance(part, torch.Tensor)]
+        floats = [tensor for tensor in held if tensor.is_floating_point() and tensor.numel() >= layer.weight.numel()]
+        assert not floats
+        assert layer.packed.packed.dtype in (torch.uint8, torch.int8)
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_backend
+def test_half_precision_activations(kind, dtype, backend):
+    layer, shape = build(kind, backend=backend)
+    inputs = [x.to(dtype) for x in trajectory(shape, 4)]
+    out = run(layer, inputs)
+    assert out.dtype == dtype
+    assert layer.output.contexts["default"].tensor.dtype == torch.float32
+    assert_invariant([layer], 5)
+
+
+@each_backend
+def test_delayed_scales_begin_dynamic(backend):
+    """Also after the first call: its scales are of two other updates."""
+    inputs = trajectory(LAYERS["linear"][1], 3)
+    outs = {}
+    for scale_mode in ("dynamic", "delayed"):
+        torch.manual_seed(0)
+        layer, _ = build("linear", act_bits=4, scale_mode=scale_mode, granularity="per_sample", backend=backend)
+        outs[scale_mode] = [run(layer, inputs[:calls]) for calls in (1, 2, 3)]
+    assert [torch.equal(a, b) for a, b in zip(*outs.values())] == [True, True, False]
+
+
+@each_backend
+def test_memory_formats_give_the_same_numbers(backend):
+    for kind, other in (
+        ("conv3x3", lambda x: x.contiguous(memory_format=torch.channels_last)),
+        ("linear", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+    ):
+        layer, shape = build(kind, backend=backend)
+        inputs = trajectory(shape, 3)
+        assert torch.equal(run(layer, inputs), run(layer, [other(x) for x in inputs]))
+
+
+@each_backend
+def test_outputs_do_not_alias_the_state(backend):
+    layer, shape = build("linear", backend=backend)
+    inputs = trajectory(shape, 4)
+    expected = run(layer, inputs)
+    layer.state.begin_run()
+    for x in inputs:
+        x = x.clone()
+        with layer.state.call():
+            out = layer(x)
+        last = out.clone()
+        out.fill_(float("nan"))
+        x.fill_(float("nan"))
+    assert torch.equal(last, expected)
+
+
+@both_modes
+@pytest.mark.parametrize("kind", ["linear", "conv3x3", "conv1x1-no-bias"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_call_runs_a_float_operator(kind, mode, backend, monkeypatch):
+    """Neither the first call of a run nor later ones."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a float operator ran on a low-bit layer")
+
+    layer, shape = build(kind, act_bits=4, mode=mode, backend=backend)
+    for owner, name in ((type(layer.original), "forward"), (type(layer), "float_forward")):
+        monkeypatch.setattr(owner, name, refuse)
+    with FloatProducts() as products:
+        run(layer, trajectory(shape, 3))
+    assert not products.seen or backend == "reference"  # whose integer sums are float64 products
+
+
+def test_lora_compatible_call_signature():
+    layer, shape = build("linear")
+    layer.state.begin_run()
+    with layer.state.call():
+        assert layer(torch.randn(shape), 1.0).shape == (2, 5, 20)
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        (nn.Conv2d(4, 4, 2, padding="same"), "padding='same' with an even kernel"),
+    ],
+)
+def test_impossible_convolutions(conv, reason):
+    with pytest.raises(ValueError, match=rf"layer 'c': {reason}.*leave it float"):
+        make(conv, name="c")
+
+
+def test_per_token_of_a_wide_kernel_is_per_sample():
+    assert build("conv3x3", granularity="per_token")[0].input.granularity == "per_sample"
+    assert build("conv1x1-no-bias", granularity="per_token")[0].input.granularity == "per_token"
+
+
+def test_static_scales_are_checked():
+    linear = nn.Linear(4, 4)
+    static = {"scale_mode": "static", "name": "l"}
+    with pytest.raises(ValueError, match=r"layer 'l': scale_mode='static' needs a calibrated scale"):
+        make(linear, **static)
+    for scale in (torch.zeros(1), torch.tensor([float("nan")]), torch.ones(2, 1), torch.ones(0)):
+        with pytest.raises(ValueError, match=r"(?s)layer 'l': static scale .* give one positive finite number"):
+            make(linear, CalibratedLayer(act_scale=scale), **static)
+    state = ModulationState()
+    one, two = (CalibratedLayer(act_scale=torch.tensor([value])) for value in (1.0, 2.0))
+    make(linear, one, state, "a", "e", scale_mode="static")
+    with pytest.raises(ValueError, match=r"layer 'b': static scale \[2.0\] differs from \[1.0\]"):
+        make(linear, two, state, "b", "e", scale_mode="static")
+    make(linear, CalibratedLayer(act_scale=torch.ones(3)), state, "c", scale_mode="static")
+    with pytest.raises(ValueError, match=r"layer 'd': a table of 5 scales.* tables of 3"):
+        make(linear, CalibratedLayer(act_scale=torch.ones(5)), state, "d", scale_mode="static")
+
+
+@both_kinds
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("calls", [0, 1])
+@each_backend
+def test_bad_numbers_name_the_layer(kind, bad, calls, backend):
+    layer, shape = build(kind, backend=backend)
+    x = torch.randn(shape)
+    layer.state.begin_run()
+    for _ in range(calls):
+        with layer.state.call():
+            layer(x)
+    x_hat = x_hat_of(layer)[0].clone() if calls else None
+    x.view(-1)[3] = bad
+    with pytest.raises(ValueError, match=r"layer 'block.layer': .*NaN or Inf"), layer.state.call():
+        layer(x)
+    assert not calls or torch.equal(x_hat_of(layer)[0], x_hat)  # that of the sample with the bad number
+
+
+def test_bad_weights_name_the_layer():
+    linear = nn.Linear(4, 4)
+    linear.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"layer 'l': .*NaN or Inf"):
+        make(linear, name="l")
+
+
+@both_modes
+def test_gradients_are_refused(mode):
+    layer, shape = build("linear", mode=mode)
+    x = torch.randn(shape).requires_grad_()
+    layer.state.begin_run()
+    with (
+        torch.enable_grad(),
+        pytest.raises(RuntimeError, match=r"layer 'block.layer' has no gradient"),
+        layer.state.call(),
+    ):
+        layer(x)
+    assert not run(layer, [x]).requires_grad
+
+
+@both_kinds
+def test_state_dict_is_that_of_the_original(kind):
+    layer, _ = build(kind)
+    original, ours = layer.original.state_dict(), layer.state_dict()
+    assert list(original) == list(ours)
+    assert all(torch.equal(original[key], ours[key]) for key in original)
+    assert layer.weight is layer.original.weight
+    assert [name for name, _ in layer.named_parameters()] == [name for name, _ in layer.original.named_parameters()]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@each_backend
+def test_loaded_weights_are_used(assign, backend):
+    layer, shape = build("linear", backend=backend)
+    x = torch.randn(shape)
+    run(layer, [x])
+    other = make(nn.Linear(24, 20))
+    layer.load_state_dict(other.state_dict(), assign=assign)
+    with pytest.raises(RuntimeError, match=r"outside a run \(weights were loaded\)"):
+        layer.state.begin_call()
+    # two updates of 8 bits leave 1/255^2 of the input
+    torch.testing.assert_close(run(layer, [x]), on(other, x), rtol=1e-3, atol=1e-3)
+    assert_invariant([layer], 2)
+    assert torch.equal(layer.original.weight, other.weight)
+
+
+def test_dtype_conversion_derives_the_weights_again():
+    layer, shape = build("linear")
+    layer.to(torch.float16)
+    assert layer.weight.dtype == torch.float16
+    assert layer.original.weight is layer.weight
+    assert layer.packed.scale.dtype == torch.float32
+    assert run(layer, [x.half() for x in trajectory(shape, 3)]).dtype == torch.float16
+
+
+def test_attributes_of_the_original_are_there():
+    layer, _ = build("conv-groups-dilation")
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    assert all(getattr(layer, name) == getattr(layer.original, name) for name in names)
+    layer, _ = build("linear")
+    assert (layer.in_features, layer.out_features) == (24, 20)
+    assert "block.layer" in repr(layer)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiled_layers_give_the_same_numbers(backend):
+    """Graphs: the first call, the first update (its scale is dynamic), later updates; a second run compiles nothing."""
+    torch._dynamo.reset()
+    options = {"act_bits": 4, "scale_mode": "delayed", "backend": backend}
+    state = ModulationState()
+    layers = [make(nn.Linear(8, 8), NOT_CALIBRATED, state, name, "q", **options) for name in "qkv"]
+    layers.append(make(nn.Conv2d(1, 4, 3), NOT_CALIBRATED, state, "conv", **options))
+
+    def net(x):
+        q, k, v = (layer(x) for layer in layers[:3])
+        return layers[3]((q * k + v).view(2, 1, 4, 8))
+
+    graphs = []
+    compiled = torch.compile(net, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+    results = []
+    for function in (net, compiled, compiled):
+        state.begin_run()
+        for x in trajectory((2, 4, 8), 4):
+            with state.call():
+                out = function(x)
+        results.append((out, len(graphs)))
+    assert all(torch.equal(out, results[0][0]) for out, _ in results)
+    assert [count for _, count in results] == [0, 3, 3]
+
+
+class TestCalibrated:
+    KINDS = ("linear", "conv3x3", "conv1x1")
+
+    def layer(self, kind, **options):
+        """With codes of the scaled weight, a static scale with zero point, an input scale and a bias."""
+        module = {"linear": nn.Linear(20, 6), "conv3x3": nn.Conv2d(20, 6, 3, padding=1), "conv1x1": nn.Conv2d(20, 6, 1)}
+        module = module[kind].requires_grad_(False)
+        scale = torch.linspace(0.5, 2.0, 20)
+        shape = (1, -1, 1, 1) if module.weight.ndim == 4 else (-1,)
+        weight = QuantizedWeight.rounded(module.weight / scale.view(shape), 4)
+        zero_point = torch.tensor([-3], dtype=torch.int32)
+        known = CalibratedLayer(weight, torch.tensor([0.02]), zero_point, scale, torch.randn(6))
+        return make(module, known, weight_bits=4, **options), torch.randn(3, 5, 20) if kind == "linear" else torch.randn(
+            2, 20, 5, 5
+        )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_plain_codes(self, kind, backend):
+        layer, x = self.layer(kind, mode="quantized", scale_mode="static", backend=backend)
+        scaled = x * layer.calibrated.input_scale.view((-1, 1, 1) if x.ndim == 4 else (-1,))
+        codes = torch.clamp(torch.round(scaled * (1 / torch.tensor(0.02))).double() - 3, -128, 127)
+        expected = operator(layer, (codes + 3) * 0.02)[0]
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)  # float32 scales and sums
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_updates_keep_the_invariant_and_follow_the_scaled_input(self, kind):
+        layer, x = self.layer(kind, act_bits=4, scale_mode="static")
+        run(layer, [x + 0.02 * call for call in range(4)])
+        assert_invariant([layer], 5)
+        assert (x_hat_of(layer) - layer.scaled(x + 0.06)).abs().max() <= 0.02 * 0.5 + 1e-5
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_float_activations(self, kind):
+        layer, x = self.layer(kind, act_bits=None)
+        torch.testing.assert_close(layer(x), on(layer, x), rtol=1e-4, atol=1e-4)  # float32 sums
+
+    def test_bits_and_groups_are_those_of_the_codes(self):
+        known = CalibratedLayer(QuantizedWeight.rounded(torch.randn(6, 20), 3, 10))
+        linear = nn.Linear(20, 6).requires_grad_(False)
+        linear.weight.copy_(known.weight.dequantized())
+        layer = make(linear, known, weight_bits=4, act_bits=None)
+        assert (layer.weight_bits, layer.group_size) == (3, 10)
+        torch.testing.assert_close(layer.float_weight, linear.weight)
+
+    CODES = staticmethod(lambda value=0: torch.full((6, 20), value, dtype=torch.int8))
+
+    @pytest.mark.parametrize(
+        ("known", "message"),
+        [
+            (lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 19), 4)}, r"the layer needs int8 \(6, 20\)"),
+            (lambda c: {"weight": QuantizedWeight(c(), torch.ones(5), 4)}, r"group_size -1 needs float32 \(6,\)"),
+            (lambda c: {"weight": QuantizedWeight(c(9), torch.ones(6), 4)}, r"codes from 9 to 9 do not fit 4 bits"),
+            (lambda c: {"weight": QuantizedWeight(c(), torch.zeros(6), 4)}, r"a scale is not positive and finite"),
+            (lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 20), 4)}, r"away from the weight of the layer"),
+            (lambda c: {"input_scale": torch.ones(19)}, r"input_scale \(19,\) does not fit 20 input channels"),
+            (lambda c: {"bias": torch.ones(7)}, r"a calibrated bias \(7,\) does not fit a layer of 6 outputs with"),
+            (lambda c: {"act_zero_point": torch.zeros(1, dtype=torch.int32)}, r"zero point needs a static scale"),
+        ],
+    )
+    def test_what_does_not_fit(self, known, message):
+        with pytest.raises(ValueError, match=rf"(?s)layer 'l': .*{message}"):
+            make(nn.Linear(20, 6).requires_grad_(False), CalibratedLayer(**known(self.CODES)), name="l")
+
+
+def test_a_linear_is_torchs():
+    """The definition that all of this is compared with."""
+    linear = nn.Linear(8, 3)
+    layer = make(linear)
+    weight = layer.stored().weight.dequantized(linear.weight.shape)
+    torch.testing.assert_close(on(layer, torch.eye(8)), F.linear(torch.eye(8), weight, linear.bias))
+    assert (weight - linear.weight).abs().max() <= linear.weight.abs().max() / 127 * 0.501
