@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from modiff_kernels.planning.layer_plan import LayerPlan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,6 @@ import modiff_kernels as mk
 from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
-from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 from tests.unets import FLOAT, WIDTH, each_backend, unet2d, unet2d_condition

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
 from torch import nn
 
 import modiff_kernels as mk
@@ -14,7 +15,6 @@ from modiff_kernels.integrations import plan_cache, planner
 from modiff_kernels.integrations.measurement import recorded
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.planning.layer_plan import FLOAT_MODE, LayerPlan, Mode
 from tests.unets import text, unet2d, unet2d_condition
 
 PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from modiff_kernels.planning.layer_plan import LayerPlan
 from torch import nn
 
 import modiff_kernels as mk
@@ -29,7 +30,6 @@ from modiff_kernels.nn.blocks import (
 )
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
 from modiff_kernels.ops import dispatch
-from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 from tests.unets import (
