@@ -1,4 +1,4 @@
-// quantize_residual, quantize_activation and their fused forms (group norm + SiLU, layer norm, GEGLU) on the CPU.
+// The op quantize on the CPU, with its prologues (group norm + SiLU, layer norm, GEGLU) and both forms, residual and plain.
 #pragma once
 #include "common/problem.h"
 
