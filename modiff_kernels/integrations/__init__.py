@@ -1,1 +1,1 @@
-"""Doors to other libraries."""
+"""What stands around the layers: accelerate() and its handle, hooks, schedules at work, graphs, measured plans, saving."""
