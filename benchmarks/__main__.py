@@ -13,7 +13,7 @@ from benchmarks.runner import FAILED, DeviceLost
 from modiff_kernels.evaluation import UserError
 
 COMMANDS = {
-    "layers": "layers.command",
+    "layers": "layers",
     "steps": "steps",
     "runs": "runs",
     "schedules": "studies.schedules",

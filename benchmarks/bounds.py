@@ -33,34 +33,28 @@ def machine(device: torch.device) -> tuple[Machine, str]:
     peaks = peaks_of(name)
     if peaks is not None:
         return peaks, f"data sheet of {name}"
-    rates = measured(device)
-    return Machine(rates["float"], rates["int8"], rates["copy"]), "measured on a large product, convolution and copy"
+    return _measured(device), "measured on a large product, convolution and copy"
 
 
-def measured(device: torch.device) -> dict[str, float]:
-    """Operations a second in floating point and int8, and bytes a second of a copy, of `device`."""
+def measured(device: torch.device) -> dict[str, tuple[str, float]]:
+    """By name, unit and rate of products in floating point and int8, and of a copy, in plain torch."""
+    found = _measured(device)
+    tops = {"float": ("TOPS", found.float_ops / 1e12), "int8": ("TOPS", found.int8_ops / 1e12)}
+    return {**tops, "copy": ("GB/s", found.bandwidth / 1e9)}
+
+
+def _measured(device: torch.device) -> Machine:
     from modiff_kernels.integrations.plans import measured_machine
 
-    found = measured_machine(device, mk.ModiffConfig())
-    return {"float": found.float_ops, "int8": found.int8_ops, "copy": found.bandwidth}
+    return measured_machine(device, mk.ModiffConfig())
 
 
 def bound_ms(network: str, batch: int, mode: str, machine: Machine, float_bytes: int, state_bytes: int) -> float:
     """Bound of one step with 8-bit weights in `mode`: "float", "weight_only" (the same), "quantized" or "modulated"."""
     layer_mode = Mode("float") if mode in ("float", "weight_only") else Mode(mode, 8)
-    return 1e3 * sum(
-        count
-        * seconds(
-            _shape(layer, batch),
-            layer_mode,
-            machine,
-            float_bytes=float_bytes,
-            state_bytes=state_bytes,
-            weight_bits=8,
-            fused=True,
-        )
-        for layer, count in layer_table(network).items()
-    )
+    sizes = {"float_bytes": float_bytes, "state_bytes": state_bytes, "weight_bits": 8, "fused": True}
+    table = layer_table(network).items()
+    return 1e3 * sum(n * seconds(_shape(layer, batch), layer_mode, machine, **sizes) for layer, n in table)
 
 
 def _shape(layer: Layer, batch: int) -> LayerShape:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -99,7 +99,9 @@ class Networks:
         unet = share_copy(self.channels_last if row.channels_last else self.unet)
         network = Network(row, unet)
         if row.mode != "float" or row.schedule is not None:
-            network.quantised = Quantised(unet if pipe_of is None else pipe_of(unet), row, backend_of(row.key))
+            network.quantised = Quantised(
+                unet if pipe_of is None else pipe_of(unet), row, row.key.partition(".")[2] or "auto"
+            )
             if row.compiled:
                 network.quantised.handle.compile(**compile_options(on_cuda, cuda_graphs=False))
         elif row.key in DEEPCACHE:
@@ -152,16 +154,6 @@ def quantise_with_torchao(unet: torch.nn.Module) -> None:
         return whole_tiles and not NOT_COUNTED & set(path.split("."))
 
     quantize_(unet, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), wanted)
-
-
-def has(package: str) -> bool:
-    """Whether `package` can be imported."""
-    return importlib.util.find_spec(package) is not None
-
-
-def backend_of(key: str) -> str:
-    """The backend that a configuration asks for."""
-    return key.partition(".")[2] or "auto"
 
 
 def with_backends(rows: Sequence[Row], backends: Sequence[str]) -> list[Row]:
@@ -278,7 +270,7 @@ def chosen(rows: Sequence[Row], session: Session, order: Sequence[str]) -> list[
     needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
     needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
     wanted = set().union(*(needed.get(row.key, set()) for row in rows))
-    missing = {package for package in wanted if not has(package)}
+    missing = {package for package in wanted if find_spec(package) is None}
     for package in sorted(missing):
         print(f"{package} is not installed (pip install {package}): its rows are left out", file=sys.stderr)
     rows = [row for row in rows if not needed.get(row.key, set()) & missing]

@@ -41,12 +41,12 @@ SAMPLERS = {
 class Workload:
     """What is sampled: `images` pictures, or latents, of `network` from the noise of seeds 0, 1, ... in one batch.
 
-    unet: gives sizes, dtype and device. steps: of the sampler, if others than its own.
+    unet: gives sizes, dtype and device.
     """
 
-    def __init__(self, network: str, unet: torch.nn.Module, sampler: Sampler, images: int, steps: int | None) -> None:
+    def __init__(self, network: str, unet: torch.nn.Module, sampler: Sampler, images: int) -> None:
         self.network, self.label = network, label(network, unet)
-        self.sampler, self.images, self.steps = sampler, images, steps or sampler.steps
+        self.sampler, self.images, self.steps = sampler, images, sampler.steps
         self.in_pixels = network in OF_PIXELS
         shipped = models.load_model(None, None, torch.device("cpu")).scheduler_config
         schedule = CONFIGS[network]["scheduler"] if network in CONFIGS else shipped

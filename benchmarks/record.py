@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,6 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def commit() -> tuple[str, bool | str]:
     """Commit of the sources and whether they differ from it; without .git what MODIFF_COMMIT says, or ("", "")."""
     found = _git(ROOT, "rev-parse", "--short=12", "HEAD")
@@ -92,16 +86,16 @@ def environment() -> dict[str, Any]:
 
     git_commit, dirty = commit()
     script = Path(sys.argv[0])
-    shown = [str(script.relative_to(ROOT) if script.is_absolute() and script.is_relative_to(ROOT) else script)]
-    if script.name == "__main__.py":  # python -m PACKAGE
-        shown = ["-m", script.parent.name]
+    is_package = script.name == "__main__.py"  # python -m PACKAGE
+    own = script.relative_to(ROOT) if script.is_absolute() and script.is_relative_to(ROOT) else script
+    shown = ["-m", script.parent.name] if is_package else [str(own)]
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "load": Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": _version("diffusers"),
+        "diffusers": metadata.version("diffusers") if find_spec("diffusers") else "",
         "modiff_kernels": __version__,
         "git_commit": git_commit,
         "dirty": dirty,

@@ -101,10 +101,10 @@ def attempt(name: str, step: Callable[[], T], budget: Budget) -> T | None:
     except OutOfTime:
         reason = "the budget was used up before it was done"
     except torch.OutOfMemoryError as error:
-        reason = f"out of memory ({_first_line(error)})"
+        reason = f"out of memory ({str(error).strip().splitlines()[0]})"
     except Exception as error:  # compilers have errors of their own
         traceback.print_exc()
-        reason = f"failed: {_first_line(error)}"
+        reason = f"failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     print(f"{name}: {reason}; left out", file=sys.stderr, flush=True)
     if device_is_lost():
         raise DeviceLost(name)
@@ -117,10 +117,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclasses.dataclass

@@ -172,20 +172,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--network", nargs="+", default=["cifar10_small16"], choices=NETWORKS, help="default: the shipped model")
     add("--images", type=int, nargs="+", default=[8], help="of a run, one or several numbers (%(default)s)")
     add("--sampler", nargs="+", default=list(SAMPLERS), choices=SAMPLERS, help="default: all")
-    add("--steps", type=int, default=None, help="others than the sampler's own, to try things; not recorded")
     add_options(parser, rounds=4)
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.steps and args.record:
-        raise SystemExit("runs: --steps: rows are recorded for the samplers' own numbers of steps; leave --record out")
     session = Session(args)
     quiet_libraries()
     for network in args.network:
         unet = build_unet(network, session.device).to(session.dtype)
         for images in args.images:
             for sampler in args.sampler:
-                workload = Workload(network, unet, SAMPLERS[sampler], images, args.steps)
+                workload = Workload(network, unet, SAMPLERS[sampler], images)
                 rows = run_rows(session.device, session.dtype, args.compile, args.plan)
                 rows = chosen(rows, session, RUN_ORDER)
                 measures = [(row, Measure(OP, problem(workload, row.key), "run_time", 1.0)) for row in rows]

@@ -159,13 +159,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--network", nargs="+", default=list(SMALL_NETWORKS), choices=NETWORKS, help="default: %(default)s")
     add("--batch", type=int, nargs="+", default=[8], help="one or several (%(default)s)")
-    add("--calls", type=int, default=12, help="UNet calls of a run, at least 4 (%(default)s)")
+    add("--calls", type=int, default=12, choices=range(4, 51), metavar="4-50", help="of a run (%(default)s)")
     add_options(parser, rounds=3)
 
 
 def main(args: argparse.Namespace) -> int:
-    if not 4 <= args.calls <= 50:
-        raise SystemExit("steps: --calls must be 4 to 50")
     session = Session(args)
     machine, source = bounds.machine(session.device)
     print(f"bounds by rates {source}: {machine}")

@@ -50,11 +50,6 @@ def decibels(value: float) -> str:
     return "reference" if value == float("inf") else f"{value:.1f}"
 
 
-def number(cells: Cells, *key: str, column: str = "p50") -> float | None:
-    """The value of a cell, None where there is none."""
-    return float(cells[key][column]) if key in cells else None
-
-
 def value(*key: str, form: str = "{:.2f}", scale: float = 1.0) -> Cell:
     """A column: the median of a cell."""
     return lambda cells: form.format(float(cells[key]["p50"]) * scale) if key in cells else "-"
@@ -69,7 +64,9 @@ def spread(*key: str, form: str = "{p20:.2f}-{p80:.2f}") -> Cell:
 
 def ratio(of: tuple[str, ...], to: tuple[str, ...], form: str = "{:.2f}x") -> Cell:
     """A column: one cell's median over another's."""
-    return lambda cells: shown(number(cells, *of) / number(cells, *to), form) if {of, to} <= set(cells) else "-"
+    return lambda cells: (
+        form.format(float(cells[of]["p50"]) / float(cells[to]["p50"])) if {of, to} <= set(cells) else "-"
+    )
 
 
 @dataclass(frozen=True)

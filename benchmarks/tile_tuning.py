@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
-from benchmarks.layers.products import Problem, problems_by_share
+from benchmarks.layers import Problem, problems_by_share
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, Layer
 from benchmarks.timing import ColdTimer
@@ -161,11 +161,8 @@ def tune(session: Session, backend: Tunable, problem: Problem, weight_bits: int)
     scratch = Scratch(layer, problem.batch, weight_bits, session.device)
     ranked = backend.candidates(scratch)
     case = TileCase(backend, scratch, name)
-    candidates = [
-        SimpleNamespace(choice=choice, key=key, name=key, compiled=False)
-        for choice in shortlist(ranked, backend.tile)
-        for key in (f"{backend.name}-{choice}",)
-    ]
+    keys = {f"{backend.name}-{choice}": choice for choice in shortlist(ranked, backend.tile)}
+    candidates = [SimpleNamespace(choice=own, key=key, name=key, compiled=False) for key, own in keys.items()]
     measures = [(candidate, Measure(OP, name, "time", 1e-6, candidate.key)) for candidate in candidates]
     session.run(name, lambda: case, measures, 1)
     if not case.medians or scratch.disputed or session.budget.is_over:

@@ -137,10 +137,8 @@ class Campaign:
         return outcome
 
     def _save(self) -> None:
-        state = {
-            "started": self.started,
-            "parts": {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()},
-        }
+        parts = {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()}
+        state = {"started": self.started, "parts": parts}
         scratch = self.state_file.with_suffix(".tmp")
         scratch.write_text(json.dumps(state, indent=1))
         scratch.replace(self.state_file)

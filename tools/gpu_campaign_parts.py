@@ -102,7 +102,7 @@ PARTS = (
     _steps("sd15", "8", "cuda", 60, GRAPHS),
     _steps("sd15", "8", "float", 120, FLOATS),
     _steps("sd15", "8", "triton", 90, GRAPHS),
-    _bench("machine", "rates of copies and products, as rows", 30, "layers", "--case", "machine"),
+    _bench("machine", "rates of copies and products, as rows", 30, "layers", "--machine"),
     _families("cuda", 60),
     _families("triton", 90),
     _sanitized("memcheck", "the families of cuda under compute-sanitizer: addresses", 60),

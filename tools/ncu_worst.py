@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
-from benchmarks.layers.products import Problem, Tensors, problems_by_share, worst
+from benchmarks.layers import Problem, Tensors, problems_by_share, worst
 from benchmarks.runner import Budget
 from benchmarks.shapes import NETWORKS, Layer
 
@@ -39,12 +39,12 @@ LONGEST_S = 120.0
 WEIGHT_BITS = 8
 
 
-def command(problem: Problem, form: str, backend: str, ncu: str = "ncu") -> list[str]:
+def command(problem: Problem, form: str, backend: str) -> list[str]:
     """ncu around a process that makes this call; it sees the kernels between start and stop alone."""
     sections = [word for section in SECTIONS for word in ("--section", section)]
     call = json.dumps([dataclasses.asdict(problem.layer), problem.batch, form, backend])
     program = [sys.executable, str(Path(__file__).resolve()), "--call", call]
-    return [ncu, "--clock-control", "none", "--profile-from-start", "off", *sections, *program]
+    return ["ncu", "--clock-control", "none", "--profile-from-start", "off", *sections, *program]
 
 
 def make(call: str) -> None:
@@ -55,10 +55,9 @@ def make(call: str) -> None:
         for _ in range(WARM_UP):
             run()
         torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        run()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+        with torch.cuda.profiler.profile():
+            run()
+            torch.cuda.synchronize()
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.layers.products import prepared  # noqa: E402
+from benchmarks.layers import prepared  # noqa: E402
 from benchmarks.runner import device_is_lost  # noqa: E402
 from modiff_kernels import ops  # noqa: E402
 from modiff_kernels.ops import dispatch  # noqa: E402
@@ -280,8 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         processes = [subprocess.Popen([*own, str(index), str(args.jobs)]) for index in range(args.jobs)]
         failed: int | None = sum(process.wait() not in (0, EMPTY) for process in processes)
     else:
-        index, count = args.share
-        chosen = chosen[index::count]
+        chosen = chosen[args.share[0] :: args.share[1]]
         failed = check_all(chosen, args.backend)
     seconds = time.perf_counter() - begin
     print(f"{len(chosen) * len(args.backend)} calls, {'all' if failed is None else failed} failed, {seconds:.0f} s")

@@ -17,12 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from modiff_kernels.backends.cuda.cuts import Cut
 
 from benchmarks import tile_tuning
 from benchmarks.tile_tuning import Scratch
 from modiff_kernels.backends import cuda
 from modiff_kernels.backends.cuda import cuts, products
-from modiff_kernels.backends.cuda.cuts import Cut
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.packing import KPACK_V1
 

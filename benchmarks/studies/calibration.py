@@ -65,16 +65,13 @@ class Cost:
 
 def pool4(images: np.ndarray) -> np.ndarray:
     """Images [N, H, W, C] averaged to 4x4 pixels: [N, 16 C]."""
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return torch.nn.functional.adaptive_avg_pool2d(channels_first, 4).flatten(1).numpy()
+    return torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2), 4).flatten(1).numpy()
 
 
 def features_of(name: str) -> Callable[[np.ndarray], np.ndarray]:
     """The feature network `name`: pool4, or module:function."""
-    if name == "pool4":
-        return pool4
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return getattr(importlib.import_module(module), function) if function else pool4
 
 
 class Study(Pictures):

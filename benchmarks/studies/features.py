@@ -42,7 +42,7 @@ def convolution(c_in: int, c_out: int, stride: int) -> nn.Sequential:
 
 
 class FeatureNetwork(nn.Module):
-    """Class scores of images [N, 3, H, W] with values in 0..1; `features` are the inputs of the last layer."""
+    """Of images [N, 3, H, W] with values in 0..1; the features are what the last layer reads, which is not computed."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,9 +58,6 @@ class FeatureNetwork(nn.Module):
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """[N, 4 width], non-negative."""
         return self.blocks(F.relu(self.stem((images - 0.5) * SCALE))).mean((2, 3))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.scores(self.features(images))
 
 
 class Features:

@@ -212,7 +212,6 @@ COLUMNS = {
     "Fréchet to full precision": ("frechet_full", "{:.2g}"),
     "Fréchet to test images": ("frechet_test", "{:.3f}"),
 }
-MORE = ("calls computed", "avg bits", "state kB/image")
 
 
 def _shown(row: dict[str, Any], name: str, form: str) -> str:
@@ -246,7 +245,7 @@ def table(results: Path, name: str, sampler: str) -> str | None:
         more = [f"{row['calls_computed']} of {row['calls']}", _shown(row, "average_bits", "{:.1f}"), state]
         cells.append([_label(row), *(_shown(row, *column) for column in COLUMNS.values()), *more])
         cells[-1][1] = "reference" if row["way"] == "float" else cells[-1][1]
-    header = ("configuration", *COLUMNS, *MORE)
+    header = ("configuration", *COLUMNS, "calls computed", "avg bits", "state kB/image")
     schedules = {row["schedule"] for row in rows if row.get("schedule")}
     note = f" Scheduled: {'; '.join(sorted(schedules))}." if schedules else ""
     return f"{markdown_table(header, cells)}\n\n{sampler}, {_caption(report)}{note}"

@@ -25,6 +25,7 @@ import itertools
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from tqdm import tqdm
 
 from benchmarks import shared as models
 from benchmarks.baselines.deepcache import CachedUNet
-from benchmarks.configurations import has
 from benchmarks.shared import Quantised, Row
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
@@ -73,10 +73,8 @@ SEARCH_SEED = 1000  # the rows are measured on seeds from 0 on, the search sees 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by its name on the command line, the options of its scheduler, and the numbers of steps to try.
-
-    scheduled: those of the steps that schedules are tried on; the others stand for taking fewer steps. searched: those
-    of the scheduled ones that schedules are searched for.
+    """A sampler by its name on the command line, the options of its scheduler, and the numbers of steps to try: with
+    schedules (the others stand for taking fewer steps), and with schedules that are searched for.
     """
 
     label: str
@@ -144,7 +142,7 @@ class Study:
         self.model = model
         self.seeds = range(images)
         self.searches = searches
-        self.has_deepcache = has("DeepCache")
+        self.has_deepcache = find_spec("DeepCache") is not None
         self.macs = _multiplications(model.unet)
         longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
         unet = models.share_copy(model.unet).to(memory_format=torch.channels_last)

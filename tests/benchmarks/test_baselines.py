@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import configurations
 from benchmarks.baselines import deepcache
 from benchmarks.baselines.cutlass_int8 import build, kernels
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS
-from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, InBfloat16, Networks, run_rows, step_rows
-from benchmarks.layers.products import PEER_FORM, Tensors
+from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, Networks, run_rows, step_rows
+from benchmarks.layers import PEER_FORM, Tensors
 from benchmarks.runner import LeftOut
 from benchmarks.shapes import Layer, build_unet
 from benchmarks.steps import BASELINES, least_sqnr_db, trajectory
@@ -128,16 +127,6 @@ def test_the_unet_in_openvino(openvino, key):
     assert openvino["options"]["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
     assert openvino["options"]["INFERENCE_PRECISION_HINT"] == ("bf16" if "bfloat16" in key else "f32")
     assert openvino.get("subset_size") == (3 if "int8" in key else None), "every call of the run that is timed"
-
-
-def test_the_unet_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(configurations, "compile_calls", lambda unet, options: None)
-    unet = build_unet("cifar10_small16")
-    x, t = trajectory(16, 1, 2)[-1]
-    with torch.no_grad():
-        expected, got = unet(x, t, return_dict=False)[0], InBfloat16(unet)(x, t, return_dict=False)[0]
-    assert got.dtype == torch.float32
-    assert 30 < sqnr(got, expected) < 70
 
 
 def test_the_strongest_baselines_are_there(monkeypatch):

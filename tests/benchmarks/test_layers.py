@@ -5,10 +5,10 @@ import argparse
 import pytest
 import torch
 
+from benchmarks import layers as products
 from benchmarks import record, tile_tuning
 from benchmarks.bounds import PEAKS, Machine
-from benchmarks.layers import products
-from benchmarks.layers.products import Check, Form, Problem, ProductCase, Tensors
+from benchmarks.layers import Check, Form, Problem, ProductCase, Tensors
 from benchmarks.runner import Entrant, Session
 from benchmarks.shapes import Layer
 
@@ -80,18 +80,6 @@ def test_problems_by_share_begin_with_what_takes_most(monkeypatch):
     products.low_bit_layers.cache_clear()
     assert [problem.layer for problem in found] == [large, small], "layers that stay in floating point are left out"
     assert sum(problem.share for problem in found) == pytest.approx(1.0)
-
-
-def test_the_worst_are_those_furthest_from_their_bound():
-    def rows(layer, backend, time, percent):
-        common = {"problem": Problem(layer, 2, 0.0).name(8), "op": "product", "backend": backend}
-        return [{**common, "metric": "time", "p50": time}, {**common, "metric": "of_bound", "p50": percent}]
-
-    problems = [Problem(CONV, 2, 0.5), Problem(LINEAR, 2, 0.5), Problem(CONV, 4, 0.001)]
-    found = products.worst(
-        [*rows(CONV, "cuda", 100, 40), *rows(CONV, "triton", 100, 20), *rows(LINEAR, "cuda", 4, 1)], problems, 5
-    )
-    assert [(problem.layer, backend) for problem, _, backend in found] == [(CONV, "triton"), (CONV, "cuda")]
 
 
 def test_forms_of_a_layer():

@@ -28,13 +28,3 @@ def test_percentiles():
     assert record.percentiles([3.0]) == {"p50": 3.0, "p20": 3.0, "p80": 3.0, "n": 1}
     found = record.percentiles([float(i) for i in range(11)])
     assert (found["p20"], found["p50"], found["p80"], found["n"]) == (2.0, 5.0, 8.0, 11)
-
-
-@pytest.mark.parametrize(("given", "expected"), [("abc123", ("abc123", False)), (None, ("", ""))])
-def test_sources_without_git_say_their_commit(monkeypatch, tmp_path, given, expected):
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.delenv("MODIFF_COMMIT", raising=False)
-    if given:
-        monkeypatch.setenv("MODIFF_COMMIT", given)
-    assert record.commit() == expected

@@ -7,9 +7,7 @@ import torch
 
 from benchmarks import record, runs, steps, tables
 from benchmarks.configurations import telling_first, with_backends
-from benchmarks.shapes import build_unet
-from benchmarks.shared import Row
-from tests.benchmarks.test_baselines import CPU, GPU, step_rows
+from tests.benchmarks.test_baselines import GPU, step_rows
 
 
 def command(module, tmp_path, *words):
@@ -74,11 +72,3 @@ def test_ours_comes_once_for_each_backend_and_what_tells_most_first():
     ]
     assert keys.count("float-contiguous") == 1
     assert with_backends(rows[:3], ["auto"]) == rows[:3]
-
-
-def test_what_a_wrong_result_is():
-    exact = [Row("a", "a", "float"), Row("b", "b", "float", act_bits=8), Row("c", "c", "float", schedule="auto")]
-    assert [runs.least_sqnr_db(row, torch.float32) for row in exact] == [80, 3, 3]
-    assert steps.least_sqnr_db(Row("d", "d", "modulated", 8, 4), torch.float32) == 10
-    x, t = steps.trajectory(build_unet("cifar10_small16").config.sample_size, 2, 3)[0]
-    assert (x.shape, x.device, t.ndim) == ((2, 3, 16, 16), CPU, 0)

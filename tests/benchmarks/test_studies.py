@@ -4,13 +4,11 @@ import argparse
 import importlib.util
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import record
 from benchmarks.studies import calibration, quality, schedules
-from benchmarks.studies.features import Features
 from benchmarks.studies.report import Report, command
 from benchmarks.studies.schedules import between_db, lines, panels, wins
 from modiff_kernels import cli
@@ -132,11 +130,3 @@ def test_calibration_judges_and_counts_what_it_costs(few_steps, monkeypatch, tmp
     assert (found["calibration_s"], found["calibration_cpu_s"], found["peak_mib"]) == (2.0, 4.0, 30.0), (
         "codes, then scales"
     )
-
-
-def test_the_feature_network_is_stored():
-    features = Features(16)
-    assert "test accuracy" in features.name
-    assert features(np.zeros((2, 16, 16, 3), np.float32)).shape == (2, 96)
-    with pytest.raises(ValueError, match="the network is for"):
-        features(np.zeros((2, 8, 8, 3), np.float32))

@@ -1,7 +1,6 @@
 """The table maker: pivots of known rows, pages that are written and checked."""
 
 import argparse
-import json
 
 import pytest
 
@@ -75,10 +74,3 @@ def test_a_page_is_written_and_checked(tmp_path, monkeypatch, capsys):
 
 def test_the_tables_of_the_documents_are_up_to_date_and_none_is_empty():
     assert tables.main(argparse.Namespace(check=True, results=record.RESULTS)) == 0
-
-
-def test_reports_that_are_not_there(tmp_path):
-    for name, options in (("compare", ()), ("schedules", ("float32",)), ("calibration", ("DDIM-20",))):
-        assert tables.MAKERS[name](tmp_path, *options) is None
-    (tmp_path / "quality.json").write_text(json.dumps({"rows": []}))
-    assert tables.MAKERS["quality"](tmp_path, "quality", "DDIM-50") is None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.cutlass_int8.build import FOLDER, KERNELS, Kernel
-from benchmarks.layers.products import PEER_FORM, Check, Tensors, is_matrix
+from benchmarks.layers import PEER_FORM, Check, Tensors, is_matrix
 from benchmarks.runner import LeftOut
 
 Timer = Callable[[Callable[[], Tensor]], list[float]]

@@ -7,12 +7,18 @@ on a CPU float32, and the backend onednn, whose product is oneDNN's own in int8.
     product        y_hat += A(codes), and the output           modulate       both
     product_plain  the output, without state                   quantize       the residual's codes, x_hat += ...
 
-Every problem is timed once, however many networks have it, those with the largest share of a network's step first. The
-first and the last sample are verified against the backend reference, sums in float64, before a form is timed.
+    python -m benchmarks layers --network ddpm_cifar10 --record
+    python -m benchmarks layers --network sd15 sdxl --batch 8 --device cuda --backend cuda --most 12 --record
+
+On a GPU one process should have one of our backends: a kernel that loses the CUDA context takes with it what the
+process would have timed. --machine records the rates of plain torch instead. Every problem is timed once, however many
+networks have it, those with the largest share of a network's step first. The first and the last sample are verified
+against the backend reference, sums in float64, before a form is timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 from collections.abc import Callable, Sequence
@@ -24,10 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import record
-from benchmarks.bounds import peaks_of
-from benchmarks.runner import Entrant, LeftOut, Row
-from benchmarks.shapes import Layer, layer_table
+from benchmarks import bounds, record
+from benchmarks.runner import Entrant, LeftOut, Measure, Row, Session, add_options, attempt
+from benchmarks.shapes import NETWORKS, Layer, layer_table
 from benchmarks.timing import timer_of
 from modiff_kernels import ops
 from modiff_kernels.evaluation import sqnr
@@ -61,10 +66,7 @@ class Form:
         """For --rows: "product" takes all backends, "product.cuda" one."""
         return f"{self.op}.{self.backend}"
 
-    @property
-    def name(self) -> str:
-        """The same."""
-        return self.key
+    name = key
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def problems_by_share(networks: Sequence[str], batches: Sequence[int], machine: 
     places: dict[tuple[Layer, int], float] = {}
     shares: dict[tuple[Layer, int], float] = {}
     for network, batch in itertools.product(networks, batches):
-        bounds = {layer: n * bound_us("bf16", layer, batch, 8, machine) for layer, n in low_bit_layers(network).items()}
-        step, larger = sum(bounds.values()), 0.0
-        for layer, bound in sorted(bounds.items(), key=lambda item: -item[1]):
+        least = {layer: n * bound_us("bf16", layer, batch, 8, machine) for layer, n in low_bit_layers(network).items()}
+        step, larger = sum(least.values()), 0.0
+        for layer, bound in sorted(least.items(), key=lambda item: -item[1]):
             key = layer, batch
             places[key] = min(places.get(key, 1.0), larger)
             shares[key] = max(shares.get(key, 0.0), bound / step)
@@ -111,8 +113,7 @@ def is_matrix(layer: Layer) -> bool:
 
 def outputs_of(layer: Layer, batch: int) -> int:
     """Elements of the output."""
-    pixels = layer.h if layer.kind == "linear" else layer.h_out * layer.w_out
-    return batch * pixels * layer.c_out
+    return batch * layer.h_out * layer.w_out * layer.c_out
 
 
 def operations(layer: Layer, batch: int) -> int:
@@ -344,7 +345,7 @@ class ProductCase:
     ) -> None:
         self.problem, self.weight_bits, self.cutlass = problem, weight_bits, cutlass
         self.tensors = Tensors(problem.layer, problem.batch, weight_bits, device)
-        self.peaks = peaks_of(device_name)
+        self.peaks = bounds.peaks_of(device_name)
         self.timer = timer_of(device, rounds)
 
     def make(self, form: Form) -> Callable[[], Tensor]:
@@ -410,3 +411,41 @@ def worst(rows: Sequence[dict[str, str]], problems: Sequence[Problem], most: int
     for _, problem, form, backend in sorted(found, key=lambda entry: entry[0]):
         kept.setdefault((form, backend, problem.layer), (problem, form, backend))
     return list(kept.values())[:most]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--network", nargs="+", default=["cifar10_small16"], choices=NETWORKS, help="whose layers (%(default)s)")
+    add("--batch", type=int, nargs="+", default=[8], help="images, one or several (%(default)s)")
+    add("--weight-bits", type=int, default=8, choices=(3, 4, 8), help="default: %(default)s")
+    add("--most", type=int, help="only so many, those with the largest share of a step")
+    add("--machine", action="store_true", help="instead: rates of products and a copy in plain torch")
+    add_options(parser, rounds=25)
+
+
+def main(args: argparse.Namespace) -> int:
+    from benchmarks.baselines.cutlass_int8.kernels import Cutlass
+
+    session, bits = Session(args), args.weight_bits
+    on_cuda, name = session.device.type == "cuda", session.device_name
+    torch.backends.cudnn.benchmark = True
+    if args.machine:
+        rates = attempt("machine", lambda: bounds.measured(session.device), session.budget)
+        session.failed += rates is None
+        for what, (unit, rate) in rates.items() if rates else ():
+            session.keep([record.row("machine", what, "torch", "rate", unit, [rate])])
+            print(f"{what}  {rate:.4g} {unit}", flush=True)
+        return session.exit_code
+    backends, cutlass = backends_here(args.backend, on_cuda), Cutlass() if on_cuda else None
+    found = problems_by_share(args.network, args.batch, bounds.peaks_of(name) or bounds.PEAKS["H200"])
+    for problem in found[: args.most]:
+        forms = forms_of(problem.layer, problem.batch, bits, backends, on_cuda, bool(cutlass))
+        names = [problem_name(problem, form.op, bits) for form in forms]
+        measures = [(form, Measure(form.op, own, "time", 1e-6, form.backend)) for form, own in zip(forms, names)]
+        make = lambda p=problem: ProductCase(p, bits, session.device, name, args.rounds, cutlass)  # noqa: E731
+        with torch.inference_mode():
+            new = session.run(problem.name(bits), make, measures, 1 if on_cuda else args.rounds)
+        for row in new:
+            if row["metric"] == "time":
+                print(f"{row['problem']}  {row['op']}  {row['backend']}  {row['p50']:.1f} us", flush=True)
+    return session.exit_code
