@@ -1,12 +1,21 @@
 """Time-step sampling against the papers' definitions; recorded points against a sampler whose states are known."""
 
+import inspect
 import types
 
 import pytest
 import torch
 from torch import nn
 
-from modiff_kernels.calibration.data import CalibrationData, Sampler, collect, ndtc_calls, uniform_calls
+from modiff_kernels.calibration.data import (
+    CalibrationData,
+    Sampler,
+    collect,
+    ndtc_calls,
+    pipeline_sampler,
+    run_pipeline,
+    uniform_calls,
+)
 
 CALLS = 6
 
@@ -130,3 +139,31 @@ class TestCollect:
         ):
             collect(broken, self.chosen, self.seeds, 2)
         assert not broken.unet._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        (("prompt", "generator"), {"prompt": "a cat"}, {"prompt": ["a cat"] * 2}),
+        (("prompt", "batch_size"), {"prompt_embeds": 3}, {"prompt_embeds": 3, "batch_size": 2}),
+        (("class_labels",), {}, {"class_labels": [4, 5]}),
+    ],
+)
+def test_pipelines_are_called_with_what_they_take(names, given, expected):
+    def call(**options):
+        return options
+
+    call.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
+    pipe = type("Pipe", (), {"__call__": staticmethod(call)})()
+    found = run_pipeline(pipe, 7, [1004, 2005], given)
+    assert [generator.initial_seed() for generator in found.pop("generator")] == [1004, 2005]
+    assert found == {"num_inference_steps": 7, **expected}
+
+
+def test_a_pipeline_of_texts_needs_one():
+    def call(prompt=None):
+        return None
+
+    pipe = type("Pipe", (), {"__call__": staticmethod(call)})()
+    with pytest.raises(ValueError, match=r"Pipe takes a text; give call_kwargs"):
+        pipeline_sampler(pipe, 7, {})
