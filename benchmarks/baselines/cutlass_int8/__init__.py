@@ -1,1 +1,1 @@
-"""CUTLASS's int8 kernels as a rival of the products: build.py compiles them, rival.py calls them."""
+"""CUTLASS's int8 kernels as a baseline: build.py compiles them, kernels.py calls them."""
