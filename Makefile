@@ -6,6 +6,8 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+# Sources of the compiled kernels and of the emulators that test them.
+CXX_SOURCES := find csrc tests benchmarks -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 # The environment is its own: nothing from the caller's Python path or user site.
@@ -42,6 +44,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(CXX_SOURCES) -exec $(BIN)/clang-format --dry-run -Werror {} +
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -49,7 +52,7 @@ test: lint
 style: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc tests benchmarks -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format -i {} +
+	$(CXX_SOURCES) -exec $(BIN)/clang-format -i {} +
 
 bench: setup
 	$(BIN)/python -m benchmarks steps $(BENCH_ARGS)

@@ -54,18 +54,8 @@ class Scratch:
         self.scale = torch.full((1,), 2.0**-12, device=device)  # keeps float16 finite; a power of two rounds nothing
         out_shape = (batch, layer.c_out, layer.h_out, layer.w_out) if image else (batch, layer.h, layer.c_out)
         self.y_hat = torch.empty(out_shape, dtype=torch.float16, device=device, memory_format=memory_format).zero_()
-        self.operands = (
-            self.codes,
-            self.scale,
-            None,
-            self.weight,
-            self.y_hat,
-            None,
-            None,
-            self.window,
-            torch.float16,
-            False,
-        )
+        state = (self.y_hat, None, None, self.window, torch.float16, False)
+        self.operands = (self.codes, self.scale, None, self.weight, *state)
         self._ends = sorted({0, batch - 1})
         self._expected = self._reference()
         self._first: Tensor | None = None

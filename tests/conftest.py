@@ -1,9 +1,39 @@
-"""Fixtures for all tests: fixed seeds, poisoned buffers, one run per backend."""
+"""Fixtures for all tests: fixed seeds, poisoned buffers, a dispatcher without memory, places of the contract. Tests for
+a GPU run where there is one.
+"""
+
+import hashlib
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # `@triton.jit` decides at import: without a GPU, kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from modiff_kernels.ops import dispatch
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` are no part of a run without a GPU."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        config.stash[LEFT_OUT] = len(gpu)
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if LEFT_OUT in config.stash:
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} tests for a GPU left out: torch sees no CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -21,27 +51,91 @@ def poisoned_empty():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=dispatch.BACKENDS)
-def backend(request):
-    """Name of a backend that can run here; the test is skipped with the reason for the others."""
-    reason = dispatch.why_unavailable(request.param)
-    forced = dispatch.forced_backend()
-    if reason is None and forced not in (None, request.param):
-        reason = f"MODIFF_BACKEND={forced} forces another backend"
-    if reason is None and request.param not in dispatch.PRIORITY["cpu"]:
-        reason = "the tensors of these tests are on the CPU; tests/backends has its tests"
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    threads = torch.get_num_threads()
-    if request.param == dispatch.REFERENCE:  # nothing to gain from threads at these sizes
-        torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fresh_dispatch():
     """`dispatch` without choices or warnings from earlier tests, and cleaned again afterwards."""
     dispatch.reset()
     yield dispatch
     dispatch.reset()
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Name of the C++ compiler."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        pytest.skip(f"the C++ compiler {name!r} was not found")
+    return name
+
+
+@pytest.fixture(scope="session")
+def host_module(tmp_path_factory, compiler):
+    """Compiles tests/backends/cuda/emulator/<name>.cpp, functions of csrc as a Python module, and imports it."""
+    from tests.backends.cuda.emulation import compile_module
+
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11, of the extra `test`, was not found")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Python.h was not found: the headers of this Python (python3-dev on Debian and Ubuntu) are missing")
+    return lambda name: compile_module(compiler, name, tmp_path_factory.mktemp(name), pybind11.get_include())
+
+
+@pytest.fixture(scope="session")
+def emulators(pytestconfig, compiler):
+    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80), "hopper" (sm_90). A sanitizer's complaint
+    fails the test whose call it ends. Compiled programs are kept until a source changes.
+    """
+    from tests.backends.cuda import emulation
+
+    sources = [p for f in (emulation.ROOT / "csrc", emulation.EMULATOR) for p in sorted(f.rglob("*")) if p.is_file()]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + compiler.encode()).hexdigest()[:16]
+    folder = pytestconfig.cache.mkdir("emulator") / digest
+    folder.mkdir(exist_ok=True)
+    running = {}
+
+    def start(name):
+        if name not in running:
+            program = folder / name
+            if not program.exists():
+                source, new = emulation.EMULATOR / f"{name}.cpp", program.with_suffix(".new")
+                emulation.compile_source(compiler, source, new, *emulation.SANITIZED)
+                new.rename(program)
+            running[name] = emulation.PROGRAMS[name](program)
+        return running[name]
+
+    yield start
+    for program in running.values():
+        program.close()
+
+
+@pytest.fixture
+def stand_in(request):
+    """For `Place.entered`: by name, what plays the GPU."""
+
+    def of(name):
+        if name == "interpreter":  # chosen when the kernels are imported
+            return {}
+        from tests.backends.cuda.emulation import stand_ins
+
+        emulators = request.getfixturevalue("emulators")
+        product = emulators("product" if name == "sm80" else "hopper")
+        product.other = emulators("product")
+        return stand_ins(emulators("quantize"), product)
+
+    return of
+
+
+def pytest_generate_tests(metafunc):
+    """A test with a `place` runs at every one that has code for the `OP` of its module, or at those it lists."""
+    if "place" in metafunc.fixturenames:
+        from tests.places import places
+
+        metafunc.parametrize(
+            "place", places(metafunc.module.OP, getattr(metafunc.module, "PLACES", None)), indirect=True
+        )
+
+
+@pytest.fixture
+def place(request, stand_in, poisoned_empty):
+    """A place, entered; whatever is allocated while the test runs is poisoned."""
+    with request.param.entered(stand_in) as entered:
+        yield entered

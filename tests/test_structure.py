@@ -14,25 +14,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modiff_kernels"
 
-# A room imports only rooms of a lower level; rooms of one level do not import each other.
+# A part of the package imports only parts of a lower level; parts of one level do not import each other.
 LEVELS = {
-    "__main__": 8,
-    "cli": 7,
-    "evaluation": 6,
-    "integrations": 5,
-    "planning": 4,
-    "calibration": 4,
-    "nn": 3,
-    "ops": 2,
-    "backends": 1,
-    "config": 1,
-    "metrics": 0,
-    "quant": 0,
+    "__main__": 10,
+    "cli": 9,
+    "evaluation": 8,
+    "": 7,  # the face of the package
+    "integrations": 6,
+    "planning": 5,
+    "calibration": 5,
+    "nn": 4,
+    "ops": 3,
+    "backends": 2,
+    "config": 2,
+    "quant": 1,
     "models": 0,
     "tuned": 0,
+    "metrics": 0,
+    "_version": 0,
 }
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.
-HOT_ROOMS = ("nn", "ops", "integrations", "backends/triton", "backends/cuda")
+HOT_PARTS = ("nn", "ops", "integrations", "backends/triton", "backends/cuda")
 HOST_READS = {"item", "cpu", "tolist", "numpy"}
 BINDING_FILES = {"csrc/cpu/ops.cpp", "csrc/cuda/ops.cpp"}
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2)/', re.MULTILINE)
@@ -47,26 +49,17 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
-def level(module: str) -> int | None:
-    return LEVELS.get(module, LEVELS.get(module.split(".")[0]))
-
-
 def is_module(name: str) -> bool:
     path = PACKAGE.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name below the package) of all imports of the package's own modules, type-only ones left out."""
-    tree = ast.parse(path.read_text(), str(path))
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            skipped.update(child for statement in node.body for child in ast.walk(statement))
+    """(line, dotted name below the package, "" for the package itself) of all imports of the package's own modules:
+    those of functions and those for types count like any other.
+    """
     package = ["modiff_kernels", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -80,43 +73,145 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         else:
             continue
         for name in names:
-            if name.startswith("modiff_kernels."):
-                yield node.lineno, name.removeprefix("modiff_kernels.")
+            if name.split(".")[0] == "modiff_kernels":
+                yield node.lineno, name.removeprefix("modiff_kernels").lstrip(".")
 
 
-def test_every_room_has_a_level():
-    rooms = {module_name(path).split(".")[0] for path in sources(PACKAGE)} - {""}
-    assert rooms <= set(LEVELS), f"give these rooms a level in {Path(__file__).name}: {sorted(rooms - set(LEVELS))}"
+def test_every_part_has_a_level():
+    parts = {module_name(path).split(".")[0] for path in sources(PACKAGE)}
+    assert parts <= set(LEVELS), f"give these a level in {Path(__file__).name}: {sorted(parts - set(LEVELS))}"
 
 
 def test_imports_point_one_way():
     wrong = []
     for path in sources(PACKAGE):
-        importer = module_name(path)
-        if not importer:
-            continue
+        own = module_name(path).split(".")[0]
         for line, imported in sorted(set(imports(path))):
-            own, other = level(importer), level(imported)
-            same_room = importer.split(".")[0] == imported.split(".")[0]
-            if own is None or other is None or same_room or other < own:
-                continue
-            wrong.append(f"{path.relative_to(ROOT)}:{line}: {importer} imports {imported}")
-    assert not wrong, "imports must point from a higher room to a lower one (LEVELS):\n" + "\n".join(wrong)
+            other = imported.split(".")[0]
+            if other != own and LEVELS.get(other, 99) >= LEVELS.get(own, 99):
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: imports {imported or 'the package itself'}")
+    assert not wrong, "imports must point from a higher part to a lower one (LEVELS):\n" + "\n".join(wrong)
 
 
-def test_backends_do_not_import_each_other():
+def rings(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of modules that reach each other."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        found, todo = set(), [start]
+        while todo:
+            new = graph.get(todo.pop(), set()) - found
+            found |= new
+            todo += new
+        reach[start] = found
+    return sorted({tuple(sorted(b for b in reach[a] if a in reach.get(b, ()))) for a in graph if a in reach[a]})
+
+
+def test_no_ring_between_modules():
+    graph = {module_name(path): {name for _, name in imports(path)} for path in sources(PACKAGE)}
+    found = ["\n  ".join(f"{a} -> {', '.join(sorted(graph[a] & set(ring)))}" for a in ring) for ring in rings(graph)]
+    assert not found, "these modules import each other, in functions or for types too:\n  " + "\n\n  ".join(found)
+    assert rings({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [("a", "b", "c")]
+
+
+def test_backends_import_reference_and_nothing_else_beside_it():
+    allowed = {"quant", "tuned"}
     wrong = []
     for path in sources(PACKAGE / "backends"):
         importer = module_name(path).split(".")
         for line, imported in imports(path):
             parts = imported.split(".")
-            if len(importer) > 1 and parts[0] == "backends" and len(parts) > 1 and parts[1] != importer[1]:
+            own = parts[:2] == importer[:2] or imported in ("backends", "backends.reference")
+            if not own and parts[0] not in allowed:
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: imports {imported}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_package_face_imports_nothing_of_the_package_but_the_registration():
-    assert [name for _, name in imports(PACKAGE / "__init__.py")] == ["integrations.registration"]
+STEMS = ("quantize", "product")
+
+
+def test_the_two_stems_stand_everywhere():
+    """`git grep -l quantize` and `git grep -l product` are whole stories."""
+    from modiff_kernels.backends import BACKENDS
+    from modiff_kernels.ops import schema
+
+    for stem in STEMS:
+        assert hasattr(schema, stem)
+        places = {f"csrc/{part}": f"{stem}*" for part in ("cpu", "cuda/common" if stem == "quantize" else "cuda/sm80")}
+        places["csrc/cuda/sm90"] = "product*"
+        for folder, pattern in places.items():
+            assert list((ROOT / folder).glob(pattern)), f"no {pattern} in {folder}"
+        for name in BACKENDS:
+            path = PACKAGE / "backends" / name
+            if path.is_dir():
+                assert list(path.glob(f"{stem}*.py")), f"no {stem}*.py in {path}"
+            else:
+                text = path.with_suffix(".py").read_text()
+                assert re.search(rf"^def {stem}\(|^from .reference import .*\b{stem}\b", text, re.MULTILINE), path
+
+
+# Words that have another word here (docs/notation.md), in identifiers and prose; and what to say.
+WORDS = {
+    "edge": "input, shared input",
+    "edges": "inputs, shared inputs",
+    "slot": "tensor of a context",
+    "slots": "tensors of a context",
+    "gaps": "scale factors",
+    "cut": "tile, tiling, split",
+    "cuts": "tiles, tilings, splits",
+    "room": "part, folder",
+    "rooms": "parts, folders",
+    "rival": "baseline, peer",
+    "rivals": "baselines, peers",
+    "door": "entry",
+    "doors": "entries",
+    "first_step_bits": "two updates of 8 bits",
+    **{f"{old}_{kind}": "quantize, product, modulate" for old in ("initialize", "accumulate", "modulated", "quantized")
+       for kind in ("linear", "conv2d")},
+}  # fmt: skip
+# Where such a word is another matter: parts of a path or a line, and why.
+ALLOWED_WORDS = {
+    "edge": ("edge of the image", "edge case"),
+    "edges": ("edges of the image", "modiff_share_edges"),  # the key of a format that is read as it was
+    "slot": ("csrc/",),  # a vector of a thread, a buffer: nothing of contexts
+    "slots": ("csrc/", "__slots__"),
+    "gaps": ("benchmarks/",),  # times between kernels
+    "cut": ("cut off", "cut to", "is cut", "are cut", "and cut", "be cut", "cut at", "cut code"),  # the verb
+    "cuts": ("cuts off", "cuts the calls", "quantiles", "cuts["),  # the verb; of a distribution
+    "room": ("room for", "no room", "leave room", "leaves room", "The room is used"),  # space
+    "first_step_bits": ("config/modiff.py",),  # which refuses it
+}
+SCANNED = ("modiff_kernels", "csrc", "benchmarks", "tools", "docs", "examples", "README.md", "CONTRIBUTING.md")
+TEXT = {".py", ".cu", ".cuh", ".h", ".cpp", ".md"}
+
+
+def split_words(line: str) -> Iterator[str]:
+    """Words of prose and of identifiers: `HopperCuts_2` has "hopper" and "cuts"; and every whole identifier."""
+    for identifier in re.findall(r"[A-Za-z_]\w*", line):
+        yield identifier.lower()
+        for part in re.split(r"[_\d]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", identifier)):
+            yield part.lower()
+
+
+def test_one_word_for_one_thing():
+    wrong = []
+    for top in SCANNED:
+        path = ROOT / top
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT):
+            for number, line in enumerate(file.read_text().splitlines(), start=1):
+                for word in sorted(set(split_words(line)) & set(WORDS)):
+                    where = f"{file.relative_to(ROOT)}: {line}"
+                    if not any(part in where for part in ALLOWED_WORDS.get(word, ())):
+                        wrong.append(f"{file.relative_to(ROOT)}:{number}: {word} ({WORDS[word]}): {line.strip()[:80]}")
+    assert not wrong, f"{len(wrong)} words that have another word here:\n" + "\n".join(wrong)
+
+
+def test_package_face_imports_nothing_but_the_registration():
+    """When it is imported; what it has is imported at its first use."""
+    top = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    names = {node.module for node in top if isinstance(node, ast.ImportFrom) and not node.level}
+    names |= {f"modiff_kernels.{node.module}" for node in top if isinstance(node, ast.ImportFrom) and node.level}
+    own = {name for name in names if name.startswith("modiff_kernels")}
+    assert own <= {"modiff_kernels._version", "modiff_kernels.integrations", "modiff_kernels.integrations.registration"}
     top = ast.parse((PACKAGE / "integrations" / "registration.py").read_text()).body
     names = {node.module for node in top if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
@@ -134,10 +229,10 @@ def test_torch_headers_stand_in_binding_files_only():
     assert not wrong, f"only {sorted(BINDING_FILES)} may include torch headers, found in {wrong}"
 
 
-def test_hot_rooms_do_not_read_the_device():
+def test_hot_parts_do_not_read_the_device():
     wrong = []
-    for room in HOT_ROOMS:
-        for path in sources(PACKAGE / room):
+    for part in HOT_PARTS:
+        for path in sources(PACKAGE / part):
             tree = ast.parse(path.read_text(), str(path))
             raised = {child for node in ast.walk(tree) if isinstance(node, ast.Raise) for child in ast.walk(node)}
             wrong += [
@@ -187,12 +282,12 @@ for name in ("diffusers", "transformers", "triton", "skimage", "PIL"):
 
 
 def test_imports_without_optional_parts(bare_package: Path):
-    rooms = [name for name in ("config", "quant", "ops", "backends.reference", "nn", "cli") if is_module(name)]
+    parts = [name for name in ("config", "quant", "ops", "backends.reference", "nn", "cli") if is_module(name)]
     code = BLOCK_OPTIONAL + (
         "import importlib, modiff_kernels\n"
         f"assert modiff_kernels.__file__.startswith({str(bare_package)!r}), modiff_kernels.__file__\n"
-        f"for room in {rooms!r}:\n"
-        "    importlib.import_module('modiff_kernels.' + room)\n"
+        f"for part in {parts!r}:\n"
+        "    importlib.import_module('modiff_kernels.' + part)\n"
     )
     run_python(code, bare_package, PYTHONPATH=str(bare_package))
 
@@ -202,7 +297,7 @@ def test_ops_run_without_compiled_library(bare_package: Path):
         "import torch\n"
         "from modiff_kernels import ops\n"
         "x, x_hat = torch.tensor([[1.0, -2.0, 0.5, 3.0]]), torch.zeros(1, 4)\n"
-        "codes, scale, absmax = ops.quantize_residual(x, x_hat, None, 8, 'per_tensor')\n"
+        "codes, scale, absmax = ops.quantize(x, x_hat=x_hat, granularity='per_tensor')\n"
         "torch.testing.assert_close(x_hat, scale * codes)\n"
         "assert absmax.tolist() == [3.0]\n"
     )

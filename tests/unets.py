@@ -97,7 +97,7 @@ ONE_LEVEL = {
 
 
 def unet2d(levels=2, seed=0, **options):
-    """Attention at the highest level and in the middle; shortcuts in the up blocks, whose inputs are joined with skips."""
+    """Attention at the highest level and in the middle; shortcuts in the up blocks, whose inputs hold skips."""
     defaults = {
         "block_out_channels": (16, 32, 32)[:levels],
         "attention_head_dim": 8,
@@ -108,8 +108,8 @@ def unet2d(levels=2, seed=0, **options):
 
 
 def unet2d_condition(levels=2, seed=0, **options):
-    """As of Stable Diffusion 1.5: cross-attention with two heads at the highest level and in the middle. With SDXL as of
-    that: projections by Linears, two transformer blocks, embeddings of text and sizes."""
+    """As of Stable Diffusion 1.5: cross-attention with two heads at the highest level and in the middle. With SDXL as
+    there: projections by Linears, two transformer blocks, embeddings of text and sizes."""
     defaults = {
         "block_out_channels": (16, 32, 32)[:levels],
         "cross_attention_dim": WIDTH,
@@ -241,9 +241,9 @@ def assert_close(got, expected, tolerance=1e-4):
 def assert_same_run(got, expected, exact):
     """Two low-bit runs that differ by rounding; exact: the run with the same weights and float activations.
 
-    Float rounding moves a value over the edge between two codes now and then; later layers then round differently too. At
-    worst the two runs are as far apart as two independent roundings of all activations: twice the distance between one of
-    them and the exact run. A mistake in a fused form is far above that.
+    Float rounding moves a value over the edge between two codes now and then; later layers then round differently too.
+    At worst the two runs are as far apart as two independent roundings of all activations: twice the distance between
+    one of them and the exact run. A mistake in a fused form is far above that.
     """
     for ours, theirs, truth in zip(got, expected, exact, strict=True):
         distance = relative_error(theirs, truth)
@@ -263,7 +263,7 @@ def y_hat_of(layer, context="default"):
 
 
 def operator(layer, x):
-    """The layer on x by its definition in float64, and the sum of the terms' absolute values, which bounds its rounding."""
+    """The layer on x by its definition in float64, and the sum of the terms' absolute values, for its rounding."""
     known = layer.stored()
     weight, x = known.weight.dequantized(layer.weight.shape).double(), x.double()
     bias = layer.bias if known.bias is None else known.bias
@@ -275,9 +275,10 @@ def operator(layer, x):
 
 
 def assert_invariant(layers, updates, context="default"):
-    """y_hat == A(x_hat) + bias for all `layers`, as a sum where several add onto one y_hat. Returns how many y_hats it saw.
+    """y_hat == A(x_hat) + bias for all `layers`, as a sum where several add onto one y_hat. Returns how many it saw.
 
-    x_hat and y_hat are rounded once per update and layer, which adds up like a random walk.
+    x_hat and y_hat are rounded once per update and layer, which adds up like a random walk, of which the largest of
+    some thousand values lies at four deviations.
     """
     groups = {}
     for layer in layers:
@@ -287,7 +288,7 @@ def assert_invariant(layers, updates, context="default"):
         y_hat = y_hat_of(group[0], context)
         pairs = [operator(layer, _spread(x_hat_of(layer, context), layer, y_hat.shape)) for layer in group]
         expected, terms = (sum(part) for part in zip(*pairs))
-        bound = torch.finfo(y_hat.dtype).eps * max(math.sqrt(len(group) * updates), 4.0) * terms
+        bound = torch.finfo(y_hat.dtype).eps * max(2 * math.sqrt(len(group) * updates), 6.0) * terms
         assert ((y_hat.double() - expected).abs() <= bound).all(), key
     return len(groups)
 

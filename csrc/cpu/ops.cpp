@@ -31,16 +31,16 @@ void parallel_for_raw(int64_t count, void (*body)(int64_t, int64_t, void*), void
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-void* thread_scratch(int slot, int64_t bytes) {
-  constexpr int kSlots = 4;
+void* thread_scratch(int index, int64_t bytes) {
+  constexpr int kBuffers = 4;
   constexpr int64_t kAlignment = 64;
   struct Buffer {
     void* data = nullptr;
     int64_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  thread_local Buffer buffers[kSlots];
-  Buffer& buffer = buffers[slot];
+  thread_local Buffer buffers[kBuffers];
+  Buffer& buffer = buffers[index];
   if (buffer.size < bytes) {
     std::free(buffer.data);
     buffer.size = round_up(bytes, kAlignment);

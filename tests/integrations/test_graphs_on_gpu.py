@@ -5,27 +5,21 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DModel
-from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.integrations.graphs import CudaCapture
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.ops import dispatch
-from tests.integrations.test_forward import Net, samples, text
+from tests.integrations.test_forward import Net
+from tests.unets import static_scales, text, trajectory
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CALLS = 20
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=[name for name, device in dispatch.BACKENDS.items() if device == "cuda"])
 def backend(request):
-    if (reason := dispatch.why_unavailable(request.param)) is not None:
-        pytest.skip(reason)
-    with torch.no_grad():
-        yield request.param
+    return request.param
 
 
 @pytest.mark.parametrize("scale_mode", ["dynamic", "static", "delayed"])
@@ -35,15 +29,14 @@ def test_a_network_with_attention(backend, scale_mode):
     for cuda_graphs in (False, True):
         torch.manual_seed(0)
         net = Net().eval().cuda()
-        paths = [path for path, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        skipped = "conv_in", "conv_out", "time_emb"
-        scales = {path: 0.02 for path in paths if not any(name in path for name in skipped)}
+        scales = static_scales(net) if scale_mode == "static" else None
         config = mk.ModiffConfig(scale_mode=scale_mode, cuda_graphs=cuda_graphs, backend=backend)
-        handle = mk.accelerate(net, config, static_scales=scales if scale_mode == "static" else None)
+        handle = mk.accelerate(net, config, static_scales=scales)
         outputs = []
         for _ in range(4):
             with handle.sampling_run():
-                outputs += [net(x.cuda(), 500, encoder_hidden_states=encoder)[0] for x in samples()]
+                xs = trajectory((2, 4, 8, 8), 6)
+                outputs += [net(x.cuda(), 500, encoder_hidden_states=encoder)[0] for x in xs]
         results.append(outputs)
     assert isinstance(handle._forward.graphs._capture, CudaCapture)
     assert handle._forward.graphs.replayed > 0

@@ -6,28 +6,12 @@ from the CPU's: a group norm of a channels_last image comes out contiguous, for 
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import modiff_kernels as mk
+from tests.unets import NETWORKS, conditions_of
 
 CALLS = 8  # enough for a schedule to skip some
-SIZES = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
-ATTENTION = ("AttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
-CROSS_ATTENTION = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
-
-
-def unconditional():
-    down, up = ATTENTION
-    return UNet2DModel(**SIZES, down_block_types=down, up_block_types=up), {}
-
-
-def conditional():
-    down, up = CROSS_ATTENTION
-    unet = UNet2DConditionModel(
-        **SIZES, down_block_types=down, up_block_types=up, cross_attention_dim=32, attention_head_dim=4
-    )
-    return unet, {"encoder_hidden_states": torch.randn(2, 7, 32)}
 
 
 def onto_meta(unet):
@@ -46,8 +30,9 @@ def onto_meta(unet):
             return tensor(value)
         if type(value) is dict:
             value.update({key: visit(item) for key, item in value.items()})
-        elif type(value) in (list, tuple):
-            return type(value)([visit(item) for item in value])
+        elif isinstance(value, (list, tuple)):
+            items = [visit(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         elif (isinstance(value, nn.Module) or type(value).__module__.startswith("modiff_kernels")) and (
             id(value) not in seen and hasattr(value, "__dict__")
         ):
@@ -71,16 +56,14 @@ def onto_meta(unet):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("make", [unconditional, conditional])
-@torch.no_grad()
-def test_a_run(make, config, dtype):
-    unet, conditions = make()
-    unet = unet.to(dtype).eval().requires_grad_(False)
-    conditions = {name: value.to(dtype) for name, value in conditions.items()}
+@pytest.mark.parametrize("network", ["unet2d", "sd15"])
+def test_a_run(network, config, dtype):
+    unet = NETWORKS[network]().to(dtype).requires_grad_(False)
+    conditions = conditions_of(unet)
     handle = mk.accelerate(unet, mk.ModiffConfig(backend="reference", state_dtype="float16", **config))
 
     def run(device):
-        x = torch.randn(2, unet.config.in_channels, 16, 16, dtype=dtype, device=device)
+        x = torch.randn(2, unet.config.in_channels, 8, 8, dtype=dtype, device=device)
         there = {name: value.to(device) for name, value in conditions.items()}
         timesteps = torch.arange(900, 100, -100, device=device)
         with handle.sampling_run(num_calls=CALLS):
@@ -91,5 +74,5 @@ def test_a_run(make, config, dtype):
     for found, wanted in zip(run("meta"), expected, strict=True):
         assert found.is_meta
         assert (found.shape, found.dtype, found.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
-    states = [slot.tensor for output in handle.state.outputs.values() for slot in output.contexts.values()]
+    states = [held.tensor for output in handle.state.outputs.values() for held in output.contexts.values()]
     assert all(state.is_meta and state.dtype == torch.float16 for state in states)

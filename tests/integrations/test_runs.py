@@ -290,21 +290,23 @@ class TestConcurrency:
         assert torch.equal(result, expected)
 
 
+PROMPTS = {"cond": text(), "uncond": torch.zeros_like(text())}
+
+
 class TestGuidance:
     STEPS = 4
     XS = trajectory((2, 4, 8, 8), STEPS)
-    PROMPTS = {"cond": text(), "uncond": torch.zeros_like(text())}
 
     def guided(self, unet, handle, passes):
         """The last prediction for either prompt, in one batch or in contexts of their own."""
-        both = torch.cat([*self.PROMPTS.values()])
+        both = torch.cat([*PROMPTS.values()])
         with handle.sampling_run(self.STEPS):
             for x in self.XS:
                 if passes == 1:
                     found = unet(torch.cat([x, x]), 1, encoder_hidden_states=both).sample.chunk(2)
                     continue
                 found = []
-                for name, prompt in self.PROMPTS.items():
+                for name, prompt in PROMPTS.items():
                     with handle.context(name):
                         found.append(unet(x, 1, prompt).sample)
         return found
@@ -313,10 +315,10 @@ class TestGuidance:
     @pytest.mark.parametrize("passes", [1, 2])
     def test_one_batch_or_two_passes(self, passes, fuse):
         unet = unet2d_condition()
-        reference = [unet(self.XS[-1], 1, prompt).sample for prompt in self.PROMPTS.values()]
+        reference = [unet(self.XS[-1], 1, prompt).sample for prompt in PROMPTS.values()]
         handle = mk.accelerate(unet, mk.ModiffConfig(granularity="per_sample", fuse=fuse))
         got = self.guided(unet, handle, passes)
-        for ours, theirs, prompt in zip(got, reference, self.PROMPTS.values()):
+        for ours, theirs, prompt in zip(got, reference, PROMPTS.values()):
             assert sqnr(ours, theirs) > 30  # weights of 8 bits
             with handle.sampling_run():
                 alone = [unet(x, 1, prompt).sample for x in self.XS]
@@ -339,7 +341,7 @@ class TestGuidance:
         pipe.set_progress_bar_config(disable=True)
 
         def latents(**options):
-            prompts = {"prompt_embeds": self.PROMPTS["cond"], "negative_prompt_embeds": self.PROMPTS["uncond"]}
+            prompts = {"prompt_embeds": PROMPTS["cond"], "negative_prompt_embeds": PROMPTS["uncond"]}
             generator = torch.Generator().manual_seed(0)
             return pipe(**prompts, num_inference_steps=4, generator=generator, output_type="latent", **options).images
 

@@ -1,18 +1,45 @@
-"""Step schedules on accelerated UNets: what runs, what is returned, and that the state stays consistent."""
+"""Step schedules: what runs, what is returned, that the state stays consistent; with diffusers' samplers and "auto"."""
 
 import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
-from tests.integrations.schedule_cases import FLOAT, letters, noise, pipeline, sample, unet_of
+from tests.unets import (
+    FLOAT,
+    assert_invariant,
+    conditions_of,
+    noise,
+    pipeline,
+    sample,
+    snapshot,
+    text,
+    unet2d,
+    unet2d_condition,
+    x_hat_of,
+)
+
+# diffusers' Heun and KDPM2 schedulers hand tensors to NumPy functions, for every train step, and NumPy 2 wants more of
+# __array__ and __array_wrap__ than torch's tensors have. Nothing of the package is in between.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 
 
 def count_runs(modules):
@@ -30,28 +57,10 @@ def count_runs(modules):
     return counts
 
 
-def assert_invariant(handle):
-    """y_hat == A(x_hat) + bias for every layer with a state of its own, by torch in float64."""
-    checked = 0
-    for layer in handle.layers.values():
-        slot = layer.output.contexts.get("default") if layer.output is not None else None
-        if slot is None or layer.name.endswith("conv_shortcut") or layer.output.key != layer.name:
-            continue
-        shares_output = any(other is not layer and other.output is layer.output for other in handle.layers.values())
-        x_hat = layer.input.contexts["default"].tensor.double()
-        if shares_output or slot.shape[2:] != layer.output_shape(x_hat.shape)[2:]:
-            continue  # its y_hat holds the shortcut's product too, or its x_hat is kept before the upsampling
-        weight = layer.original.weight.double()
-        codes, scale = quantize_weight(layer.original.weight, layer.weight_bits, layer.group_size)
-        weight = dequantize_weight(codes, scale, layer.group_size, weight.shape).double()
-        bias = None if layer.bias is None else layer.bias.double()
-        if weight.ndim == 4:
-            expected = F.conv2d(x_hat, weight, bias, *layer.window[1:])
-        else:
-            expected = F.linear(x_hat, weight, bias)
-        torch.testing.assert_close(slot.tensor.double(), expected, rtol=1e-4, atol=1e-4)
-        checked += 1
-    assert checked > 3
+def letters(handle, context="default"):
+    """The actions of the last run."""
+    short = {"update": "U", "hold": "H", "forecast": "F", "deep-hold": "h", "deep-forecast": "f"}
+    return "".join(short[action] for action in handle.actions(context))
 
 
 class TestWholeNetwork:
@@ -61,15 +70,15 @@ class TestWholeNetwork:
         handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="forecast every=3 first=2 last=1", **options))
         kinds = (nn.Conv2d, nn.Linear, nn.GroupNorm, ModulatedLayer)
         counts = count_runs({path: module for path, module in pipe.unet.named_modules() if isinstance(module, kinds)})
-        sample(pipe)
+        sample(pipe, 12)
         assert letters(handle) == "UUFFUFFUFFUU"
         assert counts["conv_in"] == 6
         assert set(counts.values()) <= {0, 6}  # 0: what fused blocks call by function
 
     def test_hold_returns_the_last_output_and_forecast_extrapolates(self):
-        scheduler, unet = DDIMScheduler(), unet_of()
+        scheduler, unet = DDIMScheduler(), unet2d()
         inputs = [noise() * factor for factor in (1.0, 0.9, 0.8, 0.7)]
-        for text, expect in {
+        for schedule, expect in {
             "U3H axis=timestep": lambda y, t: y[2],
             "U3F order=1 axis=timestep": lambda y, t: y[2] + (y[2] - y[1]) * (t[3] - t[2]) / (t[2] - t[1]),
             "U1F3 axis=timestep": lambda y, t: y[0],
@@ -77,7 +86,7 @@ class TestWholeNetwork:
             scheduler.set_timesteps(4)
             times = [int(t) for t in scheduler.timesteps]
             dense = [unet(x, t).sample for x, t in zip(inputs, times)]
-            handle = mk.accelerate(unet, mk.ModiffConfig(schedule=text, **FLOAT))
+            handle = mk.accelerate(unet, mk.ModiffConfig(schedule=schedule, **FLOAT))
             with handle.sampling_run(scheduler=scheduler):
                 found = [unet(x, t).sample for x, t in zip(inputs, times)]
             torch.testing.assert_close(found[3], expect(dense, times))
@@ -112,7 +121,7 @@ class TestWholeNetwork:
             torch.testing.assert_close(value, unet(x, t), rtol=1e-4, atol=1e-4)
 
     def test_results_do_not_alias_what_is_remembered(self):
-        unet = unet_of()
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule="U2H2 axis=timestep", **FLOAT))
         with handle.sampling_run(4):
             unet(noise(), 3)
@@ -125,7 +134,7 @@ class TestWholeNetwork:
             assert torch.equal(unet(noise(), 0).sample, kept)
 
     def test_the_form_of_the_output_is_kept(self):
-        unet = unet_of()
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule="UHH axis=timestep", **FLOAT))
         with handle.sampling_run(3):
             found = [unet(noise(), t, return_dict=False) for t in (2, 1, 0)]
@@ -138,43 +147,47 @@ class TestWholeNetwork:
 SCHEDULES = ["forecast every=2", "hold every=3 first=1", "deep-forecast every=2", "deep-hold every=3", "U2F2UhfUH3U2"]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("options", [{}, {"act_bits": 4}, {"scale_mode": "delayed"}, {"fuse": False}], ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        *[(schedule, {}) for schedule in SCHEDULES],
+        *[(SCHEDULES[-1], options) for options in ({"act_bits": 4}, {"scale_mode": "delayed"}, {"fuse": False})],
+    ],
+    ids=str,
+)
 def test_state_is_consistent_and_runs_repeat(schedule, options):
     pipe = pipeline()
-    dense = sample(pipe)
+    before, dense = snapshot(pipe.unet), sample(pipe, 12)
     handle = mk.accelerate(pipe, mk.ModiffConfig(schedule=schedule, **options))
-    first = sample(pipe, on_call=lambda: assert_invariant(handle))
+    layers = handle.layers.values()
+    first = sample(pipe, 12, on_call=lambda: assert_invariant(layers, 13))
     assert len(set(letters(handle))) > 1
-    assert torch.equal(first, sample(pipe))
+    assert torch.equal(first, sample(pipe, 12))
     handle.remove()
-    assert torch.equal(sample(pipe), dense)
-    assert "forward" not in pipe.unet.__dict__
-    assert all("forward" not in module.__dict__ for module in pipe.unet.modules())
+    assert torch.equal(sample(pipe, 12), dense)
+    assert snapshot(pipe.unet) == before
 
 
 def test_without_schedule_nothing_is_wrapped():
-    unet = unet_of()
+    unet = unet2d()
     mk.accelerate(unet)
     wrapped = [path for path, module in unet.named_modules() if "forward" in module.__dict__]
-    # By the door of handle.compile() and CUDA graphs, and by the time table.
+    # By what compiles and captures calls, and by the time table.
     assert set(wrapped) <= {"", "time_proj", "time_embedding"}
 
 
 class TestDeepLevels:
     @pytest.mark.parametrize("condition", [False, True], ids=["unet2d", "condition"])
-    @pytest.mark.parametrize("level", [1, 2])
-    @pytest.mark.parametrize("options", [FLOAT, {}], ids=["float", "w8a8"])
+    @pytest.mark.parametrize(("level", "options"), [(1, FLOAT), (1, {}), (2, {})], ids=str)
     def test_only_what_is_above_the_cut_runs(self, condition, level, options):
-        unet = unet_of(3, condition)
-        more = {"encoder_hidden_states": torch.ones(2, 5, 12)} if condition else {}
-        shape = noise() if not condition else torch.randn(2, 4, 8, 8)
+        unet = (unet2d_condition if condition else unet2d)(levels=3)
+        more, x = conditions_of(unet), noise(channels=unet.config.in_channels)
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule=f"U2h4U axis=timestep level={level}", **options))
         kinds = (nn.Conv2d, ModulatedLayer, FusedBlock)
         counts = count_runs({path: module for path, module in unet.named_modules() if isinstance(module, kinds)})
         with handle.sampling_run(7):
             for t in range(7, 0, -1):
-                unet(shape * (1 + t / 50), t, **more)
+                unet(x * (1 + t / 50), t, **more)
         assert letters(handle) == "UUhhhhU"
         skipped_down = range(3 - level, 3)
         below = [f"down_blocks.{i}." for i in skipped_down] + ["mid_block."] + [f"up_blocks.{i}." for i in range(level)]
@@ -185,7 +198,7 @@ class TestDeepLevels:
         assert set(deep.values()) == {3}
 
     def test_the_shallow_part_gets_the_boundary_that_was_computed(self):
-        unet = unet_of(3)
+        unet = unet2d(3)
         dense = unet(noise(), 9).sample
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule="Uh2f2 axis=timestep", **FLOAT))
         with handle.sampling_run(5):
@@ -193,7 +206,7 @@ class TestDeepLevels:
                 torch.testing.assert_close(unet(noise(), 9).sample, dense)
 
     def test_unknown_levels_are_refused_before_anything_changes(self):
-        unet = unet_of()
+        unet = unet2d()
         before = {path: id(module) for path, module in unet.named_modules()}
         with pytest.raises(ValueError, match="level=2 is not allowed; UNet2DModel has 2 up blocks, so give 1 to 1"):
             mk.accelerate(unet, mk.ModiffConfig(schedule="deep-hold level=2"))
@@ -202,12 +215,10 @@ class TestDeepLevels:
             mk.accelerate(nn.Sequential(nn.Conv2d(3, 3, 1)), mk.ModiffConfig(schedule="deep-hold"))
 
     def test_controlnet_is_refused(self):
-        unet = unet_of(condition=True)
+        unet = unet2d_condition()
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule="deep-hold axis=timestep", **FLOAT))
         with handle.sampling_run(9), pytest.raises(ValueError, match="ControlNet or T2I-Adapter"):
-            unet(
-                torch.randn(1, 4, 8, 8), 1, torch.ones(1, 5, 12), mid_block_additional_residual=torch.zeros(1, 16, 4, 4)
-            )
+            unet(noise(2, 4), 1, text(), mid_block_additional_residual=torch.zeros(2, 32, 4, 4))
 
 
 class OneConv(nn.Module):
@@ -236,8 +247,7 @@ def test_scales_cope_with_the_gap(mode):
         with handle.sampling_run(9):
             for call in range(9):
                 unet(step * call, 9 - call)
-        edge = handle.layers["conv"].input
-        error = (edge.contexts["default"].tensor - step * 8).abs().max()
+        error = (x_hat_of(handle.layers["conv"]) - step * 8).abs().max()
         handle.remove()
         return float(error / step.abs().max())
 
@@ -247,7 +257,7 @@ def test_scales_cope_with_the_gap(mode):
 
 class TestRefusals:
     def test_the_length_of_the_run_must_be_known(self):
-        unet = unet_of()
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule="hold", **FLOAT))
         with handle.sampling_run(), pytest.raises(ValueError, match=r"number of calls .* is not known"):
             unet(noise(), 1)
@@ -256,7 +266,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("schedule", ["forecast", "auto"])
     def test_the_noise_levels_must_be_known(self, schedule):
-        unet = unet_of()
+        unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule=schedule, **FLOAT))
         with handle.sampling_run(20), pytest.raises(ValueError, match=r"sampling_run\(scheduler="):
             unet(noise(), 1)
@@ -273,9 +283,9 @@ class TestRefusals:
                 unet(noise(), 0)
 
     def test_stochastic_samplers_are_warned_about_unless_meant(self):
-        for text, warned in (("forecast", 1), ("forecast stochastic=True", 0)):
+        for schedule, warned in (("forecast", 1), ("forecast stochastic=True", 0)):
             pipe = pipeline(DDPMScheduler())
-            mk.accelerate(pipe, mk.ModiffConfig(schedule=text, **FLOAT))
+            mk.accelerate(pipe, mk.ModiffConfig(schedule=schedule, **FLOAT))
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 sample(pipe, 6)
@@ -297,9 +307,9 @@ def test_explain_names_the_schedule():
     sample(pipe, 6)
     assert "last run, context default: UUUhUU" in handle.explain()
     assert handle.state.nbytes() > sum(
-        slot.tensor.nbytes
+        held.tensor.nbytes
         for holder in [*handle.state.inputs.values(), *handle.state.outputs.values()]
-        for slot in holder.contexts.values()
+        for held in holder.contexts.values()
     )
 
 
@@ -321,3 +331,124 @@ def test_another_schedule_from_the_next_run_on():
     assert torch.equal(found, sample(pipe, 6))
     with pytest.raises(RuntimeError, match="got no schedule"):
         handle.set_schedule(mk.StepSchedule("hold"))
+
+
+def forecast_by_hand(pipe, handle, steps):
+    """The same loop without the package: the line through the last two computed values, in the timestep."""
+    actions = letters(handle)
+    handle.remove()
+    pipe.scheduler.set_timesteps(steps)
+    x = noise() * pipe.scheduler.init_noise_sigma
+    before = last = None
+    for action, t in zip(actions, pipe.scheduler.timesteps, strict=True):
+        if action == "U":
+            value = (float(t), pipe.unet(pipe.scheduler.scale_model_input(x, t), t).sample)
+            before, last = (before, value) if last is None or last[0] == value[0] else (last, value)
+            prediction = value[1]
+        else:
+            share = (float(t) - last[0]) / (last[0] - before[0])
+            prediction = last[1] + share * (last[1] - before[1])
+        x = pipe.scheduler.step(prediction, t, x).prev_sample
+    return x
+
+
+class TestSchedulers:
+    @pytest.mark.parametrize(
+        "scheduler",
+        [
+            DDIMScheduler,
+            PNDMScheduler,
+            DPMSolverMultistepScheduler,
+            UniPCMultistepScheduler,
+            EulerDiscreteScheduler,
+            HeunDiscreteScheduler,
+            KDPM2DiscreteScheduler,
+        ],
+    )
+    def test_every_scheduler(self, scheduler):
+        pipe = pipeline(scheduler())
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="forecast every=2 order=1 axis=timestep", **FLOAT))
+        found = sample(pipe, 8)
+        assert "F" in letters(handle)
+        torch.testing.assert_close(found, forecast_by_hand(pipe, handle, 8), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+    def test_other_predictions(self, prediction_type):
+        pipe = pipeline(DDIMScheduler(prediction_type=prediction_type))
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="forecast every=2 order=1 axis=timestep", **FLOAT))
+        found = sample(pipe, 8)
+        torch.testing.assert_close(found, forecast_by_hand(pipe, handle, 8), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("steps", [4, 12, 30])
+    def test_a_pattern_fits_every_number_of_steps(self, steps):
+        pipe = pipeline()
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="U2FUF2UF5", **FLOAT))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sample(pipe, steps)
+        assert len(letters(handle)) == steps
+        assert letters(handle).count("U") == 4
+
+    def test_image_to_image_lays_the_schedule_over_its_part(self):
+        pipe = pipeline()
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="forecast every=3 first=2 last=2", **FLOAT))
+        sample(pipe, 20, start=10)
+        assert letters(handle) == "UUFFUFFUUU"
+
+    def test_real_pipeline(self):
+        pipe = DDIMPipeline(unet2d(), DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="hold every=2"))
+        for _ in range(2):
+            pipe(num_inference_steps=6, output_type="np")
+        assert letters(handle) == "UUUHUU"
+
+    def test_two_contexts_have_their_own_values(self):
+        unet = unet2d()
+        scheduler = DDIMScheduler()
+        scheduler.set_timesteps(6)
+        handle = mk.accelerate(unet, mk.ModiffConfig(schedule="UH axis=timestep", **FLOAT))
+        with handle.sampling_run(scheduler=scheduler):
+            for call, t in enumerate(scheduler.timesteps):
+                with handle.context("cond"):
+                    cond = unet(noise(), t).sample
+                if call < 4:
+                    continue
+                with handle.context("uncond"):  # guidance that begins late
+                    uncond = unet(-noise(), t).sample
+        assert letters(handle, "cond") == "UHHHHH"
+        assert letters(handle, "uncond") == "UH"
+        handle.remove()
+        torch.testing.assert_close(cond, unet(noise(), scheduler.timesteps[0]).sample)
+        torch.testing.assert_close(uncond, unet(-noise(), scheduler.timesteps[4]).sample)
+
+    def test_a_changed_batch_is_computed(self):
+        unet = unet2d()
+        handle = mk.accelerate(unet, mk.ModiffConfig(schedule="UH3U axis=timestep", **FLOAT))
+        with handle.sampling_run(5):
+            sizes = [unet(noise(batch), t).sample.shape[0] for batch, t in zip((4, 4, 2, 2, 2), range(5, 0, -1))]
+        assert sizes == [4, 4, 2, 2, 2]
+        assert letters(handle) == "UHUHU"
+
+
+class TestAuto:
+    @pytest.mark.parametrize(
+        ("scheduler", "steps", "skips"), [(DDIMScheduler, 50, 30), (UniPCMultistepScheduler, 20, 8)]
+    )
+    def test_it_skips(self, scheduler, steps, skips):
+        pipe = pipeline(scheduler())
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="auto", **FLOAT))
+        sample(pipe, steps)
+        assert letters(handle).count("F") >= skips
+        assert "auto, last " in handle.explain()
+
+    @pytest.mark.parametrize(("scheduler", "steps"), [(DDPMScheduler, 20), (DDIMScheduler, 6)])
+    def test_it_computes_everything_where_skipping_does_not_pay(self, scheduler, steps):
+        pipe = pipeline(scheduler())
+        dense = sample(pipe, steps)
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="auto", **FLOAT))
+        with pytest.warns(UserWarning, match="every call is computed, because"):
+            found = sample(pipe, steps)
+        if scheduler is DDIMScheduler:
+            torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-3)  # channels_last adds up in another order
+        assert letters(handle) == "U" * steps

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from modiff_kernels.planning.layer_plan import LayerPlan
 from torch import nn
 
 import modiff_kernels as mk
@@ -29,7 +30,6 @@ from modiff_kernels.nn.blocks import (
 )
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
 from modiff_kernels.ops import dispatch
-from modiff_kernels.planning.layer_plan import LayerPlan
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 from tests.unets import (
@@ -172,7 +172,7 @@ class TestFusedEqualsLayers:
     ],
 )
 def test_the_invariant_of_all_layers(network, scale_mode, state_dtype):
-    """y_hat == A(x_hat) + bias after many updates: also of conv2 and shortcut together, of stacks, before upsampling."""
+    """y_hat == A(x_hat) + bias after many updates: also of conv2 and shortcut together, of stacks, of upsampling."""
     unet = NETWORKS[network]()
     handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, scale_mode=scale_mode, state_dtype=state_dtype))
     outputs(unet, handle, calls=12)
@@ -367,22 +367,6 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
 
 
 class TestAround:
-    @pytest.mark.parametrize("network", NETWORKS)
-    def test_state_dict_stays_and_remove_restores_the_same_objects(self, network):
-        unet = NETWORKS[network]()
-        modules, before = dict(unet.named_modules()), {key: value.clone() for key, value in unet.state_dict().items()}
-        reference = outputs(unet, calls=1)
-        handle = mk.accelerate(unet)
-        outputs(unet, handle, calls=2)
-        after = unet.state_dict()
-        assert list(after) == list(before) == [name for name, _ in unet.named_parameters()]
-        assert all(torch.equal(after[key], before[key]) for key in before)
-        handle.remove()
-        restored = dict(unet.named_modules())
-        assert list(restored) == list(modules)
-        assert all(restored[path] is module for path, module in modules.items())
-        assert_equal(outputs(unet, calls=1), reference)
-
     @pytest.mark.parametrize("network", ["unet2d", "sd15"])
     def test_loaded_weights_are_used_and_stacked_again(self, network):
         unet, other = NETWORKS[network](), NETWORKS[network](seed=1)
@@ -394,9 +378,9 @@ class TestAround:
             unet(torch.ones(1, unet.config.in_channels, 8, 8), 5, **conditions_of(unet, 1))
         assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
 
-    @pytest.mark.parametrize(("network", "mode"), [("unet2d", "modulated"), ("unet2d", "quantized"), ("sd15", "modulated")])
+    @pytest.mark.parametrize(("network", "mode"), [("unet2d", "quantized"), ("sd15", "modulated")])
     def test_explain_lists_the_layers_inside(self, network, mode):
-        unet, handle, _ = run(network, mode=mode)
+        _, handle, _ = run(network, mode=mode)
         rows = {row.name: row for row in handle.rows()}
         assert set(rows) == {p for p, m in NETWORKS[network]().named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
         for path in low_bit_paths(NETWORKS[network]()):
@@ -501,7 +485,7 @@ class TestStackedProjections:
 
 
 class TestCalibrated:
-    """Codes that are not the nearest, other biases, a scale per call, and scaled input channels, inside fused blocks."""
+    """Codes that are not the nearest, other biases, a scale per call, scaled input channels, inside fused blocks."""
 
     CALLS = 3
     CONFIG = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static")

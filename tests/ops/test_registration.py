@@ -9,219 +9,185 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modiff_kernels import ops
-from modiff_kernels.ops import problem
-from modiff_kernels.ops.problem import CHECKS
-from tests.ops.op_cases import ConvCase, LinearCase, activation, make_weight, poisoned
-from tests.ops.test_errors import conv_arguments, linear_arguments
+from modiff_kernels.ops import Window, check, dispatch
+from modiff_kernels.quant.affine import quantize_weight
+from tests.ops.arguments import FORMS, call, calls, image, tensors, zeros
 
-ARGUMENTS = [f"{op}-linear" for op in linear_arguments()] + [f"{op}-conv" for op in conv_arguments()]
-ARGUMENTS += ["quantize_residual-linear-packed", "quantize_residual-conv-packed"]
-
-
-def positional(op, arguments):
-    """Arguments by name, in the order of the op, with the defaults of those that are not given."""
-    parameters = inspect.signature(getattr(ops, op)).parameters
-    return tuple(arguments.get(name, parameter.default) for name, parameter in parameters.items())
+OPS_OF_TORCH = ("quantize", "product", "attention", "pack_weight", "unpack_weight")
+TORCH_FORMS = [form for form in FORMS if calls()[form][0] in OPS_OF_TORCH]
 
 
-def arguments_of(case):
-    op, kind, *switches = case.split("-")
-    given = linear_arguments() if kind == "linear" else conv_arguments()
-    return op, positional(op, {**given[op], **dict.fromkeys(switches, True), "backend": "reference"})
+def flat(form, dtype=None):
+    """The torch op of a form and its arguments as the schema has them."""
+    op, arguments = calls()[form]
+    bound = inspect.signature(getattr(ops, op)).bind(**arguments, backend="reference")
+    bound.apply_defaults()
+    values = []
+    for name, value in bound.arguments.items():
+        if name == "window":
+            values.append([] if value is None else value.to_ints())
+        elif hasattr(value, "_fields"):
+            values += list(value)
+        else:
+            values.append(value)
+    torch_op = getattr(torch.ops.modiff, op).default
+    if dtype is not None:
+        keep = ("scale", "weight_scale")
+        for i, (argument, value) in enumerate(zip(torch_op._schema.arguments, values)):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and argument.name not in keep:
+                values[i] = value.to(dtype)
+            elif value is torch.float32:
+                values[i] = dtype
+    return torch_op, tuple(values)
 
 
-@pytest.mark.parametrize("op", CHECKS)
-def test_schema_and_signature_agree(op):
-    schema = getattr(torch.ops.modiff, op).default._schema
-    parameters = inspect.signature(getattr(ops, op)).parameters
-    assert [argument.name for argument in schema.arguments] == list(parameters)
-    for argument, parameter in zip(schema.arguments, parameters.values(), strict=True):
-        default = argument.default_value if argument.has_default_value() else parameter.empty
-        assert default == parameter.default
-    mutated = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
-    expected = {"x_hat", "y_hat"} & set(parameters)
-    assert mutated == expected
-    assert all(result.alias_info is None for result in schema.returns)
-    assert getattr(ops, op).__doc__
+def test_schemas():
+    """Named tuples are spread, a window is a list of integers, and only states are mutated."""
+    for op in OPS_OF_TORCH:
+        schema = getattr(torch.ops.modiff, op).default._schema
+        written = {
+            argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write
+        }
+        assert written == {"quantize": {"x_hat"}, "product": {"y_hat"}}.get(op, set())
+        assert all(result.alias_info is None for result in schema.returns)
+        assert getattr(ops, op).__doc__
+        assert list(inspect.signature(getattr(ops, op)).parameters)[-1] == "backend"
+    names = [argument.name for argument in torch.ops.modiff.product.default._schema.arguments]
+    weight = [f"weight_{field}" for field in ops.PackedWeight._fields]
+    rest = ["y_hat", "bias", "skip", "window", "out_dtype", "write_out", "backend"]
+    assert names == ["codes", "scale", "zero_point", *weight, *rest]
+    names = [argument.name for argument in torch.ops.modiff.quantize.default._schema.arguments]
+    assert names[:9] == ["h", *(f"prologue_{field}" for field in ops.Prologue._fields), "x_hat"]
+    for fields in ((3, 3, 1, 2, 0, 1, 2, 1, 4), ()):
+        window = Window.from_ints(fields)
+        assert window is None if not fields else tuple(window.to_ints()) == fields
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_opcheck(case):
-    op, arguments = arguments_of(case)
-    opcheck(getattr(torch.ops.modiff, op).default, arguments)
+@pytest.mark.parametrize("form", TORCH_FORMS)
+def test_opcheck(form):
+    opcheck(*flat(form))
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
+@pytest.mark.parametrize("form", ["residual-image", "plain", "accumulate-image", "output", "attention"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_opcheck_low_precision(case, dtype):
-    op, arguments = arguments_of(case)
-    keep = ("scale", "weight_scale")
-    names = list(inspect.signature(getattr(ops, op)).parameters)
-
-    def convert(name, value):
-        if value is torch.float32:
-            return dtype
-        convertible = isinstance(value, torch.Tensor) and value.is_floating_point() and name not in keep
-        return value.to(dtype) if convertible else value
-
-    converted = tuple(convert(name, value) for name, value in zip(names, arguments, strict=True))
-    opcheck(getattr(torch.ops.modiff, op).default, converted, test_utils=("test_schema", "test_faketensor"))
+def test_opcheck_low_precision(form, dtype):
+    opcheck(*flat(form, dtype), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("write_out", [True, False])
-@pytest.mark.parametrize("op", ["accumulate_conv2d", "initialize_conv2d", "modulated_conv2d"])
-def test_opcheck_write_out(op, write_out):
-    arguments = positional(op, {**conv_arguments()[op], "write_out": write_out, "backend": "reference"})
-    opcheck(getattr(torch.ops.modiff, op).default, arguments)
+def formats(results):
+    return [(r.shape, r.stride(), r.dtype) for r in (results if isinstance(results, tuple) else (results,))]
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_fake_and_meta_results_are_like_real_ones(case):
-    op, arguments = arguments_of(case)
-    _, again = arguments_of(case)
+def moved(arguments, move):
+    return tuple(move(a) if isinstance(a, torch.Tensor) else a for a in arguments)
 
-    def formats(results):
-        results = results if isinstance(results, tuple) else (results,)
-        return [(r.shape, r.stride(), r.dtype) for r in results]
 
-    def moved(move):
-        return tuple(move(a) if isinstance(a, torch.Tensor) else a for a in again)
-
-    real = formats(getattr(ops, op)(*arguments))
+@pytest.mark.parametrize("form", TORCH_FORMS)
+def test_function_torch_op_and_fakes_agree(form, monkeypatch):
+    op, arguments = flat(form)
+    copies = moved(arguments, torch.clone)
+    torch.manual_seed(0)
+    results = op(*arguments)
+    torch.manual_seed(0)
+    torch.testing.assert_close(op(*copies), results, rtol=0, atol=0)
+    assert formats(call(form)) == formats(results)
+    monkeypatch.setattr(check, "capability", lambda device: (9, 0))
     with FakeTensorMode() as mode:
-        fake = formats(getattr(ops, op)(*moved(mode.from_tensor)))
-    meta = formats(getattr(ops, op)(*moved(lambda t: t.to("meta"))))
-    assert real == fake == meta
-
-
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_fake_results_are_on_the_device_of_the_arguments(case, monkeypatch):
-    monkeypatch.setattr(problem, "capability", lambda device: (9, 0))
-    op, arguments = arguments_of(case)
-    with FakeTensorMode() as mode:
-        moved = [mode.from_tensor(a).to("cuda:1") if isinstance(a, torch.Tensor) else a for a in arguments]
-        results = getattr(ops, op)(*moved)
-    for result in results if isinstance(results, tuple) else (results,):
+        fake = op(*moved(copies, mode.from_tensor))
+        there = op(*moved(copies, lambda t: mode.from_tensor(t).to("cuda:1")))
+    meta = op(*moved(copies, lambda t: t.to("meta")))
+    assert formats(results) == formats(fake) == formats(meta)
+    for result in there if isinstance(there, tuple) else (there,):
         assert result.device == torch.device("cuda:1")
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_function_and_torch_op_agree(case):
-    op, arguments = arguments_of(case)
-    copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
-    torch.manual_seed(1)
-    direct = getattr(ops, op)(*arguments)
-    dispatched = getattr(torch.ops.modiff, op)(*copies)
-    torch.testing.assert_close(direct, dispatched, rtol=0, atol=0)
-    for one, other in zip(arguments, copies, strict=True):
-        if isinstance(one, torch.Tensor):
-            assert torch.equal(one, other)
-
-
-def test_defaults_and_keywords():
-    x = torch.randn(2, 8)
-    expected = ops.quantize_activation(x, 8, "per_tensor", True, "auto")
-    for result in (
-        ops.quantize_activation(x, 8, "per_tensor"),
-        ops.quantize_activation(x, granularity="per_tensor", act_bits=8),
-        torch.ops.modiff.quantize_activation(x, 8, "per_tensor"),
-        torch.ops.modiff.quantize_activation(x, 8, granularity="per_tensor", backend="auto"),
-    ):
-        torch.testing.assert_close(result, expected, rtol=0, atol=0)
-
-
-def test_lists_and_tuples_of_integers():
-    arguments = conv_arguments()["quantized_conv2d"]
-    as_lists = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    assert torch.equal(ops.quantized_conv2d(**arguments), ops.quantized_conv2d(**as_lists))
-
-
-def test_torch_sees_the_op_in_dispatch_modes():
-    seen = []
+@pytest.mark.parametrize("form", FORMS)
+def test_the_eager_function_is_the_torch_op(form):
+    """Seen in dispatch modes through torch's dispatcher, and the same in results and states."""
+    seen, outcomes = [], []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    with Record():
-        ops.quantize_activation(torch.randn(2, 8), 8, "per_tensor", backend="reference")
-    assert "modiff.quantize_activation.default" in seen
+    op, arguments = calls()[form]
+    before = {name: t.clone() for name, t in tensors(arguments).items()}
+    for recorded in (False, True):
+        for name, t in tensors(arguments).items():
+            t.copy_(before[name])
+        if recorded:
+            with Record():
+                results = getattr(ops, op)(**arguments, backend="reference")
+        else:
+            results = getattr(ops, op)(**arguments, backend="reference")
+        results = results if isinstance(results, tuple) else (results,)
+        outcomes.append([t.clone() for t in (*results, *tensors(arguments).values())])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
+    assert {f"modiff.{name}.default" for name in (("quantize", "product") if op == "modulate" else (op,))} <= set(seen)
 
 
-def test_no_gradients():
-    x = torch.randn(2, 8, requires_grad=True)
-    x_hat = torch.zeros(2, 8)
-    _, scale, _ = ops.quantize_residual(x, x_hat, None, 8, "per_tensor", backend="reference")
-    assert not scale.requires_grad
+def test_no_gradients_and_inference_mode():
+    x, x_hat = torch.randn(2, 8, requires_grad=True), torch.zeros(2, 8)
+    assert not ops.quantize(x, x_hat=x_hat, backend="reference")[1].requires_grad
     assert not x_hat.requires_grad
-
-
-def test_in_inference_mode():
-    x, x_hat = torch.randn(2, 8), torch.zeros(2, 8)
     with torch.inference_mode():
-        ops.quantize_residual(x, x_hat, None, 8, "per_tensor", backend="reference")
-    assert x_hat.any()
+        ops.quantize(torch.randn(2, 8), x_hat=x_hat, backend="reference")
 
 
-def test_a_call_with_other_shapes_is_checked_again():
+def test_a_call_with_other_formats_is_checked_again():
     for shape in [(2, 8), (4, 8), (2, 3, 8), (2, 8)]:
-        ops.quantize_residual(torch.randn(shape), torch.zeros(shape), None, 8, "per_tensor", backend="reference")
+        ops.quantize(torch.randn(shape), x_hat=torch.zeros(shape), backend="reference")
     with pytest.raises(ValueError, match="x_hat has shape"):
-        ops.quantize_residual(torch.randn(2, 8), torch.zeros(4, 8), None, 8, "per_tensor", backend="reference")
+        ops.quantize(torch.randn(2, 8), x_hat=torch.zeros(4, 8), backend="reference")
     with pytest.raises(ValueError, match="not contiguous"):
-        ops.quantize_residual(torch.randn(8, 2).T, torch.zeros(2, 8), None, 8, "per_tensor", backend="reference")
+        ops.quantize(torch.randn(8, 2).T, x_hat=torch.zeros(2, 8), backend="reference")
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", [LinearCase((2, 5, 64), 63), ConvCase((2, 16, 8, 8), 24)], ids=str)
-def test_compiled_steps_equal_eager_ones(backend, case, dynamic):
-    """fullgraph, with state that is mutated inside the graph, over three steps."""
+def test_kernel_for_gives_the_backend_function():
+    from modiff_kernels.backends import reference
+
+    x, x_hat = torch.randn(2, 8), torch.zeros(2, 8)
+    args = (x, ops.IDENTITY, x_hat, None, 8, "per_sample", 1.0, True)
+    assert ops.quantize.kernel_for(*args, "reference") is reference.quantize
+    with pytest.raises(ValueError, match="x_hat has shape"):
+        ops.quantize.kernel_for(x, ops.IDENTITY, x_hat[:1], *args[3:], "reference")
+
+
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("reference", False), ("reference", True), ("cpu", False), ("onednn", False)]
+)
+@pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv"])
+def test_compiled_steps_equal_eager_ones(backend, dynamic, conv):
+    """quantize, product and modulate in one full graph, with state that is mutated inside of it, over three steps."""
+    if (reason := dispatch.why_unavailable(backend)) is not None:
+        pytest.skip(f"backend {backend}: {reason}")
     torch._dynamo.reset()
-    image = case.kind == "conv2d"
-    weight = make_weight(case, 8, -1, backend, "modulated", act_bits=4)
-    bias = torch.randn(case.n)
-    initialize, modulated = getattr(ops, f"initialize_{case.kind}"), getattr(ops, f"modulated_{case.kind}")
+    window = Window((3, 3), padding=(1, 1)) if conv else None
+    x_shape, y_shape = ((2, 16, 4, 4), (2, 8, 4, 4)) if conv else ((2, 5, 64), (2, 5, 33))
+    k = 144 if conv else 64
+    codes, scale = quantize_weight(torch.randn(y_shape[1 if conv else -1], k), 8)
+    weight = ops.PackedWeight(ops.pack_weight(codes, 8), scale, 8)
+    problem = check.product(
+        zeros(*x_shape, dtype=torch.int8), torch.ones(2), None, weight, None, None, None, window, torch.float32, True
+    )
+    weight = ops.prepare_weight(weight, k, window, ops.preferred_layout(problem, backend), backend)
 
-    def first(x, x_hat, y_hat):
-        out = initialize(x, x_hat, y_hat, *weight.tensors, bias, None, *weight.format, *case.conv_args, backend=backend)
-        return torch.relu(out)
+    def step(x, x_hat, y_hat):
+        codes, scale, zero_point = ops.quantize(x * 1.0, bits=8, backend=backend)
+        plain = ops.product(codes, scale, zero_point, weight, window=window, backend=backend)
+        more = {"window": window, "bits": 4, "backend": backend}
+        out, scale, absmax = ops.modulate(torch.relu(x), ops.IDENTITY, x_hat, None, weight, y_hat, **more)
+        return torch.relu(out), plain + 1, scale, absmax
 
-    def update(x, x_hat, y_hat):
-        arguments = (*weight.tensors, y_hat, None, 4, "per_sample", 1.0, *weight.format, *case.conv_args)
-        out, scale, _ = modulated(x * 1.0, x_hat, None, *arguments, backend=backend)
-        return torch.relu(out), scale
-
-    def run(first, update):
+    def run(step):
         torch.manual_seed(3)
-        state = poisoned(case.x_shape, torch.float32, image), poisoned(case.y_shape, torch.float32, image)
-        x = activation(case.x_shape, image=image)
-        results = [first(x, *state)]
+        state, results = (zeros(*x_shape), zeros(*y_shape)), []
         for _ in range(3):
-            x = x + 0.1 * activation(case.x_shape, image=image)
-            results += update(x, *state)
+            results += step(image(*x_shape) if conv else torch.randn(x_shape), *state)
         return [*results, *state]
 
-    options = {"fullgraph": True, "backend": "aot_eager", "dynamic": dynamic}
-    compiled = run(torch.compile(first, **options), torch.compile(update, **options))
-    for got, expected in zip(compiled, run(first, update), strict=True):
-        assert got.stride() == expected.stride()
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("shape", [(2, 9, 4, 4), (2, 5, 9)], ids=["image", "rows"])
-def test_compiled_packed_codes_equal_eager_ones(shape, bits, dynamic):
-    torch._dynamo.reset()
-    x, states = activation(shape), [torch.zeros_like(activation(shape)) for _ in range(2)]
-
-    def step(x, x_hat):
-        codes, *rest = ops.quantize_residual(x * 1.0, x_hat, None, bits, "per_token", packed=True, backend="reference")
-        return codes ^ 1, *rest
-
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for got, expected in zip((*compiled(x, states[0]), states[0]), (*step(x, states[1]), states[1]), strict=True):
-        assert got.dtype == expected.dtype
+    for got, expected in zip(run(compiled), run(step)):
         assert got.stride() == expected.stride()
         assert torch.equal(got, expected)

@@ -8,9 +8,9 @@ import torch
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.product_launch import MAX_K, product
 from modiff_kernels.backends.cuda.tiles import Tile
-from modiff_kernels.quant.operands import PackedWeight, Window
+from modiff_kernels.quant.operands import PackedWeight
 from modiff_kernels.quant.packing import pack_channels
-from tests.backends.exact_product import DOWN, POINT, THREE, ExactProduct
+from tests.backends.exact_product import DOWN, THREE, ExactProduct
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 LARGE, NARROW, SMALL = range(3)  # csrc/cuda/sm80/tile_config.h kTiles
@@ -22,28 +22,6 @@ def emulator(product_emulator, monkeypatch):
     product_emulator.tile, product_emulator.splits = SMALL, 1
     yield product_emulator
     product_emulator.tile, product_emulator.splits, product_emulator.falling = product_emulator.CHOOSE, 4, False
-
-
-WALKS = [
-    ExactProduct((1, 16), 1),
-    ExactProduct((2, 3, 48), 65),  # less than a k-block, one above a tile
-    ExactProduct((63, 144), 63),
-    ExactProduct((2, 16, 5, 7), 24, THREE),  # four taps in a k-block
-    ExactProduct((2, 48, 7, 5), 65, DOWN),  # a k-block begins inside of a tap
-    ExactProduct((1, 16, 7, 9), 12, Window((3, 3), padding=(2, 2), dilation=(2, 2))),
-    ExactProduct((1, 16, 8, 8), 8, Window((1, 1), (2, 2))),
-    ExactProduct((1, 16, 3, 3), 8, Window((1, 1), padding=(1, 1))),
-    ExactProduct((1, 32, 8, 8), 7, Window((5, 4), (2, 1), (2, 1))),
-    ExactProduct((3, 16, 2, 2), 8, Window((3, 3), padding=(3, 3))),  # whole windows lie outside
-    ExactProduct((65, 64), 64, bits=4),
-    ExactProduct((2, 32, 4, 4), 65, POINT, bits=3),
-    ExactProduct((64 * 9 + 1, 16), 130),  # 10 x 3 tiles: a band of 8 and a rest
-]
-
-
-@pytest.mark.parametrize("case", WALKS, ids=str)
-def test_walks(emulator, case):
-    case.check(product)
 
 
 TILED = [
@@ -61,6 +39,11 @@ def test_tiles_and_orders_of_threads(emulator, case, tile, falling):
     """Falling order: copies arrive when they are issued; rising order: when they are waited for."""
     emulator.tile, emulator.falling = tile, falling
     case.check(product)
+
+
+def test_bands_of_tiles_cover_all(emulator):
+    """10 x 3 tiles: a band of 8 and a rest."""
+    ExactProduct((64 * 9 + 1, 16), 130).check(product)
 
 
 @pytest.mark.parametrize("splits", [2, 3, 5])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from modiff_kernels.backends.triton.tiles import TileConfig
-from modiff_kernels.quant.operands import PackedWeight, Window
-from tests.backends.exact_product import DOWN, POINT, THREE, ExactProduct
+from modiff_kernels.quant.operands import PackedWeight
+from tests.backends.exact_product import THREE, ExactProduct
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 SMALL = TileConfig(64, 64, 32, 4, 2)
@@ -30,27 +30,6 @@ def product(device):
         return out.cpu()
 
     return call
-
-
-WALKS = [
-    ExactProduct((1, 1), 1),
-    ExactProduct((2, 3, 63), 65),
-    ExactProduct((63, 129), 63, bits=4),
-    ExactProduct((63, 129), 63, bits=3),
-    ExactProduct((2, 40, 7, 5), 65, DOWN),
-    ExactProduct((1, 8, 7, 9), 12, Window((3, 3), padding=(2, 2), dilation=(2, 2)), bits=3),
-    ExactProduct((2, 6, 5, 5), 6, Window((3, 3), padding=(1, 1), groups=6)),
-    ExactProduct((2, 16, 6, 6), 8, Window((3, 3), padding=(1, 1), groups=2), bits=4),
-    ExactProduct((2, 63, 4, 4), 65, POINT, bits=4),
-    ExactProduct((1, 8, 3, 3), 8, Window((1, 1), padding=(1, 1))),
-    ExactProduct((1, 5, 8, 8), 7, Window((5, 5), (2, 1), (2, 2))),
-    ExactProduct((1, 24, 4, 4), 16, THREE, bits=4),
-]
-
-
-@pytest.mark.parametrize("case", WALKS, ids=str)
-def test_walks(product, case):
-    case.check(product)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -1,0 +1,230 @@
+"""Arguments that do not fit: the error names the op, what was given and what is allowed, and nothing is mutated."""
+
+import pytest
+import torch
+
+from modiff_kernels import ops
+from modiff_kernels.ops import Prologue, Window
+from tests.ops.arguments import FORMS, WINDOW, call, calls, changed, tensors, zeros
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_valid_arguments_are_taken(form):
+    call(form)
+
+
+NAN = float("nan")
+FLAT = torch.randn(3, 10, 4).transpose(1, 2)
+ANY_BITS = "is not supported; choose one of 3, 4, 8"
+QUANTIZE = [
+    ("residual plain update", "bits", 5, ValueError, f"bits=5 {ANY_BITS}"),
+    ("residual plain", "bits", True, ValueError, f"bits=True {ANY_BITS}"),
+    (
+        "residual plain update",
+        "granularity",
+        "per_pixel",
+        ValueError,
+        r"'per_pixel' is not known; choose one of 'per_tensor'",
+    ),
+    ("residual update", "clip_ratio", 0.0, ValueError, r"clip_ratio=0\.0 is not allowed"),
+    ("residual", "clip_ratio", NAN, ValueError, r"clip_ratio=nan is not allowed"),
+    ("plain", "granularity", "per_block", ValueError, r"'per_block' is for residuals only; choose 'per_sample'"),
+    ("plain", "scale", torch.ones(3), ValueError, r"a scale is for residuals only; without x_hat leave it None"),
+    (
+        "residual-image",
+        "granularity",
+        "per_block",
+        ValueError,
+        r"per_block.* finds its scales itself; leave scale None",
+    ),
+    ("residual update", "scale", torch.ones(5), ValueError, r"scale has shape \(5,\).* of length 3 or 1"),
+    ("residual", "scale", torch.ones(3, 1), ValueError, r"scale has shape \(3, 1\)"),
+    ("residual", "scale", torch.ones(3).double(), TypeError, r"scale is torch\.float64; it must be torch\.float32"),
+    (
+        "residual plain update",
+        "h",
+        torch.randn(3, 4, 10).double(),
+        TypeError,
+        r"h is torch\.float64; allowed are float32",
+    ),
+    ("residual plain update", "h", FLAT, ValueError, r"h is not contiguous.*call \.contiguous\(\) first"),
+    ("residual plain", "h", torch.randn(10), ValueError, r"h has 1 dimensions"),
+    ("plain", "h", torch.randn(2, 3, 4, 4, 10), ValueError, r"h has 5 dimensions"),
+    ("plain", "h", torch.randn(0, 4, 10), ValueError, r"h is empty"),
+    (
+        "residual-image plain-image",
+        "h",
+        torch.randn(2, 4, 5, 5),
+        ValueError,
+        r"h is not channels_last.*convert it with",
+    ),
+    ("residual-geglu plain-geglu", "h", torch.randn(3, 4, 21), ValueError, r"expected \[\.\.\., 2K\]"),
+    (
+        "residual update",
+        "x_hat",
+        torch.zeros(3, 4, 9),
+        ValueError,
+        r"x_hat has shape \(3, 4, 9\); it must be \(3, 4, 10\)",
+    ),
+    ("residual", "x_hat", zeros(3, 10, 4).transpose(1, 2), ValueError, r"x_hat is not contiguous"),
+    ("residual update", "x_hat", zeros(3, 4, 10).double(), TypeError, r"x_hat is torch\.float64"),
+    (
+        "residual",
+        "x_hat",
+        torch.zeros(3, 4, 10, device="meta"),
+        ValueError,
+        r"x_hat is on meta, the first argument on cpu",
+    ),
+    ("residual-image", "x_hat", torch.zeros(2, 4, 5, 5), ValueError, r"x_hat is not channels_last"),
+    (
+        "plain",
+        "prologue",
+        Prologue("batch_norm"),
+        ValueError,
+        r"prologue 'batch_norm' is not known; choose one of 'identity'",
+    ),
+    ("plain", "prologue", Prologue("group_norm", num_groups=3), ValueError, r"num_groups=3 does not divide the 10"),
+    ("plain", "prologue", Prologue("group_norm"), ValueError, r"num_groups=0 does not divide"),
+    ("residual-group_norm", "prologue.gamma", torch.ones(7), ValueError, r"gamma has .*\(7,\).*vector of length 10"),
+    ("residual-layer_norm", "prologue.beta", torch.ones(7), ValueError, r"beta has .*vector of length 10"),
+    ("residual-group_norm", "prologue.shift", torch.ones(3, 7), ValueError, r"shift has .*\(3, 7\).*\(3, 10\)"),
+    ("residual-layer_norm", "prologue.shift", torch.ones(3, 10), ValueError, r"'layer_norm' takes no shift"),
+    ("residual-layer_norm", "prologue.eps", -1e-5, ValueError, r"eps=-1e-05 is not allowed"),
+]
+Y_MUST = r"it must be \(3, 4, 6\)"
+PRODUCT = [
+    (
+        "accumulate output",
+        "codes",
+        torch.zeros(3, 4, 10),
+        TypeError,
+        r"codes is torch\.float32; it must be torch\.int8",
+    ),
+    ("output-image", "codes", torch.zeros(2, 4, 5, 5).to(torch.int8), ValueError, r"codes is not channels_last"),
+    ("accumulate", "scale", torch.ones(5), ValueError, r"scale has shape \(5,\).*divide the 12 rows of codes"),
+    ("accumulate-image", "scale", torch.ones(5), ValueError, r"1-D of length 1 or 2 or 50"),
+    ("output", "zero_point", torch.zeros(3), TypeError, r"zero_point is torch\.float32; it must be torch\.int32"),
+    ("output", "zero_point", zeros(1, dtype=torch.int32), ValueError, r"zero_point has .*length 3"),
+    ("accumulate", "zero_point", zeros(3, dtype=torch.int32), ValueError, r"zero_point does not go with y_hat"),
+    ("accumulate", "bias", torch.zeros(6), ValueError, r"bias does not go with y_hat, which holds the bias"),
+    ("output", "bias", torch.zeros(7), ValueError, r"bias has .*vector of length 6"),
+    ("output", "write_out", False, ValueError, r"write_out=False leaves nothing without y_hat"),
+    ("accumulate update", "y_hat", torch.zeros(3, 4, 7), ValueError, rf"y_hat has shape \(3, 4, 7\); {Y_MUST}"),
+    ("accumulate update", "y_hat", zeros(3, 6, 4).transpose(1, 2), ValueError, r"y_hat is not contiguous"),
+    ("accumulate-image update-image", "y_hat", torch.zeros(2, 6, 5, 5), ValueError, r"y_hat is not channels_last"),
+    ("accumulate output update", "skip", torch.zeros(3, 4, 7), ValueError, rf"skip has shape \(3, 4, 7\); {Y_MUST}"),
+    (
+        "accumulate output update",
+        "skip",
+        zeros(3, 4, 6).half(),
+        TypeError,
+        r"skip is torch\.float16; it must be torch\.float32",
+    ),
+    ("output without-out update", "out_dtype", torch.int8, TypeError, r"out_dtype=torch\.int8 is not allowed"),
+    ("output update", "weight.bits", 2, ValueError, f"weight.bits=2 {ANY_BITS}"),
+    ("output update", "weight.group_size", 0, ValueError, r"group_size=0 is not allowed"),
+    ("output update", "weight.group_size", 4, ValueError, r"group_size=4 with k=10 needs a contiguous \[N, 3\]"),
+    ("output update", "weight.scale", torch.ones(6).half(), TypeError, r"weight.scale is torch\.float16"),
+    ("output update", "weight.scale", torch.ones(6, 2), ValueError, r"weight.scale has shape \(6, 2\)"),
+    (
+        "output update",
+        "weight.packed",
+        zeros(6, 4, dtype=torch.uint8),
+        ValueError,
+        r"weight has shape \(6, 4\).*\(6, 5\)",
+    ),
+    (
+        "output update",
+        "weight.packed",
+        zeros(6, 5, dtype=torch.int8),
+        ValueError,
+        r"torch\.int8.*torch\.uint8 \(6, 5\)",
+    ),
+    (
+        "output update",
+        "weight.layout",
+        "kpack_v9",
+        ops.BackendUnavailable,
+        r"reads weights in layout 'kpack_v1', not 'kpack_v9'",
+    ),
+    ("output-image update-image", "window", Window((2, 2)), ValueError, r"the packed weight has .*k=16 needs"),
+    (
+        "output-image update-image",
+        "window",
+        WINDOW._replace(stride=(0, 1)),
+        ValueError,
+        r"stride=\[0, 1\] is not allowed",
+    ),
+    (
+        "output-image update-image",
+        "window",
+        WINDOW._replace(padding=(-1, 1)),
+        ValueError,
+        r"padding=\[-1, 1\].* at least 0",
+    ),
+    ("output-image", "window", WINDOW._replace(groups=3), ValueError, r"groups=3 does not divide the 4 input channels"),
+    ("output-image", "window", Window((3, 3), dilation=(3, 1)), ValueError, r"an input of \(5, 5\) is too small for"),
+    ("output", "window", WINDOW, ValueError, r"codes has 3 dimensions .*expected an image"),
+    ("output-image", "window", None, ValueError, r"codes has 4 dimensions .*flatten it first"),
+]
+OTHERS = [
+    ("attention", "heads", 3, ValueError, "heads=3 does not divide the 10 columns"),
+    ("attention", "k", torch.randn(3, 7, 12), ValueError, r"both must be \[3, tokens, 10\]"),
+    ("attention", "q", torch.randn(3, 10, 4).transpose(1, 2), ValueError, "contiguous rows"),
+    ("attention", "v", torch.randn(3, 7, 10).double(), TypeError, r"v is torch\.float64"),
+    ("attention", "score_scale", NAN, ValueError, "score_scale=nan is not allowed"),
+    ("pack unpack", "weight_bits", 2, ValueError, f"weight_bits=2 {ANY_BITS}"),
+    ("pack", "weight_q", torch.zeros(6, 10), TypeError, r"weight_q is torch\.float32; it must be torch\.int8"),
+    ("pack", "weight_q", zeros(6, 2, 5, dtype=torch.int8), ValueError, r"expected \[N, K\]"),
+    (
+        "pack",
+        "weight_q",
+        torch.full((1, 2), 8, dtype=torch.int8),
+        ValueError,
+        "codes from 8 to 8, but 4 bits hold -8 to 7",
+    ),
+    ("unpack", "k", 13, ValueError, r"n=6, k=13 needs a contiguous torch\.uint8 \(6, 7\)"),
+]
+
+
+@pytest.mark.parametrize(("forms", "name", "value", "error", "message"), QUANTIZE + PRODUCT + OTHERS)
+def test_what_does_not_fit_is_refused(forms, name, value, error, message):
+    for form in forms.split():
+        op, arguments = calls()[form]
+        arguments = changed(arguments, {name: value})
+        before = {key: t.clone() for key, t in tensors(arguments).items()}
+        with pytest.raises(error, match=message) as raised:
+            getattr(ops, op)(**arguments, backend="reference")
+        named = op in str(raised.value) or (op == "modulate" and str(raised.value).startswith("quantize: "))
+        assert named, "which op?"
+        for key, t in tensors(arguments).items():
+            assert t.device.type == "meta" or torch.equal(t, before[key]), f"{key} was changed"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, float("inf")])
+def test_the_reference_refuses_unusable_scales(value):
+    x_hat = torch.zeros(2, 4, 8)
+    with pytest.raises(ValueError, match="not positive and finite; calibrate it again"):
+        ops.quantize(torch.randn(2, 4, 8), x_hat=x_hat, scale=torch.tensor([value]), backend="reference")
+    assert not x_hat.any()
+
+
+@pytest.mark.parametrize("backend", ["gpu", "", "Reference"])
+def test_unknown_backend(backend):
+    names = "auto, cpu, onednn, triton, cuda, reference"
+    with pytest.raises(ValueError, match=f"backend='{backend}' is not known; choose one of {names}"):
+        ops.quantize(torch.randn(2, 4), backend=backend)
+
+
+def test_wrong_calls_raise_type_errors():
+    x = torch.randn(2, 4)
+    with pytest.raises(TypeError, match="missing a required argument: 'weight'"):
+        ops.product(x, torch.ones(1), None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'act_bits'"):
+        ops.quantize(x, act_bits=4)
+    with pytest.raises(TypeError, match="multiple values for argument 'h'"):
+        ops.quantize(x, h=x)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        ops.unpack_weight(x, 4, 1, 1, "auto", 1)
+    with pytest.raises((TypeError, RuntimeError), match="quantize"):
+        ops.quantize(x, x_hat=3)
