@@ -108,8 +108,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile and number of `values`."""
     if len(values) == 1:
         return {"p50": values[0], "p20": values[0], "p80": values[0], "n": 1}
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return {"p50": cuts[4], "p20": cuts[1], "p80": cuts[7], "n": len(values)}
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p50": tenths[4], "p20": tenths[1], "p80": tenths[7], "n": len(values)}
 
 
 def row(op: str, problem: str, backend: str, metric: str, unit: str, values: Sequence[float], **more: Any) -> dict:

@@ -34,7 +34,7 @@ ROUNDS, SECONDS = 20, 0.02
 
 
 class Scratch:
-    """Tensors of one layer on `device`. `check` compares the output of an update with what it should be."""
+    """Tensors of one layer on `device`. operands: of a backend's product, which updates y_hat."""
 
     def __init__(self, layer: Layer, batch: int, weight_bits: int, device: torch.device) -> None:
         draw = torch.Generator(device).manual_seed(0)
@@ -48,27 +48,26 @@ class Scratch:
         k = layer.c_in * layer.kernel**2
         rows = torch.randint(-low, low, (layer.c_out, k), dtype=torch.int8, generator=draw, device=device)
         self.weight = ops.PackedWeight(pack(rows, weight_bits), torch.ones(layer.c_out, device=device), weight_bits)
-        self.weight_bits = weight_bits
         self.window = (
             ops.Window(*((side,) * 2 for side in (layer.kernel, layer.stride, layer.padding))) if image else None
         )
         self.scale = torch.full((1,), 2.0**-12, device=device)  # keeps float16 finite; a power of two rounds nothing
         out_shape = (batch, layer.c_out, layer.h_out, layer.w_out) if image else (batch, layer.h, layer.c_out)
         self.y_hat = torch.empty(out_shape, dtype=torch.float16, device=device, memory_format=memory_format).zero_()
+        state = (self.y_hat, None, None, self.window, torch.float16, False)
+        self.operands = (self.codes, self.scale, None, self.weight, *state)
         self._ends = sorted({0, batch - 1})
         self._expected = self._reference()
         self._first: Tensor | None = None
         self.disputed = False
 
     def _reference(self) -> Tensor:
-        y_hat = self.y_hat[self._ends].clone()
-        codes = self.codes[self._ends]
-        reference.product(
-            codes, self.scale, None, self.weight, y_hat, None, None, self.window, torch.float16, write_out=False
-        )
+        codes, scale, zero_point, weight, y_hat, *rest = self.operands
+        y_hat = y_hat[self._ends].clone()
+        reference.product(codes[self._ends], scale, zero_point, weight, y_hat, *rest)
         return y_hat
 
-    def is_exact(self, update: Callable[[], None]) -> bool:
+    def is_exact(self, update: Callable[[], object]) -> bool:
         """Whether `update` gives the reference's output for the first and the last sample, and for all samples what the
         first exact candidate gave; bit for bit, as all sums are integers times a power of two. Where candidates differ
         between the ends, `disputed` is set, as any of them may be wrong.
@@ -99,7 +98,7 @@ class Tunable(Protocol):
     def tile(self, candidate: Any) -> tuple[Any, int]:
         """The candidate's tile, and the number of its parts along K."""
 
-    def update(self, scratch: Scratch, candidate: Any) -> Callable[[], None]:
+    def update(self, scratch: Scratch, candidate: Any) -> Callable[[], object]:
         """One update of the scratch output by this candidate."""
 
 
@@ -129,7 +128,7 @@ class TileCase:
         self.timer = ColdTimer(ROUNDS, SECONDS)
         self.medians: dict[Any, float] = {}
 
-    def make(self, candidate: Any) -> Callable[[], None]:
+    def make(self, candidate: Any) -> Callable[[], object]:
         return self.backend.update(self.scratch, candidate.choice)
 
     def verify(self, entrant: Entrant) -> float | str:

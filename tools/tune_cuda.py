@@ -17,13 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from modiff_kernels.backends.cuda.cuts import Cut
 
 from benchmarks import tile_tuning
 from benchmarks.tile_tuning import Scratch
 from modiff_kernels.backends import cuda
-from modiff_kernels.backends.cuda import cuts, products
-from modiff_kernels.ops.problem import Problem
+from modiff_kernels.backends.cuda import product_launch, tiles
+from modiff_kernels.ops import Problem
 from modiff_kernels.quant.packing import KPACK_V1
 
 CODE_BITS = 8
@@ -32,39 +31,30 @@ CODE_BITS = 8
 class CudaProducts:
     """benchmarks/tile_tuning.py Tunable of the backend cuda, for a GPU of this capability and size."""
 
-    name, store = "cuda", cuts.STORE
+    name, store = "cuda", tiles.STORE
 
     def __init__(self, capability: tuple[int, int], multiprocessors: int) -> None:
         self.gpu = (capability, multiprocessors)
 
-    def _geometry(self, scratch: Scratch) -> list[int]:
-        return products.geometry_of(scratch.codes, scratch.weight.n, scratch.window)
+    def _geometry(self, scratch: Scratch) -> tuple[int, ...]:
+        return product_launch.geometry_of(scratch.codes, scratch.weight.n, scratch.window)
 
-    def shape(self, scratch: Scratch) -> cuts.Shape:
-        return cuts.shape_of(self._geometry(scratch), scratch.weight_bits, CODE_BITS)
+    def shape(self, scratch: Scratch) -> tiles.Shape:
+        return tiles.shape_of(self._geometry(scratch), scratch.weight.bits, CODE_BITS)
 
-    def candidates(self, scratch: Scratch) -> list[Cut]:
-        shape, conv = self.shape(scratch), scratch.window
-        window = {} if conv is None else dict(zip(("kernel_size", "stride", "padding", "dilation"), conv))
-        problem = Problem(
-            "accumulate_linear" if conv is None else "accumulate_conv2d", device_type="cuda", m=shape.m, n=shape.n,
-            k=shape.channels * shape.taps, weight_bits=shape.weight_bits, layout=KPACK_V1, **window,
-        )  # fmt: skip
-        if products.why_not(problem) is not None:
+    def candidates(self, scratch: Scratch) -> list[tiles.Tile]:
+        shape, bits = self.shape(scratch), scratch.weight.bits
+        sizes = {"m": shape.m, "n": shape.n, "k": shape.channels * shape.taps, "weight_bits": bits}
+        problem = Problem("product", "cuda", window=scratch.window, layout=KPACK_V1, **sizes)
+        if product_launch.why_not(problem) is not None:
             return []
-        return cuts.candidates(self._geometry(scratch), scratch.weight_bits, CODE_BITS, *self.gpu)
+        return tiles.candidates(self._geometry(scratch), bits, CODE_BITS, *self.gpu)
 
-    def tile(self, candidate: Cut) -> tuple[Cut, int]:
+    def tile(self, candidate: tiles.Tile) -> tuple[tiles.Tile, int]:
         return candidate._replace(splits=1), candidate.splits
 
-    def update(self, scratch: Scratch, candidate: Cut) -> Callable[[], None]:
-        def call() -> None:
-            products.integer_product(
-                scratch.codes, scratch.scale, None, *scratch.weight[:2], None, products.ACCUMULATE, scratch.y_hat, None,
-                False, torch.float16, scratch.weight_bits, scratch.window, candidate,
-            )  # fmt: skip
-
-        return call
+    def update(self, scratch: Scratch, candidate: tiles.Tile) -> Callable[[], object]:
+        return lambda: product_launch.product(*scratch.operands, candidate)
 
 
 def products_on(device: torch.device) -> CudaProducts:

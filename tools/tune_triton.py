@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,45 +21,32 @@ import torch
 from benchmarks import tile_tuning
 from benchmarks.tile_tuning import Scratch
 from modiff_kernels.backends import triton
+from modiff_kernels.backends.triton import tiles
 
 
 class TritonProducts:
     """benchmarks/tile_tuning.py Tunable of the backend triton."""
 
-    name = "triton"
+    name, store = "triton", tiles.STORE
 
     def __init__(self, device: torch.device) -> None:
-        from modiff_kernels.backends.triton.products import gpu_of
-        from modiff_kernels.backends.triton.tile_configs import STORE
+        self.gpu = tiles.gpu_of(device)
 
-        self.gpu, self.store = gpu_of(device), STORE
+    def shape(self, scratch: Scratch) -> tiles.Shape:
+        from modiff_kernels.backends.triton import product_launch
 
-    def shape(self, scratch: Scratch) -> Any:
-        from modiff_kernels.backends.triton import products, tile_configs
+        return product_launch.geometry_of(scratch.codes, scratch.weight.n, scratch.window).shape(scratch.weight)
 
-        geo = products.geometry(scratch.codes, scratch.y_hat.shape, scratch.window)
-        n = scratch.y_hat.shape[1 if scratch.window else -1]
-        return tile_configs.Shape(geo.m, n, geo.channels, geo.taps, 1, scratch.weight_bits, -1)
+    def candidates(self, scratch: Scratch) -> list[tiles.TileConfig]:
+        return tiles.ranked(self.shape(scratch), self.gpu)
 
-    def candidates(self, scratch: Scratch) -> list[Any]:
-        from modiff_kernels.backends.triton import tile_configs
-
-        return tile_configs.ranked(self.shape(scratch), self.gpu)
-
-    def tile(self, candidate: Any) -> tuple[Any, int]:
+    def tile(self, candidate: tiles.TileConfig) -> tuple[tiles.TileConfig, int]:
         return replace(candidate, split_k=1), candidate.split_k
 
-    def update(self, scratch: Scratch, candidate: Any) -> Callable[[], None]:
-        from modiff_kernels.backends.triton import products
-        from modiff_kernels.backends.triton.product_kernel import ACCUMULATE
+    def update(self, scratch: Scratch, candidate: tiles.TileConfig) -> Callable[[], object]:
+        from modiff_kernels.backends.triton import product_launch
 
-        def call() -> None:
-            products.integer_product(
-                scratch.codes, scratch.scale, None, *scratch.weight[:2], None, ACCUMULATE, scratch.y_hat, None, False,
-                torch.float16, scratch.weight_bits, -1, scratch.window, candidate,
-            )  # fmt: skip
-
-        return call
+        return lambda: product_launch.product(*scratch.operands, candidate)
 
 
 def _about() -> dict[str, str]:
