@@ -190,15 +190,6 @@ class TestCompile:
     def test_errors_of_compiled_code_about_values(self, message, expected):
         assert is_about_values(RuntimeError(message)) is expected
 
-    def test_a_unet_of_diffusers(self):
-        unet = unet2d_condition(**ONE_LEVEL)
-        handle = mk.accelerate(unet)
-        expected = outputs(unet, handle)
-        graphs = []
-        handle.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-        assert_close(outputs(unet, handle), expected)
-        assert len(graphs) == 1
-
 
 class TestGraphs:
     @pytest.mark.parametrize("options", PLAIN, ids=str)

@@ -103,8 +103,8 @@ class TestFusedEqualsLayers:
     @each_backend
     @both_modes
     def test_every_backend(self, mode, backend):
-        fused, single = (run("sdxl", mode=mode, backend=backend, fuse=fuse)[2] for fuse in (True, False))
-        assert_same_run(fused, single, exact("sdxl"))
+        fused, single = (run("sd15", mode=mode, backend=backend, fuse=fuse)[2] for fuse in (True, False))
+        assert_same_run(fused, single, exact("sd15"))
 
     @both_modes
     @pytest.mark.parametrize(("network", "dtype"), [("unet2d", torch.float16), ("sd15", torch.bfloat16)], ids=str)

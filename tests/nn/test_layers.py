@@ -335,11 +335,10 @@ def test_attributes_of_the_original_are_there():
     assert "block.layer" in repr(layer)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_compiled_layers_give_the_same_numbers(backend):
+def test_compiled_layers_give_the_same_numbers():
     """Graphs: the first call, the first update (its scale is dynamic), later updates; a second run compiles nothing."""
     torch._dynamo.reset()
-    options = {"act_bits": 4, "scale_mode": "delayed", "backend": backend}
+    options = {"act_bits": 4, "scale_mode": "delayed"}
     state = ModulationState()
     layers = [make(nn.Linear(8, 8), NOT_CALIBRATED, state, name, "q", **options) for name in "qkv"]
     layers.append(make(nn.Conv2d(1, 4, 3), NOT_CALIBRATED, state, "conv", **options))
