@@ -35,18 +35,20 @@ def choose(
     for the time it costs. Then every change that gains time within the limits is made, the largest gain first.
     """
     chosen = {path: min(unit, key=_time_us) for path, unit in costs.items()}
+    within = False
     while True:
         error = math.fsum(_error(cost, gains) for cost in chosen.values())
         state = sum(cost.state_bytes for cost in chosen.values())
         excess = _excess(error, max_error) + _excess(state, max_state_bytes)
+        within = within or excess == 0  # for good: rounding must not bring a change back
         best, best_score = None, 0.0
         for path, old in chosen.items():
             for new in costs[path]:
+                saved_us = _time_us(old) - _time_us(new)
                 new_error = error - _error(old, gains) + _error(new, gains)
                 new_state = state - old.state_bytes + new.state_bytes
                 left = _excess(new_error, max_error) + _excess(new_state, max_state_bytes)
-                saved_us = _time_us(old) - _time_us(new)
-                if excess > 0:
+                if not within:
                     score = (excess - left) / max(-saved_us, LEAST_US)
                 else:
                     score = saved_us if left == 0 else 0.0
