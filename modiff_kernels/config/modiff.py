@@ -4,31 +4,56 @@ import dataclasses
 import enum
 import json
 import logging
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from modiff_kernels.config.check import is_int, not_allowed, read_json
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.config.schedule import StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "weight_bits": (*BITS, None),
-    "act_bits": (*BITS, None),
-    "granularity": (*GRANULARITIES, None),
-    "scale_mode": ("dynamic", "delayed", "static"),
-    "mode": ("modulated", "quantized"),
-    "backend": BACKENDS,
-    "state_dtype": ("float32", "float16", "bfloat16", None),
-    "fuse": (True, False),
-    "cuda_graphs": (True, False),
-}
 DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
 FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
 
 log = logging.getLogger(__name__)
+
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*allowed: Any) -> Check:
+    known = [(type(value), value) for value in allowed]  # 8.0 and True are not 8 and 1
+    return lambda value: (type(value), value) in known, f"one of {', '.join(map(repr, allowed))}"
+
+
+def _is_path_part(pattern: Any) -> bool:
+    return isinstance(pattern, str) and all(pattern.split("."))
+
+
+# By field: what it may be, and how that is called in an error.
+CHECKS: dict[str, Check] = {
+    "weight_bits": _one_of(*BITS, None),
+    "act_bits": _one_of(*BITS, None),
+    "granularity": _one_of(*GRANULARITIES, None),
+    "scale_mode": _one_of("dynamic", "delayed", "static"),
+    "mode": _one_of("modulated", "quantized"),
+    "backend": _one_of(*BACKENDS),
+    "state_dtype": _one_of("float32", "float16", "bfloat16", None),
+    "fuse": _one_of(True, False),
+    "cuda_graphs": _one_of(True, False),
+    "group_size": (lambda v: v is None or is_int(v, 1), "a positive number, or None for one scale per output channel"),
+    "max_state_bytes": (lambda v: v is None or is_int(v, 0), "a number of bytes, 0 or more, or None for no limit"),
+    "clip_ratio": (
+        lambda v: isinstance(v, (int, float)) and v is not True and 0.0 < v <= 1.0,
+        "a number above 0 and up to 1",
+    ),
+    "skip_modules": (
+        lambda v: isinstance(v, (list, tuple)) and all(map(_is_path_part, v)),
+        "a list or tuple of parts of module paths without empty names, such as ('conv_in', 'attentions.0')",
+    ),
+}
 
 
 class QuantizationMethod(str, enum.Enum):
@@ -97,40 +122,31 @@ class ModiffConfig:
             raise _error("first_step_bits", first_step_bits, f"nothing: {FIRST_CALL}")
         if self.state_dtype is not None:
             object.__setattr__(self, "state_dtype", str(self.state_dtype).removeprefix("torch."))
-        for field, allowed in CHOICES.items():
-            _check_choice(field, getattr(self, field), allowed)
+        for field, (fits, allowed) in CHECKS.items():
+            if not fits(getattr(self, field)):
+                raise _error(field, getattr(self, field), allowed)
         object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
         object.__setattr__(self, "plan", _checked_plan(self.plan))
-        object.__setattr__(self, "skip_modules", _checked_skip_modules(self.skip_modules))
-        limit = self.max_state_bytes
-        if limit is not None and not (_is_int(limit) and limit >= 0):
-            raise _error("max_state_bytes", limit, "a number of bytes, 0 or more, or None for no limit")
-        if limit is not None and self.plan is None:
-            raise _error("max_state_bytes", limit, "None without a plan; plan='auto' or a plan says what to leave out")
-        if self.group_size is not None and not (_is_int(self.group_size) and self.group_size > 0):
-            raise _error("group_size", self.group_size, "a positive number, or None for one scale per output channel")
-        if not (_is_number(self.clip_ratio) and 0.0 < self.clip_ratio <= 1.0):
-            raise _error("clip_ratio", self.clip_ratio, "a number above 0 and up to 1")
+        object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
         object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
+        if self.max_state_bytes is not None and self.plan is None:
+            allowed = "None without a plan; plan='auto' or a plan says what to leave out"
+            raise _error("max_state_bytes", self.max_state_bytes, allowed)
         if self.granularity == "per_block" and self.scale_mode != "dynamic":
-            raise _error(
-                "granularity", self.granularity, f"another one, or scale_mode='dynamic' (got {self.scale_mode!r})"
-            )
+            allowed = f"another one, or scale_mode='dynamic' (got {self.scale_mode!r})"
+            raise _error("granularity", self.granularity, allowed)
         if self.weight_bits is None and self.act_bits is not None:
-            raise _error(
-                "act_bits",
-                self.act_bits,
-                "None as long as weight_bits is None: integer kernels need quantised weights (weight_bits 3, 4 or 8)",
+            allowed = (
+                "None as long as weight_bits is None: integer kernels need quantised weights (weight_bits 3, 4 or 8)"
             )
+            raise _error("act_bits", self.act_bits, allowed)
 
     @property
     def layer_granularity(self) -> str:
         """The granularity that layers use: `granularity`, or what None stands for."""
         blockwise = self.mode == "modulated" and self.scale_mode == "dynamic" and self.act_bits in (3, 4)
-        if self.granularity is None:
+        if self.granularity in (None, "per_block"):
             return "per_block" if blockwise else "per_sample"
-        if self.granularity == "per_block" and not blockwise:
-            return "per_sample"
         return self.granularity
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,12 +166,12 @@ class ModiffConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
         values = dict(values)
-        _check_choice("quant_method", values.pop("quant_method", cls.quant_method.value), (cls.quant_method.value,))
+        if (method := values.pop("quant_method", cls.quant_method.value)) != cls.quant_method.value:
+            raise _error("quant_method", method, repr(cls.quant_method.value))
         if (bits := values.pop("first_step_bits", None)) is not None:
             log.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
+        if unknown := [key for key in values if key not in known]:
             raise ValueError(
                 f"ModiffConfig: unknown field {', '.join(map(repr, unknown))}; the fields are {', '.join(known)}"
             )
@@ -168,20 +184,16 @@ class ModiffConfig:
     @classmethod
     def from_json(cls, text: str) -> "ModiffConfig":
         """Read what `to_json` wrote; raises ValueError on text that is not a JSON object of known fields."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"ModiffConfig: the text is not JSON ({error}); give what to_json() returns") from error
-        return cls.from_dict(values)
+        return cls.from_dict(read_json("ModiffConfig", text))
 
     def skips(self, path: str) -> str | None:
         """The first of `skip_modules` that fits the dotted module path, or None."""
         names = path.split(".")
         for pattern in self.skip_modules:
             parts = pattern.split(".")
-            for start in range(len(names) - len(parts) + 1):
-                if all(_fits(part, name) for part, name in zip(parts, names[start:])):
-                    return pattern
+            starts = range(len(names) - len(parts) + 1)
+            if any(all(map(_fits, parts, names[start:])) for start in starts):
+                return pattern
         return None
 
 
@@ -189,37 +201,13 @@ def _fits(part: str, name: str) -> bool:
     return part == name if part.isdigit() else part in name
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_choice(field: str, value: Any, allowed: Sequence[Any]) -> None:
-    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
-        raise _error(field, value, f"one of {', '.join(map(repr, allowed))}")
-
-
-def _checked_skip_modules(patterns: Any) -> tuple[str, ...]:
-    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
-        raise _error("skip_modules", patterns, "a list or tuple of parts of module paths, such as ('conv_in',)")
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not all(pattern.split(".")):
-            raise _error("skip_modules", pattern, "parts of module paths without empty names, such as 'attentions.0'")
-    return tuple(patterns)
-
-
 def _checked_schedule(schedule: Any) -> StepSchedule | str | None:
     if schedule is None or schedule == "auto" or isinstance(schedule, StepSchedule):
         return schedule
-    if not isinstance(schedule, str):
-        raise _error("schedule", schedule, "None, 'auto', a StepSchedule or its text, such as 'forecast every=3'")
     try:
         return StepSchedule.parse(schedule)
     except ValueError as error:
-        raise _error("schedule", schedule, f"None, 'auto' or the text of a StepSchedule ({error})") from error
+        raise _error("schedule", schedule, f"None, 'auto', a StepSchedule or its text ({error})") from error
 
 
 def _checked_plan(plan: Any) -> LayerPlan | str | None:
@@ -233,4 +221,4 @@ def _checked_plan(plan: Any) -> LayerPlan | str | None:
 
 
 def _error(field: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"ModiffConfig: {field}={value!r} is not allowed; give {allowed}")
+    return not_allowed("ModiffConfig", field, value, allowed)

@@ -4,15 +4,18 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from modiff_kernels.config.check import read_json
+
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
-KINDS = (FLOAT, QUANTIZED, MODULATED, CONSTANT)
-WITHOUT_BITS = (FLOAT, CONSTANT)
-ACT_BITS = (3, 4, 8)
+BITS: dict[str, tuple[int | None, ...]] = {
+    **dict.fromkeys((FLOAT, CONSTANT), (None,)),
+    **dict.fromkeys((QUANTIZED, MODULATED), (3, 4, 8)),
+}
 SOURCES = ("given", "roofline", "measured")
-ALLOWED_MODES = "float, constant, or quantized or modulated with 3, 4 or 8 bits, such as 'modulated 4'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +26,11 @@ class Mode:
     act_bits: int | None = None
 
     def __post_init__(self) -> None:
-        bits = (None,) if self.kind in WITHOUT_BITS else ACT_BITS
-        if self.kind not in KINDS or self.act_bits not in bits or isinstance(self.act_bits, bool):
-            raise ValueError(f"LayerPlan: mode {self} is not allowed; give {ALLOWED_MODES}")
+        if self.act_bits not in BITS.get(self.kind, ()):
+            raise ValueError(
+                f"LayerPlan: mode {str(self)!r} is not allowed; give float, constant, or quantized or modulated with "
+                "3, 4 or 8 bits, such as 'modulated 4'"
+            )
 
     def __str__(self) -> str:
         return self.kind if self.act_bits is None else f"{self.kind} {self.act_bits}"
@@ -33,14 +38,9 @@ class Mode:
     @classmethod
     def parse(cls, text: "str | Mode") -> "Mode":
         """Read what `str(mode)` writes; ValueError on anything else."""
-        if isinstance(text, Mode):
-            return text
-        kind, _, bits = text.partition(" ") if isinstance(text, str) else ("", "", "")
-        if bits and bits not in map(str, ACT_BITS):
-            kind = ""
-        if kind not in KINDS:
-            raise ValueError(f"LayerPlan: mode {text!r} is not allowed; give {ALLOWED_MODES}")
-        return cls(kind, int(bits) if bits else None)
+        kind, _, bits = str(text).partition(" ")
+        act_bits: Any = int(bits) if bits.isdecimal() else bits or None
+        return cls(kind, act_bits)
 
 
 FLOAT_MODE = Mode(FLOAT)
@@ -74,15 +74,24 @@ class UnitPlan:
     costs: tuple[ModeCost, ...] = ()
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise ValueError(
+                f"LayerPlan: path {self.path!r} is not allowed; give a module path such as 'mid_block.resnets.0'"
+            )
+        for cost in self.costs:
+            for name in ("time_us", "sqnr_db", "state_bytes"):
+                value = getattr(cost, name)
+                if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                    raise ValueError(f"LayerPlan: {name}={value!r} of {self.path!r} is no number")
+
     def cost(self, mode: Mode) -> ModeCost | None:
         """The cost in `mode`, or None where it was not compared."""
         return next((cost for cost in self.costs if cost.mode == mode), None)
 
     def holds(self, layer: str) -> bool:
         """Whether the layer at this path belongs to the unit."""
-        if self.layers:
-            return layer in self.layers
-        return layer == self.path or layer.startswith(f"{self.path}.")
+        return layer in self.layers if self.layers else f"{layer}.".startswith(f"{self.path}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +147,9 @@ class LayerPlan:
     max_loss_db: float | None = None
 
     def __post_init__(self) -> None:
-        paths = [unit.path for unit in self.units]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        if twice:
+        paths = Counter(unit.path for unit in self.units)
+        if twice := [path for path, count in paths.items() if count > 1]:
             raise ValueError(f"LayerPlan: {', '.join(map(repr, twice))} is there twice; give every unit one mode")
-        if "" in paths:
-            raise ValueError("LayerPlan: a unit has the path ''; give module paths such as 'mid_block.resnets.0'")
         if self.source not in SOURCES:
             raise ValueError(f"LayerPlan: source={self.source!r} is not allowed; give one of {', '.join(SOURCES)}")
 
@@ -160,8 +166,7 @@ class LayerPlan:
     @property
     def state_bytes(self) -> int:
         """Bytes of x_hat and y_hat at the shape of `key`, as far as they are known."""
-        costs = [unit.cost(unit.mode) for unit in self.units]
-        return sum(cost.state_bytes for cost in costs if cost is not None)
+        return sum(cost.state_bytes for unit in self.units if (cost := unit.cost(unit.mode)) is not None)
 
     def unit_of(self, layer: str) -> UnitPlan | None:
         """The unit that decides about the layer at this path, or None."""
@@ -185,18 +190,13 @@ class LayerPlan:
                 )
             if unit.mode == FLOAT_MODE:
                 continue
-            refused = [layer for layer in left if layer in unit.layers] or ([] if held else left)
-            if refused:
-                raise ValueError(
-                    f"plan: {unit.path!r} cannot be {unit.mode}: {refused[0]} stays float "
-                    f"({reasons[refused[0]]}); give 'float'"
-                )
-            changing = [layer for layer in held if unit.mode.kind == CONSTANT and layer not in constant]
-            if changing:
-                raise ValueError(
-                    f"plan: {unit.path!r} cannot be constant: nothing says that the input of {changing[0]} stays the "
-                    "same in a run; give another mode"
-                )
+            why_not = None
+            if refused := [layer for layer in left if layer in unit.layers or not held]:
+                why_not = f"{refused[0]} stays float ({reasons[refused[0]]}); give 'float'"
+            elif unit.mode.kind == CONSTANT and (changing := [layer for layer in held if layer not in constant]):
+                why_not = f"nothing says that the input of {changing[0]} stays the same in a run; give another mode"
+            if why_not is not None:
+                raise ValueError(f"plan: {unit.path!r} cannot be {unit.mode}: {why_not}")
 
     def to_json(self) -> str:
         """The plan as a JSON object; `from_json` gives an equal one back."""
@@ -205,25 +205,18 @@ class LayerPlan:
     @classmethod
     def from_json(cls, text: str) -> "LayerPlan":
         """Read what `to_json` wrote; ValueError on anything else. "units" may also be an object of paths and modes."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"LayerPlan: the text is not JSON ({error}); give what to_json() returns") from error
-        if not isinstance(values, Mapping) or not isinstance(values.get("units"), (list, Mapping)):
+        values = read_json("LayerPlan", text)
+        if not isinstance(values, dict) or not isinstance(values.get("units"), (list, dict)):
             raise ValueError("LayerPlan: the text is no object with 'units'; give what to_json() returns")
-        if isinstance(values["units"], Mapping):
+        if isinstance(values["units"], dict):
             return cls.of(values["units"])
         try:
-            key = values.get("key")
-            return cls(
-                tuple(_unit(unit) for unit in values["units"]),
-                None if key is None else PlanKey(**{**key, "shape": tuple(key["shape"])}),
-                values.get("source", "given"),
-                tuple(Candidate(**candidate) for candidate in values.get("candidates", ())),
-                values.get("summary", ""),
-                values.get("max_loss_db"),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            units = tuple(_unit(**unit) for unit in values.pop("units"))
+            candidates = tuple(Candidate(**candidate) for candidate in values.pop("candidates", ()))
+            if (key := values.pop("key", None)) is not None:
+                key = PlanKey(**{**key, "shape": tuple(key["shape"])})
+            return cls(units, key, candidates=candidates, **values)
+        except (KeyError, TypeError) as error:
             raise ValueError(f"LayerPlan: not a plan as to_json() writes it ({error!r})") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -241,6 +234,17 @@ class LayerPlan:
             rows.append((unit.path, str(unit.mode), *cells, unit.reason))
         return header, rows
 
+    def describe(self) -> str:
+        """The decision, the whole plans that were timed, and `table` as text."""
+        header, rows = self.table()
+        columns = []
+        for name, *cells in zip(header, *rows):
+            width = max(map(len, (name, *cells)))
+            align = str.ljust if name in ("unit", "mode", "reason") else str.rjust
+            columns.append([align(cell, width) for cell in (name, "-" * width, *cells)])
+        lines = [f"plan ({self.source}): {self.summary or 'as given'}", *(f"  {each}" for each in self.candidates)]
+        return "\n".join([*lines, *("  ".join(line).rstrip() for line in zip(*columns))])
+
 
 def digest(values: Any) -> str:
     """A short hash of what JSON can hold."""
@@ -252,31 +256,16 @@ def noise_of(sqnr_db: float | None) -> float:
     return 0.0 if sqnr_db is None else 10.0 ** (-sqnr_db / 10)
 
 
-def _json_value(fields: Sequence[tuple[str, Any]]) -> Any:
+def _json_value(fields: Iterable[tuple[str, Any]]) -> Any:
     """The fields of one dataclass; a mode as its text."""
     values = dict(fields)
     return str(Mode(**values)) if values.keys() == {"kind", "act_bits"} else values
 
 
-def _unit(values: Mapping[str, Any]) -> UnitPlan:
-    costs: Sequence[Mapping[str, Any]] = values.get("costs", ())
-    for cost in costs:
-        for name in ("time_us", "sqnr_db", "state_bytes"):
-            if cost.get(name) is not None and not _is_number(cost[name]):
-                raise ValueError(f"LayerPlan: {name}={cost[name]!r} of {values['path']!r} is no number")
-    if not isinstance(values["path"], str):
-        raise ValueError(f"LayerPlan: path {values['path']!r} is not allowed; give a module path")
-    return UnitPlan(
-        values["path"],
-        Mode.parse(values["mode"]),
-        tuple(values.get("layers", ())),
-        tuple(ModeCost(**{**cost, "mode": Mode.parse(cost["mode"])}) for cost in costs),
-        values.get("reason", ""),
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _unit(mode: str, layers: Iterable[str] = (), costs: Iterable[Mapping[str, Any]] = (), **values: Any) -> UnitPlan:
+    """What `to_json` made of a unit, as a unit again."""
+    known = tuple(ModeCost(**{**cost, "mode": Mode.parse(cost["mode"])}) for cost in costs)
+    return UnitPlan(mode=Mode.parse(mode), layers=tuple(layers), costs=known, **values)
 
 
 def _shown(value: float | None, form: str, unit: str = "") -> str:

@@ -1,10 +1,13 @@
 """`StepSchedule`: which calls of a run compute the network, and what takes the place of the others."""
 
+import ast
 import dataclasses
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from modiff_kernels.config.check import is_int, not_allowed, read_json
 
 UPDATE = "U"
 HOLD, FORECAST = "H", "F"
@@ -16,7 +19,7 @@ AXES = ("timestep", "log_snr", "sigma", "root_sigma")
 
 _PATTERN = re.compile(r"(?:[UHFhf]\d*)+")
 _PART = re.compile(r"([UHFhf])(\d*)")
-_OPTION = re.compile(r"(\w+)=(\S+)")
+NOT_ADAPTIVE = "None: the adaptive mode is gone; it read the device at every forecast, and was no better at equal cost"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +52,33 @@ class StepSchedule:
         if not isinstance(self.rule, str) or (self.rule not in RULES and not _PATTERN.fullmatch(self.rule)):
             raise _error("rule", self.rule, f"{', '.join(RULES)}, or a pattern of U, F, H, f, h such as 'U3F2UF2U'")
         if self.rule not in RULES:
-            object.__setattr__(self, "rule", _shortened(_expanded(self.rule)))
             self._check_pattern()
         for field, least in (("every", 2), ("first", 1), ("last", 0)):
-            if not (_is_int(getattr(self, field)) and getattr(self, field) >= least):
-                raise _error(field, getattr(self, field), f"a whole number, {least} or more")
+            if not is_int(value := getattr(self, field), least):
+                raise _error(field, value, f"a whole number, {least} or more")
         for field, allowed in (("order", ORDERS), ("axis", AXES), ("stochastic", (True, False))):
             value = getattr(self, field)
-            if value not in allowed or (field == "order" and not _is_int(value)):
+            if value not in allowed or (field == "order" and not is_int(value, 1)):
                 raise _error(field, value, f"one of {', '.join(map(str, allowed))}")
-        if self.level is not None and not (_is_int(self.level) and self.level >= 1):
+        if self.level is not None and not is_int(self.level, 1):
             raise _error("level", self.level, "the index of an up block, 1 or more, or None for the last")
         if self.level is not None and not self.is_deep:
             raise _error("level", self.level, f"None, because {self.rule!r} skips no deep levels")
         if tolerance is not None:
-            raise _error(
-                "tolerance",
-                tolerance,
-                "None: there is no adaptive mode any more; it read the device at every forecast, and in its study a "
-                "schedule without it was better at equal cost",
-            )
+            raise _error("tolerance", tolerance, NOT_ADAPTIVE)
+
+    def _check_pattern(self) -> None:
+        """Refuse a pattern that cannot be, and give it its shortest spelling."""
+        pattern = _expanded(self.rule)
+        shortest = re.sub(r"(.)\1+", lambda found: f"{found[1]}{len(found[0])}", pattern)
+        object.__setattr__(self, "rule", shortest)
+        if pattern[:1] != UPDATE:
+            raise _error("rule", shortest, "a pattern that begins with U: nothing can be repeated at the first call")
+        if set(pattern) == {UPDATE}:
+            raise _error("rule", shortest, "a pattern with H, F, h or f, or no schedule at all to compute every call")
+        for field in ("every", "first", "last"):
+            if getattr(self, field) != getattr(type(self), field):
+                raise _error(field, getattr(self, field), "nothing: a pattern says itself which calls are computed")
 
     @classmethod
     def uniform(cls, every: int = 2, **options: Any) -> "StepSchedule":
@@ -78,26 +88,25 @@ class StepSchedule:
     @classmethod
     def parse(cls, text: str) -> "StepSchedule":
         """Read what `str(schedule)` writes: the rule or pattern, then field=value where it is not the default."""
-        words = text.split() if isinstance(text, str) else []
-        if not words:
+        if not isinstance(text, str) or not text.split():
             raise ValueError(f"StepSchedule: {text!r} is no schedule; give e.g. 'forecast every=3' or 'U3F2UF2U'")
+        rule, *words = text.split()
         names = [field.name for field in dataclasses.fields(cls)[1:]]
         options: dict[str, Any] = {}
-        for word in words[1:]:
-            found = _OPTION.fullmatch(word)
-            if found is None or found[1] not in (*names, "tolerance"):
+        for word in words:
+            name, _, value = word.partition("=")
+            if not value or name not in (*names, "tolerance"):
                 allowed = ", ".join(f"{name}=" for name in names)
                 raise ValueError(f"StepSchedule: {word!r} in {text!r} is not allowed; give {allowed} without spaces")
-            options[found[1]] = _value(found[2])
-        return cls(words[0], **options)
+            try:
+                options[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):  # a word, such as the name of an axis
+                options[name] = value
+        return cls(rule, **options)
 
     def __str__(self) -> str:
-        options = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in dataclasses.fields(self)[1:]
-            if getattr(self, field.name) != field.default
-        ]
-        return " ".join([self.rule, *options])
+        options = [field for field in dataclasses.fields(self)[1:] if getattr(self, field.name) != field.default]
+        return " ".join([self.rule, *(f"{field.name}={getattr(self, field.name)}" for field in options)])
 
     def to_json(self) -> str:
         """The fields as a JSON object."""
@@ -106,10 +115,7 @@ class StepSchedule:
     @classmethod
     def from_json(cls, text: str) -> "StepSchedule":
         """Read what `to_json` wrote; ValueError on anything else."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"StepSchedule: the text is not JSON ({error}); give what to_json() returns") from error
+        values = read_json("StepSchedule", text)
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= {*names, "tolerance"}:
             raise ValueError(f"StepSchedule: {text!r} is not an object with a rule; the fields are {', '.join(names)}")
@@ -118,12 +124,12 @@ class StepSchedule:
     @property
     def is_deep(self) -> bool:
         """Whether some calls skip the deep levels only."""
-        return bool({DEEP_HOLD, DEEP_FORECAST} & set(self._letters()))
+        return bool({DEEP_HOLD, DEEP_FORECAST} & self._letters())
 
     @property
     def needs_axis(self) -> bool:
         """Whether some calls are forecast."""
-        return bool({FORECAST, DEEP_FORECAST} & set(self._letters()))
+        return bool({FORECAST, DEEP_FORECAST} & self._letters())
 
     def actions(self, calls: int) -> str:
         """A letter for each of the `calls` calls of a run, the first of them U.
@@ -131,7 +137,7 @@ class StepSchedule:
         A rule keeps its share of computed calls. A pattern keeps its computed calls at the same parts of the run; where
         there are no more calls than that, all are computed.
         """
-        if not _is_int(calls) or calls < 1:
+        if not is_int(calls, 1):
             raise ValueError(f"StepSchedule: a run of {calls!r} calls cannot be; give a whole number, 1 or more")
         if self.rule in RULES:
             return "".join(
@@ -151,51 +157,20 @@ class StepSchedule:
 
     def describe(self, calls: int | None = None) -> str:
         """One line: the schedule, what it skips, and how many of `calls` calls are computed in full."""
-        what = ["the whole network"] if {HOLD, FORECAST} & set(self._letters()) else []
+        what = ["the whole network"] if {HOLD, FORECAST} & self._letters() else []
         if self.is_deep:
             what.append(f"the levels below up block {'-1' if self.level is None else self.level}")
         how = f", forecast in {self.axis} with order {self.order}" if self.needs_axis else ", held"
         count = "" if calls is None else f"; {self.actions(calls).count(UPDATE)} of {calls} calls are computed"
         return f"{self}: skips {' or '.join(what)}{how}{count}"
 
-    def _letters(self) -> str:
-        return RULES.get(self.rule) or _expanded(self.rule)
-
-    def _check_pattern(self) -> None:
-        pattern = _expanded(self.rule)
-        if pattern[0] != UPDATE:
-            raise _error("rule", self.rule, "a pattern that begins with U: nothing can be repeated at the first call")
-        if set(pattern) == {UPDATE}:
-            raise _error("rule", self.rule, "a pattern with H, F, h or f, or no schedule at all to compute every call")
-        used = [name for name in ("every", "first", "last") if getattr(self, name) != type(self).__dict__[name]]
-        if used:
-            raise _error(used[0], getattr(self, used[0]), "nothing: a pattern says itself which calls are computed")
+    def _letters(self) -> set[str]:
+        return set(RULES.get(self.rule) or _expanded(self.rule))
 
 
 def _expanded(pattern: str) -> str:
     return "".join(letter * int(count or 1) for letter, count in _PART.findall(pattern))
 
 
-def _shortened(letters: str) -> str:
-    runs = (found[0] for found in re.finditer(r"(.)\1*", letters))
-    return "".join(run[0] + (str(len(run)) if len(run) > 1 else "") for run in runs)
-
-
-def _value(text: str) -> Any:
-    """`text` as None, a truth value, a number, or itself."""
-    if text in ("None", "True", "False"):
-        return {"None": None, "True": True, "False": False}[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _error(field: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"StepSchedule: {field}={value!r} is not allowed; give {allowed}")
+    return not_allowed("StepSchedule", field, value, allowed)

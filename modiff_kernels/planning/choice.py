@@ -5,33 +5,19 @@ from whole runs in which every unit has that mode. It is an estimate; who uses i
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode, ModeCost, noise_of
 
+LEAST_US = 1e-9  # that a change costs, so that what costs nothing can be compared
 Costs = Mapping[str, Sequence[ModeCost]]
-Modes = dict[str, Mode]
-
-
-class _Option(NamedTuple):
-    """A mode that a unit may take, and what it adds to a plan."""
-
-    time_us: float
-    error: float
-    state_bytes: int
-    mode: Mode
 
 
 def gains_of(costs: Costs, errors: Mapping[Mode, float]) -> dict[Mode, float]:
     """Error of the pictures per noise of a unit, by mode. errors: of the pictures with all units in that mode."""
-    gains = {}
-    for mode, error in errors.items():
-        noise = sum(noise_of(cost.sqnr_db) for unit in costs.values() for cost in unit if cost.mode == mode)
-        gains[mode] = error / noise if noise > 0 else 0.0
-    return gains
+    noises = {mode: sum(noise_of(_cost(unit, mode).sqnr_db) for unit in costs.values()) for mode in errors}
+    return {mode: error / noises[mode] if noises[mode] > 0 else 0.0 for mode, error in errors.items()}
 
 
 def error_of(costs: Costs, modes: Mapping[str, Mode], gains: Mapping[Mode, float]) -> float:
@@ -41,58 +27,41 @@ def error_of(costs: Costs, modes: Mapping[str, Mode], gains: Mapping[Mode, float
 
 def choose(
     costs: Costs, gains: Mapping[Mode, float], max_error: float = math.inf, max_state_bytes: float = math.inf
-) -> Modes:
+) -> dict[str, Mode]:
     """Fast modes whose estimated error and state stay within the limits.
 
     costs: by unit, float among them, each with a time. Float has no error and no state, so there is always a choice.
-    Error and state get prices (Lagrange multipliers), every unit takes the mode that costs least at them, and of all
-    prices those count that give the fastest plan within the limits. Then every change of a single unit that gains time
-    within the limits is made, the largest gain first.
+    From the fastest modes on, single units change until the limits are kept, always the one that comes closest to them
+    for the time it costs. Then every change that gains time within the limits is made, the largest gain first.
     """
-    units = {
-        path: [_Option(_time_us(cost), _error(cost, gains), cost.state_bytes, cost.mode) for cost in unit]
-        for path, unit in costs.items()
-    }
-
-    def at(error_price: float, state_price: float) -> dict[str, _Option]:
-        def price(option: _Option) -> tuple[float, int]:
-            paid = error_price * option.error + state_price * option.state_bytes
-            return option.time_us + paid, option.state_bytes
-
-        return {path: min(unit, key=price) for path, unit in units.items()}
-
-    def total(plan: Mapping[str, _Option]) -> tuple[float, float, int]:
-        chosen = plan.values()
-        return math.fsum(o.time_us for o in chosen), math.fsum(o.error for o in chosen), sum(o[2] for o in chosen)
-
-    slowest_us = sum(max(option.time_us for option in unit) for unit in units.values())
-    prices = itertools.product(_prices(slowest_us, max_error), _prices(slowest_us, max_state_bytes))
-    plans = [{path: next(o for o in unit if o.mode == FLOAT_MODE) for path, unit in units.items()}]
-    plans += [at(*pair) for pair in prices]
-    totals = [(total(plan), plan) for plan in plans]
-    allowed = [(time, plan) for (time, error, state), plan in totals if error <= max_error and state <= max_state_bytes]
-    best = min(allowed, key=lambda pair: pair[0])[1]
+    chosen = {path: min(unit, key=_time_us) for path, unit in costs.items()}
+    within = False
     while True:
-        _, error, state = total(best)
-        changes = [
-            (new.time_us - old.time_us, path, new)
-            for path, old in best.items()
-            for new in units[path]
-            if new.time_us < old.time_us
-            and error - old.error + new.error <= max_error
-            and state - old.state_bytes + new.state_bytes <= max_state_bytes
-        ]
-        if not changes:
-            return {path: option.mode for path, option in best.items()}
-        _, path, option = min(changes, key=lambda change: change[0])
-        best[path] = option
+        error = math.fsum(_error(cost, gains) for cost in chosen.values())
+        state = sum(cost.state_bytes for cost in chosen.values())
+        excess = _excess(error, max_error) + _excess(state, max_state_bytes)
+        within = within or excess == 0  # for good: rounding must not bring a change back
+        best, best_score = None, 0.0
+        for path, old in chosen.items():
+            for new in costs[path]:
+                saved_us = _time_us(old) - _time_us(new)
+                new_error = error - _error(old, gains) + _error(new, gains)
+                new_state = state - old.state_bytes + new.state_bytes
+                left = _excess(new_error, max_error) + _excess(new_state, max_state_bytes)
+                if not within:
+                    score = (excess - left) / max(-saved_us, LEAST_US)
+                else:
+                    score = saved_us if left == 0 else 0.0
+                if score > best_score:
+                    best, best_score = (path, new), score
+        if best is None:
+            return {path: cost.mode for path, cost in chosen.items()}
+        chosen[best[0]] = best[1]
 
 
-def _prices(time_us: float, limit: float) -> list[float]:
-    """Prices to try per unit of what is limited: from next to nothing to more than anything gains."""
-    if math.isinf(limit):
-        return [0.0]
-    return [0.0, *(time_us / max(limit, 1e-30) * 10.0 ** (step / 2) for step in range(-6, 7))]
+def _excess(value: float, limit: float) -> float:
+    """By how much `value` is over the limit, in parts of it."""
+    return max(value - limit, 0.0) / max(limit, 1e-30)
 
 
 def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
@@ -117,19 +86,17 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
         return plan
     gains = {cost.mode: 1.0 for unit in costs.values() for cost in unit}
     modes = choose(costs, gains, max_state_bytes=max_state_bytes)
-    units = [
-        unit
-        if modes.get(unit.path, unit.mode) == unit.mode
-        else dataclasses.replace(unit, mode=modes[unit.path], reason=f"less state than {unit.mode}")
-        for unit in plan.units
-    ]
+    units = list(plan.units)
+    for i, unit in enumerate(units):
+        if (mode := modes.get(unit.path, unit.mode)) != unit.mode:
+            units[i] = dataclasses.replace(unit, mode=mode, reason=f"less state than {unit.mode}")
     return dataclasses.replace(plan, units=tuple(units))
 
 
 def reason_of(costs: Sequence[ModeCost], mode: Mode, state_is_limited: bool = False) -> str:
     """Why a unit with these costs got `mode`, in words."""
     chosen = _cost(costs, mode)
-    fastest = min(costs, key=lambda cost: (_time_us(cost), cost.state_bytes))
+    fastest = min(costs, key=_time_us)
     if fastest.mode == mode:
         return "fastest"
     limits = []

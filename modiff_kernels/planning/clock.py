@@ -4,8 +4,10 @@ Everything here works on host numbers; what stands on a device is read at the fi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from modiff_kernels.config.schedule import StepSchedule
 
@@ -49,33 +51,20 @@ def positions(axis: str, timesteps: Sequence[float], scheduler: Any) -> list[flo
     """The places of `timesteps` on `axis`. ValueError where the scheduler does not tell its noise levels."""
     if axis == "timestep":
         return list(timesteps)
-    log_snr = _log_snr(scheduler, timesteps)
-    place: dict[str, Callable[[float], float]] = {
-        "log_snr": float,
-        "sigma": lambda value: math.exp(-value / 2),
-        "root_sigma": lambda value: math.exp(-value / 4),
-    }
-    return [place[axis](value) for value in log_snr]
-
-
-def _log_snr(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
-    alphas = getattr(scheduler, "alphas_cumprod", None)
+    alphas, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
     if alphas is not None:
-        table = [math.log(max(a, LEAST_ALPHA) / (1 - max(a, LEAST_ALPHA))) for a in (float(a) for a in alphas)]
-        return [_interpolated(table, t) for t in timesteps]
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) >= len(timesteps):
-        return [-2 * math.log(float(sigma)) for sigma in sigmas[: len(timesteps)]]
-    raise ValueError(
-        f"schedule: {type(scheduler).__name__} has no alphas_cumprod and no sigmas to forecast over; give a schedule "
-        "with axis=timestep"
-    )
-
-
-def _interpolated(table: Sequence[float], index: float) -> float:
-    low = min(max(int(index), 0), len(table) - 1)
-    high = min(low + 1, len(table) - 1)
-    return table[low] + (index - low) * (table[high] - table[low])
+        table = [max(float(alpha), LEAST_ALPHA) for alpha in alphas]
+        noise = np.interp(timesteps, range(len(table)), [math.log((1 - alpha) / alpha) for alpha in table])
+    elif sigmas is not None and len(sigmas) >= len(timesteps):
+        noise = 2 * np.log([float(sigma) for sigma in sigmas[: len(timesteps)]])
+    else:
+        raise ValueError(
+            f"schedule: {type(scheduler).__name__} has no alphas_cumprod and no sigmas to forecast over; give a "
+            "schedule with axis=timestep"
+        )
+    if axis == "log_snr":
+        return (-noise).tolist()
+    return np.exp(noise / {"sigma": 2, "root_sigma": 4}[axis]).tolist()
 
 
 def is_stochastic(scheduler: Any) -> bool:

@@ -43,19 +43,19 @@ def seconds(
     float_bytes, state_bytes: of an element of the activations and of x_hat and y_hat. fused: the pass that makes the
     codes is part of one that a float network makes too (a norm), and only what it moves in addition counts.
     """
+    prologue = 0  # bytes per input element that making the codes moves
     if mode.kind == FLOAT:
-        elements = layer.inputs + layer.weights + layer.outputs
-        return max(2 * layer.multiply_adds / machine.float_ops, float_bytes * elements / machine.bandwidth)
-    prologue, per_output = _bytes_per_element(mode, float_bytes, state_bytes, fused)
-    moved = layer.inputs + layer.weights * weight_bits / 8 + per_output * layer.outputs
-    product = max(2 * layer.multiply_adds / machine.int8_ops, moved / machine.bandwidth)
+        operations = machine.float_ops
+        moved: float = float_bytes * (layer.inputs + layer.weights + layer.outputs)
+    else:
+        operations, per_output = machine.int8_ops, float_bytes
+        if mode.kind == MODULATED:
+            norm = 2 * float_bytes if fused else 0  # read and written by the norm that is there anyway
+            prologue = float_bytes + 2 * state_bytes + 1 - norm
+            # y_hat itself is read on where it has the right dtype
+            per_output = 2 * state_bytes + (0 if state_bytes == float_bytes else float_bytes)
+        elif not fused:
+            prologue = float_bytes + 1
+        moved = layer.inputs + layer.weights * weight_bits / 8 + per_output * layer.outputs
+    product = max(2 * layer.multiply_adds / operations, moved / machine.bandwidth)
     return prologue * layer.inputs / machine.bandwidth + product
-
-
-def _bytes_per_element(mode: Mode, float_bytes: int, state_bytes: int, fused: bool) -> tuple[int, int]:
-    """Bytes that making the codes moves per input element, and that the product moves per output element."""
-    normalised = 2 * float_bytes if fused else 0  # read and written by the norm that is there anyway
-    if mode.kind != MODULATED:
-        return (0 if fused else float_bytes + 1), float_bytes
-    copy = 0 if state_bytes == float_bytes else float_bytes  # y_hat itself is read on where it has the right dtype
-    return float_bytes + 2 * state_bytes + 1 - normalised, 2 * state_bytes + copy

@@ -5,17 +5,16 @@ network, whatever that costs, and is deterministic if that is. Nothing is evalua
 and an interrupted search goes on where it stopped.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
 
 from modiff_kernels.config.schedule import AXES, FORECAST, ORDERS, UPDATE, StepSchedule
 
 PROBE_EVERY = 3  # orders and axes are compared on the rule that computes one call of so many
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A schedule and its fidelity on the seeds that were searched. computed: its calls that compute the network."""
 
     schedule: StepSchedule
@@ -58,26 +57,25 @@ def search(
             on_evaluation(size)
         return known[text]
 
-    order, axis = max(
-        ((order, axis) for order in ORDERS for axis in AXES),
-        key=lambda choice: fidelity(StepSchedule.uniform(PROBE_EVERY, order=choice[0], axis=choice[1])),
-    )
+    probes = [StepSchedule.uniform(PROBE_EVERY, order=order, axis=axis) for order in ORDERS for axis in AXES]
+    probe = max(probes, key=fidelity)
 
     def schedule_of(letters: str) -> StepSchedule:
-        return StepSchedule(letters, order=order, axis=axis)
+        return StepSchedule(letters, order=probe.order, axis=probe.axis)
 
     def score(letters: str) -> float:
         return fidelity(schedule_of(letters))
 
     letters, best = UPDATE * calls, None
-    losses = dict.fromkeys(range(1, calls), float("inf"))  # fidelity without the call, when it was last measured
+    losses: dict[int, float] = {}  # fidelity without the call, when it was last measured
     least = 2 if computed is None else computed
     while size > least:
+        if not losses:
+            losses = {i: math.inf for i, letter in enumerate(letters) if letter == UPDATE and i > 0}
         size -= 1
         letters = _without_cheapest(letters, losses, score)
         if score(letters) < floor_db or size == computed:
-            letters = _moved(letters, score)
-            losses = {i: float("inf") for i, letter in enumerate(letters) if letter == UPDATE and i > 0}
+            letters, losses = _moved(letters, score), {}
         if score(letters) < floor_db:
             break
         best = Found(schedule_of(letters), size, score(letters))

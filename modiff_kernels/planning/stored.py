@@ -1,11 +1,10 @@
 """A searched schedule that is stored beside a model, and the runs that it holds for."""
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modiff_kernels.config.schedule import StepSchedule
 
@@ -13,34 +12,28 @@ FILE_NAME = "modiff_schedule.json"
 SEARCH_AGAIN = "search again with `modiff calibrate --schedule`, or move the file away"
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredSchedule:
-    """What `modiff calibrate --schedule` found. sampler: as `sampler_settings`; timesteps: of its run; path: the file.
+class StoredSchedule(NamedTuple):
+    """What `modiff calibrate --schedule` found in the file at `path`. run: the runs that it holds for, as `run_of`.
 
     The bits of the network are not part of it: a forecast errs by what the sampler does between two calls.
     """
 
     schedule: StepSchedule
-    sampler: dict[str, Any]
-    timesteps: tuple[float, ...]
+    run: dict[str, Any]
     path: Path
 
     def fits(self, scheduler: Any, timesteps: Sequence[float]) -> bool:
         """Whether a run with these timesteps is the one that was searched: same sampler, settings and calls."""
-        return self.timesteps == _rounded(timesteps) and self.sampler == sampler_settings(scheduler)
-
-
-def sampler_settings(scheduler: Any) -> dict[str, Any]:
-    """Class and settings of a scheduler, as JSON has them. Settings that its class does not know are left out."""
-    known = inspect.signature(type(scheduler).__init__).parameters
-    config = dict(getattr(scheduler, "config", {}))
-    settings = {name: value for name, value in config.items() if name in known}
-    return json.loads(json.dumps({"class": type(scheduler).__name__, **settings}, default=str))
+        return self.run == run_of(scheduler, timesteps)
 
 
 def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
-    """The entries of the file that say which runs a schedule holds for."""
-    return {"sampler": sampler_settings(scheduler), "timesteps": list(_rounded(timesteps))}
+    """The entries of the file that say which runs a schedule holds for: class and settings of the scheduler (without
+    those that its class does not know), and timesteps."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    settings = {name: value for name, value in dict(getattr(scheduler, "config", {})).items() if name in known}
+    sampler = json.loads(json.dumps({"class": type(scheduler).__name__, **settings}, default=str))
+    return {"sampler": sampler, "timesteps": [round(float(timestep), 3) for timestep in timesteps]}
 
 
 def read(path: Path) -> StoredSchedule:
@@ -48,7 +41,7 @@ def read(path: Path) -> StoredSchedule:
     try:
         stored = json.loads(path.read_text())
         schedule = StepSchedule.parse(stored["schedule"])
-        found = StoredSchedule(schedule, dict(stored["sampler"]), _rounded(stored["timesteps"]), path)
+        run = {"sampler": dict(stored["sampler"]), "timesteps": [float(timestep) for timestep in stored["timesteps"]]}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"schedule='auto': {path} is no schedule of this version ({type(error).__name__}: {error}); {SEARCH_AGAIN}"
@@ -57,7 +50,7 @@ def read(path: Path) -> StoredSchedule:
         raise ValueError(
             f"schedule='auto': {path} skips deep levels; give it as schedule={str(schedule)!r}, or {SEARCH_AGAIN}"
         )
-    return found
+    return StoredSchedule(schedule, run, path)
 
 
 def beside(*models: Any) -> StoredSchedule | None:
@@ -74,7 +67,3 @@ def beside(*models: Any) -> StoredSchedule | None:
             if (place / FILE_NAME).is_file():
                 return read(place / FILE_NAME)
     return None
-
-
-def _rounded(timesteps: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(round(float(timestep), 3) for timestep in timesteps)

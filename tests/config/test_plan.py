@@ -60,7 +60,7 @@ def test_a_plan_by_hand():
         ('{"units": 3}', "no object with 'units'"),
         ('{"units": [{"mode": "float"}]}', "not a plan as to_json"),
         ('{"units": [{"path": 3, "mode": "float"}]}', "path 3 is not allowed"),
-        ('{"units": [{"path": "", "mode": "float"}]}', "a unit has the path ''"),
+        ('{"units": [{"path": "", "mode": "float"}]}', "path '' is not allowed"),
         ('{"units": {"a": "fast"}}', "mode 'fast' is not allowed"),
         ('{"units": [{"path": "a", "mode": "float"}, {"path": "a", "mode": "float"}]}', "'a' is there twice"),
         (
