@@ -1,9 +1,7 @@
-"""`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out
-again.
+"""`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out.
 
-Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and
-announces the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is
-not imported.
+Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces
+the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is not imported.
 """
 
 from collections.abc import Mapping
@@ -26,7 +24,7 @@ def accelerate(
     calibration: CalibrationResult | str | Path | None = None,
     static_scales: Mapping[str, Tensor | float] | None = None,
     share_inputs: bool = True,
-) -> "Handle":
+) -> Handle:
     """Replace the Linear and Conv2d layers of a UNet in place; returns the handle that explains and removes it all.
 
     target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
@@ -45,14 +43,14 @@ def accelerate(
     to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
     UNet is accelerated already, BackendUnavailable if config.backend cannot do it.
     """
-    unet, pipe = _unet_and_pipe(target)
-    if LOADED_HANDLE in unet.__dict__:
+    unet, pipe = resolve(target, allow_loaded=True)
+    loaded: Handle | None = unet.__dict__.get(LOADED_HANDLE)
+    if loaded is not None:
         if (config, calibration, static_scales) != (None, None, None) or not share_inputs:
             raise ValueError(
                 f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
                 "loaded with; leave out the other arguments, or call remove() on the handle before"
             )
-        loaded: Handle = unet.__dict__[LOADED_HANDLE]
         if pipe is not None:
             loaded.attach(pipe)
         return loaded
@@ -64,44 +62,34 @@ def accelerate(
             f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
             "dict)"
         )
-    _refuse_accelerated(unet)
     if config.cuda_graphs:
         check_graphs(unet, config.schedule)
     calibrated = calibrated_layers(config, result, static_scales or {})
-    layer_plan = plan_of(unet, config, calibrated, share_inputs)
-    replaced = replacements_of(unet, config, calibrated, share_inputs, layer_plan)
+    plan = plan_of(unet, config, calibrated, share_inputs)
+    replaced = replacements_of(unet, config, calibrated, share_inputs, plan)
     if result is not None:
         require_calibrated(replaced, result)
-    handle = Handle(unet, pipe, config, replaced, layer_plan, share_inputs)
+    handle = Handle(unet, pipe, config, replaced, plan, share_inputs)
     handle.install()
     return handle
 
 
-def resolve(target: Any) -> tuple[nn.Module, Any]:
+def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
     """The UNet of `target`, and the pipeline around it or None.
 
-    TypeError for anything else, RuntimeError for a UNet that is accelerated already.
+    TypeError for anything else, RuntimeError for a UNet that is accelerated already; `allow_loaded` lets those pass
+    that diffusers loaded in low bits.
     """
-    unet, pipe = _unet_and_pipe(target)
-    _refuse_accelerated(unet)
-    return unet, pipe
-
-
-def _unet_and_pipe(target: Any) -> tuple[nn.Module, Any]:
     unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
     if not isinstance(unet, nn.Module):
         raise TypeError(
             f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) or a pipeline with a `unet`; "
-            f"pipelines built on a transformer are not supported"
+            "pipelines built on a transformer are not supported"
         )
     if hasattr(unet, "_orig_mod"):
         raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
-    return unet, pipe
-
-
-def _refuse_accelerated(unet: nn.Module) -> None:
-    if is_accelerated(unet):
+    if is_accelerated(unet) and not (allow_loaded and LOADED_HANDLE in unet.__dict__):
         raise RuntimeError(
-            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate() "
-            "before"
+            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate()"
         )
+    return unet, pipe

@@ -3,7 +3,7 @@
 It stands below a step schedule, so calls that are held or forecast do not come here. Calls whose Python does what later
 ones rely on stay as they are: the first one of a run, which allocates state, those with other encoder states than the
 call before, which compute constants, and, where others are compiled, the first with other weights, which stacks them.
-Calls that run as they are take what follows from the timestep alone from a table (`nn.time_table`); a graph is
+Calls that run as they are take what follows from the timestep alone from a table (`nn.cache.TimeTable`); a graph is
 captured, and code compiled, for all timesteps.
 """
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from modiff_kernels.integrations.graphs import GraphedCalls
 from modiff_kernels.integrations.hooks import set_attribute, wrap_forward
-from modiff_kernels.integrations.timesteps import HostTimesteps
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.cache import TimeTable
+from modiff_kernels.nn.cache import TimeTable, tensor_version
 from modiff_kernels.ops.dispatch import torch_must_see
 from modiff_kernels.ops.registry import inline_kernels, is_about_values
+from modiff_kernels.planning import clock
 
-TIME_PROJECTIONS = ("Timesteps", "GaussianFourierProjection")
+OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedding": ("TimestepEmbedding",)}
+"""Modules of a UNet whose outputs follow from the timestep alone if they are of these classes of diffusers."""
 
 
 class UNetForward:
@@ -33,12 +34,12 @@ class UNetForward:
     def __init__(self, unet: nn.Module, state: ModulationState, graphs: GraphedCalls | None) -> None:
         self.state = state
         self.graphs = graphs
+        self.timesteps = HostTimesteps()
+        self._unet = unet
         self._plain = unet.forward
         self._compiled: Callable[..., Any] | None = None
-        self._unet = unet
         self._relocations = -1  # of the state, after the last call that was run as it is
-        self._encoders: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
-        self.timesteps = HostTimesteps()
+        self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put it in; `undo` takes it out."""
@@ -47,45 +48,50 @@ class UNetForward:
         wrap_forward(self._unet, self._forward, undo)
         for name in ("enable_freeu", "disable_freeu"):
             if callable(method := getattr(self._unet, name, None)):
-                set_attribute(self._unet, name, self._then_capture_again(method), undo)
+                set_attribute(self._unet, name, functools.partial(self._then_capture_again, method), undo)
 
     def keep_time_table(self, undo: contextlib.ExitStack) -> None:
         """Let calls that run as they are take what follows from the timestep alone from a table, until `undo`."""
-        time_proj, time_embedding = (getattr(self._unet, name, None) for name in ("time_proj", "time_embedding"))
-        if _is_of_diffusers(time_proj, TIME_PROJECTIONS) and _is_of_diffusers(time_embedding, ("TimestepEmbedding",)):
-            table = self.state.time_table = TimeTable(time_proj, time_embedding)
-            wrap_forward(time_proj, table.features, undo)
-            wrap_forward(time_embedding, table.embedding, undo)
+        modules = [getattr(self._unet, name, None) for name in OF_TIME]
+        for kind, names in zip(map(type, modules), OF_TIME.values()):
+            if kind.__module__ != "diffusers.models.embeddings" or kind.__name__ not in names:
+                return
+        table = self.state.time_table = TimeTable(*modules)
+        wrap_forward(modules[0], table.features, undo)
+        wrap_forward(modules[1], table.embedding, undo)
 
     def compile(self, **options: Any) -> None:
-        """Compile the calls that are not excepted above, with the options of torch.compile."""
+        """Compile the calls that are not excepted above, with the options of torch.compile.
+
+        The options for inductor, where the user gives none: nobody changes attributes of torch's own layers within a
+        run, so they are not looked at before calls, and on a CPU a call from Python costs as much as a small kernel, so
+        they are called from C++; torch before 2.13 would go through Python for some of them even so.
+        """
         inline_kernels()
         if not options.keys() & {"backend", "mode", "options"}:
-            options["options"] = _inductor_options(self._unet)
+            asked = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+            on_cpu = next(self._unet.parameters()).device.type == "cpu"
+            options["options"] = {**asked, "cpp_wrapper": True} if on_cpu and torch.__version__ >= (2, 13) else asked
         self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
 
-    def _then_capture_again(self, method: Callable[..., None]) -> Callable[..., None]:
+    def _then_capture_again(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """`method`, which sets numbers that a graph has taken into its kernels."""
-
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> None:
-            method(*args, **kwargs)
-            self.state.relocations += 1
-
-        return call
+        method(*args, **kwargs)
+        self.state.relocations += 1
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._compiled is None and self.graphs is None:
             return self._with_time_table(original, args, kwargs)
         args, kwargs = _with_tensor_timestep(args, kwargs)
-        if self.graphs is None:
-            if self._is_first(args, kwargs):
-                return self._as_it_is(original, args, kwargs)
-            return self._call_compiled(*args, **kwargs)
-        args, kwargs, inputs = self.graphs.static(args, kwargs)
+        inputs = None
+        if self.graphs is not None:
+            args, kwargs, inputs = self.graphs.static(args, kwargs)
         if self._is_first(args, kwargs):
-            return self._as_it_is(original, args, kwargs)
-        return self.graphs.call(original if self._compiled is None else self._call_compiled, args, kwargs, inputs)
+            output = original(*args, **kwargs)
+            self._relocations = self.state.relocations
+            return output
+        step = original if self._compiled is None else self._call_compiled
+        return step(*args, **kwargs) if self.graphs is None else self.graphs.call(step, args, kwargs, inputs)
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -99,11 +105,9 @@ class UNetForward:
             raise
 
     def _with_time_table(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        table = self.state.time_table
-        sample = args[0] if args else kwargs.get("sample")
-        if table is None or torch_must_see(sample):
-            return original(*args, **kwargs)
-        timestep = self.timesteps.value(args[1] if len(args) > 1 else kwargs.get("timestep"))
+        table, timestep = self.state.time_table, None
+        if table is not None and not torch_must_see(args[0] if args else kwargs.get("sample")):
+            timestep = self.timesteps.value(args[1] if len(args) > 1 else kwargs.get("timestep"))
         if timestep is None:
             return original(*args, **kwargs)
         table.begin_call(timestep)
@@ -118,17 +122,51 @@ class UNetForward:
         encoder = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         changed = False
         if isinstance(encoder, Tensor) and not encoder.is_inference():
-            seen = self._encoders.get(state.context_name)
-            changed = seen is None or seen[0]() is not encoder or seen[1:] != (encoder._version, state.kept.losses)
+            seen, version = self._encoders.get(state.context_name), (encoder._version, state.kept.losses)
+            changed = seen is None or seen[0]() is not encoder or seen[1] != version
             if changed:
-                self._encoders[state.context_name] = (weakref.ref(encoder), encoder._version, state.kept.losses)
+                self._encoders[state.context_name] = weakref.ref(encoder), version
         moved = self._compiled is not None and self._relocations != state.relocations  # weights will be stacked anew
         return changed or moved or state.is_first
 
-    def _as_it_is(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = original(*args, **kwargs)
-        self._relocations = self.state.relocations
-        return output
+
+class HostTimesteps:
+    """The timesteps of calls as numbers on the host, without waiting for a device within a run.
+
+    Known are numbers, tensors on the CPU, and elements of a schedule on a device that was announced: by their place in
+    its memory, which a loop over `scheduler.timesteps` or over a slice of it gives.
+    """
+
+    def __init__(self) -> None:
+        self._schedule: Tensor | None = None
+        self._version = 0
+        self._values: list[float] = []
+
+    def announce(self, scheduler: Any) -> None:
+        """Read the timesteps that the scheduler has just set."""
+        timesteps = getattr(scheduler, "timesteps", None)
+        if isinstance(timesteps, Tensor) and timesteps.device.type != "cpu":
+            self._remember(timesteps, clock.host_timesteps(scheduler))
+
+    def _remember(self, timesteps: Tensor, values: list[float]) -> None:
+        self._schedule, self._version, self._values = timesteps, tensor_version(timesteps), values
+
+    def value(self, timestep: Any) -> float | None:
+        """`timestep`, a number or a tensor of one element, as a number; None if it is not known."""
+        if not isinstance(timestep, Tensor):
+            return float(timestep) if isinstance(timestep, (int, float)) else None
+        if timestep.numel() != 1:
+            return None
+        return clock.host_timestep(timestep) if timestep.device.type == "cpu" else self._value_in_schedule(timestep)
+
+    def _value_in_schedule(self, timestep: Tensor) -> float | None:
+        schedule = self._schedule
+        if schedule is None or tensor_version(schedule) != self._version:
+            return None
+        if timestep.untyped_storage()._cdata != schedule.untyped_storage()._cdata or timestep.dtype != schedule.dtype:
+            return None
+        index, rest = divmod(timestep.storage_offset() - schedule.storage_offset(), schedule.stride(0))
+        return self._values[index] if rest == 0 and 0 <= index < len(self._values) else None
 
 
 def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -140,22 +178,3 @@ def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if len(args) > 1:
         return (args[0], tensor, *args[2:]), kwargs
     return args, {**kwargs, "timestep": tensor}
-
-
-def _inductor_options(unet: nn.Module) -> dict[str, Any]:
-    """What handle.compile() asks of inductor where the user asks for nothing.
-
-    Attributes of torch's own layers are not looked at before every call; nobody changes them within a run, and weights
-    are read anew at every call all the same. On a CPU the kernels are called from C++, since a call from Python costs
-    about as much as a small kernel; torch before 2.13 would go through Python for some of them even so.
-    """
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-    if next(unet.parameters()).device.type == "cpu" and torch.__version__ >= (2, 13):
-        options["cpp_wrapper"] = True
-    return options
-
-
-def _is_of_diffusers(module: nn.Module | None, names: tuple[str, ...]) -> bool:
-    """Whether `module` is of one of those classes of diffusers, which need not be imported."""
-    kind = type(module)
-    return kind.__module__ == "diffusers.models.embeddings" and kind.__name__ in names

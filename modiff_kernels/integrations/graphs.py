@@ -7,9 +7,10 @@ like any other, and warm up what may not happen while a graph is captured (compi
 Capturing runs nothing, so the captured call is done by the first replay, and no state is updated twice.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,9 @@ from modiff_kernels.nn.tensors import ContextTensor
 WARM_UP_CALLS = 2
 
 
-class Capture(Protocol):
-    """Captures a call: returns what repeats its kernels, and its outputs, written anew by each repetition."""
-
-    def __call__(self, step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-        """Record `step`, whose kernels are for `device`, without running them."""
-        ...
+Capture = Callable[[Callable[[], Any], torch.device], tuple[Callable[[], None], Any]]
+"""Records a step, whose kernels are for this device, without running them: what repeats them, and the step's outputs,
+which each repetition writes anew."""
 
 
 class CudaCapture:
@@ -57,11 +55,10 @@ class _Input:
 
     def take(self, tensor: Tensor) -> None:
         """Copy `tensor`, unless it is here already."""
-        if tensor is self.source and tensor._version == self.version:
-            return
-        self.place.copy_(tensor)
-        counts = not tensor.is_inference()  # inference tensors count no changes in place
-        self.source, self.version = (tensor, tensor._version) if counts else (None, 0)
+        if tensor is not self.source or tensor._version != self.version:
+            self.place.copy_(tensor)
+            counts = not tensor.is_inference()  # inference tensors count no changes in place
+            self.source, self.version = (tensor, tensor._version) if counts else (None, 0)
 
 
 @dataclasses.dataclass
@@ -83,24 +80,22 @@ class GraphedCalls:
         self._capture = capture
         self._inputs: dict[Hashable, list[_Input]] = {}
         self._graphs: dict[Hashable, _Graph] = {}
-        self._calls: dict[Hashable, int] = {}
+        self._calls: collections.Counter[Hashable] = collections.Counter()
         self._relocations = state.relocations
 
     def static(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Hashable]:
         """The arguments in their fixed places, and a key that stands for them."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        device = leaves[0].device  # the sample
         key = (self._state.context_name, spec, tuple([_format(leaf) for leaf in leaves]))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         inputs = self._inputs.get(key)
-        if inputs is None:
-            inputs = self._inputs[key] = [_Input(torch.empty_like(tensor, device=device)) for tensor in tensors]
+        if inputs is None:  # on the device of the first one, the sample
+            inputs = self._inputs[key] = [_Input(torch.empty_like(t, device=tensors[0].device)) for t in tensors]
         for held, tensor in zip(inputs, tensors):
             held.take(tensor)
         places = iter(inputs)
         placed = [next(places).place if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(placed, spec)
-        return args, kwargs, key
+        return *pytree.tree_unflatten(placed, spec), key
 
     def call(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Hashable) -> Any:
         """step(*args, **kwargs), which `static` gave: by itself at first, then captured, then replayed."""
@@ -112,27 +107,25 @@ class GraphedCalls:
         key = inputs, state.kind_of_call()
         graph = self._graphs.get(key)
         if graph is None:
-            if self._calls.get(key, 0) < WARM_UP_CALLS:
-                self._calls[key] = self._calls.get(key, 0) + 1
+            if self._calls[key] < WARM_UP_CALLS:
+                self._calls[key] += 1
                 self.eager += 1
                 return step(*args, **kwargs)
             device = self._inputs[inputs][0].place.device
             replay, outputs = self._capture(lambda: step(*args, **kwargs), device)
-            graph = self._graphs[key] = _Graph(replay, outputs, self._updated())
+            held = [source.contexts.get(state.context_name) for source in state.inputs.values()]
+            updated = [tensor for tensor in held if tensor is not None and tensor.updated]
+            graph = self._graphs[key] = _Graph(replay, outputs, updated)
             self.captured += 1
         graph.replay()
         self.replayed += 1
-        for held in graph.updated:
-            held.updated, held.factor, held.absmax = True, None, held.fixed_absmax
+        for tensor in graph.updated:
+            tensor.updated, tensor.factor, tensor.absmax = True, None, tensor.fixed_absmax
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, graph.outputs)
 
     def describe(self) -> str:
         """One line about the calls so far."""
         return f"CUDA graphs: {self.captured} captured, {self.replayed} calls replayed, {self.eager} calls to warm up"
-
-    def _updated(self) -> list[Any]:
-        held = [source.contexts.get(self._state.context_name) for source in self._state.inputs.values()]
-        return [tensor for tensor in held if tensor is not None and tensor.updated]
 
 
 def _format(leaf: Any) -> Hashable:

@@ -15,15 +15,9 @@ from torch import Tensor, nn
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.integrations import hooks
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
-from modiff_kernels.integrations.hooks import (
-    SetTimesteps,
-    answer_dtype_quickly,
-    refuse_changes_of_layers,
-    set_attribute,
-    set_module,
-)
 from modiff_kernels.integrations.plans import plan_text
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.integrations.scheduled import ScheduledUNet
@@ -71,22 +65,15 @@ class Handle:
         plan: LayerPlan | None,
         share_inputs: bool,
     ) -> None:
-        self.unet = unet
-        self.pipe = pipe
-        self.config = config
-        self.plan = plan
-        self.share_inputs = share_inputs
-        self.state = replaced.state
-        self.layers = replaced.layers
-        self.replaced = replaced
+        self.unet, self.pipe, self.config, self.plan, self.share_inputs = unet, pipe, config, plan, share_inputs
+        self.replaced, self.state, self.layers = replaced, replaced.state, replaced.layers
         self._untouched = plan is not None and not replaced.replacements
         self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
         self._seen: tuple[torch.Size, str] | None = None
-        self._set_timesteps: SetTimesteps | None = None
+        self._set_timesteps: hooks.SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
-        self._forward = UNetForward(
-            unet, self.state, GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
-        )
+        graphs = GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
+        self._forward = UNetForward(unet, self.state, graphs)
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
             stored = beside(unet, pipe) if config.schedule == "auto" else None
@@ -138,14 +125,14 @@ class Handle:
         TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
         """
         self._require_active()
-        from modiff_kernels.integrations.saving import save  # which imports diffusers
+        from modiff_kernels.integrations.quantizer import save  # which imports diffusers
 
         save(self, directory, max_shard_size)
 
     def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
         """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
         self._undo.callback(on_remove, self.unet)
-        set_attribute(self.unet, LOADED_HANDLE, self, self._undo)
+        hooks.set_attribute(self.unet, LOADED_HANDLE, self, self._undo)
 
     def compile(self, **options: Any) -> None:
         """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
@@ -167,25 +154,22 @@ class Handle:
     def explain(self) -> str:
         """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
         rows = self.rows()
-        fields = [field.name for field in dataclasses.fields(LayerRow)]
-        cells = [fields, *[[getattr(row, field) for field in fields] for row in rows]]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
+        cells = [[field.name for field in dataclasses.fields(LayerRow)], *map(dataclasses.astuple, rows)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
         cells.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         low_bit = sum(row.mode != "float" for row in rows)
-        summary = (
-            f"{type(self.unet).__name__}: {low_bit} of {len(rows)} layers low-bit, "
-            f"state {self.state.nbytes() / 2**20:.1f} MiB"
-        )
+        state = f"{low_bit} of {len(rows)} layers low-bit, state {self.state.nbytes() / 2**20:.1f} MiB"
         if self.state.time_table is not None:
-            summary += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
+            state += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
+        summary = [f"{type(self.unet).__name__}: {state}"]
         if self._scheduled is not None:
-            summary += f"\nschedule: {self.explain_schedule()}"
+            summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
-            summary += f"\n{self.explain_plan()}\n"
+            summary.append(f"{self.explain_plan()}\n")
         if self._forward.graphs is not None:
-            summary += f"\n{self._forward.graphs.describe()}"
-        return "\n".join([summary, *lines])
+            summary.append(self._forward.graphs.describe())
+        return "\n".join([*summary, *lines])
 
     def explain_plan(self) -> str:
         """The layer plan as `plan_text` shows it; empty without a plan."""
@@ -221,19 +205,17 @@ class Handle:
 
     @contextlib.contextmanager
     def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:
-        with self.state.sampling_run(num_calls):
+        with self.state.sampling_run(num_calls), contextlib.ExitStack() as own:
             self._own_runs.append((num_calls, scheduler))
+            own.callback(self._own_runs.pop)
             self._forward.timesteps.announce(scheduler)
-            try:
-                yield self.state
-            finally:
-                self._own_runs.pop()
+            yield self.state
 
     def _layout_of_run(self) -> tuple[int | None, Any]:
         """Number of calls and scheduler of this run, None for what is not known."""
-        if self._own_runs or self._set_timesteps is None:
-            return self._own_runs[-1] if self._own_runs else (None, None)
-        return None, self._set_timesteps.scheduler
+        if self._own_runs:
+            return self._own_runs[-1]
+        return None, None if self._set_timesteps is None else self._set_timesteps.scheduler
 
     def _require_active(self) -> None:
         if self._undo is None:
@@ -241,71 +223,61 @@ class Handle:
 
     def install(self) -> None:
         """Put everything in; on any error nothing is left of it."""
-        with contextlib.ExitStack() as undo:
-            self._put_in(undo)
-            self._undo = undo.pop_all()
-
-    def _put_in(self, undo: contextlib.ExitStack) -> None:
         unet = self.unet
-        _accelerated.add(unet)
-        undo.callback(_accelerated.discard, unet)
-        for path, module in self.replaced.replacements.items():
-            undo.callback(set_module, unet, path, set_module(unet, path, module))
-        undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
-        set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
-        refuse_changes_of_layers(unet, undo)
-        self._forward.install(undo)
-        answer_dtype_quickly(unet, undo)
-        if not self._untouched:
-            self._forward.keep_time_table(undo)
-        if self._scheduled is not None:
-            self._scheduled.install(undo)
-        undo.callback(self._detach)
-        if self.pipe is not None:
-            self.attach(self.pipe)
+        with contextlib.ExitStack() as undo:
+            _accelerated.add(unet)
+            undo.callback(_accelerated.discard, unet)
+            for path, module in self.replaced.replacements.items():
+                undo.callback(hooks.set_module, unet, path, hooks.set_module(unet, path, module))
+            undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
+            hooks.set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
+            hooks.refuse_changes_of_layers(unet, undo)
+            self._forward.install(undo)
+            hooks.answer_dtype_quickly(unet, undo)
+            if not self._untouched:
+                self._forward.keep_time_table(undo)
+            if self._scheduled is not None:
+                self._scheduled.install(undo)
+            undo.callback(self._detach)
+            if self.pipe is not None:
+                self.attach(self.pipe)
+            self._undo = undo.pop_all()
 
     def attach(self, pipe: Any) -> None:
         """Let the scheduler of `pipe` begin the runs."""
-        wrapper = SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
+        wrapper = hooks.SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
         self._detach()
         self.pipe, self._set_timesteps = pipe, wrapper
-        wrapper.install()
 
     def _detach(self) -> None:
         if self._set_timesteps is not None:
             self._set_timesteps.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if (
-            self._set_timesteps is not None
-            and self.state.needs_run
-            and not self._own_runs
-            and not self._set_timesteps.is_on(self.pipe)
-        ):
+        wrapper = self._set_timesteps
+        replaced = wrapper is not None and wrapper.scheduler is not self.pipe.scheduler
+        if replaced and self.state.needs_run and not self._own_runs:
             raise RuntimeError(
                 "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
                 "handle.wrap_scheduler() once after the change, before set_timesteps()"
             )
         if self._planned_shape is not None:
             self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
-        self._begin_call(unet)
-        if self._untouched:
-            return args, kwargs
-        if args:
-            return (channels_last(args[0]), *args[1:]), kwargs
-        return args, {name: channels_last(value) for name, value in kwargs.items()}
-
-    def _begin_call(self, unet: nn.Module) -> None:
         try:
             self.state.begin_call()
         except RuntimeError as error:
-            if self._set_timesteps is not None or LOADED_HANDLE not in unet.__dict__:
+            if wrapper is not None or LOADED_HANDLE not in unet.__dict__:
                 raise
             raise RuntimeError(
                 f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
                 "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
             ) from error
+        if self._untouched:
+            return args, kwargs
+        if args:
+            return (channels_last(args[0]), *args[1:]), kwargs
+        return args, {name: channels_last(value) for name, value in kwargs.items()}
 
     def _leave(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.state.end_call(failed=output is None)
@@ -315,43 +287,40 @@ class Handle:
         """Where the shape is not the one that the plan was made for: warn once, refuse more state than is allowed."""
         if (shape, self.state.context_name) == self._seen:
             return
-        limit, contexts = self.config.max_state_bytes, {*self.state.contexts(), self.state.context_name}
-        needed = self.plan.state_bytes * math.prod(shape) / math.prod(self._planned_shape) * len(contexts)
+        planned, limit = tuple(self._planned_shape), self.config.max_state_bytes
+        contexts = len({*self.state.contexts(), self.state.context_name})
+        needed = self.plan.state_bytes * math.prod(shape) / math.prod(planned) * contexts
         if limit is not None and needed > limit:
             raise ValueError(
-                f"max_state_bytes={limit}: a sample {tuple(shape)} in {len(contexts)} context(s) needs about "
-                f"{needed:.0f} bytes of state, the plan was made for {tuple(self._planned_shape)}; give a plan for "
-                "this shape (make_plan), or a higher limit"
+                f"max_state_bytes={limit}: a sample {tuple(shape)} in {contexts} context(s) needs about {needed:.0f} "
+                f"bytes of state, the plan was made for {planned}; give a plan for this shape (make_plan), or a higher "
+                "limit"
             )
-        if tuple(shape) != tuple(self._planned_shape) and self._seen is None:
-            logger.warning(
-                "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these",
-                tuple(self._planned_shape),
-                tuple(shape),
-            )
+        if tuple(shape) != planned and self._seen is None:
+            text = "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these"
+            logger.warning(text, planned, tuple(shape))
         self._seen = shape, self.state.context_name
 
     def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
         self.state.reset_after_pipeline()
 
     def _row(self, path: str, module: nn.Module) -> LayerRow:
-        layer = self.layers.get(path)
-        shape = f"{module.weight.shape[1] * getattr(module, 'groups', 1)}->{module.weight.shape[0]}"
-        kind = "Linear"
+        groups = getattr(module, "groups", 1)
+        kind, shape = "Linear", f"{module.weight.shape[1] * groups}->{module.weight.shape[0]}"
         if isinstance(module, nn.Conv2d):
             kind = f"Conv2d {module.kernel_size[0]}x{module.kernel_size[1]}"
-            stride, groups = module.stride, module.groups
-            shape += f" /{stride[0]}" if stride != (1, 1) else ""
+            shape += f" /{module.stride[0]}" if module.stride != (1, 1) else ""
             shape += f" groups {groups}" if groups != 1 else ""
+        layer, reason = self.layers.get(path), self.replaced.reasons.get(path)
         if layer is not None:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
-        block = covering(path, self.replaced.fused)
-        if block is not None and path not in self.replaced.reasons:
-            bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
-            return LayerRow(path, kind, shape, "fused", bits, self.config.backend, f"part of the fused block {block}")
-        return LayerRow(path, kind, shape, "float", "-", "torch", self.replaced.reasons[path])
+        if reason is not None:
+            return LayerRow(path, kind, shape, "float", "-", "torch", reason)
+        bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
+        reason = f"part of the fused block {covering(path, self.replaced.fused)}"
+        return LayerRow(path, kind, shape, "fused", bits, self.config.backend, reason)
 
 
 def is_accelerated(unet: nn.Module) -> bool:
@@ -361,22 +330,21 @@ def is_accelerated(unet: nn.Module) -> bool:
 
 def check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
     """ValueError where calls cannot be CUDA graphs."""
+    device, obstacle = next(unet.parameters()).device, None
     if isinstance(schedule, StepSchedule) and schedule.is_deep:
-        raise ValueError(
-            f"ModiffConfig: cuda_graphs=True is not possible with schedule {str(schedule)!r}: one of deep levels "
-            f"keeps a tensor from the middle of a call; give one of whole calls, or leave cuda_graphs out"
+        obstacle = (
+            f"with schedule {str(schedule)!r}: one of deep levels keeps a tensor from the middle of a call; give one "
+            "of whole calls"
         )
-    if any(is_adapter(module) for module in unet.modules()):
-        raise ValueError(
-            "ModiffConfig: cuda_graphs=True is not possible with a LoRA beside the layers, whose weight may change and "
-            "a graph would not follow; call fuse_lora() and unload_lora() before accelerate(), or leave cuda_graphs out"
+    elif any(is_adapter(module) for module in unet.modules()):
+        obstacle = (
+            "with a LoRA beside the layers, whose weight may change and a graph would not follow; call fuse_lora() and "
+            "unload_lora() before accelerate()"
         )
-    device = next(unet.parameters()).device
-    if device.type != "cuda":
-        raise ValueError(
-            f"ModiffConfig: cuda_graphs=True is not possible for a UNet on {device}; move it to a GPU before "
-            f"accelerate(), or leave cuda_graphs out"
-        )
+    elif device.type != "cuda":
+        obstacle = f"for a UNet on {device}; move it to a GPU before accelerate()"
+    if obstacle is not None:
+        raise ValueError(f"ModiffConfig: cuda_graphs=True is not possible {obstacle}, or leave cuda_graphs out")
 
 
 def channels_last(value: Any) -> Any:

@@ -6,7 +6,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from modiff_kernels.nn import ModulationState
@@ -27,29 +26,17 @@ class SetTimesteps:
                 "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
             )
         functools.update_wrapper(self, original)
-        self.scheduler = scheduler
-        self._original = original
-        self._state = state
-        self._announce = announce
-        self._active = False
-        self._undo = contextlib.ExitStack()
-
-    def install(self) -> None:
-        """Put the wrapper on the scheduler."""
+        self.scheduler, self._original = scheduler, original
+        self._state, self._announce = state, announce
         self._active = True
-        set_attribute(self.scheduler, "set_timesteps", self, self._undo)
+        self._undo = contextlib.ExitStack()
+        set_attribute(scheduler, "set_timesteps", self, self._undo)
 
     def restore(self) -> None:
         """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
         self._active = False
-        outermost = self.scheduler.__dict__.get("set_timesteps")
-        while isinstance(outermost, SetTimesteps) and not outermost._active:
-            outermost._undo.close()
-            outermost = self.scheduler.__dict__.get("set_timesteps")
-
-    def is_on(self, pipe: Any) -> bool:
-        """Whether `pipe` still has the scheduler that this wraps."""
-        return pipe.scheduler is self.scheduler
+        while isinstance(top := self.scheduler.__dict__.get("set_timesteps"), SetTimesteps) and not top._active:
+            top._undo.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._active:
@@ -69,8 +56,7 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """Put `module` at `path` and return what was there."""
     parent_path, _, name = path.rpartition(".")
     children = root.get_submodule(parent_path)._modules
-    previous = children[name]
-    children[name] = module
+    previous, children[name] = children[name], module
     return previous
 
 
@@ -90,8 +76,7 @@ def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: conte
     Where another wrapper has been put over it by then, it stays and only calls through.
     """
     original = module.forward
-    own = module.__dict__.get("forward")
-    active = True
+    active, covered = True, contextlib.ExitStack()
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -100,21 +85,14 @@ def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: conte
     def restore() -> None:
         nonlocal active
         active = False
-        if module.__dict__.get("forward") is not forward:
-            return
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+        if module.__dict__.get("forward") is forward:
+            covered.close()
 
-    module.__dict__["forward"] = forward
+    set_attribute(module, "forward", forward, covered)
     undo.callback(restore)
 
 
-REFUSED = (
-    *("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora"),
-    "fuse_qkv_projections",
-)
+REFUSED = ("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "fuse_qkv_projections")
 """Methods of diffusers' UNets that exchange layers, or weights without a trace."""
 REFUSED_IF_MERGED = ("disable_adapters", "disable_lora")
 """Those that do so where fuse_lora() was called before: peft takes the LoRA out of the weights again."""
@@ -125,23 +103,20 @@ REFUSED_BY_ADAPTERS = ("merge", "unmerge")
 def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes."""
 
-    def refusal(name: str) -> Callable[..., None]:
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError(
-                f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
-                f"handle.remove(), then {name}(), then accelerate() again. Adapters that are there already and "
-                "not fused can be weighted and switched off and on"
-            )
-
-        return refuse
+    def refuse(name: str, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
+            f"handle.remove(), then {name}(), then accelerate() again. Adapters that are there already and not fused "
+            "can be weighted and switched off and on"
+        )
 
     adapters = [module for module in unet.modules() if is_adapter(module)]
     merged = any(getattr(adapter, "merged", False) for adapter in adapters)
-    names = {unet: REFUSED + REFUSED_IF_MERGED * merged, **dict.fromkeys(adapters, REFUSED_BY_ADAPTERS)}
-    for module in names:
-        for name in names[module]:
-            if callable(getattr(module, name, None)):
-                set_attribute(module, name, refusal(name), undo)
+    methods = [(unet, name) for name in REFUSED + REFUSED_IF_MERGED * merged]
+    methods += [(adapter, name) for adapter in adapters for name in REFUSED_BY_ADAPTERS]
+    for owner, name in methods:
+        if callable(getattr(owner, name, None)):
+            set_attribute(owner, name, functools.partial(refuse, name), undo)
 
 
 def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
@@ -158,7 +133,8 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
         return
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    quick = type(plain.__name__, (plain,), {**names, "dtype": property(_first_floating_dtype)})
+    names["dtype"] = property(lambda module: next(p.dtype for p in module.parameters() if p.is_floating_point()))
+    quick = type(plain.__name__, (plain,), names)
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         unet.__class__ = quick
@@ -168,7 +144,3 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
             unet.__class__ = plain
 
     wrap_forward(unet, forward, undo)
-
-
-def _first_floating_dtype(module: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())

@@ -1,39 +1,49 @@
-"""The quantization method "modiff" of diffusers: loads low-bit UNets, and makes them while loading.
+"""The quantization method "modiff" of diffusers: loads low-bit UNets, makes them while loading, and saves them.
 
 diffusers' `from_pretrained` calls the methods of `ModiffQuantizer` in this order: validate_environment;
 maybe_update_loaded_keys and _process_model_before_weight_loading (the model is on the meta device: here the files are
-compared with it); maybe_update_state_dict with the tensors of every file; _process_model_after_weight_loading. The
-format is that of `quant.checkpoint`.
+compared with it); maybe_update_state_dict with the tensors of every file; _process_model_after_weight_loading. Its
+`save_pretrained` calls get_state_dict_and_metadata. The format is that of `quant.checkpoint`.
 """
 
+import dataclasses
 import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor, nn
 
 from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.accelerate import accelerate
 from modiff_kernels.integrations.handle import Handle
-from modiff_kernels.integrations.saving import SavingQuantizer
+from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.quant import checkpoint
 from modiff_kernels.quant.checkpoint import Checkpoint
 
 
 def register() -> None:
     """Put the method into diffusers' tables."""
-    from diffusers.quantizers import auto
-
     method = ModiffConfig.quant_method.value
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = ModiffConfig
     auto.AUTO_QUANTIZER_MAPPING[method] = ModiffQuantizer
 
 
-class ModiffQuantizer(SavingQuantizer):
-    """One load of a UNet, and afterwards its way into files."""
+class ModiffQuantizer(DiffusersQuantizer):
+    """One load of a UNet, and its way into files. `handle` is that of the UNet, once it is accelerated."""
+
+    quantization_config: ModiffConfig
+    is_serializable = True
+    is_trainable = False  # low-bit layers have no gradient
+    supports_parallel_loading = False  # the tensors of one layer may come with two files, and are put together here
 
     def __init__(self, quantization_config: ModiffConfig, handle: Handle | None = None, **kwargs: Any) -> None:
-        super().__init__(quantization_config, handle, **kwargs)
+        super().__init__(quantization_config, **kwargs)
+        self.handle = handle
         self._checkpoint: Checkpoint | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -66,11 +76,6 @@ class ModiffQuantizer(SavingQuantizer):
         """The tensors of one file as part of the state_dict of the UNet; ValueError for damaged ones."""
         return state_dict if self._checkpoint is None else self._checkpoint.decode(state_dict)
 
-    @property
-    def supports_parallel_loading(self) -> bool:
-        """False: the tensors of one layer may come with two files, and are put together here."""
-        return False
-
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self._checkpoint is not None:
             config = self.quantization_config
@@ -78,20 +83,38 @@ class ModiffQuantizer(SavingQuantizer):
             self._checkpoint.check(shapes, config.weight_bits, config.group_size or -1)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        stored = self._checkpoint
+        config, stored, self._checkpoint = self.quantization_config, self._checkpoint, None
         if stored is None:
-            self.handle = accelerate(model, self.quantization_config)
+            self.handle = accelerate(model, config)
         else:
-            saved = CalibrationResult("saved", self.quantization_config, stored.layers)
+            saved = CalibrationResult("saved", config, stored.layers)
             try:
-                self.handle = accelerate(
-                    model, self.quantization_config, calibration=saved, share_inputs=stored.share_inputs
-                )
+                self.handle = accelerate(model, config, calibration=saved, share_inputs=stored.share_inputs)
             except ValueError as error:
                 raise ValueError(f"the quantization_config of config.json does not fit the files: {error}") from error
-            _require_all_used(self.handle, stored)
-            self._checkpoint = None
+            unused = set(stored.layers) - set(self.handle.layers)
+            if unused:
+                self.handle.remove()
+                raise ValueError(
+                    f"{min(unused) + checkpoint.WEIGHT!r} is low-bit in the files, but not so for the "
+                    "quantization_config of config.json (look at skip_modules); give the config.json that belongs to "
+                    "the files"
+                )
         self.handle.mark_as_loaded(_forget_quantization)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata for the files of this UNet. ValueError unless they are safetensors."""
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is not allowed: low-bit models are stored in safetensors only")
+        layers = {path: layer.stored() for path, layer in self.handle.layers.items()}
+        return checkpoint.encode(state_dict, layers, self.handle.share_inputs)
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """`handle.remove()`: the UNet in full precision, with the weights that the codes stand for."""
+        self.handle.remove()
         return model
 
 
@@ -103,11 +126,42 @@ def _forget_quantization(unet: Any) -> None:
     unet._internal_dict = type(unet._internal_dict)(config)
 
 
-def _require_all_used(handle: Handle, stored: Checkpoint) -> None:
-    unused = set(stored.layers) - set(handle.layers)
-    if unused:
-        handle.remove()
+def save(handle: Handle, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
+    """`Handle.save_pretrained`."""
+    unet: Any = handle.unet
+    config, folder = handle.config, Path(directory)
+    if not hasattr(unet, "save_pretrained") or not hasattr(unet, "_internal_dict"):
+        raise TypeError(f"save_pretrained: {type(unet).__name__} is no model of diffusers, so it has no config to save")
+    if config.weight_bits is None:
+        raise ValueError("save_pretrained: weight_bits is None, nothing is low-bit; call save_pretrained() of the UNet")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"save_pretrained: {folder} is a file; give a folder")
+    if any(is_adapter(module) for module in unet.modules()):
         raise ValueError(
-            f"{min(unused) + checkpoint.WEIGHT!r} is low-bit in the files, but not so for the quantization_config of "
-            "config.json (look at skip_modules); give the config.json that belongs to the files"
+            "save_pretrained: a LoRA stands beside the layers, which the saved UNet would not have; call remove(), "
+            "then fuse_lora() and unload_lora(), then accelerate() again"
         )
+    form = config.weight_bits, config.group_size or -1
+    for path, layer in handle.layers.items():
+        if (layer.weight_bits, layer.group_size) != form:
+            raise ValueError(
+                f"save_pretrained: the codes of layer '{path}' have {layer.weight_bits} bits and group size "
+                f"{layer.group_size}, but files hold those of the config alone, {form[0]} and {form[1]}; keep the "
+                "calibration beside the model and give it to accelerate(calibration=...)"
+            )
+    plain, accelerated_in_place = unet._internal_dict, "hf_quantizer" not in unet.__dict__
+    if accelerated_in_place:  # for the time of the call, it is like one that was loaded in low bits
+        # The plan itself: what "auto" or a path stands for may be another one where the files are loaded.
+        saved = config if handle.plan is None else dataclasses.replace(config, plan=handle.plan)
+        unet.hf_quantizer = ModiffQuantizer(saved, handle)
+        unet.register_to_config(quantization_config=saved)
+    try:
+        unet.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+    finally:
+        if accelerated_in_place:
+            unet._internal_dict = plain
+            del unet.hf_quantizer
+    # Of an index of shards and a single file, remove the one that an earlier save left: diffusers reads the index.
+    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.exists() and index.exists():
+        (single if any(folder.glob(f"{single.stem}-*{single.suffix}")) else index).unlink()

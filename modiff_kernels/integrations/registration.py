@@ -6,10 +6,10 @@ module needs the standard library alone, because `import modiff_kernels` runs it
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 TABLES = "diffusers.quantizers.auto"
 
@@ -25,9 +25,7 @@ def register_with_diffusers() -> None:
 class _AfterImport(MetaPathFinder):
     """Finds `TABLES` as Python would, and registers after it has run. Good for one import."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != TABLES:
             return None
         sys.meta_path.remove(self)

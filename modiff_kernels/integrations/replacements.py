@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -42,15 +42,15 @@ class Replacements:
     def units(self) -> dict[str, tuple[str, ...]]:
         """The paths of what a plan gives modes to, with the layers in it: fused blocks, layers that share their input,
         and the other layers one by one; in the order of the UNet."""
-        unit_of = {}
-        for path, layer in self.layers.items():
-            around = [block for block in self.fused if path.startswith(f"{block}.")]
-            block = min(around, key=len, default=None)  # the outermost: its calls hold those of the blocks in it
-            unit_of[path] = block or (layer.input.key if layer.input is not None else layer.name)
         units: dict[str, tuple[str, ...]] = {}
         for path in self.originals:
-            if path in unit_of:
-                units[unit_of[path]] = (*units.get(unit_of[path], ()), path)
+            layer = self.layers.get(path)
+            if layer is None:
+                continue
+            around = [block for block in self.fused if path.startswith(f"{block}.")]
+            block = min(around, key=len, default=None)  # the outermost: its calls hold those of the blocks in it
+            unit = block or (layer.input.key if layer.input is not None else layer.name)
+            units[unit] = (*units.get(unit, ()), path)
         return units
 
 
@@ -73,14 +73,19 @@ def replacements_of(
             f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
             "give the UNet itself"
         )
-    _check_paths(calibrated, originals)
-    _warn_unmatched(config, modules)
+    unknown = [path for path in calibrated if path not in originals]
+    if unknown:
+        raise ValueError(
+            f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, which is no Linear "
+            f"or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
+        )
+    for pattern in config.skip_modules:
+        alone = dataclasses.replace(config, skip_modules=(pattern,))
+        if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
+            logger.warning("skip_modules: %r fits no module of the UNet", pattern)
     around = _reasons_around(modules)
-    reasons = {
-        path: reason
-        for path, module in originals.items()
-        if (reason := around.get(path) or _why_float(path, module, config))
-    }
+    why_float = {path: around.get(path) or _why_float(path, module, config) for path, module in originals.items()}
+    reasons = {path: reason for path, reason in why_float.items() if reason is not None}
     if len(reasons) == len(originals) and config.weight_bits is not None:
         listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
         raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
@@ -93,31 +98,31 @@ def replacements_of(
         )
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
-    fused: dict[str, FusedBlock] = {}
     made: dict[int, ModulatedLayer] = {}
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
-        whole = _fused_blocks(unet, state, own, left, calibrated)
+        fused = blocks.fuse(unet, state, own, left, calibrated) if _may_fuse(own) else {}
         shared = _shared_inputs(modules, left, calibrated) if share_inputs else {}
-        replacements.update(whole)
-        fused.update(whole)
+        replacements.update(fused)
         for path, module in originals.items():
-            if path in left or blocks.covering(path, whole) is not None:
+            if path in left or blocks.covering(path, fused) is not None:
                 continue
             if id(module) not in made:
+                is_image = isinstance(module, nn.Conv2d)
+                make: Any = ModulatedConv2d.from_conv2d if is_image else ModulatedLinear.from_linear
                 known = calibrated.get(path, NOT_CALIBRATED)
-                made[id(module)] = _make_layer(module, own, state, path, shared.get(path), known)
+                made[id(module)] = make(module, own, state, path, shared.get(path), known)
             replacements[path] = made[id(module)]
     # Outer blocks first: a layer or block that one leaves out is put into that one.
     replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
     layers = {
-        module.name: module
-        for block in fused.values()
-        for module in block.modules()
-        if isinstance(module, ModulatedLayer)
+        path if layer is module else layer.name: layer
+        for path, module in replacements.items()
+        for layer in module.modules()
+        if isinstance(layer, ModulatedLayer)
     }
-    layers.update({path: module for path, module in replacements.items() if isinstance(module, ModulatedLayer)})
+    fused = {path: module for path, module in replacements.items() if isinstance(module, FusedBlock)}
     return Replacements(state, originals, replacements, layers, fused, reasons)
 
 
@@ -127,15 +132,8 @@ def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
     scale_mode = config.scale_mode
     if scale_mode == "static" and mode != Mode(config.mode, config.act_bits):
         scale_mode = "dynamic"
-    return dataclasses.replace(
-        config,
-        mode=mode.kind,
-        act_bits=mode.act_bits,
-        scale_mode=scale_mode,
-        schedule=None,
-        plan=None,
-        max_state_bytes=None,
-    )
+    own = {"mode": mode.kind, "act_bits": mode.act_bits, "scale_mode": scale_mode}
+    return dataclasses.replace(config, **own, schedule=None, plan=None, max_state_bytes=None)
 
 
 def calibrated_layers(
@@ -170,27 +168,12 @@ def require_calibrated(replaced: Replacements, result: CalibrationResult) -> Non
 def _planned(plan: LayerPlan, originals: Mapping[str, nn.Module], reasons: dict[str, str]) -> dict[str, Mode]:
     """The modes of the layers that the plan puts into low bits; layers that it leaves float are added to `reasons`."""
     plan.check([path for path in originals if path not in reasons], reasons)
-    modes = {}
-    for path in originals:
-        unit = None if path in reasons else plan.unit_of(path)
-        if unit is not None and unit.mode == FLOAT_MODE:
-            reasons[path] = f"plan: {unit.reason or 'float'}"
-        elif unit is not None:
-            modes[path] = unit.mode
-    return modes
-
-
-def _make_layer(
-    module: nn.Module,
-    config: ModiffConfig,
-    state: ModulationState,
-    path: str,
-    shared_input: str | None,
-    calibrated: CalibratedLayer,
-) -> ModulatedLayer:
-    if isinstance(module, nn.Conv2d):
-        return ModulatedConv2d.from_conv2d(module, config, state, path, shared_input, calibrated)
-    return ModulatedLinear.from_linear(module, config, state, path, shared_input, calibrated)
+    units = {path: plan.unit_of(path) for path in originals if path not in reasons}
+    modes = {path: unit.mode for path, unit in units.items() if unit is not None}
+    for path, mode in modes.items():
+        if mode == FLOAT_MODE:
+            reasons[path] = f"plan: {units[path].reason or 'float'}"
+    return {path: mode for path, mode in modes.items() if mode != FLOAT_MODE}
 
 
 def _reasons_around(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -211,8 +194,7 @@ def _reasons_around(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
     """Why the layer stays as it is, or None."""
-    pattern = config.skips(path)
-    if pattern is not None:
+    if (pattern := config.skips(path)) is not None:
         return f"skip_modules has {pattern!r}"
     if config.weight_bits is None:
         return "weight_bits is None"
@@ -237,50 +219,25 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
 
 
 def _shared_inputs(
-    modules: Mapping[str, nn.Module], left: Collection[str], calibrated: Mapping[str, CalibratedLayer]
+    modules: Mapping[str, nn.Module], left: Set[str], calibrated: Mapping[str, CalibratedLayer]
 ) -> dict[str, str]:
     """Key of the shared input of the attention projections that read one tensor. left: paths that share nothing, as do
     layers that scale their input channels before it is quantised."""
     shared: dict[str, str] = {}
     for path, module in modules.items():
-        prefix = f"{path}." if path else ""
         readers = ["to_k", "to_v"] if getattr(module, "is_cross_attention", False) else ["to_q", "to_k", "to_v"]
-        paths = [prefix + name for name in readers]
-        projections = [modules.get(name) for name in paths]
-        if not all(isinstance(projection, nn.Linear) for projection in projections):
-            continue
+        paths = [f"{path}.{name}" if path else name for name in readers]
+        projections = [modules[name] for name in paths if isinstance(modules.get(name), nn.Linear)]
         scaled = any(calibrated.get(name, NOT_CALIBRATED).input_scale is not None for name in paths)
-        if scaled or any(name in left for name in paths) or len({p.in_features for p in projections}) != 1:
+        if scaled or len(projections) < len(paths) or not left.isdisjoint(paths):
             continue
-        shared.update(dict.fromkeys(paths, paths[0]))
+        if len({projection.in_features for projection in projections}) == 1:
+            shared.update(dict.fromkeys(paths, paths[0]))
     return shared
 
 
-def _fused_blocks(
-    unet: nn.Module,
-    state: ModulationState,
-    config: ModiffConfig,
-    left_float: Collection[str],
-    calibrated: Mapping[str, CalibratedLayer],
-) -> dict[str, FusedBlock]:
-    """Whole blocks in fused form by path; the layers below these paths are not replaced one by one."""
-    calibrated_codes = config.mode == "quantized" and config.scale_mode == "static"  # no fused pass makes them
-    if not config.fuse or calibrated_codes or config.act_bits is None or importlib.util.find_spec("diffusers") is None:
-        return {}
-    return blocks.fuse(unet, state, config, left_float, calibrated)
-
-
-def _check_paths(calibrated: Mapping[str, Any], originals: Mapping[str, nn.Module]) -> None:
-    unknown = [path for path in calibrated if path not in originals]
-    if unknown:
-        raise ValueError(
-            f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, which is no Linear "
-            f"or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
-        )
-
-
-def _warn_unmatched(config: ModiffConfig, modules: Mapping[str, nn.Module]) -> None:
-    for pattern in config.skip_modules:
-        alone = dataclasses.replace(config, skip_modules=(pattern,))
-        if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
-            logger.warning("skip_modules: %r fits no module of the UNet", pattern)
+def _may_fuse(config: ModiffConfig) -> bool:
+    """Whether there are fused blocks for `config`: no fused pass makes the codes of calibrated activations."""
+    if not config.fuse or config.act_bits is None or (config.mode == "quantized" and config.scale_mode == "static"):
+        return False
+    return importlib.util.find_spec("diffusers") is not None

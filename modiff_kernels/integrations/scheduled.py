@@ -7,28 +7,71 @@ The layers that did not run keep their x_hat and y_hat, which stay consistent, a
 """
 
 import contextlib
-import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from modiff_kernels.config import schedule as letters
-from modiff_kernels.config.schedule import StepSchedule
-from modiff_kernels.integrations.history import History, Trajectory
+from modiff_kernels.config.schedule import ACTION_NAMES, DEEP_FORECAST, DEEP_HOLD, FORECAST, HOLD, UPDATE, StepSchedule
 from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.run import FORECAST, HOLD
 from modiff_kernels.planning import clock
 from modiff_kernels.planning.stored import StoredSchedule
 
-ADDITIONAL = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-)
+
+class History:
+    """The last `length` computed values of one tensor, copied, each with its position on the axis of the schedule."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.values: list[tuple[float, Tensor]] = []
+
+    def push(self, position: float, value: Tensor) -> None:
+        """Keep a copy of `value`. It takes the place of one at the same position, and of all those of another shape."""
+        kept = [(at, old) for at, old in self.values if at != position and old.shape == value.shape]
+        self.values = [*kept, (position, value.detach().clone())][-self.length :]
+
+    def hold(self) -> Tensor:
+        """The last value, as a new tensor. There must be one."""
+        return self.values[-1][1].clone()
+
+    def forecast(self, position: float) -> Tensor:
+        """The polynomial through all values at `position`: a new tensor in their dtype, computed in float32."""
+        if len(self.values) == 1:
+            return self.hold()
+        total: Tensor | None = None
+        for node, value in self.values:
+            others = [other for other, _ in self.values if other != node]
+            weight = math.prod((position - other) / (node - other) for other in others)
+            total = value.float() * weight if total is None else total.add_(value.float(), alpha=weight)
+        return total.to(self.values[0][1].dtype)
+
+
+class Trajectory:
+    """One context of a scheduled run: its plan, what was done so far, and what a skipped call is made of.
+
+    planned: a letter per call. positions: of every call on the axis; empty: its timestep. order: degree of forecasts.
+    done: a letter per call so far. output, boundary: of the network's output and of the tensor that enters the first up
+    block that is always computed. form: the network's last output as it returned it.
+    """
+
+    def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
+        self.planned, self.positions = planned, positions
+        self.done: list[str] = []
+        self.output, self.boundary = History(order + 1), History(order + 1)
+        self.form: Any = None
+
+    def predict(self, action: str, position: float) -> Tensor:
+        """What stands in for the tensor that is not computed."""
+        history = self.output if action in (HOLD, FORECAST) else self.boundary
+        return history.hold() if action in (HOLD, DEEP_HOLD) else history.forecast(position)
+
+    def nbytes(self) -> int:
+        """Bytes of both histories."""
+        return sum(value.nbytes for _, value in self.output.values + self.boundary.values)
 
 
 class ScheduledUNet:
@@ -45,20 +88,14 @@ class ScheduledUNet:
         layout: Callable[[], tuple[int | None, Any]],
         stored: StoredSchedule | None = None,
     ) -> None:
-        self.unet = unet
-        self.state = state
-        self.schedule = schedule
-        self._layout = layout
-        self._stored = stored
+        self.unet, self.state, self.schedule = unet, state, schedule
+        self._layout, self._stored = layout, stored
         self._skip_deep = False
         self._boundary: Tensor | None = None
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
-        self._deep: _DeepLevels | None = None
-        self._level: int | None = None
-        if isinstance(schedule, StepSchedule) and schedule.is_deep:
-            self._level = schedule.level
-            self._deep = _DeepLevels.of(unet, schedule.level)
+        deep = isinstance(schedule, StepSchedule) and schedule.is_deep
+        self._deep = _DeepLevels.of(unet, schedule.level) if deep else None
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put the schedule in; `undo` takes it out."""
@@ -77,7 +114,7 @@ class ScheduledUNet:
 
         ValueError for deep levels other than the installed ones.
         """
-        if schedule is not None and schedule.is_deep and (self._deep is None or schedule.level != self._level):
+        if schedule is not None and schedule.is_deep and (self._deep is None or schedule.level != self._deep.level):
             raise ValueError(
                 f"set_schedule: {str(schedule)!r} skips deep levels that were not prepared; call accelerate() with it"
             )
@@ -85,27 +122,23 @@ class ScheduledUNet:
 
     def describe(self) -> str:
         """One line about the schedule, with the calls of the last run where there was one."""
-        chosen = self._in_use if self.schedule == "auto" else self.schedule
-        if chosen is None:
-            text = "auto" if self.schedule == "auto" else "none"
-        else:
-            text = chosen.describe()
-        if self.schedule == "auto" and chosen is not None:
+        auto = self.schedule == "auto"
+        chosen = self._in_use if auto else self.schedule
+        text = ("auto" if auto else "none") if chosen is None else chosen.describe()
+        if auto and chosen is not None:
             found = self._stored is not None and chosen is self._stored.schedule
             text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
-        for name, trajectory in self.state.trajectories.items():
-            text += f"\n  last run, context {name}: {''.join(trajectory.done)}"
-        return text
+        runs = [f"last run, context {name}: {''.join(run.done)}" for name, run in self.state.trajectories.items()]
+        return "\n  ".join([text, *runs])
 
     def skipped_calls(self, path: str, context: str) -> int:
         """How many calls of the last run in `context` did not compute the module at `path`."""
-        done = "".join(self.state.trajectories[context].done)
-        skipped = done.count(letters.HOLD) + done.count(letters.FORECAST)
+        skipping = [HOLD, FORECAST]
         if self._deep is not None:
-            below = {id(module) for block in self._deep.below for module in block.modules()}
-            if id(self.unet.get_submodule(path)) in below:
-                skipped += done.count(letters.DEEP_HOLD) + done.count(letters.DEEP_FORECAST)
-        return skipped
+            below = {module for block in self._deep.below for module in block.modules()}
+            if self.unet.get_submodule(path) in below:
+                skipping += [DEEP_HOLD, DEEP_FORECAST]
+        return sum(action in skipping for action in self.state.trajectories[context].done)
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs["sample"]
@@ -121,30 +154,35 @@ class ScheduledUNet:
                 f"{call}; begin a new run for a new picture, and put passes of one step into contexts "
                 "(`with handle.context('cond'):` and 'uncond')"
             )
-        if self._deep is not None and any(kwargs.get(name) is not None for name in ADDITIONAL):
+        if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
             raise ValueError(
                 f"schedule {str(self.schedule)!r}: deep levels cannot be skipped where ControlNet or T2I-Adapter "
                 "add to them; use a schedule for the whole network"
             )
         action = trajectory.planned[call]
         position = trajectory.positions[call] if trajectory.positions else clock.host_timestep(timestep)
-        if action != letters.UPDATE and not self._fits(trajectory, sample):
-            action = letters.UPDATE
+        if action != UPDATE:
+            last = trajectory.output.values[-1][1]
+            if last.shape[0] != sample.shape[0] or last.shape[2:] != sample.shape[2:]:
+                action = UPDATE  # a callback has changed the batch or the size
         trajectory.done.append(action)
-        if action != letters.UPDATE:
-            predicted = self._predict(trajectory, action, position)
-        if action in (letters.HOLD, letters.FORECAST):
-            state.action = HOLD if action == letters.HOLD else FORECAST
+        if action == UPDATE:
+            output = original(*args, **kwargs)
+            trajectory.output.push(position, _sample_of(output))
+            if self._boundary is not None:
+                trajectory.boundary.push(position, self._boundary)
+                self._boundary = None
+            trajectory.form = output
+            return output
+        predicted = trajectory.predict(action, position)
+        if action in (HOLD, FORECAST):
+            state.action = ACTION_NAMES[action]
             return _in_form(trajectory.form, predicted)
-        if action != letters.UPDATE:
-            return self._run_shallow(original, predicted, args, kwargs)
-        output = original(*args, **kwargs)
-        trajectory.output.push(position, _sample_of(output))
-        if self._boundary is not None:
-            trajectory.boundary.push(position, self._boundary)
-            self._boundary = None
-        trajectory.form = output
-        return output
+        self._skip_deep, self._boundary = True, predicted
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._skip_deep, self._boundary = False, None
 
     def _begin(self, timestep: Any) -> Trajectory:
         """Lays out the run of this context, at its first call."""
@@ -159,23 +197,19 @@ class ScheduledUNet:
                 "schedule: the number of calls of this run is not known, so its last ones are not; open it with "
                 "`with handle.sampling_run(scheduler=...):` (or num_calls=..., for axis=timestep)"
             )
-        chosen = self._choose(scheduler, calls, timesteps)
-        self._in_use = chosen
-        if chosen is None:
-            return Trajectory(letters.UPDATE * calls, [0.0] * calls, History(1), History(1))
-        planned = chosen.actions(calls)
-        if chosen.needs_axis and chosen.axis != "timestep" and scheduler is None:
+        chosen = self._in_use = self._choose(scheduler, calls, timesteps)
+        if chosen is None or not chosen.needs_axis:
+            return Trajectory(chosen.actions(calls) if chosen else UPDATE * calls, range(calls), order=0)
+        if scheduler is not None:
+            positions = clock.positions(chosen.axis, timesteps, scheduler)
+        elif chosen.axis == "timestep":
+            positions = []
+        else:
             raise ValueError(
                 f"schedule: axis={chosen.axis} needs the noise levels of the sampler; open the run with "
                 "`with handle.sampling_run(scheduler=...):`, or give a schedule with axis=timestep"
             )
-        positions: list[float] = []
-        if scheduler is not None and chosen.needs_axis:
-            positions = clock.positions(chosen.axis, timesteps, scheduler)
-        elif not chosen.needs_axis:
-            positions = [float(i) for i in range(calls)]
-        length = chosen.order + 1 if chosen.needs_axis else 1
-        return Trajectory(planned, positions, History(length), History(length))
+        return Trajectory(chosen.actions(calls), positions, chosen.order)
 
     def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
         """The schedule of this run; None computes every call."""
@@ -201,7 +235,7 @@ class ScheduledUNet:
                 f"schedule {str(self.schedule)!r}: {name} adds noise at its steps, which a skipped call does not see, "
                 "and the pictures lose detail; say stochastic=True in the schedule if this is meant"
             )
-        if set(self.schedule.actions(calls)) == {letters.UPDATE}:
+        if set(self.schedule.actions(calls)) == {UPDATE}:
             self._warn(f"schedule {str(self.schedule)!r}: a run of {calls} calls is too short to skip any of them")
         return self.schedule
 
@@ -209,26 +243,6 @@ class ScheduledUNet:
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)
-
-    def _fits(self, trajectory: Trajectory, sample: Tensor) -> bool:
-        """Whether what is remembered is of this batch and size: a callback may have changed them."""
-        value = trajectory.output.values[-1][1]
-        return value.shape[0] == sample.shape[0] and value.shape[2:] == sample.shape[2:]
-
-    def _predict(self, trajectory: Trajectory, action: str, position: float) -> Tensor:
-        """What stands in for the tensor that is not computed."""
-        deep = action in (letters.DEEP_HOLD, letters.DEEP_FORECAST)
-        history = trajectory.boundary if deep else trajectory.output
-        if action in (letters.HOLD, letters.DEEP_HOLD):
-            return history.hold()
-        return history.forecast(position, self._in_use.order)
-
-    def _run_shallow(self, original: Callable[..., Any], boundary: Tensor, args: Any, kwargs: Any) -> Any:
-        self._skip_deep, self._boundary = True, boundary
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._skip_deep, self._boundary = False, None
 
     def _silent(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A block that only hands its input on when it is skipped."""
@@ -249,14 +263,12 @@ class ScheduledUNet:
         return self._boundary
 
 
-@dataclasses.dataclass(frozen=True)
-class _DeepLevels:
-    """The blocks of a UNet that a deep action skips. silent: hand their input on. down: down blocks. last_up: gives
-    the boundary.
-
-    below: all that is skipped.
+class _DeepLevels(NamedTuple):
+    """The blocks of a UNet that a deep action skips. level: as the schedule said it. silent: hand their input on. down:
+    down blocks. last_up: gives the boundary. below: all of them.
     """
 
+    level: int | None
     silent: list[nn.Module]
     down: list[nn.Module]
     last_up: nn.Module
@@ -272,24 +284,24 @@ class _DeepLevels:
                 f"schedule: {type(unet).__name__} has no levels to skip (two or more up blocks of resnets, without "
                 "skip_conv); use a schedule for the whole network"
             )
-        level = len(ups) - 1 if level is None else level
-        if level >= len(ups):
+        first = len(ups) - 1 if level is None else level
+        if first >= len(ups):
             raise ValueError(
                 f"schedule: level={level} is not allowed; {type(unet).__name__} has {len(ups)} up blocks, so give 1 to "
                 f"{len(ups) - 1}"
             )
-        needed = sum(len(block.resnets) for block in ups[level:])
-        silent, below, count = [*ups[: level - 1]], [], 1  # the first skip is that of conv_in
+        needed = sum(len(block.resnets) for block in ups[first:])
+        silent, down, count = ups[: first - 1], [], 1  # the first skip is that of conv_in
         if unet.mid_block is not None:
             silent.append(unet.mid_block)
         for block in downs:
             if count >= needed:
-                below.append(block)
+                down.append(block)
                 continue
             count += _outputs_of(block)
-            if count > needed:  # up block `level` does not read what this block hands to the next
+            if count > needed:  # up block `first` does not read what this block hands to the next
                 silent += block.downsamplers
-        return cls(silent, below, ups[level - 1], [*silent, *below, ups[level - 1]])
+        return cls(level, silent, down, ups[first - 1], [*silent, *down, ups[first - 1]])
 
 
 def _outputs_of(block: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """What calibration knows about a layer: `QuantizedWeight` and `CalibratedLayer`, as layers take them."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,7 @@ class QuantizedWeight:
         where = "calibrated weight"
         check_bits(where, "bits", self.bits)
         check_group_size(where, self.group_size)
-        n, k = shape[0], torch.Size(shape[1:]).numel()
+        n, k = shape[0], math.prod(shape[1:])
         if self.codes.dtype != torch.int8 or tuple(self.codes.shape) != (n, k):
             raise ValueError(
                 f"{where}: codes are {self.codes.dtype} {tuple(self.codes.shape)}, the layer needs int8 {(n, k)}; "
@@ -56,7 +57,7 @@ class QuantizedWeight:
                 f"{where}: scale is {self.scale.dtype} {tuple(self.scale.shape)}, but group_size {self.group_size} "
                 f"needs float32 {scales}; calibrate again"
             )
-        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
+        if not _usable(self.scale):
             raise ValueError(f"{where}: a scale is not positive and finite; calibrate again")
         low, high = (int(bound) for bound in self.codes.aminmax())
         if low < quant_min(self.bits) or high > quant_max(self.bits):
@@ -95,29 +96,28 @@ class CalibratedLayer:
         """Raise ValueError unless this fits a layer whose weight has `shape`."""
         if self.weight is not None:
             self.weight.check(shape)
-        if self.act_scale is not None:
-            scale = self.act_scale
-            usable = scale.ndim == 1 and scale.numel() > 0 and bool((torch.isfinite(scale) & (scale > 0)).all())
-            if not usable:
-                raise ValueError(
-                    f"static scale {scale!r} is not allowed; give one positive finite number per call or layer"
-                )
-        if self.act_zero_point is not None and (
-            self.act_scale is None or self.act_zero_point.shape != self.act_scale.shape
-        ):
+        scale, zero_point = self.act_scale, self.act_zero_point
+        if scale is not None and not (scale.ndim == 1 and scale.numel() > 0 and _usable(scale)):
+            raise ValueError(
+                f"static scale {scale!r} is not allowed; give one positive finite number per call or layer"
+            )
+        if zero_point is not None and (scale is None or zero_point.shape != scale.shape):
             raise ValueError("a static zero point needs a static scale of the same shape; calibrate again")
-        if self.input_scale is not None:
-            scale = self.input_scale
-            if tuple(scale.shape) != (shape[1],) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise ValueError(
-                    f"input_scale {tuple(scale.shape)} does not fit {shape[1]} input channels, or is not positive and "
-                    "finite; calibrate again"
-                )
+        scale = self.input_scale
+        if scale is not None and not (tuple(scale.shape) == (shape[1],) and _usable(scale)):
+            raise ValueError(
+                f"input_scale {tuple(scale.shape)} does not fit {shape[1]} input channels, or is not positive and "
+                "finite; calibrate again"
+            )
         if self.bias is not None and (not has_bias or tuple(self.bias.shape) != (shape[0],)):
             raise ValueError(
                 f"a calibrated bias {tuple(self.bias.shape)} does not fit a layer of {shape[0]} outputs "
                 f"{'with' if has_bias else 'without'} bias; calibrate this model"
             )
+
+
+def _usable(scale: Tensor) -> bool:
+    return bool((torch.isfinite(scale) & (scale > 0)).all())
 
 
 NOT_CALIBRATED = CalibratedLayer()

@@ -14,9 +14,10 @@ in them is run.
 """
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,12 +36,8 @@ CRC32 = "modiff_crc32"
 WEIGHT = ".weight"
 WEIGHT_PACKED = ".weight_packed"
 WEIGHT_SCALE = ".weight_scale"
-_OPTIONAL = {  # by field of CalibratedLayer
-    "act_scale": ".act_scale",
-    "act_zero_point": ".act_zero_point",
-    "input_scale": ".input_scale",
-    "bias": ".calibrated_bias",
-}
+_OPTIONAL = {field: f".{field}" for field in ("act_scale", "act_zero_point", "input_scale")}  # of CalibratedLayer
+_OPTIONAL["bias"] = ".calibrated_bias"
 _OF_LAYER = (WEIGHT_PACKED, WEIGHT_SCALE, *_OPTIONAL.values())
 
 _ADVICE = "save the model again with handle.save_pretrained(), or copy its folder again"
@@ -75,19 +72,23 @@ def encode(
         del tensors[path + WEIGHT]
         tensors.update(encoded_layer(path, layer))
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    sums = {key: crc32(tensor) for key, tensor in tensors.items()}
-    metadata = {
-        FORMAT: FORMAT_VERSION,
-        LAYOUT: KPACK_V1,
-        SHARE_INPUTS: json.dumps(share_inputs),
-        CRC32: json.dumps(sums, sort_keys=True),
-    }
+    sums = json.dumps({key: crc32(tensor) for key, tensor in tensors.items()}, sort_keys=True)
+    metadata = {FORMAT: FORMAT_VERSION, LAYOUT: KPACK_V1, SHARE_INPUTS: json.dumps(share_inputs), CRC32: sums}
     return tensors, metadata
 
 
 def crc32(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a contiguous tensor, on any device."""
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
+
+
+class _Stored(NamedTuple):
+    """What a header says of one tensor."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    crc32: int
 
 
 class Checkpoint:
@@ -102,9 +103,7 @@ class Checkpoint:
     def __init__(self, files: Iterable[Any]) -> None:
         self.layers: dict[str, CalibratedLayer] = {}
         self.share_inputs = True
-        self._file_of: dict[str, str] = {}
-        self._form: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._crc32: dict[str, int] = {}
+        self._stored: dict[str, _Stored] = {}
         self._shapes: Mapping[str, Sequence[int]] = {}
         self._weight_bits, self._group_size = 8, -1
         self._waiting: dict[str, Tensor] = {}
@@ -113,43 +112,42 @@ class Checkpoint:
 
     def state_dict_keys(self) -> list[str]:
         """The keys of the state_dict that the files stand for."""
-        stems = [key.removesuffix(WEIGHT_PACKED) for key in self._form if key.endswith(WEIGHT_PACKED)]
+        stems = [key.removesuffix(WEIGHT_PACKED) for key in self._stored if key.endswith(WEIGHT_PACKED)]
         own = {stem + suffix for stem in stems for suffix in _OF_LAYER}
-        return [key for key in self._form if key not in own] + [stem + WEIGHT for stem in stems]
+        return [key for key in self._stored if key not in own] + [stem + WEIGHT for stem in stems]
 
     def check(self, shapes: Mapping[str, Sequence[int]], weight_bits: int, group_size: int) -> None:
         """Compare the files with a model. shapes: of its state_dict, by key. Raises ValueError, naming file and key."""
         expected: dict[str, tuple[tuple[int, ...], str | None]] = {}
         for key, shape in shapes.items():
             stem = key.removesuffix(WEIGHT)
-            if stem == key or stem + WEIGHT_PACKED not in self._form:
+            if stem == key or stem + WEIGHT_PACKED not in self._stored:
                 expected[key] = (tuple(shape), None)
                 continue
-            n, k = shape[0], torch.Size(shape[1:]).numel()
+            n, k = shape[0], math.prod(shape[1:])
             codes = "I8" if packed_dtype(weight_bits) is torch.int8 else "U8"
             expected[stem + WEIGHT_PACKED] = ((n, packed_width(weight_bits, k)), codes)
-            scales = (n,) if group_size == -1 else (n, group_count(k, group_size))
-            expected[stem + WEIGHT_SCALE] = (scales, "F32")
-            calls = self._form.get(stem + _OPTIONAL["act_scale"], ((1,), ""))[0]
+            expected[stem + WEIGHT_SCALE] = ((n,) if group_size == -1 else (n, group_count(k, group_size)), "F32")
+            scale = self._stored.get(stem + _OPTIONAL["act_scale"])
+            calls = (1,) if scale is None else scale.shape
             optional = {"act_scale": (calls, "F32"), "act_zero_point": (calls, "I32")}
             optional |= {"input_scale": ((shape[1],), "F32"), "bias": ((n,), "F32")}
-            for field, form in optional.items():
-                if stem + _OPTIONAL[field] in self._form:
-                    expected[stem + _OPTIONAL[field]] = form
-        where = ", ".join(dict.fromkeys(self._file_of.values()))
+            own = {stem + _OPTIONAL[field]: form for field, form in optional.items()}
+            expected.update({key: form for key, form in own.items() if key in self._stored})
         for key, (shape, dtype) in expected.items():
-            if key not in self._form:
-                raise ValueError(f"{where}: the key {key!r} is missing, which the model of config.json has; {_ADVICE}")
-            found_shape, found_dtype = self._form[key]
-            if found_shape != shape or (dtype is not None and found_dtype != dtype):
+            found = self._stored.get(key)
+            if found is None:
+                files = ", ".join(dict.fromkeys(stored.file for stored in self._stored.values()))
+                raise ValueError(f"{files}: the key {key!r} is missing, which the model of config.json has; {_ADVICE}")
+            if found.shape != shape or dtype not in (None, found.dtype):
                 raise ValueError(
-                    f"{self._file_of[key]}: {key!r} is {found_dtype} {list(found_shape)}, but config.json (weight_bits="
+                    f"{found.file}: {key!r} is {found.dtype} {list(found.shape)}, but config.json (weight_bits="
                     f"{weight_bits}, group_size={None if group_size == -1 else group_size}) asks for "
-                    f"{dtype or found_dtype} {list(shape)}; {_ADVICE}"
+                    f"{dtype or found.dtype} {list(shape)}; {_ADVICE}"
                 )
-        for key, file in self._file_of.items():
+        for key, stored in self._stored.items():
             if key not in expected:
-                raise ValueError(f"{file}: the key {key!r} is not known to the model of config.json; {_ADVICE}")
+                raise ValueError(f"{stored.file}: the key {key!r} is not known to the model of config.json; {_ADVICE}")
         self._shapes, self._weight_bits, self._group_size = shapes, weight_bits, group_size
 
     def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,18 +159,18 @@ class Checkpoint:
         """
         state_dict = {}
         for key, tensor in tensors.items():
-            found = crc32(tensor.contiguous())
-            if found != self._crc32[key]:
+            found, stored = crc32(tensor.contiguous()), self._stored[key]
+            if found != stored.crc32:
                 raise ValueError(
-                    f"{self._file_of[key]}: {key!r} is damaged: the CRC-32 of its bytes is {found:08x}, that of what "
-                    f"was saved is {self._crc32[key]:08x}; {_ADVICE}"
+                    f"{stored.file}: {key!r} is damaged: the CRC-32 of its bytes is {found:08x}, that of what was "
+                    f"saved is {stored.crc32:08x}; {_ADVICE}"
                 )
             stem = next((key.removesuffix(suffix) for suffix in _OF_LAYER if key.endswith(suffix)), None)
-            if stem is None or stem + WEIGHT_PACKED not in self._form:
+            if stem is None or stem + WEIGHT_PACKED not in self._stored:
                 state_dict[key] = tensor
                 continue
             self._waiting[key] = tensor
-            parts = [stem + suffix for suffix in _OF_LAYER if stem + suffix in self._form]
+            parts = [stem + suffix for suffix in _OF_LAYER if stem + suffix in self._stored]
             if all(part in self._waiting for part in parts):
                 state_dict[stem + WEIGHT] = self._decode_layer(stem, {part: self._waiting.pop(part) for part in parts})
         return state_dict
@@ -180,7 +178,7 @@ class Checkpoint:
     def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
         """Puts the layer into `layers`; the weight that its codes stand for."""
         shape = tuple(self._shapes[path + WEIGHT])
-        codes = unpack(parts[path + WEIGHT_PACKED], self._weight_bits, torch.Size(shape[1:]).numel())
+        codes = unpack(parts[path + WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
         weight = QuantizedWeight(codes, parts[path + WEIGHT_SCALE], self._weight_bits, self._group_size)
         optional = {field: parts.get(path + suffix) for field, suffix in _OPTIONAL.items()}
         layer = self.layers[path] = CalibratedLayer(weight, **optional)
@@ -193,10 +191,8 @@ class Checkpoint:
         try:
             with safe_open(file, framework="pt") as header:
                 metadata = header.metadata() or {}
-                for key in header.keys():  # noqa: SIM118 (the file is no mapping)
-                    part = header.get_slice(key)
-                    self._form[key] = (tuple(part.get_shape()), part.get_dtype())
-                    self._file_of[key] = file
+                parts = {key: header.get_slice(key) for key in header.keys()}  # noqa: SIM118 (it is no mapping)
+                forms = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: cannot be read as safetensors ({error}); {_ADVICE}") from error
         version, layout = metadata.get(FORMAT), metadata.get(LAYOUT)
@@ -211,12 +207,11 @@ class Checkpoint:
                 f"{FORMAT_VERSION!r} and {KPACK_V1!r}; take the version that wrote it, or save the model again"
             )
         try:
-            sums = json.loads(metadata[CRC32])
-            share_inputs = json.loads(metadata[SHARE_INPUTS])
+            sums, share_inputs = json.loads(metadata[CRC32]), json.loads(metadata[SHARE_INPUTS])
         except (KeyError, ValueError) as error:
             raise ValueError(f"{file}: {CRC32!r} or {SHARE_INPUTS!r} in the metadata is damaged; {_ADVICE}") from error
-        for key in (key for key, at in self._file_of.items() if at == file):
+        for key, (shape, dtype) in forms.items():
             if not isinstance(sums, dict) or not isinstance(sums.get(key), int):
                 raise ValueError(f"{file}: {CRC32!r} in the metadata has no sum of {key!r}; {_ADVICE}")
-            self._crc32[key] = sums[key]
+            self._stored[key] = _Stored(file, shape, dtype, sums[key])
         self.share_inputs = bool(share_inputs)

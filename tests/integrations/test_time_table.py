@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import modiff_kernels as mk
-from modiff_kernels.integrations.timesteps import HostTimesteps
+from modiff_kernels.integrations.forward import HostTimesteps
 from modiff_kernels.nn.cache import MOST_ENTRIES, ROWS
 from tests.unets import assert_equal, conditions_of, noise, unet2d, unet2d_condition
 
