@@ -71,6 +71,10 @@ def why_not(problem: Any) -> str | None:
         return f"K = {problem.k}: int32 sums may overflow above {_MAX_K}"
     if problem.granularity == "per_token" and not problem.is_pointwise:
         return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
+    if problem.window is not None:
+        kernel_size, _, padding, dilation, _ = problem.window
+        if any(p > (k - 1) * d for k, p, d in zip(kernel_size, padding, dilation)):
+            return f"padding {padding} exceeds the window: oneDNN sums windows that lie wholly outside wrongly"
     return None
 
 

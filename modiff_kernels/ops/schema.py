@@ -106,6 +106,7 @@ def product(
 
         sum = scale[row] * sum_g weight_scale[col, g] * sum_{k in g} (codes[row, k] - zero_point[row]) * weight_q[col,k]
         with y_hat:   y_hat = float32(y_hat) + sum, rounded to y_hat's dtype          out = y_hat + skip, in out_dtype
+                                        (cpu adds skip before it rounds y_hat: one rounding less, in 16-bit states)
         without:                                                      out = sum + bias[col] + skip, in out_dtype
 
     The integer sums are exact. Padding stands for x = 0, code = zero_point.
@@ -155,17 +156,24 @@ def modulate(
     Not an op of torch but the composition of two, which a backend may have in one piece for some problems. Arguments as
     for the two; x_hat and y_hat are **mutated**. Returns out, the scales used, and absmax.
     """
-    if torch_must_see(h):
-        codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, backend)
-        out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, backend)
-        return out, used, absmax
     args = (h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out)
-    return modulate_kernel(*args, backend)(*args)
+    return _both_ops(*args, backend) if torch_must_see(h) else modulate_kernel(*args, backend)(*args)
 
 
 def modulate_kernel(*args):  # type: ignore[no-untyped-def]
     """`modulate` for arguments of these formats, without checks and without `backend`; see `Op.kernel_for`."""
-    return dispatch.select(check.modulate(*args[:-1]), args[-1]).fn
+    problem = check.modulate(*args[:-1])
+    return _both_ops if problem.device_type == "meta" else dispatch.select(problem, args[-1]).fn
+
+
+def _both_ops(
+    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
+    backend="auto",
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """`modulate` as its two ops."""
+    codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, backend)
+    out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, backend)
+    return out, used, absmax
 
 
 @declare(check.attention)

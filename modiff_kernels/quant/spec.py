@@ -53,7 +53,8 @@ def check_group_size(where: str, group_size: int) -> None:
     """Raise ValueError unless `group_size` is -1 (one scale per output channel) or a positive number of elements along
     K.
     """
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+    is_integer = hasattr(group_size, "__index__") and not isinstance(group_size, bool)  # symbolic ones while it compiles
+    if not is_integer or (group_size != -1 and group_size < 1):
         raise ValueError(
             f"{where}: group_size={group_size!r} is not allowed; give -1 (one scale per output channel) or a positive "
             f"number of elements along K"
