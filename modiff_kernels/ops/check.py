@@ -34,35 +34,21 @@ def quantize(
     check_bits(op, "bits", bits)
     check_granularity(op, granularity)
     if not (isfinite(clip_ratio) and clip_ratio > 0):
-        raise ValueError(
-            f"{op}: clip_ratio={clip_ratio!r} is not allowed; give a finite number above 0 (1 clips nothing)"
-        )
-    if x_hat is None:
-        if granularity == "per_block":
-            raise ValueError(f"{op}: granularity='per_block' is for residuals only; choose 'per_sample'")
-        if scale is not None:
-            raise ValueError(f"{op}: a scale is for residuals only; without x_hat leave it None (dynamic)")
-    else:
-        _require_float(op, x_hat=x_hat)
-        _require_device(op, h, x_hat=x_hat, scale=scale)
+        raise ValueError(f"{op}: clip_ratio={clip_ratio!r} is not allowed; give a finite number above 0 (1 clips none)")
+    if x_hat is not None:
+        _require_tensors(op, h, FLOAT_DTYPES, x_hat=x_hat)
         _require_shape(op, "x_hat", x_hat, shape, image)
+    elif scale is not None:
+        raise ValueError(f"{op}: a scale is for residuals only; without x_hat leave it None (dynamic)")
+    elif granularity == "per_block":
+        raise ValueError(f"{op}: granularity='per_block' is for residuals only; choose 'per_sample'")
     if scale is not None:
         if granularity == "per_block":
             raise ValueError(f"{op}: granularity='per_block' finds its scales itself; leave scale None (dynamic)")
-        count = granule_count(shape, granularity, image)
-        _require_scale(op, scale, (count, 1), f"granularity {granularity}, or one scale for all")
-    return _problem(
-        op,
-        h,
-        dtype=h.dtype,
-        state_dtype=None if x_hat is None else x_hat.dtype,
-        m=row_count(shape, image),
-        k=shape[1] if image else shape[-1],
-        act_bits=bits,
-        granularity=granularity,
-        prologue=prologue.kind,
-        scale_given=scale is not None,
-    )
+        lengths = granule_count(shape, granularity, image), 1
+        _require_scale(op, h, scale, lengths, f"granularity {granularity}, or one scale for all")
+    problem = _problem(op, h, h.dtype, x_hat, m=row_count(shape, image), k=shape[1 if image else -1], act_bits=bits)
+    return replace(problem, granularity=granularity, prologue=prologue.kind, scale_given=scale is not None)
 
 
 def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[int], bool]:
@@ -70,13 +56,12 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     kind, gamma, beta, shift, num_groups, eps, _ = prologue
     if kind not in PROLOGUES:
         raise ValueError(f"{op}: prologue {kind!r} is not known; choose one of {', '.join(map(repr, PROLOGUES))}")
-    _require_float(op, h=h, shift=shift, gamma=gamma, beta=beta)
-    _require_device(op, h, shift=shift, gamma=gamma, beta=beta)
+    _require_tensors(op, h, FLOAT_DTYPES, h=h, shift=shift, gamma=gamma, beta=beta)
     image = h.ndim == 4 and kind in ("identity", "group_norm")
     if kind == "group_norm" and h.ndim not in (3, 4):
         raise ValueError(f"{op}: h has {_text(h)}; expected an image [N, C, H, W] or tokens [N, L, C]")
     _require_activation(op, "h", h, image)
-    channels = h.shape[1] if image else h.shape[-1]
+    channels = h.shape[1 if image else -1]
     if kind == "geglu":
         if channels % 2 != 0:
             raise ValueError(f"{op}: h has {_text(h)}; expected [..., 2K]: values first, gates second")
@@ -111,20 +96,19 @@ def product(
     """Of `ops.product`."""
     op = "product"
     _require_activation(op, "codes", codes, window is not None)
-    _require_dtype(op, "codes", codes, torch.int8)
-    _require_device(op, codes, scale=scale, zero_point=zero_point, bias=bias)
+    _require_tensors(op, codes, torch.int8, codes=codes)
     problem = _product(op, codes, weight, y_hat, skip, window, out_dtype, write_out)
-    if zero_point is not None:
-        _require_dtype(op, "zero_point", zero_point, torch.int32)
-        _require_vector(op, "zero_point", zero_point, scale.shape[0])
-    _require_float(op, bias=bias)
+    granularity = _granularity_of(op, codes, scale, window is not None)
+    _require_tensors(op, codes, torch.int32, zero_point=zero_point)
+    _require_vector(op, "zero_point", zero_point, scale.shape[0])
+    _require_tensors(op, codes, FLOAT_DTYPES, bias=bias)
     _require_vector(op, "bias", bias, problem.n)
     if y_hat is not None and (bias is not None or zero_point is not None):
         raise ValueError(
             f"{op}: {'bias' if bias is not None else 'zero_point'} does not go with y_hat, which holds the bias from "
             "the beginning of a run and takes symmetric codes; leave it None"
         )
-    return replace(problem, granularity=_granularity_of(op, codes, scale, window is not None))
+    return replace(problem, granularity=granularity)
 
 
 def modulate(
@@ -144,15 +128,11 @@ def modulate(
 ) -> Problem:
     """Of `ops.modulate`."""
     op = "modulate"
-    quantized = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
+    quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
     _require_activation(op, "x_hat", x_hat, window is not None)
     problem = _product(op, x_hat, weight, y_hat, skip, window, out_dtype, write_out)
     return replace(
-        problem,
-        act_bits=bits,
-        granularity=granularity,
-        prologue=quantized.prologue,
-        scale_given=scale is not None,
+        problem, act_bits=bits, granularity=granularity, prologue=prologue.kind, scale_given=scale is not None
     )
 
 
@@ -168,11 +148,10 @@ def _product(
 ) -> Problem:
     """The product of a tensor like `x`, an image where there is a window; checks all but `x` and its scales."""
     image = window is not None
-    _require_device(op, x, weight=weight.packed, weight_scale=weight.scale, y_hat=y_hat, skip=skip)
     if window is not None:
         _require_window(op, window, x)
-    k = summed(x.shape[1 if image else -1], window)
-    n = _checked_weight(op, weight, k)
+    k, n = summed(x.shape[1 if image else -1], window), weight.n
+    _require_weight(op, x, weight, k)
     shape: Sequence[int] = (*x.shape[:-1], n)
     if window is not None:
         shape = window.output_shape(x.shape, n)
@@ -181,68 +160,49 @@ def _product(
         if n % window.groups != 0:
             raise ValueError(f"{op}: groups={window.groups} does not divide the {n} output channels")
     if out_dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{op}: out_dtype={out_dtype} is not allowed; choose torch.float32, torch.float16 or torch.bfloat16"
-        )
+        raise TypeError(f"{op}: out_dtype={out_dtype} is not allowed; choose {', '.join(map(str, FLOAT_DTYPES))}")
     if y_hat is not None:
-        _require_float(op, y_hat=y_hat)
+        _require_tensors(op, x, FLOAT_DTYPES, y_hat=y_hat)
         _require_shape(op, "y_hat", y_hat, shape, image)
     elif not write_out:
         raise ValueError(f"{op}: write_out=False leaves nothing without y_hat; give y_hat, or write_out=True")
     if skip is not None:
-        _require_dtype(op, "skip", skip, out_dtype)
+        _require_tensors(op, x, out_dtype, skip=skip)
         _require_shape(op, "skip", skip, shape, image)
-    return _problem(
-        op,
-        x,
-        dtype=out_dtype,
-        state_dtype=None if y_hat is None else y_hat.dtype,
-        m=row_count(shape, image),
-        n=n,
-        k=k,
-        window=window,
-        weight_bits=weight.bits,
-        group_size=weight.group_size,
-        layout=weight.layout,
-    )
+    problem = _problem(op, x, out_dtype, y_hat, m=row_count(shape, image), n=n, k=k, window=window)
+    return replace(problem, weight_bits=weight.bits, group_size=weight.group_size, layout=weight.layout)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Problem:
     """Of `ops.attention`."""
     op = "attention"
-    _require_float(op, q=q)
-    _require_device(op, q, k=k, v=v)
+    _require_tensors(op, q, FLOAT_DTYPES, q=q)
+    _require_tensors(op, q, q.dtype, k=k, v=v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.ndim != 3 or t.stride(-1) != 1:
             raise ValueError(f"{op}: {name} has {_text(t)}; expected [N, tokens, heads * width] with contiguous rows")
         _require_elements(op, name, t)
-        _require_dtype(op, name, t, q.dtype)
     samples, tokens, channels = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[2]) != (samples, channels):
-        raise ValueError(
-            f"{op}: k has {_text(k)} and v {_text(v)}; for q {tuple(q.shape)} both must be "
-            f"[{samples}, tokens, {channels}]"
-        )
+        must = f"for q {tuple(q.shape)} both must be [{samples}, tokens, {channels}]"
+        raise ValueError(f"{op}: k has {_text(k)} and v {_text(v)}; {must}")
     if heads < 1 or channels % heads != 0:
         raise ValueError(f"{op}: heads={heads} does not divide the {channels} columns of q")
     if not isfinite(score_scale):
-        raise ValueError(
-            f"{op}: score_scale={score_scale!r} is not allowed; give a finite number, usually width ** -0.5"
-        )
-    return _problem(op, q, dtype=q.dtype, m=samples * tokens, n=k.shape[1], k=channels // heads)
+        raise ValueError(f"{op}: score_scale={score_scale!r} is not allowed; give a finite number, as width ** -0.5")
+    return _problem(op, q, q.dtype, m=samples * tokens, n=k.shape[1], k=channels // heads)
 
 
 def pack_weight(weight_q: Tensor, weight_bits: int) -> Problem:
     """Of `ops.pack_weight`."""
     op = "pack_weight"
     check_bits(op, "weight_bits", weight_bits)
-    _require_dtype(op, "weight_q", weight_q, torch.int8)
+    _require_tensors(op, weight_q, torch.int8, weight_q=weight_q)
     if weight_q.ndim != 2:
         raise ValueError(
             f"{op}: weight_q has {_text(weight_q)}; expected [N, K], for a convolution K in (r, s, c) order"
         )
-    n, k = weight_q.shape
-    return _problem(op, weight_q, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
+    return _packing(op, weight_q, weight_bits, *weight_q.shape)
 
 
 def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Problem:
@@ -250,34 +210,39 @@ def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Pr
     op = "unpack_weight"
     check_bits(op, "weight_bits", weight_bits)
     _require_kpack_v1(op, weight_packed, weight_bits, n, k)
-    return _problem(op, weight_packed, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
+    return _packing(op, weight_packed, weight_bits, n, k)
 
 
-def _problem(op: str, x: Tensor, **fields: Any) -> Problem:
-    return Problem(op=op, device_type=x.device.type, capability=capability(x.device), **fields)
+def _problem(op: str, x: Tensor, dtype: torch.dtype | None, state: Tensor | None = None, **fields: Any) -> Problem:
+    state_dtype = None if state is None else state.dtype
+    return Problem(op, x.device.type, capability(x.device), dtype, state_dtype, **fields)
+
+
+def _packing(op: str, x: Tensor, bits: int, n: int, k: int) -> Problem:
+    return _problem(op, x, None, n=n, k=k, weight_bits=bits, layout=KPACK_V1)
 
 
 def _text(t: Tensor) -> str:
     return f"shape {tuple(t.shape)}, {t.dtype}, strides {t.stride()}"
 
 
-def _require_float(op: str, **tensors: Tensor | None) -> None:
+def _require_tensors(
+    op: str, x: Tensor, dtypes: torch.dtype | tuple[torch.dtype, ...], **tensors: Tensor | None
+) -> None:
+    """Of this dtype or one of these, on x's device."""
     for name, t in tensors.items():
-        if t is not None and t.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{op}: {name} is {t.dtype}; allowed are float32, float16 and bfloat16; convert it with .to(...)"
-            )
+        if t is None:
+            continue
+        if t.dtype is not dtypes and dtypes is not FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} is {t.dtype}; it must be {dtypes}")
+        if dtypes is FLOAT_DTYPES and t.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} is {t.dtype}; allowed are float32, float16 and bfloat16; convert it")
+        _require_device(op, x, name, t)
 
 
-def _require_dtype(op: str, name: str, t: Tensor, dtype: torch.dtype) -> None:
-    if t.dtype != dtype:
-        raise TypeError(f"{op}: {name} is {t.dtype}; it must be {dtype}")
-
-
-def _require_device(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, the first argument on {x.device}; move all to one device")
+def _require_device(op: str, x: Tensor, name: str, t: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, the first argument on {x.device}; move all to one device")
 
 
 def _require_elements(op: str, name: str, t: Tensor) -> None:
@@ -286,25 +251,21 @@ def _require_elements(op: str, name: str, t: Tensor) -> None:
 
 
 def _require_activation(op: str, name: str, t: Tensor, image: bool) -> None:
-    if not image:
-        if t.ndim not in (2, 3):
-            raise ValueError(
-                f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); expected [M, K] or [N, L, K]: flatten it first "
-                "(4-D tensors are images)"
-            )
-        if not t.is_contiguous():
-            raise ValueError(f"{op}: {name} is not contiguous ({_text(t)}); call .contiguous() first")
-    else:
+    if image:
         if t.ndim != 4:
             raise ValueError(f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); expected an image [N, C, H, W]")
         _, c, h, w = t.shape
         # The strides as well: while it compiles for any size, torch 2.11 does not know the format of what was computed.
         if not t.is_contiguous(memory_format=torch.channels_last) and t.stride() != (c * h * w, 1, c * w, c):
             raise ValueError(
-                f"{op}: {name} is not channels_last ({_text(t)}); convert it with "
-                ".to(memory_format=torch.channels_last). 4-D tensors are images; flatten the input of a Linear to "
-                "[N, L, K]"
+                f"{op}: {name} is not channels_last ({_text(t)}); convert it with .to(memory_format=torch.channels_last"
+                "), or, if it is no image but the input of a Linear, flatten it to [N, L, K]"
             )
+    elif t.ndim not in (2, 3):
+        expected = "expected [M, K] or [N, L, K]: flatten it first (4-D tensors are images)"
+        raise ValueError(f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); {expected}")
+    elif not t.is_contiguous():
+        raise ValueError(f"{op}: {name} is not contiguous ({_text(t)}); call .contiguous() first")
     _require_elements(op, name, t)
 
 
@@ -319,11 +280,27 @@ def _require_vector(op: str, name: str, t: Tensor | None, length: int) -> None:
         raise ValueError(f"{op}: {name} has {_text(t)}; it must be a contiguous vector of length {length}")
 
 
-def _require_scale(op: str, scale: Tensor, lengths: Sequence[int], meaning: str) -> None:
-    _require_dtype(op, "scale", scale, torch.float32)
+def _require_scale(op: str, x: Tensor, scale: Tensor, lengths: Sequence[int], meaning: str) -> None:
+    _require_tensors(op, x, torch.float32, scale=scale)
     if scale.ndim != 1 or not scale.is_contiguous() or scale.shape[0] not in lengths:
         wanted = " or ".join(str(length) for length in dict.fromkeys(lengths))
         raise ValueError(f"{op}: scale has {_text(scale)}; it must be 1-D of length {wanted} ({meaning})")
+
+
+def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:
+    """The granularity that the number of scales means."""
+    samples, rows = codes.shape[0], row_count(codes.shape, image)
+    if image:
+        _require_scale(op, codes, scale, (1, samples, rows), "one for all, one per image, one per pixel")
+    else:
+        _require_tensors(op, codes, torch.float32, scale=scale)
+        if scale.ndim != 1 or scale.shape[0] < 1 or rows % scale.shape[0] != 0 or not scale.is_contiguous():
+            must = f"its length divide the {rows} rows of codes (one for all, one per sample, one per row)"
+            raise ValueError(f"{op}: scale has {_text(scale)}; it must be 1-D and {must}")
+    count = scale.shape[0]
+    if count == 1:
+        return "per_tensor"
+    return "per_token" if count == rows and count != samples else "per_sample"
 
 
 def _require_window(op: str, window: Window, codes: Tensor) -> None:
@@ -334,46 +311,25 @@ def _require_window(op: str, window: Window, codes: Tensor) -> None:
         raise ValueError(f"{op}: groups={window.groups} does not divide the {codes.shape[1]} input channels")
 
 
+def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
+    """A weight whose rows hold `k` codes."""
+    packed, scale, bits, group_size, layout = weight
+    check_bits(op, "weight.bits", bits)
+    check_group_size(op, group_size)
+    _require_device(op, x, "weight.packed", packed)
+    _require_tensors(op, x, torch.float32, weight_scale=scale)
+    columns = () if group_size == -1 else (group_count(k, group_size),)
+    if scale.ndim != 1 + len(columns) or tuple(scale.shape[1:]) != columns or not scale.is_contiguous():
+        needs = f"group_size={group_size} with k={k} needs a contiguous [{', '.join(['N', *map(str, columns)])}]"
+        raise ValueError(f"{op}: weight.scale has {_text(scale)}; {needs}")
+    if layout == KPACK_V1:
+        _require_kpack_v1(op, packed, bits, weight.n, k)
+
+
 def _require_kpack_v1(op: str, packed: Tensor, bits: int, n: int, k: int) -> None:
     shape, dtype = (n, packed_width(bits, k)), packed_dtype(bits)
     if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
         raise ValueError(
             f"{op}: the packed weight has {_text(packed)}; {KPACK_V1} with {bits} bits, n={n}, k={k} needs a "
-            f"contiguous {dtype} {shape}; make it with pack_weight (k: input features, of a convolution "
-            "r * s * c_in / groups)"
+            f"contiguous {dtype} {shape}; make it with pack_weight (k: inputs, of a convolution r * s * c_in / groups)"
         )
-
-
-def _checked_weight(op: str, weight: PackedWeight, k: int) -> int:
-    """Output channels of a packed weight whose rows hold `k` codes."""
-    check_bits(op, "weight.bits", weight.bits)
-    check_group_size(op, weight.group_size)
-    _require_dtype(op, "weight.scale", weight.scale, torch.float32)
-    columns = [] if weight.group_size == -1 else [group_count(k, weight.group_size)]
-    scale = weight.scale
-    if scale.ndim != 1 + len(columns) or list(scale.shape[1:]) != columns or not scale.is_contiguous():
-        raise ValueError(
-            f"{op}: weight.scale has {_text(scale)}; group_size={weight.group_size} with k={k} needs a contiguous "
-            f"[{', '.join(['N', *map(str, columns)])}]"
-        )
-    if weight.layout == KPACK_V1:
-        _require_kpack_v1(op, weight.packed, weight.bits, weight.n, k)
-    return weight.n
-
-
-def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:
-    """The granularity that the number of scales means."""
-    samples, rows = codes.shape[0], row_count(codes.shape, image)
-    if image:
-        _require_scale(op, scale, (1, samples, rows), "one for all, one per image, one per pixel")
-    else:
-        _require_dtype(op, "scale", scale, torch.float32)
-        if scale.ndim != 1 or scale.shape[0] < 1 or rows % scale.shape[0] != 0 or not scale.is_contiguous():
-            raise ValueError(
-                f"{op}: scale has {_text(scale)}; it must be 1-D and its length divide the {rows} rows of codes (one "
-                "for all, one per sample, one per row)"
-            )
-    count = scale.shape[0]
-    if count == 1:
-        return "per_tensor"
-    return "per_token" if count == rows and count != samples else "per_sample"

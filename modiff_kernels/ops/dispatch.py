@@ -8,7 +8,7 @@ fails to load stays in the table with its reason.
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
 logger = logging.getLogger("modiff_kernels")
+Rejected = tuple[tuple[str, str], ...]
+"""Backends and why they were not taken."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -36,13 +38,13 @@ class BackendUnavailable(RuntimeError):
 
 
 class Selection(NamedTuple):
-    """The chosen backend, its function, (backend, reason) of those that were asked before it, and whether compiled
-    code can call what the function is made of.
+    """The chosen backend, its function, those that were asked before it, and whether compiled code can call what the
+    function is made of.
     """
 
     backend: str
     fn: Callable[..., Any]
-    rejected: tuple[tuple[str, str], ...]
+    rejected: Rejected
     traceable: bool
 
 
@@ -83,9 +85,7 @@ def load(name: str) -> Any:
 def why_unavailable(name: str) -> str | None:
     """Why backend `name` cannot run on this machine at all, None if it can."""
     module = load(name)
-    if isinstance(module, str):
-        return module
-    return module.unavailable() if hasattr(module, "unavailable") else None
+    return module if isinstance(module, str) else getattr(module, "unavailable", lambda: None)()
 
 
 def torch_must_see(tensor: Any) -> bool:
@@ -102,23 +102,22 @@ def why_not(problem: Problem, name: str) -> str | None:
     """Why backend `name` cannot solve `problem`, None if it can."""
     if not runs_on(name, problem.device_type):
         return f"it does not run on {problem.device_type}"
-    reason = why_unavailable(name)
-    if reason is not None:
+    if (reason := why_unavailable(name)) is not None:
         return reason
     module = load(name)
     if problem.op == "modulate":
-        return module.why_not(_quantize_part(problem)) or module.why_not(_product_part(problem))
+        quantize, product = _parts(problem)
+        return module.why_not(quantize) or module.why_not(product)
     return module.why_not(problem) if hasattr(module, problem.op) else f"it has no {problem.op}"
 
 
-def _quantize_part(problem: Problem) -> Problem:
-    rows = problem.m if problem.window is None else problem.m * problem.window.stride[0] * problem.window.stride[1]
-    return replace(problem, op="quantize", m=rows, n=0, k=problem.channels, window=None, weight_bits=None, layout=None)
-
-
-def _product_part(problem: Problem) -> Problem:
-    granularity = "per_sample" if problem.granularity == "per_block" else problem.granularity
-    return replace(problem, op="product", granularity=granularity, act_bits=None, prologue=None, scale_given=False)
+def _parts(whole: Problem) -> tuple[Problem, Problem]:
+    """The problems of both ops of a "modulate"."""
+    rows = whole.m if whole.window is None else whole.m * whole.window.stride[0] * whole.window.stride[1]
+    quantize = replace(whole, op="quantize", m=rows, n=0, k=whole.channels, window=None, weight_bits=None, layout=None)
+    granularity = "per_sample" if whole.granularity == "per_block" else whole.granularity
+    product = replace(whole, op="product", granularity=granularity, act_bits=None, prologue=None, scale_given=False)
+    return quantize, product
 
 
 @cache
@@ -128,7 +127,7 @@ def _composed(name: str) -> Callable[..., Any]:
 
     def modulate(
         h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
-    ):  # type: ignore[no-untyped-def]
+    ):
         codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
         out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
         return out, used, absmax
@@ -138,10 +137,9 @@ def _composed(name: str) -> Callable[..., Any]:
 
 def _function(problem: Problem, name: str) -> Callable[..., Any]:
     module = load(name)
-    if problem.op != "modulate":
-        return getattr(module, problem.op)
-    fused = hasattr(module, "modulate") and module.why_not(problem) is None
-    return module.modulate if fused else _composed(name)
+    if problem.op == "modulate" and not (hasattr(module, "modulate") and module.why_not(problem) is None):
+        return _composed(name)
+    return getattr(module, problem.op)
 
 
 def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
@@ -150,63 +148,56 @@ def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
     forced = forced_backend()
     if forced is not None and backend not in (AUTO, forced):
         raise BackendUnavailable(
-            f"backend={backend!r} was asked for, but MODIFF_BACKEND={forced} forces another for the whole run; unset "
-            f"MODIFF_BACKEND or pass backend='auto'"
+            f"backend={backend!r} was asked for, but MODIFF_BACKEND={forced} forces another; unset it or pass 'auto'"
         )
     demanded = forced or backend
-    if demanded != AUTO:
-        return (demanded,)
-    return tuple(name for name in BACKENDS if runs_on(name, device_type))
+    return (demanded,) if demanded != AUTO else tuple(name for name in BACKENDS if runs_on(name, device_type))
 
 
 @cache
 def select(problem: Problem, backend: str = AUTO) -> Selection:
     """The backend for `problem`. Raises BackendUnavailable with every reason if none, or not the demanded one, fits."""
-    rejected: list[tuple[str, str]] = []
     names = candidates(problem.device_type, backend)
     if problem.op in REFERENCE_OPS and backend == AUTO and REFERENCE not in names:
         names += (REFERENCE,)  # MODIFF_BACKEND chooses the kernels; nobody means these with it
+    rejected: Rejected = ()
     for name in names:
         reason = why_not(problem, name)
         if reason is None:
             if name == REFERENCE and problem.op not in REFERENCE_OPS and (forced_backend() or backend) == AUTO:
-                _warn_slow(problem.op, tuple(rejected))
-            return Selection(name, _function(problem, name), tuple(rejected), getattr(load(name), "TRACEABLE", False))
-        rejected.append((name, reason))
-    raise _nothing_fits(problem, backend, rejected)
+                _warn_slow(problem.op, rejected)
+            return Selection(name, _function(problem, name), rejected, getattr(load(name), "TRACEABLE", False))
+        rejected += ((name, reason),)
+    raise BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {_text(rejected)}")
 
 
-def _nothing_fits(problem: Problem, backend: str, rejected: Sequence[tuple[str, str]]) -> BackendUnavailable:
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected)
-    return BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {reasons}")
+def _text(rejected: Rejected) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in rejected)
 
 
 @cache
-def _warn_slow(op: str, rejected: tuple[tuple[str, str], ...]) -> None:
+def _warn_slow(op: str, rejected: Rejected) -> None:
     for name, reason in rejected:
         logger.warning("%s runs on the slow backend 'reference', not on '%s': %s", op, name, reason)
 
 
 def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
     """The layout that the backend for `problem` likes best; `problem.layout` is ignored. Raises like `select`."""
-    rejected: list[tuple[str, str]] = []
     for name in candidates(problem.device_type, backend):
-        reason = why_unavailable(name)
-        if reason is None:
-            module = load(name)
-            layout: str = module.preferred_layout(problem) if hasattr(module, "preferred_layout") else KPACK_V1
-            reason = why_not(replace(problem, layout=layout), name)
-            if reason is None:
-                return layout
-        rejected.append((name, reason))
-    raise _nothing_fits(problem, backend, rejected)
+        if why_unavailable(name) is None:
+            likes = getattr(load(name), "preferred_layout", lambda problem: KPACK_V1)
+            in_its_layout = replace(problem, layout=likes(problem))
+            if why_not(in_its_layout, name) is None:
+                return str(in_its_layout.layout)
+    select(replace(problem, layout=KPACK_V1), backend)  # has the reasons
+    return KPACK_V1
 
 
 def prepare_weight(
     weight: PackedWeight, k: int, window: Window | None, layout: str, backend: str = AUTO
 ) -> PackedWeight:
     """`weight` in `layout`, by the first backend that makes it; ValueError with every reason if none does."""
-    reasons = []
+    rejected: Rejected = ()
     for name in candidates(weight.packed.device.type, backend):
         reason = why_unavailable(name)
         if reason is None:
@@ -216,20 +207,17 @@ def prepare_weight(
                 reason = f"it reads weights in layout {KPACK_V1!r} alone"
             except ValueError as error:
                 reason = str(error)
-        reasons.append(f"{name}: {reason}")
-    raise ValueError(f"no backend makes the weight layout {layout!r} of {weight.layout!r}: {'; '.join(reasons)}")
+        rejected += ((name, reason),)
+    raise ValueError(f"no backend makes the weight layout {layout!r} of {weight.layout!r}: {_text(rejected)}")
 
 
 def table() -> list[Row]:
     """Every op on every backend with the reason why it is not there."""
-    rows = []
-    for op in OPS:
-        for name in BACKENDS:
-            reason = why_unavailable(name)
-            if reason is None and not hasattr(load(name), op):
-                reason = f"it has no {op}"
-            rows.append(Row(op, name, reason))
-    return rows
+    return [
+        Row(op, name, why_unavailable(name) or (None if hasattr(load(name), op) else f"it has no {op}"))
+        for op in OPS
+        for name in BACKENDS
+    ]
 
 
 def on_reset(forget: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
+from itertools import islice
 from operator import itemgetter
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -63,39 +64,45 @@ class Op(Protocol[P, R]):
         ...
 
 
-class _Spread:
-    """The arguments of an op as torch's schemas can have them: named tuples field by field, a window as integers.
-
-    fn: the declaration, whose last parameter is `backend`.
+class _Arguments:
+    """The arguments of an op: those of its declaration `fn`, by position, and flat, as torch's schemas can have them:
+    named tuples field by field, a window as integers.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        hints = typing.get_type_hints(fn)
+        self.signature = inspect.signature(fn)
+        self.names = tuple(self.signature.parameters)
+        self.defaults = {k: p.default for k, p in self.signature.parameters.items() if p.default is not p.empty}
+        self.hints = typing.get_type_hints(fn)
         self.kinds: list[Any] = []  # of each parameter: a named tuple, Window, or None for what stays as it is
-        self.schema_parameters: list[inspect.Parameter] = []
-        for name in inspect.signature(fn).parameters:
-            kind, fields = None, {name: hints[name]}
-            if hints[name] == Window | None:
-                kind, fields = Window, {name: Sequence[int]}
-            elif hasattr(hints[name], "_fields"):
-                kind = hints[name]
-                fields = {f"{name}_{field}": hint for field, hint in typing.get_type_hints(kind).items()}
-            self.kinds.append(kind)
-            for field, hint in fields.items():
-                hint = typing.Optional[Tensor] if hint == Tensor | None else hint  # noqa: UP045 (what torch knows)
-                self.schema_parameters.append(
-                    inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
-                )
-        self.returns = hints["return"]
+        for hint in map(self.hints.get, self.names):
+            self.kinds.append(Window if hint == Window | None else hint if hasattr(hint, "_fields") else None)
 
     def schema(self, mutates: Sequence[str]) -> str:
         """The schema in torch's notation."""
+        flat: dict[str, Any] = {}
+        for name, kind in zip(self.names, self.kinds):
+            if kind is None or kind is Window:
+                flat[name] = Sequence[int] if kind is Window else self.hints[name]
+            else:
+                flat.update({f"{name}_{field}": hint for field, hint in typing.get_type_hints(kind).items()})
+        parameters = []
+        for name, hint in flat.items():
+            known = typing.Optional[Tensor] if hint == Tensor | None else hint  # noqa: UP045 (what torch knows)
+            parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=known))
 
         def prototype() -> None: ...
 
-        signature = inspect.Signature(self.schema_parameters, return_annotation=self.returns)
+        signature = inspect.Signature(parameters, return_annotation=self.hints["return"])
         prototype.__signature__ = signature  # type: ignore[attr-defined]
         return torch.library.infer_schema(prototype, mutates_args=mutates)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments of a call by position."""
+        rest = self.names[len(args) :]
+        if len(args) > len(self.names) or not kwargs.keys() <= set(rest) <= kwargs.keys() | self.defaults.keys():
+            self.signature.bind(*args, **kwargs)  # raises the usual TypeError
+        return args + tuple([kwargs[key] if key in kwargs else self.defaults[key] for key in rest])
 
     def flat(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments of the declaration as those of the schema."""
@@ -111,32 +118,14 @@ class _Spread:
 
     def nested(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """Arguments of the schema as those of the declaration."""
+        rest = iter(values)
         args: list[Any] = []
-        at = 0
         for kind in self.kinds:
             if kind is None or kind is Window:
-                args.append(values[at] if kind is None else Window.from_ints(values[at]))
-                at += 1
+                args.append(next(rest) if kind is None else Window.from_ints(next(rest)))
             else:
-                args.append(kind(*values[at : at + len(kind._fields)]))
-                at += len(kind._fields)
+                args.append(kind(*islice(rest, len(kind._fields))))
         return tuple(args)
-
-
-def binder(fn: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]]:
-    """A function that gives all arguments of a call of `fn` by position."""
-    signature = inspect.signature(fn)
-    names = tuple(signature.parameters)
-    defaults = {key: p.default for key, p in signature.parameters.items() if p.default is not p.empty}
-
-    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        rest = names[len(args) :]
-        known = all(key in kwargs or key in defaults for key in rest) and all(key in rest for key in kwargs)
-        if len(args) > len(names) or not known:
-            signature.bind(*args, **kwargs)  # raises the usual TypeError
-        return args + tuple([kwargs[key] if key in kwargs else defaults[key] for key in rest])
-
-    return bind
 
 
 def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -151,12 +140,10 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
 
     def register(fn: Callable[P, R]) -> Op[P, R]:
         name = fn.__name__
-        spread = _Spread(fn)
-        _library.define(
-            name + spread.schema(mutates), tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-        )
+        arguments = _Arguments(fn)
+        tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+        _library.define(name + arguments.schema(mutates), tags=tags)
         op = getattr(torch.ops.modiff, name).default
-        bind = binder(fn)
         is_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
         tensors_of = itemgetter(*[i for i, tensor in enumerate(is_tensor) if tensor], 0)
         others_of = itemgetter(*[i for i, tensor in enumerate(is_tensor) if not tensor], -1)
@@ -166,12 +153,10 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
 
         def kernel_for(*args: Any) -> Callable[..., Any]:
             problem = check(*args[:-1])
-            if problem.device_type == "meta":
-                return empty_results
-            return dispatch.select(problem, args[-1]).fn
+            return empty_results if problem.device_type == "meta" else dispatch.select(problem, args[-1]).fn
 
         def execute(args: tuple[Any, ...]) -> Any:
-            flat = spread.flat(args)
+            flat = arguments.flat(args)
             try:
                 formats = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors_of(flat)]
                 others = [tuple(a) if type(a) is list else a for a in others_of(flat)]
@@ -189,29 +174,25 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
             sizes = [size for tensor in tensors_of(flat) if tensor is not None for size in tensor.shape]
             if any(isinstance(size, torch.SymInt) for size in sizes):  # no backend can be chosen for unknown sizes
                 return op(*flat)
-            args = spread.nested(flat)
+            args = arguments.nested(flat)
             selection = dispatch.select(check(*args[:-1]), args[-1])
             return selection.fn(*args[:-1]) if selection.traceable else op(*flat)
 
-        _inlined.append(inlined)
-
         def fake(*flat: Any) -> Any:
-            args = spread.nested(flat)
+            args = arguments.nested(flat)
             check(*args[:-1])
             return empty_results(*args)
 
-        def registered(*flat: Any) -> Any:
-            return execute(spread.nested(flat))
-
-        _library.impl(name, registered, "CPU")
-        _library.impl(name, registered, "CUDA")
+        _inlined.append(inlined)
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, lambda *flat: execute(arguments.nested(flat)), device)
         torch.library.register_fake(f"modiff::{name}", fake, lib=_library)
 
         @functools.wraps(fn)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = bind(args, kwargs)
+            bound = arguments.bind(args, kwargs)
             if torch_must_see(bound[0]):
-                flat = spread.flat(bound)
+                flat = arguments.flat(bound)
                 return inlined(*flat) if _inlining and torch.compiler.is_compiling() else op(*flat)
             return execute(bound)
 

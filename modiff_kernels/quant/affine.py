@@ -104,9 +104,7 @@ def inverse(scale: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
-    """Codes int8 [granules, elements] of `x` float32 [granules, elements]; scale float32, zero_point int32
-    [granules].
-    """
+    """Codes int8 [granules, elements] of x float32 [granules, elements]; scale, zero_point float32, int32 [granules]."""
     codes = torch.round(x * inverse(scale).unsqueeze(-1))
     if zero_point is not None:
         codes += zero_point.unsqueeze(-1)
@@ -142,11 +140,9 @@ def weight_rows(weight: Tensor) -> Tensor:
     """[N, K] from a Linear weight [N, K] or a conv weight [N, C, R, S]; K runs in (r, s, c) order for a conv."""
     if weight.ndim == 4:
         return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    if weight.ndim == 2:
-        return weight
-    raise ValueError(
-        f"weight has shape {tuple(weight.shape)}; expected [N, K] (Linear) or [N, C, R, S] (Conv2d); reshape it first"
-    )
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K] or [N, C, R, S]; reshape it first")
+    return weight
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str = "absmax") -> tuple[Tensor, Tensor]:
@@ -180,8 +176,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str
 
 
 def _smallest_error_scale(blocks: Tensor, full: Tensor, bits: int) -> Tensor:
-    best_scale = full
-    best_error = torch.full_like(full, torch.inf)
+    best_scale, best_error = full, torch.full_like(full, torch.inf)
     for ratio in torch.linspace(1.0, 0.2, 81).tolist():
         scale = torch.clamp_min(full * ratio, MIN_SCALE)
         error = (dequantize(quantize(blocks, scale, bits), scale) - blocks).square().sum(1)
@@ -201,9 +196,7 @@ def expand_weight_scale(weight_scale: Tensor, k: int, group_size: int) -> Tensor
 def dequantize_weight(
     weight_q: Tensor, weight_scale: Tensor, group_size: int = -1, shape: tuple[int, ...] | torch.Size | None = None
 ) -> Tensor:
-    """weight_scale * weight_q, float32 [N, K], or in `shape` [N, C, R, S] when given (the inverse of
-    `quantize_weight`'s order).
-    """
+    """weight_scale * weight_q, float32 [N, K], or in `shape`, that of the weight."""
     rows = weight_q.to(torch.float32) * expand_weight_scale(weight_scale, weight_q.shape[1], group_size)
     return rows if shape is None else rows_to_weight(rows, shape)
 

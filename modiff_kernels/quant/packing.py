@@ -1,5 +1,4 @@
-"""Storage of weight codes. One portable, versioned layout, `kpack_v1`; other layouts belong to the backend that reads
-them.
+"""Storage of weight codes: one portable, versioned layout; others belong to the backend that reads them.
 
 kpack_v1, codes [N, K], every row on its own, K the fast dimension:
 
@@ -19,23 +18,9 @@ from .spec import check_bits, quant_max, quant_min
 KPACK_V1 = "kpack_v1"
 
 
-def check_layout(where: str, layout: str) -> None:
-    """Raise ValueError unless `layout` is the portable layout of this module."""
-    if layout != KPACK_V1:
-        raise ValueError(
-            f"{where}: layout={layout!r} is not known here, only {KPACK_V1!r} is; weights in another layout can be "
-            "read by the "
-            f"backend that made them only"
-        )
-
-
 def packed_width(weight_bits: int, k: int) -> int:
     """Bytes per row of a kpack_v1 weight with `k` codes per row."""
-    if weight_bits == 8:
-        return k
-    if weight_bits == 4:
-        return (k + 1) // 2
-    return (k + 3) // 4 + (k + 7) // 8
+    return {8: k, 4: (k + 1) // 2, 3: (k + 3) // 4 + (k + 7) // 8}[weight_bits]
 
 
 def packed_dtype(weight_bits: int) -> torch.dtype:
@@ -43,28 +28,8 @@ def packed_dtype(weight_bits: int) -> torch.dtype:
     return torch.int8 if weight_bits == 8 else torch.uint8
 
 
-def empty_packed(codes: Tensor, bits: int) -> Tensor:
-    """Storage for `codes` ([..., K], or an image [N, C, H, W], channels_last) with every row, or pixel, in kpack_v1."""
-    if codes.ndim == 4:
-        n, c, h, w = codes.shape
-        shape, memory_format = (n, packed_width(bits, c), h, w), torch.channels_last
-    else:
-        shape, memory_format = (*codes.shape[:-1], packed_width(bits, codes.shape[-1])), torch.contiguous_format
-    return torch.empty(shape, dtype=packed_dtype(bits), device=codes.device, memory_format=memory_format)
-
-
-def pack_channels(codes: Tensor, bits: int) -> Tensor:
-    """`empty_packed`, filled."""
-    packed = empty_packed(codes, bits)
-    rows, bytes_of_rows = (t.movedim(1, -1) if t.ndim == 4 else t for t in (codes, packed))
-    bytes_of_rows.copy_(pack(rows.flatten(0, -2), bits).view(bytes_of_rows.shape))
-    return packed
-
-
 def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
-    """kpack_v1 storage of weight_q int8 [N, K]; a new tensor. Raises ValueError if a code does not fit into
-    `weight_bits`.
-    """
+    """kpack_v1 storage of weight_q int8 [N, K]; a new tensor. Raises ValueError if a code does not fit."""
     check_bits("pack_weight", "weight_bits", weight_bits)
     if weight_q.numel() > 0:
         low, high = (int(bound) for bound in weight_q.aminmax())

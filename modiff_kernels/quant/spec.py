@@ -17,6 +17,7 @@ sample: a code of few bits times its multiplier still fits int8, so an integer p
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, get_args
 
 BITS = (3, 4, 8)
@@ -50,9 +51,7 @@ def check_granularity(where: str, granularity: str) -> None:
 
 
 def check_group_size(where: str, group_size: int) -> None:
-    """Raise ValueError unless `group_size` is -1 (one scale per output channel) or a positive number of elements along
-    K.
-    """
+    """Raise ValueError unless `group_size` is -1 (one scale per output channel) or a positive number."""
     is_integer = hasattr(group_size, "__index__") and not isinstance(group_size, bool)  # symbolic while compiling
     if not is_integer or (group_size != -1 and group_size < 1):
         raise ValueError(
@@ -67,15 +66,8 @@ def group_count(k: int, group_size: int) -> int:
 
 
 def row_count(shape: Sequence[int], image: bool) -> int:
-    """Rows of a Linear input [..., K] (product of all but the last size) or pixels of an image [N, C, H, W] (N * H *
-    W).
-    """
-    if image:
-        return shape[0] * shape[2] * shape[3]
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
+    """Rows of a Linear input [..., K] or pixels of an image [N, C, H, W]."""
+    return shape[0] * shape[2] * shape[3] if image else prod(shape[:-1])
 
 
 def block_count(rows: int, bits: int) -> int:
@@ -88,8 +80,6 @@ def block_count(rows: int, bits: int) -> int:
 
 def granule_count(shape: Sequence[int], granularity: str, image: bool) -> int:
     """Number of scales of a tensor of `shape` at `granularity` (see the table of this module)."""
-    if granularity == "per_tensor":
-        return 1
-    if granularity in ("per_sample", "per_block"):
-        return shape[0]
-    return row_count(shape, image)
+    if granularity == "per_token":
+        return row_count(shape, image)
+    return 1 if granularity == "per_tensor" else shape[0]

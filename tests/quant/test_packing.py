@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from modiff_kernels.quant.packing import KPACK_V1, check_layout, pack, packed_dtype, packed_width, unpack
+from modiff_kernels.quant.packing import pack, packed_dtype, packed_width, unpack
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -88,9 +88,3 @@ def test_other_widths_are_refused(bits):
         pack(torch.zeros(1, 1, dtype=torch.int8), bits)
     with pytest.raises(ValueError, match="choose one of 3, 4, 8"):
         unpack(torch.zeros(1, 1, dtype=torch.uint8), bits, 1)
-
-
-def test_unknown_layout_is_refused():
-    check_layout("here", KPACK_V1)
-    with pytest.raises(ValueError, match="layout='kpack_v2' is not known"):
-        check_layout("here", "kpack_v2")

@@ -15,13 +15,31 @@ from types import ModuleType
 import torch
 
 from modiff_kernels.backends.cuda import library
-from modiff_kernels.quant.packing import empty_packed
+from modiff_kernels.quant.packing import pack, packed_dtype, packed_width
 from modiff_kernels.quant.spec import GRANULARITIES, granule_count
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).parent / "emulator"
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/problem.h
+
+
+def empty_packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Storage for `codes` ([..., K], or an image [N, C, H, W], channels_last) with every row, or pixel, in kpack_v1."""
+    if codes.ndim == 4:
+        n, c, h, w = codes.shape
+        shape, memory_format = (n, packed_width(bits, c), h, w), torch.channels_last
+    else:
+        shape, memory_format = (*codes.shape[:-1], packed_width(bits, codes.shape[-1])), torch.contiguous_format
+    return torch.empty(shape, dtype=packed_dtype(bits), device=codes.device, memory_format=memory_format)
+
+
+def pack_channels(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`empty_packed`, filled."""
+    packed = empty_packed(codes, bits)
+    rows, bytes_of_rows = (t.movedim(1, -1) if t.ndim == 4 else t for t in (codes, packed))
+    bytes_of_rows.copy_(pack(rows.flatten(0, -2), bits).view(bytes_of_rows.shape))
+    return packed
 
 
 def compile_source(compiler: str, source: Path, out: Path, *flags: str) -> None:

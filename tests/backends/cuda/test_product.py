@@ -9,7 +9,7 @@ from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.product_launch import MAX_K, product
 from modiff_kernels.backends.cuda.tiles import Tile
 from modiff_kernels.quant.operands import PackedWeight
-from modiff_kernels.quant.packing import pack_channels
+from tests.backends.cuda.emulation import pack_channels
 from tests.backends.exact_product import DOWN, THREE, ExactProduct
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -6,7 +6,7 @@ import torch
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.quantize_launch import quantize
 from modiff_kernels.quant.operands import IDENTITY, Prologue
-from modiff_kernels.quant.packing import pack_channels
+from tests.backends.cuda.emulation import pack_channels
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 GRANULARITIES = ["per_tensor", "per_sample", "per_token"]
