@@ -1,1 +1,1 @@
-"""What stands around the layers: accelerate() and its handle, hooks, schedules at work, graphs, measured plans, saving."""
+"""What stands around the layers: accelerate() and its handle, hooks, schedules at work, graphs, plans, saving."""
