@@ -104,7 +104,7 @@ def inverse(scale: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
-    """Codes int8 [granules, elements] of x float32 [granules, elements]; scale, zero_point float32, int32 [granules]."""
+    """Codes int8 [granules, elements] of x float32 [granules, elements]; scale and zero_point [granules]."""
     codes = torch.round(x * inverse(scale).unsqueeze(-1))
     if zero_point is not None:
         codes += zero_point.unsqueeze(-1)

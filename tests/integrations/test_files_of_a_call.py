@@ -12,7 +12,7 @@ from modiff_kernels.nn.blocks import FusedResnetBlock2D
 from tests.unets import unet2d
 
 PACKAGE = Path(mk.__file__).parent
-COMPILED = ("csrc/cpu/ops.cpp", "csrc/cpu/product_avx512.cpp")  # and for the codes csrc/cpu/quantize_kernels.h
+COMPILED = ("csrc/cpu/ops.cpp", "csrc/cpu/quantize_kernels.h", "csrc/cpu/product_avx512.cpp")
 MOST = 12
 
 
