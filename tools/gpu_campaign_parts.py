@@ -32,19 +32,7 @@ class Part:
 
 def _tests(name: str, purpose: str, seconds: int, *arguments: str) -> Part:
     """Tests that need a GPU, in 14 processes: a lost context costs one of them, a hanging test itself."""
-    words = (
-        "{python}",
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "tools.pytest_gpu",
-        "-v",
-        "--tb=long",
-        "-m",
-        "gpu",
-    )
+    words = ("{python}", "-m", "pytest", "-p", "tools.pytest_gpu", "-v", "--tb=long", "-m", "gpu")
     kept = ("--failures", "{work}/failures.txt", "-n", "14", "--max-worker-restart", "60")
     only = ("-k", "not emulated and not interpreter")  # they stand for the host as well
     return Part(name, purpose, (*words, *kept, *only, *arguments), seconds, variables=(("OMP_NUM_THREADS", "1"),))
