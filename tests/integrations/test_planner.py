@@ -10,11 +10,11 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode
 from modiff_kernels.integrations import plan_cache, planner
 from modiff_kernels.integrations.measurement import recorded
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode
 from tests.unets import text, unet2d, unet2d_condition
 
 PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)

@@ -243,7 +243,7 @@ def test_max_state_bytes(unet):
 @pytest.mark.parametrize(
     ("modes", "message"),
     [
-        ({"mid_block": "float"}, "the plan says nothing of 'down_blocks.0.resnets.0.conv1'"),
+        ({"mid_block": "float"}, "the plan says nothing of 'down_blocks.0.attentions.0.to_q'"),
         ({"mid_block": "modulated 8"}, "the plan does not say for which shape it is"),
     ],
 )
