@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import LayerPlan, ModiffConfig
-from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, Candidate, Mode, PlanKey, UnitPlan, noise_of
+from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, Mode, UnitPlan, noise_of
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.accelerate import resolve
 from modiff_kernels.integrations.measurement import Bench, Sample, Subject, recorded
@@ -86,7 +86,8 @@ def make_plan(
             return known
         bench = Bench(unet, own, modes, result, static_scales or {}, sample, calls, pictures, clock, bar.update)
         bar.reset(2 + len(modes) + CHOICES + 2 * rounds)
-        plan = _measured(bench, key, max_loss_db, config.max_state_bytes, rounds)
+        plan = _measured(bench, max_loss_db, config.max_state_bytes, rounds)
+        plan = dataclasses.replace(plan, key=key, max_loss_db=max_loss_db)
     if use_cache:
         try:
             plan_cache.store(plan)
@@ -95,7 +96,7 @@ def make_plan(
     return plan
 
 
-def _measured(bench: Bench, key: PlanKey, max_loss_db: float, max_state_bytes: int | None, rounds: int) -> LayerPlan:
+def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rounds: int) -> LayerPlan:
     """Measures the units, chooses, verifies."""
     bench.sample_with(bench.float)
     if bench.float.psnr_db < LEAST_REPEAT_DB:
@@ -114,8 +115,7 @@ def _measured(bench: Bench, key: PlanKey, max_loss_db: float, max_state_bytes: i
         plans.append(mixed)
     floats = bench.float_subjects()
     bench.time([*floats, *plans], rounds)
-    units, candidates, summary = _decided(bench, costs, floats, plans, limit < math.inf)
-    return LayerPlan(units, key, "measured", candidates, summary, max_loss_db)
+    return _decided(bench, costs, floats, plans, limit < math.inf)
 
 
 def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subject | None:
@@ -138,9 +138,9 @@ def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subj
 
 
 def _decided(
-    bench: Bench, costs: Costs, floats: Sequence[Subject], plans: Sequence[Subject], state_is_limited: bool
-) -> tuple[tuple[UnitPlan, ...], tuple[Candidate, ...], str]:
-    """Units, candidates and summary: the fastest of `plans` if it gains over the best float form, else float."""
+    bench: Bench, costs: Costs, floats: Sequence[Subject], plans: Sequence[Subject], limited: bool
+) -> LayerPlan:
+    """The fastest of `plans` if it gains over the best float form, else float."""
     candidates = tuple(subject.candidate for subject in (*floats, *plans))
     best = min(floats, key=lambda subject: statistics.median(subject.steps))
     gains = [statistics.median(map(truediv, best.steps, plan.steps)) for plan in plans]
@@ -153,14 +153,12 @@ def _decided(
         decided = dict.fromkeys(costs, (FLOAT_MODE, "nothing gains"))
     else:
         summary = f"{chosen.name}: {gain:.2f}x as fast as {best.name}, {chosen.psnr_db:.1f} dB to float"
-        decided = {
-            path: (mode, choice.reason_of(costs[path], mode, state_is_limited)) for path, mode in chosen.modes.items()
-        }
+        decided = {path: (mode, choice.reason_of(costs[path], mode, limited)) for path, mode in chosen.modes.items()}
         if len(set(chosen.modes.values())) == 1:
             whole = "one mode for all is the fastest as a whole"
             decided = {path: (mode, why if why == "fastest" else whole) for path, (mode, why) in decided.items()}
     units = [UnitPlan(path, mode, bench.units[path], tuple(costs[path]), why) for path, (mode, why) in decided.items()]
-    return tuple(units), candidates, summary
+    return LayerPlan(tuple(units), None, "measured", candidates, summary)
 
 
 def _modes_to_compare(config: ModiffConfig) -> tuple[Mode, ...]:
