@@ -23,7 +23,6 @@ from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, command_line, networks, psnr
 from modiff_kernels.evaluation.configurations import Quantised, config_of_row, row_of
 from modiff_kernels.integrations import plan_cache
-from modiff_kernels.integrations.plans import plan_text
 from modiff_kernels.planning import stored
 from modiff_kernels.planning.clock import host_timesteps
 from modiff_kernels.planning.search import computed_for_speedup, search
@@ -134,7 +133,7 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
         plan_cache.store(plan)
     except OSError as error:
         raise UserError(f"written to {out}, but not to the cache {plan_cache.folder()}: {error}") from error
-    print(plan_text(plan))
+    print(plan.describe())
     if not args.quiet and plan.key is not None:
         shape = "x".join(map(str, plan.key.shape))
         print(f"\n--plan {out}, and plan='auto' for samples {shape} on {plan.key.device}")

@@ -19,12 +19,11 @@ FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures
 
 log = logging.getLogger(__name__)
 
-
 Check = tuple[Callable[[Any], bool], str]
 
 
 def _one_of(*allowed: Any) -> Check:
-    known = [(type(value), value) for value in allowed]  # 8.0 and True are not 8 and 1
+    known = [(type(value), value) for value in allowed]  # True is not 1, and 8.0 not 8
     return lambda value: (type(value), value) in known, f"one of {', '.join(map(repr, allowed))}"
 
 

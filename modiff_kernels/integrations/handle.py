@@ -18,7 +18,6 @@ from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.integrations import hooks
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
-from modiff_kernels.integrations.plans import plan_text
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
@@ -172,8 +171,8 @@ class Handle:
         return "\n".join([*summary, *lines])
 
     def explain_plan(self) -> str:
-        """The layer plan as `plan_text` shows it; empty without a plan."""
-        return "" if self.plan is None else plan_text(self.plan)
+        """The layer plan as `LayerPlan.describe` shows it; empty without a plan."""
+        return "" if self.plan is None else self.plan.describe()
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None, from the next run on.

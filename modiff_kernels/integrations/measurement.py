@@ -4,9 +4,8 @@ Each mode has a copy of the UNet with a state of its own. Their inputs are those
 sampling in float.
 
 Time of a unit: that of its forward pass within whole UNet calls, so that the caches hold what the rest of the call
-leaves there and shared work is counted once; the copies take turns at every call, those that initialise do not count
-(benchmarks/bench_unit_times.py compares this with two other ways). Fidelity of a unit: SQNR of its output against
-float, both fed with the float trajectory.
+leaves there and shared work is counted once; the copies take turns at every call, those that initialise do not count.
+Fidelity of a unit: SQNR of its output against float, both fed with the float trajectory.
 """
 
 import contextlib
@@ -14,7 +13,8 @@ import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from modiff_kernels.calibration.result import CalibrationResult
-from modiff_kernels.config import ModiffConfig
-from modiff_kernels.config.plan import FLOAT_MODE, Mode, ModeCost
+from modiff_kernels.config import LayerPlan, ModiffConfig
+from modiff_kernels.config.plan import FLOAT_MODE, Candidate, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations.accelerate import accelerate
 from modiff_kernels.integrations.handle import Handle, channels_last
+from modiff_kernels.integrations.plans import timer_of
 from modiff_kernels.integrations.replacements import config_of
-from modiff_kernels.integrations.timing import timer_of
 from modiff_kernels.metrics import psnr
 from modiff_kernels.nn import ModulationState
 
@@ -48,16 +48,22 @@ def share_copy(unet: nn.Module) -> nn.Module:
 
 @dataclasses.dataclass
 class Subject:
-    """A UNet that takes its turn.
+    """A UNet that takes its turn, and what was measured on it.
 
-    handle: None for float. in_channels_last: convert inputs as `accelerate` does. state_bytes: x_hat and y_hat, known
-    after its pictures were sampled.
+    handle, modes: of its low-bit layers and units, none in float. in_channels_last: convert inputs as `accelerate`
+    does. psnr_db, state_bytes (x_hat and y_hat): known after `Bench.sample_with`. steps, units: seconds of the calls
+    that counted in the last `Bench.time`, in order: of the whole UNet, and by unit.
     """
 
+    name: str
     unet: nn.Module
     handle: Handle | None = None
+    modes: Mapping[str, Mode] = dataclasses.field(default_factory=dict)
     in_channels_last: bool = True
+    psnr_db: float = math.inf
     state_bytes: int = 0
+    steps: list[float] = dataclasses.field(default_factory=list)
+    units: dict[str, list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
     def run(self) -> contextlib.AbstractContextManager[Any]:
         """One sampling run."""
@@ -69,66 +75,72 @@ class Subject:
             args, kwargs = tree_map(channels_last, (args, kwargs))
         return self.unet(*args, **kwargs)
 
+    @property
+    def candidate(self) -> Candidate:
+        """What was measured on the whole UNet, as a plan shows it."""
+        exact = self.handle is None or math.isinf(self.psnr_db)
+        step_us = 1e6 * statistics.median(self.steps)
+        return Candidate(self.name, step_us, None if exact else self.psnr_db, self.state_bytes)
+
 
 @dataclasses.dataclass
-class Times:
-    """Seconds of the calls that counted, in order: of the whole UNet, and of each unit."""
-
-    steps: list[float] = dataclasses.field(default_factory=list)
-    units: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-
-
 class Bench:
     """The copies of one UNet and what is measured on them.
 
     unet: the original. modes: the low-bit modes, a copy for each. sample: gives pictures, calls: its UNet calls,
-    pictures: its result in float. on_run: called after every trajectory that was computed. units: paths of the units,
-    with their layers.
+    pictures: its result in float. clock: gives seconds in the place of the device's own. on_run: called after every
+    trajectory that was computed. units: paths of the units, with their layers. float, subjects: the copies, by mode.
     """
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        config: ModiffConfig,
-        modes: Sequence[Mode],
-        calibration: CalibrationResult | None,
-        static_scales: Mapping[str, Tensor | float],
-        sample: Sample,
-        pictures: np.ndarray,
-        calls: list[Call],
-        clock: Callable[[], float] | None,
-        on_run: Callable[[], None],
-    ) -> None:
-        self.unet = unet
-        self.config = config
-        self.calibration = calibration
-        self.static_scales = static_scales
-        self.sample = sample
-        self.pictures = pictures
-        self.calls = calls
-        self.timer = timer_of(next(unet.parameters()).device, clock)
-        self.on_run = on_run
-        self.float = Subject(share_copy(unet))
-        self.subjects = {mode: self.accelerated(config_of(config, mode)) for mode in modes}
-        handles = [subject.handle for subject in self.subjects.values()]
-        self.units = handles[-1].replaced.units()
+    unet: nn.Module
+    config: ModiffConfig
+    modes: Sequence[Mode]
+    calibration: CalibrationResult | None
+    static_scales: Mapping[str, Tensor | float]
+    sample: Sample
+    calls: list[Call]
+    pictures: np.ndarray
+    clock: Callable[[], float] | None
+    on_run: Callable[[], None]
 
-    def accelerated(self, config: ModiffConfig) -> Subject:
-        """A copy of the UNet with `config`."""
-        unet = share_copy(self.unet)
+    def __post_init__(self) -> None:
+        self.timer = timer_of(next(self.unet.parameters()).device, self.clock)
+        handles = {mode: self._accelerated(config_of(self.config, mode)) for mode in self.modes}
+        self.units = handles[self.modes[-1]].replaced.units()
+        self.float = Subject("float channels_last", share_copy(self.unet))
+        self.subjects = {
+            mode: Subject(f"all {mode}", handle.unet, handle, dict.fromkeys(self.units, mode))
+            for mode, handle in handles.items()
+        }
+        fused = handles[self.modes[0]].replaced.fused
+        # (unit, path of a module whose output belongs to it): a fused block, or the layers
+        self._modules = [
+            (path, name) for path, layers in self.units.items() for name in ([path] if path in fused else layers)
+        ]
+
+    def _accelerated(self, config: ModiffConfig) -> Handle:
         scales = self.static_scales if config.scale_mode == "static" else {}
-        return Subject(unet, accelerate(unet, config, calibration=self.calibration, static_scales=scales))
+        return accelerate(share_copy(self.unet), config, calibration=self.calibration, static_scales=scales)
 
-    def float_subjects(self) -> dict[str, Subject]:
+    def planned(self, modes: Mapping[str, Mode]) -> Subject:
+        """A copy of the UNet with these modes of the units."""
+        plan = LayerPlan(tuple(UnitPlan(path, mode, self.units[path]) for path, mode in modes.items()))
+        handle = self._accelerated(dataclasses.replace(self.config, plan=plan))
+        counts = Counter(map(str, modes.values())).most_common()
+        mixed = "plan: " + ", ".join(f"{count} {mode}" for mode, count in counts)
+        return Subject(mixed if len(counts) > 1 else f"all {counts[0][0]}", handle.unet, handle, modes)
+
+    def float_subjects(self) -> list[Subject]:
         """The float forms to beat: the UNet in its memory format, and in channels_last."""
         convs = [module for module in self.unet.modules() if isinstance(module, nn.Conv2d)]
         if all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convs):
-            return {"float channels_last": self.float}
+            return [self.float]
         converted = copy.deepcopy(self.unet).to(memory_format=torch.channels_last)
-        return {"float": Subject(self.float.unet, None, False), "float channels_last": Subject(converted)}
+        plain = Subject("float", self.float.unet, in_channels_last=False)
+        return [plain, Subject("float channels_last", converted)]
 
-    def psnr_db(self, subject: Subject) -> float:
-        """Mean PSNR of the subject's pictures against those that were recorded."""
+    def sample_with(self, subject: Subject) -> None:
+        """Notes the state of `subject`, and the mean PSNR of its pictures against those that were recorded."""
         with subject.run():
             pictures = self.sample(subject.unet)
             if subject.handle is not None:
@@ -136,9 +148,22 @@ class Bench:
         if subject.handle is not None:  # samplers run in inference mode, whose tensors cannot be updated outside of it
             subject.handle.state.release()
         self.on_run()
-        return float(psnr(pictures, self.pictures).mean())
+        subject.psnr_db = float(psnr(pictures, self.pictures).mean())
 
-    def fidelity(self) -> dict[tuple[str, Mode], float]:
+    def costs(self, rounds: int) -> dict[str, list[ModeCost]]:
+        """What every unit costs in float and in every mode."""
+        sqnr_db = self._fidelity()
+        subjects = {FLOAT_MODE: self.float, **self.subjects}
+        self.time(list(subjects.values()), rounds, per_unit=True)
+        costs: dict[str, list[ModeCost]] = {path: [] for path in self.units}
+        for path in costs:
+            for mode, subject in subjects.items():
+                time_us = 1e6 * statistics.median(subject.units[path])
+                state = 0 if subject.handle is None else self._state_bytes(subject.handle.state, path)
+                costs[path].append(ModeCost(mode, time_us, sqnr_db.get((path, mode)), state))
+        return costs
+
+    def _fidelity(self) -> dict[tuple[str, Mode], float]:
         """SQNR in dB of every unit in every mode, over the float trajectory."""
         sums: dict[tuple[str, Mode], Any] = {}
 
@@ -150,14 +175,12 @@ class Bench:
                 sums[path, mode] = noise + (out - exact).square().sum(), signal + exact.square().sum()
 
         with contextlib.ExitStack() as undo:
-            for path, name in self.modules():
-                module = self.float.unet.get_submodule(name)
-                undo.callback(
-                    module.register_forward_hook(
-                        lambda m, args, kwargs, out, path=path, name=name: compare(path, name, args, kwargs, out),
-                        with_kwargs=True,
-                    ).remove
+            for path, name in self._modules:
+                hook = self.float.unet.get_submodule(name).register_forward_hook(
+                    lambda m, args, kwargs, out, path=path, name=name: compare(path, name, args, kwargs, out),
+                    with_kwargs=True,
                 )
+                undo.callback(hook.remove)
             for subject in self.subjects.values():
                 undo.enter_context(subject.run())
             for call in self.calls:
@@ -168,71 +191,46 @@ class Bench:
         self.on_run()
         return {key: _sqnr_db(float(noise), float(signal)) for key, (noise, signal) in sums.items()}
 
-    def modules(self) -> Iterator[tuple[str, str]]:
-        """(unit, path of a module whose output belongs to it): a fused block, or the layers."""
-        fused = next(iter(self.subjects.values())).handle.replaced.fused
-        for path, layers in self.units.items():
-            yield from ((path, name) for name in ([path] if path in fused else layers))
-
-    def costs(
-        self, path: str, times: Mapping[Mode, Times], sqnr_db: Mapping[tuple[str, Mode], float]
-    ) -> list[ModeCost]:
-        """What a unit costs in every mode, from what `time` and `fidelity` gave."""
-        costs = []
-        for mode, measured in times.items():
-            handle = None if mode == FLOAT_MODE else self.subjects[mode].handle
-            state = 0 if handle is None else self._state_bytes(handle.state, path)
-            time_us = 1e6 * statistics.median(measured.units[path])
-            costs.append(ModeCost(mode, time_us, None if handle is None else sqnr_db[path, mode], state))
-        return costs
-
     def _state_bytes(self, state: ModulationState, path: str) -> int:
         """Bytes of x_hat and y_hat of a unit; their keys are those of its layers, or lie below its path."""
         holders = [*state.inputs.items(), *state.outputs.items()]
         own = [holder for key, holder in holders if key in self.units[path] or key.startswith(f"{path}.")]
         return sum(held.tensor.nbytes for holder in own for held in holder.contexts.values())
 
-    def time(self, subjects: Mapping[Any, Subject], rounds: int, per_unit: bool = False) -> dict[Any, Times]:
-        """Times of the subjects' calls in turns over the first calls of the trajectory, `rounds` times."""
-        times = {name: Times() for name in subjects}
-        calls = self.calls[:CALLS_TIMED]
+    def time(self, subjects: Sequence[Subject], rounds: int, per_unit: bool = False) -> None:
+        """Times the subjects' calls in turns over the first calls of the trajectory, `rounds` times."""
         with contextlib.ExitStack() as undo:
-            spans = {name: self._spans(subject.unet, undo) if per_unit else [] for name, subject in subjects.items()}
+            turns = [(subject, self._spans(subject.unet, undo) if per_unit else {}) for subject in subjects]
+            for subject in subjects:
+                subject.steps.clear()
+                subject.units.clear()
             for _ in range(rounds):
                 with contextlib.ExitStack() as runs:
-                    for subject in subjects.values():
+                    for subject in subjects:
                         runs.enter_context(subject.run())
-                    for index, call in enumerate(calls):
-                        order = list(subjects)
-                        shift = index % len(order)
-                        for name in order[shift:] + order[:shift]:
-                            spans[name].clear()
+                    for index, call in enumerate(self.calls[:CALLS_TIMED]):
+                        first = index % len(turns)
+                        for subject, spans in turns[first:] + turns[:first]:
+                            spans.clear()
                             start = self.timer.mark()
-                            subjects[name](call)
+                            subject(call)
                             end = self.timer.mark()
                             self.timer.wait()
                             if index:
-                                self._note(times[name], start, end, spans[name])
+                                subject.steps.append(self.timer.seconds(start, end))
+                                for path, marks in spans.items():
+                                    subject.units[path].append(sum(self.timer.seconds(*pair) for pair in marks))
                 self.on_run()
-        return times
 
-    def _note(self, times: Times, start: Any, end: Any, spans: list[tuple[str, Any, Any]]) -> None:
-        times.steps.append(self.timer.seconds(start, end))
-        totals: dict[str, float] = {}
-        for path, begun, ended in spans:
-            totals[path] = totals.get(path, 0.0) + self.timer.seconds(begun, ended)
-        for path, seconds in totals.items():
-            times.units.setdefault(path, []).append(seconds)
-
-    def _spans(self, unet: nn.Module, undo: contextlib.ExitStack) -> list[tuple[str, Any, Any]]:
-        """A list that every call of `unet` appends (unit, begin, end) to."""
-        spans: list[tuple[str, Any, Any]] = []
+    def _spans(self, unet: nn.Module, undo: contextlib.ExitStack) -> dict[str, list[tuple[Any, Any]]]:
+        """A dict that every call of `unet` fills with the marks (begin, end) of the units."""
+        spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         begun: list[Any] = []
 
         def leave(path: str) -> None:
-            spans.append((path, begun.pop(), self.timer.mark()))
+            spans[path].append((begun.pop(), self.timer.mark()))
 
-        for path, name in self.modules():
+        for path, name in self._modules:
             module = unet.get_submodule(name)
             undo.callback(module.register_forward_pre_hook(lambda m, x: begun.append(self.timer.mark())).remove)
             undo.callback(module.register_forward_hook(lambda m, x, y, path=path: leave(path)).remove)

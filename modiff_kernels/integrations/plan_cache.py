@@ -20,11 +20,9 @@ NOT_IN_KEY = ("schedule", "plan")
 
 def folder() -> Path:
     """Where plans are kept: $MODIFF_CACHE, else modiff_kernels in $XDG_CACHE_HOME or ~/.cache."""
-    named = os.environ.get("MODIFF_CACHE")
-    if named:
+    if named := os.environ.get("MODIFF_CACHE"):
         return Path(named) / "plans"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "modiff_kernels" / "plans"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modiff_kernels" / "plans"
 
 
 def device_name(device: torch.device) -> str:

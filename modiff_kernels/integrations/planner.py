@@ -9,8 +9,8 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
-from modiff_kernels.config import ModiffConfig
-from modiff_kernels.config.plan import (
-    FLOAT_MODE,
-    MODULATED,
-    QUANTIZED,
-    Candidate,
-    LayerPlan,
-    Mode,
-    ModeCost,
-    PlanKey,
-    UnitPlan,
-)
+from modiff_kernels.config import LayerPlan, ModiffConfig
+from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, Mode, UnitPlan, noise_of
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.accelerate import resolve
-from modiff_kernels.integrations.measurement import Bench, Call, Sample, Subject, Times, recorded
+from modiff_kernels.integrations.measurement import Bench, Sample, Subject, recorded
 from modiff_kernels.planning import choice
+from modiff_kernels.planning.choice import Costs
 
 logger = logging.getLogger("modiff_kernels")
 
@@ -43,9 +34,6 @@ LEAST_GAIN = 1.02  # a measured difference below 2 % is noise, and float is exac
 CHOICES = 3  # plans whose pictures are looked at before one mode for all is taken
 LEAST_STEP = 1.05  # by which an estimate that did not hold becomes worse, so that the next plan is another one
 LEAST_REPEAT_DB = 60.0  # of two float samplings from the same noise in different memory formats
-
-Modes = tuple[tuple[str, Mode], ...]
-Costs = Mapping[str, Sequence[ModeCost]]
 
 
 def make_plan(
@@ -91,13 +79,15 @@ def make_plan(
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None, cuda_graphs=False)
     with tqdm(desc="plan", unit="run", disable=not progress, leave=False) as bar, torch.no_grad():
         calls, pictures = recorded(unet, sample)
-        key = plan_cache.key_of(unet, config, _shape_of(calls[0]))
+        args, kwargs = calls[0]
+        key = plan_cache.key_of(unet, config, (args[0] if args else kwargs["sample"]).shape)
         known = plan_cache.stored(key) if use_cache else None
         if known is not None and known.source == "measured" and known.max_loss_db == max_loss_db:
             return known
-        bench = Bench(unet, own, modes, result, static_scales or {}, sample, pictures, calls, clock, bar.update)
+        bench = Bench(unet, own, modes, result, static_scales or {}, sample, calls, pictures, clock, bar.update)
         bar.reset(2 + len(modes) + CHOICES + 2 * rounds)
-        plan = _measured(bench, key, max_loss_db, config.max_state_bytes, rounds)
+        plan = _measured(bench, max_loss_db, config.max_state_bytes, rounds)
+        plan = dataclasses.replace(plan, key=key, max_loss_db=max_loss_db)
     if use_cache:
         try:
             plan_cache.store(plan)
@@ -106,91 +96,69 @@ def make_plan(
     return plan
 
 
-def _measured(bench: Bench, key: PlanKey, max_loss_db: float, max_state_bytes: int | None, rounds: int) -> LayerPlan:
+def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rounds: int) -> LayerPlan:
     """Measures the units, chooses, verifies."""
-    again_db = bench.psnr_db(bench.float)
-    if again_db < LEAST_REPEAT_DB:
+    bench.sample_with(bench.float)
+    if bench.float.psnr_db < LEAST_REPEAT_DB:
         raise ValueError(
-            f"make_plan: two float samplings differ ({again_db:.1f} dB); let `sample` begin from the same noise at "
-            "every call"
+            f"make_plan: two float samplings differ ({bench.float.psnr_db:.1f} dB); let `sample` begin from the same "
+            "noise at every call"
         )
-    sqnr_db = bench.fidelity()
-    times = bench.time({FLOAT_MODE: bench.float, **bench.subjects}, rounds, per_unit=True)
-    costs = {path: bench.costs(path, times, sqnr_db) for path in bench.units}
-    psnr_db = {mode: bench.psnr_db(subject) for mode, subject in bench.subjects.items()}
-    least_db = max(psnr_db.values()) - max_loss_db
+    costs = bench.costs(rounds)
+    for subject in bench.subjects.values():
+        bench.sample_with(subject)
+    least_db = max(subject.psnr_db for subject in bench.subjects.values()) - max_loss_db
     limit = math.inf if max_state_bytes is None else max_state_bytes
-    rivals = {
-        tuple((path, mode) for path in bench.units): (subject, psnr_db[mode])
-        for mode, subject in bench.subjects.items()
-        if psnr_db[mode] >= least_db and subject.state_bytes <= limit
-    }
-    mixed = _verified(bench, costs, psnr_db, least_db, limit)
-    if mixed is not None:
-        rivals.setdefault(mixed[0], mixed[1:])
+    plans = [each for each in bench.subjects.values() if each.psnr_db >= least_db and each.state_bytes <= limit]
+    mixed = _verified(bench, costs, least_db, limit)
+    if mixed is not None and all(mixed.modes != plan.modes for plan in plans):
+        plans.append(mixed)
     floats = bench.float_subjects()
-    last = bench.time({**floats, **{modes: subject for modes, (subject, _) in rivals.items()}}, rounds)
-    units, candidates, summary = _decided(bench.units, costs, rivals, floats, last, limit < math.inf)
-    return LayerPlan(units, key, "measured", candidates, summary, max_loss_db)
+    bench.time([*floats, *plans], rounds)
+    return _decided(bench, costs, floats, plans, limit < math.inf)
 
 
-def _verified(
-    bench: Bench, costs: Costs, psnr_db: Mapping[Mode, float], least_db: float, limit: float
-) -> tuple[Modes, Subject, float] | None:
-    """The fastest plan by the estimate whose pictures are good enough, and how good; None if no estimate held.
+def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subject | None:
+    """The fastest plan by the estimate whose pictures are good enough; None if no estimate held.
 
     A plan whose pictures are worse than estimated makes the estimates worse by as much for the next one.
     """
-    gains = choice.gains_of(costs, {mode: _error(db) for mode, db in psnr_db.items()})
+    gains = choice.gains_of(costs, {mode: noise_of(subject.psnr_db) for mode, subject in bench.subjects.items()})
     for _ in range(CHOICES):
-        chosen = choice.choose(costs, gains, _error(least_db), limit)
+        chosen = choice.choose(costs, gains, noise_of(least_db), limit)
         if all(mode == FLOAT_MODE for mode in chosen.values()):
             return None
-        units = tuple(UnitPlan(path, mode, bench.units[path]) for path, mode in chosen.items())
-        subject = bench.accelerated(dataclasses.replace(bench.config, plan=LayerPlan(units)))
-        db = bench.psnr_db(subject)
-        if db >= least_db:
-            return tuple(chosen.items()), subject, db
-        worse = _error(db) / choice.error_of(costs, chosen, gains)
+        subject = bench.planned(chosen)
+        bench.sample_with(subject)
+        if subject.psnr_db >= least_db:
+            return subject
+        worse = noise_of(subject.psnr_db) / choice.error_of(costs, chosen, gains)
         gains = {mode: gain * max(worse, LEAST_STEP) for mode, gain in gains.items()}
     return None
 
 
 def _decided(
-    layers: Mapping[str, tuple[str, ...]],
-    costs: Costs,
-    rivals: Mapping[Modes, tuple[Subject, float]],
-    floats: Mapping[str, Subject],
-    times: Mapping[Any, Times],
-    state_is_limited: bool,
-) -> tuple[tuple[UnitPlan, ...], tuple[Candidate, ...], str]:
-    """Units, candidates and summary: the fastest of `rivals` if it gains over the best float form, else float."""
-    step_us = {name: 1e6 * statistics.median(measured.steps) for name, measured in times.items()}
-    candidates = [Candidate(name, step_us[name], None) for name in floats]
-    for modes, (subject, db) in rivals.items():
-        candidates.append(Candidate(_name_of(modes), step_us[modes], _finite(db), subject.state_bytes))
-    best = min(floats, key=step_us.__getitem__)
-    gains = {}
-    for modes in rivals:
-        pairs = zip(times[best].steps, times[modes].steps, strict=True)
-        gains[modes] = statistics.median(plain / own for plain, own in pairs)
-    chosen = max(gains, key=gains.__getitem__, default=None)
-    if chosen is None or gains[chosen] < LEAST_GAIN:
+    bench: Bench, costs: Costs, floats: Sequence[Subject], plans: Sequence[Subject], limited: bool
+) -> LayerPlan:
+    """The fastest of `plans` if it gains over the best float form, else float."""
+    candidates = tuple(subject.candidate for subject in (*floats, *plans))
+    best = min(floats, key=lambda subject: statistics.median(subject.steps))
+    gains = [statistics.median(map(truediv, best.steps, plan.steps)) for plan in plans]
+    gain, chosen = max(zip(gains, plans), key=lambda pair: pair[0], default=(0.0, None))
+    if chosen is None or gain < LEAST_GAIN:
         found = "no plan is within the limits"
         if chosen is not None:
-            found = f"the fastest plan ({_name_of(chosen)}) is {gains[chosen]:.3f}x as fast as {best}"
+            found = f"the fastest plan ({chosen.name}) is {gain:.3f}x as fast as {best.name}"
         summary = f"all float: {found}; {LEAST_GAIN}x is asked for"
-        units = [UnitPlan(path, FLOAT_MODE, layers[path], tuple(own), "nothing gains") for path, own in costs.items()]
-        return tuple(units), tuple(candidates), summary
-    one_mode = len({mode for _, mode in chosen}) == 1
-    units = []
-    for path, mode in chosen:
-        reason = choice.reason_of(costs[path], mode, state_is_limited)
-        if one_mode and reason != "fastest":
-            reason = "one mode for all is the fastest as a whole"
-        units.append(UnitPlan(path, mode, layers[path], tuple(costs[path]), reason))
-    summary = f"{_name_of(chosen)}: {gains[chosen]:.2f}x as fast as {best}, {rivals[chosen][1]:.1f} dB to float"
-    return tuple(units), tuple(candidates), summary
+        decided = dict.fromkeys(costs, (FLOAT_MODE, "nothing gains"))
+    else:
+        summary = f"{chosen.name}: {gain:.2f}x as fast as {best.name}, {chosen.psnr_db:.1f} dB to float"
+        decided = {path: (mode, choice.reason_of(costs[path], mode, limited)) for path, mode in chosen.modes.items()}
+        if len(set(chosen.modes.values())) == 1:
+            whole = "one mode for all is the fastest as a whole"
+            decided = {path: (mode, why if why == "fastest" else whole) for path, (mode, why) in decided.items()}
+    units = [UnitPlan(path, mode, bench.units[path], tuple(costs[path]), why) for path, (mode, why) in decided.items()]
+    return LayerPlan(tuple(units), None, "measured", candidates, summary)
 
 
 def _modes_to_compare(config: ModiffConfig) -> tuple[Mode, ...]:
@@ -217,24 +185,3 @@ def _sampler_of(pipe: Any, options: dict[str, Any]) -> Sample:
             pipe.unet = own
 
     return sample
-
-
-def _shape_of(call: Call) -> tuple[int, ...]:
-    args, kwargs = call
-    return tuple((args[0] if args else kwargs["sample"]).shape)
-
-
-def _name_of(modes: Modes) -> str:
-    """One mode, or how many units of a mixed plan have which."""
-    counts = Counter(str(mode) for _, mode in modes)
-    if len(counts) == 1:
-        return f"all {next(iter(counts))}"
-    return "plan: " + ", ".join(f"{count} {mode}" for mode, count in counts.most_common())
-
-
-def _error(psnr_db: float) -> float:
-    return 10.0 ** (-psnr_db / 10)
-
-
-def _finite(db: float) -> float | None:
-    return db if math.isfinite(db) else None

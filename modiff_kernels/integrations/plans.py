@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
-from collections import Counter
-from collections.abc import Mapping
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,6 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
-from modiff_kernels.integrations.timing import Timer, timer_of
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.planning import choice, roofline
 from modiff_kernels.planning.roofline import LayerShape, Machine
@@ -54,23 +55,6 @@ def plan_of(
     return choice.within_state(plan, config.max_state_bytes)
 
 
-def plan_text(plan: LayerPlan) -> str:
-    """The decision, the whole plans that were timed, and a table of units with times, speed-up, SQNR, state, reason."""
-    header, rows = plan.table()
-    words = (header.index("unit"), header.index("mode"), header.index("reason"))
-    cells = [header, *rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    cells.insert(1, tuple("-" * width for width in widths))
-    lines = [f"plan ({plan.source}): {plan.summary or 'as given'}"]
-    lines += [f"  {candidate}" for candidate in plan.candidates]
-    for line in cells:
-        aligned = (
-            cell.ljust(width) if i in words else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
-
-
 def estimated(
     unet: nn.Module,
     config: ModiffConfig,
@@ -91,12 +75,10 @@ def estimated(
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, calibrated or {}, share_inputs)
     shape, shapes = traced_shapes(unet)
-    device = next(unet.parameters()).device
-    machine = machine or measured_machine(device, config)
-    mode = Mode(own.mode, own.act_bits)
+    machine = machine or measured_machine(next(unet.parameters()).device, config)
     units = []
     for path, layers in replaced.units().items():
-        costs = _estimated_costs(path, layers, replaced, shapes, mode, machine, own.weight_bits)
+        costs = _estimated_costs(path, layers, replaced, shapes, own, machine)
         best = min(costs, key=lambda cost: cost.time_us)
         units.append(UnitPlan(path, best.mode, layers, costs, f"estimated: {choice.reason_of(costs, best.mode)}"))
     low_bit = sum(unit.mode != FLOAT_MODE for unit in units)
@@ -109,42 +91,33 @@ def estimated(
 
 def _estimated_costs(
     path: str,
-    layers: tuple[str, ...],
+    layers: Sequence[str],
     replaced: Replacements,
     shapes: Mapping[str, LayerShape],
-    mode: Mode,
+    config: ModiffConfig,
     machine: Machine,
-    weight_bits: int,
-) -> tuple[ModeCost, ...]:
+) -> tuple[ModeCost, ModeCost]:
+    """Costs of a unit in float and in the mode of `config`. A layer without shape is not reached and costs nothing."""
     weight = replaced.originals[layers[0]].weight
-    state = replaced.state.dtype_on(weight.device).itemsize
+    state_bytes = replaced.state.dtype_on(weight.device).itemsize
+    mode = Mode(config.mode, config.act_bits)
+    time_us = {FLOAT_MODE: 0.0, mode: 0.0}
     x_hat: dict[int, int] = {}
-    y_hat: dict[int, Counter[int]] = {}
+    y_hat: dict[int, Counter[int]] = defaultdict(Counter)
+    sizes = {"float_bytes": weight.element_size(), "state_bytes": state_bytes, "weight_bits": config.weight_bits}
     for name in layers:
+        if name not in shapes:
+            continue
+        for each in time_us:
+            time_us[each] += 1e6 * roofline.seconds(shapes[name], each, machine, **sizes, fused=path in replaced.fused)
         source, output = replaced.layers[name].input, replaced.layers[name].output
-        if name in shapes and source is not None:
+        if source is not None:
             x_hat[id(source)] = shapes[name].inputs
-            y_hat.setdefault(id(output), Counter())[id(source)] += shapes[name].outputs
+            y_hat[id(output)][id(source)] += shapes[name].outputs
     # Layers that share a y_hat and read different tensors add onto it; those that read the same one have parts of it.
     elements = sum(x_hat.values()) + sum(max(parts.values()) for parts in y_hat.values())
-    costs = []
-    for candidate in (FLOAT_MODE, mode):
-        seconds = sum(
-            roofline.seconds(
-                shapes[name],
-                candidate,
-                machine,
-                float_bytes=weight.element_size(),
-                state_bytes=state,
-                weight_bits=weight_bits,
-                fused=path in replaced.fused,
-            )
-            for name in layers
-            if name in shapes
-        )
-        state_bytes = state * elements if candidate.kind == MODULATED else 0
-        costs.append(ModeCost(candidate, 1e6 * seconds, None, state_bytes))
-    return tuple(costs)
+    state = state_bytes * elements if mode.kind == MODULATED else 0
+    return ModeCost(FLOAT_MODE, time_us[FLOAT_MODE]), ModeCost(mode, time_us[mode], None, state)
 
 
 def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dict[str, LayerShape]]:
@@ -152,19 +125,19 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
 
     Layers that a call does not reach are missing. ValueError for a UNet whose inputs cannot be made up.
     """
-    tensors = [*unet.parameters(), *unet.buffers()]
-    memo = {id(t): _meta(t) for t in tensors}
+    memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in unet.buffers()}
+    for parameter in unet.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     hollow = copy.deepcopy(unet, memo).eval()
     shapes: dict[str, LayerShape] = {}
 
     def record(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = module.weight
-        per_output = weight[0].numel()
-        shapes[path] = LayerShape(inputs[0].numel(), output.numel(), weight.numel(), output.numel() * per_output)
+        weight, outputs = module.weight, output.numel()
+        shapes[path] = LayerShape(inputs[0].numel(), outputs, weight.numel(), outputs * weight[0].numel())
 
     for path, module in hollow.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.register_forward_hook(lambda m, i, o, path=path: record(path, m, i, o))
+            module.register_forward_hook(partial(record, path))
     try:
         sample, arguments = _example_inputs(hollow, batch)
         with torch.inference_mode():
@@ -175,11 +148,6 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
             "make_plan(), which takes them from a run"
         ) from error
     return tuple(sample.shape), shapes
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _example_inputs(unet: nn.Module, batch: int) -> tuple[Tensor, dict[str, Any]]:
@@ -205,6 +173,28 @@ def _example_inputs(unet: nn.Module, batch: int) -> tuple[Tensor, dict[str, Any]
     return sample, arguments
 
 
+class Timer(NamedTuple):
+    """Sets marks in the time of a device, and tells the seconds between two of them once `wait` was called."""
+
+    mark: Callable[[], Any]
+    wait: Callable[[], None]
+    seconds: Callable[[Any, Any], float]
+
+
+def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> Timer:
+    """The timer of `device`, current or not: events in its current stream, set without waiting, or readings of `clock`
+    in seconds, by default of the host, for a device that computes while the host waits."""
+    if clock is not None or device.type != "cuda":
+        return Timer(clock or time.perf_counter, lambda: None, lambda start, end: end - start)
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    return Timer(mark, lambda: torch.cuda.synchronize(device), lambda start, end: start.elapsed_time(end) / 1e3)
+
+
 def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | None = None) -> Machine:
     """The three numbers of `device`: from products and 3x3 convolutions, float and low-bit, and a copy.
 
@@ -212,43 +202,33 @@ def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | 
     between the two on some CPUs, and a bound must be one for both.
     """
     timer = timer or timer_of(device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    options: Any = {"device": device, "dtype": torch.float16 if device.type == "cuda" else torch.float32}
     channels = PROBE_IMAGE[1]
-    linear = nn.Linear(PROBE_FEATURES, PROBE_FEATURES, device=device, dtype=dtype).requires_grad_(False)
-    conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
+    linear = nn.Linear(PROBE_FEATURES, PROBE_FEATURES, **options).requires_grad_(False)
+    conv = nn.Conv2d(channels, channels, 3, padding=1, **options).requires_grad_(False)
     conv = conv.to(memory_format=torch.channels_last)
-    plain = dataclasses.replace(
-        config,
-        mode=QUANTIZED,
-        act_bits=8,
-        granularity=None,
-        scale_mode="dynamic",
-        schedule=None,
-        plan=None,
-        max_state_bytes=None,
-    )
+    plain = ModiffConfig(config.weight_bits, 8, mode=QUANTIZED, group_size=config.group_size, backend=config.backend)
     low_bit_linear = ModulatedLinear.from_linear(linear, plain, ModulationState(), "probe")
     low_bit_conv = ModulatedConv2d.from_conv2d(conv, plain, ModulationState(), "probe")
-    x = torch.randn(PROBE_ROWS, PROBE_FEATURES, device=device, dtype=dtype)
-    image = torch.randn(PROBE_IMAGE, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(PROBE_ROWS, PROBE_FEATURES, **options)
+    image = torch.randn(PROBE_IMAGE, **options).to(memory_format=torch.channels_last)
     source = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
-    def best(run: Any) -> float:
+    def best(function: Callable[..., Any], *inputs: Tensor) -> float:
         seconds = []
         for _ in range(PROBE_REPEATS):
             start = timer.mark()
-            run()
+            function(*inputs)
             end = timer.mark()
             timer.wait()
             seconds.append(timer.seconds(start, end))
         return max(min(seconds), 1e-9)
 
     def rate(linear: nn.Module, conv: nn.Module) -> float:
-        product = 2 * PROBE_ROWS * PROBE_FEATURES**2 / best(lambda: linear(x))
-        return max(product, 2 * 9 * channels * image.numel() / best(lambda: conv(image)))
+        product = 2 * PROBE_ROWS * PROBE_FEATURES**2 / best(linear, x)
+        return max(product, 2 * 9 * channels * image.numel() / best(conv, image))
 
     with torch.inference_mode():
-        return Machine(
-            rate(linear, conv), rate(low_bit_linear, low_bit_conv), 2 * PROBE_BYTES / best(lambda: target.copy_(source))
-        )
+        bandwidth = 2 * PROBE_BYTES / best(target.copy_, source)
+        return Machine(rate(linear, conv), rate(low_bit_linear, low_bit_conv), bandwidth)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modiff_kernels.integrations.graphs import CudaCapture
-from modiff_kernels.integrations.timing import timer_of
+from modiff_kernels.integrations.plans import timer_of
 
 SECOND = torch.device("cuda:1")
 
