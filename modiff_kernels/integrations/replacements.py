@@ -29,7 +29,7 @@ class Replacements:
 
     state: that of all new layers. originals: every Linear and Conv2d. replacements: the modules to put in, layers or
     whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: the fused blocks.
-    reasons: why a layer stays as it is.
+    reasons: why a layer stays as it is. plan, share_inputs: what they were made for.
     """
 
     state: ModulationState
@@ -38,6 +38,8 @@ class Replacements:
     layers: dict[str, ModulatedLayer]
     fused: dict[str, FusedBlock]
     reasons: dict[str, str]
+    plan: LayerPlan | None
+    share_inputs: bool
 
     def units(self) -> dict[str, tuple[str, ...]]:
         """The paths of what a plan gives modes to, with the layers in it: fused blocks, layers that share their input,
@@ -98,15 +100,17 @@ def replacements_of(
         )
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
+    fused: dict[str, FusedBlock] = {}
     made: dict[int, ModulatedLayer] = {}
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
-        fused = blocks.fuse(unet, state, own, left, calibrated) if _may_fuse(own) else {}
+        whole = blocks.fuse(unet, state, own, left, calibrated) if _may_fuse(own) else {}
         shared = _shared_inputs(modules, left, calibrated) if share_inputs else {}
-        replacements.update(fused)
+        replacements.update(whole)
+        fused.update(whole)
         for path, module in originals.items():
-            if path in left or blocks.covering(path, fused) is not None:
+            if path in left or blocks.covering(path, whole) is not None:
                 continue
             if id(module) not in made:
                 is_image = isinstance(module, nn.Conv2d)
@@ -116,14 +120,10 @@ def replacements_of(
             replacements[path] = made[id(module)]
     # Outer blocks first: a layer or block that one leaves out is put into that one.
     replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
-    layers = {
-        path if layer is module else layer.name: layer
-        for path, module in replacements.items()
-        for layer in module.modules()
-        if isinstance(layer, ModulatedLayer)
-    }
-    fused = {path: module for path, module in replacements.items() if isinstance(module, FusedBlock)}
-    return Replacements(state, originals, replacements, layers, fused, reasons)
+    inner = (part for block in fused.values() for part in block.modules() if isinstance(part, ModulatedLayer))
+    layers = {layer.name: layer for layer in inner}
+    layers.update({path: module for path, module in replacements.items() if isinstance(module, ModulatedLayer)})
+    return Replacements(state, originals, replacements, layers, fused, reasons, plan, share_inputs)
 
 
 def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
@@ -153,16 +153,6 @@ def calibrated_layers(
         path: CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
         for path, scale in static_scales.items()
     }
-
-
-def require_calibrated(replaced: Replacements, result: CalibrationResult) -> None:
-    """ValueError unless every low-bit layer was calibrated."""
-    missing = [path for path in replaced.layers if path not in result.layers]
-    if missing:
-        raise ValueError(
-            f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated ({result.method}); name them in "
-            "skip_modules, or calibrate with the skip_modules that are used here"
-        )
 
 
 def _planned(plan: LayerPlan, originals: Mapping[str, nn.Module], reasons: dict[str, str]) -> dict[str, Mode]:

@@ -46,16 +46,16 @@ class QuantizedWeight:
         check_bits(where, "bits", self.bits)
         check_group_size(where, self.group_size)
         n, k = shape[0], math.prod(shape[1:])
-        if self.codes.dtype != torch.int8 or tuple(self.codes.shape) != (n, k):
-            raise ValueError(
-                f"{where}: codes are {self.codes.dtype} {tuple(self.codes.shape)}, the layer needs int8 {(n, k)}; "
-                "calibrate this model"
-            )
+        codes, scale = tuple(self.codes.shape), tuple(self.scale.shape)
         scales = (n,) if self.group_size == -1 else (n, group_count(k, self.group_size))
-        if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != scales:
+        if self.codes.dtype != torch.int8 or codes != (n, k):
             raise ValueError(
-                f"{where}: scale is {self.scale.dtype} {tuple(self.scale.shape)}, but group_size {self.group_size} "
-                f"needs float32 {scales}; calibrate again"
+                f"{where}: codes are {self.codes.dtype} {codes}, the layer needs int8 {(n, k)}; calibrate this model"
+            )
+        if self.scale.dtype != torch.float32 or scale != scales:
+            raise ValueError(
+                f"{where}: scale is {self.scale.dtype} {scale}, but group_size {self.group_size} needs float32 "
+                f"{scales}; calibrate again"
             )
         if not _usable(self.scale):
             raise ValueError(f"{where}: a scale is not positive and finite; calibrate again")
