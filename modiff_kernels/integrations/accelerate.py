@@ -1,7 +1,6 @@
 """`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out.
 
-Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces
-the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is not imported.
+`set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces the number of UNet calls.
 """
 
 from collections.abc import Mapping
@@ -35,9 +34,9 @@ def accelerate(
     for scale_mode "static", without a calibration.
     share_inputs: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
-    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
-    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
-    pipeline begins the runs from now on. The other arguments must be left out then.
+    A UNet that diffusers loaded in low bits (`from_pretrained` of a saved folder, or with a ModiffConfig as
+    quantization_config) is accelerated already: its handle is returned, and the scheduler of the pipeline begins the
+    runs from now on. The other arguments must be left out then.
 
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing

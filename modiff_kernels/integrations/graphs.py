@@ -21,7 +21,6 @@ from modiff_kernels.nn.tensors import ContextTensor
 
 WARM_UP_CALLS = 2
 
-
 Capture = Callable[[Callable[[], Any], torch.device], tuple[Callable[[], None], Any]]
 """Records a step, whose kernels are for this device, without running them: what repeats them, and the step's outputs,
 which each repetition writes anew."""
@@ -74,8 +73,7 @@ class GraphedCalls:
 
     def __init__(self, state: ModulationState, capture: Capture) -> None:
         self.captured = self.replayed = self.eager = 0
-        self._state = state
-        self._capture = capture
+        self._state, self._capture = state, capture
         self._inputs: dict[Hashable, list[_Input]] = {}
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: collections.Counter[Hashable] = collections.Counter()

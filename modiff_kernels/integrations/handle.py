@@ -46,9 +46,8 @@ class LayerRow:
 class Handle:
     """What `accelerate` did to one UNet.
 
-    config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
-    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_inputs: as `accelerate` got
-    it. is_loaded: whether the UNet was loaded in low bits.
+    plan: what config.plan stands for, or None. layers: the low-bit layers by path. replaced: what was put where.
+    is_loaded: whether diffusers loaded the UNet in low bits.
     """
 
     def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
@@ -105,10 +104,9 @@ class Handle:
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
         """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
 
-        config.json gets this handle's config as `quantization_config`; the safetensors files hold codes and scales of
-        the low-bit layers, static activation scales where there are some, and all other parameters in their own dtype
-        (`quant.checkpoint` has the format). More than `max_shard_size` (bytes, or text such as "5GB") goes into several
-        files. Files of an earlier save there are replaced. The state of a run is not saved.
+        config.json gets this handle's config as `quantization_config`; `quant.checkpoint` has the format of the
+        safetensors files. More than `max_shard_size` (bytes, or text such as "5GB") goes into several of them. Files of
+        an earlier save there are replaced. The state of a run is not saved.
 
         TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
         """
@@ -127,10 +125,8 @@ class Handle:
 
         In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
         first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
-        between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
-
-        Where neither backend, mode nor options are given, inductor does not look at the attributes of torch's own
-        layers before every call, and calls the kernels from C++ on the CPU (torch 2.13); both save time on the host.
+        between updates: pass timesteps in any form, and the same tensor of encoder states at every call. Where neither
+        backend, mode nor options are given, inductor gets options that save time on the host.
         """
         self._require_active()
         self._forward.compile(**options)
@@ -197,9 +193,8 @@ class Handle:
 
     def _layout_of_run(self) -> tuple[int | None, Any]:
         """Number of calls and scheduler of this run, None for what is not known."""
-        if self._own_runs:
-            return self._own_runs[-1]
-        return None, None if self._set_timesteps is None else self._set_timesteps.scheduler
+        of_pipe = None if self._set_timesteps is None else self._set_timesteps.scheduler
+        return self._own_runs[-1] if self._own_runs else (None, of_pipe)
 
     def _require_active(self) -> None:
         if self._undo is None:

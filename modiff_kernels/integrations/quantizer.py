@@ -23,8 +23,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.accelerate import accelerate
 from modiff_kernels.integrations.handle import Handle
 from modiff_kernels.nn.adapters import is_adapter
-from modiff_kernels.quant import checkpoint
-from modiff_kernels.quant.checkpoint import Checkpoint
+from modiff_kernels.quant.checkpoint import WEIGHT, Checkpoint, encode
 
 
 class ModiffQuantizer(DiffusersQuantizer):
@@ -89,9 +88,8 @@ class ModiffQuantizer(DiffusersQuantizer):
             if unused:
                 self.handle.remove()
                 raise ValueError(
-                    f"{min(unused) + checkpoint.WEIGHT!r} is low-bit in the files, but not so for the "
-                    "quantization_config of config.json (look at skip_modules); give the config.json that belongs to "
-                    "the files"
+                    f"{min(unused) + WEIGHT!r} is low-bit in the files, but not so for the quantization_config of "
+                    "config.json (look at skip_modules); give the config.json that belongs to the files"
                 )
         self.handle.mark_as_loaded(_forget_quantization)
         return model
@@ -103,7 +101,7 @@ class ModiffQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not allowed: low-bit models are stored in safetensors only")
         layers = {path: layer.stored() for path, layer in self.handle.layers.items()}
-        return checkpoint.encode(state_dict, layers, self.handle.share_inputs)
+        return encode(state_dict, layers, self.handle.share_inputs)
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         """`handle.remove()`: the UNet in full precision, with the weights that the codes stand for."""

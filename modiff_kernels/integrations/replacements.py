@@ -71,10 +71,7 @@ def replacements_of(
     modules = dict(unet.named_modules(remove_duplicate=False))
     originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     if not originals:
-        raise ValueError(
-            f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
-            "give the UNet itself"
-        )
+        raise ValueError(f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d; give the UNet itself")
     unknown = [path for path in calibrated if path not in originals]
     if unknown:
         raise ValueError(
@@ -102,10 +99,13 @@ def replacements_of(
     replacements: dict[str, nn.Module] = {}
     fused: dict[str, FusedBlock] = {}
     made: dict[int, ModulatedLayer] = {}
+    may_fuse = config.fuse and importlib.util.find_spec("diffusers") is not None
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
-        whole = blocks.fuse(unet, state, own, left, calibrated) if _may_fuse(own) else {}
+        static_codes = own.mode == "quantized" and own.scale_mode == "static"  # no fused pass makes them
+        fuse = may_fuse and own.act_bits is not None and not static_codes
+        whole = blocks.fuse(unet, state, own, left, calibrated) if fuse else {}
         shared = _shared_inputs(modules, left, calibrated) if share_inputs else {}
         replacements.update(whole)
         fused.update(whole)
@@ -143,10 +143,7 @@ def calibrated_layers(
     if static_scales and result is not None:
         raise ValueError("accelerate: give either calibration or static_scales; a calibration has scales of its own")
     if static_scales and config.scale_mode != "static":
-        raise ValueError(
-            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
-            f"scale_mode='static' or leave them out"
-        )
+        raise ValueError(f"accelerate: static_scales: scale_mode={config.scale_mode!r} does not use them; set 'static'")
     if result is not None:
         return layers_for(result, config)
     return {
@@ -224,10 +221,3 @@ def _shared_inputs(
         if len({projection.in_features for projection in projections}) == 1:
             shared.update(dict.fromkeys(paths, paths[0]))
     return shared
-
-
-def _may_fuse(config: ModiffConfig) -> bool:
-    """Whether there are fused blocks for `config`: no fused pass makes the codes of calibrated activations."""
-    if not config.fuse or config.act_bits is None or (config.mode == "quantized" and config.scale_mode == "static"):
-        return False
-    return importlib.util.find_spec("diffusers") is not None

@@ -118,10 +118,9 @@ class ScheduledUNet:
 
     def describe(self) -> str:
         """One line about the schedule, with the calls of the last run where there was one."""
-        auto = self.schedule == "auto"
-        chosen = self._in_use if auto else self.schedule
-        text = ("auto" if auto else "none") if chosen is None else chosen.describe()
-        if auto and chosen is not None:
+        chosen = self._in_use if self.schedule == "auto" else self.schedule
+        text = str(self.schedule or "none") if chosen is None else chosen.describe()
+        if self.schedule == "auto" and chosen is not None:
             found = self._stored is not None and chosen is self._stored.schedule
             text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
         runs = [f"last run, context {name}: {''.join(run.done)}" for name, run in self.state.trajectories.items()]
@@ -196,15 +195,12 @@ class ScheduledUNet:
         chosen = self._in_use = self._choose(scheduler, calls, timesteps)
         if chosen is None or not chosen.needs_axis:
             return Trajectory(chosen.actions(calls) if chosen else UPDATE * calls, range(calls), order=0)
-        if scheduler is not None:
-            positions = clock.positions(chosen.axis, timesteps, scheduler)
-        elif chosen.axis == "timestep":
-            positions = []
-        else:
+        if scheduler is None and chosen.axis != "timestep":
             raise ValueError(
                 f"schedule: axis={chosen.axis} needs the noise levels of the sampler; open the run with "
                 f"{WITH_SCHEDULER}, or give a schedule with axis=timestep"
             )
+        positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)
         return Trajectory(chosen.actions(calls), positions, chosen.order)
 
     def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:

@@ -56,12 +56,8 @@ def encoded_layer(path: str, layer: CalibratedLayer) -> dict[str, Tensor]:
 def encode(
     state_dict: Mapping[str, Tensor], layers: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of the files, from the state_dict of a UNet and its low-bit layers by path, all of the same
-    bits and group size.
-
-    The tensors are contiguous; those that were so already share memory with the state_dict. KeyError for a layer whose
-    weight is not in the state_dict.
-    """
+    """Tensors and metadata of the files: from the state_dict of a UNet and its low-bit layers by path, which are all of
+    the same bits and group size. The tensors are contiguous, and share memory with the state_dict if they can."""
     tensors = dict(state_dict)
     for path, layer in layers.items():
         del tensors[path + WEIGHT]
