@@ -73,10 +73,7 @@ class Trajectory:
 
 
 class ScheduledUNet:
-    """Installs the schedule on `unet`.
-
-    layout: gives number of calls and scheduler of a run at its first call. stored: what "auto" takes where it fits.
-    """
+    """Installs a schedule. layout: number of calls and scheduler of a run, at its first call. stored: "auto", if it fits."""
 
     def __init__(
         self,
