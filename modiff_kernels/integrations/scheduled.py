@@ -73,7 +73,7 @@ class Trajectory:
 
 
 class ScheduledUNet:
-    """Installs a schedule. layout: number of calls and scheduler of a run, at its first call. stored: "auto", if it fits."""
+    """Installs a schedule. layout: number of calls and scheduler of a run that begins. stored: "auto" where it fits."""
 
     def __init__(
         self,
