@@ -1,7 +1,6 @@
 """`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out.
 
-Run boundaries come from the scheduler: `set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces
-the number of UNet calls. Own samplers open runs with `with handle.sampling_run():`. diffusers itself is not imported.
+`set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces the number of UNet calls.
 """
 
 from collections.abc import Mapping
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.integrations.handle import LOADED_HANDLE, Handle, check_graphs, is_accelerated
+from modiff_kernels.integrations.handle import HANDLE, Handle, check_graphs
 from modiff_kernels.integrations.plans import plan_of
-from modiff_kernels.integrations.replacements import calibrated_layers, replacements_of, require_calibrated
+from modiff_kernels.integrations.replacements import calibrated_layers, replacements_of
+from modiff_kernels.nn.layer import ModulatedLayer
 
 
 def accelerate(
@@ -34,9 +34,9 @@ def accelerate(
     for scale_mode "static", without a calibration.
     share_inputs: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
-    A UNet that diffusers loaded in low bits (`from_pretrained` of a folder of `Handle.save_pretrained`, or with a
-    ModiffConfig as quantization_config) is accelerated already: its handle is returned, and the scheduler of the
-    pipeline begins the runs from now on. The other arguments must be left out then.
+    A UNet that diffusers loaded in low bits (`from_pretrained` of a saved folder, or with a ModiffConfig as
+    quantization_config) is accelerated already: its handle is returned, and the scheduler of the pipeline begins the
+    runs from now on. The other arguments must be left out then.
 
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
@@ -44,7 +44,7 @@ def accelerate(
     UNet is accelerated already, BackendUnavailable if config.backend cannot do it.
     """
     unet, pipe = resolve(target, allow_loaded=True)
-    loaded: Handle | None = unet.__dict__.get(LOADED_HANDLE)
+    loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:
         if (config, calibration, static_scales) != (None, None, None) or not share_inputs:
             raise ValueError(
@@ -58,18 +58,19 @@ def accelerate(
     if config is None:
         config = ModiffConfig() if result is None else result.config
     if not isinstance(config, ModiffConfig):
-        raise TypeError(
-            f"accelerate: config is a {type(config).__name__}; give a ModiffConfig (ModiffConfig.from_dict reads a "
-            "dict)"
-        )
+        raise TypeError(f"accelerate: config is a {type(config).__name__}; give a ModiffConfig, as from_dict() does")
     if config.cuda_graphs:
         check_graphs(unet, config.schedule)
     calibrated = calibrated_layers(config, result, static_scales or {})
     plan = plan_of(unet, config, calibrated, share_inputs)
     replaced = replacements_of(unet, config, calibrated, share_inputs, plan)
-    if result is not None:
-        require_calibrated(replaced, result)
-    handle = Handle(unet, pipe, config, replaced, plan, share_inputs)
+    missing = [] if result is None else [path for path in replaced.layers if path not in result.layers]
+    if missing:
+        raise ValueError(
+            f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated ({result.method}); name them in "
+            "skip_modules, or calibrate with the skip_modules that are used here"
+        )
+    handle = Handle(unet, pipe, config, replaced)
     handle.install()
     return handle
 
@@ -88,8 +89,9 @@ def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
         )
     if hasattr(unet, "_orig_mod"):
         raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
-    if is_accelerated(unet) and not (allow_loaded and LOADED_HANDLE in unet.__dict__):
-        raise RuntimeError(
-            f"{type(unet).__name__} is accelerated already; call remove() on the handle of the first accelerate()"
-        )
+    handle = unet.__dict__.get(HANDLE)
+    if handle is not None and handle.is_loaded and allow_loaded:
+        return unet, pipe
+    if handle is not None or any(isinstance(module, ModulatedLayer) for module in unet.modules()):
+        raise RuntimeError(f"{type(unet).__name__} is accelerated already; call remove() on its handle before")
     return unet, pipe

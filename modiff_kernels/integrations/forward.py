@@ -63,9 +63,8 @@ class UNetForward:
     def compile(self, **options: Any) -> None:
         """Compile the calls that are not excepted above, with the options of torch.compile.
 
-        The options for inductor, where the user gives none: nobody changes attributes of torch's own layers within a
-        run, so they are not looked at before calls, and on a CPU a call from Python costs as much as a small kernel, so
-        they are called from C++; torch before 2.13 would go through Python for some of them even so.
+        Inductor's, if the user gives none: attributes of torch's own layers stay within a run, so they are not guarded,
+        and on a CPU the kernels are called from C++ (torch before 2.13 would go through Python for some even so).
         """
         inline_kernels()
         if not options.keys() & {"backend", "mode", "options"}:
@@ -97,12 +96,11 @@ class UNetForward:
         try:
             return self._compiled(*args, **kwargs)
         except RuntimeError as error:
-            if is_about_values(error):
-                raise ValueError(
-                    "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a "
-                    "new run"
-                ) from error
-            raise
+            if not is_about_values(error):
+                raise
+            raise ValueError(
+                "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a new run"
+            ) from error
 
     def _with_time_table(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         table, timestep = self.state.time_table, None
@@ -172,9 +170,10 @@ class HostTimesteps:
 def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with the timestep as a tensor: code is compiled for a number, and a graph captured with it."""
     timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-    if not isinstance(timestep, (int, float)):
-        return args, kwargs
-    tensor = torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else torch.int64)
-    if len(args) > 1:
-        return (args[0], tensor, *args[2:]), kwargs
-    return args, {**kwargs, "timestep": tensor}
+    if isinstance(timestep, (int, float)):
+        tensor = torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else torch.int64)
+        if len(args) > 1:
+            args = (args[0], tensor, *args[2:])
+        else:
+            kwargs = {**kwargs, "timestep": tensor}
+    return args, kwargs

@@ -2,9 +2,9 @@
 
 A graph repeats kernels at fixed addresses and no Python. So inputs are copied into tensors of their own (those that are
 the same objects as in the call before stay), outputs are cloned, state has fixed addresses anyway, and what the Python
-of an update leaves to the next one is done here. The first calls of a kind run as they are: they are steps of a run
-like any other, and warm up what may not happen while a graph is captured (compiling kernels, choosing algorithms).
-Capturing runs nothing, so the captured call is done by the first replay, and no state is updated twice.
+of an update leaves to the next one is done here. The first calls of a kind run as they are: steps of a run like any
+other, which warm up what may not happen while a graph is captured (compiling kernels, choosing algorithms). Capturing
+runs nothing, so the captured call is done by the first replay, and no state is updated twice.
 """
 
 import collections
@@ -21,7 +21,6 @@ from modiff_kernels.nn.tensors import ContextTensor
 
 WARM_UP_CALLS = 2
 
-
 Capture = Callable[[Callable[[], Any], torch.device], tuple[Callable[[], None], Any]]
 """Records a step, whose kernels are for this device, without running them: what repeats them, and the step's outputs,
 which each repetition writes anew."""
@@ -31,12 +30,10 @@ class CudaCapture:
     """Captures on the device of the call, whichever is current; all graphs share one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __call__(self, step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         if device not in self._streams:  # torch's own stream for captures is on the device of the first one
             self._streams[device] = torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
@@ -76,8 +73,7 @@ class GraphedCalls:
 
     def __init__(self, state: ModulationState, capture: Capture) -> None:
         self.captured = self.replayed = self.eager = 0
-        self._state = state
-        self._capture = capture
+        self._state, self._capture = state, capture
         self._inputs: dict[Hashable, list[_Input]] = {}
         self._graphs: dict[Hashable, _Graph] = {}
         self._calls: collections.Counter[Hashable] = collections.Counter()

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import math
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.integrations import hooks
 from modiff_kernels.integrations.forward import UNetForward
@@ -23,15 +21,12 @@ from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import covering
-from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
 
 logger = logging.getLogger("modiff_kernels")
 
-LOADED_HANDLE = "_modiff_handle"  # attribute of a UNet that diffusers loaded in low bits
-
-_accelerated: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+HANDLE = "_modiff_handle"  # attribute of a UNet: the handle that is alive for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,24 +45,17 @@ class LayerRow:
 class Handle:
     """What `accelerate` did to one UNet.
 
-    config: the ModiffConfig. plan: the LayerPlan that config.plan stands for, or None. state: the ModulationState.
-    unet: the UNet. layers: the low-bit layers by path. replaced: what was put where. share_inputs: as `accelerate` got
-    it.
+    plan: what config.plan stands for, or None. layers: the low-bit layers by path. replaced: what was put where.
+    is_loaded: whether diffusers loaded the UNet in low bits.
     """
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        pipe: Any,
-        config: ModiffConfig,
-        replaced: Replacements,
-        plan: LayerPlan | None,
-        share_inputs: bool,
-    ) -> None:
-        self.unet, self.pipe, self.config, self.plan, self.share_inputs = unet, pipe, config, plan, share_inputs
-        self.replaced, self.state, self.layers = replaced, replaced.state, replaced.layers
-        self._untouched = plan is not None and not replaced.replacements
-        self._planned_shape = None if plan is None or plan.key is None else plan.key.shape
+    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
+        self.unet, self.pipe, self.config, self.replaced = unet, pipe, config, replaced
+        self.state, self.layers = replaced.state, replaced.layers
+        self.plan, self.share_inputs = replaced.plan, replaced.share_inputs
+        self._untouched = self.plan is not None and not replaced.replacements
+        self._planned_shape = None if self.plan is None or self.plan.key is None else self.plan.key.shape
+        self.is_loaded = False
         self._seen: tuple[torch.Size, str] | None = None
         self._set_timesteps: hooks.SetTimesteps | None = None
         self._own_runs: list[tuple[int | None, Any]] = []
@@ -101,8 +89,7 @@ class Handle:
         self._require_active()
         if self.pipe is None:
             raise RuntimeError(
-                "wrap_scheduler: accelerate() got a bare UNet, so there is no pipeline with a scheduler; open runs "
-                "with `with handle.sampling_run():`"
+                "wrap_scheduler: accelerate() got a bare UNet and no pipeline; use `with handle.sampling_run():`"
             )
         self.attach(self.pipe)
 
@@ -116,10 +103,9 @@ class Handle:
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
         """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
 
-        config.json gets this handle's config as `quantization_config`; the safetensors files hold codes and scales of
-        the low-bit layers, static activation scales where there are some, and all other parameters in their own dtype
-        (`quant.checkpoint` has the format). More than `max_shard_size` (bytes, or text such as "5GB") goes into several
-        files. Files of an earlier save there are replaced. The state of a run is not saved.
+        config.json gets this handle's config as `quantization_config`; `quant.checkpoint` has the format of the
+        safetensors files. More than `max_shard_size` (bytes, or text such as "5GB") goes into several of them. Files of
+        an earlier save there are replaced. The state of a run is not saved.
 
         TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
         """
@@ -129,19 +115,17 @@ class Handle:
         save(self, directory, max_shard_size)
 
     def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
-        """Let `accelerate` find this handle at its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        """Let `accelerate` return this handle for its UNet, until `remove`, which calls `on_remove` with the UNet."""
+        self.is_loaded = True
         self._undo.callback(on_remove, self.unet)
-        hooks.set_attribute(self.unet, LOADED_HANDLE, self, self._undo)
 
     def compile(self, **options: Any) -> None:
         """Compile the UNet's calls with torch.compile, whose options these are; fullgraph=True where not given.
 
         In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
         first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
-        between updates: pass timesteps in any form, and the same tensor of encoder states at every call.
-
-        Where neither backend, mode nor options are given, inductor does not look at the attributes of torch's own
-        layers before every call, and calls the kernels from C++ on the CPU (torch 2.13); both save time on the host.
+        between updates: pass timesteps in any form, and the same tensor of encoder states at every call. Where neither
+        backend, mode nor options are given, inductor gets options that save time on the host.
         """
         self._require_active()
         self._forward.compile(**options)
@@ -165,14 +149,10 @@ class Handle:
         if self._scheduled is not None:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
-            summary.append(f"{self.explain_plan()}\n")
+            summary.append(f"{self.plan.describe()}\n")
         if self._forward.graphs is not None:
             summary.append(self._forward.graphs.describe())
         return "\n".join([*summary, *lines])
-
-    def explain_plan(self) -> str:
-        """The layer plan as `LayerPlan.describe` shows it; empty without a plan."""
-        return "" if self.plan is None else self.plan.describe()
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
         """Take another schedule, or None, from the next run on.
@@ -212,9 +192,8 @@ class Handle:
 
     def _layout_of_run(self) -> tuple[int | None, Any]:
         """Number of calls and scheduler of this run, None for what is not known."""
-        if self._own_runs:
-            return self._own_runs[-1]
-        return None, None if self._set_timesteps is None else self._set_timesteps.scheduler
+        of_pipe = None if self._set_timesteps is None else self._set_timesteps.scheduler
+        return self._own_runs[-1] if self._own_runs else (None, of_pipe)
 
     def _require_active(self) -> None:
         if self._undo is None:
@@ -224,13 +203,12 @@ class Handle:
         """Put everything in; on any error nothing is left of it."""
         unet = self.unet
         with contextlib.ExitStack() as undo:
-            _accelerated.add(unet)
-            undo.callback(_accelerated.discard, unet)
+            hooks.set_attribute(unet, HANDLE, self, undo)
             for path, module in self.replaced.replacements.items():
                 undo.callback(hooks.set_module, unet, path, hooks.set_module(unet, path, module))
             undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
-            hooks.set_attribute(unet, "_reset_stateful_cache", self._after_pipeline, undo)
+            hooks.set_attribute(unet, "_reset_stateful_cache", lambda *_, **__: self.state.reset_after_pipeline(), undo)
             hooks.refuse_changes_of_layers(unet, undo)
             self._forward.install(undo)
             hooks.answer_dtype_quickly(unet, undo)
@@ -257,21 +235,17 @@ class Handle:
         wrapper = self._set_timesteps
         replaced = wrapper is not None and wrapper.scheduler is not self.pipe.scheduler
         if replaced and self.state.needs_run and not self._own_runs:
-            raise RuntimeError(
-                "pipe.scheduler was replaced after accelerate(), so it does not begin runs; call "
-                "handle.wrap_scheduler() once after the change, before set_timesteps()"
-            )
+            text = "call handle.wrap_scheduler() once after the change, before set_timesteps()"
+            raise RuntimeError(f"pipe.scheduler was replaced after accelerate(), so it does not begin runs; {text}")
         if self._planned_shape is not None:
             self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
         try:
             self.state.begin_call()
         except RuntimeError as error:
-            if wrapper is not None or LOADED_HANDLE not in unet.__dict__:
+            if wrapper is not None or not self.is_loaded:
                 raise
-            raise RuntimeError(
-                f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.accelerate(pipe)`, once after "
-                "loading, gets its handle and lets the scheduler of the pipeline begin the runs"
-            ) from error
+            text = "accelerate(pipe)`, once after loading, lets the scheduler of the pipeline begin the runs"
+            raise RuntimeError(f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.{text}") from error
         if self._untouched:
             return args, kwargs
         if args:
@@ -300,9 +274,6 @@ class Handle:
             logger.warning(text, planned, tuple(shape))
         self._seen = shape, self.state.context_name
 
-    def _after_pipeline(self, *args: Any, **kwargs: Any) -> None:
-        self.state.reset_after_pipeline()
-
     def _row(self, path: str, module: nn.Module) -> LayerRow:
         groups = getattr(module, "groups", 1)
         kind, shape = "Linear", f"{module.weight.shape[1] * groups}->{module.weight.shape[0]}"
@@ -322,24 +293,15 @@ class Handle:
         return LayerRow(path, kind, shape, "fused", bits, self.config.backend, reason)
 
 
-def is_accelerated(unet: nn.Module) -> bool:
-    """Whether a handle is alive for `unet`, or low-bit layers are in it."""
-    return unet in _accelerated or any(isinstance(module, ModulatedLayer) for module in unet.modules())
-
-
 def check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
     """ValueError where calls cannot be CUDA graphs."""
     device, obstacle = next(unet.parameters()).device, None
     if isinstance(schedule, StepSchedule) and schedule.is_deep:
         obstacle = (
-            f"with schedule {str(schedule)!r}: one of deep levels keeps a tensor from the middle of a call; give one "
-            "of whole calls"
+            f"with schedule {str(schedule)!r} of deep levels, which keeps a tensor of a call; give one of whole calls"
         )
     elif any(is_adapter(module) for module in unet.modules()):
-        obstacle = (
-            "with a LoRA beside the layers, whose weight may change and a graph would not follow; call fuse_lora() and "
-            "unload_lora() before accelerate()"
-        )
+        obstacle = "with a LoRA, whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
     elif device.type != "cuda":
         obstacle = f"for a UNet on {device}; move it to a GPU before accelerate()"
     if obstacle is not None:

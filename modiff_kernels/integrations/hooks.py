@@ -21,10 +21,8 @@ class SetTimesteps:
     def __init__(self, scheduler: Any, state: ModulationState, announce: Callable[[Any], None]) -> None:
         original = getattr(scheduler, "set_timesteps", None)
         if not callable(original):
-            raise ValueError(
-                f"the pipeline's scheduler ({type(scheduler).__name__}) has no set_timesteps() to begin runs with; "
-                "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
-            )
+            text = "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
+            raise ValueError(f"scheduler {type(scheduler).__name__} has no set_timesteps() to begin runs with; {text}")
         functools.update_wrapper(self, original)
         self.scheduler, self._original = scheduler, original
         self._state, self._announce = state, announce
@@ -93,11 +91,10 @@ def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: conte
 
 
 REFUSED = ("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "fuse_qkv_projections")
-"""Methods of diffusers' UNets that exchange layers, or weights without a trace."""
 REFUSED_IF_MERGED = ("disable_adapters", "disable_lora")
-"""Those that do so where fuse_lora() was called before: peft takes the LoRA out of the weights again."""
 REFUSED_BY_ADAPTERS = ("merge", "unmerge")
-"""Methods of peft's layers that change weights; pipelines call some without asking the UNet."""
+"""Methods of diffusers' UNets that exchange layers, or weights without a trace; those where fuse_lora() was called
+before, since peft takes the LoRA out of the weights again; and those of peft's layers, which pipelines call too."""
 
 
 def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> None:
@@ -132,9 +129,8 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
         return
     if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
         return
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    names["dtype"] = property(lambda module: next(p.dtype for p in module.parameters() if p.is_floating_point()))
-    quick = type(plain.__name__, (plain,), names)
+    dtype = property(lambda module: next(p.dtype for p in module.parameters() if p.is_floating_point()))
+    quick = type(plain.__name__, (plain,), {"__module__": plain.__module__, "__doc__": plain.__doc__, "dtype": dtype})
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         unet.__class__ = quick

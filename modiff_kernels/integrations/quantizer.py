@@ -1,4 +1,5 @@
-"""The quantization method "modiff" of diffusers: loads low-bit UNets, makes them while loading, and saves them.
+"""The quantization method "modiff" of diffusers: loads low-bit UNets, makes them while loading, and saves them. To
+import this module puts it into diffusers' tables.
 
 diffusers' `from_pretrained` calls the methods of `ModiffQuantizer` in this order: validate_environment;
 maybe_update_loaded_keys and _process_model_before_weight_loading (the model is on the meta device: here the files are
@@ -22,15 +23,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.accelerate import accelerate
 from modiff_kernels.integrations.handle import Handle
 from modiff_kernels.nn.adapters import is_adapter
-from modiff_kernels.quant import checkpoint
-from modiff_kernels.quant.checkpoint import Checkpoint
-
-
-def register() -> None:
-    """Put the method into diffusers' tables."""
-    method = ModiffConfig.quant_method.value
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = ModiffConfig
-    auto.AUTO_QUANTIZER_MAPPING[method] = ModiffQuantizer
+from modiff_kernels.quant.checkpoint import WEIGHT, Checkpoint, encode
 
 
 class ModiffQuantizer(DiffusersQuantizer):
@@ -49,9 +42,8 @@ class ModiffQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """ImportError without Hugging Face accelerate, which diffusers loads with; ValueError for several devices."""
         if importlib.util.find_spec("accelerate") is None:
-            raise ImportError(
-                "diffusers needs the package accelerate to load low-bit models; pip install 'modiff-kernels[diffusers]'"
-            )
+            text = "diffusers needs the package accelerate to load low-bit models"
+            raise ImportError(f"{text}; pip install 'modiff-kernels[diffusers]'")
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         if isinstance(device_map, str) or len(set(devices)) > 1 or "disk" in devices:
             raise ValueError(
@@ -66,9 +58,9 @@ class ModiffQuantizer(DiffusersQuantizer):
         """
         if not self.pre_quantized:
             return loaded_keys
-        wrong = [str(file) for file in checkpoint_files if not str(file).endswith(".safetensors")]
-        if wrong:
-            raise ValueError(f"{wrong[0]}: low-bit models are stored in safetensors, and pickled files are not read")
+        for file in checkpoint_files:
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(f"{file}: low-bit models are stored in safetensors, and pickled files are not read")
         self._checkpoint = Checkpoint(checkpoint_files)
         return self._checkpoint.state_dict_keys()
 
@@ -96,9 +88,8 @@ class ModiffQuantizer(DiffusersQuantizer):
             if unused:
                 self.handle.remove()
                 raise ValueError(
-                    f"{min(unused) + checkpoint.WEIGHT!r} is low-bit in the files, but not so for the "
-                    "quantization_config of config.json (look at skip_modules); give the config.json that belongs to "
-                    "the files"
+                    f"{min(unused) + WEIGHT!r} is low-bit in the files, but not so for the quantization_config of "
+                    "config.json (look at skip_modules); give the config.json that belongs to the files"
                 )
         self.handle.mark_as_loaded(_forget_quantization)
         return model
@@ -110,12 +101,16 @@ class ModiffQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not allowed: low-bit models are stored in safetensors only")
         layers = {path: layer.stored() for path, layer in self.handle.layers.items()}
-        return checkpoint.encode(state_dict, layers, self.handle.share_inputs)
+        return encode(state_dict, layers, self.handle.share_inputs)
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         """`handle.remove()`: the UNet in full precision, with the weights that the codes stand for."""
         self.handle.remove()
         return model
+
+
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[ModiffConfig.quant_method.value] = ModiffConfig
+auto.AUTO_QUANTIZER_MAPPING[ModiffConfig.quant_method.value] = ModiffQuantizer
 
 
 def _forget_quantization(unet: Any) -> None:

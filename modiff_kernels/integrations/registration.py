@@ -4,6 +4,7 @@ diffusers has no entry point for quantization methods; two dicts in `diffusers.q
 module needs the standard library alone, because `import modiff_kernels` runs it.
 """
 
+import importlib
 import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
@@ -12,12 +13,13 @@ from types import ModuleType
 from typing import Any
 
 TABLES = "diffusers.quantizers.auto"
+QUANTIZER = "modiff_kernels.integrations.quantizer"  # registers itself in them
 
 
 def register_with_diffusers() -> None:
     """Register at once where diffusers has its tables of methods already, else right after they are imported."""
     if sys.modules.get(TABLES) is not None:
-        _register()
+        importlib.import_module(QUANTIZER)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
@@ -36,13 +38,7 @@ class _AfterImport(MetaPathFinder):
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            _register()
+            importlib.import_module(QUANTIZER)
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
-
-
-def _register() -> None:
-    from modiff_kernels.integrations.quantizer import register
-
-    register()

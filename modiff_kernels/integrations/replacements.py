@@ -29,7 +29,7 @@ class Replacements:
 
     state: that of all new layers. originals: every Linear and Conv2d. replacements: the modules to put in, layers or
     whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: the fused blocks.
-    reasons: why a layer stays as it is.
+    reasons: why a layer stays as it is. plan, share_inputs: what they were made for.
     """
 
     state: ModulationState
@@ -38,6 +38,8 @@ class Replacements:
     layers: dict[str, ModulatedLayer]
     fused: dict[str, FusedBlock]
     reasons: dict[str, str]
+    plan: LayerPlan | None
+    share_inputs: bool
 
     def units(self) -> dict[str, tuple[str, ...]]:
         """The paths of what a plan gives modes to, with the layers in it: fused blocks, layers that share their input,
@@ -69,10 +71,7 @@ def replacements_of(
     modules = dict(unet.named_modules(remove_duplicate=False))
     originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     if not originals:
-        raise ValueError(
-            f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d, so there is nothing to replace; "
-            "give the UNet itself"
-        )
+        raise ValueError(f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d; give the UNet itself")
     unknown = [path for path in calibrated if path not in originals]
     if unknown:
         raise ValueError(
@@ -98,15 +97,20 @@ def replacements_of(
         )
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
+    fused: dict[str, FusedBlock] = {}
     made: dict[int, ModulatedLayer] = {}
+    may_fuse = config.fuse and importlib.util.find_spec("diffusers") is not None
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
-        fused = blocks.fuse(unet, state, own, left, calibrated) if _may_fuse(own) else {}
+        static_codes = own.mode == "quantized" and own.scale_mode == "static"  # no fused pass makes them
+        fuse = may_fuse and own.act_bits is not None and not static_codes
+        whole = blocks.fuse(unet, state, own, left, calibrated) if fuse else {}
         shared = _shared_inputs(modules, left, calibrated) if share_inputs else {}
-        replacements.update(fused)
+        replacements.update(whole)
+        fused.update(whole)
         for path, module in originals.items():
-            if path in left or blocks.covering(path, fused) is not None:
+            if path in left or blocks.covering(path, whole) is not None:
                 continue
             if id(module) not in made:
                 is_image = isinstance(module, nn.Conv2d)
@@ -116,14 +120,10 @@ def replacements_of(
             replacements[path] = made[id(module)]
     # Outer blocks first: a layer or block that one leaves out is put into that one.
     replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
-    layers = {
-        path if layer is module else layer.name: layer
-        for path, module in replacements.items()
-        for layer in module.modules()
-        if isinstance(layer, ModulatedLayer)
-    }
-    fused = {path: module for path, module in replacements.items() if isinstance(module, FusedBlock)}
-    return Replacements(state, originals, replacements, layers, fused, reasons)
+    inner = (part for block in fused.values() for part in block.modules() if isinstance(part, ModulatedLayer))
+    layers = {layer.name: layer for layer in inner}
+    layers.update({path: module for path, module in replacements.items() if isinstance(module, ModulatedLayer)})
+    return Replacements(state, originals, replacements, layers, fused, reasons, plan, share_inputs)
 
 
 def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
@@ -143,26 +143,13 @@ def calibrated_layers(
     if static_scales and result is not None:
         raise ValueError("accelerate: give either calibration or static_scales; a calibration has scales of its own")
     if static_scales and config.scale_mode != "static":
-        raise ValueError(
-            f"accelerate: static_scales were given but scale_mode={config.scale_mode!r} does not use them; set "
-            f"scale_mode='static' or leave them out"
-        )
+        raise ValueError(f"accelerate: static_scales: scale_mode={config.scale_mode!r} does not use them; set 'static'")
     if result is not None:
         return layers_for(result, config)
     return {
         path: CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
         for path, scale in static_scales.items()
     }
-
-
-def require_calibrated(replaced: Replacements, result: CalibrationResult) -> None:
-    """ValueError unless every low-bit layer was calibrated."""
-    missing = [path for path in replaced.layers if path not in result.layers]
-    if missing:
-        raise ValueError(
-            f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated ({result.method}); name them in "
-            "skip_modules, or calibrate with the skip_modules that are used here"
-        )
 
 
 def _planned(plan: LayerPlan, originals: Mapping[str, nn.Module], reasons: dict[str, str]) -> dict[str, Mode]:
@@ -234,10 +221,3 @@ def _shared_inputs(
         if len({projection.in_features for projection in projections}) == 1:
             shared.update(dict.fromkeys(paths, paths[0]))
     return shared
-
-
-def _may_fuse(config: ModiffConfig) -> bool:
-    """Whether there are fused blocks for `config`: no fused pass makes the codes of calibrated activations."""
-    if not config.fuse or config.act_bits is None or (config.mode == "quantized" and config.scale_mode == "static"):
-        return False
-    return importlib.util.find_spec("diffusers") is not None

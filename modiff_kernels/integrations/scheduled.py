@@ -21,6 +21,8 @@ from modiff_kernels.nn import ModulationState
 from modiff_kernels.planning import clock
 from modiff_kernels.planning.stored import StoredSchedule
 
+WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
+
 
 class History:
     """The last `length` computed values of one tensor, copied, each with its position on the axis of the schedule."""
@@ -34,15 +36,11 @@ class History:
         kept = [(at, old) for at, old in self.values if at != position and old.shape == value.shape]
         self.values = [*kept, (position, value.detach().clone())][-self.length :]
 
-    def hold(self) -> Tensor:
-        """The last value, as a new tensor. There must be one."""
-        return self.values[-1][1].clone()
-
-    def forecast(self, position: float) -> Tensor:
-        """The polynomial through all values at `position`: a new tensor in their dtype, computed in float32."""
-        if len(self.values) == 1:
-            return self.hold()
-        total: Tensor | None = None
+    def at(self, position: float | None) -> Tensor:
+        """The polynomial through the values at `position`, or the last value for None: a new tensor in their dtype."""
+        if position is None or len(self.values) == 1:
+            return self.values[-1][1].clone()
+        total: Tensor | None = None  # in float32
         for node, value in self.values:
             others = [other for other, _ in self.values if other != node]
             weight = math.prod((position - other) / (node - other) for other in others)
@@ -67,7 +65,7 @@ class Trajectory:
     def predict(self, action: str, position: float) -> Tensor:
         """What stands in for the tensor that is not computed."""
         history = self.output if action in (HOLD, FORECAST) else self.boundary
-        return history.hold() if action in (HOLD, DEEP_HOLD) else history.forecast(position)
+        return history.at(None if action in (HOLD, DEEP_HOLD) else position)
 
     def nbytes(self) -> int:
         """Bytes of both histories."""
@@ -75,10 +73,7 @@ class Trajectory:
 
 
 class ScheduledUNet:
-    """Installs the schedule on `unet`.
-
-    layout: gives number of calls and scheduler of a run at its first call. stored: what "auto" takes where it fits.
-    """
+    """Installs a schedule. layout: number of calls and scheduler of a run that begins. stored: "auto" where it fits."""
 
     def __init__(
         self,
@@ -102,10 +97,8 @@ class ScheduledUNet:
         self.state.scheduled = True
         undo.callback(setattr, self.state, "scheduled", False)
         if self._deep is not None:
-            for block in self._deep.silent:
-                wrap_forward(block, self._silent, undo)
-            for block in self._deep.down:
-                wrap_forward(block, functools.partial(self._down, block), undo)
+            for block, skips in self._deep.skipped.items():
+                wrap_forward(block, functools.partial(self._block, skips), undo)
             wrap_forward(self._deep.last_up, self._last_up, undo)
         wrap_forward(self.unet, self._forward, undo)
 
@@ -122,10 +115,9 @@ class ScheduledUNet:
 
     def describe(self) -> str:
         """One line about the schedule, with the calls of the last run where there was one."""
-        auto = self.schedule == "auto"
-        chosen = self._in_use if auto else self.schedule
-        text = ("auto" if auto else "none") if chosen is None else chosen.describe()
-        if auto and chosen is not None:
+        chosen = self._in_use if self.schedule == "auto" else self.schedule
+        text = str(self.schedule or "none") if chosen is None else chosen.describe()
+        if self.schedule == "auto" and chosen is not None:
             found = self._stored is not None and chosen is self._stored.schedule
             text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
         runs = [f"last run, context {name}: {''.join(run.done)}" for name, run in self.state.trajectories.items()]
@@ -135,7 +127,7 @@ class ScheduledUNet:
         """How many calls of the last run in `context` did not compute the module at `path`."""
         skipping = [HOLD, FORECAST]
         if self._deep is not None:
-            below = {module for block in self._deep.below for module in block.modules()}
+            below = {part for block in (*self._deep.skipped, self._deep.last_up) for part in block.modules()}
             if self.unet.get_submodule(path) in below:
                 skipping += [DEEP_HOLD, DEEP_FORECAST]
         return sum(action in skipping for action in self.state.trajectories[context].done)
@@ -195,20 +187,17 @@ class ScheduledUNet:
         if calls is None:
             raise ValueError(
                 "schedule: the number of calls of this run is not known, so its last ones are not; open it with "
-                "`with handle.sampling_run(scheduler=...):` (or num_calls=..., for axis=timestep)"
+                f"{WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
             )
         chosen = self._in_use = self._choose(scheduler, calls, timesteps)
         if chosen is None or not chosen.needs_axis:
             return Trajectory(chosen.actions(calls) if chosen else UPDATE * calls, range(calls), order=0)
-        if scheduler is not None:
-            positions = clock.positions(chosen.axis, timesteps, scheduler)
-        elif chosen.axis == "timestep":
-            positions = []
-        else:
+        if scheduler is None and chosen.axis != "timestep":
             raise ValueError(
                 f"schedule: axis={chosen.axis} needs the noise levels of the sampler; open the run with "
-                "`with handle.sampling_run(scheduler=...):`, or give a schedule with axis=timestep"
+                f"{WITH_SCHEDULER}, or give a schedule with axis=timestep"
             )
+        positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)
         return Trajectory(chosen.actions(calls), positions, chosen.order)
 
     def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
@@ -219,10 +208,7 @@ class ScheduledUNet:
         stochastic = scheduler is not None and clock.is_stochastic(scheduler)
         if self.schedule == "auto":
             if scheduler is None:
-                raise ValueError(
-                    "schedule='auto' chooses by the sampler; open the run with "
-                    "`with handle.sampling_run(scheduler=...):`"
-                )
+                raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
             if self._stored is not None and self._stored.fits(scheduler, timesteps):
                 return self._stored.schedule
             chosen = clock.automatic(scheduler, calls)
@@ -244,17 +230,12 @@ class ScheduledUNet:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)
 
-    def _silent(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block that only hands its input on when it is skipped."""
-        if not self._skip_deep:
-            return original(*args, **kwargs)
-        return args[0] if args else kwargs["hidden_states"]
-
-    def _down(self, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _block(self, skips: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One that only hands its input on when it is skipped, with so many shortcuts that nobody reads."""
         if not self._skip_deep:
             return original(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden, (hidden.new_zeros(()),) * _outputs_of(block)
+        return (hidden, (hidden.new_zeros(()),) * skips) if skips else hidden
 
     def _last_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._skip_deep:
@@ -264,15 +245,12 @@ class ScheduledUNet:
 
 
 class _DeepLevels(NamedTuple):
-    """The blocks of a UNet that a deep action skips. level: as the schedule said it. silent: hand their input on. down:
-    down blocks. last_up: gives the boundary. below: all of them.
-    """
+    """The blocks of a UNet that a deep action skips. level: as the schedule said it. skipped: with the number of
+    shortcuts that each gives. last_up: the one that gives the boundary."""
 
     level: int | None
-    silent: list[nn.Module]
-    down: list[nn.Module]
+    skipped: dict[nn.Module, int]
     last_up: nn.Module
-    below: list[nn.Module]
 
     @classmethod
     def of(cls, unet: nn.Module, level: int | None) -> "_DeepLevels":
@@ -291,22 +269,17 @@ class _DeepLevels(NamedTuple):
                 f"{len(ups) - 1}"
             )
         needed = sum(len(block.resnets) for block in ups[first:])
-        silent, down, count = ups[: first - 1], [], 1  # the first skip is that of conv_in
+        skipped, count = dict.fromkeys(ups[: first - 1], 0), 1  # the first shortcut is that of conv_in
         if unet.mid_block is not None:
-            silent.append(unet.mid_block)
+            skipped[unet.mid_block] = 0
         for block in downs:
+            given = len(block.resnets) + (block.downsamplers is not None)  # by each resnet, and by its downsampler
             if count >= needed:
-                down.append(block)
-                continue
-            count += _outputs_of(block)
-            if count > needed:  # up block `first` does not read what this block hands to the next
-                silent += block.downsamplers
-        return cls(level, silent, down, ups[first - 1], [*silent, *down, ups[first - 1]])
-
-
-def _outputs_of(block: nn.Module) -> int:
-    """Skips that a down block gives: one per resnet, and one of its downsampler."""
-    return len(block.resnets) + (1 if block.downsamplers is not None else 0)
+                skipped[block] = given
+            elif count + given > needed:  # up block `first` does not read what this block hands to the next
+                skipped.update(dict.fromkeys(block.downsamplers, 0))
+            count += given
+        return cls(level, skipped, ups[first - 1])
 
 
 def _sample_of(output: Any) -> Tensor:

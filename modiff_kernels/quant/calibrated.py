@@ -11,8 +11,8 @@ from .affine import dequantize_weight, quantize_weight, weight_rows
 from .spec import check_bits, check_group_size, group_count, quant_max, quant_min
 
 MAX_WEIGHT_ERROR = 0.9
-"""Relative distance (Frobenius) from a weight at which codes are said to be those of another weight. Three bits of a
-normal distribution are at 0.2; independent weights of the same size at 1.4."""
+"""Relative distance (Frobenius) from a weight at which codes are said to be those of another weight; three bits of a
+normal distribution are at 0.2, independent weights of the same size at 1.4."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +46,16 @@ class QuantizedWeight:
         check_bits(where, "bits", self.bits)
         check_group_size(where, self.group_size)
         n, k = shape[0], math.prod(shape[1:])
-        if self.codes.dtype != torch.int8 or tuple(self.codes.shape) != (n, k):
-            raise ValueError(
-                f"{where}: codes are {self.codes.dtype} {tuple(self.codes.shape)}, the layer needs int8 {(n, k)}; "
-                "calibrate this model"
-            )
+        codes, scale = tuple(self.codes.shape), tuple(self.scale.shape)
         scales = (n,) if self.group_size == -1 else (n, group_count(k, self.group_size))
-        if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != scales:
+        if self.codes.dtype != torch.int8 or codes != (n, k):
             raise ValueError(
-                f"{where}: scale is {self.scale.dtype} {tuple(self.scale.shape)}, but group_size {self.group_size} "
-                f"needs float32 {scales}; calibrate again"
+                f"{where}: codes are {self.codes.dtype} {codes}, the layer needs int8 {(n, k)}; calibrate this model"
+            )
+        if self.scale.dtype != torch.float32 or scale != scales:
+            raise ValueError(
+                f"{where}: scale is {self.scale.dtype} {scale}, but group_size {self.group_size} needs float32 "
+                f"{scales}; calibrate again"
             )
         if not _usable(self.scale):
             raise ValueError(f"{where}: a scale is not positive and finite; calibrate again")
@@ -79,8 +79,7 @@ class CalibratedLayer:
     """What calibration gives a layer; None everywhere is what an uncalibrated layer has.
 
     weight: codes; of weight / input_scale where there is one. None: round to nearest.
-    act_scale: float32 [1], or [calls]: one per call of the run. Of the residual (mode "modulated") or of the input
-        ("quantized").
+    act_scale: float32 [1], or [calls of a run]; of the residual (mode "modulated") or of the input ("quantized").
     act_zero_point: int32, as many; mode "quantized" only. None: 0.
     input_scale: float32 [C]: the layer's input channels are multiplied by it before they are quantised.
     bias: float32 [N], in place of the layer's own.
@@ -98,9 +97,7 @@ class CalibratedLayer:
             self.weight.check(shape)
         scale, zero_point = self.act_scale, self.act_zero_point
         if scale is not None and not (scale.ndim == 1 and scale.numel() > 0 and _usable(scale)):
-            raise ValueError(
-                f"static scale {scale!r} is not allowed; give one positive finite number per call or layer"
-            )
+            raise ValueError(f"static scale {scale!r} is not allowed; give one positive finite number, or one a call")
         if zero_point is not None and (scale is None or zero_point.shape != scale.shape):
             raise ValueError("a static zero point needs a static scale of the same shape; calibrate again")
         scale = self.input_scale

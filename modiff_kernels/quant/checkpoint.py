@@ -44,29 +44,20 @@ _ADVICE = "save the model again with handle.save_pretrained(), or copy its folde
 
 
 def encoded_layer(path: str, layer: CalibratedLayer) -> dict[str, Tensor]:
-    """The tensors of one low-bit layer; ValueError without weight codes."""
-    if layer.weight is None:
-        raise ValueError(f"layer '{path}' has no weight codes; give ModulatedLayer.stored()")
-    tensors = {path + WEIGHT_PACKED: pack(layer.weight.codes, layer.weight.bits)}
-    tensors[path + WEIGHT_SCALE] = layer.weight.scale
-    for field, suffix in _OPTIONAL.items():
-        if (value := getattr(layer, field)) is not None:
-            # Layers that read one tensor may hold one scale, and safetensors stores no memory twice.
-            tensors[path + suffix] = value.clone()
-    return tensors
+    """The tensors of one low-bit layer, which has codes (`ModulatedLayer.stored`)."""
+    assert layer.weight is not None
+    codes = pack(layer.weight.codes, layer.weight.bits)
+    optional = {path + suffix: getattr(layer, field) for field, suffix in _OPTIONAL.items()}
+    # Layers that read one tensor may hold one scale, and safetensors stores no memory twice.
+    copies = {key: value.clone() for key, value in optional.items() if value is not None}
+    return {path + WEIGHT_PACKED: codes, path + WEIGHT_SCALE: layer.weight.scale, **copies}
 
 
 def encode(
     state_dict: Mapping[str, Tensor], layers: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of the files, from the state_dict of a UNet and its low-bit layers by path.
-
-    The tensors are contiguous; those that were so already share memory with the state_dict. KeyError for a layer whose
-    weight is not in the state_dict, ValueError where layers differ in bits or group size.
-    """
-    weights = (layer.weight for layer in layers.values())
-    if len({(weight.bits, weight.group_size) for weight in weights if weight is not None}) > 1:
-        raise ValueError("the layers differ in weight bits or group size, which files of this format cannot hold")
+    """Tensors and metadata of the files: from the state_dict of a UNet and its low-bit layers by path, which are all of
+    the same bits and group size. The tensors are contiguous, and share memory with the state_dict if they can."""
     tensors = dict(state_dict)
     for path, layer in layers.items():
         del tensors[path + WEIGHT]
@@ -104,8 +95,6 @@ class Checkpoint:
         self.layers: dict[str, CalibratedLayer] = {}
         self.share_inputs = True
         self._stored: dict[str, _Stored] = {}
-        self._shapes: Mapping[str, Sequence[int]] = {}
-        self._weight_bits, self._group_size = 8, -1
         self._waiting: dict[str, Tensor] = {}
         for file in files:
             self._read_header(str(file))
@@ -126,14 +115,19 @@ class Checkpoint:
                 continue
             n, k = shape[0], math.prod(shape[1:])
             codes = "I8" if packed_dtype(weight_bits) is torch.int8 else "U8"
-            expected[stem + WEIGHT_PACKED] = ((n, packed_width(weight_bits, k)), codes)
-            expected[stem + WEIGHT_SCALE] = ((n,) if group_size == -1 else (n, group_count(k, group_size)), "F32")
             scale = self._stored.get(stem + _OPTIONAL["act_scale"])
             calls = (1,) if scale is None else scale.shape
-            optional = {"act_scale": (calls, "F32"), "act_zero_point": (calls, "I32")}
-            optional |= {"input_scale": ((shape[1],), "F32"), "bias": ((n,), "F32")}
-            own = {stem + _OPTIONAL[field]: form for field, form in optional.items()}
-            expected.update({key: form for key, form in own.items() if key in self._stored})
+            forms = {
+                WEIGHT_PACKED: ((n, packed_width(weight_bits, k)), codes),
+                WEIGHT_SCALE: ((n,) if group_size == -1 else (n, group_count(k, group_size)), "F32"),
+                _OPTIONAL["act_scale"]: (calls, "F32"),
+                _OPTIONAL["act_zero_point"]: (calls, "I32"),
+                _OPTIONAL["input_scale"]: ((shape[1],), "F32"),
+                _OPTIONAL["bias"]: ((n,), "F32"),
+            }
+            for suffix, form in forms.items():
+                if suffix == WEIGHT_SCALE or stem + suffix in self._stored:
+                    expected[stem + suffix] = form
         for key, (shape, dtype) in expected.items():
             found = self._stored.get(key)
             if found is None:
@@ -165,22 +159,23 @@ class Checkpoint:
                     f"{stored.file}: {key!r} is damaged: the CRC-32 of its bytes is {found:08x}, that of what was "
                     f"saved is {stored.crc32:08x}; {_ADVICE}"
                 )
-            stem = next((key.removesuffix(suffix) for suffix in _OF_LAYER if key.endswith(suffix)), None)
-            if stem is None or stem + WEIGHT_PACKED not in self._stored:
+            stem, dot, name = key.rpartition(".")
+            if dot + name not in _OF_LAYER or stem + WEIGHT_PACKED not in self._stored:
                 state_dict[key] = tensor
                 continue
             self._waiting[key] = tensor
-            parts = [stem + suffix for suffix in _OF_LAYER if stem + suffix in self._stored]
-            if all(part in self._waiting for part in parts):
-                state_dict[stem + WEIGHT] = self._decode_layer(stem, {part: self._waiting.pop(part) for part in parts})
+            parts = [suffix for suffix in _OF_LAYER if stem + suffix in self._stored]
+            if all(stem + suffix in self._waiting for suffix in parts):
+                own = {suffix: self._waiting.pop(stem + suffix) for suffix in parts}
+                state_dict[stem + WEIGHT] = self._decode_layer(stem, own)
         return state_dict
 
     def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Puts the layer into `layers`; the weight that its codes stand for."""
+        """Puts the layer into `layers`; the weight that its codes stand for. parts: by suffix."""
         shape = tuple(self._shapes[path + WEIGHT])
-        codes = unpack(parts[path + WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
-        weight = QuantizedWeight(codes, parts[path + WEIGHT_SCALE], self._weight_bits, self._group_size)
-        optional = {field: parts.get(path + suffix) for field, suffix in _OPTIONAL.items()}
+        codes = unpack(parts[WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
+        weight = QuantizedWeight(codes, parts[WEIGHT_SCALE], self._weight_bits, self._group_size)
+        optional = {field: parts.get(suffix) for field, suffix in _OPTIONAL.items()}
         layer = self.layers[path] = CalibratedLayer(weight, **optional)
         values = weight.dequantized(shape)
         if layer.input_scale is not None:
@@ -197,10 +192,8 @@ class Checkpoint:
             raise ValueError(f"{file}: cannot be read as safetensors ({error}); {_ADVICE}") from error
         version, layout = metadata.get(FORMAT), metadata.get(LAYOUT)
         if version is None:
-            raise ValueError(
-                f"{file}: the metadata has no {FORMAT!r}, so this is no low-bit model; load it without quant_method "
-                "'modiff' in the quantization_config of config.json"
-            )
+            text = "load it without quant_method 'modiff' in the quantization_config of config.json"
+            raise ValueError(f"{file}: the metadata has no {FORMAT!r}, so this is no low-bit model; {text}")
         if version != FORMAT_VERSION or layout != KPACK_V1:
             raise ValueError(
                 f"{file}: {FORMAT} is {version!r} and {LAYOUT} {layout!r}, but this version of modiff_kernels reads "
