@@ -106,12 +106,12 @@ def why_not(problem: Problem, name: str) -> str | None:
         return reason
     module = load(name)
     if problem.op == "modulate":
-        quantize, product = _parts(problem)
+        quantize, product = parts_of(problem)
         return module.why_not(quantize) or module.why_not(product)
     return module.why_not(problem) if hasattr(module, problem.op) else f"it has no {problem.op}"
 
 
-def _parts(whole: Problem) -> tuple[Problem, Problem]:
+def parts_of(whole: Problem) -> tuple[Problem, Problem]:
     """The problems of both ops of a "modulate"."""
     rows = whole.m if whole.window is None else whole.m * whole.window.stride[0] * whole.window.stride[1]
     quantize = replace(whole, op="quantize", m=rows, n=0, k=whole.channels, window=None, weight_bits=None, layout=None)

@@ -104,7 +104,7 @@ def inverse(scale: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
-    """Codes int8 [granules, elements] of x float32 [granules, elements]; scale, zero_point float32, int32 [granules]."""
+    """Codes int8 [granules, elements] of x float32 [granules, elements]; scale and zero_point int32 [granules]."""
     codes = torch.round(x * inverse(scale).unsqueeze(-1))
     if zero_point is not None:
         codes += zero_point.unsqueeze(-1)
@@ -141,7 +141,7 @@ def weight_rows(weight: Tensor) -> Tensor:
     if weight.ndim == 4:
         return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
     if weight.ndim != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K] or [N, C, R, S]; reshape it first")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K] (Linear) or [N, C, R, S] (Conv2d)")
     return weight
 
 

@@ -66,8 +66,9 @@ def fuse(
         form = forms.get(type(module))
         if form is None or covering(path, fused) is not None or not form.fits(module):
             continue
-        names = form.layer_names(module)
-        if not all(isinstance(module.get_submodule(name), (nn.Linear, nn.Conv2d)) for name in names):
+        below = dict(module.named_modules(remove_duplicate=False))
+        names = [name for name in form.layers if name in below]
+        if not all(isinstance(below[name], (nn.Linear, nn.Conv2d)) for name in names):
             continue  # something is around a layer, such as a LoRA, and would not be called
         passed = [calibrated.get(f"{path}.{name}", NOT_CALIBRATED) for name in names if name not in form.scalable]
         scaled = any(known.input_scale is not None for known in passed)
