@@ -42,9 +42,8 @@ class _Kept:
 class KeptOutputs:
     """By context and layer: the output for the tensor that the layer read last.
 
-    A tensor is the same if it is the same object, unchanged in place since (torch counts that). Values are never looked
-    at. Tensors made in torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet
-    under torch.no_grad() with tensors made outside of inference mode.
+    A tensor is the same if it is the same object, unchanged in place since (torch counts that). Those made in
+    torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet under torch.no_grad().
 
     losses: grows whenever something kept is forgotten.
     """
@@ -71,8 +70,7 @@ class KeptOutputs:
         if kept is not None and _alike(kept.value, value):
             value = kept.value.copy_(value)
         known = None if source.is_inference() else source
-        version = 0 if known is None else source._version
-        self._kept[context, layer] = _Kept(known, version, weight, value)
+        self._kept[context, layer] = _Kept(known, tensor_version(source), weight, value)
         return value
 
     def expire(self) -> None:
@@ -141,7 +139,7 @@ class TimeTable:
     and `embedding`.
 
     A call of the UNet with a known timestep stands between `begin_call` and `end_call`; all others compute as ever, as
-    does compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
+    do compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
     the weights of both modules are the same, unchanged tensors, and no hook and no adapter is on them or below.
     """
 

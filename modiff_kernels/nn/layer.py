@@ -28,15 +28,15 @@ class ModulatedLayer(nn.Module):
     low-bit activations; "float": float activations with dequantised weights; "constant": computed once for an input
     that does not change along a run, for fused blocks, which keep the output.
 
-    `weight` and `bias` are the parameters of the original module, so the state_dict keeps its keys and values; the
-    quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. The original module
-    itself is in `original`. Layers have no gradient.
+    `weight` and `bias` are the parameters of the module in `original`, so the state_dict keeps its keys and values; the
+    quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. No gradients.
 
     packed: the quantised weight, None in mode "float". float_weight: the dequantised one, in mode "float" alone.
     bias_data: the bias that is computed with. input_scale: calibrated scale of every input channel, or None.
     """
 
     memory_format: ClassVar[torch.memory_format]
+    mirrored: ClassVar[tuple[str, ...]]  # attributes of the original that others may read
     window: Window | None = None
     stack: "LinearStack | None" = None
 
@@ -53,9 +53,9 @@ class ModulatedLayer(nn.Module):
         self.__dict__["original"] = original  # not a child: its parameters are ours, under the same keys
         self.register_parameter("weight", original.weight)
         self.register_parameter("bias", original.bias)
-        self.training = original.training
-        self.name = name
-        self.state = state
+        for attribute in ("training", *self.mirrored):
+            setattr(self, attribute, getattr(original, attribute))
+        self.name, self.state = name, state
         self.mode = "float" if config.act_bits is None else config.mode
         self.weight_bits, self.act_bits = config.weight_bits, config.act_bits
         self.group_size = -1 if config.group_size is None else config.group_size
@@ -89,15 +89,17 @@ class ModulatedLayer(nn.Module):
 
     def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of y_hat for an input of `x_shape`."""
-        raise NotImplementedError
+        n = self.packed.n
+        return (*x_shape[:-1], n) if self.window is None else self.window.output_shape(x_shape, n)
 
     def canonical(self, x: Tensor) -> Tensor:
-        """`x` in the shape and memory format of the ops; `x` itself where it has them."""
-        raise NotImplementedError
+        """`x` as the ops take it, [N, K], [N, L, K] or an image in its memory format; `x` itself where it is so."""
+        tokens = x.flatten(1, -2) if self.window is None and x.ndim > 3 else x
+        return tokens.contiguous(memory_format=self.memory_format)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operator."""
-        raise NotImplementedError
+        return F.linear(x, weight, bias) if self.window is None else F.conv2d(x, weight, bias, *self.window[1:])
 
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again. Call it after changing `weight` in place, between runs.
@@ -130,8 +132,7 @@ class ModulatedLayer(nn.Module):
         """Take mode "constant" and give up x_hat and y_hat."""
         self.state.drop_consumer(self.input)
         self.state.outputs.pop(self.name, None)
-        self.mode, self.input, self.output = "constant", None, None
-        self.act_bits = None
+        self.mode, self.act_bits, self.input, self.output = "constant", None, None, None
 
     def stored(self) -> CalibratedLayer:
         """What this layer computes with: `calibrated`, and the codes of its weight where calibration gave none."""
@@ -194,10 +195,9 @@ class ModulatedLayer(nn.Module):
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
         """Output of the layer for `x`, in x's dtype; a new tensor (channels_last for images).
 
-        Mode "modulated" mutates x_hat and y_hat of the current context. `unused` takes the scale that LoRA-
-        compatible layers are called with. Raises RuntimeError outside a UNet call of a run, on a changed shape,
-        dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them name
-        the layer.
+        Mode "modulated" mutates x_hat and y_hat of the current context. `unused` takes the scale that LoRA-compatible
+        layers are called with. Raises RuntimeError outside a UNet call of a run, on a changed shape, dtype or device
+        within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them name the layer.
         """
         if x.requires_grad and torch.is_grad_enabled() and self.mode != "float":
             raise RuntimeError(
@@ -255,7 +255,6 @@ class ModulatedLayer(nn.Module):
             self._refresh_bias()
 
     def extra_repr(self) -> str:
-        """Name, mode and bits."""
         return f"{self.name!r}, mode={self.mode}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
 
 
@@ -263,6 +262,7 @@ class ModulatedLinear(ModulatedLayer):
     """y = x W^T + b on x [..., in_features], two dimensions or more; dimension 0 counts the samples."""
 
     memory_format = torch.contiguous_format
+    mirrored = ("in_features", "out_features")
 
     @classmethod
     def from_linear(
@@ -281,35 +281,20 @@ class ModulatedLinear(ModulatedLayer):
         calibration. Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on
         a calibration of another layer.
         """
-        layer = cls(linear, config, state, name, shared_input, calibrated)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        return layer
-
-    def canonical(self, x: Tensor) -> Tensor:
-        """Contiguous [N, K] or [N, L, K]."""
-        return (x.flatten(1, -2) if x.ndim > 3 else x).contiguous()
-
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """[..., out_features]."""
-        return (*x_shape[:-1], self.weight.shape[0])
-
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """torch.nn.functional.linear."""
-        return F.linear(x, weight, bias)
+        return cls(linear, config, state, name, shared_input, calibrated)
 
 
 class ModulatedConv2d(ModulatedLayer):
     """2-D convolution with zero padding on x [N, C, H, W]; computes in channels_last and returns channels_last."""
 
     memory_format = torch.channels_last
+    mirrored = ("in_channels", "out_channels", "padding_mode", *Window._fields)
     window: Window
 
     def __init__(self, original: nn.Conv2d, *args: Any) -> None:
         # not an attribute of the Module before its own __init__ has run
         self.__dict__["window"] = window_of(original)
         super().__init__(original, *args)
-        for attribute in ("in_channels", "out_channels", "padding_mode", *Window._fields):
-            setattr(self, attribute, getattr(original, attribute))
 
     @classmethod
     def from_conv2d(
@@ -328,18 +313,6 @@ class ModulatedConv2d(ModulatedLayer):
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
         return cls(conv, config, state, name, shared_input, calibrated)
-
-    def canonical(self, x: Tensor) -> Tensor:
-        """Channels_last [N, C, H, W]."""
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """[N, out_channels, P, Q]."""
-        return self.window.output_shape(x_shape, self.weight.shape[0])
-
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """torch.nn.functional.conv2d."""
-        return F.conv2d(x, weight, bias, *self.window[1:])
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:
@@ -368,6 +341,7 @@ class LinearStack:
     """
 
     window = None
+    output_shape = ModulatedLayer.output_shape
 
     @staticmethod
     def fits(layers: Sequence[ModulatedLayer]) -> bool:
@@ -410,18 +384,14 @@ class LinearStack:
             biases = [layer.bias_data for layer in self.layers]
             self._bias = None
             if any(bias is not None for bias in biases):
-                like = self._packed.scale
-                self._bias = torch.cat([like.new_zeros(n) if b is None else b for n, b in zip(self.widths, biases)])
+                zeros = self._packed.scale.new_zeros
+                self._bias = torch.cat([zeros(n) if b is None else b for n, b in zip(self.widths, biases)])
         return self._packed
 
     @property
     def bias_data(self) -> Tensor | None:
         """The stacked bias, zero for a layer without; None if no layer has one."""
         return self._bias if self.packed is not None else None
-
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """[..., sum of widths]."""
-        return (*x_shape[:-1], sum(self.widths))
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the layers: parts of the columns of `out`."""

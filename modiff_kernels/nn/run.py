@@ -60,11 +60,8 @@ class Run:
     def _on_begin_call(self) -> None:
         """A call that needs a run begins."""
 
-    def _on_end_call(self) -> None:
-        """A call that needs a run has ended well."""
-
-    def _on_leave_call(self) -> None:
-        """A call ends, well or not, whether it needs a run or not."""
+    def _on_leave_call(self, ended: bool) -> None:
+        """A call ends. ended: one that needs a run, and well."""
 
     def expect_calls(self, calls: int) -> None:
         """From now on runs have `calls` calls: scales are given for each. ValueError if it was another number."""
@@ -143,17 +140,16 @@ class Run:
 
     def end_call(self, failed: bool = False) -> None:
         """Leave the call of this thread, if it is in one; a failed one ends the run."""
-        if self.needs_run and self._caller is not threading.current_thread():
+        needs_run = self.needs_run
+        if needs_run and self._caller is not threading.current_thread():
             return
-        self._on_leave_call()
-        if not self.needs_run:
-            return
-        if failed:
-            self.invalidate("a UNet call failed")
-        else:
-            self._calls[self.context_name] = self.call_index + 1
-            self._on_end_call()
-        self._leave()
+        self._on_leave_call(needs_run and not failed)
+        if needs_run:
+            if failed:
+                self.invalidate("a UNet call failed")
+            else:
+                self._calls[self.context_name] = self.call_index + 1
+            self._leave()
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:

@@ -142,7 +142,7 @@ class InputState(StateTensor):
         self.clip_ratio, self.scale_mode = config.clip_ratio, config.scale_mode
         self.static_scale: Tensor | None = None  # float32 [1], of this call
         self.static_zero_point: Tensor | None = None  # int32 [1]
-        self._static: tuple[Tensor, Tensor] | None = None  # both, of all calls together or of every one
+        self.static: tuple[Tensor, Tensor] | None = None  # both, [1] for all calls together or [calls]
         self.consumers = self.uses = 0
         self._shared: tuple[Tensor, int, Any] | None = None
 
@@ -187,7 +187,7 @@ class InputState(StateTensor):
         """
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        old = self._static
+        old = self.static
         if old is not None and not (torch.equal(old[0], scale) and torch.equal(old[1], zero_point)):
             raise ValueError(
                 f"static scale {scale.tolist()} differs from {old[0].tolist()} of another layer that reads the same "
@@ -195,20 +195,15 @@ class InputState(StateTensor):
             )
         if scale.numel() > 1:
             self.state.expect_calls(scale.numel())
-        self._static = scale, zero_point
+        self.static = scale, zero_point
         with torch.inference_mode(False):  # tensors that every call may write
             self.static_scale, self.static_zero_point = scale[:1].clone(), zero_point[:1].clone()
 
     def move_static(self, device: torch.device) -> None:
         """Bring the calibrated values, if there are some, to `device`."""
-        if self._static is not None and self.static_scale.device != device:
-            here = [t.to(device) for t in (*self._static, self.static_scale, self.static_zero_point)]
-            self._static, self.static_scale, self.static_zero_point = (here[0], here[1]), here[2], here[3]
-
-    @property
-    def static_table(self) -> tuple[Tensor, Tensor] | None:
-        """Calibrated scale and zero point of every call, [calls] each; None if they are the same in all calls."""
-        return self._static if self._static is not None and self._static[0].numel() > 1 else None
+        if self.static is not None and self.static_scale.device != device:
+            here = [t.to(device) for t in (*self.static, self.static_scale, self.static_zero_point)]
+            self.static, self.static_scale, self.static_zero_point = (here[0], here[1]), here[2], here[3]
 
     def shared_codes(self, source: Tensor) -> Any:
         """What `share` got for this very tensor, unchanged since, in this call; else None."""
@@ -296,7 +291,7 @@ class ModulationState(Run):
     @property
     def needs_run(self) -> bool:
         """Whether a call outside a run is an error."""
-        return bool(self.outputs) or super().needs_run
+        return self.scheduled or bool(self.outputs) or self.calls_calibrated is not None
 
     def kind_of_call(self) -> tuple[Any, ...]:
         """What else but the inputs decides which kernels this call runs: whether it is the first, the factors of
@@ -347,13 +342,11 @@ class ModulationState(Run):
         if self.calls_calibrated is not None:
             self._take_static_values()
 
-    def _on_leave_call(self) -> None:
+    def _on_leave_call(self, ended: bool) -> None:
         for source in self.inputs.values():
             if source.uses:
                 source.forget_shared()
-
-    def _on_end_call(self) -> None:
-        for _, held in self._inputs_with_given_scales() if self.scheduled else ():
+        for _, held in self._inputs_with_given_scales() if ended and self.scheduled else ():
             if held.updated:
                 held.interval, held.last_update = max(self.call_index - held.last_update, 1), self.call_index
                 held.updated = False
@@ -379,9 +372,9 @@ class ModulationState(Run):
         """Put the calibrated values of this call where layers read them: one address for all calls, which compiled code
         and graphs rely on."""
         call = slice(self.call_index, self.call_index + 1)
-        states = [state for state in self.inputs.values() if state.static_table is not None]
+        states = [state for state in self.inputs.values() if state.static is not None and state.static[0].numel() > 1]
         if states:
-            scales, zero_points = zip(*[state.static_table for state in states])
+            scales, zero_points = zip(*[state.static for state in states])
             torch._foreach_copy_([state.static_scale for state in states], [table[call] for table in scales])
             torch._foreach_copy_([state.static_zero_point for state in states], [table[call] for table in zero_points])
 

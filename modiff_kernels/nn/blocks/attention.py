@@ -1,6 +1,5 @@
 """Fused attention, self and cross."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from modiff_kernels import ops
 from modiff_kernels.backends.reference import apply_prologue
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched
-from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
+from modiff_kernels.nn.layer import LinearStack
 from modiff_kernels.ops import IDENTITY, Prologue
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -108,7 +107,10 @@ class FusedAttention(FusedBlock):
             if encoder_hidden_states is None:
                 encoder_hidden_states = apply_prologue(x, prologue).to(dtype)
             q = step.run(self.to_q, prologue, x, dtype, write_out=write_out)
-            k, v = self._each(lambda layer: step.constant(layer, encoder_hidden_states))
+            if isinstance(self.stacked, LinearStack):
+                k, v = self.stacked.split(step.constant(self.stacked, encoder_hidden_states))
+            else:
+                k, v = (step.constant(layer, encoder_hidden_states) for layer in self.stacked)
         elif encoder_hidden_states is None:
             if isinstance(self.stacked, LinearStack):
                 q, k, v = self.stacked.split(step.run(self.stacked, prologue, x, dtype, write_out=write_out))
@@ -118,12 +120,6 @@ class FusedAttention(FusedBlock):
             raise ValueError("this self-attention got encoder_hidden_states; use ModiffConfig(fuse=False) to pass them")
         attended = self._softmax_product(q, k, v, attention_mask)
         return step.run(self.to_out[0], IDENTITY, attended, dtype, skip=skip)
-
-    def _each(self, output_of: Callable[[LinearStack | ModulatedLayer], Tensor]) -> tuple[Tensor, ...]:
-        """The outputs of the stacked layers, or of each."""
-        if isinstance(self.stacked, LinearStack):
-            return self.stacked.split(output_of(self.stacked))
-        return tuple([output_of(layer) for layer in self.stacked])
 
     def _softmax_product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scale = (q.shape[-1] // self.heads) ** -0.5

@@ -1,7 +1,7 @@
 """What all fused blocks have in common."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,14 @@ Calibrated = Mapping[str, CalibratedLayer]  # by path
 Block = TypeVar("Block", bound="FusedBlock")
 
 
-class Parts:
+class Parts(NamedTuple):
     """Makes the layers and inner blocks of a fused block from those of `block`, under their paths in the UNet."""
 
-    def __init__(
-        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, calibrated: Calibrated
-    ) -> None:
-        self.block = block
-        self._rest = config, state
-        self._path = path
-        self._calibrated = calibrated
+    block: nn.Module
+    config: ModiffConfig
+    state: ModulationState
+    path: str
+    calibrated: Calibrated
 
     def conv2d(self, name: str) -> ModulatedConv2d:
         """The low-bit form of the convolution `name`."""
@@ -34,16 +32,16 @@ class Parts:
 
     def linear(self, name: str, shared_input: str | None = None) -> ModulatedLinear:
         """The low-bit form of the Linear `name`; shared_input: name of the layer whose input it shares."""
-        return self._layer(ModulatedLinear.from_linear, name, shared_input and f"{self._path}.{shared_input}")
+        return self._layer(ModulatedLinear.from_linear, name, shared_input and f"{self.path}.{shared_input}")
 
     def _layer(self, form: Callable[..., Any], name: str, shared_input: str | None) -> Any:
-        key = f"{self._path}.{name}"
-        known = self._calibrated.get(key, NOT_CALIBRATED)
-        return form(self.block.get_submodule(name), *self._rest, key, shared_input, known)
+        path = f"{self.path}.{name}"
+        known = self.calibrated.get(path, NOT_CALIBRATED)
+        return form(self.block.get_submodule(name), self.config, self.state, path, shared_input, known)
 
     def inner(self, form: type[Block], name: str) -> Block:
         """The fused form of the block `name`."""
-        return form(self.block.get_submodule(name), *self._rest, f"{self._path}.{name}", self._calibrated)
+        return form(self._replace(block=self.block.get_submodule(name), path=f"{self.path}.{name}"))
 
 
 class FusedBlock(nn.Module):
@@ -58,19 +56,16 @@ class FusedBlock(nn.Module):
     left_out: ClassVar[tuple[str, ...]] = ()
     scalable: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, calibrated: Calibrated
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.__dict__["original"] = block  # not a child: its parameters are ours, under the same keys
-        self.state = state
-        self.path = path
-        self.training = block.training
-        self.build(block, Parts(block, config, state, path, calibrated))
+        self.__dict__["original"] = parts.block  # not a child: its parameters are ours, under the same keys
+        self.state, self.path = parts.state, parts.path
+        self.training = parts.block.training
+        self.build(parts.block, parts)
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether `block` computes exactly what this form computes."""
+        """Whether `block` computes exactly the equation of this form."""
         raise NotImplementedError
 
     def build(self, block: nn.Module, parts: Parts) -> None:

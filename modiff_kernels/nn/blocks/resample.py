@@ -26,7 +26,6 @@ class FusedUpsample2D(FusedResample):
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         return (
             block.use_conv
             and not block.use_conv_transpose
@@ -52,7 +51,6 @@ class FusedDownsample2D(FusedResample):
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         return (
             block.use_conv
             and block.padding == 0

@@ -24,7 +24,6 @@ class FusedResnetBlock2D(FusedBlock):
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         return (
             type(block.norm1) is type(block.norm2) is nn.GroupNorm
             and isinstance(block.nonlinearity, nn.SiLU)

@@ -21,7 +21,6 @@ class FusedFeedForward(FusedBlock):
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         net = block.net
         return (
             len(net) in (3, 4)
@@ -122,7 +121,6 @@ class FusedTransformer2DModel(FusedBlock):
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the model computes exactly the equation above."""
         return (
             block.is_input_continuous
             and type(block.norm) is nn.GroupNorm
