@@ -8,7 +8,7 @@ timestep and the weights, so they are a table over the schedule, filled as it is
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,15 @@ def tensor_version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
+class Stamp:
+    """Weights, with all that tells whether they have changed: `facts` of the same, unchanged ones are equal."""
+
+    def __init__(self, weights: Sequence[Tensor] = ()) -> None:
+        self.weights = weights  # alive, so that an id is that of one of them
+        # .to() keeps the object and its version, and gives it other data.
+        self.facts = [(id(w), tensor_version(w), w.data_ptr(), w.dtype) for w in weights]
+
+
 @dataclasses.dataclass
 class _Kept:
     source: Tensor | None
@@ -33,9 +42,8 @@ class _Kept:
 class KeptOutputs:
     """By context and layer: the output for the tensor that the layer read last.
 
-    A tensor is the same if it is the same object, unchanged in place since (torch counts that). Values are never looked
-    at. Tensors made in torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet
-    under torch.no_grad() with tensors made outside of inference mode.
+    A tensor is the same if it is the same object, unchanged in place since (torch counts that). Those made in
+    torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet under torch.no_grad().
 
     losses: grows whenever something kept is forgotten.
     """
@@ -62,8 +70,7 @@ class KeptOutputs:
         if kept is not None and _alike(kept.value, value):
             value = kept.value.copy_(value)
         known = None if source.is_inference() else source
-        version = 0 if known is None else source._version
-        self._kept[context, layer] = _Kept(known, version, weight, value)
+        self._kept[context, layer] = _Kept(known, tensor_version(source), weight, value)
         return value
 
     def expire(self) -> None:
@@ -99,8 +106,6 @@ ROWS = 2
 """How many rows are computed, of which one is kept: products of one row are the only ones whose order of summation
 depends on where the weights lie in memory, and with that a saved model's pictures."""
 
-Weights = list[tuple[Tensor, int, int, torch.dtype]]
-
 
 @dataclasses.dataclass
 class Entry:
@@ -115,8 +120,10 @@ class Entry:
 
     def nbytes(self) -> int:
         """Bytes in memory, of one row each."""
-        rows = [self.features[:1]] + ([] if self.embedding is None else [self.embedding[:1]])
-        return sum(row.nbytes for row in rows + [part for _, parts in self.projections.values() for part in parts])
+        rows = [table[:1] for table in (self.features, self.embedding) if table is not None]
+        for _, parts in self.projections.values():
+            rows += parts
+        return sum(row.nbytes for row in rows)
 
 
 class _Call(threading.local):
@@ -132,14 +139,14 @@ class TimeTable:
     and `embedding`.
 
     A call of the UNet with a known timestep stands between `begin_call` and `end_call`; all others compute as ever, as
-    does compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
+    do compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
     the weights of both modules are the same, unchanged tensors, and no hook and no adapter is on them or below.
     """
 
     def __init__(self, time_proj: nn.Module, time_embedding: nn.Module) -> None:
         self._modules = time_proj, time_embedding
         self._entries: dict[tuple[float, int], Entry] = {}
-        self._weights: Weights = []
+        self._stamp = Stamp()
         self._call = _Call()
 
     def begin_call(self, timestep: float) -> None:
@@ -169,25 +176,24 @@ class TimeTable:
         self._call.timestep = None
         if timesteps.ndim != 1 or torch.is_autocast_enabled(timesteps.device.type):
             return compute(timesteps)
-        if not self._is_current():
+        stamp, self._stamp = self._stamp, Stamp(_weights(self._modules))
+        if self._stamp.facts != stamp.facts:
             self._entries.clear()
-        if not self._weights:
+        if not self._stamp.weights:
             return compute(timesteps)
         entry = self._entries.get(key)
         if entry is None:
             if len(self._entries) >= MOST_ENTRIES:
                 self._entries.clear()
             # In the dtype of the embedding's weights, to which the UNet casts it: the cast gives the same object then.
-            row = compute(timesteps[:1]).to(self._weights[-1][0].dtype)
+            row = compute(timesteps[:1]).to(self._stamp.weights[-1].dtype)
             entry = self._entries[key] = Entry(row.expand(len(timesteps), -1))
         self._call.entry = entry
         return entry.features
 
     def embedding(self, compute: Callable[..., Tensor], features: Tensor, condition: Tensor | None = None) -> Tensor:
         """compute(features, condition) [N, D]; not to be written to."""
-        if torch.compiler.is_compiling():
-            return compute(features, condition)
-        entry = self._call.entry
+        entry = None if torch.compiler.is_compiling() else self._call.entry
         if entry is None or entry.features is not features or condition is not None:
             return compute(features, condition)
         if entry.embedding is None:
@@ -202,29 +208,20 @@ class TimeTable:
         """Forget all entries."""
         self._entries.clear()
 
-    def _is_current(self) -> bool:
-        """Whether the weights are those of the entries; from now on they are, [] where something is in the way."""
-        old, self._weights = self._weights, _weights(self._modules)
-        pairs = zip(self._weights, old)
-        return len(self._weights) == len(old) and all(new[0] is was[0] and new[1:] == was[1:] for new, was in pairs)
-
 
 def one_row(rows: Tensor) -> Tensor:
     """The first row of a result that has ROWS equal ones, without the memory of the others."""
     return rows[:1].clone()
 
 
-def _weights(modules: tuple[nn.Module, ...]) -> Weights:
-    """The parameters of `modules` with all that tells whether they have changed; [] if a hook may see their calls
-    or an adapter adds to them."""
-    weights: Weights = []
+def _weights(modules: tuple[nn.Module, ...]) -> list[Tensor]:
+    """The parameters of `modules`; [] if a hook may see their calls or an adapter adds to them."""
+    weights: list[Tensor] = []
     for module in _below(*modules):
         own_forward = "forward" in module.__dict__ and module not in modules  # that of `modules` leads here
         if own_forward or module._forward_hooks or module._forward_pre_hooks or is_adapter(module):
             return []
-        for weight in module._parameters.values():
-            if weight is not None:
-                weights.append((weight, tensor_version(weight), weight.data_ptr(), weight.dtype))
+        weights += [weight for weight in module._parameters.values() if weight is not None]
     return weights
 
 

@@ -1,7 +1,8 @@
 """`ModulatedLinear`, `ModulatedConv2d` and `LinearStack`: low-bit layers in the place of float ones."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,15 +28,15 @@ class ModulatedLayer(nn.Module):
     low-bit activations; "float": float activations with dequantised weights; "constant": computed once for an input
     that does not change along a run, for fused blocks, which keep the output.
 
-    `weight` and `bias` are the parameters of the original module, so the state_dict keeps its keys and values; the
-    quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. The original module
-    itself is in `original`. Layers have no gradient.
+    `weight` and `bias` are the parameters of the module in `original`, so the state_dict keeps its keys and values; the
+    quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. No gradients.
 
     packed: the quantised weight, None in mode "float". float_weight: the dequantised one, in mode "float" alone.
     bias_data: the bias that is computed with. input_scale: calibrated scale of every input channel, or None.
     """
 
     memory_format: ClassVar[torch.memory_format]
+    mirrored: ClassVar[tuple[str, ...]]  # attributes of the original that others may read
     window: Window | None = None
     stack: "LinearStack | None" = None
 
@@ -45,32 +46,37 @@ class ModulatedLayer(nn.Module):
         config: ModiffConfig,
         state: ModulationState,
         name: str,
-        shared_input: str | None,
-        granularity: str,
+        shared_input: str | None = None,
         calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> None:
         super().__init__()
         self.__dict__["original"] = original  # not a child: its parameters are ours, under the same keys
         self.register_parameter("weight", original.weight)
         self.register_parameter("bias", original.bias)
-        self.training = original.training
-        self.name = name
-        self.state = state
+        for attribute in ("training", *self.mirrored):
+            setattr(self, attribute, getattr(original, attribute))
+        self.name, self.state = name, state
         self.mode = "float" if config.act_bits is None else config.mode
-        self.weight_bits = config.weight_bits
+        self.weight_bits, self.act_bits = config.weight_bits, config.act_bits
         self.group_size = -1 if config.group_size is None else config.group_size
-        self.act_bits = config.act_bits
         self.backend = config.backend
-        self.granularity = granularity
+        self.granularity = config.layer_granularity
+        if self.granularity == "per_token" and self.window is not None and not self.window.is_pointwise:
+            self.granularity = "per_sample"
         self.calibrated = calibrated
         self.kernels: dict[Any, Callable[..., Any]] = {}
-        self._check_calibrated()
+        with self._named_errors():
+            calibrated.check(self.weight.shape, self.bias is not None)
+            if calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
+                raise ValueError("a convolution with groups takes no input_scale; calibrate again")
         self.refresh_weight()
         self.input: InputState | None = None
         self.output: OutputState | None = None
         if self.mode != "float":
-            self.input = state.input_of(shared_input or name, config, granularity)
-            _set_static_scale(self.input, name, calibrated, self.weight.device)
+            self.input = state.input_of(shared_input or name, config, self.granularity)
+            if self.input.scale_mode == "static":
+                with self._named_errors():
+                    self._set_static_scale(self.input)
         if self.mode == "modulated":
             self.add_onto(state.output_of(name))
 
@@ -83,15 +89,17 @@ class ModulatedLayer(nn.Module):
 
     def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of y_hat for an input of `x_shape`."""
-        raise NotImplementedError
+        n = self.packed.n
+        return (*x_shape[:-1], n) if self.window is None else self.window.output_shape(x_shape, n)
 
     def canonical(self, x: Tensor) -> Tensor:
-        """`x` in the shape and memory format of the ops; `x` itself where it has them."""
-        raise NotImplementedError
+        """`x` as the ops take it, [N, K], [N, L, K] or an image in its memory format; `x` itself where it is so."""
+        tokens = x.flatten(1, -2) if self.window is None and x.ndim > 3 else x
+        return tokens.contiguous(memory_format=self.memory_format)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The float operator."""
-        raise NotImplementedError
+        return F.linear(x, weight, bias) if self.window is None else F.conv2d(x, weight, bias, *self.window[1:])
 
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again. Call it after changing `weight` in place, between runs.
@@ -117,40 +125,46 @@ class ModulatedLayer(nn.Module):
             dequantized = quantized.dequantized(weight.shape).to(weight.dtype)
             self.float_weight = dequantized.contiguous(memory_format=self.memory_format)
             return
-        try:
+        with self._named_errors():
             self.packed = weights.pack(quantized, self.problem("product", NOMINAL_ROWS), self.backend)
-        except dispatch.BackendUnavailable as error:
-            raise dispatch.BackendUnavailable(f"layer '{self.name}': {error}") from error
 
     def become_constant(self) -> None:
         """Take mode "constant" and give up x_hat and y_hat."""
         self.state.drop_consumer(self.input)
         self.state.outputs.pop(self.name, None)
-        self.mode, self.input, self.output = "constant", None, None
-        self.act_bits = None
+        self.mode, self.act_bits, self.input, self.output = "constant", None, None, None
 
     def stored(self) -> CalibratedLayer:
         """What this layer computes with: `calibrated`, and the codes of its weight where calibration gave none."""
         return dataclasses.replace(self.calibrated, weight=self._quantized_weight(self.weight.detach()))
 
-    def _check_calibrated(self) -> None:
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of what is computed inside name the layer."""
         try:
-            self.calibrated.check(self.weight.shape, self.bias is not None)
-            if self.calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
-                raise ValueError("a convolution with groups takes no input_scale; calibrate again")
-        except ValueError as error:
-            raise ValueError(f"layer '{self.name}': {error}") from error
+            yield
+        except (ValueError, dispatch.BackendUnavailable) as error:
+            raise type(error)(f"layer '{self.name}': {error}") from error
+
+    def _set_static_scale(self, state: InputState) -> None:
+        scale, zero_point, device = self.calibrated.act_scale, self.calibrated.act_zero_point, self.weight.device
+        if scale is None and state.static_scale is None:
+            raise ValueError(
+                "scale_mode='static' needs a calibrated scale for its input and none was given; calibrate with "
+                f"scale_mode='static' or pass static_scales[{self.name!r}], or use scale_mode='dynamic' or 'delayed'"
+            )
+        if scale is not None:
+            zero_point = None if zero_point is None else zero_point.to(device)
+            state.set_static(scale.detach().to(device, torch.float32), zero_point)
 
     def _quantized_weight(self, weight: Tensor) -> QuantizedWeight:
-        scaled = weight if self.input_scale is None else weight / self.input_scale
-        try:
+        with self._named_errors():
+            scaled = weight if self.input_scale is None else weight / self.input_scale
             if self.calibrated.weight is None:
                 return QuantizedWeight.rounded(scaled, self.weight_bits, self.group_size)
             quantized = self.calibrated.weight.to(weight.device)
             quantized.check_belongs(scaled)
             return quantized
-        except ValueError as error:
-            raise ValueError(f"layer '{self.name}': {error}") from error
 
     def _refresh_bias(self) -> None:
         self.bias_data = None if self.bias is None else self.bias.detach()
@@ -161,42 +175,29 @@ class ModulatedLayer(nn.Module):
 
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulate" or "product") with `rows` output rows."""
-        device = self.weight.device
-        modulated = self.mode == "modulated"
-        return Problem(
-            op=op,
-            device_type=device.type,
-            capability=capability(device),
-            dtype=self.weight.dtype,
-            state_dtype=self.state.dtype_on(device) if modulated else None,
-            m=rows,
-            n=self.weight.shape[0],
-            k=self.weight[0].numel(),
-            window=self.window,
-            act_bits=self.act_bits if op == "modulate" else None,
-            weight_bits=self.weight_bits,
-            group_size=self.group_size,
-            granularity=self.granularity if self.granularity != "per_block" or op == "modulate" else "per_sample",
-            prologue="identity" if op == "modulate" else None,
-            layout=None if self.packed is None else self.packed.layout,
-        )
+        device, dtype, n, k = self.weight.device, self.weight.dtype, self.weight.shape[0], self.weight[0].numel()
+        state_dtype = self.state.dtype_on(device) if self.mode == "modulated" else None
+        layout = None if self.packed is None else self.packed.layout
+        formats = self.act_bits, self.weight_bits, self.group_size, self.granularity, "identity", False, layout
+        kind = device.type, capability(device)
+        update = Problem("modulate", *kind, dtype, state_dtype, rows, n, k, self.window, *formats)
+        return update if op == "modulate" else dispatch.parts_of(update)[1]
 
     def backend_in_use(self) -> str:
         """Name of the backend that computes this layer at the shape of the last run (or a nominal one)."""
         if self.mode == "float":
             return "torch"
         held = [] if self.output is None else list(self.output.contexts.values())
-        rows = row_count(held[0].shape, held[0].tensor.ndim == 4) if held else NOMINAL_ROWS
+        rows = row_count(held[0].shape, self.window is not None) if held else NOMINAL_ROWS
         op = "modulate" if self.mode == "modulated" else "product"
         return dispatch.select(self.problem(op, rows), self.backend).backend
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
         """Output of the layer for `x`, in x's dtype; a new tensor (channels_last for images).
 
-        Mode "modulated" mutates x_hat and y_hat of the current context. `unused` takes the scale that LoRA-
-        compatible layers are called with. Raises RuntimeError outside a UNet call of a run, on a changed shape,
-        dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them name
-        the layer.
+        Mode "modulated" mutates x_hat and y_hat of the current context. `unused` takes the scale that LoRA-compatible
+        layers are called with. Raises RuntimeError outside a UNet call of a run, on a changed shape, dtype or device
+        within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them name the layer.
         """
         if x.requires_grad and torch.is_grad_enabled() and self.mode != "float":
             raise RuntimeError(
@@ -254,7 +255,6 @@ class ModulatedLayer(nn.Module):
             self._refresh_bias()
 
     def extra_repr(self) -> str:
-        """Name, mode and bits."""
         return f"{self.name!r}, mode={self.mode}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
 
 
@@ -262,6 +262,7 @@ class ModulatedLinear(ModulatedLayer):
     """y = x W^T + b on x [..., in_features], two dimensions or more; dimension 0 counts the samples."""
 
     memory_format = torch.contiguous_format
+    mirrored = ("in_features", "out_features")
 
     @classmethod
     def from_linear(
@@ -280,39 +281,20 @@ class ModulatedLinear(ModulatedLayer):
         calibration. Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on
         a calibration of another layer.
         """
-        layer = cls(linear, config, state, name, shared_input, config.layer_granularity, calibrated)
-        layer.in_features = linear.in_features
-        layer.out_features = linear.out_features
-        return layer
-
-    def canonical(self, x: Tensor) -> Tensor:
-        """Contiguous [N, K] or [N, L, K]."""
-        return (x.flatten(1, -2) if x.ndim > 3 else x).contiguous()
-
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """[..., out_features]."""
-        return (*x_shape[:-1], self.weight.shape[0])
-
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """torch.nn.functional.linear."""
-        return F.linear(x, weight, bias)
+        return cls(linear, config, state, name, shared_input, calibrated)
 
 
 class ModulatedConv2d(ModulatedLayer):
     """2-D convolution with zero padding on x [N, C, H, W]; computes in channels_last and returns channels_last."""
 
     memory_format = torch.channels_last
+    mirrored = ("in_channels", "out_channels", "padding_mode", *Window._fields)
     window: Window
 
     def __init__(self, original: nn.Conv2d, *args: Any) -> None:
         # not an attribute of the Module before its own __init__ has run
         self.__dict__["window"] = window_of(original)
         super().__init__(original, *args)
-        for attribute in (
-            *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-            "padding_mode",
-        ):
-            setattr(self, attribute, getattr(original, attribute))
 
     @classmethod
     def from_conv2d(
@@ -324,31 +306,13 @@ class ModulatedConv2d(ModulatedLayer):
         shared_input: str | None = None,
         calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> "ModulatedConv2d":
-        """The low-bit form of `conv`, which is kept inside and not changed.
-
-        The arguments are those of `ModulatedLinear.from_linear`. Raises ValueError on padding that is not the same
-        number of zeros on both sides, on weights that hold NaN or Inf, on a missing or impossible static scale, and on
-        a calibration of another layer.
+        """The low-bit form of `conv`, as `ModulatedLinear.from_linear` makes it. Raises ValueError also on padding that
+        is not the same number of zeros on both sides.
         """
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
-        granularity = config.layer_granularity
-        if granularity == "per_token" and not window_of(conv).is_pointwise:
-            granularity = "per_sample"
-        return cls(conv, config, state, name, shared_input, granularity, calibrated)
-
-    def canonical(self, x: Tensor) -> Tensor:
-        """Channels_last [N, C, H, W]."""
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """[N, out_channels, P, Q]."""
-        return self.window.output_shape(x_shape, self.weight.shape[0])
-
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """torch.nn.functional.conv2d."""
-        return F.conv2d(x, weight, bias, *self.window[1:])
+        return cls(conv, config, state, name, shared_input, calibrated)
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:
@@ -377,6 +341,7 @@ class LinearStack:
     """
 
     window = None
+    output_shape = ModulatedLayer.output_shape
 
     @staticmethod
     def fits(layers: Sequence[ModulatedLayer]) -> bool:
@@ -386,22 +351,16 @@ class LinearStack:
         """
         if any(layer.input_scale is not None or layer.packed is None for layer in layers):
             return False
-        kinds = {
-            (layer.input, layer.mode, layer.packed[2:], layer.backend, layer.weight.shape[1], layer.weight.dtype)
-            for layer in layers
-        }
-        return len(kinds) == 1
+        formats = {(layer.packed[2:], layer.weight.shape[1], layer.weight.dtype) for layer in layers}
+        return len(formats) == 1 and len({(layer.input, layer.mode, layer.backend) for layer in layers}) == 1
 
     def __init__(self, layers: Sequence[ModulatedLayer]) -> None:
         first = layers[0]
         self.layers = tuple(layers)
         self.widths = [layer.weight.shape[0] for layer in layers]
         self.name = "+".join([first.name, *(layer.name.rpartition(".")[2] for layer in layers[1:])])
-        self.state = first.state
-        self.backend = first.backend
-        self.mode = first.mode
-        self.input = first.input
-        self.memory_format = first.memory_format
+        self.state, self.mode, self.input = first.state, first.mode, first.input
+        self.backend, self.memory_format = first.backend, first.memory_format
         self.kernels: dict[Any, Callable[..., Any]] = {}
         self.output: OutputState | None = None
         if first.mode == "modulated":
@@ -425,18 +384,14 @@ class LinearStack:
             biases = [layer.bias_data for layer in self.layers]
             self._bias = None
             if any(bias is not None for bias in biases):
-                like = self._packed.scale
-                self._bias = torch.cat([like.new_zeros(n) if b is None else b for n, b in zip(self.widths, biases)])
+                zeros = self._packed.scale.new_zeros
+                self._bias = torch.cat([zeros(n) if b is None else b for n, b in zip(self.widths, biases)])
         return self._packed
 
     @property
     def bias_data(self) -> Tensor | None:
         """The stacked bias, zero for a layer without; None if no layer has one."""
         return self._bias if self.packed is not None else None
-
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """[..., sum of widths]."""
-        return (*x_shape[:-1], sum(self.widths))
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
         """The outputs of the layers: parts of the columns of `out`."""
@@ -446,23 +401,3 @@ class LinearStack:
         """Note that the weight of a layer has changed."""
         self._packed = None
         self.kernels.clear()
-
-
-def _set_static_scale(state: InputState, name: str, calibrated: CalibratedLayer, device: torch.device) -> None:
-    scale = calibrated.act_scale
-    if state.scale_mode != "static":
-        return
-    if scale is None and state.static_scale is None:
-        raise ValueError(
-            f"layer '{name}': scale_mode='static' needs a calibrated scale for its input and none was given; calibrate "
-            f"with scale_mode='static' or pass static_scales[{name!r}], or use scale_mode='dynamic' or 'delayed'"
-        )
-    if scale is None:
-        return
-    try:
-        zero_point = calibrated.act_zero_point
-        state.set_static(
-            scale.detach().to(device, torch.float32), None if zero_point is None else zero_point.to(device)
-        )
-    except ValueError as error:
-        raise ValueError(f"layer '{name}': {error}") from error

@@ -1,9 +1,9 @@
-"""`Run`: the clock of one accelerated network. It says which run, call and context this is, and refuses what would
-give a wrong picture.
+"""`Run`: the clock of one accelerated network: which run, call and context this is. It refuses what would give a wrong
+picture.
 
-A *run* is one sampling trajectory. In the first call of a run the layers begin their state anew, in later ones they
-update it, so beginning a run touches no memory. A *context* is an independent trajectory inside a run: two for
-classifier-free guidance in two passes. Everything here is decided on the host; nothing reads the device.
+A *run* is one sampling trajectory. In its first call the layers begin their state anew, so beginning it touches no
+memory. A *context* is an independent trajectory inside a run: two for classifier-free guidance in two passes.
+Everything here is decided on the host; nothing reads the device.
 """
 
 import contextlib
@@ -60,27 +60,23 @@ class Run:
     def _on_begin_call(self) -> None:
         """A call that needs a run begins."""
 
-    def _on_end_call(self) -> None:
-        """A call that needs a run has ended well."""
-
-    def _on_leave_call(self) -> None:
-        """A call ends, well or not, whether it needs a run or not."""
+    def _on_leave_call(self, ended: bool) -> None:
+        """A call ends. ended: one that needs a run, and well."""
 
     def expect_calls(self, calls: int) -> None:
         """From now on runs have `calls` calls: scales are given for each. ValueError if it was another number."""
         if self.calls_calibrated not in (None, calls):
+            known = self.calls_calibrated
             raise ValueError(
-                f"a table of {calls} scales, one per call, in a UNet with tables of {self.calls_calibrated}; give all "
-                "layers one table length"
+                f"a table of {calls} scales, one per call, in a UNet with tables of {known}; give all one length"
             )
         self.calls_calibrated = calls
 
     def begin_run(self, num_calls: int | None = None) -> None:
         """Begin a run in this thread: the next call of every context is its first.
 
-        num_calls: calls per context that the sampler announced; one more raises. None = any number.
-        Raises RuntimeError while another thread is inside a call, and on a number other than that of calibrated tables
-        of scales.
+        num_calls: calls per context that the sampler announced; one more raises. None = any number. Raises RuntimeError
+        while another thread is inside a call, and on a number other than that of calibrated tables of scales.
         """
         if self.calls_calibrated is not None:
             if num_calls not in (None, self.calls_calibrated):
@@ -92,14 +88,12 @@ class Run:
         with self._between_calls("begin a run"):
             self._on_begin_run()
             self._runner = threading.current_thread()
-            self._calls = {}
-            self._num_calls = num_calls
-            self._over = None
+            self._calls, self._num_calls, self._over = {}, num_calls, None
 
     def end_run(self) -> None:
         """End the run, if there is one."""
         with self._between_calls("end a run"):
-            self._end("the run has ended")
+            self.invalidate("the run has ended")
 
     def reset_after_pipeline(self) -> None:
         """End the run of this thread; leave that of another live thread alone."""
@@ -132,34 +126,30 @@ class Run:
         """Enter a call. Raises RuntimeError where it would give a wrong picture."""
         if not self.needs_run:
             return
-        thread = threading.current_thread()
-        if not self._busy.acquire(blocking=False):
-            self._refuse_or_recover("call the UNet")
-            self._busy.acquire()
+        self._acquire("call the UNet")
+        self.call_index = self._calls.get(self.context_name, 0)
         try:
-            self._check_run(thread)
+            self._check_run(threading.current_thread())
         except RuntimeError:
             self._busy.release()
             raise
-        self.call_index = self._calls.get(self.context_name, 0)
         self.is_first = self.call_index == 0
         self.action = UPDATE
-        self._caller = thread
+        self._caller = self._runner
         self._on_begin_call()
 
     def end_call(self, failed: bool = False) -> None:
         """Leave the call of this thread, if it is in one; a failed one ends the run."""
-        if self.needs_run and self._caller is not threading.current_thread():
+        needs_run = self.needs_run
+        if needs_run and self._caller is not threading.current_thread():
             return
-        self._on_leave_call()
-        if not self.needs_run:
-            return
-        if failed:
-            self._end("a UNet call failed")
-        else:
-            self._calls[self.context_name] = self.call_index + 1
-            self._on_end_call()
-        self._leave()
+        self._on_leave_call(needs_run and not failed)
+        if needs_run:
+            if failed:
+                self.invalidate("a UNet call failed")
+            else:
+                self._calls[self.context_name] = self.call_index + 1
+            self._leave()
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -173,8 +163,11 @@ class Run:
         self.end_call()
 
     def invalidate(self, reason: str) -> None:
-        """End the run because `reason` made its state worthless."""
-        self._end(reason)
+        """End the run, for `reason`, which may have made its state worthless."""
+        self._on_end_run()
+        if self._over is None:
+            self._over = reason
+            self._num_calls = None
 
     def _check_run(self, thread: threading.Thread) -> None:
         if self._over is not None:
@@ -186,7 +179,7 @@ class Run:
                 f"samples with one accelerated UNet at a time: {NEW_RUN} in this thread, or give every thread its "
                 "own UNet"
             )
-        if self._num_calls is not None and self._calls.get(self.context_name, 0) >= self._num_calls:
+        if self._num_calls is not None and self.call_index >= self._num_calls:
             raise RuntimeError(
                 f"call {self._num_calls + 1} of the UNet in context {self.context_name!r}, but the scheduler announced "
                 f"{self._num_calls}; {NEW_RUN} for a new picture, and put passes of one step into contexts "
@@ -195,34 +188,27 @@ class Run:
 
     @contextlib.contextmanager
     def _between_calls(self, what: str) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            self._refuse_or_recover(what)
-            self._busy.acquire()
+        self._acquire(what)
         try:
             yield
         finally:
             self._busy.release()
 
-    def _refuse_or_recover(self, what: str) -> None:
-        """There is a call in progress. Leave it if it cannot be running any more, else raise RuntimeError."""
-        owner = self._caller
-        if owner is threading.current_thread() or (owner is not None and not owner.is_alive()):
-            self._end("a UNet call was interrupted")
-            self._leave()
+    def _acquire(self, what: str) -> None:
+        """Be the only one that calls. A call in progress that cannot be running any more is left."""
+        if self._busy.acquire(blocking=False):
             return
-        raise RuntimeError(
-            f"cannot {what}: another thread is inside a call of this UNet; one thread samples with one accelerated "
-            "UNet at a time, give every thread its own"
-        )
-
-    def _end(self, reason: str) -> None:
-        self._on_end_run()
-        if self._over is None:
-            self._over = reason
-            self._num_calls = None
+        owner = self._caller
+        if owner is not threading.current_thread() and (owner is None or owner.is_alive()):
+            raise RuntimeError(
+                f"cannot {what}: another thread is inside a call of this UNet; one thread samples with one accelerated "
+                "UNet at a time, give every thread its own"
+            )
+        self.invalidate("a UNet call was interrupted")
+        self._leave()
+        self._busy.acquire()
 
     def _leave(self) -> None:
-        self.action = None
+        self.action = self._caller = None
         self.is_first = False
-        self._caller = None
         self._busy.release()

@@ -1,15 +1,12 @@
-"""The one place where a layer's mode and the call of the run choose what is executed.
+"""The one place where a layer's mode and the call of the run choose what is executed. Blocks and single layers are
+equations in `run`::
 
-Blocks and single layers are written as equations in `run`, which is the layer on prologue(h), plus a skip::
-
-    run(layer, prologue, h, skip=skip) = layer(prologue(h)) + skip
+    run(layer, prologue, h, dtype, skip=skip) = layer(prologue(h)) + skip
 
 - mode "modulated": an update of x_hat and y_hat, `ops.modulate`; in the first call of a run two of 8 bits, the second
   on what the first left over, which together are as good as a float first call.
 - mode "quantized": the plain quantiser and the product.
-- mode "constant" (`constants`): computed when the input is another tensor than in the call before.
-
-A `layer` here is a `ModulatedLayer` or a `LinearStack`; `Layer` says what it must have.
+- mode "constant": computed when the input is another tensor than in the call before.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +22,11 @@ from modiff_kernels.ops.dispatch import torch_must_see
 from modiff_kernels.ops.naive import FIRST_BITS, FIRST_UPDATES
 from modiff_kernels.quant import affine
 
-Codes = tuple[Tensor, Tensor]
-"""Residual codes and their scales."""
+Codes = tuple[Tensor, Tensor]  # of a residual, and their scales
 
 
 class Layer(Protocol):
-    """What a step reads of a layer. kernels: what it executes without a state, by format of the input."""
+    """What a step reads of a `ModulatedLayer` or a `LinearStack`. kernels: what it executes without a state, by key."""
 
     name: str
     state: ModulationState
@@ -44,9 +40,7 @@ class Layer(Protocol):
     memory_format: torch.memory_format
     kernels: dict[Any, Callable[..., Any]]
 
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the output for an input of `x_shape`."""
-        ...
+    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]: ...
 
 
 class Spread(NamedTuple):
@@ -162,8 +156,7 @@ def plain_product(
 ) -> Tensor:
     """The product of plain codes, plus bias and `skip`."""
     values, scale, zero_point = codes
-    if spread is not None:
-        values = spread.codes(values)
+    values = values if spread is None else spread.codes(values)
     args = (values, scale, zero_point, layer.packed, None, layer.bias_data, skip, layer.window, dtype, True)
     key = "product", skip is None, values.shape, dtype, values.device, scale.shape
     return _repeated(layer.kernels, key, ops.product, args, layer.backend)

@@ -1,12 +1,11 @@
-"""The state of one accelerated network: `InputState`, x_hat of a tensor that layers read, `OutputState`, y_hat of a
-layer, and `ModulationState`, which owns them all.
+"""The state of one accelerated network: x_hat of the tensors that layers read, y_hat of the layers, and their owner.
 
 Tensors are allocated at the first call of a run when shape, dtype or device changed, else used again: addresses stay.
 A run begins with x_hat = 0 and y_hat = bias, which is written at the first use in its first call.
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,36 +21,25 @@ class ContextTensor:
 
     written: whether this run has begun it. kernels: what the update calls of this run execute on it, by layer.
     Of an input whose scale is not dynamic: last_update, the call that updated it last; interval, the calls from the
-    update before to that one; updated in this call; factor and absmax, of which its next scale is made.
+    update before to that one; updated in this call; factor and absmax, of which its next scale is made; fixed_absmax,
+    where absmax lies if addresses must stay.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.shape = tensor.shape
-        self.device = tensor.device
-        self.dtype: torch.dtype | None = None  # of the activation
-        self.written = False
+        self.shape, self.device = tensor.shape, tensor.device
         self.kernels: dict[Any, Callable[..., Any]] = {}
-        self.last_update = 0
-        self.interval = 1
-        self.updated = False
-        self.factor: Tensor | None = None
-        self.absmax: Tensor | None = None
+        self.written = self.updated = False
         self.fixed_absmax: Tensor | None = None
 
     def begin(self, dtype: torch.dtype, call_index: int) -> None:
-        """The first use in a run."""
+        """The first use in a run, for activations of `dtype`."""
         self.dtype = dtype
         self.written = True
         self.kernels.clear()
         self.last_update, self.interval = call_index, 1
-        self.factor = self.absmax = None
-
-    def keep_absmax(self, absmax: Tensor) -> None:
-        """Keep `absmax` in a tensor whose address stays."""
-        if self.fixed_absmax is None:
-            self.fixed_absmax = absmax.clone()
-        self.absmax = self.fixed_absmax.copy_(absmax)
+        self.factor: Tensor | None = None
+        self.absmax: Tensor | None = None
 
 
 class StateTensor:
@@ -67,30 +55,28 @@ class StateTensor:
         raise NotImplementedError
 
     def ensure(
-        self,
-        shape: torch.Size | tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        memory_format: torch.memory_format = torch.contiguous_format,
+        self, shape: Any, dtype: torch.dtype, device: torch.device, memory_format: torch.memory_format
     ) -> Tensor:
-        """The tensor of the current context, of `shape`, in the state dtype.
+        """The tensor of the current context, of `shape`, in the state dtype; `dtype` is that of the activation.
 
-        dtype: of the activation, not of the state. In the first call of a run it is allocated where anything differs
-        from what is there, and filled at its first use; later the arguments must be those of the first call. Raises
-        RuntimeError outside a call, for a layer that the first call of the run left out, and on a change.
+        In the first call of a run it is allocated where anything differs from what is there, and filled at its first
+        use; later the arguments must be those of the first call. Raises RuntimeError outside a call, for a layer that
+        the first call of the run left out, and on a change.
         """
         state = self.state
         held = self.contexts.get(state.context_name)
         if held is not None and held.written:
             if held.shape != shape or held.dtype is not dtype or held.device != device:
-                self._refuse_change(held, shape, dtype, device)
+                raise RuntimeError(
+                    f"layer '{self.key}' got {tuple(shape)} {dtype} on {device} in a run that began with "
+                    f"{tuple(held.shape)} {held.dtype} on {held.device}; the state fits one shape per run: {NEW_RUN} "
+                    "before the change, or give each shape its own context (`with handle.context('name'):`)"
+                )
             if state.action is None:
-                self._refuse_outside()
+                self._refuse()
             return held.tensor
-        if state.action is None:
-            self._refuse_outside()
-        if not state.is_first:
-            self._refuse_unbegun()
+        if state.action is None or not state.is_first:
+            self._refuse()
         state_dtype = state.dtype_on(device)
         if held is None or held.shape != shape or held.tensor.dtype is not state_dtype or held.device != device:
             tensor = torch.empty(shape, dtype=state_dtype, device=device, memory_format=memory_format)
@@ -103,64 +89,44 @@ class StateTensor:
     def current(self) -> ContextTensor:
         """That of the current context, in a call. Raises RuntimeError where `ensure` does."""
         held = self.contexts.get(self.state.context_name)
-        if self.state.action is None:
-            self._refuse_outside()
-        if held is None or not held.written:
-            self._refuse_unbegun()
+        if self.state.action is None or held is None or not held.written:
+            self._refuse()
         return held
 
-    def _refuse_outside(self) -> NoReturn:
-        raise RuntimeError(
-            f"layer '{self.key}' was called outside a UNet call of a run, so it has no state to work on; "
-            f"{NEW_RUN} and call the UNet itself (or use `with state.call():` around single layers)"
-        )
-
-    def _refuse_unbegun(self) -> NoReturn:
+    def _refuse(self) -> NoReturn:
+        if self.state.action is None:
+            raise RuntimeError(
+                f"layer '{self.key}' was called outside a UNet call of a run, so it has no state to work on; "
+                f"{NEW_RUN} and call the UNet itself (or use `with state.call():` around single layers)"
+            )
         raise RuntimeError(
             f"layer '{self.key}' has no state in context {self.state.context_name!r}: the first call of this run "
             f"did not reach it; {NEW_RUN} whose first call runs every layer, or leave the layer out with skip_modules"
         )
 
-    def _refuse_change(self, held: ContextTensor, shape: Any, dtype: torch.dtype, device: torch.device) -> NoReturn:
-        raise RuntimeError(
-            f"layer '{self.key}' got {tuple(shape)} {dtype} on {device} in a run that began with {tuple(held.shape)} "
-            f"{held.dtype} on {held.device}; the state fits one shape per run: {NEW_RUN} before the change, or give "
-            f"each shape its own context (`with handle.context('name'):`)"
-        )
-
-
-class Biased(Protocol):
-    """A layer that adds onto a y_hat."""
-
-    @property
-    def bias_data(self) -> Tensor | None:
-        """[N], or None."""
-        ...
-
 
 class OutputState(StateTensor):
     """y_hat of a layer, or of several whose outputs leave a block as one sum.
 
-    writers: the layers whose products are added onto it.
+    writers: the layers whose products are added onto it; their `bias_data` is [N] or None.
     """
 
     def __init__(self, state: "ModulationState", key: str) -> None:
         super().__init__(state, key)
-        self.writers: list[Biased] = []
+        self.writers: list[Any] = []
 
     def fill(self, tensor: Tensor) -> None:
-        """y_hat = bias."""
         fill_with_bias(tensor, self.writers)
 
 
-def fill_with_bias(tensor: Tensor, writers: list[Biased]) -> None:
+def fill_with_bias(tensor: Tensor, writers: list[Any]) -> None:
     """Write the sum of the biases of `writers` into every row [..., N] or pixel [N, C, H, W]."""
     biases = [writer.bias_data for writer in writers if writer.bias_data is not None]
-    if not biases:
+    if biases:
+        total = biases[0] if len(biases) == 1 else torch.stack(biases).sum(0)
+        tensor.copy_(total.view(1, -1, 1, 1) if tensor.ndim == 4 else total)
+    else:
         tensor.zero_()
-        return
-    total = biases[0] if len(biases) == 1 else torch.stack(biases).sum(0)
-    tensor.copy_(total.view(1, -1, 1, 1) if tensor.ndim == 4 else total)
 
 
 class InputState(StateTensor):
@@ -172,19 +138,15 @@ class InputState(StateTensor):
 
     def __init__(self, state: "ModulationState", key: str, config: ModiffConfig, granularity: str) -> None:
         super().__init__(state, key)
-        self.act_bits = config.act_bits
-        self.granularity = granularity
-        self.clip_ratio = config.clip_ratio
-        self.scale_mode = config.scale_mode
+        self.act_bits, self.granularity = config.act_bits, granularity
+        self.clip_ratio, self.scale_mode = config.clip_ratio, config.scale_mode
         self.static_scale: Tensor | None = None  # float32 [1], of this call
         self.static_zero_point: Tensor | None = None  # int32 [1]
-        self._static: tuple[Tensor, Tensor] | None = None  # both, of all calls together or of every one
-        self.consumers = 0
-        self.uses = 0
+        self.static: tuple[Tensor, Tensor] | None = None  # both, [1] for all calls together or [calls]
+        self.consumers = self.uses = 0
         self._shared: tuple[Tensor, int, Any] | None = None
 
     def fill(self, tensor: Tensor) -> None:
-        """x_hat = 0."""
         tensor.zero_()
 
     def scale(self) -> Tensor | None:
@@ -213,9 +175,10 @@ class InputState(StateTensor):
         held.factor = None  # of a second use in the same call
         if self.scale_mode == "delayed":
             if self.state.fixed_addresses:
-                held.keep_absmax(absmax)
-            else:
-                held.absmax = absmax
+                if held.fixed_absmax is None:
+                    held.fixed_absmax = absmax.clone()
+                absmax = held.fixed_absmax.copy_(absmax)
+            held.absmax = absmax
 
     def set_static(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32.
@@ -224,30 +187,23 @@ class InputState(StateTensor):
         """
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        old = self._static
-        if old is not None and not (_equal(old[0], scale) and _equal(old[1], zero_point)):
+        old = self.static
+        if old is not None and not (torch.equal(old[0], scale) and torch.equal(old[1], zero_point)):
             raise ValueError(
                 f"static scale {scale.tolist()} differs from {old[0].tolist()} of another layer that reads the same "
                 f"tensor ('{self.key}'), or its zero point does; give them one value"
             )
         if scale.numel() > 1:
             self.state.expect_calls(scale.numel())
-        self._static = scale, zero_point
+        self.static = scale, zero_point
         with torch.inference_mode(False):  # tensors that every call may write
             self.static_scale, self.static_zero_point = scale[:1].clone(), zero_point[:1].clone()
 
     def move_static(self, device: torch.device) -> None:
         """Bring the calibrated values, if there are some, to `device`."""
-        if self._static is not None and self.static_scale.device != device:
-            scale, zero_point = self._static
-            self._static = scale.to(device), zero_point.to(device)
-            self.static_scale = self.static_scale.to(device)
-            self.static_zero_point = self.static_zero_point.to(device)
-
-    @property
-    def static_table(self) -> tuple[Tensor, Tensor] | None:
-        """Calibrated scale and zero point of every call, [calls] each; None if they are the same in all calls."""
-        return self._static if self._static is not None and self._static[0].numel() > 1 else None
+        if self.static is not None and self.static_scale.device != device:
+            here = [t.to(device) for t in (*self.static, self.static_scale, self.static_zero_point)]
+            self.static, self.static_scale, self.static_zero_point = (here[0], here[1]), here[2], here[3]
 
     def shared_codes(self, source: Tensor) -> Any:
         """What `share` got for this very tensor, unchanged since, in this call; else None."""
@@ -269,14 +225,12 @@ class InputState(StateTensor):
         self.uses = 0
         self._shared = None
 
-    def refuse_second_source(self) -> None:
-        """Raise RuntimeError if this has been quantised in this call already, from another tensor."""
-        if self.uses:
-            raise RuntimeError(
-                f"the layers that share the input of '{self.key}' got different tensors in one UNet call (they got "
-                "the same one in the first call of this run), so their common x_hat cannot follow; accelerate with "
-                "share_inputs=False"
-            )
+    def refuse_second_source(self) -> NoReturn:
+        """In this call it has been quantised already, from another tensor."""
+        raise RuntimeError(
+            f"the layers that share the input of '{self.key}' got different tensors in one UNet call, but one and the "
+            "same in the first call of this run, so their x_hat cannot follow; accelerate with share_inputs=False"
+        )
 
 
 class ModulationState(Run):
@@ -291,9 +245,7 @@ class ModulationState(Run):
 
     def __init__(self, state_dtype: torch.dtype | str | None = None) -> None:
         super().__init__()
-        if isinstance(state_dtype, str):
-            state_dtype = getattr(torch, state_dtype)
-        self.state_dtype = state_dtype
+        self.state_dtype = getattr(torch, state_dtype) if isinstance(state_dtype, str) else state_dtype
         self.inputs: dict[str, InputState] = {}
         self.outputs: dict[str, OutputState] = {}
         self.kept = KeptOutputs()
@@ -301,18 +253,15 @@ class ModulationState(Run):
         self.time_table: TimeTable | None = None
         self.fixed_addresses = False
         self.relocations = 0
-        self._shared: list[InputState] = []
         self._factors: dict[tuple[float, torch.device], Tensor] = {}
         self._factors_in_use: frozenset[float] = frozenset()
 
     def input_of(self, key: str, config: ModiffConfig, granularity: str) -> InputState:
         """The input of `key`, made on first use, with one more consumer."""
-        found = self.inputs.get(key)
-        if found is None:
-            found = self.inputs[key] = InputState(self, key, config, granularity)
+        if key not in self.inputs:
+            self.inputs[key] = InputState(self, key, config, granularity)
+        found = self.inputs[key]
         found.consumers += 1
-        if found.consumers == 2:
-            self._shared.append(found)
         return found
 
     def drop_consumer(self, state: InputState) -> None:
@@ -320,7 +269,6 @@ class ModulationState(Run):
         state.consumers -= 1
         if state.consumers == 0:
             del self.inputs[state.key]
-            self._shared = [shared for shared in self._shared if shared is not state]
 
     def separate_input(self, shared: InputState, key: str) -> InputState:
         """Give the layer `key` an input of its own, because it does not read the tensor of the `shared` one."""
@@ -332,16 +280,13 @@ class ModulationState(Run):
 
     def output_of(self, key: str) -> OutputState:
         """The y_hat of the layer `key`, made on first use; calls need a run from then on."""
-        output = self.outputs.get(key)
-        if output is None:
-            output = self.outputs[key] = OutputState(self, key)
-        return output
+        if key not in self.outputs:
+            self.outputs[key] = OutputState(self, key)
+        return self.outputs[key]
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Dtype of x_hat and y_hat on `device`."""
-        if self.state_dtype is not None:
-            return self.state_dtype
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return self.state_dtype or (torch.float16 if device.type == "cuda" else torch.float32)
 
     @property
     def needs_run(self) -> bool:
@@ -357,7 +302,6 @@ class ModulationState(Run):
         return self.is_first, self._factors_in_use, pending
 
     def begin_call(self) -> None:
-        """Enter a call. Raises RuntimeError where it would give a wrong picture."""
         self.kept.expire()
         super().begin_call()
 
@@ -368,13 +312,13 @@ class ModulationState(Run):
     def nbytes(self) -> int:
         """Bytes of all x_hat, y_hat and kept outputs of all contexts, and of the values that a schedule keeps."""
         tensors = [held.tensor for holder in self._holders() for held in holder.contexts.values()]
-        values = self.kept.nbytes() + sum(trajectory.nbytes() for trajectory in self.trajectories.values())
-        return values + sum(tensor.nbytes for tensor in tensors)
+        others = [self.kept, *self.trajectories.values()]
+        return sum(tensor.nbytes for tensor in tensors) + sum(other.nbytes() for other in others)
 
     def release(self) -> None:
         """Free all state tensors and end the run."""
         with self._between_calls("release the state"):
-            self._end("the state was released")
+            self.invalidate("the state was released")
             self.trajectories = {}
             self.kept.release()
             if self.time_table is not None:
@@ -398,16 +342,14 @@ class ModulationState(Run):
         if self.calls_calibrated is not None:
             self._take_static_values()
 
-    def _on_leave_call(self) -> None:
-        for shared in self._shared:
-            shared.forget_shared()
-
-    def _on_end_call(self) -> None:
-        if self.scheduled:
-            for _, held in self._inputs_with_given_scales():
-                if held.updated:
-                    held.interval, held.last_update = max(self.call_index - held.last_update, 1), self.call_index
-                    held.updated = False
+    def _on_leave_call(self, ended: bool) -> None:
+        for source in self.inputs.values():
+            if source.uses:
+                source.forget_shared()
+        for _, held in self._inputs_with_given_scales() if ended and self.scheduled else ():
+            if held.updated:
+                held.interval, held.last_update = max(self.call_index - held.last_update, 1), self.call_index
+                held.updated = False
 
     def _inputs_with_given_scales(self) -> list[tuple[InputState, ContextTensor]]:
         """Inputs with a static or delayed scale, and their tensors in this run."""
@@ -420,35 +362,26 @@ class ModulationState(Run):
         for state, held in self._inputs_with_given_scales():
             calls = max(self.call_index - held.last_update, 1)
             value = calls if state.scale_mode == "static" else calls / held.interval
-            factor = self._factors.get((value, held.device))
-            if factor is None:
-                factor = torch.full((1,), value, dtype=torch.float32, device=held.device)
-                self._factors[value, held.device] = factor
-            held.factor = factor
+            if (value, held.device) not in self._factors:
+                self._factors[value, held.device] = torch.full((1,), value, dtype=torch.float32, device=held.device)
+            held.factor = self._factors[value, held.device]
             values.add(value)
         self._factors_in_use = frozenset(values)
 
     def _take_static_values(self) -> None:
         """Put the calibrated values of this call where layers read them: one address for all calls, which compiled code
         and graphs rely on."""
-        call = self.call_index
-        states = [state for state in self.inputs.values() if state.static_table is not None]
+        call = slice(self.call_index, self.call_index + 1)
+        states = [state for state in self.inputs.values() if state.static is not None and state.static[0].numel() > 1]
         if states:
-            scales, zero_points = zip(*[state.static_table for state in states])
-            torch._foreach_copy_([state.static_scale for state in states], [t[call : call + 1] for t in scales])
-            torch._foreach_copy_(
-                [state.static_zero_point for state in states], [t[call : call + 1] for t in zero_points]
-            )
+            scales, zero_points = zip(*[state.static for state in states])
+            torch._foreach_copy_([state.static_scale for state in states], [table[call] for table in scales])
+            torch._foreach_copy_([state.static_zero_point for state in states], [table[call] for table in zero_points])
 
     def _holders(self) -> list[StateTensor]:
         return [*self.inputs.values(), *self.outputs.values()]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+    def __deepcopy__(self, *unused: Any) -> NoReturn:
         raise TypeError("an accelerated UNet cannot be copied or pickled: call handle.remove() first")
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an accelerated UNet cannot be copied or pickled: call handle.remove() first")
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+    __reduce__ = __deepcopy__

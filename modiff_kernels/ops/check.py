@@ -1,5 +1,6 @@
 """Checks of the ops' arguments: each gives the `Problem`, or raises ValueError or TypeError saying what was given and
 what is allowed, before anything is mutated. They look at shapes, strides, dtypes and devices only, never at values.
+What is declared in `schema` has its types there.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,7 @@ from .problem import Problem, capability
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def quantize(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    affine: bool,
-) -> Problem:
-    """Of `ops.quantize`."""
+def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> Problem:
     op = "quantize"
     shape, image = _quantized_shape(op, h, prologue)
     check_bits(op, "bits", bits)
@@ -36,7 +27,7 @@ def quantize(
     if not (isfinite(clip_ratio) and clip_ratio > 0):
         raise ValueError(f"{op}: clip_ratio={clip_ratio!r} is not allowed; give a finite number above 0 (1 clips none)")
     if x_hat is not None:
-        _require_tensors(op, h, FLOAT_DTYPES, x_hat=x_hat)
+        _require_tensors(op, h, None, x_hat=x_hat)
         _require_shape(op, "x_hat", x_hat, shape, image)
     elif scale is not None:
         raise ValueError(f"{op}: a scale is for residuals only; without x_hat leave it None (dynamic)")
@@ -56,7 +47,7 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     kind, gamma, beta, shift, num_groups, eps, _ = prologue
     if kind not in PROLOGUES:
         raise ValueError(f"{op}: prologue {kind!r} is not known; choose one of {', '.join(map(repr, PROLOGUES))}")
-    _require_tensors(op, h, FLOAT_DTYPES, h=h, shift=shift, gamma=gamma, beta=beta)
+    _require_tensors(op, h, None, h=h, shift=shift, gamma=gamma, beta=beta)
     image = h.ndim == 4 and kind in ("identity", "group_norm")
     if kind == "group_norm" and h.ndim not in (3, 4):
         raise ValueError(f"{op}: h has {_text(h)}; expected an image [N, C, H, W] or tokens [N, L, C]")
@@ -81,19 +72,7 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     return h.shape, image
 
 
-def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Problem:
-    """Of `ops.product`."""
+def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> Problem:
     op = "product"
     _require_activation(op, "codes", codes, window is not None)
     _require_tensors(op, codes, torch.int8, codes=codes)
@@ -101,7 +80,7 @@ def product(
     granularity = _granularity_of(op, codes, scale, window is not None)
     _require_tensors(op, codes, torch.int32, zero_point=zero_point)
     _require_vector(op, "zero_point", zero_point, scale.shape[0])
-    _require_tensors(op, codes, FLOAT_DTYPES, bias=bias)
+    _require_tensors(op, codes, None, bias=bias)
     _require_vector(op, "bias", bias, problem.n)
     if y_hat is not None and (bias is not None or zero_point is not None):
         raise ValueError(
@@ -112,21 +91,8 @@ def product(
 
 
 def modulate(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor,
-    scale: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    write_out: bool,
+    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
 ) -> Problem:
-    """Of `ops.modulate`."""
     op = "modulate"
     quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
     _require_activation(op, "x_hat", x_hat, window is not None)
@@ -136,23 +102,14 @@ def modulate(
     )
 
 
-def _product(
-    op: str,
-    x: Tensor,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Problem:
+def _product(op, x, weight, y_hat, skip, window, out_dtype, write_out) -> Problem:
     """The product of a tensor like `x`, an image where there is a window; checks all but `x` and its scales."""
     image = window is not None
     if window is not None:
         _require_window(op, window, x)
     k, n = summed(x.shape[1 if image else -1], window), weight.n
     _require_weight(op, x, weight, k)
-    shape: Sequence[int] = (*x.shape[:-1], n)
+    shape = (*x.shape[:-1], n)
     if window is not None:
         shape = window.output_shape(x.shape, n)
         if shape[2] < 1 or shape[3] < 1:
@@ -162,7 +119,7 @@ def _product(
     if out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype={out_dtype} is not allowed; choose {', '.join(map(str, FLOAT_DTYPES))}")
     if y_hat is not None:
-        _require_tensors(op, x, FLOAT_DTYPES, y_hat=y_hat)
+        _require_tensors(op, x, None, y_hat=y_hat)
         _require_shape(op, "y_hat", y_hat, shape, image)
     elif not write_out:
         raise ValueError(f"{op}: write_out=False leaves nothing without y_hat; give y_hat, or write_out=True")
@@ -174,9 +131,8 @@ def _product(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Problem:
-    """Of `ops.attention`."""
     op = "attention"
-    _require_tensors(op, q, FLOAT_DTYPES, q=q)
+    _require_tensors(op, q, None, q=q)
     _require_tensors(op, q, q.dtype, k=k, v=v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.ndim != 3 or t.stride(-1) != 1:
@@ -194,7 +150,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -
 
 
 def pack_weight(weight_q: Tensor, weight_bits: int) -> Problem:
-    """Of `ops.pack_weight`."""
     op = "pack_weight"
     check_bits(op, "weight_bits", weight_bits)
     _require_tensors(op, weight_q, torch.int8, weight_q=weight_q)
@@ -206,7 +161,6 @@ def pack_weight(weight_q: Tensor, weight_bits: int) -> Problem:
 
 
 def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Problem:
-    """Of `ops.unpack_weight`."""
     op = "unpack_weight"
     check_bits(op, "weight_bits", weight_bits)
     _require_kpack_v1(op, weight_packed, weight_bits, n, k)
@@ -226,23 +180,18 @@ def _text(t: Tensor) -> str:
     return f"shape {tuple(t.shape)}, {t.dtype}, strides {t.stride()}"
 
 
-def _require_tensors(
-    op: str, x: Tensor, dtypes: torch.dtype | tuple[torch.dtype, ...], **tensors: Tensor | None
-) -> None:
-    """Of this dtype or one of these, on x's device."""
+def _require_tensors(op: str, x: Tensor, dtype: torch.dtype | None, **tensors: Tensor | None) -> None:
+    """Of this dtype, None: a floating one; on x's device."""
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.dtype is not dtypes and dtypes is not FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} is {t.dtype}; it must be {dtypes}")
-        if dtypes is FLOAT_DTYPES and t.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} is {t.dtype}; allowed are float32, float16 and bfloat16; convert it")
-        _require_device(op, x, name, t)
-
-
-def _require_device(op: str, x: Tensor, name: str, t: Tensor) -> None:
-    if t.device != x.device:
-        raise ValueError(f"{op}: {name} is on {t.device}, the first argument on {x.device}; move all to one device")
+        if t.dtype not in (FLOAT_DTYPES if dtype is None else (dtype,)):
+            allowed = (
+                "allowed are float32, float16 and bfloat16; convert it" if dtype is None else f"it must be {dtype}"
+            )
+            raise TypeError(f"{op}: {name} is {t.dtype}; {allowed}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, the first argument on {x.device}; move all to one device")
 
 
 def _require_elements(op: str, name: str, t: Tensor) -> None:
@@ -316,7 +265,7 @@ def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
     packed, scale, bits, group_size, layout = weight
     check_bits(op, "weight.bits", bits)
     check_group_size(op, group_size)
-    _require_device(op, x, "weight.packed", packed)
+    _require_tensors(op, x, packed.dtype, weight=packed)
     _require_tensors(op, x, torch.float32, weight_scale=scale)
     columns = () if group_size == -1 else (group_count(k, group_size),)
     if scale.ndim != 1 + len(columns) or tuple(scale.shape[1:]) != columns or not scale.is_contiguous():

@@ -1,8 +1,7 @@
 """Which backend solves which problem: one table, asked with `select` and printed with `table`.
 
 `backend="auto"` walks `backends.BACKENDS`; a named backend is a demand and never falls back. The environment variable
-MODIFF_BACKEND, read once, puts one backend in the place of "auto". Backends are loaded at the first question; one that
-fails to load stays in the table with its reason.
+MODIFF_BACKEND, read once, puts one backend in the place of "auto". One that fails to load stays with its reason.
 """
 
 import importlib
@@ -25,7 +24,6 @@ REFERENCE = "reference"
 OPS = ("quantize", "product", "attention", "pack_weight", "unpack_weight")
 # Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
 REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
-
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
 logger = logging.getLogger("modiff_kernels")
@@ -106,12 +104,12 @@ def why_not(problem: Problem, name: str) -> str | None:
         return reason
     module = load(name)
     if problem.op == "modulate":
-        quantize, product = _parts(problem)
+        quantize, product = parts_of(problem)
         return module.why_not(quantize) or module.why_not(product)
     return module.why_not(problem) if hasattr(module, problem.op) else f"it has no {problem.op}"
 
 
-def _parts(whole: Problem) -> tuple[Problem, Problem]:
+def parts_of(whole: Problem) -> tuple[Problem, Problem]:
     """The problems of both ops of a "modulate"."""
     rows = whole.m if whole.window is None else whole.m * whole.window.stride[0] * whole.window.stride[1]
     quantize = replace(whole, op="quantize", m=rows, n=0, k=whole.channels, window=None, weight_bits=None, layout=None)
@@ -199,12 +197,10 @@ def prepare_weight(
     """`weight` in `layout`, by the first backend that makes it; ValueError with every reason if none does."""
     rejected: Rejected = ()
     for name in candidates(weight.packed.device.type, backend):
-        reason = why_unavailable(name)
-        if reason is None:
+        reason = why_unavailable(name) or f"it reads weights in layout {KPACK_V1!r} alone"
+        if hasattr(load(name), "prepare_weight") and why_unavailable(name) is None:
             try:
-                if hasattr(load(name), "prepare_weight"):
-                    return load(name).prepare_weight(weight, k, window, layout)
-                reason = f"it reads weights in layout {KPACK_V1!r} alone"
+                return load(name).prepare_weight(weight, k, window, layout)
             except ValueError as error:
                 reason = str(error)
         rejected += ((name, reason),)

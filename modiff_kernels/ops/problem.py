@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -57,24 +58,16 @@ class Problem:
         return self.window is None or self.window.is_pointwise
 
     def __str__(self) -> str:
-        parts = [self.op, self.device_type, f"m{self.m}"]
-        if self.n:
-            parts.append(f"n{self.n}")
-        parts.append(f"k{self.k}")
+        parts: list[Any] = [self.op, self.device_type, f"m{self.m}", f"n{self.n}" if self.n else None, f"k{self.k}"]
         if self.window is not None:
-            pairs = zip(("kernel", "stride", "padding", "dilation"), self.window[:4], strict=True)
+            pairs = zip(("kernel", "stride", "padding", "dilation"), self.window[:4])
             parts += [f"{name}{a}x{b}" for name, (a, b) in pairs]
             parts.append(f"groups{self.window.groups}")
-        weight = "" if self.weight_bits is None else f"w{self.weight_bits}"
-        act = "" if self.act_bits is None else f"a{self.act_bits}"
-        parts += [weight + act] if weight + act else []
-        if self.group_size != -1:
-            parts.append(f"group{self.group_size}")
+        bits = [f"{of}{bits}" for of, bits in (("w", self.weight_bits), ("a", self.act_bits)) if bits is not None]
         dtypes = [str(d).removeprefix("torch.") for d in (self.dtype, self.state_dtype) if d is not None]
-        prologue = self.prologue if self.prologue != "identity" else None
-        given = "given" * self.scale_given
-        parts += [text for text in ("/".join(dtypes), self.granularity, given, prologue, self.layout) if text]
-        return "-".join(parts)
+        parts += ["".join(bits), f"group{self.group_size}" if self.group_size != -1 else None, "/".join(dtypes)]
+        parts += [self.granularity, "given" * self.scale_given, self.prologue != "identity" and self.prologue]
+        return "-".join(part for part in (*parts, self.layout) if part)
 
 
 @cache

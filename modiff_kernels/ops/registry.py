@@ -22,15 +22,13 @@ R = TypeVar("R", covariant=True)
 MAX_KEPT = 4096  # kernels per op; a run needs one per layer shape, so reaching this means shapes that never repeat
 
 _library = torch.library.Library("modiff", "DEF")
-
 _inlined: list[Callable[..., Any]] = []
 _inlining = False
 
 
 def inline_kernels() -> None:
-    """From now on code that torch.compile makes calls the kernels of traceable backends, not the ops around them.
-
-    An op of this package is Python below torch's dispatcher, which a compiled call would pass through at every op.
+    """From now on code that torch.compile makes calls the kernels of traceable backends, not the ops around them, which
+    are Python below torch's dispatcher.
     """
     global _inlining
     if not _inlining:
@@ -40,9 +38,8 @@ def inline_kernels() -> None:
 
 
 def is_about_values(error: RuntimeError) -> bool:
-    """Whether `error`, of compiled code, is what ops called one by one raise as ValueError: NaN or Inf in x.
-
-    Code that inductor calls from C++ tells the kernel alone, and this is the only reason that kernel has.
+    """Whether `error`, of compiled code, is what ops called one by one raise as ValueError: NaN or Inf in x. Code that
+    inductor calls from C++ tells the kernel alone, which has no other reason.
     """
     return "holds NaN or Inf" in str(error) or '("modiff_cpu::quantize"' in str(error)
 
@@ -52,9 +49,7 @@ class Op(Protocol[P, R]):
 
     __name__: str
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Check the arguments, select a backend, call it."""
-        ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     @property
     def kernel_for(self) -> Callable[..., Callable[..., R]]:

@@ -15,10 +15,9 @@ For all ops:
 - `backend`: "auto", or a name, which is a demand (see `dispatch`). No gradients flow through any op.
 - Results are new tensors and never share memory with arguments.
 - Raises ValueError or TypeError for arguments that do not fit, `dispatch.BackendUnavailable` if no backend can do it;
-  nothing is mutated then. NaN or Inf in what is to be quantised raises ValueError on the backends reference and cpu:
-  before any state changes (reference), or before the state of the granule that holds it changes (cpu; other samples may
-  have been updated, so begin a new run). Backends for CUDA read no value on the host and raise nothing: there NaN and
-  Inf show in absmax and in dynamic scales, and NaN in x_hat.
+  nothing is mutated then. NaN or Inf in what is to be quantised raises ValueError on the backends reference, before any
+  state changes, and cpu, before that of the granule that holds it changes (so begin a new run). Backends for CUDA read
+  no value on the host and raise nothing: there NaN and Inf show in absmax and in dynamic scales, and NaN in x_hat.
 """
 
 import torch

@@ -26,9 +26,7 @@ def granules(x: Tensor, count: int, image: bool) -> Tensor:
     x: any dtype; `image` says channels_last [N, C, H, W] (elements in NHWC order), else contiguous [..., K]. The result
     shares memory with `x`. Raises RuntimeError if `x` has another memory format.
     """
-    if image:
-        x = x.permute(0, 2, 3, 1)
-    return x.view(count, -1)
+    return (x.permute(0, 2, 3, 1) if image else x).view(count, -1)
 
 
 def residual_scale(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor:
@@ -53,8 +51,7 @@ def block_multipliers(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> tup
         multiplier = clamp(ceil(clip_ratio * absmax_bc / (reach * scale)), 1, most)
 
     All float32. This is the per-channel scale of MoDiff's paper ("LCQ"), on blocks as small as those of NVFP4, in a
-    form that an integer product can take: exact ones would have to be applied inside its sum over channels. Why 13/16,
-    and not the half step of `residual_scale`: docs/cpu_kernels.md.
+    form that an integer product can take. Why 13/16, and not the half step of `residual_scale`: docs/cpu_kernels.md.
     """
     reach, most = 2 ** (bits - 1) - 13 / 16, 2 ** (8 - bits)
     levels = torch.full_like(absmax[:, 0, 0], reach * most)
@@ -90,8 +87,7 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     image = x.ndim == 4
     memory_format = torch.channels_last if image else torch.contiguous_format
     values = granules(x.to(torch.float32).contiguous(memory_format=memory_format), 1, image)
-    may_look = x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it waits for the device
-    if may_look and not all_finite(values):
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not all_finite(values):
         raise ValueError("x holds NaN or Inf; look for overflow in the layers before or in the model's input")
     codes = torch.empty_like(x, dtype=torch.int8)
     granules(codes, 1, image).copy_(quantize(values, scale, bits, zero_point))
@@ -138,11 +134,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -
 
 def weight_rows(weight: Tensor) -> Tensor:
     """[N, K] from a Linear weight [N, K] or a conv weight [N, C, R, S]; K runs in (r, s, c) order for a conv."""
-    if weight.ndim == 4:
-        return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    if weight.ndim != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K] or [N, C, R, S]; reshape it first")
-    return weight
+    if weight.ndim not in (2, 4):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K] (Linear) or [N, C, R, S] (Conv2d)")
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str = "absmax") -> tuple[Tensor, Tensor]:
@@ -188,9 +182,7 @@ def _smallest_error_scale(blocks: Tensor, full: Tensor, bits: int) -> Tensor:
 
 def expand_weight_scale(weight_scale: Tensor, k: int, group_size: int) -> Tensor:
     """Scale of every weight: [N, 1] (group_size -1) or [N, k] from weight_scale [N] or [N, ceil(k / group_size)]."""
-    if group_size == -1:
-        return weight_scale.unsqueeze(1)
-    return weight_scale.repeat_interleave(group_size, dim=1)[:, :k]
+    return weight_scale[:, None] if group_size == -1 else weight_scale.repeat_interleave(group_size, dim=1)[:, :k]
 
 
 def dequantize_weight(
@@ -203,7 +195,4 @@ def dequantize_weight(
 
 def rows_to_weight(rows: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """[N, K] back to a Linear weight [N, K] or a conv weight [N, C, R, S]: the inverse of `weight_rows`."""
-    if len(shape) == 4:
-        n, c, r, s = shape
-        return rows.reshape(n, r, s, c).permute(0, 3, 1, 2)
-    return rows
+    return rows.unflatten(1, (*shape[2:], shape[1])).permute(0, 3, 1, 2) if len(shape) == 4 else rows

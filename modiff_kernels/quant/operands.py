@@ -15,13 +15,11 @@ class Prologue(NamedTuple):
     kind:
         "identity": x = h.
         "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image [N, C, H, W] or tokens [N, L, C],
-            normalised over the rows of a sample and the channels of a group.
+            normalised over the rows of a sample and the channels of one of `num_groups` groups.
         "layer_norm": x = norm(h) over the last dimension of h [..., K].
         "geglu": x = h[..., :K] * gelu(h[..., K:]) of h [..., 2K], gelu with erf.
-    gamma, beta: [C] scale and offset of the norm, or None.
+    gamma, beta: [C] scale and offset of the norm, or None. eps: added to the (biased) variance.
     shift: [N, C] added to every pixel before a group norm (the time embedding), or None.
-    num_groups: of a group norm; divides C.
-    eps: added to the (biased) variance.
     """
 
     kind: str = "identity"

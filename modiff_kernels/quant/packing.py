@@ -20,7 +20,9 @@ KPACK_V1 = "kpack_v1"
 
 def packed_width(weight_bits: int, k: int) -> int:
     """Bytes per row of a kpack_v1 weight with `k` codes per row."""
-    return {8: k, 4: (k + 1) // 2, 3: (k + 3) // 4 + (k + 7) // 8}[weight_bits]
+    if weight_bits == 8:
+        return k
+    return (k + 1) // 2 if weight_bits == 4 else (k + 3) // 4 + (k + 7) // 8
 
 
 def packed_dtype(weight_bits: int) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Fused forms of diffusers' blocks: what stands between two products becomes one pass that ends in int8 codes.
 
 `fuse` finds the blocks that have exactly the form that the fused ones compute; every other block stays as it is, with
-single layers replaced. The layers inside are those of `linear` and `conv2d`, so weights, state and explain() are the
-same. The results equal those of the single layers up to float rounding. docs/fused_blocks.md has the passes.
+single layers replaced. Results equal those of the single layers up to float rounding. docs/fused_blocks.md has the
+passes.
 """
 
 from collections.abc import Container
@@ -11,7 +11,7 @@ from torch import nn
 
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.blocks.attention import FusedAttention
-from modiff_kernels.nn.blocks.base import Calibrated, FusedBlock
+from modiff_kernels.nn.blocks.base import Calibrated, FusedBlock, Parts
 from modiff_kernels.nn.blocks.resample import FusedDownsample2D, FusedUpsample2D
 from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D
 from modiff_kernels.nn.blocks.time_projections import TimeProjections
@@ -66,13 +66,14 @@ def fuse(
         form = forms.get(type(module))
         if form is None or covering(path, fused) is not None or not form.fits(module):
             continue
-        names = form.layer_names(module)
-        if not all(isinstance(module.get_submodule(name), (nn.Linear, nn.Conv2d)) for name in names):
+        below = dict(module.named_modules(remove_duplicate=False))
+        names = [name for name in form.layers if name in below]
+        if not all(isinstance(below[name], (nn.Linear, nn.Conv2d)) for name in names):
             continue  # something is around a layer, such as a LoRA, and would not be called
         passed = [calibrated.get(f"{path}.{name}", NOT_CALIBRATED) for name in names if name not in form.scalable]
         scaled = any(known.input_scale is not None for known in passed)
         if not scaled and not any(f"{path}.{name}" in left_float for name in names):
-            fused[path] = form(module, config, state, path, calibrated)
+            fused[path] = form(Parts(module, config, state, path, calibrated))
     resnets = [block for block in fused.values() if isinstance(block, FusedResnetBlock2D)]
     TimeProjections.share([block for block in resnets if type(block.time_emb_proj) is nn.Linear])
     return fused

@@ -1,6 +1,5 @@
 """Fused attention, self and cross."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from modiff_kernels import ops
 from modiff_kernels.backends.reference import apply_prologue
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched
-from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
+from modiff_kernels.nn.layer import LinearStack
 from modiff_kernels.ops import IDENTITY, Prologue
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+NEVER = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj")  # parts of other attentions
 
 
 class FusedAttention(FusedBlock):
@@ -25,8 +25,10 @@ class FusedAttention(FusedBlock):
 
     q, k and v of self-attention read one quantised residual and are one product where their weights can be stacked. k
     and v of cross-attention have mode "constant": computed from float activations, and kept as long as the encoder
-    states are the same tensor (`nn.constants`).
+    states are the same tensor (`nn.cache`).
     """
+
+    layers = ("to_q", "to_k", "to_v", "to_out.0")
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -38,16 +40,9 @@ class FusedAttention(FusedBlock):
             and not block.is_cross_attention
         )
 
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """The four projections."""
-        return ["to_q", "to_k", "to_v", "to_out.0"]
-
     def build(self, block: nn.Module, parts: Parts) -> None:
-        self.heads = block.heads
-        self.scale = block.scale
-        self.residual_connection = block.residual_connection
-        self.group_norm = block.group_norm
+        self.heads, self.scale = block.heads, block.scale
+        self.residual_connection, self.group_norm = block.residual_connection, block.group_norm
         self.is_cross_attention = block.is_cross_attention
         shared = "to_k" if self.is_cross_attention else "to_q"
         self.to_q = parts.linear("to_q", "to_q")
@@ -58,9 +53,7 @@ class FusedAttention(FusedBlock):
         if self.is_cross_attention:
             for layer in readers:
                 layer.become_constant()
-        self.stacked: LinearStack | tuple[ModulatedLayer, ...] = readers
-        if LinearStack.fits(readers):
-            self.stacked = LinearStack(readers)
+        self.stacked = LinearStack(readers) if LinearStack.fits(readers) else readers
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
         """The attention processor that this block stands for."""
@@ -114,7 +107,10 @@ class FusedAttention(FusedBlock):
             if encoder_hidden_states is None:
                 encoder_hidden_states = apply_prologue(x, prologue).to(dtype)
             q = step.run(self.to_q, prologue, x, dtype, write_out=write_out)
-            k, v = self._each(lambda layer: step.constant(layer, encoder_hidden_states))
+            if isinstance(self.stacked, LinearStack):
+                k, v = self.stacked.split(step.constant(self.stacked, encoder_hidden_states))
+            else:
+                k, v = (step.constant(layer, encoder_hidden_states) for layer in self.stacked)
         elif encoder_hidden_states is None:
             if isinstance(self.stacked, LinearStack):
                 q, k, v = self.stacked.split(step.run(self.stacked, prologue, x, dtype, write_out=write_out))
@@ -124,12 +120,6 @@ class FusedAttention(FusedBlock):
             raise ValueError("this self-attention got encoder_hidden_states; use ModiffConfig(fuse=False) to pass them")
         attended = self._softmax_product(q, k, v, attention_mask)
         return step.run(self.to_out[0], IDENTITY, attended, dtype, skip=skip)
-
-    def _each(self, output_of: Callable[[LinearStack | ModulatedLayer], Tensor]) -> tuple[Tensor, ...]:
-        """The outputs of the stacked layers, or of each."""
-        if isinstance(self.stacked, LinearStack):
-            return self.stacked.split(output_of(self.stacked))
-        return tuple([output_of(layer) for layer in self.stacked])
 
     def _softmax_product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scale = (q.shape[-1] // self.heads) ** -0.5
@@ -153,11 +143,7 @@ def is_plain_attention(block: nn.Module) -> bool:
         and all(isinstance(linear, nn.Linear) for linear in linears)
         and block.to_k.in_features == block.to_v.in_features
         and block.to_k.out_features == block.to_q.out_features
-        and block.spatial_norm is None
-        and block.norm_q is None
-        and block.norm_k is None
-        and block.norm_cross is None
-        and getattr(block, "add_k_proj", None) is None
+        and all(getattr(block, part, None) is None for part in NEVER)
         and block.rescale_output_factor == 1.0
         and not (block.upcast_attention and type(block.processor).__name__ == "AttnProcessor")
         and not (block.training and block.to_out[1].p > 0)

@@ -1,7 +1,7 @@
 """What all fused blocks have in common."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,64 +17,55 @@ Calibrated = Mapping[str, CalibratedLayer]  # by path
 Block = TypeVar("Block", bound="FusedBlock")
 
 
-class Parts:
+class Parts(NamedTuple):
     """Makes the layers and inner blocks of a fused block from those of `block`, under their paths in the UNet."""
 
-    def __init__(
-        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, calibrated: Calibrated
-    ) -> None:
-        self.block = block
-        self._rest = config, state
-        self._path = path
-        self._calibrated = calibrated
+    block: nn.Module
+    config: ModiffConfig
+    state: ModulationState
+    path: str
+    calibrated: Calibrated
 
     def conv2d(self, name: str) -> ModulatedConv2d:
         """The low-bit form of the convolution `name`."""
-        key = f"{self._path}.{name}"
-        conv = self.block.get_submodule(name)
-        known = self._calibrated.get(key, NOT_CALIBRATED)
-        return ModulatedConv2d.from_conv2d(conv, *self._rest, key, calibrated=known)
+        return self._layer(ModulatedConv2d.from_conv2d, name, None)
 
     def linear(self, name: str, shared_input: str | None = None) -> ModulatedLinear:
         """The low-bit form of the Linear `name`; shared_input: name of the layer whose input it shares."""
-        key = f"{self._path}.{name}"
-        shared_input = None if shared_input is None else f"{self._path}.{shared_input}"
-        known = self._calibrated.get(key, NOT_CALIBRATED)
-        return ModulatedLinear.from_linear(self.block.get_submodule(name), *self._rest, key, shared_input, known)
+        return self._layer(ModulatedLinear.from_linear, name, shared_input and f"{self.path}.{shared_input}")
+
+    def _layer(self, form: Callable[..., Any], name: str, shared_input: str | None) -> Any:
+        path = f"{self.path}.{name}"
+        known = self.calibrated.get(path, NOT_CALIBRATED)
+        return form(self.block.get_submodule(name), self.config, self.state, path, shared_input, known)
 
     def inner(self, form: type[Block], name: str) -> Block:
         """The fused form of the block `name`."""
-        return form(self.block.get_submodule(name), *self._rest, f"{self._path}.{name}", self._calibrated)
+        return form(self._replace(block=self.block.get_submodule(name), path=f"{self.path}.{name}"))
 
 
 class FusedBlock(nn.Module):
     """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation.
 
-    left_out: children that stay as they are, and whose layers are replaced by themselves. scalable: names of layers
-    whose input is quantised as it is, so that its channels may be scaled before (`ModulatedLayer.scaled`).
+    layers: names of the layers that are computed in low bits, where the block has them. left_out: children that stay
+    as they are, and whose layers are replaced by themselves. scalable: names of layers whose input is quantised as it
+    is, so that its channels may be scaled before (`ModulatedLayer.scaled`).
     """
 
+    layers: ClassVar[tuple[str, ...]]
     left_out: ClassVar[tuple[str, ...]] = ()
     scalable: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self, block: nn.Module, config: ModiffConfig, state: ModulationState, path: str, calibrated: Calibrated
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.__dict__["original"] = block  # not a child: its parameters are ours, under the same keys
-        self.state = state
-        self.path = path
-        self.training = block.training
-        self.build(block, Parts(block, config, state, path, calibrated))
+        self.__dict__["original"] = parts.block  # not a child: its parameters are ours, under the same keys
+        self.state, self.path = parts.state, parts.path
+        self.training = parts.block.training
+        self.build(parts.block, parts)
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether `block` computes exactly what this form computes."""
-        raise NotImplementedError
-
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """Names below `block` of the layers that the fused form computes in low bits."""
+        """Whether `block` computes exactly the equation of this form."""
         raise NotImplementedError
 
     def build(self, block: nn.Module, parts: Parts) -> None:
@@ -112,8 +103,9 @@ def layer_norm(norm: nn.LayerNorm) -> Prologue:
 
 def is_untouched(*modules: nn.Module) -> bool:
     """No hooks and no forward of its own, in `modules` or below: a fused block would not call them."""
-    return all(
-        "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
-        for top in modules
-        for module in top.modules()
-    )
+    return all(has_no_hook(module) for top in modules for module in top.modules())
+
+
+def has_no_hook(module: nn.Module) -> bool:
+    """`is_untouched` for the module alone."""
+    return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks

@@ -1,6 +1,5 @@
 """Fused up- and down-sampling: what is done to the image before the convolution is done to its codes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +12,20 @@ from modiff_kernels.nn.step import Spread
 from modiff_kernels.ops import IDENTITY
 
 
-class FusedUpsample2D(FusedBlock):
+class FusedResample(FusedBlock):
+    """A convolution of an image that is changed before."""
+
+    layers = ("conv",)
+
+    def build(self, block: nn.Module, parts: Parts) -> None:
+        self.conv = parts.conv2d("conv")
+
+
+class FusedUpsample2D(FusedResample):
     """out = conv(repeat(x)), every pixel twice in both directions; x_hat and codes at the low resolution."""
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         return (
             block.use_conv
             and not block.use_conv_transpose
@@ -29,14 +36,6 @@ class FusedUpsample2D(FusedBlock):
             and is_untouched(block)
         )
 
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """The convolution."""
-        return ["conv"]
-
-    def build(self, block: nn.Module, parts: Parts) -> None:
-        self.conv = parts.conv2d("conv")
-
     def run(self, x: Tensor, output_size: Any = None, *unused: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if output_size is not None and tuple(output_size) != (2 * x.shape[2], 2 * x.shape[3]):
@@ -44,7 +43,7 @@ class FusedUpsample2D(FusedBlock):
         return step.run(self.conv, IDENTITY, x, x.dtype, spread=REPEAT)
 
 
-class FusedDownsample2D(FusedBlock):
+class FusedDownsample2D(FusedResample):
     """out = conv(x with a row of zeros below and a column of zeros at the right); x_hat without these zeros.
 
     Other forms of diffusers' block pad in the convolution itself and have nothing to fuse.
@@ -52,7 +51,6 @@ class FusedDownsample2D(FusedBlock):
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         return (
             block.use_conv
             and block.padding == 0
@@ -61,14 +59,6 @@ class FusedDownsample2D(FusedBlock):
             and block.conv.kernel_size != (1, 1)  # its scales may be per pixel, and zeros have none
             and is_untouched(block)
         )
-
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """The convolution."""
-        return ["conv"]
-
-    def build(self, block: nn.Module, parts: Parts) -> None:
-        self.conv = parts.conv2d("conv")
 
     def run(self, x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -87,9 +77,5 @@ def _repeated(codes: Tensor) -> Tensor:
     return repeated.contiguous(memory_format=torch.channels_last)
 
 
-def _with_size(shape: Sequence[int], factor: int, more: int) -> tuple[int, ...]:
-    return shape[0], shape[1], factor * shape[2] + more, factor * shape[3] + more
-
-
-REPEAT = Spread(_repeated, lambda shape: _with_size(shape, 2, 0))
-PAD = Spread(_padded, lambda shape: _with_size(shape, 1, 1))
+REPEAT = Spread(_repeated, lambda shape: (shape[0], shape[1], 2 * shape[2], 2 * shape[3]))
+PAD = Spread(_padded, lambda shape: (shape[0], shape[1], shape[2] + 1, shape[3] + 1))

@@ -19,27 +19,20 @@ class FusedResnetBlock2D(FusedBlock):
     leaves the block: one state tensor less.
     """
 
+    layers = ("conv1", "conv2", "conv_shortcut")
     scalable = ("conv_shortcut",)
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         return (
-            type(block.norm1) is nn.GroupNorm
-            and type(block.norm2) is nn.GroupNorm
+            type(block.norm1) is type(block.norm2) is nn.GroupNorm
             and isinstance(block.nonlinearity, nn.SiLU)
             and block.time_embedding_norm == "default"
-            and block.upsample is None
-            and block.downsample is None
+            and block.upsample is block.downsample is None
             and block.output_scale_factor == 1.0
             and not (block.training and block.dropout.p > 0)
             and is_untouched(block)
         )
-
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """The convolutions."""
-        return ["conv1", "conv2"] + ([] if block.conv_shortcut is None else ["conv_shortcut"])
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         self.norm1 = block.norm1

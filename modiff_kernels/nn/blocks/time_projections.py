@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modiff_kernels.nn.cache import ROWS, one_row, tensor_version
+from modiff_kernels.nn.cache import ROWS, Stamp, one_row, tensor_version
 from modiff_kernels.nn.tensors import ModulationState
 
 
@@ -23,7 +23,7 @@ class TimeProjections:
         self._state = state
         self._index = {id(linear): i for i, linear in enumerate(linears)}
         self._widths = [linear.out_features for linear in linears]
-        self._stamp: list[tuple[Tensor, int, int, torch.dtype]] = []
+        self._stamp = Stamp()
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._last: tuple[Tensor | None, int, int, list[Tensor]] = (None, 0, 0, [])
@@ -48,16 +48,13 @@ class TimeProjections:
 
     def of(self, linear: nn.Linear, temb: Tensor) -> Tensor:
         """linear(silu(temb)): [N, C], or [1, C] where all rows are the same; possibly not contiguous."""
-        source, version, call, parts = self._last
-        if temb is not source or tensor_version(temb) != version or call != self._call_number():
-            parts = self._project(temb)
-            self._last = temb, tensor_version(temb), self._call_number(), parts
-        return parts[self._index[id(linear)]]
-
-    def _call_number(self) -> int:
-        """Of the call of the UNet, where embeddings outlive it."""
         table = self._state.time_table
-        return 0 if table is None else table.call_number
+        call = 0 if table is None else table.call_number  # where there is a table, embeddings outlive their call
+        source, *known, parts = self._last
+        if temb is not source or known != [tensor_version(temb), call]:
+            parts = self._project(temb)
+            self._last = temb, tensor_version(temb), call, parts
+        return parts[self._index[id(linear)]]
 
     def _project(self, temb: Tensor) -> list[Tensor]:
         self._stack_weights()
@@ -78,11 +75,8 @@ class TimeProjections:
     def _stack_weights(self) -> None:
         """Bring the stacked weights up to date; new tensors where something has changed."""
         parameters = [p for linear in self._linears for p in (linear.weight, linear.bias) if p is not None]
-        # .to() keeps the object and its version, and gives it other data.
-        stamp = [(p, tensor_version(p), p.data_ptr(), p.dtype) for p in parameters]
-        if len(self._stamp) == len(stamp) and all(
-            new[0] is old[0] and new[1:] == old[1:] for new, old in zip(stamp, self._stamp)
-        ):
+        stamp = Stamp(parameters)
+        if stamp.facts == self._stamp.facts:
             return
         self._weight = torch.cat([linear.weight.detach() for linear in self._linears])
         biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]

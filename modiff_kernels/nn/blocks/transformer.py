@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.attention import FusedAttention, is_plain_attention
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched, layer_norm
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, has_no_hook, is_untouched, layer_norm
 from modiff_kernels.ops import GEGLU, IDENTITY, Prologue
 
 
@@ -17,9 +17,10 @@ class FusedFeedForward(FusedBlock):
     As a block of its own prologue and skip are nothing.
     """
 
+    layers = ("net.0.proj", "net.2")
+
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block computes exactly the equation above."""
         net = block.net
         return (
             len(net) in (3, 4)
@@ -29,11 +30,6 @@ class FusedFeedForward(FusedBlock):
             and not (block.training and any(dropout.p > 0 for dropout in net[1::2]))
             and is_untouched(block)
         )
-
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """Both projections."""
-        return ["net.0.proj", "net.2"]
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         geglu = nn.Module()
@@ -56,11 +52,17 @@ class FusedBasicTransformerBlock(FusedBlock):
     Each LayerNorm is computed in the pass that quantises its residual, each addition in the epilogue of a projection.
     """
 
+    layers = (
+        *[f"{attention}.{name}" for attention in ("attn1", "attn2") for name in FusedAttention.layers],
+        *[f"ff.{name}" for name in FusedFeedForward.layers],
+    )
+
     @staticmethod
     def fits(block: nn.Module) -> bool:
         """Whether the block computes exactly the equation above, with attn1 over its own tokens."""
-        norms = [block.norm1, block.norm3] + ([] if block.attn2 is None else [block.norm2])
-        attentions = [block.attn1] + ([] if block.attn2 is None else [block.attn2])
+        norms, attentions = [block.norm1, block.norm3], [block.attn1]
+        if block.attn2 is not None:
+            norms, attentions = [*norms, block.norm2], [*attentions, block.attn2]
         return (
             block.norm_type == "layer_norm"
             and all(type(norm) is nn.LayerNorm for norm in norms)
@@ -69,21 +71,11 @@ class FusedBasicTransformerBlock(FusedBlock):
             and block._chunk_size is None
             and not block.only_cross_attention
             and not block.attn1.is_cross_attention
-            and all(is_plain_attention(attention) for attention in attentions)
-            and all(attention.group_norm is None for attention in attentions)
-            and not any(attention.residual_connection for attention in attentions)
+            and all(is_plain_attention(a) and a.group_norm is None and not a.residual_connection for a in attentions)
             and type(block.ff).__name__ == "FeedForward"
             and FusedFeedForward.fits(block.ff)
             and is_untouched(block)
         )
-
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """Those of the attentions and of the feed-forward block."""
-        names = [f"attn1.{name}" for name in FusedAttention.layer_names(block.attn1)]
-        if block.attn2 is not None:
-            names += [f"attn2.{name}" for name in FusedAttention.layer_names(block.attn2)]
-        return names + [f"ff.{name}" for name in FusedFeedForward.layer_names(block.ff)]
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         self.norm1 = block.norm1
@@ -124,26 +116,19 @@ class FusedTransformer2DModel(FusedBlock):
     pixels become tokens without a copy. The blocks between have fused forms of their own, or none.
     """
 
+    layers = ("proj_in", "proj_out")
     left_out = ("transformer_blocks",)
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the model computes exactly the equation above."""
         return (
             block.is_input_continuous
             and type(block.norm) is nn.GroupNorm
             and isinstance(block.proj_in, (nn.Linear, nn.Conv2d))
             and type(block.proj_in) is type(block.proj_out)
-            and "forward" not in block.__dict__
-            and not block._forward_hooks
-            and not block._forward_pre_hooks
+            and has_no_hook(block)
             and is_untouched(block.norm, block.proj_in, block.proj_out)
         )
-
-    @staticmethod
-    def layer_names(block: nn.Module) -> list[str]:
-        """Both projections."""
-        return ["proj_in", "proj_out"]
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         make = parts.linear if isinstance(block.proj_in, nn.Linear) else parts.conv2d
