@@ -178,6 +178,20 @@ def outputs(unet, handle=None, calls=5, batch=2, **keywords):
         return found
 
 
+def lone(block):
+    """A network of one block."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, encoder=None):
+            return self.block(x) if encoder is None else self.block(x, encoder_hidden_states=encoder)
+
+    return Net().eval()
+
+
 def pipeline(scheduler=None, unet=None):
     """What `accelerate` needs of a pipeline."""
     return types.SimpleNamespace(unet=unet or unet2d(), scheduler=scheduler or DDIMScheduler())

@@ -18,7 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from modiff_kernels.planning.layer_plan import LayerPlan
+from modiff_kernels.config.plan import LayerPlan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -82,44 +82,31 @@ def test_addresses_stay_over_runs(state):
     assert x_hat_of(layer).shape == (3, 8)
 
 
-def test_interrupted_run_then_new_run_equals_a_fresh_run(state, poisoned_empty):
-    layer = linear(state, config=ModiffConfig(act_bits=4, scale_mode="delayed", backend="reference"))
-    xs = torch.randn(4, 2, 8)
-
-    def run():
-        state.begin_run()
-        return torch.stack([call(state, layer, x) for x in xs])
-
-    fresh = run()
-    state.begin_run()
-    call(state, layer, torch.randn(2, 8))
-    call(state, layer, 100 * torch.randn(2, 8))
-    assert torch.equal(run(), fresh)
-
-
-def test_layer_outside_a_call(state):
+def test_call_outside_a_run(state):
     layer = linear(state)
     with pytest.raises(RuntimeError, match=r"layer 'layer' was called outside a UNet call of a run.*begin a new run"):
         layer(torch.randn(2, 8))
-
-
-def test_call_outside_a_run(state):
-    layer = linear(state)
     with pytest.raises(RuntimeError, match=r"outside a run \(no run has begun\).*sampling_run"), state.call():
         layer(torch.randn(2, 8))
     with state.sampling_run():
         call(state, layer, torch.randn(2, 8))
     with pytest.raises(RuntimeError, match=r"outside a run \(the run has ended\)"):
         call(state, layer, torch.randn(2, 8))
+    state.begin_run()
+    call(state, layer, torch.randn(2, 8))
+    assert state.nbytes() == 2 * 2 * 8 * 4
+    state.release()
+    assert state.nbytes() == 0
+    with pytest.raises(RuntimeError, match="the state was released"):
+        call(state, layer, torch.randn(2, 8))
+    with pytest.raises(TypeError, match=r"remove\(\) first"):
+        copy.deepcopy(layer)
 
 
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        (
-            torch.randn(3, 8),
-            r"got \(3, 8\) torch.float32 on cpu in a run that began with \(2, 8\) torch.float32 on cpu",
-        ),
+        (torch.randn(3, 8), r"got \(3, 8\) .* in a run that began with \(2, 8\) torch.float32 on cpu"),
         (torch.randn(2, 8).half(), r"got \(2, 8\) torch.float16"),
         (torch.randn(2, 8).to("meta"), r"got \(2, 8\) torch.float32 on meta"),
     ],
@@ -166,20 +153,6 @@ def test_more_calls_than_announced(state):
         call(state, layer, torch.randn(2, 8))
     with state.context("uncond"):
         call(state, layer, torch.randn(2, 8))
-
-
-def test_keyboard_interrupt_ends_the_run(state):
-    layer = linear(state)
-    state.begin_run()
-    call(state, layer, torch.randn(2, 8))
-    state.begin_call()  # as with an interrupt inside forward: no end_call
-    with pytest.raises(RuntimeError, match=r"outside a run \(a UNet call was interrupted\)"):
-        state.begin_call()
-    state.begin_run()
-    call(state, layer, torch.randn(2, 8))
-    state.begin_call()
-    state.begin_run()
-    call(state, layer, torch.randn(2, 8))
 
 
 def in_thread(function):
@@ -240,29 +213,6 @@ def test_reset_after_pipeline_spares_other_threads(state):
         state.begin_call()
 
 
-def test_release(state):
-    layer = linear(state)
-    state.begin_run()
-    call(state, layer, torch.randn(2, 8))
-    assert state.nbytes() == 2 * 2 * 8 * 4
-    state.release()
-    assert state.nbytes() == 0
-    with pytest.raises(RuntimeError, match="the state was released"):
-        call(state, layer, torch.randn(2, 8))
-
-
-def test_copies_are_refused(state):
-    layer = linear(state)
-    with pytest.raises(TypeError, match=r"remove\(\) first"):
-        copy.deepcopy(layer)
-
-
-def test_state_dtype(state):
-    assert state.dtype_on(torch.device("cpu")) is torch.float32
-    assert state.dtype_on(torch.device("cuda")) is torch.float16
-    assert ModulationState("bfloat16").dtype_on(torch.device("cpu")) is torch.bfloat16
-
-
 class TestSharedInput:
     @pytest.fixture
     def layers(self, state):
@@ -296,35 +246,16 @@ class TestSharedInput:
         x += 1
         assert torch.equal(k(x), ModulatedLinear.from_linear(k.original, config, ModulationState(), "alone")(x))
 
-    def test_source_is_not_kept_alive(self, state, layers):
-        state.begin_run()
-        for _ in range(2):
-            x = torch.randn(2, 8)
-            with state.call():
-                for layer in layers:
-                    layer(x)
-                assert layers[0].input.shared_codes(x) is None
-
-    def test_different_tensors_from_the_start_get_inputs_of_their_own(self, state, layers):
+    @pytest.mark.parametrize("rows", [(2, 2, 2), (2, 5, 3)])
+    def test_different_tensors_from_the_start_get_inputs_of_their_own(self, state, layers, rows):
         state.begin_run()
         for _ in range(4):
             with state.call():
-                xs = [torch.full((2, 8), float(i)) for i in range(3)]
+                xs = [torch.full((n, 8), float(i)) for i, n in enumerate(rows)]
                 outs = [layer(x) for layer, x in zip(layers, xs)]
         assert len({id(layer.input) for layer in layers}) == 3
         for layer, x, out in zip(layers, xs, outs):
             torch.testing.assert_close(out.double(), operator(layer, x)[0], rtol=1e-5, atol=1e-5)
-
-    def test_two_tensors_of_different_shape(self, state, layers):
-        q, k, v = layers
-        state.begin_run()
-        for _ in range(3):
-            x, encoder = torch.randn(2, 8), torch.randn(5, 8)
-            with state.call():
-                q(x)
-                k(encoder)
-                v(encoder)
-        assert q.input is not k.input
 
     @pytest.mark.parametrize("change", ["another tensor", "in place", "second round"])
     def test_different_tensors_later_are_refused(self, state, layers, change):
@@ -340,13 +271,3 @@ class TestSharedInput:
         second = x.add_(1) if change == "in place" else x.clone()
         with pytest.raises(RuntimeError, match=r"share the input of 'q' got different tensors.*share_inputs=False"):
             layers[2](second)
-
-    def test_inference_mode(self, state, layers):
-        with torch.inference_mode():
-            state.begin_run()
-            for _ in range(3):
-                x = torch.randn(2, 8)
-                with state.call():
-                    outs = [layer(x) for layer in layers]
-        for layer, out in zip(layers, outs):
-            assert torch.equal(out, y_hat_of(layer))
