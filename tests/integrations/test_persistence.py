@@ -18,12 +18,12 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from modiff_kernels.config.plan import LayerPlan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import modiff_kernels as mk
 from modiff_kernels.config import DEFAULT_SKIP_MODULES
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
 from modiff_kernels.quant.affine import quantize_weight

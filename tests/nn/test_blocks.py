@@ -15,10 +15,10 @@ from diffusers.models.attention_processor import (
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from modiff_kernels.config.plan import LayerPlan
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.nn.blocks import (
     FusedAttention,
     FusedBasicTransformerBlock,
