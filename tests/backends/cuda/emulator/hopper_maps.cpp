@@ -115,8 +115,8 @@ const char* why_not_tiling(const Geometry& geometry, int bits, int code_bits, co
 }
 
 // Rows and columns of the tile and the splits of a call that is told its tiling.
-std::tuple<int, int, int> told_tiling(const Geometry& geometry, int bits, const TilingFields& tiling) {
-  const sm90::Tiling tiling = sm90::tiling_of(told(geometry, bits, tiling), 132);
+std::tuple<int, int, int> told_tiling(const Geometry& geometry, int bits, const TilingFields& fields) {
+  const sm90::Tiling tiling = sm90::tiling_of(told(geometry, bits, fields), 132);
   return {sm90::kTiles[tiling.tile].rows, sm90::kTiles[tiling.tile].columns, tiling.schedule.splits};
 }
 
