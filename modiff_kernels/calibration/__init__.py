@@ -8,14 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from modiff_kernels.calibration.accuquant import AccuQuantOptions, accuquant
+from modiff_kernels.calibration import accuquant, qdiffusion, sampling_aware, static
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
 from modiff_kernels.calibration.job import Job, Layers, Options, Split, check_choice, layers_of
-from modiff_kernels.calibration.qdiffusion import QDiffusionOptions, qdiffusion
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
-from modiff_kernels.calibration.sampling_aware import SamplingAwareOptions, sampling_aware
-from modiff_kernels.calibration.static import StaticOptions, static
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
 
@@ -31,14 +28,14 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "minmax": Method(static, StaticOptions, {"scale_search": "minmax"}),
-    "mse": Method(static, StaticOptions),
-    "percentile": Method(static, StaticOptions, {"scale_search": "percentile"}),
-    "ndtc": Method(static, StaticOptions, {"time_steps": "ndtc"}),
-    "distill": Method(static, StaticOptions, {"network_iterations": 1200}),
-    "qdiffusion": Method(qdiffusion, QDiffusionOptions),
-    "accuquant": Method(accuquant, AccuQuantOptions, {"network_iterations": 600}),
-    "sampling_aware": Method(sampling_aware, SamplingAwareOptions),
+    "minmax": Method(static.static, static.StaticOptions, {"scale_search": "minmax"}),
+    "mse": Method(static.static, static.StaticOptions),
+    "percentile": Method(static.static, static.StaticOptions, {"scale_search": "percentile"}),
+    "ndtc": Method(static.static, static.StaticOptions, {"time_steps": "ndtc"}),
+    "distill": Method(static.static, static.StaticOptions, {"network_iterations": 1200}),
+    "qdiffusion": Method(qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions),
+    "accuquant": Method(accuquant.accuquant, accuquant.AccuQuantOptions, {"network_iterations": 600}),
+    "sampling_aware": Method(sampling_aware.sampling_aware, sampling_aware.SamplingAwareOptions),
 }
 
 
@@ -95,13 +92,8 @@ def calibrate(
         raise ValueError("calibrate: config leaves no Linear and no Conv2d to calibrate; look at its skip_modules")
     given = None if weights is None else read_result(weights)
     kept = None if given is None else _weights_of(given, config, layers)
-    metadata = {
-        "scheduler": type(sampler.scheduler).__name__,
-        "steps": steps,
-        "samples": samples,
-        "seed": seed,
-        "options": dataclasses.asdict(parsed),
-    }
+    metadata = {"scheduler": type(sampler.scheduler).__name__, "steps": steps, "samples": samples, "seed": seed}
+    metadata["options"] = dataclasses.asdict(parsed)
     request = {**metadata, "method": method, "config": config.to_dict(), "batch": batch, "layers": list(layers)}
     if given is not None:
         request["weights"] = given.metadata
@@ -125,9 +117,8 @@ def _weights_of(result: CalibrationResult, config: ModiffConfig, layers: Mapping
     known = layers_for(result, dataclasses.replace(config, scale_mode="dynamic"))
     missing = [path for path in layers if path not in known or known[path].weight is None]
     if missing:
-        raise ValueError(
-            f"calibrate: weights holds no codes for {', '.join(missing[:5])}; calibrate them without weights"
-        )
+        names = ", ".join(missing[:5])
+        raise ValueError(f"calibrate: weights holds no codes for {names}; calibrate them without weights")
     for path, module in layers.items():
         known[path].check(module.weight.shape, module.bias is not None)
     return {path: known[path] for path in layers}
@@ -136,9 +127,8 @@ def _weights_of(result: CalibrationResult, config: ModiffConfig, layers: Mapping
 def _sampler(target: Any, steps: int, scheduler: Any, sample: Any, call_kwargs: Mapping[str, Any]) -> Sampler:
     if isinstance(target, nn.Module):
         if scheduler is None or sample is None:
-            raise ValueError(
-                "calibrate: a bare UNet does not sample; give scheduler= and sample=, or the pipeline that holds it"
-            )
+            more = "give scheduler= and sample=, or the pipeline that holds it"
+            raise ValueError(f"calibrate: a bare UNet does not sample; {more}")
         return Sampler(target, scheduler, steps, sample)
     if not isinstance(getattr(target, "unet", None), nn.Module):
         raise TypeError(f"calibrate: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")

@@ -1,7 +1,6 @@
 """Method "accuquant" (AccuQuant, Lee et al., NeurIPS 2025): the error that several denoising steps add up to.
 
-The calls of a run are cut into groups of M consecutive ones. Both networks start from the same x_t of the float
-trajectory and run the group on their own outputs; the loss is that at its end::
+Both networks start a group of M calls from the same x_t of the float trajectory and run on their own outputs::
 
     L = mean (x'_{t-M} - x_{t-M})^2,    x'_{k+1} = step_k(x'_k, eps'(x'_k)),    g_k = dL/dx'_k
 
@@ -13,9 +12,7 @@ steps before the end is the option `gradient`; the paper approximates it from th
     scheduler-coefficients    g_k = (dstep_k/dx)^T g_{k+1}, the network's output held fixed
     exact                     also through the network: what back-propagation through all steps gives
 
-Weight codes are shared by all groups; from those of "distill" on they are learnt with groups in random order,
-activations float. Activation scales (scale_mode "static") are those of a group: a table over the calls, learnt group by
-group with the codes fixed. The paper does not say what it learns, nor with which norm, M and numbers of iterations.
+The paper does not say what it learns, nor with which norm, M and numbers of iterations.
 """
 
 import copy
@@ -87,10 +84,8 @@ def check_sampler(sampler: Sampler) -> None:
     """Raise ValueError unless runs of the sampler's scheduler can start at any call, from the input of the UNet."""
     name = type(sampler.scheduler).__name__
     if not (hasattr(sampler.scheduler, "set_begin_index") or name in STATELESS):
-        raise ValueError(
-            f"calibrate: accuquant starts in the middle of a run, which {name} cannot; use {', '.join(STATELESS)} or "
-            "DPMSolverMultistepScheduler"
-        )
+        others = f"use {', '.join(STATELESS)} or DPMSolverMultistepScheduler"
+        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; {others}")
     sampler.check_input("accuquant")
 
 
@@ -109,10 +104,8 @@ def collect_groups(job: Job) -> Groups:
     firsts = torch.tensor([group.start for group in calls])
     data = job.collected("groups", firsts.expand(job.samples, -1), "group starts")
     if len(data) != job.samples * len(calls):
-        raise ValueError(
-            "calibrate: accuquant needs one row of the UNet's batch per image; sample without guidance, or choose "
-            "another method"
-        )
+        what = "one row of the UNet's batch per image; sample without guidance, or choose another method"
+        raise ValueError(f"calibrate: accuquant needs {what}")
     points = [torch.nonzero(data.call == first)[:, 0] for first in firsts.tolist()]
 
     def ends() -> dict[str, Tensor]:

@@ -41,19 +41,16 @@ class Sampler:
         """Raise ValueError where the scheduler scales the UNet's input, which `method` makes steps from."""
         scheduler, probe = self.new_scheduler(), torch.ones(1)
         if not torch.equal(scheduler.scale_model_input(probe, scheduler.timesteps[0]), probe):
-            raise ValueError(
-                f"calibrate: {method} steps from the UNet's input, which {type(scheduler).__name__} scales; use "
-                "DDIMScheduler or DPMSolverMultistepScheduler"
-            )
+            what = f"the UNet's input, which {type(scheduler).__name__} scales"
+            raise ValueError(f"calibrate: {method} steps from {what}; use DDIMScheduler or DPMSolverMultistepScheduler")
 
 
 def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> Sampler:
     """The sampler of a diffusers pipeline. call_kwargs: more arguments of its call, the same for all images."""
     accepted = inspect.signature(pipe.__call__).parameters
     if unknown := [name for name in call_kwargs if name not in accepted]:
-        raise ValueError(
-            f"calibrate: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}"
-        )
+        takes = f"it takes {', '.join(accepted)}"
+        raise ValueError(f"calibrate: {type(pipe).__name__} takes no {', '.join(unknown)}; {takes}")
     if "prompt" in accepted and not {"prompt", "prompt_embeds"} & set(call_kwargs):
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
     options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
@@ -83,9 +80,8 @@ def uniform_calls(calls: int, per_sample: int, samples: int) -> Tensor:
     They are the middles of `per_sample` equal parts of 1 .. calls - 1.
     """
     if not 1 <= per_sample < calls:
-        raise ValueError(
-            f"calls_per_sample={per_sample} is not allowed; give 1 to {calls - 1} for {calls} calls of a run"
-        )
+        allowed = f"give 1 to {calls - 1} for {calls} calls of a run"
+        raise ValueError(f"calls_per_sample={per_sample} is not allowed; {allowed}")
     middles = (torch.arange(per_sample, dtype=torch.float64) + 0.5) * (calls - 1) / per_sample
     return (1 + middles.floor().long()).expand(samples, -1).clone()
 
@@ -101,9 +97,8 @@ def ndtc_calls(
     code counts from the noise instead). Every draw of the paper has a noise of its own: per_sample 1.
     """
     if not (0 <= mean <= 1 and std > 0):
-        raise ValueError(
-            f"mean={mean}, std={std} are not allowed; give 0 <= mean <= 1 and std > 0, in parts of all steps"
-        )
+        allowed = "give 0 <= mean <= 1 and std > 0, in parts of all steps"
+        raise ValueError(f"mean={mean}, std={std} are not allowed; {allowed}")
     drawn = torch.randn(samples, per_sample, generator=generator, dtype=torch.float64) * std + mean
     clipped = (drawn * train_steps).floor().clamp_(0, train_steps - 1)
     return (timesteps.double()[None, None] - clipped[..., None]).abs().argmin(-1).clamp_min(1)
@@ -224,10 +219,8 @@ def _conditions(arguments: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
         flat |= {f"{name}.{key}".rstrip("."): item.detach().clone() for key, item in inner if isinstance(item, Tensor)}
     for name, value in flat.items():
         if value.ndim == 0 or len(value) != rows:
-            raise ValueError(
-                f"calibrate: the UNet's input {name} has shape {tuple(value.shape)}, which is not one per image of "
-                f"{rows}; such inputs cannot be calibrated with"
-            )
+            given = f"the UNet's input {name} has shape {tuple(value.shape)}"
+            raise ValueError(f"calibrate: {given}, which is not one per image of {rows}; calibrate without such inputs")
     return {CONDITIONS + name: value for name, value in flat.items()}
 
 

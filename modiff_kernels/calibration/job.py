@@ -144,8 +144,7 @@ class Job:
                 tensors |= {f"{path}/{name}": getattr(layer, name) for name in LEARNT}
             return {key: value for key, value in tensors.items() if value is not None}
 
-        tensors = self.once(name, tensors_of)
-        layers = {}
+        tensors, layers = self.once(name, tensors_of), {}
         for path, layer in start.items():
             weight = dataclasses.replace(layer.weight, codes=tensors[f"{path}/codes"], scale=tensors[f"{path}/scale"])
             found = {name: tensors.get(f"{path}/{name}") for name in LEARNT}

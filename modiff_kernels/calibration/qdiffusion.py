@@ -4,11 +4,8 @@
    of the weight gets scales of its own (as groups along K), and the skip part of the input is multiplied by the ratio
    of the two activation scales before it is quantised: that is the same as two quantisers.
 2. *Weights*: AdaRound, block after block, from inputs that the blocks before give with their codes, towards the output
-   of the float network. It starts at the codes of `weight_method`.
-3. *Activations* (scale_mode "static"): step sizes by gradient (LSQ), block after block, the codes fixed. In mode
-   "modulated" the input is x_hat = previous + Q(x - previous), as MoDiff calibrates.
-
-Beyond the paper, `network_iterations` may learn the whole network between 2 and 3 (`learn_network`).
+   of the float network. It starts at the codes of `weight_method`. `network_iterations` may learn on, beyond the paper.
+3. *Activations* (scale_mode "static"): step sizes by gradient (LSQ), block after block, the codes fixed.
 """
 
 import dataclasses
@@ -68,7 +65,7 @@ def reconstruct_blocks(
         above: Layers = {}
         for index, (block, paths) in enumerate(job.bar(list(blocks.items()), part, unit="block")):
             own = {path: layers[path] for path in paths}
-            compute = functools.partial(_reconstruct, job, block, above, own, name, seen, wanted, cosine_weight)
+            compute = functools.partial(_reconstruct, job, (seen, wanted, cosine_weight), block, above, own, name)
             above = above | job.layers_once(f"{part}-{index}", own, compute)
         return above
 
@@ -89,17 +86,10 @@ def reconstruct_blocks(
 
 
 def _reconstruct(
-    job: Job,
-    block: str,
-    above: Layers,
-    own: Layers,
-    name: str,
-    seen: CalibrationData,
-    wanted: CalibrationData,
-    cosine_weight: float,
+    job: Job, points: tuple[CalibrationData, CalibrationData, float], block: str, above: Layers, own: Layers, name: str
 ) -> Layers:
     """The layers `own` of `block` after learning `name` of them, behind the layers `above` with their codes."""
-    options, mode = job.options, job.config.mode
+    options, mode, (seen, wanted, cosine_weight) = job.options, job.config.mode, points
     weights = name == "variable"
     batches = torch.arange(len(seen)).split(job.batch)
     before = {path: dataclasses.replace(layer, act_scale=None) for path, layer in above.items()}

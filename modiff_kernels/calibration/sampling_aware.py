@@ -12,8 +12,7 @@ Every module f is reconstructed (`qdiffusion`) towards what it gives at the othe
 
     min sum_j |f'(u_j, s_j) - f(x_{t_j}, t_j)|^2 + cosine_weight (1 - cos(f'(u_j, s_j), f(x_{t_j}, t_j)))
 
-f' is quantised, behind modules that are. That is what the paper prints; its text says the opposite, f' at the
-first-order point and f in the middle: option `direction`. Iterations, rates and numbers of samples are not published.
+f' is quantised, behind modules that are. That is what the paper prints; its text says the opposite: option `direction`.
 Every row of the UNet's batch is a trajectory of its own, without guidance.
 """
 

@@ -90,11 +90,8 @@ def _codes(values: Tensor, bits: int) -> Tensor:
     return values.round().clamp(quant_min(bits), quant_max(bits))
 
 
-WEIGHT_METHODS: dict[str, Callable[..., QuantizedWeight]] = {
-    "rtn": rtn,
-    "mse": functools.partial(rtn, scale="mse"),
-    "gptq": gptq,
-}
+mse = functools.partial(rtn, scale="mse")
+WEIGHT_METHODS: dict[str, Callable[..., QuantizedWeight]] = {"rtn": rtn, "mse": mse, "gptq": gptq}
 
 
 def calibrated_weights(job: Job, data: CalibrationData) -> dict[str, QuantizedWeight]:
