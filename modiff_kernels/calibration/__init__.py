@@ -4,21 +4,39 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from modiff_kernels.calibration import accuquant, qdiffusion, sampling_aware, static
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
-from modiff_kernels.calibration.job import Job, Split, check_choice, layers_of
-from modiff_kernels.calibration.methods import METHODS, Method
+from modiff_kernels.calibration.job import Job, Layers, Options, Split, check_choice, layers_of
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
-from modiff_kernels.calibration.workspace import Workspace
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.quant.calibrated import CalibratedLayer
 
 __all__ = ["METHODS", "CalibrationResult", "Method", "calibrate", "import_qdiffusion"]
+
+
+class Method(NamedTuple):
+    """A method by name. options: class of its options. defaults: values of options that differ from the class's."""
+
+    run: Callable[[Job], Layers]
+    options: type[Options]
+    defaults: Mapping[str, Any] = {}
+
+
+METHODS = {
+    "minmax": Method(static.static, static.StaticOptions, {"scale_search": "minmax"}),
+    "mse": Method(static.static, static.StaticOptions),
+    "percentile": Method(static.static, static.StaticOptions, {"scale_search": "percentile"}),
+    "ndtc": Method(static.static, static.StaticOptions, {"time_steps": "ndtc"}),
+    "distill": Method(static.static, static.StaticOptions, {"network_iterations": 1200}),
+    "qdiffusion": Method(qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions),
+    "accuquant": Method(accuquant.accuquant, accuquant.AccuQuantOptions, {"network_iterations": 600}),
+    "sampling_aware": Method(sampling_aware.sampling_aware, sampling_aware.SamplingAwareOptions),
+}
 
 
 def calibrate(
@@ -59,10 +77,8 @@ def calibrate(
         raise ValueError("calibrate: config has weight_bits=None, so no layer is low-bit; give 3, 4 or 8")
     known = [field.name for field in dataclasses.fields(chosen.options)]
     if unknown := [name for name in options if name not in known]:
-        raise ValueError(
-            f"calibrate: method {method!r} has no option {', '.join(map(repr, unknown))}; its options are "
-            f"{', '.join(known)}"
-        )
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"calibrate: method {method!r} has no option {names}; its options are {', '.join(known)}")
     parsed = chosen.options(**{**chosen.defaults, **options})
     for name, value in (("steps", steps), ("samples", samples), ("batch", batch)):
         if not (isinstance(value, int) and value > 0):
@@ -76,57 +92,43 @@ def calibrate(
         raise ValueError("calibrate: config leaves no Linear and no Conv2d to calibrate; look at its skip_modules")
     given = None if weights is None else read_result(weights)
     kept = None if given is None else _weights_of(given, config, layers)
-    metadata = {
-        "scheduler": type(sampler.scheduler).__name__,
-        "steps": steps,
-        "samples": samples,
-        "seed": seed,
-        "options": dataclasses.asdict(parsed),
-    }
+    metadata = {"scheduler": type(sampler.scheduler).__name__, "steps": steps, "samples": samples, "seed": seed}
+    metadata["options"] = dataclasses.asdict(parsed)
     request = {**metadata, "method": method, "config": config.to_dict(), "batch": batch, "layers": list(layers)}
     if given is not None:
         request["weights"] = given.metadata
-    workspace = Workspace(None if folder is None else Path(folder), request)
+    place = None if folder is None else Path(folder)
     started = time.perf_counter()
-    job = Job(unet, sampler, config, parsed, samples, batch, seed, workspace, quiet, layers, weights=kept)
-    if kept is not None:
-        parts = {path: layer for path, layer in kept.items() if layer.input_scale is not None}
-        job.splits = {path: Split(layer.weight.group_size, layer.input_scale) for path, layer in parts.items()}
+    job = Job(unet, sampler, config, parsed, samples, batch, seed, request, place, quiet, layers, kept)
+    for path, layer in (kept or {}).items():
+        if layer.input_scale is not None:
+            job.splits[path] = Split(layer.weight.group_size, layer.input_scale)
     calibrated = chosen.run(job)
     metadata["seconds"] = round(time.perf_counter() - started, 1)
     result = CalibrationResult(method, config, calibrated, metadata)
-    if folder is not None:
-        result.save(folder)
-        workspace.clear()
+    if place is not None:
+        result.save(place)
+        job.clear()
     return result
 
 
-def _weights_of(
-    result: CalibrationResult, config: ModiffConfig, layers: Mapping[str, nn.Module]
-) -> dict[str, CalibratedLayer]:
+def _weights_of(result: CalibrationResult, config: ModiffConfig, layers: Mapping[str, nn.Module]) -> Layers:
+    """The layers of `result`, whose codes are to be kept."""
     known = layers_for(result, dataclasses.replace(config, scale_mode="dynamic"))
     missing = [path for path in layers if path not in known or known[path].weight is None]
     if missing:
-        raise ValueError(
-            f"calibrate: weights holds no codes for {', '.join(missing[:5])}; calibrate them without weights"
-        )
+        names = ", ".join(missing[:5])
+        raise ValueError(f"calibrate: weights holds no codes for {names}; calibrate them without weights")
     for path, module in layers.items():
         known[path].check(module.weight.shape, module.bias is not None)
     return {path: known[path] for path in layers}
 
 
-def _sampler(
-    target: Any,
-    steps: int,
-    scheduler: Any,
-    sample: Callable[[Sequence[int]], Any] | None,
-    call_kwargs: Mapping[str, Any],
-) -> Sampler:
+def _sampler(target: Any, steps: int, scheduler: Any, sample: Any, call_kwargs: Mapping[str, Any]) -> Sampler:
     if isinstance(target, nn.Module):
         if scheduler is None or sample is None:
-            raise ValueError(
-                "calibrate: a bare UNet does not sample; give scheduler= and sample=, or the pipeline that holds it"
-            )
+            more = "give scheduler= and sample=, or the pipeline that holds it"
+            raise ValueError(f"calibrate: a bare UNet does not sample; {more}")
         return Sampler(target, scheduler, steps, sample)
     if not isinstance(getattr(target, "unet", None), nn.Module):
         raise TypeError(f"calibrate: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")

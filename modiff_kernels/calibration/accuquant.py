@@ -1,7 +1,6 @@
 """Method "accuquant" (AccuQuant, Lee et al., NeurIPS 2025): the error that several denoising steps add up to.
 
-The calls of a run are cut into groups of M consecutive ones. Both networks start from the same x_t of the float
-trajectory and run the group on their own outputs; the loss is that at its end::
+Both networks start a group of M calls from the same x_t of the float trajectory and run on their own outputs::
 
     L = mean (x'_{t-M} - x_{t-M})^2,    x'_{k+1} = step_k(x'_k, eps'(x'_k)),    g_k = dL/dx'_k
 
@@ -13,9 +12,7 @@ steps before the end is the option `gradient`; the paper approximates it from th
     scheduler-coefficients    g_k = (dstep_k/dx)^T g_{k+1}, the network's output held fixed
     exact                     also through the network: what back-propagation through all steps gives
 
-Weight codes are shared by all groups; from those of "distill" on they are learnt with groups in random order,
-activations float. Activation scales (scale_mode "static") are those of a group: a table over the calls, learnt group by
-group with the codes fixed. The paper does not say what it learns, nor with which norm, M and numbers of iterations.
+The paper does not say what it learns, nor with which norm, M and numbers of iterations.
 """
 
 import copy
@@ -23,16 +20,16 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData, Sampler
-from modiff_kernels.calibration.fake import FakeLayer, fake_quantized, remember
+from modiff_kernels.calibration.fake import FakeLayer, remember
 from modiff_kernels.calibration.job import Job, Layers, choice, number
-from modiff_kernels.calibration.static import StaticOptions, activation_scales, layers_with_codes
+from modiff_kernels.calibration.static import StaticOptions, layers_with_codes, with_scales
 
 GRADIENTS = ("identity", "scheduler-coefficients", "exact")
 STATELESS = ("DDIMScheduler", "DDPMScheduler")  # a step of theirs is known by its time; others have set_begin_index
@@ -56,8 +53,7 @@ class AccuQuantOptions(StaticOptions):
     act_lr: float = number(0.1)
 
 
-@dataclasses.dataclass
-class Groups:
+class Groups(NamedTuple):
     """Starts of all groups on float trajectories.
 
     calls: of every group. data: their first calls. points: for every group int64 [samples], its points in the data.
@@ -76,8 +72,11 @@ def accuquant(job: Job) -> Layers:
     data = job.data()
     groups = collect_groups(job)
     layers = layers_with_codes(job, data)
-    if job.weights is None and job.options.group_iterations:
-        layers = _learn_codes(job, groups, layers)
+    options, generator = job.options, job.generator("group")
+    if job.weights is None and options.group_iterations:
+        draw = lambda: int(torch.randint(len(groups.calls), (1,), generator=generator))  # noqa: E731
+        learnt = (groups, layers, reconstruction.WEIGHTS, draw, options.group_iterations, options.group_lr)
+        layers = job.layers_once("codes", layers, functools.partial(_learn, job, "codes", *learnt))
     return _group_scales(job, data, groups, layers) if job.needs_scales else layers
 
 
@@ -85,10 +84,8 @@ def check_sampler(sampler: Sampler) -> None:
     """Raise ValueError unless runs of the sampler's scheduler can start at any call, from the input of the UNet."""
     name = type(sampler.scheduler).__name__
     if not (hasattr(sampler.scheduler, "set_begin_index") or name in STATELESS):
-        raise ValueError(
-            f"calibrate: accuquant starts in the middle of a run, which {name} cannot; use {', '.join(STATELESS)} or "
-            "DPMSolverMultistepScheduler"
-        )
+        others = f"use {', '.join(STATELESS)} or DPMSolverMultistepScheduler"
+        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; {others}")
     sampler.check_input("accuquant")
 
 
@@ -102,21 +99,13 @@ def scheduler_at(sampler: Sampler, call: int) -> Any:
 
 def collect_groups(job: Job) -> Groups:
     """Groups of `group_steps` calls (the last may be shorter), started from the float trajectories of all samples."""
-    total = len(job.sampler.timesteps())
-    size = job.options.group_steps
+    total, size = len(job.sampler.timesteps()), job.options.group_steps
     calls = [range(first, min(first + size, total)) for first in range(0, total, size)]
     firsts = torch.tensor([group.start for group in calls])
-
-    def starts() -> dict[str, Tensor]:
-        found = job.collected(firsts.expand(job.samples, -1), "group starts")
-        if len(found) != job.samples * len(calls):
-            raise ValueError(
-                "calibrate: accuquant needs one row of the UNet's batch per image; sample without guidance, or choose "
-                "another method"
-            )
-        return found.tensors()
-
-    data = CalibrationData.from_tensors(job.workspace.once("groups", starts))
+    data = job.collected("groups", firsts.expand(job.samples, -1), "group starts")
+    if len(data) != job.samples * len(calls):
+        what = "one row of the UNet's batch per image; sample without guidance, or choose another method"
+        raise ValueError(f"calibrate: accuquant needs {what}")
     points = [torch.nonzero(data.call == first)[:, 0] for first in firsts.tolist()]
 
     def ends() -> dict[str, Tensor]:
@@ -126,7 +115,7 @@ def collect_groups(job: Job) -> Groups:
                 target[part] = Rollout(job.unet, job.sampler, data, part, group).run()
         return {"target": target}
 
-    return Groups(calls, data, points, job.workspace.once("targets", ends)["target"])
+    return Groups(calls, data, points, job.once("targets", ends)["target"])
 
 
 class Rollout:
@@ -221,58 +210,35 @@ def _learn(
     layers: Layers,
     names: Sequence[str],
     draw: Callable[[], int],
-    *,
-    act_bits: int | None,
     iterations: int,
     lr: float,
 ) -> Layers:
     """Learn `names` of all layers by the end of groups: in each iteration the one whose number draw() gives."""
-    pairs = act_bits is not None and job.config.mode == "modulated"
-    same = {} if act_bits is None else reconstruction.shared_inputs(job.unet, layers, groups.data)
-    with fake_quantized(job.unet, layers, job.config.mode, act_bits, "straight_through") as fakes:
-        for path, fake in fakes.items():
-            fake.act_scale = fakes[same.get(path, path)].act_scale
-        before = (lambda run: remember(fakes, run)) if pairs else (lambda run: None)
 
-        def loss_of(drawn: Tensor) -> Tensor:
-            group = draw()
-            points = groups.points[group][drawn]
-            rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[group], before)
-            return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
+    def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
+        group = draw()
+        points, before = groups.points[group][drawn], functools.partial(remember, fakes)
+        rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[group], before)
+        return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
 
-        reconstruction.learn(job, part, fakes.values(), names, loss_of, job.samples, iterations=iterations, lr=lr)
-        return {path: fake.result() for path, fake in fakes.items()}
-
-
-def _learn_codes(job: Job, groups: Groups, layers: Layers) -> Layers:
-    names = ("variable", "weight_scale", "bias")
-    settings = {"act_bits": None, "iterations": job.options.group_iterations, "lr": job.options.group_lr}
-
-    def compute() -> Layers:
-        generator = job.workspace.generator("group")
-        draw = lambda: int(torch.randint(len(groups.calls), (1,), generator=generator))  # noqa: E731
-        return _learn(job, "codes", groups, layers, names, draw, **settings)
-
-    return job.layers_once("codes", layers, compute)
+    return reconstruction.learn(job, part, layers, names, loss_of, groups.data, job.samples, iterations, lr)
 
 
 def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:
     """The layers with one activation scale per group, as tables over the calls."""
-    tables = activation_scales(job, data)
-    settings = {"act_bits": job.config.act_bits, "iterations": job.options.act_iterations, "lr": job.options.act_lr}
-    found: dict[str, dict[str, list[Tensor]]] = {path: {name: [] for name in tables[path]} for path in layers}
+    options, tabled = job.options, with_scales(job, data, layers)
+    names = ("act_scale",) if job.config.mode == "modulated" else ("act_scale", "act_zero_point")
+    found: dict[str, dict[str, list[Tensor]]] = {path: {name: [] for name in names} for path in layers}
     for index, calls in enumerate(job.bar(groups.calls, "group scales", unit="group")):
         middle = calls[len(calls) // 2]
         own = {
-            path: dataclasses.replace(layer, **{name: table[middle, None] for name, table in tables[path].items()})
-            for path, layer in layers.items()
+            path: dataclasses.replace(layer, **{name: getattr(layer, name)[middle, None] for name in names})
+            for path, layer in tabled.items()
         }
-        if job.options.act_iterations:
-            part = f"scales-{index}"
-            learn = functools.partial(
-                _learn, job, part, groups, own, ("act_scale",), lambda index=index: index, **settings
-            )
-            own = job.layers_once(part, own, learn)
+        if options.act_iterations:
+            draw = functools.partial(int, index)
+            settings = (groups, own, ("act_scale",), draw, options.act_iterations, options.act_lr)
+            own = job.layers_once(f"scales-{index}", own, functools.partial(_learn, job, f"scales-{index}", *settings))
         for path, entries in found.items():
             for name, values in entries.items():
                 values += [getattr(own[path], name)] * len(calls)

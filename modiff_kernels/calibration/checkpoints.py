@@ -16,8 +16,9 @@ channels of 8-bit checkpoints can fail to fit 8 bits: they are rounded again, an
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,9 +61,8 @@ def import_qdiffusion(
         rounded += count
     if missing:
         raise ValueError(
-            f"import_qdiffusion: the checkpoint does not hold the weights of {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}; give the UNet that it was made from, in float32, or name "
-            "them in skip_modules"
+            f"import_qdiffusion: the checkpoint does not hold the weights of {', '.join(missing[:5])}; give the UNet "
+            "that it was made from, in float32, or name them in skip_modules"
         )
     return CalibrationResult("qdiffusion-checkpoint", config, layers, {"channels_rounded_again": rounded})
 
@@ -75,21 +75,39 @@ def _read(path: str | Path) -> Mapping[str, Tensor]:
     return tensors.get("state_dict", tensors)
 
 
-Channel = tuple[Tensor, list[tuple[int, float]]]  # signed codes in the order of `weight_rows`; (inputs, scale) per part
+class Channel(NamedTuple):
+    """An output channel: code - zero_point float32 [K], its scales float32 [groups], and the group_size."""
+
+    codes: Tensor
+    scale: Tensor
+    group_size: int
 
 
 def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
     """Every output channel of the checkpoint by its float weights."""
     channels: dict[bytes, Channel] = {}
-    for name in tensors:
-        path, _, last = name.rpartition(".")
-        if last != "weight" or f"{path}.{PARTS[0]}.delta" not in tensors:
+    for path in (name.removesuffix(".weight") for name in tensors if name.endswith(".weight")):
+        parts = [f"{path}.{part}" for part in PARTS if f"{path}.{part}.delta" in tensors]
+        if not parts:
             continue
-        weight = tensors[name].float()
-        codes, scales = _codes(weight, path, tensors, bits)
-        rows = weight_rows(codes if codes.ndim in (2, 4) else codes.flatten(1))
-        for row, own, parts in zip(weight, rows, scales):
-            channels[_key(row)] = own, parts
+        weight = tensors[f"{path}.weight"].float()
+        inputs = [tensors[f"{part}.alpha"].shape[1] for part in parts]
+        width = math.gcd(*inputs)
+        codes, scales = [], []
+        for part, own, size in zip(parts, weight.tensor_split(np.cumsum(inputs)[:-1].tolist(), 1), inputs):
+            alpha, delta, zero_point = (tensors[f"{part}.{name}"].float() for name in ("alpha", "delta", "zero_point"))
+            if own.shape != alpha.shape:
+                raise ValueError(
+                    f"import_qdiffusion: {part}.alpha is {tuple(alpha.shape)}, its weight {tuple(own.shape)}; the "
+                    "checkpoint is damaged"
+                )
+            code = ((own / delta).floor() + (alpha >= 0) + zero_point).clamp(0, 2**bits - 1)
+            codes.append(code - zero_point)
+            scales.append(delta.view(-1, 1).expand(len(weight), size // width))
+        joined = torch.cat(codes, 1)
+        rows = weight_rows(joined if joined.ndim in (2, 4) else joined.flatten(1))
+        for row, own, scale in zip(weight, rows, torch.cat(scales, 1)):
+            channels[_key(row)] = Channel(own, scale, -1 if len(parts) == 1 else width)
     if not channels:
         raise ValueError(
             f"import_qdiffusion: no weight quantiser (*.{PARTS[0]}.delta) in the checkpoint; give one of Q-Diffusion's"
@@ -97,47 +115,18 @@ def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
     return channels
 
 
-def _codes(
-    weight: Tensor, path: str, tensors: Mapping[str, Any], bits: int
-) -> tuple[Tensor, list[list[tuple[int, float]]]]:
-    """code - zero_point, in the shape of the weight, and for every output channel (inputs, scale) of each part."""
-    parts: list[Tensor] = []
-    scales: list[list[tuple[int, float]]] = [[] for _ in weight]
-    start = 0
-    for part in PARTS:
-        if f"{path}.{part}.delta" not in tensors:
-            continue
-        alpha, delta, zero_point = (
-            tensors[f"{path}.{part}.{name}"].float() for name in ("alpha", "delta", "zero_point")
-        )
-        own = weight[:, start : start + alpha.shape[1]]
-        if own.shape != alpha.shape:
-            raise ValueError(
-                f"import_qdiffusion: {path}.{part}.alpha is {tuple(alpha.shape)}, its weight {tuple(own.shape)}; the "
-                "checkpoint is damaged"
-            )
-        codes = (own / delta).floor() + (alpha >= 0) + zero_point
-        parts.append(codes.clamp(0, 2**bits - 1) - zero_point)
-        for channel, scale in zip(scales, delta.flatten().expand(len(weight)).tolist()):
-            channel.append((alpha.shape[1], scale))
-        start += alpha.shape[1]
-    return torch.cat(parts, 1), scales
-
-
 def _layer(channels: list[Channel], bits: int) -> tuple[QuantizedWeight, int]:
     """The codes of a layer, and how many of its channels had to be rounded again."""
-    codes = torch.stack([codes for codes, _ in channels])
-    parts = channels[0][1]
-    group_size = -1 if len(parts) == 1 else math.gcd(*(inputs for inputs, _ in parts))
-    width = codes.shape[1] if group_size == -1 else group_size
-    scale = torch.tensor([[s for inputs, s in own for _ in range(max(inputs // width, 1))] for _, own in channels])
+    codes, group_size = torch.stack([channel.codes for channel in channels]), channels[0].group_size
+    scale = torch.stack([channel.scale for channel in channels])
+    if group_size == -1:
+        scale = scale[:, 0].contiguous()
     fits = quant_min(bits) <= codes.min() and codes.max() <= quant_max(bits)
     outside = (codes < quant_min(8)).any(1) | (codes > quant_max(8)).any(1)
     if outside.any():
-        steps = expand_weight_scale(scale, codes.shape[1], width)
-        again = QuantizedWeight.rounded((codes * steps)[outside], 8, width)
+        steps = expand_weight_scale(scale, codes.shape[1], group_size)
+        again = QuantizedWeight.rounded((codes * steps)[outside], 8, group_size)
         codes[outside], scale[outside] = again.codes.float(), again.scale
-    scale = scale[:, 0].contiguous() if group_size == -1 else scale
     return QuantizedWeight(codes.to(torch.int8), scale, bits if fits else 8, group_size), int(outside.sum())
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 TIME_STEPS = ("uniform", "ndtc")
-
-Arguments = tuple[tuple[Tensor, Tensor], dict[str, Any]]
+CONDITIONS = "conditions."  # before the names of conditions among other tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,25 +41,18 @@ class Sampler:
         """Raise ValueError where the scheduler scales the UNet's input, which `method` makes steps from."""
         scheduler, probe = self.new_scheduler(), torch.ones(1)
         if not torch.equal(scheduler.scale_model_input(probe, scheduler.timesteps[0]), probe):
-            raise ValueError(
-                f"calibrate: {method} steps from the UNet's input, which {type(scheduler).__name__} scales; use "
-                "DDIMScheduler or DPMSolverMultistepScheduler"
-            )
+            what = f"the UNet's input, which {type(scheduler).__name__} scales"
+            raise ValueError(f"calibrate: {method} steps from {what}; use DDIMScheduler or DPMSolverMultistepScheduler")
 
 
 def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> Sampler:
-    """The sampler of a diffusers pipeline. call_kwargs: more arguments of its call, such as a prompt, the same for all
-    images.
-    """
+    """The sampler of a diffusers pipeline. call_kwargs: more arguments of its call, the same for all images."""
     accepted = inspect.signature(pipe.__call__).parameters
-    unknown = [name for name in call_kwargs if name not in accepted]
-    if unknown:
-        raise ValueError(
-            f"calibrate: {type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}"
-        )
+    if unknown := [name for name in call_kwargs if name not in accepted]:
+        takes = f"it takes {', '.join(accepted)}"
+        raise ValueError(f"calibrate: {type(pipe).__name__} takes no {', '.join(unknown)}; {takes}")
     if "prompt" in accepted and not {"prompt", "prompt_embeds"} & set(call_kwargs):
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
-
     options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
     return Sampler(pipe.unet, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options))
 
@@ -88,34 +80,25 @@ def uniform_calls(calls: int, per_sample: int, samples: int) -> Tensor:
     They are the middles of `per_sample` equal parts of 1 .. calls - 1.
     """
     if not 1 <= per_sample < calls:
-        raise ValueError(
-            f"calls_per_sample={per_sample} is not allowed; give 1 to {calls - 1} for {calls} calls of a run"
-        )
+        allowed = f"give 1 to {calls - 1} for {calls} calls of a run"
+        raise ValueError(f"calls_per_sample={per_sample} is not allowed; {allowed}")
     middles = (torch.arange(per_sample, dtype=torch.float64) + 0.5) * (calls - 1) / per_sample
     return (1 + middles.floor().long()).expand(samples, -1).clone()
 
 
 def ndtc_calls(
-    timesteps: Tensor,
-    train_steps: int,
-    per_sample: int,
-    samples: int,
-    mean: float,
-    std: float,
-    generator: torch.Generator,
+    timesteps: Tensor, train_steps: int, per_sample: int, samples: int, mean: float, std: float, generator: Any
 ) -> Tensor:
     """int64 [samples, per_sample]: calls whose time steps follow PTQ4DM's clipped normal distribution (Algorithm 1)::
 
         t ~ Normal(mean * T, std * T),    t_i = clamp(floor(t), 0, T - 1),    the call with the time step nearest to t_i
 
     T = train_steps; t = 0 is the image, so a mean below 0.5 prefers steps close to it, as the paper wants (its released
-    code counts from the noise instead). The paper states mean <= 0.5 and gives the deviation once as T / 2 and once as
-    sqrt(T / 2); the released script takes 0.4 for both. Every draw of the paper has a noise of its own: per_sample 1.
+    code counts from the noise instead). Every draw of the paper has a noise of its own: per_sample 1.
     """
     if not (0 <= mean <= 1 and std > 0):
-        raise ValueError(
-            f"mean={mean}, std={std} are not allowed; give 0 <= mean <= 1 and std > 0, in parts of all steps"
-        )
+        allowed = "give 0 <= mean <= 1 and std > 0, in parts of all steps"
+        raise ValueError(f"mean={mean}, std={std} are not allowed; {allowed}")
     drawn = torch.randn(samples, per_sample, generator=generator, dtype=torch.float64) * std + mean
     clipped = (drawn * train_steps).floor().clamp_(0, train_steps - 1)
     return (timesteps.double()[None, None] - clipped[..., None]).abs().argmin(-1).clamp_min(1)
@@ -142,7 +125,7 @@ class CalibrationData:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def arguments(self, points: Tensor, previous: bool = False) -> Arguments:
+    def arguments(self, points: Tensor, previous: bool = False) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """args and kwargs of a UNet call at `points` (int64), or at the calls before them."""
         sample, timestep = self.sample, self.timestep
         if previous:
@@ -154,22 +137,22 @@ class CalibrationData:
             holder[inner or outer] = values[self.row[points]].to(sample.device)
         return (sample[points], timestep[points]), kwargs
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """All points in their order, `size` at a time."""
-        yield from torch.arange(len(self)).split(size)
+    def run(self, unet: nn.Module, points: Tensor, previous: bool = False) -> Any:
+        """What `unet` gives at `points`, or at the calls before them; its [0] is the output."""
+        args, kwargs = self.arguments(points, previous)
+        return unet(*args, **kwargs)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as one flat dict, for `from_tensors`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "conditions"}
-        return {**own, **{f"conditions.{name}": value for name, value in self.conditions.items()}}
+        return own | {CONDITIONS + name: value for name, value in self.conditions.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationData":
         """What `tensors` gave."""
-        prefix = "conditions."
-        own = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-        conditions = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-        return cls(**own, conditions=conditions)
+        names = [name for name in tensors if name.startswith(CONDITIONS)]
+        conditions = {name.removeprefix(CONDITIONS): tensors[name] for name in names}
+        return cls(**{name: value for name, value in tensors.items() if name not in names}, conditions=conditions)
 
 
 def collect(
@@ -177,7 +160,7 @@ def collect(
     calls: Tensor,
     seeds: Sequence[int],
     batch: int,
-    on_run: Callable[[int], None] = lambda images: None,
+    on_run: Callable[[int], Any] = lambda images: None,
 ) -> CalibrationData:
     """Run the full-precision sampler and keep, of the image from seeds[i], the calls calls[i] (int64 [samples, k]).
 
@@ -185,66 +168,47 @@ def collect(
     inputs that are not per image.
     """
     timesteps = sampler.timesteps()
-    recorder = _Recorder(inspect.signature(sampler.unet.forward))
     parts: list[dict[str, Tensor]] = []
     rows = 0
-    hook = sampler.unet.register_forward_pre_hook(recorder, with_kwargs=True)
-    try:
-        for start in range(0, len(seeds), batch):
-            recorder.begin(calls[start : start + batch])
-            with torch.no_grad():
-                sampler.run(seeds[start : start + batch])
-            if recorder.calls != len(timesteps):
-                raise ValueError(
-                    f"calibrate: a run called the UNet {recorder.calls} times, but the scheduler has {len(timesteps)} "
-                    "time steps; calibration needs one call per time step (guidance in one batch)"
-                )
-            parts.append(recorder.part(rows))
-            rows += recorder.rows
-            on_run(len(recorder.chosen))
-    finally:
-        hook.remove()
+    for start in range(0, len(seeds), batch):
+        points, conditions = _run(sampler, calls[start : start + batch], seeds[start : start + batch])
+        if len(points) != len(timesteps):
+            raise ValueError(
+                f"calibrate: a run called the UNet {len(points)} times, but the scheduler has {len(timesteps)} time "
+                "steps; calibration needs one call per time step (guidance in one batch)"
+            )
+        part = {name: torch.cat([point[name] for point in points]) for name in points[0]}
+        parts.append({**part, "row": part["row"] + rows, **conditions})
+        rows += int(part["row"].max()) + 1
+        on_run(len(seeds[start : start + batch]))
     stacked = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return CalibrationData.from_tensors({**stacked, "timesteps": timesteps})
 
 
-class _Recorder:
-    """A forward pre-hook that keeps chosen inputs of the UNet."""
+def _run(sampler: Sampler, chosen: Tensor, seeds: Sequence[int]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The points that one run gives at each of its calls, `chosen` (int64 [images, k]) alone, and its conditions."""
+    signature = inspect.signature(sampler.unet.forward)
+    points: list[dict[str, Tensor]] = []
+    conditions: dict[str, Tensor] = {}
+    previous: dict[str, Tensor] = {}
 
-    def __init__(self, signature: inspect.Signature) -> None:
-        self.signature = signature
-
-    def begin(self, chosen: Tensor) -> None:
-        """A run begins. chosen: int64 [images, k], the calls to keep of every image."""
-        self.chosen = chosen
-        self.calls = 0
-        self.previous: tuple[Tensor, Tensor] | None = None
-        self.points: list[dict[str, Tensor]] = []
-
-    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = dict(self.signature.bind(*args, **kwargs).arguments)
+    def keep(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal conditions, previous
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
         sample = arguments.pop("sample").detach().clone()
         timestep = torch.as_tensor(arguments.pop("timestep"), dtype=torch.float32).detach().cpu()
-        self.rows = len(sample)
-        if self.calls == 0:
-            self.conditions = _conditions(arguments, self.rows)
-        current = sample, timestep.reshape(-1).expand(self.rows)
-        before, before_timestep = self.previous or current
-        wanted = (self.chosen == self.calls).sum(1).repeat(self.rows // len(self.chosen))
-        rows = torch.arange(self.rows).repeat_interleave(wanted)
-        if len(rows):
-            point = {"sample": sample, "timestep": current[1]}
-            point |= {"previous_sample": before, "previous_timestep": before_timestep}
-            point = {name: value[rows] for name, value in point.items()}
-            self.points.append({**point, "call": torch.full((len(rows),), self.calls), "row": rows})
-        self.previous = current
-        self.calls += 1
+        current = {"sample": sample, "timestep": timestep.reshape(-1).expand(len(sample))}
+        conditions = conditions or _conditions(arguments, len(sample))
+        wanted = (chosen == len(points)).sum(1).repeat(len(sample) // len(chosen))
+        rows = torch.arange(len(sample)).repeat_interleave(wanted)
+        both = current | {f"previous_{name}": value for name, value in (previous or current).items()}
+        point = {name: value[rows] for name, value in both.items()}
+        points.append({**point, "call": torch.full((len(rows),), len(points)), "row": rows})
+        previous = current
 
-    def part(self, rows: int) -> dict[str, Tensor]:
-        """The points of the run, stacked, and the conditions of its images, before which `rows` others are stored."""
-        stacked = {name: torch.cat([point[name] for point in self.points]) for name in self.points[0]}
-        stacked["row"] += rows
-        return {**stacked, **{f"conditions.{name}": value for name, value in self.conditions.items()}}
+    with sampler.unet.register_forward_pre_hook(keep, with_kwargs=True), torch.no_grad():
+        sampler.run(seeds)
+    return points, conditions
 
 
 def _conditions(arguments: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
@@ -255,11 +219,19 @@ def _conditions(arguments: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
         flat |= {f"{name}.{key}".rstrip("."): item.detach().clone() for key, item in inner if isinstance(item, Tensor)}
     for name, value in flat.items():
         if value.ndim == 0 or len(value) != rows:
-            raise ValueError(
-                f"calibrate: the UNet's input {name} has shape {tuple(value.shape)}, which is not one per image of "
-                f"{rows}; such inputs cannot be calibrated with"
-            )
-    return flat
+            given = f"the UNet's input {name} has shape {tuple(value.shape)}"
+            raise ValueError(f"calibrate: {given}, which is not one per image of {rows}; calibrate without such inputs")
+    return {CONDITIONS + name: value for name, value in flat.items()}
+
+
+@contextlib.contextmanager
+def watched(modules: Mapping[str, nn.Module], on_call: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Let on_call(path, args) see the arguments of every call of `modules`; nothing is differentiated meanwhile."""
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for path, module in modules.items():
+            hook = module.register_forward_pre_hook(lambda module, args, path=path: on_call(path, args))
+            hooks.enter_context(hook)
+        yield
 
 
 def stream(
@@ -286,11 +258,7 @@ def stream(
         else:
             on_input(path, x, before.pop(path, None), points)
 
-    with contextlib.ExitStack() as hooks, torch.no_grad():
-        for path, module in layers.items():
-            hook = module.register_forward_pre_hook(lambda module, args, path=path: observe(path, args))
-            hooks.callback(hook.remove)
+    with watched(layers, observe):
         for points in batches:
             for keep in (True, False) if pairs else (False,):
-                args, kwargs = data.arguments(points, previous=keep)
-                unet(*args, **kwargs)
+                data.run(unet, points, previous=keep)

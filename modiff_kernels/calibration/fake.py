@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modiff_kernels.calibration.job import check_choice
 from modiff_kernels.quant.affine import MIN_SCALE, expand_weight_scale, rows_to_weight, weight_rows
 from modiff_kernels.quant.calibrated import CalibratedLayer
 from modiff_kernels.quant.spec import quant_max, quant_min
@@ -57,48 +55,41 @@ class FakeLayer(nn.Module):
     """What a low-bit layer with `calibrated` codes and scales computes; the parameters are for an optimiser.
 
     mode "quantized" quantises the input, "modulated" its change: x_hat = previous + Q(x - previous), with the input
-    that was seen last while `remember` was set (there is no previous error). Without act_scale activations are float.
+    that was seen last while `remember` was set (there is no previous error). Without act_scale activations are float;
+    of a table of them the first entry counts.
 
     Parameters (requires_grad False until a method sets it): `variable` [N, K], of the codes; `weight_scale`;
-    `act_scale` (may be a table: `call` chooses); `bias`. rounding says what a code is: "adaround": low + h(variable),
-    with `low` and low + 1 the given code and its neighbour towards the weight, and a step at 0 instead of h once `hard`
-    is set; "straight_through": the integer nearest to `variable`, any of the range.
+    `act_scale`; `bias`. rounding says what a code is: "adaround": low + h(variable), with `low` and low + 1 the given
+    code and its neighbour towards the weight, and a step at 0 instead of h once `hard` is set; "straight_through": the
+    integer nearest to `variable`, any of the range.
     """
 
     def __init__(
-        self,
-        original: nn.Module,
-        calibrated: CalibratedLayer,
-        mode: str,
-        act_bits: int | None,
-        rounding: str = "adaround",
+        self, original: nn.Module, known: CalibratedLayer, mode: str, act_bits: int | None, rounding: str = "adaround"
     ) -> None:
         super().__init__()
-        check_choice("rounding", rounding, ROUNDINGS)
         self.__dict__["original"] = original  # not a submodule: its parameters are not learnt
-        self.known, self.mode, self.act_bits, self.rounding = calibrated, mode, act_bits, rounding
+        self.known, self.mode, self.act_bits, self.rounding = known, mode, act_bits, rounding
         self.remember = self.hard = False
-        self.call = 0
         self.previous: Tensor | None = None
-        weight = calibrated.weight
+        weight = known.weight
         if weight is None:
             raise ValueError("FakeLayer: the layer has no codes; give a CalibratedLayer with a weight")
-        float_weight, self.input_scale = original.weight.detach().float(), calibrated.input_scale
+        float_weight, self.input_scale = original.weight.detach().float(), known.input_scale
         if self.input_scale is not None:
             self.input_scale = self.input_scale.view((1, -1, 1, 1) if float_weight.ndim == 4 else (-1,))
             float_weight = float_weight / self.input_scale
-        rows = weight_rows(float_weight)
         self.weight_scale = _parameter(weight.scale)
         codes = weight.codes.float()
         self.low, self.high = float(quant_min(weight.bits)), float(quant_max(weight.bits))
-        distance = rows / self._steps() - codes
+        distance = weight_rows(float_weight) / self._steps() - codes
         if rounding == "adaround":
             self.low = torch.where(distance > 0, codes, codes - 1).clamp(self.low, self.high - 1)
             self.variable = _parameter(rounding_logits((codes - self.low).clamp(START, 1 - START)))
         else:
             self.variable = _parameter(codes + distance.clamp(-LEAN, LEAN))
-        self.act_scale = _parameter(calibrated.act_scale)
-        self.bias = _parameter(original.bias if calibrated.bias is None else calibrated.bias)
+        self.act_scale = _parameter(known.act_scale)
+        self.bias = _parameter(original.bias if known.bias is None else known.bias)
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
         """Output for x, in its dtype float32."""
@@ -106,20 +97,16 @@ class FakeLayer(nn.Module):
             x = x * self.input_scale
         if self.act_scale is not None:
             x = self._activation(x)
-        original = self.original
-        weight = rows_to_weight(self.codes() * self._steps(), original.weight.shape)
-        if isinstance(original, nn.Linear):
-            return F.linear(x, weight, self.bias)
-        return F.conv2d(x, weight, self.bias, original.stride, original.padding, original.dilation, original.groups)
+        own = {"weight": rows_to_weight(self.codes() * self._steps(), self.original.weight.shape), "bias": self.bias}
+        own = {name: value for name, value in own.items() if value is not None}
+        return torch.func.functional_call(self.original, own, (x,))
 
     def codes(self) -> Tensor:
         """float32 [N, K], differentiable in `variable` unless `hard`."""
         if self.rounding == "straight_through":
             inside = self.variable.clamp(self.low, self.high)
             return inside + (inside.round() - inside).detach()
-        if self.hard:
-            return self.low + (self.variable >= 0)
-        return self.low + rounding(self.variable)
+        return self.low + ((self.variable >= 0) if self.hard else rounding(self.variable))
 
     def result(self) -> CalibratedLayer:
         """What has been learnt, as layers take it."""
@@ -131,11 +118,9 @@ class FakeLayer(nn.Module):
         return dataclasses.replace(self.known, weight=weight, act_scale=act_scale, bias=bias)
 
     def _activation(self, x: Tensor) -> Tensor:
-        entry = min(self.call, self.act_scale.numel() - 1)
-        scale = self.act_scale[entry]
+        scale, zero_points = self.act_scale[0], self.known.act_zero_point
         if self.mode == "quantized":
-            zero_points = self.known.act_zero_point
-            return fake_quantize(x, scale, self.act_bits, 0.0 if zero_points is None else zero_points[entry].item())
+            return fake_quantize(x, scale, self.act_bits, 0.0 if zero_points is None else zero_points[0].item())
         if self.remember:
             self.previous = x.detach()
             return x
@@ -153,18 +138,14 @@ def _parameter(value: Tensor | None) -> nn.Parameter | None:
 
 @contextlib.contextmanager
 def fake_quantized(
-    unet: nn.Module,
-    calibrated: Mapping[str, CalibratedLayer],
-    mode: str,
-    act_bits: int | None,
-    rounding: str = "adaround",
+    unet: nn.Module, layers: Mapping[str, CalibratedLayer], mode: str, act_bits: int | None, rounding: str = "adaround"
 ) -> Iterator[dict[str, FakeLayer]]:
-    """Put a FakeLayer in the place of every layer of `calibrated` and give them by path; the originals come back after.
+    """Put a FakeLayer in the place of every one of `layers` and give them by path; the originals come back after.
 
     mode, act_bits: of a ModiffConfig. rounding: of ROUNDINGS.
     """
     fakes = {
-        path: FakeLayer(unet.get_submodule(path), layer, mode, act_bits, rounding) for path, layer in calibrated.items()
+        path: FakeLayer(unet.get_submodule(path), layer, mode, act_bits, rounding) for path, layer in layers.items()
     }
     try:
         for path, fake in fakes.items():
@@ -176,7 +157,9 @@ def fake_quantized(
 
 
 def remember(fakes: Mapping[str, FakeLayer], run: Callable[[], Any]) -> None:
-    """Let run() show the FakeLayers the inputs of the call before."""
+    """Let run() show the FakeLayers the inputs of the call before, where they quantise the change since."""
+    if not any(fake.mode == "modulated" and fake.act_scale is not None for fake in fakes.values()):
+        return
     for fake in fakes.values():
         fake.remember = True
     with torch.no_grad():

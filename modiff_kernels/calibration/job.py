@@ -5,15 +5,21 @@ package has them by name.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from modiff_kernels.calibration.data import TIME_STEPS, CalibrationData, Sampler, collect, ndtc_calls, uniform_calls
-from modiff_kernels.calibration.workspace import Workspace
+from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
@@ -21,6 +27,7 @@ from modiff_kernels.quant.calibrated import CalibratedLayer
 
 T = TypeVar("T")
 Layers = dict[str, CalibratedLayer]
+Tensors = dict[str, Tensor]
 LEARNT = ("act_scale", "bias")  # what methods learn besides codes and their scales
 
 
@@ -69,12 +76,8 @@ class Options:
                 field.metadata["check"](field.name, getattr(self, field.name))
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """A layer whose input channels are quantised in parts.
-
-    group_size: of its weight. input_scale: float32 [C] that the input is multiplied by, or None.
-    """
+class Split(NamedTuple):
+    """A layer whose input channels are quantised in parts: its group_size, and its input_scale float32 [C] or None."""
 
     group_size: int
     input_scale: Tensor | None
@@ -86,8 +89,10 @@ class Job:
 
     unet: the full-precision network, not to be changed for good. config: what is calibrated for. options: of the
     method's dataclass. samples: trajectories. batch: images at once. seed: the noise of trajectory i has seed + i.
-    workspace: for everything that takes long. layers: to calibrate, by path. splits: those that are quantised in parts.
-    weights: layers of an earlier calibration whose codes are to be kept, or None.
+    request: JSON values that decide the result. folder: finished parts are kept in its `partial`, so that the same
+    request goes on where it was interrupted; those of another one are thrown away. None: nothing is kept.
+    layers: to calibrate, by path. splits: those that are quantised in parts. weights: layers of an earlier calibration
+    whose codes are to be kept, or None.
     """
 
     unet: nn.Module
@@ -97,11 +102,64 @@ class Job:
     samples: int
     batch: int
     seed: int
-    workspace: Workspace
+    request: Mapping[str, Any]
+    folder: Path | None
     quiet: bool
     layers: dict[str, nn.Module]
-    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, CalibratedLayer] | None = None
+    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._request = json.dumps(self.request, sort_keys=True, default=str)
+        self._parts = None if self.folder is None else Path(self.folder, "partial")
+        if self._parts is None:
+            return
+        stamp = self._parts / "request.json"
+        if self._parts.exists() and not (stamp.is_file() and stamp.read_text() == self._request):
+            shutil.rmtree(self._parts)
+        self._parts.mkdir(parents=True, exist_ok=True)
+        replace_file(stamp, lambda new: new.write_text(self._request))
+
+    def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """compute(), or what it gave in an earlier, interrupted calibration of the same request.
+
+        The result must not depend on what was computed before: draw random numbers from `generator(name)`.
+        """
+        if self._parts is None:
+            return compute()
+        path = self._parts / f"{name}.safetensors"
+        if path.is_file():
+            return load_file(path)
+        tensors = compute()
+        replace_file(path, lambda new: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new))
+        return tensors
+
+    def layers_once(self, name: str, start: Mapping[str, CalibratedLayer], compute: Callable[[], Layers]) -> Layers:
+        """compute(), kept like `once`: `start` with other codes, weight scales, act_scale and bias."""
+
+        def tensors_of() -> Tensors:
+            tensors: dict[str, Tensor | None] = {}
+            for path, layer in compute().items():
+                tensors |= {f"{path}/codes": layer.weight.codes, f"{path}/scale": layer.weight.scale}
+                tensors |= {f"{path}/{name}": getattr(layer, name) for name in LEARNT}
+            return {key: value for key, value in tensors.items() if value is not None}
+
+        tensors, layers = self.once(name, tensors_of), {}
+        for path, layer in start.items():
+            weight = dataclasses.replace(layer.weight, codes=tensors[f"{path}/codes"], scale=tensors[f"{path}/scale"])
+            found = {name: tensors.get(f"{path}/{name}") for name in LEARNT}
+            layers[path] = dataclasses.replace(layer, weight=weight, **found)
+        return layers
+
+    def clear(self) -> None:
+        """Remove the parts."""
+        if self._parts is not None:
+            shutil.rmtree(self._parts)
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers that depend on the request and `name` only."""
+        digest = hashlib.sha256(f"{self._request}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     @property
     def needs_scales(self) -> bool:
@@ -116,47 +174,30 @@ class Job:
         """A progress bar around `items`."""
         return tqdm(items, desc=description, total=total, unit=unit, disable=self.quiet, leave=False)
 
-    def batches(self, data: CalibrationData, description: str) -> Iterator[Tensor]:
-        """Batches of points behind a progress bar."""
-        yield from self.bar(list(data.batches(self.batch)), description, unit="batch")
+    def batches(self, data: CalibrationData, description: str) -> Iterable[Tensor]:
+        """All points in their order, `batch` at a time, behind a progress bar."""
+        return self.bar(torch.arange(len(data)).split(self.batch), description, unit="batch")
 
-    def collected(self, calls: Tensor, description: str = "sample") -> CalibrationData:
-        """Inputs of the UNet at calls[i] (int64 [samples, k]) of trajectory i of the full-precision sampler."""
-        seeds = range(self.seed, self.seed + self.samples)
-        with self.bar((), description, total=self.samples, unit="image") as bar:
-            return collect(self.sampler, calls, seeds, self.batch, bar.update)
+    def collected(self, name: str, calls: Tensor, description: str = "sample") -> CalibrationData:
+        """Inputs of the UNet at calls[i] (int64 [samples, k]) of trajectory i, kept as part `name`."""
+
+        def run() -> Tensors:
+            seeds = range(self.seed, self.seed + self.samples)
+            with self.bar((), description, total=self.samples, unit="image") as bar:
+                return collect(self.sampler, calls, seeds, self.batch, bar.update).tensors()
+
+        return CalibrationData.from_tensors(self.once(name, run))
 
     def data(self) -> CalibrationData:
         """Inputs of the UNet at the time steps that the options ask for."""
-        return CalibrationData.from_tensors(self.workspace.once("data", lambda: self._collect().tensors()))
-
-    def _collect(self) -> CalibrationData:
         options, timesteps = self.options, self.sampler.timesteps()
         if options.time_steps == "ndtc":
-            drawn = (options.calls_per_sample, self.samples, options.mean, options.std)
-            steps = self.sampler.scheduler.config.num_train_timesteps
-            return self.collected(ndtc_calls(timesteps, steps, *drawn, self.workspace.generator("ndtc")))
-        count = min(options.calls_per_sample, len(timesteps) - 1)
-        return self.collected(uniform_calls(len(timesteps), count, self.samples))
-
-    def layers_once(self, name: str, start: Mapping[str, CalibratedLayer], compute: Callable[[], Layers]) -> Layers:
-        """compute(), kept in the workspace: `start` with other codes, weight scales, act_scale and bias."""
-
-        def tensors_of() -> dict[str, Tensor]:
-            tensors: dict[str, Tensor | None] = {}
-            for path, layer in compute().items():
-                tensors |= {f"{path}/codes": layer.weight.codes, f"{path}/scale": layer.weight.scale}
-                tensors |= {f"{path}/{name}": getattr(layer, name) for name in LEARNT}
-            return {key: value for key, value in tensors.items() if value is not None}
-
-        tensors = self.workspace.once(name, tensors_of)
-        layers = {}
-        for path, layer in start.items():
-            weight = dataclasses.replace(layer.weight, codes=tensors[f"{path}/codes"], scale=tensors[f"{path}/scale"])
-            layers[path] = dataclasses.replace(
-                layer, weight=weight, **{name: tensors.get(f"{path}/{name}") for name in LEARNT}
-            )
-        return layers
+            drawn = (options.calls_per_sample, self.samples, options.mean, options.std, self.generator("ndtc"))
+            calls = ndtc_calls(timesteps, self.sampler.scheduler.config.num_train_timesteps, *drawn)
+        else:
+            count = min(options.calls_per_sample, len(timesteps) - 1)
+            calls = uniform_calls(len(timesteps), count, self.samples)
+        return self.collected("data", calls)
 
 
 def layers_of(unet: nn.Module, config: ModiffConfig) -> dict[str, nn.Module]:

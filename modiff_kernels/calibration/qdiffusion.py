@@ -4,17 +4,15 @@
    of the weight gets scales of its own (as groups along K), and the skip part of the input is multiplied by the ratio
    of the two activation scales before it is quantised: that is the same as two quantisers.
 2. *Weights*: AdaRound, block after block, from inputs that the blocks before give with their codes, towards the output
-   of the float network. It starts at the codes of `weight_method`.
-3. *Activations* (scale_mode "static"): step sizes by gradient (LSQ), block after block, the codes fixed. In mode
-   "modulated" the input is x_hat = previous + Q(x - previous), as MoDiff calibrates.
-
-Beyond the paper, `network_iterations` may learn the whole network between 2 and 3 (`learn_network`).
+   of the float network. It starts at the codes of `weight_method`. `network_iterations` may learn on, beyond the paper.
+3. *Activations* (scale_mode "static"): step sizes by gradient (LSQ), block after block, the codes fixed.
 """
 
 import dataclasses
+import functools
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,10 +20,9 @@ from torch import Tensor, nn
 
 from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData
-from modiff_kernels.calibration.fake import fake_quantized, remember
-from modiff_kernels.calibration.job import Job, Layers, Split, number
-from modiff_kernels.calibration.scales import symmetric_scale
-from modiff_kernels.calibration.static import StaticOptions, activation_scales, histograms
+from modiff_kernels.calibration.fake import FakeLayer, fake_quantized, remember
+from modiff_kernels.calibration.job import Job, Layers, Split, Tensors, number
+from modiff_kernels.calibration.static import StaticOptions, find_scale, histograms, with_scales
 from modiff_kernels.calibration.weights import calibrated_weights
 from modiff_kernels.quant.calibrated import CalibratedLayer
 
@@ -50,24 +47,28 @@ class QDiffusionOptions(StaticOptions):
 def qdiffusion(job: Job) -> Layers:
     """Codes and step sizes by reconstruction of blocks."""
     data = job.data()
-    return reconstruct_blocks(job, data, Points(data, data))
+    return reconstruct_blocks(job, data, data, data)
 
 
-@dataclasses.dataclass(frozen=True)
-class Points:
-    """What blocks are reconstructed on: the quantised ones at `seen`, their target the float ones at `wanted`.
+def reconstruct_blocks(
+    job: Job, data: CalibrationData, seen: CalibrationData, wanted: CalibrationData, cosine_weight: float = 0.0
+) -> Layers:
+    """Codes and step sizes by reconstruction, started from those of layer-wise methods on `data`.
 
-    Both have the same number of points. cosine_weight: of 1 - cosine of both outputs, mean over points.
+    Quantised blocks are at `seen`, their target is what the float ones give at `wanted`, as many points. cosine_weight:
+    of 1 - cosine of both outputs, mean over points.
     """
-
-    seen: CalibrationData
-    wanted: CalibrationData
-    cosine_weight: float = 0.0
-
-
-def reconstruct_blocks(job: Job, data: CalibrationData, points: Points) -> Layers:
-    """Codes and step sizes by reconstruction on `points`, started from those of layer-wise methods on `data`."""
     blocks = reconstruction.blocks_of(job.unet, job.layers, data)
+
+    def block_by_block(layers: Layers, part: str, name: str) -> Layers:
+        """The layers after learning `name` in one block after another, behind those above with their codes."""
+        above: Layers = {}
+        for index, (block, paths) in enumerate(job.bar(list(blocks.items()), part, unit="block")):
+            own = {path: layers[path] for path in paths}
+            compute = functools.partial(_reconstruct, job, (seen, wanted, cosine_weight), block, above, own, name)
+            above = above | job.layers_once(f"{part}-{index}", own, compute)
+        return above
+
     if job.weights is not None:
         layers = dict(job.weights)
     else:
@@ -75,35 +76,54 @@ def reconstruct_blocks(job: Job, data: CalibrationData, points: Points) -> Layer
             job.splits = shortcut_splits(job, data)
         weights = calibrated_weights(job, data)
         layers = {path: CalibratedLayer(weights[path], input_scale=job.input_scale(path)) for path in job.layers}
-        layers |= _block_by_block(job, points, blocks, layers, "block", "variable", None)
+        layers |= block_by_block(layers, "block", "variable")
         if job.options.network_iterations:
             layers = reconstruction.learn_network(job, data, layers)
     if job.needs_scales:
-        for path, found in activation_scales(job, data).items():
-            layers[path] = dataclasses.replace(layers[path], **found)
-        layers |= _block_by_block(job, points, blocks, layers, "steps", "act_scale", job.config.act_bits)
+        layers = with_scales(job, data, layers)
+        layers |= block_by_block(layers, "steps", "act_scale")
     return layers
 
 
-def _block_by_block(
-    job: Job,
-    points: Points,
-    blocks: Mapping[str, Sequence[str]],
-    layers: Layers,
-    part: str,
-    name: str,
-    act_bits: int | None,
+def _reconstruct(
+    job: Job, points: tuple[CalibrationData, CalibrationData, float], block: str, above: Layers, own: Layers, name: str
 ) -> Layers:
-    """The layers after learning `name` in one block after another, behind those above with their codes."""
-    layers = dict(layers)
-    above: list[str] = []
-    for index, (block, paths) in enumerate(job.bar(list(blocks.items()), part, unit="block")):
-        before = {path: dataclasses.replace(layers[path], act_scale=None) for path in above}
-        own = {path: layers[path] for path in paths}
-        compute = _reconstruct(job, points, block, before, own, name, act_bits)
-        layers |= job.layers_once(f"{part}-{index}", own, compute)
-        above += paths
-    return layers
+    """The layers `own` of `block` after learning `name` of them, behind the layers `above` with their codes."""
+    options, mode, (seen, wanted, cosine_weight) = job.options, job.config.mode, points
+    weights = name == "variable"
+    batches = torch.arange(len(seen)).split(job.batch)
+    before = {path: dataclasses.replace(layer, act_scale=None) for path, layer in above.items()}
+    with tempfile.TemporaryDirectory(prefix="modiff-calibration-") as folder:
+
+        def record(data: CalibrationData, what: str) -> reconstruction.Recording:
+            return reconstruction.record(job.unet, block, data, batches, Path(folder, what), what)
+
+        target = record(wanted, "output")
+        with fake_quantized(job.unet, before, mode, None) as fakes:
+            for fake in fakes.values():
+                fake.hard = True
+            inputs = record(seen, "input")
+            previous = inputs if weights or mode == "quantized" else record(seen, "previous")
+
+        def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
+            module = job.unet.get_submodule(block)  # one of the fakes, where the block is a layer
+            remember(fakes, lambda: reconstruction.call(module, previous.read(drawn)))
+            output, goal = reconstruction.call(module, inputs.read(drawn)), target.read(drawn)[0]
+            loss = (output - goal).abs().pow(2.0 if weights else options.p).mean()
+            return loss + cosine_weight * cosine_distance(output, goal) if cosine_weight else loss
+
+        settings = (
+            (options.weight_iterations, options.weight_lr) if weights else (options.act_iterations, options.act_lr)
+        )
+        part = f"{block}-{name}"
+        return reconstruction.learn(
+            job, part, own, (name,), loss_of, seen, len(seen), *settings, rounding_weight=options.rounding_weight
+        )
+
+
+def cosine_distance(output: Tensor, target: Tensor) -> Tensor:
+    """1 - <output, target> / (|output| |target|), mean over the first dimension."""
+    return 1 - nn.functional.cosine_similarity(output.flatten(1), target.flatten(1)).mean()
 
 
 def split_sites(unet: nn.Module) -> dict[str, int]:
@@ -124,85 +144,20 @@ def shortcut_splits(job: Job, data: CalibrationData) -> dict[str, Split]:
     """The split of every shortcut to calibrate. The ratio of the activation scales is that of `scale_search`."""
     sites = {path: hidden for path, hidden in split_sites(job.unet).items() if path in job.layers}
     layers = {path: job.layers[path] for path in sites}
-    if not sites:
-        return {}
-    options, bits = job.options, job.config.act_bits
+    bits = job.config.act_bits
 
-    def compute() -> dict[str, Tensor]:
-        counts = histograms(
-            job,
-            data,
-            layers,
-            lambda path, values, points: [
-                ((path, part), half) for part, half in enumerate(values.tensor_split([sites[path]], 1))
-            ],
-        )
-        search = (options.scale_search, options.p, options.percentile)
-        tensors: dict[str, Tensor] = {}
+    def parts(path: str, values: Tensor, points: Tensor) -> list[tuple[tuple[str, int], Tensor]]:
+        return [((path, part), half) for part, half in enumerate(values.tensor_split([sites[path]], 1))]
+
+    def compute() -> Tensors:
+        counts = histograms(job, data, layers, parts)
+        tensors: Tensors = {}
         for path, hidden in sites.items():
-            first, second = (symmetric_scale(counts[path, part], bits, *search) for part in range(2))
+            first, second = (find_scale(counts[path, part], job.options, bits, affine=False)[0] for part in range(2))
             tensors[path] = torch.ones(layers[path].weight.shape[1])
             tensors[path][hidden:] = first / second
         return tensors
 
-    tensors = {} if bits is None else job.workspace.once("splits", compute)
+    tensors = job.once("splits", compute) if sites and bits is not None else {}
     inputs = {path: layer.weight.shape[1] for path, layer in layers.items()}
     return {path: Split(math.gcd(hidden, inputs[path]), tensors.get(path)) for path, hidden in sites.items()}
-
-
-def _reconstruct(
-    job: Job, points: Points, block: str, before: Layers, own: Layers, name: str, act_bits: int | None
-) -> Callable[[], Layers]:
-    """What learns `name` of the layers `own` in `block`, behind the layers `before` with their codes."""
-    options, mode, data = job.options, job.config.mode, points.seen
-    learns_weights = name == "variable"
-    pairs = act_bits is not None and mode == "modulated"
-
-    def compute() -> Layers:
-        batches = list(data.batches(job.batch))
-        same = {} if act_bits is None else reconstruction.shared_inputs(job.unet, own, data)
-        with tempfile.TemporaryDirectory(prefix="modiff-calibration-") as folder:
-
-            def record(data: CalibrationData, what: str) -> reconstruction.Recording:
-                return reconstruction.record(job.unet, block, data, batches, Path(folder, what), what)
-
-            target = record(points.wanted, "output")
-            with fake_quantized(job.unet, before, mode, None) as fakes:
-                for fake in fakes.values():
-                    fake.hard = True
-                inputs = record(data, "input")
-                previous = record(data, "previous") if pairs else inputs
-            with fake_quantized(job.unet, own, mode, act_bits) as fakes:
-                for path, fake in fakes.items():
-                    fake.act_scale = fakes[same.get(path, path)].act_scale
-                module = job.unet.get_submodule(block)  # one of the fakes, where the block is a layer
-
-                def loss_of(drawn: Tensor) -> Tensor:
-                    if pairs:
-                        remember(fakes, lambda: reconstruction.call(module, previous.read(drawn)))
-                    output, wanted = reconstruction.call(module, inputs.read(drawn)), target.read(drawn)[0]
-                    loss = (output - wanted).abs().pow(2.0 if learns_weights else options.p).mean()
-                    if points.cosine_weight:
-                        loss = loss + points.cosine_weight * cosine_distance(output, wanted)
-                    return loss
-
-                reconstruction.learn(
-                    job,
-                    f"{block}-{name}",
-                    fakes.values(),
-                    (name,),
-                    loss_of,
-                    len(data),
-                    iterations=options.weight_iterations if learns_weights else options.act_iterations,
-                    lr=options.weight_lr if learns_weights else options.act_lr,
-                    rounding_weight=options.rounding_weight,
-                    show=False,
-                )
-                return {path: fake.result() for path, fake in fakes.items()}
-
-    return compute
-
-
-def cosine_distance(output: Tensor, target: Tensor) -> Tensor:
-    """1 - <output, target> / (|output| |target|), mean over the first dimension."""
-    return 1 - nn.functional.cosine_similarity(output.flatten(1), target.flatten(1)).mean()

@@ -5,19 +5,20 @@ blocks before give with their codes in place, towards the outputs of the float n
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modiff_kernels.calibration.data import CalibrationData
+from modiff_kernels.calibration.data import CalibrationData, watched
 from modiff_kernels.calibration.fake import FakeLayer, fake_quantized, rounding, rounding_penalty
 from modiff_kernels.calibration.job import Job, Layers
 
 BLOCKS = ("ResnetBlock2D", "Attention", "BasicTransformerBlock")  # classes of diffusers that are reconstructed as one
 RELATIVE_RATE = 0.1
+WEIGHTS = ("variable", "weight_scale", "bias")  # what FakeLayers may learn of a layer's weight
 
 
 def blocks_of(unet: nn.Module, paths: Iterable[str], data: CalibrationData) -> dict[str, list[str]]:
@@ -45,14 +46,8 @@ def shared_inputs(unet: nn.Module, paths: Iterable[str], data: CalibrationData) 
 def inputs_in_order(unet: nn.Module, paths: Iterable[str], data: CalibrationData) -> list[tuple[str, tuple[Any, ...]]]:
     """Path and arguments of every call of the modules `paths` in one call of the UNet."""
     seen: list[tuple[str, tuple[Any, ...]]] = []
-    with contextlib.ExitStack() as hooks, torch.no_grad():
-        for path in paths:
-            hook = unet.get_submodule(path).register_forward_pre_hook(
-                lambda module, args, path=path: seen.append((path, args))
-            )
-            hooks.callback(hook.remove)
-        args, kwargs = data.arguments(torch.arange(1))
-        unet(*args, **kwargs)
+    with watched({path: unet.get_submodule(path) for path in paths}, lambda *call: seen.append(call)):
+        data.run(unet, torch.arange(1))
     return seen
 
 
@@ -97,27 +92,23 @@ def record(
     recording = Recording(folder, len(data))
     points = torch.empty(0)
 
-    def keep(items: Mapping[Any, Any]) -> None:
-        recording.write(points, items)
+    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.write(points, {**dict(enumerate(args)), **kwargs})
+        raise _Reached
+
+    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recording.write(points, {0: output})
         raise _Reached
 
     module = unet.get_submodule(block)
     if what == "output":
-        hook = module.register_forward_hook(lambda module, args, output: keep({0: output}))
+        hook = module.register_forward_hook(on_output)
     else:
-        hook = module.register_forward_pre_hook(
-            lambda module, args, kwargs: keep({**dict(enumerate(args)), **kwargs}), with_kwargs=True
-        )
-    try:
-        with torch.no_grad():
-            for points in batches:
-                args, kwargs = data.arguments(points, previous=what == "previous")
-                try:
-                    unet(*args, **kwargs)
-                except _Reached:
-                    continue
-    finally:
-        hook.remove()
+        hook = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    with hook, torch.no_grad():
+        for points in batches:
+            with contextlib.suppress(_Reached):
+                data.run(unet, points, previous=what == "previous")
     return recording
 
 
@@ -127,55 +118,58 @@ def call(module: nn.Module, items: Mapping[Any, Any]) -> Any:
     return module(*args, **{key: value for key, value in items.items() if isinstance(key, str)})
 
 
+Loss = Callable[[Tensor, Mapping[str, FakeLayer]], Tensor]
+
+
 def learn(
     job: Job,
     part: str,
-    fakes: Iterable[FakeLayer],
-    names: Iterable[str],
-    loss_of: Callable[[Tensor], Tensor],
+    layers: Layers,
+    names: Sequence[str],
+    loss_of: Loss,
+    data: CalibrationData,
     points: int,
-    *,
     iterations: int,
     lr: float,
-    rounding_weight: float = 0.0,
-    show: bool = True,
-) -> None:
-    """Adam, its rate falling to 0 as a cosine, on the parameters `names` of `fakes`.
+    rounding_weight: float | None = None,
+) -> Layers:
+    """`layers` after Adam, its rate falling to 0 as a cosine, on the parameters `names` of their FakeLayers.
 
-    part: names the random numbers and the progress bar (with `show`). loss_of(points): of a random batch, learn_batch
-    of so many points (int64). lr: of "variable"; scales and biases, which differ in size from layer to layer, take
-    RELATIVE_RATE * lr of their mean size. Where AdaRound's variables are learnt, its penalty, times rounding_weight and
-    the first loss, draws h to 0 or 1; afterwards the codes are hard.
+    part: names the random numbers and the progress bar. loss_of(drawn, fakes): of a random batch, learn_batch of so
+    many points (int64), with the FakeLayers in the network; those that read one tensor have one act_scale. data: of a
+    call that shows which do. lr: of "variable"; scales and biases, which differ in size from layer to layer, take
+    RELATIVE_RATE * lr of their mean size. rounding_weight: a number asks for AdaRound (without progress bar, for it
+    learns block after block): where variables are learnt, its penalty, times this and the first loss, draws h to 0 or
+    1. None: straight-through rounding.
     """
-    fakes, names, generator = list(fakes), list(names), job.workspace.generator(part)
-    parameters: dict[int, dict[str, Any]] = {}
-    for fake in fakes:
-        fake.hard = "variable" not in names
-        for name in names:
-            parameter = getattr(fake, name)
-            if parameter is not None and id(parameter) not in parameters:
-                size = 1.0 if name == "variable" else RELATIVE_RATE * parameter.abs().mean().item()
-                parameters[id(parameter)] = {"params": [parameter.requires_grad_(True)], "lr": lr * size}
-    optimiser = torch.optim.Adam(parameters.values(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
-    soft = [fake for fake in fakes if fake.rounding == "adaround" and "variable" in names]
-    batch = min(job.options.learn_batch, points)
-    unit = None
-    with torch.enable_grad():
-        for step in job.bar(range(iterations), part) if show else range(iterations):
-            loss = loss_of(torch.randint(points, (batch,), generator=generator))
-            unit = loss.item() if unit is None else unit
-            if soft:
-                penalty = sum(rounding_penalty(rounding(fake.variable), step / iterations) for fake in soft)
-                loss = loss + rounding_weight * unit * penalty
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    for group in parameters.values():
-        group["params"][0].requires_grad_(False)
-    for fake in fakes:
-        fake.hard = True
+    kind = "straight_through" if rounding_weight is None else "adaround"
+    same = shared_inputs(job.unet, layers, data) if "act_scale" in names else {}
+    with fake_quantized(job.unet, layers, job.config.mode, job.config.act_bits, kind) as fakes:
+        parameters: dict[int, dict[str, Any]] = {}
+        for path, fake in fakes.items():
+            fake.act_scale = fakes[same.get(path, path)].act_scale
+            fake.hard = "variable" not in names
+            for name in names:
+                parameter = getattr(fake, name)
+                if parameter is not None and id(parameter) not in parameters:
+                    size = 1.0 if name == "variable" else RELATIVE_RATE * parameter.abs().mean().item()
+                    parameters[id(parameter)] = {"params": [parameter.requires_grad_(True)], "lr": lr * size}
+        optimiser = torch.optim.Adam(parameters.values(), lr=lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
+        soft = list(fakes.values()) if kind == "adaround" and "variable" in names else []
+        generator, batch, unit = job.generator(part), min(job.options.learn_batch, points), None
+        with torch.enable_grad():
+            for step in range(iterations) if kind == "adaround" else job.bar(range(iterations), part):
+                loss = loss_of(torch.randint(points, (batch,), generator=generator), fakes)
+                unit = loss.item() if unit is None else unit
+                if soft:
+                    penalty = sum(rounding_penalty(rounding(fake.variable), step / iterations) for fake in soft)
+                    loss = loss + rounding_weight * unit * penalty
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+        return {path: fake.result() for path, fake in fakes.items()}
 
 
 def learn_network(job: Job, data: CalibrationData, layers: Layers) -> Layers:
@@ -185,27 +179,16 @@ def learn_network(job: Job, data: CalibrationData, layers: Layers) -> Layers:
     al., ICLR 2024): straight-through rounding, the mean squared error of the UNet's output as the loss. Unlike
     layer-wise objectives it lets layers make up for each other's errors.
     """
+    options = job.options
 
     def compute() -> Layers:
         with torch.no_grad():
-            target = torch.cat([output_at(job.unet, data, points) for points in job.batches(data, "targets")])
-        with fake_quantized(job.unet, layers, job.config.mode, None, "straight_through") as fakes:
-            learn(
-                job,
-                "network",
-                fakes.values(),
-                ("variable", "weight_scale", "bias"),
-                lambda points: (output_at(job.unet, data, points) - target[points]).square().mean(),
-                len(data),
-                iterations=job.options.network_iterations,
-                lr=job.options.network_lr,
-            )
-            return {path: fake.result() for path, fake in fakes.items()}
+            target = torch.cat([data.run(job.unet, points)[0] for points in job.batches(data, "targets")])
+
+        def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
+            return (data.run(job.unet, drawn)[0] - target[drawn]).square().mean()
+
+        settings = (data, len(data), options.network_iterations, options.network_lr)
+        return learn(job, "network", layers, WEIGHTS, loss_of, *settings)
 
     return job.layers_once("network", layers, compute)
-
-
-def output_at(unet: nn.Module, data: CalibrationData, points: Tensor) -> Tensor:
-    """The UNet's output at `points` (int64) of the data."""
-    args, kwargs = data.arguments(points)
-    return unet(*args, **kwargs, return_dict=False)[0]

@@ -46,14 +46,8 @@ class CalibrationResult:
                 shape = list(weight.codes.shape)
                 described[path] = {"bits": weight.bits, "group_size": weight.group_size, "shape": shape}
             tensors |= {f"{path}.{name}": v.cpu().contiguous() for name, v in own.items() if v is not None}
-        report = {
-            "version": VERSION,
-            "layout": KPACK_V1,
-            "method": self.method,
-            "config": self.config.to_dict(),
-            "metadata": self.metadata,
-            "layers": described,
-        }
+        report = {"version": VERSION, "layout": KPACK_V1, "method": self.method, "config": self.config.to_dict()}
+        report |= {"metadata": self.metadata, "layers": described}
         replace_file(folder / TENSORS, lambda new: save_file(tensors, new))
         replace_file(folder / DESCRIPTION, lambda new: new.write_text(json.dumps(report, indent=1) + "\n"))
 
@@ -65,14 +59,11 @@ class CalibrationResult:
             report = json.loads((folder / DESCRIPTION).read_text())
             tensors = load_file(folder / TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(
-                f"cannot read a calibration from {folder} ({error}); give the folder that `modiff calibrate --out` or "
-                "CalibrationResult.save wrote"
-            ) from error
+            hint = "give the folder that `modiff calibrate --out` or CalibrationResult.save wrote"
+            raise ValueError(f"cannot read a calibration from {folder} ({error}); {hint}") from error
         if not isinstance(report, Mapping) or report.get("version") != VERSION or report.get("layout") != KPACK_V1:
-            raise ValueError(
-                f"{folder / DESCRIPTION} is not a calibration of version {VERSION}, {KPACK_V1}; calibrate again"
-            )
+            expected = f"of version {VERSION}, {KPACK_V1}"
+            raise ValueError(f"{folder / DESCRIPTION} is not a calibration {expected}; calibrate again")
         try:
             layers = {path: _layer(path, entry, tensors) for path, entry in report["layers"].items()}
             config = ModiffConfig.from_dict(report["config"])

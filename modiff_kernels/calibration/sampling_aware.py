@@ -12,8 +12,7 @@ Every module f is reconstructed (`qdiffusion`) towards what it gives at the othe
 
     min sum_j |f'(u_j, s_j) - f(x_{t_j}, t_j)|^2 + cosine_weight (1 - cos(f'(u_j, s_j), f(x_{t_j}, t_j)))
 
-f' is quantised, behind modules that are. That is what the paper prints; its text says the opposite, f' at the
-first-order point and f in the middle: option `direction`. Iterations, rates and numbers of samples are not published.
+f' is quantised, behind modules that are. That is what the paper prints; its text says the opposite: option `direction`.
 Every row of the UNet's batch is a trajectory of its own, without guidance.
 """
 
@@ -26,8 +25,8 @@ import torch
 from torch import Tensor
 
 from modiff_kernels.calibration.data import CalibrationData, Sampler, uniform_calls
-from modiff_kernels.calibration.job import Job, Layers, choice, number
-from modiff_kernels.calibration.qdiffusion import Points, QDiffusionOptions, reconstruct_blocks
+from modiff_kernels.calibration.job import Job, Layers, Tensors, choice, number
+from modiff_kernels.calibration.qdiffusion import QDiffusionOptions, reconstruct_blocks
 
 DIRECTIONS = ("midpoint_to_first", "first_to_midpoint")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -51,13 +50,13 @@ def sampling_aware(job: Job) -> Layers:
     """Codes and step sizes by aligning the trajectories of a first- and a second-order solver."""
     Solver(job.sampler)  # refuses schedulers
     data = job.data()
-    whole = job.workspace.once("trajectories", lambda: _run(job))
+    whole = job.once("trajectories", lambda: _run(job))
     first, middle = (
         CalibrationData.from_tensors({key[len(at) :]: value for key, value in whole.items() if key.startswith(at)})
         for at in ("first/", "middle/")
     )
     seen, wanted = (middle, first) if job.options.direction == "midpoint_to_first" else (first, middle)
-    return reconstruct_blocks(job, data, Points(seen, wanted, job.options.cosine_weight))
+    return reconstruct_blocks(job, data, seen, wanted, job.options.cosine_weight)
 
 
 class Solver:
@@ -122,15 +121,15 @@ class Solver:
         return first, middle
 
 
-def _run(job: Job) -> dict[str, Tensor]:
+def _run(job: Job) -> Tensors:
     """Tensors of both data sets: the same calls of the same trajectories, in the same order."""
     solver = Solver(job.sampler)
     intervals = len(solver.timesteps) - 1
     if intervals < 2:
         raise ValueError(f"calibrate: sampling_aware needs at least 3 time steps, the sampler has {intervals + 1}")
-    noise = job.collected(torch.zeros(job.samples, 1, dtype=torch.int64), "noise")
+    noise = job.collected("noise", torch.zeros(job.samples, 1, dtype=torch.int64), "noise")
     calls = uniform_calls(intervals, min(job.options.calls_per_sample, intervals - 1), 1)[0].tolist()
-    parts: dict[str, list[dict[str, Tensor]]] = {"first": [], "middle": []}
+    parts: dict[str, list[Tensors]] = {"first": [], "middle": []}
     for points in job.batches(noise, "trajectories"):
         (sample, _), conditions = noise.arguments(points)
 
@@ -143,9 +142,9 @@ def _run(job: Job) -> dict[str, Tensor]:
                 for at, (state, timestep) in (("", states[call]), ("previous_", states[call - 1])):
                     part |= {f"{at}sample": state, f"{at}timestep": timestep.expand(len(points))}
                 found.append(part)
-    whole: dict[str, Tensor] = {}
+    whole: Tensors = {}
     for name, found in parts.items():
-        points_of = {key: torch.cat([part[key] for part in found]) for key in found[0]}
-        data = CalibrationData(**points_of, timesteps=noise.timesteps, conditions=noise.conditions)
+        joined = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+        data = dataclasses.replace(noise, **joined)
         whole |= {f"{name}/{key}": value.clone() for key, value in data.tensors().items()}  # files share nothing
     return whole

@@ -7,13 +7,15 @@ GPTQ minimises the error of the layer's output on its inputs X, which depends on
 so H, summed over a stream of batches, is all the data that it needs.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from modiff_kernels.calibration.data import CalibrationData, stream
-from modiff_kernels.calibration.job import Job
+from modiff_kernels.calibration.job import Job, Tensors
+from modiff_kernels.nn.layer import window_of
 from modiff_kernels.quant.affine import expand_weight_scale, quantize_weight, weight_rows
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.spec import quant_max, quant_min
@@ -25,19 +27,9 @@ HESSIAN_BYTES = 2**30  # second moments of so many layers are summed in one pass
 HESSIAN_ROWS = 2**15  # of the im2col input of a layer, drawn at random from all data
 
 
-def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """diag(D H D^T), float [N]: squared error of every output channel for a weight difference D [N, K]."""
-    return ((difference @ hessian) * difference).sum(1)
-
-
-def rtn(rows: Tensor, hessian: Tensor | None, bits: int, group_size: int) -> QuantizedWeight:
-    """Round to nearest, scale from the absmax."""
-    return QuantizedWeight(*quantize_weight(rows, bits, group_size), bits, group_size)
-
-
-def mse(rows: Tensor, hessian: Tensor | None, bits: int, group_size: int) -> QuantizedWeight:
-    """Round to nearest, the scale with the least squared error of the weight."""
-    return QuantizedWeight(*quantize_weight(rows, bits, group_size, "mse"), bits, group_size)
+def rtn(rows: Tensor, hessian: Tensor | None, bits: int, group_size: int, scale: str = "absmax") -> QuantizedWeight:
+    """Round to nearest. scale: "absmax", or "mse" with the least squared error of the weight."""
+    return QuantizedWeight(*quantize_weight(rows, bits, group_size, scale), bits, group_size)
 
 
 def gptq(rows: Tensor, hessian: Tensor, bits: int, group_size: int) -> QuantizedWeight:
@@ -46,7 +38,7 @@ def gptq(rows: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantized
     Columns are rounded in the order of falling diag(H); with U the upper Cholesky factor of (H + damping)^-1 the error
     of a column is handed on to the others: w[:, j:] -= (w_j - scale q_j) / U_jj * U[j, j:]. Scales are those of `mse`.
     """
-    start = mse(rows, None, bits, group_size)
+    start = rtn(rows, None, bits, group_size, "mse")
     k = rows.shape[1]
     scales = expand_weight_scale(start.scale, k, group_size).expand(-1, k)
     damped = hessian.clone()
@@ -98,33 +90,34 @@ def _codes(values: Tensor, bits: int) -> Tensor:
     return values.round().clamp(quant_min(bits), quant_max(bits))
 
 
+mse = functools.partial(rtn, scale="mse")
 WEIGHT_METHODS: dict[str, Callable[..., QuantizedWeight]] = {"rtn": rtn, "mse": mse, "gptq": gptq}
 
 
 def calibrated_weights(job: Job, data: CalibrationData) -> dict[str, QuantizedWeight]:
     """Codes of every layer by the option weight_method, "auto": rounding loses nothing at 8 bits and 20 dB at 4."""
-    bits = job.config.weight_bits
-    name = job.options.weight_method
+    bits, name = job.config.weight_bits, job.options.weight_method
     if name == "auto":
         name = "rtn" if bits == 8 else "gptq"
     whole = -1 if job.config.group_size is None else job.config.group_size
     group_sizes = {path: job.splits[path].group_size if path in job.splits else whole for path in job.layers}
-    found: dict[str, QuantizedWeight] = {}
+
+    def compute(paths: Sequence[str]) -> Tensors:
+        hessians = second_moments(job, data, paths) if name == "gptq" else {}
+        tensors: Tensors = {}
+        for path in job.bar(paths, name, unit="layer"):
+            scale, hessian = job.input_scale(path), hessians.pop(path, None)
+            weight = quantize_layer(job.layers[path], hessian, name, bits, group_sizes[path], scale)
+            tensors |= {f"{path}/codes": weight.codes, f"{path}/scale": weight.scale}
+        return tensors
+
+    tensors: Tensors = {}
     for number, paths in enumerate(_memory_groups(job.layers) if name == "gptq" else [list(job.layers)]):
-
-        def compute(paths: Sequence[str] = paths) -> dict[str, Tensor]:
-            hessians = second_moments(job, data, paths) if name == "gptq" else {}
-            tensors: dict[str, Tensor] = {}
-            for path in job.bar(paths, name, unit="layer"):
-                scale, hessian = job.input_scale(path), hessians.pop(path, None)
-                weight = quantize_layer(job.layers[path], hessian, name, bits, group_sizes[path], scale)
-                tensors |= {f"{path}/codes": weight.codes, f"{path}/scale": weight.scale}
-            return tensors
-
-        tensors = job.workspace.once(f"weights-{name}-{number}", compute)
-        for path in paths:
-            found[path] = QuantizedWeight(tensors[f"{path}/codes"], tensors[f"{path}/scale"], bits, group_sizes[path])
-    return found
+        tensors |= job.once(f"weights-{name}-{number}", functools.partial(compute, paths))
+    return {
+        path: QuantizedWeight(tensors[f"{path}/codes"], tensors[f"{path}/scale"], bits, size)
+        for path, size in group_sizes.items()
+    }
 
 
 def quantize_layer(
@@ -152,12 +145,12 @@ def quantize_layer(
     return QuantizedWeight(codes, scale, bits, group_size)
 
 
-def second_moments(job: Job, data: CalibrationData, paths: Sequence[str]) -> dict[str, Tensor]:
+def second_moments(job: Job, data: CalibrationData, paths: Sequence[str]) -> Tensors:
     """X^T X / rows, float32 [K, K], of about HESSIAN_ROWS rows of the im2col inputs X of each layer over all data."""
     layers = {path: job.layers[path] for path in paths}
-    sums: dict[str, Tensor] = {}
+    sums: Tensors = {}
     rows = dict.fromkeys(paths, 0)
-    generators = {path: job.workspace.generator(path) for path in paths}
+    generators = {path: job.generator(path) for path in paths}
     share = -(-HESSIAN_ROWS * job.batch // len(data))
 
     def add(path: str, x: Tensor, previous: Tensor | None, points: Tensor) -> None:
@@ -180,14 +173,10 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1]).float()
-    padding = module.padding
-    if padding == "valid":
-        padding = (0, 0)
-    elif padding == "same":
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size))
-    columns = nn.functional.unfold(x.float(), module.kernel_size, module.dilation, padding, module.stride)
+    window = window_of(module)
+    columns = nn.functional.unfold(x.float(), window.kernel_size, window.dilation, window.padding, window.stride)
     n, _, pixels = columns.shape
-    groups, channels = module.groups, x.shape[1] // module.groups
+    groups, channels = window.groups, x.shape[1] // window.groups
     rows = columns.view(n, groups, channels, -1, pixels).permute(1, 0, 4, 3, 2).reshape(groups, n * pixels, -1)
     return rows if groups > 1 else rows[0]
 

@@ -33,6 +33,20 @@ def build_pipe():
     return pipe
 
 
+def difference_of(pipe, calibration, steps):
+    """How far the image of low-bit layers is from that of the float network, 0..1; it is not the same."""
+
+    def image():
+        return pipe(batch_size=1, num_inference_steps=steps, generator=torch.manual_seed(0), output_type="np").images
+
+    handle = mk.accelerate(pipe, calibration=calibration)
+    found = image()
+    handle.remove()
+    difference = abs(found - image()).mean()
+    assert difference > 0
+    return difference
+
+
 @pytest.fixture
 def pipe():
     """A DDPM pipeline with a tiny UNet of random weights, the same in every test."""

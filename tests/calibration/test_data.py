@@ -121,24 +121,21 @@ class TestCollect:
         data = collect(sampler(copies=2), self.chosen, self.seeds, 3)
         assert len(data) == 12
         assert sorted(data.conditions["encoder_hidden_states"][data.row, 0].unique().tolist()) == [0, 1, 2, 3, 4, 5]
+        again = CalibrationData.from_tensors(data.tensors()).tensors()
+        assert all(torch.equal(value, again[name]) for name, value in data.tensors().items())
 
-    def test_tensors_and_back(self):
-        data = collect(sampler(), self.chosen, self.seeds, 2)
-        again = CalibrationData.from_tensors(data.tensors())
-        assert all(torch.equal(value, data.tensors()[name]) for name, value in again.tensors().items())
-        assert [batch.tolist() for batch in data.batches(4)] == [[0, 1, 2, 3], [4, 5]]
-
-    def test_another_number_of_calls(self):
-        with pytest.raises(ValueError, match=r"called the UNet 5 times, but the scheduler has 6 time steps"):
-            collect(sampler(calls=5), self.chosen, self.seeds, 2)
-
-    def test_an_input_that_is_not_per_image(self):
-        broken = sampler(condition=torch.zeros(7, 1))
-        with pytest.raises(
-            ValueError, match=r"encoder_hidden_states has shape \(7, 1\), which is not one per image of 2"
-        ):
-            collect(broken, self.chosen, self.seeds, 2)
-        assert not broken.unet._forward_pre_hooks
+    @pytest.mark.parametrize(
+        ("broken", "message"),
+        [
+            ({"calls": 5}, r"called the UNet 5 times, but the scheduler has 6 time steps"),
+            ({"condition": torch.zeros(7, 1)}, r"encoder_hidden_states has shape \(7, 1\), which is not one per image"),
+        ],
+    )
+    def test_samplers_that_cannot_be_recorded(self, broken, message):
+        given = sampler(**broken)
+        with pytest.raises(ValueError, match=message):
+            collect(given, self.chosen, self.seeds, 2)
+        assert not given.unet._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,5 @@ def test_the_network_gets_its_layers_back():
         with pytest.raises(RuntimeError, match="no previous input"):
             net(torch.randn(1, 4))
     assert (net[0], net[2][0]) == (linear, inner)
-
-
-def test_a_layer_without_codes():
     with pytest.raises(ValueError, match="has no codes"):
-        FakeLayer(nn.Linear(2, 2), CalibratedLayer(), "quantized", 4)
+        FakeLayer(linear, CalibratedLayer(), "quantized", 4)

@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from modiff_kernels.calibration.fake import rounding, rounding_logits
-from modiff_kernels.calibration.weights import WEIGHT_METHODS, input_rows, output_error, quantize_layer
+from modiff_kernels.calibration.weights import WEIGHT_METHODS, input_rows, quantize_layer
 from modiff_kernels.quant.affine import rows_to_weight, weight_rows
+
+
+def output_error(difference, hessian):
+    """Squared error of every output channel for a weight difference."""
+    return ((difference @ hessian) * difference).sum(1)
 
 
 def correlated(rows, k):
@@ -40,24 +45,18 @@ def test_rows_times_weight_is_the_layer(module, shape):
     torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_objective_is_the_error_of_the_output():
-    x, difference = torch.randn(50, 6).double(), torch.randn(4, 6).double()
-    torch.testing.assert_close(output_error(difference, x.t() @ x), (x @ difference.t()).square().sum(0))
-
-
-@pytest.mark.parametrize("method", ["gptq"])
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("group_size", [-1, 32])
-def test_learnt_codes_beat_rounding_on_other_inputs(method, bits, group_size):
+def test_learnt_codes_beat_rounding_on_other_inputs(bits, group_size):
     x = correlated(4000, 72)
     train, test = x[:2000], x[2000:]
     weight = torch.randn(24, 72)
     errors = {}
-    for name in ("rtn", "mse", method):
+    for name in ("rtn", "mse", "gptq"):
         found = WEIGHT_METHODS[name](weight, train.t() @ train / len(train), bits, group_size)
         found.check(weight.shape)
         errors[name] = (test @ (found.dequantized() - weight).t()).square().mean().item()
-    assert errors[method] < 0.5 * min(errors["rtn"], errors["mse"])
+    assert errors["gptq"] < 0.5 * min(errors["rtn"], errors["mse"])
 
 
 def test_gptq_is_close_to_the_best_codes_of_a_tiny_layer():
@@ -70,19 +69,6 @@ def test_gptq_is_close_to_the_best_codes_of_a_tiny_layer():
         reached = output_error((codes * scale - row)[None], hessian)
         assert reached <= 2 * errors.min() + 1e-6
         assert (errors < reached).sum() < 40  # of 4096
-
-
-def test_uncorrelated_inputs_leave_nothing_to_gain_over_rounding():
-    found = WEIGHT_METHODS["gptq"](torch.randn(5, 9), torch.eye(9), 4, -1)
-    again = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))  # what torch.manual_seed(0) gave above
-    assert torch.equal(found.codes, torch.clamp(torch.round(again / found.scale[:, None]), -8, 7).to(torch.int8))
-
-
-def test_an_input_channel_that_is_never_used():
-    x = torch.randn(100, 6)
-    x[:, 2] = 0
-    found = WEIGHT_METHODS["gptq"](torch.randn(3, 6), x.t() @ x, 4, -1)
-    assert torch.isfinite(found.dequantized()).all()
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

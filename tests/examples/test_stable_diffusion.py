@@ -54,18 +54,10 @@ def tokenizer():
 def text_encoder(kind):
     from transformers import CLIPTextConfig
 
-    config = CLIPTextConfig(
-        vocab_size=190,
-        hidden_size=32,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        max_position_embeddings=16,
-        projection_dim=32,
-        bos_token_id=188,
-        eos_token_id=189,
-        pad_token_id=189,
-    )
+    sizes = {"vocab_size": 190, "hidden_size": 32, "intermediate_size": 37, "projection_dim": 32}
+    tokens = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
+    layers = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 16}
+    config = CLIPTextConfig(**sizes, **tokens, **layers)
     return kind(config).eval()
 
 
@@ -147,13 +139,12 @@ def table(text):
 
 class TestPictures:
     def test_the_same_seed_gives_the_same_picture(self, stable_diffusion, sd_folder, tmp_path, capsys):
-        paths = [tmp_path / f"{i}.png" for i in range(3)]
-        for path, seed in zip(paths, (1, 1, 2)):
-            assert stable_diffusion.main(options(sd_folder, path, "--seed", seed)) == 0
-        first, second, other = map(pixels, paths)
-        assert first.shape == (SIZE, SIZE, 3)
-        assert np.array_equal(first, second)
-        assert not np.array_equal(first, other)
+        pictures = []
+        for seed in (1, 1, 2):
+            assert stable_diffusion.main(options(sd_folder, tmp_path / "0.png", "--seed", seed)) == 0
+            pictures.append(pixels(tmp_path / "0.png"))
+        assert pictures[0].shape == (SIZE, SIZE, 3)
+        assert [np.array_equal(pictures[0], other) for other in pictures[1:]] == [True, False]
         assert re.search(r"0.png: 4 steps in \d+\.\d s, \d+\.\d MB of state", capsys.readouterr().out)
 
     @pytest.mark.parametrize("which", ["sd", "sdxl"])
@@ -166,14 +157,12 @@ class TestPictures:
         assert left.shape == (32, 32, 3)
         text = capsys.readouterr().out
         full, ours = table(text)
-        assert full[0] == "float32 channels_last"
-        assert full[2:] == ["1.00x", "reference", "-"]
+        assert (full[0], *full[2:]) == ("float32 channels_last", "1.00x", "reference", "-")
         assert ours[0] == "modulated W8A4, forecast every=2"
         psnr_db = 10 * np.log10(1 / np.square(left - right).mean())
         assert float(ours[3]) == pytest.approx(psnr_db, abs=0.5)  # pixels in a file are rounded
         assert psnr_db > 20
-        assert float(ours[1]) > 0
-        assert float(ours[4]) > 0
+        assert min(float(ours[1]), float(ours[4])) > 0
         assert "UNet2DConditionModel: " in text  # explain()
 
     def test_compiled(self, stable_diffusion, sd_folder, tmp_path, monkeypatch, capsys):
@@ -194,8 +183,6 @@ class TestBadInput:
             (["--model", "no/such/folder"], "--model no/such/folder: no such folder; give a folder of diffusers"),
             (["--model", "."], "--model .: no model_index.json in this folder"),
             (["--size", "63"], "--size: must be a multiple of 8, such as 56, got 63"),
-            (["--size", "0"], "--size: must be at least 1, got 0"),
-            (["--steps", "many"], "--steps: invalid positive value: 'many'"),
             (["--act-bits", "5"], "--act-bits: invalid choice: 5"),
             (["--schedule", "sometimes"], "ModiffConfig: schedule='sometimes' is not allowed"),
             (["--prompt", " "], "--prompt: is empty"),
