@@ -55,11 +55,10 @@ def _user_errors(prefix: str = "") -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
 
 
-def _open(args: argparse.Namespace) -> tuple[networks.Model, torch.nn.Module, int]:
-    """The model, its UNet in channels_last, and the calls of a run."""
+def _open(args: argparse.Namespace) -> tuple[networks.Model, torch.nn.Module]:
+    """The model, and its UNet in channels_last."""
     model = networks.open_model(args)
-    calls = networks.check_steps(model, args.scheduler, args.steps)
-    return model, model.unet.to(memory_format=torch.channels_last), calls
+    return model, model.unet.to(memory_format=torch.channels_last)
 
 
 def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
@@ -69,7 +68,7 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
     if args.mode == "float":
         raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
     options = _options(args.method, args.set)
-    model, unet, _ = _open(args)
+    model, unet = _open(args)
     with _user_errors():
         config = config_of_row(row_of(args, "calibrate"), args.backend, args.granularity)
         if args.mode == "weight_only":
@@ -80,13 +79,8 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
                 unet,
                 args.method,
                 config,
-                steps=args.steps,
-                samples=args.samples,
-                batch=args.batch,
-                seed=args.seed,
                 folder=folder,
-                weights=args.weights,
-                quiet=args.quiet,
+                **{name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")},
                 scheduler=networks.make_scheduler(model, args.scheduler),
                 sample=lambda seeds: networks.sample_images(model, unet, args.scheduler, args.steps, seeds),
                 **options,
@@ -116,7 +110,7 @@ def _options(method: str, items: list[str]) -> dict[str, Any]:
 
 def _measure_plan(args: argparse.Namespace, out: Path) -> int:
     """--plan: to `out` and to the cache."""
-    model, unet, _ = _open(args)
+    model, unet = _open(args)
     seeds = range(args.seed, args.seed + args.batch)
     limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
     with _user_errors():
@@ -143,8 +137,8 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
 
 def _search_schedule(args: argparse.Namespace, out: Path) -> int:
     """--schedule: to `out`. What it has measured is beside it until it is done."""
-    model, unet, calls = _open(args)
-    row = row_of(args, args.mode, schedule="forecast every=2")
+    model, unet = _open(args)
+    calls, row = model.calls, row_of(args, args.mode, schedule="forecast every=2")
     quantised = Quantised(unet, row, args.backend, args.granularity)
 
     def pictures(schedule: mk.StepSchedule | None, first: int, count: int) -> np.ndarray:
@@ -174,29 +168,20 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
 
         evaluate = fidelity_from(0)
         with _user_errors():
-            found = search(
-                evaluate,
-                calls,
-                budget_db=args.budget_db,
-                computed=computed,
-                known=known.values,
-                on_evaluation=on_evaluation,
-            )
+            goal = {"budget_db": args.budget_db, "computed": computed}
+            found = search(evaluate, calls, **goal, known=known.values, on_evaluation=on_evaluation)
     held_out_db = fidelity_from(args.images)(found.schedule)
     scheduler = networks.make_scheduler(model, args.scheduler)
     scheduler.set_timesteps(args.steps)
     report = {
         "schedule": str(found.schedule),
         "model": model.name,
-        "scheduler": args.scheduler,
-        "steps": args.steps,
+        **{name: getattr(args, name) for name in ("scheduler", "steps", "images")},
         "calls": calls,
         "calls_computed": found.computed,
         "fidelity_db": found.fidelity_db,
         "held_out_db": held_out_db,
-        "images": args.images,
-        "update_s": times and times[0],
-        "skip_s": times and times[1],
+        **dict(zip(("update_s", "skip_s"), times or (None, None))),
         "command": command_line(args.argv),
         **stored.run_of(scheduler, host_timesteps(scheduler)),
     }

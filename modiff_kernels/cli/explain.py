@@ -33,12 +33,8 @@ def run(args: argparse.Namespace) -> int:
     if handle.plan is not None and not args.quiet:
         print(f"\n{NOTES}")
     if out is not None:
-        report = {
-            "model": model.name,
-            "layers": [dataclasses.asdict(layer) for layer in handle.rows()],
-            "plan": None if handle.plan is None else json.loads(handle.plan.to_json()),
-            "config": handle.config.to_dict(),
-            "command": command_line(args.argv),
-        }
-        out.write_text(to_json(report))
+        layers = [dataclasses.asdict(layer) for layer in handle.rows()]
+        plan = None if handle.plan is None else json.loads(handle.plan.to_json())
+        report = {"model": model.name, "layers": layers, "plan": plan, "config": handle.config.to_dict()}
+        out.write_text(to_json({**report, "command": command_line(args.argv)}))
     return 0

@@ -13,9 +13,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +31,7 @@ PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # what launchers set, and
 OF_LAYERS = ("mode", "weight_bits", "act_bits", "granularity")
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """The place of this process among those of a launcher. local: its number on its machine."""
 
     rank: int = 0
@@ -43,16 +41,14 @@ class Process:
     @classmethod
     def launched(cls) -> Process:
         """As torchrun, and launchers built on it, say it in RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
+        given = {name: os.environ.get(name) for name in PLACE}
         try:
-            values = [int(os.environ.get(name, str(alone))) for name, alone in PLACE.items()]
+            process = cls(*(alone if given[name] is None else int(given[name] or "") for name, alone in PLACE.items()))
         except ValueError:
-            values = [-1]
-        process = cls(*values)
+            process = cls(-1)
         if not 0 <= process.rank < process.count or process.local < 0:
-            given = ", ".join(f"{name}={os.environ.get(name)}" for name in PLACE)
-            raise UserError(
-                f"{given}: not the environment of a launcher; start with torchrun, or unset these variables"
-            )
+            shown = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise UserError(f"{shown}: not of a launcher; start with torchrun, or unset these variables")
         return process
 
 
@@ -63,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
     writable(args.out if as_grid else args.out / f".process_{process.rank}")
     model = networks.open_model(args, low_bit=True, local=process.local if process.count > 1 else None)
-    calls = networks.check_steps(model, args.scheduler, args.steps)
     sampler = _Sampler(args, model)
     batch = min(args.batch, args.images)
     mine = range(process.rank, math.ceil(args.images / batch), process.count)
@@ -74,16 +69,16 @@ def run(args: argparse.Namespace) -> int:
     batches = [seeds for seeds in batches if not kept.issuperset(seeds[: end - seeds.start])]
     started = time.perf_counter()
     grid: list[np.ndarray] = []
-    sampled = 0
+    count = 0
     name = f"sample {process.rank + 1}/{process.count}" if process.count > 1 else "sample"
-    unit, length = ("step", calls) if model.pipe is None else ("run", 1)
+    unit, length = ("step", model.calls) if model.pipe is None else ("run", 1)
     with tqdm(total=len(batches) * length, desc=name, unit=unit, disable=args.quiet, leave=False) as bar:
         for seeds in batches:
             # The last batch is a whole one too: its images beyond --images are dropped.
             for seed, image in zip(seeds, sampler.sample(seeds, bar.update)):
                 if seed >= end or seed in kept:
                     continue
-                sampled += 1
+                count += 1
                 if as_grid:
                     grid.append(image)
                 else:
@@ -94,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         place = f", process {process.rank + 1} of {process.count}" if process.count > 1 else ""
         already = f", {len(kept)} were there already" if kept else ""
         took = f"{time.perf_counter() - started:.1f} s"
-        print(f"{sampled} images in {took} ({sampler.description()}{place}{already}): {args.out}")
+        print(f"{count} images in {took} ({sampler.description()}{place}{already}): {args.out}")
     return 0
 
 
@@ -139,17 +134,10 @@ class _Sampler:
 
     def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
         """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
-        in_steps = self.model.pipe is None
-        pictures = networks.sample_images(
-            self.model,
-            self.unet,
-            self.args.scheduler,
-            self.args.steps,
-            seeds,
-            run=self.quantised.sampling_run if self.quantised else contextlib.nullcontext,
-            on_step=on_step if in_steps else lambda: None,
-        )
-        if not in_steps:
+        run = self.quantised.sampling_run if self.quantised else contextlib.nullcontext
+        of_run = (self.model, self.unet, self.args.scheduler, self.args.steps, seeds)
+        pictures = networks.sample_images(*of_run, run=run, on_step=on_step)
+        if self.model.pipe is not None:  # which has no steps to count
             on_step()
         if not np.isfinite(pictures).all():
             raise UserError("the images hold NaN; try another --scheduler or more --steps")
