@@ -35,13 +35,14 @@ TIMED_RUNS = 3
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
+    goal_given = args.budget_db is not None or args.speedup is not None
     if args.method is not None:
         return _calibrate_layers(args, args.out or Path("calibration"))
     if args.plan:
-        if args.budget_db is not None or args.speedup is not None:
+        if goal_given:
             raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
         return _measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
-    if args.budget_db is None and args.speedup is None:
+    if not goal_given:
         raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
     return _search_schedule(args, writable(args.out or folder / stored.FILE_NAME))
 
@@ -206,7 +207,7 @@ def _seconds_per_call(run: Callable[[mk.StepSchedule | None], Any], calls: int) 
 
     timed(None)
     pairs = [(timed(None), timed(sparse)) for _ in range(TIMED_RUNS)]
-    dense_s, sparse_s = (statistics.median(column) for column in zip(*pairs, strict=True))
+    dense_s, sparse_s = map(statistics.median, zip(*pairs))
     update_s = dense_s / calls
     return update_s, max(sparse_s - 2 * update_s, 0.0) / (calls - 2)
 

@@ -176,8 +176,8 @@ def _report(
         "runs_timed": runs,
         "speedup_against": best,
         "notes": [
-            f"{model.name}, {args.scheduler}, {args.steps} steps ({model.calls} calls of the UNet), batch {args.batch}, "
-            f"{args.images} images from seed {args.seed} on; {device}, {threads} threads.",
+            f"{model.name}, {args.scheduler}, {args.steps} steps ({model.calls} calls of the UNet), "
+            f"batch {args.batch}, {args.images} images from seed {args.seed} on; {device}, {threads} threads.",
             f"Times: median of {runs} whole sampling runs of a batch, the rows in turn. Speed-up: {fastest}.",
             f"PSNR and SSIM: mean over the images, against {reference.row.name}, same noise.",
             *notes,

@@ -13,8 +13,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # what launchers set, and
 OF_LAYERS = ("mode", "weight_bits", "act_bits", "granularity")
 
 
-class Process(NamedTuple):
+@dataclass(frozen=True)
+class Process:
     """The place of this process among those of a launcher. local: its number on its machine."""
 
     rank: int = 0
@@ -110,7 +112,7 @@ class _Sampler:
         args.mode, args.weight_bits, args.act_bits = args.mode or "modulated", args.weight_bits or 8, args.act_bits or 8
         if args.mode != "float" or args.schedule is not None or args.plan is not None:
             row = row_of(args, args.mode, schedule=args.schedule, plan=args.plan)
-            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, None, args.calibration)
+            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, calibration=args.calibration)
 
     def options(self) -> dict[str, Any]:
         """All that an image depends on besides its seed and its batch, as JSON types."""
