@@ -56,12 +56,6 @@ def _user_errors(prefix: str = "") -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
 
 
-def _open(args: argparse.Namespace) -> tuple[networks.Model, torch.nn.Module]:
-    """The model, and its UNet in channels_last."""
-    model = networks.open_model(args)
-    return model, model.unet.to(memory_format=torch.channels_last)
-
-
 def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
     """--method: into `folder`."""
     if folder.exists() and not folder.is_dir():
@@ -69,7 +63,7 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
     if args.mode == "float":
         raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
     options = _options(args.method, args.set)
-    model, unet = _open(args)
+    model = networks.open_model(args)
     with _user_errors():
         config = config_of_row(row_of(args, "calibrate"), args.backend, args.granularity)
         if args.mode == "weight_only":
@@ -77,13 +71,13 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
         config = dataclasses.replace(config, scale_mode=args.scale_mode, group_size=args.group_size)
         try:
             result = mk.calibrate(
-                unet,
+                model.unet,
                 args.method,
                 config,
                 folder=folder,
                 **{name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")},
                 scheduler=networks.make_scheduler(model, args.scheduler),
-                sample=lambda seeds: networks.sample_images(model, unet, args.scheduler, args.steps, seeds),
+                sample=lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
                 **options,
             )
         except OSError as error:
@@ -111,12 +105,12 @@ def _options(method: str, items: list[str]) -> dict[str, Any]:
 
 def _measure_plan(args: argparse.Namespace, out: Path) -> int:
     """--plan: to `out` and to the cache."""
-    model, unet = _open(args)
+    model = networks.open_model(args)
     seeds = range(args.seed, args.seed + args.batch)
     limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
     with _user_errors():
         plan = mk.make_plan(
-            unet,
+            model.unet,
             config_of_row(row_of(args, "plan", plan=limited), args.backend, args.granularity, args.max_state_bytes),
             sample=lambda candidate: networks.sample_images(model, candidate, args.scheduler, args.steps, seeds),
             max_loss_db=args.max_loss_db,
@@ -138,15 +132,15 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
 
 def _search_schedule(args: argparse.Namespace, out: Path) -> int:
     """--schedule: to `out`. What it has measured is beside it until it is done."""
-    model, unet = _open(args)
+    model = networks.open_model(args)
     calls, row = model.calls, row_of(args, args.mode, schedule="forecast every=2")
-    quantised = Quantised(unet, row, args.backend, args.granularity)
+    quantised = Quantised(model.unet, row, args.backend, args.granularity)
 
     def pictures(schedule: mk.StepSchedule | None, first: int, count: int) -> np.ndarray:
         quantised.handle.set_schedule(schedule)
         seeds = range(args.seed + first, args.seed + first + count)
         batches = [seeds[start : start + args.batch] for start in range(0, count, args.batch)]
-        run = (model, unet, args.scheduler, args.steps)
+        run = (model, model.unet, args.scheduler, args.steps)
         return np.concatenate([networks.sample_images(*run, batch, run=quantised.sampling_run) for batch in batches])
 
     def fidelity_from(first: int) -> Callable[[mk.StepSchedule], float]:

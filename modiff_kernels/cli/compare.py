@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [(kind, writable(path)) for kind, path in outputs.items() if path]  # checked before the long work
     paths += [(kind, writable(args.out / name)) for kind, name in FILES.items() if args.out]
     rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule, args.plan), args.rows)
-    model = networks.open_model(args)
+    model = networks.open_model(args, channels_last=False)
     # All share the weights of one channels_last copy, the contiguous row keeps the original ones.
     shared = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
     made = (

@@ -12,13 +12,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from modiff_kernels.cli.arguments import writable
@@ -67,7 +66,12 @@ def run(args: argparse.Namespace) -> int:
     batches = [range(args.seed + i * batch, args.seed + (i + 1) * batch) for i in mine]
     end = args.seed + args.images
     options = {} if as_grid else sampler.options()
-    kept = set() if as_grid else set(_kept(args.out, batches, end, options))
+    kept = {
+        seed
+        for seeds in ([] if as_grid else batches)
+        for seed in seeds[: max(end - seeds.start, 0)]
+        if images.is_kept(_path(args.out, seed), _options_of(seed, seeds, options))
+    }
     batches = [seeds for seeds in batches if not kept.issuperset(seeds[: end - seeds.start])]
     started = time.perf_counter()
     grid: list[np.ndarray] = []
@@ -99,8 +103,7 @@ class _Sampler:
     """The model in the configuration of the command line: pictures, and what they depend on."""
 
     def __init__(self, args: argparse.Namespace, model: networks.Model) -> None:
-        self.args, self.model = args, model
-        self.unet = model.unet.to(memory_format=torch.channels_last)
+        self.args, self.model, self.unet = args, model, model.unet
         self.quantised: Quantised | None = None
         if model.handle is not None:
             reason = "the model was saved in low bits and is sampled with the configuration in its config.json"
@@ -116,9 +119,13 @@ class _Sampler:
 
     def options(self) -> dict[str, Any]:
         """All that an image depends on besides its seed and its batch, as JSON types."""
+        tensors = dict(self.unet.state_dict())
+        for path, layer in self.quantised.handle.layers.items() if self.quantised else ():
+            if layer.weight_bits is not None:
+                tensors.update(encoded_layer(path, layer.stored()))
         options = {
             "model": self.model.name,
-            "weights": images.tensors_crc32(self._tensors()),
+            "weights": images.tensors_crc32(tensors),
             "config": None if self.quantised is None else self.quantised.handle.config.to_dict(),
             "prompt": self.model.prompt,
             "scheduler": self.args.scheduler,
@@ -126,13 +133,6 @@ class _Sampler:
             "steps": self.args.steps,
         }
         return json.loads(json.dumps(options, default=str))
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = dict(self.unet.state_dict())
-        for path, layer in {} if self.quantised is None else self.quantised.handle.layers.items():
-            if layer.weight_bits is not None:
-                tensors.update(encoded_layer(path, layer.stored()))
-        return tensors
 
     def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
         """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
@@ -157,14 +157,6 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None
     given = [name for name in names if getattr(args, name) != ("auto" if name == "backend" else None)]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')}: {reason}; leave the option out")
-
-
-def _kept(folder: Path, batches: Sequence[range], end: int, options: dict[str, Any]) -> Iterator[int]:
-    """Seeds below `end` whose images are there. UserError for images of another run."""
-    for seeds in batches:
-        for seed in seeds:
-            if seed < end and images.is_kept(_path(folder, seed), _options_of(seed, seeds, options)):
-                yield seed
 
 
 def _options_of(seed: int, seeds: range, options: dict[str, Any]) -> dict[str, Any]:

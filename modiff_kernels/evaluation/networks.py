@@ -51,9 +51,11 @@ class Model:
     calls: int = 0
 
 
-def open_model(args: argparse.Namespace, low_bit: bool = False, local: int | None = None) -> Model:
+def open_model(
+    args: argparse.Namespace, low_bit: bool = False, local: int | None = None, channels_last: bool = True
+) -> Model:
     """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler and --steps of a
-    command that has them; low_bit: as of `load_model`, local: as of `choose_device`.
+    command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last: layout of the UNet.
     """
     quiet_libraries()
     if args.threads:
@@ -61,6 +63,8 @@ def open_model(args: argparse.Namespace, low_bit: bool = False, local: int | Non
     model = load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
     if hasattr(args, "steps"):
         model.calls = check_steps(model, args.scheduler, args.steps)
+    if channels_last:
+        model.unet.to(memory_format=torch.channels_last)
     return model
 
 
