@@ -116,8 +116,10 @@ def auto_or_none(read: Callable[[str], str]) -> Callable[[str], str | None]:
     """Of an option that takes "auto", "none" (which is None), or what `read` makes of the text."""
 
     def parsed(text: str) -> str | None:
+        if text in ("auto", "none"):
+            return text if text == "auto" else None
         try:
-            return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else read(text)
+            return read(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{error}; or auto, or none") from error
 

@@ -49,7 +49,7 @@ class Process:
             process = cls(-1)
         if not 0 <= process.rank < process.count or process.local < 0:
             shown = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise UserError(f"{shown}: not of a launcher; start with torchrun, or unset these variables")
+            raise UserError(f"{shown}: no launcher sets them so; start with torchrun, or unset them")
         return process
 
 

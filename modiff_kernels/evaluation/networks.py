@@ -116,7 +116,7 @@ def _find_folder(name: str | None) -> tuple[str, Path]:
         return name, Path(import_diffusers().DiffusionPipeline.download(name))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"no such folder, and the hub has no pipeline of this name for us ({reason})") from error
+        raise UserError(f"no such folder, and the hub gave no pipeline of this name ({reason})") from error
 
 
 def _unet_of(folder: Path) -> tuple[Path, bool]:
