@@ -7,33 +7,21 @@ diffusers learns the quantization method "modiff" when it is imported.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modiff_kernels._version import __version__
+from modiff_kernels._version import __version__ as __version__
 from modiff_kernels.integrations.registration import register_with_diffusers
 
-if TYPE_CHECKING:
-    from modiff_kernels.calibration import CalibrationResult, calibrate
-    from modiff_kernels.config import ModiffConfig
-    from modiff_kernels.config.plan import LayerPlan
-    from modiff_kernels.config.schedule import StepSchedule
-    from modiff_kernels.integrations.accelerate import accelerate
-    from modiff_kernels.integrations.handle import Handle
-    from modiff_kernels.integrations.planner import make_plan
-    from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
-
-__all__ = [
-    "CalibrationResult",
-    "Handle",
-    "LayerPlan",
-    "ModiffConfig",
-    "ModulatedConv2d",
-    "ModulatedLinear",
-    "ModulationState",
-    "StepSchedule",
-    "__version__",
-    "accelerate",
-    "calibrate",
-    "make_plan",
-]
+if TYPE_CHECKING:  # so that type checkers see what __getattr__ gives
+    from modiff_kernels.calibration import CalibrationResult as CalibrationResult
+    from modiff_kernels.calibration import calibrate as calibrate
+    from modiff_kernels.config import LayerPlan as LayerPlan
+    from modiff_kernels.config import ModiffConfig as ModiffConfig
+    from modiff_kernels.config import StepSchedule as StepSchedule
+    from modiff_kernels.integrations.accelerate import accelerate as accelerate
+    from modiff_kernels.integrations.handle import Handle as Handle
+    from modiff_kernels.integrations.planner import make_plan as make_plan
+    from modiff_kernels.nn import ModulatedConv2d as ModulatedConv2d
+    from modiff_kernels.nn import ModulatedLinear as ModulatedLinear
+    from modiff_kernels.nn import ModulationState as ModulationState
 
 _HOME_OF = {
     "CalibrationResult": "modiff_kernels.calibration.result",
@@ -48,6 +36,8 @@ _HOME_OF = {
     "calibrate": "modiff_kernels.calibration",
     "make_plan": "modiff_kernels.integrations.planner",
 }
+
+__all__ = sorted([*_HOME_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

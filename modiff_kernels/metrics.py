@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["frechet_distance", "psnr", "sqnr", "ssim"]
 
 
+def _check_shapes(x, reference) -> None:
+    if x.shape != reference.shape:
+        raise ValueError(f"{tuple(x.shape)} and the reference {tuple(reference.shape)} differ in shape")
+
+
 def _image_pairs(images, reference) -> list[tuple[np.ndarray, np.ndarray]]:
     images, reference = np.asarray(images), np.asarray(reference)
-    if images.shape != reference.shape:
-        raise ValueError(f"images {images.shape} and reference {reference.shape} differ in shape; make them equal")
+    _check_shapes(images, reference)
     if images.ndim != 4 or not images.size:
         raise ValueError(f"images have shape {images.shape}; they must be [N, H, W, C] with N >= 1 and values in 0..1")
     return list(zip(images.astype(np.float64), reference.astype(np.float64), strict=True))
@@ -25,8 +29,7 @@ def _image_pairs(images, reference) -> list[tuple[np.ndarray, np.ndarray]]:
 def psnr(images, reference) -> np.ndarray:
     """Peak signal-to-noise ratio of each image in dB: 10 log10(1 / mean squared error).
 
-    images, reference: float arrays [N, H, W, C] with values in 0..1. Returns float64 [N]; inf for equal images.
-    Raises ValueError on shapes that differ or are not [N, H, W, C].
+    images, reference: float arrays [N, H, W, C] with values in 0..1, else ValueError. float64 [N]; inf where equal.
     """
     from skimage.metrics import peak_signal_noise_ratio
 
@@ -37,9 +40,8 @@ def psnr(images, reference) -> np.ndarray:
 def ssim(images, reference) -> np.ndarray:
     """Structural similarity of each image, 1 where two images are equal.
 
-    images, reference: float arrays [N, H, W, C] with values in 0..1. Returns float64 [N]. The window is 7 pixels
-    wide, or the largest odd number that fits a smaller image. Raises ValueError on shapes that differ, are not
-    [N, H, W, C], or hold images below 3 pixels.
+    images, reference: float arrays [N, H, W, C] with values in 0..1, H and W at least 3, else ValueError. float64 [N].
+    The window is 7 pixels wide, or the largest odd number that fits a smaller image.
     """
     from skimage.metrics import structural_similarity
 
@@ -57,8 +59,8 @@ def frechet_distance(features, reference) -> float:
         |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 
     features, reference: float arrays [N, F] and [M, F], N and M at least 2. With features of InceptionV3 and many
-    images it is the FID; numbers of other networks, or of few images, are not comparable with it. Computed in float64;
-    0 for equal sets up to rounding. Raises ValueError on other shapes.
+    images it is the FID; numbers of other networks, or of few images, are not comparable with it. In float64; equal
+    sets have 0 up to rounding. ValueError on other shapes.
     """
     a, b = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
@@ -75,13 +77,9 @@ def frechet_distance(features, reference) -> float:
 def sqnr(x: torch.Tensor, reference: torch.Tensor) -> float:
     """Signal-to-quantisation-noise ratio in dB: 10 log10(sum(reference^2) / sum((x - reference)^2)), in float64.
 
-    x, reference: tensors of one shape, any dtype. inf where both are equal. Raises ValueError on shapes that differ.
+    x, reference: tensors of one shape (else ValueError), any dtype. inf where both are equal.
     """
-    if x.shape != reference.shape:
-        raise ValueError(f"x {tuple(x.shape)} and reference {tuple(reference.shape)} differ in shape")
+    _check_shapes(x, reference)
     reference = reference.detach().double()
-    noise = (x.detach().double() - reference).square().sum().item()
-    signal = reference.square().sum().item()
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    noise = (x.detach().double() - reference).square().sum()
+    return math.inf if noise == 0 else 10 * (reference.square().sum() / noise).log10().item()

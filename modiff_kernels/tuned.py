@@ -37,9 +37,7 @@ class Store(Generic[ShapeT, ChoiceT]):
         return _load(self, gpu_name)
 
     def save(self, choices: Mapping[ShapeT, ChoiceT], gpu_name: str, about: Mapping[str, str]) -> Path:
-        """Write the choices for a GPU, ordered by shape, whole or not at all; `about` says what made them (versions,
-        command).
-        """
+        """Write the choices for a GPU, ordered by shape, whole or not at all; `about`: versions and command."""
         path = self.path(gpu_name)
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = [{"shape": _fields(shape), "config": _fields(choices[shape])} for shape in sorted(choices)]
@@ -50,18 +48,12 @@ class Store(Generic[ShapeT, ChoiceT]):
 
     def nearest(self, shape: ShapeT, gpu_name: str) -> ChoiceT | None:
         """The choice for `shape`, or for the one that differs in m alone and the least, up to NEAREST_FACTOR."""
-        return nearest(shape, self.load(gpu_name))
-
-
-def nearest(shape: ShapeT, choices: Mapping[ShapeT, ChoiceT]) -> ChoiceT | None:
-    """The choice for `shape` among `choices`, or for the nearest shape (Store.nearest)."""
-    distances = [
-        (abs(math.log2(known.m / shape.m)), known)  # type: ignore[attr-defined]
-        for known in choices
-        if known._replace(m=shape.m) == shape  # type: ignore[attr-defined]
-    ]
-    distance, known = min(distances, default=(math.inf, shape))
-    return choices[known] if distance <= math.log2(NEAREST_FACTOR) else None
+        wanted: Any = shape
+        choices: dict[Any, ChoiceT] = _load(self, gpu_name)
+        alike = [known for known in choices if known._replace(m=wanted.m) == wanted]
+        known = min(alike, key=lambda known: abs(math.log2(known.m / wanted.m)), default=None)
+        near = known is not None and abs(math.log2(known.m / wanted.m)) <= math.log2(NEAREST_FACTOR)
+        return choices[known] if near else None
 
 
 @cache

@@ -19,9 +19,9 @@ __all__ = ["METHODS", "build_parser", "writable"]
 METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion", "accuquant", "sampling_aware")
 MODES = ("modulated", "quantized", "weight_only", "float")
 
-SCHEDULE_HELP = """\
-auto, none, a file of `modiff calibrate`, a rule such as "forecast every=3", or a pattern such as "U3F2UF2U", see
-docs/schedules.md"""
+SCHEDULE_HELP = (
+    'auto, none, a file of `modiff calibrate`, or as "forecast every=3" or "U3F2UF2U", see docs/schedules.md'
+)
 PLAN_HELP = "auto, none, or a file of `modiff calibrate --plan`, see docs/layer_plan.md"
 LAYER_BITS = "3, 4 or 8 (8); unused with --mode float"
 
@@ -112,38 +112,45 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def schedule(text: str) -> str | None:
-    """--schedule in its one spelling; "none" is no schedule."""
-    if text in ("auto", "none"):
-        return text if text == "auto" else None
+def auto_or_none(read: Callable[[str], str]) -> Callable[[str], str | None]:
+    """Of an option that takes "auto", "none" (which is None), or what `read` makes of the text."""
+
+    def parsed(text: str) -> str | None:
+        if text in ("auto", "none"):
+            return text if text == "auto" else None
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; or auto, or none") from error
+
+    return parsed
+
+
+@auto_or_none
+def schedule(text: str) -> str:
+    """--schedule in its one spelling."""
     if text.endswith(".json"):
         try:
             text = json.loads(Path(text).read_text())["schedule"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"cannot read {text} as `modiff calibrate` writes it ({error!r})"
-            raise argparse.ArgumentTypeError(reason) from error
-    try:
-        return str(StepSchedule.parse(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; or auto, or none") from error
+            raise ValueError(f"cannot read {text} as `modiff calibrate` writes it ({error!r})") from error
+    return str(StepSchedule.parse(text))
 
 
-def plan(text: str) -> str | None:
-    """--plan: "auto", None for "none", or the path of a file that holds a layer plan."""
-    if text in ("auto", "none"):
-        return text if text == "auto" else None
+@auto_or_none
+def plan(text: str) -> str:
+    """--plan: the path of a file that holds a layer plan."""
     try:
         LayerPlan.from_json(Path(text).read_text())
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {text} as a layer plan: {error}; or auto, or none") from error
+        raise ValueError(f"cannot read {text} as a layer plan: {error}") from error
     return text
 
 
-def add_model_options(add: Callable[..., Any]) -> None:
-    add(
-        "--model",
-        help="UNet or pipeline folder of diffusers, or a hub id (default: the model shipped with the package)",
-    )
+def add_model_options(add: Callable[..., Any], sampled: bool = True) -> None:
+    """The model and how it runs; sampled: also how it is sampled."""
+    folder = "UNet or pipeline folder of diffusers, or a hub id (default: the model shipped with the package)"
+    add("--model", help=folder)
     add("--prompt", help="text for a text-to-image pipeline")
     add("--threads", type=positive, help="CPU threads (default: torch decides)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample (%(default)s)")
@@ -151,6 +158,12 @@ def add_model_options(add: Callable[..., Any]) -> None:
     scales = "one activation scale for what (default: per_block for residuals of 3 and 4 bits, else per_sample)"
     add("--granularity", choices=GRANULARITIES, help=scales)
     add("--quiet", action="store_true", help="no progress bars, no notes")
+    if sampled:
+        add("--steps", type=positive, default=50, help="sampling steps (%(default)s)")
+        add("--batch", type=positive, default=8, help="images sampled at once (%(default)s)")
+        add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
+        seeds = number(int, 0, 2**63 - 1)
+        add("--seed", type=seeds, default=0, help="the noise of image i has seed SEED + i (%(default)s)")
 
 
 def add_layer_options(add: Callable[..., Any], mode: str | None = "modulated", bits_of_layers: int | None = 8) -> None:
@@ -158,15 +171,6 @@ def add_layer_options(add: Callable[..., Any], mode: str | None = "modulated", b
     add("--mode", choices=MODES, default=mode, help="how layers are computed (modulated)")
     add("--weight-bits", type=bits, default=bits_of_layers, help=LAYER_BITS)
     add("--act-bits", type=bits, default=bits_of_layers, help=f"{LAYER_BITS}, weight_only")
-
-
-def add_sampling_options(add: Callable[..., Any]) -> None:
-    add_model_options(add)
-    add("--steps", type=positive, default=50, help="sampling steps (%(default)s)")
-    add("--batch", type=positive, default=8, help="images sampled at once (%(default)s)")
-    add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
-    seeds = number(int, 0, 2**63 - 1)
-    add("--seed", type=seeds, default=0, help="the noise of image i has seed SEED + i (%(default)s)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -180,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     summary = "fidelity and time of full precision, plain and modulated layers"
     add = command("compare", summary, COMPARE_HELP, COMPARE_NOTES).add_argument
-    add_sampling_options(add)
+    add_model_options(add)
     add("--schedule", type=schedule, default="auto", help=f"of the scheduled rows: {SCHEDULE_HELP} (auto)")
     add("--plan", type=plan, metavar="FILE", help=f"adds a row with this layer plan: {PLAN_HELP} (none)")
     add("--images", type=positive, default=16, help="images to judge, IMAGES / BATCH runs (%(default)s)")
@@ -194,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="write compare.json, compare.md and compare_grid.png")
 
     add = command("sample", "sample images in one configuration", SAMPLE_HELP).add_argument
-    add_sampling_options(add)
+    add_model_options(add)
     add("--schedule", type=schedule, help=f"calls to skip: {SCHEDULE_HELP} (none)")
     add("--plan", type=plan, metavar="FILE", help=f"modes of the layers: {PLAN_HELP} (none)")
     add("--images", type=positive, default=8, help="images to sample (%(default)s)")
@@ -206,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
     summary = "calibrate weights and activation scales, or find the step schedule or the layer plan of a model"
     calibrate = command("calibrate", summary, CALIBRATE_HELP)
     add = calibrate.add_argument
-    add_sampling_options(add)
+    add_model_options(add)
     add_layer_options(add)
     wanted = calibrate.add_mutually_exclusive_group(required=True).add_argument
     wanted("--method", choices=METHODS, help="calibrate layers in this way, see docs/calibration.md")
@@ -233,7 +237,7 @@ modiff_plan.json in the folder of --model, where --schedule auto finds the first
     add("--out", type=Path, metavar="PATH", help=places)
 
     add = command("explain", "what becomes of every layer, and why", EXPLAIN_HELP).add_argument
-    add_model_options(add)
+    add_model_options(add, sampled=False)
     add_layer_options(add)
     add("--plan", type=plan, default="auto", metavar="FILE", help=f"{PLAN_HELP} (%(default)s)")
     add("--max-state-bytes", type=number(int, 0), help="bytes of state that a plan may take")
@@ -248,8 +252,7 @@ def writable(path: Path) -> Path:
     new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
+        path.open("ab").close()
         if new:
             path.unlink()
     except OSError as error:

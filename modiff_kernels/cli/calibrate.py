@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import modiff_kernels as mk
@@ -34,13 +33,14 @@ TIMED_RUNS = 3
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
+    goal_given = args.budget_db is not None or args.speedup is not None
     if args.method is not None:
         return _calibrate_layers(args, args.out or Path("calibration"))
     if args.plan:
-        if args.budget_db is not None or args.speedup is not None:
+        if goal_given:
             raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
         return _measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
-    if args.budget_db is None and args.speedup is None:
+    if not goal_given:
         raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
     return _search_schedule(args, writable(args.out or folder / stored.FILE_NAME))
 
@@ -54,13 +54,6 @@ def _user_errors(prefix: str = "") -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
 
 
-def _open(args: argparse.Namespace) -> tuple[networks.Model, torch.nn.Module, int]:
-    """The model, its UNet in channels_last, and the calls of a run."""
-    model = networks.open_model(args)
-    calls = networks.check_steps(model, args.scheduler, args.steps)
-    return model, model.unet.to(memory_format=torch.channels_last), calls
-
-
 def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
     """--method: into `folder`."""
     if folder.exists() and not folder.is_dir():
@@ -68,7 +61,7 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
     if args.mode == "float":
         raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
     options = _options(args.method, args.set)
-    model, unet, _ = _open(args)
+    model = networks.open_model(args)
     with _user_errors():
         config = config_of_row(row_of(args, "calibrate"), args.backend, args.granularity)
         if args.mode == "weight_only":
@@ -76,18 +69,13 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
         config = dataclasses.replace(config, scale_mode=args.scale_mode, group_size=args.group_size)
         try:
             result = mk.calibrate(
-                unet,
+                model.unet,
                 args.method,
                 config,
-                steps=args.steps,
-                samples=args.samples,
-                batch=args.batch,
-                seed=args.seed,
                 folder=folder,
-                weights=args.weights,
-                quiet=args.quiet,
+                **{name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")},
                 scheduler=networks.make_scheduler(model, args.scheduler),
-                sample=lambda seeds: networks.sample_images(model, unet, args.scheduler, args.steps, seeds),
+                sample=lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
                 **options,
             )
         except OSError as error:
@@ -115,12 +103,12 @@ def _options(method: str, items: list[str]) -> dict[str, Any]:
 
 def _measure_plan(args: argparse.Namespace, out: Path) -> int:
     """--plan: to `out` and to the cache."""
-    model, unet, _ = _open(args)
+    model = networks.open_model(args)
     seeds = range(args.seed, args.seed + args.batch)
     limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
     with _user_errors():
         plan = mk.make_plan(
-            unet,
+            model.unet,
             config_of_row(row_of(args, "plan", plan=limited), args.backend, args.granularity, args.max_state_bytes),
             sample=lambda candidate: networks.sample_images(model, candidate, args.scheduler, args.steps, seeds),
             max_loss_db=args.max_loss_db,
@@ -142,15 +130,15 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
 
 def _search_schedule(args: argparse.Namespace, out: Path) -> int:
     """--schedule: to `out`. What it has measured is beside it until it is done."""
-    model, unet, calls = _open(args)
-    row = row_of(args, args.mode, schedule="forecast every=2")
-    quantised = Quantised(unet, row, args.backend, args.granularity)
+    model = networks.open_model(args)
+    calls, row = model.calls, row_of(args, args.mode, schedule="forecast every=2")
+    quantised = Quantised(model.unet, row, args.backend, args.granularity)
 
     def pictures(schedule: mk.StepSchedule | None, first: int, count: int) -> np.ndarray:
         quantised.handle.set_schedule(schedule)
         seeds = range(args.seed + first, args.seed + first + count)
         batches = [seeds[start : start + args.batch] for start in range(0, count, args.batch)]
-        run = (model, unet, args.scheduler, args.steps)
+        run = (model, model.unet, args.scheduler, args.steps)
         return np.concatenate([networks.sample_images(*run, batch, run=quantised.sampling_run) for batch in batches])
 
     def fidelity_from(first: int) -> Callable[[mk.StepSchedule], float]:
@@ -173,29 +161,20 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
 
         evaluate = fidelity_from(0)
         with _user_errors():
-            found = search(
-                evaluate,
-                calls,
-                budget_db=args.budget_db,
-                computed=computed,
-                known=known.values,
-                on_evaluation=on_evaluation,
-            )
+            goal = {"budget_db": args.budget_db, "computed": computed}
+            found = search(evaluate, calls, **goal, known=known.values, on_evaluation=on_evaluation)
     held_out_db = fidelity_from(args.images)(found.schedule)
     scheduler = networks.make_scheduler(model, args.scheduler)
     scheduler.set_timesteps(args.steps)
     report = {
         "schedule": str(found.schedule),
         "model": model.name,
-        "scheduler": args.scheduler,
-        "steps": args.steps,
+        **{name: getattr(args, name) for name in ("scheduler", "steps", "images")},
         "calls": calls,
         "calls_computed": found.computed,
         "fidelity_db": found.fidelity_db,
         "held_out_db": held_out_db,
-        "images": args.images,
-        "update_s": times and times[0],
-        "skip_s": times and times[1],
+        **dict(zip(("update_s", "skip_s"), times or (None, None))),
         "command": command_line(args.argv),
         **stored.run_of(scheduler, host_timesteps(scheduler)),
     }
@@ -220,7 +199,7 @@ def _seconds_per_call(run: Callable[[mk.StepSchedule | None], Any], calls: int) 
 
     timed(None)
     pairs = [(timed(None), timed(sparse)) for _ in range(TIMED_RUNS)]
-    dense_s, sparse_s = (statistics.median(column) for column in zip(*pairs, strict=True))
+    dense_s, sparse_s = map(statistics.median, zip(*pairs))
     update_s = dense_s / calls
     return update_s, max(sparse_s - 2 * update_s, 0.0) / (calls - 2)
 

@@ -7,7 +7,8 @@ import contextlib
 import importlib
 import os
 import platform
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -22,28 +23,21 @@ from modiff_kernels.ops import dispatch
 
 __all__ = ["run"]
 
-OPTIONAL = {
-    "diffusers": "diffusers",
-    "accelerate": "accelerate",
-    "skimage": "scikit-image",
-    "PIL": "pillow",
-    "triton": "triton",
-}
+OPTIONAL = {"diffusers": "diffusers", "accelerate": "accelerate", "skimage": "scikit-image", "PIL": "pillow"}
+OPTIONAL |= {"triton": "triton"}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 LEAST_SQNR_DB = 60.0
 
-Items = list[tuple[str, str]]
+Items = Iterator[tuple[str, str]]
 
 
 def run(args: argparse.Namespace) -> int:
-    parts = {"versions": _versions, "devices": _devices, "backends": _backends, "compiled libraries": _libraries}
-    for title, part in parts.items():
-        print(f"{title}\n{_lines(part())}\n")
+    for title, part in PARTS.items():
+        _print(title, part())
     print(f"ops: which backend has which\n{_dispatch()}\n")
     with _no_backend_forced():
         checks = [(name, _self_check(name)) for name in BACKENDS if dispatch.why_unavailable(name) is None]
-    print("self-check against the reference: codes equal, outputs within float rounding")
-    print(_lines(checks))
+    _print("self-check against the reference: codes equal, outputs within float rounding", checks)
     return int(any(result.startswith("FAILED") for _, result in checks))
 
 
@@ -60,22 +54,22 @@ def _no_backend_forced() -> Iterator[None]:
         dispatch.reset()
 
 
-def _lines(items: Items) -> str:
-    width = max(len(name) for name, _ in items)
-    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in items)
+def _print(title: str, items: Iterable[tuple[str, str]]) -> None:
+    lines = dict(items)
+    width = max(map(len, lines))
+    print("\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines.items())]), end="\n\n")
 
 
 def _versions() -> Items:
-    items = [("modiff_kernels", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    yield from {"modiff_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}.items()
     for module, package in OPTIONAL.items():
         try:
             importlib.import_module(module)
-            items.append((package, metadata.version(package)))
+            yield package, metadata.version(package)
         except metadata.PackageNotFoundError:
-            items.append((package, "no version"))
+            yield package, "no version"
         except ImportError as error:
-            items.append((package, f"cannot be imported: {error}"))
-    return items
+            yield package, f"cannot be imported: {error}"
 
 
 def _devices() -> Items:
@@ -87,37 +81,38 @@ def _devices() -> Items:
     name = fields.get("model name", platform.processor() or platform.machine())
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     known = " ".join(flag for flag in CPU_FLAGS if flag in flags) or "none that matters here"
-    items = [("cpu", f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {known}")]
+    yield "cpu", f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {known}"
     if not torch.cuda.is_available():
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-        return [*items, ("cuda", f"none: {built}")]
+        yield "cuda", f"none: {built}"
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        items.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
-    return items
+        yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
 
 
 def _backends() -> Items:
-    items = []
     for name in BACKENDS:
         reason, module = dispatch.why_unavailable(name), dispatch.load(name)
         detail = f" ({module.isa()})" if reason is None and hasattr(module, "isa") else ""
-        items.append((name, f"not available: {reason}" if reason else f"available{detail}"))
+        yield name, f"not available: {reason}" if reason else f"available{detail}"
     orders = {device: [name for name in BACKENDS if dispatch.runs_on(name, device)] for device in ("cpu", "cuda")}
-    items.append(("priority", "; ".join(f"{device}: {', '.join(names)}" for device, names in orders.items())))
-    forced = os.environ.get("MODIFF_BACKEND")
-    return [*items, ("MODIFF_BACKEND", forced)] if forced else items
+    yield "priority", "; ".join(f"{device}: {', '.join(names)}" for device, names in orders.items())
+    if forced := os.environ.get("MODIFF_BACKEND"):
+        yield "MODIFF_BACKEND", forced
 
 
 def _libraries() -> Items:
     """What the libraries of the backends were built with, or why that is not known."""
-    items = []
-    for name in BACKENDS:
-        build_info = getattr(dispatch.load(name), "build_info", None)  # a reason in the place of a module has none
-        if build_info is not None:
+    described = {name: getattr(dispatch.load(name), "build_info", None) for name in BACKENDS}
+    for name, build_info in described.items():
+        if build_info is not None:  # a reason in the place of a module has none
             info = build_info()
-            items.append((name, info if isinstance(info, str) else ", ".join(f"{k} {v}" for k, v in info.items())))
-    return items or [("none", "no backend of compiled kernels can be imported")]
+            yield name, info if isinstance(info, str) else ", ".join(f"{k} {v}" for k, v in info.items())
+    if not any(described.values()):
+        yield "none", "no backend of compiled kernels can be imported"
+
+
+PARTS = {"versions": _versions, "devices": _devices, "backends": _backends, "compiled libraries": _libraries}
 
 
 def _dispatch() -> str:
@@ -132,8 +127,8 @@ def _dispatch() -> str:
         return "yes" if reason is None else f"no [{reasons.index(reason) + 1}]"
 
     rows = [(op, *(cell(cells[name]) for name in BACKENDS)) for op, cells in table.items()]
-    lines = text_table(("op", *BACKENDS), rows).splitlines()
-    return "\n".join([f"  {line}" for line in lines] + [f"  [{i + 1}] {r}" for i, r in enumerate(reasons)])
+    lines = [*text_table(("op", *BACKENDS), rows).splitlines(), *(f"[{i}] {r}" for i, r in enumerate(reasons, 1))]
+    return textwrap.indent("\n".join(lines), "  ")
 
 
 def _self_check(backend: str) -> str:

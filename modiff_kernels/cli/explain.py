@@ -6,8 +6,6 @@ import argparse
 import dataclasses
 import json
 
-import torch
-
 from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, command_line, networks, to_json
 from modiff_kernels.evaluation.configurations import Quantised, row_of
@@ -27,18 +25,13 @@ def run(args: argparse.Namespace) -> int:
     out = writable(args.json) if args.json else None
     model = networks.open_model(args)
     row = row_of(args, model.name, plan=args.plan)
-    unet = model.unet.to(memory_format=torch.channels_last)
-    handle = Quantised(unet, row, args.backend, args.granularity, args.max_state_bytes).handle
+    handle = Quantised(model.unet, row, args.backend, args.granularity, args.max_state_bytes).handle
     print(handle.explain())
     if handle.plan is not None and not args.quiet:
         print(f"\n{NOTES}")
     if out is not None:
-        report = {
-            "model": model.name,
-            "layers": [dataclasses.asdict(layer) for layer in handle.rows()],
-            "plan": None if handle.plan is None else json.loads(handle.plan.to_json()),
-            "config": handle.config.to_dict(),
-            "command": command_line(args.argv),
-        }
-        out.write_text(to_json(report))
+        layers = [dataclasses.asdict(layer) for layer in handle.rows()]
+        plan = None if handle.plan is None else json.loads(handle.plan.to_json())
+        report = {"model": model.name, "layers": layers, "plan": plan, "config": handle.config.to_dict()}
+        out.write_text(to_json({**report, "command": command_line(args.argv)}))
     return 0

@@ -12,13 +12,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from modiff_kernels.cli.arguments import writable
@@ -43,16 +42,14 @@ class Process:
     @classmethod
     def launched(cls) -> Process:
         """As torchrun, and launchers built on it, say it in RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
+        given = {name: os.environ.get(name) for name in PLACE}
         try:
-            values = [int(os.environ.get(name, str(alone))) for name, alone in PLACE.items()]
+            process = cls(*(alone if given[name] is None else int(given[name] or "") for name, alone in PLACE.items()))
         except ValueError:
-            values = [-1]
-        process = cls(*values)
+            process = cls(-1)
         if not 0 <= process.rank < process.count or process.local < 0:
-            given = ", ".join(f"{name}={os.environ.get(name)}" for name in PLACE)
-            raise UserError(
-                f"{given}: not the environment of a launcher; start with torchrun, or unset these variables"
-            )
+            shown = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise UserError(f"{shown}: no launcher sets them so; start with torchrun, or unset them")
         return process
 
 
@@ -63,27 +60,31 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
     writable(args.out if as_grid else args.out / f".process_{process.rank}")
     model = networks.open_model(args, low_bit=True, local=process.local if process.count > 1 else None)
-    calls = networks.check_steps(model, args.scheduler, args.steps)
     sampler = _Sampler(args, model)
     batch = min(args.batch, args.images)
     mine = range(process.rank, math.ceil(args.images / batch), process.count)
     batches = [range(args.seed + i * batch, args.seed + (i + 1) * batch) for i in mine]
     end = args.seed + args.images
     options = {} if as_grid else sampler.options()
-    kept = set() if as_grid else set(_kept(args.out, batches, end, options))
+    kept = {
+        seed
+        for seeds in ([] if as_grid else batches)
+        for seed in seeds[: max(end - seeds.start, 0)]
+        if images.is_kept(_path(args.out, seed), _options_of(seed, seeds, options))
+    }
     batches = [seeds for seeds in batches if not kept.issuperset(seeds[: end - seeds.start])]
     started = time.perf_counter()
     grid: list[np.ndarray] = []
-    sampled = 0
+    count = 0
     name = f"sample {process.rank + 1}/{process.count}" if process.count > 1 else "sample"
-    unit, length = ("step", calls) if model.pipe is None else ("run", 1)
+    unit, length = ("step", model.calls) if model.pipe is None else ("run", 1)
     with tqdm(total=len(batches) * length, desc=name, unit=unit, disable=args.quiet, leave=False) as bar:
         for seeds in batches:
             # The last batch is a whole one too: its images beyond --images are dropped.
             for seed, image in zip(seeds, sampler.sample(seeds, bar.update)):
                 if seed >= end or seed in kept:
                     continue
-                sampled += 1
+                count += 1
                 if as_grid:
                     grid.append(image)
                 else:
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         place = f", process {process.rank + 1} of {process.count}" if process.count > 1 else ""
         already = f", {len(kept)} were there already" if kept else ""
         took = f"{time.perf_counter() - started:.1f} s"
-        print(f"{sampled} images in {took} ({sampler.description()}{place}{already}): {args.out}")
+        print(f"{count} images in {took} ({sampler.description()}{place}{already}): {args.out}")
     return 0
 
 
@@ -102,8 +103,7 @@ class _Sampler:
     """The model in the configuration of the command line: pictures, and what they depend on."""
 
     def __init__(self, args: argparse.Namespace, model: networks.Model) -> None:
-        self.args, self.model = args, model
-        self.unet = model.unet.to(memory_format=torch.channels_last)
+        self.args, self.model, self.unet = args, model, model.unet
         self.quantised: Quantised | None = None
         if model.handle is not None:
             reason = "the model was saved in low bits and is sampled with the configuration in its config.json"
@@ -115,13 +115,17 @@ class _Sampler:
         args.mode, args.weight_bits, args.act_bits = args.mode or "modulated", args.weight_bits or 8, args.act_bits or 8
         if args.mode != "float" or args.schedule is not None or args.plan is not None:
             row = row_of(args, args.mode, schedule=args.schedule, plan=args.plan)
-            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, None, args.calibration)
+            self.quantised = Quantised(self.unet, row, args.backend, args.granularity, calibration=args.calibration)
 
     def options(self) -> dict[str, Any]:
         """All that an image depends on besides its seed and its batch, as JSON types."""
+        tensors = dict(self.unet.state_dict())
+        for path, layer in self.quantised.handle.layers.items() if self.quantised else ():
+            if layer.weight_bits is not None:
+                tensors.update(encoded_layer(path, layer.stored()))
         options = {
             "model": self.model.name,
-            "weights": images.tensors_crc32(self._tensors()),
+            "weights": images.tensors_crc32(tensors),
             "config": None if self.quantised is None else self.quantised.handle.config.to_dict(),
             "prompt": self.model.prompt,
             "scheduler": self.args.scheduler,
@@ -130,26 +134,12 @@ class _Sampler:
         }
         return json.loads(json.dumps(options, default=str))
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = dict(self.unet.state_dict())
-        for path, layer in {} if self.quantised is None else self.quantised.handle.layers.items():
-            if layer.weight_bits is not None:
-                tensors.update(encoded_layer(path, layer.stored()))
-        return tensors
-
     def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
         """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
-        in_steps = self.model.pipe is None
-        pictures = networks.sample_images(
-            self.model,
-            self.unet,
-            self.args.scheduler,
-            self.args.steps,
-            seeds,
-            run=self.quantised.sampling_run if self.quantised else contextlib.nullcontext,
-            on_step=on_step if in_steps else lambda: None,
-        )
-        if not in_steps:
+        run = self.quantised.sampling_run if self.quantised else contextlib.nullcontext
+        of_run = (self.model, self.unet, self.args.scheduler, self.args.steps, seeds)
+        pictures = networks.sample_images(*of_run, run=run, on_step=on_step)
+        if self.model.pipe is not None:  # which has no steps to count
             on_step()
         if not np.isfinite(pictures).all():
             raise UserError("the images hold NaN; try another --scheduler or more --steps")
@@ -167,14 +157,6 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None
     given = [name for name in names if getattr(args, name) != ("auto" if name == "backend" else None)]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')}: {reason}; leave the option out")
-
-
-def _kept(folder: Path, batches: Sequence[range], end: int, options: dict[str, Any]) -> Iterator[int]:
-    """Seeds below `end` whose images are there. UserError for images of another run."""
-    for seeds in batches:
-        for seed in seeds:
-            if seed < end and images.is_kept(_path(folder, seed), _options_of(seed, seeds, options)):
-                yield seed
 
 
 def _options_of(seed: int, seeds: range, options: dict[str, Any]) -> dict[str, Any]:

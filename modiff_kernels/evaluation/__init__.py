@@ -6,18 +6,8 @@ Nothing here loads torch: bad options of a command are answered at once.
 from modiff_kernels.evaluation.table import command_line, markdown_table, text_table, to_json
 from modiff_kernels.metrics import frechet_distance, psnr, sqnr, ssim
 
-__all__ = [
-    "SCHEDULERS",
-    "UserError",
-    "command_line",
-    "frechet_distance",
-    "markdown_table",
-    "psnr",
-    "sqnr",
-    "ssim",
-    "text_table",
-    "to_json",
-]
+__all__ = ["SCHEDULERS", "UserError", "command_line", "frechet_distance", "markdown_table", "psnr", "sqnr", "ssim"]
+__all__ += ["text_table", "to_json"]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",

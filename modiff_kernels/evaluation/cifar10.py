@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 __all__ = ["CLASSES", "load_cifar10"]
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
+RECORD = 1 + 3 * SIDE * SIDE  # of the binary version: the label and the red, green and blue values, a byte each
 PATTERNS = {"train": ("cifar10_train_*.npz", "data_batch_*.bin"), "test": ("cifar10_test.npz", "test_batch.bin")}
 
 
@@ -33,47 +34,33 @@ def load_cifar10(
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} not found; give the folder of the CIFAR-10 files")
     packed, binary = (sorted(folder.glob(pattern)) for pattern in PATTERNS[split])
-    files = packed or binary
-    if not files:
+    if not (packed or binary):
         raise FileNotFoundError(f"neither {' nor '.join(PATTERNS[split])} in data folder {folder}")
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    for file in tqdm(files, desc=f"read {split} images", disable=quiet, leave=False):
+    for file in tqdm(packed or binary, desc=f"read {split} images", disable=quiet, leave=False):
         try:
             pictures, classes = _read_packed(file) if packed else _read_binary(file)
-            images.extend(_resized(picture, size) for picture in pictures)
+            images.extend(np.asarray(p.resize((size, size), Image.Resampling.BOX)) for p in pictures)
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"cannot read {file}: {error}") from error
         labels.append(classes.astype(np.int64))
-    if not images:
-        raise ValueError(f"no images in {', '.join(map(str, files))}")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.concatenate(labels))
 
 
-def _read_packed(file: Path) -> tuple[Iterator[np.ndarray], np.ndarray]:
-    from PIL import Image
-
+def _read_packed(file: Path) -> tuple[list[Image.Image], np.ndarray]:
     with np.load(file) as archive:
         jpeg, offsets, labels = archive["jpeg"].tobytes(), archive["offsets"], archive["labels"]
     if len(labels) != len(offsets) - 1:
         raise ValueError(f"{len(labels)} labels for {len(offsets) - 1} images")
-    parts = (jpeg[start:stop] for start, stop in itertools.pairwise(offsets))
-    return (np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts), labels
+    parts = [jpeg[start:stop] for start, stop in itertools.pairwise(offsets)]
+    return [Image.open(io.BytesIO(part)).convert("RGB") for part in parts], labels
 
 
-def _read_binary(file: Path) -> tuple[Iterator[np.ndarray], np.ndarray]:
-    """A record is the label and the red, green and blue values of all pixels, a byte each."""
-    record = 1 + 3 * SIDE * SIDE
+def _read_binary(file: Path) -> tuple[list[Image.Image], np.ndarray]:
     data = np.fromfile(file, dtype=np.uint8)
-    if data.size % record:
-        raise ValueError(f"{data.size} bytes are no multiple of {record}, the bytes of an image")
-    data = data.reshape(-1, record)
-    return iter(data[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)), data[:, 0]
-
-
-def _resized(picture: np.ndarray, size: int) -> np.ndarray:
-    from PIL import Image
-
-    if picture.shape[:2] == (size, size):
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
+    if not data.size or data.size % RECORD:
+        raise ValueError(f"{data.size} bytes are no multiple of {RECORD}, the bytes of an image")
+    data = data.reshape(-1, RECORD)
+    pictures = np.ascontiguousarray(data[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    return [Image.fromarray(picture) for picture in pictures], data[:, 0]

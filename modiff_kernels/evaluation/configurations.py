@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,17 +65,15 @@ def build_rows(
     rows = [
         Row("float-contiguous", "float32 eager contiguous", "float", channels_last=False),
         Row("float-channels_last", "float32 eager channels_last", "float"),
-    ]
-    if compiled:
-        rows.append(Row("float-compile", "float32 torch.compile channels_last", "float", compiled=True))
+        Row("float-compile", "float32 torch.compile channels_last", "float", compiled=True),
+    ][: 3 if compiled else 2]
     rows += [Row(f"weight-only-w{w}", f"W{w} float activations", "weight_only", w) for w in weight_bits]
-    low_bit: list[tuple[str, str, str, Sequence[int], str | None]] = [
+    low_bit: list[tuple[str, str, str, tuple[int, ...], str | None]] = [
         ("plain", "plain W{}A{}", "quantized", (8, 4), None),
         ("modulated", "modulated W{}A{}", "modulated", (8, 4, 3), None),
+        ("scheduled", "modulated W{}A{} scheduled", "modulated", (8,), schedule),
     ]
-    if schedule is not None:
-        low_bit.append(("scheduled", "modulated W{}A{} scheduled", "modulated", (8,), schedule))
-    for key, name, mode, default, of_row in low_bit:
+    for key, name, mode, default, of_row in low_bit if schedule is not None else low_bit[:2]:
         for w, a in itertools.product(weight_bits, act_bits or default):
             rows.append(Row(f"{key}-w{w}a{a}", name.format(w, a), mode, w, a, schedule=of_row))
     for w in weight_bits if plan is not None else ():
@@ -84,10 +83,11 @@ def build_rows(
 
 def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """The rows whose key is one of `names` or begins with it; all for no names. Order as in `rows`."""
-    for name in names:
-        if not any(f"{row.key}-".startswith(f"{name}-") for row in rows):
+    chosen = {name: [row for row in rows if f"{row.key}-".startswith(f"{name}-")] for name in names}
+    for name, found in chosen.items():
+        if not found:
             raise UserError(f"--rows: no row {name!r}; allowed: {', '.join(row.key for row in rows)}")
-    return [row for row in rows if not names or any(f"{row.key}-".startswith(f"{name}-") for name in names)]
+    return [row for row in rows if not names or any(row in found for found in chosen.values())]
 
 
 def config_of_row(
@@ -114,21 +114,18 @@ class Quantised:
     state_bytes: the most that the state has taken in the runs so far.
     """
 
+    state_bytes = 0
+
     def __init__(
-        self,
-        unet: torch.nn.Module,
-        row: Row,
-        backend: str = "auto",
-        granularity: str | None = None,
-        max_state_bytes: int | None = None,
-        calibration: Path | None = None,
+        self, unet: torch.nn.Module, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any
     ) -> None:
         """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here.
 
-        calibration: folder of a CalibrationResult, whose mode and bits then count.
+        of_config, more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits
+        then count.
         """
         try:
-            config = config_of_row(row, backend, granularity, max_state_bytes)
+            config = config_of_row(row, *of_config, **more)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)
             if result is not None:
                 own = {name: getattr(config, name) for name in ("backend", "schedule", "plan", "max_state_bytes")}
@@ -136,13 +133,12 @@ class Quantised:
             self.handle = mk.accelerate(unet, config, calibration=result)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{row.name}: {error}") from error
-        self.state_bytes = 0
 
     @classmethod
     def loaded(cls, handle: mk.Handle) -> Quantised:
-        """Of a UNet that diffusers loaded in low bits."""
+        """Of a UNet that is accelerated already."""
         quantised = cls.__new__(cls)
-        quantised.handle, quantised.state_bytes = handle, 0
+        quantised.handle = handle
         return quantised
 
     @contextlib.contextmanager
@@ -158,16 +154,15 @@ class Quantised:
         Multipliers of granularity per_block count, with 8 - act_bits bits for every block. A call that a schedule lets
         a layer skip counts 0 bits; which these are is that of the last run.
         """
-        total = 0.0
-        layers = [layer for layer in self.handle.rows() if layer.bits != "-"]
-        for row in layers:
+        means = []
+        for row in self._low_bit:
             layer = self.handle.layers[row.name]
             later = float(layer.act_bits if layer.act_bits is not None and layer.mode != "float" else FLOAT_BITS)
             if layer.mode == "modulated" and layer.granularity == "per_block":
                 later += (8 - later) / BLOCK_ROWS
             first = FIRST_CALL_BITS if layer.mode == "modulated" else later
-            total += first + later * (calls - 1 - self.handle.skipped_calls(row.name))
-        return total / (calls * len(layers)) if layers else float(FLOAT_BITS)
+            means.append((first + later * (calls - 1 - self.handle.skipped_calls(row.name))) / calls)
+        return statistics.fmean(means) if means else float(FLOAT_BITS)
 
     def calls_computed(self, calls: int) -> int:
         """How many of the `calls` of the last run computed the UNet, or a part of it."""
@@ -176,7 +171,9 @@ class Quantised:
     @property
     def backend(self) -> str:
         """Backend of the low-bit layers; where there are several, each with its number of layers."""
-        layers = Counter(layer.backend for layer in self.handle.rows() if layer.bits != "-")
-        return (
-            next(iter(layers)) if len(layers) == 1 else ", ".join(f"{n} {count}" for n, count in layers.most_common())
-        )
+        found = Counter(layer.backend for layer in self._low_bit).most_common()
+        return found[0][0] if len(found) == 1 else ", ".join(f"{name} {count}" for name, count in found)
+
+    @property
+    def _low_bit(self) -> list[Any]:
+        return [layer for layer in self.handle.rows() if layer.bits != "-"]

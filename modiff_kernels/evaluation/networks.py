@@ -23,17 +23,14 @@ from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.integrations.measurement import share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 
-__all__ = [
-    "Model",
-    "check_steps",
-    "choose_device",
-    "load_model",
-    "make_scheduler",
-    "open_model",
-    "quiet_libraries",
-    "sample_images",
-    "share_copy",
-]
+__all__ = ["Model", "check_steps", "choose_device", "load_model", "make_scheduler", "open_model", "quiet_libraries"]
+__all__ += ["sample_images", "share_copy"]
+
+OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "pndm": {"skip_prk_steps": True},
+    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
+}
+"""Of samplers, whatever scheduler the model came with."""
 
 
 @dataclass
@@ -41,7 +38,8 @@ class Model:
     """A UNet and what it takes to sample from it.
 
     `pipe` is None for an unconditional UNet on pixels, which is sampled by the loop in this module, and otherwise the
-    pipeline that holds the UNet. `handle` is that of a UNet that was saved in low bits, else None.
+    pipeline that holds the UNet. `handle` is that of a UNet that was saved in low bits, else None. `calls` of the UNet
+    in a run are known of a model that was opened for a command that samples.
     """
 
     name: str
@@ -50,31 +48,41 @@ class Model:
     pipe: Any = None
     prompt: str | None = None
     handle: mk.Handle | None = None
+    calls: int = 0
 
 
-def open_model(args: argparse.Namespace, low_bit: bool = False, local: int | None = None) -> Model:
-    """The model that --model, --prompt, --device and --threads stand for; the others as `load_model` takes them."""
+def open_model(
+    args: argparse.Namespace, low_bit: bool = False, local: int | None = None, channels_last: bool = True
+) -> Model:
+    """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler and --steps of a
+    command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last: layout of the UNet.
+    """
     quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    return load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
+    model = load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
+    if hasattr(args, "steps"):
+        model.calls = check_steps(model, args.scheduler, args.steps)
+    if channels_last:
+        model.unet.to(memory_format=torch.channels_last)
+    return model
 
 
 def choose_device(name: str, local: int | None = None) -> torch.device:
     """The device of --device; `local` is the number of this process on its machine, where there are several."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cuda" or local is None:
-        return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local is None:
+        return torch.device("cuda")
     if local >= torch.cuda.device_count():
         raise UserError(
             f"process {local + 1} on this machine has no device of its own, torch sees {torch.cuda.device_count()}; "
             "start as many processes as devices, or give --device cpu"
         )
     torch.cuda.set_device(local)
-    return torch.device(name, local)
+    return torch.device("cuda", local)
 
 
 def import_diffusers() -> Any:
@@ -89,10 +97,10 @@ def import_diffusers() -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"cannot read {path}: not a JSON object")
     return config
 
 
@@ -103,15 +111,25 @@ def _find_folder(name: str | None) -> tuple[str, Path]:
     if Path(name).is_dir():
         return Path(name).resolve().name, Path(name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise UserError(f"--model {name}: no such folder; give a diffusers folder, a hub id (owner/name) or {SHIPPED}")
-    diffusers = import_diffusers()
+        raise UserError(f"no such folder; give a diffusers folder, a hub id (owner/name) or {SHIPPED}")
     try:
-        return name, Path(diffusers.DiffusionPipeline.download(name))
+        return name, Path(import_diffusers().DiffusionPipeline.download(name))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"--model {name}: no such folder, and no pipeline of this name could be had from the hub ({reason})"
-        ) from error
+        raise UserError(f"no such folder, and the hub gave no pipeline of this name ({reason})") from error
+
+
+def _unet_of(folder: Path) -> tuple[Path, bool]:
+    """The folder of the UNet in a folder of diffusers, and whether a pipeline has to be loaded around it."""
+    if not (folder / "model_index.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise UserError("neither config.json (a UNet) nor model_index.json (a pipeline) in this folder")
+        return folder, False
+    parts = {key for key in _read_config(folder / "model_index.json") if not key.startswith("_")}
+    if "unet" not in parts:
+        held = ", ".join(sorted(parts))
+        raise UserError(f"the pipeline holds no unet (it holds {held}); only UNets can be sampled")
+    return folder / "unet" if (folder / "unet").is_dir() else folder, not parts <= {"unet", "scheduler"}
 
 
 def load_model(name: str | None, prompt: str | None, device: torch.device, low_bit: bool = False) -> Model:
@@ -119,50 +137,43 @@ def load_model(name: str | None, prompt: str | None, device: torch.device, low_b
 
     low_bit: whether a UNet that was saved in low bits will do.
     """
-    label, folder = _find_folder(name)
-    diffusers = import_diffusers()
-    where = f"--model {folder}"
-    unet_folder, with_pipe = folder, False
-    if (folder / "model_index.json").is_file():
-        parts = {key for key in _read_config(folder / "model_index.json") if not key.startswith("_")}
-        if "unet" not in parts:
-            held = ", ".join(sorted(parts))
-            raise UserError(f"{where}: the pipeline holds no unet (it holds {held}); only UNets can be sampled")
-        unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-        with_pipe = not parts <= {"unet", "scheduler"}
-    elif not (folder / "config.json").is_file():
-        raise UserError(f"{where}: neither config.json (a UNet) nor model_index.json (a pipeline) in this folder")
+    try:
+        return _load_folder(*_find_folder(name), prompt, device, low_bit)
+    except UserError as error:
+        raise UserError(f"--model {name or SHIPPED}: {error}") from error
+
+
+def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.device, low_bit: bool) -> Model:
+    unet_folder, with_pipe = _unet_of(folder)
     unet_config = _read_config(unet_folder / "config.json")
     method = (unet_config.get("quantization_config") or {}).get("quant_method")
     if method is not None and not (low_bit and method == mk.ModiffConfig.quant_method.value):
-        raise UserError(f"{where}: was saved in low bits ({method}); give the model in full precision")
+        raise UserError(f"was saved in low bits ({method}); give the model in full precision")
     kind = unet_config.get("_class_name")
     if not with_pipe and kind != "UNet2DModel":
-        raise UserError(f"{where}: a {kind} cannot be sampled by itself; give the folder of its pipeline")
+        raise UserError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
+    diffusers = import_diffusers()
     loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
     try:
         loaded = loader.from_pretrained(place, torch_dtype=torch.float32).to(device)
     except Exception as error:
-        raise UserError(f"{where}: diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
-    unet = loaded.unet if with_pipe else loaded
+        raise UserError(f"diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
+    unet, pipe = (loaded.unet, loaded) if with_pipe else (loaded, None)
     for key, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise UserError(f"{where}: parameter {key} holds NaN or Inf; repair or re-download the model")
-    if with_pipe:
-        if "prompt" in inspect.signature(loaded.__call__).parameters and prompt is None:
-            raise UserError(f"{where}: {type(loaded).__name__} takes a text; give --prompt")
-        scheduler_config = dict(loaded.scheduler.config)
-    else:
-        if unet.config.out_channels != unet.config.in_channels:
-            raise UserError(
-                f"{where}: {unet.config.in_channels} input and {unet.config.out_channels} output channels; only UNets "
-                "that predict the noise alone can be sampled (no learned variance)"
-            )
-        if prompt is not None:
-            raise UserError(f"--prompt: {label} takes no text")
-        scheduler_config = _scheduler_config(folder)
+            raise UserError(f"parameter {key} holds NaN or Inf; repair or re-download the model")
+    takes_text = with_pipe and "prompt" in inspect.signature(loaded.__call__).parameters
+    if takes_text and prompt is None:
+        raise UserError(f"{type(loaded).__name__} takes a text; give --prompt")
+    if prompt is not None and not takes_text:
+        raise UserError(f"--prompt {prompt!r}: this model takes no text")
+    if not with_pipe and unet.config.out_channels != unet.config.in_channels:
+        raise UserError(
+            f"{unet.config.in_channels} input and {unet.config.out_channels} output channels; only UNets that predict "
+            "the noise alone can be sampled (no learned variance)"
+        )
+    scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
     handle = None if method is None else mk.accelerate(unet)
-    pipe = loaded if with_pipe else None
     return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
 
 
@@ -176,15 +187,10 @@ def _scheduler_config(folder: Path) -> dict[str, Any]:
 
 def make_scheduler(model: Model, name: str, **more: Any):
     """A fresh diffusers scheduler on the noise schedule of the model; `more` options are those of its class."""
-    of_samplers: dict[str, dict[str, Any]] = {
-        "pndm": {"skip_prk_steps": True},
-        "dpmsolver++": {"algorithm_type": "dpmsolver++"},
-    }
-    options = of_samplers.get(name, {})
-    if model.pipe is None and name in ("ddim", "ddpm"):
-        options = {"clip_sample": True}
+    on_pixels = {"clip_sample": True} if model.pipe is None and name in ("ddim", "ddpm") else {}
     config = {key: value for key, value in model.scheduler_config.items() if not key.startswith("_")}
-    return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **{**options, **more})
+    options = {**OWN_OPTIONS.get(name, on_pixels), **more}
+    return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **options)
 
 
 def check_steps(model: Model, scheduler: str, steps: int) -> int:
@@ -208,7 +214,7 @@ def sample_images(
     seeds: Sequence[int],
     channels_last: bool = True,
     run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[], Any] = lambda: None,
     scheduler_options: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i].
@@ -226,8 +232,7 @@ def sample_images(
             images = run_pipeline(model.pipe, steps, seeds, {"output_type": "np", **prompt}).images
         return np.asarray(images, dtype=np.float32)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    config = unet.config
-    size = config.sample_size
+    config, size = unet.config, unet.config.sample_size
     if size is None:
         raise UserError("the UNet's config.json has no sample_size; add it")
     shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))

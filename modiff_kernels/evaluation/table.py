@@ -18,47 +18,44 @@ HEADER = ("configuration", "PSNR dB", "SSIM", "s/image", "speed-up", "state MB",
 
 def table_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Cells of one row, as HEADER names them. PSNR null or inf: the reference, or images equal to it."""
-    if row["is_reference"]:
-        fidelity = ("reference", "1")
-    else:
-        psnr_db = row["psnr_db"]
-        fidelity = ("equal" if psnr_db is None or math.isinf(psnr_db) else f"{psnr_db:.1f}", f"{row['ssim']:.4f}")
+    psnr_db = row["psnr_db"]
+    shown = "equal" if psnr_db is None or math.isinf(psnr_db) else f"{psnr_db:.1f}"
     return (
         row["name"],
-        *fidelity,
+        *(("reference", "1") if row["is_reference"] else (shown, f"{row['ssim']:.4f}")),
         f"{row['s_per_image']:.4f}",
         "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-        f"{row['state_bytes'] / 1e6:.1f}" if row["mode"] != "float" else "-",
+        "-" if row["mode"] == "float" else f"{row['state_bytes'] / 1e6:.1f}",
         f"{row['average_bits']:.1f}",
         row["backend"],
     )
 
 
-def _check_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _checked(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Header and rows; ValueError for a row of another length."""
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"row {list(row)} has {len(row)} cells, the header {list(header)} has {len(header)}")
+    return [header, *rows]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Table in plain text: the first column to the left, the others to the right. Cells are strings."""
-    _check_table(header, rows)
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*_checked(header, rows))]
     lines = []
-    for row in [header, ["-" * width for width in widths], *rows]:
-        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+    for first, *others in [header, ["-" * width for width in widths], *rows]:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as a Markdown table."""
-    _check_table(header, rows)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), rule, *rows])
+    lines = [f"| {' | '.join(row)} |" for row in _checked(header, rows)]
+    return "\n".join([lines[0], f"| --- |{' ---: |' * (len(header) - 1)}", *lines[1:]])
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """`value` as JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -66,9 +63,7 @@ def _plain(value):
         return [_plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_json(report: Mapping) -> str:
@@ -76,11 +71,13 @@ def to_json(report: Mapping) -> str:
     return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
 
 
-def command_line(argv: list[str]) -> str:
+def command_line(argv: Sequence[str]) -> str:
     """The command that `argv` was given in, for reports; without the places of output files."""
-    kept, skip = [], False
-    for item in argv:
-        if not skip and not re.match(r"--(json|grid|out)(=|$)", item):
-            kept.append(item)
-        skip = not skip and item in ("--json", "--grid", "--out")
+    words = iter(argv)
+    kept = []
+    for word in words:
+        if word in ("--json", "--grid", "--out"):
+            next(words, None)
+        elif not re.match("--(json|grid|out)=", word):
+            kept.append(word)
     return shlex.join(["modiff", *kept])

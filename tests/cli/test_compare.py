@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -16,6 +16,12 @@ REQUIRED_ROW |= {"state_bytes", "backend"}
 
 def compare(*argv):
     assert main(["compare", "--quiet", "--repeats", "1", "--threads", "1", "--no-compile", *map(str, argv)]) == 0
+
+
+def rows_of(path, *argv):
+    """Rows of a small comparison."""
+    compare(*argv, "--images", 2, "--batch", 2, "--json", path)
+    return json.loads(path.read_text())["rows"]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +99,8 @@ def test_given_schedule(unet_folder, tmp_path):
     assert data["rows"][0]["calls_computed"] == 7
     every_layer, shallow_only = (16 + 3 * 8) / 9, (16 + 6 * 8) / 9
     assert every_layer < data["rows"][0]["average_bits"] < shallow_only
-    options = [*options[:-4], "--rows", "modulated", "--schedule", "none"]
-    compare("--model", unet_folder, *options, "--json", tmp_path / "b.json")
-    assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 3
+    options = ["--steps", 9, "--rows", "modulated", "--schedule", "none"]
+    assert len(rows_of(tmp_path / "b.json", "--model", unet_folder, *options)) == 3
 
 
 def test_markdown_and_grid(report):
@@ -121,9 +126,8 @@ def test_selected_rows_and_bits(unet_folder, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "pndm", "dpmsolver++", "unipc"])
 def test_every_scheduler_samples(unet_folder, tmp_path, scheduler):
-    options = ["--steps", 3, "--images", 2, "--batch", 2, "--rows", "modulated-w8a8", "--scheduler", scheduler]
-    compare("--model", unet_folder, *options, "--json", tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["psnr_db"] > 15
+    options = ["--steps", 3, "--rows", "modulated-w8a8", "--scheduler", scheduler]
+    assert rows_of(tmp_path / "a.json", "--model", unet_folder, *options)[0]["psnr_db"] > 15
 
 
 def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, monkeypatch, capsys):
@@ -131,10 +135,8 @@ def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, mon
         module.forward = lambda *args, **kwargs: 1 / 0
 
     monkeypatch.setattr(torch.nn.Module, "compile", broken)
-    code = main(
-        ["compare", "--model", str(unet_folder), "--steps", "2", "--images", "1", "--rows", "float", "--repeats", "1"]
-    )
-    assert code == 0
+    options = ["--steps", "2", "--images", "1", "--rows", "float", "--repeats", "1"]
+    assert main(["compare", "--model", str(unet_folder), *options]) == 0
     out = capsys.readouterr().out
     assert "float32 torch.compile channels_last is left out, torch.compile failed: division by zero" in out
 
@@ -158,9 +160,8 @@ def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
     unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
     make = {"classes": lambda unet: unet, "pipeline of pixels": pixel_pipeline, "pipeline of latents": latent_pipeline}
     make[kind](unet).save_pretrained(tmp_path / "model")
-    options = ["--steps", 3, "--images", 2, "--batch", 2, "--rows", "float-contiguous,modulated-w8a8"]
-    compare("--model", tmp_path / "model", *options, "--json", tmp_path / "a.json")
-    reference, modulated = json.loads((tmp_path / "a.json").read_text())["rows"]
+    options = ["--steps", 3, "--rows", "float-contiguous,modulated-w8a8"]
+    reference, modulated = rows_of(tmp_path / "a.json", "--model", tmp_path / "model", *options)
     assert reference["psnr_db"] is None
     assert modulated["psnr_db"] > 20
     assert modulated["state_bytes"] > 10_000
@@ -168,14 +169,14 @@ def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
 
 def test_row_selection():
     rows = build_rows((8,), None, True)
-    assert [row.key for row in select_rows(rows, ("weight-only", "modulated-w8a4"))] == [
-        "weight-only-w8",
-        "modulated-w8a4",
-    ]
+    chosen = [row.key for row in select_rows(rows, ("weight-only", "modulated-w8a4"))]
+    assert chosen == ["weight-only-w8", "modulated-w8a4"]
     assert select_rows(rows, ()) == rows
     assert len([row for row in rows if row.mode == "float"]) == 3
 
 
-def test_python_m_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "modiff_kernels", "--version"], capture_output=True, text=True)
-    assert done.stdout.startswith("modiff_kernels ")
+def test_python_m_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["modiff", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("modiff_kernels", run_name="__main__")
+    assert capsys.readouterr().out.startswith("modiff_kernels ")

@@ -6,13 +6,6 @@ from modiff_kernels.cli import doctor, main
 from modiff_kernels.ops import dispatch
 
 
-@pytest.fixture
-def fresh_dispatch():
-    dispatch.reset()
-    yield
-    dispatch.reset()
-
-
 def test_doctor_says_what_is_there(capsys, fresh_dispatch):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out

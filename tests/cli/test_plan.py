@@ -81,11 +81,10 @@ def test_explain_without_a_plan(unet_folder, capsys, mode):
 def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
     """Modulated layers count 16 bits in the first of 4 calls, then 8; plain ones 8; float ones are not counted."""
     out = tmp_path / "c.json"
-    options = ["--images", "2", "--repeats", "1", "--rows", "planned", "--plan", str(by_hand), "--json", str(out)]
-    assert main(["compare", "--model", str(unet_folder), *SAMPLING, *options]) == 0
-    assert (
-        main(["explain", "--model", str(unet_folder), "--plan", str(by_hand), "--json", str(tmp_path / "e.json")]) == 0
-    )
+    options = ["--images", "2", "--repeats", "1", "--rows", "planned", "--json", str(out)]
+    planned = ["--model", str(unet_folder), "--plan", str(by_hand)]
+    assert main(["compare", *planned, *SAMPLING, *options]) == 0
+    assert main(["explain", *planned, "--json", str(tmp_path / "e.json")]) == 0
     modes = [layer["mode"] for layer in json.loads((tmp_path / "e.json").read_text())["layers"]]
     modulated, plain = modes.count("modulated"), modes.count("quantized")
     expected = (modulated * (16 + 3 * 8) / 4 + plain * 8) / (modulated + plain)

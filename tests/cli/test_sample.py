@@ -1,8 +1,4 @@
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +9,6 @@ from modiff_kernels.cli import main
 from modiff_kernels.cli.sample import Process
 from modiff_kernels.evaluation import UserError, networks
 from modiff_kernels.evaluation.images import is_kept
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def sample(folder, out, *options):
@@ -37,10 +31,9 @@ def test_every_mode_writes_a_grid(unet_folder, tmp_path, capsys, mode):
 
 
 def test_folder_gets_one_file_per_seed(unet_folder, tmp_path, capsys):
-    out = tmp_path / "images"
-    options = ["--steps", "2", "--images", "3", "--batch", "2", "--seed", "5", "--out", str(out)]
+    options = ["--steps", "2", "--images", "3", "--batch", "2", "--seed", "5", "--out", str(tmp_path / "images")]
     assert main(["sample", "--model", str(unet_folder), *options]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["image_0005.png", "image_0006.png", "image_0007.png"]
+    assert sorted(pixels(tmp_path / "images")) == ["image_0005.png", "image_0006.png", "image_0007.png"]
     assert "3 images in" in capsys.readouterr().out
 
 
@@ -63,31 +56,30 @@ def test_images_do_not_depend_on_how_many_there_are(unet_folder, tmp_path):
     assert few == {name: many[name] for name in few}
 
 
-def test_two_processes_share_the_images(unet_folder, tmp_path):
-    options = ["--images", "5", "--act-bits", "4", "--threads", "1"]
-    assert sample(unet_folder, tmp_path / "one", *options) == 0
-    command = ["-m", "modiff_kernels", "sample", "--model", unet_folder, "--steps", "3", "--batch", "2", *options]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, *command, "--out", tmp_path / "two"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "3 images in" in result.stdout
-    assert "2 images in" in result.stdout
-    assert "process 2 of 2" in result.stdout
+def test_two_processes_share_the_images(unet_folder, tmp_path, monkeypatch, capsys):
+    command = ["sample", "--model", str(unet_folder), "--steps", "3", "--batch", "2", "--images", "5", "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, count in (("0", 3), ("1", 2)):
+        monkeypatch.setenv("RANK", rank)
+        capsys.readouterr()
+        assert main([*command, str(tmp_path / "two")]) == 0
+        printed = capsys.readouterr().out
+        assert f"{count} images in" in printed
+        assert f"process {int(rank) + 1} of 2" in printed
     assert pixels(tmp_path / "two") == pixels(tmp_path / "one")
 
 
 class TestResuming:
+    @pytest.fixture(scope="class")
+    def sampled(self, unet_folder, tmp_path_factory):
+        out = tmp_path_factory.mktemp("sampled") / "out"
+        assert sample(unet_folder, out, "--images", "4") == 0
+        return out
+
     @pytest.fixture
-    def out(self, unet_folder, tmp_path):
-        assert sample(unet_folder, tmp_path / "out", "--images", "4") == 0
-        return tmp_path / "out"
+    def out(self, sampled, tmp_path):
+        return shutil.copytree(sampled, tmp_path / "out")
 
     def test_whole_images_are_kept_and_others_sampled_again(self, unet_folder, out, capsys):
         before = pixels(out)
@@ -174,15 +166,14 @@ class TestSavedInLowBits:
 
 
 class TestProcess:
-    def test_alone(self, monkeypatch):
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    @pytest.mark.parametrize(("given", "process"), [((), Process(0, 1, 0)), (("5", "8", "1"), Process(5, 8, 1))])
+    def test_of_the_environment(self, monkeypatch, given, process):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        for name in names:
             monkeypatch.delenv(name, raising=False)
-        assert Process.launched() == Process(0, 1, 0)
-
-    def test_launched(self, monkeypatch):
-        for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        for name, value in zip(names, given):
             monkeypatch.setenv(name, value)
-        assert Process.launched() == Process(5, 8, 1)
+        assert Process.launched() == process
 
     @pytest.mark.parametrize(("rank", "count"), [("2", "2"), ("-1", "2"), ("0", "many"), ("0", "0")])
     def test_not_a_launcher(self, monkeypatch, rank, count):

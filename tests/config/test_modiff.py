@@ -6,34 +6,22 @@ import torch
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.schedule import StepSchedule
 
+IMPOSSIBLE = {
+    "weight_bits": (5, True, 8.0),
+    "act_bits": (2, "4"),
+    "granularity": ("per_row",),
+    "scale_mode": ("learned",),
+    "state_dtype": ("float64", torch.int8),
+    "group_size": (0, -1, True),
+    "skip_modules": ("conv_in", ("",), ("a..b",), (3,)),
+    "backend": ("gpu",),
+    "mode": ("float",),
+    "clip_ratio": (0.0, 1.5, float("nan")),
+    "fuse": (1,),
+}
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("weight_bits", 5),
-        ("weight_bits", True),
-        ("weight_bits", 8.0),
-        ("act_bits", 2),
-        ("act_bits", "4"),
-        ("granularity", "per_row"),
-        ("scale_mode", "learned"),
-        ("state_dtype", "float64"),
-        ("state_dtype", torch.int8),
-        ("group_size", 0),
-        ("group_size", -1),
-        ("group_size", True),
-        ("skip_modules", "conv_in"),
-        ("skip_modules", ("",)),
-        ("skip_modules", ("a..b",)),
-        ("skip_modules", (3,)),
-        ("backend", "gpu"),
-        ("mode", "float"),
-        ("clip_ratio", 0.0),
-        ("clip_ratio", 1.5),
-        ("clip_ratio", float("nan")),
-        ("fuse", 1),
-    ],
-)
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in IMPOSSIBLE for value in IMPOSSIBLE[field]])
 def test_impossible_values_name_field_value_and_choice(field, value):
     with pytest.raises(ValueError, match=rf"ModiffConfig: {field}=.*not allowed; give ") as error:
         ModiffConfig(**{field: value})

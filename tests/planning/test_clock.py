@@ -65,11 +65,16 @@ def test_stochastic_samplers():
     assert not clock.is_stochastic(DDIMScheduler())
 
 
-def test_automatic_choice():
-    assert clock.automatic(DDPMScheduler(), 50) is None
-    assert clock.automatic(DDIMScheduler(), 6) is None
-    assert clock.automatic(DDIMScheduler(clip_sample=True), 50).actions(50).count("U") == 14
-    assert clock.automatic(DDIMScheduler(clip_sample=True), 100).actions(100).count("U") == 36
-    assert clock.automatic(DDIMScheduler(clip_sample=False), 50).actions(50).count("U") == 19
-    assert clock.automatic(DDIMScheduler(), 20).actions(20).count("U") == 12
-    assert clock.automatic(DPMSolverMultistepScheduler(), 20).actions(20).count("U") == 12
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "computed"),
+    [
+        (DDIMScheduler(clip_sample=True), 50, 14),
+        (DDIMScheduler(clip_sample=True), 100, 36),
+        (DDIMScheduler(clip_sample=False), 50, 19),
+        (DDIMScheduler(), 20, 12),
+        (DPMSolverMultistepScheduler(), 20, 12),
+    ],
+)
+def test_automatic_choice(scheduler, steps, computed):
+    assert clock.automatic(scheduler, steps).actions(steps).count("U") == computed
+    assert clock.automatic(DDPMScheduler(), steps) is clock.automatic(scheduler, 6) is None

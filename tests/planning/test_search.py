@@ -73,9 +73,8 @@ def test_impossible_requests():
         search(additive, 10)
     with pytest.raises(ValueError, match="computed=10 is not allowed; give 2 to 9 of the 10 calls"):
         search(additive, 10, computed=10)
-    with pytest.raises(
-        ValueError, match=r"without a single call of 10 the fidelity is 59\.0 dB, below the budget of 70"
-    ):
+    message = r"without a single call of 10 the fidelity is 59\.0 dB, below the budget of 70"
+    with pytest.raises(ValueError, match=message):
         search(additive, 10, budget_db=70)
 
 
