@@ -4,13 +4,12 @@ import functools
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import (
     Attention,
     SlicedAttnProcessor,
 )
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 import modiff_kernels as mk
@@ -18,9 +17,7 @@ from modiff_kernels.nn.blocks import (
     FusedAttention,
     FusedBasicTransformerBlock,
     FusedDownsample2D,
-    FusedFeedForward,
     FusedResnetBlock2D,
-    FusedTransformer2DModel,
     FusedUpsample2D,
 )
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
@@ -36,7 +33,6 @@ from tests.unets import (
     assert_invariant,
     assert_same_run,
     conditions_of,
-    each_backend,
     fused_blocks,
     lone,
     low_bit_paths,
@@ -95,22 +91,6 @@ class TestFusedEqualsLayers:
         assert not fused_blocks(unet)
         assert_same_run(fused, single, exact(network))
 
-    @each_backend
-    @both_modes
-    def test_every_backend(self, mode, backend):
-        fused, single = (run("sd15", mode=mode, backend=backend, fuse=fuse)[2] for fuse in (True, False))
-        assert_same_run(fused, single, exact("sd15"))
-
-    @pytest.mark.parametrize(
-        ("network", "dtype", "mode"),
-        [("unet2d", torch.float16, "quantized"), ("sd15", torch.bfloat16, "modulated")],
-        ids=str,
-    )
-    def test_low_precision_models(self, network, dtype, mode):
-        fused, single = (run(network, dtype=dtype, mode=mode, fuse=fuse)[2] for fuse in (True, False))
-        assert fused[-1].dtype == dtype
-        assert_same_run(fused, single, exact(network, dtype))
-
     def test_attention_masks(self):
         mask = torch.ones(2, TOKENS)
         mask[0, 3:] = 0
@@ -129,22 +109,6 @@ class TestFusedEqualsLayers:
             assert_invariant(handle.layers.values(), 6)
             results.append(found)
         assert_same_run(*results)
-
-    @pytest.mark.parametrize("size", [None, (8, 8), (7, 9)], ids=str)
-    @both_modes
-    def test_an_upsampling_to_any_size(self, mode, size):
-        results = []
-        for fuse in (True, False):
-            unet = unet2d()
-            handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse, mode=mode))
-            with handle.sampling_run() as state:
-                for x in trajectory((2, 32, 4, 4), 4):
-                    with state.call():
-                        out = unet.get_submodule(UPSAMPLE)(x, size)
-            results.append(out)
-        assert out.shape[2:] == (size or (8, 8))
-        # The same codes of one layer: only float sums differ.
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -246,14 +210,6 @@ class TestWhichBlocksAreFused:
         handle.remove()
         assert relative_error(got[-1], outputs(unet, calls=2)[-1]) < 0.1  # weights rounded to 8 bits: about 0.02
 
-    @pytest.mark.parametrize(("network", "least"), [("sd15", 4), ("sdxl", 6)])
-    def test_all_transformer_blocks(self, network, least):
-        unet = NETWORKS[network]()
-        plain = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
-        mk.accelerate(unet)
-        assert len(fused_blocks(unet, FusedBasicTransformerBlock)) == len(plain) >= least
-        assert len(fused_blocks(unet, FusedTransformer2DModel)) == 4
-
     @pytest.mark.parametrize("training", [True, False])
     def test_dropout_is_fused_only_in_eval_mode(self, training):
         unet = unet2d(dropout=0.1).train(training)
@@ -268,26 +224,6 @@ class TestWhichBlocksAreFused:
         handle.remove()
         mk.accelerate(unet, mk.ModiffConfig(act_bits=None))
         assert not fused_blocks(unet)
-
-    @both_modes
-    def test_pointwise_upsampling_with_scales_per_pixel_is_not_fused(self, mode):
-        net, x = lone(Upsample2D(16, use_conv=True, kernel_size=1, padding=0)), torch.randn(1, 16, 4, 4)
-        expected = net(x)
-        handle = mk.accelerate(net, mk.ModiffConfig(granularity="per_token", mode=mode))
-        assert type(net.block) is Upsample2D
-        with handle.sampling_run():
-            net(x)
-            # Two roundings to 8 bits, of weight and activation: each about 1 % of the largest value.
-            assert relative_error(net(x), expected) < 0.03
-
-    def test_a_lone_feed_forward_block(self):
-        net, inputs = lone(FeedForward(32)), trajectory((2, 5, 32), 3)
-        expected = [net(x) for x in inputs]
-        handle = mk.accelerate(net)
-        assert type(net.block) is FusedFeedForward
-        with handle.sampling_run():
-            for x, truth in zip(inputs, expected):
-                assert relative_error(net(x), truth) < 0.02  # weights rounded to 8 bits: about 1 % of the largest
 
 
 @both_modes
@@ -334,15 +270,6 @@ class TestAround:
         refused = pytest.raises(ValueError, match=r"block 'block': .*encoder_hidden_states.*fuse=False")
         with handle.sampling_run(), refused:
             net(torch.randn(2, 9, 32), text())
-
-    def test_contexts_and_runs_do_not_mix(self):
-        unet, handle, first = run("unet2d", scale_mode="delayed")
-        assert_equal(outputs(unet, handle), first)
-        with handle.sampling_run():
-            for call, (expected, x) in enumerate(zip(first, trajectory((2, 3, 8, 8), 5))):
-                with handle.context("other"):
-                    unet(-x, 1)
-                assert torch.equal(unet(x, 500 - 10 * call).sample, expected)
 
 
 def test_projections_of_one_input_are_one_product():

@@ -102,16 +102,6 @@ class TestWhenTheyAreComputed:
         assert torch.equal(changed, last_output(tokens(), [text(), 2 * text()], mode=mode))
 
 
-def test_changed_weights_are_seen_in_mode_quantized():
-    net, handle = accelerated(mode="quantized")
-    encoder = text()
-    before = net(tokens(), encoder)
-    layer = handle.layers["blocks.0.attn2.to_v"]
-    layer.weight.mul_(2)
-    layer.refresh_weight()
-    assert not torch.equal(net(tokens(), encoder), before)
-
-
 def test_values_keep_their_address_and_are_counted():
     net, handle = accelerated()
     addresses = []
