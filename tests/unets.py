@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -195,6 +195,18 @@ def lone(block):
 def pipeline(scheduler=None, unet=None):
     """What `accelerate` needs of a pipeline."""
     return types.SimpleNamespace(unet=unet or unet2d(), scheduler=scheduler or DDIMScheduler())
+
+
+def stable_diffusion(scheduler):
+    """A pipeline of Stable Diffusion that takes embeddings of prompts."""
+    torch.manual_seed(1)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPipeline(
+        vae=vae, unet=unet2d_condition(), scheduler=scheduler, requires_safety_checker=False, **parts
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def sample(pipe, steps=6, batch=2, start=0, stop_after=None, on_call=lambda: None):

@@ -64,7 +64,7 @@ def units(*texts):
         ('{"units": 3}', "no object with 'units'"),
         ('{"units": [{"mode": "float"}]}', "not a plan as to_json"),
         (units('{"path": 3, "mode": "float"}'), "path 3 is not allowed"),
-        (units('{"path": "", "mode": "float"}'), "a unit has the path ''"),
+        (units('{"path": "", "mode": "float"}'), "path '' is not allowed"),
         ('{"units": {"a": "fast"}}', "mode 'fast' is not allowed"),
         (units(*['{"path": "a", "mode": "float"}'] * 2), "'a' is there twice"),
         (units('{"path": "a", "mode": "float", "costs": [{"mode": "float", "time_us": "x"}]}'), "time_us='x' of 'a'"),
