@@ -11,42 +11,6 @@ from modiff_kernels.quant.spec import granule_count, group_count, quant_max, qua
 BITS = (3, 4, 8)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_quantize_rounds_half_to_even_on_the_product(bits):
-    x = torch.arange(-400, 401, dtype=torch.float32).reshape(1, -1) / 4
-    scale = torch.tensor([0.5])
-    expected = np.clip(np.rint(x.numpy() * np.float32(2)), quant_min(bits), quant_max(bits))
-    np.testing.assert_array_equal(affine.quantize(x, scale, bits).numpy(), expected)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_quantize_multiplies_with_the_inverse(bits):
-    """x / scale and x * (1 / scale) differ in the last bit for some scales; the second is the contract."""
-    scale = torch.rand(2000) + 1e-3
-    x = scale * (torch.randint(quant_min(bits), quant_max(bits), (2000,)) + 0.5)
-    inv_scale = np.float32(1) / scale.numpy()
-    expected = np.clip(np.rint(x.numpy() * inv_scale), quant_min(bits), quant_max(bits))
-    np.testing.assert_array_equal(affine.quantize(x[:, None], scale, bits)[:, 0].numpy(), expected)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(
-    ("low", "high"), [(-1.0, 3.0), (0.0, 2.0), (-5.0, 0.0), (-1e-3, 1e3), (0.0, 0.0), (-1e38, 1e38)]
-)
-def test_affine_range(bits, low, high):
-    scale, zero_point = affine.affine_range(torch.tensor([low]), torch.tensor([high]), bits)
-    assert scale.dtype == torch.float32
-    assert zero_point.dtype == torch.int32
-    assert quant_min(bits) <= zero_point.item() <= quant_max(bits)
-    expected = max((np.float32(high) - np.float32(low)) / np.float32(2**bits - 1), np.float32(2.0**-100))
-    assert scale.item() == expected
-    ends = torch.tensor([[low, 0.0, high]])
-    codes = affine.quantize(ends, scale, bits, zero_point)
-    again = affine.dequantize(codes, scale, zero_point)
-    assert again[0, 1] == 0, "zero must be represented exactly: padding relies on it"
-    assert ((again - ends).abs() <= scale * (1 + 1e-5)).all()
-
-
 def test_granules_are_views_in_memory_order():
     x = torch.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
     per_pixel = affine.granules(x, granule_count(x.shape, "per_token", True), True)
@@ -127,7 +91,7 @@ def test_weights_of_zeros():
         ({"group_size": 0}, "group_size=0 is not allowed"),
         ({"group_size": -2}, "group_size=-2 is not allowed"),
         ({"method": "best"}, "method='best' is not known; choose one of 'absmax', 'mse'"),
-        ({"weight": torch.zeros(2, 3, 4)}, "expected .N, K. .Linear. or .N, C, R, S."),
+        ({"weight": torch.zeros(2, 3, 4)}, "expected .N, K. or .N, C, R, S."),
         ({"weight": torch.tensor([[1.0, torch.nan]])}, "holds NaN or Inf"),
     ],
 )
