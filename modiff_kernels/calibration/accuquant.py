@@ -119,10 +119,9 @@ def collect_groups(job: Job) -> Groups:
 
 
 class Rollout:
-    """The steps of one group from `points` of the data, each on the outcome of the one before.
+    """The steps of one group, `calls`, from `points` of the data, each on the outcome of the one before.
 
-    calls: of the group. before(run): called ahead of every call of the network with one that runs the call before it,
-    for layers that need its inputs.
+    before(run): called ahead of every call of the network; run() is the call before it, for layers that need it.
     """
 
     def __init__(

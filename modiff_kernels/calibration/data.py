@@ -15,11 +15,10 @@ CONDITIONS = "conditions."  # before the names of conditions among other tensors
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How the full-precision network is sampled.
+    """How the full-precision network `unet` is sampled, in `steps` of a diffusers scheduler, used through copies.
 
-    unet: the network. scheduler: of diffusers, used through copies. steps: sampling steps. run(seeds): one sampling
-    run, image i from the noise of seeds[i]; it calls `unet` once per time step of the scheduler, with a batch whose
-    size is that of `seeds` or a multiple of it (classifier-free guidance).
+    run(seeds): one sampling run, image i from the noise of seeds[i]; it calls `unet` once per time step of the
+    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance).
     """
 
     unet: nn.Module

@@ -22,10 +22,7 @@ WEIGHTS = ("variable", "weight_scale", "bias")  # what FakeLayers may learn of a
 
 
 def blocks_of(unet: nn.Module, paths: Iterable[str], data: CalibrationData) -> dict[str, list[str]]:
-    """The layers `paths` by the block they are in, blocks in the order of computation.
-
-    A block is the outermost module of a class in BLOCKS around a layer, or the layer itself.
-    """
+    """The layers `paths` by block (outermost of BLOCKS around it, or the layer itself), in the order of computation."""
     classes = {name: type(module).__name__ for name, module in unet.named_modules()}
     blocks: dict[str, list[str]] = {}
     for path in paths:
@@ -135,12 +132,10 @@ def learn(
 ) -> Layers:
     """`layers` after Adam, its rate falling to 0 as a cosine, on the parameters `names` of their FakeLayers.
 
-    part: names the random numbers and the progress bar. loss_of(drawn, fakes): of a random batch, learn_batch of so
-    many points (int64), with the FakeLayers in the network; those that read one tensor have one act_scale. data: of a
-    call that shows which do. lr: of "variable"; scales and biases, which differ in size from layer to layer, take
-    RELATIVE_RATE * lr of their mean size. rounding_weight: a number asks for AdaRound (without progress bar, for it
-    learns block after block): where variables are learnt, its penalty, times this and the first loss, draws h to 0 or
-    1. None: straight-through rounding.
+    part: names the random numbers. loss_of(drawn, fakes): of learn_batch of so many points (int64), with the FakeLayers
+    in the network; those that read one tensor of a call at `data` have one act_scale. lr: of "variable"; scales and
+    biases, which differ in size from layer to layer, take RELATIVE_RATE * lr of their mean size. rounding_weight: of
+    AdaRound's penalty on variables, in parts of the first loss; None: straight-through rounding.
     """
     kind = "straight_through" if rounding_weight is None else "adaround"
     same = shared_inputs(job.unet, layers, data) if "act_scale" in names else {}
