@@ -6,16 +6,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode
-from modiff_kernels.integrations import plan_cache, planner
-from modiff_kernels.integrations.measurement import recorded
-from modiff_kernels.models import shipped_model_path
+from modiff_kernels.integrations import planner
 from modiff_kernels.nn.layer import ModulatedLayer
-from tests.unets import text, unet2d, unet2d_condition
+from tests.unets import stable_diffusion, text, unet2d
 
 PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)
 STEPS = 4
@@ -115,28 +113,19 @@ def test_never_slower_all_float_where_low_bits_lose(unet, monkeypatch):
     assert "all float" in handle.explain()
 
 
-def test_low_bits_where_they_win(unet, monkeypatch):
-    plan = plan_for(unet, clock=Clock(monkeypatch, float_s=1.0, low_bit_s=0.25))
-    assert not plan.is_float
-    unit = next(unit for unit in plan.units if unit.layers == ("mid_block.attentions.0.to_out.0",))
-    assert [cost.time_us for cost in unit.costs] == [1e6, 0.25e6, 0.25e6]
-    shared = next(unit for unit in plan.units if "mid_block.attentions.0.to_k" in unit.layers)
-    assert len(shared.layers) == 3
-    assert shared.cost(FLOAT_MODE).time_us == 3e6
-
-
-def test_a_unit_that_loses_stays_float(unet, monkeypatch):
+def test_low_bits_where_they_win_and_float_where_they_lose(unet, monkeypatch):
     slow = ("mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.conv2")
     clock = Clock(monkeypatch, float_s=1.0, low_bit_s=0.25, slow=slow, slow_s=3.0)
     plan = plan_for(unet, clock=clock, max_loss_db=3.0)
-    modes = {unit.path: unit.mode for unit in plan.units}
-    assert all((mode == FLOAT_MODE) == (path in slow) for path, mode in modes.items())
-    assert "plan: " in plan.summary
+    assert all((unit.mode == FLOAT_MODE) == (unit.path in slow) for unit in plan.units)
+    unit = next(unit for unit in plan.units if unit.layers == ("mid_block.attentions.0.to_out.0",))
+    assert [cost.time_us for cost in unit.costs] == [1e6, 0.25e6, 0.25e6]
+    shared = next(unit for unit in plan.units if "mid_block.attentions.0.to_k" in unit.layers)
+    assert (len(shared.layers), shared.cost(FLOAT_MODE).time_us) == (3, 3e6)
     mixed = next(candidate for candidate in plan.candidates if candidate.name.startswith("plan: "))
     floats = next(candidate for candidate in plan.candidates if candidate.name == "float")
-    assert floats.step_us - mixed.step_us == pytest.approx(
-        0.75e6 * sum(len(u.layers) for u in plan.units if u.path not in slow)
-    )
+    gain = 0.75e6 * sum(len(unit.layers) for unit in plan.units if unit.path not in slow)
+    assert floats.step_us - mixed.step_us == pytest.approx(gain)
 
 
 def test_max_state_bytes_is_respected(unet, monkeypatch):
@@ -172,16 +161,28 @@ def test_pictures_that_are_worse_than_allowed_are_not_taken(unet, monkeypatch):
     assert "all quantized 3" not in {candidate.name for candidate in plan.candidates}
 
 
-def test_a_pipeline_is_sampled_by_itself(unet):
-    pipe = DDIMPipeline(unet, DDIMScheduler(beta_end=0.002))
-    pipe.set_progress_bar_config(disable=True)
-    call = {"batch_size": 3, "num_inference_steps": 4}
-    plan = mk.make_plan(pipe, mk.ModiffConfig(), call=call, rounds=1, progress=False)
-    assert plan.key.shape == (3, 3, 8, 8)
+@pytest.mark.parametrize("sampled_by", ["itself", "a function"])
+def test_a_conditional_pipeline(sampled_by):
+    """Cross-attention, encoder states by keyword, guidance in one batch."""
+    pipe = stable_diffusion(DDIMScheduler(beta_end=0.002))
+    unet, prompts = pipe.unet, {"prompt_embeds": text(1), "negative_prompt_embeds": text(1, seed=5)}
+
+    def pictures(_):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(**prompts, num_inference_steps=2, output_type="np", generator=generator).images
+
+    config = mk.ModiffConfig()
+    ways = {"itself": {"call": {**prompts, "num_inference_steps": 2}}, "a function": {"sample": pictures}}
+    target = pipe if sampled_by == "itself" else unet
+    plan = mk.make_plan(target, config, rounds=1, progress=False, **ways[sampled_by])
+    assert plan.key.shape[0] == 2
     assert pipe.unet is unet
-    handle = mk.accelerate(pipe, mk.ModiffConfig(plan=plan))
-    pipe(**call)
+    assert all(cost.time_us > 0 for unit in plan.units for cost in unit.costs)
+    handle = mk.accelerate(pipe, config)
+    assert {layer for unit in plan.units for layer in unit.layers} == set(handle.layers)
     handle.remove()
+    mk.accelerate(pipe, dataclasses.replace(config, plan=plan))
+    pictures(unet)
 
 
 @pytest.mark.parametrize(
@@ -192,120 +193,15 @@ def test_a_pipeline_is_sampled_by_itself(unet):
         ({"max_loss_db": 0}, "max_loss_db=0"),
         ({"config": mk.ModiffConfig(act_bits=None)}, "act_bits=None leave no low-bit mode"),
         ({"sample": lambda unet: sample(unet, steps=1)}, "called the UNet 1 times"),
+        ({"sample": lambda unet: sample(unet, seed=time.perf_counter_ns())}, "begin from the same noise"),
     ],
 )
 def test_bad_input(unet, options, message):
     with pytest.raises(ValueError, match=f"make_plan: .*{message}"):
         plan_for(unet, **options)
-
-
-def test_pictures_from_other_noise_every_time_are_refused(unet):
-    seeds = iter(range(100))
-    with pytest.raises(ValueError, match=r"two float samplings differ .* begin from the same noise"):
-        plan_for(unet, sample=lambda unet: sample(unet, seed=next(seeds)))
-
-
-def test_an_accelerated_unet_is_refused(unet):
     mk.accelerate(unet, mk.ModiffConfig())
     with pytest.raises(RuntimeError, match="accelerated already"):
         plan_for(unet)
-
-
-def test_a_cache_that_cannot_be_written_is_told(unet, monkeypatch, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "file"))
-    plan_for(unet)
-    assert "could not be stored" in caplog.text
-
-
-def test_recorded_calls_keep_tensors_that_do_not_change():
-    layer = nn.Linear(2, 2)
-
-    def sampling(module):
-        text, x = torch.ones(1, 2), torch.zeros(1, 2)
-        for _ in range(3):
-            module(x)
-            x += 1  # in place, as a sampler may
-            module(text)
-        return x.detach().reshape(1, 1, 1, 2).numpy()
-
-    calls, _ = recorded(layer, sampling)
-    values = [args[0] for args, _ in calls]
-    assert [value[0, 0].item() for value in values] == [0, 1, 1, 1, 2, 1]
-    assert values[1] is values[2] is values[3]
-
-
-def test_the_shape_and_config_are_in_the_key(unet):
-    config = mk.ModiffConfig()
-    key = plan_cache.key_of(unet, config, (1, 3, 8, 8))
-    assert plan_cache.key_of(unet, dataclasses.replace(config, schedule="auto"), (1, 3, 8, 8)) == key
-    assert plan_cache.key_of(unet, dataclasses.replace(config, act_bits=4), (1, 3, 8, 8)) != key
-    assert plan_cache.key_of(unet.half(), config, (1, 3, 8, 8)) != key
-
-
-@pytest.mark.slow
-def test_the_shipped_model():
-    """A plan for the shipped model: faster than float in whole calls, and its pictures as good as promised."""
-    unet = UNet2DModel.from_pretrained(shipped_model_path()).to(memory_format=torch.channels_last).eval()
-    noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-    def sample_shipped(unet):
-        scheduler = DDIMScheduler.from_pretrained(shipped_model_path(), subfolder="scheduler")
-        scheduler.set_timesteps(12)
-        x = noise
-        for t in scheduler.timesteps:
-            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-        return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:  # time on the CPU: what else the machine does is not measured
-        plan = mk.make_plan(
-            unet, sample=sample_shipped, rounds=2, progress=False, use_cache=False, clock=time.thread_time
-        )
-    finally:
-        torch.set_num_threads(threads)
-    floats = [c.step_us for c in plan.candidates if c.name.startswith("float")]
-    # A mixed plan that lost by time may have better pictures; what is promised counts from the best single mode.
-    best_db = max(c.psnr_db for c in plan.candidates if c.name.startswith("all "))
-    with torch.no_grad():
-        exact = sample_shipped(unet)
-        handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
-        with handle.sampling_run():
-            error = ((sample_shipped(unet) - exact) ** 2).mean(axis=(1, 2, 3))
-    db = float((-10 * np.log10(error)).mean())
-    assert db > 35
-    if handle.layers:
-        chosen = next(c for c in plan.candidates if plan.summary.startswith(f"{c.name}: "))
-        assert chosen.step_us < min(floats)
-        assert db == pytest.approx(chosen.psnr_db, abs=0.01)
-        assert db >= best_db - plan.max_loss_db
-
-
-def test_a_conditional_unet():
-    """Cross-attention, encoder states by keyword, guidance in one batch."""
-    unet = unet2d_condition()
-    prompts = text()
-
-    def guided(unet):
-        scheduler = DDIMScheduler(beta_end=0.002)
-        scheduler.set_timesteps(2)
-        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        for t in scheduler.timesteps:
-            plain, prompted = unet(torch.cat([x, x]), t, encoder_hidden_states=prompts).sample.chunk(2)
-            x = scheduler.step(plain + 3 * (prompted - plain), t, x).prev_sample
-        return (x[:, :3] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-    config = mk.ModiffConfig()
-    plan = mk.make_plan(unet, config, sample=guided, rounds=1, progress=False)
-    assert plan.key.shape == (2, 4, 8, 8)
-    handle = mk.accelerate(unet, config)
-    assert {layer for unit in plan.units for layer in unit.layers} == set(handle.layers)
-    handle.remove()
-    assert all(cost.time_us > 0 for unit in plan.units for cost in unit.costs)
-    handle = mk.accelerate(unet, dataclasses.replace(config, plan=plan))
-    with handle.sampling_run():
-        guided(unet)
 
 
 def test_calibrated_codes_are_what_is_measured(unet):
@@ -317,9 +213,8 @@ def test_calibrated_codes_are_what_is_measured(unet):
     path = "up_blocks.1.resnets.1.conv2"
     wrong = torch.arange(16.0) % 5  # no constant, which the next norm would take away
     shifted = {**layers, path: dataclasses.replace(layers[path], bias=wrong)}
-    options = {"sample": sample, "rounds": 1, "progress": False, "use_cache": False}
     decibels = [
-        {c.name: c.psnr_db for c in mk.make_plan(unet, config, calibration=result, **options).candidates}
+        {c.name: c.psnr_db for c in plan_for(unet, config, calibration=result, use_cache=False).candidates}
         for result in (None, nearest, mk.CalibrationResult("given", config, shifted))
     ]
     modulated = next(name for name in decibels[0] if "modulated" in name)
@@ -328,4 +223,4 @@ def test_calibrated_codes_are_what_is_measured(unet):
 
     del shifted[path]
     with pytest.raises(ValueError, match=rf"'{path}' were not calibrated"):
-        mk.make_plan(unet, config, calibration=mk.CalibrationResult("given", config, shifted), **options)
+        plan_for(unet, config, calibration=mk.CalibrationResult("given", config, shifted))

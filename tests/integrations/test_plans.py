@@ -38,48 +38,26 @@ def modes_of(handle):
     return {row.name: row.mode for row in handle.rows()}
 
 
-def test_one_mode_for_all_is_the_same_as_the_config(unet):
-    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4))
-    expected, units = run(unet, handle), handle.replaced.units()
-    handle.remove()
-    plan = LayerPlan(tuple(UnitPlan(path, MODULATED, layers) for path, layers in units.items()))
-    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=8, mode="quantized", plan=plan))
-    assert torch.equal(run(unet, handle), expected)
-    assert handle.replaced.fused
-    assert all(layer.act_bits == 4 for layer in handle.layers.values())
-
-
 @pytest.mark.parametrize("fuse", [True, False])
 def test_modes_of_a_mixed_plan(unet, fuse):
+    """Also of layers that read one input."""
     exact = run(unet)
-    plan = LayerPlan.of({"mid_block": "float", "down_blocks.0": "quantized 8", "up_blocks.1.resnets.0": "modulated 8"})
-    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=plan, fuse=fuse))
-    modes = modes_of(handle)
-    assert modes["mid_block.resnets.0.conv1"] == "float"
-    assert modes["down_blocks.0.resnets.0.conv1"] == "quantized"
-    assert (modes["up_blocks.1.resnets.0.conv1"], handle.layers["up_blocks.1.resnets.0.conv1"].act_bits) == (
-        "modulated",
-        8,
-    )
+    resnet, attention = "up_blocks.1.resnets.0", "up_blocks.1.attentions.0"
+    modes = {"mid_block": "float", "down_blocks.0": "quantized 8", resnet: "modulated 8"}
+    modes |= {f"{attention}.to_q": "float", f"{attention}.to_k": "quantized 8"}
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=LayerPlan.of(modes), fuse=fuse))
+    rows = {row.name: row for row in handle.rows()}
+    conv = "mid_block.resnets.0.conv1"
+    assert (rows[conv].mode, rows[conv].reason) == ("float", "plan: float")
+    assert rows["down_blocks.0.resnets.0.conv1"].mode == "quantized"
+    assert (rows[f"{resnet}.conv1"].mode, handle.layers[f"{resnet}.conv1"].act_bits) == ("modulated", 8)
     assert handle.layers["up_blocks.0.resnets.0.conv1"].act_bits == 4  # not in the plan: as the config says
-    reasons = {row.name: row.reason for row in handle.rows()}
-    assert reasons["mid_block.resnets.0.conv1"] == "plan: float"
+    assert [rows[f"{attention}.to_{name}"].mode for name in "qkv"] == ["float", "quantized", "modulated"]
     out = run(unet, handle)
-    assert ((out - exact).square().sum() / exact.square().sum()).item() < 1e-3
+    assert ((out - exact).square().sum() / exact.square().sum()).item() < 2e-3
     assert "plan (given): as given" in handle.explain()
     handle.remove()
     assert torch.equal(run(unet), exact)
-
-
-def test_layers_of_one_input_may_have_different_modes(unet):
-    attention = "mid_block.attentions.0"
-    exact = run(unet)
-    plan = LayerPlan.of({f"{attention}.to_q": "float", f"{attention}.to_k": "quantized 8"})
-    handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
-    modes = modes_of(handle)
-    assert [modes[f"{attention}.{name}"] for name in ("to_q", "to_k", "to_v")] == ["float", "quantized", "modulated"]
-    out = run(unet, handle)
-    assert ((out - exact).square().sum() / exact.square().sum()).item() < 1e-3
 
 
 def test_an_all_float_plan_leaves_the_unet_alone(unet):
@@ -181,14 +159,10 @@ def test_shapes_are_seen_without_computing(unet):
     linear = shapes["mid_block.attentions.0.to_q"]
     assert (linear.inputs, linear.multiply_adds) == (3 * 16 * 32, 3 * 16 * 32 * 32)
     assert not any(parameter.is_meta for parameter in unet.parameters())
+    _, shapes = plans.traced_shapes(unet2d_condition(**SDXL).to("meta"), batch=2)
+    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"].inputs == 2 * 77 * 24
     with pytest.raises(ValueError, match=r"the inputs of Sequential could not be made up .* make_plan"):
         plans.traced_shapes(torch.nn.Sequential(torch.nn.Linear(3, 3)))
-
-
-@pytest.mark.parametrize("options", [{}, SDXL], ids=["sd15", "sdxl"])
-def test_shapes_of_a_conditional_unet(options):
-    _, shapes = plans.traced_shapes(unet2d_condition(**options).to("meta"), batch=2)
-    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"].inputs == 2 * 77 * 24
 
 
 def test_the_machine_is_measured_by_the_clock(monkeypatch):
@@ -261,20 +235,10 @@ def test_state_that_is_not_known_is_not_allowed(unet, modes, message):
 
 
 def test_another_shape_than_the_planned_one_is_told(unet, caplog):
-    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=costed_plan(unet)))
+    plan = costed_plan(unet)
+    handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=plan))
     with caplog.at_level(logging.WARNING, logger="modiff_kernels"):
         for _ in range(2):
             with handle.sampling_run():
                 unet(torch.randn(3, 3, 8, 8), 5)
     assert caplog.text.count("made for samples (2, 3, 8, 8) and is used for (3, 3, 8, 8)") == 1
-
-
-def test_a_unit_is_the_outermost_fused_block():
-    unet = unet2d_condition()
-    handle = mk.accelerate(unet, mk.ModiffConfig())
-    units = handle.replaced.units()
-    inner = "down_blocks.0.attentions.0.transformer_blocks.0"
-    assert {"down_blocks.0.attentions.0", inner} <= handle.replaced.fused.keys()
-    assert inner not in units
-    assert f"{inner}.attn1.to_q" in units["down_blocks.0.attentions.0"]
-    assert sorted(path for layers in units.values() for path in layers) == sorted(handle.layers)
