@@ -107,6 +107,31 @@ def emulators(pytestconfig, compiler):
         program.close()
 
 
+@pytest.fixture(scope="session")
+def quantize_emulator(emulators):
+    return emulators("quantize")
+
+
+@pytest.fixture(scope="session")
+def product_emulator(emulators):
+    return emulators("product")
+
+
+@pytest.fixture(scope="session")
+def hopper_emulator(emulators):
+    return emulators("hopper")
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where Triton kernels run: its interpreter or a GPU; the one that this process does not have is skipped."""
+    from modiff_kernels.backends.triton.launch import INTERPRETED
+
+    if (request.param == "interpreter") != INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 interprets the kernels, without it they are compiled for the GPU")
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
 @pytest.fixture
 def stand_in(request):
     """For `Place.entered`: by name, what plays the GPU."""

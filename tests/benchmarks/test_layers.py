@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import layers as products
 from benchmarks import record, tile_tuning
-from benchmarks.bounds import PEAKS, Machine
+from benchmarks.bounds import Machine
 from benchmarks.layers import Check, Form, Problem, ProductCase, Tensors
 from benchmarks.runner import Entrant, Session
 from benchmarks.shapes import Layer
@@ -68,30 +68,6 @@ def test_bounds_and_rows_of_known_times():
     assert rows["rate"]["p50"] == pytest.approx(2 * outputs * 32 / 3e-6 / 1e12)
     percent = products.bound_us("product", LINEAR, 3, 8, machine, 4) / 3.0 * 100
     assert rows["of_bound"]["p50"] == pytest.approx(percent)
-
-
-def test_problems_by_share_begin_with_what_takes_most(monkeypatch):
-    large, small = Layer("conv", 64, 64, 32, 32, 3, 1, 1), Layer("linear", 32, 32, 4, 1, 1)
-    monkeypatch.setattr(
-        products, "layer_table", lambda network: {small: 2, large: 1, Layer("conv", 3, 64, 32, 32, 3): 1}
-    )
-    products.low_bit_layers.cache_clear()
-    found = products.problems_by_share(["any"], [2], PEAKS["H200"])
-    products.low_bit_layers.cache_clear()
-    assert [problem.layer for problem in found] == [large, small], "layers that stay in floating point are left out"
-    assert sum(problem.share for problem in found) == pytest.approx(1.0)
-
-
-def test_forms_of_a_layer():
-    def keys(layer, on_cuda, cutlass=True):
-        return [form.key for form in products.forms_of(layer, 2, 8, ["cuda", "triton"], on_cuda, cutlass)]
-
-    assert {"product.cuda", "product.triton", "bf16.torch", "int_mm.torch", "cutlass_int8.cutlass"} <= set(
-        keys(LINEAR, True)
-    )
-    assert "int_mm.torch" not in keys(CONV, True), "a window is no matrix"
-    assert "cutlass_int8.cutlass" not in keys(CONV, True, cutlass=False)
-    assert keys(CONV, False)[0] == "float32.torch"
 
 
 class Tiles:

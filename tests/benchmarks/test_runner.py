@@ -160,12 +160,6 @@ def test_what_is_recorded_of_this_commit_device_and_backend(tmp_path, monkeypatc
     assert found("cuda") == [], "the code is not that of the rows"
 
 
-def test_names_of_rows():
-    wanted = [runner.is_wanted(key, "product,modulate.cuda") for key in ("product.cuda", "modulate.triton", "products")]
-    assert wanted == [True, False, False]
-    assert runner.is_wanted("modulated-w8a8-graphs.cuda", "modulated-w8a8")
-
-
 def test_a_step_that_does_not_end_is_given_up(capsys):
     def compile_for_ever():
         while True:

@@ -1,16 +1,19 @@
 """The insides of `product` of the backend cuda on csrc/cuda/sm80, emulated: every tile and split, the order of threads,
-windows, nibbles, and what lies beside the tensors.
+windows, nibbles, what lies beside the tensors, and the tuner's way to them.
 """
 
 import pytest
 import torch
 
+from benchmarks.shapes import Layer
+from benchmarks.tile_tuning import Scratch, shortlist
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.product_launch import MAX_K, product
 from modiff_kernels.backends.cuda.tiles import Tile
 from modiff_kernels.quant.operands import PackedWeight
 from tests.backends.cuda.emulation import pack_channels
 from tests.backends.exact_product import DOWN, THREE, ExactProduct
+from tools.tune_cuda import CudaProducts
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 LARGE, NARROW, SMALL = range(3)  # csrc/cuda/sm80/tile_config.h kTiles
@@ -32,8 +35,7 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize("falling", [False, True])
-@pytest.mark.parametrize("tile", [LARGE, NARROW, SMALL])
+@pytest.mark.parametrize(("tile", "falling"), [(LARGE, True), (LARGE, False), (NARROW, True), (SMALL, False)])
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_tiles_and_orders_of_threads(emulator, case, tile, falling):
     """Falling order: copies arrive when they are issued; rising order: when they are waited for."""
@@ -103,3 +105,25 @@ def test_tensors_on_addresses_that_are_not_aligned(emulator):
     ones = torch.ones(1)
     out = product(shifted, ones, None, weight._replace(packed=packed), y_hat, None, None, None, torch.float32, True)
     assert torch.equal(out.double(), codes.double() @ weight.packed.double().T + 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "weight_bits"),
+    [(Layer("conv", 32, 72, 5, 4, 3, 2, 1), 8), (Layer("linear", 320, 40, 16, 1, 1), 4)],
+    ids=str,
+)
+def test_what_the_tuner_measures_is_exact(emulator, layer, weight_bits):
+    if (reason := library.why_not_loaded()) is not None:
+        pytest.skip(reason)
+    tunable, scratch = CudaProducts((8, 0), 4), Scratch(layer, 2, weight_bits, torch.device("cpu"))
+    found = shortlist(tunable.candidates(scratch), tunable.tile)
+    assert {tile[:3] for tile in found} == {(80, 128, 128), (80, 128, 64), (80, 64, 64)}
+    assert all(scratch.is_exact(tunable.update(scratch, tile)) for tile in found)
+    scratch.y_hat[-1].fill_(torch.nan)
+    assert not scratch.is_exact(lambda: scratch.y_hat[-1].add_(1))
+
+
+def test_sizes_that_the_kernels_do_not_take_have_no_candidates():
+    tunable = CudaProducts((9, 0), 132)
+    for layer, bits in ((Layer("conv", 24, 32, 4, 4, 3, 1, 1), 8), (Layer("linear", 48, 32, 4, 1, 1), 4)):
+        assert tunable.candidates(Scratch(layer, 1, bits, torch.device("cpu"))) == []

@@ -10,7 +10,7 @@ import torch
 from modiff_kernels.backends import reference
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.product_launch import product
-from modiff_kernels.quant.operands import PackedWeight, Window
+from modiff_kernels.quant.operands import PackedWeight
 from modiff_kernels.quant.packing import pack
 from modiff_kernels.quant.spec import quant_max, quant_min
 from tests.backends.exact_product import DOWN, POINT, THREE
@@ -28,9 +28,10 @@ class Launch(NamedTuple):
     seed: int = 0
 
 
-@pytest.fixture(autouse=True)
-def behind_the_backend(hopper, monkeypatch):
-    monkeypatch.setattr(library, "product_op", lambda: hopper.product)
+@pytest.fixture
+def hopper(hopper_emulator, monkeypatch):
+    monkeypatch.setattr(library, "product_op", lambda: hopper_emulator.product)
+    return hopper_emulator
 
 
 def image(nhwc):
@@ -99,46 +100,11 @@ class TestTiles:
         case = Case(2, 9, 9, 128, 72, THREE, bits)
         case.check(hopper, Launch(tile, splits=3, multiprocessors=2))
 
-    @pytest.mark.parametrize("rows", [1, 127, 128, 129])
-    @pytest.mark.parametrize("columns", [8, 64, 65])
-    def test_edges(self, hopper, rows, columns):
-        Case(1, rows, 1, 64, columns).check(hopper, Launch(3))
-
-    @pytest.mark.parametrize("k", [16, 32, 112, 128, 144])
-    def test_depths(self, hopper, k):
-        Case(2, 5, 3, k, 24).check(hopper, Launch(3))
-
-    def test_as_chosen(self, hopper):
-        """A layer of a UNet in its own tiling: the 8 x 8 level with its channels divided by ten."""
-        Case(2, 8, 8, 128, 128, THREE, 4).check(hopper, Launch(-1, multiprocessors=132))
-
-
-class TestWindows:
-    @pytest.mark.parametrize(
-        "window",
-        [
-            Window((1, 1), (2, 2)),
-            Window((3, 3)),
-            Window((3, 3), padding=(2, 2), dilation=(2, 2)),
-            Window((2, 3), (3, 1), (0, 2), (1, 3)),
-            Window((1, 1), padding=(1, 0)),
-            Window((5, 5), padding=(2, 2)),
-        ],
-        ids=["1x1 stride 2", "no padding", "dilation", "uneven", "1x1 padding", "5x5"],
-    )
-    def test_window(self, hopper, window):
-        Case(2, 8, 9, 48, 40, window).check(hopper, Launch(3))
-
-    @pytest.mark.parametrize("channels", [16, 80, 128, 192])
-    def test_channels(self, hopper, channels):
-        """Boxes that reach past a tap's channels, and k-blocks that reach past the last tap."""
-        Case(1, 6, 7, channels, 40, THREE).check(hopper, Launch(3))
-
 
 class TestOrders:
     """The model's freedom: which thread goes on, when a load is there. Results do not depend on it."""
 
-    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("bits", [8, 4])
     def test_seeds(self, hopper, bits, seed):
         """15 k-blocks in splits of 7 and 8, through 7 and 8 stages, by a block that stays for four work items."""
@@ -152,28 +118,12 @@ class TestOrders:
 
 
 class TestEpilogues:
-    @pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("state", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    def test_dtypes(self, hopper, state, out):
-        Case(2, 6, 5, 32, 40, state=state, out=out).check(hopper, Launch(3))
-
-    @pytest.mark.parametrize("columns", [40, 37])
-    @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
-    def test_without_a_state(self, hopper, bias, columns):
-        Case(2, 6, 5, 32, columns, bias=bias).check(hopper, Launch(3), with_state=False)
-
-    def test_without_skip_and_out(self, hopper):
-        Case(2, 6, 5, 32, 40, skip=False).check(hopper, Launch(3), write_out=False)
-
     @pytest.mark.parametrize("splits", [1, 2])
     @pytest.mark.parametrize("window", [POINT, THREE], ids=["1x1", "3x3"])
     def test_zero_points(self, hopper, window, splits):
         """Padding stands for x = 0, which has the code zero_point and not 0."""
         case = Case(3, 5, 6, 192, 40, window, zero_point=True, bias=torch.float16)
         case.check(hopper, Launch(3, splits=splits), with_state=False)
-
-    def test_one_scale_for_all(self, hopper):
-        Case(3, 5, 6, 32, 40, THREE, granules=1).check(hopper, Launch(3))
 
     @pytest.mark.parametrize(("splits", "all_of_it"), [(1, True), (2, False)])
     @pytest.mark.parametrize("tile", [0, 3])
@@ -182,9 +132,3 @@ class TestEpilogues:
         case = Case(3, 11, 10, 256, 168, state=torch.float32, skip=skip)
         asked = case.check(hopper, Launch(tile, splits=splits))
         assert asked == (case.y_hat.numel() * (6 if skip else 4) if all_of_it else 0)
-
-
-def test_results_do_not_depend_on_the_launch(hopper):
-    case = Case(2, 9, 9, 128, 96, THREE)
-    for launch in (Launch(2), Launch(2, splits=4), Launch(1), Launch(2, multiprocessors=7)):
-        case.check(hopper, launch)

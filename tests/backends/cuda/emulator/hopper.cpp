@@ -11,9 +11,8 @@ using namespace modiff;
 using namespace modiff::cuda;
 using SumsLaunch = HostLaunch<HostCta>;
 
-struct Request {
-  int64_t geometry[14], weight_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype;
-  int64_t tile, splits, multiprocessors, seed;  // tile -1: as chosen
+struct Request : ProductRequest {  // tile -1: as chosen
+  int64_t multiprocessors, seed;
 };
 
 // Returns the bytes that were prefetched.
@@ -39,26 +38,12 @@ int64_t launch_tile(int bits, int tile, const sm90::ProductArgs<sm90::TensorMap>
 }
 
 void answer(const Request& r, SumsLaunch& sums_launch) {
-  Buffer codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch;
-  for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip, &out})
-    buffer->read();
-  ProductCall call{};
+  ProductBuffers buffers;
+  ProductCall call = buffers.read(r);
+  auto& [codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch] = buffers;
+  out.read();
   ProductProblem& p = call.problem;
-  set_geometry(p, r.geometry);
-  p.codes = static_cast<const int8_t*>(codes.data());
-  p.scale = static_cast<const float*>(scale.data());
-  p.zero_point = static_cast<const int32_t*>(zero_point.data());
-  p.weight = static_cast<const int8_t*>(weight.data());
-  p.weight_scale = static_cast<const float*>(weight_scale.data());
-  p.y_hat = y_hat.data();
-  p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
-  p.skip = skip.data();
-  p.skip_dtype = static_cast<DType>(r.skip_dtype);
   p.out = out.data();
-  p.out_dtype = static_cast<DType>(r.out_dtype);
-  call.bias = parameter_of(bias.data(), static_cast<DType>(r.bias_dtype));
-  call.weight_bits = static_cast<int>(r.weight_bits);
-  call.rows_per_scale = r.rows_per_scale;
   if (const char* limit = sm90::limit_of(call)) sm90::fail(limit);
 
   if (r.tile >= 0)

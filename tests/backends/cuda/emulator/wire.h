@@ -6,6 +6,9 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cuda/common/vectors.h"
+#include "cuda/product.h"
+
 namespace modiff {
 
 inline void read_exactly(void* data, size_t size) {
@@ -33,6 +36,37 @@ struct Buffer {
     if (!bytes.empty()) std::fwrite(bytes.data(), 1, bytes.size(), stdout);
   }
   void* data() { return there ? bytes.data() : nullptr; }
+};
+
+// What the requests of both products begin with, and their buffers.
+struct ProductRequest {
+  int64_t geometry[14], weight_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype, tile, splits;
+};
+
+struct ProductBuffers {
+  Buffer codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch;
+
+  // The call of a request, without `out` and `scratch`.
+  cuda::ProductCall read(const ProductRequest& r) {
+    for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip}) buffer->read();
+    cuda::ProductCall call{};
+    ProductProblem& p = call.problem;
+    cuda::set_geometry(p, r.geometry);
+    p.codes = static_cast<const int8_t*>(codes.data());
+    p.scale = static_cast<const float*>(scale.data());
+    p.zero_point = static_cast<const int32_t*>(zero_point.data());
+    p.weight = static_cast<const int8_t*>(weight.data());
+    p.weight_scale = static_cast<const float*>(weight_scale.data());
+    p.y_hat = y_hat.data();
+    p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
+    p.skip = skip.data();
+    p.skip_dtype = static_cast<DType>(r.skip_dtype);
+    p.out_dtype = static_cast<DType>(r.out_dtype);
+    call.bias = cuda::parameter_of(bias.data(), static_cast<DType>(r.bias_dtype));
+    call.weight_bits = static_cast<int>(r.weight_bits);
+    call.rows_per_scale = r.rows_per_scale;
+    return call;
+  }
 };
 
 }  // namespace modiff
