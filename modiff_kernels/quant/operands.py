@@ -53,7 +53,7 @@ class Window(NamedTuple):
     def output_shape(self, x_shape: Sequence[int], n: int) -> tuple[int, int, int, int]:
         """[N, n, P, Q] of a convolution with `n` output channels over an image [N, C, H, W]."""
         sizes = zip(x_shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
-        p, q = [(size + 2 * pad - gap * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, gap in sizes]
+        p, q = [(size + 2 * pad - d * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, d in sizes]
         return x_shape[0], n, p, q
 
     def to_ints(self) -> list[int]:
