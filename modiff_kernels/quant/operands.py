@@ -31,7 +31,8 @@ class Prologue(NamedTuple):
     silu: bool = False
 
 
-PROLOGUES = ("identity", "group_norm", "layer_norm", "geglu")
+PROLOGUE_VALUE = {"identity": 0, "group_norm": 1, "layer_norm": 2, "geglu": 3}  # csrc/common/problem.h
+PROLOGUES = tuple(PROLOGUE_VALUE)
 IDENTITY = Prologue()
 GEGLU = Prologue("geglu")
 
@@ -67,6 +68,14 @@ class Window(NamedTuple):
             return None
         a, b, c, d, e, f, g, h, groups = values
         return cls((a, b), (c, d), (e, f), (g, h), groups)
+
+
+def sizes_of(h: Tensor, kind: str) -> tuple[int, int, int]:
+    """Samples, rows (pixels) per sample and channels of x = prologue(h)."""
+    if h.ndim == 4:
+        samples, channels, height, width = h.shape
+        return samples, height * width, channels
+    return h.shape[0], h.shape[1:-1].numel(), h.shape[-1] // (2 if kind == "geglu" else 1)
 
 
 def summed(channels: int, window: Window | None) -> int:
