@@ -1,7 +1,6 @@
-"""`modulate` of 4-bit codes and 4-bit weights on the 4-bit tensor cores of sm_80 to sm_89.
+"""`modulate` of 4-bit codes and weights on the 4-bit tensor cores of sm_80 to sm_89.
 
-Codes leave `quantize` packed, two to a byte, and are multiplied as they are: at twice the rate of bytes, with half of
-their memory traffic.
+Codes leave `quantize` packed and are multiplied as they are: at twice the rate of bytes, with half of their traffic.
 """
 
 from typing import Any
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...quant.operands import PackedWeight, Prologue, Window
-from . import library
+from .. import LEAST_CAPABILITY
 from .product_launch import PACKED_MULTIPLE, product
 from .quantize_launch import quantize
 
-BELOW = (9, 0)
-"""Newer GPUs emulate 4-bit tensor cores, slower than bytes."""
+BELOW = (9, 0)  # newer GPUs emulate 4-bit tensor cores, slower than bytes
 
 
 def why_not(problem: Any) -> str | None:
@@ -26,7 +24,7 @@ def why_not(problem: Any) -> str | None:
         return "codes times the multipliers of per_block have 8 bits"
     if problem.channels % PACKED_MULTIPLE != 0:
         return f"{problem.channels} input channels: nibbles are read {PACKED_MULTIPLE} at a time"
-    if problem.capability is None or not library.LEAST_CAPABILITY <= problem.capability < BELOW:
+    if problem.capability is None or not LEAST_CAPABILITY <= problem.capability < BELOW:
         return "only GPUs from sm_80 to sm_89 have 4-bit tensor cores"
     return None
 
