@@ -51,7 +51,9 @@ def shape_of(geometry: Sequence[int], weight_bits: int, code_bits: int) -> Shape
     return Shape(samples * out_h * out_w, c_out, c_in, r * s, weight_bits, code_bits)
 
 
-_measured = lru_cache(maxsize=4096)(STORE.nearest)
+@lru_cache(maxsize=4096)
+def _measured(shape: Shape, gpu_name: str) -> Tile | None:
+    return STORE.nearest(shape, gpu_name)
 
 
 @cache

@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # set before kernels are imported, see Triton's docs
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32"}
 _ALIGNMENT = 16  # bytes of a pointer, and divisor of an integer, that Triton compiles for
 
 
