@@ -43,13 +43,11 @@ def read(path: Path) -> StoredSchedule:
         schedule = StepSchedule.parse(stored["schedule"])
         run = {"sampler": dict(stored["sampler"]), "timesteps": [float(timestep) for timestep in stored["timesteps"]]}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"schedule='auto': {path} is no schedule of this version ({type(error).__name__}: {error}); {SEARCH_AGAIN}"
-        ) from error
+        wrong = f"{path} is no schedule of this version ({type(error).__name__}: {error})"
+        raise ValueError(f"schedule='auto': {wrong}; {SEARCH_AGAIN}") from error
     if schedule.is_deep:
-        raise ValueError(
-            f"schedule='auto': {path} skips deep levels; give it as schedule={str(schedule)!r}, or {SEARCH_AGAIN}"
-        )
+        advice = f"give it as schedule={str(schedule)!r}, or {SEARCH_AGAIN}"
+        raise ValueError(f"schedule='auto': {path} skips deep levels; {advice}")
     return StoredSchedule(schedule, run, path)
 
 

@@ -12,12 +12,9 @@ class Prologue(NamedTuple):
     """What stands between the tensor `h` that an op reads and x, which it quantises; x is computed in float32 and never
     stored.
 
-    kind:
-        "identity": x = h.
-        "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image [N, C, H, W] or tokens [N, L, C],
-            normalised over the rows of a sample and the channels of one of `num_groups` groups.
-        "layer_norm": x = norm(h) over the last dimension of h [..., K].
-        "geglu": x = h[..., :K] * gelu(h[..., K:]) of h [..., 2K], gelu with erf.
+    kind: "identity": x = h. "layer_norm": over the last dimension of h [..., K]. "geglu": x = h[..., :K] *
+        gelu(h[..., K:]) of h [..., 2K], with erf. "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image
+        [N, C, H, W] or tokens [N, L, C], normalised over the rows and the channels of one of `num_groups` groups.
     gamma, beta: [C] scale and offset of the norm, or None. eps: added to the (biased) variance.
     shift: [N, C] added to every pixel before a group norm (the time embedding), or None.
     """
