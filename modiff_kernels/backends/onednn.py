@@ -77,10 +77,7 @@ def why_not(problem: Any) -> str | None:
 
 
 def _sums(codes: Tensor, zero_point: int, weight: Tensor, window: Window | None) -> Tensor:
-    """Sums of (code - zero_point) * weight code as float32 [..., N] or [N, c_out, P, Q]; padding holds zero_point.
-
-    codes int8 [..., K] or [N, C, H, W]; weight int8 [N, K] or [N, C / groups, r, s].
-    """
+    """Sums of (code - zero_point) * weight code as float32 [..., N] or [N, c_out, P, Q]; padding holds zero_point."""
     x = codes.view(torch.uint8) ^ _SHIFT  # code + 128
     zero = _SHIFT + zero_point
     ones, no_zeros = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0], dtype=torch.int32)
@@ -97,18 +94,9 @@ def _sums(codes: Tensor, zero_point: int, weight: Tensor, window: Window | None)
 
 
 @torch.no_grad()
-def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Tensor:
+def product(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: PackedWeight, *rest: Any) -> Tensor:
+    """rest: y_hat, bias, skip, window, out_dtype and write_out, as `finish` takes them."""
+    window: Window | None = rest[3]
     k = summed(codes.shape[-1 if window is None else 1], window)
     dense = in_shape_of(window, packing.unpack(weight.packed, weight.bits, k)).contiguous()
     if zero_point is None or zero_point.shape[0] == 1:
@@ -121,4 +109,4 @@ def product(
         weight_sums = per_channel(dense.flatten(1).sum(1, dtype=torch.float64), window)
         total = (total - per_row(zero_point, total.shape, window) * weight_sums).to(torch.float32)
     values = total * (per_row(scale, total.shape, window) * per_channel(weight.scale, window))
-    return finish(values, y_hat, bias, skip, window, out_dtype, write_out)
+    return finish(values, *rest)

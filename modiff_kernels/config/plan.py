@@ -165,21 +165,16 @@ class LayerPlan:
         return max(units, key=lambda unit: (bool(unit.layers), len(unit.path)), default=None)
 
     def check(self, replaceable: Collection[str], reasons: Mapping[str, str], constant: Collection[str] = ()) -> None:
-        """Raise ValueError unless the plan fits a UNet.
-
-        replaceable: paths of its layers that have a low-bit form. reasons: why the others have none, by path. constant:
-        layers that are known to read the same tensor in a whole run.
-        """
+        """Raise ValueError unless the plan fits a UNet. replaceable: paths of its layers with a low-bit form. reasons: why
+        the others have none. constant: layers that are known to read the same tensor in a whole run."""
         for unit in self.units:
             held = [layer for layer in replaceable if unit.holds(layer)]
             left = [layer for layer in reasons if unit.holds(layer)]
             unknown = [layer for layer in unit.layers if layer not in replaceable and layer not in reasons]
             if unknown or not (held or left):
-                path = unknown[0] if unknown else unit.path
+                wrong = f"{(unknown or [unit.path])[0]!r} is no Linear, Conv2d or block with such layers in this UNet"
                 advice = "make a plan for this model with make_plan() or `modiff calibrate --plan`"
-                raise ValueError(
-                    f"plan: {path!r} is no Linear, Conv2d or block with such layers in this UNet; {advice}"
-                )
+                raise ValueError(f"plan: {wrong}; {advice}")
             if unit.mode == FLOAT_MODE:
                 continue
             why_not = None

@@ -114,11 +114,8 @@ def _moved(letters: str, score: Callable[[str], float]) -> str:
 
 
 def computed_for_speedup(calls: int, speedup: float, update_s: float, skip_s: float) -> int:
-    """Most calls that may be computed for a run `speedup` times as fast as one that computes all of them.
-
-    update_s, skip_s: seconds of a call that is computed and of one that is not, the sampler's own work included.
-    ValueError if even two computed calls are too many.
-    """
+    """Most calls that may be computed for a run `speedup` times as fast as one that computes all of them. update_s,
+    skip_s: seconds of a call that is computed and of one that is not, sampler included. ValueError if below two."""
     allowed = calls * update_s / speedup
     computed = int((allowed - calls * skip_s) / (update_s - skip_s)) if update_s > skip_s else 0
     if computed < 2:

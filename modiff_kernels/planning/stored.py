@@ -13,10 +13,8 @@ SEARCH_AGAIN = "search again with `modiff calibrate --schedule`, or move the fil
 
 
 class StoredSchedule(NamedTuple):
-    """What `modiff calibrate --schedule` found in the file at `path`. run: the runs that it holds for, as `run_of`.
-
-    The bits of the network are not part of it: a forecast errs by what the sampler does between two calls.
-    """
+    """What `modiff calibrate --schedule` found in the file at `path`. run: the runs that it holds for, as `run_of`, at
+    any bits: a forecast errs by what the sampler does between two calls."""
 
     schedule: StepSchedule
     run: dict[str, Any]
@@ -52,10 +50,8 @@ def read(path: Path) -> StoredSchedule:
 
 
 def beside(*models: Any) -> StoredSchedule | None:
-    """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, or None without a file.
-
-    The folder of a pipeline counts for the UNet in its subfolder `unet` too. ValueError as of `read`.
-    """
+    """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also that around
+    its own `unet`; None without a file. ValueError as of `read`."""
     for model in models:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not isinstance(name, (str, Path)) or not name:

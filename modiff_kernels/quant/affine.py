@@ -21,11 +21,8 @@ WEIGHT_METHODS = ("absmax", "mse")
 
 
 def granules(x: Tensor, count: int, image: bool) -> Tensor:
-    """View `x` as [count, elements], one row per granule.
-
-    x: any dtype; `image` says channels_last [N, C, H, W] (elements in NHWC order), else contiguous [..., K]. The result
-    shares memory with `x`. Raises RuntimeError if `x` has another memory format.
-    """
+    """View `x` as [count, elements], one row per granule. image: channels_last [N, C, H, W] (elements in NHWC order),
+    else contiguous [..., K]; RuntimeError if `x` has another memory format."""
     return (x.permute(0, 2, 3, 1) if image else x).view(count, -1)
 
 

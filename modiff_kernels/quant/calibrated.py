@@ -58,9 +58,8 @@ class QuantizedWeight:
         if not _usable(self.scale):
             raise ValueError(f"{where}: a scale is not positive and finite; calibrate again")
         if (found := misfit(self.codes, self.bits)) is not None:
-            raise ValueError(
-                f"{where}: codes from {found[0]} to {found[1]} do not fit {self.bits} bits; calibrate again"
-            )
+            low, high = found
+            raise ValueError(f"{where}: codes from {low} to {high} do not fit {self.bits} bits; calibrate again")
 
     def check_belongs(self, weight: Tensor) -> None:
         """Raise ValueError unless the codes are those of `weight`, by their distance from it."""

@@ -5,10 +5,9 @@ Codes leave `quantize` packed and are multiplied as they are: at twice the rate 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...quant.operands import PackedWeight, Prologue, Window
+from ...quant.operands import PackedWeight, Prologue
 from .. import LEAST_CAPABILITY
 from .product_launch import PACKED_MULTIPLE, product
 from .quantize_launch import quantize
@@ -30,21 +29,10 @@ def why_not(problem: Any) -> str | None:
 
 
 def modulate(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor,
-    scale: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    write_out: bool,
+    h: Tensor, prologue: Prologue, x_hat: Tensor, scale: Tensor | None, weight: PackedWeight, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.modulate` of what `why_not` accepts."""
+    y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out = rest
     codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, False, packed=True)
     out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
     return out, used, absmax

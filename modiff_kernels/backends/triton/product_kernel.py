@@ -213,9 +213,7 @@ def weight_sums_kernel(
     WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """sums[n, t] of codes [t * codes_per_sum, (t + 1) * codes_per_sum) of each row, times their scale if grouped.
-
-    Program 0 of the grid: BLOCK_N rows; program 1: t. codes_per_sum is a multiple of 8, or there is one sum.
-    """
+    Program 0: BLOCK_N rows; program 1: t. codes_per_sum is a multiple of 8, or there is one sum."""
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.minimum(col, n - 1)
     k = tl.arange(0, BLOCK_K)

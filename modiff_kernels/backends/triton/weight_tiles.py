@@ -115,11 +115,8 @@ def load_codes(at, k, end, EVEN_K: tl.constexpr):
 def load_weight_tile(
     weight, rows, row_codes, row_bytes, first, left, BITS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
 ):
-    """Codes int8 [rows, BLOCK_K] of the weight at `weight`, from code `first` of every row on.
-
-    rows: int32 row numbers, all valid; a row holds `row_codes` codes in `row_bytes` bytes. left: codes that may be read
-    from `first` on; EVEN_K says at least BLOCK_K.
-    """
+    """Codes int8 [rows, BLOCK_K] of the weight, from code `first` on of the valid rows with numbers `rows`, which hold
+    `row_codes` codes in `row_bytes` bytes; `left` codes may be read from there on, with EVEN_K at least BLOCK_K."""
     row = weight + rows.to(tl.int64)[:, None] * row_bytes
     if BITS == 8:
         k = tl.arange(0, BLOCK_K)
