@@ -28,9 +28,8 @@ from pathlib import Path
 BACKENDS: dict[str, str | None] = {
     "cpu": "cpu",
     "onednn": "cpu",
-    # No kernel for CUDA has been measured yet. triton comes first because it needs no compiler and has group scales,
-    # groups and channels that are no multiple of 16; cuda solves the same ops, with the same codes and layouts, where
-    # triton is not installed or does not solve the problem. Measured rows shall decide.
+    # Not measured yet: triton comes first because it needs no compiler and has group scales, groups and channels that
+    # are no multiple of 16. Measured rows shall decide.
     "triton": "cuda",
     "cuda": "cuda",
     "reference": None,

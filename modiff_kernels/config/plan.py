@@ -165,8 +165,8 @@ class LayerPlan:
         return max(units, key=lambda unit: (bool(unit.layers), len(unit.path)), default=None)
 
     def check(self, replaceable: Collection[str], reasons: Mapping[str, str], constant: Collection[str] = ()) -> None:
-        """Raise ValueError unless the plan fits a UNet. replaceable: paths of its layers with a low-bit form. reasons: why
-        the others have none. constant: layers that are known to read the same tensor in a whole run."""
+        """Raise ValueError unless the plan fits a UNet. replaceable: paths of its layers with a low-bit form. reasons:
+        why the others have none. constant: layers that are known to read the same tensor in a whole run."""
         for unit in self.units:
             held = [layer for layer in replaceable if unit.holds(layer)]
             left = [layer for layer in reasons if unit.holds(layer)]

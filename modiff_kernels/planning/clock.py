@@ -1,7 +1,4 @@
-"""Where the calls of a run lie on the axis of a schedule, read from the scheduler once a run.
-
-Everything here works on host numbers; what stands on a device is read at the first call of a context.
-"""
+"""Where the calls of a run lie on the axis of a schedule, read from the scheduler once a run, as host numbers."""
 
 import math
 from collections.abc import Sequence

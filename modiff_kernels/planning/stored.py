@@ -50,8 +50,8 @@ def read(path: Path) -> StoredSchedule:
 
 
 def beside(*models: Any) -> StoredSchedule | None:
-    """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also that around
-    its own `unet`; None without a file. ValueError as of `read`."""
+    """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also that
+    around its own `unet`; None without a file. ValueError as of `read`."""
     for model in models:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not isinstance(name, (str, Path)) or not name:

@@ -32,9 +32,7 @@ LAYOUT = "modiff_layout"
 SHARE_INPUTS = "modiff_share_edges"  # the key of version 1 of the format
 CRC32 = "modiff_crc32"
 
-WEIGHT = ".weight"
-WEIGHT_PACKED = ".weight_packed"
-WEIGHT_SCALE = ".weight_scale"
+WEIGHT, WEIGHT_PACKED, WEIGHT_SCALE = ".weight", ".weight_packed", ".weight_scale"
 _OPTIONAL = {field: f".{field}" for field in ("act_scale", "act_zero_point", "input_scale")}  # of CalibratedLayer
 _OPTIONAL["bias"] = ".calibrated_bias"
 _OF_LAYER = (WEIGHT_PACKED, WEIGHT_SCALE, *_OPTIONAL.values())

@@ -1,19 +1,10 @@
 """What the formats allow: bit widths, code ranges, granularities and their number of scales.
 
-A *granule* is the set of elements that share one scale. In memory order (row major for the input of a Linear, NHWC for
-an image) every granule is one consecutive block:
-
-========== ============================================ =======================
-name       granule                                      number of scales
-========== ============================================ =======================
-per_tensor the whole tensor, batch included             1
-per_sample everything at one index of dimension 0       shape[0]
-per_token  one row of a Linear input, one pixel         numel / channels
-========== ============================================ =======================
-
-per_block is per_sample with an integer multiplier on top for every block of 16 consecutive rows of one channel of one
-sample: a code of few bits times its multiplier still fits int8, so an integer product takes it without knowing
-(`affine.block_multipliers`).
+A *granule* is the set of elements that share one scale, in memory order (row major for the input of a Linear, NHWC for
+an image) one consecutive block: with per_tensor the whole tensor, batch included; with per_sample everything at one
+index of dimension 0; with per_token one row of a Linear input, or one pixel. per_block is per_sample with an integer
+multiplier on top for every block of 16 consecutive rows of one channel of one sample: a code of few bits times its
+multiplier still fits int8, so an integer product takes it without knowing (`affine.block_multipliers`).
 """
 
 from collections.abc import Sequence
@@ -74,7 +65,7 @@ def block_count(rows: int, bits: int) -> int:
 
 
 def granule_count(shape: Sequence[int], granularity: str, image: bool) -> int:
-    """Number of scales of a tensor of `shape` at `granularity` (see the table of this module)."""
+    """Number of scales of a tensor of `shape` at `granularity` (see the top of this module)."""
     if granularity == "per_token":
         return row_count(shape, image)
     return 1 if granularity == "per_tensor" else shape[0]

@@ -37,9 +37,7 @@ def unavailable() -> str | None:
     return why_no_gpu() or why_not_loaded()
 
 
-# The ops of the library, which `unavailable` or `why_not_loaded` has loaded; tests put an emulation in their place.
-
-
+# The ops of the library, loaded by `why_not_loaded`; tests put an emulation in their place.
 def quantize_op() -> Any:
     return torch.ops.modiff_cuda.quantize.default
 

@@ -36,7 +36,6 @@ def why_not(problem: Any) -> str | None:
         return f"m={problem.m} rows; they are counted in 31 bits"
     if problem.m * problem.k >= MAX_ELEMENTS:
         return f"{problem.m} x {problem.k} elements may take more blocks than a launch has; less than 2^36 always fit"
-    whole_rows = problem.granularity == "per_token" or problem.prologue == "layer_norm"
-    if whole_rows and problem.k > MAX_ROW:
+    if problem.k > MAX_ROW and (problem.granularity == "per_token" or problem.prologue == "layer_norm"):
         return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"
     return None

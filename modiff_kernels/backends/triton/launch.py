@@ -55,9 +55,7 @@ def recorded() -> Iterator[list[Variant]]:
         _record = None
 
 
-def _variant(
-    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], num_warps: int, num_stages: int | None
-) -> Variant:
+def _variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], *options: Any) -> Variant:
     signature, constexprs, divisible = {}, dict(constants), []
     for parameter, value in zip(kernel.params, args):
         name = parameter.name
@@ -74,4 +72,4 @@ def _variant(
                 divisible.append(name)
     signature.update(dict.fromkeys(constexprs, "constexpr"))
     ordered = {name: signature[name] for name in kernel.arg_names}
-    return Variant(kernel, ordered, constexprs, tuple(divisible), num_warps, num_stages)
+    return Variant(kernel, ordered, constexprs, tuple(divisible), *options)

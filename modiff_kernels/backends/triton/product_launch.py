@@ -77,6 +77,7 @@ def product(
     """`ops.product`, its arguments already checked, in `tile` or the one that is chosen for its shape."""
     n, grouped = weight.n, weight.group_size != -1
     geometry = geometry_of(codes, n, window)
+    k = geometry.taps * geometry.channels
     m, channels, channels_in, image, out_shape, (kernel, stride, padding, dilation, groups) = geometry
     tile = tile or choose(geometry.shape(weight), gpu_of(codes.device))
     out = None
@@ -88,7 +89,6 @@ def product(
     steps_per_split = -(-steps // tile.split_k)
     splits = -(-steps // steps_per_split)
     tiles = -(-m // tile.block_m) * groups * -(-(n // groups) // tile.block_n)
-    k = geometry.taps * channels
     sums = None if zero_point is None else weight_sums(weight, geometry, tile.block_k)
     partial = None
     if splits > 1:
