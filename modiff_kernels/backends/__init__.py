@@ -28,9 +28,8 @@ from pathlib import Path
 BACKENDS: dict[str, str | None] = {
     "cpu": "cpu",
     "onednn": "cpu",
-    # No kernel for CUDA has been measured yet. triton comes first because it needs no compiler and has group scales,
-    # groups and channels that are no multiple of 16; cuda solves the same ops, with the same codes and layouts, where
-    # triton is not installed or does not solve the problem. Measured rows shall decide.
+    # Not measured yet: triton comes first because it needs no compiler and has group scales, groups and channels that
+    # are no multiple of 16. Measured rows shall decide.
     "triton": "cuda",
     "cuda": "cuda",
     "reference": None,
@@ -38,10 +37,31 @@ BACKENDS: dict[str, str | None] = {
 """Every backend and the device type it is for (None: all), in the order in which they are asked."""
 
 
+LEAST_CAPABILITY = (8, 0)  # of a GPU, for both backends that run there
+
+
+def why_no_gpu() -> str | None:
+    """Why no GPU of this machine is one that kernels are made for, or None."""
+    import torch  # names of backends are read where torch must not be loaded yet
+
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if max(found) >= LEAST_CAPABILITY:
+        return None
+    capabilities = ", ".join(f"{major}.{minor}" for major, minor in found)
+    return f"compute capability {capabilities}: the kernels need 8.0 (A100) or newer"
+
+
+def why_too_old(capability: tuple[int, int] | None) -> str | None:
+    """Why the kernels do not run on a GPU of this compute capability, or None."""
+    if capability is None or capability >= LEAST_CAPABILITY:
+        return None
+    return f"compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
+
+
 def source_hash() -> str | None:
-    """Hash of csrc in this checkout, as CMakeLists.txt computes it for the key `sources` of `build_info`; None in an
-    installation without sources.
-    """
+    """Hash of csrc in this checkout as in the key `sources` of `build_info`; None where there are no sources."""
     root = Path(__file__).resolve().parents[2] / "csrc"
     if not root.is_dir():
         return None
@@ -51,10 +71,8 @@ def source_hash() -> str | None:
 
 
 def library_build_info(namespace: str) -> dict[str, str] | str:
-    """What the loaded library of a private namespace was built with (csrc/common/build_info.h), or, if that library is
-    older than this op, what to do.
-    """
-    import torch  # names of backends are read where torch must not be loaded yet
+    """What the loaded library of a private namespace was built with (csrc/common/build_info.h), or what to do."""
+    import torch
 
     op = getattr(getattr(torch.ops, namespace), "build_info", None)
     if op is None:

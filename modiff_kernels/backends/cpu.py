@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.operands import PackedWeight, Prologue, Window
+from ..quant.operands import PROLOGUE_VALUE, PackedWeight, Prologue, Window, sizes_of
 from ..quant.packing import KPACK_V1, pack, unpack
+from ..quant.spec import GRANULARITY_VALUE
 from . import library_build_info
 
 TRACEABLE = True
 VNNI_V1 = "vnni_v1"
 
-_PLAIN, _AVX2, _AVX512, _AVX512_VNNI = range(4)
 _ISA_NAMES = ("plain", "AVX2", "AVX-512", "AVX-512 VNNI")
-_GRANULARITY = {"per_tensor": 0, "per_sample": 1, "per_token": 2, "per_block": 3}
-_PROLOGUE = {"identity": 0, "group_norm": 1, "layer_norm": 2, "geglu": 3}
+_AVX512, _AVX512_VNNI = 2, 3
 _AUTO_ISA = -1
 _MAX_TAPS = 49
 _MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
@@ -59,7 +58,12 @@ def why_not(problem: Any) -> str | None:
     if problem.op == "quantize":
         return None
     if problem.op == "attention":
-        return _attention_why_not(problem)
+        if torch.ops.modiff_cpu.isa() < _AVX512:
+            return f"attention needs AVX-512, this CPU has {isa()}"
+        if problem.dtype != torch.float32:
+            return f"attention is computed in float32 only, got {problem.dtype}"
+        too_many = f"attention over {problem.n} keys; at most {_MAX_KEYS} fit into the cache"
+        return too_many if problem.n > _MAX_KEYS else None
     if torch.ops.modiff_cpu.isa() < _AVX512_VNNI:
         return f"the integer products need AVX-512 VNNI, this CPU has {isa()}"
     if problem.layout != VNNI_V1:
@@ -75,30 +79,17 @@ def why_not(problem: Any) -> str | None:
     return None
 
 
-def _attention_why_not(problem: Any) -> str | None:
-    if torch.ops.modiff_cpu.isa() < _AVX512:
-        return f"attention needs AVX-512, this CPU has {isa()}"
-    if problem.dtype != torch.float32:
-        return f"attention is computed in float32 only, got {problem.dtype}"
-    if problem.n > _MAX_KEYS:
-        return f"attention over {problem.n} keys; at most {_MAX_KEYS} fit into the cache"
-    return None
-
-
 def preferred_layout(problem: Any) -> str:
     """The weight layout that the integer products read."""
     return VNNI_V1
 
 
 def prepare_weight(weight: PackedWeight, k: int, window: Window | None, layout: str) -> PackedWeight:
-    """Convert between kpack_v1 and vnni_v1 (csrc/cpu/product.h), which is int8 whatever `weight.bits` is: 3 and 4 bits
-    save no memory here.
-    """
+    """Convert between kpack_v1 and vnni_v1 (csrc/cpu/product.h), which is int8 whatever `weight.bits` is."""
     allowed = (KPACK_V1, VNNI_V1)
     if weight.layout not in allowed or layout not in allowed:
         raise ValueError(f"{weight.layout!r} to {layout!r}; the layouts known here are {allowed}")
-    r, s = (1, 1) if window is None else window.kernel_size
-    groups = 1 if window is None else window.groups
+    (r, s), groups = ((1, 1), 1) if window is None else (window.kernel_size, window.groups)
     shape = [weight.n, r, s, k // (r * s)]
     if layout == VNNI_V1:
         packed = torch.ops.modiff_cpu.pack_vnni(unpack(weight.packed, weight.bits, k).reshape(shape), groups)
@@ -122,39 +113,17 @@ def quantize(
     affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, gamma, beta, shift, num_groups, eps, silu = prologue
-    if h.ndim == 4:
-        samples, channels, height, width = h.shape
-        rows = height * width
-    else:
-        samples, channels = h.shape[0], h.shape[-1] // (2 if kind == "geglu" else 1)
-        rows = h.shape[1:-1].numel()
+    norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
+    form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
     try:
         codes, used, absmax, zero_point = torch.ops.modiff_cpu.quantize.default(
-            h,
-            _PROLOGUE[kind],
-            _float32(gamma),
-            _float32(beta),
-            _float32(shift),
-            num_groups,
-            eps,
-            silu,
-            x_hat,
-            affine and x_hat is None,
-            bits,
-            _GRANULARITY[granularity],
-            clip_ratio,
-            scale,
-            samples,
-            rows,
-            channels,
-            _AUTO_ISA,
+            h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes_of(h, kind), _AUTO_ISA
         )
     except RuntimeError as error:
-        if "holds NaN or Inf" in str(error):
-            raise ValueError(
-                "quantize: x holds NaN or Inf; check the model's input and weights, then start a new run"
-            ) from None
-        raise
+        if "holds NaN or Inf" not in str(error):
+            raise
+        text = "quantize: x holds NaN or Inf; check the model's input and weights, then start a new run"
+        raise ValueError(text) from None
     return codes, used, zero_point if x_hat is None else absmax
 
 
@@ -179,25 +148,10 @@ def product(
         geometry = [samples, codes.numel() // (channels * samples), 1, channels, n, 1, 1, 1, 1, 0, 0, 1, 1, 1]
     else:
         samples, channels, height, width = codes.shape
-        (r, s), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups = window
-        geometry = [
-            samples, height, width, channels, n, r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-            groups,
-        ]  # fmt: skip
-    return torch.ops.modiff_cpu.product.default(
-        codes,
-        scale,
-        0 if granules == 1 else 1 if granules == samples else 2,
-        zero_point,
-        weight.packed,
-        weight.scale,
-        _float32(bias),
-        y_hat,
-        skip,
-        write_out,
-        out_dtype,
-        geometry,
-    )
+        geometry = [samples, height, width, channels, n, *window.to_ints()]
+    granularity = 0 if granules == 1 else 1 if granules == samples else 2
+    factors = (codes, scale, granularity, zero_point, weight.packed, weight.scale)
+    return torch.ops.modiff_cpu.product.default(*factors, _float32(bias), y_hat, skip, write_out, out_dtype, geometry)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
@@ -208,7 +162,7 @@ def _quantize_fake(
     x, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity, clip_ratio, scale,
     samples, rows, channels, isa,
 ):  # fmt: skip
-    shape = (*x.shape[:-1], channels) if prologue == _PROLOGUE["geglu"] else x.shape
+    shape = (*x.shape[:-1], channels) if prologue == PROLOGUE_VALUE["geglu"] else x.shape
     granules = (1, samples, samples * rows, samples)[granularity]
     memory_format = torch.channels_last if x.ndim == 4 else torch.contiguous_format
     codes = torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=memory_format)
@@ -222,17 +176,15 @@ def _product_fake(
 ):  # fmt: skip
     if not write_out:
         return codes.new_empty(0, dtype=out_dtype)
-    c_out, shape = geometry[4], codes.shape
     if codes.ndim != 4:
-        return codes.new_empty((*shape[:-1], c_out), dtype=out_dtype)
-    window = Window.from_ints(geometry[5:])
-    out_shape = window.output_shape(shape, c_out)
+        return codes.new_empty((*codes.shape[:-1], geometry[4]), dtype=out_dtype)
+    out_shape = Window.from_ints(geometry[5:]).output_shape(codes.shape, geometry[4])
     return torch.empty(out_shape, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
 
 
-def _attention_fake(q, k, v, heads, scale):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-_FAKES: dict[str, Any] = {"quantize": _quantize_fake, "product": _product_fake, "attention": _attention_fake}
+_FAKES: dict[str, Any] = {
+    "quantize": _quantize_fake,
+    "product": _product_fake,
+    "attention": lambda q, k, v, heads, scale: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+}
 """Results without values, of the ops of the library that compiled code may call."""

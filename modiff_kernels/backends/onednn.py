@@ -1,9 +1,7 @@
 """Integer products by the oneDNN int8 ops of torch: the portable fall-back where the compiled backend has none.
 
-Needs nothing compiled, but a CPU whose int8 products do not saturate (`unavailable` tries it once). oneDNN takes uint8
-activations, so codes are shifted by 128 with zero point 128; unit scales make its float32 output the int32 sums, exact
-up to 2^24 and within one rounding beyond. Weights stay in kpack_v1: every call unpacks them and packs them again for
-oneDNN. `quantize` is that of the reference.
+oneDNN takes uint8 activations, so codes are shifted by 128 with zero point 128; unit scales make its float32 output the
+int32 sums, exact up to 2^24 and within one rounding beyond. Every call unpacks weights and packs them for oneDNN.
 """
 
 from functools import lru_cache
@@ -79,14 +77,10 @@ def why_not(problem: Any) -> str | None:
 
 
 def _sums(codes: Tensor, zero_point: int, weight: Tensor, window: Window | None) -> Tensor:
-    """Sums of (code - zero_point) * weight code as float32 [..., N] or [N, c_out, P, Q]; padding holds zero_point.
-
-    codes int8 [..., K] or [N, C, H, W]; weight int8 [N, K] or [N, C / groups, r, s].
-    """
+    """Sums of (code - zero_point) * weight code as float32 [..., N] or [N, c_out, P, Q]; padding holds zero_point."""
     x = codes.view(torch.uint8) ^ _SHIFT  # code + 128
     zero = _SHIFT + zero_point
-    ones = torch.ones(weight.shape[0])
-    no_zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
+    ones, no_zeros = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0], dtype=torch.int32)
     onednn = torch.ops.onednn
     output: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     if window is None:
@@ -100,24 +94,13 @@ def _sums(codes: Tensor, zero_point: int, weight: Tensor, window: Window | None)
 
 
 @torch.no_grad()
-def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Tensor:
+def product(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: PackedWeight, *rest: Any) -> Tensor:
+    """rest: y_hat, bias, skip, window, out_dtype and write_out, as `finish` takes them."""
+    window: Window | None = rest[3]
     k = summed(codes.shape[-1 if window is None else 1], window)
     dense = in_shape_of(window, packing.unpack(weight.packed, weight.bits, k)).contiguous()
-    if zero_point is None:
-        total = _sums(codes, 0, dense, window)
-    elif zero_point.shape[0] == 1:
-        total = _sums(codes, int(zero_point), dense, window)
+    if zero_point is None or zero_point.shape[0] == 1:
+        total = _sums(codes, 0 if zero_point is None else int(zero_point), dense, window)
     elif window is not None and zero_point.shape[0] == codes.shape[0]:
         samples = zip(codes.split(1), zero_point.tolist())
         total = torch.cat([_sums(sample, zero, dense, window) for sample, zero in samples])
@@ -126,4 +109,4 @@ def product(
         weight_sums = per_channel(dense.flatten(1).sum(1, dtype=torch.float64), window)
         total = (total - per_row(zero_point, total.shape, window) * weight_sums).to(torch.float32)
     values = total * (per_row(scale, total.shape, window) * per_channel(weight.scale, window))
-    return finish(values, y_hat, bias, skip, window, out_dtype, write_out)
+    return finish(values, *rest)

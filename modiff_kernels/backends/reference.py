@@ -19,9 +19,8 @@ from ..quant.spec import granule_count, row_count
 
 def why_not(problem: Any) -> str | None:
     """Everything is solved, from weights in the portable layout."""
-    if problem.layout in (None, KPACK_V1):
-        return None
-    return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
+    known = problem.layout in (None, KPACK_V1)
+    return None if known else f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
 
 
 @torch.no_grad()
@@ -75,11 +74,10 @@ def residual_codes(
     if granularity == "per_block":
         codes, used = affine.quantize_blocks(residual, x_hat.shape[1 if image else -1], bits, clip_ratio)
     else:
-        if scale is None:
-            used = affine.residual_scale(absmax, bits, clip_ratio)
-        else:
-            _require_usable_scale(scale)
-            used = scale.expand(count).clone()
+        if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            advice = "calibrate it again or give None (dynamic)"
+            raise ValueError(f"quantize: scale holds a value that is not positive and finite; {advice}")
+        used = affine.residual_scale(absmax, bits, clip_ratio) if scale is None else scale.expand(count).clone()
         codes = affine.quantize(residual, used, bits)
     residual_q = torch.empty_like(x_hat, dtype=torch.int8)
     affine.granules(residual_q, count, image).copy_(codes)
@@ -107,17 +105,8 @@ def activation_codes(
 
 def _require_finite(*bounds: Tensor) -> None:
     if not all(affine.all_finite(bound) for bound in bounds):
-        raise ValueError(
-            "quantize: x holds NaN or Inf; look for overflow in the layers before (float16 ends at 65504) or in the "
-            "model's input"
-        )
-
-
-def _require_usable_scale(scale: Tensor) -> None:
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError(
-            "quantize: scale holds a value that is not positive and finite; calibrate it again or give None (dynamic)"
-        )
+        advice = "look for overflow in the layers before (float16 ends at 65504) or in the model's input"
+        raise ValueError(f"quantize: x holds NaN or Inf; {advice}")
 
 
 @torch.no_grad()
@@ -136,20 +125,21 @@ def product(
     values = codes.to(torch.float64)
     if zero_point is not None:
         values = values - per_row(zero_point, codes.shape, window)
-    factor, late = per_channel(_channel_factor(weight), window), scale
+    # With groups along K nothing is left of the weight's scales for the output channels.
+    left = weight.scale if weight.group_size == -1 else torch.ones_like(weight.scale[:, 0])
+    factor, late = per_channel(left, window), scale
     if window is not None and scale.shape[0] > codes.shape[0] and not window.is_pointwise:
         values = values * per_row(scale, codes.shape, window).to(torch.float64)  # such scales do not leave the sum
         late = scale.new_ones(1)
-    sums = _sums(values, _dense(weight, codes, window), window)
+    dense = _dense(weight, codes, window)
+    if window is None:
+        sums = F.linear(values, dense)
+    else:
+        sums = F.conv2d(values, dense, None, window.stride, window.padding, window.dilation, window.groups)
     if late is scale and weight.group_size == -1:
         sums = sums.round()  # they are integers, but the algorithm of a GPU's convolution need not be exact
     sums = sums.to(torch.float32)
     return finish(sums * (per_row(late, sums.shape, window) * factor), y_hat, bias, skip, window, out_dtype, write_out)
-
-
-def _channel_factor(weight: PackedWeight) -> Tensor:
-    """What is left of the weight's scales for the output channels: with groups along K, ones."""
-    return weight.scale if weight.group_size == -1 else torch.ones_like(weight.scale[:, 0])
 
 
 def _dense(weight: PackedWeight, codes: Tensor, window: Window | None) -> Tensor:
@@ -167,12 +157,6 @@ def in_shape_of(window: Window | None, rows: Tensor) -> Tensor:
         return rows
     r, s = window.kernel_size
     return affine.rows_to_weight(rows, (rows.shape[0], rows.shape[1] // (r * s), r, s))
-
-
-def _sums(x: Tensor, weight: Tensor, window: Window | None) -> Tensor:
-    if window is None:
-        return F.linear(x, weight)
-    return F.conv2d(x, weight, None, window.stride, window.padding, window.dilation, window.groups)
 
 
 def per_channel(vector: Tensor, window: Window | None) -> Tensor:

@@ -18,7 +18,6 @@ DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj"
 FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
 
 log = logging.getLogger(__name__)
-
 Check = tuple[Callable[[Any], bool], str]
 
 
@@ -128,17 +127,14 @@ class ModiffConfig:
         object.__setattr__(self, "plan", _checked_plan(self.plan))
         object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
         object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
-        if self.max_state_bytes is not None and self.plan is None:
-            allowed = "None without a plan; plan='auto' or a plan says what to leave out"
-            raise _error("max_state_bytes", self.max_state_bytes, allowed)
-        if self.granularity == "per_block" and self.scale_mode != "dynamic":
-            allowed = f"another one, or scale_mode='dynamic' (got {self.scale_mode!r})"
-            raise _error("granularity", self.granularity, allowed)
-        if self.weight_bits is None and self.act_bits is not None:
-            allowed = (
-                "None as long as weight_bits is None: integer kernels need quantised weights (weight_bits 3, 4 or 8)"
-            )
-            raise _error("act_bits", self.act_bits, allowed)
+        dynamic, unquantised = self.scale_mode == "dynamic", self.weight_bits is None
+        for field, refused, allowed in (
+            ("max_state_bytes", self.plan is None, "None without a plan; plan='auto' or a plan says what to leave out"),
+            ("granularity", self.granularity == "per_block" and not dynamic, "another one, or scale_mode='dynamic'"),
+            ("act_bits", unquantised, "None as long as weight_bits is None: integer kernels need quantised weights"),
+        ):
+            if refused and getattr(self, field) is not None:
+                raise _error(field, getattr(self, field), allowed)
 
     @property
     def layer_granularity(self) -> str:
@@ -171,9 +167,8 @@ class ModiffConfig:
             log.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [key for key in values if key not in known]:
-            raise ValueError(
-                f"ModiffConfig: unknown field {', '.join(map(repr, unknown))}; the fields are {', '.join(known)}"
-            )
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"ModiffConfig: unknown field {names}; the fields are {', '.join(known)}")
         return cls(**values)
 
     def to_json(self) -> str:
@@ -190,8 +185,7 @@ class ModiffConfig:
         names = path.split(".")
         for pattern in self.skip_modules:
             parts = pattern.split(".")
-            starts = range(len(names) - len(parts) + 1)
-            if any(all(map(_fits, parts, names[start:])) for start in starts):
+            if any(all(map(_fits, parts, names[start:])) for start in range(len(names) - len(parts) + 1)):
                 return pattern
         return None
 

@@ -27,10 +27,8 @@ class Mode:
 
     def __post_init__(self) -> None:
         if self.act_bits not in BITS.get(self.kind, ()):
-            raise ValueError(
-                f"LayerPlan: mode {str(self)!r} is not allowed; give float, constant, or quantized or modulated with "
-                "3, 4 or 8 bits, such as 'modulated 4'"
-            )
+            allowed = "float, constant, or quantized or modulated with 3, 4 or 8 bits, such as 'modulated 4'"
+            raise ValueError(f"LayerPlan: mode {str(self)!r} is not allowed; give {allowed}")
 
     def __str__(self) -> str:
         return self.kind if self.act_bits is None else f"{self.kind} {self.act_bits}"
@@ -48,11 +46,8 @@ FLOAT_MODE = Mode(FLOAT)
 
 @dataclasses.dataclass(frozen=True)
 class ModeCost:
-    """What one unit costs in one mode. None: not measured.
-
-    time_us: of a call, within the whole step. sqnr_db: of the unit's output against float, None for float itself.
-    state_bytes: x_hat and y_hat.
-    """
+    """What one unit costs in one mode (None: not measured): time of a call, within the whole step; SQNR of the unit's
+    output against float, None for float itself; bytes of x_hat and y_hat."""
 
     mode: Mode
     time_us: float | None = None
@@ -62,11 +57,8 @@ class ModeCost:
 
 @dataclasses.dataclass(frozen=True)
 class UnitPlan:
-    """The mode of one unit.
-
-    path: of a layer or block. layers: paths of the layers it holds; none for all below `path`. costs: of the modes that
-    were compared. reason: why this mode.
-    """
+    """The mode of one unit, a layer or block at `path`. layers: paths of those it holds; none for all below `path`.
+    costs: of the modes that were compared. reason: why this mode."""
 
     path: str
     mode: Mode
@@ -76,9 +68,8 @@ class UnitPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
-            raise ValueError(
-                f"LayerPlan: path {self.path!r} is not allowed; give a module path such as 'mid_block.resnets.0'"
-            )
+            allowed = "a module path such as 'mid_block.resnets.0'"
+            raise ValueError(f"LayerPlan: path {self.path!r} is not allowed; give {allowed}")
         for cost in self.costs:
             for name in ("time_us", "sqnr_db", "state_bytes"):
                 value = getattr(cost, name)
@@ -174,20 +165,16 @@ class LayerPlan:
         return max(units, key=lambda unit: (bool(unit.layers), len(unit.path)), default=None)
 
     def check(self, replaceable: Collection[str], reasons: Mapping[str, str], constant: Collection[str] = ()) -> None:
-        """Raise ValueError unless the plan fits a UNet.
-
-        replaceable: paths of its layers that have a low-bit form. reasons: why the others have none, by path. constant:
-        layers that are known to read the same tensor in a whole run.
-        """
+        """Raise ValueError unless the plan fits a UNet. replaceable: paths of its layers with a low-bit form. reasons:
+        why the others have none. constant: layers that are known to read the same tensor in a whole run."""
         for unit in self.units:
             held = [layer for layer in replaceable if unit.holds(layer)]
             left = [layer for layer in reasons if unit.holds(layer)]
             unknown = [layer for layer in unit.layers if layer not in replaceable and layer not in reasons]
             if unknown or not (held or left):
-                raise ValueError(
-                    f"plan: {unknown[0] if unknown else unit.path!r} is no Linear, Conv2d or block with such layers in "
-                    "this UNet; make a plan for this model with make_plan() or `modiff calibrate --plan`"
-                )
+                wrong = f"{(unknown or [unit.path])[0]!r} is no Linear, Conv2d or block with such layers in this UNet"
+                advice = "make a plan for this model with make_plan() or `modiff calibrate --plan`"
+                raise ValueError(f"plan: {wrong}; {advice}")
             if unit.mode == FLOAT_MODE:
                 continue
             why_not = None

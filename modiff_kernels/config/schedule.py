@@ -132,11 +132,8 @@ class StepSchedule:
         return bool({FORECAST, DEEP_FORECAST} & self._letters())
 
     def actions(self, calls: int) -> str:
-        """A letter for each of the `calls` calls of a run, the first of them U.
-
-        A rule keeps its share of computed calls. A pattern keeps its computed calls at the same parts of the run; where
-        there are no more calls than that, all are computed.
-        """
+        """A letter for each of the `calls` calls of a run, the first of them U. A pattern keeps its computed calls at
+        the same parts of the run; where there are no more calls than that, all are computed."""
         if not is_int(calls, 1):
             raise ValueError(f"StepSchedule: a run of {calls!r} calls cannot be; give a whole number, 1 or more")
         if self.rule in RULES:

@@ -48,10 +48,7 @@ def choose(
                 new_error = error - _error(old, gains) + _error(new, gains)
                 new_state = state - old.state_bytes + new.state_bytes
                 left = _excess(new_error, max_error) + _excess(new_state, max_state_bytes)
-                if not within:
-                    score = (excess - left) / max(-saved_us, LEAST_US)
-                else:
-                    score = saved_us if left == 0 else 0.0
+                score = (saved_us if left == 0 else 0.0) if within else (excess - left) / max(-saved_us, LEAST_US)
                 if score > best_score:
                     best, best_score = (path, new), score
         if best is None:
@@ -66,19 +63,16 @@ def _excess(value: float, limit: float) -> float:
 
 def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
     """`plan` with less state than `max_state_bytes`: the units that gain least take a mode that is no less faithful.
-
-    ValueError if the costs of its modulated units are not known.
-    """
+    ValueError if the costs of its modulated units are not known."""
     costs = {}
     for unit in plan.units:
         if unit.mode.kind != MODULATED:
             continue
         chosen = unit.cost(unit.mode)
         if chosen is None or unit.cost(FLOAT_MODE) is None or any(cost.time_us is None for cost in unit.costs):
-            raise ValueError(
-                f"max_state_bytes={max_state_bytes}: the plan does not say what {unit.path!r} costs, so what gains "
-                "least is not known; give a plan that make_plan() or `modiff calibrate --plan` made"
-            )
+            wrong = f"the plan does not say what {unit.path!r} costs"
+            advice = "give a plan that make_plan() or `modiff calibrate --plan` made"
+            raise ValueError(f"max_state_bytes={max_state_bytes}: {wrong}; {advice}")
         noise = noise_of(chosen.sqnr_db)
         faithful = [c for c in unit.costs if c.mode.kind != MODULATED and noise_of(c.sqnr_db) <= noise]
         costs[unit.path] = [chosen, *faithful]

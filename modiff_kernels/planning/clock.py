@@ -1,7 +1,4 @@
-"""Where the calls of a run lie on the axis of a schedule, read from the scheduler once a run.
-
-Everything here works on host numbers; what stands on a device is read at the first call of a context.
-"""
+"""Where the calls of a run lie on the axis of a schedule, read from the scheduler once a run, as host numbers."""
 
 import math
 from collections.abc import Sequence
@@ -39,11 +36,9 @@ def first_call(timesteps: Sequence[float], timestep: float) -> int:
     """Index in `timesteps` of a run's first call, above 0 for image-to-image. ValueError for a timestep not in it."""
     index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
     if abs(timesteps[index] - timestep) > 0.01 * max(timesteps):
-        raise ValueError(
-            f"schedule: the UNet was called with timestep {timestep:g}, which is none of the scheduler's "
-            f"({timesteps[0]:g} ... {timesteps[-1]:g}); open the run with the scheduler that samples: "
-            "`with handle.sampling_run(scheduler=...):`"
-        )
+        known = f"which is none of the scheduler's ({timesteps[0]:g} ... {timesteps[-1]:g})"
+        advice = "open the run with the scheduler that samples: `with handle.sampling_run(scheduler=...):`"
+        raise ValueError(f"schedule: the UNet was called with timestep {timestep:g}, {known}; {advice}")
     return index
 
 
@@ -58,10 +53,8 @@ def positions(axis: str, timesteps: Sequence[float], scheduler: Any) -> list[flo
     elif sigmas is not None and len(sigmas) >= len(timesteps):
         noise = 2 * np.log([float(sigma) for sigma in sigmas[: len(timesteps)]])
     else:
-        raise ValueError(
-            f"schedule: {type(scheduler).__name__} has no alphas_cumprod and no sigmas to forecast over; give a "
-            "schedule with axis=timestep"
-        )
+        missing = "has no alphas_cumprod and no sigmas to forecast over"
+        raise ValueError(f"schedule: {type(scheduler).__name__} {missing}; give a schedule with axis=timestep")
     if axis == "log_snr":
         return (-noise).tolist()
     return np.exp(noise / {"sigma": 2, "root_sigma": 4}[axis]).tolist()

@@ -1,7 +1,6 @@
 """Time of a layer in every mode from its shape alone: what a plan starts from where nothing has been measured.
 
-Traffic model: time = prologue bytes / bandwidth + max(operations / rate, product bytes / bandwidth). It knows no
-launches, no tile sizes and no caches.
+Time = prologue bytes / bandwidth + max(operations / rate, product bytes / bandwidth), without launches and caches.
 """
 
 import dataclasses

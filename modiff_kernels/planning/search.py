@@ -1,8 +1,7 @@
 """Search for the step schedule that computes the fewest calls within a fidelity budget.
 
-The search knows nothing of networks: it asks `evaluate(schedule)` for the fidelity in dB of a schedule for the whole
-network, whatever that costs, and is deterministic if that is. Nothing is evaluated twice: give the same `known` again
-and an interrupted search goes on where it stopped.
+The search asks `evaluate(schedule)` for the fidelity in dB and is deterministic if that is. Nothing is evaluated twice:
+give the same `known` again and an interrupted search goes on where it stopped.
 """
 
 import math
@@ -80,10 +79,8 @@ def search(
             break
         best = Found(schedule_of(letters), size, score(letters))
     if best is None:
-        raise ValueError(
-            f"search: without a single call of {calls} the fidelity is {score(letters):.1f} dB, below the budget of "
-            f"{floor_db:g} dB; give a lower budget or more steps"
-        )
+        below = f"the fidelity is {score(letters):.1f} dB, below the budget of {floor_db:g} dB"
+        raise ValueError(f"search: without a single call of {calls} {below}; give a lower budget or more steps")
     return best
 
 
@@ -117,16 +114,11 @@ def _moved(letters: str, score: Callable[[str], float]) -> str:
 
 
 def computed_for_speedup(calls: int, speedup: float, update_s: float, skip_s: float) -> int:
-    """Most calls that may be computed for a run `speedup` times as fast as one that computes all of them.
-
-    update_s, skip_s: seconds of a call that is computed and of one that is not, the sampler's own work included.
-    ValueError if even two computed calls are too many.
-    """
+    """Most calls that may be computed for a run `speedup` times as fast as one that computes all of them. update_s,
+    skip_s: seconds of a call that is computed and of one that is not, sampler included. ValueError if below two."""
     allowed = calls * update_s / speedup
     computed = int((allowed - calls * skip_s) / (update_s - skip_s)) if update_s > skip_s else 0
     if computed < 2:
-        least = 2 * update_s + (calls - 2) * skip_s
-        raise ValueError(
-            f"speed-up {speedup:g} is out of reach: two computed calls of {calls} give {calls * update_s / least:.1f}"
-        )
+        most = calls * update_s / (2 * update_s + (calls - 2) * skip_s)
+        raise ValueError(f"speed-up {speedup:g} is out of reach: two computed calls of {calls} give {most:.1f}")
     return min(computed, calls - 1)

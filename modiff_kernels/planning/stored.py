@@ -13,10 +13,8 @@ SEARCH_AGAIN = "search again with `modiff calibrate --schedule`, or move the fil
 
 
 class StoredSchedule(NamedTuple):
-    """What `modiff calibrate --schedule` found in the file at `path`. run: the runs that it holds for, as `run_of`.
-
-    The bits of the network are not part of it: a forecast errs by what the sampler does between two calls.
-    """
+    """What `modiff calibrate --schedule` found in the file at `path`. run: the runs that it holds for, as `run_of`, at
+    any bits: a forecast errs by what the sampler does between two calls."""
 
     schedule: StepSchedule
     run: dict[str, Any]
@@ -43,21 +41,17 @@ def read(path: Path) -> StoredSchedule:
         schedule = StepSchedule.parse(stored["schedule"])
         run = {"sampler": dict(stored["sampler"]), "timesteps": [float(timestep) for timestep in stored["timesteps"]]}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"schedule='auto': {path} is no schedule of this version ({type(error).__name__}: {error}); {SEARCH_AGAIN}"
-        ) from error
+        wrong = f"{path} is no schedule of this version ({type(error).__name__}: {error})"
+        raise ValueError(f"schedule='auto': {wrong}; {SEARCH_AGAIN}") from error
     if schedule.is_deep:
-        raise ValueError(
-            f"schedule='auto': {path} skips deep levels; give it as schedule={str(schedule)!r}, or {SEARCH_AGAIN}"
-        )
+        advice = f"give it as schedule={str(schedule)!r}, or {SEARCH_AGAIN}"
+        raise ValueError(f"schedule='auto': {path} skips deep levels; {advice}")
     return StoredSchedule(schedule, run, path)
 
 
 def beside(*models: Any) -> StoredSchedule | None:
-    """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, or None without a file.
-
-    The folder of a pipeline counts for the UNet in its subfolder `unet` too. ValueError as of `read`.
-    """
+    """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also that
+    around its own `unet`; None without a file. ValueError as of `read`."""
     for model in models:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not isinstance(name, (str, Path)) or not name:

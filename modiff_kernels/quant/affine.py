@@ -21,11 +21,8 @@ WEIGHT_METHODS = ("absmax", "mse")
 
 
 def granules(x: Tensor, count: int, image: bool) -> Tensor:
-    """View `x` as [count, elements], one row per granule.
-
-    x: any dtype; `image` says channels_last [N, C, H, W] (elements in NHWC order), else contiguous [..., K]. The result
-    shares memory with `x`. Raises RuntimeError if `x` has another memory format.
-    """
+    """View `x` as [count, elements], one row per granule. image: channels_last [N, C, H, W] (elements in NHWC order),
+    else contiguous [..., K]; RuntimeError if `x` has another memory format."""
     return (x.permute(0, 2, 3, 1) if image else x).view(count, -1)
 
 
@@ -50,8 +47,8 @@ def block_multipliers(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> tup
         scale      = max(clip_ratio * max_bc absmax_bc / (reach * most), 2^-100)
         multiplier = clamp(ceil(clip_ratio * absmax_bc / (reach * scale)), 1, most)
 
-    All float32. This is the per-channel scale of MoDiff's paper ("LCQ"), on blocks as small as those of NVFP4, in a
-    form that an integer product can take. Why 13/16, and not the half step of `residual_scale`: docs/cpu_kernels.md.
+    All float32. This is the per-channel scale of MoDiff's paper ("LCQ") on small blocks, in a form that an integer
+    product can take. Why 13/16, and not the half step of `residual_scale`: docs/cpu_kernels.md.
     """
     reach, most = 2 ** (bits - 1) - 13 / 16, 2 ** (8 - bits)
     levels = torch.full_like(absmax[:, 0, 0], reach * most)
@@ -72,18 +69,14 @@ def affine_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x holds neither NaN nor Inf; waits for the device.
-
-    One pass where the sum is finite, because NaN and Inf stay in a sum; only one that overflows needs a second look.
-    """
+    """Whether x holds neither NaN nor Inf (both stay in a sum; one that overflows needs a second look). Waits for the
+    device."""
     return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 
 def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Codes of x, an image (channels_last) or rows (contiguous), for one calibrated scale float32 [1] and zero point.
-
-    Raises ValueError on NaN or Inf, on the CPU and outside compiled code.
-    """
+    ValueError on NaN or Inf, on the CPU and outside compiled code."""
     image = x.ndim == 4
     memory_format = torch.channels_last if image else torch.contiguous_format
     values = granules(x.to(torch.float32).contiguous(memory_format=memory_format), 1, image)
@@ -135,7 +128,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -
 def weight_rows(weight: Tensor) -> Tensor:
     """[N, K] from a Linear weight [N, K] or a conv weight [N, C, R, S]; K runs in (r, s, c) order for a conv."""
     if weight.ndim not in (2, 4):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K] (Linear) or [N, C, R, S] (Conv2d)")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected [N, K] or [N, C, R, S]")
     return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -153,9 +146,8 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str
     check_bits(where, "bits", bits)
     check_group_size(where, group_size)
     if method not in WEIGHT_METHODS:
-        raise ValueError(
-            f"{where}: method={method!r} is not known; choose one of {', '.join(map(repr, WEIGHT_METHODS))}"
-        )
+        known = ", ".join(map(repr, WEIGHT_METHODS))
+        raise ValueError(f"{where}: method={method!r} is not known; choose one of {known}")
     rows = weight_rows(weight.detach()).to(torch.float32)
     if not torch.isfinite(rows).all():
         raise ValueError(f"{where}: weight holds NaN or Inf; repair the checkpoint before quantising it")

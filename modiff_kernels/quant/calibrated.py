@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .affine import dequantize_weight, quantize_weight, weight_rows
-from .spec import check_bits, check_group_size, group_count, quant_max, quant_min
+from .packing import misfit
+from .spec import check_bits, check_group_size, group_count
 
+# Relative distance (Frobenius) from a weight at which codes are said to be those of another weight; three bits of a
+# normal distribution are at 0.2, independent weights of the same size at 1.4.
 MAX_WEIGHT_ERROR = 0.9
-"""Relative distance (Frobenius) from a weight at which codes are said to be those of another weight; three bits of a
-normal distribution are at 0.2, independent weights of the same size at 1.4."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,15 @@ class QuantizedWeight:
         codes, scale = tuple(self.codes.shape), tuple(self.scale.shape)
         scales = (n,) if self.group_size == -1 else (n, group_count(k, self.group_size))
         if self.codes.dtype != torch.int8 or codes != (n, k):
-            raise ValueError(
-                f"{where}: codes are {self.codes.dtype} {codes}, the layer needs int8 {(n, k)}; calibrate this model"
-            )
+            wrong = f"codes are {self.codes.dtype} {codes}, the layer needs int8 {(n, k)}; calibrate this model"
+            raise ValueError(f"{where}: {wrong}")
         if self.scale.dtype != torch.float32 or scale != scales:
-            raise ValueError(
-                f"{where}: scale is {self.scale.dtype} {scale}, but group_size {self.group_size} needs float32 "
-                f"{scales}; calibrate again"
-            )
+            wrong = f"scale is {self.scale.dtype} {scale}, but group_size {self.group_size} needs float32 {scales}"
+            raise ValueError(f"{where}: {wrong}; calibrate again")
         if not _usable(self.scale):
             raise ValueError(f"{where}: a scale is not positive and finite; calibrate again")
-        low, high = (int(bound) for bound in self.codes.aminmax())
-        if low < quant_min(self.bits) or high > quant_max(self.bits):
+        if (found := misfit(self.codes, self.bits)) is not None:
+            low, high = found
             raise ValueError(f"{where}: codes from {low} to {high} do not fit {self.bits} bits; calibrate again")
 
     def check_belongs(self, weight: Tensor) -> None:
@@ -68,10 +66,8 @@ class QuantizedWeight:
         rows = weight_rows(weight.detach()).to(torch.float32)
         distance = (self.dequantized() - rows).norm() / rows.norm().clamp_min(torch.finfo(torch.float32).tiny)
         if float(distance) > MAX_WEIGHT_ERROR:
-            raise ValueError(
-                f"calibrated weight: its codes are {float(distance):.2f} (relative) away from the weight of the layer; "
-                "calibrate this checkpoint"
-            )
+            away = f"{float(distance):.2f} (relative) away from the weight of the layer"
+            raise ValueError(f"calibrated weight: its codes are {away}; calibrate this checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +98,11 @@ class CalibratedLayer:
             raise ValueError("a static zero point needs a static scale of the same shape; calibrate again")
         scale = self.input_scale
         if scale is not None and not (tuple(scale.shape) == (shape[1],) and _usable(scale)):
-            raise ValueError(
-                f"input_scale {tuple(scale.shape)} does not fit {shape[1]} input channels, or is not positive and "
-                "finite; calibrate again"
-            )
+            wrong = f"does not fit {shape[1]} input channels, or is not positive and finite"
+            raise ValueError(f"input_scale {tuple(scale.shape)} {wrong}; calibrate again")
         if self.bias is not None and (not has_bias or tuple(self.bias.shape) != (shape[0],)):
-            raise ValueError(
-                f"a calibrated bias {tuple(self.bias.shape)} does not fit a layer of {shape[0]} outputs "
-                f"{'with' if has_bias else 'without'} bias; calibrate this model"
-            )
+            wrong = f"does not fit a layer of {shape[0]} outputs {'with' if has_bias else 'without'} bias"
+            raise ValueError(f"a calibrated bias {tuple(self.bias.shape)} {wrong}; calibrate this model")
 
 
 def _usable(scale: Tensor) -> bool:

@@ -7,10 +7,9 @@ A file holds the state_dict of the UNet; a low-bit layer at `path` has there, in
 - the other tensors of its `CalibratedLayer`, where it has them: `path.act_scale` float32 and `path.act_zero_point`
   int32, [1] or [calls], `path.input_scale` float32 [C], `path.calibrated_bias` float32 [N].
 
-All other tensors have the dtype of the model. The metadata of every file says `modiff_format` (a version),
-`modiff_layout`, `modiff_share_edges` (the argument share_inputs of `accelerate`), and `modiff_crc32`: as a JSON
-object, the CRC-32 of the bytes of every tensor, little endian and row-major. Files hold tensors and text only: nothing
-in them is run.
+The metadata of every file says `modiff_format` (a version), `modiff_layout`, `modiff_share_edges` (the argument
+share_inputs of `accelerate`), and `modiff_crc32`: as a JSON object, the CRC-32 of the bytes of every tensor, little
+endian and row-major. Files hold tensors and text only: nothing in them is run.
 """
 
 import json
@@ -33,9 +32,7 @@ LAYOUT = "modiff_layout"
 SHARE_INPUTS = "modiff_share_edges"  # the key of version 1 of the format
 CRC32 = "modiff_crc32"
 
-WEIGHT = ".weight"
-WEIGHT_PACKED = ".weight_packed"
-WEIGHT_SCALE = ".weight_scale"
+WEIGHT, WEIGHT_PACKED, WEIGHT_SCALE = ".weight", ".weight_packed", ".weight_scale"
 _OPTIONAL = {field: f".{field}" for field in ("act_scale", "act_zero_point", "input_scale")}  # of CalibratedLayer
 _OPTIONAL["bias"] = ".calibrated_bias"
 _OF_LAYER = (WEIGHT_PACKED, WEIGHT_SCALE, *_OPTIONAL.values())
@@ -134,11 +131,10 @@ class Checkpoint:
                 files = ", ".join(dict.fromkeys(stored.file for stored in self._stored.values()))
                 raise ValueError(f"{files}: the key {key!r} is missing, which the model of config.json has; {_ADVICE}")
             if found.shape != shape or dtype not in (None, found.dtype):
-                raise ValueError(
-                    f"{found.file}: {key!r} is {found.dtype} {list(found.shape)}, but config.json (weight_bits="
-                    f"{weight_bits}, group_size={None if group_size == -1 else group_size}) asks for "
-                    f"{dtype or found.dtype} {list(shape)}; {_ADVICE}"
-                )
+                config = f"(weight_bits={weight_bits}, group_size={None if group_size == -1 else group_size})"
+                wanted = f"config.json {config} asks for {dtype or found.dtype} {list(shape)}"
+                is_there = f"{key!r} is {found.dtype} {list(found.shape)}"
+                raise ValueError(f"{found.file}: {is_there}, but {wanted}; {_ADVICE}")
         for key, stored in self._stored.items():
             if key not in expected:
                 raise ValueError(f"{stored.file}: the key {key!r} is not known to the model of config.json; {_ADVICE}")
@@ -155,10 +151,8 @@ class Checkpoint:
         for key, tensor in tensors.items():
             found, stored = crc32(tensor.contiguous()), self._stored[key]
             if found != stored.crc32:
-                raise ValueError(
-                    f"{stored.file}: {key!r} is damaged: the CRC-32 of its bytes is {found:08x}, that of what was "
-                    f"saved is {stored.crc32:08x}; {_ADVICE}"
-                )
+                sums = f"the CRC-32 of its bytes is {found:08x}, that of what was saved is {stored.crc32:08x}"
+                raise ValueError(f"{stored.file}: {key!r} is damaged: {sums}; {_ADVICE}")
             stem, dot, name = key.rpartition(".")
             if dot + name not in _OF_LAYER or stem + WEIGHT_PACKED not in self._stored:
                 state_dict[key] = tensor
@@ -195,10 +189,9 @@ class Checkpoint:
             text = "load it without quant_method 'modiff' in the quantization_config of config.json"
             raise ValueError(f"{file}: the metadata has no {FORMAT!r}, so this is no low-bit model; {text}")
         if version != FORMAT_VERSION or layout != KPACK_V1:
-            raise ValueError(
-                f"{file}: {FORMAT} is {version!r} and {LAYOUT} {layout!r}, but this version of modiff_kernels reads "
-                f"{FORMAT_VERSION!r} and {KPACK_V1!r}; take the version that wrote it, or save the model again"
-            )
+            reads = f"but this version of modiff_kernels reads {FORMAT_VERSION!r} and {KPACK_V1!r}"
+            advice = "take the version that wrote it, or save the model again"
+            raise ValueError(f"{file}: {FORMAT} is {version!r} and {LAYOUT} {layout!r}, {reads}; {advice}")
         try:
             sums, share_inputs = json.loads(metadata[CRC32]), json.loads(metadata[SHARE_INPUTS])
         except (KeyError, ValueError) as error:

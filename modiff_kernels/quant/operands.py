@@ -12,12 +12,9 @@ class Prologue(NamedTuple):
     """What stands between the tensor `h` that an op reads and x, which it quantises; x is computed in float32 and never
     stored.
 
-    kind:
-        "identity": x = h.
-        "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image [N, C, H, W] or tokens [N, L, C],
-            normalised over the rows of a sample and the channels of one of `num_groups` groups.
-        "layer_norm": x = norm(h) over the last dimension of h [..., K].
-        "geglu": x = h[..., :K] * gelu(h[..., K:]) of h [..., 2K], gelu with erf.
+    kind: "identity": x = h. "layer_norm": over the last dimension of h [..., K]. "geglu": x = h[..., :K] *
+        gelu(h[..., K:]) of h [..., 2K], with erf. "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image
+        [N, C, H, W] or tokens [N, L, C], normalised over the rows and the channels of one of `num_groups` groups.
     gamma, beta: [C] scale and offset of the norm, or None. eps: added to the (biased) variance.
     shift: [N, C] added to every pixel before a group norm (the time embedding), or None.
     """
@@ -31,7 +28,8 @@ class Prologue(NamedTuple):
     silu: bool = False
 
 
-PROLOGUES = ("identity", "group_norm", "layer_norm", "geglu")
+PROLOGUE_VALUE = {"identity": 0, "group_norm": 1, "layer_norm": 2, "geglu": 3}  # csrc/common/problem.h
+PROLOGUES = tuple(PROLOGUE_VALUE)
 IDENTITY = Prologue()
 GEGLU = Prologue("geglu")
 
@@ -67,6 +65,14 @@ class Window(NamedTuple):
             return None
         a, b, c, d, e, f, g, h, groups = values
         return cls((a, b), (c, d), (e, f), (g, h), groups)
+
+
+def sizes_of(h: Tensor, kind: str) -> tuple[int, int, int]:
+    """Samples, rows (pixels) per sample and channels of x = prologue(h)."""
+    if h.ndim == 4:
+        samples, channels, height, width = h.shape
+        return samples, height * width, channels
+    return h.shape[0], h.shape[1:-1].numel(), h.shape[-1] // (2 if kind == "geglu" else 1)
 
 
 def summed(channels: int, window: Window | None) -> int:

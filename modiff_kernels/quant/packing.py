@@ -30,16 +30,21 @@ def packed_dtype(weight_bits: int) -> torch.dtype:
     return torch.int8 if weight_bits == 8 else torch.uint8
 
 
+def misfit(codes: Tensor, bits: int) -> tuple[int, int] | None:
+    """The least and the largest of `codes` where they do not fit `bits` bits."""
+    if codes.numel() == 0:
+        return None
+    low, high = (int(bound) for bound in codes.aminmax())
+    return (low, high) if low < quant_min(bits) or high > quant_max(bits) else None
+
+
 def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
     """kpack_v1 storage of weight_q int8 [N, K]; a new tensor. Raises ValueError if a code does not fit."""
     check_bits("pack_weight", "weight_bits", weight_bits)
-    if weight_q.numel() > 0:
-        low, high = (int(bound) for bound in weight_q.aminmax())
-        if low < quant_min(weight_bits) or high > quant_max(weight_bits):
-            raise ValueError(
-                f"pack_weight: weight_q holds codes from {low} to {high}, but {weight_bits} bits hold "
-                f"{quant_min(weight_bits)} to {quant_max(weight_bits)}; quantise the weight with bits={weight_bits}"
-            )
+    if (found := misfit(weight_q, weight_bits)) is not None:
+        allowed = f"{weight_bits} bits hold {quant_min(weight_bits)} to {quant_max(weight_bits)}"
+        wrong = f"weight_q holds codes from {found[0]} to {found[1]}, but {allowed}"
+        raise ValueError(f"pack_weight: {wrong}; quantise the weight with bits={weight_bits}")
     if weight_bits == 8:
         return weight_q.clone(memory_format=torch.contiguous_format)
     if weight_bits == 4:

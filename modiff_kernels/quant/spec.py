@@ -1,19 +1,10 @@
 """What the formats allow: bit widths, code ranges, granularities and their number of scales.
 
-A *granule* is the set of elements that share one scale. In memory order (row major for the input of a Linear, NHWC for
-an image) every granule is one consecutive block:
-
-========== ============================================ =======================
-name       granule                                      number of scales
-========== ============================================ =======================
-per_tensor the whole tensor, batch included             1
-per_sample everything at one index of dimension 0       shape[0]
-per_token  one row of a Linear input, one pixel         numel / channels
-========== ============================================ =======================
-
-per_block is per_sample with an integer multiplier on top for every block of 16 consecutive rows of one channel of one
-sample: a code of few bits times its multiplier still fits int8, so an integer product takes it without knowing
-(`affine.block_multipliers`).
+A *granule* is the set of elements that share one scale, in memory order (row major for the input of a Linear, NHWC for
+an image) one consecutive block: with per_tensor the whole tensor, batch included; with per_sample everything at one
+index of dimension 0; with per_token one row of a Linear input, or one pixel. per_block is per_sample with an integer
+multiplier on top for every block of 16 consecutive rows of one channel of one sample: a code of few bits times its
+multiplier still fits int8, so an integer product takes it without knowing (`affine.block_multipliers`).
 """
 
 from collections.abc import Sequence
@@ -23,6 +14,7 @@ from typing import Literal, get_args
 BITS = (3, 4, 8)
 Granularity = Literal["per_tensor", "per_sample", "per_token", "per_block"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+GRANULARITY_VALUE = {name: value for value, name in enumerate(GRANULARITIES)}  # csrc/common/problem.h
 BLOCK_ROWS = 16  # rows (pixels) of a per_block block; the last one of a sample takes the rest, up to 31
 
 
@@ -45,19 +37,16 @@ def check_bits(where: str, name: str, bits: int, allowed: Sequence[int] = BITS) 
 def check_granularity(where: str, granularity: str) -> None:
     """Raise ValueError unless `granularity` is a known name."""
     if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"{where}: granularity={granularity!r} is not known; choose one of {', '.join(map(repr, GRANULARITIES))}"
-        )
+        known = ", ".join(map(repr, GRANULARITIES))
+        raise ValueError(f"{where}: granularity={granularity!r} is not known; choose one of {known}")
 
 
 def check_group_size(where: str, group_size: int) -> None:
     """Raise ValueError unless `group_size` is -1 (one scale per output channel) or a positive number."""
     is_integer = hasattr(group_size, "__index__") and not isinstance(group_size, bool)  # symbolic while compiling
     if not is_integer or (group_size != -1 and group_size < 1):
-        raise ValueError(
-            f"{where}: group_size={group_size!r} is not allowed; give -1 (one scale per output channel) or a positive "
-            f"number of elements along K"
-        )
+        allowed = "-1 (one scale per output channel) or a positive number of elements along K"
+        raise ValueError(f"{where}: group_size={group_size!r} is not allowed; give {allowed}")
 
 
 def group_count(k: int, group_size: int) -> int:
@@ -71,15 +60,12 @@ def row_count(shape: Sequence[int], image: bool) -> int:
 
 
 def block_count(rows: int, bits: int) -> int:
-    """Blocks of a sample of `rows` rows at granularity per_block; 0: there is nothing to gain, it is per_sample.
-
-    8-bit codes leave no room for a multiplier, and with fewer than 16 rows a block would hold next to nothing.
-    """
+    """Blocks of a sample of `rows` rows at per_block; 0 (8-bit codes leave no room, or too few rows): per_sample."""
     return 0 if bits == 8 else rows // BLOCK_ROWS
 
 
 def granule_count(shape: Sequence[int], granularity: str, image: bool) -> int:
-    """Number of scales of a tensor of `shape` at `granularity` (see the table of this module)."""
+    """Number of scales of a tensor of `shape` at `granularity` (see the top of this module)."""
     if granularity == "per_token":
         return row_count(shape, image)
     return 1 if granularity == "per_tensor" else shape[0]

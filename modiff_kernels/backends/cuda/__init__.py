@@ -6,7 +6,8 @@ is built where nvcc is found and loads with any torch, also one without CUDA.
 
 from typing import Any
 
-from . import library, modulate_nibbles, product_launch, quantize_launch
+from .. import why_too_old
+from . import modulate_nibbles, product_launch, quantize_launch
 from .library import build_info, unavailable
 from .modulate_nibbles import modulate
 from .product_launch import product
@@ -23,6 +24,4 @@ _REASONS = {
 
 def why_not(problem: Any) -> str | None:
     """Why the kernels cannot solve `problem`, None if they can."""
-    if problem.capability is not None and problem.capability < library.LEAST_CAPABILITY:
-        return f"compute capability {problem.capability[0]}.{problem.capability[1]}: the kernels need 8.0 or newer"
-    return _REASONS[problem.op](problem)
+    return why_too_old(problem.capability) or _REASONS[problem.op](problem)

@@ -6,20 +6,17 @@ from typing import Any
 
 import torch
 
-from .. import library_build_info
+from .. import library_build_info, why_no_gpu
 
 LIBRARY = Path(__file__).resolve().parents[2] / "_lib" / "libmodiff_cuda.so"
-LEAST_CAPABILITY = (8, 0)
 
 
 @lru_cache(maxsize=1)
 def why_not_loaded() -> str | None:
     """Why the library is not there, or None. It is loaded at the first call."""
     if not LIBRARY.exists():
-        return (
-            f"{LIBRARY.name} was not built: no nvcc was found at installation, or MODIFF_CUDA=OFF or "
-            "MODIFF_SKIP_BUILD=1 was set"
-        )
+        causes = "no nvcc was found at installation, or MODIFF_CUDA=OFF or MODIFF_SKIP_BUILD=1 was set"
+        return f"{LIBRARY.name} was not built: {causes}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
@@ -36,17 +33,11 @@ def build_info() -> dict[str, str] | str:
 def unavailable() -> str | None:
     """Why these kernels cannot run here, or None."""
     if not torch.cuda.is_available():
-        return why_not_loaded() or "torch sees no CUDA device"
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    if max(capabilities) < LEAST_CAPABILITY:
-        found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
-        return f"compute capability {found}: the kernels need 8.0 (A100) or newer"
-    return why_not_loaded()
+        return why_not_loaded() or why_no_gpu()
+    return why_no_gpu() or why_not_loaded()
 
 
-# The ops of the library, which `unavailable` or `why_not_loaded` has loaded; tests put an emulation in their place.
-
-
+# The ops of the library, loaded by `why_not_loaded`; tests put an emulation in their place.
 def quantize_op() -> Any:
     return torch.ops.modiff_cuda.quantize.default
 

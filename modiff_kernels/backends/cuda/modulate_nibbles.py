@@ -1,21 +1,18 @@
-"""`modulate` of 4-bit codes and 4-bit weights on the 4-bit tensor cores of sm_80 to sm_89.
+"""`modulate` of 4-bit codes and weights on the 4-bit tensor cores of sm_80 to sm_89.
 
-Codes leave `quantize` packed, two to a byte, and are multiplied as they are: at twice the rate of bytes, with half of
-their memory traffic.
+Codes leave `quantize` packed and are multiplied as they are: at twice the rate of bytes, with half of their traffic.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...quant.operands import PackedWeight, Prologue, Window
-from . import library
+from ...quant.operands import PackedWeight, Prologue
+from .. import LEAST_CAPABILITY
 from .product_launch import PACKED_MULTIPLE, product
 from .quantize_launch import quantize
 
-BELOW = (9, 0)
-"""Newer GPUs emulate 4-bit tensor cores, slower than bytes."""
+BELOW = (9, 0)  # newer GPUs emulate 4-bit tensor cores, slower than bytes
 
 
 def why_not(problem: Any) -> str | None:
@@ -26,27 +23,16 @@ def why_not(problem: Any) -> str | None:
         return "codes times the multipliers of per_block have 8 bits"
     if problem.channels % PACKED_MULTIPLE != 0:
         return f"{problem.channels} input channels: nibbles are read {PACKED_MULTIPLE} at a time"
-    if problem.capability is None or not library.LEAST_CAPABILITY <= problem.capability < BELOW:
+    if problem.capability is None or not LEAST_CAPABILITY <= problem.capability < BELOW:
         return "only GPUs from sm_80 to sm_89 have 4-bit tensor cores"
     return None
 
 
 def modulate(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor,
-    scale: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    write_out: bool,
+    h: Tensor, prologue: Prologue, x_hat: Tensor, scale: Tensor | None, weight: PackedWeight, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.modulate` of what `why_not` accepts."""
+    y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out = rest
     codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, False, packed=True)
     out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
     return out, used, absmax

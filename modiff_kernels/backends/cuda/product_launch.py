@@ -11,19 +11,10 @@ from . import library
 from .tiles import Tile, choose
 
 _ALIGNMENT = 16
-
-CHANNEL_MULTIPLE = 16
-"""Codes are copied in chunks of 16 bytes, each inside one tap."""
-
-PACKED_MULTIPLE = 32
-"""4- and 3-bit weights are copied in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes."""
-
-MAX_K = 1 << 16
-"""255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32."""
-
-MAX_ROWS = 1 << 30
-"""Of the output, times the stride: 31 bits hold them, an image's border and a tile's rows past the end."""
-
+CHANNEL_MULTIPLE = 16  # codes are copied in chunks of 16 bytes, each inside one tap
+PACKED_MULTIPLE = 32  # 4- and 3-bit weights in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes
+MAX_K = 1 << 16  # 255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32
+MAX_ROWS = 1 << 30  # of the output, times the stride: 31 bits hold them, a border and a tile's rows past the end
 MAX_OUTPUTS = 1 << 39  # 2^31 blocks of 64 x 64 outputs, with K in 16 splits
 
 
@@ -33,9 +24,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def geometry_of(codes: Tensor, n: int, window: Window | None) -> tuple[int, ...]:
-    """Sizes of a product as the library has them (csrc/cuda/product.h); a Linear is a 1x1 convolution over an image of
-    width 1. Codes of dtype uint8 are packed, two to a byte.
-    """
+    """Sizes as in csrc/cuda/product.h; a Linear is a 1x1 convolution of width 1. Codes in uint8 are two to a byte."""
     per_element = 2 if codes.dtype == torch.uint8 else 1
     if window is None:
         return (1, codes.shape[:-1].numel(), 1, codes.shape[-1] * per_element, n, 1, 1, 1, 1, 0, 0, 1, 1, 1)
@@ -56,9 +45,8 @@ def product(
     write_out: bool,
     tile: Tile | None = None,
 ) -> Tensor:
-    """`ops.product`, its arguments already checked. Codes are int8, or uint8: 4-bit ones, packed. In `tile`, or the one
-    measured on this GPU; if there is none, the kernels choose.
-    """
+    """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: as measured on this GPU, else
+    the kernels choose."""
     geometry = geometry_of(codes, weight.n, window)
     if tile is None:
         tile = choose(geometry, weight.bits, 4 if codes.dtype == torch.uint8 else 8, codes.device)
@@ -80,15 +68,11 @@ def why_not(problem: Any) -> str | None:
     if problem.granularity == "per_token" and not problem.is_pointwise:
         return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
     if problem.channels % CHANNEL_MULTIPLE != 0:
-        return (
-            f"{problem.channels} input channels: codes are read {CHANNEL_MULTIPLE} at a time, so their number must be "
-            f"divisible by {CHANNEL_MULTIPLE}"
-        )
+        wanted = f"at a time, so their number must be divisible by {CHANNEL_MULTIPLE}"
+        return f"{problem.channels} input channels: codes are read {CHANNEL_MULTIPLE} {wanted}"
     if problem.weight_bits != 8 and problem.k % PACKED_MULTIPLE != 0:
-        return (
-            f"{problem.weight_bits}-bit weights with k={problem.k}: they are read {PACKED_MULTIPLE} at a time, so k "
-            f"must be divisible by {PACKED_MULTIPLE}; use weight_bits=8"
-        )
+        wanted = f"k must be divisible by {PACKED_MULTIPLE}, as they are read; use weight_bits=8"
+        return f"{problem.weight_bits}-bit weights with k={problem.k}: {wanted}"
     if problem.k > MAX_K:
         return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
     if problem.m * stride[0] * stride[1] >= MAX_ROWS:

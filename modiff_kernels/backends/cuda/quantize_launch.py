@@ -4,19 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...quant.operands import PROLOGUES, Prologue
-from ...quant.spec import GRANULARITIES
+from ...quant.operands import PROLOGUE_VALUE, Prologue, sizes_of
+from ...quant.spec import GRANULARITY_VALUE
 from . import library
 
-MAX_ROW = 8192
-"""Channels of a row that a thread block holds in registers: csrc/cuda/common/quantize_tiling.h kMostRowChannels."""
-
+MAX_ROW = 8192  # channels of a row in registers of a block: csrc/cuda/common/quantize_tiling.h kMostRowChannels
 MAX_ROWS = 1 << 31
 MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vectors
-
-# csrc/common/problem.h
-PROLOGUE_VALUE = {name: value for value, name in enumerate(PROLOGUES)}
-GRANULARITY_VALUE = {name: value for value, name in enumerate(GRANULARITIES)}
 
 
 def quantize(
@@ -31,17 +25,9 @@ def quantize(
     packed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked; with `packed` the codes of every row are in kpack_v1."""
-    kind, gamma, beta, shift, num_groups, eps, silu = prologue
-    if h.ndim == 4:
-        samples, channels, height, width = h.shape
-        rows = height * width
-    else:
-        samples, channels = h.shape[0], h.shape[-1] // (2 if kind == "geglu" else 1)
-        rows = h.shape[1:-1].numel()
-    return library.quantize_op()(
-        h, PROLOGUE_VALUE[kind], gamma, beta, shift, num_groups, eps, silu, x_hat, affine and x_hat is None, bits,
-        GRANULARITY_VALUE[granularity], clip_ratio, scale, packed, samples, rows, channels,
-    )  # fmt: skip
+    kind, *norm = prologue
+    form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
+    return library.quantize_op()(h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, packed, *sizes_of(h, kind))
 
 
 def why_not(problem: Any) -> str | None:
@@ -50,7 +36,6 @@ def why_not(problem: Any) -> str | None:
         return f"m={problem.m} rows; they are counted in 31 bits"
     if problem.m * problem.k >= MAX_ELEMENTS:
         return f"{problem.m} x {problem.k} elements may take more blocks than a launch has; less than 2^36 always fit"
-    whole_rows = problem.granularity == "per_token" or problem.prologue == "layer_norm"
-    if whole_rows and problem.k > MAX_ROW:
+    if problem.k > MAX_ROW and (problem.granularity == "per_token" or problem.prologue == "layer_norm"):
         return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"
     return None

@@ -74,8 +74,7 @@ def choose(geometry: Sequence[int], weight_bits: int, code_bits: int, device: to
 def candidates(
     geometry: Sequence[int], weight_bits: int, code_bits: int, capability: tuple[int, int], multiprocessors: int
 ) -> list[Tile]:
-    """Every tiling of a product on such a GPU, for each architecture the best estimate first, sm_90 before sm_80: the
-    first one is what the kernels choose. Needs the library, no GPU.
-    """
+    """Every tiling on such a GPU, sm_90 before sm_80, the best estimate first: the first is what the kernels choose.
+    Needs the library, no GPU."""
     values = library.tiles_op()(geometry, weight_bits, code_bits, 10 * capability[0] + capability[1], multiprocessors)
     return [Tile(*values[i : i + 4]) for i in range(0, len(values), 4)]

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from ...quant.packing import KPACK_V1
+from .. import LEAST_CAPABILITY, why_no_gpu, why_too_old
 from . import quantize_tiling, tiles
 
-LEAST_CAPABILITY = (8, 0)
-MAX_K = 1 << 16
-"""255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32."""
+MAX_K = 1 << 16  # 255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32
 MAX_ROWS = 1 << 31
 
 _FUNCTIONS = {"quantize": ".quantize_launch", "product": ".product_launch", "modulate": ".modulate_linear"}
@@ -32,12 +31,8 @@ def __getattr__(name: str) -> Any:
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why these kernels cannot run here, or None."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    if max(capabilities) < LEAST_CAPABILITY:
-        found = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
-        return f"compute capability {found}: the kernels need 8.0 (A100) or newer"
+    if (reason := why_no_gpu()) is not None:
+        return reason
     try:
         import triton  # noqa: F401 (whether it loads is the question)
     except ImportError as error:
@@ -47,19 +42,13 @@ def unavailable() -> str | None:
 
 def why_not(problem: Any) -> str | None:
     """Why the kernels cannot solve `problem`, None if they can."""
-    if problem.capability is not None and problem.capability < LEAST_CAPABILITY:
-        return f"compute capability {problem.capability[0]}.{problem.capability[1]}: the kernels need 8.0 or newer"
-    if problem.op == "quantize":
-        return quantize_tiling.why_not(problem)
-    return _product_why_not(problem) if problem.op == "product" else _modulate_why_not(problem)
+    return why_too_old(problem.capability) or _REASONS[problem.op](problem)
 
 
 def _shape_of(problem: Any) -> tiles.Shape:
     groups = 1 if problem.window is None else problem.window.groups
-    channels = problem.channels // groups
-    return tiles.Shape(
-        problem.m, problem.n, channels, problem.taps, groups, problem.weight_bits, problem.group_size
-    )  # fmt: skip
+    weight = (problem.weight_bits, problem.group_size)
+    return tiles.Shape(problem.m, problem.n, problem.channels // groups, problem.taps, groups, *weight)
 
 
 def _product_why_not(problem: Any) -> str | None:
@@ -67,15 +56,11 @@ def _product_why_not(problem: Any) -> str | None:
         return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
     shape = _shape_of(problem)
     if shape.weight_bits != 8 and shape.taps > 1 and shape.channels % 8 != 0:
-        return (
-            f"{shape.weight_bits}-bit weights with {shape.channels} input channels per tap: a tap must begin at a "
-            "byte, so their number must be divisible by 8; use weight_bits=8"
-        )
+        wanted = "a tap must begin at a byte, so their number must be divisible by 8; use weight_bits=8"
+        return f"{shape.weight_bits}-bit weights with {shape.channels} input channels per tap: {wanted}"
     if not any(tiles.fits(tile, shape) for tile in tiles.candidates(problem.capability or LEAST_CAPABILITY)):
-        return (
-            f"group_size={shape.group_size} with {shape.channels} input channels per tap: a step along K is inside one "
-            "group, so group_size (and, for kernels above 1x1, the channels) must be divisible by 32"
-        )
+        wanted = "a step along K is inside one group, so both (channels: above 1x1 only) must be divisible by 32"
+        return f"group_size={shape.group_size} with {shape.channels} input channels per tap: {wanted}"
     if problem.k > MAX_K:
         return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
     if problem.m >= MAX_ROWS:
@@ -99,8 +84,8 @@ def _modulate_why_not(problem: Any) -> str | None:
 @cache
 def _gpu_like(capability: tuple[int, int] | None) -> tiles.Gpu:
     """A GPU of this machine with `capability`, else the one that the interpreter stands for."""
-    for index in range(torch.cuda.device_count()):
-        gpu = tiles.gpu_of(torch.device("cuda", index))
-        if gpu.capability == capability:
-            return gpu
-    return tiles.INTERPRETED_GPU
+    gpus = (tiles.gpu_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    return next((gpu for gpu in gpus if gpu.capability == capability), tiles.INTERPRETED_GPU)
+
+
+_REASONS = {"quantize": quantize_tiling.why_not, "product": _product_why_not, "modulate": _modulate_why_not}

@@ -1,7 +1,8 @@
 """The compiled forms of the kernels that ship, for ahead-of-time compilation without a GPU (tools/aot_triton.py)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product as product_of
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +42,8 @@ class Form(NamedTuple):
     split_k: int = 1
 
 
+# What most time is spent in: for a fast check.
 MAIN_FORMS = (Form("conv-w8"), Form("conv-w4", weight_bits=4), Form("linear-w8", conv=False))
-"""What most time is spent in: for a fast check."""
-
 OTHER_FORMS = (
     Form("conv-w3", weight_bits=3),
     Form("linear-w4", conv=False, weight_bits=4),
@@ -85,10 +85,8 @@ def _call_product(form: Form, tile: TileConfig) -> None:
 
 
 def _call_modulate(weight_bits: int, group_size: int, given: bool, dtype: torch.dtype, channels: int) -> None:
-    h, x_hat, y_hat = (
-        torch.empty((512, width), dtype=kind)
-        for width, kind in ((channels, dtype), (channels, torch.float16), (128, torch.float16))
-    )
+    h = torch.empty((512, channels), dtype=dtype)
+    x_hat, y_hat = (torch.empty((512, width), dtype=torch.float16) for width in (channels, 128))
     scale, granularity = (torch.empty(1), "per_tensor") if given else (None, "per_token")
     weight = _weight(128, channels, weight_bits, group_size)
     modulate(h, IDENTITY, x_hat, scale, weight, y_hat, None, None, dtype, 4, granularity, 1.0, True)
@@ -98,34 +96,28 @@ def product_variants(capability: tuple[int, int], main_only: bool = False) -> li
     """(name, variant) of every tile that a device of `capability` may get, in every form that it fits; each once."""
     named: dict[Any, tuple[str, Variant]] = {}
 
-    def keep(name: str, variants: list[Variant]) -> None:
+    def keep(name: str, call: Callable[..., None], *args: Any) -> None:
+        with recorded() as variants, torch.device("meta"):
+            call(*args)
         for variant in variants:
             key = (variant.kernel, *variant.signature.items(), *variant.constexprs.items(), variant[3:])
             named.setdefault(key, (f"{variant.kernel.__name__.removesuffix('_kernel')} {name}", variant))
 
-    with torch.device("meta"):
-        for tile in candidates(capability):
-            for form in MAIN_FORMS if main_only else MAIN_FORMS + OTHER_FORMS:
-                taps = 9 if form.conv else 1
-                if fits(tile, Shape(512, _COLUMNS, form.channels, taps, 1, form.weight_bits, form.group_size)):
-                    with recorded() as variants:
-                        _call_product(form, tile)
-                    keep(f"{form.name} {tile}", variants)
-        for weight_bits, group_size in ((8, -1),) if main_only else ((8, -1), (4, -1), (3, -1), (4, 128)):
-            for given in (False, True):
-                for dtype, channels in ((torch.float16, 320), (torch.bfloat16, _ODD_CHANNELS)):
-                    with recorded() as variants:
-                        _call_modulate(weight_bits, group_size, given, dtype, channels)
-                    given_name = "given" if given else "dynamic"
-                    keep(f"w{weight_bits} group {group_size} {given_name} {dtype} k{channels} {ONE_LAUNCH}", variants)
+    for tile, form in product_of(candidates(capability), MAIN_FORMS if main_only else MAIN_FORMS + OTHER_FORMS):
+        taps = 9 if form.conv else 1
+        if fits(tile, Shape(512, _COLUMNS, form.channels, taps, 1, form.weight_bits, form.group_size)):
+            keep(f"{form.name} {tile}", _call_product, form, tile)
+    weights = ((8, -1),) if main_only else ((8, -1), (4, -1), (3, -1), (4, 128))
+    inputs = ((torch.float16, 320), (torch.bfloat16, _ODD_CHANNELS))
+    for (bits, group_size), given, (dtype, channels) in product_of(weights, (False, True), inputs):
+        name = f"w{bits} group {group_size} {'given' if given else 'dynamic'} {dtype} k{channels} {ONE_LAUNCH}"
+        keep(name, _call_modulate, bits, group_size, given, dtype, channels)
     return list(named.values())
 
 
 def quantize_variants() -> list[Variant]:
-    """Forms of the quantising kernels that layers of SD 1.5 launch, each once: with float16 every prologue, granularity
-    and source of the scale at the first level; per_block, which needs most registers, at other levels and with other
-    dtypes; the longest rows.
-    """
+    """Forms of the quantising kernels that layers of SD 1.5 launch, each once: everything with float16 at the first
+    level; per_block, which needs most registers, at other levels and with other dtypes; the longest rows."""
     half = (torch.float16, torch.float16)
     with recorded() as variants, torch.device("meta"):
         for granularity in GRANULARITIES:

@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # set before kernels are imported, see Triton's docs
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-}
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32"}
 _ALIGNMENT = 16  # bytes of a pointer, and divisor of an integer, that Triton compiles for
 
 
@@ -61,9 +55,7 @@ def recorded() -> Iterator[list[Variant]]:
         _record = None
 
 
-def _variant(
-    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], num_warps: int, num_stages: int | None
-) -> Variant:
+def _variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], *options: Any) -> Variant:
     signature, constexprs, divisible = {}, dict(constants), []
     for parameter, value in zip(kernel.params, args):
         name = parameter.name
@@ -80,4 +72,4 @@ def _variant(
                 divisible.append(name)
     signature.update(dict.fromkeys(constexprs, "constexpr"))
     ordered = {name: signature[name] for name in kernel.arg_names}
-    return Variant(kernel, ordered, constexprs, tuple(divisible), num_warps, num_stages)
+    return Variant(kernel, ordered, constexprs, tuple(divisible), *options)

@@ -1,57 +1,42 @@
 """`modulate` of a Linear in one launch, for layers so small that launches cost more than what is computed twice.
 
-Operands (contiguous, K fast; M rows, K = channels, N columns):
-
-============ ============================ =========================================================
-x            [M, K] float                 read
-x_hat        [M, K] float                 read and updated
-given_scale  [1] or one per granule       float32; None: dynamic, one per row
-weight       [N, K] packed                as in weight_tiles.py
-weight_scale [N] or [N, K / group_size]   float32
-y_hat        [M, N] float                 updated
-skip, out    [M, N] float                 out = y_hat + skip
-scale_used   one per granule              float32, written
-absmax       one per granule              float32, written; bit patterns, zero before unless per row
-============ ============================ =========================================================
+Operands, contiguous, K fast (M rows, K = channels, N columns): x and x_hat [M, K], y_hat, skip and out [M, N] in any
+float type, weight as in weight_tiles.py, weight_scale [N] or [N, K / group_size], given_scale [1] or one per granule
+(None: dynamic, one per row), and written one per granule: scale_used, and absmax as bit patterns (zero before unless
+per row).
 
     code  = clamp(rne((x - x_hat) * (1 / scale)), -half, half - 1)      half = 2^(act_bits - 1)
     y_hat += scale * weight_scale * sum_k code * weight
     x_hat += scale * code
 
-Mapping: a program owns BLOCK_M rows and all of their columns, so nobody else reads or writes these rows of x_hat and
-y_hat: there is no race to avoid. It walks through the columns tile by tile and quantises its rows again for each;
-x_hat must stay what it was for that, and is written in the walk over the last tile, where every element is loaded for
-the last time by the very step that stores it. Dynamic scales need the absmax of whole rows first: one walk more.
-
-Limits: granularity per_token, or scales given (per_tensor and per_sample absmax needs all rows, hence other programs).
-K * N / BLOCK_N elements are quantised per row instead of K: `tiles.one_launch_pays` weighs that.
+Mapping: a program owns BLOCK_M rows and all of their columns, so that nobody else touches these rows of x_hat and
+y_hat. It walks through the columns tile by tile and quantises its rows again for each (`tiles.one_launch_pays` weighs
+that); x_hat is written in the walk over the last tile, by the step that loads an element for the last time. Dynamic
+scales need the absmax of whole rows first, one walk more: granularity per_token only.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...quant.operands import PackedWeight, Prologue, Window
+from ...quant.operands import PackedWeight, Prologue
 from ...quant.packing import packed_width
 from ...quant.spec import granule_count
 from .launch import launch
 from .quantize_kernel import magnitude, round_to_code, symmetric_scale
 from .tiles import ONE_LAUNCH
-from .weight_tiles import load_weight_tile
+from .weight_tiles import load_codes, load_weight_tile
 
 
 @triton.jit
-def _load_residual(x, x_hat, start, k, inside, EVEN_K: tl.constexpr):
+def _load_residual(x, x_hat, start, k, channels, EVEN_K: tl.constexpr):
     """x - x_hat and x_hat in float32; 0 outside."""
     at = start[:, None] + k[None, :]
-    if EVEN_K:
-        old = tl.load(x_hat + at).to(tl.float32)
-        residual = tl.load(x + at).to(tl.float32) - old
-    else:
-        old = tl.load(x_hat + at, mask=inside[None, :], other=0.0).to(tl.float32)
-        residual = tl.load(x + at, mask=inside[None, :], other=0.0).to(tl.float32) - old
-    return residual, old
+    old = load_codes(x_hat + at, k, channels, EVEN_K).to(tl.float32)
+    return load_codes(x + at, k, channels, EVEN_K).to(tl.float32) - old, old
 
 
 @triton.jit(do_not_specialize=["m", "rows_per_granule", "rows_per_given", "group_size", "scale_groups"])
@@ -70,7 +55,7 @@ def modulate_linear_kernel(
     largest = tl.zeros((BLOCK_M,), tl.int32)
     if given_scale is None:
         for first in range(0, channels, BLOCK_K):
-            residual, old = _load_residual(x, x_hat, start, first + k, first + k < channels, EVEN_K)
+            residual, old = _load_residual(x, x_hat, start, first + k, channels, EVEN_K)
             largest = tl.maximum(largest, tl.max(magnitude(residual), axis=1))
         scale = symmetric_scale(largest.to(tl.float32, bitcast=True), clip_ratio, half - 0.5)
     else:
@@ -86,12 +71,13 @@ def modulate_linear_kernel(
         may_write = (row < tl.where(tile == tiles - 1, m, 0))[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
         for first in range(0, channels, BLOCK_K):
-            inside = first + k < channels
-            residual, old = _load_residual(x, x_hat, start, first + k, inside, EVEN_K)
+            residual, old = _load_residual(x, x_hat, start, first + k, channels, EVEN_K)
             largest = tl.maximum(largest, tl.max(magnitude(residual), axis=1))
             code = round_to_code(residual * inverse[:, None], -half, half - 1.0)
             new = (old + scale[:, None] * code).to(x_hat.dtype.element_ty)
-            tl.store(x_hat + start[:, None] + (first + k)[None, :], new, mask=may_write & inside[None, :])
+            tl.store(
+                x_hat + start[:, None] + (first + k)[None, :], new, mask=may_write & (first + k < channels)[None, :]
+            )
             b = load_weight_tile(
                 weight, cols, channels, row_bytes, first, channels - first, WEIGHT_BITS, BLOCK_K, EVEN_K
             )
@@ -123,21 +109,10 @@ def modulate_linear_kernel(
 
 
 def modulate(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor,
-    scale: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    write_out: bool,
+    h: Tensor, prologue: Prologue, x_hat: Tensor, scale: Tensor | None, weight: PackedWeight, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.modulate` of what `why_not` accepts: no window, no prologue, a scale that is given or per token."""
+    y_hat, skip, _, out_dtype, bits, granularity, clip_ratio, write_out = rest
     n, channels = weight.n, h.shape[-1]
     m = h.numel() // channels
     count = granule_count(h.shape, granularity, False)

@@ -20,26 +20,23 @@ partial      [splits, M, N] with splits > 1             int32 (grouped: float32)
     with y_hat     y_hat += v              out = y_hat + skip
     without                                out = v + bias + skip
 
-m counts output pixels (sample, p, q). Integers are exact; the rest is float32. One kernel serves both operators: with
-WINDOW off a row's address is one multiplication, and what a window needs is not compiled.
+m counts output pixels (sample, p, q). Integers are exact; the rest is float32. With WINDOW off, what a window needs is
+not compiled.
 
 Mapping: program 0 of the grid is an output tile [BLOCK_M, BLOCK_N], in columns of GROUP_M tiles so that programs which
 run together share weights in the L2 cache; program 1 is a split of K. The K loop runs over (tap, block of channels) in
-one flat sequence, so the pipeline of loads never drains between taps; one step is always inside one tap, and inside
-one scale group of a grouped weight. Rows and columns past the end read the last one instead of a mask and are not
-stored.
+one sequence, so the pipeline of loads never drains between taps; a step is inside one tap and one group of weight
+scales. Rows and columns past the end read the last one instead of a mask and are not stored. With splits > 1 (fewer
+tiles than multiprocessors) every split writes its sums to `partial`, and `finish_kernel` adds them in order.
 
-With splits > 1 (fewer tiles than multiprocessors) every split writes its sums to `partial` and `finish_kernel` adds
-them in order and does the epilogue: deterministic, and exact for integers.
-
-Limits: k <= 65536, so that no sum of 8-bit products, also minus the zero point, leaves int32. A grouped weight costs a
-conversion and a multiplication per output and step; its groups must be multiples of BLOCK_K.
+Limits: k <= 65536, so that no sum of 8-bit products, also minus the zero point, leaves int32; groups of weight scales
+are multiples of BLOCK_K.
 """
 
 import triton
 import triton.language as tl
 
-from .weight_tiles import load_weight_tile
+from .weight_tiles import load_codes, load_weight_tile
 
 # Extents on which no address alignment depends: their values must not lead to further compilations.
 _WINDOW = ["height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w"]
@@ -72,9 +69,8 @@ def _finish(
     rows_per_scale, height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what may be written (start + at).
-
-    start is in 64 bits, at, inside of the tile, in 32: that saves a register per address.
+    """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what may be written at start (64
+    bits) + at (32 bits, inside of the tile, which saves a register per address).
     """
     scale_at = rows // rows_per_scale
     row_scale = tl.load(scale + scale_at)
@@ -156,10 +152,8 @@ def product_kernel(
             if not EVEN_K:
                 inside = inside & (k < left_k)[None, :]
             a = tl.load(at, mask=inside, other=0)
-        elif EVEN_K:
-            a = tl.load(at)
         else:
-            a = tl.load(at, mask=(k < left_k)[None, :], other=0)
+            a = load_codes(at, k, left_k, EVEN_K)
         b = load_weight_tile(
             weight, cols, row_codes, row_bytes, tap * channels + channel, left_k, WEIGHT_BITS, BLOCK_K, EVEN_K
         )
@@ -219,9 +213,7 @@ def weight_sums_kernel(
     WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """sums[n, t] of codes [t * codes_per_sum, (t + 1) * codes_per_sum) of each row, times their scale if grouped.
-
-    Program 0 of the grid: BLOCK_N rows; program 1: t. codes_per_sum is a multiple of 8, or there is one sum.
-    """
+    Program 0: BLOCK_N rows; program 1: t. codes_per_sum is a multiple of 8, or there is one sum."""
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.minimum(col, n - 1)
     k = tl.arange(0, BLOCK_K)

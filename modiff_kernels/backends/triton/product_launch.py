@@ -30,15 +30,10 @@ class Geometry(NamedTuple):
     def taps(self) -> int:
         return self.window.kernel_size[0] * self.window.kernel_size[1]
 
-    @property
-    def padded(self) -> bool:
-        return self.window.padding != (0, 0)
-
     def shape(self, weight: PackedWeight) -> Shape:
         """What the choice of a tile depends on."""
-        return Shape(
-            self.m, weight.n, self.channels, self.taps, self.window.groups, weight.bits, weight.group_size
-        )  # fmt: skip
+        groups = self.window.groups
+        return Shape(self.m, weight.n, self.channels, self.taps, groups, weight.bits, weight.group_size)
 
 
 def geometry_of(codes: Tensor, n: int, window: Window | None) -> Geometry:
@@ -48,20 +43,15 @@ def geometry_of(codes: Tensor, n: int, window: Window | None) -> Geometry:
         m = codes.numel() // k
         return Geometry(m, k, k, (1, m, 1, m), (*codes.shape[:-1], n), _NO_WINDOW)
     samples, channels, height, width = codes.shape
-    out_shape = window.output_shape(codes.shape, n)
-    out_height, out_width = out_shape[2:]
-    image = (height, width, out_height, out_width)
-    return Geometry(
-        samples * out_height * out_width, channels // window.groups, channels, image, out_shape, window
-    )  # fmt: skip
+    _, _, p, q = out_shape = window.output_shape(codes.shape, n)
+    return Geometry(samples * p * q, channels // window.groups, channels, (height, width, p, q), out_shape, window)
 
 
 def weight_sums(weight: PackedWeight, geometry: Geometry, block_k: int) -> Tensor:
     """Sums of the weight's codes that a zero point is multiplied with: [N, taps] with padding, else [N, 1]."""
-    k, taps = geometry.taps * geometry.channels, geometry.taps if geometry.padded else 1
+    k, taps = geometry.taps * geometry.channels, 1 if geometry.window.padding == (0, 0) else geometry.taps
     grouped = weight.group_size != -1
-    dtype = torch.float32 if grouped else torch.int32
-    sums = torch.empty((weight.n, taps), dtype=dtype, device=weight.packed.device)
+    sums = weight.packed.new_empty((weight.n, taps), dtype=torch.float32 if grouped else torch.int32)
     launch(
         weight_sums_kernel, (-(-weight.n // _SUMS_ROWS), taps),
         weight.packed, weight.scale, sums, weight.n, k // taps, k, packed_width(weight.bits, k),
@@ -87,6 +77,7 @@ def product(
     """`ops.product`, its arguments already checked, in `tile` or the one that is chosen for its shape."""
     n, grouped = weight.n, weight.group_size != -1
     geometry = geometry_of(codes, n, window)
+    k = geometry.taps * geometry.channels
     m, channels, channels_in, image, out_shape, (kernel, stride, padding, dilation, groups) = geometry
     tile = tile or choose(geometry.shape(weight), gpu_of(codes.device))
     out = None
@@ -98,16 +89,13 @@ def product(
     steps_per_split = -(-steps // tile.split_k)
     splits = -(-steps // steps_per_split)
     tiles = -(-m // tile.block_m) * groups * -(-(n // groups) // tile.block_n)
-    k = geometry.taps * channels
-    sums = partial = None
-    if zero_point is not None:
-        sums = weight_sums(weight, geometry, tile.block_k)
+    sums = None if zero_point is None else weight_sums(weight, geometry, tile.block_k)
+    partial = None
     if splits > 1:
-        partial_dtype = torch.float32 if grouped else torch.int32
-        partial = torch.empty((splits, m, n), dtype=partial_dtype, device=codes.device)
+        partial = codes.new_empty((splits, m, n), dtype=torch.float32 if grouped else torch.int32)
     rows_per_scale = m // scale.shape[0]
     window_sizes = (*image, *stride, *padding, *dilation)
-    form = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "PADDED": geometry.padded, "GROUPED": grouped}
+    form = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "PADDED": padding != (0, 0), "GROUPED": grouped}
     launch(
         product_kernel, (tiles, splits),
         codes, weight.packed, scale, zero_point, sums, weight.scale, bias, y_hat, skip, out, partial,

@@ -2,15 +2,9 @@
 
 Operands (N samples, R rows of C channels, G groups; an NHWC image has R = H * W), all row major:
 
-========== =================== ============ =======================================================================
-h          [N, R, C]           float        input
-shift      [N, C]              float        or None; it moves means only, so that only [N, C] values ever see it
-partial    [N, P, 2, C]        float32      scratch: per block of BLOCK_R rows and channel mean and sum of squares
-                                            around it, P = ceil(R / BLOCK_R)
-a, b       [N, C]              float32      the result
-cleared    [granules] or twice int32        scratch of the quantising passes, set to 0 here; None: there is nothing to
-                                            clear
-========== =================== ============ =======================================================================
+- h [N, R, C] and shift [N, C] or None, float; the results a and b [N, C], float32,
+- partial [N, P, 2, C] float32, scratch: mean and sum of squares around it, per channel and block of BLOCK_R rows,
+- cleared [granules] (or twice) int32 or None: scratch of the quantising passes, set to 0 here.
 
 Programs and equations:
 
@@ -20,9 +14,6 @@ Programs and equations:
 
       mean = sum_p,c n_p (m_pc + shift_c) / (R C/G)      var = sum_p,c (q_pc + n_p (m_pc + shift_c - mean)^2) / (R C/G)
       a_c  = gamma_c / sqrt(var + eps)                   b_c = beta_c + (shift_c - mean) a_c
-
-Bytes per element: s (bytes of h) for the statistics and 8 / BLOCK_R for writing their scratch, which stays in the L2
-cache.
 """
 
 from functools import lru_cache

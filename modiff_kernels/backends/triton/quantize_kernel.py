@@ -19,23 +19,15 @@ PROLOGUE: "identity" (x = h), "group_norm" (x = silu?(a * h + b), quantize_group
 / sqrt(var + eps) * a + b, statistics of the row in registers) or "geglu" (x = h[:C] * gelu(h[C:]), gelu with erf).
 SOURCE of the scale: "given" by the caller, "reduced" by the range pass, or of this "tile" (granularity "per_token").
 
-Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops; the equations are in ops/schema.py.
-A tile holds whole rows where a row must be reduced ("per_token" scales, "layer_norm"), and no more than the 16 rows of
-a block with "per_block" (quantize_tiling.py).
+Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops. A tile holds whole rows (of at most
+`quantize_tiling.MAX_ROW` channels) where a row must be reduced ("per_token" scales, "layer_norm"), and no more than the
+16 rows of a block with "per_block". Every tensor is read at most once per pass; the range pass runs from the last tile
+to the first, so that the second reading comes from the L2 cache as far as it reaches.
 
-Bytes per element (s = bytes of h, t = of x_hat), every tensor read at most once per pass:
-
-- scale given, or "per_token": one pass, s + 2 t + 1 ("geglu": 2 s + 2 t + 1). absmax comes from the same registers.
-- other dynamic scales: the range pass reads s + t before it, from the last tile to the first, so that the second
-  reading comes from the L2 cache (50 MB on H100) as far as it reaches. "per_block" writes and reads 1/4 byte more.
-- plain form: t = 0.
-
-The formulas are those of `quant/affine.py`, in its order of float32 roundings, so that scales and codes come out bit
-for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`. Ranges are kept as the bit
-patterns of non-negative float32 in int32: their maximum does not depend on the order, so that `atomic_max` is
+The formulas (ops/schema.py, `quant/affine.py`) keep their order of float32 roundings, so that scales and codes come out
+bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`. Ranges are kept as the
+bit patterns of non-negative float32 in int32: their maximum does not depend on the order, so that `atomic_max` is
 deterministic, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
-
-Limits: whole-row tiles reach `quantize_tiling.MAX_ROW` channels.
 """
 
 import triton
@@ -62,11 +54,10 @@ def rne(x):
 
 @triton.jit
 def tile_of_program(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
-    """sample, first row, row numbers [BLOCK_R] and channels [BLOCK_C] of this program's tile; a tile lies in one
-    sample. Blocks of channels follow each other, so that programs that run together read whole rows.
+    """sample, first row, row numbers [BLOCK_R] and channels [BLOCK_C] of this program's tile. Blocks of channels follow
+    each other, so that programs that run together read whole rows.
 
-    BACKWARDS: the last tile first. A pass runs against the pass before it, and so begins with what that one read last,
-    which is in the L2 cache even where the tensors do not fit.
+    BACKWARDS: the last tile first, to begin with what the pass before read last, which is in the L2 cache.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     row_blocks = tl.cdiv(rows, BLOCK_R)
@@ -81,9 +72,7 @@ def tile_of_program(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 
 @triton.jit
 def tile_offsets(sample, first, rows, width, row, col):
-    """Where a tile lies in a tensor of `width` elements per row. 64 bits hold the start only: the rest stays within
-    the tile.
-    """
+    """Where a tile lies in a tensor of `width` elements per row; only the start is in 64 bits."""
     start = (sample.to(tl.int64) * rows + first) * width
     return start + ((row - first)[:, None] * width + col[None, :])
 
@@ -171,9 +160,7 @@ def block_multiplier(absmax, scale, clip_ratio, half):
 
 @triton.jit
 def round_to_code(scaled, low, high):
-    """rne(clamp(scaled, low, high)) for integers low and high: the code, a float. NaN stays NaN, and so reaches
-    x_hat.
-    """
+    """rne(clamp(scaled, low, high)) for integers low and high: the code, a float. NaN stays NaN."""
     scaled = tl.maximum(scaled, low, propagate_nan=tl.PropagateNan.ALL)
     return rne(tl.minimum(scaled, high, propagate_nan=tl.PropagateNan.ALL))
 

@@ -15,10 +15,9 @@ _ENOUGH_PROGRAMS = 264  # two per SM of an H100
 
 def why_not(problem: Any) -> str | None:
     """Why the quantising kernels cannot solve `problem`, None if they can."""
-    whole_rows = problem.granularity == "per_token" or problem.prologue == "layer_norm"
-    if whole_rows and problem.k > MAX_ROW:
-        return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"
-    return None
+    if problem.k <= MAX_ROW or not (problem.granularity == "per_token" or problem.prologue == "layer_norm"):
+        return None
+    return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"
 
 
 class Tiling(NamedTuple):
@@ -53,9 +52,7 @@ def tiling_of(h: Tensor, like: Tensor, granularity: str, bits: int, prologue: st
 def tiling(
     samples: int, rows: int, channels: int, granularity: str, bits: int, prologue: str, bytes_read: int
 ) -> Tiling:  # fmt: skip
-    """The tiling of [samples, rows, channels]. Samples are dissolved where nothing depends on them: one sample with all
-    rows makes better tiles, above all for the [M, K] input of a Linear, whose samples are single rows.
-    """
+    """The tiling of [samples, rows, channels]. Where nothing depends on samples, one with all rows tiles better."""
     if granularity == "per_block" and block_count(rows, bits) == 0:
         granularity = "per_sample"  # without multipliers
     if granularity == "per_sample" and rows == 1 and channels <= MAX_ROW:
@@ -65,35 +62,27 @@ def tiling(
         samples, rows = 1, samples * rows
     whole_rows = granularity == "per_token" or prologue == "layer_norm"
     if granularity == "per_block":
-        block_r, block_c, num_warps = block_tile(channels, whole_rows, bytes_read)
+        blocks = block_tile(channels, whole_rows, bytes_read)
     else:
-        block_r, block_c, num_warps = tile(samples, rows, channels, whole_rows, bytes_read)
-    return Tiling(samples, rows, channels, granularity, granules, block_r, block_c, num_warps)
+        blocks = tile(samples, rows, channels, whole_rows, bytes_read)
+    return Tiling(samples, rows, channels, granularity, granules, *blocks)
 
 
 @lru_cache(maxsize=4096)
 def tile(samples: int, rows: int, channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
-    """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle.
-
-    Channels are divided without a remainder where a power of two from 32 on divides them (as it does in all UNets
-    here): no lane is masked, and a row segment is whole sectors of 32 bytes, also in the int8 codes.
-    """
+    """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle."""
     most = _TILE_BYTES // bytes_read
     block_c = _channel_block(channels, whole_rows)
     block_r = max(1, min(most // block_c, next_power_of_2(rows)))
-    while (
-        block_r > 1
-        and block_r * block_c > _LEAST_TILE
-        and samples * -(-rows // block_r) * -(-channels // block_c) < _ENOUGH_PROGRAMS
-    ):
+    columns = samples * -(-channels // block_c)
+    while block_r > 1 and block_r * block_c > _LEAST_TILE and columns * -(-rows // block_r) < _ENOUGH_PROGRAMS:
         block_r //= 2
     return block_r, block_c, min(16, max(4, 4 * block_r * block_c // most))
 
 
 def block_tile(channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
-    """`tile` for per_block: the rows of one block, and as many warps as leave 16 elements to a thread (two 16-byte
-    loads of a 2-byte tensor); of whole rows, which fill more registers, a part of a block.
-    """
+    """`tile` for per_block: the rows of one block (a part where rows are whole, which fills more registers), and
+    as many warps as leave 16 elements to a thread."""
     most = _TILE_BYTES // bytes_read
     block_c = _channel_block(channels, whole_rows)
     if whole_rows:
@@ -104,6 +93,8 @@ def block_tile(channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, i
 
 
 def _channel_block(channels: int, whole_rows: bool) -> int:
+    """Without a remainder where a power of two from 32 on divides channels: no lane is masked, and segments of rows are
+    whole sectors of 32 bytes, also in the codes."""
     if whole_rows:
         return next_power_of_2(channels)
     divisor = channels & -channels

@@ -1,9 +1,5 @@
-"""Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU. Plain
-Python.
-
-`choose(shape, gpu)` takes the tuned choice of `tiles/<gpu>.json` for this or the nearest known shape, else the
-candidate with the least `estimated_cycles`. Nothing is measured while a user waits; `tools/tune_triton.py` makes the
-JSON files.
+"""Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU, which
+`tools/tune_triton.py` writes to `tiles/<gpu>.json`.
 """
 
 from dataclasses import dataclass, replace
@@ -57,8 +53,7 @@ class Gpu(NamedTuple):
     multiprocessors: int
 
 
-INTERPRETED_GPU = Gpu("interpreter", (9, 0), 4)
-"""What Triton's interpreter, which runs on the CPU, stands for."""
+INTERPRETED_GPU = Gpu("interpreter", (9, 0), 4)  # what Triton's interpreter, which runs on the CPU, stands for
 
 
 @cache
@@ -95,8 +90,8 @@ _MMA_TILES = (
 # modulate_linear.py: programs share out rows only, so few of them; wide, as rows are quantised per tile.
 ONE_LAUNCH = TileConfig(64, 128, 64, 8, 3)
 _MOST_GROUPED_SUMS = 128 * 64
+# What a program may use; the candidates are checked against it, compiled ones too (tools/aot_triton.py).
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
-"""What a program may use; the candidates are checked against it, compiled ones too (tools/aot_triton.py)."""
 
 
 def candidates(capability: tuple[int, int]) -> tuple[TileConfig, ...]:
@@ -132,16 +127,14 @@ _LEAST_STEPS = 4  # per split: the pipeline has to fill
 
 def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
     """Time of a product on an empty device, after the roofline of one multiprocessor."""
-    columns = -(-(shape.n // shape.groups) // config.block_n) * shape.groups
-    tiles = -(-shape.m // config.block_m) * columns
-    steps = -(-shape.taps * -(-shape.channels // config.block_k) // config.split_k)
-    wgmma = gpu.capability == WGMMA
-    products = config.block_m * config.block_n * config.block_k / _PRODUCTS_PER_CYCLE[wgmma]
-    weight_bytes = config.block_n * config.block_k * shape.weight_bits / 8
-    loads = (config.block_m * config.block_k + weight_bytes) / _L2_BYTES_PER_CYCLE
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    tiles = -(-shape.m // block_m) * -(-(shape.n // shape.groups) // block_n) * shape.groups
+    steps = -(-shape.taps * -(-shape.channels // block_k) // config.split_k)
+    products = block_m * block_n * block_k / _PRODUCTS_PER_CYCLE[gpu.capability == WGMMA]
+    loads = (block_m * block_k + block_n * block_k * shape.weight_bits / 8) / _L2_BYTES_PER_CYCLE
     if shape.group_size != -1:  # conversion and multiplication of every sum, on the general cores
-        products += config.block_m * config.block_n / 40
-    epilogue = config.block_m * config.block_n * _STATE_BYTES / _L2_BYTES_PER_CYCLE
+        products += block_m * block_n / 40
+    epilogue = block_m * block_n * _STATE_BYTES / _L2_BYTES_PER_CYCLE
     program = _PROGRAM_CYCLES + steps * (max(products, loads) + _STEP_CYCLES) + epilogue
     cycles = -(-tiles * config.split_k // gpu.multiprocessors) * program
     if config.split_k > 1:
@@ -156,8 +149,7 @@ def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
     if not fits(tile, shape):
         return False
     steps = -(-shape.n // tile.block_n) * -(-shape.channels // tile.block_k)
-    wgmma = gpu.capability == WGMMA
-    products = tile.block_m * tile.block_n * tile.block_k / _PRODUCTS_PER_CYCLE[wgmma]
+    products = tile.block_m * tile.block_n * tile.block_k / _PRODUCTS_PER_CYCLE[gpu.capability == WGMMA]
     codes = tile.block_m * tile.block_k / _CODES_PER_CYCLE
     loads = (tile.block_m * 4 + tile.block_n * shape.weight_bits / 8) * tile.block_k / _L2_BYTES_PER_CYCLE
     program = _PROGRAM_CYCLES + steps * (max(products, loads) + codes + _STEP_CYCLES)
@@ -168,19 +160,14 @@ def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
     return bool(best) and one < quantise + estimated_cycles(best[0], shape, gpu)
 
 
-def _with_splits(config: TileConfig, shape: Shape) -> list[TileConfig]:
-    steps = shape.taps * -(-shape.channels // config.block_k)
-    splits = [s for s in (1, 2, 4, 8, 16) if s == 1 or steps // s >= _LEAST_STEPS]
-    return [replace(config, split_k=s) for s in splits]
-
-
 def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
     """All candidates for `shape`, with their splits, best estimate first; empty if no candidate fits."""
-    fitting = [c for c in candidates(gpu.capability) if fits(c, shape)]
-    return sorted(
-        (split for config in fitting for split in _with_splits(config, shape)),
-        key=lambda config: estimated_cycles(config, shape, gpu),
-    )
+    found = []
+    for config in candidates(gpu.capability):
+        if fits(config, shape):
+            most = shape.taps * -(-shape.channels // config.block_k) // _LEAST_STEPS
+            found += [replace(config, split_k=splits) for splits in (1, 2, 4, 8, 16) if splits <= max(most, 1)]
+    return sorted(found, key=lambda config: estimated_cycles(config, shape, gpu))
 
 
 STORE = Store(TILES, Shape, TileConfig)
@@ -188,16 +175,9 @@ STORE = Store(TILES, Shape, TileConfig)
 
 @lru_cache(maxsize=4096)
 def choose(shape: Shape, gpu: Gpu, store: Store[Shape, TileConfig] = STORE) -> TileConfig:
-    """The tile for `shape`: tuned if this or a near shape was, else the best estimate.
-
-    Raises ValueError if no candidate fits; `why_not` of the backend asks `fits` before.
-    """
-    config = store.nearest(shape, gpu.name)
-    if config is not None:
+    """The tile for `shape`: tuned if this or a near shape was, else the best estimate. ValueError if none fits."""
+    if (config := store.nearest(shape, gpu.name)) is not None:
         return config
-    found = ranked(shape, gpu)
-    if not found:
-        raise ValueError(
-            f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv"
-        )
-    return found[0]
+    if found := ranked(shape, gpu):
+        return found[0]
+    raise ValueError(f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv")

@@ -8,13 +8,11 @@ bits row of a weight, K codes                     bytes for BLOCK_K codes
 3    uint8 [ceil(K/4)] + [ceil(K/8)] of code + 4  BLOCK_K / 4 + BLOCK_K / 8
 ==== ============================================ =========================
 
-A tile is [BLOCK_N, BLOCK_K] with K fast, which is what int8 tensor cores want of their second operand. Neighbouring
-codes share a byte, so a thread unpacks what it loaded itself: joining the parts of a byte along a new fastest dimension
-and folding it into K moves nothing between threads. Compiled, four bytes are unpacked at once in one register (PTX
-below; Triton would compute on each byte alone); the interpreter, which has no PTX, does the same on single bytes.
+A tile is [BLOCK_N, BLOCK_K] with K fast, as int8 tensor cores want it. Neighbouring codes share a byte, so a thread
+unpacks what it loaded itself: joining the parts of a byte along a new fastest dimension and folding it into K moves
+nothing between threads. Compiled, four bytes are unpacked at once in a register (PTX below); the interpreter has none.
 
-Limits: a tile starts at a code whose index in its row is a multiple of 8. Codes past the end of a row are arbitrary:
-the other operand must be 0 there.
+A tile starts at a multiple of 8. Codes past the end of a row are arbitrary: the other operand must be 0 there.
 """
 
 import triton
@@ -105,42 +103,33 @@ def _three_bits(low, high):
 
 
 @triton.jit
+def load_codes(at, k, end, EVEN_K: tl.constexpr):
+    """What is at the addresses `at`, whose columns are the elements k of their rows; 0 from element `end` on."""
+    if EVEN_K:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(k < end)[None, :], other=0)
+
+
+@triton.jit
 def load_weight_tile(
     weight, rows, row_codes, row_bytes, first, left, BITS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
 ):
-    """Codes int8 [rows, BLOCK_K] of the weight at `weight`, from code `first` of every row on.
-
-    rows: int32 row numbers, all valid; a row holds `row_codes` codes in `row_bytes` bytes. left: codes that may be read
-    from `first` on; EVEN_K says at least BLOCK_K.
-    """
+    """Codes int8 [rows, BLOCK_K] of the weight, from code `first` on of the valid rows with numbers `rows`, which hold
+    `row_codes` codes in `row_bytes` bytes; `left` codes may be read from there on, with EVEN_K at least BLOCK_K."""
     row = weight + rows.to(tl.int64)[:, None] * row_bytes
     if BITS == 8:
         k = tl.arange(0, BLOCK_K)
-        at = row + (first + k)[None, :]
-        if EVEN_K:
-            tile = tl.load(at)
-        else:
-            tile = tl.load(at, mask=(k < left)[None, :], other=0)
+        tile = load_codes(row + (first + k)[None, :], k, left, EVEN_K)
     elif BITS == 4:
         k = tl.arange(0, BLOCK_K // 2)
-        at = row + (first // 2 + k)[None, :]
-        if EVEN_K:
-            packed = tl.load(at)
-        else:
-            packed = tl.load(at, mask=(2 * k < left)[None, :], other=0)
-        low, high = _nibbles(packed)
+        low, high = _nibbles(load_codes(row + (first // 2 + k)[None, :], 2 * k, left, EVEN_K))
         tile = tl.reshape(tl.join(low, high), (rows.shape[0], BLOCK_K))
     else:
         k4 = tl.arange(0, BLOCK_K // 4)
         k8 = tl.arange(0, BLOCK_K // 8)
-        at_pairs = row + (first // 4 + k4)[None, :]
-        at_bits = row + ((row_codes + 3) // 4 + first // 8 + k8)[None, :]
-        if EVEN_K:
-            low = tl.load(at_pairs)
-            high = tl.load(at_bits)
-        else:
-            low = tl.load(at_pairs, mask=(4 * k4 < left)[None, :], other=0)
-            high = tl.load(at_bits, mask=(8 * k8 < left)[None, :], other=0)
+        low = load_codes(row + (first // 4 + k4)[None, :], 4 * k4, left, EVEN_K)
+        high = load_codes(row + ((row_codes + 3) // 4 + first // 8 + k8)[None, :], 8 * k8, left, EVEN_K)
         low = tl.reshape(_pairs(low), (rows.shape[0], BLOCK_K))
         high = tl.reshape(_bits(high), (rows.shape[0], BLOCK_K))
         tile = _three_bits(low, high)
