@@ -5,10 +5,8 @@ import functools
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
@@ -17,7 +15,7 @@ import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from tests.integrations.fake_capture import capture_calls
 from tests.integrations.test_forward import Net, run
-from tests.unets import WIDTH, outputs, unet2d_condition
+from tests.unets import WIDTH, outputs, stable_diffusion, unet2d_condition
 
 FIDELITY_DB = 34.5
 """SQNR that every feature reaches against itself on the float UNet. The plain UNet has 38 dB in float32, and the
@@ -46,18 +44,6 @@ def nothing(unet):
 
 def freeu(unet):
     unet.enable_freeu(s1=0.2, s2=0.2, b1=1.5, b2=1.6)
-
-
-def slicing(unet):
-    unet.set_attention_slice(1)
-
-
-def fused_qkv(unet):
-    unet.fuse_qkv_projections()
-
-
-def older_processor(unet):
-    unet.set_attn_processor(AttnProcessor())
 
 
 class Half(AttnProcessor2_0):
@@ -109,9 +95,9 @@ def adapter():
 FEATURES = {
     "nothing": (nothing, dict, False),
     "freeu": (freeu, dict, True),
-    "attention-slicing": (slicing, dict, False),
-    "fused-qkv": (fused_qkv, dict, False),
-    "older-processor": (older_processor, dict, False),
+    "attention-slicing": (lambda unet: unet.set_attention_slice(1), dict, False),
+    "fused-qkv": (lambda unet: unet.fuse_qkv_projections(), dict, False),
+    "older-processor": (lambda unet: unet.set_attn_processor(AttnProcessor()), dict, False),
     "own-processor": (own_processor, dict, True),
     "ip-adapter": (ip_adapter, image_prompt, True),
     "controlnet": (nothing, control, True),
@@ -159,14 +145,9 @@ class TestFeatures:
         got = last_output(unet, handle, **keywords())
         assert sqnr(got, expected(feature)) > FIDELITY_DB
         assert (sqnr(got, plain()) < IGNORED_DB) == has_effect
-
-    def test_freeu_off_again(self, fuse):
-        unet = unet2d_condition()
-        freeu(unet)
-        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
-        last_output(unet, handle)
-        unet.disable_freeu()
-        assert sqnr(last_output(unet, handle), plain()) > FIDELITY_DB
+        if feature == "freeu":
+            unet.disable_freeu()
+            assert sqnr(last_output(unet, handle), plain()) > FIDELITY_DB
 
     def test_freeu_between_runs_of_graphs(self):
         """Its numbers are in the kernels of a graph."""
@@ -180,30 +161,17 @@ class TestFeatures:
             assert sqnr(last_output(unet, handle), expected(feature)) > FIDELITY_DB
             assert graphs.replayed > replayed
 
-    def test_another_dtype_within_a_run(self, fuse):
-        unet = unet2d_condition()
-        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
-        text = torch.randn(2, 5, WIDTH)
-        with handle.sampling_run():
-            unet(torch.randn(2, 4, 8, 8), 500, encoder_hidden_states=text)
-            unet.to(torch.bfloat16)
-            with pytest.raises(RuntimeError, match=r"got .* torch.bfloat16 on cpu in a run that began with"):
-                unet(torch.randn(2, 4, 8, 8).bfloat16(), 400, encoder_hidden_states=text.bfloat16())
-        got = last_output(unet, handle)
-        assert sqnr(got, last_output(unet2d_condition().to(torch.bfloat16))) > BFLOAT16_DB
-
     @pytest.mark.parametrize(
         ("dtype", "processor"), [(torch.float16, AttnProcessor), (torch.bfloat16, AttnProcessor2_0)], ids=str
     )
-    def test_dtypes_with_upcast_attention(self, dtype, processor, fuse):
+    def test_dtypes_with_upcast_attention(self, dtype, processor):
         def make():
             unet = unet2d_condition(upcast_attention=True).to(dtype)
             unet.set_attn_processor(processor())
             return unet
 
         unet = make()
-        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
-        got = last_output(unet, handle)
+        got = last_output(unet, mk.accelerate(unet))
         assert got.dtype == dtype
         assert sqnr(got, last_output(make())) > (BFLOAT16_DB if dtype is torch.bfloat16 else FIDELITY_DB)
 
@@ -224,19 +192,15 @@ class TestFeatures:
         assert "set_chunk_feed_forward(None)" in rows[f"{block}.ff.net.2"].reason
         assert rows[f"{block}.attn1.to_q"].mode == "modulated"
         assert results[True] > results[False] - 1
+        if fuse:
+            unet = unet2d_condition()
+            mk.accelerate(unet)
+            with pytest.raises(RuntimeError, match=r"feeds all tokens forward at once"):
+                unet.get_submodule(block).set_chunk_feed_forward(1)
+            unet.get_submodule(block).set_chunk_feed_forward(None)
 
 
 class TestFromPipe:
-    def pipeline(self):
-        torch.manual_seed(1)
-        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
-        parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        pipe = StableDiffusionPipeline(
-            vae=vae, unet=unet2d_condition(), scheduler=DDIMScheduler(), requires_safety_checker=False, **parts
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
     def pictures(self, pipe):
         other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
         other.set_progress_bar_config(disable=True)
@@ -255,8 +219,8 @@ class TestFromPipe:
         return result.images
 
     def test_an_accelerated_unet_goes_along(self, fuse):
-        reference = self.pictures(self.pipeline())
-        pipe = self.pipeline()
+        pipe = stable_diffusion(DDIMScheduler())
+        reference = self.pictures(pipe)
         handle = mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))
         got = self.pictures(pipe)
         assert sqnr(got, reference) > FIDELITY_DB
@@ -346,9 +310,13 @@ class TestLora:
         unet.disable_adapters()
         assert sqnr(last_output(unet), plain()) > 100  # up to the rounding of weights that were added and taken off
 
-    def test_changes_afterwards_are_refused(self, peft, with_lora):
+    def test_changes_afterwards_are_refused(self, peft, with_lora, tmp_path):
         unet = with_lora()
+        with pytest.raises(ValueError, match=r"cuda_graphs=True is not possible with a LoRA.*fuse_lora\(\)"):
+            mk.accelerate(unet, mk.ModiffConfig(cuda_graphs=True))
         handle = mk.accelerate(unet)
+        with pytest.raises(ValueError, match=r"save_pretrained: a LoRA stands beside the layers"):
+            handle.save_pretrained(tmp_path / "unet")
         before = last_output(unet, handle)
         for name in ("fuse_lora", "unfuse_lora", "unload_lora", "fuse_qkv_projections"):
             with pytest.raises(RuntimeError, match=rf"{name}\(\) changes .* call handle.remove\(\), then {name}\(\)"):
@@ -361,14 +329,6 @@ class TestLora:
         handle.remove()
         unet.unload_lora()
         assert torch.equal(last_output(unet), plain())
-
-    def test_no_graph_and_no_file_of_it(self, with_lora, tmp_path):
-        unet = with_lora()
-        with pytest.raises(ValueError, match=r"cuda_graphs=True is not possible with a LoRA.*fuse_lora\(\)"):
-            mk.accelerate(unet, mk.ModiffConfig(cuda_graphs=True))
-        handle = mk.accelerate(unet)
-        with pytest.raises(ValueError, match=r"save_pretrained: a LoRA stands beside the layers"):
-            handle.save_pretrained(tmp_path / "unet")
 
     def test_compiled(self, peft):
         """One block: compiling takes long."""

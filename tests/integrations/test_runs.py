@@ -2,73 +2,44 @@
 
 import copy
 import inspect
-import threading
 import types
 
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
     PNDMScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
 )
 
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from tests.unets import (
     both_ways,
-    each_backend,
     noise,
     outputs,
     pipeline,
     sample,
+    stable_diffusion,
     text,
     trajectory,
     unet2d,
     unet2d_condition,
 )
 
-SCHEDULERS = [
-    *(DDPMScheduler, DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler),
-    *(HeunDiscreteScheduler, EulerDiscreteScheduler),
-]
 
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_schedulers(scheduler):
-    pipe = pipeline(scheduler())
-    reference = sample(pipe)
-    handle = mk.accelerate(pipe)
-    first, second = sample(pipe), sample(pipe)
-    assert torch.equal(first, second)
-    assert first.isfinite().all()
-    assert not torch.equal(first, reference)
-    handle.remove()
-    assert torch.equal(sample(pipe), reference)
-
-
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_sample", "per_token", "per_block"])
-@pytest.mark.parametrize("scale_mode", ["dynamic", "delayed"])
-@each_backend
-def test_fidelity(granularity, scale_mode, backend):
+@pytest.mark.parametrize(
+    "options", [{}, {"granularity": "per_token"}, {"granularity": "per_tensor", "scale_mode": "delayed"}], ids=str
+)
+def test_fidelity(options):
     """SQNR to the float UNet: weights of 8 bits set 35 dB, residuals of 4 bits are a little worse."""
-    if (granularity, scale_mode) == ("per_block", "delayed"):
-        with pytest.raises(ValueError, match="granularity='per_block'"):
-            mk.ModiffConfig(act_bits=4, granularity=granularity, scale_mode=scale_mode)
-        return
     unet = unet2d()
     reference = outputs(unet)[-1]
     for act_bits, at_least in ((4, 20), (8, 28)):
-        config = mk.ModiffConfig(act_bits=act_bits, granularity=granularity, scale_mode=scale_mode, backend=backend)
-        handle = mk.accelerate(unet, config)
+        handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=act_bits, **options))
         assert sqnr(outputs(unet, handle)[-1], reference) > at_least
         handle.remove()
 
@@ -97,23 +68,16 @@ def test_pipelines(make):
 
 
 class TestRuns:
-    @both_ways
-    def test_interrupted_run_then_a_new_run(self, fuse):
-        pipe = pipeline()
-        mk.accelerate(pipe, mk.ModiffConfig(act_bits=4, scale_mode="delayed", fuse=fuse))
-        fresh = sample(pipe)
-        sample(pipe, stop_after=3)
-        assert torch.equal(sample(pipe), fresh)
-
     @pytest.mark.parametrize(
         ("error", "reason"), [(ZeroDivisionError, "a UNet call failed"), (KeyboardInterrupt, "interrupted")]
     )
-    def test_a_failed_call_ends_the_run(self, error, reason):
+    def test_a_failed_call_ends_the_run_and_leaves_nothing_to_the_next(self, error, reason):
         def fail(*_):
             raise error
 
         pipe = pipeline()
-        mk.accelerate(pipe)
+        fuse = error is KeyboardInterrupt
+        mk.accelerate(pipe, mk.ModiffConfig(act_bits=4, scale_mode="delayed", fuse=fuse))
         fresh = sample(pipe)
         sample(pipe, stop_after=2)
         hook = pipe.unet.mid_block.resnets[1].register_forward_pre_hook(fail)
@@ -135,18 +99,14 @@ class TestRuns:
             with pytest.raises(ValueError, match=r"'down_blocks.0.resnets.0.*NaN or Inf"):
                 pipe.unet(x, 1)
 
-    @both_ways
-    def test_batch_change(self, fuse):
+    def test_batch_change(self):
         pipe = pipeline()
-        handle = mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))
+        handle = mk.accelerate(pipe)
         two = sample(pipe, batch=2)
         nbytes = handle.state.nbytes()
         sample(pipe, batch=3)
         assert handle.state.nbytes() == nbytes * 3 // 2
         assert torch.equal(sample(pipe, batch=2), two)
-        sample(pipe, batch=2, stop_after=2)
-        with pytest.raises(RuntimeError, match=r"layer 'down_blocks.0.resnets.0.conv1' got \(3, 16, 8, 8\).*new run"):
-            pipe.unet(noise(3), 1)
 
     def test_a_bare_unet_outside_a_run(self):
         unet = unet2d()
@@ -161,13 +121,6 @@ class TestRuns:
             unet.forward(noise(), 1)  # without the hooks of the module
         with pytest.raises(RuntimeError, match="bare UNet"):
             handle.wrap_scheduler()
-
-    def test_more_calls_than_timesteps(self):
-        pipe = pipeline()
-        mk.accelerate(pipe)
-        sample(pipe, steps=3)
-        with pytest.raises(RuntimeError, match=r"call 4 of the UNet in context 'default'.*announced 3"):
-            pipe.unet(noise(), 1)
 
     @both_ways
     def test_gradients_are_refused(self, fuse):
@@ -187,18 +140,12 @@ class TestScheduler:
         assert pipe.scheduler.set_timesteps.__name__ == "set_timesteps"
         pipe.scheduler.set_timesteps(timesteps=[900, 500, 100])
         pipe.unet(noise(), 1)
+        copied = copy.deepcopy(pipe.scheduler)
+        copied.set_timesteps(7)  # of an ordinary scheduler: no run begins
+        assert (len(copied.timesteps), len(pipe.scheduler.timesteps)) == (7, 3)
         handle.remove()
         assert "set_timesteps" not in pipe.scheduler.__dict__
         assert inspect.signature(pipe.scheduler.set_timesteps) == before
-
-    def test_failed_set_timesteps_ends_the_run(self):
-        pipe = pipeline()
-        mk.accelerate(pipe)
-        sample(pipe, stop_after=2)
-        with pytest.raises(ValueError, match="num_inference_steps"):
-            pipe.scheduler.set_timesteps(10**6)
-        with pytest.raises(RuntimeError, match="outside a run"):
-            pipe.unet(noise(), 1)
 
     def test_replaced_scheduler(self):
         pipe = pipeline()
@@ -215,14 +162,6 @@ class TestScheduler:
         handle.remove()
         assert "set_timesteps" not in pipe.scheduler.__dict__
 
-    def test_copied_scheduler_is_an_ordinary_one(self):
-        pipe = pipeline()
-        mk.accelerate(pipe)
-        copied = copy.deepcopy(pipe.scheduler)
-        copied.set_timesteps(7)
-        assert len(copied.timesteps) == 7
-        assert pipe.scheduler.num_inference_steps is None
-
     @pytest.mark.parametrize("first", [0, 1])
     def test_one_scheduler_for_two_pipelines(self, first):
         scheduler = DDIMScheduler()
@@ -234,60 +173,6 @@ class TestScheduler:
         sample(pipes[1 - first], steps=2)
         handles[1 - first].remove()
         assert "set_timesteps" not in scheduler.__dict__
-
-
-class TestConcurrency:
-    def test_two_pipelines_interleaved_and_in_two_threads(self):
-        def steps(pipe):
-            pipe.scheduler.set_timesteps(5)
-            x = noise()
-            for t in pipe.scheduler.timesteps:
-                x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
-                yield x
-
-        def work(index):
-            with torch.no_grad():
-                results[index] = list(steps(pipes[index]))[-1]
-
-        pipes = [pipeline(unet=unet2d(seed=seed)) for seed in range(2)]
-        for pipe in pipes:
-            mk.accelerate(pipe)
-        alone = [list(steps(pipe))[-1] for pipe in pipes]
-        *_, together = zip(*[steps(pipe) for pipe in pipes])
-        assert all(torch.equal(a, b) for a, b in zip(alone, together))
-        results = [None, None]
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(torch.equal(a, b) for a, b in zip(alone, results))
-
-    def test_two_threads_with_one_unet(self):
-        """One of them gets a clear error; the other one's picture is right."""
-        pipe = pipeline()
-        mk.accelerate(pipe)
-        expected = sample(pipe)
-        errors = []
-
-        def other():
-            try:
-                with torch.no_grad():
-                    pipe.unet(noise(), 1)
-            except RuntimeError as error:
-                errors.append(str(error))
-
-        def at_mid_block(*_):
-            thread = threading.Thread(target=other)
-            thread.start()
-            thread.join()
-
-        hook = pipe.unet.mid_block.register_forward_pre_hook(at_mid_block)
-        result = sample(pipe)
-        hook.remove()
-        assert len(errors) == 6
-        assert all("another thread is inside a call" in error for error in errors)
-        assert torch.equal(result, expected)
 
 
 PROMPTS = {"cond": text(), "uncond": torch.zeros_like(text())}
@@ -325,20 +210,8 @@ class TestGuidance:
             if passes == 2:  # in one batch, float sums have another order
                 assert torch.equal(ours, alone[-1])
 
-    def test_two_passes_in_one_context_run_out_of_calls(self):
-        unet = unet2d_condition()
-        with mk.accelerate(unet).sampling_run(1):
-            unet(noise(2, 4), 1, text())
-            with pytest.raises(RuntimeError, match=r"with handle.context\('cond'\)"):
-                unet(noise(2, 4), 1, text(seed=5))
-
     def test_stable_diffusion_pipeline(self):
-        vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
-        parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        pipe = StableDiffusionPipeline(
-            vae=vae, unet=unet2d_condition(), scheduler=PNDMScheduler(), requires_safety_checker=False, **parts
-        )
-        pipe.set_progress_bar_config(disable=True)
+        pipe = stable_diffusion(PNDMScheduler())
 
         def latents(**options):
             prompts = {"prompt_embeds": PROMPTS["cond"], "negative_prompt_embeds": PROMPTS["uncond"]}
