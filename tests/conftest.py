@@ -80,7 +80,7 @@ def host_module(tmp_path_factory, compiler):
 
 
 @pytest.fixture(scope="session")
-def emulators(pytestconfig, compiler):
+def emulators(pytestconfig, tmp_path_factory, compiler):
     """The CUDA kernels on the host, by name: "quantize", "product" (sm_80), "hopper" (sm_90). A sanitizer's complaint
     fails the test whose call it ends. Compiled programs are kept until a source changes.
     """
@@ -88,7 +88,8 @@ def emulators(pytestconfig, compiler):
 
     sources = [p for f in (emulation.ROOT / "csrc", emulation.EMULATOR) for p in sorted(f.rglob("*")) if p.is_file()]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + compiler.encode()).hexdigest()[:16]
-    folder = pytestconfig.cache.mkdir("emulator") / digest
+    cache = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
+    folder = (cache.mkdir("emulator") if cache else tmp_path_factory.mktemp("emulator")) / digest
     folder.mkdir(exist_ok=True)
     running = {}
 

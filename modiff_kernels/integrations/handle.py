@@ -110,7 +110,7 @@ class Handle:
         TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
         """
         self._require_active()
-        from modiff_kernels.integrations.quantizer import save  # which imports diffusers
+        from modiff_kernels.integrations.saving import save  # which imports diffusers
 
         save(self, directory, max_shard_size)
 
