@@ -1,6 +1,6 @@
 """Compile the Triton kernels for sm_80 and sm_90 without a GPU and check their machine code.
 
-python tools/aot_triton.py [--main-only] [--capability 80 90] [--match TEXT] [--json FILE]
+python tools/aot_triton.py [--few] [--capability 80 90] [--match TEXT] [--json FILE]
 
 Checked: int8 products became tensor core instructions (IGMMA on sm_90, IMMA on sm_80), nothing spills (no stack, no
 local memory, no LDL or STL), and the shared memory fits. Prints a row per compiled form; exit code 1 if a check fails.
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
 COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
-MAIN_SHARE = 16  # of the many forms of the quantising kernels, every 16th is a main one
 WITH_PRODUCT = ("product_kernel", "modulate_linear_kernel")
 
 
@@ -50,12 +49,14 @@ class Report:
     failures: list[str] = field(default_factory=list)
 
 
-def variants(capability: int, main_only: bool) -> Iterator[tuple[str, Variant]]:
+def variants(capability: int, few: bool) -> Iterator[tuple[str, Variant]]:
     """(name, variant) of all kernels of the backend."""
     from modiff_kernels.backends.triton.aot import product_variants, quantize_variants
 
-    yield from product_variants(divmod(capability, 10), main_only)
-    for variant in quantize_variants()[:: MAIN_SHARE if main_only else 1]:
+    yield from product_variants(divmod(capability, 10), few)
+    # The many forms of the quantising kernels: few are those that the other processor does not compile.
+    turn = list(PRODUCT_INSTRUCTION).index(capability)
+    for variant in quantize_variants()[turn :: len(PRODUCT_INSTRUCTION)] if few else quantize_variants():
         meta = "-".join(f"{key.lower()}{value}" for key, value in variant.constexprs.items() if key.isupper())
         types = "-".join(kind for kind in variant.signature.values() if kind.startswith("*"))
         yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.num_warps}", variant
@@ -108,14 +109,14 @@ def broken_rules(report: Report, kernel: str) -> list[str]:
     return failures
 
 
-def check(capabilities: Iterable[int], main_only: bool, match: str = "") -> Iterator[Report]:
+def check(capabilities: Iterable[int], few: bool, match: str = "") -> Iterator[Report]:
     """Reports of all forms whose name contains `match`, in order; as many processes as there are cores compile them."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         forms = [
-            (capability, main_only, i)
+            (capability, few, i)
             for capability in capabilities
-            for i, (name, _) in enumerate(_forms(capability, main_only))
+            for i, (name, _) in enumerate(_forms(capability, few))
             if match in name
         ]
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
@@ -123,14 +124,14 @@ def check(capabilities: Iterable[int], main_only: bool, match: str = "") -> Iter
 
 
 @cache
-def _forms(capability: int, main_only: bool) -> list[tuple[str, Variant]]:
-    return list(variants(capability, main_only))
+def _forms(capability: int, few: bool) -> list[tuple[str, Variant]]:
+    return list(variants(capability, few))
 
 
 def _compile_form(form: tuple[int, bool, int]) -> Report:
     """Kernels cannot be sent to a process, but every process finds the same forms in the same order."""
-    capability, main_only, index = form
-    return compile_variant(*_forms(capability, main_only)[index], capability)
+    capability, few, index = form
+    return compile_variant(*_forms(capability, few)[index], capability)
 
 
 def row(report: Report) -> str:
@@ -146,14 +147,14 @@ def main() -> int:
     parser.add_argument(
         "--capability", type=int, nargs="+", default=list(PRODUCT_INSTRUCTION), choices=PRODUCT_INSTRUCTION
     )
-    parser.add_argument("--main-only", action="store_true", help="only the forms that most time is spent in")
+    parser.add_argument("--few", action="store_true", help="every form once, and every tile in the main ones")
     parser.add_argument("--match", default="", help="only forms whose name contains this")
     parser.add_argument("--json", type=Path, help="write the reports there")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     reports = []
-    for report in check(args.capability, args.main_only, args.match):
+    for report in check(args.capability, args.few, args.match):
         print(row(report), flush=True)
         reports.append(report)
     failed = sum(bool(report.failures) for report in reports)

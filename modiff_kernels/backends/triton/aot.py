@@ -92,8 +92,11 @@ def _call_modulate(weight_bits: int, group_size: int, given: bool, dtype: torch.
     modulate(h, IDENTITY, x_hat, scale, weight, y_hat, None, None, dtype, 4, granularity, 1.0, True)
 
 
-def product_variants(capability: tuple[int, int], main_only: bool = False) -> list[tuple[str, Variant]]:
-    """(name, variant) of every tile that a device of `capability` may get, in every form that it fits; each once."""
+def product_variants(capability: tuple[int, int], few: bool = False) -> list[tuple[str, Variant]]:
+    """(name, variant) of every tile that a device of `capability` may get, in every form that it fits; each once.
+
+    few: forms that little time is spent in have one tile: on sm_90 the last that fits, elsewhere the first.
+    """
     named: dict[Any, tuple[str, Variant]] = {}
 
     def keep(name: str, call: Callable[..., None], *args: Any) -> None:
@@ -103,11 +106,14 @@ def product_variants(capability: tuple[int, int], main_only: bool = False) -> li
             key = (variant.kernel, *variant.signature.items(), *variant.constexprs.items(), variant[3:])
             named.setdefault(key, (f"{variant.kernel.__name__.removesuffix('_kernel')} {name}", variant))
 
-    for tile, form in product_of(candidates(capability), MAIN_FORMS if main_only else MAIN_FORMS + OTHER_FORMS):
-        taps = 9 if form.conv else 1
-        if fits(tile, Shape(512, _COLUMNS, form.channels, taps, 1, form.weight_bits, form.group_size)):
+    for form in MAIN_FORMS + OTHER_FORMS:
+        shape = Shape(512, _COLUMNS, form.channels, 9 if form.conv else 1, 1, form.weight_bits, form.group_size)
+        fitting = [tile for tile in candidates(capability) if fits(tile, shape)]
+        if few and form not in MAIN_FORMS:
+            fitting = fitting[-1:] if capability >= (9, 0) else fitting[:1]
+        for tile in fitting:
             keep(f"{form.name} {tile}", _call_product, form, tile)
-    weights = ((8, -1),) if main_only else ((8, -1), (4, -1), (3, -1), (4, 128))
+    weights = ((8, -1), (4, -1), (3, -1), (4, 128))
     inputs = ((torch.float16, 320), (torch.bfloat16, _ODD_CHANNELS))
     for (bits, group_size), given, (dtype, channels) in product_of(weights, (False, True), inputs):
         name = f"w{bits} group {group_size} {'given' if given else 'dynamic'} {dtype} k{channels} {ONE_LAUNCH}"
