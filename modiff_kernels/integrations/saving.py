@@ -39,7 +39,8 @@ def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | s
     if accelerated_in_place:  # for the time of the call, it is like one that was loaded in low bits
         # The plan itself: what "auto" or a path stands for may be another one where the files are loaded.
         saved = config if handle.plan is None else dataclasses.replace(config, plan=handle.plan)
-        unet.hf_quantizer = AUTO_QUANTIZER_MAPPING[ModiffConfig.quant_method.value](saved, handle)
+        quantizer: Any = AUTO_QUANTIZER_MAPPING[ModiffConfig.quant_method.value]
+        unet.hf_quantizer = quantizer(saved, handle)
         unet.register_to_config(quantization_config=saved)
     try:
         unet.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
