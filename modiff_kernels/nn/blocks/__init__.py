@@ -34,11 +34,7 @@ __all__ = [
 
 
 def fuse(
-    unet: nn.Module,
-    state: ModulationState,
-    config: ModiffConfig,
-    left_float: Container[str],
-    calibrated: Calibrated,
+    unet: nn.Module, state: ModulationState, config: ModiffConfig, left_float: Container[str], calibrated: Calibrated
 ) -> dict[str, FusedBlock]:
     """The fused form of every block of `unet` that has one, by path, outer blocks first. The UNet is only read.
 
