@@ -68,10 +68,8 @@ def estimated(
     mode is that of `config`.
     """
     if config.weight_bits is None or config.act_bits is None:
-        raise ValueError(
-            f"plan: weight_bits={config.weight_bits}, act_bits={config.act_bits} leave no low-bit mode to choose; give "
-            "both, or plan=None"
-        )
+        text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both, or plan=None"
+        raise ValueError(f"plan: weight_bits={config.weight_bits}, {text}")
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, calibrated or {}, share_inputs)
     shape, shapes = traced_shapes(unet)
@@ -143,10 +141,8 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
         with torch.inference_mode():
             hollow(sample, **arguments)
     except Exception as error:
-        raise ValueError(
-            f"plan: the inputs of {type(unet).__name__} could not be made up to see its shapes ({error}); measure with "
-            "make_plan(), which takes them from a run"
-        ) from error
+        text = f"up to see its shapes ({error}); measure with make_plan(), which takes them from a run"
+        raise ValueError(f"plan: the inputs of {type(unet).__name__} could not be made {text}") from error
     return tuple(sample.shape), shapes
 
 

@@ -74,10 +74,8 @@ def replacements_of(
         raise ValueError(f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d; give the UNet itself")
     unknown = [path for path in calibrated if path not in originals]
     if unknown:
-        raise ValueError(
-            f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, which is no Linear "
-            f"or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
-        )
+        text = f"which is no Linear or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
+        raise ValueError(f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, {text}")
     for pattern in config.skip_modules:
         alone = dataclasses.replace(config, skip_modules=(pattern,))
         if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):

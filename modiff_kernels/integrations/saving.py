@@ -23,10 +23,8 @@ def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | s
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save_pretrained: {folder} is a file; give a folder")
     if any(is_adapter(module) for module in unet.modules()):
-        raise ValueError(
-            "save_pretrained: a LoRA stands beside the layers, which the saved UNet would not have; call remove(), "
-            "then fuse_lora() and unload_lora(), then accelerate() again"
-        )
+        text = "would not have; call remove(), then fuse_lora() and unload_lora(), then accelerate() again"
+        raise ValueError(f"save_pretrained: a LoRA stands beside the layers, which the saved UNet {text}")
     form = config.weight_bits, config.group_size or -1
     for path, layer in handle.layers.items():
         if (layer.weight_bits, layer.group_size) != form:

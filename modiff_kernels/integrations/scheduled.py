@@ -147,10 +147,8 @@ class ScheduledUNet:
                 "(`with handle.context('cond'):` and 'uncond')"
             )
         if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
-            raise ValueError(
-                f"schedule {str(self.schedule)!r}: deep levels cannot be skipped where ControlNet or T2I-Adapter "
-                "add to them; use a schedule for the whole network"
-            )
+            text = "where ControlNet or T2I-Adapter add to them; use a schedule for the whole network"
+            raise ValueError(f"schedule {str(self.schedule)!r}: deep levels cannot be skipped {text}")
         action = trajectory.planned[call]
         position = trajectory.positions[call] if trajectory.positions else clock.host_timestep(timestep)
         if action != UPDATE:
@@ -185,18 +183,14 @@ class ScheduledUNet:
             timesteps = timesteps[clock.first_call(timesteps, clock.host_timestep(timestep)) :]
             calls = len(timesteps)
         if calls is None:
-            raise ValueError(
-                "schedule: the number of calls of this run is not known, so its last ones are not; open it with "
-                f"{WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
-            )
+            text = f"so its last ones are not; open it with {WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
+            raise ValueError(f"schedule: the number of calls of this run is not known, {text}")
         chosen = self._in_use = self._choose(scheduler, calls, timesteps)
         if chosen is None or not chosen.needs_axis:
             return Trajectory(chosen.actions(calls) if chosen else UPDATE * calls, range(calls), order=0)
         if scheduler is None and chosen.axis != "timestep":
-            raise ValueError(
-                f"schedule: axis={chosen.axis} needs the noise levels of the sampler; open the run with "
-                f"{WITH_SCHEDULER}, or give a schedule with axis=timestep"
-            )
+            text = f"open the run with {WITH_SCHEDULER}, or give a schedule with axis=timestep"
+            raise ValueError(f"schedule: axis={chosen.axis} needs the noise levels of the sampler; {text}")
         positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)
         return Trajectory(chosen.actions(calls), positions, chosen.order)
 
@@ -258,16 +252,12 @@ class _DeepLevels(NamedTuple):
         ups, downs = list(getattr(unet, "up_blocks", ())), list(getattr(unet, "down_blocks", ()))
         plain = all(hasattr(block, "resnets") and not hasattr(block, "skip_conv") for block in [*ups, *downs])
         if len(ups) < 2 or not plain:
-            raise ValueError(
-                f"schedule: {type(unet).__name__} has no levels to skip (two or more up blocks of resnets, without "
-                "skip_conv); use a schedule for the whole network"
-            )
+            text = "more up blocks of resnets, without skip_conv); use a schedule for the whole network"
+            raise ValueError(f"schedule: {type(unet).__name__} has no levels to skip (two or {text}")
         first = len(ups) - 1 if level is None else level
         if first >= len(ups):
-            raise ValueError(
-                f"schedule: level={level} is not allowed; {type(unet).__name__} has {len(ups)} up blocks, so give 1 to "
-                f"{len(ups) - 1}"
-            )
+            text = f"{type(unet).__name__} has {len(ups)} up blocks, so give 1 to {len(ups) - 1}"
+            raise ValueError(f"schedule: level={level} is not allowed; {text}")
         needed = sum(len(block.resnets) for block in ups[first:])
         skipped, count = dict.fromkeys(ups[: first - 1], 0), 1  # the first shortcut is that of conv_in
         if unet.mid_block is not None:

@@ -200,10 +200,8 @@ class ModulatedLayer(nn.Module):
         within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them name the layer.
         """
         if x.requires_grad and torch.is_grad_enabled() and self.mode != "float":
-            raise RuntimeError(
-                f"layer '{self.name}' has no gradient but its input asks for one; call the UNet inside "
-                f"`with torch.no_grad():`, or handle.remove() first to train or differentiate"
-            )
+            text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
+            raise RuntimeError(f"layer '{self.name}' has no gradient but its input asks for one; {text}")
         try:
             scaled = self.scaled(x)
             if self.mode == "float":
@@ -238,10 +236,8 @@ class ModulatedLayer(nn.Module):
         if self.calibrated.weight is not None and incoming is not None and incoming.shape == self.weight.shape:
             old = self.weight.detach()
             if not torch.equal(old, incoming.detach().to(old.device, old.dtype)):
-                raise ValueError(
-                    f"layer '{self.name}': other weights were given, but its codes are calibrated for the ones it has; "
-                    "handle.remove() first, then load and calibrate them"
-                )
+                text = "calibrated for the ones it has; handle.remove() first, then load and calibrate them"
+                raise ValueError(f"layer '{self.name}': other weights were given, but its codes are {text}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._adopt_parameters()
         self.refresh_weight()

@@ -200,10 +200,8 @@ class Run:
             return
         owner = self._caller
         if owner is not threading.current_thread() and (owner is None or owner.is_alive()):
-            raise RuntimeError(
-                f"cannot {what}: another thread is inside a call of this UNet; one thread samples with one accelerated "
-                "UNet at a time, give every thread its own"
-            )
+            text = "one thread samples with one accelerated UNet at a time, give every thread its own"
+            raise RuntimeError(f"cannot {what}: another thread is inside a call of this UNet; {text}")
         self.invalidate("a UNet call was interrupted")
         self._leave()
         self._busy.acquire()

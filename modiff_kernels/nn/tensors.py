@@ -95,10 +95,8 @@ class StateTensor:
 
     def _refuse(self) -> NoReturn:
         if self.state.action is None:
-            raise RuntimeError(
-                f"layer '{self.key}' was called outside a UNet call of a run, so it has no state to work on; "
-                f"{NEW_RUN} and call the UNet itself (or use `with state.call():` around single layers)"
-            )
+            text = f"to work on; {NEW_RUN} and call the UNet itself (or use `with state.call():` around single layers)"
+            raise RuntimeError(f"layer '{self.key}' was called outside a UNet call of a run, so it has no state {text}")
         raise RuntimeError(
             f"layer '{self.key}' has no state in context {self.state.context_name!r}: the first call of this run "
             f"did not reach it; {NEW_RUN} whose first call runs every layer, or leave the layer out with skip_modules"

@@ -83,10 +83,8 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
     _require_tensors(op, codes, None, bias=bias)
     _require_vector(op, "bias", bias, problem.n)
     if y_hat is not None and (bias is not None or zero_point is not None):
-        raise ValueError(
-            f"{op}: {'bias' if bias is not None else 'zero_point'} does not go with y_hat, which holds the bias from "
-            "the beginning of a run and takes symmetric codes; leave it None"
-        )
+        text = "which holds the bias from the beginning of a run and takes symmetric codes; leave it None"
+        raise ValueError(f"{op}: {'bias' if bias is not None else 'zero_point'} does not go with y_hat, {text}")
     return replace(problem, granularity=granularity)
 
 

@@ -62,10 +62,8 @@ class FusedAttention(FusedBlock):
     def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
         """Refuses any other kind of processor: the fused block would not call it."""
         if type(processor) is not type(self.original.processor):
-            raise RuntimeError(
-                f"block '{self.path}' is fused and would not call {type(processor).__name__}; set attention "
-                f"processors before accelerate(), or use ModiffConfig(fuse=False)"
-            )
+            text = "set attention processors before accelerate(), or use ModiffConfig(fuse=False)"
+            raise RuntimeError(f"block '{self.path}' is fused and would not call {type(processor).__name__}; {text}")
 
     def run(
         self,

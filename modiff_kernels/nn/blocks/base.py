@@ -75,10 +75,8 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's output, new tensors in x's dtype; mutates the state of its layers, raises what they raise."""
         if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"block '{self.path}' has no gradient but its input asks for one; call the UNet inside "
-                f"`with torch.no_grad():`, or handle.remove() first to train or differentiate"
-            )
+            text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
+            raise RuntimeError(f"block '{self.path}' has no gradient but its input asks for one; {text}")
         try:
             return self.run(x, *args, **kwargs)
         except (ValueError, TypeError, ops.BackendUnavailable) as error:
