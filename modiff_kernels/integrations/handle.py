@@ -264,11 +264,8 @@ class Handle:
         contexts = len({*self.state.contexts(), self.state.context_name})
         needed = self.plan.state_bytes * math.prod(shape) / math.prod(planned) * contexts
         if limit is not None and needed > limit:
-            raise ValueError(
-                f"max_state_bytes={limit}: a sample {tuple(shape)} in {contexts} context(s) needs about {needed:.0f} "
-                f"bytes of state, the plan was made for {planned}; give a plan for this shape (make_plan), or a higher "
-                "limit"
-            )
+            text = f"about {needed:.0f} bytes of state; give a plan for this shape (make_plan), or a higher limit"
+            raise ValueError(f"max_state_bytes={limit}: a sample {tuple(shape)} in {contexts} context(s) needs {text}")
         if tuple(shape) != planned and self._seen is None:
             text = "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these"
             logger.warning(text, planned, tuple(shape))

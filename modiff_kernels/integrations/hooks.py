@@ -101,11 +101,8 @@ def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> Non
     """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes."""
 
     def refuse(name: str, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
-            f"handle.remove(), then {name}(), then accelerate() again. Adapters that are there already and not fused "
-            "can be weighted and switched off and on"
-        )
+        text = f"and their low-bit form would not follow; call handle.remove(), then {name}(), then accelerate() again"
+        raise RuntimeError(f"{name}() changes layers of a UNet that is accelerated, {text}")
 
     adapters = [module for module in unet.modules() if is_adapter(module)]
     merged = any(getattr(adapter, "merged", False) for adapter in adapters)

@@ -48,10 +48,8 @@ def plan_of(
     if plan is None or config.max_state_bytes is None:
         return plan
     if plan.key is None and any(unit.mode.kind == MODULATED for unit in plan.units):
-        raise ValueError(
-            f"max_state_bytes={config.max_state_bytes}: the plan does not say for which shape it is, so the state of "
-            "its modulated units is not known; give a plan that make_plan() or `modiff calibrate --plan` made"
-        )
+        text = "the plan does not say for which shape it is; give one of make_plan() or `modiff calibrate --plan`"
+        raise ValueError(f"max_state_bytes={config.max_state_bytes}: {text}")
     return choice.within_state(plan, config.max_state_bytes)
 
 

@@ -89,10 +89,8 @@ def replacements_of(
     modes = {} if plan is None else _planned(plan, originals, reasons)
     unplanned = [path for path in originals if path not in reasons and path not in modes]
     if config.max_state_bytes is not None and unplanned and config.mode == MODULATED:
-        raise ValueError(
-            f"max_state_bytes={config.max_state_bytes}: the plan says nothing of {unplanned[0]!r}, which would be "
-            "modulated with an unknown state; give a plan of the whole UNet (make_plan), or mode='quantized'"
-        )
+        text = "which would be modulated; give a plan of the whole UNet (make_plan), or mode='quantized'"
+        raise ValueError(f"max_state_bytes={config.max_state_bytes}: the plan says nothing of {unplanned[0]!r}, {text}")
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
     fused: dict[str, FusedBlock] = {}

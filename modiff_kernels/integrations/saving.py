@@ -28,11 +28,9 @@ def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | s
     form = config.weight_bits, config.group_size or -1
     for path, layer in handle.layers.items():
         if (layer.weight_bits, layer.group_size) != form:
-            raise ValueError(
-                f"save_pretrained: the codes of layer '{path}' have {layer.weight_bits} bits and group size "
-                f"{layer.group_size}, but files hold those of the config alone, {form[0]} and {form[1]}; keep the "
-                "calibration beside the model and give it to accelerate(calibration=...)"
-            )
+            have = f"{layer.weight_bits} bits and group size {layer.group_size}"
+            text = f"but files hold those of the config alone, {form[0]} and {form[1]}; keep the calibration beside it"
+            raise ValueError(f"save_pretrained: the codes of layer '{path}' have {have}, {text}")
     plain, accelerated_in_place = unet._internal_dict, "hf_quantizer" not in unet.__dict__
     if accelerated_in_place:  # for the time of the call, it is like one that was loaded in low bits
         # The plan itself: what "auto" or a path stands for may be another one where the files are loaded.

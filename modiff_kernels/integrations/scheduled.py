@@ -141,11 +141,9 @@ class ScheduledUNet:
             trajectory = state.trajectories[state.context_name] = self._begin(timestep)
         call = len(trajectory.done)
         if call >= len(trajectory.planned):
-            raise RuntimeError(
-                f"call {call + 1} of the UNet in context {state.context_name!r}, but the schedule was laid out for "
-                f"{call}; begin a new run for a new picture, and put passes of one step into contexts "
-                "(`with handle.context('cond'):` and 'uncond')"
-            )
+            text = f"in context {state.context_name!r}, but the schedule was laid out for {call}; begin a new run"
+            where = "for a new picture, and put passes of one step into contexts (`with handle.context('cond'):`)"
+            raise RuntimeError(f"call {call + 1} of the UNet {text} {where}")
         if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
             text = "where ControlNet or T2I-Adapter add to them; use a schedule for the whole network"
             raise ValueError(f"schedule {str(self.schedule)!r}: deep levels cannot be skipped {text}")

@@ -97,10 +97,8 @@ class StateTensor:
         if self.state.action is None:
             text = f"to work on; {NEW_RUN} and call the UNet itself (or use `with state.call():` around single layers)"
             raise RuntimeError(f"layer '{self.key}' was called outside a UNet call of a run, so it has no state {text}")
-        raise RuntimeError(
-            f"layer '{self.key}' has no state in context {self.state.context_name!r}: the first call of this run "
-            f"did not reach it; {NEW_RUN} whose first call runs every layer, or leave the layer out with skip_modules"
-        )
+        text = f"the first call of this run did not reach it; {NEW_RUN} whose first call does, or use skip_modules"
+        raise RuntimeError(f"layer '{self.key}' has no state in context {self.state.context_name!r}: {text}")
 
 
 class OutputState(StateTensor):
@@ -225,10 +223,8 @@ class InputState(StateTensor):
 
     def refuse_second_source(self) -> NoReturn:
         """In this call it has been quantised already, from another tensor."""
-        raise RuntimeError(
-            f"the layers that share the input of '{self.key}' got different tensors in one UNet call, but one and the "
-            "same in the first call of this run, so their x_hat cannot follow; accelerate with share_inputs=False"
-        )
+        text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
+        raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
 
 
 class ModulationState(Run):

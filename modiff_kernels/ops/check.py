@@ -204,10 +204,8 @@ def _require_activation(op: str, name: str, t: Tensor, image: bool) -> None:
         _, c, h, w = t.shape
         # The strides as well: while it compiles for any size, torch 2.11 does not know the format of what was computed.
         if not t.is_contiguous(memory_format=torch.channels_last) and t.stride() != (c * h * w, 1, c * w, c):
-            raise ValueError(
-                f"{op}: {name} is not channels_last ({_text(t)}); convert it with .to(memory_format=torch.channels_last"
-                "), or, if it is no image but the input of a Linear, flatten it to [N, L, K]"
-            )
+            text = "convert it with .to(memory_format=torch.channels_last), or flatten inputs of Linears to [N, L, K]"
+            raise ValueError(f"{op}: {name} is not channels_last ({_text(t)}); {text}")
     elif t.ndim not in (2, 3):
         expected = "expected [M, K] or [N, L, K]: flatten it first (4-D tensors are images)"
         raise ValueError(f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); {expected}")
@@ -276,7 +274,5 @@ def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
 def _require_kpack_v1(op: str, packed: Tensor, bits: int, n: int, k: int) -> None:
     shape, dtype = (n, packed_width(bits, k)), packed_dtype(bits)
     if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
-        raise ValueError(
-            f"{op}: the packed weight has {_text(packed)}; {KPACK_V1} with {bits} bits, n={n}, k={k} needs a "
-            f"contiguous {dtype} {shape}; make it with pack_weight (k: inputs, of a convolution r * s * c_in / groups)"
-        )
+        text = f"{KPACK_V1} with {bits} bits, n={n}, k={k} needs a contiguous {dtype} {shape}; make it with pack_weight"
+        raise ValueError(f"{op}: the packed weight has {_text(packed)}; {text}")
