@@ -42,7 +42,6 @@ class UNetForward:
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        """Put it in; `undo` takes it out."""
         if self.graphs is not None:
             self.state.fixed_addresses = True
         wrap_forward(self._unet, self._forward, undo)

@@ -222,7 +222,6 @@ class Handle:
             self._undo = undo.pop_all()
 
     def attach(self, pipe: Any) -> None:
-        """Let the scheduler of `pipe` begin the runs."""
         wrapper = hooks.SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
         self._detach()
         self.pipe, self._set_timesteps = pipe, wrapper
@@ -291,7 +290,6 @@ class Handle:
 
 
 def check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
-    """ValueError where calls cannot be CUDA graphs."""
     device, obstacle = next(unet.parameters()).device, None
     if isinstance(schedule, StepSchedule) and schedule.is_deep:
         obstacle = (

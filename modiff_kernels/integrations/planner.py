@@ -97,7 +97,6 @@ def make_plan(
 
 
 def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rounds: int) -> LayerPlan:
-    """Measures the units, chooses, verifies."""
     bench.sample_with(bench.float)
     if bench.float.psnr_db < LEAST_REPEAT_DB:
         text = "let `sample` begin from the same noise at every call"

@@ -176,7 +176,6 @@ def _reasons_around(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
-    """Why the layer stays as it is, or None."""
     if (pattern := config.skips(path)) is not None:
         return f"skip_modules has {pattern!r}"
     if config.weight_bits is None:

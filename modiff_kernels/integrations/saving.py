@@ -13,7 +13,6 @@ from modiff_kernels.nn.adapters import is_adapter
 
 
 def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
-    """`Handle.save_pretrained`."""
     unet: Any = handle.unet
     config, folder = handle.config, Path(directory)
     if not hasattr(unet, "save_pretrained") or not hasattr(unet, "_internal_dict"):

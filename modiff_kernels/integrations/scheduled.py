@@ -63,12 +63,10 @@ class Trajectory:
         self.form: Any = None
 
     def predict(self, action: str, position: float) -> Tensor:
-        """What stands in for the tensor that is not computed."""
         history = self.output if action in (HOLD, FORECAST) else self.boundary
         return history.at(None if action in (HOLD, DEEP_HOLD) else position)
 
     def nbytes(self) -> int:
-        """Bytes of both histories."""
         return sum(value.nbytes for _, value in self.output.values + self.boundary.values)
 
 
@@ -93,7 +91,6 @@ class ScheduledUNet:
         self._deep = _DeepLevels.of(unet, schedule.level) if deep else None
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        """Put the schedule in; `undo` takes it out."""
         self.state.scheduled = True
         undo.callback(setattr, self.state, "scheduled", False)
         if self._deep is not None:
@@ -173,7 +170,6 @@ class ScheduledUNet:
             self._skip_deep, self._boundary = False, None
 
     def _begin(self, timestep: Any) -> Trajectory:
-        """Lays out the run of this context, at its first call."""
         calls, scheduler = self._layout()
         timesteps: list[float] = []
         if scheduler is not None:
@@ -193,7 +189,6 @@ class ScheduledUNet:
         return Trajectory(chosen.actions(calls), positions, chosen.order)
 
     def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
-        """The schedule of this run; None computes every call."""
         if self.schedule is None:
             return None
         name = type(scheduler).__name__

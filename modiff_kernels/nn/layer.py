@@ -88,7 +88,6 @@ class ModulatedLayer(nn.Module):
         output.writers.append(self)
 
     def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of y_hat for an input of `x_shape`."""
         n = self.packed.n
         return (*x_shape[:-1], n) if self.window is None else self.window.output_shape(x_shape, n)
 
@@ -98,7 +97,6 @@ class ModulatedLayer(nn.Module):
         return tokens.contiguous(memory_format=self.memory_format)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The float operator."""
         return F.linear(x, weight, bias) if self.window is None else F.conv2d(x, weight, bias, *self.window[1:])
 
     def refresh_weight(self) -> None:
@@ -129,7 +127,6 @@ class ModulatedLayer(nn.Module):
             self.packed = weights.pack(quantized, self.problem("product", NOMINAL_ROWS), self.backend)
 
     def become_constant(self) -> None:
-        """Take mode "constant" and give up x_hat and y_hat."""
         self.state.drop_consumer(self.input)
         self.state.outputs.pop(self.name, None)
         self.mode, self.act_bits, self.input, self.output = "constant", None, None, None
@@ -310,7 +307,6 @@ class ModulatedConv2d(ModulatedLayer):
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:
-    """Why `conv` has no low-bit form, or None."""
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r} is not supported, only 'zeros'"
     if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size)):
@@ -319,7 +315,6 @@ def why_not_conv2d(conv: nn.Conv2d) -> str | None:
 
 
 def window_of(conv: nn.Conv2d) -> Window:
-    """The window of `conv`, with its padding in numbers."""
     padding: Any = conv.padding
     if padding == "valid":
         padding = 0, 0
@@ -369,7 +364,6 @@ class LinearStack:
 
     @property
     def packed(self) -> PackedWeight:
-        """The stacked weight in the layout of the layers."""
         if self._packed is None:
             parts = [layer.packed for layer in self.layers]
             self._packed = weights.stack(parts, self.layers[0].weight.shape[1])
@@ -388,10 +382,8 @@ class LinearStack:
         return self._bias if self.packed is not None else None
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the layers: parts of the columns of `out`."""
         return out.split(self.widths, dim=-1)
 
     def refresh_weight(self) -> None:
-        """Note that the weight of a layer has changed."""
         self._packed = None
         self.kernels.clear()

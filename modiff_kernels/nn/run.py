@@ -87,7 +87,6 @@ class Run:
             self._calls, self._num_calls, self._over = {}, num_calls, None
 
     def end_run(self) -> None:
-        """End the run, if there is one."""
         with self._between_calls("end a run"):
             self.invalidate("the run has ended")
 
@@ -98,7 +97,6 @@ class Run:
 
     @contextlib.contextmanager
     def sampling_run(self: R, num_calls: int | None = None) -> Iterator[R]:
-        """One run: `begin_run` on entry, `end_run` on exit."""
         self.begin_run(num_calls)
         try:
             yield self

@@ -33,7 +33,6 @@ class ContextTensor:
         self.fixed_absmax: Tensor | None = None
 
     def begin(self, dtype: torch.dtype, call_index: int) -> None:
-        """The first use in a run, for activations of `dtype`."""
         self.dtype = dtype
         self.written = True
         self.kernels.clear()
@@ -43,15 +42,12 @@ class ContextTensor:
 
 
 class StateTensor:
-    """One x_hat or y_hat: a tensor per context."""
-
     def __init__(self, state: "ModulationState", key: str) -> None:
         self.state = state
         self.key = key
         self.contexts: dict[str, ContextTensor] = {}
 
     def fill(self, tensor: Tensor) -> None:
-        """Write what a run begins with."""
         raise NotImplementedError
 
     def ensure(
@@ -212,17 +208,14 @@ class InputState(StateTensor):
         return shared[2]
 
     def share(self, source: Tensor, codes: Any) -> None:
-        """Offer the codes of `source` to the other consumers of this call."""
         self.uses = 1
         self._shared = (source, tensor_version(source), codes)
 
     def forget_shared(self) -> None:
-        """Drop what was shared in the last call."""
         self.uses = 0
         self._shared = None
 
     def refuse_second_source(self) -> NoReturn:
-        """In this call it has been quantised already, from another tensor."""
         text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
         raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
 
@@ -279,12 +272,10 @@ class ModulationState(Run):
         return self.outputs[key]
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """Dtype of x_hat and y_hat on `device`."""
         return self.state_dtype or (torch.float16 if device.type == "cuda" else torch.float32)
 
     @property
     def needs_run(self) -> bool:
-        """Whether a call outside a run is an error."""
         return self.scheduled or bool(self.outputs) or self.calls_calibrated is not None
 
     def kind_of_call(self) -> tuple[Any, ...]:
@@ -300,7 +291,6 @@ class ModulationState(Run):
         super().begin_call()
 
     def contexts(self) -> set[str]:
-        """Names of the contexts that have state tensors."""
         return {name for holder in self._holders() for name in holder.contexts}
 
     def nbytes(self) -> int:
@@ -310,7 +300,6 @@ class ModulationState(Run):
         return sum(tensor.nbytes for tensor in tensors) + sum(other.nbytes() for other in others)
 
     def release(self) -> None:
-        """Free all state tensors and end the run."""
         with self._between_calls("release the state"):
             self.invalidate("the state was released")
             self.trajectories = {}

@@ -233,7 +233,6 @@ def _require_scale(op: str, x: Tensor, scale: Tensor, lengths: Sequence[int], me
 
 
 def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:
-    """The granularity that the number of scales means."""
     samples, rows = codes.shape[0], row_count(codes.shape, image)
     if image:
         _require_scale(op, codes, scale, (1, samples, rows), "one for all, one per image, one per pixel")
@@ -257,7 +256,6 @@ def _require_window(op: str, window: Window, codes: Tensor) -> None:
 
 
 def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
-    """A weight whose rows hold `k` codes."""
     packed, scale, bits, group_size, layout = weight
     check_bits(op, "weight.bits", bits)
     check_group_size(op, group_size)

@@ -74,7 +74,6 @@ class _Arguments:
             self.kinds.append(Window if hint == Window | None else hint if hasattr(hint, "_fields") else None)
 
     def schema(self, mutates: Sequence[str]) -> str:
-        """The schema in torch's notation."""
         flat: dict[str, Any] = {}
         for name, kind in zip(self.names, self.kinds):
             if kind is None or kind is Window:
@@ -100,7 +99,6 @@ class _Arguments:
         return args + tuple([kwargs[key] if key in kwargs else self.defaults[key] for key in rest])
 
     def flat(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments of the declaration as those of the schema."""
         values: list[Any] = []
         for value, kind in zip(args, self.kinds):
             if kind is None:
@@ -112,7 +110,6 @@ class _Arguments:
         return tuple(values)
 
     def nested(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Arguments of the schema as those of the declaration."""
         rest = iter(values)
         args: list[Any] = []
         for kind in self.kinds:

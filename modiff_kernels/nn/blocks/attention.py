@@ -56,7 +56,6 @@ class FusedAttention(FusedBlock):
         self.stacked = LinearStack(readers) if LinearStack.fits(readers) else readers
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
-        """The attention processor that this block stands for."""
         return self.original.processor
 
     def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
