@@ -72,11 +72,8 @@ def accelerate(
 
 
 def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
-    """The UNet of `target`, and the pipeline around it or None.
-
-    TypeError for anything else, RuntimeError for a UNet that is accelerated already; `allow_loaded` lets those pass
-    that diffusers loaded in low bits.
-    """
+    """The UNet of `target`, and the pipeline around it or None. TypeError for anything else, RuntimeError for a UNet
+    that is accelerated already; `allow_loaded` lets those pass that diffusers loaded in low bits."""
     unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
     if not isinstance(unet, nn.Module):
         text = "or a pipeline with a `unet`; pipelines built on a transformer are not supported"

@@ -65,10 +65,8 @@ class _Graph:
 
 
 class GraphedCalls:
-    """The graphs of one accelerated UNet.
-
-    captured, replayed, eager: numbers of calls so far; captured ones are replayed too.
-    """
+    """The graphs of one accelerated UNet. captured, replayed, eager: numbers of calls so far; captured ones are
+    replayed too."""
 
     def __init__(self, state: ModulationState, capture: Capture) -> None:
         self.captured = self.replayed = self.eager = 0

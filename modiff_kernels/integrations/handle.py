@@ -43,11 +43,8 @@ class LayerRow:
 
 
 class Handle:
-    """What `accelerate` did to one UNet.
-
-    plan: what config.plan stands for, or None. layers: the low-bit layers by path. replaced: what was put where.
-    is_loaded: whether diffusers loaded the UNet in low bits.
-    """
+    """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
+    path. replaced: what was put where. is_loaded: whether diffusers loaded the UNet in low bits."""
 
     def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
         self.unet, self.pipe, self.config, self.replaced = unet, pipe, config, replaced
@@ -155,10 +152,8 @@ class Handle:
         return "\n".join([*summary, *lines])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
-        """Take another schedule, or None, from the next run on.
-
-        RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than the one it got.
-        """
+        """Take another schedule, or None, from the next run on. RuntimeError if `accelerate` got none; ValueError for
+        one that skips other deep levels than the one it got."""
         self._require_active()
         if self.config.cuda_graphs:
             check_graphs(self.unet, schedule)

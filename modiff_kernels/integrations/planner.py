@@ -116,10 +116,8 @@ def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rou
 
 
 def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subject | None:
-    """The fastest plan by the estimate whose pictures are good enough; None if no estimate held.
-
-    A plan whose pictures are worse than estimated makes the estimates worse by as much for the next one.
-    """
+    """The fastest plan by the estimate whose pictures are good enough; None if no estimate held. A plan whose pictures
+    are worse than estimated makes the estimates worse by as much for the next one."""
     gains = choice.gains_of(costs, {mode: noise_of(subject.psnr_db) for mode, subject in bench.subjects.items()})
     for _ in range(CHOICES):
         chosen = choice.choose(costs, gains, noise_of(least_db), limit)

@@ -31,10 +31,8 @@ PROBE_REPEATS = 5
 def plan_of(
     unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> LayerPlan | None:
-    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none.
-
-    ValueError for a file that is no plan, and where nothing is stored and the shapes are not known.
-    """
+    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none. ValueError for a file that
+    is no plan, and where nothing is stored and the shapes are not known."""
     plan = config.plan
     if plan == "auto":
         plan = plan_cache.newest(plan_cache.key_of(unet, config, ()))
@@ -61,10 +59,8 @@ def estimated(
     machine: Machine | None = None,
 ) -> LayerPlan:
     """A plan from shapes at batch 1: units stay float whose low-bit form would be slower by the roofline of `machine`.
-
     machine: None measures the device of the UNet, which takes about a second. Fidelity is not looked at: the low-bit
-    mode is that of `config`.
-    """
+    mode is that of `config`."""
     if config.weight_bits is None or config.act_bits is None:
         text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both, or plan=None"
         raise ValueError(f"plan: weight_bits={config.weight_bits}, {text}")
@@ -118,9 +114,7 @@ def _estimated_costs(
 
 def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dict[str, LayerShape]]:
     """Shape of a sample, and by path what the Linear and Conv2d layers compute in one call, found without computing.
-
-    Layers that a call does not reach are missing. ValueError for a UNet whose inputs cannot be made up.
-    """
+    Layers that a call does not reach are missing. ValueError for a UNet whose inputs cannot be made up."""
     memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in unet.buffers()}
     for parameter in unet.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -190,11 +184,9 @@ def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> 
 
 
 def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | None = None) -> Machine:
-    """The three numbers of `device`: from products and 3x3 convolutions, float and low-bit, and a copy.
-
-    The faster of product and convolution counts, the best of a few repeats each: libraries differ by a factor of three
-    between the two on some CPUs, and a bound must be one for both.
-    """
+    """The three numbers of `device`: from products and 3x3 convolutions, float and low-bit, and a copy. The faster of
+    product and convolution counts, the best of a few repeats each: libraries differ by a factor of three between the
+    two on some CPUs, and a bound must be one for both."""
     timer = timer or timer_of(device)
     options: Any = {"device": device, "dtype": torch.float16 if device.type == "cuda" else torch.float32}
     channels = PROBE_IMAGE[1]

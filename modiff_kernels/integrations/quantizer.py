@@ -46,9 +46,7 @@ class ModiffQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         """The keys of the state_dict that saved files stand for; ValueError where their headers are not those of one.
-
-        Files of a full-precision model are left alone.
-        """
+        Files of a full-precision model are left alone."""
         if not self.pre_quantized:
             return loaded_keys
         for file in checkpoint_files:

@@ -63,11 +63,9 @@ def replacements_of(
     share_inputs: bool,
     plan: LayerPlan | None = None,
 ) -> Replacements:
-    """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for.
-
-    The UNet is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does
-    not fit; BackendUnavailable if config.backend cannot do it.
-    """
+    """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for. The UNet
+    is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does not fit;
+    BackendUnavailable if config.backend cannot do it."""
     modules = dict(unet.named_modules(remove_duplicate=False))
     originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     if not originals:

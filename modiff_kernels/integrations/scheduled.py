@@ -100,10 +100,8 @@ class ScheduledUNet:
         wrap_forward(self.unet, self._forward, undo)
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
-        """Take another schedule, or None to compute every call, from the next run on.
-
-        ValueError for deep levels other than the installed ones.
-        """
+        """Take another schedule, or None to compute every call, from the next run on. ValueError for deep levels other
+        than the installed ones."""
         if schedule is not None and schedule.is_deep and (self._deep is None or schedule.level != self._deep.level):
             raise ValueError(
                 f"set_schedule: {str(schedule)!r} skips deep levels that were not prepared; call accelerate() with it"

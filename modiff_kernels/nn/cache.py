@@ -107,10 +107,8 @@ depends on where the weights lie in memory, and with that a saved model's pictur
 
 @dataclasses.dataclass
 class Entry:
-    """For one timestep and batch: features [N, F] and embedding [N, D], whose rows are one row in memory.
-
-    projections: by what projects them (`TimeProjections`), valid for its weights; tensors of one row each.
-    """
+    """For one timestep and batch: features [N, F] and embedding [N, D], whose rows are one row in memory. projections:
+    by what projects them (`TimeProjections`), valid for its weights; tensors of one row each."""
 
     features: Tensor
     embedding: Tensor | None = None

@@ -101,9 +101,7 @@ class ModulatedLayer(nn.Module):
 
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again. Call it after changing `weight` in place, between runs.
-
-        Raises ValueError on weights that hold NaN or Inf.
-        """
+        Raises ValueError on weights that hold NaN or Inf."""
         weight = self.weight.detach()
         self._refresh_bias()
         self.kernels.clear()
@@ -298,8 +296,7 @@ class ModulatedConv2d(ModulatedLayer):
         calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> "ModulatedConv2d":
         """The low-bit form of `conv`, as `ModulatedLinear.from_linear` makes it. Raises ValueError also on padding that
-        is not the same number of zeros on both sides.
-        """
+        is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
@@ -324,20 +321,16 @@ def window_of(conv: nn.Conv2d) -> Window:
 
 
 class LinearStack:
-    """Layers of one input as one Linear: weights stacked along the output channels, one y_hat [..., sum of widths].
-
-    Its weight is made of the packed weights of its layers, again whenever one of them changes.
-    """
+    """Layers of one input as one Linear: weights stacked along the output channels, one y_hat [..., sum of widths]. Its
+    weight is made of the packed weights of its layers, again whenever one of them changes."""
 
     window = None
     output_shape = ModulatedLayer.output_shape
 
     @staticmethod
     def fits(layers: Sequence[ModulatedLayer]) -> bool:
-        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype.
-
-        Layers that scale the channels of their input do not read one tensor.
-        """
+        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype. Layers that scale the
+        channels of their input do not read one tensor."""
         if any(layer.input_scale is not None or layer.packed is None for layer in layers):
             return False
         formats = {(layer.packed[2:], layer.weight.shape[1], layer.weight.dtype) for layer in layers}

@@ -71,11 +71,9 @@ class Run:
         self.calls_calibrated = calls
 
     def begin_run(self, num_calls: int | None = None) -> None:
-        """Begin a run in this thread: the next call of every context is its first.
-
-        num_calls: calls per context that the sampler announced; one more raises. None = any number. Raises RuntimeError
-        while another thread is inside a call, and on a number other than that of calibrated tables of scales.
-        """
+        """Begin a run in this thread: the next call of every context is its first. num_calls: calls per context that
+        the sampler announced; one more raises. None = any number. Raises RuntimeError while another thread is inside a
+        call, and on a number other than that of calibrated tables of scales."""
         if self.calls_calibrated is not None:
             if num_calls not in (None, self.calls_calibrated):
                 text = f"UNet calls of a run, but this run has {num_calls}; sample with as many, or calibrate for these"

@@ -98,10 +98,8 @@ class StateTensor:
 
 
 class OutputState(StateTensor):
-    """y_hat of a layer, or of several whose outputs leave a block as one sum.
-
-    writers: the layers whose products are added onto it; their `bias_data` is [N] or None.
-    """
+    """y_hat of a layer, or of several whose outputs leave a block as one sum. writers: the layers whose products are
+    added onto it; their `bias_data` is [N] or None."""
 
     def __init__(self, state: "ModulationState", key: str) -> None:
         super().__init__(state, key)
@@ -122,11 +120,9 @@ def fill_with_bias(tensor: Tensor, writers: list[Any]) -> None:
 
 
 class InputState(StateTensor):
-    """x_hat of a tensor that one or several layers read, and how its residual is quantised.
-
-    A shared one (`consumers` > 1) is quantised once per call, by the first consumer; the others take the same codes. In
-    a call all of them must read the very same tensor.
-    """
+    """x_hat of a tensor that one or several layers read, and how its residual is quantised. A shared one (`consumers` >
+    1) is quantised once per call, by the first consumer; the others take the same codes. In a call all of them must
+    read the very same tensor."""
 
     def __init__(self, state: "ModulationState", key: str, config: ModiffConfig, granularity: str) -> None:
         super().__init__(state, key)
@@ -173,10 +169,8 @@ class InputState(StateTensor):
             held.absmax = absmax
 
     def set_static(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32.
-
-        ValueError if another layer that reads the same tensor, or another table, has set something else.
-        """
+        """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32. ValueError if another layer that
+        reads the same tensor, or another table, has set something else."""
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
         old = self.static

@@ -1,7 +1,6 @@
 """Checks of the ops' arguments: each gives the `Problem`, or raises ValueError or TypeError saying what was given and
 what is allowed, before anything is mutated. They look at shapes, strides, dtypes and devices only, never at values.
-What is declared in `schema` has its types there.
-"""
+What is declared in `schema` has its types there."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -37,8 +37,7 @@ class BackendUnavailable(RuntimeError):
 
 class Selection(NamedTuple):
     """The chosen backend, its function, those that were asked before it, and whether compiled code can call what the
-    function is made of.
-    """
+    function is made of."""
 
     backend: str
     fn: Callable[..., Any]

@@ -28,8 +28,7 @@ _inlining = False
 
 def inline_kernels() -> None:
     """From now on code that torch.compile makes calls the kernels of traceable backends, not the ops around them, which
-    are Python below torch's dispatcher.
-    """
+    are Python below torch's dispatcher."""
     global _inlining
     if not _inlining:
         for fn in _inlined:
@@ -39,8 +38,7 @@ def inline_kernels() -> None:
 
 def is_about_values(error: RuntimeError) -> bool:
     """Whether `error`, of compiled code, is what ops called one by one raise as ValueError: NaN or Inf in x. Code that
-    inductor calls from C++ tells the kernel alone, which has no other reason.
-    """
+    inductor calls from C++ tells the kernel alone, which has no other reason."""
     return "holds NaN or Inf" in str(error) or '("modiff_cpu::quantize"' in str(error)
 
 
@@ -61,8 +59,7 @@ class Op(Protocol[P, R]):
 
 class _Arguments:
     """The arguments of an op: those of its declaration `fn`, by position, and flat, as torch's schemas can have them:
-    named tuples field by field, a window as integers.
-    """
+    named tuples field by field, a window as integers."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.signature = inspect.signature(fn)
