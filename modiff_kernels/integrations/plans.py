@@ -133,8 +133,8 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
         with torch.inference_mode():
             hollow(sample, **arguments)
     except Exception as error:
-        text = f"up to see its shapes ({error}); measure with make_plan(), which takes them from a run"
-        raise ValueError(f"plan: the inputs of {type(unet).__name__} could not be made {text}") from error
+        text = f"to see its shapes ({error}); measure with make_plan(), which takes them from a run"
+        raise ValueError(f"plan: the inputs of {type(unet).__name__} could not be made up {text}") from error
     return tuple(sample.shape), shapes
 
 

@@ -28,7 +28,7 @@ def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | s
     for path, layer in handle.layers.items():
         if (layer.weight_bits, layer.group_size) != form:
             have = f"{layer.weight_bits} bits and group size {layer.group_size}"
-            text = f"but files hold those of the config alone, {form[0]} and {form[1]}; keep the calibration beside it"
+            text = f"but files hold those of the config, {form[0]} and {form[1]}; give accelerate() the calibration"
             raise ValueError(f"save_pretrained: the codes of layer '{path}' have {have}, {text}")
     plain, accelerated_in_place = unet._internal_dict, "hf_quantizer" not in unet.__dict__
     if accelerated_in_place:  # for the time of the call, it is like one that was loaded in low bits

@@ -243,8 +243,8 @@ class _DeepLevels(NamedTuple):
         ups, downs = list(getattr(unet, "up_blocks", ())), list(getattr(unet, "down_blocks", ()))
         plain = all(hasattr(block, "resnets") and not hasattr(block, "skip_conv") for block in [*ups, *downs])
         if len(ups) < 2 or not plain:
-            text = "more up blocks of resnets, without skip_conv); use a schedule for the whole network"
-            raise ValueError(f"schedule: {type(unet).__name__} has no levels to skip (two or {text}")
+            text = "(two or more up blocks of resnets, without skip_conv); use a schedule for the whole network"
+            raise ValueError(f"schedule: {type(unet).__name__} has no levels to skip {text}")
         first = len(ups) - 1 if level is None else level
         if first >= len(ups):
             text = f"{type(unet).__name__} has {len(ups)} up blocks, so give 1 to {len(ups) - 1}"
