@@ -47,10 +47,8 @@ def accelerate(
     loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:
         if (config, calibration, static_scales) != (None, None, None) or not share_inputs:
-            raise ValueError(
-                f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config it was saved or "
-                "loaded with; leave out the other arguments, or call remove() on the handle before"
-            )
+            text = "it was saved or loaded with; leave out the other arguments, or call remove() on the handle before"
+            raise ValueError(f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config {text}")
         if pipe is not None:
             loaded.attach(pipe)
         return loaded
@@ -66,27 +64,20 @@ def accelerate(
     replaced = replacements_of(unet, config, calibrated, share_inputs, plan)
     missing = [] if result is None else [path for path in replaced.layers if path not in result.layers]
     if missing:
-        raise ValueError(
-            f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated ({result.method}); name them in "
-            "skip_modules, or calibrate with the skip_modules that are used here"
-        )
+        text = f"({result.method}); name them in skip_modules, or calibrate with the skip_modules that are used here"
+        raise ValueError(f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated {text}")
     handle = Handle(unet, pipe, config, replaced)
     handle.install()
     return handle
 
 
 def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
-    """The UNet of `target`, and the pipeline around it or None.
-
-    TypeError for anything else, RuntimeError for a UNet that is accelerated already; `allow_loaded` lets those pass
-    that diffusers loaded in low bits.
-    """
+    """The UNet of `target`, and the pipeline around it or None. TypeError for anything else, RuntimeError for a UNet
+    that is accelerated already; `allow_loaded` lets those pass that diffusers loaded in low bits."""
     unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
     if not isinstance(unet, nn.Module):
-        raise TypeError(
-            f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) or a pipeline with a `unet`; "
-            "pipelines built on a transformer are not supported"
-        )
+        text = "or a pipeline with a `unet`; pipelines built on a transformer are not supported"
+        raise TypeError(f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) {text}")
     if hasattr(unet, "_orig_mod"):
         raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
     handle = unet.__dict__.get(HANDLE)

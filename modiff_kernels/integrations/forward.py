@@ -42,7 +42,6 @@ class UNetForward:
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        """Put it in; `undo` takes it out."""
         if self.graphs is not None:
             self.state.fixed_addresses = True
         wrap_forward(self._unet, self._forward, undo)
@@ -61,11 +60,9 @@ class UNetForward:
         wrap_forward(modules[1], table.embedding, undo)
 
     def compile(self, **options: Any) -> None:
-        """Compile the calls that are not excepted above, with the options of torch.compile.
-
-        Inductor's, if the user gives none: attributes of torch's own layers stay within a run, so they are not guarded,
-        and on a CPU the kernels are called from C++ (torch before 2.13 would go through Python for some even so).
-        """
+        """Compile the calls that are not excepted above, with the options of torch.compile. Inductor's, if the user
+        gives none: attributes of torch's own layers stay within a run, so they are not guarded, and on a CPU the
+        kernels are called from C++ (torch before 2.13 would go through Python for some even so)."""
         inline_kernels()
         if not options.keys() & {"backend", "mode", "options"}:
             asked = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
@@ -129,11 +126,9 @@ class UNetForward:
 
 
 class HostTimesteps:
-    """The timesteps of calls as numbers on the host, without waiting for a device within a run.
-
-    Known are numbers, tensors on the CPU, and elements of a schedule on a device that was announced: by their place in
-    its memory, which a loop over `scheduler.timesteps` or over a slice of it gives.
-    """
+    """The timesteps of calls as numbers on the host, without waiting for a device within a run. Known are numbers,
+    tensors on the CPU, and elements of a schedule on a device that was announced: by their place in its memory, which a
+    loop over `scheduler.timesteps` or over a slice of it gives."""
 
     def __init__(self) -> None:
         self._schedule: Tensor | None = None

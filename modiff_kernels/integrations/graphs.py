@@ -51,7 +51,6 @@ class _Input:
     version: int = 0
 
     def take(self, tensor: Tensor) -> None:
-        """Copy `tensor`, unless it is here already."""
         if tensor is not self.source or tensor._version != self.version:
             self.place.copy_(tensor)
             counts = not tensor.is_inference()  # inference tensors count no changes in place
@@ -66,10 +65,8 @@ class _Graph:
 
 
 class GraphedCalls:
-    """The graphs of one accelerated UNet.
-
-    captured, replayed, eager: numbers of calls so far; captured ones are replayed too.
-    """
+    """The graphs of one accelerated UNet. captured, replayed, eager: numbers of calls so far; captured ones are
+    replayed too."""
 
     def __init__(self, state: ModulationState, capture: Capture) -> None:
         self.captured = self.replayed = self.eager = 0
@@ -120,7 +117,6 @@ class GraphedCalls:
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, graph.outputs)
 
     def describe(self) -> str:
-        """One line about the calls so far."""
         return f"CUDA graphs: {self.captured} captured, {self.replayed} calls replayed, {self.eager} calls to warm up"
 
 

@@ -43,11 +43,8 @@ class LayerRow:
 
 
 class Handle:
-    """What `accelerate` did to one UNet.
-
-    plan: what config.plan stands for, or None. layers: the low-bit layers by path. replaced: what was put where.
-    is_loaded: whether diffusers loaded the UNet in low bits.
-    """
+    """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
+    path. replaced: what was put where. is_loaded: whether diffusers loaded the UNet in low bits."""
 
     def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
         self.unet, self.pipe, self.config, self.replaced = unet, pipe, config, replaced
@@ -155,10 +152,8 @@ class Handle:
         return "\n".join([*summary, *lines])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
-        """Take another schedule, or None, from the next run on.
-
-        RuntimeError if `accelerate` got none; ValueError for one that skips other deep levels than the one it got.
-        """
+        """Take another schedule, or None, from the next run on. RuntimeError if `accelerate` got none; ValueError for
+        one that skips other deep levels than the one it got."""
         self._require_active()
         if self.config.cuda_graphs:
             check_graphs(self.unet, schedule)
@@ -222,7 +217,6 @@ class Handle:
             self._undo = undo.pop_all()
 
     def attach(self, pipe: Any) -> None:
-        """Let the scheduler of `pipe` begin the runs."""
         wrapper = hooks.SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
         self._detach()
         self.pipe, self._set_timesteps = pipe, wrapper
@@ -264,11 +258,8 @@ class Handle:
         contexts = len({*self.state.contexts(), self.state.context_name})
         needed = self.plan.state_bytes * math.prod(shape) / math.prod(planned) * contexts
         if limit is not None and needed > limit:
-            raise ValueError(
-                f"max_state_bytes={limit}: a sample {tuple(shape)} in {contexts} context(s) needs about {needed:.0f} "
-                f"bytes of state, the plan was made for {planned}; give a plan for this shape (make_plan), or a higher "
-                "limit"
-            )
+            text = f"about {needed:.0f} bytes of state; give a plan for this shape (make_plan), or a higher limit"
+            raise ValueError(f"max_state_bytes={limit}: a sample {tuple(shape)} in {contexts} context(s) needs {text}")
         if tuple(shape) != planned and self._seen is None:
             text = "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these"
             logger.warning(text, planned, tuple(shape))
@@ -294,7 +285,6 @@ class Handle:
 
 
 def check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
-    """ValueError where calls cannot be CUDA graphs."""
     device, obstacle = next(unet.parameters()).device, None
     if isinstance(schedule, StepSchedule) and schedule.is_deep:
         obstacle = (

@@ -14,9 +14,7 @@ from modiff_kernels.nn.adapters import is_adapter
 
 class SetTimesteps:
     """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run.
-
-    announce: gets the scheduler when its timesteps are set.
-    """
+    announce: gets the scheduler when its timesteps are set."""
 
     def __init__(self, scheduler: Any, state: ModulationState, announce: Callable[[Any], None]) -> None:
         original = getattr(scheduler, "set_timesteps", None)
@@ -69,10 +67,8 @@ def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack)
 
 
 def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`.
-
-    Where another wrapper has been put over it by then, it stays and only calls through.
-    """
+    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`. Where another wrapper has
+    been put over it by then, it stays and only calls through."""
     original = module.forward
     active, covered = True, contextlib.ExitStack()
 
@@ -101,11 +97,8 @@ def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> Non
     """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes."""
 
     def refuse(name: str, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
-            f"handle.remove(), then {name}(), then accelerate() again. Adapters that are there already and not fused "
-            "can be weighted and switched off and on"
-        )
+        text = f"and their low-bit form would not follow; call handle.remove(), then {name}(), then accelerate() again"
+        raise RuntimeError(f"{name}() changes layers of a UNet that is accelerated, {text}")
 
     adapters = [module for module in unet.modules() if is_adapter(module)]
     merged = any(getattr(adapter, "merged", False) for adapter in adapters)

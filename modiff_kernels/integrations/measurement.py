@@ -41,7 +41,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def share_copy(unet: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are those of `unet`."""
     memo = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
     return copy.deepcopy(unet, memo)
 
@@ -66,7 +65,6 @@ class Subject:
     units: dict[str, list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
 
     def run(self) -> contextlib.AbstractContextManager[Any]:
-        """One sampling run."""
         return contextlib.nullcontext() if self.handle is None else self.handle.sampling_run()
 
     def __call__(self, call: Call) -> Any:
@@ -77,7 +75,6 @@ class Subject:
 
     @property
     def candidate(self) -> Candidate:
-        """What was measured on the whole UNet, as a plan shows it."""
         exact = self.handle is None or math.isinf(self.psnr_db)
         step_us = 1e6 * statistics.median(self.steps)
         return Candidate(self.name, step_us, None if exact else self.psnr_db, self.state_bytes)
@@ -123,7 +120,6 @@ class Bench:
         return accelerate(share_copy(self.unet), config, calibration=self.calibration, static_scales=scales)
 
     def planned(self, modes: Mapping[str, Mode]) -> Subject:
-        """A copy of the UNet with these modes of the units."""
         plan = LayerPlan(tuple(UnitPlan(path, mode, self.units[path]) for path, mode in modes.items()))
         handle = self._accelerated(dataclasses.replace(self.config, plan=plan))
         counts = Counter(map(str, modes.values())).most_common()
@@ -151,7 +147,6 @@ class Bench:
         subject.psnr_db = float(psnr(pictures, self.pictures).mean())
 
     def costs(self, rounds: int) -> dict[str, list[ModeCost]]:
-        """What every unit costs in float and in every mode."""
         sqnr_db = self._fidelity()
         subjects = {FLOAT_MODE: self.float, **self.subjects}
         self.time(list(subjects.values()), rounds, per_unit=True)

@@ -26,7 +26,6 @@ def folder() -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    """Model of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError, StopIteration):
@@ -53,7 +52,6 @@ def key_of(unet: nn.Module, config: ModiffConfig, shape: Sequence[int]) -> PlanK
 
 
 def path_of(key: PlanKey) -> Path:
-    """The file of the plan for `key`."""
     return folder() / key.digest / f"{'x'.join(map(str, key.shape))}.json"
 
 
@@ -68,7 +66,6 @@ def store(plan: LayerPlan) -> Path:
 
 
 def stored(key: PlanKey) -> LayerPlan | None:
-    """The plan for exactly this key, or None."""
     return _read(path_of(key), key)
 
 

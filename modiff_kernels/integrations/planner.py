@@ -97,13 +97,10 @@ def make_plan(
 
 
 def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rounds: int) -> LayerPlan:
-    """Measures the units, chooses, verifies."""
     bench.sample_with(bench.float)
     if bench.float.psnr_db < LEAST_REPEAT_DB:
-        raise ValueError(
-            f"make_plan: two float samplings differ ({bench.float.psnr_db:.1f} dB); let `sample` begin from the same "
-            "noise at every call"
-        )
+        text = "let `sample` begin from the same noise at every call"
+        raise ValueError(f"make_plan: two float samplings differ ({bench.float.psnr_db:.1f} dB); {text}")
     costs = bench.costs(rounds)
     for subject in bench.subjects.values():
         bench.sample_with(subject)
@@ -119,10 +116,8 @@ def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rou
 
 
 def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subject | None:
-    """The fastest plan by the estimate whose pictures are good enough; None if no estimate held.
-
-    A plan whose pictures are worse than estimated makes the estimates worse by as much for the next one.
-    """
+    """The fastest plan by the estimate whose pictures are good enough; None if no estimate held. A plan whose pictures
+    are worse than estimated makes the estimates worse by as much for the next one."""
     gains = choice.gains_of(costs, {mode: noise_of(subject.psnr_db) for mode, subject in bench.subjects.items()})
     for _ in range(CHOICES):
         chosen = choice.choose(costs, gains, noise_of(least_db), limit)
@@ -164,10 +159,8 @@ def _decided(
 def _modes_to_compare(config: ModiffConfig) -> tuple[Mode, ...]:
     """The low-bit modes that a plan may take besides float, that of `config` last."""
     if config.weight_bits is None or config.act_bits is None:
-        raise ValueError(
-            f"make_plan: weight_bits={config.weight_bits}, act_bits={config.act_bits} leave no low-bit mode to choose; "
-            "give both"
-        )
+        text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both"
+        raise ValueError(f"make_plan: weight_bits={config.weight_bits}, {text}")
     if config.mode == QUANTIZED:
         return (Mode(QUANTIZED, config.act_bits),)
     return Mode(QUANTIZED, 8), Mode(MODULATED, config.act_bits)

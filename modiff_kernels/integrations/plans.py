@@ -31,10 +31,8 @@ PROBE_REPEATS = 5
 def plan_of(
     unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> LayerPlan | None:
-    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none.
-
-    ValueError for a file that is no plan, and where nothing is stored and the shapes are not known.
-    """
+    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none. ValueError for a file that
+    is no plan, and where nothing is stored and the shapes are not known."""
     plan = config.plan
     if plan == "auto":
         plan = plan_cache.newest(plan_cache.key_of(unet, config, ()))
@@ -48,10 +46,8 @@ def plan_of(
     if plan is None or config.max_state_bytes is None:
         return plan
     if plan.key is None and any(unit.mode.kind == MODULATED for unit in plan.units):
-        raise ValueError(
-            f"max_state_bytes={config.max_state_bytes}: the plan does not say for which shape it is, so the state of "
-            "its modulated units is not known; give a plan that make_plan() or `modiff calibrate --plan` made"
-        )
+        text = "the plan does not say for which shape it is; give one of make_plan() or `modiff calibrate --plan`"
+        raise ValueError(f"max_state_bytes={config.max_state_bytes}: {text}")
     return choice.within_state(plan, config.max_state_bytes)
 
 
@@ -63,15 +59,11 @@ def estimated(
     machine: Machine | None = None,
 ) -> LayerPlan:
     """A plan from shapes at batch 1: units stay float whose low-bit form would be slower by the roofline of `machine`.
-
     machine: None measures the device of the UNet, which takes about a second. Fidelity is not looked at: the low-bit
-    mode is that of `config`.
-    """
+    mode is that of `config`."""
     if config.weight_bits is None or config.act_bits is None:
-        raise ValueError(
-            f"plan: weight_bits={config.weight_bits}, act_bits={config.act_bits} leave no low-bit mode to choose; give "
-            "both, or plan=None"
-        )
+        text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both, or plan=None"
+        raise ValueError(f"plan: weight_bits={config.weight_bits}, {text}")
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, calibrated or {}, share_inputs)
     shape, shapes = traced_shapes(unet)
@@ -122,9 +114,7 @@ def _estimated_costs(
 
 def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dict[str, LayerShape]]:
     """Shape of a sample, and by path what the Linear and Conv2d layers compute in one call, found without computing.
-
-    Layers that a call does not reach are missing. ValueError for a UNet whose inputs cannot be made up.
-    """
+    Layers that a call does not reach are missing. ValueError for a UNet whose inputs cannot be made up."""
     memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in unet.buffers()}
     for parameter in unet.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -143,10 +133,8 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
         with torch.inference_mode():
             hollow(sample, **arguments)
     except Exception as error:
-        raise ValueError(
-            f"plan: the inputs of {type(unet).__name__} could not be made up to see its shapes ({error}); measure with "
-            "make_plan(), which takes them from a run"
-        ) from error
+        text = f"to see its shapes ({error}); measure with make_plan(), which takes them from a run"
+        raise ValueError(f"plan: the inputs of {type(unet).__name__} could not be made up {text}") from error
     return tuple(sample.shape), shapes
 
 
@@ -196,11 +184,9 @@ def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> 
 
 
 def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | None = None) -> Machine:
-    """The three numbers of `device`: from products and 3x3 convolutions, float and low-bit, and a copy.
-
-    The faster of product and convolution counts, the best of a few repeats each: libraries differ by a factor of three
-    between the two on some CPUs, and a bound must be one for both.
-    """
+    """The three numbers of `device`: from products and 3x3 convolutions, float and low-bit, and a copy. The faster of
+    product and convolution counts, the best of a few repeats each: libraries differ by a factor of three between the
+    two on some CPUs, and a bound must be one for both."""
     timer = timer or timer_of(device)
     options: Any = {"device": device, "dtype": torch.float16 if device.type == "cuda" else torch.float32}
     channels = PROBE_IMAGE[1]

@@ -41,16 +41,12 @@ class ModiffQuantizer(DiffusersQuantizer):
             raise ImportError(f"{text}; pip install 'modiff-kernels[diffusers]'")
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         if isinstance(device_map, str) or len(set(devices)) > 1 or "disk" in devices:
-            raise ValueError(
-                f"device_map={device_map!r} is not allowed for a low-bit UNet, which has its state on one device; give "
-                "one device, such as device_map={'': 'cuda'}, or none and move the model with .to()"
-            )
+            text = "which has its state on one device; give one, such as {'': 'cuda'}, or none and use .to()"
+            raise ValueError(f"device_map={device_map!r} is not allowed for a low-bit UNet, {text}")
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         """The keys of the state_dict that saved files stand for; ValueError where their headers are not those of one.
-
-        Files of a full-precision model are left alone.
-        """
+        Files of a full-precision model are left alone."""
         if not self.pre_quantized:
             return loaded_keys
         for file in checkpoint_files:
@@ -82,10 +78,8 @@ class ModiffQuantizer(DiffusersQuantizer):
             unused = set(stored.layers) - set(self.handle.layers)
             if unused:
                 self.handle.remove()
-                raise ValueError(
-                    f"{min(unused) + WEIGHT!r} is low-bit in the files, but not so for the quantization_config of "
-                    "config.json (look at skip_modules); give the config.json that belongs to the files"
-                )
+                text = "for the quantization_config of config.json (look at skip_modules); give that of the files"
+                raise ValueError(f"{min(unused) + WEIGHT!r} is low-bit in the files, but not so {text}")
         self.handle.mark_as_loaded(_forget_quantization)
         return model
 

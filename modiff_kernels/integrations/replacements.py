@@ -63,21 +63,17 @@ def replacements_of(
     share_inputs: bool,
     plan: LayerPlan | None = None,
 ) -> Replacements:
-    """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for.
-
-    The UNet is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does
-    not fit; BackendUnavailable if config.backend cannot do it.
-    """
+    """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for. The UNet
+    is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does not fit;
+    BackendUnavailable if config.backend cannot do it."""
     modules = dict(unet.named_modules(remove_duplicate=False))
     originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     if not originals:
         raise ValueError(f"accelerate: {type(unet).__name__} holds no Linear and no Conv2d; give the UNet itself")
     unknown = [path for path in calibrated if path not in originals]
     if unknown:
-        raise ValueError(
-            f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, which is no Linear "
-            f"or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
-        )
+        text = f"which is no Linear or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
+        raise ValueError(f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, {text}")
     for pattern in config.skip_modules:
         alone = dataclasses.replace(config, skip_modules=(pattern,))
         if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
@@ -91,10 +87,8 @@ def replacements_of(
     modes = {} if plan is None else _planned(plan, originals, reasons)
     unplanned = [path for path in originals if path not in reasons and path not in modes]
     if config.max_state_bytes is not None and unplanned and config.mode == MODULATED:
-        raise ValueError(
-            f"max_state_bytes={config.max_state_bytes}: the plan says nothing of {unplanned[0]!r}, which would be "
-            "modulated with an unknown state; give a plan of the whole UNet (make_plan), or mode='quantized'"
-        )
+        text = "which would be modulated; give a plan of the whole UNet (make_plan), or mode='quantized'"
+        raise ValueError(f"max_state_bytes={config.max_state_bytes}: the plan says nothing of {unplanned[0]!r}, {text}")
     state = ModulationState(config.state_dtype)
     replacements: dict[str, nn.Module] = {}
     fused: dict[str, FusedBlock] = {}
@@ -180,7 +174,6 @@ def _reasons_around(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
-    """Why the layer stays as it is, or None."""
     if (pattern := config.skips(path)) is not None:
         return f"skip_modules has {pattern!r}"
     if config.weight_bits is None:

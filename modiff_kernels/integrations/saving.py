@@ -13,7 +13,6 @@ from modiff_kernels.nn.adapters import is_adapter
 
 
 def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:
-    """`Handle.save_pretrained`."""
     unet: Any = handle.unet
     config, folder = handle.config, Path(directory)
     if not hasattr(unet, "save_pretrained") or not hasattr(unet, "_internal_dict"):
@@ -23,18 +22,14 @@ def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | s
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save_pretrained: {folder} is a file; give a folder")
     if any(is_adapter(module) for module in unet.modules()):
-        raise ValueError(
-            "save_pretrained: a LoRA stands beside the layers, which the saved UNet would not have; call remove(), "
-            "then fuse_lora() and unload_lora(), then accelerate() again"
-        )
+        text = "would not have; call remove(), then fuse_lora() and unload_lora(), then accelerate() again"
+        raise ValueError(f"save_pretrained: a LoRA stands beside the layers, which the saved UNet {text}")
     form = config.weight_bits, config.group_size or -1
     for path, layer in handle.layers.items():
         if (layer.weight_bits, layer.group_size) != form:
-            raise ValueError(
-                f"save_pretrained: the codes of layer '{path}' have {layer.weight_bits} bits and group size "
-                f"{layer.group_size}, but files hold those of the config alone, {form[0]} and {form[1]}; keep the "
-                "calibration beside the model and give it to accelerate(calibration=...)"
-            )
+            have = f"{layer.weight_bits} bits and group size {layer.group_size}"
+            text = f"but files hold those of the config, {form[0]} and {form[1]}; give accelerate() the calibration"
+            raise ValueError(f"save_pretrained: the codes of layer '{path}' have {have}, {text}")
     plain, accelerated_in_place = unet._internal_dict, "hf_quantizer" not in unet.__dict__
     if accelerated_in_place:  # for the time of the call, it is like one that was loaded in low bits
         # The plan itself: what "auto" or a path stands for may be another one where the files are loaded.

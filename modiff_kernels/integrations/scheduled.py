@@ -63,12 +63,10 @@ class Trajectory:
         self.form: Any = None
 
     def predict(self, action: str, position: float) -> Tensor:
-        """What stands in for the tensor that is not computed."""
         history = self.output if action in (HOLD, FORECAST) else self.boundary
         return history.at(None if action in (HOLD, DEEP_HOLD) else position)
 
     def nbytes(self) -> int:
-        """Bytes of both histories."""
         return sum(value.nbytes for _, value in self.output.values + self.boundary.values)
 
 
@@ -93,7 +91,6 @@ class ScheduledUNet:
         self._deep = _DeepLevels.of(unet, schedule.level) if deep else None
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        """Put the schedule in; `undo` takes it out."""
         self.state.scheduled = True
         undo.callback(setattr, self.state, "scheduled", False)
         if self._deep is not None:
@@ -103,10 +100,8 @@ class ScheduledUNet:
         wrap_forward(self.unet, self._forward, undo)
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
-        """Take another schedule, or None to compute every call, from the next run on.
-
-        ValueError for deep levels other than the installed ones.
-        """
+        """Take another schedule, or None to compute every call, from the next run on. ValueError for deep levels other
+        than the installed ones."""
         if schedule is not None and schedule.is_deep and (self._deep is None or schedule.level != self._deep.level):
             raise ValueError(
                 f"set_schedule: {str(schedule)!r} skips deep levels that were not prepared; call accelerate() with it"
@@ -141,16 +136,12 @@ class ScheduledUNet:
             trajectory = state.trajectories[state.context_name] = self._begin(timestep)
         call = len(trajectory.done)
         if call >= len(trajectory.planned):
-            raise RuntimeError(
-                f"call {call + 1} of the UNet in context {state.context_name!r}, but the schedule was laid out for "
-                f"{call}; begin a new run for a new picture, and put passes of one step into contexts "
-                "(`with handle.context('cond'):` and 'uncond')"
-            )
+            text = f"in context {state.context_name!r}, but the schedule was laid out for {call}; begin a new run"
+            where = "for a new picture, and put passes of one step into contexts (`with handle.context('cond'):`)"
+            raise RuntimeError(f"call {call + 1} of the UNet {text} {where}")
         if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
-            raise ValueError(
-                f"schedule {str(self.schedule)!r}: deep levels cannot be skipped where ControlNet or T2I-Adapter "
-                "add to them; use a schedule for the whole network"
-            )
+            text = "where ControlNet or T2I-Adapter add to them; use a schedule for the whole network"
+            raise ValueError(f"schedule {str(self.schedule)!r}: deep levels cannot be skipped {text}")
         action = trajectory.planned[call]
         position = trajectory.positions[call] if trajectory.positions else clock.host_timestep(timestep)
         if action != UPDATE:
@@ -177,7 +168,6 @@ class ScheduledUNet:
             self._skip_deep, self._boundary = False, None
 
     def _begin(self, timestep: Any) -> Trajectory:
-        """Lays out the run of this context, at its first call."""
         calls, scheduler = self._layout()
         timesteps: list[float] = []
         if scheduler is not None:
@@ -185,23 +175,18 @@ class ScheduledUNet:
             timesteps = timesteps[clock.first_call(timesteps, clock.host_timestep(timestep)) :]
             calls = len(timesteps)
         if calls is None:
-            raise ValueError(
-                "schedule: the number of calls of this run is not known, so its last ones are not; open it with "
-                f"{WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
-            )
+            text = f"so its last ones are not; open it with {WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
+            raise ValueError(f"schedule: the number of calls of this run is not known, {text}")
         chosen = self._in_use = self._choose(scheduler, calls, timesteps)
         if chosen is None or not chosen.needs_axis:
             return Trajectory(chosen.actions(calls) if chosen else UPDATE * calls, range(calls), order=0)
         if scheduler is None and chosen.axis != "timestep":
-            raise ValueError(
-                f"schedule: axis={chosen.axis} needs the noise levels of the sampler; open the run with "
-                f"{WITH_SCHEDULER}, or give a schedule with axis=timestep"
-            )
+            text = f"open the run with {WITH_SCHEDULER}, or give a schedule with axis=timestep"
+            raise ValueError(f"schedule: axis={chosen.axis} needs the noise levels of the sampler; {text}")
         positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)
         return Trajectory(chosen.actions(calls), positions, chosen.order)
 
     def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
-        """The schedule of this run; None computes every call."""
         if self.schedule is None:
             return None
         name = type(scheduler).__name__
@@ -258,16 +243,12 @@ class _DeepLevels(NamedTuple):
         ups, downs = list(getattr(unet, "up_blocks", ())), list(getattr(unet, "down_blocks", ()))
         plain = all(hasattr(block, "resnets") and not hasattr(block, "skip_conv") for block in [*ups, *downs])
         if len(ups) < 2 or not plain:
-            raise ValueError(
-                f"schedule: {type(unet).__name__} has no levels to skip (two or more up blocks of resnets, without "
-                "skip_conv); use a schedule for the whole network"
-            )
+            text = "(two or more up blocks of resnets, without skip_conv); use a schedule for the whole network"
+            raise ValueError(f"schedule: {type(unet).__name__} has no levels to skip {text}")
         first = len(ups) - 1 if level is None else level
         if first >= len(ups):
-            raise ValueError(
-                f"schedule: level={level} is not allowed; {type(unet).__name__} has {len(ups)} up blocks, so give 1 to "
-                f"{len(ups) - 1}"
-            )
+            text = f"{type(unet).__name__} has {len(ups)} up blocks, so give 1 to {len(ups) - 1}"
+            raise ValueError(f"schedule: level={level} is not allowed; {text}")
         needed = sum(len(block.resnets) for block in ups[first:])
         skipped, count = dict.fromkeys(ups[: first - 1], 0), 1  # the first shortcut is that of conv_in
         if unet.mid_block is not None:

@@ -87,11 +87,9 @@ class KeptOutputs:
             kept.source = None
 
     def release(self) -> None:
-        """Free all values."""
         self._kept.clear()
 
     def nbytes(self) -> int:
-        """Bytes of the values."""
         return sum(kept.value.nbytes for kept in self._kept.values())
 
 
@@ -109,10 +107,8 @@ depends on where the weights lie in memory, and with that a saved model's pictur
 
 @dataclasses.dataclass
 class Entry:
-    """For one timestep and batch: features [N, F] and embedding [N, D], whose rows are one row in memory.
-
-    projections: by what projects them (`TimeProjections`), valid for its weights; tensors of one row each.
-    """
+    """For one timestep and batch: features [N, F] and embedding [N, D], whose rows are one row in memory. projections:
+    by what projects them (`TimeProjections`), valid for its weights; tensors of one row each."""
 
     features: Tensor
     embedding: Tensor | None = None
@@ -150,17 +146,14 @@ class TimeTable:
         self._call = _Call()
 
     def begin_call(self, timestep: float) -> None:
-        """The UNet is called with `timestep` for all samples."""
         self._call.number += 1
         self._call.timestep = None if torch.is_grad_enabled() else timestep
 
     def end_call(self) -> None:
-        """The call is over."""
         self._call.timestep = self._call.entry = None
 
     @property
     def call_number(self) -> int:
-        """Grows with every call of this thread."""
         return self._call.number
 
     def entry_of(self, embedding: Tensor) -> Entry | None:
@@ -201,11 +194,9 @@ class TimeTable:
         return entry.embedding
 
     def nbytes(self) -> int:
-        """Bytes of all entries."""
         return sum(entry.nbytes() for entry in list(self._entries.values()))
 
     def release(self) -> None:
-        """Forget all entries."""
         self._entries.clear()
 
 

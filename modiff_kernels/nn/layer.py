@@ -88,7 +88,6 @@ class ModulatedLayer(nn.Module):
         output.writers.append(self)
 
     def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of y_hat for an input of `x_shape`."""
         n = self.packed.n
         return (*x_shape[:-1], n) if self.window is None else self.window.output_shape(x_shape, n)
 
@@ -98,14 +97,11 @@ class ModulatedLayer(nn.Module):
         return tokens.contiguous(memory_format=self.memory_format)
 
     def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The float operator."""
         return F.linear(x, weight, bias) if self.window is None else F.conv2d(x, weight, bias, *self.window[1:])
 
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again. Call it after changing `weight` in place, between runs.
-
-        Raises ValueError on weights that hold NaN or Inf.
-        """
+        Raises ValueError on weights that hold NaN or Inf."""
         weight = self.weight.detach()
         self._refresh_bias()
         self.kernels.clear()
@@ -129,7 +125,6 @@ class ModulatedLayer(nn.Module):
             self.packed = weights.pack(quantized, self.problem("product", NOMINAL_ROWS), self.backend)
 
     def become_constant(self) -> None:
-        """Take mode "constant" and give up x_hat and y_hat."""
         self.state.drop_consumer(self.input)
         self.state.outputs.pop(self.name, None)
         self.mode, self.act_bits, self.input, self.output = "constant", None, None, None
@@ -149,10 +144,8 @@ class ModulatedLayer(nn.Module):
     def _set_static_scale(self, state: InputState) -> None:
         scale, zero_point, device = self.calibrated.act_scale, self.calibrated.act_zero_point, self.weight.device
         if scale is None and state.static_scale is None:
-            raise ValueError(
-                "scale_mode='static' needs a calibrated scale for its input and none was given; calibrate with "
-                f"scale_mode='static' or pass static_scales[{self.name!r}], or use scale_mode='dynamic' or 'delayed'"
-            )
+            text = f"calibrate with it or pass static_scales[{self.name!r}], or use scale_mode='dynamic' or 'delayed'"
+            raise ValueError(f"scale_mode='static' needs a calibrated scale for its input and none was given; {text}")
         if scale is not None:
             zero_point = None if zero_point is None else zero_point.to(device)
             state.set_static(scale.detach().to(device, torch.float32), zero_point)
@@ -200,10 +193,8 @@ class ModulatedLayer(nn.Module):
         within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them name the layer.
         """
         if x.requires_grad and torch.is_grad_enabled() and self.mode != "float":
-            raise RuntimeError(
-                f"layer '{self.name}' has no gradient but its input asks for one; call the UNet inside "
-                f"`with torch.no_grad():`, or handle.remove() first to train or differentiate"
-            )
+            text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
+            raise RuntimeError(f"layer '{self.name}' has no gradient but its input asks for one; {text}")
         try:
             scaled = self.scaled(x)
             if self.mode == "float":
@@ -238,10 +229,8 @@ class ModulatedLayer(nn.Module):
         if self.calibrated.weight is not None and incoming is not None and incoming.shape == self.weight.shape:
             old = self.weight.detach()
             if not torch.equal(old, incoming.detach().to(old.device, old.dtype)):
-                raise ValueError(
-                    f"layer '{self.name}': other weights were given, but its codes are calibrated for the ones it has; "
-                    "handle.remove() first, then load and calibrate them"
-                )
+                text = "calibrated for the ones it has; handle.remove() first, then load and calibrate them"
+                raise ValueError(f"layer '{self.name}': other weights were given, but its codes are {text}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._adopt_parameters()
         self.refresh_weight()
@@ -307,8 +296,7 @@ class ModulatedConv2d(ModulatedLayer):
         calibrated: CalibratedLayer = NOT_CALIBRATED,
     ) -> "ModulatedConv2d":
         """The low-bit form of `conv`, as `ModulatedLinear.from_linear` makes it. Raises ValueError also on padding that
-        is not the same number of zeros on both sides.
-        """
+        is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
@@ -316,7 +304,6 @@ class ModulatedConv2d(ModulatedLayer):
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:
-    """Why `conv` has no low-bit form, or None."""
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r} is not supported, only 'zeros'"
     if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size)):
@@ -325,7 +312,6 @@ def why_not_conv2d(conv: nn.Conv2d) -> str | None:
 
 
 def window_of(conv: nn.Conv2d) -> Window:
-    """The window of `conv`, with its padding in numbers."""
     padding: Any = conv.padding
     if padding == "valid":
         padding = 0, 0
@@ -335,20 +321,16 @@ def window_of(conv: nn.Conv2d) -> Window:
 
 
 class LinearStack:
-    """Layers of one input as one Linear: weights stacked along the output channels, one y_hat [..., sum of widths].
-
-    Its weight is made of the packed weights of its layers, again whenever one of them changes.
-    """
+    """Layers of one input as one Linear: weights stacked along the output channels, one y_hat [..., sum of widths]. Its
+    weight is made of the packed weights of its layers, again whenever one of them changes."""
 
     window = None
     output_shape = ModulatedLayer.output_shape
 
     @staticmethod
     def fits(layers: Sequence[ModulatedLayer]) -> bool:
-        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype.
-
-        Layers that scale the channels of their input do not read one tensor.
-        """
+        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype. Layers that scale the
+        channels of their input do not read one tensor."""
         if any(layer.input_scale is not None or layer.packed is None for layer in layers):
             return False
         formats = {(layer.packed[2:], layer.weight.shape[1], layer.weight.dtype) for layer in layers}
@@ -375,7 +357,6 @@ class LinearStack:
 
     @property
     def packed(self) -> PackedWeight:
-        """The stacked weight in the layout of the layers."""
         if self._packed is None:
             parts = [layer.packed for layer in self.layers]
             self._packed = weights.stack(parts, self.layers[0].weight.shape[1])
@@ -394,10 +375,8 @@ class LinearStack:
         return self._bias if self.packed is not None else None
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the layers: parts of the columns of `out`."""
         return out.split(self.widths, dim=-1)
 
     def refresh_weight(self) -> None:
-        """Note that the weight of a layer has changed."""
         self._packed = None
         self.kernels.clear()

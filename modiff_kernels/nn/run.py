@@ -66,24 +66,18 @@ class Run:
     def expect_calls(self, calls: int) -> None:
         """From now on runs have `calls` calls: scales are given for each. ValueError if it was another number."""
         if self.calls_calibrated not in (None, calls):
-            known = self.calls_calibrated
-            raise ValueError(
-                f"a table of {calls} scales, one per call, in a UNet with tables of {known}; give all one length"
-            )
+            text = f"in a UNet with tables of {self.calls_calibrated}; give all one length"
+            raise ValueError(f"a table of {calls} scales, one per call, {text}")
         self.calls_calibrated = calls
 
     def begin_run(self, num_calls: int | None = None) -> None:
-        """Begin a run in this thread: the next call of every context is its first.
-
-        num_calls: calls per context that the sampler announced; one more raises. None = any number. Raises RuntimeError
-        while another thread is inside a call, and on a number other than that of calibrated tables of scales.
-        """
+        """Begin a run in this thread: the next call of every context is its first. num_calls: calls per context that
+        the sampler announced; one more raises. None = any number. Raises RuntimeError while another thread is inside a
+        call, and on a number other than that of calibrated tables of scales."""
         if self.calls_calibrated is not None:
             if num_calls not in (None, self.calls_calibrated):
-                raise RuntimeError(
-                    f"the scales are calibrated for the {self.calls_calibrated} UNet calls of a run, but this run has "
-                    f"{num_calls}; sample with as many steps as in calibration, or calibrate for these"
-                )
+                text = f"UNet calls of a run, but this run has {num_calls}; sample with as many, or calibrate for these"
+                raise RuntimeError(f"the scales are calibrated for the {self.calls_calibrated} {text}")
             num_calls = self.calls_calibrated
         with self._between_calls("begin a run"):
             self._on_begin_run()
@@ -91,7 +85,6 @@ class Run:
             self._calls, self._num_calls, self._over = {}, num_calls, None
 
     def end_run(self) -> None:
-        """End the run, if there is one."""
         with self._between_calls("end a run"):
             self.invalidate("the run has ended")
 
@@ -102,7 +95,6 @@ class Run:
 
     @contextlib.contextmanager
     def sampling_run(self: R, num_calls: int | None = None) -> Iterator[R]:
-        """One run: `begin_run` on entry, `end_run` on exit."""
         self.begin_run(num_calls)
         try:
             yield self
@@ -174,17 +166,12 @@ class Run:
             raise RuntimeError(f"the UNet was called outside a run ({self._over}); {NEW_RUN}")
         runner: Any = self._runner
         if thread is not runner:
-            raise RuntimeError(
-                f"the run was begun by thread {runner.name!r} but {thread.name!r} calls the UNet; one thread "
-                f"samples with one accelerated UNet at a time: {NEW_RUN} in this thread, or give every thread its "
-                "own UNet"
-            )
+            text = f"but {thread.name!r} calls the UNet; {NEW_RUN} in this thread, or give every thread its own UNet"
+            raise RuntimeError(f"the run was begun by thread {runner.name!r} {text}")
         if self._num_calls is not None and self.call_index >= self._num_calls:
-            raise RuntimeError(
-                f"call {self._num_calls + 1} of the UNet in context {self.context_name!r}, but the scheduler announced "
-                f"{self._num_calls}; {NEW_RUN} for a new picture, and put passes of one step into contexts "
-                f"(`with handle.context('cond'):` and 'uncond')"
-            )
+            where = f"call {self._num_calls + 1} of the UNet in context {self.context_name!r}"
+            text = f"{NEW_RUN} for a new picture, and put passes of one step into contexts (`handle.context('cond')`)"
+            raise RuntimeError(f"{where}, but the scheduler announced {self._num_calls}; {text}")
 
     @contextlib.contextmanager
     def _between_calls(self, what: str) -> Iterator[None]:
@@ -200,10 +187,8 @@ class Run:
             return
         owner = self._caller
         if owner is not threading.current_thread() and (owner is None or owner.is_alive()):
-            raise RuntimeError(
-                f"cannot {what}: another thread is inside a call of this UNet; one thread samples with one accelerated "
-                "UNet at a time, give every thread its own"
-            )
+            text = "one thread samples with one accelerated UNet at a time, give every thread its own"
+            raise RuntimeError(f"cannot {what}: another thread is inside a call of this UNet; {text}")
         self.invalidate("a UNet call was interrupted")
         self._leave()
         self._busy.acquire()

@@ -154,7 +154,6 @@ def plain_product(
     dtype: torch.dtype,
     spread: Spread | None = None,
 ) -> Tensor:
-    """The product of plain codes, plus bias and `skip`."""
     values, scale, zero_point = codes
     values = values if spread is None else spread.codes(values)
     args = (values, scale, zero_point, layer.packed, None, layer.bias_data, skip, layer.window, dtype, True)
@@ -221,7 +220,6 @@ def constant(layer: Layer, source: Tensor) -> Tensor:
 
 
 def quantized_shape(prologue: Prologue, h: Tensor) -> Sequence[int]:
-    """Shape of prologue(h)."""
     return (*h.shape[:-1], h.shape[-1] // 2) if prologue.kind == "geglu" else h.shape
 
 

@@ -33,7 +33,6 @@ class ContextTensor:
         self.fixed_absmax: Tensor | None = None
 
     def begin(self, dtype: torch.dtype, call_index: int) -> None:
-        """The first use in a run, for activations of `dtype`."""
         self.dtype = dtype
         self.written = True
         self.kernels.clear()
@@ -43,15 +42,12 @@ class ContextTensor:
 
 
 class StateTensor:
-    """One x_hat or y_hat: a tensor per context."""
-
     def __init__(self, state: "ModulationState", key: str) -> None:
         self.state = state
         self.key = key
         self.contexts: dict[str, ContextTensor] = {}
 
     def fill(self, tensor: Tensor) -> None:
-        """Write what a run begins with."""
         raise NotImplementedError
 
     def ensure(
@@ -95,21 +91,15 @@ class StateTensor:
 
     def _refuse(self) -> NoReturn:
         if self.state.action is None:
-            raise RuntimeError(
-                f"layer '{self.key}' was called outside a UNet call of a run, so it has no state to work on; "
-                f"{NEW_RUN} and call the UNet itself (or use `with state.call():` around single layers)"
-            )
-        raise RuntimeError(
-            f"layer '{self.key}' has no state in context {self.state.context_name!r}: the first call of this run "
-            f"did not reach it; {NEW_RUN} whose first call runs every layer, or leave the layer out with skip_modules"
-        )
+            text = f"to work on; {NEW_RUN} and call the UNet itself (or use `with state.call():` around single layers)"
+            raise RuntimeError(f"layer '{self.key}' was called outside a UNet call of a run, so it has no state {text}")
+        text = f"the first call of this run did not reach it; {NEW_RUN} whose first call does, or use skip_modules"
+        raise RuntimeError(f"layer '{self.key}' has no state in context {self.state.context_name!r}: {text}")
 
 
 class OutputState(StateTensor):
-    """y_hat of a layer, or of several whose outputs leave a block as one sum.
-
-    writers: the layers whose products are added onto it; their `bias_data` is [N] or None.
-    """
+    """y_hat of a layer, or of several whose outputs leave a block as one sum. writers: the layers whose products are
+    added onto it; their `bias_data` is [N] or None."""
 
     def __init__(self, state: "ModulationState", key: str) -> None:
         super().__init__(state, key)
@@ -130,11 +120,9 @@ def fill_with_bias(tensor: Tensor, writers: list[Any]) -> None:
 
 
 class InputState(StateTensor):
-    """x_hat of a tensor that one or several layers read, and how its residual is quantised.
-
-    A shared one (`consumers` > 1) is quantised once per call, by the first consumer; the others take the same codes. In
-    a call all of them must read the very same tensor.
-    """
+    """x_hat of a tensor that one or several layers read, and how its residual is quantised. A shared one (`consumers` >
+    1) is quantised once per call, by the first consumer; the others take the same codes. In a call all of them must
+    read the very same tensor."""
 
     def __init__(self, state: "ModulationState", key: str, config: ModiffConfig, granularity: str) -> None:
         super().__init__(state, key)
@@ -181,10 +169,8 @@ class InputState(StateTensor):
             held.absmax = absmax
 
     def set_static(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32.
-
-        ValueError if another layer that reads the same tensor, or another table, has set something else.
-        """
+        """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32. ValueError if another layer that
+        reads the same tensor, or another table, has set something else."""
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
         old = self.static
@@ -216,21 +202,16 @@ class InputState(StateTensor):
         return shared[2]
 
     def share(self, source: Tensor, codes: Any) -> None:
-        """Offer the codes of `source` to the other consumers of this call."""
         self.uses = 1
         self._shared = (source, tensor_version(source), codes)
 
     def forget_shared(self) -> None:
-        """Drop what was shared in the last call."""
         self.uses = 0
         self._shared = None
 
     def refuse_second_source(self) -> NoReturn:
-        """In this call it has been quantised already, from another tensor."""
-        raise RuntimeError(
-            f"the layers that share the input of '{self.key}' got different tensors in one UNet call, but one and the "
-            "same in the first call of this run, so their x_hat cannot follow; accelerate with share_inputs=False"
-        )
+        text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
+        raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
 
 
 class ModulationState(Run):
@@ -285,12 +266,10 @@ class ModulationState(Run):
         return self.outputs[key]
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """Dtype of x_hat and y_hat on `device`."""
         return self.state_dtype or (torch.float16 if device.type == "cuda" else torch.float32)
 
     @property
     def needs_run(self) -> bool:
-        """Whether a call outside a run is an error."""
         return self.scheduled or bool(self.outputs) or self.calls_calibrated is not None
 
     def kind_of_call(self) -> tuple[Any, ...]:
@@ -306,7 +285,6 @@ class ModulationState(Run):
         super().begin_call()
 
     def contexts(self) -> set[str]:
-        """Names of the contexts that have state tensors."""
         return {name for holder in self._holders() for name in holder.contexts}
 
     def nbytes(self) -> int:
@@ -316,7 +294,6 @@ class ModulationState(Run):
         return sum(tensor.nbytes for tensor in tensors) + sum(other.nbytes() for other in others)
 
     def release(self) -> None:
-        """Free all state tensors and end the run."""
         with self._between_calls("release the state"):
             self.invalidate("the state was released")
             self.trajectories = {}

@@ -28,8 +28,7 @@ def stack(weights: Sequence[PackedWeight], k: int, window: Window | None = None)
 
 def parts_of(stacked: PackedWeight, weights: Sequence[PackedWeight]) -> list[PackedWeight]:
     """`weights`, which `stacked` is made of, as views of it where the layout allows it, so that nothing is stored
-    twice.
-    """
+    twice."""
     flat = [weight.packed.flatten() for weight in weights]
     if not torch.equal(torch.cat(flat), stacked.packed.flatten()):
         return list(weights)

@@ -1,6 +1,5 @@
 """The ops, as functions and as torch ops `torch.ops.modiff.*`; see `schema` for their contracts and `dispatch` for
-backends.
-"""
+backends."""
 
 from ..quant.operands import GEGLU, IDENTITY, PackedWeight, Prologue, Window
 from . import dispatch

@@ -1,7 +1,6 @@
 """Checks of the ops' arguments: each gives the `Problem`, or raises ValueError or TypeError saying what was given and
 what is allowed, before anything is mutated. They look at shapes, strides, dtypes and devices only, never at values.
-What is declared in `schema` has its types there.
-"""
+What is declared in `schema` has its types there."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -83,10 +82,8 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
     _require_tensors(op, codes, None, bias=bias)
     _require_vector(op, "bias", bias, problem.n)
     if y_hat is not None and (bias is not None or zero_point is not None):
-        raise ValueError(
-            f"{op}: {'bias' if bias is not None else 'zero_point'} does not go with y_hat, which holds the bias from "
-            "the beginning of a run and takes symmetric codes; leave it None"
-        )
+        text = "which holds the bias from the beginning of a run and takes symmetric codes; leave it None"
+        raise ValueError(f"{op}: {'bias' if bias is not None else 'zero_point'} does not go with y_hat, {text}")
     return replace(problem, granularity=granularity)
 
 
@@ -206,10 +203,8 @@ def _require_activation(op: str, name: str, t: Tensor, image: bool) -> None:
         _, c, h, w = t.shape
         # The strides as well: while it compiles for any size, torch 2.11 does not know the format of what was computed.
         if not t.is_contiguous(memory_format=torch.channels_last) and t.stride() != (c * h * w, 1, c * w, c):
-            raise ValueError(
-                f"{op}: {name} is not channels_last ({_text(t)}); convert it with .to(memory_format=torch.channels_last"
-                "), or, if it is no image but the input of a Linear, flatten it to [N, L, K]"
-            )
+            text = "convert it with .to(memory_format=torch.channels_last), or flatten inputs of Linears to [N, L, K]"
+            raise ValueError(f"{op}: {name} is not channels_last ({_text(t)}); {text}")
     elif t.ndim not in (2, 3):
         expected = "expected [M, K] or [N, L, K]: flatten it first (4-D tensors are images)"
         raise ValueError(f"{op}: {name} has {t.ndim} dimensions ({_text(t)}); {expected}")
@@ -237,7 +232,6 @@ def _require_scale(op: str, x: Tensor, scale: Tensor, lengths: Sequence[int], me
 
 
 def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:
-    """The granularity that the number of scales means."""
     samples, rows = codes.shape[0], row_count(codes.shape, image)
     if image:
         _require_scale(op, codes, scale, (1, samples, rows), "one for all, one per image, one per pixel")
@@ -261,7 +255,6 @@ def _require_window(op: str, window: Window, codes: Tensor) -> None:
 
 
 def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
-    """A weight whose rows hold `k` codes."""
     packed, scale, bits, group_size, layout = weight
     check_bits(op, "weight.bits", bits)
     check_group_size(op, group_size)
@@ -278,7 +271,5 @@ def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
 def _require_kpack_v1(op: str, packed: Tensor, bits: int, n: int, k: int) -> None:
     shape, dtype = (n, packed_width(bits, k)), packed_dtype(bits)
     if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
-        raise ValueError(
-            f"{op}: the packed weight has {_text(packed)}; {KPACK_V1} with {bits} bits, n={n}, k={k} needs a "
-            f"contiguous {dtype} {shape}; make it with pack_weight (k: inputs, of a convolution r * s * c_in / groups)"
-        )
+        text = f"{KPACK_V1} with {bits} bits, n={n}, k={k} needs a contiguous {dtype} {shape}; make it with pack_weight"
+        raise ValueError(f"{op}: the packed weight has {_text(packed)}; {text}")

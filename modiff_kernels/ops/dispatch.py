@@ -37,8 +37,7 @@ class BackendUnavailable(RuntimeError):
 
 class Selection(NamedTuple):
     """The chosen backend, its function, those that were asked before it, and whether compiled code can call what the
-    function is made of.
-    """
+    function is made of."""
 
     backend: str
     fn: Callable[..., Any]
@@ -92,7 +91,6 @@ def torch_must_see(tensor: Any) -> bool:
 
 
 def runs_on(name: str, device_type: str) -> bool:
-    """Whether backend `name` is for devices of this type."""
     return BACKENDS[name] in (None, device_type)
 
 
@@ -110,7 +108,6 @@ def why_not(problem: Problem, name: str) -> str | None:
 
 
 def parts_of(whole: Problem) -> tuple[Problem, Problem]:
-    """The problems of both ops of a "modulate"."""
     rows = whole.m if whole.window is None else whole.m * whole.window.stride[0] * whole.window.stride[1]
     quantize = replace(whole, op="quantize", m=rows, n=0, k=whole.channels, window=None, weight_bits=None, layout=None)
     granularity = "per_sample" if whole.granularity == "per_block" else whole.granularity
@@ -208,7 +205,6 @@ def prepare_weight(
 
 
 def table() -> list[Row]:
-    """Every op on every backend with the reason why it is not there."""
     return [
         Row(op, name, why_unavailable(name) or (None if hasattr(load(name), op) else f"it has no {op}"))
         for op in OPS
@@ -217,7 +213,6 @@ def table() -> list[Row]:
 
 
 def on_reset(forget: Callable[[], None]) -> None:
-    """Have `reset` call `forget` too."""
     _forgetters.append(forget)
 
 

@@ -42,14 +42,12 @@ class Problem:
 
     @property
     def channels(self) -> int:
-        """Channels of what is quantised or multiplied."""
         if self.window is None:
             return self.k
         return self.k // self.taps * self.window.groups
 
     @property
     def taps(self) -> int:
-        """Pixels under the window."""
         return 1 if self.window is None else self.window.kernel_size[0] * self.window.kernel_size[1]
 
     @property
@@ -72,5 +70,4 @@ class Problem:
 
 @cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """CUDA compute capability of `device`, None for others."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -28,8 +28,7 @@ _inlining = False
 
 def inline_kernels() -> None:
     """From now on code that torch.compile makes calls the kernels of traceable backends, not the ops around them, which
-    are Python below torch's dispatcher.
-    """
+    are Python below torch's dispatcher."""
     global _inlining
     if not _inlining:
         for fn in _inlined:
@@ -39,8 +38,7 @@ def inline_kernels() -> None:
 
 def is_about_values(error: RuntimeError) -> bool:
     """Whether `error`, of compiled code, is what ops called one by one raise as ValueError: NaN or Inf in x. Code that
-    inductor calls from C++ tells the kernel alone, which has no other reason.
-    """
+    inductor calls from C++ tells the kernel alone, which has no other reason."""
     return "holds NaN or Inf" in str(error) or '("modiff_cpu::quantize"' in str(error)
 
 
@@ -61,8 +59,7 @@ class Op(Protocol[P, R]):
 
 class _Arguments:
     """The arguments of an op: those of its declaration `fn`, by position, and flat, as torch's schemas can have them:
-    named tuples field by field, a window as integers.
-    """
+    named tuples field by field, a window as integers."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.signature = inspect.signature(fn)
@@ -74,7 +71,6 @@ class _Arguments:
             self.kinds.append(Window if hint == Window | None else hint if hasattr(hint, "_fields") else None)
 
     def schema(self, mutates: Sequence[str]) -> str:
-        """The schema in torch's notation."""
         flat: dict[str, Any] = {}
         for name, kind in zip(self.names, self.kinds):
             if kind is None or kind is Window:
@@ -100,7 +96,6 @@ class _Arguments:
         return args + tuple([kwargs[key] if key in kwargs else self.defaults[key] for key in rest])
 
     def flat(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments of the declaration as those of the schema."""
         values: list[Any] = []
         for value, kind in zip(args, self.kinds):
             if kind is None:
@@ -112,7 +107,6 @@ class _Arguments:
         return tuple(values)
 
     def nested(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """Arguments of the schema as those of the declaration."""
         rest = iter(values)
         args: list[Any] = []
         for kind in self.kinds:

@@ -169,7 +169,6 @@ def _both_ops(
     h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
     backend="auto",
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """`modulate` as its two ops."""
     codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, backend)
     out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, backend)
     return out, used, absmax

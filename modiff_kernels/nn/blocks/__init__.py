@@ -19,32 +19,13 @@ from modiff_kernels.nn.blocks.transformer import FusedBasicTransformerBlock, Fus
 from modiff_kernels.nn.tensors import ModulationState
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED
 
-__all__ = [
-    "FusedAttention",
-    "FusedBasicTransformerBlock",
-    "FusedBlock",
-    "FusedDownsample2D",
-    "FusedFeedForward",
-    "FusedResnetBlock2D",
-    "FusedTransformer2DModel",
-    "FusedUpsample2D",
-    "covering",
-    "fuse",
-]
-
 
 def fuse(
-    unet: nn.Module,
-    state: ModulationState,
-    config: ModiffConfig,
-    left_float: Container[str],
-    calibrated: Calibrated,
+    unet: nn.Module, state: ModulationState, config: ModiffConfig, left_float: Container[str], calibrated: Calibrated
 ) -> dict[str, FusedBlock]:
     """The fused form of every block of `unet` that has one, by path, outer blocks first. The UNet is only read.
-
     left_float: paths of layers that must stay float; a block that holds one is not fused. calibrated: by path of the
-    layer. Codes that a fused pass computes take no input_scale: a block that needs it is not fused either.
-    """
+    layer. Codes that a fused pass computes take no input_scale: a block that needs it is not fused either."""
     from diffusers.models.attention import BasicTransformerBlock, FeedForward
     from diffusers.models.attention_processor import Attention
     from diffusers.models.downsampling import Downsample2D

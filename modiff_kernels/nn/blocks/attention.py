@@ -56,16 +56,13 @@ class FusedAttention(FusedBlock):
         self.stacked = LinearStack(readers) if LinearStack.fits(readers) else readers
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
-        """The attention processor that this block stands for."""
         return self.original.processor
 
     def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
         """Refuses any other kind of processor: the fused block would not call it."""
         if type(processor) is not type(self.original.processor):
-            raise RuntimeError(
-                f"block '{self.path}' is fused and would not call {type(processor).__name__}; set attention "
-                f"processors before accelerate(), or use ModiffConfig(fuse=False)"
-            )
+            text = "set attention processors before accelerate(), or use ModiffConfig(fuse=False)"
+            raise RuntimeError(f"block '{self.path}' is fused and would not call {type(processor).__name__}; {text}")
 
     def run(
         self,

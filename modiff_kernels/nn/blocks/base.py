@@ -27,7 +27,6 @@ class Parts(NamedTuple):
     calibrated: Calibrated
 
     def conv2d(self, name: str) -> ModulatedConv2d:
-        """The low-bit form of the convolution `name`."""
         return self._layer(ModulatedConv2d.from_conv2d, name, None)
 
     def linear(self, name: str, shared_input: str | None = None) -> ModulatedLinear:
@@ -40,7 +39,6 @@ class Parts(NamedTuple):
         return form(self.block.get_submodule(name), self.config, self.state, path, shared_input, known)
 
     def inner(self, form: type[Block], name: str) -> Block:
-        """The fused form of the block `name`."""
         return form(self._replace(block=self.block.get_submodule(name), path=f"{self.path}.{name}"))
 
 
@@ -75,10 +73,8 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The block's output, new tensors in x's dtype; mutates the state of its layers, raises what they raise."""
         if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"block '{self.path}' has no gradient but its input asks for one; call the UNet inside "
-                f"`with torch.no_grad():`, or handle.remove() first to train or differentiate"
-            )
+            text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
+            raise RuntimeError(f"block '{self.path}' has no gradient but its input asks for one; {text}")
         try:
             return self.run(x, *args, **kwargs)
         except (ValueError, TypeError, ops.BackendUnavailable) as error:
@@ -87,7 +83,6 @@ class FusedBlock(nn.Module):
             raise type(error)(f"block '{self.path}': {error}") from error
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`forward` without its checks."""
         raise NotImplementedError
 
 

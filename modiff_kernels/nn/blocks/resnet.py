@@ -63,7 +63,6 @@ class FusedResnetBlock2D(FusedBlock):
         return step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
 
     def _time_shift(self, temb: Tensor | None, samples: int) -> Tensor | None:
-        """The time embedding's projection [N, C], or None."""
         if temb is None:
             return None
         shared = self.time_projections

@@ -12,10 +12,8 @@ from modiff_kernels.nn.tensors import ModulationState
 
 class TimeProjections:
     """silu and the projections of one time embedding for many blocks, as one product in the first block that asks.
-
     linears: `time_emb_proj` of the blocks. skip_time_act: no silu. The weights are stacked in a copy, made again when
-    one of them has changed. What follows from the timestep alone is kept in the state's time table.
-    """
+    one of them has changed. What follows from the timestep alone is kept in the state's time table."""
 
     def __init__(self, linears: list[nn.Linear], skip_time_act: bool, state: ModulationState) -> None:
         self._linears = linears
@@ -31,8 +29,7 @@ class TimeProjections:
     @staticmethod
     def share(blocks: list[Any]) -> None:
         """Give `FusedResnetBlock2D`s of one kind (same embedding width, with or without bias, same activation) common
-        projections.
-        """
+        projections."""
         kinds: dict[tuple[Any, ...], list[Any]] = {}
         for block in blocks:
             linear = block.time_emb_proj

@@ -88,10 +88,8 @@ class FusedBasicTransformerBlock(FusedBlock):
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
         """Refuses to feed tokens forward in chunks: their state belongs to all of them."""
         if chunk_size is not None:
-            raise RuntimeError(
-                f"block '{self.path}' is fused and feeds all tokens forward at once; call enable_forward_chunking() "
-                f"before accelerate(), or use ModiffConfig(fuse=False)"
-            )
+            text = "call enable_forward_chunking() before accelerate(), or use ModiffConfig(fuse=False)"
+            raise RuntimeError(f"block '{self.path}' is fused and feeds all tokens forward at once; {text}")
 
     def run(
         self,
