@@ -113,7 +113,6 @@ def calibrate(
 
 
 def _weights_of(result: CalibrationResult, config: ModiffConfig, layers: Mapping[str, nn.Module]) -> Layers:
-    """The layers of `result`, whose codes are to be kept."""
     known = layers_for(result, dataclasses.replace(config, scale_mode="dynamic"))
     missing = [path for path in layers if path not in known or known[path].weight is None]
     if missing:

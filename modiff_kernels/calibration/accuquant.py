@@ -224,7 +224,6 @@ def _learn(
 
 
 def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:
-    """The layers with one activation scale per group, as tables over the calls."""
     options, tabled = job.options, with_scales(job, data, layers)
     names = ("act_scale",) if job.config.mode == "modulated" else ("act_scale", "act_zero_point")
     found: dict[str, dict[str, list[Tensor]]] = {path: {name: [] for name in names} for path in layers}

@@ -84,7 +84,6 @@ class Channel(NamedTuple):
 
 
 def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
-    """Every output channel of the checkpoint by its float weights."""
     channels: dict[bytes, Channel] = {}
     for path in (name.removesuffix(".weight") for name in tensors if name.endswith(".weight")):
         parts = [f"{path}.{part}" for part in PARTS if f"{path}.{part}.delta" in tensors]
@@ -131,5 +130,4 @@ def _layer(channels: list[Channel], bits: int) -> tuple[QuantizedWeight, int]:
 
 
 def _key(row: Tensor) -> bytes:
-    """The values of one output channel, whatever its trailing sizes."""
     return row.detach().float().flatten().contiguous().cpu().numpy().tobytes()

@@ -68,7 +68,6 @@ def with_scales(job: Job, data: CalibrationData, layers: Layers) -> Layers:
     affine, table = job.config.mode == "quantized", job.options.table
 
     def parts(path: str, values: Tensor, points: Tensor) -> Iterator[tuple[tuple[str, int], Tensor]]:
-        """(path, call), or (path, 0) without table, and values of a batch."""
         if (scale := job.input_scale(path)) is not None:
             values = values * scale.view(1, -1, *[1] * (values.ndim - 2))
         if not table:

@@ -182,7 +182,6 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _memory_groups(layers: dict[str, nn.Module]) -> list[list[str]]:
-    """The paths in order, split so that the second moments of a part take at most HESSIAN_BYTES (or one layer)."""
     groups: list[list[str]] = [[]]
     taken = 0
     for path, module in layers.items():

@@ -1,7 +1,5 @@
 """Options of every sub-command. Nothing heavy is imported here, so that --help and bad options answer at once."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -13,8 +11,6 @@ from modiff_kernels import __version__
 from modiff_kernels.config import LayerPlan, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
-
-__all__ = ["METHODS", "build_parser", "writable"]
 
 METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion", "accuquant", "sampling_aware")
 MODES = ("modulated", "quantized", "weight_only", "float")

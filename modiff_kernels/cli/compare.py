@@ -26,8 +26,6 @@ from modiff_kernels.evaluation.images import image_grid
 from modiff_kernels.evaluation.table import HEADER, table_cells
 from modiff_kernels.integrations.plan_cache import device_name
 
-__all__ = ["run"]
-
 WARM_UP_STEPS = 2
 FILES = {"json": "compare.json", "markdown": "compare.md", "grid": "compare_grid.png"}  # in the folder --out
 

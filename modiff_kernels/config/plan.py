@@ -244,13 +244,11 @@ def noise_of(sqnr_db: float | None) -> float:
 
 
 def _json_value(fields: Iterable[tuple[str, Any]]) -> Any:
-    """The fields of one dataclass; a mode as its text."""
     values = dict(fields)
     return str(Mode(**values)) if values.keys() == {"kind", "act_bits"} else values
 
 
 def _unit(mode: str, layers: Iterable[str] = (), costs: Iterable[Mapping[str, Any]] = (), **values: Any) -> UnitPlan:
-    """What `to_json` made of a unit, as a unit again."""
     known = tuple(ModeCost(**{**cost, "mode": Mode.parse(cost["mode"])}) for cost in costs)
     return UnitPlan(mode=Mode.parse(mode), layers=tuple(layers), costs=known, **values)
 

@@ -68,7 +68,6 @@ class StepSchedule:
             raise _error("tolerance", tolerance, NOT_ADAPTIVE)
 
     def _check_pattern(self) -> None:
-        """Refuse a pattern that cannot be, and give it its shortest spelling."""
         pattern = _expanded(self.rule)
         shortest = re.sub(r"(.)\1+", lambda found: f"{found[1]}{len(found[0])}", pattern)
         object.__setattr__(self, "rule", shortest)

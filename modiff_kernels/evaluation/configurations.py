@@ -18,8 +18,6 @@ import modiff_kernels as mk
 from modiff_kernels.evaluation import UserError
 from modiff_kernels.quant.spec import BLOCK_ROWS
 
-__all__ = ["Quantised", "Row", "build_rows", "config_of_row", "row_of", "select_rows"]
-
 FLOAT_BITS = 32
 FIRST_CALL_BITS = 16  # two updates of 8 bits
 

@@ -1,7 +1,5 @@
 """PNG files of images: single ones, known again by what they were sampled with, and grids."""
 
-from __future__ import annotations
-
 import json
 import math
 import zlib
@@ -15,8 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from modiff_kernels.evaluation import UserError
-
-__all__ = ["image_grid", "is_kept", "tensors_crc32", "write_grid", "write_image"]
 
 TEXT = "modiff"  # keyword of the PNG text that holds the options
 
@@ -101,6 +97,5 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64,
 
 
 def _picture(image: np.ndarray) -> Image.Image:
-    """`image` [H, W, C], C 1 or 3, in 0..1, as RGB; NaN is black."""
     pixels = (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())

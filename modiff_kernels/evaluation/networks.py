@@ -178,7 +178,6 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
-    """Noise schedule of a UNet folder: its own, or the linear one of DDPM."""
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
             return _read_config(path)

@@ -57,7 +57,6 @@ def choose(
 
 
 def _excess(value: float, limit: float) -> float:
-    """By how much `value` is over the limit, in parts of it."""
     return max(value - limit, 0.0) / max(limit, 1e-30)
 
 

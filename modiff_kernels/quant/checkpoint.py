@@ -71,8 +71,6 @@ def crc32(tensor: Tensor) -> int:
 
 
 class _Stored(NamedTuple):
-    """What a header says of one tensor."""
-
     file: str
     shape: tuple[int, ...]
     dtype: str
@@ -165,7 +163,6 @@ class Checkpoint:
         return state_dict
 
     def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Puts the layer into `layers`; the weight that its codes stand for. parts: by suffix."""
         shape = tuple(self._shapes[path + WEIGHT])
         codes = unpack(parts[WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
         weight = QuantizedWeight(codes, parts[WEIGHT_SCALE], self._weight_bits, self._group_size)
