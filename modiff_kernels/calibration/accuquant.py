@@ -84,8 +84,7 @@ def check_sampler(sampler: Sampler) -> None:
     """Raise ValueError unless runs of the sampler's scheduler can start at any call, from the input of the UNet."""
     name = type(sampler.scheduler).__name__
     if not (hasattr(sampler.scheduler, "set_begin_index") or name in STATELESS):
-        others = f"use {', '.join(STATELESS)} or DPMSolverMultistepScheduler"
-        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; {others}")
+        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; use DDIMScheduler")
     sampler.check_input("accuquant")
 
 
@@ -104,8 +103,7 @@ def collect_groups(job: Job) -> Groups:
     firsts = torch.tensor([group.start for group in calls])
     data = job.collected("groups", firsts.expand(job.samples, -1), "group starts")
     if len(data) != job.samples * len(calls):
-        what = "one row of the UNet's batch per image; sample without guidance, or choose another method"
-        raise ValueError(f"calibrate: accuquant needs {what}")
+        raise ValueError("calibrate: accuquant needs one row of the UNet's batch per image; sample without guidance")
     points = [torch.nonzero(data.call == first)[:, 0] for first in firsts.tolist()]
 
     def ends() -> dict[str, Tensor]:
@@ -203,16 +201,9 @@ def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
 
 
 def _learn(
-    job: Job,
-    part: str,
-    groups: Groups,
-    layers: Layers,
-    names: Sequence[str],
-    draw: Callable[[], int],
-    iterations: int,
-    lr: float,
+    job: Job, part: str, groups: Groups, layers: Layers, names: Sequence[str], draw: Callable[[], int], *rate: Any
 ) -> Layers:
-    """Learn `names` of all layers by the end of groups: in each iteration the one whose number draw() gives."""
+    """Learn `names` of all layers by the end of groups: in each iteration that of number draw(). rate: as `learn`."""
 
     def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
         group = draw()
@@ -220,7 +211,7 @@ def _learn(
         rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[group], before)
         return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
 
-    return reconstruction.learn(job, part, layers, names, loss_of, groups.data, job.samples, iterations, lr)
+    return reconstruction.learn(job, part, layers, names, loss_of, groups.data, job.samples, *rate)
 
 
 def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:

@@ -144,9 +144,7 @@ def fake_quantized(
 
     mode, act_bits: of a ModiffConfig. rounding: of ROUNDINGS.
     """
-    fakes = {
-        path: FakeLayer(unet.get_submodule(path), layer, mode, act_bits, rounding) for path, layer in layers.items()
-    }
+    fakes = {path: FakeLayer(unet.get_submodule(path), own, mode, act_bits, rounding) for path, own in layers.items()}
     try:
         for path, fake in fakes.items():
             unet.set_submodule(path, fake)

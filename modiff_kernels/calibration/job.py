@@ -39,9 +39,7 @@ def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 def choice(default: Any, allowed: Sequence[Any]) -> Any:
     """A field of options whose value is one of `allowed`."""
-    return dataclasses.field(
-        default=default, metadata={"check": lambda name, value: check_choice(name, value, allowed)}
-    )
+    return dataclasses.field(default=default, metadata={"check": lambda name, v: check_choice(name, v, allowed)})
 
 
 def number(default: float, above: float = 0.0, most: float = math.inf, least: float | None = None) -> Any:

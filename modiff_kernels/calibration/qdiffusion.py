@@ -112,13 +112,11 @@ def _reconstruct(
             loss = (output - goal).abs().pow(2.0 if weights else options.p).mean()
             return loss + cosine_weight * cosine_distance(output, goal) if cosine_weight else loss
 
-        settings = (
-            (options.weight_iterations, options.weight_lr) if weights else (options.act_iterations, options.act_lr)
-        )
-        part = f"{block}-{name}"
-        return reconstruction.learn(
-            job, part, own, (name,), loss_of, seen, len(seen), *settings, rounding_weight=options.rounding_weight
-        )
+        rate = (options.act_iterations, options.act_lr)
+        if weights:
+            rate = (options.weight_iterations, options.weight_lr)
+        settings = (loss_of, seen, len(seen), *rate, options.rounding_weight)
+        return reconstruction.learn(job, f"{block}-{name}", own, (name,), *settings)
 
 
 def cosine_distance(output: Tensor, target: Tensor) -> Tensor:

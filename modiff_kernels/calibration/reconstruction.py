@@ -115,15 +115,12 @@ def call(module: nn.Module, items: Mapping[Any, Any]) -> Any:
     return module(*args, **{key: value for key, value in items.items() if isinstance(key, str)})
 
 
-Loss = Callable[[Tensor, Mapping[str, FakeLayer]], Tensor]
-
-
 def learn(
     job: Job,
     part: str,
     layers: Layers,
     names: Sequence[str],
-    loss_of: Loss,
+    loss_of: Callable[[Tensor, Mapping[str, FakeLayer]], Tensor],
     data: CalibrationData,
     points: int,
     iterations: int,

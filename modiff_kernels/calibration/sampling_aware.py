@@ -66,11 +66,9 @@ class Solver:
         scheduler = sampler.scheduler
         prediction = getattr(scheduler.config, "prediction_type", None)
         if not hasattr(scheduler, "alphas_cumprod") or prediction not in PREDICTIONS:
-            raise ValueError(
-                f"calibrate: sampling_aware needs the alphas_cumprod of a diffusion process and a prediction_type of "
-                f"{', '.join(PREDICTIONS)}; {type(scheduler).__name__} (prediction_type {prediction!r}) is of another "
-                "kind; choose another method"
-            )
+            needs = f"sampling_aware needs alphas_cumprod and a prediction_type of {', '.join(PREDICTIONS)}"
+            kind = f"{type(scheduler).__name__} (prediction_type {prediction!r})"
+            raise ValueError(f"calibrate: {needs}; {kind} is of another kind; choose another method")
         sampler.check_input("sampling_aware")
         self.prediction = prediction
         self.timesteps = sampler.timesteps()

@@ -22,6 +22,7 @@ from modiff_kernels.quant.affine import affine_range, dequantize, quantize, resi
 from modiff_kernels.quant.calibrated import CalibratedLayer
 
 Key = TypeVar("Key", bound=Hashable)
+Parts = Callable[[str, Tensor, Tensor], Iterable[tuple[Key, Tensor]]]
 SEARCHES = ("minmax", "mse", "percentile")
 BINS = 2048
 RATIOS = torch.logspace(0, -1.5, 91, dtype=torch.float64)  # parts of the whole range that a search tries, down to 3 %
@@ -127,10 +128,7 @@ class Histogram:
 
 
 def histograms(
-    job: Job,
-    data: CalibrationData,
-    layers: Mapping[str, nn.Module],
-    parts: Callable[[str, Tensor, Tensor], Iterable[tuple[Key, Tensor]]],
+    job: Job, data: CalibrationData, layers: Mapping[str, nn.Module], parts: Parts[Key]
 ) -> dict[Key, Histogram]:
     """Of the inputs of `layers`, or of their changes in mode "modulated", in two passes over the data.
 

@@ -42,12 +42,10 @@ class Configuration:
             unet.compile()
 
     def sample(self, first: int, steps: int) -> np.ndarray:
-        """The batch whose first image has index `first`."""
         run = self.quantised.sampling_run if self.quantised else contextlib.nullcontext
         seeds = range(self.args.seed + first, self.args.seed + first + self.args.batch)
-        return networks.sample_images(
-            self.model, self.unet, self.args.scheduler, steps, seeds, self.row.channels_last, run
-        )
+        of_run = (self.args.scheduler, steps, seeds, self.row.channels_last, run)
+        return networks.sample_images(self.model, self.unet, *of_run)
 
     def measure(self, first: int, keep: bool) -> None:
         """Sample and time that batch; keep: its images are to be judged."""
@@ -60,7 +58,6 @@ class Configuration:
             self.images.append(images)
 
     def shown(self) -> np.ndarray:
-        """The images to judge."""
         return np.concatenate(self.images)[: self.args.images]
 
     def results(self, reference: Configuration, best_s: float | None) -> dict[str, Any]:
@@ -92,11 +89,9 @@ def run(args: argparse.Namespace) -> int:
     model = networks.open_model(args, channels_last=False)
     # All share the weights of one channels_last copy, the contiguous row keeps the original ones.
     shared = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
-    made = (
-        Configuration(args, model, row, networks.share_copy(shared) if row.channels_last else model.unet)
-        for row in rows
-    )
-    configurations, notes = _warm_up(args, list(made))
+    unets = [networks.share_copy(shared) if row.channels_last else model.unet for row in rows]
+    made = [Configuration(args, model, row, unet) for row, unet in zip(rows, unets)]
+    configurations, notes = _warm_up(args, made)
     starts = range(0, args.images, args.batch)
     shown = {}
     reference = next((c for c in configurations if c.row.mode == "float"), None)

@@ -11,10 +11,7 @@ from typing import Any
 from modiff_kernels.config.check import read_json
 
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
-BITS: dict[str, tuple[int | None, ...]] = {
-    **dict.fromkeys((FLOAT, CONSTANT), (None,)),
-    **dict.fromkeys((QUANTIZED, MODULATED), (3, 4, 8)),
-}
+BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), CONSTANT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
 SOURCES = ("given", "roofline", "measured")
 
 
@@ -68,8 +65,7 @@ class UnitPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
-            allowed = "a module path such as 'mid_block.resnets.0'"
-            raise ValueError(f"LayerPlan: path {self.path!r} is not allowed; give {allowed}")
+            raise ValueError(f"LayerPlan: path {self.path!r} is not allowed; give a module path such as 'mid_block'")
         for cost in self.costs:
             for name in ("time_us", "sqnr_db", "state_bytes"):
                 value = getattr(cost, name)
@@ -173,8 +169,7 @@ class LayerPlan:
             unknown = [layer for layer in unit.layers if layer not in replaceable and layer not in reasons]
             if unknown or not (held or left):
                 wrong = f"{(unknown or [unit.path])[0]!r} is no Linear, Conv2d or block with such layers in this UNet"
-                advice = "make a plan for this model with make_plan() or `modiff calibrate --plan`"
-                raise ValueError(f"plan: {wrong}; {advice}")
+                raise ValueError(f"plan: {wrong}; make one for it with make_plan() or `modiff calibrate --plan`")
             if unit.mode == FLOAT_MODE:
                 continue
             why_not = None

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ ACTION_NAMES = {UPDATE: "update", **{letter: rule for rule, letter in RULES.item
 ORDERS = (1, 2, 3)
 AXES = ("timestep", "log_snr", "sigma", "root_sigma")
 
+_error = functools.partial(not_allowed, "StepSchedule")
 _PATTERN = re.compile(r"(?:[UHFhf]\d*)+")
 _PART = re.compile(r"([UHFhf])(\d*)")
 NOT_ADAPTIVE = "None: the adaptive mode is gone; it read the device at every forecast, and was no better at equal cost"
@@ -166,7 +168,3 @@ class StepSchedule:
 
 def _expanded(pattern: str) -> str:
     return "".join(letter * int(count or 1) for letter, count in _PART.findall(pattern))
-
-
-def _error(field: str, value: Any, allowed: str) -> ValueError:
-    return not_allowed("StepSchedule", field, value, allowed)

@@ -44,11 +44,10 @@ def is_kept(path: Path, options: Mapping[str, Any]) -> bool:
     if not isinstance(found, dict):
         raise UserError(f"{path} was not written by `modiff sample`; give another --out")
     for name in sorted({*found, *options}):
-        if found.get(name) != options.get(name):
-            raise UserError(
-                f"{path} was sampled with {name} {found.get(name)!r}, but this run has {options.get(name)!r}; give "
-                "another --out, or remove the images there"
-            )
+        was, now = found.get(name), options.get(name)
+        if was != now:
+            advice = "give another --out, or remove the images there"
+            raise UserError(f"{path} was sampled with {name} {was!r}, but this run has {now!r}; {advice}")
     return True
 
 

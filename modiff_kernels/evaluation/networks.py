@@ -76,11 +76,9 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
         return torch.device("cpu")
     if local is None:
         return torch.device("cuda")
-    if local >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local + 1} on this machine has no device of its own, torch sees {torch.cuda.device_count()}; "
-            "start as many processes as devices, or give --device cpu"
-        )
+    if local >= (count := torch.cuda.device_count()):
+        own = f"process {local + 1} on this machine has no device of its own, torch sees {count}"
+        raise UserError(f"{own}; start as many processes as devices, or give --device cpu")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -168,10 +166,8 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
     if prompt is not None and not takes_text:
         raise UserError(f"--prompt {prompt!r}: this model takes no text")
     if not with_pipe and unet.config.out_channels != unet.config.in_channels:
-        raise UserError(
-            f"{unet.config.in_channels} input and {unet.config.out_channels} output channels; only UNets that predict "
-            "the noise alone can be sampled (no learned variance)"
-        )
+        channels = f"{unet.config.in_channels} input and {unet.config.out_channels} output channels"
+        raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
     handle = None if method is None else mk.accelerate(unet)
     return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)

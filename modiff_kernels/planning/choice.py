@@ -70,8 +70,7 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
         chosen = unit.cost(unit.mode)
         if chosen is None or unit.cost(FLOAT_MODE) is None or any(cost.time_us is None for cost in unit.costs):
             wrong = f"the plan does not say what {unit.path!r} costs"
-            advice = "give a plan that make_plan() or `modiff calibrate --plan` made"
-            raise ValueError(f"max_state_bytes={max_state_bytes}: {wrong}; {advice}")
+            raise ValueError(f"max_state_bytes={max_state_bytes}: {wrong}; give one that make_plan() made")
         noise = noise_of(chosen.sqnr_db)
         faithful = [c for c in unit.costs if c.mode.kind != MODULATED and noise_of(c.sqnr_db) <= noise]
         costs[unit.path] = [chosen, *faithful]
