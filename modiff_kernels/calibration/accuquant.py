@@ -67,7 +67,6 @@ class Groups(NamedTuple):
 
 
 def accuquant(job: Job) -> Layers:
-    """Codes and tables of activation scales by the error at the end of groups of steps."""
     check_sampler(job.sampler)
     data = job.data()
     groups = collect_groups(job)
@@ -196,7 +195,6 @@ class EndLoss(torch.autograd.Function):
 
 
 def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
-    """The parameters that are being learnt, each once."""
     return list({id(p): p for fake in fakes.values() for p in fake.parameters() if p.requires_grad}.values())
 
 

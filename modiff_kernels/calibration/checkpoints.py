@@ -108,7 +108,6 @@ def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
 
 
 def _layer(channels: list[Channel], bits: int) -> tuple[QuantizedWeight, int]:
-    """The codes of a layer, and how many of its channels had to be rounded again."""
     codes, group_size = torch.stack([channel.codes for channel in channels]), channels[0].group_size
     scale = torch.stack([channel.scale for channel in channels])
     if group_size == -1:

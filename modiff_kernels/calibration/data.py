@@ -27,7 +27,6 @@ class Sampler:
     run: Callable[[Sequence[int]], Any]
 
     def new_scheduler(self) -> Any:
-        """A scheduler at the beginning of a run."""
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(self.steps)
         return scheduler
@@ -145,7 +144,6 @@ class CalibrationData:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationData":
-        """What `tensors` gave."""
         names = [name for name in tensors if name.startswith(CONDITIONS)]
         conditions = {name.removeprefix(CONDITIONS): tensors[name] for name in names}
         return cls(**{name: value for name, value in tensors.items() if name not in names}, conditions=conditions)

@@ -92,7 +92,6 @@ class FakeLayer(nn.Module):
         self.bias = _parameter(original.bias if known.bias is None else known.bias)
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
-        """Output for x, in its dtype float32."""
         if self.input_scale is not None:
             x = x * self.input_scale
         if self.act_scale is not None:
@@ -109,7 +108,6 @@ class FakeLayer(nn.Module):
         return self.low + ((self.variable >= 0) if self.hard else rounding(self.variable))
 
     def result(self) -> CalibratedLayer:
-        """What has been learnt, as layers take it."""
         self.hard = True
         codes, scale = self.codes().detach().round().to(torch.int8), self.weight_scale.detach().clone()
         act_scale = None if self.act_scale is None else self.act_scale.detach().clamp_min(MIN_SCALE)

@@ -45,7 +45,6 @@ class QDiffusionOptions(StaticOptions):
 
 
 def qdiffusion(job: Job) -> Layers:
-    """Codes and step sizes by reconstruction of blocks."""
     data = job.data()
     return reconstruct_blocks(job, data, data, data)
 
@@ -61,7 +60,6 @@ def reconstruct_blocks(
     blocks = reconstruction.blocks_of(job.unet, job.layers, data)
 
     def block_by_block(layers: Layers, part: str, name: str) -> Layers:
-        """The layers after learning `name` in one block after another, behind those above with their codes."""
         above: Layers = {}
         for index, (block, paths) in enumerate(job.bar(list(blocks.items()), part, unit="block")):
             own = {path: layers[path] for path in paths}

@@ -60,7 +60,6 @@ class Recording:
         self.fixed: dict[Any, Any] = {}
 
     def write(self, points: Tensor, items: Mapping[Any, Any]) -> None:
-        """Keep `items` of these points (int64)."""
         for key, value in items.items():
             if not (isinstance(value, Tensor) and value.ndim and value.shape[0] == len(points)):
                 self.fixed.setdefault(key, value)
@@ -73,7 +72,6 @@ class Recording:
             self.rows[key][points] = value.detach().cpu()
 
     def read(self, points: Tensor) -> dict[Any, Any]:
-        """The items of these points."""
         return {**self.fixed, **{key: value[points] for key, value in self.rows.items()}}
 
 
@@ -110,7 +108,6 @@ def record(
 
 
 def call(module: nn.Module, items: Mapping[Any, Any]) -> Any:
-    """module(*args, **kwargs) with what a Recording of its inputs gave."""
     args = [items[key] for key in sorted(key for key in items if isinstance(key, int))]
     return module(*args, **{key: value for key, value in items.items() if isinstance(key, str)})
 

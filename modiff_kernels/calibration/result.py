@@ -89,7 +89,6 @@ def replace_file(path: Path, write: Any) -> None:
 
 
 def read_result(calibration: "CalibrationResult | str | Path") -> CalibrationResult:
-    """A result, or the one saved in a folder. TypeError for anything else."""
     if isinstance(calibration, CalibrationResult):
         return calibration
     if isinstance(calibration, (str, Path)):

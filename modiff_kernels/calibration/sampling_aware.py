@@ -47,7 +47,6 @@ class SamplingAwareOptions(QDiffusionOptions):
 
 
 def sampling_aware(job: Job) -> Layers:
-    """Codes and step sizes by aligning the trajectories of a first- and a second-order solver."""
     Solver(job.sampler)  # refuses schedulers
     data = job.data()
     whole = job.once("trajectories", lambda: _run(job))
@@ -89,12 +88,10 @@ class Solver:
         return torch.tensor(np.interp(-wanted, -self.lambdas, range(len(self.lambdas))), dtype=torch.float32)
 
     def move(self, sample: Tensor, direction: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-        """From time `start` to `stop` along eps = direction."""
         (alpha, _, before), (alpha_stop, sigma_stop, after) = self.noise(start), self.noise(stop)
         return float(alpha_stop / alpha) * sample - float(sigma_stop * torch.expm1(after - before)) * direction
 
     def direction(self, output: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
-        """eps from the output of the network."""
         alpha, sigma, _ = (float(value) for value in self.noise(timestep))
         if self.prediction == "v_prediction":
             return alpha * output + sigma * sample
@@ -120,7 +117,6 @@ class Solver:
 
 
 def _run(job: Job) -> Tensors:
-    """Tensors of both data sets: the same calls of the same trajectories, in the same order."""
     solver = Solver(job.sampler)
     intervals = len(solver.timesteps) - 1
     if intervals < 2:

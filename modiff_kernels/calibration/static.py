@@ -50,7 +50,6 @@ class StaticOptions(Options):
 
 
 def static(job: Job) -> Layers:
-    """Weight codes and activation scales of every layer, from full-precision activations."""
     data = job.data()
     layers = layers_with_codes(job, data)
     return with_scales(job, data, layers) if job.needs_scales else layers

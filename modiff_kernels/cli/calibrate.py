@@ -83,7 +83,6 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _options(method: str, items: list[str]) -> dict[str, Any]:
-    """--set NAME=VALUE, each in the type of the option's default."""
     types: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(METHODS[method].options)}
     options: dict[str, Any] = {}
     for item in items:

@@ -31,8 +31,6 @@ FILES = {"json": "compare.json", "markdown": "compare.md", "grid": "compare_grid
 
 
 class Configuration:
-    """A row that is being measured: its UNet, the images so far and the times of its runs."""
-
     def __init__(self, args: argparse.Namespace, model: networks.Model, row: Row, unet: Any) -> None:
         self.args, self.model, self.row, self.unet = args, model, row, unet
         self.quantised = None if row.mode == "float" else Quantised(unet, row, args.backend, args.granularity)
@@ -48,7 +46,6 @@ class Configuration:
         return networks.sample_images(self.model, self.unet, *of_run)
 
     def measure(self, first: int, keep: bool) -> None:
-        """Sample and time that batch; keep: its images are to be judged."""
         started = time.perf_counter()
         images = self.sample(first, self.args.steps)
         self.seconds.append(time.perf_counter() - started)

@@ -98,7 +98,6 @@ class PlanKey:
 
     @property
     def digest(self) -> str:
-        """A short name for all but the shape."""
         return digest([self.device, self.model, self.config, self.versions])
 
 
@@ -229,7 +228,6 @@ class LayerPlan:
 
 
 def digest(values: Any) -> str:
-    """A short hash of what JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

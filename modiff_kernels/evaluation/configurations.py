@@ -91,7 +91,6 @@ def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 def config_of_row(
     row: Row, backend: str = "auto", granularity: str | None = None, max_state_bytes: int | None = None
 ) -> mk.ModiffConfig:
-    """The configuration that `row` stands for; ValueError if it is impossible."""
     mode = "modulated" if row.mode == "modulated" else "quantized"
     return mk.ModiffConfig(
         weight_bits=None if row.mode == "float" else row.weight_bits,
@@ -134,7 +133,6 @@ class Quantised:
 
     @classmethod
     def loaded(cls, handle: mk.Handle) -> Quantised:
-        """Of a UNet that is accelerated already."""
         quantised = cls.__new__(cls)
         quantised.handle = handle
         return quantised
@@ -163,7 +161,6 @@ class Quantised:
         return statistics.fmean(means) if means else float(FLOAT_BITS)
 
     def calls_computed(self, calls: int) -> int:
-        """How many of the `calls` of the last run computed the UNet, or a part of it."""
         return calls - self.handle.skipped_calls("conv_in")
 
     @property

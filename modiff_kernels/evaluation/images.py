@@ -61,7 +61,6 @@ def write_image(path: Path, image: np.ndarray, options: Mapping[str, Any]) -> No
 
 
 def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
-    """`images` [H, W, C] in 0..1 as one PNG, about as many columns as rows."""
     columns = math.ceil(math.sqrt(len(images)))
     height, width = images[0].shape[:2]
     canvas = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")

@@ -84,7 +84,6 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
 
 
 def import_diffusers() -> Any:
-    """The module. UserError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:

@@ -21,7 +21,6 @@ def gains_of(costs: Costs, errors: Mapping[Mode, float]) -> dict[Mode, float]:
 
 
 def error_of(costs: Costs, modes: Mapping[str, Mode], gains: Mapping[Mode, float]) -> float:
-    """Estimated error of the pictures."""
     return math.fsum(_error(_cost(costs[path], mode), gains) for path, mode in modes.items())
 
 
@@ -86,7 +85,6 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
 
 
 def reason_of(costs: Sequence[ModeCost], mode: Mode, state_is_limited: bool = False) -> str:
-    """Why a unit with these costs got `mode`, in words."""
     chosen = _cost(costs, mode)
     fastest = min(costs, key=_time_us)
     if fastest.mode == mode:

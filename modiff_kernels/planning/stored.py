@@ -41,9 +41,8 @@ def read(path: Path) -> StoredSchedule:
         schedule = StepSchedule.parse(stored["schedule"])
         run = {"sampler": dict(stored["sampler"]), "timesteps": [float(timestep) for timestep in stored["timesteps"]]}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"schedule='auto': {path} is no schedule of this version ({error!r}); {SEARCH_AGAIN}"
-        ) from error
+        wrong = f"{path} is no schedule of this version ({type(error).__name__}: {error})"
+        raise ValueError(f"schedule='auto': {wrong}; {SEARCH_AGAIN}") from error
     if schedule.is_deep:
         advice = f"give it as schedule={str(schedule)!r}, or {SEARCH_AGAIN}"
         raise ValueError(f"schedule='auto': {path} skips deep levels; {advice}")

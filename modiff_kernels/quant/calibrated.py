@@ -38,11 +38,9 @@ class QuantizedWeight:
         return dequantize_weight(self.codes, self.scale, self.group_size, None if shape is None else tuple(shape))
 
     def to(self, device: torch.device) -> "QuantizedWeight":
-        """The same on `device`."""
         return dataclasses.replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless this has the form of a weight of `shape` [N, K] or [N, C, R, S]."""
         where = "calibrated weight"
         check_bits(where, "bits", self.bits)
         check_group_size(where, self.group_size)
@@ -88,7 +86,6 @@ class CalibratedLayer:
     bias: Tensor | None = None
 
     def check(self, shape: Sequence[int], has_bias: bool) -> None:
-        """Raise ValueError unless this fits a layer whose weight has `shape`."""
         if self.weight is not None:
             self.weight.check(shape)
         scale, zero_point = self.act_scale, self.act_zero_point

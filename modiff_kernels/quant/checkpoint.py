@@ -66,7 +66,6 @@ def encode(
 
 
 def crc32(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor, on any device."""
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
 
 
@@ -95,7 +94,6 @@ class Checkpoint:
             self._read_header(str(file))
 
     def state_dict_keys(self) -> list[str]:
-        """The keys of the state_dict that the files stand for."""
         stems = [key.removesuffix(WEIGHT_PACKED) for key in self._stored if key.endswith(WEIGHT_PACKED)]
         own = {stem + suffix for stem in stems for suffix in _OF_LAYER}
         return [key for key in self._stored if key not in own] + [stem + WEIGHT for stem in stems]

@@ -55,12 +55,10 @@ class Window(NamedTuple):
         return x_shape[0], n, p, q
 
     def to_ints(self) -> list[int]:
-        """The nine numbers, in order."""
         return [*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups]
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> "Window | None":
-        """What `to_ints` gave; None for no numbers."""
         if not values:
             return None
         a, b, c, d, e, f, g, h, groups = values
@@ -98,5 +96,4 @@ class PackedWeight(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Output channels."""
         return self.scale.shape[0]

@@ -26,7 +26,6 @@ def packed_width(weight_bits: int, k: int) -> int:
 
 
 def packed_dtype(weight_bits: int) -> torch.dtype:
-    """int8 for 8 bits, uint8 otherwise."""
     return torch.int8 if weight_bits == 8 else torch.uint8
 
 
