@@ -121,18 +121,13 @@ def calibrated_weights(job: Job, data: CalibrationData) -> dict[str, QuantizedWe
 
 
 def quantize_layer(
-    module: nn.Module,
-    hessian: Tensor | None,
-    method: str,
-    bits: int,
-    group_size: int,
-    input_scale: Tensor | None = None,
+    layer: nn.Module, hessian: Tensor | None, method: str, bits: int, group_size: int, input_scale: Tensor | None = None
 ) -> QuantizedWeight:
     """Codes of one layer, for inputs that are multiplied by input_scale (then of weight / input_scale).
 
     hessian: float32 [K, K], of the inputs as they are, or [groups, K, K] for a convolution with groups.
     """
-    rows = weight_rows(module.weight.detach()).float()
+    rows = weight_rows(layer.weight.detach()).float()
     function = WEIGHT_METHODS[method]
     if input_scale is not None:
         scale = input_scale.repeat(rows.shape[1] // len(input_scale))  # K runs in (r, s, c) order

@@ -1,7 +1,5 @@
 """`modiff calibrate`: weight codes and activation scales of a model, its step schedule, or its layer plan."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """`modiff compare`: the same images in several configurations; how close to full precision, and how fast."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -57,7 +55,7 @@ class Configuration:
     def shown(self) -> np.ndarray:
         return np.concatenate(self.images)[: self.args.images]
 
-    def results(self, reference: Configuration, best_s: float | None) -> dict[str, Any]:
+    def results(self, reference: "Configuration", best_s: float | None) -> dict[str, Any]:
         """The row of the report. best_s: seconds of the fastest full precision."""
         own, calls, is_reference = self.quantised, self.model.calls, self is reference
         time_s = statistics.median(self.seconds)

@@ -4,8 +4,6 @@ Batches have a fixed composition, `--batch` consecutive seeds, and are dealt out
 round otherwise for another batch size (its kernels are chosen by shape), and scales per tensor see the whole batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -38,7 +36,7 @@ class Process:
     local: int = 0
 
     @classmethod
-    def launched(cls) -> Process:
+    def launched(cls) -> "Process":
         """As torchrun, and launchers built on it, say it in RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
         given = {name: os.environ.get(name) for name in PLACE}
         try:

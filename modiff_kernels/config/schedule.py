@@ -138,12 +138,9 @@ class StepSchedule:
         if not is_int(calls, 1):
             raise ValueError(f"StepSchedule: a run of {calls!r} calls cannot be; give a whole number, 1 or more")
         if self.rule in RULES:
-            return "".join(
-                UPDATE
-                if i < self.first or i >= calls - self.last or (i - self.first) % self.every == self.every - 1
-                else RULES[self.rule]
-                for i in range(calls)
-            )
+            inner = range(self.first, calls - self.last)
+            skipped = {i for i in inner if (i - self.first) % self.every != self.every - 1}
+            return "".join(RULES[self.rule] if i in skipped else UPDATE for i in range(calls))
         pattern = _expanded(self.rule)
         if calls <= pattern.count(UPDATE):
             return UPDATE * calls

@@ -1,7 +1,5 @@
 """Configurations that are set side by side, and UNets accelerated as one of them says."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -132,7 +130,7 @@ class Quantised:
             raise UserError(f"{row.name}: {error}") from error
 
     @classmethod
-    def loaded(cls, handle: mk.Handle) -> Quantised:
+    def loaded(cls, handle: mk.Handle) -> "Quantised":
         quantised = cls.__new__(cls)
         quantised.handle = handle
         return quantised

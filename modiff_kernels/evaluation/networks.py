@@ -1,7 +1,5 @@
 """Loading a network named on a command line, and sampling from it."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import inspect
@@ -20,17 +18,10 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.evaluation import SCHEDULERS, UserError
-from modiff_kernels.integrations.measurement import share_copy
+from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 
-__all__ = ["Model", "check_steps", "choose_device", "load_model", "make_scheduler", "open_model", "quiet_libraries"]
-__all__ += ["sample_images", "share_copy"]
-
-OWN_OPTIONS: dict[str, dict[str, Any]] = {
-    "pndm": {"skip_prk_steps": True},
-    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
-}
-"""Of samplers, whatever scheduler the model came with."""
+OWN_OPTIONS: dict[str, Any] = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 
 
 @dataclass

@@ -28,14 +28,7 @@ class LayerShape:
 
 
 def seconds(
-    layer: LayerShape,
-    mode: Mode,
-    machine: Machine,
-    *,
-    float_bytes: int,
-    state_bytes: int,
-    weight_bits: int,
-    fused: bool,
+    layer: LayerShape, mode: Mode, machine: Machine, float_bytes: int, state_bytes: int, weight_bits: int, fused: bool
 ) -> float:
     """Time of `layer` in `mode`, float, quantized or modulated.
 
