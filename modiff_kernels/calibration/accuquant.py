@@ -116,10 +116,8 @@ def collect_groups(job: Job) -> Groups:
 
 
 class Rollout:
-    """The steps of one group, `calls`, from `points` of the data, each on the outcome of the one before.
-
-    before(run): called ahead of every call of the network; run() is the call before it, for layers that need it.
-    """
+    """The steps of one group, `calls`, from `points` of the data, each on the outcome of the one before. before(run):
+    called ahead of every call of the network; run() is the call before it, for layers that need it."""
 
     def __init__(
         self,
@@ -178,9 +176,7 @@ class Rollout:
 
 class EndLoss(torch.autograd.Function):
     """EndLoss.apply(rollout, target, form, *parameters): mean squared distance of rollout.run() from target, a scalar.
-
-    Its gradient is that of `Rollout.gradients`. parameters: all that the network is differentiated by.
-    """
+    Its gradient is that of `Rollout.gradients`. parameters: all that the network is differentiated by."""
 
     @staticmethod
     def forward(ctx: Any, rollout: Rollout, target: Tensor, form: str, *parameters: Tensor) -> Tensor:

@@ -16,10 +16,8 @@ CONDITIONS = "conditions."  # before the names of conditions among other tensors
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """How the full-precision network `unet` is sampled, in `steps` of a diffusers scheduler, used through copies.
-
     run(seeds): one sampling run, image i from the noise of seeds[i]; it calls `unet` once per time step of the
-    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance).
-    """
+    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance)."""
 
     unet: nn.Module
     scheduler: Any
@@ -56,9 +54,7 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
 
 def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[str, Any]) -> Any:
     """What a diffusers pipeline gives for the noise of `seeds`. options: more arguments; one prompt is for all images.
-
-    Of a pipeline with classes, image i has the class seeds[i] modulo 1000.
-    """
+    Of a pipeline with classes, image i has the class seeds[i] modulo 1000."""
     accepted = inspect.signature(pipe.__call__).parameters
     more: dict[str, Any] = {"num_inference_steps": steps, **options}
     more["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -73,9 +69,7 @@ def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[s
 
 def uniform_calls(calls: int, per_sample: int, samples: int) -> Tensor:
     """int64 [samples, per_sample]: for every sample the same calls, equally spaced over those that have a predecessor.
-
-    They are the middles of `per_sample` equal parts of 1 .. calls - 1.
-    """
+    They are the middles of `per_sample` equal parts of 1 .. calls - 1."""
     if not 1 <= per_sample < calls:
         raise ValueError(f"calls_per_sample={per_sample} is not allowed; give 1 to {calls - 1} for {calls} calls")
     middles = (torch.arange(per_sample, dtype=torch.float64) + 0.5) * (calls - 1) / per_sample
@@ -153,10 +147,8 @@ def collect(
     sampler: Sampler, calls: Tensor, seeds: Sequence[int], batch: int, on_run: Callable[[int], Any] = lambda n: None
 ) -> CalibrationData:
     """Run the full-precision sampler and keep, of the image from seeds[i], the calls calls[i] (int64 [samples, k]).
-
-    on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on
-    inputs that are not per image.
-    """
+    on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on inputs
+    that are not per image."""
     timesteps = sampler.timesteps()
     parts: list[dict[str, Tensor]] = []
     rows = 0
@@ -229,11 +221,9 @@ def stream(
     batches: Iterable[Tensor],
     pairs: bool = False,
 ) -> None:
-    """Call on_input(path, x, previous, points) for every layer and batch, in the order of computation.
-
-    layers: modules of `unet`. x: input of the layer at `points` (int64) of the data. previous: with `pairs` its input
-    at the calls before, else None. In memory at a time: with `pairs` the inputs of all layers for one batch, else one.
-    """
+    """Call on_input(path, x, previous, points) for every layer and batch, in the order of computation. layers: modules
+    of `unet`. x: input of the layer at `points` (int64) of the data. previous: with `pairs` its input at the calls
+    before, else None. In memory at a time: with `pairs` the inputs of all layers for one batch, else one."""
     before: dict[str, Tensor] = {}
     points = torch.empty(0)
     keep = False

@@ -138,10 +138,8 @@ def _parameter(value: Tensor | None) -> nn.Parameter | None:
 def fake_quantized(
     unet: nn.Module, layers: Mapping[str, CalibratedLayer], mode: str, act_bits: int | None, rounding: str = "adaround"
 ) -> Iterator[dict[str, FakeLayer]]:
-    """Put a FakeLayer in the place of every one of `layers` and give them by path; the originals come back after.
-
-    mode, act_bits: of a ModiffConfig. rounding: of ROUNDINGS.
-    """
+    """Put a FakeLayer in the place of every one of `layers` and give them by path; the originals come back after. mode,
+    act_bits: of a ModiffConfig. rounding: of ROUNDINGS."""
     fakes = {path: FakeLayer(unet.get_submodule(path), own, mode, act_bits, rounding) for path, own in layers.items()}
     try:
         for path, fake in fakes.items():

@@ -117,10 +117,8 @@ class Job:
         replace_file(stamp, lambda new: new.write_text(self._request))
 
     def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """compute(), or what it gave in an earlier, interrupted calibration of the same request.
-
-        The result must not depend on what was computed before: draw random numbers from `generator(name)`.
-        """
+        """compute(), or what it gave in an earlier, interrupted calibration of the same request. The result must not
+        depend on what was computed before: draw random numbers from `generator(name)`."""
         if self._parts is None:
             return compute()
         path = self._parts / f"{name}.safetensors"

@@ -52,11 +52,9 @@ def qdiffusion(job: Job) -> Layers:
 def reconstruct_blocks(
     job: Job, data: CalibrationData, seen: CalibrationData, wanted: CalibrationData, cosine_weight: float = 0.0
 ) -> Layers:
-    """Codes and step sizes by reconstruction, started from those of layer-wise methods on `data`.
-
-    Quantised blocks are at `seen`, their target is what the float ones give at `wanted`, as many points. cosine_weight:
-    of 1 - cosine of both outputs, mean over points.
-    """
+    """Codes and step sizes by reconstruction, started from those of layer-wise methods on `data`. Quantised blocks are
+    at `seen`, their target is what the float ones give at `wanted`, as many points. cosine_weight: of 1 - cosine of
+    both outputs, mean over points."""
     blocks = reconstruction.blocks_of(job.unet, job.layers, data)
 
     def block_by_block(layers: Layers, part: str, name: str) -> Layers:

@@ -49,10 +49,8 @@ def inputs_in_order(unet: nn.Module, paths: Iterable[str], data: CalibrationData
 
 
 class Recording:
-    """Inputs or the output of one block at all points of the data, in files that are mapped into memory.
-
-    Tensors with one row per point are kept; other arguments are those of the first call.
-    """
+    """Inputs or the output of one block at all points of the data, in files that are mapped into memory. Tensors with
+    one row per point are kept; other arguments are those of the first call."""
 
     def __init__(self, folder: Path, points: int) -> None:
         self.folder, self.points = folder, points
@@ -163,11 +161,9 @@ def learn(
 
 def learn_network(job: Job, data: CalibrationData, layers: Layers) -> Layers:
     """The layers after `network_iterations` steps on codes, scales and biases of all of them, activations float.
-
     Distillation on the float sampler's own states, as in quantisation-aware training without data (EfficientDM, He et
     al., ICLR 2024): straight-through rounding, the mean squared error of the UNet's output as the loss. Unlike
-    layer-wise objectives it lets layers make up for each other's errors.
-    """
+    layer-wise objectives it lets layers make up for each other's errors."""
     options = job.options
 
     def compute() -> Layers:

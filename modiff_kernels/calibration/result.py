@@ -97,10 +97,8 @@ def read_result(calibration: "CalibrationResult | str | Path") -> CalibrationRes
 
 
 def layers_for(calibration: "CalibrationResult", config: ModiffConfig) -> dict[str, CalibratedLayer]:
-    """The calibrated layers as `config` uses them: activation scales with scale_mode "static" only.
-
-    ValueError where `config` asks for something else than was calibrated.
-    """
+    """The calibrated layers as `config` uses them: activation scales with scale_mode "static" only. ValueError where
+    `config` asks for something else than was calibrated."""
     static = config.scale_mode == "static" and config.act_bits is not None
     for field in ("weight_bits", "group_size", *(("act_bits", "mode") if static else ())):
         asked, known = getattr(config, field), getattr(calibration.config, field)

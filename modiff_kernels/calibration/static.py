@@ -129,10 +129,8 @@ class Histogram:
 def histograms(
     job: Job, data: CalibrationData, layers: Mapping[str, nn.Module], parts: Parts[Key]
 ) -> dict[Key, Histogram]:
-    """Of the inputs of `layers`, or of their changes in mode "modulated", in two passes over the data.
-
-    parts(path, values, points): the values of a batch (float32, at `points` of the data) by the key they count for.
-    """
+    """Of the inputs of `layers`, or of their changes in mode "modulated", in two passes over the data. parts(path,
+    values, points): the values of a batch (float32, at `points` of the data) by the key they count for."""
     ranges: dict[Key, tuple[float, float]] = {}
 
     def widen(key: Key, values: Tensor) -> None:

@@ -150,9 +150,7 @@ class ModiffConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
         """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError.
-
-        `first_step_bits`, which older versions wrote, is dropped, with a warning where it was a number.
-        """
+        `first_step_bits`, which older versions wrote, is dropped, with a warning where it was a number."""
         if not isinstance(values, Mapping):
             raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
         values = dict(values)

@@ -104,21 +104,17 @@ def config_of_row(
 
 
 class Quantised:
-    """An accelerated UNet as a report needs it: run boundaries, state bytes, average bits, backend.
-
-    state_bytes: the most that the state has taken in the runs so far.
-    """
+    """An accelerated UNet as a report needs it: run boundaries, state bytes, average bits, backend. state_bytes: the
+    most that the state has taken in the runs so far."""
 
     state_bytes = 0
 
     def __init__(
         self, unet: torch.nn.Module, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any
     ) -> None:
-        """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here.
-
-        of_config, more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits
-        then count.
-        """
+        """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here. of_config,
+        more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then
+        count."""
         try:
             config = config_of_row(row, *of_config, **more)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)
@@ -143,11 +139,9 @@ class Quantised:
             self.state_bytes = max(self.state_bytes, self.handle.state.nbytes())
 
     def average_bits(self, calls: int) -> float:
-        """Bits of the activations, averaged over the quantised layers and the `calls` of the UNet in a run.
-
-        Multipliers of granularity per_block count, with 8 - act_bits bits for every block. A call that a schedule lets
-        a layer skip counts 0 bits; which these are is that of the last run.
-        """
+        """Bits of the activations, averaged over the quantised layers and the `calls` of the UNet in a run. Multipliers
+        of granularity per_block count, with 8 - act_bits bits for every block. A call that a schedule lets a layer skip
+        counts 0 bits; which these are is that of the last run."""
         means = []
         for row in self._low_bit:
             layer = self.handle.layers[row.name]

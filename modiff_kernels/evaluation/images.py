@@ -28,9 +28,7 @@ def tensors_crc32(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def is_kept(path: Path, options: Mapping[str, Any]) -> bool:
     """Whether `path` holds a whole image that was sampled with `options`; False if there is none, or half of one.
-
-    UserError for a whole image that was sampled otherwise, and for one that `write_image` did not write.
-    """
+    UserError for a whole image that was sampled otherwise, and for one that `write_image` did not write."""
     try:
         with Image.open(path) as image:
             text = image.info.get(TEXT, "null")

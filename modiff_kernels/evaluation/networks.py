@@ -26,12 +26,10 @@ OWN_OPTIONS: dict[str, Any] = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": 
 
 @dataclass
 class Model:
-    """A UNet and what it takes to sample from it.
-
-    `pipe` is None for an unconditional UNet on pixels, which is sampled by the loop in this module, and otherwise the
-    pipeline that holds the UNet. `handle` is that of a UNet that was saved in low bits, else None. `calls` of the UNet
-    in a run are known of a model that was opened for a command that samples.
-    """
+    """A UNet and what it takes to sample from it. `pipe` is None for an unconditional UNet on pixels, which is sampled
+    by the loop in this module, and otherwise the pipeline that holds the UNet. `handle` is that of a UNet that was
+    saved in low bits, else None. `calls` of the UNet in a run are known of a model that was opened for a command that
+    samples."""
 
     name: str
     unet: Any
@@ -122,9 +120,7 @@ def _unet_of(folder: Path) -> tuple[Path, bool]:
 
 def load_model(name: str | None, prompt: str | None, device: torch.device, low_bit: bool = False) -> Model:
     """Load --model in float32 onto `device`. UserError for what cannot be loaded or sampled, and for NaN weights.
-
-    low_bit: whether a UNet that was saved in low bits will do.
-    """
+    low_bit: whether a UNet that was saved in low bits will do."""
     try:
         return _load_folder(*_find_folder(name), prompt, device, low_bit)
     except UserError as error:
@@ -202,11 +198,9 @@ def sample_images(
     on_step: Callable[[], Any] = lambda: None,
     scheduler_options: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
-    """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i].
-
-    `unet` takes the place of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is
-    called after each of them (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them.
-    """
+    """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
+    of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each of them
+    (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them."""
     device = next(model.unet.parameters()).device
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:

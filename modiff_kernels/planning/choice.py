@@ -27,12 +27,10 @@ def error_of(costs: Costs, modes: Mapping[str, Mode], gains: Mapping[Mode, float
 def choose(
     costs: Costs, gains: Mapping[Mode, float], max_error: float = math.inf, max_state_bytes: float = math.inf
 ) -> dict[str, Mode]:
-    """Fast modes whose estimated error and state stay within the limits.
-
-    costs: by unit, float among them, each with a time. Float has no error and no state, so there is always a choice.
-    From the fastest modes on, single units change until the limits are kept, always the one that comes closest to them
-    for the time it costs. Then every change that gains time within the limits is made, the largest gain first.
-    """
+    """Fast modes whose estimated error and state stay within the limits. costs: by unit, float among them, each with a
+    time. Float has no error and no state, so there is always a choice. From the fastest modes on, single units change
+    until the limits are kept, always the one that comes closest to them for the time it costs. Then every change that
+    gains time within the limits is made, the largest gain first."""
     chosen = {path: min(unit, key=_time_us) for path, unit in costs.items()}
     within = False
     while True:

@@ -18,10 +18,8 @@ MAX_WEIGHT_ERROR = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes of a weight [N, K] (K in (r, s, c) order for a convolution), with codes * scale close to the weight.
-
-    codes: int8 [N, K]. scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8.
-    """
+    """Codes of a weight [N, K] (K in (r, s, c) order for a convolution), with codes * scale close to the weight. codes:
+    int8 [N, K]. scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8."""
 
     codes: Tensor
     scale: Tensor

@@ -81,12 +81,9 @@ def summed(channels: int, window: Window | None) -> int:
 
 
 class PackedWeight(NamedTuple):
-    """A quantised weight [N, K]; of a convolution K = r * s * c_in / groups in (r, s, c) order.
-
-    packed: storage in `layout`, "kpack_v1" as made by `pack_weight` or a backend's own by `prepare_weight`.
-    scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)].
-    bits: 3, 4 or 8.
-    """
+    """A quantised weight [N, K]; of a convolution K = r * s * c_in / groups in (r, s, c) order. packed: storage in
+    `layout`, "kpack_v1" as made by `pack_weight` or a backend's own by `prepare_weight`. scale: float32 [N] (group_size
+    -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8."""
 
     packed: Tensor
     scale: Tensor
