@@ -77,8 +77,9 @@ def calibrate(
         raise ValueError("calibrate: config has weight_bits=None, so no layer is low-bit; give 3, 4 or 8")
     known = [field.name for field in dataclasses.fields(chosen.options)]
     if unknown := [name for name in options if name not in known]:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"calibrate: method {method!r} has no option {names}; its options are {', '.join(known)}")
+        raise ValueError(
+            f"calibrate: method {method!r} has no option {unknown[0]!r}; its options are {', '.join(known)}"
+        )
     parsed = chosen.options(**{**chosen.defaults, **options})
     for name, value in (("steps", steps), ("samples", samples), ("batch", batch)):
         if not (isinstance(value, int) and value > 0):
@@ -113,12 +114,10 @@ def calibrate(
 
 
 def _weights_of(result: CalibrationResult, config: ModiffConfig, layers: Mapping[str, nn.Module]) -> Layers:
-    """The layers of `result`, whose codes are to be kept."""
     known = layers_for(result, dataclasses.replace(config, scale_mode="dynamic"))
     missing = [path for path in layers if path not in known or known[path].weight is None]
     if missing:
-        names = ", ".join(missing[:5])
-        raise ValueError(f"calibrate: weights holds no codes for {names}; calibrate them without weights")
+        raise ValueError(f"calibrate: weights holds no codes for {', '.join(missing[:5])}; calibrate without weights")
     for path, module in layers.items():
         known[path].check(module.weight.shape, module.bias is not None)
     return {path: known[path] for path in layers}
@@ -127,8 +126,7 @@ def _weights_of(result: CalibrationResult, config: ModiffConfig, layers: Mapping
 def _sampler(target: Any, steps: int, scheduler: Any, sample: Any, call_kwargs: Mapping[str, Any]) -> Sampler:
     if isinstance(target, nn.Module):
         if scheduler is None or sample is None:
-            more = "give scheduler= and sample=, or the pipeline that holds it"
-            raise ValueError(f"calibrate: a bare UNet does not sample; {more}")
+            raise ValueError("calibrate: a bare UNet does not sample; give scheduler= and sample=, or its pipeline")
         return Sampler(target, scheduler, steps, sample)
     if not isinstance(getattr(target, "unet", None), nn.Module):
         raise TypeError(f"calibrate: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")

@@ -67,7 +67,6 @@ class Groups(NamedTuple):
 
 
 def accuquant(job: Job) -> Layers:
-    """Codes and tables of activation scales by the error at the end of groups of steps."""
     check_sampler(job.sampler)
     data = job.data()
     groups = collect_groups(job)
@@ -84,8 +83,7 @@ def check_sampler(sampler: Sampler) -> None:
     """Raise ValueError unless runs of the sampler's scheduler can start at any call, from the input of the UNet."""
     name = type(sampler.scheduler).__name__
     if not (hasattr(sampler.scheduler, "set_begin_index") or name in STATELESS):
-        others = f"use {', '.join(STATELESS)} or DPMSolverMultistepScheduler"
-        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; {others}")
+        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; use DDIMScheduler")
     sampler.check_input("accuquant")
 
 
@@ -104,8 +102,7 @@ def collect_groups(job: Job) -> Groups:
     firsts = torch.tensor([group.start for group in calls])
     data = job.collected("groups", firsts.expand(job.samples, -1), "group starts")
     if len(data) != job.samples * len(calls):
-        what = "one row of the UNet's batch per image; sample without guidance, or choose another method"
-        raise ValueError(f"calibrate: accuquant needs {what}")
+        raise ValueError("calibrate: accuquant needs one row of the UNet's batch per image; sample without guidance")
     points = [torch.nonzero(data.call == first)[:, 0] for first in firsts.tolist()]
 
     def ends() -> dict[str, Tensor]:
@@ -119,10 +116,8 @@ def collect_groups(job: Job) -> Groups:
 
 
 class Rollout:
-    """The steps of one group, `calls`, from `points` of the data, each on the outcome of the one before.
-
-    before(run): called ahead of every call of the network; run() is the call before it, for layers that need it.
-    """
+    """The steps of one group, `calls`, from `points` of the data, each on the outcome of the one before. before(run):
+    called ahead of every call of the network; run() is the call before it, for layers that need it."""
 
     def __init__(
         self,
@@ -181,9 +176,7 @@ class Rollout:
 
 class EndLoss(torch.autograd.Function):
     """EndLoss.apply(rollout, target, form, *parameters): mean squared distance of rollout.run() from target, a scalar.
-
-    Its gradient is that of `Rollout.gradients`. parameters: all that the network is differentiated by.
-    """
+    Its gradient is that of `Rollout.gradients`. parameters: all that the network is differentiated by."""
 
     @staticmethod
     def forward(ctx: Any, rollout: Rollout, target: Tensor, form: str, *parameters: Tensor) -> Tensor:
@@ -198,21 +191,13 @@ class EndLoss(torch.autograd.Function):
 
 
 def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
-    """The parameters that are being learnt, each once."""
     return list({id(p): p for fake in fakes.values() for p in fake.parameters() if p.requires_grad}.values())
 
 
 def _learn(
-    job: Job,
-    part: str,
-    groups: Groups,
-    layers: Layers,
-    names: Sequence[str],
-    draw: Callable[[], int],
-    iterations: int,
-    lr: float,
+    job: Job, part: str, groups: Groups, layers: Layers, names: Sequence[str], draw: Callable[[], int], *rate: Any
 ) -> Layers:
-    """Learn `names` of all layers by the end of groups: in each iteration the one whose number draw() gives."""
+    """Learn `names` of all layers by the end of groups: in each iteration that of number draw(). rate: as `learn`."""
 
     def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
         group = draw()
@@ -220,11 +205,10 @@ def _learn(
         rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[group], before)
         return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
 
-    return reconstruction.learn(job, part, layers, names, loss_of, groups.data, job.samples, iterations, lr)
+    return reconstruction.learn(job, part, layers, names, loss_of, groups.data, job.samples, *rate)
 
 
 def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:
-    """The layers with one activation scale per group, as tables over the calls."""
     options, tabled = job.options, with_scales(job, data, layers)
     names = ("act_scale",) if job.config.mode == "modulated" else ("act_scale", "act_zero_point")
     found: dict[str, dict[str, list[Tensor]]] = {path: {name: [] for name in names} for path in layers}

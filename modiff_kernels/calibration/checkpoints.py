@@ -60,10 +60,8 @@ def import_qdiffusion(
         layers[path] = CalibratedLayer(weight)
         rounded += count
     if missing:
-        raise ValueError(
-            f"import_qdiffusion: the checkpoint does not hold the weights of {', '.join(missing[:5])}; give the UNet "
-            "that it was made from, in float32, or name them in skip_modules"
-        )
+        advice = "give the UNet that it was made from, in float32, or name them in skip_modules"
+        raise ValueError(f"import_qdiffusion: it does not hold the weights of {', '.join(missing[:5])}; {advice}")
     return CalibrationResult("qdiffusion-checkpoint", config, layers, {"channels_rounded_again": rounded})
 
 
@@ -84,7 +82,6 @@ class Channel(NamedTuple):
 
 
 def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
-    """Every output channel of the checkpoint by its float weights."""
     channels: dict[bytes, Channel] = {}
     for path in (name.removesuffix(".weight") for name in tensors if name.endswith(".weight")):
         parts = [f"{path}.{part}" for part in PARTS if f"{path}.{part}.delta" in tensors]
@@ -97,10 +94,7 @@ def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
         for part, own, size in zip(parts, weight.tensor_split(np.cumsum(inputs)[:-1].tolist(), 1), inputs):
             alpha, delta, zero_point = (tensors[f"{part}.{name}"].float() for name in ("alpha", "delta", "zero_point"))
             if own.shape != alpha.shape:
-                raise ValueError(
-                    f"import_qdiffusion: {part}.alpha is {tuple(alpha.shape)}, its weight {tuple(own.shape)}; the "
-                    "checkpoint is damaged"
-                )
+                raise ValueError(f"import_qdiffusion: {part}.alpha does not fit its weight; the checkpoint is damaged")
             code = ((own / delta).floor() + (alpha >= 0) + zero_point).clamp(0, 2**bits - 1)
             codes.append(code - zero_point)
             scales.append(delta.view(-1, 1).expand(len(weight), size // width))
@@ -109,14 +103,11 @@ def _channels(tensors: Mapping[str, Tensor], bits: int) -> dict[bytes, Channel]:
         for row, own, scale in zip(weight, rows, torch.cat(scales, 1)):
             channels[_key(row)] = Channel(own, scale, -1 if len(parts) == 1 else width)
     if not channels:
-        raise ValueError(
-            f"import_qdiffusion: no weight quantiser (*.{PARTS[0]}.delta) in the checkpoint; give one of Q-Diffusion's"
-        )
+        raise ValueError(f"import_qdiffusion: no weight quantiser (*.{PARTS[0]}.delta); give one of Q-Diffusion's")
     return channels
 
 
 def _layer(channels: list[Channel], bits: int) -> tuple[QuantizedWeight, int]:
-    """The codes of a layer, and how many of its channels had to be rounded again."""
     codes, group_size = torch.stack([channel.codes for channel in channels]), channels[0].group_size
     scale = torch.stack([channel.scale for channel in channels])
     if group_size == -1:
@@ -131,5 +122,4 @@ def _layer(channels: list[Channel], bits: int) -> tuple[QuantizedWeight, int]:
 
 
 def _key(row: Tensor) -> bytes:
-    """The values of one output channel, whatever its trailing sizes."""
     return row.detach().float().flatten().contiguous().cpu().numpy().tobytes()

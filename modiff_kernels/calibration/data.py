@@ -16,10 +16,8 @@ CONDITIONS = "conditions."  # before the names of conditions among other tensors
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """How the full-precision network `unet` is sampled, in `steps` of a diffusers scheduler, used through copies.
-
     run(seeds): one sampling run, image i from the noise of seeds[i]; it calls `unet` once per time step of the
-    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance).
-    """
+    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance)."""
 
     unet: nn.Module
     scheduler: Any
@@ -27,7 +25,6 @@ class Sampler:
     run: Callable[[Sequence[int]], Any]
 
     def new_scheduler(self) -> Any:
-        """A scheduler at the beginning of a run."""
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(self.steps)
         return scheduler
@@ -48,8 +45,7 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
     """The sampler of a diffusers pipeline. call_kwargs: more arguments of its call, the same for all images."""
     accepted = inspect.signature(pipe.__call__).parameters
     if unknown := [name for name in call_kwargs if name not in accepted]:
-        takes = f"it takes {', '.join(accepted)}"
-        raise ValueError(f"calibrate: {type(pipe).__name__} takes no {', '.join(unknown)}; {takes}")
+        raise ValueError(f"calibrate: {type(pipe).__name__} takes no {unknown[0]}; it takes {', '.join(accepted)}")
     if "prompt" in accepted and not {"prompt", "prompt_embeds"} & set(call_kwargs):
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
     options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
@@ -58,9 +54,7 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
 
 def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[str, Any]) -> Any:
     """What a diffusers pipeline gives for the noise of `seeds`. options: more arguments; one prompt is for all images.
-
-    Of a pipeline with classes, image i has the class seeds[i] modulo 1000.
-    """
+    Of a pipeline with classes, image i has the class seeds[i] modulo 1000."""
     accepted = inspect.signature(pipe.__call__).parameters
     more: dict[str, Any] = {"num_inference_steps": steps, **options}
     more["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -75,12 +69,9 @@ def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[s
 
 def uniform_calls(calls: int, per_sample: int, samples: int) -> Tensor:
     """int64 [samples, per_sample]: for every sample the same calls, equally spaced over those that have a predecessor.
-
-    They are the middles of `per_sample` equal parts of 1 .. calls - 1.
-    """
+    They are the middles of `per_sample` equal parts of 1 .. calls - 1."""
     if not 1 <= per_sample < calls:
-        allowed = f"give 1 to {calls - 1} for {calls} calls of a run"
-        raise ValueError(f"calls_per_sample={per_sample} is not allowed; {allowed}")
+        raise ValueError(f"calls_per_sample={per_sample} is not allowed; give 1 to {calls - 1} for {calls} calls")
     middles = (torch.arange(per_sample, dtype=torch.float64) + 0.5) * (calls - 1) / per_sample
     return (1 + middles.floor().long()).expand(samples, -1).clone()
 
@@ -96,8 +87,7 @@ def ndtc_calls(
     code counts from the noise instead). Every draw of the paper has a noise of its own: per_sample 1.
     """
     if not (0 <= mean <= 1 and std > 0):
-        allowed = "give 0 <= mean <= 1 and std > 0, in parts of all steps"
-        raise ValueError(f"mean={mean}, std={std} are not allowed; {allowed}")
+        raise ValueError(f"mean={mean}, std={std} are not allowed; give 0 <= mean <= 1 and std > 0")
     drawn = torch.randn(samples, per_sample, generator=generator, dtype=torch.float64) * std + mean
     clipped = (drawn * train_steps).floor().clamp_(0, train_steps - 1)
     return (timesteps.double()[None, None] - clipped[..., None]).abs().argmin(-1).clamp_min(1)
@@ -148,34 +138,25 @@ class CalibrationData:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "CalibrationData":
-        """What `tensors` gave."""
         names = [name for name in tensors if name.startswith(CONDITIONS)]
         conditions = {name.removeprefix(CONDITIONS): tensors[name] for name in names}
         return cls(**{name: value for name, value in tensors.items() if name not in names}, conditions=conditions)
 
 
 def collect(
-    sampler: Sampler,
-    calls: Tensor,
-    seeds: Sequence[int],
-    batch: int,
-    on_run: Callable[[int], Any] = lambda images: None,
+    sampler: Sampler, calls: Tensor, seeds: Sequence[int], batch: int, on_run: Callable[[int], Any] = lambda n: None
 ) -> CalibrationData:
     """Run the full-precision sampler and keep, of the image from seeds[i], the calls calls[i] (int64 [samples, k]).
-
-    on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on
-    inputs that are not per image.
-    """
+    on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on inputs
+    that are not per image."""
     timesteps = sampler.timesteps()
     parts: list[dict[str, Tensor]] = []
     rows = 0
     for start in range(0, len(seeds), batch):
         points, conditions = _run(sampler, calls[start : start + batch], seeds[start : start + batch])
         if len(points) != len(timesteps):
-            raise ValueError(
-                f"calibrate: a run called the UNet {len(points)} times, but the scheduler has {len(timesteps)} time "
-                "steps; calibration needs one call per time step (guidance in one batch)"
-            )
+            called = f"a run called the UNet {len(points)} times, but the scheduler has {len(timesteps)} time steps"
+            raise ValueError(f"calibrate: {called}; calibration needs one call per time step (guidance in one batch)")
         part = {name: torch.cat([point[name] for point in points]) for name in points[0]}
         parts.append({**part, "row": part["row"] + rows, **conditions})
         rows += int(part["row"].max()) + 1
@@ -218,8 +199,7 @@ def _conditions(arguments: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
         flat |= {f"{name}.{key}".rstrip("."): item.detach().clone() for key, item in inner if isinstance(item, Tensor)}
     for name, value in flat.items():
         if value.ndim == 0 or len(value) != rows:
-            given = f"the UNet's input {name} has shape {tuple(value.shape)}"
-            raise ValueError(f"calibrate: {given}, which is not one per image of {rows}; calibrate without such inputs")
+            raise ValueError(f"calibrate: input {name} has shape {tuple(value.shape)}, which is not one per image")
     return {CONDITIONS + name: value for name, value in flat.items()}
 
 
@@ -241,11 +221,9 @@ def stream(
     batches: Iterable[Tensor],
     pairs: bool = False,
 ) -> None:
-    """Call on_input(path, x, previous, points) for every layer and batch, in the order of computation.
-
-    layers: modules of `unet`. x: input of the layer at `points` (int64) of the data. previous: with `pairs` its input
-    at the calls before, else None. In memory at a time: with `pairs` the inputs of all layers for one batch, else one.
-    """
+    """Call on_input(path, x, previous, points) for every layer and batch, in the order of computation. layers: modules
+    of `unet`. x: input of the layer at `points` (int64) of the data. previous: with `pairs` its input at the calls
+    before, else None. In memory at a time: with `pairs` the inputs of all layers for one batch, else one."""
     before: dict[str, Tensor] = {}
     points = torch.empty(0)
     keep = False

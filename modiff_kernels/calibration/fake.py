@@ -92,7 +92,6 @@ class FakeLayer(nn.Module):
         self.bias = _parameter(original.bias if known.bias is None else known.bias)
 
     def forward(self, x: Tensor, *unused: Any) -> Tensor:
-        """Output for x, in its dtype float32."""
         if self.input_scale is not None:
             x = x * self.input_scale
         if self.act_scale is not None:
@@ -109,7 +108,6 @@ class FakeLayer(nn.Module):
         return self.low + ((self.variable >= 0) if self.hard else rounding(self.variable))
 
     def result(self) -> CalibratedLayer:
-        """What has been learnt, as layers take it."""
         self.hard = True
         codes, scale = self.codes().detach().round().to(torch.int8), self.weight_scale.detach().clone()
         act_scale = None if self.act_scale is None else self.act_scale.detach().clamp_min(MIN_SCALE)
@@ -140,13 +138,9 @@ def _parameter(value: Tensor | None) -> nn.Parameter | None:
 def fake_quantized(
     unet: nn.Module, layers: Mapping[str, CalibratedLayer], mode: str, act_bits: int | None, rounding: str = "adaround"
 ) -> Iterator[dict[str, FakeLayer]]:
-    """Put a FakeLayer in the place of every one of `layers` and give them by path; the originals come back after.
-
-    mode, act_bits: of a ModiffConfig. rounding: of ROUNDINGS.
-    """
-    fakes = {
-        path: FakeLayer(unet.get_submodule(path), layer, mode, act_bits, rounding) for path, layer in layers.items()
-    }
+    """Put a FakeLayer in the place of every one of `layers` and give them by path; the originals come back after. mode,
+    act_bits: of a ModiffConfig. rounding: of ROUNDINGS."""
+    fakes = {path: FakeLayer(unet.get_submodule(path), own, mode, act_bits, rounding) for path, own in layers.items()}
     try:
         for path, fake in fakes.items():
             unet.set_submodule(path, fake)

@@ -32,16 +32,12 @@ LEARNT = ("act_scale", "bias")  # what methods learn besides codes and their sca
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Raise ValueError unless `name` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"calibrate: {name}={value!r} is not allowed; choose one of {', '.join(map(repr, allowed))}")
 
 
 def choice(default: Any, allowed: Sequence[Any]) -> Any:
-    """A field of options whose value is one of `allowed`."""
-    return dataclasses.field(
-        default=default, metadata={"check": lambda name, value: check_choice(name, value, allowed)}
-    )
+    return dataclasses.field(default=default, metadata={"check": lambda name, v: check_choice(name, v, allowed)})
 
 
 def number(default: float, above: float = 0.0, most: float = math.inf, least: float | None = None) -> Any:
@@ -121,10 +117,8 @@ class Job:
         replace_file(stamp, lambda new: new.write_text(self._request))
 
     def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        """compute(), or what it gave in an earlier, interrupted calibration of the same request.
-
-        The result must not depend on what was computed before: draw random numbers from `generator(name)`.
-        """
+        """compute(), or what it gave in an earlier, interrupted calibration of the same request. The result must not
+        depend on what was computed before: draw random numbers from `generator(name)`."""
         if self._parts is None:
             return compute()
         path = self._parts / f"{name}.safetensors"
@@ -152,7 +146,6 @@ class Job:
         return layers
 
     def clear(self) -> None:
-        """Remove the parts."""
         if self._parts is not None:
             shutil.rmtree(self._parts)
 
@@ -163,7 +156,6 @@ class Job:
 
     @property
     def needs_scales(self) -> bool:
-        """Whether the config asks for static activation scales."""
         return self.config.act_bits is not None and self.config.scale_mode == "static"
 
     def input_scale(self, path: str) -> Tensor | None:
@@ -171,7 +163,6 @@ class Job:
         return self.splits[path].input_scale if path in self.splits else None
 
     def bar(self, items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> "tqdm[T]":
-        """A progress bar around `items`."""
         return tqdm(items, desc=description, total=total, unit=unit, disable=self.quiet, leave=False)
 
     def batches(self, data: CalibrationData, description: str) -> Iterable[Tensor]:
@@ -201,7 +192,6 @@ class Job:
 
 
 def layers_of(unet: nn.Module, config: ModiffConfig) -> dict[str, nn.Module]:
-    """The Linear and Conv2d layers of `unet` that `config` makes low-bit, by path."""
     return {
         path: module
         for path, module in unet.named_modules()

@@ -45,7 +45,6 @@ class QDiffusionOptions(StaticOptions):
 
 
 def qdiffusion(job: Job) -> Layers:
-    """Codes and step sizes by reconstruction of blocks."""
     data = job.data()
     return reconstruct_blocks(job, data, data, data)
 
@@ -53,15 +52,12 @@ def qdiffusion(job: Job) -> Layers:
 def reconstruct_blocks(
     job: Job, data: CalibrationData, seen: CalibrationData, wanted: CalibrationData, cosine_weight: float = 0.0
 ) -> Layers:
-    """Codes and step sizes by reconstruction, started from those of layer-wise methods on `data`.
-
-    Quantised blocks are at `seen`, their target is what the float ones give at `wanted`, as many points. cosine_weight:
-    of 1 - cosine of both outputs, mean over points.
-    """
+    """Codes and step sizes by reconstruction, started from those of layer-wise methods on `data`. Quantised blocks are
+    at `seen`, their target is what the float ones give at `wanted`, as many points. cosine_weight: of 1 - cosine of
+    both outputs, mean over points."""
     blocks = reconstruction.blocks_of(job.unet, job.layers, data)
 
     def block_by_block(layers: Layers, part: str, name: str) -> Layers:
-        """The layers after learning `name` in one block after another, behind those above with their codes."""
         above: Layers = {}
         for index, (block, paths) in enumerate(job.bar(list(blocks.items()), part, unit="block")):
             own = {path: layers[path] for path in paths}
@@ -112,13 +108,11 @@ def _reconstruct(
             loss = (output - goal).abs().pow(2.0 if weights else options.p).mean()
             return loss + cosine_weight * cosine_distance(output, goal) if cosine_weight else loss
 
-        settings = (
-            (options.weight_iterations, options.weight_lr) if weights else (options.act_iterations, options.act_lr)
-        )
-        part = f"{block}-{name}"
-        return reconstruction.learn(
-            job, part, own, (name,), loss_of, seen, len(seen), *settings, rounding_weight=options.rounding_weight
-        )
+        rate = (options.act_iterations, options.act_lr)
+        if weights:
+            rate = (options.weight_iterations, options.weight_lr)
+        settings = (loss_of, seen, len(seen), *rate, options.rounding_weight)
+        return reconstruction.learn(job, f"{block}-{name}", own, (name,), *settings)
 
 
 def cosine_distance(output: Tensor, target: Tensor) -> Tensor:

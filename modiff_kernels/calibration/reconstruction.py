@@ -49,10 +49,8 @@ def inputs_in_order(unet: nn.Module, paths: Iterable[str], data: CalibrationData
 
 
 class Recording:
-    """Inputs or the output of one block at all points of the data, in files that are mapped into memory.
-
-    Tensors with one row per point are kept; other arguments are those of the first call.
-    """
+    """Inputs or the output of one block at all points of the data, in files that are mapped into memory. Tensors with
+    one row per point are kept; other arguments are those of the first call."""
 
     def __init__(self, folder: Path, points: int) -> None:
         self.folder, self.points = folder, points
@@ -60,7 +58,6 @@ class Recording:
         self.fixed: dict[Any, Any] = {}
 
     def write(self, points: Tensor, items: Mapping[Any, Any]) -> None:
-        """Keep `items` of these points (int64)."""
         for key, value in items.items():
             if not (isinstance(value, Tensor) and value.ndim and value.shape[0] == len(points)):
                 self.fixed.setdefault(key, value)
@@ -73,7 +70,6 @@ class Recording:
             self.rows[key][points] = value.detach().cpu()
 
     def read(self, points: Tensor) -> dict[Any, Any]:
-        """The items of these points."""
         return {**self.fixed, **{key: value[points] for key, value in self.rows.items()}}
 
 
@@ -110,12 +106,8 @@ def record(
 
 
 def call(module: nn.Module, items: Mapping[Any, Any]) -> Any:
-    """module(*args, **kwargs) with what a Recording of its inputs gave."""
     args = [items[key] for key in sorted(key for key in items if isinstance(key, int))]
     return module(*args, **{key: value for key, value in items.items() if isinstance(key, str)})
-
-
-Loss = Callable[[Tensor, Mapping[str, FakeLayer]], Tensor]
 
 
 def learn(
@@ -123,7 +115,7 @@ def learn(
     part: str,
     layers: Layers,
     names: Sequence[str],
-    loss_of: Loss,
+    loss_of: Callable[[Tensor, Mapping[str, FakeLayer]], Tensor],
     data: CalibrationData,
     points: int,
     iterations: int,
@@ -169,11 +161,9 @@ def learn(
 
 def learn_network(job: Job, data: CalibrationData, layers: Layers) -> Layers:
     """The layers after `network_iterations` steps on codes, scales and biases of all of them, activations float.
-
     Distillation on the float sampler's own states, as in quantisation-aware training without data (EfficientDM, He et
     al., ICLR 2024): straight-through rounding, the mean squared error of the UNet's output as the loss. Unlike
-    layer-wise objectives it lets layers make up for each other's errors.
-    """
+    layer-wise objectives it lets layers make up for each other's errors."""
     options = job.options
 
     def compute() -> Layers:

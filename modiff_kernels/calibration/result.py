@@ -59,11 +59,9 @@ class CalibrationResult:
             report = json.loads((folder / DESCRIPTION).read_text())
             tensors = load_file(folder / TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
-            hint = "give the folder that `modiff calibrate --out` or CalibrationResult.save wrote"
-            raise ValueError(f"cannot read a calibration from {folder} ({error}); {hint}") from error
+            raise ValueError(f"cannot read a calibration from {folder} ({error}); give one that was saved") from error
         if not isinstance(report, Mapping) or report.get("version") != VERSION or report.get("layout") != KPACK_V1:
-            expected = f"of version {VERSION}, {KPACK_V1}"
-            raise ValueError(f"{folder / DESCRIPTION} is not a calibration {expected}; calibrate again")
+            raise ValueError(f"{folder / DESCRIPTION} is not a calibration of version {VERSION}; calibrate again")
         try:
             layers = {path: _layer(path, entry, tensors) for path, entry in report["layers"].items()}
             config = ModiffConfig.from_dict(report["config"])
@@ -91,7 +89,6 @@ def replace_file(path: Path, write: Any) -> None:
 
 
 def read_result(calibration: "CalibrationResult | str | Path") -> CalibrationResult:
-    """A result, or the one saved in a folder. TypeError for anything else."""
     if isinstance(calibration, CalibrationResult):
         return calibration
     if isinstance(calibration, (str, Path)):
@@ -100,21 +97,15 @@ def read_result(calibration: "CalibrationResult | str | Path") -> CalibrationRes
 
 
 def layers_for(calibration: "CalibrationResult", config: ModiffConfig) -> dict[str, CalibratedLayer]:
-    """The calibrated layers as `config` uses them: activation scales with scale_mode "static" only.
-
-    ValueError where `config` asks for something else than was calibrated.
-    """
+    """The calibrated layers as `config` uses them: activation scales with scale_mode "static" only. ValueError where
+    `config` asks for something else than was calibrated."""
     static = config.scale_mode == "static" and config.act_bits is not None
     for field in ("weight_bits", "group_size", *(("act_bits", "mode") if static else ())):
         asked, known = getattr(config, field), getattr(calibration.config, field)
         if asked != known:
-            raise ValueError(
-                f"config has {field}={asked!r}, but the calibration ({calibration.method}) is for "
-                f"{known!r}; use {field}={known!r}, or calibrate again"
-            )
+            made = f"but the calibration ({calibration.method}) is for {known!r}"
+            raise ValueError(f"config has {field}={asked!r}, {made}; use {field}={known!r}, or calibrate again")
     if static:
         return dict(calibration.layers)
-    return {
-        path: dataclasses.replace(layer, act_scale=None, act_zero_point=None)
-        for path, layer in calibration.layers.items()
-    }
+    without = {"act_scale": None, "act_zero_point": None}
+    return {path: dataclasses.replace(layer, **without) for path, layer in calibration.layers.items()}

@@ -47,7 +47,6 @@ class SamplingAwareOptions(QDiffusionOptions):
 
 
 def sampling_aware(job: Job) -> Layers:
-    """Codes and step sizes by aligning the trajectories of a first- and a second-order solver."""
     Solver(job.sampler)  # refuses schedulers
     data = job.data()
     whole = job.once("trajectories", lambda: _run(job))
@@ -66,11 +65,9 @@ class Solver:
         scheduler = sampler.scheduler
         prediction = getattr(scheduler.config, "prediction_type", None)
         if not hasattr(scheduler, "alphas_cumprod") or prediction not in PREDICTIONS:
-            raise ValueError(
-                f"calibrate: sampling_aware needs the alphas_cumprod of a diffusion process and a prediction_type of "
-                f"{', '.join(PREDICTIONS)}; {type(scheduler).__name__} (prediction_type {prediction!r}) is of another "
-                "kind; choose another method"
-            )
+            needs = f"sampling_aware needs alphas_cumprod and a prediction_type of {', '.join(PREDICTIONS)}"
+            kind = f"{type(scheduler).__name__} (prediction_type {prediction!r})"
+            raise ValueError(f"calibrate: {needs}; {kind} is of another kind; choose another method")
         sampler.check_input("sampling_aware")
         self.prediction = prediction
         self.timesteps = sampler.timesteps()
@@ -91,12 +88,10 @@ class Solver:
         return torch.tensor(np.interp(-wanted, -self.lambdas, range(len(self.lambdas))), dtype=torch.float32)
 
     def move(self, sample: Tensor, direction: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-        """From time `start` to `stop` along eps = direction."""
         (alpha, _, before), (alpha_stop, sigma_stop, after) = self.noise(start), self.noise(stop)
         return float(alpha_stop / alpha) * sample - float(sigma_stop * torch.expm1(after - before)) * direction
 
     def direction(self, output: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
-        """eps from the output of the network."""
         alpha, sigma, _ = (float(value) for value in self.noise(timestep))
         if self.prediction == "v_prediction":
             return alpha * output + sigma * sample
@@ -122,7 +117,6 @@ class Solver:
 
 
 def _run(job: Job) -> Tensors:
-    """Tensors of both data sets: the same calls of the same trajectories, in the same order."""
     solver = Solver(job.sampler)
     intervals = len(solver.timesteps) - 1
     if intervals < 2:

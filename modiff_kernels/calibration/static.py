@@ -22,6 +22,7 @@ from modiff_kernels.quant.affine import affine_range, dequantize, quantize, resi
 from modiff_kernels.quant.calibrated import CalibratedLayer
 
 Key = TypeVar("Key", bound=Hashable)
+Parts = Callable[[str, Tensor, Tensor], Iterable[tuple[Key, Tensor]]]
 SEARCHES = ("minmax", "mse", "percentile")
 BINS = 2048
 RATIOS = torch.logspace(0, -1.5, 91, dtype=torch.float64)  # parts of the whole range that a search tries, down to 3 %
@@ -49,7 +50,6 @@ class StaticOptions(Options):
 
 
 def static(job: Job) -> Layers:
-    """Weight codes and activation scales of every layer, from full-precision activations."""
     data = job.data()
     layers = layers_with_codes(job, data)
     return with_scales(job, data, layers) if job.needs_scales else layers
@@ -68,7 +68,6 @@ def with_scales(job: Job, data: CalibrationData, layers: Layers) -> Layers:
     affine, table = job.config.mode == "quantized", job.options.table
 
     def parts(path: str, values: Tensor, points: Tensor) -> Iterator[tuple[tuple[str, int], Tensor]]:
-        """(path, call), or (path, 0) without table, and values of a batch."""
         if (scale := job.input_scale(path)) is not None:
             values = values * scale.view(1, -1, *[1] * (values.ndim - 2))
         if not table:
@@ -128,15 +127,10 @@ class Histogram:
 
 
 def histograms(
-    job: Job,
-    data: CalibrationData,
-    layers: Mapping[str, nn.Module],
-    parts: Callable[[str, Tensor, Tensor], Iterable[tuple[Key, Tensor]]],
+    job: Job, data: CalibrationData, layers: Mapping[str, nn.Module], parts: Parts[Key]
 ) -> dict[Key, Histogram]:
-    """Of the inputs of `layers`, or of their changes in mode "modulated", in two passes over the data.
-
-    parts(path, values, points): the values of a batch (float32, at `points` of the data) by the key they count for.
-    """
+    """Of the inputs of `layers`, or of their changes in mode "modulated", in two passes over the data. parts(path,
+    values, points): the values of a batch (float32, at `points` of the data) by the key they count for."""
     ranges: dict[Key, tuple[float, float]] = {}
 
     def widen(key: Key, values: Tensor) -> None:

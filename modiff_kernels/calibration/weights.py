@@ -61,10 +61,8 @@ def gptq(rows: Tensor, hessian: Tensor, bits: int, group_size: int) -> Quantized
 
 
 def _descend(rows: Tensor, hessian: Tensor, codes: Tensor, start: QuantizedWeight) -> QuantizedWeight:
-    """Coordinate descent: every code in turn takes its best value, the others fixed, until none changes.
-
-    The scale of a whole channel is refitted after each sweep: s = (w H q) / (q H q). The error never grows.
-    """
+    """Coordinate descent: every code in turn takes its best value, the others fixed, until none changes. The scale of a
+    whole channel is refitted after each sweep: s = (w H q) / (q H q). The error never grows."""
     bits, group_size, scale = start.bits, start.group_size, start.scale
     k, diagonal = rows.shape[1], hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True).tolist()
@@ -121,18 +119,11 @@ def calibrated_weights(job: Job, data: CalibrationData) -> dict[str, QuantizedWe
 
 
 def quantize_layer(
-    module: nn.Module,
-    hessian: Tensor | None,
-    method: str,
-    bits: int,
-    group_size: int,
-    input_scale: Tensor | None = None,
+    layer: nn.Module, hessian: Tensor | None, method: str, bits: int, group_size: int, input_scale: Tensor | None = None
 ) -> QuantizedWeight:
-    """Codes of one layer, for inputs that are multiplied by input_scale (then of weight / input_scale).
-
-    hessian: float32 [K, K], of the inputs as they are, or [groups, K, K] for a convolution with groups.
-    """
-    rows = weight_rows(module.weight.detach()).float()
+    """Codes of one layer, for inputs that are multiplied by input_scale (then of weight / input_scale). hessian:
+    float32 [K, K], of the inputs as they are, or [groups, K, K] for a convolution with groups."""
+    rows = weight_rows(layer.weight.detach()).float()
     function = WEIGHT_METHODS[method]
     if input_scale is not None:
         scale = input_scale.repeat(rows.shape[1] // len(input_scale))  # K runs in (r, s, c) order
@@ -167,10 +158,8 @@ def second_moments(job: Job, data: CalibrationData, paths: Sequence[str]) -> Ten
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """The GEMM operand of a Linear or Conv2d on `x`: float32 [M, K] (im2col; K in (r, s, c) order for a convolution).
-
-    A convolution with groups gives [groups, M, K].
-    """
+    """The GEMM operand of a Linear or Conv2d on `x`: float32 [M, K] (im2col; K in (r, s, c) order for a convolution). A
+    convolution with groups gives [groups, M, K]."""
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1]).float()
     window = window_of(module)
@@ -182,7 +171,6 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _memory_groups(layers: dict[str, nn.Module]) -> list[list[str]]:
-    """The paths in order, split so that the second moments of a part take at most HESSIAN_BYTES (or one layer)."""
     groups: list[list[str]] = [[]]
     taken = 0
     for path, module in layers.items():

@@ -1,15 +1,11 @@
 """The command line `modiff`: compare, sample, calibrate, explain, doctor."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence
 
 from modiff_kernels.cli.arguments import build_parser
 from modiff_kernels.evaluation import UserError
-
-__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,5 @@
 """Options of every sub-command. Nothing heavy is imported here, so that --help and bad options answer at once."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -13,8 +11,6 @@ from modiff_kernels import __version__
 from modiff_kernels.config import LayerPlan, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
-
-__all__ = ["METHODS", "build_parser", "writable"]
 
 METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion", "accuquant", "sampling_aware")
 MODES = ("modulated", "quantized", "weight_only", "float")
@@ -75,8 +71,6 @@ speed-up, SQNR and state of its units, as far as they were measured."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
-
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -128,7 +122,6 @@ def auto_or_none(read: Callable[[str], str]) -> Callable[[str], str | None]:
 
 @auto_or_none
 def schedule(text: str) -> str:
-    """--schedule in its one spelling."""
     if text.endswith(".json"):
         try:
             text = json.loads(Path(text).read_text())["schedule"]
@@ -139,7 +132,6 @@ def schedule(text: str) -> str:
 
 @auto_or_none
 def plan(text: str) -> str:
-    """--plan: the path of a file that holds a layer plan."""
     try:
         LayerPlan.from_json(Path(text).read_text())
     except (OSError, ValueError) as error:

@@ -1,7 +1,5 @@
 """`modiff calibrate`: weight codes and activation scales of a model, its step schedule, or its layer plan."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -26,8 +24,6 @@ from modiff_kernels.planning import stored
 from modiff_kernels.planning.clock import host_timesteps
 from modiff_kernels.planning.search import computed_for_speedup, search
 
-__all__ = ["run"]
-
 TIMED_RUNS = 3
 
 
@@ -47,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _user_errors(prefix: str = "") -> Iterator[None]:
-    """What the library refuses is bad input."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -55,7 +50,6 @@ def _user_errors(prefix: str = "") -> Iterator[None]:
 
 
 def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
-    """--method: into `folder`."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: a file of this name is there; give a folder")
     if args.mode == "float":
@@ -87,7 +81,6 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _options(method: str, items: list[str]) -> dict[str, Any]:
-    """--set NAME=VALUE, each in the type of the option's default."""
     types: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(METHODS[method].options)}
     options: dict[str, Any] = {}
     for item in items:
@@ -102,7 +95,6 @@ def _options(method: str, items: list[str]) -> dict[str, Any]:
 
 
 def _measure_plan(args: argparse.Namespace, out: Path) -> int:
-    """--plan: to `out` and to the cache."""
     model = networks.open_model(args)
     seeds = range(args.seed, args.seed + args.batch)
     limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
@@ -129,7 +121,6 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
 
 
 def _search_schedule(args: argparse.Namespace, out: Path) -> int:
-    """--schedule: to `out`. What it has measured is beside it until it is done."""
     model = networks.open_model(args)
     calls, row = model.calls, row_of(args, args.mode, schedule="forecast every=2")
     quantised = Quantised(model.unet, row, args.backend, args.granularity)
@@ -142,7 +133,6 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
         return np.concatenate([networks.sample_images(*run, batch, run=quantised.sampling_run) for batch in batches])
 
     def fidelity_from(first: int) -> Callable[[mk.StepSchedule], float]:
-        """Mean PSNR in dB of a schedule's pictures against those of the same network computed at every call."""
         dense = pictures(None, first, args.images)
         return lambda schedule: float(psnr(pictures(schedule, first, args.images), dense).mean())
 
@@ -205,8 +195,6 @@ def _seconds_per_call(run: Callable[[mk.StepSchedule | None], Any], calls: int) 
 
 
 class _Known:
-    """Fidelities that an interrupted search of the same request has measured, by schedule."""
-
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
         unimportant = ("argv", "quiet", "out", "threads")
         options = {key: str(value) for key, value in vars(args).items() if key not in unimportant}
@@ -219,7 +207,6 @@ class _Known:
                 self.values = found["fidelity_db"]
 
     def save(self) -> None:
-        """Write through a second file, so that an interruption leaves a whole one."""
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps({"request": self.request, "fidelity_db": self.values}))
         new.replace(self.path)

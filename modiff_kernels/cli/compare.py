@@ -1,7 +1,5 @@
 """`modiff compare`: the same images in several configurations; how close to full precision, and how fast."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -26,15 +24,11 @@ from modiff_kernels.evaluation.images import image_grid
 from modiff_kernels.evaluation.table import HEADER, table_cells
 from modiff_kernels.integrations.plan_cache import device_name
 
-__all__ = ["run"]
-
 WARM_UP_STEPS = 2
 FILES = {"json": "compare.json", "markdown": "compare.md", "grid": "compare_grid.png"}  # in the folder --out
 
 
 class Configuration:
-    """A row that is being measured: its UNet, the images so far and the times of its runs."""
-
     def __init__(self, args: argparse.Namespace, model: networks.Model, row: Row, unet: Any) -> None:
         self.args, self.model, self.row, self.unet = args, model, row, unet
         self.quantised = None if row.mode == "float" else Quantised(unet, row, args.backend, args.granularity)
@@ -44,15 +38,12 @@ class Configuration:
             unet.compile()
 
     def sample(self, first: int, steps: int) -> np.ndarray:
-        """The batch whose first image has index `first`."""
         run = self.quantised.sampling_run if self.quantised else contextlib.nullcontext
         seeds = range(self.args.seed + first, self.args.seed + first + self.args.batch)
-        return networks.sample_images(
-            self.model, self.unet, self.args.scheduler, steps, seeds, self.row.channels_last, run
-        )
+        of_run = (self.args.scheduler, steps, seeds, self.row.channels_last, run)
+        return networks.sample_images(self.model, self.unet, *of_run)
 
     def measure(self, first: int, keep: bool) -> None:
-        """Sample and time that batch; keep: its images are to be judged."""
         started = time.perf_counter()
         images = self.sample(first, self.args.steps)
         self.seconds.append(time.perf_counter() - started)
@@ -62,10 +53,9 @@ class Configuration:
             self.images.append(images)
 
     def shown(self) -> np.ndarray:
-        """The images to judge."""
         return np.concatenate(self.images)[: self.args.images]
 
-    def results(self, reference: Configuration, best_s: float | None) -> dict[str, Any]:
+    def results(self, reference: "Configuration", best_s: float | None) -> dict[str, Any]:
         """The row of the report. best_s: seconds of the fastest full precision."""
         own, calls, is_reference = self.quantised, self.model.calls, self is reference
         time_s = statistics.median(self.seconds)
@@ -94,11 +84,9 @@ def run(args: argparse.Namespace) -> int:
     model = networks.open_model(args, channels_last=False)
     # All share the weights of one channels_last copy, the contiguous row keeps the original ones.
     shared = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
-    made = (
-        Configuration(args, model, row, networks.share_copy(shared) if row.channels_last else model.unet)
-        for row in rows
-    )
-    configurations, notes = _warm_up(args, list(made))
+    unets = [networks.share_copy(shared) if row.channels_last else model.unet for row in rows]
+    made = [Configuration(args, model, row, unet) for row, unet in zip(rows, unets)]
+    configurations, notes = _warm_up(args, made)
     starts = range(0, args.images, args.batch)
     shown = {}
     reference = next((c for c in configurations if c.row.mode == "float"), None)

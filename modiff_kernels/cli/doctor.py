@@ -1,7 +1,5 @@
 """`modiff doctor`: what runs on this machine, what does not, and why."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib
@@ -20,8 +18,6 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.evaluation import sqnr, text_table
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.ops import dispatch
-
-__all__ = ["run"]
 
 OPTIONAL = {"diffusers": "diffusers", "accelerate": "accelerate", "skimage": "scikit-image", "PIL": "pillow"}
 OPTIONAL |= {"triton": "triton"}
@@ -43,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _no_backend_forced() -> Iterator[None]:
-    """MODIFF_BACKEND forces one backend; the self-check needs them all."""
     forced = os.environ.pop("MODIFF_BACKEND", None)
     dispatch.reset()
     try:
@@ -102,7 +97,6 @@ def _backends() -> Items:
 
 
 def _libraries() -> Items:
-    """What the libraries of the backends were built with, or why that is not known."""
     described = {name: getattr(dispatch.load(name), "build_info", None) for name in BACKENDS}
     for name, build_info in described.items():
         if build_info is not None:  # a reason in the place of a module has none
@@ -116,7 +110,6 @@ PARTS = {"versions": _versions, "devices": _devices, "backends": _backends, "com
 
 
 def _dispatch() -> str:
-    """One line per op; reasons of what is missing below."""
     table: dict[str, dict[str, str | None]] = {}
     for row in dispatch.table():
         reason = row.reason and row.reason.replace(f"it has no {row.op}", "this backend does not have the op")
@@ -152,7 +145,6 @@ def _self_check(backend: str) -> str:
 
 @torch.no_grad()
 def _computed(kind: str, backend: str, act_bits: int, device: str) -> list[torch.Tensor]:
-    """Codes of a residual, and the outputs of the first call and of an update of a layer, on the CPU."""
     config = ModiffConfig(8, act_bits, granularity="per_sample", state_dtype="float32", backend=backend)
     state = ModulationState()
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,5 @@
 """`modiff explain`: what becomes of every layer of a model, and why."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -9,8 +7,6 @@ import json
 from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, command_line, networks, to_json
 from modiff_kernels.evaluation.configurations import Quantised, row_of
-
-__all__ = ["run"]
 
 NOTES = """\
 times are microseconds of a call after the first, SQNR is of the unit's output against float, state is x_hat and y_hat

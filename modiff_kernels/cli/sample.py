@@ -4,8 +4,6 @@ Batches have a fixed composition, `--batch` consecutive seeds, and are dealt out
 round otherwise for another batch size (its kernels are chosen by shape), and scales per tensor see the whole batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -25,8 +23,6 @@ from modiff_kernels.evaluation import UserError, images, networks
 from modiff_kernels.evaluation.configurations import Quantised, row_of
 from modiff_kernels.quant.checkpoint import encoded_layer
 
-__all__ = ["Process", "run"]
-
 PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # what launchers set, and what no launcher means
 OF_LAYERS = ("mode", "weight_bits", "act_bits", "granularity")
 
@@ -40,7 +36,7 @@ class Process:
     local: int = 0
 
     @classmethod
-    def launched(cls) -> Process:
+    def launched(cls) -> "Process":
         """As torchrun, and launchers built on it, say it in RANK, WORLD_SIZE and LOCAL_RANK; alone without them."""
         given = {name: os.environ.get(name) for name in PLACE}
         try:
@@ -100,8 +96,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Sampler:
-    """The model in the configuration of the command line: pictures, and what they depend on."""
-
     def __init__(self, args: argparse.Namespace, model: networks.Model) -> None:
         self.args, self.model, self.unet = args, model, model.unet
         self.quantised: Quantised | None = None
@@ -118,7 +112,6 @@ class _Sampler:
             self.quantised = Quantised(self.unet, row, args.backend, args.granularity, calibration=args.calibration)
 
     def options(self) -> dict[str, Any]:
-        """All that an image depends on besides its seed and its batch, as JSON types."""
         tensors = dict(self.unet.state_dict())
         for path, layer in self.quantised.handle.layers.items() if self.quantised else ():
             if layer.weight_bits is not None:
@@ -135,7 +128,6 @@ class _Sampler:
         return json.loads(json.dumps(options, default=str))
 
     def sample(self, seeds: range, on_step: Callable[[], Any]) -> np.ndarray:
-        """float32 images [N, H, W, C] in 0..1; UserError where they hold NaN."""
         run = self.quantised.sampling_run if self.quantised else contextlib.nullcontext
         of_run = (self.model, self.unet, self.args.scheduler, self.args.steps, seeds)
         pictures = networks.sample_images(*of_run, run=run, on_step=on_step)
@@ -146,21 +138,18 @@ class _Sampler:
         return pictures
 
     def description(self) -> str:
-        """Mode, state and backend, for the last line."""
         if self.quantised is None:
             return self.args.mode
         return f"{self.args.mode}, state {self.quantised.state_bytes / 1e6:.1f} MB, backend {self.quantised.backend}"
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
-    """UserError for options `names` that say how layers are computed, where something else says it."""
     given = [name for name in names if getattr(args, name) != ("auto" if name == "backend" else None)]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')}: {reason}; leave the option out")
 
 
 def _options_of(seed: int, seeds: range, options: dict[str, Any]) -> dict[str, Any]:
-    """All that one image of the batch `seeds` depends on."""
     return {**options, "seed": seed, "batch": len(seeds), "batch_start": seeds.start}
 
 

@@ -10,7 +10,6 @@ def is_int(value: Any, least: int) -> bool:
 
 
 def not_allowed(what: str, field: str, value: Any, allowed: str) -> ValueError:
-    """The error for a field of `what` that has a value it cannot have. allowed: what to give."""
     return ValueError(f"{what}: {field}={value!r} is not allowed; give {allowed}")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 import json
 import logging
 import os
@@ -18,16 +19,13 @@ DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj"
 FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
 
 log = logging.getLogger(__name__)
+_error = functools.partial(not_allowed, "ModiffConfig")
 Check = tuple[Callable[[Any], bool], str]
 
 
 def _one_of(*allowed: Any) -> Check:
     known = [(type(value), value) for value in allowed]  # True is not 1, and 8.0 not 8
     return lambda value: (type(value), value) in known, f"one of {', '.join(map(repr, allowed))}"
-
-
-def _is_path_part(pattern: Any) -> bool:
-    return isinstance(pattern, str) and all(pattern.split("."))
 
 
 # By field: what it may be, and how that is called in an error.
@@ -43,12 +41,9 @@ CHECKS: dict[str, Check] = {
     "cuda_graphs": _one_of(True, False),
     "group_size": (lambda v: v is None or is_int(v, 1), "a positive number, or None for one scale per output channel"),
     "max_state_bytes": (lambda v: v is None or is_int(v, 0), "a number of bytes, 0 or more, or None for no limit"),
-    "clip_ratio": (
-        lambda v: isinstance(v, (int, float)) and v is not True and 0.0 < v <= 1.0,
-        "a number above 0 and up to 1",
-    ),
+    "clip_ratio": (lambda v: isinstance(v, (int, float)) and v is not True and 0 < v <= 1, "above 0 and up to 1"),
     "skip_modules": (
-        lambda v: isinstance(v, (list, tuple)) and all(map(_is_path_part, v)),
+        lambda v: isinstance(v, (list, tuple)) and all(isinstance(part, str) and all(part.split(".")) for part in v),
         "a list or tuple of parts of module paths without empty names, such as ('conv_in', 'attentions.0')",
     ),
 }
@@ -155,9 +150,7 @@ class ModiffConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModiffConfig":
         """Build a config from field names and values; missing ones take defaults, unknown ones raise ValueError.
-
-        `first_step_bits`, which older versions wrote, is dropped, with a warning where it was a number.
-        """
+        `first_step_bits`, which older versions wrote, is dropped, with a warning where it was a number."""
         if not isinstance(values, Mapping):
             raise ValueError(f"ModiffConfig: expected a mapping of field names to values, got {type(values).__name__}")
         values = dict(values)
@@ -185,13 +178,11 @@ class ModiffConfig:
         names = path.split(".")
         for pattern in self.skip_modules:
             parts = pattern.split(".")
-            if any(all(map(_fits, parts, names[start:])) for start in range(len(names) - len(parts) + 1)):
-                return pattern
+            for start in range(len(names) - len(parts) + 1):
+                pairs = zip(parts, names[start:])
+                if all(part == name if part.isdigit() else part in name for part, name in pairs):
+                    return pattern
         return None
-
-
-def _fits(part: str, name: str) -> bool:
-    return part == name if part.isdigit() else part in name
 
 
 def _checked_schedule(schedule: Any) -> StepSchedule | str | None:
@@ -211,7 +202,3 @@ def _checked_plan(plan: Any) -> LayerPlan | str | None:
     if not isinstance(plan, (str, os.PathLike)) or not str(plan):
         raise _error("plan", plan, "None, 'auto', a LayerPlan or the path of one as JSON")
     return str(plan)
-
-
-def _error(field: str, value: Any, allowed: str) -> ValueError:
-    return not_allowed("ModiffConfig", field, value, allowed)

@@ -11,10 +11,7 @@ from typing import Any
 from modiff_kernels.config.check import read_json
 
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
-BITS: dict[str, tuple[int | None, ...]] = {
-    **dict.fromkeys((FLOAT, CONSTANT), (None,)),
-    **dict.fromkeys((QUANTIZED, MODULATED), (3, 4, 8)),
-}
+BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), CONSTANT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
 SOURCES = ("given", "roofline", "measured")
 
 
@@ -68,8 +65,7 @@ class UnitPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
-            allowed = "a module path such as 'mid_block.resnets.0'"
-            raise ValueError(f"LayerPlan: path {self.path!r} is not allowed; give {allowed}")
+            raise ValueError(f"LayerPlan: path {self.path!r} is not allowed; give a module path such as 'mid_block'")
         for cost in self.costs:
             for name in ("time_us", "sqnr_db", "state_bytes"):
                 value = getattr(cost, name)
@@ -102,7 +98,6 @@ class PlanKey:
 
     @property
     def digest(self) -> str:
-        """A short name for all but the shape."""
         return digest([self.device, self.model, self.config, self.versions])
 
 
@@ -173,8 +168,7 @@ class LayerPlan:
             unknown = [layer for layer in unit.layers if layer not in replaceable and layer not in reasons]
             if unknown or not (held or left):
                 wrong = f"{(unknown or [unit.path])[0]!r} is no Linear, Conv2d or block with such layers in this UNet"
-                advice = "make a plan for this model with make_plan() or `modiff calibrate --plan`"
-                raise ValueError(f"plan: {wrong}; {advice}")
+                raise ValueError(f"plan: {wrong}; make one for it with make_plan() or `modiff calibrate --plan`")
             if unit.mode == FLOAT_MODE:
                 continue
             why_not = None
@@ -234,7 +228,6 @@ class LayerPlan:
 
 
 def digest(values: Any) -> str:
-    """A short hash of what JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -244,13 +237,11 @@ def noise_of(sqnr_db: float | None) -> float:
 
 
 def _json_value(fields: Iterable[tuple[str, Any]]) -> Any:
-    """The fields of one dataclass; a mode as its text."""
     values = dict(fields)
     return str(Mode(**values)) if values.keys() == {"kind", "act_bits"} else values
 
 
 def _unit(mode: str, layers: Iterable[str] = (), costs: Iterable[Mapping[str, Any]] = (), **values: Any) -> UnitPlan:
-    """What `to_json` made of a unit, as a unit again."""
     known = tuple(ModeCost(**{**cost, "mode": Mode.parse(cost["mode"])}) for cost in costs)
     return UnitPlan(mode=Mode.parse(mode), layers=tuple(layers), costs=known, **values)
 

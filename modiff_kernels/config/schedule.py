@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ ACTION_NAMES = {UPDATE: "update", **{letter: rule for rule, letter in RULES.item
 ORDERS = (1, 2, 3)
 AXES = ("timestep", "log_snr", "sigma", "root_sigma")
 
+_error = functools.partial(not_allowed, "StepSchedule")
 _PATTERN = re.compile(r"(?:[UHFhf]\d*)+")
 _PART = re.compile(r"([UHFhf])(\d*)")
 NOT_ADAPTIVE = "None: the adaptive mode is gone; it read the device at every forecast, and was no better at equal cost"
@@ -68,7 +70,6 @@ class StepSchedule:
             raise _error("tolerance", tolerance, NOT_ADAPTIVE)
 
     def _check_pattern(self) -> None:
-        """Refuse a pattern that cannot be, and give it its shortest spelling."""
         pattern = _expanded(self.rule)
         shortest = re.sub(r"(.)\1+", lambda found: f"{found[1]}{len(found[0])}", pattern)
         object.__setattr__(self, "rule", shortest)
@@ -137,12 +138,9 @@ class StepSchedule:
         if not is_int(calls, 1):
             raise ValueError(f"StepSchedule: a run of {calls!r} calls cannot be; give a whole number, 1 or more")
         if self.rule in RULES:
-            return "".join(
-                UPDATE
-                if i < self.first or i >= calls - self.last or (i - self.first) % self.every == self.every - 1
-                else RULES[self.rule]
-                for i in range(calls)
-            )
+            inner = range(self.first, calls - self.last)
+            skipped = {i for i in inner if (i - self.first) % self.every != self.every - 1}
+            return "".join(RULES[self.rule] if i in skipped else UPDATE for i in range(calls))
         pattern = _expanded(self.rule)
         if calls <= pattern.count(UPDATE):
             return UPDATE * calls
@@ -167,7 +165,3 @@ class StepSchedule:
 
 def _expanded(pattern: str) -> str:
     return "".join(letter * int(count or 1) for letter, count in _PART.findall(pattern))
-
-
-def _error(field: str, value: Any, allowed: str) -> ValueError:
-    return not_allowed("StepSchedule", field, value, allowed)

@@ -16,7 +16,6 @@ SCHEDULERS = {
     "dpmsolver++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-"""Names of samplers and their classes in diffusers."""
 
 
 class UserError(Exception):

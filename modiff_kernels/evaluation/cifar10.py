@@ -1,7 +1,5 @@
 """CIFAR-10 from a folder: the images and labels that the shipped model was trained on and is judged against."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from pathlib import Path
@@ -10,8 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-
-__all__ = ["CLASSES", "load_cifar10"]
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32

@@ -1,7 +1,5 @@
 """Configurations that are set side by side, and UNets accelerated as one of them says."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -17,8 +15,6 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.evaluation import UserError
 from modiff_kernels.quant.spec import BLOCK_ROWS
-
-__all__ = ["Quantised", "Row", "build_rows", "config_of_row", "row_of", "select_rows"]
 
 FLOAT_BITS = 32
 FIRST_CALL_BITS = 16  # two updates of 8 bits
@@ -93,7 +89,6 @@ def select_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 def config_of_row(
     row: Row, backend: str = "auto", granularity: str | None = None, max_state_bytes: int | None = None
 ) -> mk.ModiffConfig:
-    """The configuration that `row` stands for; ValueError if it is impossible."""
     mode = "modulated" if row.mode == "modulated" else "quantized"
     return mk.ModiffConfig(
         weight_bits=None if row.mode == "float" else row.weight_bits,
@@ -109,21 +104,17 @@ def config_of_row(
 
 
 class Quantised:
-    """An accelerated UNet as a report needs it: run boundaries, state bytes, average bits, backend.
-
-    state_bytes: the most that the state has taken in the runs so far.
-    """
+    """An accelerated UNet as a report needs it: run boundaries, state bytes, average bits, backend. state_bytes: the
+    most that the state has taken in the runs so far."""
 
     state_bytes = 0
 
     def __init__(
         self, unet: torch.nn.Module, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any
     ) -> None:
-        """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here.
-
-        of_config, more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits
-        then count.
-        """
+        """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here. of_config,
+        more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then
+        count."""
         try:
             config = config_of_row(row, *of_config, **more)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)
@@ -135,8 +126,7 @@ class Quantised:
             raise UserError(f"{row.name}: {error}") from error
 
     @classmethod
-    def loaded(cls, handle: mk.Handle) -> Quantised:
-        """Of a UNet that is accelerated already."""
+    def loaded(cls, handle: mk.Handle) -> "Quantised":
         quantised = cls.__new__(cls)
         quantised.handle = handle
         return quantised
@@ -149,11 +139,9 @@ class Quantised:
             self.state_bytes = max(self.state_bytes, self.handle.state.nbytes())
 
     def average_bits(self, calls: int) -> float:
-        """Bits of the activations, averaged over the quantised layers and the `calls` of the UNet in a run.
-
-        Multipliers of granularity per_block count, with 8 - act_bits bits for every block. A call that a schedule lets
-        a layer skip counts 0 bits; which these are is that of the last run.
-        """
+        """Bits of the activations, averaged over the quantised layers and the `calls` of the UNet in a run. Multipliers
+        of granularity per_block count, with 8 - act_bits bits for every block. A call that a schedule lets a layer skip
+        counts 0 bits; which these are is that of the last run."""
         means = []
         for row in self._low_bit:
             layer = self.handle.layers[row.name]
@@ -165,7 +153,6 @@ class Quantised:
         return statistics.fmean(means) if means else float(FLOAT_BITS)
 
     def calls_computed(self, calls: int) -> int:
-        """How many of the `calls` of the last run computed the UNet, or a part of it."""
         return calls - self.handle.skipped_calls("conv_in")
 
     @property

@@ -1,7 +1,5 @@
 """PNG files of images: single ones, known again by what they were sampled with, and grids."""
 
-from __future__ import annotations
-
 import json
 import math
 import zlib
@@ -15,8 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from modiff_kernels.evaluation import UserError
-
-__all__ = ["image_grid", "is_kept", "tensors_crc32", "write_grid", "write_image"]
 
 TEXT = "modiff"  # keyword of the PNG text that holds the options
 
@@ -32,9 +28,7 @@ def tensors_crc32(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def is_kept(path: Path, options: Mapping[str, Any]) -> bool:
     """Whether `path` holds a whole image that was sampled with `options`; False if there is none, or half of one.
-
-    UserError for a whole image that was sampled otherwise, and for one that `write_image` did not write.
-    """
+    UserError for a whole image that was sampled otherwise, and for one that `write_image` did not write."""
     try:
         with Image.open(path) as image:
             text = image.info.get(TEXT, "null")
@@ -48,11 +42,10 @@ def is_kept(path: Path, options: Mapping[str, Any]) -> bool:
     if not isinstance(found, dict):
         raise UserError(f"{path} was not written by `modiff sample`; give another --out")
     for name in sorted({*found, *options}):
-        if found.get(name) != options.get(name):
-            raise UserError(
-                f"{path} was sampled with {name} {found.get(name)!r}, but this run has {options.get(name)!r}; give "
-                "another --out, or remove the images there"
-            )
+        was, now = found.get(name), options.get(name)
+        if was != now:
+            advice = "give another --out, or remove the images there"
+            raise UserError(f"{path} was sampled with {name} {was!r}, but this run has {now!r}; {advice}")
     return True
 
 
@@ -66,7 +59,6 @@ def write_image(path: Path, image: np.ndarray, options: Mapping[str, Any]) -> No
 
 
 def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
-    """`images` [H, W, C] in 0..1 as one PNG, about as many columns as rows."""
     columns = math.ceil(math.sqrt(len(images)))
     height, width = images[0].shape[:2]
     canvas = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
@@ -101,6 +93,5 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64,
 
 
 def _picture(image: np.ndarray) -> Image.Image:
-    """`image` [H, W, C], C 1 or 3, in 0..1, as RGB; NaN is black."""
     pixels = (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())

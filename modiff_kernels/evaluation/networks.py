@@ -1,7 +1,5 @@
 """Loading a network named on a command line, and sampling from it."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import inspect
@@ -20,27 +18,18 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.evaluation import SCHEDULERS, UserError
-from modiff_kernels.integrations.measurement import share_copy
+from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 
-__all__ = ["Model", "check_steps", "choose_device", "load_model", "make_scheduler", "open_model", "quiet_libraries"]
-__all__ += ["sample_images", "share_copy"]
-
-OWN_OPTIONS: dict[str, dict[str, Any]] = {
-    "pndm": {"skip_prk_steps": True},
-    "dpmsolver++": {"algorithm_type": "dpmsolver++"},
-}
-"""Of samplers, whatever scheduler the model came with."""
+OWN_OPTIONS: dict[str, Any] = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 
 
 @dataclass
 class Model:
-    """A UNet and what it takes to sample from it.
-
-    `pipe` is None for an unconditional UNet on pixels, which is sampled by the loop in this module, and otherwise the
-    pipeline that holds the UNet. `handle` is that of a UNet that was saved in low bits, else None. `calls` of the UNet
-    in a run are known of a model that was opened for a command that samples.
-    """
+    """A UNet and what it takes to sample from it. `pipe` is None for an unconditional UNet on pixels, which is sampled
+    by the loop in this module, and otherwise the pipeline that holds the UNet. `handle` is that of a UNet that was
+    saved in low bits, else None. `calls` of the UNet in a run are known of a model that was opened for a command that
+    samples."""
 
     name: str
     unet: Any
@@ -76,17 +65,14 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
         return torch.device("cpu")
     if local is None:
         return torch.device("cuda")
-    if local >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local + 1} on this machine has no device of its own, torch sees {torch.cuda.device_count()}; "
-            "start as many processes as devices, or give --device cpu"
-        )
+    if local >= (count := torch.cuda.device_count()):
+        own = f"process {local + 1} on this machine has no device of its own, torch sees {count}"
+        raise UserError(f"{own}; start as many processes as devices, or give --device cpu")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
 def import_diffusers() -> Any:
-    """The module. UserError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -134,9 +120,7 @@ def _unet_of(folder: Path) -> tuple[Path, bool]:
 
 def load_model(name: str | None, prompt: str | None, device: torch.device, low_bit: bool = False) -> Model:
     """Load --model in float32 onto `device`. UserError for what cannot be loaded or sampled, and for NaN weights.
-
-    low_bit: whether a UNet that was saved in low bits will do.
-    """
+    low_bit: whether a UNet that was saved in low bits will do."""
     try:
         return _load_folder(*_find_folder(name), prompt, device, low_bit)
     except UserError as error:
@@ -168,17 +152,14 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
     if prompt is not None and not takes_text:
         raise UserError(f"--prompt {prompt!r}: this model takes no text")
     if not with_pipe and unet.config.out_channels != unet.config.in_channels:
-        raise UserError(
-            f"{unet.config.in_channels} input and {unet.config.out_channels} output channels; only UNets that predict "
-            "the noise alone can be sampled (no learned variance)"
-        )
+        channels = f"{unet.config.in_channels} input and {unet.config.out_channels} output channels"
+        raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
     handle = None if method is None else mk.accelerate(unet)
     return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
-    """Noise schedule of a UNet folder: its own, or the linear one of DDPM."""
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
             return _read_config(path)
@@ -217,11 +198,9 @@ def sample_images(
     on_step: Callable[[], Any] = lambda: None,
     scheduler_options: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
-    """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i].
-
-    `unet` takes the place of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is
-    called after each of them (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them.
-    """
+    """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
+    of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each of them
+    (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them."""
     device = next(model.unet.parameters()).device
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:

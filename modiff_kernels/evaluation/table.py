@@ -1,7 +1,5 @@
 """Tables and JSON out of the rows of a report."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -10,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-__all__ = ["HEADER", "command_line", "markdown_table", "table_cells", "text_table", "to_json"]
 
 HEADER = ("configuration", "PSNR dB", "SSIM", "s/image", "speed-up", "state MB", "avg bits", "backend")
 
@@ -32,7 +28,6 @@ def table_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _checked(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """Header and rows; ValueError for a row of another length."""
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"row {list(row)} has {len(row)} cells, the header {list(header)} has {len(header)}")
@@ -50,13 +45,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in _checked(header, rows)]
     return "\n".join([lines[0], f"| --- |{' ---: |' * (len(header) - 1)}", *lines[1:]])
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -21,19 +21,16 @@ def gains_of(costs: Costs, errors: Mapping[Mode, float]) -> dict[Mode, float]:
 
 
 def error_of(costs: Costs, modes: Mapping[str, Mode], gains: Mapping[Mode, float]) -> float:
-    """Estimated error of the pictures."""
     return math.fsum(_error(_cost(costs[path], mode), gains) for path, mode in modes.items())
 
 
 def choose(
     costs: Costs, gains: Mapping[Mode, float], max_error: float = math.inf, max_state_bytes: float = math.inf
 ) -> dict[str, Mode]:
-    """Fast modes whose estimated error and state stay within the limits.
-
-    costs: by unit, float among them, each with a time. Float has no error and no state, so there is always a choice.
-    From the fastest modes on, single units change until the limits are kept, always the one that comes closest to them
-    for the time it costs. Then every change that gains time within the limits is made, the largest gain first.
-    """
+    """Fast modes whose estimated error and state stay within the limits. costs: by unit, float among them, each with a
+    time. Float has no error and no state, so there is always a choice. From the fastest modes on, single units change
+    until the limits are kept, always the one that comes closest to them for the time it costs. Then every change that
+    gains time within the limits is made, the largest gain first."""
     chosen = {path: min(unit, key=_time_us) for path, unit in costs.items()}
     within = False
     while True:
@@ -57,7 +54,6 @@ def choose(
 
 
 def _excess(value: float, limit: float) -> float:
-    """By how much `value` is over the limit, in parts of it."""
     return max(value - limit, 0.0) / max(limit, 1e-30)
 
 
@@ -71,8 +67,7 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
         chosen = unit.cost(unit.mode)
         if chosen is None or unit.cost(FLOAT_MODE) is None or any(cost.time_us is None for cost in unit.costs):
             wrong = f"the plan does not say what {unit.path!r} costs"
-            advice = "give a plan that make_plan() or `modiff calibrate --plan` made"
-            raise ValueError(f"max_state_bytes={max_state_bytes}: {wrong}; {advice}")
+            raise ValueError(f"max_state_bytes={max_state_bytes}: {wrong}; give one that make_plan() made")
         noise = noise_of(chosen.sqnr_db)
         faithful = [c for c in unit.costs if c.mode.kind != MODULATED and noise_of(c.sqnr_db) <= noise]
         costs[unit.path] = [chosen, *faithful]
@@ -88,7 +83,6 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
 
 
 def reason_of(costs: Sequence[ModeCost], mode: Mode, state_is_limited: bool = False) -> str:
-    """Why a unit with these costs got `mode`, in words."""
     chosen = _cost(costs, mode)
     fastest = min(costs, key=_time_us)
     if fastest.mode == mode:

@@ -53,8 +53,7 @@ def positions(axis: str, timesteps: Sequence[float], scheduler: Any) -> list[flo
     elif sigmas is not None and len(sigmas) >= len(timesteps):
         noise = 2 * np.log([float(sigma) for sigma in sigmas[: len(timesteps)]])
     else:
-        missing = "has no alphas_cumprod and no sigmas to forecast over"
-        raise ValueError(f"schedule: {type(scheduler).__name__} {missing}; give a schedule with axis=timestep")
+        raise ValueError(f"schedule: {type(scheduler).__name__} has no alphas_cumprod or sigmas; give axis=timestep")
     if axis == "log_snr":
         return (-noise).tolist()
     return np.exp(noise / {"sigma": 2, "root_sigma": 4}[axis]).tolist()

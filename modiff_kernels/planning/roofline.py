@@ -28,20 +28,11 @@ class LayerShape:
 
 
 def seconds(
-    layer: LayerShape,
-    mode: Mode,
-    machine: Machine,
-    *,
-    float_bytes: int,
-    state_bytes: int,
-    weight_bits: int,
-    fused: bool,
+    layer: LayerShape, mode: Mode, machine: Machine, float_bytes: int, state_bytes: int, weight_bits: int, fused: bool
 ) -> float:
-    """Time of `layer` in `mode`, float, quantized or modulated.
-
-    float_bytes, state_bytes: of an element of the activations and of x_hat and y_hat. fused: the pass that makes the
-    codes is part of one that a float network makes too (a norm), and only what it moves in addition counts.
-    """
+    """Time of `layer` in `mode`, float, quantized or modulated. float_bytes, state_bytes: of an element of the
+    activations and of x_hat and y_hat. fused: the pass that makes the codes is part of one that a float network makes
+    too (a norm), and only what it moves in addition counts."""
     prologue = 0  # bytes per input element that making the codes moves
     if mode.kind == FLOAT:
         operations = machine.float_ops

@@ -98,7 +98,6 @@ def _without_cheapest(letters: str, losses: dict[int, float], score: Callable[[s
 
 
 def _moved(letters: str, score: Callable[[str], float]) -> str:
-    """`letters` with computed calls moved by one to either side as long as that raises the score."""
     best, improved = score(letters), True
     while improved:
         improved = False

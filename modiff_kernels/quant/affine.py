@@ -27,12 +27,10 @@ def granules(x: Tensor, count: int, image: bool) -> Tensor:
 
 
 def residual_scale(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> Tensor:
-    """Dynamic scale of a symmetric quantiser: max(clip_ratio * absmax / (2^(bits-1) - 0.5), 2^-100).
-
-    absmax lies half a step above the largest code, so at clip_ratio 1 no error is larger than half a step, and the step
-    is smaller than with 2^(bits-1) - 1. The lowest code is met at ties and with given scales only.
-    absmax: float32, any shape; returns float32 of the same shape. Delayed scales come from an earlier update's absmax.
-    """
+    """Dynamic scale of a symmetric quantiser: max(clip_ratio * absmax / (2^(bits-1) - 0.5), 2^-100). absmax lies half a
+    step above the largest code, so at clip_ratio 1 no error is larger than half a step, and the step is smaller than
+    with 2^(bits-1) - 1. The lowest code is met at ties and with given scales only. absmax: float32, any shape; returns
+    float32 of the same shape. Delayed scales come from an earlier update's absmax."""
     levels = torch.full_like(absmax, 2 ** (bits - 1) - 0.5)
     return torch.clamp_min(absmax * clip_ratio / levels, MIN_SCALE)
 
@@ -58,10 +56,8 @@ def block_multipliers(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> tup
 
 
 def affine_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero_point (int32) of an affine quantiser over [low, high], float32, low <= 0 <= high.
-
-    scale = max((high - low) / (2^bits - 1), 2^-100); zero_point = clamp(rne(-low / scale) + qmin, qmin, qmax).
-    """
+    """Scale (float32) and zero_point (int32) of an affine quantiser over [low, high], float32, low <= 0 <= high. scale
+    = max((high - low) / (2^bits - 1), 2^-100); zero_point = clamp(rne(-low / scale) + qmin, qmin, qmax)."""
     steps = torch.full_like(low, 2**bits - 1)
     scale = torch.clamp_min((high - low) / steps, MIN_SCALE)
     zero_point = torch.round(-low * inverse(scale)) + quant_min(bits)

@@ -18,10 +18,8 @@ MAX_WEIGHT_ERROR = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes of a weight [N, K] (K in (r, s, c) order for a convolution), with codes * scale close to the weight.
-
-    codes: int8 [N, K]. scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8.
-    """
+    """Codes of a weight [N, K] (K in (r, s, c) order for a convolution), with codes * scale close to the weight. codes:
+    int8 [N, K]. scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8."""
 
     codes: Tensor
     scale: Tensor
@@ -38,11 +36,9 @@ class QuantizedWeight:
         return dequantize_weight(self.codes, self.scale, self.group_size, None if shape is None else tuple(shape))
 
     def to(self, device: torch.device) -> "QuantizedWeight":
-        """The same on `device`."""
         return dataclasses.replace(self, codes=self.codes.to(device), scale=self.scale.to(device))
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless this has the form of a weight of `shape` [N, K] or [N, C, R, S]."""
         where = "calibrated weight"
         check_bits(where, "bits", self.bits)
         check_group_size(where, self.group_size)
@@ -88,7 +84,6 @@ class CalibratedLayer:
     bias: Tensor | None = None
 
     def check(self, shape: Sequence[int], has_bias: bool) -> None:
-        """Raise ValueError unless this fits a layer whose weight has `shape`."""
         if self.weight is not None:
             self.weight.check(shape)
         scale, zero_point = self.act_scale, self.act_zero_point

@@ -66,13 +66,10 @@ def encode(
 
 
 def crc32(tensor: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor, on any device."""
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
 
 
 class _Stored(NamedTuple):
-    """What a header says of one tensor."""
-
     file: str
     shape: tuple[int, ...]
     dtype: str
@@ -97,7 +94,6 @@ class Checkpoint:
             self._read_header(str(file))
 
     def state_dict_keys(self) -> list[str]:
-        """The keys of the state_dict that the files stand for."""
         stems = [key.removesuffix(WEIGHT_PACKED) for key in self._stored if key.endswith(WEIGHT_PACKED)]
         own = {stem + suffix for stem in stems for suffix in _OF_LAYER}
         return [key for key in self._stored if key not in own] + [stem + WEIGHT for stem in stems]
@@ -165,7 +161,6 @@ class Checkpoint:
         return state_dict
 
     def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """Puts the layer into `layers`; the weight that its codes stand for. parts: by suffix."""
         shape = tuple(self._shapes[path + WEIGHT])
         codes = unpack(parts[WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
         weight = QuantizedWeight(codes, parts[WEIGHT_SCALE], self._weight_bits, self._group_size)

@@ -55,12 +55,10 @@ class Window(NamedTuple):
         return x_shape[0], n, p, q
 
     def to_ints(self) -> list[int]:
-        """The nine numbers, in order."""
         return [*self.kernel_size, *self.stride, *self.padding, *self.dilation, self.groups]
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> "Window | None":
-        """What `to_ints` gave; None for no numbers."""
         if not values:
             return None
         a, b, c, d, e, f, g, h, groups = values
@@ -83,12 +81,9 @@ def summed(channels: int, window: Window | None) -> int:
 
 
 class PackedWeight(NamedTuple):
-    """A quantised weight [N, K]; of a convolution K = r * s * c_in / groups in (r, s, c) order.
-
-    packed: storage in `layout`, "kpack_v1" as made by `pack_weight` or a backend's own by `prepare_weight`.
-    scale: float32 [N] (group_size -1) or [N, ceil(K / group_size)].
-    bits: 3, 4 or 8.
-    """
+    """A quantised weight [N, K]; of a convolution K = r * s * c_in / groups in (r, s, c) order. packed: storage in
+    `layout`, "kpack_v1" as made by `pack_weight` or a backend's own by `prepare_weight`. scale: float32 [N] (group_size
+    -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8."""
 
     packed: Tensor
     scale: Tensor
@@ -98,5 +93,4 @@ class PackedWeight(NamedTuple):
 
     @property
     def n(self) -> int:
-        """Output channels."""
         return self.scale.shape[0]

@@ -26,7 +26,6 @@ def packed_width(weight_bits: int, k: int) -> int:
 
 
 def packed_dtype(weight_bits: int) -> torch.dtype:
-    """int8 for 8 bits, uint8 otherwise."""
     return torch.int8 if weight_bits == 8 else torch.uint8
 
 
@@ -43,8 +42,7 @@ def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
     check_bits("pack_weight", "weight_bits", weight_bits)
     if (found := misfit(weight_q, weight_bits)) is not None:
         allowed = f"{weight_bits} bits hold {quant_min(weight_bits)} to {quant_max(weight_bits)}"
-        wrong = f"weight_q holds codes from {found[0]} to {found[1]}, but {allowed}"
-        raise ValueError(f"pack_weight: {wrong}; quantise the weight with bits={weight_bits}")
+        raise ValueError(f"pack_weight: weight_q holds codes from {found[0]} to {found[1]}, but {allowed}")
     if weight_bits == 8:
         return weight_q.clone(memory_format=torch.contiguous_format)
     if weight_bits == 4:

@@ -29,13 +29,11 @@ def quant_max(bits: int) -> int:
 
 
 def check_bits(where: str, name: str, bits: int, allowed: Sequence[int] = BITS) -> None:
-    """Raise ValueError unless `bits` is one of `allowed`."""
     if bits not in allowed or isinstance(bits, bool):
         raise ValueError(f"{where}: {name}={bits!r} is not supported; choose one of {', '.join(map(str, allowed))}")
 
 
 def check_granularity(where: str, granularity: str) -> None:
-    """Raise ValueError unless `granularity` is a known name."""
     if granularity not in GRANULARITIES:
         known = ", ".join(map(repr, GRANULARITIES))
         raise ValueError(f"{where}: granularity={granularity!r} is not known; choose one of {known}")
