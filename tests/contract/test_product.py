@@ -201,20 +201,6 @@ def test_zero_codes_leave_the_state(place):
         assert torch.equal(out, before + skip)
 
 
-def test_codes_of_blocks_need_no_other_product(place):
-    """per_block codes are codes times multipliers in one int8: y_hat is the operator on the new x_hat."""
-    case = conv((2, 16, 6, 6), 8)
-    x = activation(case.x_shape, spread=10.0 ** torch.linspace(-3, 0, 16).view(-1, 1, 1))
-    x_hat, y_hat, weight = torch.zeros_like(x), torch.zeros(case.y_shape), weight_of(place, case, 8)
-    y_hat = y_hat.contiguous(memory_format=torch.channels_last)
-    for step in range(5):
-        codes, scale, _ = ops.quantize(x * (1 + 0.1 * step), x_hat=x_hat, bits=3, granularity="per_block")
-        place.product(codes, scale, None, weight.packed, y_hat, window=case.window)
-    expected = case.apply(x_hat.double(), weight.dense)
-    # Five float32 additions onto values of this size, in x_hat and y_hat.
-    torch.testing.assert_close(y_hat.double(), expected, rtol=0, atol=5e-6 * expected.abs().max().item())
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_prepared_weights_lead_back(place, bits):
     """Every layout of a backend leads back to the portable one: a checkpoint never depends on a backend."""

@@ -154,16 +154,12 @@ class HopperEmulator(Emulator):
         self.tile, self.splits, self.multiprocessors, self.seed = -1, 1, 3, 0
         self.prefetched, self.other = 0, other
 
-    def product(
-        self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-        geometry, tile,
-    ):  # fmt: skip
+    def product(self, *call):
+        (codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
+         geometry, _) = call  # fmt: skip
         k = geometry[3] * geometry[5] * geometry[6]
         if self.other is not None and weight_bits == 3 and k % 128 != 0:
-            return self.other.product(
-                codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-                geometry, tile,
-            )  # fmt: skip
+            return self.other.product(*call)
         out = _output(codes, geometry, out_dtype) if write_out else None
         head = struct.pack(
             "24q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
@@ -185,10 +181,7 @@ def stand_ins(
     """(module, attribute) and value that put the emulation behind `modiff_kernels.backends.cuda`, whose `quantize` and
     `product` then take tensors of the CPU.
     """
-    return {
-        (library, "quantize_op"): lambda: quantize.quantize,
-        (library, "product_op"): lambda: product.product,
-    }
+    return {(library, "quantize_op"): lambda: quantize.quantize, (library, "product_op"): lambda: product.product}
 
 
 def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
