@@ -5,13 +5,7 @@ import torch
 
 from modiff_kernels import ops
 from modiff_kernels.ops import Prologue, Window
-from tests.ops.arguments import FORMS, WINDOW, call, calls, changed, tensors, zeros
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_valid_arguments_are_taken(form):
-    call(form)
-
+from tests.ops.arguments import WINDOW, calls, changed, tensors, zeros
 
 NAN = float("nan")
 FLAT = torch.randn(3, 10, 4).transpose(1, 2)

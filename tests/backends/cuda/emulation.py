@@ -175,12 +175,8 @@ class HopperEmulator(Emulator):
 PROGRAMS = {"quantize": QuantizeEmulator, "product": ProductEmulator, "hopper": HopperEmulator}
 
 
-def stand_ins(
-    quantize: QuantizeEmulator, product: ProductEmulator | HopperEmulator
-) -> dict[tuple[ModuleType, str], Callable[[], Callable]]:
-    """(module, attribute) and value that put the emulation behind `modiff_kernels.backends.cuda`, whose `quantize` and
-    `product` then take tensors of the CPU.
-    """
+def stand_ins(quantize: QuantizeEmulator, product: Emulator) -> dict[tuple[ModuleType, str], Callable[[], Callable]]:
+    """(module, attribute) and value that put the emulation behind the backend cuda, for tensors of the CPU."""
     return {(library, "quantize_op"): lambda: quantize.quantize, (library, "product_op"): lambda: product.product}
 
 
