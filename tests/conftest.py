@@ -140,9 +140,8 @@ def pytest_generate_tests(metafunc):
     if "place" in metafunc.fixturenames:
         from tests.places import places
 
-        metafunc.parametrize(
-            "place", places(metafunc.module.OP, getattr(metafunc.module, "PLACES", None)), indirect=True
-        )
+        names = getattr(metafunc.module, "PLACES", None)
+        metafunc.parametrize("place", places(metafunc.module.OP, names), indirect=True)
 
 
 @pytest.fixture

@@ -157,10 +157,8 @@ def test_prologues(place):
             out, used, _ = layer.update(given.h, None, 8, more, prologue=given.prologue)
         expected = case.apply(given.x, layer.weight.dense, layer.bias.double())
         spread = case.apply(torch.ones(case.x_shape, dtype=torch.double), layer.weight.dense.abs())
-        allowed = (
-            0.51 * used.max().item() + given.error.max().item() + 4 * EPS32
-        ) * spread + 1e-4 * expected.abs().max()
-        assert ((out - expected).abs() <= allowed).all()
+        step = 0.51 * used.max().item() + given.error.max().item() + 4 * EPS32
+        assert ((out - expected).abs() <= step * spread + 1e-4 * expected.abs().max()).all()
 
 
 def test_it_is_quantize_and_product(place):
@@ -177,9 +175,8 @@ def test_it_is_quantize_and_product(place):
             codes, *wanted = reference.quantize(x, IDENTITY, x_hat, scale, 4, granularity, 0.9, True)
             assert torch.equal(used, wanted[0])
             assert torch.equal(absmax, wanted[1])
-            expected = place.product(
-                codes, used, None, whole.weight.packed, y_hat, None, skip, case.window, torch.float16
-            )
+            operands = (codes, used, None, whole.weight.packed, y_hat, None, skip)
+            expected = place.product(*operands, case.window, torch.float16)
             torch.testing.assert_close(whole.x_hat, x_hat, rtol=2 * EPS32, atol=2 * EPS32)
             torch.testing.assert_close(whole.y_hat, y_hat, rtol=4 * EPS32, atol=4 * EPS32)
             torch.testing.assert_close(out, expected, rtol=2**-10, atol=2**-12)  # a unit of float16

@@ -98,9 +98,8 @@ def test_largest_sums_do_not_saturate(place):
     cases = [conv((1, 512, 3, 3), 16), Case((2, 4608), 16), Case((1, 1 << 16), 1)]
     for case in [Case((1, 1 << 12), 1)] if place.few else cases:  # tests/backends have the longest sums of these
         for weight_code, code, zero in codes_of_all[:1] if place.few else codes_of_all:
-            weight = weight_of(
-                place, case, 8, unit=True, codes=torch.full(case.weight_shape, weight_code).to(torch.int8)
-            )
+            rows = torch.full(case.weight_shape, weight_code).to(torch.int8)
+            weight = weight_of(place, case, 8, unit=True, codes=rows)
             codes = activation(case.x_shape).to(torch.int8).fill_(code)
             zeros = None if zero is None else torch.full((1,), zero, dtype=torch.int32)
             out = place.product(codes, torch.ones(1), zeros, weight.packed, window=case.window)

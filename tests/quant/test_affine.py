@@ -20,10 +20,8 @@ def test_granules_are_views_in_memory_order():
     assert affine.granules(x, granule_count(x.shape, "per_sample", True), True).shape == (2, 12)
     assert affine.granules(x, granule_count(x.shape, "per_tensor", True), True).shape == (1, 24)
     rows = torch.zeros(2, 5, 7)
-    counts = [
-        granule_count(rows.shape, granularity, False) for granularity in ("per_tensor", "per_sample", "per_token")
-    ]
-    assert counts == [1, 2, 10]
+    for granularity, count in (("per_tensor", 1), ("per_sample", 2), ("per_token", 10)):
+        assert granule_count(rows.shape, granularity, False) == count
 
 
 @pytest.mark.parametrize("method", affine.WEIGHT_METHODS)

@@ -67,9 +67,8 @@ class Emulator:
     """A running program that answers calls."""
 
     def __init__(self, program: Path):
-        self.process = subprocess.Popen(
-            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen([program], **pipes)
         self.falling = False
 
     def close(self) -> None:
