@@ -193,7 +193,6 @@ class TestTilings:
             ((0, 0, 0, 0), 8, 80, None),
             ((90, 256, 160, 1), 8, 80, "capability 9.0 alone"),
             ((90, 128, 256, 1), 4, 90, "no such tile"),
-            ((90, 64, 64, 1), 8, 90, "no such tile"),
             ((90, 128, 64, 46), 8, 90, "more splits than k-blocks"),
             ((90, 128, 64, 0), 8, 90, "less than one split"),
             ((80, 256, 160, 1), 8, 90, "no such tile"),
