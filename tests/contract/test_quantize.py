@@ -100,7 +100,6 @@ def check_plain(place, x, bits, granularity, affine):
     np.testing.assert_array_equal(granules(codes, granularity), wanted, err_msg=where)
     assert (codes.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
     assert codes.is_contiguous(memory_format=memory_format(x.shape))
-    return codes, scale, zero_point
 
 
 SOURCES = [*itertools.product(GRANULARITIES, ("dynamic", "one", "each")), ("per_block", "dynamic")]
