@@ -318,13 +318,3 @@ def test_nan_under_a_prologue(place):
             assert torch.equal(x_hat[1], before[1])
         else:
             assert place.quantize(given.h, given.prologue, x_hat)[2].isfinite().tolist() == [True, False]
-
-
-def test_results_are_the_same_every_time(place):
-    """Also where threads share the work; a race shows as a result that changes."""
-    shape = (2, 32, 5, 4) if place.few else (2, 64, 9, 9)
-    x, x_hat = activation(shape, torch.float16), activation(shape, torch.float16)
-    for granularity in (*GRANULARITIES, "per_block"):
-        states = [x_hat.clone() for _ in range(2)]
-        first, second = ((*place.quantize(x, IDENTITY, state, None, 4, granularity), state) for state in states)
-        assert all(torch.equal(a, b) for a, b in zip(first, second))
