@@ -108,21 +108,6 @@ def emulators(pytestconfig, tmp_path_factory, compiler):
         program.close()
 
 
-@pytest.fixture(scope="session")
-def quantize_emulator(emulators):
-    return emulators("quantize")
-
-
-@pytest.fixture(scope="session")
-def product_emulator(emulators):
-    return emulators("product")
-
-
-@pytest.fixture(scope="session")
-def hopper_emulator(emulators):
-    return emulators("hopper")
-
-
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where Triton kernels run: its interpreter or a GPU; the one that this process does not have is skipped."""
@@ -155,9 +140,8 @@ def pytest_generate_tests(metafunc):
     if "place" in metafunc.fixturenames:
         from tests.places import places
 
-        metafunc.parametrize(
-            "place", places(metafunc.module.OP, getattr(metafunc.module, "PLACES", None)), indirect=True
-        )
+        names = getattr(metafunc.module, "PLACES", None)
+        metafunc.parametrize("place", places(metafunc.module.OP, names), indirect=True)
 
 
 @pytest.fixture

@@ -28,9 +28,7 @@ def forget_the_check(fresh_dispatch, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"group_size": 64}, "group_size 64: only one weight scale per output channel"),
         ({"layout": "vnni_v1"}, "layout vnni_v1 is not kpack_v1"),
-        ({"granularity": "per_token"}, "per_token scales do not factor out"),
         ({"k": onednn._MAX_K + 1}, "int32 sums may overflow"),
         ({"window": Window((3, 3), padding=(1, 3))}, "padding (1, 3) exceeds the window"),
     ],

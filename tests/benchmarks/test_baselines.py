@@ -174,15 +174,12 @@ def test_the_fastest_right_kernel_of_cutlass_counts(tmp_path):
     with torch.inference_mode():
         tensors = Tensors(Layer("conv", 16, 24, 6, 7, 3, 2, 1), 2, 8, CPU)
         right = {CONVS[0]: Library(tensors), CONVS[2]: Library(tensors)}
-        wrong = {
-            CONVS[1]: Library(tensors, takes=False),
-            CONVS[3]: Library(tensors, factor=1.1),
-            GEMM: Library(tensors),
-        }
+        wrong = {CONVS[1]: Library(tensors, takes=False), CONVS[3]: Library(tensors, factor=1.1)}
+        matrix = Library(tensors)
         times = iter([[5.0], [3.0]])
-        found = cutlass({**right, **wrong}, tmp_path).fastest(tensors, lambda call: next(times))
+        found = cutlass({**right, **wrong, GEMM: matrix}, tmp_path).fastest(tensors, lambda call: next(times))
         assert found.kernel == f"cutlass-{CONVS[2].name}"
-        assert wrong[GEMM].sizes is None, "a convolution with a window is no matrix"
+        assert matrix.sizes is None, "a convolution with a window is no matrix"
         (tmp_path / "other").mkdir()
         with pytest.raises(LeftOut, match=r"dB to the reference"):
             cutlass({CONVS[3]: wrong[CONVS[3]]}, tmp_path / "other").fastest(tensors, lambda call: [1.0])

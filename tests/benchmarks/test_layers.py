@@ -96,10 +96,8 @@ def test_the_fastest_exact_tile_is_chosen(monkeypatch):
     times = {"slow": 4e-6, "fast": 2e-6}
     monkeypatch.setattr(tile_tuning, "ColdTimer", lambda *_: lambda call: [times[call.candidate]])
     monkeypatch.setattr(tile_tuning.ColdTimer, "columns", {}, raising=False)
-    args = argparse.Namespace(
-        budget=None, threads=torch.get_num_threads(), device="cpu", results=record.RESULTS, rows=""
-    )
-    vars(args).update(rounds=1, in_turns=False, dtype=None, record=False, skip_recorded=False, quiet=True)
+    args = argparse.Namespace(budget=None, threads=torch.get_num_threads(), device="cpu", results=record.RESULTS)
+    vars(args).update(rows="", rounds=1, in_turns=False, dtype=None, record=False, skip_recorded=False, quiet=True)
     session = Session(args)
     assert tile_tuning.tune(session, Tiles(), Problem(LINEAR, 2, 0.0), 8) == ("shape", "fast")
     rows = {(row["backend"], row["metric"]): row["p50"] for row in session.rows}

@@ -22,9 +22,3 @@ def test_only_verified_rows_with_known_columns(tmp_path):
     with pytest.raises(ValueError, match=r"unknown columns \['speed'\]"):
         record.append([{**ROW, "speed": 3}], tmp_path / "a.csv")
     assert not (tmp_path / "a.csv").exists()
-
-
-def test_percentiles():
-    assert record.percentiles([3.0]) == {"p50": 3.0, "p20": 3.0, "p80": 3.0, "n": 1}
-    found = record.percentiles([float(i) for i in range(11)])
-    assert (found["p20"], found["p50"], found["p80"], found["n"]) == (2.0, 5.0, 8.0, 11)

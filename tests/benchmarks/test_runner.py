@@ -74,12 +74,7 @@ def test_in_turns_each_round_begins_with_another(session):
 def test_one_by_one_each_is_gone_before_the_next_and_a_wrong_one_is_not_timed(session, capsys):
     field, own = Field({"a": 1.0, "b": None, "c": 3.0, "d": "left out"}), session(in_turns=False)
     rows = run(own, field, "abcd")
-    assert field.notes == [
-        *("make a", "a", "a", "a", "remove a"),
-        "make b",
-        *("make c", "c", "c", "c", "remove c"),
-        "make d",
-    ]
+    assert field.notes == ["make a", *"aaa", "remove a", "make b", "make c", *"ccc", "remove c", "make d"]
     assert {row["problem"] for row in rows} == {"a", "c"}
     assert (own.done, own.failed, own.exit_code) == (2, 1, 1), "what does not exist here is no failure"
     assert "case, b: wrong; not timed" in capsys.readouterr().err

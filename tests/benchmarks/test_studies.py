@@ -77,9 +77,8 @@ def test_a_report_goes_on_with_its_rows(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="has images 4, this run 8"):
         Report(path, True, {"images": 8}, {}, ("a",))
     assert Report(path, False, {"images": 8}, {}, ("a",)).rows == []
-    assert command(["calibration", "--json=r.json", "--keep", "k", "--bits", "W8A8"]).endswith(
-        "calibration --bits W8A8"
-    )
+    found = command(["calibration", "--json=r.json", "--keep", "k", "--bits", "W8A8"])
+    assert found.endswith("calibration --bits W8A8")
 
 
 def parsed(module, *words):
@@ -103,11 +102,8 @@ def test_quality_judges_by_the_float_images_of_the_same_noise(few_steps, tmp_pat
     assert quality.main(parsed(quality, *words)) == 0
     report = json.loads((tmp_path / "q.json").read_text())
     rows = {(found["way"], found["scheduled"]): found for found in report["rows"]}
-    assert set(rows) == {
-        ("float", False),
-        *((w, s) for w in ("modulated", "plain") for s in (False, True)),
-        ("weights", False),
-    }
+    ours = {(way, scheduled) for way in ("modulated", "plain") for scheduled in (False, True)}
+    assert set(rows) == ours | {("float", False), ("weights", False)}
     assert rows["modulated", False]["psnr_db"] > 30
     assert rows["modulated", False]["images"] == 3
     assert "psnr_db" not in rows["float", False]
@@ -127,6 +123,5 @@ def test_calibration_judges_and_counts_what_it_costs(few_steps, monkeypatch, tmp
     study = calibration.Study(args, tmp_path / "kept")
     found = study.row("DDIM-50", "minmax", "W4A4", "plain")
     assert 5 < found["psnr_db"] < study.row("DDIM-50", "minmax", "W4A4", "float")["psnr_db"]
-    assert (found["calibration_s"], found["calibration_cpu_s"], found["peak_mib"]) == (2.0, 4.0, 30.0), (
-        "codes, then scales"
-    )
+    # Codes, then scales.
+    assert (found["calibration_s"], found["calibration_cpu_s"], found["peak_mib"]) == (2.0, 4.0, 30.0)

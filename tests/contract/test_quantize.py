@@ -100,7 +100,6 @@ def check_plain(place, x, bits, granularity, affine):
     np.testing.assert_array_equal(granules(codes, granularity), wanted, err_msg=where)
     assert (codes.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
     assert codes.is_contiguous(memory_format=memory_format(x.shape))
-    return codes, scale, zero_point
 
 
 SOURCES = [*itertools.product(GRANULARITIES, ("dynamic", "one", "each")), ("per_block", "dynamic")]
@@ -140,14 +139,6 @@ def test_extreme_values(place):
         check_residual(place, x, torch.zeros_like(x), bits=8)
 
 
-def test_zero_is_exact(place):
-    """Padding stands for x = 0; a SiLU puts many values next to it."""
-    x = torch.relu(activation((2, 16, 6, 6)))
-    for bits in BITS:
-        codes, _, zero_point = check_plain(place, x, bits, "per_sample", True)
-        assert (codes[x == 0] == zero_point.view(-1, 1, 1, 1).expand_as(codes)[x == 0]).all()
-
-
 def test_ties_go_to_the_even_code_and_ends_clamp(place):
     for bits in BITS:
         steps = torch.arange(-(2**bits), 2**bits + 1) / 2  # every code, every tie, both ends beyond the range
@@ -170,35 +161,7 @@ def test_channels_of_uneven_range(place):
 def test_no_change_costs_no_code(place):
     for granularity, dtype in itertools.product((*GRANULARITIES, "per_block"), place.dtypes):
         x = activation((2, 32, 4, 4), dtype)
-        codes, used, absmax, state = check_residual(place, x, x.clone(), None, 4, granularity)
-        assert not codes.any()
-        assert not absmax.any()
-        assert (used == MIN_SCALE).all()
-        assert torch.equal(state, x)
-
-
-def test_the_error_stays_in_the_state_and_shrinks(place):
-    """A constant input is reached step by step at any width: every update leaves half a step at most."""
-    x = activation((2, 16, 4, 4))
-    for bits in BITS:
-        x_hat, errors = torch.zeros_like(x), [x.abs().max().item()]
-        for _ in range(4):
-            check_residual(place, x, x_hat, bits=bits)
-            place.quantize(x, IDENTITY, x_hat, None, bits)
-            errors.append((x - x_hat).abs().max().item())
-        ratio = 0.5 / (2 ** (bits - 1) - 0.5)
-        assert all(after <= 1.001 * ratio * before + 4 * EPS32 for before, after in itertools.pairwise(errors))
-
-
-def test_samples_do_not_see_each_other(place):
-    """Two half batches are one batch."""
-    x, state = activation((4, 24, 5, 5)), activation((4, 24, 5, 5))
-    for granularity in ("per_sample", "per_token", "per_block"):
-        whole, halves = state.clone(), [part.clone(memory_format=torch.channels_last) for part in state.split(2)]
-        results = place.quantize(x, IDENTITY, whole, None, 4, granularity)
-        parts = [place.quantize(part, IDENTITY, half, None, 4, granularity) for part, half in zip(x.split(2), halves)]
-        for got, *split in zip((*results, whole), *((*p, half) for p, half in zip(parts, halves))):
-            assert torch.equal(got, torch.cat(split))
+        assert torch.equal(check_residual(place, x, x.clone(), None, 4, granularity)[3], x)
 
 
 @with_nan
@@ -355,13 +318,3 @@ def test_nan_under_a_prologue(place):
             assert torch.equal(x_hat[1], before[1])
         else:
             assert place.quantize(given.h, given.prologue, x_hat)[2].isfinite().tolist() == [True, False]
-
-
-def test_results_are_the_same_every_time(place):
-    """Also where threads share the work; a race shows as a result that changes."""
-    shape = (2, 32, 5, 4) if place.few else (2, 64, 9, 9)
-    x, x_hat = activation(shape, torch.float16), activation(shape, torch.float16)
-    for granularity in (*GRANULARITIES, "per_block"):
-        states = [x_hat.clone() for _ in range(2)]
-        first, second = ((*place.quantize(x, IDENTITY, state, None, 4, granularity), state) for state in states)
-        assert all(torch.equal(a, b) for a, b in zip(first, second))

@@ -35,10 +35,8 @@ def calls():
         "weight": weight(36),
         "window": WINDOW,
     }
-    y_rows, y_pixels = (
-        {"y_hat": zeros(3, 4, 6), "skip": torch.randn(3, 4, 6)},
-        {"y_hat": zeros(2, 6, 5, 5), "skip": image(2, 6, 5, 5)},
-    )
+    y_rows = {"y_hat": zeros(3, 4, 6), "skip": torch.randn(3, 4, 6)}
+    y_pixels = {"y_hat": zeros(2, 6, 5, 5), "skip": image(2, 6, 5, 5)}
     plain = {"zero_point": None}
     update = {"scale": None, "bits": 4, "granularity": "per_sample", "prologue": Prologue()}
     return {

@@ -67,9 +67,8 @@ class Emulator:
     """A running program that answers calls."""
 
     def __init__(self, program: Path):
-        self.process = subprocess.Popen(
-            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen([program], **pipes)
         self.falling = False
 
     def close(self) -> None:
@@ -154,16 +153,12 @@ class HopperEmulator(Emulator):
         self.tile, self.splits, self.multiprocessors, self.seed = -1, 1, 3, 0
         self.prefetched, self.other = 0, other
 
-    def product(
-        self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-        geometry, tile,
-    ):  # fmt: skip
+    def product(self, *call):
+        (codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
+         geometry, _) = call  # fmt: skip
         k = geometry[3] * geometry[5] * geometry[6]
         if self.other is not None and weight_bits == 3 and k % 128 != 0:
-            return self.other.product(
-                codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-                geometry, tile,
-            )  # fmt: skip
+            return self.other.product(*call)
         out = _output(codes, geometry, out_dtype) if write_out else None
         head = struct.pack(
             "24q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
@@ -179,16 +174,9 @@ class HopperEmulator(Emulator):
 PROGRAMS = {"quantize": QuantizeEmulator, "product": ProductEmulator, "hopper": HopperEmulator}
 
 
-def stand_ins(
-    quantize: QuantizeEmulator, product: ProductEmulator | HopperEmulator
-) -> dict[tuple[ModuleType, str], Callable[[], Callable]]:
-    """(module, attribute) and value that put the emulation behind `modiff_kernels.backends.cuda`, whose `quantize` and
-    `product` then take tensors of the CPU.
-    """
-    return {
-        (library, "quantize_op"): lambda: quantize.quantize,
-        (library, "product_op"): lambda: product.product,
-    }
+def stand_ins(quantize: QuantizeEmulator, product: Emulator) -> dict[tuple[ModuleType, str], Callable[[], Callable]]:
+    """(module, attribute) and value that put the emulation behind the backend cuda, for tensors of the CPU."""
+    return {(library, "quantize_op"): lambda: quantize.quantize, (library, "product_op"): lambda: product.product}
 
 
 def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

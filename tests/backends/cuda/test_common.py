@@ -55,9 +55,8 @@ class TestQuantiser:
         x = x[x.isfinite()]
         for zero_point in (0, quant_min(bits), quant_max(bits), 1):
             got = from_numpy(common.code(x, scale, zero_point, bits))
-            wanted = affine.quantize(
-                x[None], torch.tensor([scale]), bits, torch.tensor([zero_point], dtype=torch.int32)
-            )
+            given = torch.tensor([zero_point], dtype=torch.int32)
+            wanted = affine.quantize(x[None], torch.tensor([scale]), bits, given)
             assert torch.equal(got, wanted[0])
 
     @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
@@ -66,10 +65,6 @@ class TestQuantiser:
         absmax = absmax[absmax.isfinite()]
         got = from_numpy(common.residual_scale(absmax, clip_ratio, bits))
         assert torch.equal(got, affine.residual_scale(absmax, bits, clip_ratio))
-
-    def test_a_range_that_is_nan_stays_one(self, common, bits):
-        assert math.isnan(common.residual_scale(math.nan, 1.0, bits))
-        assert common.residual_scale(math.inf, 1.0, bits) == math.inf
 
     @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
     def test_multipliers_of_blocks(self, common, bits, clip_ratio):
@@ -108,7 +103,8 @@ class TestPacking:
             [other] * place + [value] + [other] * (7 - place)
             for value, other, place in itertools.product(values, values, range(8))
         ]
-        codes = torch.cat((torch.tensor(rows, dtype=torch.int8), torch.randint(*_ends(bits), (2000, 8)).to(torch.int8)))
+        drawn = torch.randint(values.start, values.stop, (2000, 8), dtype=torch.int8)
+        codes = torch.cat((torch.tensor(rows, dtype=torch.int8), drawn))
         assert torch.equal(from_numpy(common.pack_eights(codes, bits)), packing.pack(codes, bits))
 
     def test_words_of_nibbles_unpack(self, common):
@@ -125,7 +121,3 @@ class TestPacking:
         low, high = low.to(torch.uint16), high.to(torch.uint8)
         packed = torch.cat((low.view(torch.uint8).view(-1, 2), high[:, None]), 1)
         assert torch.equal(from_numpy(common.unpack_planes(low, high)), packing.unpack(packed, 3, 8))
-
-
-def _ends(bits):
-    return quant_min(bits), quant_max(bits) + 1

@@ -144,12 +144,9 @@ class TestTiling:
         random.seed(bits)
         for _ in range(300):
             side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
-            call = sizes(
-                random.randint(1, 16), side, side, 16 * random.randint(1, 160), random.randint(1, 3000), window
-            )
-            (rows, columns), tiles, splits, k_blocks, scratch = self.tiling(
-                maps, call, bits, random.choice((78, 114, 132))
-            )
+            samples, c_in, c_out = random.randint(1, 16), 16 * random.randint(1, 160), random.randint(1, 3000)
+            call, multiprocessors = sizes(samples, side, side, c_in, c_out, window), random.choice((78, 114, 132))
+            (rows, columns), tiles, splits, k_blocks, scratch = self.tiling(maps, call, bits, multiprocessors)
             out_side = side if window is not DOWN else (side - 1) // 2 + 1
             assert tiles == -(-call[0] * out_side * out_side // rows) * -(-call[4] // columns)
             assert 1 <= splits <= max(1, k_blocks // 4)
@@ -196,7 +193,6 @@ class TestTilings:
             ((0, 0, 0, 0), 8, 80, None),
             ((90, 256, 160, 1), 8, 80, "capability 9.0 alone"),
             ((90, 128, 256, 1), 4, 90, "no such tile"),
-            ((90, 64, 64, 1), 8, 90, "no such tile"),
             ((90, 128, 64, 46), 8, 90, "more splits than k-blocks"),
             ((90, 128, 64, 0), 8, 90, "less than one split"),
             ((80, 256, 160, 1), 8, 90, "no such tile"),

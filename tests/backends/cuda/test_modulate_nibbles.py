@@ -32,8 +32,8 @@ def test_what_it_is_for(fields, words):
 
 @pytest.mark.parametrize("prologue", [IDENTITY, Prologue("group_norm", num_groups=8, eps=1e-5, silu=True)], ids=str)
 @pytest.mark.parametrize("case", [ExactProduct((2, 3, 64), 65), ExactProduct((2, 32, 5, 7), 24, THREE)], ids=str)
-def test_it_is_the_composition(quantize_emulator, product_emulator, monkeypatch, case, prologue, poisoned_empty):
-    for (module, name), value in stand_ins(quantize_emulator, product_emulator).items():
+def test_it_is_the_composition(emulators, monkeypatch, case, prologue, poisoned_empty):
+    for (module, name), value in stand_ins(emulators("quantize"), emulators("product")).items():
         monkeypatch.setattr(module, name, value)
     case.bits = 4
     codes, weight = case.draw()

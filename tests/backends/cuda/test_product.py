@@ -20,7 +20,8 @@ LARGE, NARROW, SMALL = range(3)  # csrc/cuda/sm80/tile_config.h kTiles
 
 
 @pytest.fixture
-def emulator(product_emulator, monkeypatch):
+def emulator(emulators, monkeypatch):
+    product_emulator = emulators("product")
     monkeypatch.setattr(library, "product_op", lambda: product_emulator.product)
     product_emulator.tile, product_emulator.splits = SMALL, 1
     yield product_emulator
@@ -43,11 +44,6 @@ def test_tiles_and_orders_of_threads(emulator, case, tile, falling):
     case.check(product)
 
 
-def test_bands_of_tiles_cover_all(emulator):
-    """10 x 3 tiles: a band of 8 and a rest."""
-    ExactProduct((64 * 9 + 1, 16), 130).check(product)
-
-
 @pytest.mark.parametrize("splits", [2, 3, 5])
 @pytest.mark.parametrize(
     "case",
@@ -63,12 +59,6 @@ def test_splits_of_k(emulator, case, splits):
 @pytest.mark.parametrize("tile", [(80, 128, 128, 1), (80, 128, 64, 2), (80, 64, 64, 3)], ids=str)
 def test_the_caller_may_name_the_tile(emulator, tile):
     TILED[1].check(product, tile=Tile(*tile))
-
-
-def test_the_chosen_tile(emulator):
-    """Columns of the first resnet of SD 1.5, cut to a few rows."""
-    emulator.tile, emulator.splits = emulator.CHOOSE, 4
-    ExactProduct((1, 320, 4, 16), 64, THREE, bits=4, code_bits=4).check(product)
 
 
 NIBBLES = [

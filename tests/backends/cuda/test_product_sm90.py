@@ -29,9 +29,9 @@ class Launch(NamedTuple):
 
 
 @pytest.fixture
-def hopper(hopper_emulator, monkeypatch):
-    monkeypatch.setattr(library, "product_op", lambda: hopper_emulator.product)
-    return hopper_emulator
+def hopper(emulators, monkeypatch):
+    monkeypatch.setattr(library, "product_op", lambda: emulators("hopper").product)
+    return emulators("hopper")
 
 
 def image(nhwc):

@@ -13,10 +13,10 @@ GRANULARITIES = ["per_tensor", "per_sample", "per_token"]
 
 
 @pytest.fixture
-def emulator(quantize_emulator, monkeypatch):
-    monkeypatch.setattr(library, "quantize_op", lambda: quantize_emulator.quantize)
-    yield quantize_emulator
-    quantize_emulator.falling = False
+def emulator(emulators, monkeypatch):
+    monkeypatch.setattr(library, "quantize_op", lambda: emulators("quantize").quantize)
+    yield emulators("quantize")
+    emulators("quantize").falling = False
 
 
 def image(shape):

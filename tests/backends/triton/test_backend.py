@@ -13,20 +13,9 @@ from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.operands import Window
 from modiff_kernels.quant.packing import KPACK_V1
 
-CONV = Problem(
-    op="product",
-    device_type="cuda",
-    capability=(9, 0),
-    dtype=torch.float16,
-    state_dtype=torch.float16,
-    m=4096,
-    n=320,
-    k=9 * 320,
-    window=Window((3, 3), padding=(1, 1)),
-    weight_bits=4,
-    granularity="per_sample",
-    layout=KPACK_V1,
-)
+SIZES = {"m": 4096, "n": 320, "k": 9 * 320, "window": Window((3, 3), padding=(1, 1)), "weight_bits": 4}
+HALF = {"dtype": torch.float16, "state_dtype": torch.float16}
+CONV = Problem("product", "cuda", (9, 0), granularity="per_sample", layout=KPACK_V1, **SIZES, **HALF)
 LINEAR = replace(CONV, window=None, k=1280)
 QUANTIZE = Problem("quantize", "cuda", m=4, k=320, granularity="per_token", prologue="identity")
 
@@ -46,11 +35,9 @@ def test_it_solves_the_layers_of_a_unet(problem):
         (replace(CONV, layout="vnni_v1"), "reads weights in layout 'kpack_v1', not 'vnni_v1'"),
         (replace(LINEAR, k=65537), "k=65537 products can overflow int32; at most 65536 are summed"),
         (replace(LINEAR, m=1 << 31), "rows; they are counted in int32"),
-        (replace(CONV, granularity="per_token"), "per_token scales do not factor out"),
         (replace(CONV, k=9 * 20), "4-bit weights with 20 input channels per tap.*use weight_bits=8"),
         (replace(LINEAR, group_size=48), "group_size=48 .* must be divisible by 32"),
         (replace(CONV, k=9 * 48, group_size=32), "group_size=32 with 48 input channels.* must be divisible by 32"),
-        (replace(QUANTIZE, capability=(7, 0)), "compute capability 7.0"),
         (replace(QUANTIZE, k=8193), "8193 channels: rows are held in registers"),
         (replace(QUANTIZE, k=8193, granularity="per_tensor", prologue="layer_norm"), "rows are held in registers"),
     ],

@@ -10,9 +10,6 @@ from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.operands import IDENTITY, PackedWeight
 from modiff_kernels.quant.packing import KPACK_V1, pack
 
-SHAPES = [((2, 3, 63), 65), ((65, 64), 64), ((2, 40, 130), 129)]  # of the input, columns
-SCALES = [("per_token", None), ("per_token", "one"), ("per_token", "all"), ("per_sample", "all"), ("per_tensor", "one")]
-
 
 class Update:
     """Operands of an update; a call gets copies of the state."""
@@ -32,9 +29,9 @@ class Update:
         rest = (None, self.h.dtype, bits, granularity, 0.9, True)
         return [t.cpu() for t in (*modulate(h, IDENTITY, x_hat, scale, weight, y_hat, skip, *rest), x_hat, y_hat)]
 
-    def check(self, device, scale, bits, granularity):
-        *exact, x_hat, y_hat = self.results(backend.modulate, device, scale, bits, granularity)
-        out, used, absmax, *states = self.results(composed, "cpu", scale, bits, granularity)
+    def check(self, device, bits):
+        *exact, x_hat, y_hat = self.results(backend.modulate, device, None, bits, "per_token")
+        out, used, absmax, *states = self.results(composed, "cpu", None, bits, "per_token")
         assert torch.equal(exact[1], used)
         assert torch.equal(exact[2], absmax)
         for got, wanted, through in ((x_hat, states[0], None), (y_hat, states[1], None), (exact[0], out, y_hat)):
@@ -48,25 +45,18 @@ def composed(h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, 
     return reference.product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write), used, absmax
 
 
-@pytest.mark.parametrize(("granularity", "which"), SCALES)
-@pytest.mark.parametrize(("x_shape", "n"), SHAPES, ids=str)
-def test_shapes_and_scales(device, x_shape, n, granularity, which, poisoned_empty):
-    count = {"per_tensor": 1, "per_sample": x_shape[0], "per_token": torch.Size(x_shape[:-1]).numel()}[granularity]
-    scale = None if which is None else torch.rand(1 if which == "one" else count) * 0.1 + 0.01
-    Update(x_shape, n).check(device, scale, 4, granularity)
-
-
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float16)], ids=str)
 @pytest.mark.parametrize(("bits", "group_size"), [(8, -1), (4, 64), (3, -1)])
 @pytest.mark.parametrize("act_bits", [8, 3])
 def test_formats(device, act_bits, bits, group_size, dtypes, poisoned_empty):
-    Update((2, 33, 128), 70, *dtypes, bits, group_size).check(device, None, act_bits, "per_token")
+    """Rests of a tile in rows, columns and along K; the contract gives scales."""
+    Update((2, 33, 130), 70, *dtypes, bits, group_size).check(device, act_bits)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the interpreter, of the code of a NaN
 def test_nan_reaches_absmax_and_scale(device):
     """No value is read on the host: NaN is not refused but shows in what later steps are checked by."""
-    update = Update(*SHAPES[1], torch.float32, torch.float32)
+    update = Update((65, 64), 64, torch.float32, torch.float32)
     update.h[3, 5] = torch.nan
     _, used, absmax, _, _ = update.results(backend.modulate, device, None, 8, "per_token")
     assert absmax.isnan().nonzero().flatten().tolist() == [3]

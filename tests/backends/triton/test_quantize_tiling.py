@@ -2,7 +2,6 @@
 
 import pytest
 
-from modiff_kernels.backends.triton import quantize_tiling
 from modiff_kernels.backends.triton.quantize_tiling import tiling
 from modiff_kernels.quant.operands import PROLOGUES
 from modiff_kernels.quant.spec import GRANULARITIES
@@ -34,10 +33,6 @@ def test_tiles_cover_everything_in_powers_of_two(granularity, prologue):
 def test_one_image_of_the_first_level_fills_the_gpu():
     for rows, channels in ((64 * 64, 320), (32 * 32, 640), (16 * 16, 1280)):
         assert tiling(1, rows, channels, "per_sample", 8, "identity", 2).grid[0] >= 132
-
-
-def test_powers_of_two():
-    assert [quantize_tiling.next_power_of_2(n) for n in (1, 2, 3, 4, 5, 1023, 1024)] == [1, 2, 4, 4, 8, 1024, 1024]
 
 
 def test_the_tile_that_merges_statistics_is_bounded():
