@@ -120,11 +120,7 @@ def unet2d_condition(levels=2, seed=0, **options):
     return copy.deepcopy(_built(UNet2DConditionModel, seed, **{**COMMON, **defaults, **options}))
 
 
-NETWORKS = {
-    "unet2d": unet2d,
-    "sd15": unet2d_condition,
-    "sdxl": functools.partial(unet2d_condition, **SDXL),
-}
+NETWORKS = {"unet2d": unet2d, "sd15": unet2d_condition, "sdxl": functools.partial(unet2d_condition, **SDXL)}
 
 
 @functools.cache

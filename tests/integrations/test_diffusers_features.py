@@ -4,10 +4,7 @@ import functools
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionImg2ImgPipeline,
-)
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 

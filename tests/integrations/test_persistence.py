@@ -11,13 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DiffusionPipeline,
-    PipelineQuantizationConfig,
-    UNet2DModel,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PipelineQuantizationConfig, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

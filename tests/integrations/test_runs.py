@@ -6,14 +6,7 @@ import types
 
 import pytest
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr

@@ -202,9 +202,7 @@ def test_scales_cope_with_the_gap(mode):
         step = torch.randn(1, 4, 8, 8)
         scales = {"conv": float(step.abs().max() / 127)} if mode == "static" else None
         handle = mk.accelerate(
-            unet,
-            mk.ModiffConfig(scale_mode=mode, schedule=schedule, backend="reference"),
-            static_scales=scales,
+            unet, mk.ModiffConfig(scale_mode=mode, schedule=schedule, backend="reference"), static_scales=scales
         )
         with handle.sampling_run(9):
             for call in range(9):

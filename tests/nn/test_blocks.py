@@ -5,10 +5,7 @@ import functools
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import (
-    Attention,
-    SlicedAttnProcessor,
-)
+from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -113,11 +110,7 @@ class TestFusedEqualsLayers:
 
 @pytest.mark.parametrize(
     ("network", "scale_mode", "state_dtype"),
-    [
-        ("unet2d", "dynamic", "float16"),
-        ("sd15", "delayed", "float32"),
-        ("sdxl", "dynamic", "float32"),
-    ],
+    [("unet2d", "dynamic", "float16"), ("sd15", "delayed", "float32"), ("sdxl", "dynamic", "float32")],
 )
 def test_the_invariant_of_all_layers(network, scale_mode, state_dtype):
     """y_hat == A(x_hat) + bias after many updates: also of conv2 and shortcut together, of stacks, of upsampling."""

@@ -10,15 +10,7 @@ import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, step
 from modiff_kernels.ops import naive
-from tests.unets import (
-    NETWORKS,
-    WIDTH,
-    each_backend,
-    lone,
-    outputs,
-    text,
-    trajectory,
-)
+from tests.unets import NETWORKS, WIDTH, each_backend, lone, outputs, text, trajectory
 
 FIRST_CALL_DB = 70.0
 """SQNR of a first call to float activations. Two updates of 8 bits leave half a step of 1 / 255^2 of the largest

@@ -236,10 +236,7 @@ class TestCalibrated:
             (lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 19), 4)}, r"the layer needs int8 \(6, 20\)"),
             (lambda c: {"weight": QuantizedWeight(c(9), torch.ones(6), 4)}, r"codes from 9 to 9 do not fit 4 bits"),
             (lambda c: {"weight": QuantizedWeight(c(), torch.zeros(6), 4)}, r"a scale is not positive and finite"),
-            (
-                lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 20), 4)},
-                r"away from the weight",
-            ),
+            (lambda c: {"weight": QuantizedWeight.rounded(torch.randn(6, 20), 4)}, r"away from the weight"),
             (lambda c: {"input_scale": torch.ones(19)}, r"input_scale \(19,\) does not fit 20 input channels"),
             (lambda c: {"act_zero_point": torch.zeros(1, dtype=torch.int32)}, r"zero point needs a static scale"),
         ],
