@@ -25,18 +25,14 @@ def log(monkeypatch):
 
         return enter
 
-    def event(**kwargs):
-        return SimpleNamespace(record=lambda stream: asked.append(("record", stream)))
-
-    def graph():
-        return SimpleNamespace(replay=lambda: asked.append(("replay",)))
-
+    event = SimpleNamespace(record=lambda stream: asked.append(("record", stream)))
+    graph = SimpleNamespace(replay=lambda: asked.append(("replay",)))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(("synchronize", device)))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     for name in ("graph", "device"):
         monkeypatch.setattr(torch.cuda, name, context(name))
     return asked

@@ -96,12 +96,9 @@ def test_a_plan_in_a_file(unet, tmp_path):
     assert modes_of(handle)["mid_block.resnets.0.conv1"] == "float"
     handle.remove()
     path.write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"plan: .*plan.json cannot be read as a layer plan: .* no object with 'units'"
-    ):
-        mk.accelerate(unet, mk.ModiffConfig(plan=path))
-    with pytest.raises(ValueError, match=r"none.json cannot be read as a layer plan"):
-        mk.accelerate(unet, mk.ModiffConfig(plan=str(tmp_path / "none.json")))
+    for name, reason in (("plan.json", ".* no object with 'units'"), ("none.json", "")):
+        with pytest.raises(ValueError, match=rf"plan: .*{name} cannot be read as a layer plan: {reason}"):
+            mk.accelerate(unet, mk.ModiffConfig(plan=str(tmp_path / name)))
 
 
 def stored_plan(unet, config, shape, modes):

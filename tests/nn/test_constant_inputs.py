@@ -78,19 +78,6 @@ class TestWhenTheyAreComputed:
         assert torch.equal(again, last_output(tokens(), [text()] * 2, mode=mode))
         assert torch.equal(changed, last_output(tokens(), [text(), text(), other], mode=mode))
 
-    def test_in_two_passes_with_contexts(self, mode, computed):
-        net, handle = accelerated(mode=mode)
-        encoders = {"cond": text(), "uncond": text(seed=6)}
-        with handle.sampling_run():
-            for _ in range(3):
-                got = {}
-                for name, encoder in encoders.items():
-                    with handle.context(name):
-                        got[name] = net(tokens(), encoder)
-        assert len(computed) == 2 * 2
-        for name, encoder in encoders.items():
-            assert torch.equal(got[name], last_output(tokens(), [encoder] * 3, mode=mode))
-
     def test_again_in_every_call_for_inference_tensors(self, mode, computed):
         net, handle = accelerated(mode=mode)
         with torch.inference_mode(), handle.sampling_run():

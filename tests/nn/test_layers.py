@@ -153,21 +153,6 @@ def test_static_scales_are_checked():
         make(linear, CalibratedLayer(act_scale=torch.ones(5)), state, "d", scale_mode="static")
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_loaded_weights_are_used(assign):
-    layer, shape = build("linear")
-    x = torch.randn(shape)
-    run(layer, [x])
-    other = make(nn.Linear(24, 20))
-    layer.load_state_dict(other.state_dict(), assign=assign)
-    with pytest.raises(RuntimeError, match=r"outside a run \(weights were loaded\)"):
-        layer.state.begin_call()
-    # two updates of 8 bits leave 1/255^2 of the input
-    torch.testing.assert_close(run(layer, [x]), on(other, x), rtol=1e-3, atol=1e-3)
-    assert_invariant([layer], 2)
-    assert torch.equal(layer.original.weight, other.weight)
-
-
 def test_dtype_conversion_derives_the_weights_again():
     layer, shape = build("linear")
     layer.to(torch.float16)

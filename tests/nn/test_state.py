@@ -28,19 +28,6 @@ def call(state, layer, x):
         return layer(x)
 
 
-def test_the_clock_follows_the_calls(state):
-    linear(state)
-    seen = []
-    for _ in range(2):
-        state.begin_run()
-        for _ in range(3):
-            with state.call():
-                seen.append((state.action, state.is_first, state.call_index))
-            assert state.action is None
-            assert not state.is_first
-    assert seen == [("update", True, 0), ("update", False, 1), ("update", False, 2)] * 2
-
-
 def test_contexts_have_their_own_calls_and_tensors(state):
     layer = linear(state)
     state.begin_run()
