@@ -1,8 +1,4 @@
-"""Small UNets and pipelines for tests, with the loops that call them and the equations that hold for them.
-
-A UNet is built once per set of options and copied for every test. Random norms and biases: those that do nothing would
-hide mistakes.
-"""
+"""Small UNets and pipelines for tests, with the loops that call them and the equations that hold for them."""
 
 import contextlib
 import copy
@@ -26,16 +22,8 @@ WIDTH, TOKENS = 24, 5  # of encoder states
 SKIPPED = ("conv_in", "conv_out", "time_emb")  # what stays float if nothing else is said
 FLOAT = {"weight_bits": None, "act_bits": None}
 
-CPU_BACKENDS = [
-    name
-    for name in BACKENDS
-    if dispatch.runs_on(name, "cpu")
-    and dispatch.why_unavailable(name) is None
-    and dispatch.forced_backend() in (None, name)
-]
-"""Those that can compute the tensors of these tests on this machine."""
-
-each_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
+USABLE = [name for name in BACKENDS if dispatch.runs_on(name, "cpu") and dispatch.why_unavailable(name) is None]
+each_backend = pytest.mark.parametrize("backend", [n for n in USABLE if dispatch.forced_backend() in (None, n)])
 both_ways = pytest.mark.parametrize("fuse", [True, False], ids=["fused", "layers"])
 
 
@@ -54,15 +42,12 @@ def reference_calls(fresh_dispatch, monkeypatch):
     """Grows by "quantize" or "product" with every such call of the backend reference."""
     calls = []
 
-    def counted(name, original):
-        def fn(*args):
-            calls.append(name)
-            return original(*args)
-
-        return fn
+    def counted(name, original, *args):
+        calls.append(name)
+        return original(*args)
 
     for name in ("quantize", "product"):
-        monkeypatch.setattr(reference, name, counted(name, getattr(reference, name)))
+        monkeypatch.setattr(reference, name, functools.partial(counted, name, getattr(reference, name)))
     return calls
 
 
@@ -88,11 +73,6 @@ SDXL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 64,
-}
-ONE_LEVEL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
 }
 
 
@@ -125,6 +105,7 @@ NETWORKS = {"unet2d": unet2d, "sd15": unet2d_condition, "sdxl": functools.partia
 
 @functools.cache
 def _built(kind, seed, **options):
+    """With random norms and biases: those that do nothing would hide mistakes."""
     torch.manual_seed(seed)
     unet = kind(**options).eval()
     for name, parameter in unet.named_parameters():
@@ -263,9 +244,8 @@ def assert_close(got, expected, tolerance=1e-4):
 def assert_same_run(got, expected, exact):
     """Two low-bit runs that differ by rounding; exact: the run with the same weights and float activations.
 
-    Float rounding moves a value over the edge between two codes now and then; later layers then round differently too.
-    At worst the two runs are as far apart as two independent roundings of all activations: twice the distance between
-    one of them and the exact run. A mistake in a fused form is far above that.
+    Values at the edge between two codes may fall either way. At worst the two runs are as far apart as two independent
+    roundings of all activations: twice the distance between one of them and the exact run.
     """
     for ours, theirs, truth in zip(got, expected, exact, strict=True):
         distance = relative_error(theirs, truth)

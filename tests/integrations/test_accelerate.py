@@ -12,19 +12,7 @@ from torch import nn
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.ops import BackendUnavailable, dispatch
-from tests.unets import (
-    FLOAT,
-    NETWORKS,
-    assert_equal,
-    both_ways,
-    noise,
-    outputs,
-    pipeline,
-    sample,
-    snapshot,
-    unet2d,
-    unet2d_condition,
-)
+from tests.unets import NETWORKS, assert_equal, noise, outputs, pipeline, sample, snapshot, unet2d, unet2d_condition
 
 
 class TestReplacement:
@@ -44,7 +32,7 @@ class TestReplacement:
         handle.remove()
         assert_equal(outputs(unet, calls=1), outputs(other, calls=1))
 
-    @both_ways
+    @pytest.mark.parametrize("fuse", [True, False])
     @pytest.mark.parametrize("network", NETWORKS)
     def test_remove_restores_the_very_same_modules(self, network, fuse):
         pipe = pipeline(unet=NETWORKS[network]())
@@ -164,7 +152,7 @@ class TestReplacement:
 
 
 class TestExplain:
-    @both_ways
+    @pytest.mark.parametrize("fuse", [True, False])
     def test_every_layer_has_a_line(self, fuse):
         unet = unet2d()
         paths = [path for path, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -217,7 +205,7 @@ class TestCalls:
     def test_plain_and_float_modes_need_no_run(self):
         unet = unet2d()
         reference = unet(noise(), 5).sample
-        for options in ({"mode": "quantized"}, {"act_bits": None}, FLOAT):
+        for options in ({"mode": "quantized"}, {"act_bits": None}, {"act_bits": None, "weight_bits": None}):
             handle = mk.accelerate(unet, mk.ModiffConfig(**options))
             value = unet(sample=noise(), timestep=5, return_dict=False)[0]
             assert value.is_contiguous()

@@ -203,17 +203,10 @@ class TestFromPipe:
         other.set_progress_bar_config(disable=True)
         assert other.unet is pipe.unet
         generator = torch.Generator().manual_seed(4)
-        result = other(
-            image=torch.rand(1, 3, 8, 8, generator=generator),
-            prompt_embeds=torch.randn(1, 7, WIDTH, generator=generator),
-            negative_prompt_embeds=torch.zeros(1, 7, WIDTH),
-            guidance_scale=1.0,
-            num_inference_steps=8,
-            strength=0.6,
-            generator=generator,
-            output_type="latent",
-        )
-        return result.images
+        image = torch.rand(1, 3, 8, 8, generator=generator)
+        prompt = torch.randn(1, 7, WIDTH, generator=generator)
+        options = {"guidance_scale": 1.0, "num_inference_steps": 8, "strength": 0.6, "output_type": "latent"}
+        return other(image=image, prompt_embeds=prompt, generator=generator, **options).images
 
     def test_an_accelerated_unet_goes_along(self, fuse):
         pipe = stable_diffusion(DDIMScheduler())
@@ -228,7 +221,7 @@ class TestFromPipe:
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-EVERYWHERE = (*ATTENTION, "ff.net.0.proj", "conv1", "conv2", "proj_in", "time_emb_proj", "linear_1")
+MORE = ("ff.net.0.proj", "conv1", "conv2", "proj_in", "time_emb_proj", "linear_1")
 
 
 class TestLora:
@@ -240,22 +233,18 @@ class TestLora:
 
         return peft
 
-    @pytest.fixture(params=[(ATTENTION, False), (EVERYWHERE, True)], ids=["attention-layers", "everywhere-fused"])
-    def targets_and_fuse(self, request):
+    @pytest.fixture(params=[False, True], ids=["attention-layers", "everywhere-fused"])
+    def fuse(self, request):
         return request.param
 
     @pytest.fixture
-    def fuse(self, targets_and_fuse):
-        return targets_and_fuse[1]
+    def with_lora(self, peft, fuse):
+        targets = [*ATTENTION, *MORE] if fuse else [*ATTENTION]
 
-    @pytest.fixture
-    def with_lora(self, peft, targets_and_fuse):
         def make():
             unet = unet2d_condition()
             torch.manual_seed(3)
-            unet.add_adapter(
-                peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False)
-            )
+            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False))
             return unet
 
         return make
@@ -318,10 +307,9 @@ class TestLora:
         for name in ("fuse_lora", "unfuse_lora", "unload_lora", "fuse_qkv_projections"):
             with pytest.raises(RuntimeError, match=rf"{name}\(\) changes .* call handle.remove\(\), then {name}\(\)"):
                 getattr(unet, name)()
-        with pytest.raises(RuntimeError, match=r"add_adapter\(\) changes layers"):
-            unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]), adapter_name="second")
-        with pytest.raises(RuntimeError, match=r"load_lora_adapter\(\) changes layers"):
-            unet.load_lora_adapter({})
+        for name, config in (("add_adapter", peft.LoraConfig(target_modules=["to_q"])), ("load_lora_adapter", {})):
+            with pytest.raises(RuntimeError, match=rf"{name}\(\) changes layers"):
+                getattr(unet, name)(config)
         assert torch.equal(last_output(unet, handle), before)
         handle.remove()
         unet.unload_lora()

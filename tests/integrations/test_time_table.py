@@ -10,6 +10,9 @@ from modiff_kernels.nn.cache import MOST_ENTRIES, ROWS
 from tests.unets import assert_equal, noise, text, unet2d, unet2d_condition
 
 STEPS = (900, 600, 300, 0)
+CLASSES = torch.tensor([[3.0, 12.0], [700.0, 709.0]])
+STATES = {"channels": 4, "encoder_hidden_states": text()}
+CONDITIONS = [{"timestep_cond": torch.full((2, 4), value), **STATES} for value in (0.0, 5.0)]
 
 
 def run(unet, handle, timesteps=STEPS, batch=2, channels=3, **keywords):
@@ -61,16 +64,9 @@ class TestTimeTable:
             (
                 lambda: unet2d(class_embed_type="timestep", num_class_embeds=None),
                 {},
-                [{"class_labels": torch.tensor([value, value + 9])} for value in (3.0, 700.0)],
+                [{"class_labels": classes} for classes in CLASSES],
             ),
-            (
-                lambda: unet2d_condition(time_cond_proj_dim=4),
-                {},
-                [
-                    {"timestep_cond": torch.full((2, 4), value), "channels": 4, "encoder_hidden_states": text()}
-                    for value in (0.0, 5.0)
-                ],
-            ),
+            (lambda: unet2d_condition(time_cond_proj_dim=4), {}, CONDITIONS),
             (unet2d, {}, [{"timesteps": [torch.tensor([900, 100]), torch.tensor([800, 100])]}]),
         ],
         ids=["modulated", "quantized", "classes", "condition", "per-sample"],

@@ -184,9 +184,8 @@ class TestCalibrated:
         weight = QuantizedWeight.rounded(module.weight / scale.view(shape), 4)
         zero_point = torch.tensor([-3], dtype=torch.int32)
         known = CalibratedLayer(weight, torch.tensor([0.02]), zero_point, scale, torch.randn(6))
-        return make(module, known, weight_bits=4, **options), torch.randn(
-            3, 5, 20
-        ) if kind == "linear" else torch.randn(2, 20, 5, 5)
+        x = torch.randn(3, 5, 20) if kind == "linear" else torch.randn(2, 20, 5, 5)
+        return make(module, known, weight_bits=4, **options), x
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_plain_codes(self, kind):
