@@ -221,6 +221,7 @@ class TestGraphs:
         def runs(net, handle):
             weights = {key: value * 1.1 for key, value in net.state_dict().items()}
             found = run(net, handle) + run(net, handle, batch=3) + run(net, handle)
+            assert_equal(found[-CALLS:], found[:CALLS])
             net.load_state_dict(weights)
             return found + run(net, handle)
 

@@ -286,9 +286,7 @@ class TestRefusedFiles:
         ],
     )
     def test_metadata(self, folder, name, value, message):
-        rewrite(
-            folder, lambda _: None, lambda metadata: metadata.update({name: value}) if value else metadata.pop(name)
-        )
+        rewrite(folder, lambda _: None, lambda data: data.update({name: value}) if value else data.pop(name))
         with pytest.raises(ValueError, match=f"{WEIGHTS}: .*{message}"):
             UNet2DModel.from_pretrained(folder)
 

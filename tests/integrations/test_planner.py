@@ -174,7 +174,6 @@ def test_a_conditional_pipeline(sampled_by):
     plan = mk.make_plan(target, config, rounds=1, progress=False, **ways[sampled_by])
     assert plan.key.shape[0] == 2
     assert pipe.unet is unet
-    assert all(cost.time_us > 0 for unit in plan.units for cost in unit.costs)
     handle = mk.accelerate(pipe, config)
     assert {layer for unit in plan.units for layer in unit.layers} == set(handle.layers)
     handle.remove()

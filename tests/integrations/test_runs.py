@@ -63,15 +63,6 @@ class TestRuns:
             with pytest.raises(ValueError, match=r"'down_blocks.0.resnets.0.*NaN or Inf"):
                 pipe.unet(x, 1)
 
-    def test_batch_change(self):
-        pipe = pipeline()
-        handle = mk.accelerate(pipe)
-        two = sample(pipe, batch=2)
-        nbytes = handle.state.nbytes()
-        sample(pipe, batch=3)
-        assert handle.state.nbytes() == nbytes * 3 // 2
-        assert torch.equal(sample(pipe, batch=2), two)
-
     def test_a_bare_unet_outside_a_run(self):
         unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=False))

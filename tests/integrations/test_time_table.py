@@ -10,7 +10,7 @@ from modiff_kernels.nn.cache import MOST_ENTRIES, ROWS
 from tests.unets import assert_equal, noise, text, unet2d, unet2d_condition
 
 STEPS = (900, 600, 300, 0)
-CLASSES = torch.tensor([[3.0, 12.0], [700.0, 709.0]])
+CLASSES = [{"class_labels": torch.tensor([value, value + 9])} for value in (3.0, 700.0)]
 STATES = {"channels": 4, "encoder_hidden_states": text()}
 CONDITIONS = [{"timestep_cond": torch.full((2, 4), value), **STATES} for value in (0.0, 5.0)]
 
@@ -61,11 +61,7 @@ class TestTimeTable:
             (unet2d, {}, [{}]),
             (unet2d, {"mode": "quantized", "fuse": False}, [{}]),
             # Classes go through the same projection; conditions and a timestep per sample are not in the table.
-            (
-                lambda: unet2d(class_embed_type="timestep", num_class_embeds=None),
-                {},
-                [{"class_labels": classes} for classes in CLASSES],
-            ),
+            (lambda: unet2d(class_embed_type="timestep", num_class_embeds=None), {}, CLASSES),
             (lambda: unet2d_condition(time_cond_proj_dim=4), {}, CONDITIONS),
             (unet2d, {}, [{"timesteps": [torch.tensor([900, 100]), torch.tensor([800, 100])]}]),
         ],
@@ -140,9 +136,8 @@ class TestHostTimesteps:
         scheduler.set_timesteps(10)
         known = scheduler.timesteps
         values._remember(known, known.tolist())
-        assert [values._value_in_schedule(t) for t in known] == known.tolist()
-        assert [values._value_in_schedule(t) for t in known[3:]] == known[3:].tolist()
-        assert [values._value_in_schedule(t) for t in known[::2]] == known[::2].tolist()
+        for part in (known, known[3:], known[::2]):
+            assert [values._value_in_schedule(t) for t in part] == part.tolist()
         assert values._value_in_schedule(known[2:3]) == known[2]
         assert values._value_in_schedule(known[0].clone()) is None
         known[1] = 5

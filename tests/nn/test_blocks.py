@@ -68,19 +68,19 @@ def exact(network, dtype=torch.float32):
     return run(network, dtype=dtype, act_bits=None)[2]
 
 
-CONFIGS = [
-    ("unet2d", {"scale_mode": "delayed"}),
-    ("unet2d", {"scale_mode": "static"}),
-    ("unet2d", {"mode": "quantized", "granularity": "per_token"}),
-    ("sd15", {"scale_mode": "static"}),
-    ("sd15", {"state_dtype": "float16", "granularity": "per_tensor"}),
-    ("sd15", {"granularity": "per_token", "scale_mode": "delayed"}),
-    ("sdxl", {}),
-]
-
-
 class TestFusedEqualsLayers:
-    @pytest.mark.parametrize(("network", "options"), CONFIGS, ids=str)
+    @pytest.mark.parametrize(
+        ("network", "options"),
+        [
+            ("unet2d", {"scale_mode": "delayed"}),
+            ("unet2d", {"mode": "quantized", "granularity": "per_token"}),
+            ("sd15", {"scale_mode": "static"}),
+            ("sd15", {"state_dtype": "float16", "granularity": "per_tensor"}),
+            ("sd15", {"granularity": "per_token", "scale_mode": "delayed"}),
+            ("sdxl", {}),
+        ],
+        ids=str,
+    )
     def test_configurations(self, network, options):
         unet, _, fused = run(network, **options)
         assert fused_blocks(unet)
