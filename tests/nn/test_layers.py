@@ -153,6 +153,17 @@ def test_static_scales_are_checked():
         make(linear, CalibratedLayer(act_scale=torch.ones(5)), state, "d", scale_mode="static")
 
 
+def test_weights_that_are_assigned_on_loading_are_used():
+    layer, shape = build("linear")
+    x = torch.randn(shape)
+    run(layer, [x])
+    other = make(nn.Linear(24, 20))
+    layer.load_state_dict(other.state_dict(), assign=True)
+    # two updates of 8 bits leave 1/255^2 of the input
+    torch.testing.assert_close(run(layer, [x]), on(other, x), rtol=1e-3, atol=1e-3)
+    assert torch.equal(layer.original.weight, other.weight)
+
+
 def test_dtype_conversion_derives_the_weights_again():
     layer, shape = build("linear")
     layer.to(torch.float16)
