@@ -78,36 +78,28 @@ SDXL = {
 
 def unet2d(levels=2, seed=0, **options):
     """Attention at the highest level and in the middle; shortcuts in the up blocks, whose inputs hold skips."""
-    defaults = {
-        "block_out_channels": (16, 32, 32)[:levels],
-        "attention_head_dim": 8,
-        "down_block_types": ("AttnDownBlock2D", *["DownBlock2D"] * (levels - 1)),
-        "up_block_types": (*["UpBlock2D"] * (levels - 1), "AttnUpBlock2D"),
-    }
-    return copy.deepcopy(_built(UNet2DModel, seed, **{**COMMON, **defaults, **options}))
+    return copy.deepcopy(_built(UNet2DModel, "Attn", levels, seed, **{"attention_head_dim": 8, **options}))
 
 
 def unet2d_condition(levels=2, seed=0, **options):
-    """As of Stable Diffusion 1.5: cross-attention with two heads at the highest level and in the middle. With SDXL as
-    there: projections by Linears, two transformer blocks, embeddings of text and sizes."""
-    defaults = {
-        "block_out_channels": (16, 32, 32)[:levels],
-        "cross_attention_dim": WIDTH,
-        "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", *["DownBlock2D"] * (levels - 1)),
-        "up_block_types": (*["UpBlock2D"] * (levels - 1), "CrossAttnUpBlock2D"),
-    }
-    return copy.deepcopy(_built(UNet2DConditionModel, seed, **{**COMMON, **defaults, **options}))
+    """As of Stable Diffusion 1.5: cross-attention with two heads at the highest level and in the middle."""
+    options = {"cross_attention_dim": WIDTH, "attention_head_dim": 2, **options}
+    return copy.deepcopy(_built(UNet2DConditionModel, "CrossAttn", levels, seed, **options))
 
 
 NETWORKS = {"unet2d": unet2d, "sd15": unet2d_condition, "sdxl": functools.partial(unet2d_condition, **SDXL)}
 
 
 @functools.cache
-def _built(kind, seed, **options):
+def _built(kind, attention, levels, seed, **options):
     """With random norms and biases: those that do nothing would hide mistakes."""
+    defaults = {
+        "block_out_channels": (16, 32, 32)[:levels],
+        "down_block_types": (f"{attention}DownBlock2D", *["DownBlock2D"] * (levels - 1)),
+        "up_block_types": (*["UpBlock2D"] * (levels - 1), f"{attention}UpBlock2D"),
+    }
     torch.manual_seed(seed)
-    unet = kind(**options).eval()
+    unet = kind(**{**COMMON, **defaults, **options}).eval()
     for name, parameter in unet.named_parameters():
         if "norm" in name or name.endswith("bias"):
             parameter.data += torch.randn_like(parameter) * 0.1
@@ -163,8 +155,8 @@ def lone(block):
             super().__init__()
             self.block = block
 
-        def forward(self, x, encoder=None):
-            return self.block(x) if encoder is None else self.block(x, encoder_hidden_states=encoder)
+        def forward(self, x, encoder):
+            return self.block(x, encoder_hidden_states=encoder)
 
     return Net().eval()
 
@@ -179,9 +171,8 @@ def stable_diffusion(scheduler):
     torch.manual_seed(1)
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
     parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    pipe = StableDiffusionPipeline(
-        vae=vae, unet=unet2d_condition(), scheduler=scheduler, requires_safety_checker=False, **parts
-    )
+    parts |= {"vae": vae, "unet": unet2d_condition(), "scheduler": scheduler}
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -202,8 +193,7 @@ def sample(pipe, steps=6, batch=2, start=0, stop_after=None, on_call=lambda: Non
 
 def low_bit_paths(module):
     """Paths of the layers that are replaced if nothing else is said."""
-    kinds = nn.Linear, nn.Conv2d
-    paths = [path for path, layer in module.named_modules() if isinstance(layer, kinds)]
+    paths = [path for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     return [path for path in paths if not any(name in path for name in SKIPPED)]
 
 
@@ -279,8 +269,7 @@ def operator(layer, x):
 def assert_invariant(layers, updates, context="default"):
     """y_hat == A(x_hat) + bias for all `layers`, as a sum where several add onto one y_hat. Returns how many it saw.
 
-    x_hat and y_hat are rounded once per update and layer, which adds up like a random walk, of which the largest of
-    some thousand values lies at four deviations.
+    Both are rounded once per update and layer: a random walk, whose largest of some thousand values is at 4 deviations.
     """
     groups = {}
     for layer in layers:

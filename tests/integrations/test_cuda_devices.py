@@ -1,6 +1,7 @@
 """Work on a GPU that is not the current one: captures and marks go where the tensors are. torch.cuda is faked."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -17,13 +18,9 @@ def log(monkeypatch):
     """What torch.cuda was asked for, in order."""
     asked = []
 
-    def context(name):
-        @contextlib.contextmanager
-        def enter(*args, **kwargs):
-            asked.append((name, *args, kwargs))
-            yield
-
-        return enter
+    def enter(name, *args, **kwargs):
+        asked.append((name, *args, kwargs))
+        return contextlib.nullcontext()
 
     event = SimpleNamespace(record=lambda stream: asked.append(("record", stream)))
     graph = SimpleNamespace(replay=lambda: asked.append(("replay",)))
@@ -34,7 +31,7 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     for name in ("graph", "device"):
-        monkeypatch.setattr(torch.cuda, name, context(name))
+        monkeypatch.setattr(torch.cuda, name, functools.partial(enter, name))
     return asked
 
 

@@ -13,22 +13,11 @@ import modiff_kernels as mk
 from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode
 from modiff_kernels.integrations import planner
 from modiff_kernels.nn.layer import ModulatedLayer
-from tests.unets import stable_diffusion, text, unet2d
+from tests.unets import stable_diffusion, text
 
 PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder."""
-    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def unet():
-    return unet2d()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def sample(unet, seed=0, steps=STEPS):

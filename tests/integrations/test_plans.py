@@ -11,23 +11,12 @@ from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache, plans
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.planning.roofline import Machine
-from tests.unets import SDXL, outputs, unet2d, unet2d_condition
+from tests.unets import SDXL, outputs, unet2d_condition
 
 FLOAT, PLAIN, MODULATED = Mode("float"), Mode("quantized", 8), Mode("modulated", 4)
 SLOW_INT8 = Machine(float_ops=1e12, int8_ops=1e10, bandwidth=1e12)
 FAST_INT8 = Machine(float_ops=1e10, int8_ops=1e13, bandwidth=1e13)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder."""
-    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def unet():
-    return unet2d()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def run(unet, handle=None):

@@ -49,7 +49,6 @@ WITH_SHORTCUT, WITHOUT_SHORTCUT = "up_blocks.0.resnets.0", "mid_block.resnets.0"
 ATTENTION, UPSAMPLE = "mid_block.attentions.0", "up_blocks.0.upsamplers.0"
 MODEL = "down_blocks.0.attentions.0"
 BLOCK = f"{MODEL}.transformer_blocks.0"
-both_modes = pytest.mark.parametrize("mode", ["modulated", "quantized"])
 
 
 def run(network, change=None, dtype=torch.float32, keywords=None, unet_options=None, **config):
@@ -130,18 +129,14 @@ def test_the_invariant_of_all_layers(network, scale_mode, state_dtype):
     assert (x_hat_of(conv).shape, y_hat_of(conv).shape) == ((2, 32, 4, 4), (2, 32, 8, 8))  # kept at the low resolution
 
 
-def with_block(place, block):
-    return lambda unet: unet.mid_block.get_submodule(place).__setitem__(0, block().eval())
-
-
 def with_resnet(**options):
     arguments = {"in_channels": 32, "out_channels": 32, "temb_channels": 64, "groups": 4, "eps": 1e-5, **options}
-    return with_block("resnets", lambda: ResnetBlock2D(**arguments))
+    return lambda unet: unet.mid_block.resnets.__setitem__(0, ResnetBlock2D(**arguments).eval())
 
 
 def with_attention(**options):
     arguments = {"heads": 4, "dim_head": 8, "bias": True, "residual_connection": True, "norm_num_groups": 4, **options}
-    return with_block("attentions", lambda: Attention(32, **arguments))
+    return lambda unet: unet.mid_block.attentions.__setitem__(0, Attention(32, **arguments).eval())
 
 
 def calling(path, method, *arguments):
@@ -219,7 +214,7 @@ class TestWhichBlocksAreFused:
         assert not fused_blocks(unet)
 
 
-@both_modes
+@pytest.mark.parametrize("mode", ["modulated", "quantized"])
 def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
     """Neither in the first call nor later; where the attention kernel is missing, torch's own runs."""
     unet = unet2d()

@@ -21,7 +21,6 @@ LAYERS = {
     "conv-valid": (lambda: nn.Conv2d(3, 4, 2, padding="valid"), (1, 3, 4, 5)),
 }
 both_kinds = pytest.mark.parametrize("kind", ["linear", "conv3x3"])
-both_modes = pytest.mark.parametrize("mode", ["modulated", "quantized"])
 
 
 def make(module, calibrated=NOT_CALIBRATED, state=None, name="block.layer", shared_input=None, **options):
@@ -105,7 +104,7 @@ def test_error_compensation_beats_plain_quantisation(kind):
     assert errors["modulated"] < 0.1 * errors["quantized"]
 
 
-@both_modes
+@pytest.mark.parametrize("mode", ["modulated", "quantized"])
 def test_low_bit_layers_keep_no_float_copy_of_the_weight(mode):
     """Beside the parameter of the original module, which the state_dict needs."""
     for kind in ("linear", "conv3x3"):
