@@ -221,14 +221,12 @@ def relative_error(got, expected):
 
 def assert_equal(got, expected):
     """Two lists of outputs, bit by bit."""
-    assert len(got) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def assert_close(got, expected, tolerance=1e-4):
     """Two lists of outputs up to float rounding: sums in another order, through a few layers."""
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def assert_same_run(got, expected, exact):

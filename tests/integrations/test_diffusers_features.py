@@ -226,10 +226,6 @@ class TestLora:
 
         return peft
 
-    @pytest.fixture(params=[False, True], ids=["attention-layers", "everywhere-fused"])
-    def fuse(self, request):
-        return request.param
-
     @pytest.fixture
     def with_lora(self, peft, fuse):
         targets = [*ATTENTION, *MORE] if fuse else [*ATTENTION]

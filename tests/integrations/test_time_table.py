@@ -29,27 +29,21 @@ def without_table(unet, config=None, **keywords):
     return outputs
 
 
-@pytest.fixture
-def embedded():
-    """Notes the rows of each call of the activation in the UNet's `time_embedding`."""
-    rows = []
-
-    def count(unet):
-        act = unet.time_embedding.act
-        original = act.forward
-        # Below the embedding, but neither a hook nor a forward of the module itself: those switch the table off.
-        act.__class__ = type("Counted", (type(act),), {"forward": lambda _, x: rows.append(len(x)) or original(x)})
-        return rows
-
-    return count
+def embedded_rows(unet):
+    """A list that gets the rows of each call of the activation in the UNet's `time_embedding`."""
+    rows, act = [], unet.time_embedding.act
+    original = act.forward
+    # Below the embedding, but neither a hook nor a forward of the module itself: those switch the table off.
+    act.__class__ = type("Counted", (type(act),), {"forward": lambda _, x: rows.append(len(x)) or original(x)})
+    return rows
 
 
 class TestTimeTable:
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])
-    def test_once_per_timestep_for_all_runs(self, embedded, mode):
+    def test_once_per_timestep_for_all_runs(self, mode):
         unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(mode=mode))
-        rows = embedded(unet)
+        rows = embedded_rows(unet)
         first = run(unet, handle)
         assert rows == [ROWS] * len(STEPS)
         assert_equal(run(unet, handle), first)

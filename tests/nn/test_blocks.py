@@ -156,7 +156,6 @@ NOT_FUSED = {
     "hook": ("unet2d", WITHOUT_SHORTCUT, calling(WITHOUT_SHORTCUT, *HOOK)),
     "pre-hook": ("unet2d", WITHOUT_SHORTCUT, calling(WITHOUT_SHORTCUT, "register_forward_pre_hook", HOOK[1])),
     "layer-hook": ("unet2d", WITHOUT_SHORTCUT, calling(f"{WITHOUT_SHORTCUT}.conv2", *HOOK)),
-    "norm-hook": ("unet2d", WITHOUT_SHORTCUT, calling(f"{WITHOUT_SHORTCUT}.norm1", *HOOK)),
     "own-forward": ("unet2d", WITHOUT_SHORTCUT, with_own_forward),
     "without-norm": ("unet2d", ATTENTION, with_attention(norm_num_groups=None)),
     "rescaled": ("unet2d", ATTENTION, with_attention(rescale_output_factor=2.0)),
@@ -164,7 +163,6 @@ NOT_FUSED = {
     "processor": ("unet2d", ATTENTION, calling(ATTENTION, "set_processor", SlicedAttnProcessor(2))),
     "self-attention": ("sd15", BLOCK, calling(f"{BLOCK}.attn1", "set_processor", SlicedAttnProcessor(2))),
     "block-hook": ("sd15", BLOCK, calling(BLOCK, *HOOK)),
-    "feed-forward-hook": ("sd15", BLOCK, calling(f"{BLOCK}.ff.net.2", *HOOK)),
     "chunks": ("sd15", BLOCK, calling(BLOCK, "set_chunk_feed_forward", 1)),
 }
 
