@@ -1,8 +1,4 @@
-"""Small UNets and pipelines for tests, with the loops that call them and the equations that hold for them.
-
-A UNet is built once per set of options and copied for every test. Random norms and biases: those that do nothing would
-hide mistakes.
-"""
+"""Small UNets and pipelines for tests, with the loops that call them and the equations that hold for them."""
 
 import contextlib
 import copy
@@ -26,16 +22,8 @@ WIDTH, TOKENS = 24, 5  # of encoder states
 SKIPPED = ("conv_in", "conv_out", "time_emb")  # what stays float if nothing else is said
 FLOAT = {"weight_bits": None, "act_bits": None}
 
-CPU_BACKENDS = [
-    name
-    for name in BACKENDS
-    if dispatch.runs_on(name, "cpu")
-    and dispatch.why_unavailable(name) is None
-    and dispatch.forced_backend() in (None, name)
-]
-"""Those that can compute the tensors of these tests on this machine."""
-
-each_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
+USABLE = [name for name in BACKENDS if dispatch.runs_on(name, "cpu") and dispatch.why_unavailable(name) is None]
+each_backend = pytest.mark.parametrize("backend", [n for n in USABLE if dispatch.forced_backend() in (None, n)])
 both_ways = pytest.mark.parametrize("fuse", [True, False], ids=["fused", "layers"])
 
 
@@ -54,15 +42,12 @@ def reference_calls(fresh_dispatch, monkeypatch):
     """Grows by "quantize" or "product" with every such call of the backend reference."""
     calls = []
 
-    def counted(name, original):
-        def fn(*args):
-            calls.append(name)
-            return original(*args)
-
-        return fn
+    def counted(name, original, *args):
+        calls.append(name)
+        return original(*args)
 
     for name in ("quantize", "product"):
-        monkeypatch.setattr(reference, name, counted(name, getattr(reference, name)))
+        monkeypatch.setattr(reference, name, functools.partial(counted, name, getattr(reference, name)))
     return calls
 
 
@@ -89,48 +74,32 @@ SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 64,
 }
-ONE_LEVEL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
 
 
 def unet2d(levels=2, seed=0, **options):
     """Attention at the highest level and in the middle; shortcuts in the up blocks, whose inputs hold skips."""
-    defaults = {
-        "block_out_channels": (16, 32, 32)[:levels],
-        "attention_head_dim": 8,
-        "down_block_types": ("AttnDownBlock2D", *["DownBlock2D"] * (levels - 1)),
-        "up_block_types": (*["UpBlock2D"] * (levels - 1), "AttnUpBlock2D"),
-    }
-    return copy.deepcopy(_built(UNet2DModel, seed, **{**COMMON, **defaults, **options}))
+    return copy.deepcopy(_built(UNet2DModel, "Attn", levels, seed, **{"attention_head_dim": 8, **options}))
 
 
 def unet2d_condition(levels=2, seed=0, **options):
-    """As of Stable Diffusion 1.5: cross-attention with two heads at the highest level and in the middle. With SDXL as
-    there: projections by Linears, two transformer blocks, embeddings of text and sizes."""
-    defaults = {
-        "block_out_channels": (16, 32, 32)[:levels],
-        "cross_attention_dim": WIDTH,
-        "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", *["DownBlock2D"] * (levels - 1)),
-        "up_block_types": (*["UpBlock2D"] * (levels - 1), "CrossAttnUpBlock2D"),
-    }
-    return copy.deepcopy(_built(UNet2DConditionModel, seed, **{**COMMON, **defaults, **options}))
+    """As of Stable Diffusion 1.5: cross-attention with two heads at the highest level and in the middle."""
+    options = {"cross_attention_dim": WIDTH, "attention_head_dim": 2, **options}
+    return copy.deepcopy(_built(UNet2DConditionModel, "CrossAttn", levels, seed, **options))
 
 
-NETWORKS = {
-    "unet2d": unet2d,
-    "sd15": unet2d_condition,
-    "sdxl": functools.partial(unet2d_condition, **SDXL),
-}
+NETWORKS = {"unet2d": unet2d, "sd15": unet2d_condition, "sdxl": functools.partial(unet2d_condition, **SDXL)}
 
 
 @functools.cache
-def _built(kind, seed, **options):
+def _built(kind, attention, levels, seed, **options):
+    """With random norms and biases: those that do nothing would hide mistakes."""
+    defaults = {
+        "block_out_channels": (16, 32, 32)[:levels],
+        "down_block_types": (f"{attention}DownBlock2D", *["DownBlock2D"] * (levels - 1)),
+        "up_block_types": (*["UpBlock2D"] * (levels - 1), f"{attention}UpBlock2D"),
+    }
     torch.manual_seed(seed)
-    unet = kind(**options).eval()
+    unet = kind(**{**COMMON, **defaults, **options}).eval()
     for name, parameter in unet.named_parameters():
         if "norm" in name or name.endswith("bias"):
             parameter.data += torch.randn_like(parameter) * 0.1
@@ -186,8 +155,8 @@ def lone(block):
             super().__init__()
             self.block = block
 
-        def forward(self, x, encoder=None):
-            return self.block(x) if encoder is None else self.block(x, encoder_hidden_states=encoder)
+        def forward(self, x, encoder):
+            return self.block(x, encoder_hidden_states=encoder)
 
     return Net().eval()
 
@@ -202,9 +171,8 @@ def stable_diffusion(scheduler):
     torch.manual_seed(1)
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).eval()
     parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    pipe = StableDiffusionPipeline(
-        vae=vae, unet=unet2d_condition(), scheduler=scheduler, requires_safety_checker=False, **parts
-    )
+    parts |= {"vae": vae, "unet": unet2d_condition(), "scheduler": scheduler}
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -225,8 +193,7 @@ def sample(pipe, steps=6, batch=2, start=0, stop_after=None, on_call=lambda: Non
 
 def low_bit_paths(module):
     """Paths of the layers that are replaced if nothing else is said."""
-    kinds = nn.Linear, nn.Conv2d
-    paths = [path for path, layer in module.named_modules() if isinstance(layer, kinds)]
+    paths = [path for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     return [path for path in paths if not any(name in path for name in SKIPPED)]
 
 
@@ -254,22 +221,19 @@ def relative_error(got, expected):
 
 def assert_equal(got, expected):
     """Two lists of outputs, bit by bit."""
-    assert len(got) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def assert_close(got, expected, tolerance=1e-4):
     """Two lists of outputs up to float rounding: sums in another order, through a few layers."""
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def assert_same_run(got, expected, exact):
     """Two low-bit runs that differ by rounding; exact: the run with the same weights and float activations.
 
-    Float rounding moves a value over the edge between two codes now and then; later layers then round differently too.
-    At worst the two runs are as far apart as two independent roundings of all activations: twice the distance between
-    one of them and the exact run. A mistake in a fused form is far above that.
+    Values at the edge between two codes may fall either way. At worst the two runs are as far apart as two independent
+    roundings of all activations: twice the distance between one of them and the exact run.
     """
     for ours, theirs, truth in zip(got, expected, exact, strict=True):
         distance = relative_error(theirs, truth)
@@ -303,8 +267,7 @@ def operator(layer, x):
 def assert_invariant(layers, updates, context="default"):
     """y_hat == A(x_hat) + bias for all `layers`, as a sum where several add onto one y_hat. Returns how many it saw.
 
-    x_hat and y_hat are rounded once per update and layer, which adds up like a random walk, of which the largest of
-    some thousand values lies at four deviations.
+    Both are rounded once per update and layer: a random walk, whose largest of some thousand values is at 4 deviations.
     """
     groups = {}
     for layer in layers:

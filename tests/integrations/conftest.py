@@ -1,1 +1,15 @@
-from tests.unets import no_grad_and_one_thread, reference_calls  # noqa: F401 (fixtures of all tests here)
+import pytest
+
+from tests.unets import no_grad_and_one_thread, reference_calls, unet2d  # noqa: F401 (fixtures of all tests here)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def unet():
+    return unet2d()

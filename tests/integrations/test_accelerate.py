@@ -12,19 +12,7 @@ from torch import nn
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.ops import BackendUnavailable, dispatch
-from tests.unets import (
-    FLOAT,
-    NETWORKS,
-    assert_equal,
-    both_ways,
-    noise,
-    outputs,
-    pipeline,
-    sample,
-    snapshot,
-    unet2d,
-    unet2d_condition,
-)
+from tests.unets import NETWORKS, assert_equal, noise, outputs, pipeline, sample, snapshot, unet2d, unet2d_condition
 
 
 class TestReplacement:
@@ -44,7 +32,7 @@ class TestReplacement:
         handle.remove()
         assert_equal(outputs(unet, calls=1), outputs(other, calls=1))
 
-    @both_ways
+    @pytest.mark.parametrize("fuse", [True, False])
     @pytest.mark.parametrize("network", NETWORKS)
     def test_remove_restores_the_very_same_modules(self, network, fuse):
         pipe = pipeline(unet=NETWORKS[network]())
@@ -57,19 +45,17 @@ class TestReplacement:
         assert snapshot(pipe.unet) == before
         assert handle.state.nbytes() == 0
         assert_equal(outputs(pipe.unet, calls=2), reference)
-        with pytest.raises(RuntimeError, match="was removed"):
-            handle.sampling_run()
-        with pytest.raises(RuntimeError, match="was removed"):
-            handle.compile()
+        for method in (handle.sampling_run, handle.compile):
+            with pytest.raises(RuntimeError, match="was removed"):
+                method()
         own = pipe.unet._reset_stateful_cache = lambda: None
         mk.accelerate(pipe).remove()
         assert pipe.unet.__dict__.pop("_reset_stateful_cache") is own
         assert snapshot(pipe.unet) == before
 
-    @both_ways
-    def test_twice(self, fuse):
+    def test_twice(self):
         unet = unet2d()
-        mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        mk.accelerate(unet)
         for target in (unet, unet.mid_block, nn.Sequential(unet)):
             with pytest.raises(RuntimeError, match=r"accelerated already; call remove\(\)"):
                 mk.accelerate(target)
@@ -106,9 +92,6 @@ class TestReplacement:
         refused(ValueError, "needs a calibrated scale", config=static)
         refused(ValueError, "scale_mode='dynamic' does not use them", static_scales={"conv_in": 1.0})
         refused(ValueError, "names 'conv', which is no .*such as 'conv_in'", config=static, static_scales={"conv": 1.0})
-        refused(
-            ValueError, "cuda_graphs=True is not possible for a UNet on cpu", config=mk.ModiffConfig(cuda_graphs=True)
-        )
         monkeypatch.setattr(dispatch, "load", lambda name: "it is broken")
         dispatch.reset()
         refused((BackendUnavailable, ValueError), "it is broken", config=mk.ModiffConfig(backend="reference"))
@@ -125,10 +108,9 @@ class TestReplacement:
         unet = unet2d_condition()
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=False))
         block = "down_blocks.0.attentions.0.transformer_blocks.0"
-        keys = {name.removeprefix(f"{block}."): layer.input.key for name, layer in handle.layers.items()}
-        assert {keys[f"attn1.{name}"] for name in ("to_q", "to_k", "to_v")} == {f"{block}.attn1.to_q"}
-        assert {keys[f"attn2.{name}"] for name in ("to_k", "to_v")} == {f"{block}.attn2.to_k"}
-        assert keys["attn2.to_q"] == f"{block}.attn2.to_q"
+        names = [f"{block}.attn{i}.to_{projection}" for i in (1, 2) for projection in "qkv"]
+        keys = [handle.layers[name].input.key for name in names]
+        assert keys == [names[i] for i in (0, 0, 0, 3, 4, 4)]
         outputs(unet, handle)
         shared = handle.state.nbytes()
         handle.remove()
@@ -170,7 +152,7 @@ class TestReplacement:
 
 
 class TestExplain:
-    @both_ways
+    @pytest.mark.parametrize("fuse", [True, False])
     def test_every_layer_has_a_line(self, fuse):
         unet = unet2d()
         paths = [path for path, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -183,17 +165,15 @@ class TestExplain:
         assert f"{len(handle.layers)} of {len(paths)} layers low-bit" in lines[0]
         assert f"{handle.state.nbytes() / 2**20:.1f} MiB" in lines[0]
         row = rows["down_blocks.0.resnets.0.conv1"]
-        assert (row.kind, row.shape, row.mode, row.bits, row.backend) == (
-            "Conv2d 3x3", "16->16", "modulated", "w8a4", "reference"
-        )  # fmt: skip
+        assert (row.kind, row.shape, row.mode) == ("Conv2d 3x3", "16->16", "modulated")
+        assert (row.bits, row.backend) == ("w8a4", "reference")
         row = rows["conv_in"]
         assert (row.mode, row.bits, row.reason) == ("float", "-", "skip_modules has 'conv_in'")
 
     def test_skipped_and_constant_layers(self, caplog):
+        config = mk.ModiffConfig(skip_modules=("conv_in", "mid_block", "no_such"))
         with caplog.at_level(logging.WARNING, logger="modiff_kernels"):
-            handle = mk.accelerate(
-                unet2d_condition(), mk.ModiffConfig(skip_modules=("conv_in", "mid_block", "no_such"))
-            )
+            handle = mk.accelerate(unet2d_condition(), config)
         assert "'no_such' fits no module" in caplog.text
         assert not any("mid_block" in name for name in handle.layers)
         assert "time_embedding.linear_1" in handle.layers
@@ -225,7 +205,7 @@ class TestCalls:
     def test_plain_and_float_modes_need_no_run(self):
         unet = unet2d()
         reference = unet(noise(), 5).sample
-        for options in ({"mode": "quantized"}, {"act_bits": None}, FLOAT):
+        for options in ({"mode": "quantized"}, {"act_bits": None}, {"act_bits": None, "weight_bits": None}):
             handle = mk.accelerate(unet, mk.ModiffConfig(**options))
             value = unet(sample=noise(), timestep=5, return_dict=False)[0]
             assert value.is_contiguous()

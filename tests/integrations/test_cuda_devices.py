@@ -1,6 +1,7 @@
 """Work on a GPU that is not the current one: captures and marks go where the tensors are. torch.cuda is faked."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -17,28 +18,20 @@ def log(monkeypatch):
     """What torch.cuda was asked for, in order."""
     asked = []
 
-    def context(name):
-        @contextlib.contextmanager
-        def enter(*args, **kwargs):
-            asked.append((name, *args, kwargs))
-            yield
+    def enter(name, *args, **kwargs):
+        asked.append((name, *args, kwargs))
+        return contextlib.nullcontext()
 
-        return enter
-
-    def event(**kwargs):
-        return SimpleNamespace(record=lambda stream: asked.append(("record", stream)))
-
-    def graph():
-        return SimpleNamespace(replay=lambda: asked.append(("replay",)))
-
+    event = SimpleNamespace(record=lambda stream: asked.append(("record", stream)))
+    graph = SimpleNamespace(replay=lambda: asked.append(("replay",)))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(("synchronize", device)))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     for name in ("graph", "device"):
-        monkeypatch.setattr(torch.cuda, name, context(name))
+        monkeypatch.setattr(torch.cuda, name, functools.partial(enter, name))
     return asked
 
 

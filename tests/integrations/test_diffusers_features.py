@@ -4,10 +4,7 @@ import functools
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionImg2ImgPipeline,
-)
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
@@ -18,12 +15,9 @@ from tests.integrations.test_forward import Net, run
 from tests.unets import WIDTH, outputs, stable_diffusion, unet2d_condition
 
 FIDELITY_DB = 34.5
-"""SQNR that every feature reaches against itself on the float UNet. The plain UNet has 38 dB in float32, and the
-features 37 to 39: the weights set that, rounded to 8 bits. A feature changes the signal a little, hence 3 dB less."""
-
+"""SQNR that every feature reaches against itself on the float UNet: 8-bit weights set it, to 37 to 39 dB in float32."""
 BFLOAT16_DB = 32.0
 """The same in bfloat16, whose own rounding is as large as that of 8-bit weights."""
-
 IGNORED_DB = 25.0
 """SQNR to the plain UNet below which a feature has changed the picture, far more than rounding does."""
 
@@ -40,10 +34,6 @@ def plain():
 
 def nothing(unet):
     pass
-
-
-def freeu(unet):
-    unet.enable_freeu(s1=0.2, s2=0.2, b1=1.5, b2=1.6)
 
 
 class Half(AttnProcessor2_0):
@@ -94,7 +84,7 @@ def adapter():
 # What is done to the UNet, what it is called with, and whether that changes the picture.
 FEATURES = {
     "nothing": (nothing, dict, False),
-    "freeu": (freeu, dict, True),
+    "freeu": (lambda unet: unet.enable_freeu(s1=0.2, s2=0.2, b1=1.5, b2=1.6), dict, True),
     "attention-slicing": (lambda unet: unet.set_attention_slice(1), dict, False),
     "fused-qkv": (lambda unet: unet.fuse_qkv_projections(), dict, False),
     "older-processor": (lambda unet: unet.set_attn_processor(AttnProcessor()), dict, False),
@@ -206,17 +196,10 @@ class TestFromPipe:
         other.set_progress_bar_config(disable=True)
         assert other.unet is pipe.unet
         generator = torch.Generator().manual_seed(4)
-        result = other(
-            image=torch.rand(1, 3, 8, 8, generator=generator),
-            prompt_embeds=torch.randn(1, 7, WIDTH, generator=generator),
-            negative_prompt_embeds=torch.zeros(1, 7, WIDTH),
-            guidance_scale=1.0,
-            num_inference_steps=8,
-            strength=0.6,
-            generator=generator,
-            output_type="latent",
-        )
-        return result.images
+        image = torch.rand(1, 3, 8, 8, generator=generator)
+        prompt = torch.randn(1, 7, WIDTH, generator=generator)
+        options = {"guidance_scale": 1.0, "num_inference_steps": 8, "strength": 0.6, "output_type": "latent"}
+        return other(image=image, prompt_embeds=prompt, generator=generator, **options).images
 
     def test_an_accelerated_unet_goes_along(self, fuse):
         pipe = stable_diffusion(DDIMScheduler())
@@ -231,7 +214,7 @@ class TestFromPipe:
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-EVERYWHERE = (*ATTENTION, "ff.net.0.proj", "conv1", "conv2", "proj_in", "time_emb_proj", "linear_1")
+MORE = ("ff.net.0.proj", "conv1", "conv2", "proj_in", "time_emb_proj", "linear_1")
 
 
 class TestLora:
@@ -243,22 +226,14 @@ class TestLora:
 
         return peft
 
-    @pytest.fixture(params=[(ATTENTION, False), (EVERYWHERE, True)], ids=["attention-layers", "everywhere-fused"])
-    def targets_and_fuse(self, request):
-        return request.param
-
     @pytest.fixture
-    def fuse(self, targets_and_fuse):
-        return targets_and_fuse[1]
+    def with_lora(self, peft, fuse):
+        targets = [*ATTENTION, *MORE] if fuse else [*ATTENTION]
 
-    @pytest.fixture
-    def with_lora(self, peft, targets_and_fuse):
         def make():
             unet = unet2d_condition()
             torch.manual_seed(3)
-            unet.add_adapter(
-                peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(targets_and_fuse[0]), init_lora_weights=False)
-            )
+            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False))
             return unet
 
         return make
@@ -321,10 +296,9 @@ class TestLora:
         for name in ("fuse_lora", "unfuse_lora", "unload_lora", "fuse_qkv_projections"):
             with pytest.raises(RuntimeError, match=rf"{name}\(\) changes .* call handle.remove\(\), then {name}\(\)"):
                 getattr(unet, name)()
-        with pytest.raises(RuntimeError, match=r"add_adapter\(\) changes layers"):
-            unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]), adapter_name="second")
-        with pytest.raises(RuntimeError, match=r"load_lora_adapter\(\) changes layers"):
-            unet.load_lora_adapter({})
+        for name, config in (("add_adapter", peft.LoraConfig(target_modules=["to_q"])), ("load_lora_adapter", {})):
+            with pytest.raises(RuntimeError, match=rf"{name}\(\) changes layers"):
+                getattr(unet, name)(config)
         assert torch.equal(last_output(unet, handle), before)
         handle.remove()
         unet.unload_lora()

@@ -13,13 +13,9 @@ from modiff_kernels.ops import dispatch
 from tests.integrations.test_forward import Net
 from tests.unets import static_scales, text, trajectory
 
-pytestmark = pytest.mark.gpu
+BACKENDS = [name for name, device in dispatch.BACKENDS.items() if device == "cuda"]
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", BACKENDS)]
 CALLS = 20
-
-
-@pytest.fixture(params=[name for name, device in dispatch.BACKENDS.items() if device == "cuda"])
-def backend(request):
-    return request.param
 
 
 @pytest.mark.parametrize("scale_mode", ["dynamic", "static", "delayed"])

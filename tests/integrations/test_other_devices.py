@@ -1,8 +1,5 @@
-"""Calls of accelerated UNets on a device whose operators are not those of the CPU.
-
-Device meta has no values, but shapes, dtypes and strides as torch's operators give them on a GPU, where they differ
-from the CPU's: a group norm of a channels_last image comes out contiguous, for one. The ops check all of that.
-"""
+"""Calls of accelerated UNets on device meta: shapes, dtypes and strides are those that torch's operators give on a GPU.
+They differ from the CPU's: a group norm of a channels_last image comes out contiguous, for one. The ops check that."""
 
 import pytest
 import torch
@@ -15,8 +12,7 @@ CALLS = 8  # enough for a schedule to skip some
 
 
 def onto_meta(unet):
-    """Puts every tensor of the UNet and of the package's objects in it on device meta, as they are: `.to` would derive
-    weights from others again, which needs their values."""
+    """Puts every tensor of the UNet and of the package's objects there, where `.to` would derive weights again."""
     moved, seen = {}, set()
 
     def tensor(value):

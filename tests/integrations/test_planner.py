@@ -13,22 +13,11 @@ import modiff_kernels as mk
 from modiff_kernels.config.plan import FLOAT_MODE, LayerPlan, Mode
 from modiff_kernels.integrations import planner
 from modiff_kernels.nn.layer import ModulatedLayer
-from tests.unets import stable_diffusion, text, unet2d
+from tests.unets import stable_diffusion, text
 
 PLAIN, MODULATED = Mode("quantized", 8), Mode("modulated", 8)
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder."""
-    monkeypatch.setenv("MODIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def unet():
-    return unet2d()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def sample(unet, seed=0, steps=STEPS):
@@ -48,19 +37,18 @@ class Clock:
     def __init__(self, monkeypatch, float_s, low_bit_s, slow=(), slow_s=0.0):
         self.now = 0.0
 
-        def passing(original, seconds_of):
+        def passing(original):
             def forward(module, *args, **kwargs):
-                self.now += seconds_of(module)
+                if isinstance(module, ModulatedLayer):
+                    self.now += slow_s if module.name in slow else low_bit_s
+                else:
+                    self.now += float_s
                 return original(module, *args, **kwargs)
 
             return forward
 
-        def low_bit(layer):
-            return slow_s if layer.name in slow else low_bit_s
-
-        for kind in (nn.Conv2d, nn.Linear):
-            monkeypatch.setattr(kind, "forward", passing(kind.forward, lambda module: float_s))
-        monkeypatch.setattr(ModulatedLayer, "forward", passing(ModulatedLayer.forward, low_bit))
+        for kind in (nn.Conv2d, nn.Linear, ModulatedLayer):
+            monkeypatch.setattr(kind, "forward", passing(kind.forward))
 
     def __call__(self):
         return self.now
@@ -108,9 +96,7 @@ def test_never_slower_all_float_where_low_bits_lose(unet, monkeypatch):
     assert plan.summary.startswith("all float: the fastest plan (all ")
     assert "1.000x as fast as float" in plan.summary
     assert {unit.reason for unit in plan.units} == {"nothing gains"}
-    handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
-    assert not handle.layers
-    assert "all float" in handle.explain()
+    assert not mk.accelerate(unet, mk.ModiffConfig(plan=plan)).layers
 
 
 def test_low_bits_where_they_win_and_float_where_they_lose(unet, monkeypatch):
@@ -177,7 +163,6 @@ def test_a_conditional_pipeline(sampled_by):
     plan = mk.make_plan(target, config, rounds=1, progress=False, **ways[sampled_by])
     assert plan.key.shape[0] == 2
     assert pipe.unet is unet
-    assert all(cost.time_us > 0 for unit in plan.units for cost in unit.costs)
     handle = mk.accelerate(pipe, config)
     assert {layer for unit in plan.units for layer in unit.layers} == set(handle.layers)
     handle.remove()
@@ -220,7 +205,3 @@ def test_calibrated_codes_are_what_is_measured(unet):
     modulated = next(name for name in decibels[0] if "modulated" in name)
     assert decibels[1][modulated] == pytest.approx(decibels[0][modulated], abs=1e-6)
     assert decibels[2][modulated] < decibels[0][modulated] - 1
-
-    del shifted[path]
-    with pytest.raises(ValueError, match=rf"'{path}' were not calibrated"):
-        plan_for(unet, config, calibration=mk.CalibrationResult("given", config, shifted))

@@ -1,5 +1,6 @@
 """Step schedules: what runs, what is returned, that the state stays consistent; with diffusers' samplers and "auto"."""
 
+import collections
 import functools
 import warnings
 
@@ -34,8 +35,7 @@ from tests.unets import (
     x_hat_of,
 )
 
-# diffusers' Heun and KDPM2 schedulers hand tensors to NumPy functions, for every train step, and NumPy 2 wants more of
-# __array__ and __array_wrap__ than torch's tensors have. Nothing of the package is in between.
+# diffusers' Heun and KDPM2 schedulers hand tensors to NumPy functions, and NumPy 2 wants more of them than torch has.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
@@ -43,17 +43,10 @@ pytestmark = [
 
 
 def count_runs(modules):
-    """Dict of path -> number of forward calls so far, from hooks on all `modules`."""
-    counts = dict.fromkeys(modules, 0)
-
-    def count(path):
-        def hook(*_):
-            counts[path] += 1
-
-        return hook
-
+    """Counter of forward calls by path, from hooks on all `modules`."""
+    counts = collections.Counter()
     for path, module in modules.items():
-        module.register_forward_hook(count(path))
+        module.register_forward_hook(lambda *_, path=path: counts.update([path]))
     return counts
 
 
@@ -72,7 +65,7 @@ class TestWholeNetwork:
         sample(pipe, 12)
         assert letters(handle) == "UUFFUFFUFFUU"
         assert counts["conv_in"] == 6
-        assert set(counts.values()) <= {0, 6}  # 0: what fused blocks call by function
+        assert set(counts.values()) == {6}  # others: what fused blocks call by function
         sample(pipe, 20, start=10)  # image to image: the schedule lies over its part
         assert letters(handle) == "UUFFUFFUFU"
 
@@ -95,15 +88,11 @@ class TestWholeNetwork:
     @pytest.mark.parametrize(("axis", "degree"), [("timestep", 2), ("sigma", 1), ("root_sigma", 2), ("log_snr", 1)])
     def test_polynomials_on_the_axis_are_forecast_exactly(self, axis, degree):
         scheduler = DDIMScheduler()
-        place = {
-            "timestep": lambda t: t / 1000,
-            "sigma": lambda t: (1 / scheduler.alphas_cumprod[t] - 1).double().sqrt(),
-            "root_sigma": lambda t: (1 / scheduler.alphas_cumprod[t] - 1).double() ** 0.25,
-            "log_snr": lambda t: -(1 / scheduler.alphas_cumprod[t] - 1).double().log(),
-        }[axis]
-
+        squares = (1 / scheduler.alphas_cumprod - 1).double()
+        places = {"sigma": squares.sqrt(), "root_sigma": squares**0.25, "log_snr": -squares.log()}
+        place = places.get(axis, torch.arange(1000) / 1000)
         unet, x = OneConv(), noise()
-        unet.forward = lambda sample, timestep: sample * float(1 + 0.3 * place(int(timestep)) ** degree)
+        unet.forward = lambda sample, timestep: sample * float(1 + 0.3 * place[int(timestep)] ** degree)
         handle = mk.accelerate(unet, mk.ModiffConfig(schedule=f"U3F2UF2 order={degree} axis={axis}", **FLOAT))
         scheduler.set_timesteps(8)
         with handle.sampling_run(scheduler=scheduler):
@@ -155,13 +144,10 @@ class TestDeepLevels:
             for t in range(7, 0, -1):
                 unet(x * (1 + t / 50), t, **more)
         assert letters(handle) == "UUhhhhU"
-        skipped_down = range(3 - level, 3)
-        below = [f"down_blocks.{i}." for i in skipped_down] + ["mid_block."] + [f"up_blocks.{i}." for i in range(level)]
-        below.append(f"down_blocks.{2 - level}.downsamplers.")
-        above = {path: n for path, n in counts.items() if not path.startswith(tuple(below)) and n}
-        deep = {path: n for path, n in counts.items() if path.startswith(tuple(below)) and n}
-        assert set(above.values()) == {7}
-        assert set(deep.values()) == {3}
+        below = ["mid_block.", f"down_blocks.{2 - level}.downsamplers."]
+        below += [f"down_blocks.{2 - i}." for i in range(level)] + [f"up_blocks.{i}." for i in range(level)]
+        found = {(path.startswith(tuple(below)), n) for path, n in counts.items() if n}
+        assert found == {(False, 7), (True, 3)}
 
     def test_held_levels_give_the_boundary_that_was_computed_and_refuse_a_controlnet(self):
         unet, x = unet2d_condition(levels=3), noise(channels=4)
@@ -175,10 +161,10 @@ class TestDeepLevels:
 
     def test_unknown_levels_are_refused_before_anything_changes(self):
         unet = unet2d()
-        before = {path: id(module) for path, module in unet.named_modules()}
+        before = list(unet.named_modules())
         with pytest.raises(ValueError, match="level=2 is not allowed; UNet2DModel has 2 up blocks, so give 1 to 1"):
             mk.accelerate(unet, mk.ModiffConfig(schedule="deep-hold level=2"))
-        assert before == {path: id(module) for path, module in unet.named_modules()}
+        assert list(unet.named_modules()) == before
         with pytest.raises(ValueError, match="no levels to skip"):
             mk.accelerate(nn.Sequential(nn.Conv2d(3, 3, 1)), mk.ModiffConfig(schedule="deep-hold"))
 
@@ -202,9 +188,7 @@ def test_scales_cope_with_the_gap(mode):
         step = torch.randn(1, 4, 8, 8)
         scales = {"conv": float(step.abs().max() / 127)} if mode == "static" else None
         handle = mk.accelerate(
-            unet,
-            mk.ModiffConfig(scale_mode=mode, schedule=schedule, backend="reference"),
-            static_scales=scales,
+            unet, mk.ModiffConfig(scale_mode=mode, schedule=schedule, backend="reference"), static_scales=scales
         )
         with handle.sampling_run(9):
             for call in range(9):
@@ -248,7 +232,6 @@ class TestRefusals:
 def test_another_schedule_from_the_next_run_on():
     pipe = pipeline()
     handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="hold every=2", **FLOAT))
-    assert "schedule: hold" in handle.explain()
     sample(pipe, 6)
     handle.set_schedule(mk.StepSchedule("U3FUF"))
     with pytest.warns(UserWarning, match="a run of 3 calls is too short"):
@@ -261,7 +244,6 @@ def test_another_schedule_from_the_next_run_on():
     handle.set_schedule(None)
     found = sample(pipe, 6)
     assert letters(handle) == "U" * 6
-    assert "schedule: none" in handle.explain()
     with pytest.raises(ValueError, match="skips deep levels that were not prepared"):
         handle.set_schedule(mk.StepSchedule("deep-hold"))
     handle.remove()

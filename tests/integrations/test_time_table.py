@@ -10,6 +10,9 @@ from modiff_kernels.nn.cache import MOST_ENTRIES, ROWS
 from tests.unets import assert_equal, noise, text, unet2d, unet2d_condition
 
 STEPS = (900, 600, 300, 0)
+CLASSES = [{"class_labels": torch.tensor([value, value + 9])} for value in (3.0, 700.0)]
+STATES = {"channels": 4, "encoder_hidden_states": text()}
+CONDITIONS = [{"timestep_cond": torch.full((2, 4), value), **STATES} for value in (0.0, 5.0)]
 
 
 def run(unet, handle, timesteps=STEPS, batch=2, channels=3, **keywords):
@@ -26,30 +29,21 @@ def without_table(unet, config=None, **keywords):
     return outputs
 
 
-@pytest.fixture
-def embedded():
-    """Counts the rows that go through the first layer of `time_embedding`, by id of the UNet's embedding."""
-    rows = []
-
-    def count(unet):
-        original = unet.time_embedding.act.forward
-        # Below the embedding, but neither a hook nor a forward of the module itself: those switch the table off.
-        unet.time_embedding.act.__class__ = type(
-            "Counted",
-            (type(unet.time_embedding.act),),
-            {"forward": lambda self, x: (rows.append(len(x)), original(x))[1]},
-        )
-        return rows
-
-    return count
+def embedded_rows(unet):
+    """A list that gets the rows of each call of the activation in the UNet's `time_embedding`."""
+    rows, act = [], unet.time_embedding.act
+    original = act.forward
+    # Below the embedding, but neither a hook nor a forward of the module itself: those switch the table off.
+    act.__class__ = type("Counted", (type(act),), {"forward": lambda _, x: rows.append(len(x)) or original(x)})
+    return rows
 
 
 class TestTimeTable:
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])
-    def test_once_per_timestep_for_all_runs(self, embedded, mode):
+    def test_once_per_timestep_for_all_runs(self, mode):
         unet = unet2d()
         handle = mk.accelerate(unet, mk.ModiffConfig(mode=mode))
-        rows = embedded(unet)
+        rows = embedded_rows(unet)
         first = run(unet, handle)
         assert rows == [ROWS] * len(STEPS)
         assert_equal(run(unet, handle), first)
@@ -61,19 +55,8 @@ class TestTimeTable:
             (unet2d, {}, [{}]),
             (unet2d, {"mode": "quantized", "fuse": False}, [{}]),
             # Classes go through the same projection; conditions and a timestep per sample are not in the table.
-            (
-                lambda: unet2d(class_embed_type="timestep", num_class_embeds=None),
-                {},
-                [{"class_labels": torch.tensor([value, value + 9])} for value in (3.0, 700.0)],
-            ),
-            (
-                lambda: unet2d_condition(time_cond_proj_dim=4),
-                {},
-                [
-                    {"timestep_cond": torch.full((2, 4), value), "channels": 4, "encoder_hidden_states": text()}
-                    for value in (0.0, 5.0)
-                ],
-            ),
+            (lambda: unet2d(class_embed_type="timestep", num_class_embeds=None), {}, CLASSES),
+            (lambda: unet2d_condition(time_cond_proj_dim=4), {}, CONDITIONS),
             (unet2d, {}, [{"timesteps": [torch.tensor([900, 100]), torch.tensor([800, 100])]}]),
         ],
         ids=["modulated", "quantized", "classes", "condition", "per-sample"],
@@ -147,9 +130,8 @@ class TestHostTimesteps:
         scheduler.set_timesteps(10)
         known = scheduler.timesteps
         values._remember(known, known.tolist())
-        assert [values._value_in_schedule(t) for t in known] == known.tolist()
-        assert [values._value_in_schedule(t) for t in known[3:]] == known[3:].tolist()
-        assert [values._value_in_schedule(t) for t in known[::2]] == known[::2].tolist()
+        for part in (known, known[3:], known[::2]):
+            assert [values._value_in_schedule(t) for t in part] == part.tolist()
         assert values._value_in_schedule(known[2:3]) == known[2]
         assert values._value_in_schedule(known[0].clone()) is None
         known[1] = 5
