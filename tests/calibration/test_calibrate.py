@@ -19,7 +19,6 @@ SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample"
 
 
 def tensors_of(result):
-    """Every tensor of a result by name."""
     found = {}
     for path, layer in result.layers.items():
         found |= {f"{path}.codes": layer.weight.codes, f"{path}.scale": layer.weight.scale}
@@ -61,11 +60,8 @@ def test_an_interrupted_calibration_goes_on(pipe, calibrated, tmp_path, monkeypa
     whole = calibrated("mse", STATIC, **SMALL)
     calls, real = [], static_module.with_scales
 
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(static_module, "with_scales", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(static_module, "with_scales", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
     assert not (tmp_path / "calibration.json").exists()
     monkeypatch.setattr(static_module, "with_scales", real)
@@ -227,8 +223,6 @@ def test_one_scale_per_call(pipe, calibrated, mode):
         ({"method": "mes"}, "method='mes' is not allowed; choose one of 'minmax', 'mse'"),
         ({"no_such": 1}, "method 'mse' has no option 'no_such'; its options are time_steps"),
         ({"time_steps": "often"}, "time_steps='often' is not allowed; choose one of 'uniform', 'ndtc'"),
-        ({"weight_method": "best"}, "weight_method='best' is not allowed"),
-        ({"calls_per_sample": 0}, "calls_per_sample=0 is not allowed"),
         ({"samples": 0}, "samples=0 is not allowed"),
         ({"config": mk.ModiffConfig(None, None)}, "weight_bits=None"),
         ({"config": mk.ModiffConfig(skip_modules=("block", "conv", "time"))}, "leaves no Linear and no Conv2d"),

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modiff_kernels.calibration.fake import rounding, rounding_logits
 from modiff_kernels.calibration.weights import WEIGHT_METHODS, input_rows, quantize_layer
 from modiff_kernels.quant.affine import rows_to_weight, weight_rows
 
@@ -81,8 +80,3 @@ def test_a_convolution_with_groups_is_quantised_group_by_group(method):
     weight = rows_to_weight(found.dequantized(), conv.weight.shape)
     expected = F.conv2d(x, conv.weight, groups=2)
     assert (F.conv2d(x, weight, groups=2) - expected).norm() / expected.norm() < 0.15
-
-
-def test_rounding_and_its_inverse():
-    part = torch.linspace(0, 1, 11)
-    torch.testing.assert_close(rounding(rounding_logits(part)), part)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from modiff_kernels.cli import main
+from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
 
 
 def build_tiny_unet(**changes):
@@ -10,8 +11,6 @@ def build_tiny_unet(**changes):
     torch.manual_seed(0)
     options = {
         "sample_size": 8,
-        "in_channels": 3,
-        "out_channels": 3,
         "layers_per_block": 1,
         "block_out_channels": (16, 32),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -37,15 +36,6 @@ def unet_folder(tmp_path_factory):
     build_tiny_unet().save_pretrained(folder)
     DDIMScheduler(beta_end=0.002).save_pretrained(folder / "scheduler")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread: enough for tiny networks, and steady on a busy machine. Options must not outlive a test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

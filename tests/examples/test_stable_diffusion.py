@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZE = 64  # the UNet sees 8x8
 UNET = {
@@ -20,14 +22,6 @@ UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
