@@ -16,29 +16,22 @@ def test_psnr_is_the_definition_per_image():
     noise = np.random.default_rng(1).normal(size=reference.shape) * np.array([0.1, 0.01, 0.001])[:, None, None, None]
     expected = -10 * np.log10((noise**2).mean(axis=(1, 2, 3)))
     np.testing.assert_allclose(psnr(reference + noise, reference), expected, rtol=1e-10)
-
-
-def test_equal_images():
-    assert np.isinf(psnr(images(), images())).all()
-    np.testing.assert_allclose(ssim(images(), images()), 1.0)
+    assert np.isinf(psnr(reference, reference)).all()
+    reference = reference.astype(np.float32)  # judged in float64
+    assert psnr(reference + np.float32(1e-3), reference) == pytest.approx(60, abs=0.1)
 
 
 @pytest.mark.parametrize("side", [3, 4, 5, 6, 7, 16])
 def test_ssim_falls_with_noise_at_any_size(side):
     reference = images(2, side, side, 3)
     scores = [ssim(np.clip(reference + amount, 0, 1), reference).mean() for amount in (0.0, 0.1, 0.5)]
-    assert scores[0] > scores[1] > scores[2]
+    assert pytest.approx(1.0) == scores[0] > scores[1] > scores[2]
 
 
 def test_ssim_of_constant_images_is_the_luminance_term():
     a, b = np.full((1, 8, 8, 1), 0.5), np.full((1, 8, 8, 1), 0.25)
     c1 = 0.01**2
     assert ssim(a, b)[0] == pytest.approx((2 * 0.5 * 0.25 + c1) / (0.5**2 + 0.25**2 + c1))
-
-
-def test_float32_input_is_judged_in_float64():
-    reference = images().astype(np.float32)
-    assert psnr(reference + np.float32(1e-3), reference) == pytest.approx(60, abs=0.1)
 
 
 def test_sqnr_is_the_definition():
@@ -57,9 +50,6 @@ def test_bad_shapes(metric):
         metric(images(8, 8, 3), images(8, 8, 3))
     with pytest.raises(ValueError, match="differ in shape"):
         sqnr(torch.ones(2), torch.ones(3))
-
-
-def test_ssim_refuses_images_too_small_for_a_window():
     with pytest.raises(ValueError, match="at least 3"):
         ssim(images(1, 2, 2, 3), images(1, 2, 2, 3))
 
@@ -76,27 +66,6 @@ class TestFrechet:
         root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
         expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-    def test_scaled_set(self):
-        a = np.random.default_rng(0).normal(size=(60, 5)) @ np.diag([1, 2, 3, 4, 5])
-        # S2 = 9 S1 commutes with S1: tr(S1 + 9 S1 - 2 * 3 S1), and means that lie 2 m1 apart
-        expected = 4 * np.square(a.mean(0)).sum() + 4 * np.trace(np.cov(a.T))
-        assert frechet_distance(a, 3 * a) == pytest.approx(expected, rel=1e-9)
-
-    def test_covariances_that_commute(self):
-        rng = np.random.default_rng(1)
-        axes = np.linalg.qr(rng.normal(size=(4, 4)))[0]
-
-        def with_variances(variances, mean):
-            """100 points with exactly these variances along `axes`, not along the coordinates."""
-            white = rng.normal(size=(100, 4))
-            white -= white.mean(0)
-            white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white.T))).T
-            return mean + white * np.sqrt(variances) @ axes
-
-        one, two, shift = np.array([1, 2, 0.5, 3]), np.array([4, 0.1, 0, 3]), np.array([1, -1, 0, 2])
-        distance = frechet_distance(with_variances(one, 0), with_variances(two, shift))
-        assert distance == pytest.approx(6 + np.square(np.sqrt(one) - np.sqrt(two)).sum(), rel=1e-6)
 
     def test_equal_sets_and_fewer_images_than_features(self):
         a = np.random.default_rng(0).normal(size=(5, 20))
