@@ -151,19 +151,13 @@ def test_the_two_stems_stand_everywhere():
 
 # Words that have another word here (docs/notation.md), in identifiers and prose; and what to say.
 WORDS = {
-    "edge": "input, shared input",
-    "edges": "inputs, shared inputs",
-    "slot": "tensor of a context",
-    "slots": "tensors of a context",
+    **dict.fromkeys(("edge", "edges"), "input, shared input"),
+    **dict.fromkeys(("slot", "slots"), "tensor of a context"),
+    **dict.fromkeys(("cut", "cuts"), "tile, tiling, split"),
+    **dict.fromkeys(("room", "rooms"), "part, folder"),
+    **dict.fromkeys(("rival", "rivals"), "baseline, peer"),
+    **dict.fromkeys(("door", "doors"), "entry"),
     "gaps": "scale factors",
-    "cut": "tile, tiling, split",
-    "cuts": "tiles, tilings, splits",
-    "room": "part, folder",
-    "rooms": "parts, folders",
-    "rival": "baseline, peer",
-    "rivals": "baselines, peers",
-    "door": "entry",
-    "doors": "entries",
     "first_step_bits": "two updates of 8 bits",
     **{f"{old}_{kind}": "quantize, product, modulate" for old in ("initialize", "accumulate", "modulated", "quantized")
        for kind in ("linear", "conv2d")},
@@ -265,35 +259,19 @@ def run_python(code: str, cwd: Path, **env: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.fixture
-def bare_package(tmp_path: Path) -> Path:
-    """A copy of the package without compiled library and models, as after an install with MODIFF_SKIP_BUILD=1."""
-    shutil.copytree(
-        PACKAGE, tmp_path / "modiff_kernels", ignore=shutil.ignore_patterns("_lib", "*.safetensors", "__pycache__")
-    )
-    return tmp_path
-
-
-BLOCK_OPTIONAL = """
-import sys
-for name in ("diffusers", "transformers", "triton", "skimage", "PIL"):
-    sys.modules[name] = None
-"""
-
-
-def test_imports_without_optional_parts(bare_package: Path):
+def test_runs_without_optional_parts_and_compiled_library(tmp_path: Path):
+    """As after an install with MODIFF_SKIP_BUILD=1."""
+    left_out = shutil.ignore_patterns("_lib", "*.safetensors", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "modiff_kernels", ignore=left_out)
     parts = [name for name in ("config", "quant", "ops", "backends.reference", "nn", "cli") if is_module(name)]
-    code = BLOCK_OPTIONAL + (
-        "import importlib, modiff_kernels\n"
-        f"assert modiff_kernels.__file__.startswith({str(bare_package)!r}), modiff_kernels.__file__\n"
+    code = (
+        "import importlib, sys\n"
+        "for name in ('diffusers', 'transformers', 'triton', 'skimage', 'PIL'):\n"
+        "    sys.modules[name] = None\n"
+        "import modiff_kernels\n"
+        f"assert modiff_kernels.__file__.startswith({str(tmp_path)!r}), modiff_kernels.__file__\n"
         f"for part in {parts!r}:\n"
         "    importlib.import_module('modiff_kernels.' + part)\n"
-    )
-    run_python(code, bare_package, PYTHONPATH=str(bare_package))
-
-
-def test_ops_run_without_compiled_library(bare_package: Path):
-    code = BLOCK_OPTIONAL + (
         "import torch\n"
         "from modiff_kernels import ops\n"
         "x, x_hat = torch.tensor([[1.0, -2.0, 0.5, 3.0]]), torch.zeros(1, 4)\n"
@@ -301,7 +279,7 @@ def test_ops_run_without_compiled_library(bare_package: Path):
         "torch.testing.assert_close(x_hat, scale * codes)\n"
         "assert absmax.tolist() == [3.0]\n"
     )
-    run_python(code, bare_package, PYTHONPATH=str(bare_package))
+    run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
 
 
 def test_import_is_fast():
