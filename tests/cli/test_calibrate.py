@@ -12,15 +12,10 @@ def command_of(folder, out, *options):
     return ["calibrate", "--schedule", "--model", str(folder), *fixed, "--out", str(out), *options]
 
 
-def calibrate(folder, out, *options):
-    return main(command_of(folder, out, *options))
-
-
 @pytest.fixture(scope="module")
 def searched(unet_folder, tmp_path_factory):
-    """The file of a search, and nothing beside it."""
     out = tmp_path_factory.mktemp("search") / "found.json"
-    assert calibrate(unet_folder, out, "--budget-db", "25") == 0
+    assert main(command_of(unet_folder, out, "--budget-db", "25")) == 0
     assert list(out.parent.iterdir()) == [out]
     return out
 
@@ -66,11 +61,11 @@ def test_an_interrupted_search_goes_on(unet_folder, searched, tmp_path, monkeypa
         return real(*images)
 
     monkeypatch.setattr(module, "psnr", interrupted)
-    assert calibrate(unet_folder, out, "--budget-db", "25") == 130
+    assert main(command_of(unet_folder, out, "--budget-db", "25")) == 130
     known = json.loads((tmp_path / "found.partial.json").read_text())["fidelity_db"]
     assert len(known) == 14
     capsys.readouterr()
-    assert calibrate(unet_folder, out, "--budget-db", "25") == 0
+    assert main(command_of(unet_folder, out, "--budget-db", "25")) == 0
     resumed = json.loads(out.read_text())
     assert f"--schedule '{resumed['schedule']}'" in capsys.readouterr().out
     assert {**json.loads(searched.read_text()), "command": ""} == {**resumed, "command": ""}

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from modiff_kernels.cli import main
-from modiff_kernels.evaluation.configurations import build_rows, select_rows
 
 REQUIRED = {"model", "device", "steps", "batch", "scheduler", "threads", "rows", "command", "versions"}
 REQUIRED_ROW = {"name", "weight_bits", "act_bits", "mode", "psnr_db", "ssim", "time_s", "speedup"}
@@ -141,38 +140,23 @@ def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, mon
     assert "float32 torch.compile channels_last is left out, torch.compile failed: division by zero" in out
 
 
-def latent_pipeline(unet):
-    from diffusers import DDIMScheduler, LDMPipeline, VQModel
-
-    torch.manual_seed(0)
-    vqvae = VQModel(block_out_channels=(16,), norm_num_groups=8, latent_channels=3)
-    return LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False))
-
-
-def pixel_pipeline(unet):
-    from diffusers import DDPMPipeline, DDPMScheduler
-
-    return DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
-
-
-@pytest.mark.parametrize("kind", ["classes", "pipeline of pixels", "pipeline of latents"])
+@pytest.mark.parametrize("kind", ["classes", "pixels", "latents"])
 def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
-    unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
-    make = {"classes": lambda unet: unet, "pipeline of pixels": pixel_pipeline, "pipeline of latents": latent_pipeline}
-    make[kind](unet).save_pretrained(tmp_path / "model")
+    from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
+
+    model = unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
+    if kind == "pixels":
+        model = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+    elif kind == "latents":
+        torch.manual_seed(0)
+        vqvae = VQModel(block_out_channels=(16,), norm_num_groups=8, latent_channels=3)
+        model = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False))
+    model.save_pretrained(tmp_path / "model")
     options = ["--steps", 3, "--rows", "float-contiguous,modulated-w8a8"]
     reference, modulated = rows_of(tmp_path / "a.json", "--model", tmp_path / "model", *options)
     assert reference["psnr_db"] is None
     assert modulated["psnr_db"] > 20
     assert modulated["state_bytes"] > 10_000
-
-
-def test_row_selection():
-    rows = build_rows((8,), None, True)
-    chosen = [row.key for row in select_rows(rows, ("weight-only", "modulated-w8a4"))]
-    assert chosen == ["weight-only-w8", "modulated-w8a4"]
-    assert select_rows(rows, ()) == rows
-    assert len([row for row in rows if row.mode == "float"]) == 3
 
 
 def test_python_m_is_the_command(monkeypatch, capsys):

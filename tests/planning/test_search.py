@@ -54,7 +54,8 @@ def test_an_interrupted_search_goes_on():
     with pytest.raises(KeyboardInterrupt):
         search(stops, 12, computed=5, known=known)
     assert len(known) == 20
-    counts, request = [], {"computed": 5, "known": known, "on_evaluation": counts.append}
+    counts = []
+    request = {"computed": 5, "known": known, "on_evaluation": counts.append}
     again = search(lambda s: evaluated.append(str(s)) or neighbours(s), 12, **request)
     assert len(evaluated) == len(set(evaluated)) == 20 + len(counts)
     assert again == search(neighbours, 12, computed=5)
