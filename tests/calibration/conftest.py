@@ -47,6 +47,20 @@ def difference_of(pipe, calibration, steps):
     return difference
 
 
+def interrupt(monkeypatch, owner, name, at):
+    """Let call number `at` of owner.name raise KeyboardInterrupt; the arguments of the calls so far."""
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    return calls
+
+
 @pytest.fixture
 def pipe():
     """A DDPM pipeline with a tiny UNet of random weights, the same in every test."""

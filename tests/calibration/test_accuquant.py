@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from modiff_kernels.calibration.data import collect, pipeline_sampler
 from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.job import Job, layers_of
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.calibration.conftest import difference_of
+from tests.calibration.conftest import difference_of, interrupt
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static", mode="quantized")
 SMALL = {"steps": 6, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
@@ -84,11 +85,7 @@ def peak_bytes(run):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @pytest.mark.parametrize("form", ["identity", "exact"])
@@ -149,19 +146,11 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
 def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch):
     config = dataclasses.replace(STATIC, mode="modulated")
     whole = mk.calibrate(pipe, "accuquant", config, **SMALL, **FEW)
-    real, parts = accuquant._learn, []
-
-    def interrupted(job, part, *args, **settings):
-        parts.append(part)
-        if len(parts) == 3:
-            raise KeyboardInterrupt
-        return real(job, part, *args, **settings)
-
-    monkeypatch.setattr(accuquant, "_learn", interrupted)
+    calls = interrupt(monkeypatch, accuquant, "_learn", 3)
     with pytest.raises(KeyboardInterrupt):
         mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
     again = mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
-    assert parts == ["codes", "scales-0", "scales-1", "scales-1"]
+    assert [part for _, part, *_ in calls] == ["codes", "scales-0", "scales-1", "scales-1"]
     for path, layer in whole.layers.items():
         other = again.layers[path]
         assert torch.equal(layer.weight.codes, other.weight.codes)

@@ -15,11 +15,8 @@ STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 5, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
 FEW = {"weight_iterations": 2, "act_iterations": 1, "learn_batch": 4}
 DEVIATION = 0.5
-ONE_BLOCK = mk.ModiffConfig(
-    3,
-    None,
-    skip_modules=("down_blocks", "up_blocks", "conv_in", "conv_out", "time_emb", "attn", "attentions", "resnets.0"),
-)
+OTHERS = ("down_blocks", "up_blocks", "conv_in", "conv_out", "time_emb", "attn", "attentions", "resnets.0")
+ONE_BLOCK = mk.ModiffConfig(3, None, skip_modules=OTHERS)
 
 
 def gaussian(solver):
@@ -66,9 +63,8 @@ def test_directions_of_all_predictions(pipe, prediction):
     image, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     alpha, sigma = pipe.scheduler.alphas_cumprod[300].sqrt(), (1 - pipe.scheduler.alphas_cumprod[300]).sqrt()
     output = {"epsilon": eps, "sample": image, "v_prediction": alpha * eps - sigma * image}[prediction]
-    torch.testing.assert_close(
-        solver.direction(output, alpha * image + sigma * eps, timestep), eps, rtol=1e-3, atol=1e-3
-    )
+    found = solver.direction(output, alpha * image + sigma * eps, timestep)
+    torch.testing.assert_close(found, eps, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -91,9 +87,8 @@ def test_quantised_blocks_come_closer_to_those_at_the_other_point(pipe, monkeypa
     outputs = {}
 
     def run(name, data):
-        hook = pipe.unet.get_submodule(block).register_forward_hook(
-            lambda module, args, output: outputs.__setitem__(name, output)
-        )
+        module = pipe.unet.get_submodule(block)
+        hook = module.register_forward_hook(lambda module, args, output: outputs.update({name: output}))
         with torch.no_grad():
             args, kwargs = data.arguments(torch.arange(len(data)))
             pipe.unet(*args, **kwargs)

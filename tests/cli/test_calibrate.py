@@ -5,6 +5,7 @@ import pytest
 
 from modiff_kernels.cli import main
 from modiff_kernels.config.schedule import StepSchedule
+from tests.calibration.conftest import interrupt
 
 
 def command_of(folder, out, *options):
@@ -52,15 +53,8 @@ def test_auto_takes_what_is_stored_beside_the_model(unet_folder, searched, tmp_p
 def test_an_interrupted_search_goes_on(unet_folder, searched, tmp_path, monkeypatch, capsys):
     from modiff_kernels.cli import calibrate as module
 
-    out, real, counts = tmp_path / "found.json", module.psnr, []
-
-    def interrupted(*images):
-        counts.append(1)
-        if len(counts) == 15:
-            raise KeyboardInterrupt
-        return real(*images)
-
-    monkeypatch.setattr(module, "psnr", interrupted)
+    out = tmp_path / "found.json"
+    interrupt(monkeypatch, module, "psnr", 15)
     assert main(command_of(unet_folder, out, "--budget-db", "25")) == 130
     known = json.loads((tmp_path / "found.partial.json").read_text())["fidelity_db"]
     assert len(known) == 14

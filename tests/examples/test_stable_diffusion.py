@@ -51,8 +51,7 @@ def text_encoder(kind):
     sizes = {"vocab_size": 190, "hidden_size": 32, "intermediate_size": 37, "projection_dim": 32}
     tokens = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
     layers = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 16}
-    config = CLIPTextConfig(**sizes, **tokens, **layers)
-    return kind(config).eval()
+    return kind(CLIPTextConfig(**sizes, **tokens, **layers)).eval()
 
 
 def parts(**unet):
@@ -60,13 +59,8 @@ def parts(**unet):
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=2,
-        latent_channels=4,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4)
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, beta_schedule="scaled_linear", beta_end=0.012)
     return {"vae": vae.eval(), "unet": UNet2DConditionModel(**UNET, **unet).eval(), "scheduler": scheduler}
 
@@ -76,14 +70,9 @@ def sd_folder(tmp_path_factory):
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    pipe = StableDiffusionPipeline(
-        **parts(cross_attention_dim=32),
-        text_encoder=text_encoder(CLIPTextModel),
-        tokenizer=tokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer()}
+    checks = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
     folder = tmp_path_factory.mktemp("models") / "sd"
     pipe.save_pretrained(folder)
     return folder
@@ -104,9 +93,9 @@ def sdxl_folder(tmp_path_factory):
     pipe = StableDiffusionXLPipeline(
         **parts(**unet),
         text_encoder=text_encoder(CLIPTextModel),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
     )
     folder = tmp_path_factory.mktemp("models") / "sdxl"
     pipe.save_pretrained(folder)
@@ -193,11 +182,9 @@ class TestBadInput:
             code = stop.code
         self.check(code, message, capsys)
 
-    def test_the_pipeline_of_the_other_example(self, stable_diffusion, sdxl_folder, tmp_path, capsys):
+    def test_other_folders(self, stable_diffusion, sdxl_folder, tmp_path, capsys):
         code = stable_diffusion.main(options(sdxl_folder, tmp_path / "picture.png"))
         self.check(code, "is a StableDiffusionXLPipeline, this example samples a StableDiffusionPipeline", capsys)
-
-    def test_damaged_folder(self, stable_diffusion, tmp_path, capsys):
         (tmp_path / "model_index.json").write_text("{")
         code = stable_diffusion.main(options(tmp_path, tmp_path / "picture.png"))
         self.check(code, f"--model {tmp_path}: cannot be loaded: ", capsys)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
+from tests.calibration.conftest import interrupt, threads  # noqa: F401 (for all tests here)
 from tests.cifar10_files import write_packed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_ddpm.py"
@@ -29,7 +29,6 @@ def train_ddpm():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A data folder of the CIFAR-10 layout with a few random JPEGs."""
     return write_packed(tmp_path_factory.mktemp("data"))
 
 
@@ -46,17 +45,9 @@ def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
     assert train_ddpm.main(arguments(data, whole)) == 0
 
     # Stop a second run after its first step, then resume it: the result has to be the same.
-    real, calls = train_ddpm.Trainer.train_step, []
-
-    def stop_at_second(trainer):
-        calls.append(trainer.step)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(trainer)
-
     options = arguments(data, parts, "--checkpoint-every", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(train_ddpm.Trainer, "train_step", stop_at_second)
+        interrupt(patch, train_ddpm.Trainer, "train_step", 2)
         with pytest.raises(KeyboardInterrupt):
             train_ddpm.main(options)
     assert not (parts / "config.json").exists()
@@ -97,8 +88,7 @@ def test_minutes_end_training_and_the_learning_rate(train_ddpm, data, tmp_path, 
 
     monkeypatch.setattr(train_ddpm.Trainer, "train_step", step)
     options = arguments(data, tmp_path, "--minutes", "0.5")
-    at = options.index("--steps")
-    options = options[:at] + options[at + 2 :]
+    del options[(at := options.index("--steps")) : at + 2]
     saved, save = [], train_ddpm.Trainer.save_checkpoint
 
     def save_then_stop(trainer):
@@ -174,22 +164,16 @@ def test_sample_grid_layout(train_ddpm, tmp_path):
     assert (grid[::64, ::64, 0] == np.arange(64).reshape(8, 8)).all()
 
 
-@pytest.mark.parametrize("missing", ["nowhere", "."])
-def test_missing_data(train_ddpm, tmp_path, capsys, missing):
-    assert train_ddpm.main(arguments(tmp_path / missing, tmp_path / "out")) == 2
-    assert str(tmp_path / missing) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "bad", [["--preset", "huge"], ["--steps", "0"], ["--lr", "nan"], ["--ema", "1"], ["--minutes", "-1"]]
-)
-def test_bad_options(train_ddpm, tmp_path, capsys, bad):
-    with pytest.raises(SystemExit) as stop:
-        train_ddpm.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *bad])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert bad[0] in error
-    assert error.count("\n") == 1
+def test_missing_data_and_bad_options(train_ddpm, tmp_path, capsys):
+    for missing in ("nowhere", "."):
+        assert train_ddpm.main(arguments(tmp_path / missing, tmp_path / "out")) == 2
+        assert str(tmp_path / missing) in capsys.readouterr().err
+    for option, value in {"--preset": "huge", "--steps": "0", "--lr": "nan", "--ema": "1", "--minutes": "-1"}.items():
+        with pytest.raises(SystemExit, match="2"):
+            train_ddpm.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), option, value])
+        error = capsys.readouterr().err
+        assert option in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("small16", 1.85), ("base32", 9.0), ("ddpm_cifar10", 35.7)])
