@@ -15,24 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modiff_kernels"
 
 # A part of the package imports only parts of a lower level; parts of one level do not import each other.
-LEVELS = {
-    "__main__": 10,
-    "cli": 9,
-    "evaluation": 8,
-    "": 7,  # the face of the package
-    "integrations": 6,
-    "planning": 5,
-    "calibration": 5,
-    "nn": 4,
-    "ops": 3,
-    "backends": 2,
-    "config": 2,
-    "quant": 1,
-    "models": 0,
-    "tuned": 0,
-    "metrics": 0,
-    "_version": 0,
-}
+TIERS = (
+    ("models", "tuned", "metrics", "_version"),
+    ("quant",),
+    ("backends", "config"),
+    ("ops",),
+    ("nn",),
+    ("planning", "calibration"),
+    ("integrations",),
+    ("",),  # the face of the package
+    *[(part,) for part in ("evaluation", "cli", "__main__")],
+)
+LEVELS = {part: level for level, parts in enumerate(TIERS) for part in parts}
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.
 HOT_PARTS = ("nn", "ops", "integrations", "backends/triton", "backends/cuda")
 HOST_READS = {"item", "cpu", "tolist", "numpy"}
@@ -66,10 +60,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             below = stem.removeprefix("modiff_kernels").lstrip(".")
-            names = [
-                f"{stem}.{alias.name}" if is_module(".".join(filter(None, [below, alias.name]))) else stem
-                for alias in node.names
-            ]
+            parts = [(alias.name, is_module(f"{below}.{alias.name}".lstrip("."))) for alias in node.names]
+            names = [f"{stem}.{part}" if whole_module else stem for part, whole_module in parts]
         else:
             continue
         for name in names:
@@ -221,14 +213,10 @@ def test_hot_parts_do_not_read_the_device():
         for path in sources(PACKAGE / part):
             tree = ast.parse(path.read_text(), str(path))
             raised = {child for node in ast.walk(tree) if isinstance(node, ast.Raise) for child in ast.walk(node)}
-            wrong += [
-                f"{path.relative_to(ROOT)}:{node.lineno}: .{node.func.attr}()"
-                for node in ast.walk(tree)
-                if node not in raised
-                and isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr in HOST_READS
-            ]
+            for node in ast.walk(tree):
+                name = getattr(node.func, "attr", None) if isinstance(node, ast.Call) else None
+                if name in HOST_READS and node not in raised:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: .{name}()")
     assert not wrong, "these wait for the device inside a step:\n" + "\n".join(wrong)
 
 

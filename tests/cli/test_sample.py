@@ -10,8 +10,8 @@ from modiff_kernels.cli.sample import Process
 from modiff_kernels.evaluation import UserError, networks
 
 
-def sample(folder, out, *options):
-    command = ["sample", "--model", folder, "--steps", "3", "--batch", "2", "--quiet", "--out", out, *options]
+def sample(folder, out, *options, quiet=("--quiet",)):
+    command = ["sample", "--model", folder, "--steps", "3", "--batch", "2", *quiet, "--out", out, *options]
     return main([str(item) for item in command])
 
 
@@ -30,8 +30,7 @@ def test_every_mode_writes_a_grid(unet_folder, tmp_path, capsys, mode):
 
 
 def test_folder_gets_one_file_per_seed(unet_folder, tmp_path, capsys):
-    options = ["--steps", "2", "--images", "3", "--batch", "2", "--seed", "5", "--out", str(tmp_path / "images")]
-    assert main(["sample", "--model", str(unet_folder), *options]) == 0
+    assert sample(unet_folder, tmp_path / "images", "--images", "3", "--seed", "5", quiet=()) == 0
     assert sorted(pixels(tmp_path / "images")) == ["image_0005.png", "image_0006.png", "image_0007.png"]
     assert "3 images in" in capsys.readouterr().out
 
@@ -56,13 +55,12 @@ def test_images_do_not_depend_on_how_many_there_are(unet_folder, tmp_path):
 
 
 def test_two_processes_share_the_images(unet_folder, tmp_path, monkeypatch, capsys):
-    command = ["sample", "--model", str(unet_folder), "--steps", "3", "--batch", "2", "--images", "5", "--out"]
-    assert main([*command, str(tmp_path / "one")]) == 0
+    assert sample(unet_folder, tmp_path / "one", "--images", "5") == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, count in (("0", 3), ("1", 2)):
         monkeypatch.setenv("RANK", rank)
         capsys.readouterr()
-        assert main([*command, str(tmp_path / "two")]) == 0
+        assert sample(unet_folder, tmp_path / "two", "--images", "5", quiet=()) == 0
         printed = capsys.readouterr().out
         assert f"{count} images in" in printed
         assert f"process {int(rank) + 1} of 2" in printed
@@ -84,10 +82,8 @@ class TestResuming:
         before = pixels(out)
         kept = {path: path.stat().st_mtime_ns for path in (out / "image_0000.png", out / "image_0003.png")}
         (out / "image_0001.png").unlink()
-        content = (out / "image_0002.png").read_bytes()
-        (out / "image_0002.png").write_bytes(content[:-20])
-        command = ["sample", "--model", unet_folder, "--steps", "3", "--batch", "2", "--images", "4", "--out", out]
-        assert main([str(item) for item in command]) == 0
+        (out / "image_0002.png").write_bytes((out / "image_0002.png").read_bytes()[:-20])
+        assert sample(unet_folder, out, "--images", "4", quiet=()) == 0
         assert "2 images in" in (text := capsys.readouterr().out)
         assert "2 were there already" in text
         assert pixels(out) == before

@@ -88,7 +88,8 @@ def test_minutes_end_training_and_the_learning_rate(train_ddpm, data, tmp_path, 
 
     monkeypatch.setattr(train_ddpm.Trainer, "train_step", step)
     options = arguments(data, tmp_path, "--minutes", "0.5")
-    del options[(at := options.index("--steps")) : at + 2]
+    at = options.index("--steps")
+    del options[at : at + 2]
     saved, save = [], train_ddpm.Trainer.save_checkpoint
 
     def save_then_stop(trainer):
