@@ -121,10 +121,6 @@ class TestAccelerate:
             assert torch.equal(layer.input.static_scale, known.act_scale)
             if layer.packed.layout == "kpack_v1":
                 assert torch.equal(layer.packed.packed, pack(known.weight.codes, 4))
-        first = images(pipe)
-        handle.remove()
-        handle = mk.accelerate(pipe, calibration=result)
-        assert (images(pipe) == first).all()
         handle.remove()
 
     def test_weights_alone_with_other_scales(self, pipe, calibrated):
@@ -169,17 +165,10 @@ class TestAccelerate:
 
 
 class TestSavedModels:
-    @pytest.mark.parametrize(
-        ("method", "mode", "options"),
-        [
-            ("distill", "modulated", {"network_iterations": 2}),  # biases too
-            ("mse", "modulated", {}),
-            ("mse", "quantized", {}),  # zero points
-        ],
-    )
-    def test_codes_tables_and_biases_come_back(self, pipe, calibrated, tmp_path, method, mode, options):
-        config = dataclasses.replace(STATIC, mode=mode)
-        result = calibrated(method, config, table=True, **SMALL, **options)
+    @pytest.mark.parametrize(("method", "mode"), [("distill", "modulated"), ("mse", "quantized")])
+    def test_codes_tables_biases_and_zero_points_come_back(self, pipe, calibrated, tmp_path, method, mode):
+        options = {"network_iterations": 2} if method == "distill" else {}
+        result = calibrated(method, dataclasses.replace(STATIC, mode=mode), table=True, **SMALL, **options)
         handle = mk.accelerate(pipe, calibration=result)
         expected = images(pipe)
         handle.save_pretrained(tmp_path)

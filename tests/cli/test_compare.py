@@ -25,7 +25,6 @@ def rows_of(path, *argv):
 
 @pytest.fixture(scope="module")
 def report(unet_folder, tmp_path_factory):
-    """Everything that one comparison of all rows writes."""
     out = tmp_path_factory.mktemp("compare") / "new" / "folder"
     compare("--model", unet_folder, "--steps", 12, "--images", 3, "--batch", 2, "--out", out)
     return out
@@ -48,15 +47,12 @@ def test_json_has_the_promised_fields(report):
     assert modes == ["float"] * 2 + ["weight_only"] + ["quantized"] * 2 + ["modulated"] * 4
 
 
-def test_full_precision_is_the_reference(rows):
+def test_distances_and_times(rows):
     reference, channels_last = rows["float32 eager contiguous"], rows["float32 eager channels_last"]
     assert reference["psnr_db"] is None
     assert channels_last["psnr_db"] is None or channels_last["psnr_db"] > 90
     assert max(reference["speedup"], channels_last["speedup"]) == 1
     assert channels_last["state_bytes"] == 0
-
-
-def test_modulated_rows_are_close_to_the_ceiling(rows):
     ceiling = rows["W8 float activations"]["psnr_db"]
     assert rows["modulated W8A8"]["psnr_db"] > ceiling - 4  # of a network with random weights, in 12 steps
     assert rows["modulated W8A4"]["psnr_db"] > rows["plain W8A4"]["psnr_db"]
@@ -117,7 +113,6 @@ def test_selected_rows_and_bits(unet_folder, tmp_path, capsys):
     data = json.loads((tmp_path / "a.json").read_text())
     assert [row["name"] for row in data["rows"]] == ["modulated W8A4", "modulated W4A4"]
     assert [row["speedup"] for row in data["rows"]] == [None, None]
-    assert all(row["psnr_db"] > 0 for row in data["rows"])
     assert data["threads"] == 1
     assert len(capsys.readouterr().out.splitlines()) == 4
 

@@ -34,8 +34,7 @@ def test_a_pattern_keeps_its_computed_calls_at_their_places():
 @pytest.mark.parametrize("text", ["forecast every=3", "U3F2UF2U", "UF10UF10UF27"])
 def test_every_length_has_a_computed_first_call(text, calls):
     actions = StepSchedule.parse(text).actions(calls)
-    assert len(actions) == calls
-    assert actions[0] == "U"
+    assert (len(actions), actions[0]) == (calls, "U")
 
 
 def test_text_and_json_round_trips():
@@ -82,9 +81,8 @@ def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_l
     ],
 )
 def test_impossible_values(options, field, allowed):
-    with pytest.raises(ValueError, match="StepSchedule: ") as caught:
+    with pytest.raises(ValueError, match=f"StepSchedule: .*{field}") as caught:
         StepSchedule(**options)
-    assert field in str(caught.value)
     assert allowed in str(caught.value)
 
 

@@ -14,8 +14,11 @@ from tests.calibration.conftest import threads  # noqa: F401 (for all tests here
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZE = 64  # the UNet sees 8x8
 UNET = {
-    **{"sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1},
-    **{"norm_num_groups": 8, "attention_head_dim": (2, 4)},
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": (2, 4),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
@@ -70,8 +73,7 @@ def sd_folder(tmp_path_factory):
     texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer()}
     checks = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
-    folder = tmp_path_factory.mktemp("models") / "sd"
-    pipe.save_pretrained(folder)
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("sd"))
     return folder
 
 
@@ -87,15 +89,10 @@ def sdxl_folder(tmp_path_factory):
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
-    pipe = StableDiffusionXLPipeline(
-        **parts(**unet),
-        text_encoder=text_encoder(CLIPTextModel),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
-    )
-    folder = tmp_path_factory.mktemp("models") / "sdxl"
-    pipe.save_pretrained(folder)
+    encoders = {"text_encoder": text_encoder(CLIPTextModel)}
+    encoders["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection)
+    pipe = StableDiffusionXLPipeline(**parts(**unet), **encoders, tokenizer=tokenizer(), tokenizer_2=tokenizer())
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("sdxl"))
     return folder
 
 
