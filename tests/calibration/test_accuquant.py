@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import accuquant
@@ -103,13 +104,11 @@ def test_memory_does_not_grow_with_the_steps_of_a_group(pipe, sampler, layers, f
     assert many <= 1.1 * few
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_groups_of_the_float_network(pipe, name):
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_groups_of_the_float_network(pipe, kind):
     """Its groups end where the next one starts, with a sampler whose steps do not depend on those before."""
-    import diffusers
-
-    options = {"solver_order": 1} if name.startswith("DPM") else {}
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    options = {} if kind is DDIMScheduler else {"solver_order": 1}
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     job = make_job(pipe, group_steps=4)
     groups = accuquant.collect_groups(job)
     assert groups.calls == [range(4), range(4, 8), range(8, 10)]
@@ -168,8 +167,6 @@ def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch)
 
 
 def test_what_it_refuses(pipe):
-    from diffusers import EulerDiscreteScheduler, PNDMScheduler
-
     for options, message in (
         ({"gradient": "none"}, "gradient='none' is not allowed; choose one of 'identity', 'scheduler-coefficients'"),
         ({"group_steps": 0}, "group_steps=0 is not allowed"),

@@ -110,18 +110,14 @@ class TestCollect:
         again = CalibrationData.from_tensors(data.tensors()).tensors()
         assert all(torch.equal(value, again[name]) for name, value in data.tensors().items())
 
-    @pytest.mark.parametrize(
-        ("broken", "message"),
-        [
-            ({"calls": 5}, r"called the UNet 5 times, but the scheduler has 6 time steps"),
-            ({"condition": torch.zeros(7, 1)}, r"encoder_hidden_states has shape \(7, 1\), which is not one per image"),
-        ],
-    )
-    def test_samplers_that_cannot_be_recorded(self, broken, message):
-        given = sampler(**broken)
-        with pytest.raises(ValueError, match=message):
-            collect(given, self.chosen, self.seeds, 2)
-        assert not given.unet._forward_pre_hooks
+    def test_samplers_that_cannot_be_recorded(self):
+        for given, message in (
+            (sampler(calls=5), r"called the UNet 5 times, but the scheduler has 6 time steps"),
+            (sampler(condition=torch.zeros(7, 1)), r"states has shape \(7, 1\), which is not one per image"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                collect(given, self.chosen, self.seeds, 2)
+            assert not given.unet._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

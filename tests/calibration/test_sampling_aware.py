@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import sampling_aware
@@ -128,8 +129,6 @@ def test_cosine_term():
 
 
 def test_what_it_refuses(pipe):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     for options, message in (
         ({"direction": "both"}, "direction='both' is not allowed; choose one of 'midpoint_to_first'"),
         ({"cosine_weight": -1.0}, "cosine_weight=-1.0 is not allowed"),

@@ -1,13 +1,12 @@
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 
 from modiff_kernels.cli import main
 from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
 
 
 def build_tiny_unet(**changes):
-    from diffusers import UNet2DModel
-
     torch.manual_seed(0)
     options = {
         "sample_size": 8,
@@ -30,8 +29,6 @@ def tiny_unet():
 @pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory):
     """A diffusers folder of a tiny UNet with random weights, and a noise schedule that keeps contrast."""
-    from diffusers import DDIMScheduler
-
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_tiny_unet().save_pretrained(folder)
     DDIMScheduler(beta_end=0.002).save_pretrained(folder / "scheduler")

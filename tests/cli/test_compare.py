@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
 from PIL import Image
 
 from modiff_kernels.cli import main
@@ -137,8 +138,6 @@ def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, mon
 
 @pytest.mark.parametrize("kind", ["classes", "pixels", "latents"])
 def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
-    from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
-
     model = unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
     if kind == "pixels":
         model = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
 
@@ -38,16 +46,12 @@ def sdxl(stable_diffusion):
 
 def tokenizer():
     """A tokenizer of single letters."""
-    from transformers import CLIPTokenizer
-
     letters = [chr(code) for code in range(33, 127)]
     words = [*letters, *[f"{letter}</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
 
 
 def text_encoder(kind):
-    from transformers import CLIPTextConfig
-
     sizes = {"vocab_size": 190, "hidden_size": 32, "intermediate_size": 37, "projection_dim": 32}
     tokens = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
     layers = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 16}
@@ -56,8 +60,6 @@ def text_encoder(kind):
 
 def parts(**unet):
     """What both pipelines are made of."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(**blocks, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4)
@@ -67,9 +69,6 @@ def parts(**unet):
 
 @pytest.fixture(scope="module")
 def sd_folder(tmp_path_factory):
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextModel
-
     texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer()}
     checks = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
@@ -79,9 +78,6 @@ def sd_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdxl_folder(tmp_path_factory):
-    from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
     unet = {
         "cross_attention_dim": 64,
         "use_linear_projection": True,

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
+from modiff_kernels.evaluation.networks import load_model
 from tests.calibration.conftest import interrupt, threads  # noqa: F401 (for all tests here)
 from tests.cifar10_files import write_packed
 
@@ -39,8 +41,6 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
-    from diffusers import DDIMScheduler, UNet2DModel
-
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train_ddpm.main(arguments(data, whole)) == 0
 
@@ -121,10 +121,6 @@ def test_learning_rate_follows_what_is_further(train_ddpm):
 
 
 def test_large_models_are_saved_in_small_files(train_ddpm, data, tmp_path, monkeypatch):
-    from diffusers import UNet2DModel
-
-    from modiff_kernels.evaluation.networks import load_model
-
     monkeypatch.setattr(train_ddpm, "SHARD", "20KB")
     assert train_ddpm.main(arguments(data, tmp_path)) == 0
     files = list(tmp_path.glob("*.safetensors"))
