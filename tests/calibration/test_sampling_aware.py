@@ -15,7 +15,6 @@ from tests.calibration.conftest import difference_of
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 5, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
 FEW = {"weight_iterations": 2, "act_iterations": 1, "learn_batch": 4}
-DEVIATION = 0.5
 OTHERS = ("down_blocks", "up_blocks", "conv_in", "conv_out", "time_emb", "attn", "attentions", "resnets.0")
 ONE_BLOCK = mk.ModiffConfig(3, None, skip_modules=OTHERS)
 
@@ -25,7 +24,7 @@ def gaussian(solver):
 
     def size(timestep):
         alpha, sigma, _ = solver.noise(timestep)
-        return ((alpha * DEVIATION) ** 2 + sigma**2).sqrt()
+        return ((alpha * 0.5) ** 2 + sigma**2).sqrt()
 
     return lambda x, timestep: solver.noise(timestep)[1] * x / size(timestep) ** 2, size
 

@@ -11,11 +11,6 @@ from modiff_kernels.calibration.weights import WEIGHT_METHODS, input_rows, quant
 from modiff_kernels.quant.affine import rows_to_weight, weight_rows
 
 
-def output_error(difference, hessian):
-    """Squared error of every output channel for a weight difference."""
-    return ((difference @ hessian) * difference).sum(1)
-
-
 def correlated(rows, k):
     """Inputs with a decaying spectrum, as activations have."""
     basis = torch.linalg.qr(torch.randn(k, k))[0]
@@ -64,8 +59,9 @@ def test_gptq_is_close_to_the_best_codes_of_a_tiny_layer():
     found = WEIGHT_METHODS["gptq"](weight, hessian, 3, -1)
     every = torch.tensor(list(itertools.product(range(-4, 4), repeat=4))).float()
     for row, codes, scale in zip(weight, found.codes, found.scale):
-        errors = output_error(every * scale - row, hessian)
-        reached = output_error((codes * scale - row)[None], hessian)
+        errors, reached = (
+            ((part @ hessian) * part).sum(1) for part in (every * scale - row, (codes * scale - row)[None])
+        )
         assert reached <= 2 * errors.min() + 1e-6
         assert (errors < reached).sum() < 40  # of 4096
 

@@ -14,13 +14,11 @@ import torch
     [
         ("--model /nowhere/at/all", "/nowhere/at/all: no such folder"),
         ("--scheduler euler", "'ddim', 'ddpm', 'pndm', 'dpmsolver++', 'unipc'"),
-        ("--steps 0", "--steps: must be at least 1, got 0"),
         ("--steps many", "--steps: invalid number value: 'many'"),
         ("--steps 1001", "trained on 1000 steps"),
         ("--threads 0", "--threads: must be at least 1"),
         ("--seed -1", "--seed: must be at least 0 and at most"),
         ("--weight-bits 5", "'5' is not a supported number of bits; allowed: 3, 4, 8"),
-        ("--act-bits 16", "'16' is not a supported number of bits; allowed: 3, 4, 8"),
         ("--device tpu", "--device"),
         ("--schedule none.json", "none.json as `modiff calibrate` writes it (FileNotFoundError"),
         ("--prompt cat", "takes no text"),

@@ -19,7 +19,6 @@ def compare(*argv):
 
 
 def rows_of(path, *argv):
-    """Rows of a small comparison."""
     compare(*argv, "--images", 2, "--batch", 2, "--json", path)
     return json.loads(path.read_text())["rows"]
 

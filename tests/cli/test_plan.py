@@ -93,7 +93,6 @@ def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
         ("calibrate --plan --speedup 2", "--plan: --budget-db and --speedup are for a schedule"),
         ("calibrate", "one of the arguments --method --schedule --plan is required"),
         ("calibrate --plan --max-loss-db 0", "--max-loss-db: must be above 0"),
-        ("calibrate --plan --max-state-bytes -1", "--max-state-bytes: must be at least 0"),
         ("calibrate --plan --mode float", "leave no low-bit mode to choose"),
         ("calibrate --plan --steps 1", "called the UNet 1 times"),
         ("explain --plan none.json", "cannot read none.json as a layer plan"),

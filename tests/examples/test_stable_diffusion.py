@@ -45,7 +45,6 @@ def sdxl(stable_diffusion):
 
 
 def tokenizer():
-    """A tokenizer of single letters."""
     letters = [chr(code) for code in range(33, 127)]
     words = [*letters, *[f"{letter}</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
@@ -59,7 +58,6 @@ def text_encoder(kind):
 
 
 def parts(**unet):
-    """What both pipelines are made of."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(**blocks, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4)
@@ -93,7 +91,6 @@ def sdxl_folder(tmp_path_factory):
 
 
 def options(folder, out, *more):
-    """A command line for a short run on the CPU."""
     return [str(word) for word in ("--model", folder, "--out", out, "--device", "cpu", "--steps", 4, *more)]
 
 

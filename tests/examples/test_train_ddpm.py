@@ -20,7 +20,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_ddpm.py"
 
 @pytest.fixture(scope="module")
 def train_ddpm():
-    """The example, loaded as a module."""
     spec = importlib.util.spec_from_file_location("train_ddpm", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -35,7 +34,6 @@ def data(tmp_path_factory) -> Path:
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
-    """A command line for a run of a few steps."""
     words = ["--data", data, "--out", out, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--quiet", *more]
     return [str(word) for word in (*words, "--preset", "tiny", "--no-sample-grid")]
 

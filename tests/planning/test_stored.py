@@ -14,8 +14,8 @@ def scheduler_of(steps=8, kind=DDIMScheduler, **options):
     return made
 
 
-def write(folder, scheduler=None, **changes):
-    scheduler = scheduler or scheduler_of()
+def write(folder, **changes):
+    scheduler = scheduler_of()
     entries = {"schedule": "U3FUF3 order=1", **stored.run_of(scheduler, host_timesteps(scheduler)), **changes}
     (folder / stored.FILE_NAME).write_text(json.dumps(entries))
     return folder / stored.FILE_NAME
@@ -54,8 +54,8 @@ def test_it_does_not_fit_others(tmp_path, other):
 
 
 def test_it_is_found_in_the_folder_of_the_unet_or_the_pipeline(tmp_path):
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "other").mkdir()
+    for name in ("unet", "other"):
+        (tmp_path / name).mkdir()
     assert stored.beside(loaded_from(tmp_path / "unet"), None) is None
     path = write(tmp_path)
     assert stored.beside(loaded_from(tmp_path), None).path == path
