@@ -49,11 +49,9 @@ def test_result_is_deterministic_and_leaves_the_unet_as_it_was(pipe, calibrated,
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
     assert first.method == method
-    assert set(first.layers) == {
-        name
-        for name, module in pipe.unet.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and STATIC.skips(name) is None
-    }
+    kinds = torch.nn.Linear, torch.nn.Conv2d
+    names = {name for name, module in pipe.unet.named_modules() if isinstance(module, kinds)}
+    assert set(first.layers) == {name for name in names if STATIC.skips(name) is None}
 
 
 def test_an_interrupted_calibration_goes_on(pipe, calibrated, tmp_path, monkeypatch):

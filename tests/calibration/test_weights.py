@@ -59,9 +59,8 @@ def test_gptq_is_close_to_the_best_codes_of_a_tiny_layer():
     found = WEIGHT_METHODS["gptq"](weight, hessian, 3, -1)
     every = torch.tensor(list(itertools.product(range(-4, 4), repeat=4))).float()
     for row, codes, scale in zip(weight, found.codes, found.scale):
-        errors, reached = (
-            ((part @ hessian) * part).sum(1) for part in (every * scale - row, (codes * scale - row)[None])
-        )
+        differences = every * scale - row, (codes * scale - row)[None]
+        errors, reached = (((part @ hessian) * part).sum(1) for part in differences)
         assert reached <= 2 * errors.min() + 1e-6
         assert (errors < reached).sum() < 40  # of 4096
 

@@ -64,10 +64,9 @@ def test_distances_and_times(rows):
 def test_state_and_average_bits(rows):
     assert rows["plain W8A8"]["state_bytes"] == rows["W8 float activations"]["state_bytes"] == 0
     assert rows["modulated W8A8"]["state_bytes"] == rows["modulated W8A3"]["state_bytes"] > 10_000
-    assert rows["plain W8A4"]["average_bits"] == 4
-    assert rows["W8 float activations"]["average_bits"] == 32
-    assert rows["modulated W8A8"]["average_bits"] == pytest.approx((16 + 11 * 8) / 12)
-    assert rows["modulated W8A3"]["average_bits"] == pytest.approx((16 + 11 * (3 + 5 / 16)) / 12)
+    updates = {"modulated W8A8": (16 + 11 * 8) / 12, "modulated W8A3": (16 + 11 * (3 + 5 / 16)) / 12}
+    for name, bits in {"plain W8A4": 4, "W8 float activations": 32, **updates}.items():
+        assert rows[name]["average_bits"] == pytest.approx(bits)
 
 
 def test_scheduled_row_skips_calls(rows, report):

@@ -46,8 +46,7 @@ def test_doctor_says_what_is_there_and_checks_every_backend_when_one_is_forced(c
     dispatch.reset()
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in ("versions", "torch", "devices", "backends", "reference", "product", "self-check", "ok ("):
-        assert word in out
-    assert "MODIFF_BACKEND  reference" in out
+    for words in ("versions", "torch", "devices", "backends", "self-check", "ok (", "MODIFF_BACKEND  reference"):
+        assert words in out
     assert "FAILED" not in out
     assert dispatch.forced_backend() == "reference"

@@ -46,8 +46,7 @@ def test_json_round_trip():
     assert config.schedule == StepSchedule("forecast", every=3, order=1)
     assert config.to_dict()["schedule"] == "forecast every=3 order=1"
     assert ModiffConfig(schedule="auto").to_dict()["schedule"] == "auto"
-    assert config.state_dtype == "float16"
-    assert config.skip_modules == ("mid_block",)
+    assert (config.state_dtype, config.skip_modules) == ("float16", ("mid_block",))
     assert ModiffConfig.from_json(config.to_json()) == config
     assert ModiffConfig.from_dict(config.to_dict()) == config
     assert ModiffConfig.from_dict({}) == ModiffConfig()

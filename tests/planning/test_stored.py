@@ -54,8 +54,8 @@ def test_it_does_not_fit_others(tmp_path, other):
 
 
 def test_it_is_found_in_the_folder_of_the_unet_or_the_pipeline(tmp_path):
-    for name in ("unet", "other"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "other").mkdir()
     assert stored.beside(loaded_from(tmp_path / "unet"), None) is None
     path = write(tmp_path)
     assert stored.beside(loaded_from(tmp_path), None).path == path
