@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modiff_kernels"
 
-# A part of the package imports only parts of a lower level; parts of one level do not import each other.
+# From low to high: a part imports only parts of a lower level; parts of one level do not import each other.
 TIERS = (
     ("models", "tuned", "metrics", "_version"),
     ("quant",),
@@ -24,7 +24,9 @@ TIERS = (
     ("planning", "calibration"),
     ("integrations",),
     ("",),  # the face of the package
-    *[(part,) for part in ("evaluation", "cli", "__main__")],
+    ("evaluation",),
+    ("cli",),
+    ("__main__",),
 )
 LEVELS = {part: level for level, parts in enumerate(TIERS) for part in parts}
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.

@@ -19,7 +19,6 @@ import torch
         ("--threads 0", "--threads: must be at least 1"),
         ("--seed -1", "--seed: must be at least 0 and at most"),
         ("--weight-bits 5", "'5' is not a supported number of bits; allowed: 3, 4, 8"),
-        ("--device tpu", "--device"),
         ("--schedule none.json", "none.json as `modiff calibrate` writes it (FileNotFoundError"),
         ("--prompt cat", "takes no text"),
         ("--colour red", "unrecognized arguments: --colour red"),
