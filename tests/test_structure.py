@@ -14,25 +14,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modiff_kernels"
 
-# A part of the package imports only parts of a lower level; parts of one level do not import each other.
-LEVELS = {
-    "__main__": 10,
-    "cli": 9,
-    "evaluation": 8,
-    "": 7,  # the face of the package
-    "integrations": 6,
-    "planning": 5,
-    "calibration": 5,
-    "nn": 4,
-    "ops": 3,
-    "backends": 2,
-    "config": 2,
-    "quant": 1,
-    "models": 0,
-    "tuned": 0,
-    "metrics": 0,
-    "_version": 0,
-}
+# From low to high: a part imports only parts of a lower level; parts of one level do not import each other.
+TIERS = (
+    ("models", "tuned", "metrics", "_version"),
+    ("quant",),
+    ("backends", "config"),
+    ("ops",),
+    ("nn",),
+    ("planning", "calibration"),
+    ("integrations",),
+    ("",),  # the face of the package
+    ("evaluation",),
+    ("cli",),
+    ("__main__",),
+)
+LEVELS = {part: level for level, parts in enumerate(TIERS) for part in parts}
 # Reading a tensor on the host waits for the device in the middle of a step; the text of an error may.
 HOT_PARTS = ("nn", "ops", "integrations", "backends/triton", "backends/cuda")
 HOST_READS = {"item", "cpu", "tolist", "numpy"}
@@ -66,10 +62,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             below = stem.removeprefix("modiff_kernels").lstrip(".")
-            names = [
-                f"{stem}.{alias.name}" if is_module(".".join(filter(None, [below, alias.name]))) else stem
-                for alias in node.names
-            ]
+            parts = [(alias.name, is_module(f"{below}.{alias.name}".lstrip("."))) for alias in node.names]
+            names = [f"{stem}.{part}" if whole_module else stem for part, whole_module in parts]
         else:
             continue
         for name in names:
@@ -126,15 +120,12 @@ def test_backends_import_reference_and_nothing_else_beside_it():
     assert not wrong, "\n".join(wrong)
 
 
-STEMS = ("quantize", "product")
-
-
 def test_the_two_stems_stand_everywhere():
     """`git grep -l quantize` and `git grep -l product` are whole stories."""
     from modiff_kernels.backends import BACKENDS
     from modiff_kernels.ops import schema
 
-    for stem in STEMS:
+    for stem in ("quantize", "product"):
         assert hasattr(schema, stem)
         places = {f"csrc/{part}": f"{stem}*" for part in ("cpu", "cuda/common" if stem == "quantize" else "cuda/sm80")}
         places["csrc/cuda/sm90"] = "product*"
@@ -151,19 +142,13 @@ def test_the_two_stems_stand_everywhere():
 
 # Words that have another word here (docs/notation.md), in identifiers and prose; and what to say.
 WORDS = {
-    "edge": "input, shared input",
-    "edges": "inputs, shared inputs",
-    "slot": "tensor of a context",
-    "slots": "tensors of a context",
+    **dict.fromkeys(("edge", "edges"), "input, shared input"),
+    **dict.fromkeys(("slot", "slots"), "tensor of a context"),
+    **dict.fromkeys(("cut", "cuts"), "tile, tiling, split"),
+    **dict.fromkeys(("room", "rooms"), "part, folder"),
+    **dict.fromkeys(("rival", "rivals"), "baseline, peer"),
+    **dict.fromkeys(("door", "doors"), "entry"),
     "gaps": "scale factors",
-    "cut": "tile, tiling, split",
-    "cuts": "tiles, tilings, splits",
-    "room": "part, folder",
-    "rooms": "parts, folders",
-    "rival": "baseline, peer",
-    "rivals": "baselines, peers",
-    "door": "entry",
-    "doors": "entries",
     "first_step_bits": "two updates of 8 bits",
     **{f"{old}_{kind}": "quantize, product, modulate" for old in ("initialize", "accumulate", "modulated", "quantized")
        for kind in ("linear", "conv2d")},
@@ -219,14 +204,9 @@ def test_package_face_imports_nothing_but_the_registration():
 
 
 def test_torch_headers_stand_in_binding_files_only():
-    wrong = [
-        str(path.relative_to(ROOT))
-        for path in sorted((ROOT / "csrc").rglob("*"))
-        if path.is_file()
-        and path.relative_to(ROOT).as_posix() not in BINDING_FILES
-        and TORCH_INCLUDE.search(path.read_text())
-    ]
-    assert not wrong, f"only {sorted(BINDING_FILES)} may include torch headers, found in {wrong}"
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    found = {path.relative_to(ROOT).as_posix() for path in files if TORCH_INCLUDE.search(path.read_text())}
+    assert found <= BINDING_FILES, f"only {sorted(BINDING_FILES)} may include torch headers, found in {found}"
 
 
 def test_hot_parts_do_not_read_the_device():
@@ -235,14 +215,10 @@ def test_hot_parts_do_not_read_the_device():
         for path in sources(PACKAGE / part):
             tree = ast.parse(path.read_text(), str(path))
             raised = {child for node in ast.walk(tree) if isinstance(node, ast.Raise) for child in ast.walk(node)}
-            wrong += [
-                f"{path.relative_to(ROOT)}:{node.lineno}: .{node.func.attr}()"
-                for node in ast.walk(tree)
-                if node not in raised
-                and isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr in HOST_READS
-            ]
+            for node in ast.walk(tree):
+                name = getattr(node.func, "attr", None) if isinstance(node, ast.Call) else None
+                if name in HOST_READS and node not in raised:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: .{name}()")
     assert not wrong, "these wait for the device inside a step:\n" + "\n".join(wrong)
 
 
@@ -265,35 +241,19 @@ def run_python(code: str, cwd: Path, **env: str) -> str:
     return result.stdout.strip()
 
 
-@pytest.fixture
-def bare_package(tmp_path: Path) -> Path:
-    """A copy of the package without compiled library and models, as after an install with MODIFF_SKIP_BUILD=1."""
-    shutil.copytree(
-        PACKAGE, tmp_path / "modiff_kernels", ignore=shutil.ignore_patterns("_lib", "*.safetensors", "__pycache__")
-    )
-    return tmp_path
-
-
-BLOCK_OPTIONAL = """
-import sys
-for name in ("diffusers", "transformers", "triton", "skimage", "PIL"):
-    sys.modules[name] = None
-"""
-
-
-def test_imports_without_optional_parts(bare_package: Path):
+def test_runs_without_optional_parts_and_compiled_library(tmp_path: Path):
+    """As after an install with MODIFF_SKIP_BUILD=1."""
+    left_out = shutil.ignore_patterns("_lib", "*.safetensors", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "modiff_kernels", ignore=left_out)
     parts = [name for name in ("config", "quant", "ops", "backends.reference", "nn", "cli") if is_module(name)]
-    code = BLOCK_OPTIONAL + (
-        "import importlib, modiff_kernels\n"
-        f"assert modiff_kernels.__file__.startswith({str(bare_package)!r}), modiff_kernels.__file__\n"
+    code = (
+        "import importlib, sys\n"
+        "for name in ('diffusers', 'transformers', 'triton', 'skimage', 'PIL'):\n"
+        "    sys.modules[name] = None\n"
+        "import modiff_kernels\n"
+        f"assert modiff_kernels.__file__.startswith({str(tmp_path)!r}), modiff_kernels.__file__\n"
         f"for part in {parts!r}:\n"
         "    importlib.import_module('modiff_kernels.' + part)\n"
-    )
-    run_python(code, bare_package, PYTHONPATH=str(bare_package))
-
-
-def test_ops_run_without_compiled_library(bare_package: Path):
-    code = BLOCK_OPTIONAL + (
         "import torch\n"
         "from modiff_kernels import ops\n"
         "x, x_hat = torch.tensor([[1.0, -2.0, 0.5, 3.0]]), torch.zeros(1, 4)\n"
@@ -301,21 +261,16 @@ def test_ops_run_without_compiled_library(bare_package: Path):
         "torch.testing.assert_close(x_hat, scale * codes)\n"
         "assert absmax.tolist() == [3.0]\n"
     )
-    run_python(code, bare_package, PYTHONPATH=str(bare_package))
+    run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
 
 
-def test_import_is_fast():
-    code = (
-        "import torch, time\nstart = time.perf_counter()\nimport modiff_kernels\nprint(time.perf_counter() - start)\n"
-    )
+def test_import_is_fast_and_does_not_load_torch():
+    assert run_python("import sys, modiff_kernels; print('torch' in sys.modules)", ROOT) == "False"
+    code = "import torch, time\nt = time.perf_counter()\nimport modiff_kernels\nprint(time.perf_counter() - t)"
     measured: list[float] = []
     while len(measured) < 3 and min(measured, default=1.0) >= 0.3:  # a busy machine gets three tries
         measured.append(float(run_python(code, ROOT)))
     assert min(measured) < 0.3, f"modiff_kernels and its layers take {measured} s to import over torch"
-
-
-def test_import_does_not_load_torch():
-    assert run_python("import sys, modiff_kernels; print('torch' in sys.modules)", ROOT) == "False"
 
 
 def test_public_names_are_listed_and_unknown_ones_refused():

@@ -35,17 +35,14 @@ def test_what_is_saved_is_loaded(store):
     assert store.load("NVIDIA H200") == choices
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape", "choice"),
-    [
-        ("triton", triton_tiles.Shape(64, 32, 16, 9), triton_tiles.TileConfig(64, 64, 32, 4, 2)),
-        ("cuda", cuda_tiles.Shape(64, 32, 16, 9, 8, 8), cuda_tiles.Tile(90, 256, 160, 1)),
-    ],
-)
-def test_choices_of_the_backends(tmp_path, kind, shape, choice):
-    store = tuned.Store(tmp_path, type(shape), type(choice))
-    store.save({shape: choice}, "gpu", {})
-    assert store.load("gpu") == {shape: choice}
+def test_choices_of_the_backends(tmp_path):
+    for shape, choice in (
+        (triton_tiles.Shape(64, 32, 16, 9), triton_tiles.TileConfig(64, 64, 32, 4, 2)),
+        (cuda_tiles.Shape(64, 32, 16, 9, 8, 8), cuda_tiles.Tile(90, 256, 160, 1)),
+    ):
+        store = tuned.Store(tmp_path, type(shape), type(choice))
+        store.save({shape: choice}, "gpu", {})
+        assert store.load("gpu") == {shape: choice}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 import modiff_kernels as mk
 
@@ -16,15 +17,13 @@ def threads():
 
 
 def build_pipe():
-    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
         attention_head_dim=8,
         norm_num_groups=8,
     )
@@ -45,6 +44,20 @@ def difference_of(pipe, calibration, steps):
     difference = abs(found - image()).mean()
     assert difference > 0
     return difference
+
+
+def interrupt(monkeypatch, owner, name, at):
+    """Let call number `at` of owner.name raise KeyboardInterrupt; the arguments of the calls so far."""
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    return calls
 
 
 @pytest.fixture

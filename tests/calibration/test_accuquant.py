@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import accuquant
@@ -13,22 +15,20 @@ from modiff_kernels.calibration.data import collect, pipeline_sampler
 from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.job import Job, layers_of
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.calibration.conftest import difference_of
+from tests.calibration.conftest import difference_of, interrupt
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static", mode="quantized")
 SMALL = {"steps": 6, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
 FEW = {"network_iterations": 0, "group_steps": 4, "group_iterations": 2, "act_iterations": 2, "learn_batch": 1}
-STEPS = 12
 
 
 @pytest.fixture
 def sampler(pipe):
-    return pipeline_sampler(pipe, STEPS, {})
+    return pipeline_sampler(pipe, 12, {})
 
 
 @pytest.fixture
 def layers(pipe):
-    """Four-bit codes of the up blocks, with scales of their inputs."""
     found = {}
     for path, module in pipe.unet.named_modules():
         if path.startswith(("up_blocks", "conv_out")) and hasattr(module, "weight") and module.weight.ndim in (2, 4):
@@ -86,11 +86,7 @@ def peak_bytes(run):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @pytest.mark.parametrize("form", ["identity", "exact"])
@@ -108,13 +104,11 @@ def test_memory_does_not_grow_with_the_steps_of_a_group(pipe, sampler, layers, f
     assert many <= 1.1 * few
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_groups_of_the_float_network(pipe, name):
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_groups_of_the_float_network(pipe, kind):
     """Its groups end where the next one starts, with a sampler whose steps do not depend on those before."""
-    import diffusers
-
-    options = {"solver_order": 1} if name.startswith("DPM") else {}
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    options = {} if kind is DDIMScheduler else {"solver_order": 1}
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     job = make_job(pipe, group_steps=4)
     groups = accuquant.collect_groups(job)
     assert groups.calls == [range(4), range(4, 8), range(8, 10)]
@@ -126,9 +120,8 @@ def test_groups_of_the_float_network(pipe, name):
 
 
 def make_job(pipe, **options):
-    config, chosen = STATIC, accuquant.AccuQuantOptions(**options)
-    sampler = pipeline_sampler(pipe, 10, {})
-    return Job(pipe.unet, sampler, config, chosen, 4, 2, 0, {}, None, True, layers_of(pipe.unet, config))
+    sampler, chosen = pipeline_sampler(pipe, 10, {}), accuquant.AccuQuantOptions(**options)
+    return Job(pipe.unet, sampler, STATIC, chosen, 4, 2, 0, {}, None, True, layers_of(pipe.unet, STATIC))
 
 
 def test_learnt_codes_lower_the_error_at_the_ends(pipe):
@@ -152,19 +145,11 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
 def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch):
     config = dataclasses.replace(STATIC, mode="modulated")
     whole = mk.calibrate(pipe, "accuquant", config, **SMALL, **FEW)
-    real, parts = accuquant._learn, []
-
-    def interrupted(job, part, *args, **settings):
-        parts.append(part)
-        if len(parts) == 3:
-            raise KeyboardInterrupt
-        return real(job, part, *args, **settings)
-
-    monkeypatch.setattr(accuquant, "_learn", interrupted)
+    calls = interrupt(monkeypatch, accuquant, "_learn", 3)
     with pytest.raises(KeyboardInterrupt):
         mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
     again = mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
-    assert parts == ["codes", "scales-0", "scales-1", "scales-1"]
+    assert [part for _, part, *_ in calls] == ["codes", "scales-0", "scales-1", "scales-1"]
     for path, layer in whole.layers.items():
         other = again.layers[path]
         assert torch.equal(layer.weight.codes, other.weight.codes)
@@ -172,23 +157,20 @@ def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch)
         assert layer.act_scale.shape == (6,)
         assert (layer.act_scale[:4] == layer.act_scale[0]).all()
         assert layer.act_scale[4] == layer.act_scale[5] != layer.act_scale[0]
-    attention = "mid_block.attentions.0"
-    to_q, to_v = (whole.layers[f"{attention}.{name}"] for name in ("to_q", "to_v"))
+    to_q, to_v = (whole.layers[f"mid_block.attentions.0.{name}"] for name in ("to_q", "to_v"))
     assert torch.equal(to_q.act_scale, to_v.act_scale)
     start = mk.calibrate(pipe, "accuquant", config, weights=whole, **SMALL, **{**FEW, "act_iterations": 0})
-    assert torch.equal(start.layers[f"{attention}.to_q"].weight.codes, to_q.weight.codes)
-    assert not torch.equal(start.layers[f"{attention}.to_q"].act_scale, to_q.act_scale)
+    started = start.layers["mid_block.attentions.0.to_q"]
+    assert torch.equal(started.weight.codes, to_q.weight.codes)
+    assert not torch.equal(started.act_scale, to_q.act_scale)
     assert difference_of(pipe, tmp_path, 6) < 0.1
 
 
 def test_what_it_refuses(pipe):
-    from diffusers import EulerDiscreteScheduler, PNDMScheduler
-
     for options, message in (
         ({"gradient": "none"}, "gradient='none' is not allowed; choose one of 'identity', 'scheduler-coefficients'"),
         ({"group_steps": 0}, "group_steps=0 is not allowed"),
         ({"table": False}, "table=False is not allowed"),
-        ({"act_iterations": -1}, "act_iterations=-1 is not allowed"),
     ):
         with pytest.raises(ValueError, match=message):
             mk.calibrate(pipe, "accuquant", STATIC, **SMALL, **options)

@@ -19,7 +19,6 @@ SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample"
 
 
 def tensors_of(result):
-    """Every tensor of a result by name."""
     found = {}
     for path, layer in result.layers.items():
         found |= {f"{path}.codes": layer.weight.codes, f"{path}.scale": layer.weight.scale}
@@ -50,22 +49,17 @@ def test_result_is_deterministic_and_leaves_the_unet_as_it_was(pipe, calibrated,
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
     assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
     assert first.method == method
-    assert set(first.layers) == {
-        name
-        for name, module in pipe.unet.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and STATIC.skips(name) is None
-    }
+    kinds = torch.nn.Linear, torch.nn.Conv2d
+    names = {name for name, module in pipe.unet.named_modules() if isinstance(module, kinds)}
+    assert set(first.layers) == {name for name in names if STATIC.skips(name) is None}
 
 
 def test_an_interrupted_calibration_goes_on(pipe, calibrated, tmp_path, monkeypatch):
     whole = calibrated("mse", STATIC, **SMALL)
     calls, real = [], static_module.with_scales
 
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(static_module, "with_scales", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(static_module, "with_scales", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         mk.calibrate(pipe, "mse", STATIC, folder=tmp_path, **SMALL)
     assert not (tmp_path / "calibration.json").exists()
     monkeypatch.setattr(static_module, "with_scales", real)
@@ -125,10 +119,6 @@ class TestAccelerate:
             assert torch.equal(layer.input.static_scale, known.act_scale)
             if layer.packed.layout == "kpack_v1":
                 assert torch.equal(layer.packed.packed, pack(known.weight.codes, 4))
-        first = images(pipe)
-        handle.remove()
-        handle = mk.accelerate(pipe, calibration=result)
-        assert (images(pipe) == first).all()
         handle.remove()
 
     def test_weights_alone_with_other_scales(self, pipe, calibrated):
@@ -173,17 +163,10 @@ class TestAccelerate:
 
 
 class TestSavedModels:
-    @pytest.mark.parametrize(
-        ("method", "mode", "options"),
-        [
-            ("distill", "modulated", {"network_iterations": 2}),  # biases too
-            ("mse", "modulated", {}),
-            ("mse", "quantized", {}),  # zero points
-        ],
-    )
-    def test_codes_tables_and_biases_come_back(self, pipe, calibrated, tmp_path, method, mode, options):
-        config = dataclasses.replace(STATIC, mode=mode)
-        result = calibrated(method, config, table=True, **SMALL, **options)
+    @pytest.mark.parametrize(("method", "mode"), [("distill", "modulated"), ("mse", "quantized")])
+    def test_codes_tables_biases_and_zero_points_come_back(self, pipe, calibrated, tmp_path, method, mode):
+        options = {"network_iterations": 2} if method == "distill" else {}
+        result = calibrated(method, dataclasses.replace(STATIC, mode=mode), table=True, **SMALL, **options)
         handle = mk.accelerate(pipe, calibration=result)
         expected = images(pipe)
         handle.save_pretrained(tmp_path)
@@ -227,8 +210,6 @@ def test_one_scale_per_call(pipe, calibrated, mode):
         ({"method": "mes"}, "method='mes' is not allowed; choose one of 'minmax', 'mse'"),
         ({"no_such": 1}, "method 'mse' has no option 'no_such'; its options are time_steps"),
         ({"time_steps": "often"}, "time_steps='often' is not allowed; choose one of 'uniform', 'ndtc'"),
-        ({"weight_method": "best"}, "weight_method='best' is not allowed"),
-        ({"calls_per_sample": 0}, "calls_per_sample=0 is not allowed"),
         ({"samples": 0}, "samples=0 is not allowed"),
         ({"config": mk.ModiffConfig(None, None)}, "weight_bits=None"),
         ({"config": mk.ModiffConfig(skip_modules=("block", "conv", "time"))}, "leaves no Linear and no Conv2d"),

@@ -9,11 +9,6 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
-LAYERS = {
-    "linear": (lambda: nn.Linear(24, 6), (3, 5, 24)),
-    "conv": (lambda: nn.Conv2d(8, 6, 3, padding=1), (2, 8, 5, 6)),
-}
-
 
 def calibrated(module, zero_point=None):
     inputs = module.weight.shape[1]
@@ -24,18 +19,20 @@ def calibrated(module, zero_point=None):
     return CalibratedLayer(weight, torch.tensor([0.3]), points, scale, torch.randn(len(module.bias)))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("mode", ["quantized", "modulated"])
 def test_hard_codes_compute_what_the_low_bit_layer_computes(kind, mode):
-    module = LAYERS[kind][0]().requires_grad_(False)
-    known = calibrated(module, zero_point=2 if mode == "quantized" else None)
-    make = ModulatedLinear.from_linear if kind == "linear" else ModulatedConv2d.from_conv2d
+    if kind == "linear":
+        module, make, shape = nn.Linear(24, 6), ModulatedLinear.from_linear, (3, 5, 24)
+    else:
+        module, make, shape = nn.Conv2d(8, 6, 3, padding=1), ModulatedConv2d.from_conv2d, (2, 8, 5, 6)
+    known = calibrated(module.requires_grad_(False), zero_point=2 if mode == "quantized" else None)
     state = ModulationState()
     config = ModiffConfig(4, 4, mode=mode, scale_mode="static", backend="reference")
     layer = make(module, config, state, "l", calibrated=known)
     fake = FakeLayer(module, known, mode, 4)
     fake.hard = True
-    before, x = torch.randn(2, *LAYERS[kind][1])
+    before, x = torch.randn(2, *shape)
     if mode == "quantized":
         torch.testing.assert_close(fake(x), layer(x), rtol=1e-4, atol=1e-4)
         return

@@ -5,11 +5,11 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import qdiffusion, reconstruction
-from modiff_kernels.calibration.data import Sampler, collect, pipeline_sampler, stream, uniform_calls
+from modiff_kernels.calibration.data import collect, pipeline_sampler, stream, uniform_calls
 from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.job import Job
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.calibration.conftest import difference_of
+from tests.calibration.conftest import difference_of, interrupt
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2}
@@ -24,8 +24,7 @@ SPLITS = {
 
 @pytest.fixture
 def data(pipe):
-    sampler: Sampler = pipeline_sampler(pipe, 4, {})
-    return collect(sampler, uniform_calls(4, 2, 4), range(4), 2)
+    return collect(pipeline_sampler(pipe, 4, {}), uniform_calls(4, 2, 4), range(4), 2)
 
 
 def test_split_sites_are_where_the_network_concatenates(pipe, monkeypatch):
@@ -57,7 +56,7 @@ def test_the_parts_of_a_split_input_use_their_codes_alike(pipe, data):
     stream(pipe.unet, data, layers, keep, torch.arange(len(data)).split(2), pairs=True)
     for path, hidden in SPLITS.items():
         layer, x = result.layers[path], torch.cat(seen[path])
-        assert layer.weight.group_size == {32: 16, 16: 16}[hidden] or layer.weight.group_size == 32
+        assert layer.weight.group_size in (16, 32)
         assert (layer.input_scale[:hidden] == 1).all()
         scaled = x * layer.input_scale[:, None, None]
         parts = [half.abs().mean() for half in scaled.tensor_split([hidden], 1)]
@@ -72,8 +71,7 @@ def test_reconstruction_lowers_the_error_of_a_block_behind_quantised_ones(pipe, 
     target = reconstruction.record(pipe.unet, block, data, batches, tmp_path / "out", "output")
     inputs = reconstruction.record(pipe.unet, block, data, batches, tmp_path / "in", "input")
     points = torch.arange(len(data))
-    options = qdiffusion.QDiffusionOptions(learn_batch=4)
-    sampler = pipeline_sampler(pipe, 4, {})
+    options, sampler = qdiffusion.QDiffusionOptions(learn_batch=4), pipeline_sampler(pipe, 4, {})
     job = Job(pipe.unet, sampler, mk.ModiffConfig(3, None), options, 4, 4, 0, {}, None, True, {})
     module = pipe.unet.get_submodule(block)
     torch.testing.assert_close(reconstruction.call(module, inputs.read(points)), target.read(points)[0])
@@ -88,9 +86,8 @@ def test_reconstruction_lowers_the_error_of_a_block_behind_quantised_ones(pipe, 
                 fake.hard = True
             return loss_of(points, fakes).item()
 
-    learnt = reconstruction.learn(
-        job, "part", layers, ("variable",), loss_of, data, len(data), 100, 0.1, rounding_weight=0.5
-    )
+    given = job, "part", layers, ("variable",), loss_of, data, len(data)
+    learnt = reconstruction.learn(*given, 100, 0.1, rounding_weight=0.5)
     assert error(learnt) < 0.6 * error(layers)
 
 
@@ -108,20 +105,11 @@ def test_blocks_come_in_the_order_of_computation(pipe, data):
 
 
 def test_method_is_deterministic_goes_on_and_can_be_used(pipe, tmp_path, monkeypatch):
-    config = STATIC
-    whole = mk.calibrate(pipe, "qdiffusion", config, **SMALL, **FEW)
-    real, counts = reconstruction.learn, []
-
-    def interrupted(*args, **kwargs):
-        counts.append(1)
-        if len(counts) == 7:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(reconstruction, "learn", interrupted)
+    whole = mk.calibrate(pipe, "qdiffusion", STATIC, **SMALL, **FEW)
+    interrupt(monkeypatch, reconstruction, "learn", 7)
     with pytest.raises(KeyboardInterrupt):
-        mk.calibrate(pipe, "qdiffusion", config, folder=tmp_path, **SMALL, **FEW)
-    again = mk.calibrate(pipe, "qdiffusion", config, folder=tmp_path, **SMALL, **FEW)
+        mk.calibrate(pipe, "qdiffusion", STATIC, folder=tmp_path, **SMALL, **FEW)
+    again = mk.calibrate(pipe, "qdiffusion", STATIC, folder=tmp_path, **SMALL, **FEW)
     for path, layer in whole.layers.items():
         other = again.layers[path]
         assert torch.equal(layer.weight.codes, other.weight.codes)
@@ -134,8 +122,7 @@ def test_method_is_deterministic_goes_on_and_can_be_used(pipe, tmp_path, monkeyp
 
 
 def test_the_whole_network_comes_closer(pipe, data):
-    config = mk.ModiffConfig(3, None)
-    points = torch.arange(len(data))
+    config, points = mk.ModiffConfig(3, None), torch.arange(len(data))
     with torch.no_grad():
         target = data.run(pipe.unet, points)[0]
     losses = {}

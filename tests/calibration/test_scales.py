@@ -14,8 +14,7 @@ def histogram_of(*parts):
 
 
 def found(x, bits, search, affine, p=2.4, percentile=99.9):
-    options = StaticOptions(scale_search=search, p=p, percentile=percentile)
-    return find_scale(histogram_of(x), options, bits, affine)
+    return find_scale(histogram_of(x), StaticOptions(scale_search=search, p=p, percentile=percentile), bits, affine)
 
 
 def error(x, scale, zero_point, bits, p):
@@ -26,8 +25,7 @@ def error(x, scale, zero_point, bits, p):
 
 @pytest.fixture
 def values():
-    """A heavy-tailed sample, as residuals are."""
-    return torch.distributions.StudentT(4.0).sample((4, 5000))
+    return torch.distributions.StudentT(4.0).sample((4, 5000))  # heavy-tailed, as residuals are
 
 
 def test_counts_add_up_over_a_stream(values):

@@ -1,17 +1,15 @@
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 
 from modiff_kernels.cli import main
+from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
 
 
 def build_tiny_unet(**changes):
-    from diffusers import UNet2DModel
-
     torch.manual_seed(0)
     options = {
         "sample_size": 8,
-        "in_channels": 3,
-        "out_channels": 3,
         "layers_per_block": 1,
         "block_out_channels": (16, 32),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -31,21 +29,10 @@ def tiny_unet():
 @pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory):
     """A diffusers folder of a tiny UNet with random weights, and a noise schedule that keeps contrast."""
-    from diffusers import DDIMScheduler
-
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_tiny_unet().save_pretrained(folder)
     DDIMScheduler(beta_end=0.002).save_pretrained(folder / "scheduler")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread: enough for tiny networks, and steady on a busy machine. Options must not outlive a test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

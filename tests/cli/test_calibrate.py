@@ -5,6 +5,7 @@ import pytest
 
 from modiff_kernels.cli import main
 from modiff_kernels.config.schedule import StepSchedule
+from tests.calibration.conftest import interrupt
 
 
 def command_of(folder, out, *options):
@@ -12,15 +13,10 @@ def command_of(folder, out, *options):
     return ["calibrate", "--schedule", "--model", str(folder), *fixed, "--out", str(out), *options]
 
 
-def calibrate(folder, out, *options):
-    return main(command_of(folder, out, *options))
-
-
 @pytest.fixture(scope="module")
 def searched(unet_folder, tmp_path_factory):
-    """The file of a search, and nothing beside it."""
     out = tmp_path_factory.mktemp("search") / "found.json"
-    assert calibrate(unet_folder, out, "--budget-db", "25") == 0
+    assert main(command_of(unet_folder, out, "--budget-db", "25")) == 0
     assert list(out.parent.iterdir()) == [out]
     return out
 
@@ -57,20 +53,13 @@ def test_auto_takes_what_is_stored_beside_the_model(unet_folder, searched, tmp_p
 def test_an_interrupted_search_goes_on(unet_folder, searched, tmp_path, monkeypatch, capsys):
     from modiff_kernels.cli import calibrate as module
 
-    out, real, counts = tmp_path / "found.json", module.psnr, []
-
-    def interrupted(*images):
-        counts.append(1)
-        if len(counts) == 15:
-            raise KeyboardInterrupt
-        return real(*images)
-
-    monkeypatch.setattr(module, "psnr", interrupted)
-    assert calibrate(unet_folder, out, "--budget-db", "25") == 130
+    out = tmp_path / "found.json"
+    interrupt(monkeypatch, module, "psnr", 15)
+    assert main(command_of(unet_folder, out, "--budget-db", "25")) == 130
     known = json.loads((tmp_path / "found.partial.json").read_text())["fidelity_db"]
     assert len(known) == 14
     capsys.readouterr()
-    assert calibrate(unet_folder, out, "--budget-db", "25") == 0
+    assert main(command_of(unet_folder, out, "--budget-db", "25")) == 0
     resumed = json.loads(out.read_text())
     assert f"--schedule '{resumed['schedule']}'" in capsys.readouterr().out
     assert {**json.loads(searched.read_text()), "command": ""} == {**resumed, "command": ""}

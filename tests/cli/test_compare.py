@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
 from PIL import Image
 
 from modiff_kernels.cli import main
-from modiff_kernels.evaluation.configurations import build_rows, select_rows
 
 REQUIRED = {"model", "device", "steps", "batch", "scheduler", "threads", "rows", "command", "versions"}
 REQUIRED_ROW = {"name", "weight_bits", "act_bits", "mode", "psnr_db", "ssim", "time_s", "speedup"}
@@ -19,14 +19,12 @@ def compare(*argv):
 
 
 def rows_of(path, *argv):
-    """Rows of a small comparison."""
     compare(*argv, "--images", 2, "--batch", 2, "--json", path)
     return json.loads(path.read_text())["rows"]
 
 
 @pytest.fixture(scope="module")
 def report(unet_folder, tmp_path_factory):
-    """Everything that one comparison of all rows writes."""
     out = tmp_path_factory.mktemp("compare") / "new" / "folder"
     compare("--model", unet_folder, "--steps", 12, "--images", 3, "--batch", 2, "--out", out)
     return out
@@ -49,15 +47,12 @@ def test_json_has_the_promised_fields(report):
     assert modes == ["float"] * 2 + ["weight_only"] + ["quantized"] * 2 + ["modulated"] * 4
 
 
-def test_full_precision_is_the_reference(rows):
+def test_distances_and_times(rows):
     reference, channels_last = rows["float32 eager contiguous"], rows["float32 eager channels_last"]
     assert reference["psnr_db"] is None
     assert channels_last["psnr_db"] is None or channels_last["psnr_db"] > 90
     assert max(reference["speedup"], channels_last["speedup"]) == 1
     assert channels_last["state_bytes"] == 0
-
-
-def test_modulated_rows_are_close_to_the_ceiling(rows):
     ceiling = rows["W8 float activations"]["psnr_db"]
     assert rows["modulated W8A8"]["psnr_db"] > ceiling - 4  # of a network with random weights, in 12 steps
     assert rows["modulated W8A4"]["psnr_db"] > rows["plain W8A4"]["psnr_db"]
@@ -69,10 +64,9 @@ def test_modulated_rows_are_close_to_the_ceiling(rows):
 def test_state_and_average_bits(rows):
     assert rows["plain W8A8"]["state_bytes"] == rows["W8 float activations"]["state_bytes"] == 0
     assert rows["modulated W8A8"]["state_bytes"] == rows["modulated W8A3"]["state_bytes"] > 10_000
-    assert rows["plain W8A4"]["average_bits"] == 4
-    assert rows["W8 float activations"]["average_bits"] == 32
-    assert rows["modulated W8A8"]["average_bits"] == pytest.approx((16 + 11 * 8) / 12)
-    assert rows["modulated W8A3"]["average_bits"] == pytest.approx((16 + 11 * (3 + 5 / 16)) / 12)
+    updates = {"modulated W8A8": (16 + 11 * 8) / 12, "modulated W8A3": (16 + 11 * (3 + 5 / 16)) / 12}
+    for name, bits in {"plain W8A4": 4, "W8 float activations": 32, **updates}.items():
+        assert rows[name]["average_bits"] == pytest.approx(bits)
 
 
 def test_scheduled_row_skips_calls(rows, report):
@@ -118,7 +112,6 @@ def test_selected_rows_and_bits(unet_folder, tmp_path, capsys):
     data = json.loads((tmp_path / "a.json").read_text())
     assert [row["name"] for row in data["rows"]] == ["modulated W8A4", "modulated W4A4"]
     assert [row["speedup"] for row in data["rows"]] == [None, None]
-    assert all(row["psnr_db"] > 0 for row in data["rows"])
     assert data["threads"] == 1
     assert len(capsys.readouterr().out.splitlines()) == 4
 
@@ -141,38 +134,21 @@ def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, mon
     assert "float32 torch.compile channels_last is left out, torch.compile failed: division by zero" in out
 
 
-def latent_pipeline(unet):
-    from diffusers import DDIMScheduler, LDMPipeline, VQModel
-
-    torch.manual_seed(0)
-    vqvae = VQModel(block_out_channels=(16,), norm_num_groups=8, latent_channels=3)
-    return LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False))
-
-
-def pixel_pipeline(unet):
-    from diffusers import DDPMPipeline, DDPMScheduler
-
-    return DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
-
-
-@pytest.mark.parametrize("kind", ["classes", "pipeline of pixels", "pipeline of latents"])
+@pytest.mark.parametrize("kind", ["classes", "pixels", "latents"])
 def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
-    unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
-    make = {"classes": lambda unet: unet, "pipeline of pixels": pixel_pipeline, "pipeline of latents": latent_pipeline}
-    make[kind](unet).save_pretrained(tmp_path / "model")
+    model = unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
+    if kind == "pixels":
+        model = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+    elif kind == "latents":
+        torch.manual_seed(0)
+        vqvae = VQModel(block_out_channels=(16,), norm_num_groups=8, latent_channels=3)
+        model = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False))
+    model.save_pretrained(tmp_path / "model")
     options = ["--steps", 3, "--rows", "float-contiguous,modulated-w8a8"]
     reference, modulated = rows_of(tmp_path / "a.json", "--model", tmp_path / "model", *options)
     assert reference["psnr_db"] is None
     assert modulated["psnr_db"] > 20
     assert modulated["state_bytes"] > 10_000
-
-
-def test_row_selection():
-    rows = build_rows((8,), None, True)
-    chosen = [row.key for row in select_rows(rows, ("weight-only", "modulated-w8a4"))]
-    assert chosen == ["weight-only-w8", "modulated-w8a4"]
-    assert select_rows(rows, ()) == rows
-    assert len([row for row in rows if row.mode == "float"]) == 3
 
 
 def test_python_m_is_the_command(monkeypatch, capsys):

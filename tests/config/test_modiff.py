@@ -28,36 +28,31 @@ def test_impossible_values_name_field_value_and_choice(field, value):
     assert repr(value if not isinstance(value, tuple) else value[0]).removeprefix("torch.") in str(error.value)
 
 
-def test_activation_bits_need_weight_bits():
-    with pytest.raises(ValueError, match="act_bits=8 is not allowed; give None as long as weight_bits is None"):
-        ModiffConfig(weight_bits=None)
+def test_what_does_not_fit_together_or_is_no_schedule():
+    for options, message in (
+        ({"weight_bits": None}, "act_bits=8 is not allowed; give None as long as weight_bits is None"),
+        ({"schedule": "hold every=1"}, "ModiffConfig: schedule='hold every=1' is not allowed; .*every=1"),
+        ({"schedule": 3}, "ModiffConfig: schedule=3 is not allowed; give None, 'auto', a StepSchedule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModiffConfig(**options)
     assert ModiffConfig(weight_bits=None, act_bits=None).weight_bits is None
 
 
 def test_json_round_trip():
-    config = ModiffConfig(
-        weight_bits=4,
-        act_bits=3,
-        granularity="per_token",
-        scale_mode="delayed",
-        state_dtype=torch.float16,
-        group_size=64,
-        skip_modules=["mid_block"],
-        backend="reference",
-        mode="quantized",
-        clip_ratio=1,
-        fuse=False,
-        schedule="forecast  every=3 order=1",
-    )
+    bits = {"weight_bits": 4, "act_bits": 3, "granularity": "per_token", "scale_mode": "delayed", "group_size": 64}
+    rest = {"state_dtype": torch.float16, "skip_modules": ["mid_block"], "backend": "reference", "mode": "quantized"}
+    config = ModiffConfig(**bits, **rest, clip_ratio=1, fuse=False, schedule="forecast  every=3 order=1")
     assert config.schedule == StepSchedule("forecast", every=3, order=1)
     assert config.to_dict()["schedule"] == "forecast every=3 order=1"
     assert ModiffConfig(schedule="auto").to_dict()["schedule"] == "auto"
-    assert config.state_dtype == "float16"
-    assert config.skip_modules == ("mid_block",)
+    assert (config.state_dtype, config.skip_modules) == ("float16", ("mid_block",))
     assert ModiffConfig.from_json(config.to_json()) == config
     assert ModiffConfig.from_dict(config.to_dict()) == config
     assert ModiffConfig.from_dict({}) == ModiffConfig()
     assert hash(config) != hash(ModiffConfig())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.act_bits = 4
 
 
 def test_first_step_bits_is_refused_with_the_reason_and_dropped_from_what_was_saved(caplog):
@@ -74,25 +69,11 @@ def test_first_step_bits_is_refused_with_the_reason_and_dropped_from_what_was_sa
     assert "first_step_bits=8 is not used any more" in caplog.text
 
 
-def test_impossible_schedules():
-    with pytest.raises(ValueError, match=r"ModiffConfig: schedule='hold every=1' is not allowed; .*every=1"):
-        ModiffConfig(schedule="hold every=1")
-    with pytest.raises(ValueError, match=r"ModiffConfig: schedule=3 is not allowed; give None, 'auto', a StepSchedule"):
-        ModiffConfig(schedule=3)
-
-
 def test_unreadable_json():
-    with pytest.raises(ValueError, match="unknown field 'bits'; the fields are weight_bits, act_bits"):
-        ModiffConfig.from_dict({"bits": 4})
-    with pytest.raises(ValueError, match="not JSON"):
-        ModiffConfig.from_json("{")
-    with pytest.raises(ValueError, match="mapping"):
-        ModiffConfig.from_json("[1]")
-
-
-def test_config_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ModiffConfig().act_bits = 4
+    unknown = "unknown field 'bits'; the fields are weight_bits, act_bits"
+    for text, message in (('{"bits": 4}', unknown), ("{", "not JSON"), ("[1]", "mapping")):
+        with pytest.raises(ValueError, match=message):
+            ModiffConfig.from_json(text)
 
 
 @pytest.mark.parametrize(

@@ -27,32 +27,27 @@ def test_a_pattern_keeps_its_computed_calls_at_their_places():
     assert pattern.actions(21) == "UFUFFFFFFFUFFFFFFFUFU"
     assert pattern.actions(6) == "UFUFUU"
     assert pattern.actions(5) == "UUUUU"
-    mixed = StepSchedule.parse("UF2Uh2U").actions(13)
-    assert mixed == "UFFFFFUhhhhhU"
+    assert StepSchedule.parse("UF2Uh2U").actions(13) == "UFFFFFUhhhhhU"
 
 
 @pytest.mark.parametrize("calls", [1, 2, 7, 50, 99, 1000])
 @pytest.mark.parametrize("text", ["forecast every=3", "U3F2UF2U", "UF10UF10UF27"])
 def test_every_length_has_a_computed_first_call(text, calls):
     actions = StepSchedule.parse(text).actions(calls)
-    assert len(actions) == calls
-    assert actions[0] == "U"
+    assert (len(actions), actions[0]) == (calls, "U")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "forecast",
-        "forecast every=3 first=1 last=2 order=1 axis=log_snr",
-        "deep-hold level=2 stochastic=True",
-        "U3F2UF2U order=3 axis=sigma",
-    ],
-)
-def test_text_and_json_round_trips(text):
-    schedule = StepSchedule.parse(text)
-    assert str(schedule) == text
-    assert StepSchedule.parse(str(schedule)) == schedule == StepSchedule.from_json(schedule.to_json())
-    assert eval(repr(schedule)) == schedule
+def test_text_and_json_round_trips():
+    long = "forecast every=3 first=1 last=2 order=1 axis=log_snr"
+    for text in ("forecast", long, "deep-hold level=2 stochastic=True", "U3F2UF2U order=3 axis=sigma"):
+        schedule = StepSchedule.parse(text)
+        assert str(schedule) == text
+        assert StepSchedule.from_json(schedule.to_json()) == schedule == eval(repr(schedule))
+
+
+def test_other_spellings():
+    assert str(StepSchedule.parse("UUUFFUF1U")) == "U3F2UFU"
+    assert mk.StepSchedule.uniform(3, order=1) == StepSchedule.parse("forecast every=3 order=1")
 
 
 def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_load():
@@ -68,24 +63,13 @@ def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_l
     assert "tolerance" not in StepSchedule.from_json(stored).to_json()
 
 
-def test_patterns_have_one_spelling():
-    assert str(StepSchedule.parse("UUUFFUF1U")) == "U3F2UFU"
-
-
-def test_constructors():
-    assert StepSchedule.uniform(3, order=1) == StepSchedule.parse("forecast every=3 order=1")
-    assert mk.StepSchedule is StepSchedule
-
-
 @pytest.mark.parametrize(
     ("options", "field", "allowed"),
     [
         ({"rule": "sometimes"}, "rule='sometimes'", "forecast, hold, deep-forecast, deep-hold"),
         ({"rule": "FUU"}, "rule='FU2'", "begins with U"),
         ({"rule": "U5"}, "rule='U5'", "no schedule at all"),
-        ({"rule": "U0F"}, "rule='F'", "begins with U"),
         ({"rule": "hold", "every": 1}, "every=1", "2 or more"),
-        ({"rule": "hold", "every": True}, "every=True", "2 or more"),
         ({"rule": "hold", "first": 0}, "first=0", "1 or more"),
         ({"rule": "hold", "last": -1}, "last=-1", "0 or more"),
         ({"rule": "UFU", "every": 3}, "every=3", "a pattern says itself"),
@@ -97,30 +81,24 @@ def test_constructors():
     ],
 )
 def test_impossible_values(options, field, allowed):
-    with pytest.raises(ValueError, match="StepSchedule: ") as caught:
+    with pytest.raises(ValueError, match=f"StepSchedule: .*{field}") as caught:
         StepSchedule(**options)
-    assert field in str(caught.value)
     assert allowed in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "  ", "forecast 3", "forecast every", "forecast each=3", "forecast rule=hold", None]
-)
+@pytest.mark.parametrize("text", ["", "  ", "forecast 3", "forecast each=3", "forecast rule=hold", None])
 def test_impossible_texts(text):
     with pytest.raises(ValueError, match=r"StepSchedule: .*; give |StepSchedule: .* is not allowed"):
         StepSchedule.parse(text)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rule": "hold", "each": 2}'])
-def test_impossible_json(text):
-    with pytest.raises(ValueError, match="StepSchedule"):
-        StepSchedule.from_json(text)
-
-
-@pytest.mark.parametrize("calls", [0, -1, 2.5, True])
-def test_impossible_runs(calls):
-    with pytest.raises(ValueError, match="whole number"):
-        StepSchedule("hold").actions(calls)
+def test_impossible_json_and_runs():
+    for text in ("{", "[]", "{}", '{"rule": "hold", "each": 2}'):
+        with pytest.raises(ValueError, match="StepSchedule"):
+            StepSchedule.from_json(text)
+    for calls in (0, 2.5, True):
+        with pytest.raises(ValueError, match="whole number"):
+            StepSchedule("hold").actions(calls)
 
 
 def test_description_counts_calls():

@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZE = 64  # the UNet sees 8x8
@@ -20,14 +30,6 @@ UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -43,63 +45,37 @@ def sdxl(stable_diffusion):
 
 
 def tokenizer():
-    """A tokenizer of single letters."""
-    from transformers import CLIPTokenizer
-
     letters = [chr(code) for code in range(33, 127)]
     words = [*letters, *[f"{letter}</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
 
 
 def text_encoder(kind):
-    from transformers import CLIPTextConfig
-
     sizes = {"vocab_size": 190, "hidden_size": 32, "intermediate_size": 37, "projection_dim": 32}
     tokens = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
     layers = {"num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 16}
-    config = CLIPTextConfig(**sizes, **tokens, **layers)
-    return kind(config).eval()
+    return kind(CLIPTextConfig(**sizes, **tokens, **layers)).eval()
 
 
 def parts(**unet):
-    """What both pipelines are made of."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=2,
-        latent_channels=4,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4)
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, beta_schedule="scaled_linear", beta_end=0.012)
     return {"vae": vae.eval(), "unet": UNet2DConditionModel(**UNET, **unet).eval(), "scheduler": scheduler}
 
 
 @pytest.fixture(scope="module")
 def sd_folder(tmp_path_factory):
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextModel
-
-    pipe = StableDiffusionPipeline(
-        **parts(cross_attention_dim=32),
-        text_encoder=text_encoder(CLIPTextModel),
-        tokenizer=tokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("models") / "sd"
-    pipe.save_pretrained(folder)
+    texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer()}
+    checks = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("sd"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def sdxl_folder(tmp_path_factory):
-    from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
     unet = {
         "cross_attention_dim": 64,
         "use_linear_projection": True,
@@ -107,20 +83,14 @@ def sdxl_folder(tmp_path_factory):
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
-    pipe = StableDiffusionXLPipeline(
-        **parts(**unet),
-        text_encoder=text_encoder(CLIPTextModel),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-    )
-    folder = tmp_path_factory.mktemp("models") / "sdxl"
-    pipe.save_pretrained(folder)
+    encoders = {"text_encoder": text_encoder(CLIPTextModel)}
+    encoders["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection)
+    pipe = StableDiffusionXLPipeline(**parts(**unet), **encoders, tokenizer=tokenizer(), tokenizer_2=tokenizer())
+    pipe.save_pretrained(folder := tmp_path_factory.mktemp("sdxl"))
     return folder
 
 
 def options(folder, out, *more):
-    """A command line for a short run on the CPU."""
     return [str(word) for word in ("--model", folder, "--out", out, "--device", "cpu", "--steps", 4, *more)]
 
 
@@ -199,11 +169,9 @@ class TestBadInput:
             code = stop.code
         self.check(code, message, capsys)
 
-    def test_the_pipeline_of_the_other_example(self, stable_diffusion, sdxl_folder, tmp_path, capsys):
+    def test_other_folders(self, stable_diffusion, sdxl_folder, tmp_path, capsys):
         code = stable_diffusion.main(options(sdxl_folder, tmp_path / "picture.png"))
         self.check(code, "is a StableDiffusionXLPipeline, this example samples a StableDiffusionPipeline", capsys)
-
-    def test_damaged_folder(self, stable_diffusion, tmp_path, capsys):
         (tmp_path / "model_index.json").write_text("{")
         code = stable_diffusion.main(options(tmp_path, tmp_path / "picture.png"))
         self.check(code, f"--model {tmp_path}: cannot be loaded: ", capsys)

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
+from modiff_kernels.evaluation.networks import load_model
+from tests.calibration.conftest import interrupt, threads  # noqa: F401 (for all tests here)
 from tests.cifar10_files import write_packed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_ddpm.py"
@@ -17,7 +20,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_ddpm.py"
 
 @pytest.fixture(scope="module")
 def train_ddpm():
-    """The example, loaded as a module."""
     spec = importlib.util.spec_from_file_location("train_ddpm", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,45 +28,24 @@ def train_ddpm():
     return module
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Enough for a tiny network."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A data folder of the CIFAR-10 layout with a few random JPEGs."""
     return write_packed(tmp_path_factory.mktemp("data"))
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
-    """A command line for a run of a few steps."""
     words = ["--data", data, "--out", out, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--quiet", *more]
     return [str(word) for word in (*words, "--preset", "tiny", "--no-sample-grid")]
 
 
 def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
-    from diffusers import DDIMScheduler, UNet2DModel
-
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train_ddpm.main(arguments(data, whole)) == 0
 
     # Stop a second run after its first step, then resume it: the result has to be the same.
-    real, calls = train_ddpm.Trainer.train_step, []
-
-    def stop_at_second(trainer):
-        calls.append(trainer.step)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(trainer)
-
     options = arguments(data, parts, "--checkpoint-every", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(train_ddpm.Trainer, "train_step", stop_at_second)
+        interrupt(patch, train_ddpm.Trainer, "train_step", 2)
         with pytest.raises(KeyboardInterrupt):
             train_ddpm.main(options)
     assert not (parts / "config.json").exists()
@@ -76,8 +57,7 @@ def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-3, atol=1e-4)
     assert DDIMScheduler.from_pretrained(parts, subfolder="scheduler").config.num_train_timesteps == 1000
     record = json.loads((parts / "training.json").read_text())
-    assert record["steps"] == 2
-    assert record["images_seen"] == 4
+    assert (record["steps"], record["images_seen"]) == (2, 4)
     assert len(record["train_loss_curve"]) == 2
     assert 0 < record["test_loss_ema"] < 3
 
@@ -87,8 +67,7 @@ def test_resume_may_change_the_number_of_steps_and_nothing_else(train_ddpm, data
     assert train_ddpm.main(options) == 0
     assert train_ddpm.main([*options, "--resume", "--steps", "3"]) == 0
     record = json.loads((tmp_path / "training.json").read_text())
-    assert record["steps"] == 3
-    assert record["steps_planned"] == [[0, 2], [2, 3]]
+    assert (record["steps"], record["steps_planned"]) == (3, [[0, 2], [2, 3]])
     assert [step for step, _ in record["train_loss_curve"]] == [1, 2, 3]
     assert train_ddpm.main([*options, "--resume", "--seed", "5"]) == 2
     assert "seed" in capsys.readouterr().err
@@ -107,7 +86,7 @@ def test_minutes_end_training_and_the_learning_rate(train_ddpm, data, tmp_path, 
     monkeypatch.setattr(train_ddpm.Trainer, "train_step", step)
     options = arguments(data, tmp_path, "--minutes", "0.5")
     at = options.index("--steps")
-    options = options[:at] + options[at + 2 :]
+    del options[at : at + 2]
     saved, save = [], train_ddpm.Trainer.save_checkpoint
 
     def save_then_stop(trainer):
@@ -131,22 +110,14 @@ def test_minutes_end_training_and_the_learning_rate(train_ddpm, data, tmp_path, 
 
 
 def test_learning_rate_follows_what_is_further(train_ddpm):
-    assert train_ddpm.lr_factor(0, 1000) == pytest.approx(1 / 50)
-    assert train_ddpm.lr_factor(0, 1000, elapsed=0.025) == pytest.approx(0.5)
+    for step, wanted in ((0, 1 / 50), (49, 1), (525, 0.5)):
+        assert train_ddpm.lr_factor(step, 1000) == pytest.approx(wanted)
+    for step, elapsed, wanted in ((0, 0.025, 0.5), (525, 0.25, 0.5), (525, 0.75, 0.5 - 0.5**1.5), (525, 1.2, 0)):
+        assert train_ddpm.lr_factor(step, 1000, elapsed=elapsed) == pytest.approx(wanted)
     assert train_ddpm.lr_factor(0, 1000, elapsed=0.425, begun=0.4) == pytest.approx(0.5)
-    assert train_ddpm.lr_factor(9, 1000, elapsed=0.5) == pytest.approx(0.5)
-    assert train_ddpm.lr_factor(49, 1000) == 1
-    assert train_ddpm.lr_factor(525, 1000) == pytest.approx(0.5)
-    assert train_ddpm.lr_factor(525, 1000, elapsed=0.25) == pytest.approx(0.5)
-    assert train_ddpm.lr_factor(525, 1000, elapsed=0.75) == pytest.approx(0.5 - 0.5**1.5)
-    assert train_ddpm.lr_factor(525, 1000, elapsed=1.2) == pytest.approx(0)
 
 
 def test_large_models_are_saved_in_small_files(train_ddpm, data, tmp_path, monkeypatch):
-    from diffusers import UNet2DModel
-
-    from modiff_kernels.evaluation.networks import load_model
-
     monkeypatch.setattr(train_ddpm, "SHARD", "20KB")
     assert train_ddpm.main(arguments(data, tmp_path)) == 0
     files = list(tmp_path.glob("*.safetensors"))
@@ -187,22 +158,16 @@ def test_sample_grid_layout(train_ddpm, tmp_path):
     assert (grid[::64, ::64, 0] == np.arange(64).reshape(8, 8)).all()
 
 
-@pytest.mark.parametrize("missing", ["nowhere", "."])
-def test_missing_data(train_ddpm, tmp_path, capsys, missing):
-    assert train_ddpm.main(arguments(tmp_path / missing, tmp_path / "out")) == 2
-    assert str(tmp_path / missing) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "bad", [["--preset", "huge"], ["--steps", "0"], ["--lr", "nan"], ["--ema", "1"], ["--minutes", "-1"]]
-)
-def test_bad_options(train_ddpm, tmp_path, capsys, bad):
-    with pytest.raises(SystemExit) as stop:
-        train_ddpm.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), *bad])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert bad[0] in error
-    assert error.count("\n") == 1
+def test_missing_data_and_bad_options(train_ddpm, tmp_path, capsys):
+    for missing in ("nowhere", "."):
+        assert train_ddpm.main(arguments(tmp_path / missing, tmp_path / "out")) == 2
+        assert str(tmp_path / missing) in capsys.readouterr().err
+    for option, value in {"--preset": "huge", "--steps": "0", "--lr": "nan", "--ema": "1", "--minutes": "-1"}.items():
+        with pytest.raises(SystemExit, match="2"):
+            train_ddpm.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), option, value])
+        error = capsys.readouterr().err
+        assert option in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("small16", 1.85), ("base32", 9.0), ("ddpm_cifar10", 35.7)])

@@ -22,7 +22,9 @@ def neighbours(schedule):
 
 
 def test_the_fewest_calls_within_the_budget():
-    found = search(additive, 10, budget_db=45)
+    evaluated = []
+    found = search(lambda s: evaluated.append(s) or additive(s), 10, budget_db=45)
+    assert len(evaluated) < 12 + 9 * 8 / 2, "losses are not all measured again"
     assert found.schedule.actions(10) == "UFFUFUFUFU"  # 1 + 2 + 3 + 4 + 5 = 15 are lost
     assert (found.computed, found.fidelity_db) == (5, 45)
     assert (found.schedule.order, found.schedule.axis) == (1, "sigma")
@@ -55,17 +57,10 @@ def test_an_interrupted_search_goes_on():
         search(stops, 12, computed=5, known=known)
     assert len(known) == 20
     counts = []
-    again = search(
-        lambda s: evaluated.append(str(s)) or neighbours(s), 12, computed=5, known=known, on_evaluation=counts.append
-    )
+    request = {"computed": 5, "known": known, "on_evaluation": counts.append}
+    again = search(lambda s: evaluated.append(str(s)) or neighbours(s), 12, **request)
     assert len(evaluated) == len(set(evaluated)) == 20 + len(counts)
     assert again == search(neighbours, 12, computed=5)
-
-
-def test_losses_are_not_all_measured_again():
-    evaluated = []
-    search(lambda s: evaluated.append(s) or additive(s), 10, budget_db=45)
-    assert len(evaluated) < 12 + 9 * 8 / 2
 
 
 def test_impossible_requests():
@@ -73,8 +68,7 @@ def test_impossible_requests():
         search(additive, 10)
     with pytest.raises(ValueError, match="computed=10 is not allowed; give 2 to 9 of the 10 calls"):
         search(additive, 10, computed=10)
-    message = r"without a single call of 10 the fidelity is 59\.0 dB, below the budget of 70"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"without a single call of 10 the fidelity is 59\.0 dB, below the budget"):
         search(additive, 10, budget_db=70)
 
 
@@ -83,5 +77,3 @@ def test_calls_for_a_speedup():
     assert computed_for_speedup(50, 5.0, 1.0, 0.1) == 5  # 5 + 45 * 0.1 = 9.5 of 10; a sixth call makes it 10.4
     with pytest.raises(ValueError, match=r"speed-up 20 is out of reach: two computed calls of 50 give 7\.4"):
         computed_for_speedup(50, 20.0, 1.0, 0.1)
-    with pytest.raises(ValueError, match="out of reach"):
-        computed_for_speedup(50, 2.0, 1.0, 1.0)

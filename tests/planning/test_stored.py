@@ -14,8 +14,8 @@ def scheduler_of(steps=8, kind=DDIMScheduler, **options):
     return made
 
 
-def write(folder, scheduler=None, **changes):
-    scheduler = scheduler or scheduler_of()
+def write(folder, **changes):
+    scheduler = scheduler_of()
     entries = {"schedule": "U3FUF3 order=1", **stored.run_of(scheduler, host_timesteps(scheduler)), **changes}
     (folder / stored.FILE_NAME).write_text(json.dumps(entries))
     return folder / stored.FILE_NAME
@@ -49,10 +49,7 @@ def test_it_fits_the_run_that_was_searched(tmp_path):
 )
 def test_it_does_not_fit_others(tmp_path, other):
     assert not stored.read(write(tmp_path)).fits(other, host_timesteps(other))
-
-
-def test_a_part_of_a_longer_run_is_another_run(tmp_path):
-    longer = scheduler_of(steps=16)
+    longer = scheduler_of(steps=16)  # a part of it is another run
     assert not stored.read(write(tmp_path)).fits(longer, host_timesteps(longer)[8:])
 
 
@@ -85,8 +82,8 @@ def test_what_cannot_be_taken_is_refused_by_name(tmp_path, changes, message):
     assert "search again with `modiff calibrate --schedule`" in str(raised.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schedule": "U3F"}'])
-def test_files_of_something_else(tmp_path, text):
-    (tmp_path / stored.FILE_NAME).write_text(text)
-    with pytest.raises(ValueError, match="is no schedule of this version"):
-        stored.beside(loaded_from(tmp_path))
+def test_files_of_something_else(tmp_path):
+    for text in ("{", "[]", '{"schedule": "U3F"}'):
+        (tmp_path / stored.FILE_NAME).write_text(text)
+        with pytest.raises(ValueError, match="is no schedule of this version"):
+            stored.beside(loaded_from(tmp_path))

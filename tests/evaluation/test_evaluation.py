@@ -1,0 +1,178 @@
+"""Metrics, tables, grids of images and the reader of CIFAR-10."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modiff_kernels.evaluation import frechet_distance, markdown_table, psnr, sqnr, ssim, text_table, to_json
+from modiff_kernels.evaluation.cifar10 import load_cifar10
+from modiff_kernels.evaluation.images import image_grid
+from tests.cifar10_files import write_packed
+
+ROWS = [["plain W8A8", "45.1", "1.02"], ["a", "9", "-"]]
+
+
+def images(*shape):
+    return np.random.default_rng(0).random(shape or (3, 16, 16, 3))
+
+
+def test_psnr_is_the_definition_per_image():
+    reference = images()
+    noise = np.random.default_rng(1).normal(size=reference.shape) * np.array([0.1, 0.01, 0.001])[:, None, None, None]
+    expected = -10 * np.log10((noise**2).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(psnr(reference + noise, reference), expected, rtol=1e-10)
+    assert np.isinf(psnr(reference, reference)).all()
+    reference = reference.astype(np.float32)  # judged in float64
+    assert psnr(reference + np.float32(1e-3), reference) == pytest.approx(60, abs=0.1)
+
+
+@pytest.mark.parametrize("side", [3, 4, 5, 6, 7, 16])
+def test_ssim_falls_with_noise_at_any_size(side):
+    reference = images(2, side, side, 3)
+    scores = [ssim(np.clip(reference + amount, 0, 1), reference).mean() for amount in (0.0, 0.1, 0.5)]
+    assert pytest.approx(1.0) == scores[0] > scores[1] > scores[2]
+
+
+def test_ssim_of_constant_images_is_the_luminance_term():
+    a, b = np.full((1, 8, 8, 1), 0.5), np.full((1, 8, 8, 1), 0.25)
+    c1 = 0.01**2
+    assert ssim(a, b)[0] == pytest.approx((2 * 0.5 * 0.25 + c1) / (0.5**2 + 0.25**2 + c1))
+
+
+def test_sqnr_is_the_definition():
+    reference = torch.full((4, 5), 2.0)
+    assert sqnr(reference + 0.02, reference) == pytest.approx(40, abs=1e-4)
+    assert sqnr(reference, reference) == math.inf
+    assert sqnr(reference, torch.zeros(4, 5)) == -math.inf
+    assert sqnr((reference + 0.25).half(), reference.half()) == pytest.approx(20 * math.log10(8), abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_bad_shapes(metric):
+    with pytest.raises(ValueError, match="differ in shape"):
+        metric(images(2, 8, 8, 3), images(3, 8, 8, 3))
+    with pytest.raises(ValueError, match=r"\[N, H, W, C\]"):
+        metric(images(8, 8, 3), images(8, 8, 3))
+    with pytest.raises(ValueError, match="differ in shape"):
+        sqnr(torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match="at least 3"):
+        ssim(images(1, 2, 2, 3), images(1, 2, 2, 3))
+
+
+class TestFrechet:
+    def test_normal_distributions_in_one_dimension(self):
+        a, b = np.array([[0.0], [2.0], [4.0]]), np.array([[5.0], [6.0], [7.0]])  # means 2 and 6, deviations 2 and 1
+        assert frechet_distance(a, b) == pytest.approx(4**2 + (2 - 1) ** 2)
+
+    def test_against_the_matrix_square_root(self):
+        linalg = pytest.importorskip("scipy.linalg")
+        rng = np.random.default_rng(0)
+        a, b = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(40, 6)) + 0.3
+        root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+    def test_equal_sets_and_fewer_images_than_features(self):
+        a = np.random.default_rng(0).normal(size=(5, 20))
+        assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+        assert frechet_distance(a, a + 1) == pytest.approx(20, rel=1e-6)
+        for one, other in (((3, 4), (3, 5)), ((1, 4), (3, 4)), ((3,), (3,))):
+            with pytest.raises(ValueError, match=r"must be \[N, F\] and \[M, F\]"):
+                frechet_distance(np.zeros(one), np.zeros(other))
+
+
+def test_tables():
+    assert text_table(["configuration", "PSNR", "speed-up"], ROWS).splitlines() == [
+        "configuration  PSNR  speed-up",
+        "-------------  ----  --------",
+        "plain W8A8     45.1      1.02",
+        "a                 9         -",
+    ]
+    assert markdown_table(["a", "b", "c"], ROWS).splitlines() == [
+        "| a | b | c |",
+        "| --- | ---: | ---: |",
+        "| plain W8A8 | 45.1 | 1.02 |",
+        "| a | 9 | - |",
+    ]
+    for table in (text_table, markdown_table):
+        with pytest.raises(ValueError, match="has 3 cells"):
+            table(["a", "b"], ROWS)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_grid_places_every_image(tmp_path, channels):
+    dark, bright = np.zeros((3, 16, 16, channels)), np.ones((3, 16, 16, channels))
+    image_grid({"dark": dark, "bright": bright}, tmp_path / "grid.png", cell=64, columns=2)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape[0] == 2 * 68 + 4
+    assert (grid[4:68, -68:-4] == 0).all()
+    assert (grid[72:136, -68:-4] == 255).all()
+    assert (grid[4:68, -136:-72] == 0).all()
+    assert (grid[:68, :20] == 0).any(), "no label drawn"
+
+
+def test_image_grid_keeps_large_images_and_survives_nan(tmp_path):
+    image_grid({"nan": np.full((1, 100, 80, 3), np.nan)}, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").height == 108
+    with pytest.raises(ValueError, match="no rows"):
+        image_grid({}, tmp_path / "grid.png")
+
+
+def test_json_is_standard():
+    text = to_json({"rows": [{"psnr_db": math.inf, "ssim": np.float32(0.5), "n": np.int64(3)}], "x": (1.5, "a")})
+    assert json.loads(text) == {"rows": [{"psnr_db": None, "ssim": 0.5, "n": 3}], "x": [1.5, "a"]}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return write_packed(tmp_path_factory.mktemp("packed"))
+
+
+def write_binary(folder):
+    """Two training images: red 1 everywhere and green 2 on the right half; blue 200 in the top row. No test images."""
+    first, second = np.zeros((2, 3, 32, 32), dtype=np.uint8)
+    first[0], first[1, :, 16:], second[2, 0] = 1, 2, 200
+    records = [np.concatenate([[label], image.reshape(-1)]) for label, image in ((7, first), (0, second))]
+    np.concatenate(records).astype(np.uint8).tofile(folder / "data_batch_1.bin")
+    return folder
+
+
+def test_all_files_of_a_split_are_read_in_order(packed):
+    images, labels = load_cifar10(packed, "train")
+    assert images.shape == (11, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
+    assert len(load_cifar10(packed, "test")[0]) == 4
+
+
+def test_other_sizes_are_means_over_boxes(packed):
+    images, _ = load_cifar10(packed, "train", 16)
+    box = torch.nn.functional.avg_pool2d(load_cifar10(packed, "train")[0].float(), 2)
+    assert images.shape == (11, 3, 16, 16)
+    assert (images.float() - box).abs().max() <= 1  # PIL rounds once per axis
+
+
+def test_binary_version(tmp_path):
+    images, labels = load_cifar10(write_binary(tmp_path), "train")
+    assert labels.tolist() == [7, 0]
+    assert (images[0, 0] == 1).all()
+    assert images[0, 1, 5].tolist() == [0] * 16 + [2] * 16
+    assert images[1, 2].sum() == 32 * 200
+    assert load_cifar10(tmp_path, "train", 16)[0].shape == (2, 3, 16, 16)
+
+
+def test_what_is_missing_or_damaged_is_named(packed, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere not found"):
+        load_cifar10(tmp_path / "nowhere", "train")
+    with pytest.raises(FileNotFoundError, match=r"neither cifar10_test.npz nor test_batch.bin"):
+        load_cifar10(write_binary(tmp_path), "test")
+    (tmp_path / "test_batch.bin").write_bytes(b"\0" * 3000)
+    with pytest.raises(ValueError, match=r"test_batch.bin: 3000 bytes are no multiple of 3073"):
+        load_cifar10(tmp_path, "test")
+    (tmp_path / "cifar10_test.npz").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"cannot read .*cifar10_test.npz"):
+        load_cifar10(tmp_path, "test")
