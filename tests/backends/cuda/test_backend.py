@@ -52,13 +52,7 @@ POINT = {"window": Window((1, 1))}
         ({"m": (1 << 30) - 1, "n": 320, "k": 9 * 32}, None),
         ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 or newer"),
         ({"k": 9 * 4}, "4 input channels: codes are read 16 at a time, so their number must be divisible by 16"),
-<<<<<<< HEAD
-        ({"k": 9 * 24}, "24 input channels"),
-        ({"k": 9 * 16, "weight_bits": 4}, "4-bit weights with k=144: .* divisible by 32, .*; use weight_bits=8"),
-        ({"k": 9 * 16, "weight_bits": 3}, "3-bit weights with k=144"),
-=======
         ({"k": 9 * 16, "weight_bits": 4}, "4-bit weights with k=144: .* divisible by 32, .* use weight_bits=8"),
->>>>>>> p3
         ({"k": 9 * 7296}, "k=65664 products can overflow int32; at most 65536"),
         ({"m": 1 << 30}, "m=1073741824 rows at stride \\(1, 1\\); less than 2\\^30"),
         ({"m": 1 << 28, "window": Window((3, 3), (2, 2))}, "m=268435456 rows at stride \\(2, 2\\)"),
