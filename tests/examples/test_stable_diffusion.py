@@ -182,14 +182,3 @@ class TestBadInput:
         assert message in error.splitlines()[-1]  # below progress bars of libraries
         assert error.count("error:") == 1
         assert "Traceback" not in error
-
-
-def test_default_models(stable_diffusion, sdxl, monkeypatch):
-    seen = []
-    monkeypatch.setattr(stable_diffusion, "run", lambda args, kind: seen.append((args.model, kind)))
-    stable_diffusion.main([])
-    sdxl.main([])
-    assert seen == [
-        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "StableDiffusionPipeline"),
-        ("stabilityai/stable-diffusion-xl-base-1.0", "StableDiffusionXLPipeline"),
-    ]

@@ -35,12 +35,6 @@ class TestWork:
         assert all(w.tile == w.row_tile * column_tiles + w.column_tile for w in works)
         assert all(w.end_k_block > w.first_k_block for w in works)
 
-    def test_a_wave_shares_rows_and_columns(self, maps):
-        """The first 132 of 32 x 32 tiles: 8 tiles of rows and 17 of columns, not 132 of one."""
-        works = maps.works(32, 32, 1, 4)[:MULTIPROCESSORS]
-        assert len({w.row_tile for w in works}) == 8
-        assert len({w.column_tile for w in works}) == 17
-
 
 class TestWalks:
     @pytest.mark.parametrize("bits", [8, 4, 3])
@@ -120,25 +114,6 @@ class TestTiling:
         tiles = tiling["row_tiles"] * tiling["column_tiles"]
         return (tiling["rows"], tiling["columns"]), tiles, tiling["splits"], tiling["k_blocks"], tiling["scratch"]
 
-    @pytest.mark.parametrize(
-        ("samples", "side", "channels"), [(8, 64, 320), (16, 64, 320), (8, 32, 640), (16, 32, 640), (16, 16, 1280)]
-    )
-    def test_large_convolutions_waste_no_column(self, maps, samples, side, channels):
-        """256 x 160, whole along K, and three quarters of all multiprocessors busy at least."""
-        tile, tiles, splits, _, scratch = self.tiling(maps, sizes(samples, side, side, channels, channels, THREE))
-        assert (tile, splits, scratch) == ((256, 160), 1, 0)
-        assert tiles / (-(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS) >= 0.75
-
-    @pytest.mark.parametrize("bits", [8, 4, 3])
-    @pytest.mark.parametrize(("samples", "side"), [(1, 8), (2, 8), (1, 16)])
-    def test_few_rows_are_split_along_k(self, maps, samples, side, bits):
-        """One tile of rows: without splits 20 multiprocessors at most would read a weight of 14.7 million codes."""
-        _, tiles, splits, k_blocks, scratch = self.tiling(maps, sizes(samples, side, side, 1280, 1280, THREE), bits)
-        assert k_blocks == 90
-        assert splits > 1
-        assert 0.6 * MULTIPROCESSORS <= tiles * splits <= MULTIPROCESSORS
-        assert scratch > 0
-
     @pytest.mark.parametrize("bits", [8, 4, 3])
     def test_tilings_of_any_call_are_whole(self, maps, bits):
         random.seed(bits)
@@ -158,32 +133,6 @@ class TestTilings:
     """csrc/cuda/tiles.h: what a caller may ask for."""
 
     CALL = (2, 16, 16, 640, 1280, 3, 3, 1, 1, 1, 1, 1, 1, 1)
-
-    @pytest.mark.parametrize("bits", [8, 4, 3])
-    def test_the_first_one_is_what_the_kernels_choose(self, maps, bits):
-        random.seed(bits)
-        for _ in range(100):
-            side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
-            channels = (128 if bits == 3 else 32) * random.randint(1, 20)
-            call = sizes(random.randint(1, 16), side, side, channels, random.randint(1, 3000), window)
-            multiprocessors = random.choice((78, 114, 132))
-            tiling = maps.tiling(call, bits, multiprocessors)
-            found = maps.tilings(call, bits, 8, 90, multiprocessors)
-            assert found[0] == (90, tiling["rows"], tiling["columns"], tiling["splits"])
-            assert len(set(found)) == len(found)
-            assert [tiling[0] for tiling in found] == sorted((tiling[0] for tiling in found), reverse=True)
-            assert all(maps.why_not_tiling(call, bits, 8, tiling, 90) is None for tiling in found)
-            assert all(maps.told_tiling(call, bits, tiling) == tiling[1:] for tiling in found if tiling[0] == 90)
-
-    def test_older_gpus_have_the_kernels_of_sm80_alone(self, maps):
-        found = maps.tilings(self.CALL, 8, 8, 86, 84)
-        assert {tiling[0] for tiling in found} == {80}
-        assert found[0] == (80, *maps.choice_of_sm80(512, 1280, 9 * 640, 8, 84))
-        assert {tiling[1:3] for tiling in found} == {(128, 128), (128, 64), (64, 64)}
-
-    def test_packed_codes_have_tensor_cores_on_older_gpus_alone(self, maps):
-        assert maps.tilings(self.CALL, 4, 4, 90, 132) == []
-        assert {tiling[0] for tiling in maps.tilings(self.CALL, 4, 4, 80, 108)} == {80}
 
     @pytest.mark.parametrize(
         ("tiling", "bits", "capability", "words"),
@@ -223,13 +172,6 @@ class TestLimits:
     )
     def test_a_limit_says_why(self, maps, call, bits, offsets, words):
         assert words in maps.limit(call, bits, *offsets)
-
-    def test_layers_of_unets_have_none(self, maps):
-        for channels, window in itertools.product((64, 128, 320, 640, 960, 1280, 1920, 2560), (ONE, THREE, DOWN)):
-            for bits in (8, 4):
-                assert maps.limit(sizes(2, 16, 16, channels, 320, window), bits) is None
-            if channels % 128 == 0:
-                assert maps.limit(sizes(2, 16, 16, channels, 320, window), 3) is None
 
     def test_what_has_no_limit_has_maps_that_tma_takes(self, maps):
         random.seed(0)
