@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -31,21 +32,30 @@ if TYPE_CHECKING:
     from modiff_kernels.backends.triton.launch import Variant
 
 PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
+CUBIN = {80: "sm_80", 90: "sm_90a"}
 COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
 WITH_PRODUCT = ("product_kernel", "modulate_linear_kernel")
 
 
 @dataclass
 class Report:
-    """What the machine code of one form says; `failures` are the broken rules."""
+    """What the machine code of one form says; `failures` are the broken rules.
+
+    constants, types: of the kernel's parameters. ptx: how often each instruction of it occurs, with its modifiers.
+    """
 
     name: str
+    kernel: str
     capability: int
+    warps: int
+    constants: dict[str, str]
+    types: dict[str, str]
+    ptx: dict[str, int]
     registers: int
     stack_bytes: int
     shared_bytes: int
-    instructions: int
-    counts: dict[str, int]
+    instructions: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
 
@@ -62,8 +72,8 @@ def variants(capability: int, few: bool) -> Iterator[tuple[str, Variant]]:
         yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.num_warps}", variant
 
 
-def compile_variant(name: str, variant: Variant, capability: int) -> Report:
-    """Compile one form and read its machine code."""
+def compile_variant(name: str, variant: Variant, capability: int) -> tuple[Report, bytes]:
+    """Compile one form; a report without instructions, and the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -71,7 +81,7 @@ def compile_variant(name: str, variant: Variant, capability: int) -> Report:
     names = list(variant.signature)
     source = ASTSource(
         fn=variant.kernel,
-        signature=variant.signature,
+        signature=dict(variant.signature),
         constexprs={(names.index(key),): value for key, value in variant.constexprs.items()},
         attrs={(names.index(key),): [["tt.divisibility", 16]] for key in variant.divisible},
     )
@@ -79,27 +89,35 @@ def compile_variant(name: str, variant: Variant, capability: int) -> Report:
     if variant.num_stages is not None:
         options["num_stages"] = variant.num_stages
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        (code,) = sass_report.report(Path(file.name))
+        (code,) = sass_report.resources(Path(file.name)).values()
+    constants = {key: str(value) for key, value in variant.constexprs.items()}
+    words = dict(Counter(re.findall(r"\b[a-z]\w*(?:\.\w+(?:::\w+)?)+", compiled.asm["ptx"])))
+    form = (name, variant.kernel.__name__, capability, variant.num_warps, constants, variant.signature, words)
+    report = Report(*form, code.registers, code.stack_bytes, compiled.metadata.shared)
+    return report, sass_report.machine_code(cubin)[code.kernel]
+
+
+def read_instructions(report: Report, opcodes: Counter[str]) -> Report:
     counts: Counter[str] = Counter()
-    for opcode, count in code.opcodes.items():
+    for opcode, count in opcodes.items():
         counts[opcode.split(".")[0]] += count
-    found = {opcode: counts[opcode] for opcode in COUNTED if counts[opcode]}
-    sizes = (code.registers, code.stack_bytes, compiled.metadata.shared, counts.total())
-    report = Report(name, capability, *sizes, found)
-    report.failures = broken_rules(report, variant.kernel.__name__)
+    report.instructions = counts.total()
+    report.counts = {opcode: counts[opcode] for opcode in COUNTED if counts[opcode]}
+    report.failures = broken_rules(report)
     return report
 
 
-def broken_rules(report: Report, kernel: str) -> list[str]:
-    """What is wrong with the machine code of `kernel`, in words."""
+def broken_rules(report: Report) -> list[str]:
+    """What is wrong with the machine code, in words."""
     from modiff_kernels.backends.triton.tiles import SHARED_MEMORY_BYTES
 
     failures = []
     wanted = PRODUCT_INSTRUCTION[report.capability]
-    if kernel in WITH_PRODUCT and not report.counts.get(wanted):
+    if report.kernel in WITH_PRODUCT and not report.counts.get(wanted):
         failures.append(f"no {wanted}: the int8 product does not use the tensor cores as it should")
     if report.stack_bytes or report.counts.get("LDL") or report.counts.get("STL"):
         failures.append(f"spills: {report.stack_bytes} bytes of stack")
@@ -113,14 +131,12 @@ def check(capabilities: Iterable[int], few: bool, match: str = "") -> Iterator[R
     """Reports of all forms whose name contains `match`, in order; as many processes as there are cores compile them."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        forms = [
-            (capability, few, i)
-            for capability in capabilities
-            for i, (name, _) in enumerate(_forms(capability, few))
-            if match in name
-        ]
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-            yield from pool.map(_compile_form, forms, chunksize=4)
+            for capability in capabilities:
+                forms = [(capability, few, i) for i, (name, _) in enumerate(_forms(capability, few)) if match in name]
+                found = list(pool.map(_compile_form, forms, chunksize=4))
+                opcodes = sass_report.opcodes([code for _, code in found], CUBIN[capability])
+                yield from map(read_instructions, [report for report, _ in found], opcodes)
 
 
 @cache
@@ -128,7 +144,7 @@ def _forms(capability: int, few: bool) -> list[tuple[str, Variant]]:
     return list(variants(capability, few))
 
 
-def _compile_form(form: tuple[int, bool, int]) -> Report:
+def _compile_form(form: tuple[int, bool, int]) -> tuple[Report, bytes]:
     """Kernels cannot be sent to a process, but every process finds the same forms in the same order."""
     capability, few, index = form
     return compile_variant(*_forms(capability, few)[index], capability)

@@ -18,21 +18,24 @@ The disassemblers come with triton, or are those on PATH.
 """
 
 import argparse
+import bisect
+import itertools
 import json
-import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 RULES = Path(__file__).with_name("sass_rules.json")
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
 COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
 KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", *LIMITS}
@@ -71,10 +74,9 @@ def disassembler(name: str) -> str:
     return found
 
 
-def lines(*command: str) -> Iterator[str]:
-    """Output of cuobjdump, which finds nvdisasm on PATH."""
-    path = os.pathsep.join((str(Path(disassembler("nvdisasm")).parent), os.environ["PATH"]))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path}) as process:
+def lines(*command: str, folder: str | None = None) -> Iterator[str]:
+    """Output of a command, run in `folder`."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
         assert process.stdout is not None
         yield from process.stdout
     if process.returncode != 0:
@@ -94,13 +96,11 @@ def _shortened(name: str) -> str:
     return re.sub(r"modiff::(cuda::)?(sm80::)?", "", inner[1] if inner else name)
 
 
-def report(library: Path, archs: list[str] | None = None) -> list[Row]:
-    """A row for every kernel of `library` and architecture of `archs`; None: all of them."""
+def resources(library: Path) -> dict[tuple[str, str], Row]:
+    """A row without opcodes for every architecture and kernel of a library or a cubin."""
     rows: dict[tuple[str, str], Row] = {}
     arch = function = ""
-    opcodes: Counter[str] = Counter()
-    cuobjdump = disassembler("cuobjdump")
-    for line in lines(cuobjdump, "-res-usage", str(library)):
+    for line in lines(disassembler("cuobjdump"), "-res-usage", str(library)):
         if found := re.search(r"\barch = (\w+)", line):
             arch = found[1]
         elif found := re.match(r"\s*Function (\S+):", line):
@@ -108,15 +108,50 @@ def report(library: Path, archs: list[str] | None = None) -> list[Row]:
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, found.groups())
             rows[arch, function] = Row(arch, function, registers, stack + local, shared)
-    for option in [["-arch", name] for name in archs] if archs else [[]]:
-        for line in lines(cuobjdump, *option, "-sass", str(library)):
+    return rows
+
+
+def machine_code(cubin: bytes) -> dict[str, bytes]:
+    """That of every kernel of an ELF file."""
+    (offset,) = struct.unpack_from("<Q", cubin, 40)
+    count, names = struct.unpack_from("<HH", cubin, 60)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, offset + 64 * i) for i in range(count)]
+    found = {}
+    for at, *_, start, size in headers:
+        begin = headers[names][4] + at
+        name = cubin[begin : cubin.index(b"\0", begin)].decode()
+        if name.startswith(".text."):
+            found[name.removeprefix(".text.")] = cubin[start : start + size]
+    return found
+
+
+def opcodes(codes: Sequence[bytes], arch: str) -> list[Counter[str]]:
+    """Those of kernels, read in one call of nvdisasm, which takes longer to begin than for a kernel."""
+    ends = list(itertools.accumulate(map(len, codes)))
+    counts: list[Counter[str]] = [Counter() for _ in codes]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        for line in lines(disassembler("nvdisasm"), "-b", arch.replace("sm_", "SM"), file.name):
             if found := INSTRUCTION.match(line):
-                opcodes[found[1]] += 1
-            elif found := re.match(r"arch = (\w+)", line):
-                arch = found[1]
-            elif found := re.match(r"\s*Function : (\S+)", line):
-                opcodes = rows[arch, found[1]].opcodes
-    read = [row for row in rows.values() if row.opcodes]
+                counts[bisect.bisect_right(ends, int(found[1], 16))][found[2]] += 1
+    return counts
+
+
+def report(library: Path, archs: list[str] | None = None) -> list[Row]:
+    """A row for every kernel of `library` and architecture of `archs`; None: all of them."""
+    rows = resources(library)
+    code: dict[str, dict[str, bytes]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        list(lines(disassembler("cuobjdump"), "-xelf", "all", str(library.resolve()), folder=folder))
+        for cubin in Path(folder).iterdir():
+            code.setdefault(cubin.suffixes[-2][1:], {}).update(machine_code(cubin.read_bytes()))
+    read = []
+    for arch, kernels in code.items():
+        if archs is None or arch in archs:
+            for kernel, found in zip(kernels, opcodes(list(kernels.values()), arch), strict=True):
+                rows[arch, kernel].opcodes = found
+                read.append(rows[arch, kernel])
     for row, name in zip(read, demangled([row.kernel for row in read]), strict=True):
         row.kernel = name
     return sorted(read, key=lambda row: (row.kernel, row.arch))

@@ -96,8 +96,10 @@ def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dty
     source: Any = layer.input
     x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
     if layer.state.is_first:
-        first = (h, prologue, x_hat, None, FIRST_BITS, source.granularity, 1.0, True, layer.backend)
-        return tuple([ops.quantize(*first)[:2] for _ in range(FIRST_UPDATES)])
+        args = (h, prologue, x_hat, None, FIRST_BITS, source.granularity, 1.0, True)
+        key = "first", prologue.shift is None, h.shape, h.dtype, h.device
+        first = [_repeated(layer.kernels, key, ops.quantize, args, layer.backend) for _ in range(FIRST_UPDATES)]
+        return tuple([(codes, used) for codes, used, _ in first])
     scale = source.scale()
     args = (h, prologue, x_hat, scale, source.act_bits, source.granularity, source.clip_ratio, True)
     kernels = source.current().kernels
@@ -130,7 +132,8 @@ def accumulate(
             write_out and last,
         )  # fmt: skip
         if layer.state.is_first:
-            out = ops.product(*args, layer.backend)
+            key: Any = "first product", skip is None, last, shape, dtype, codes.device, write_out
+            out = _repeated(layer.kernels, key, ops.product, args, layer.backend)
         else:
             out = _repeated(kernels, (layer.name, "product"), ops.product, args, layer.backend)
     return out if write_out else y_hat
