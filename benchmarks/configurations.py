@@ -235,7 +235,6 @@ def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: str
     for every in FORECASTS:
         base = rows["modulated-w8a8-graphs" if graphs else "modulated-w8a8"]
         add(f"forecast{every}-w8a8", base, f"W8A8 forecast every {every}", f"forecast every={every}")
-    add("deep-w8a8", rows["modulated-w8a8"], "W8A8 deep levels every 3", "deep-forecast every=3")
     return _named(rows, dtype)
 
 
@@ -247,7 +246,7 @@ STEP_ORDER = (
 RUN_ORDER = (
     *("float-channels_last", "deepcache-3", "deepcache-5", "scheduled-w8a8-graphs", "modulated-w8a8-graphs"),
     *(f"forecast{every}-w8a8" for every in FORECASTS),
-    *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "deep-w8a8", "plain-w8a8", QUICK),
+    *("planned-w8-graphs", "scheduled-w8a8", "modulated-w8a8", "plain-w8a8", QUICK),
     "float-compile-graphs",
     *("deepcache-3-compile", "deepcache-5-compile", "scheduled-w8a8-compile-graphs", "modulated-w8a8-compile-graphs"),
     *("scheduled-float", TORCHAO, "planned-w8", "scheduled-w8a8-compile", "modulated-w8a8-compile", "float-compile"),

@@ -63,7 +63,6 @@ NETWORKS = {
 SCHEDULES = {
     "hold": [f"hold every={n}" for n in (2, 3, 5)],
     "forecast": [f"forecast every={n}{more}" for n in (2, 3) for more in ("", " axis=sigma")],
-    "forecast deep": [f"deep-forecast every={n}" for n in (2, 3, 5)],
     "auto": ["auto"],
 }
 DEEPCACHE_INTERVALS = (2, 3, 5)

@@ -12,31 +12,31 @@ from modiff_kernels.config.check import is_int, not_allowed, read_json
 
 UPDATE = "U"
 HOLD, FORECAST = "H", "F"
-DEEP_HOLD, DEEP_FORECAST = "h", "f"
-RULES = {"forecast": FORECAST, "hold": HOLD, "deep-forecast": DEEP_FORECAST, "deep-hold": DEEP_HOLD}
+RULES = {"forecast": FORECAST, "hold": HOLD}
 ACTION_NAMES = {UPDATE: "update", **{letter: rule for rule, letter in RULES.items()}}
 ORDERS = (1, 2, 3)
 AXES = ("timestep", "log_snr", "sigma", "root_sigma")
 
 _error = functools.partial(not_allowed, "StepSchedule")
-_PATTERN = re.compile(r"(?:[UHFhf]\d*)+")
-_PART = re.compile(r"([UHFhf])(\d*)")
-NOT_ADAPTIVE = "None: the adaptive mode is gone; it read the device at every forecast, and was no better at equal cost"
+_PATTERN = re.compile(r"(?:[UHF]\d*)+")
+_PART = re.compile(r"([UHF])(\d*)")
+GONE = {
+    "level": "None: skipping deep levels alone is gone; at equal cost it was worse than skipping whole calls",
+    "tolerance": "None: the adaptive mode is gone; it read the device at every forecast, and was no better at equal cost",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSchedule:
     """An action for every call of a run. Immutable; impossible values raise ValueError naming field and value.
 
-    rule: "forecast", "hold" (the whole network is skipped), "deep-forecast", "deep-hold" (its deep levels are), which
-        compute the calls that `every`, `first` and `last` say; or a pattern with a letter per call: U computes, F
-        forecasts and H holds the network's output, f and h do so with the tensor that enters up block `level`; a number
-        repeats the letter before it, as in "U3F2UF2U". A pattern is stretched to the calls of the run.
+    rule: "forecast" or "hold", which compute the calls that `every`, `first` and `last` say; or a pattern with a letter
+        per call: U computes, F forecasts and H holds the network's output; a number repeats the letter before it, as in
+        "U3F2UF2U". A pattern is stretched to the calls of the run.
     every: one call of this many is computed (2 or more). first, last: calls computed at both ends; first is 1 or more.
     order: degree of the polynomial through the last order + 1 computed values: 1, 2 or 3. Where fewer were computed it
         is lower; through one value it is a hold.
     axis: what the polynomial is in: "timestep", "log_snr", "sigma" (noise over signal) or "root_sigma", its root.
-    level: for deep actions, the up block from which on the network is computed in every call (1 or more). None: last.
     stochastic: says that skipping with a sampler that adds noise is meant, and keeps the warning away.
     """
 
@@ -46,13 +46,18 @@ class StepSchedule:
     last: int = 1
     order: int = 2
     axis: str = "root_sigma"
-    level: int | None = None
     stochastic: bool = False
-    tolerance: dataclasses.InitVar[float | None] = None  # gone; refused with the reason
+    level: dataclasses.InitVar[int | None] = None  # gone, as `tolerance`; refused with the reason
+    tolerance: dataclasses.InitVar[float | None] = None
 
-    def __post_init__(self, tolerance: float | None) -> None:
+    def __post_init__(self, level: int | None, tolerance: float | None) -> None:
+        for field, value in (("level", level), ("tolerance", tolerance)):
+            if value is not None:
+                raise _error(field, value, GONE[field])
+        if isinstance(self.rule, str) and self.rule.startswith("deep-"):
+            raise _error("rule", self.rule, GONE["level"].removeprefix("None: "))
         if not isinstance(self.rule, str) or (self.rule not in RULES and not _PATTERN.fullmatch(self.rule)):
-            raise _error("rule", self.rule, f"{', '.join(RULES)}, or a pattern of U, F, H, f, h such as 'U3F2UF2U'")
+            raise _error("rule", self.rule, f"{', '.join(RULES)}, or a pattern of U, F and H such as 'U3F2UF2U'")
         if self.rule not in RULES:
             self._check_pattern()
         for field, least in (("every", 2), ("first", 1), ("last", 0)):
@@ -62,12 +67,6 @@ class StepSchedule:
             value = getattr(self, field)
             if value not in allowed or (field == "order" and not is_int(value, 1)):
                 raise _error(field, value, f"one of {', '.join(map(str, allowed))}")
-        if self.level is not None and not is_int(self.level, 1):
-            raise _error("level", self.level, "the index of an up block, 1 or more, or None for the last")
-        if self.level is not None and not self.is_deep:
-            raise _error("level", self.level, f"None, because {self.rule!r} skips no deep levels")
-        if tolerance is not None:
-            raise _error("tolerance", tolerance, NOT_ADAPTIVE)
 
     def _check_pattern(self) -> None:
         pattern = _expanded(self.rule)
@@ -76,7 +75,7 @@ class StepSchedule:
         if pattern[:1] != UPDATE:
             raise _error("rule", shortest, "a pattern that begins with U: nothing can be repeated at the first call")
         if set(pattern) == {UPDATE}:
-            raise _error("rule", shortest, "a pattern with H, F, h or f, or no schedule at all to compute every call")
+            raise _error("rule", shortest, "a pattern with H or F, or no schedule at all to compute every call")
         for field in ("every", "first", "last"):
             if getattr(self, field) != getattr(type(self), field):
                 raise _error(field, getattr(self, field), "nothing: a pattern says itself which calls are computed")
@@ -96,7 +95,7 @@ class StepSchedule:
         options: dict[str, Any] = {}
         for word in words:
             name, _, value = word.partition("=")
-            if not value or name not in (*names, "tolerance"):
+            if not value or name not in (*names, *GONE):
                 allowed = ", ".join(f"{name}=" for name in names)
                 raise ValueError(f"StepSchedule: {word!r} in {text!r} is not allowed; give {allowed} without spaces")
             try:
@@ -118,19 +117,14 @@ class StepSchedule:
         """Read what `to_json` wrote; ValueError on anything else."""
         values = read_json("StepSchedule", text)
         names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= {*names, "tolerance"}:
+        if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= {*names, *GONE}:
             raise ValueError(f"StepSchedule: {text!r} is not an object with a rule; the fields are {', '.join(names)}")
         return cls(**values)
 
     @property
-    def is_deep(self) -> bool:
-        """Whether some calls skip the deep levels only."""
-        return bool({DEEP_HOLD, DEEP_FORECAST} & self._letters())
-
-    @property
     def needs_axis(self) -> bool:
         """Whether some calls are forecast."""
-        return bool({FORECAST, DEEP_FORECAST} & self._letters())
+        return FORECAST in self._letters()
 
     def actions(self, calls: int) -> str:
         """A letter for each of the `calls` calls of a run, the first of them U. A pattern keeps its computed calls at
@@ -152,12 +146,9 @@ class StepSchedule:
 
     def describe(self, calls: int | None = None) -> str:
         """One line: the schedule, what it skips, and how many of `calls` calls are computed in full."""
-        what = ["the whole network"] if {HOLD, FORECAST} & self._letters() else []
-        if self.is_deep:
-            what.append(f"the levels below up block {'-1' if self.level is None else self.level}")
         how = f", forecast in {self.axis} with order {self.order}" if self.needs_axis else ", held"
         count = "" if calls is None else f"; {self.actions(calls).count(UPDATE)} of {calls} calls are computed"
-        return f"{self}: skips {' or '.join(what)}{how}{count}"
+        return f"{self}: skips calls{how}{count}"
 
     def _letters(self) -> set[str]:
         return set(RULES.get(self.rule) or _expanded(self.rule))

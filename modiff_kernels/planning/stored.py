@@ -43,9 +43,6 @@ def read(path: Path) -> StoredSchedule:
     except (OSError, ValueError, TypeError, KeyError) as error:
         wrong = f"{path} is no schedule of this version ({type(error).__name__}: {error})"
         raise ValueError(f"schedule='auto': {wrong}; {SEARCH_AGAIN}") from error
-    if schedule.is_deep:
-        advice = f"give it as schedule={str(schedule)!r}, or {SEARCH_AGAIN}"
-        raise ValueError(f"schedule='auto': {path} skips deep levels; {advice}")
     return StoredSchedule(schedule, run, path)
 
 

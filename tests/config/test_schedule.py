@@ -9,10 +9,8 @@ from modiff_kernels.config.schedule import StepSchedule
     [
         ("forecast every=2 first=3 last=1", 10, "UUUFUFUFUU"),
         ("hold every=3 first=1 last=0", 8, "UHHUHHUH"),
-        ("deep-forecast every=4 first=2 last=2", 9, "UUfffUfUU"),
-        ("deep-hold every=2 first=1", 5, "UhUhU"),
         ("U3F2UF2U", 9, "UUUFFUFFU"),
-        ("UHhFfU", 6, "UHhFfU"),
+        ("UHFU", 4, "UHFU"),
         ("forecast every=2", 3, "UUU"),
         ("forecast every=2", 1, "U"),
     ],
@@ -27,7 +25,7 @@ def test_a_pattern_keeps_its_computed_calls_at_their_places():
     assert pattern.actions(21) == "UFUFFFFFFFUFFFFFFFUFU"
     assert pattern.actions(6) == "UFUFUU"
     assert pattern.actions(5) == "UUUUU"
-    assert StepSchedule.parse("UF2Uh2U").actions(13) == "UFFFFFUhhhhhU"
+    assert StepSchedule.parse("UF2UH2U").actions(13) == "UFFFFFUHHHHHU"
 
 
 @pytest.mark.parametrize("calls", [1, 2, 7, 50, 99, 1000])
@@ -39,7 +37,7 @@ def test_every_length_has_a_computed_first_call(text, calls):
 
 def test_text_and_json_round_trips():
     long = "forecast every=3 first=1 last=2 order=1 axis=log_snr"
-    for text in ("forecast", long, "deep-hold level=2 stochastic=True", "U3F2UF2U order=3 axis=sigma"):
+    for text in ("forecast", long, "hold stochastic=True", "U3F2UF2U order=3 axis=sigma"):
         schedule = StepSchedule.parse(text)
         assert str(schedule) == text
         assert StepSchedule.from_json(schedule.to_json()) == schedule == eval(repr(schedule))
@@ -58,7 +56,7 @@ def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_l
     ):
         with pytest.raises(ValueError, match=r"tolerance=0\.1 is not allowed; .*read the device at every forecast"):
             make()
-    stored = '{"rule": "forecast", "every": 4, "tolerance": null}'
+    stored = '{"rule": "forecast", "every": 4, "level": null, "tolerance": null}'
     assert StepSchedule.from_json(stored) == StepSchedule.parse("forecast every=4 tolerance=None")
     assert "tolerance" not in StepSchedule.from_json(stored).to_json()
 
@@ -66,7 +64,7 @@ def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_l
 @pytest.mark.parametrize(
     ("options", "field", "allowed"),
     [
-        ({"rule": "sometimes"}, "rule='sometimes'", "forecast, hold, deep-forecast, deep-hold"),
+        ({"rule": "sometimes"}, "rule='sometimes'", "forecast, hold, or a pattern"),
         ({"rule": "FUU"}, "rule='FU2'", "begins with U"),
         ({"rule": "U5"}, "rule='U5'", "no schedule at all"),
         ({"rule": "hold", "every": 1}, "every=1", "2 or more"),
@@ -75,8 +73,8 @@ def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_l
         ({"rule": "UFU", "every": 3}, "every=3", "a pattern says itself"),
         ({"rule": "forecast", "order": 4}, "order=4", "one of 1, 2, 3"),
         ({"rule": "forecast", "axis": "time"}, "axis='time'", "timestep, log_snr, sigma, root_sigma"),
-        ({"rule": "deep-hold", "level": 0}, "level=0", "1 or more"),
-        ({"rule": "hold", "level": 1}, "level=1", "skips no deep levels"),
+        ({"rule": "deep-hold"}, "rule='deep-hold'", "at equal cost it was worse"),
+        ({"rule": "hold", "level": 1}, "level=1", "at equal cost it was worse"),
         ({"rule": "hold", "stochastic": 2}, "stochastic=2", "one of True, False"),
     ],
 )
@@ -103,5 +101,4 @@ def test_impossible_json_and_runs():
 
 def test_description_counts_calls():
     text = StepSchedule.parse("forecast every=2 axis=sigma").describe(10)
-    assert "skips the whole network, forecast in sigma with order 2; 7 of 10 calls are computed" in text
-    assert "the levels below up block 1, held" in StepSchedule.parse("deep-hold level=1").describe()
+    assert "skips calls, forecast in sigma with order 2; 7 of 10 calls are computed" in text

@@ -52,7 +52,7 @@ def count_runs(modules):
 
 def letters(handle, context="default"):
     """The actions of the last run."""
-    short = {"update": "U", "hold": "H", "forecast": "F", "deep-hold": "h", "deep-forecast": "f"}
+    short = {"update": "U", "hold": "H", "forecast": "F"}
     return "".join(short[action] for action in handle.actions(context))
 
 
@@ -107,9 +107,9 @@ class TestWholeNetwork:
     ("schedule", "options"),
     [
         ("forecast every=2", {"act_bits": 4}),
-        ("deep-forecast every=2", {"fuse": False}),
-        ("deep-hold every=3", {"scale_mode": "delayed"}),
-        ("U2F2UhfUH3U2", {}),
+        ("forecast every=2", {"fuse": False}),
+        ("hold every=3", {"scale_mode": "delayed"}),
+        ("U2F2UHFUH3U2", {}),
     ],
     ids=str,
 )
@@ -128,45 +128,6 @@ def test_state_is_consistent_and_runs_repeat(schedule, options):
     handle.remove()
     assert torch.equal(sample(pipe, 12), dense)
     assert snapshot(pipe.unet) == before
-
-
-class TestDeepLevels:
-    @pytest.mark.parametrize(
-        ("condition", "level", "options"), [(False, 1, {}), (True, 1, FLOAT), (True, 2, {})], ids=str
-    )
-    def test_only_what_is_above_the_cut_runs(self, condition, level, options):
-        unet = (unet2d_condition if condition else unet2d)(levels=3)
-        more, x = conditions_of(unet), noise(channels=unet.config.in_channels)
-        handle = mk.accelerate(unet, mk.ModiffConfig(schedule=f"U2h4U axis=timestep level={level}", **options))
-        kinds = (nn.Conv2d, ModulatedLayer, FusedBlock)
-        counts = count_runs({path: module for path, module in unet.named_modules() if isinstance(module, kinds)})
-        with handle.sampling_run(7):
-            for t in range(7, 0, -1):
-                unet(x * (1 + t / 50), t, **more)
-        assert letters(handle) == "UUhhhhU"
-        below = ["mid_block.", f"down_blocks.{2 - level}.downsamplers."]
-        below += [f"down_blocks.{2 - i}." for i in range(level)] + [f"up_blocks.{i}." for i in range(level)]
-        found = {(path.startswith(tuple(below)), n) for path, n in counts.items() if n}
-        assert found == {(False, 7), (True, 3)}
-
-    def test_held_levels_give_the_boundary_that_was_computed_and_refuse_a_controlnet(self):
-        unet, x = unet2d_condition(levels=3), noise(channels=4)
-        dense = unet(x, 9, text()).sample
-        handle = mk.accelerate(unet, mk.ModiffConfig(schedule="Uh2f2 axis=timestep", **FLOAT))
-        with handle.sampling_run(5):
-            for _ in range(5):  # same input: held and forecast deep levels are the right ones
-                torch.testing.assert_close(unet(x, 9, text()).sample, dense)
-        with handle.sampling_run(9), pytest.raises(ValueError, match="ControlNet or T2I-Adapter"):
-            unet(x, 1, text(), mid_block_additional_residual=torch.zeros(2, 32, 2, 2))
-
-    def test_unknown_levels_are_refused_before_anything_changes(self):
-        unet = unet2d()
-        before = list(unet.named_modules())
-        with pytest.raises(ValueError, match="level=2 is not allowed; UNet2DModel has 2 up blocks, so give 1 to 1"):
-            mk.accelerate(unet, mk.ModiffConfig(schedule="deep-hold level=2"))
-        assert list(unet.named_modules()) == before
-        with pytest.raises(ValueError, match="no levels to skip"):
-            mk.accelerate(nn.Sequential(nn.Conv2d(3, 3, 1)), mk.ModiffConfig(schedule="deep-hold"))
 
 
 class OneConv(nn.Module):

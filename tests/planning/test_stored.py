@@ -71,7 +71,6 @@ def test_it_is_found_in_the_folder_of_the_unet_or_the_pipeline(tmp_path):
         ({"schedule": "U3X"}, "ValueError: StepSchedule: rule='U3X'"),
         ({"sampler": None}, "TypeError"),
         ({"timesteps": ["a"]}, "ValueError"),
-        ({"schedule": "U3fU"}, "skips deep levels; give it as schedule='U3fU'"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_by_name(tmp_path, changes, message):
