@@ -8,8 +8,10 @@ The layers that did not run keep their x_hat and y_hat, which stay consistent, a
 
 import contextlib
 import functools
+import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from modiff_kernels.config.schedule import ACTION_NAMES, DEEP_FORECAST, DEEP_HOLD, FORECAST, HOLD, UPDATE, StepSchedule
 from modiff_kernels.integrations.hooks import wrap_forward
+from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.planning import clock
 from modiff_kernels.planning.stored import StoredSchedule
@@ -51,42 +54,68 @@ class History:
 class Trajectory:
     """One context of a scheduled run: its plan, what was done so far, and what a skipped call is made of.
 
-    planned: a letter per call. positions: of every call on the axis; empty: its timestep. order: degree of forecasts.
-    done: a letter per call so far. output, boundary: of the network's output and of the tensor that enters the first up
-    block that is always computed. form: the network's last output as it returned it.
+    planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
+    forecasts. done: a letter per call so far. computed: the steps whose outputs are known and still hold. instead: why
+    calls were computed that are planned to be skipped, and how many. output, boundary: of the network's output and of
+    the tensor that enters the first up block that is always computed. forms: makes what the network returns of a
+    sample, by `return_dict`.
     """
 
     def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
-        self.planned, self.positions = planned, positions
+        self.planned, self.positions, self.length = planned, positions, order + 1
         self.done: list[str] = []
+        self.computed: list[int] = []
+        self.instead: Counter[str] = Counter()
         self.output, self.boundary = History(order + 1), History(order + 1)
-        self.form: Any = None
+        self.forms: dict[bool, Callable[[Tensor], Any]] = {}
+
+    def is_known(self, step: int) -> bool:
+        """Whether all is there that `step` may be made of: as many computed outputs as the plan would have, and those
+        that it has since the first of them."""
+        planned = [i for i, letter in enumerate(self.planned[:step]) if letter == UPDATE][-self.length :]
+        enough = len(self.computed) >= len(planned)
+        return enough and all(i in self.computed or i < self.computed[0] for i in planned)
 
     def predict(self, action: str, position: float) -> Tensor:
         history = self.output if action in (HOLD, FORECAST) else self.boundary
         return history.at(None if action in (HOLD, DEEP_HOLD) else position)
 
+    def forget(self) -> None:
+        """What was computed does not hold any more."""
+        self.computed.clear()
+        self.output.values.clear()
+        self.boundary.values.clear()
+
     def nbytes(self) -> int:
         return sum(value.nbytes for _, value in self.output.values + self.boundary.values)
 
+    def describe(self) -> str:
+        counts = ", ".join(f"{n} {ACTION_NAMES[letter]}" for letter, n in Counter(self.done).items())
+        reasons = [f"; {n} computed that the schedule would skip: {why}" for why, n in self.instead.items()]
+        return f"{''.join(self.done)} ({counts}{''.join(reasons)})"
+
 
 class ScheduledUNet:
-    """Installs a schedule. layout: number of calls and scheduler of a run that begins. stored: "auto" where it fits."""
+    """Installs a schedule. steps: tell where a call stands in its run. stored: "auto" where it fits."""
 
     def __init__(
         self,
         unet: nn.Module,
         state: ModulationState,
         schedule: StepSchedule | str | None,
-        layout: Callable[[], tuple[int | None, Any]],
+        steps: Steps,
         stored: StoredSchedule | None = None,
     ) -> None:
         self.unet, self.state, self.schedule = unet, state, schedule
-        self._layout, self._stored = layout, stored
+        self._steps, self._stored = steps, stored
         self._skip_deep = False
         self._boundary: Tensor | None = None
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
+        self._all_because: str | None = None  # why all calls of this run are computed from now on
+        self._plan: tuple[str, Sequence[float], int] = UPDATE, (), 0
+        parameters = inspect.signature(unet.forward).parameters
+        self._form_place = [*parameters].index("return_dict") if "return_dict" in parameters else len(parameters)
         deep = isinstance(schedule, StepSchedule) and schedule.is_deep
         self._deep = _DeepLevels.of(unet, schedule.level) if deep else None
 
@@ -115,8 +144,13 @@ class ScheduledUNet:
         if self.schedule == "auto" and chosen is not None:
             found = self._stored is not None and chosen is self._stored.schedule
             text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
-        runs = [f"last run, context {name}: {''.join(run.done)}" for name, run in self.state.trajectories.items()]
+        runs = [f"last run, context {name}: {run.describe()}" for name, run in self.state.trajectories.items()]
         return "\n  ".join([text, *runs])
+
+    def hear_of_noise(self, what: str) -> None:
+        """`what` adds noise at the steps of this run, which a skipped call does not see."""
+        if self._all_because is None and self._in_use is not None and not self._in_use.stochastic:
+            self._compute_all(f"{what} adds noise at its steps")
 
     def skipped_calls(self, path: str, context: str) -> int:
         """How many calls of the last run in `context` did not compute the module at `path`."""
@@ -128,89 +162,95 @@ class ScheduledUNet:
         return sum(action in skipping for action in self.state.trajectories[context].done)
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         state = self.state
-        trajectory = state.trajectories.get(state.context_name)
-        if trajectory is None:
-            trajectory = state.trajectories[state.context_name] = self._begin(timestep)
-        call = len(trajectory.done)
-        if call >= len(trajectory.planned):
-            text = f"in context {state.context_name!r}, but the schedule was laid out for {call}; begin a new run"
-            where = "for a new picture, and put passes of one step into contexts (`with handle.context('cond'):`)"
-            raise RuntimeError(f"call {call + 1} of the UNet {text} {where}")
+        if not state.trajectories:
+            self._plan = self._lay_out()
+        trajectory = state.trajectories.setdefault(state.context_name, Trajectory(*self._plan))
         if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
             text = "where ControlNet or T2I-Adapter add to them; use a schedule for the whole network"
             raise ValueError(f"schedule {str(self.schedule)!r}: deep levels cannot be skipped {text}")
-        action = trajectory.planned[call]
-        position = trajectory.positions[call] if trajectory.positions else clock.host_timestep(timestep)
+        step, action, position = state.step_index, UPDATE, None
+        if 0 <= step < len(trajectory.planned):
+            action = trajectory.planned[step]
+            timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+            position = trajectory.positions[step] if trajectory.positions else clock.host_timestep(timestep)
+        asked = bool(kwargs.get("return_dict", args[self._form_place] if len(args) > self._form_place else True))
         if action != UPDATE:
-            last = trajectory.output.values[-1][1]
-            if last.shape[0] != sample.shape[0] or last.shape[2:] != sample.shape[2:]:
-                action = UPDATE  # a callback has changed the batch or the size
+            reason = self._all_because
+            if reason is None and not trajectory.is_known(step):
+                reason = "too little was computed since its context, or what it is conditioned on, has begun"
+            if reason is None and asked not in trajectory.forms:
+                reason = "no computed call had its return_dict"
+            if reason is not None:
+                trajectory.instead[reason] += 1
+                action = UPDATE
         trajectory.done.append(action)
         if action == UPDATE:
             output = original(*args, **kwargs)
-            trajectory.output.push(position, _sample_of(output))
-            if self._boundary is not None:
-                trajectory.boundary.push(position, self._boundary)
-                self._boundary = None
-            trajectory.form = output
+            if position is not None:
+                trajectory.computed.append(step)
+                trajectory.output.push(position, _sample_of(output))
+                if self._boundary is not None:
+                    trajectory.boundary.push(position, self._boundary)
+            self._boundary = None
+            trajectory.forms[asked] = _form_of(output)
             return output
         predicted = trajectory.predict(action, position)
         if action in (HOLD, FORECAST):
             state.action = ACTION_NAMES[action]
-            return _in_form(trajectory.form, predicted)
+            return trajectory.forms[asked](predicted)
         self._skip_deep, self._boundary = True, predicted
         try:
             return original(*args, **kwargs)
         finally:
             self._skip_deep, self._boundary = False, None
 
-    def _begin(self, timestep: Any) -> Trajectory:
-        calls, scheduler = self._layout()
-        timesteps: list[float] = []
+    def _lay_out(self) -> tuple[str, Sequence[float], int]:
+        """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""
+        self._all_because = self._in_use = None
+        calls, scheduler = self._steps.layout()
+        timesteps, first = self._steps.announced, self._steps.first
+        if self.schedule is None:
+            return "", (), 0
         if scheduler is not None:
-            timesteps = clock.host_timesteps(scheduler)
-            timesteps = timesteps[clock.first_call(timesteps, clock.host_timestep(timestep)) :]
-            calls = len(timesteps)
+            calls = len(timesteps) - first
         if calls is None:
             text = f"so its last ones are not; open it with {WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
             raise ValueError(f"schedule: the number of calls of this run is not known, {text}")
-        chosen = self._in_use = self._choose(scheduler, calls, timesteps)
-        if chosen is None or not chosen.needs_axis:
-            return Trajectory(chosen.actions(calls) if chosen else UPDATE * calls, range(calls), order=0)
+        chosen = self._in_use = self._choose(scheduler, calls, timesteps[first:])
+        if chosen is None:
+            return "", (), 0
+        if not chosen.needs_axis:
+            return chosen.actions(calls), range(calls), 0
         if scheduler is None and chosen.axis != "timestep":
             text = f"open the run with {WITH_SCHEDULER}, or give a schedule with axis=timestep"
             raise ValueError(f"schedule: axis={chosen.axis} needs the noise levels of the sampler; {text}")
-        positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)
-        return Trajectory(chosen.actions(calls), positions, chosen.order)
+        positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)[first:]
+        return chosen.actions(calls), positions, chosen.order
 
     def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
-        if self.schedule is None:
-            return None
-        name = type(scheduler).__name__
-        stochastic = scheduler is not None and clock.is_stochastic(scheduler)
-        if self.schedule == "auto":
-            if scheduler is None:
-                raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
-            if self._stored is not None and self._stored.fits(scheduler, timesteps):
-                return self._stored.schedule
-            chosen = clock.automatic(scheduler, calls)
-            if chosen is None:
-                reason = f"{name} adds noise at its steps" if stochastic else f"{calls} calls are few"
-                self._warn(f"schedule='auto': every call is computed, because {reason}")
-            return chosen
-        if stochastic and not self.schedule.stochastic:
-            self._warn(
-                f"schedule {str(self.schedule)!r}: {name} adds noise at its steps, which a skipped call does not see, "
-                "and the pictures lose detail; say stochastic=True in the schedule if this is meant"
-            )
-        if set(self.schedule.actions(calls)) == {UPDATE}:
-            self._warn(f"schedule {str(self.schedule)!r}: a run of {calls} calls is too short to skip any of them")
-        return self.schedule
+        """The schedule for this run; None, and a warning, where nothing can be skipped."""
+        name, given = type(scheduler).__name__, None if self.schedule == "auto" else self.schedule
+        if scheduler is None and given is None:
+            raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
+        if scheduler is not None and clock.is_stochastic(scheduler) and not (given and given.stochastic):
+            return self._compute_all(f"{name} adds noise at its steps")
+        if scheduler is not None and not timesteps:
+            return self._compute_all(f"the UNet is called with other timesteps than {name} announced")
+        if given is None and self._stored is not None and self._stored.fits(scheduler, timesteps):
+            return self._stored.schedule
+        chosen = clock.automatic(scheduler, calls) if given is None else given
+        if chosen is None:
+            return self._compute_all(f"{calls} calls are few")
+        if set(chosen.actions(calls)) == {UPDATE}:
+            return self._compute_all(f"a run of {calls} calls is too short to skip any")
+        return chosen
 
-    def _warn(self, text: str) -> None:
+    def _compute_all(self, reason: str) -> None:
+        """Compute every call of this run from now on; warn once for each reason."""
+        self._all_because = reason
+        advice = "; stochastic=True in the schedule skips all the same" if "noise" in reason else ""
+        text = f"schedule {str(self.schedule)!r}: every call is computed, because {reason}{advice}"
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)
@@ -269,10 +309,12 @@ def _sample_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-def _in_form(form: Any, sample: Tensor) -> Any:
-    """`sample` as the UNet returned its last output: a tensor, a tuple, or an output object."""
-    if isinstance(form, Tensor):
-        return sample
-    if isinstance(form, tuple):
-        return (sample, *form[1:])
-    return type(form)(sample=sample)
+def _form_of(output: Any) -> Callable[[Tensor], Any]:
+    """Makes of a sample what the UNet returned as `output`: a tensor, a tuple, or an output object."""
+    if isinstance(output, Tensor):
+        return lambda sample: sample
+    if isinstance(output, tuple):
+        rest = output[1:]
+        return lambda sample: (sample, *rest)
+    kind = type(output)
+    return lambda sample: kind(sample=sample)
