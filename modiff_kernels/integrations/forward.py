@@ -138,10 +138,8 @@ class HostTimesteps:
     def announce(self, scheduler: Any) -> list[float]:
         """The timesteps that the scheduler has set, read if they are others than before."""
         timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None:
-            return []
         if not isinstance(timesteps, Tensor):
-            return clock.host_timesteps(scheduler)
+            return [] if timesteps is None else clock.host_timesteps(scheduler)
         if timesteps is not self._schedule or tensor_version(timesteps) != self._version:
             self._remember(timesteps, clock.host_timesteps(scheduler))
         return self._values
@@ -151,13 +149,14 @@ class HostTimesteps:
 
     def value(self, timestep: Any) -> float | None:
         """`timestep`, a number or a tensor of one element or of equal ones, as a number; None if it is not known."""
-        if not isinstance(timestep, Tensor):
-            return float(timestep) if isinstance(timestep, (int, float)) else None
-        return clock.only_value(timestep) if timestep.device.type == "cpu" else self._value_in_schedule(timestep)
+        on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
+        return clock.host_timestep(timestep) if on_host else self._value_in_schedule(timestep)
 
     def _value_in_schedule(self, timestep: Tensor) -> float | None:
         schedule = self._schedule
-        if schedule is None or tensor_version(schedule) != self._version or timestep.numel() != 1:
+        if schedule is None or tensor_version(schedule) != self._version:
+            return None
+        if timestep.numel() != 1 and any(timestep.stride()):
             return None
         if timestep.untyped_storage()._cdata != schedule.untyped_storage()._cdata or timestep.dtype != schedule.dtype:
             return None

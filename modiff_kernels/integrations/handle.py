@@ -56,18 +56,17 @@ class Handle:
         self._planned_shape = None if self.plan is None or self.plan.key is None else self.plan.key.shape
         self.is_loaded = False
         self._seen: tuple[torch.Size, str] | None = None
-        self._pipes: list[Any] = []  # whose schedulers begin runs, which `_schedulers` are
-        self._schedulers: list[Any] = []
-        self._wrappers: list[hooks.SchedulerMethod] = []
+        self._pipes: list[Any] = []  # whose schedulers begin runs
+        self._wrappers: list[hooks.Wrapper] = []
         self._own_runs: list[tuple[int | None, Any]] = []
-        self._scheduler: Any = None  # that announced last
+        self._announced: tuple[int | None, Any] = None, None  # calls and scheduler, as of an own run
         graphs = GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
         self._forward = UNetForward(unet, self.state, graphs)
-        self._steps = Steps(self.state, self._forward.timesteps, self._layout_of_run)
+        self._steps: Steps | None = None
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
             stored = beside(unet, pipe) if config.schedule == "auto" else None
-            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._steps, stored)
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, lambda: self._steps, stored)
         self._undo: contextlib.ExitStack | None = None
 
     def sampling_run(
@@ -190,13 +189,9 @@ class Handle:
             own.callback(self._own_runs.pop)
             if scheduler is not None:
                 self._forward.timesteps.announce(scheduler)
-                for wrapper in () if scheduler in self._schedulers else self._wrapped(scheduler):
+                for wrapper in () if self._is_wrapped(scheduler) else self._wrapped(scheduler):
                     own.callback(wrapper.restore)
             yield self.state
-
-    def _layout_of_run(self) -> tuple[int | None, Any]:
-        """Number of calls and scheduler of this run, None for what is not known."""
-        return self._own_runs[-1] if self._own_runs else (None, self._scheduler)
 
     def _require_active(self) -> None:
         if self._undo is None:
@@ -225,21 +220,24 @@ class Handle:
             self._undo = undo.pop_all()
 
     def attach(self, pipe: Any) -> None:
-        """Let `pipe.scheduler` begin runs, beside those of the other pipelines."""
+        """Let the scheduler of `pipe` begin runs, beside those of the other pipelines."""
         pipes = [*(other for other in self._pipes if other is not pipe), pipe]
-        schedulers = list({id(pipe.scheduler): pipe.scheduler for pipe in pipes}.values())
-        wrappers = [wrapper for scheduler in schedulers for wrapper in self._wrapped(scheduler)]
+        schedulers = {id(pipe.scheduler): pipe.scheduler for pipe in pipes}
+        wrappers = [wrapper for scheduler in schedulers.values() for wrapper in self._wrapped(scheduler)]
         self._detach()
-        self.pipe, self._pipes, self._schedulers, self._wrappers = pipe, pipes, schedulers, wrappers
+        self.pipe, self._pipes, self._wrappers = pipe, pipes, wrappers
 
-    def _wrapped(self, scheduler: Any) -> list[hooks.SchedulerMethod]:
+    def _wrapped(self, scheduler: Any) -> list[hooks.Wrapper]:
         wrappers = [hooks.begin_runs(scheduler, self.state, self._announce)]
         if self._scheduled is not None and callable(getattr(scheduler, "step", None)):
             wrappers.append(hooks.tell_noise(scheduler, self._scheduled.hear_of_noise))
         return wrappers
 
+    def _is_wrapped(self, scheduler: Any) -> bool:
+        return any(wrapper.owner is scheduler for wrapper in self._wrappers)
+
     def _announce(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+        self._announced = None, scheduler
         self._forward.timesteps.announce(scheduler)
 
     def _detach(self) -> None:
@@ -247,7 +245,7 @@ class Handle:
             wrapper.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        replaced = any(pipe.scheduler not in self._schedulers for pipe in self._pipes)
+        replaced = not all(self._is_wrapped(pipe.scheduler) for pipe in self._pipes)
         if replaced and self.state.needs_run and not self._own_runs:
             text = "call handle.wrap_scheduler() once after the change, before set_timesteps()"
             raise RuntimeError(f"pipe.scheduler was replaced after accelerate(), so it does not begin runs; {text}")
@@ -270,7 +268,11 @@ class Handle:
 
     def _look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Before a call, when no other is in progress: what it stands on, and its context."""
-        context = self._steps.place(args, kwargs) if self.state.needs_run else DEFAULT_CONTEXT
+        state, context = self.state, DEFAULT_CONTEXT
+        if state.needs_run:
+            if self._steps is None or self._steps.run_index != state.run_index:
+                self._steps = Steps(state, self._forward.timesteps, *[self._announced, *self._own_runs][-1])
+            context = self._steps.place(args, kwargs)
         if self._planned_shape is not None:
             self._look_at_shape((args[0] if args else kwargs["sample"]).shape, context)
         return context

@@ -16,49 +16,49 @@ NOISE = ("eta", "s_churn")
 """Arguments of step() of diffusers' schedulers that are above 0 where it adds noise."""
 
 
-class SchedulerMethod:
-    """In the place of one method of one scheduler until `restore`: what `around` does with the original and its
-    arguments."""
+class Wrapper:
+    """In the place of a method of one object until `restore`: calls `around` with the original and the arguments. Where
+    another wrapper is over it then, it stays and only calls through."""
 
-    def __init__(self, scheduler: Any, name: str, around: Callable[..., Any]) -> None:
-        original = getattr(scheduler, name, None)
-        if not callable(original):
-            text = "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
-            raise ValueError(f"scheduler {type(scheduler).__name__} has no {name}() to begin runs with; {text}")
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
         functools.update_wrapper(self, original)
-        self.scheduler, self._name, self._original, self._around = scheduler, name, original, around
+        self.owner, self._name, self._original, self._around = owner, name, original, around
         self._active = True
         self._undo = contextlib.ExitStack()
-        set_attribute(scheduler, name, self, self._undo)
+        set_attribute(owner, name, self, self._undo)
 
     def restore(self) -> None:
-        """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
         self._active = False
-        while isinstance(top := self.scheduler.__dict__.get(self._name), SchedulerMethod) and not top._active:
+        while isinstance(top := self.owner.__dict__.get(self._name), Wrapper) and not top._active:
             top._undo.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._around(self._original, *args, **kwargs) if self._active else self._original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.scheduler))
+        copied = memo.get(id(self.owner))
         return self if copied is None else types.MethodType(getattr(type(copied), self._name), copied)
 
 
-def begin_runs(scheduler: Any, state: ModulationState, announce: Callable[[Any], Any]) -> SchedulerMethod:
-    """Let set_timesteps() end the old run and begin the new one. announce: gets the scheduler in between."""
+def begin_runs(scheduler: Any, state: ModulationState, announce: Callable[[Any], Any]) -> Wrapper:
+    """Let set_timesteps() end the old run and begin the new one. announce: gets the scheduler in between. ValueError
+    for a scheduler without it."""
+    if not callable(getattr(scheduler, "set_timesteps", None)):
+        text = "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
+        raise ValueError(f"scheduler {type(scheduler).__name__} has no set_timesteps() to begin runs with; {text}")
 
     def set_timesteps(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state.end_run()
         result = original(*args, **kwargs)
         announce(scheduler)
-        state.begin_run(announced=len(scheduler.timesteps))
+        state.begin_run(None if state.calls_calibrated is None else len(scheduler.timesteps))
         return result
 
-    return SchedulerMethod(scheduler, "set_timesteps", set_timesteps)
+    return Wrapper(scheduler, "set_timesteps", set_timesteps)
 
 
-def tell_noise(scheduler: Any, tell: Callable[[str], None]) -> SchedulerMethod:
+def tell_noise(scheduler: Any, tell: Callable[[str], None]) -> Wrapper:
     """Let step() call `tell` with what makes it add noise, if an argument does."""
     parameters = enumerate(inspect.signature(scheduler.step).parameters.values())
     known = [(place, parameter.name, parameter.default) for place, parameter in parameters if parameter.name in NOISE]
@@ -70,7 +70,7 @@ def tell_noise(scheduler: Any, tell: Callable[[str], None]) -> SchedulerMethod:
                 tell(f"{type(scheduler).__name__}.step({name}={value})")
         return original(*args, **kwargs)
 
-    return SchedulerMethod(scheduler, "step", step)
+    return Wrapper(scheduler, "step", step)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -92,23 +92,8 @@ def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack)
 
 
 def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`. Where another wrapper has
-    been put over it by then, it stays and only calls through."""
-    original = module.forward
-    active, covered = True, contextlib.ExitStack()
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs) if active else original(*args, **kwargs)
-
-    def restore() -> None:
-        nonlocal active
-        active = False
-        if module.__dict__.get("forward") is forward:
-            covered.close()
-
-    set_attribute(module, "forward", forward, covered)
-    undo.callback(restore)
+    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`."""
+    undo.callback(Wrapper(module, "forward", replacement).restore)
 
 
 REFUSED = ("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "fuse_qkv_projections")

@@ -26,6 +26,9 @@ from modiff_kernels.planning.stored import StoredSchedule
 
 WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
 
+NOTHING_SKIPPED: tuple[str, Sequence[float], int] = "", (), 0
+JUST_BEGUN = "too little was computed since the context, or what it is conditioned on, began"
+
 
 class History:
     """The last `length` computed values of one tensor, copied, each with its position on the axis of the schedule."""
@@ -57,8 +60,8 @@ class Trajectory:
     planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
     forecasts. done: a letter per call so far. computed: the steps whose outputs are known and still hold. instead: why
     calls were computed that are planned to be skipped, and how many. output, boundary: of the network's output and of
-    the tensor that enters the first up block that is always computed. forms: makes what the network returns of a
-    sample, by `return_dict`.
+    the tensor that enters the first up block that is always computed. forms: the last output as the network returned
+    it, by `return_dict`.
     """
 
     def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
@@ -67,13 +70,13 @@ class Trajectory:
         self.computed: list[int] = []
         self.instead: Counter[str] = Counter()
         self.output, self.boundary = History(order + 1), History(order + 1)
-        self.forms: dict[bool, Callable[[Tensor], Any]] = {}
+        self.forms: dict[bool, Any] = {}
 
-    def is_known(self, step: int) -> bool:
-        """Whether all is there that `step` may be made of: as many computed outputs as the plan would have, and those
-        that it has since the first of them."""
+    def can_skip(self, step: int, form: bool) -> bool:
+        """Whether all is there that `step` is made of: as many computed outputs as the plan counts on, and those of the
+        steps that it computes since the first of them."""
         planned = [i for i, letter in enumerate(self.planned[:step]) if letter == UPDATE][-self.length :]
-        enough = len(self.computed) >= len(planned)
+        enough = form in self.forms and len(self.computed) >= len(planned)
         return enough and all(i in self.computed or i < self.computed[0] for i in planned)
 
     def predict(self, action: str, position: float) -> Tensor:
@@ -96,14 +99,14 @@ class Trajectory:
 
 
 class ScheduledUNet:
-    """Installs a schedule. steps: tell where a call stands in its run. stored: "auto" where it fits."""
+    """Installs a schedule. steps: those of the run. stored: "auto" where it fits."""
 
     def __init__(
         self,
         unet: nn.Module,
         state: ModulationState,
         schedule: StepSchedule | str | None,
-        steps: Steps,
+        steps: Callable[[], Steps | None],
         stored: StoredSchedule | None = None,
     ) -> None:
         self.unet, self.state, self.schedule = unet, state, schedule
@@ -113,7 +116,7 @@ class ScheduledUNet:
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
         self._all_because: str | None = None  # why all calls of this run are computed from now on
-        self._plan: tuple[str, Sequence[float], int] = UPDATE, (), 0
+        self._plan = NOTHING_SKIPPED
         parameters = inspect.signature(unet.forward).parameters
         self._form_place = [*parameters].index("return_dict") if "return_dict" in parameters else len(parameters)
         deep = isinstance(schedule, StepSchedule) and schedule.is_deep
@@ -144,6 +147,7 @@ class ScheduledUNet:
         if self.schedule == "auto" and chosen is not None:
             found = self._stored is not None and chosen is self._stored.schedule
             text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
+        text += f"; every call is computed, because {self._all_because}" if self._all_because else ""
         runs = [f"last run, context {name}: {run.describe()}" for name, run in self.state.trajectories.items()]
         return "\n  ".join([text, *runs])
 
@@ -164,7 +168,8 @@ class ScheduledUNet:
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self.state
         if not state.trajectories:
-            self._plan = self._lay_out()
+            self._all_because = self._in_use = None
+            self._plan = self._lay_out() if self.schedule else NOTHING_SKIPPED
         trajectory = state.trajectories.setdefault(state.context_name, Trajectory(*self._plan))
         if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
             text = "where ControlNet or T2I-Adapter add to them; use a schedule for the whole network"
@@ -175,15 +180,9 @@ class ScheduledUNet:
             timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
             position = trajectory.positions[step] if trajectory.positions else clock.host_timestep(timestep)
         asked = bool(kwargs.get("return_dict", args[self._form_place] if len(args) > self._form_place else True))
-        if action != UPDATE:
-            reason = self._all_because
-            if reason is None and not trajectory.is_known(step):
-                reason = "too little was computed since its context, or what it is conditioned on, has begun"
-            if reason is None and asked not in trajectory.forms:
-                reason = "no computed call had its return_dict"
-            if reason is not None:
-                trajectory.instead[reason] += 1
-                action = UPDATE
+        if action != UPDATE and (position is None or self._all_because or not trajectory.can_skip(step, asked)):
+            trajectory.instead[self._all_because or JUST_BEGUN] += 1
+            action = UPDATE
         trajectory.done.append(action)
         if action == UPDATE:
             output = original(*args, **kwargs)
@@ -193,12 +192,12 @@ class ScheduledUNet:
                 if self._boundary is not None:
                     trajectory.boundary.push(position, self._boundary)
             self._boundary = None
-            trajectory.forms[asked] = _form_of(output)
+            trajectory.forms[asked] = output
             return output
         predicted = trajectory.predict(action, position)
         if action in (HOLD, FORECAST):
             state.action = ACTION_NAMES[action]
-            return trajectory.forms[asked](predicted)
+            return _in_form(trajectory.forms[asked], predicted)
         self._skip_deep, self._boundary = True, predicted
         try:
             return original(*args, **kwargs)
@@ -207,11 +206,8 @@ class ScheduledUNet:
 
     def _lay_out(self) -> tuple[str, Sequence[float], int]:
         """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""
-        self._all_because = self._in_use = None
-        calls, scheduler = self._steps.layout()
-        timesteps, first = self._steps.announced, self._steps.first
-        if self.schedule is None:
-            return "", (), 0
+        steps: Any = self._steps()
+        calls, scheduler, timesteps, first = steps.calls, steps.scheduler, steps.announced, steps.first
         if scheduler is not None:
             calls = len(timesteps) - first
         if calls is None:
@@ -219,7 +215,7 @@ class ScheduledUNet:
             raise ValueError(f"schedule: the number of calls of this run is not known, {text}")
         chosen = self._in_use = self._choose(scheduler, calls, timesteps[first:])
         if chosen is None:
-            return "", (), 0
+            return NOTHING_SKIPPED
         if not chosen.needs_axis:
             return chosen.actions(calls), range(calls), 0
         if scheduler is None and chosen.axis != "timestep":
@@ -233,18 +229,20 @@ class ScheduledUNet:
         name, given = type(scheduler).__name__, None if self.schedule == "auto" else self.schedule
         if scheduler is None and given is None:
             raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
+        reason = None
         if scheduler is not None and clock.is_stochastic(scheduler) and not (given and given.stochastic):
-            return self._compute_all(f"{name} adds noise at its steps")
-        if scheduler is not None and not timesteps:
-            return self._compute_all(f"the UNet is called with other timesteps than {name} announced")
-        if given is None and self._stored is not None and self._stored.fits(scheduler, timesteps):
-            return self._stored.schedule
-        chosen = clock.automatic(scheduler, calls) if given is None else given
-        if chosen is None:
-            return self._compute_all(f"{calls} calls are few")
-        if set(chosen.actions(calls)) == {UPDATE}:
-            return self._compute_all(f"a run of {calls} calls is too short to skip any")
-        return chosen
+            reason = f"{name} adds noise at its steps"
+        elif scheduler is not None and not timesteps:
+            reason = f"the UNet is called with other timesteps than {name} announced"
+        elif given is None and self._stored is not None and self._stored.fits(scheduler, timesteps):
+            given = self._stored.schedule
+        elif given is None and (given := clock.automatic(scheduler, calls)) is None:
+            reason = f"{calls} calls are few"
+        elif set(given.actions(calls)) == {UPDATE}:
+            reason = f"a run of {calls} calls is too short to skip any"
+        if reason is not None:
+            self._compute_all(reason)
+        return given if reason is None else None
 
     def _compute_all(self, reason: str) -> None:
         """Compute every call of this run from now on; warn once for each reason."""
@@ -309,12 +307,10 @@ def _sample_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-def _form_of(output: Any) -> Callable[[Tensor], Any]:
-    """Makes of a sample what the UNet returned as `output`: a tensor, a tuple, or an output object."""
-    if isinstance(output, Tensor):
-        return lambda sample: sample
-    if isinstance(output, tuple):
-        rest = output[1:]
-        return lambda sample: (sample, *rest)
-    kind = type(output)
-    return lambda sample: kind(sample=sample)
+def _in_form(form: Any, sample: Tensor) -> Any:
+    """`sample` as the UNet returned the output `form`: a tensor, a tuple, or an output object."""
+    if isinstance(form, Tensor):
+        return sample
+    if isinstance(form, tuple):
+        return (sample, *form[1:])
+    return type(form)(sample=sample)

@@ -1,11 +1,11 @@
 """Where a UNet call stands in its run: in which step and context, and what of before still holds.
 
 Pipelines call a UNet several times per step: for guidance, for a corrector, for the views of a panorama. Each of these
-passes is a trajectory of its own. They are told apart by what they are conditioned on, and else by their order; two
-calls are of one step if their timestep is the same. All of it is known on the host: nothing reads a device.
+passes is a trajectory of its own. They are told apart by what they are conditioned on, and else by their order; calls
+are of one step if their timestep is the same. All of it is known on the host: nothing reads a device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,63 +15,49 @@ from modiff_kernels.integrations.forward import HostTimesteps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.cache import tensor_version
 from modiff_kernels.nn.run import DEFAULT_CONTEXT
+from modiff_kernels.planning import clock
 
-PASS = f"{DEFAULT_CONTEXT}/{{}}"  # context of the second pass of a step and of later ones, which count from 1
-NO_CONDITIONS = ("sample", "timestep", "return_dict")
-MOST_SKIPPED = 3  # announced timesteps that a run may leave out and still go on; it may also take them backwards
-NEAR = 5e-4  # of the largest timestep: as near are announced ones to what the UNet gets of them, in float16 too
-
-Conditions = list[tuple[Any, int]]  # values and their versions
+PASS = f"{DEFAULT_CONTEXT}/{{}}"  # context of the second pass of a step, which is number 1, and of later ones
+NOT_CONDITIONS = ("sample", "timestep", "return_dict")
+MOST_AHEAD = 4  # announced timesteps that a call may be ahead of the one before; it may also be one behind
+NEAR = 5e-4  # of the largest timestep: as near to an announced one is what the UNet gets of it, in float16 too
 
 
 class Steps:
-    """Follows the calls of the runs on one UNet.
+    """Follows the calls of the run that has just begun.
 
-    layout: number of calls and scheduler of a run that begins. announced: timesteps of this run's scheduler, as long as
-    the calls are at them; else empty. first: index of the first call's.
+    calls, scheduler: how many were announced, and who samples; None for what is not known. announced: the timesteps of
+    the scheduler as long as the calls are at them, else empty. first: index of the first call's.
     """
 
-    def __init__(
-        self, state: ModulationState, timesteps: HostTimesteps, layout: Callable[[], tuple[int | None, Any]]
-    ) -> None:
-        self._state, self._timesteps, self.layout = state, timesteps, layout
-        self._run = 0
-        self.announced: Sequence[float] = ()
-        self.first = self._index = 0
-        self._conditions: dict[str, Conditions] = {}
+    def __init__(self, state: ModulationState, timesteps: HostTimesteps, calls: int | None, scheduler: Any) -> None:
+        self.run_index, self.calls, self.scheduler = state.run_index, calls, scheduler
+        self.announced: Sequence[float] = [] if scheduler is None else timesteps.announce(scheduler)
+        self.first = 0
+        self._state, self._timesteps = state, timesteps
+        self._index: int | None = None
+        self._at: Any = None  # the last timestep: its value, or its memory, which is held
+        self._passes: list[str] = []  # contexts of the passes of a step that the user did not name, in order
+        self._done: set[str] = set()  # contexts that were called in this step
+        self._conditions: dict[str, list[tuple[Any, int]]] = {}
         self._formats: dict[str, Any] = {}
 
     def place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Take the next call; its context. Contexts that nothing of before fits to any more begin anew. RuntimeError
-        for a timestep that was not announced, as of another scheduler."""
-        state, known = self._state, self._conditions
-        if self._run != state.run_index:
-            self._begin_run()
+        """Take the next call; its context. A context begins anew where another picture begins or the sample has another
+        format; a schedule forgets where the conditions are others. RuntimeError for a timestep of another scheduler."""
         sample = args[0] if args else kwargs.get("sample")
         conditions = _conditions_of(args, kwargs)
-        alike = [name for name, old in known.items() if _same(old, conditions)]
+        alike = [name for name, old in self._conditions.items() if _same(old, conditions)]
         name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike)
         if name not in alike:
-            if name in known and name in state.trajectories:
-                state.trajectories[name].forget()
-            known[name] = [(_fixed(value), version) for value, version in conditions]
-        layout = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
-        if self._formats.setdefault(name, layout) != layout:
-            self._formats[name] = layout
-            state.begin_anew(name)
+            if name in self._state.trajectories:
+                self._state.trajectories[name].forget()
+            self._conditions[name] = conditions
+        form = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
+        if self._formats.setdefault(name, form) != form:
+            self._formats[name] = form
+            self._state.begin_anew(name)
         return name
-
-    def _begin_run(self) -> None:
-        self._run = self._state.run_index
-        scheduler = self.layout()[1]
-        self.announced = () if scheduler is None else self._timesteps.announce(scheduler)
-        self._started = False
-        self._at: Any = None  # the last timestep: its value, or its memory, which is held
-        self._held: Any = None
-        self._passes: list[str] = []  # contexts of the passes of a step that the user did not name, in order
-        self._done: set[str] = set()  # contexts that were called in this step
-        self._conditions.clear()
-        self._formats.clear()
 
     def _follow(self, timestep: Any, alike: Sequence[str]) -> str:
         """Go to the step of a call with this timestep; its context. alike: contexts with its conditions."""
@@ -88,7 +74,7 @@ class Steps:
         if same and (free or not (mine and self._repeats())):
             found = free[0] if free else name if named else PASS.format(len(passes))
         else:
-            self._next_step(at, value, same)
+            self._next_step(value, same)
             self._done.clear()
             found = mine[0] if mine else DEFAULT_CONTEXT
         if found not in passes:
@@ -98,57 +84,52 @@ class Steps:
 
     def _repeats(self) -> bool:
         """Whether the next announced timestep is the same again, as of samplers of second order."""
-        here, following = self.announced[self._index : self._index + 1], self._index + 1
-        return bool(here) and self.announced[following : following + 1] == here
+        pair = self.announced[self._index : self._index + 2] if self._index is not None else ()
+        return len(pair) == 2 and pair[0] == pair[1]
 
-    def _next_step(self, at: Any, value: float | None, same: bool) -> None:
-        state = self._state
-        if not self._started:
-            self._started, self._start = True, at
-            found = None if value is None or not self.announced else self._find(value, 0)
-            if found is None:
-                self.announced = ()
-            self.first = self._index = found or 0
+    def _next_step(self, value: float | None, same: bool) -> None:
+        index, state = self._index, self._state
+        if index is None:
+            if value is None and state.scheduled and self.announced:
+                value = clock.host_timestep(self._held)  # read once a run
+            found = None if value is None else self._find(value, 0)
+            self.announced = [] if found is None else self.announced
+            self._index = self.first = found or 0
+            self._start = self._at if found is None else None
             state.step_index = 0
             return
-        following = self._index + 1
-        if not self.announced:
-            if at is not None and at == self._start:
-                state.begin_anew()
-            state.step_index += 1
-            return
-        found = following if same or value is None else self._find(value, following)
-        if found is None and self._index != self.first:
+        found = index + 1
+        if self.announced and not same and value is not None:
+            found = self._find(value, found)
+        if found is None:
             state.invalidate("another scheduler sampled")
-            known = f"which the {type(self.layout()[1]).__name__} that began this run did not announce"
-            text = "call `handle.wrap_scheduler(pipe)` with its pipeline, so that it begins runs too"
-            other = "If a sampler leaves its timesteps, put `with handle.sampling_run():` around it"
-            raise RuntimeError(
-                f"the UNet was called with timestep {value:g}, {known}. If another scheduler samples now, {text}. {other}"
-            )
-        if found is None:  # a sampler that began at an announced timestep by chance
-            found, self.announced = self._index + len(self.announced), ()
-        if not -1 <= found - self._index <= MOST_SKIPPED + 1 or found == self.first:
+            known = f"which the {type(self.scheduler).__name__} that began this run did not announce"
+            text = "If another scheduler samples now, call `handle.wrap_scheduler(pipe)` with its pipeline, so that it"
+            other = "begins runs too; if a sampler leaves its timesteps, put `with handle.sampling_run():` around it"
+            raise RuntimeError(f"the UNet was called with timestep {value:g}, {known}. {text} {other}")
+        begins = found == self.first or (self._start is not None and self._at == self._start)
+        if begins or not -1 <= found - index <= MOST_AHEAD:
             state.begin_anew()  # another picture, or another part of this one
         self._index, state.step_index = found, found - self.first
 
     def _find(self, value: float, start: int) -> int | None:
         """Index of an announced timestep: the first one from `start` on, or before it."""
-        if self.announced[start : start + 1] == [value]:
+        announced = self.announced
+        if announced[start : start + 1] == [value]:
             return start
-        order = (*range(start, len(self.announced)), *range(min(start, len(self.announced))))
-        for distance in (0.0, NEAR * max(map(abs, self.announced))):
+        order = (*range(start, len(announced)), *range(min(start, len(announced))))
+        for distance in (0.0, NEAR * max(map(abs, announced), default=0.0)):
             for index in order:
-                if abs(self.announced[index] - value) <= distance:
+                if abs(announced[index] - value) <= distance:
                     return index
         return None
 
 
-def _conditions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Conditions:
-    """What a call is conditioned on beside sample and timestep, but for the residuals of a ControlNet or T2I-Adapter,
-    which change from call to call like the sample."""
+def _conditions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
+    """What a call is conditioned on, with versions: all beside sample and timestep but the residuals of a ControlNet or
+    T2I-Adapter, which change from call to call like the sample."""
     values = list(args[2:])
-    values += [kwargs[name] for name in kwargs if name not in NO_CONDITIONS and "additional_residual" not in name]
+    values += [kwargs[name] for name in kwargs if name not in NOT_CONDITIONS and "additional_residual" not in name]
     found = []
     for value in values:  # which grow
         if isinstance(value, dict):
@@ -160,12 +141,7 @@ def _conditions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Conditions:
     return found
 
 
-def _fixed(value: Any) -> Any:
-    """`value` to be kept: a copy if it is on the host and its changes in place are not counted."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() and value.device.type == "cpu" else value
-
-
-def _same(old: Conditions, new: Conditions) -> bool:
+def _same(old: Sequence[tuple[Any, int]], new: Sequence[tuple[Any, int]]) -> bool:
     return len(old) == len(new) and all(map(_unchanged, old, new))
 
 
@@ -174,9 +150,9 @@ def _unchanged(old: tuple[Any, int], new: tuple[Any, int]) -> bool:
     (before, version), (now, version_now) = old, new
     if before is now:
         return version == version_now
-    if not (isinstance(before, Tensor) and isinstance(now, Tensor)):
-        return isinstance(before, (bool, int, float, str)) and bool(before == now)
-    if before.shape != now.shape or before.dtype != now.dtype or before.device != now.device:
+    if not isinstance(before, Tensor) or not isinstance(now, Tensor):
+        return isinstance(before, (int, float, str)) and bool(before == now)
+    if before.shape != now.shape or before.dtype is not now.dtype or before.device != now.device:
         return False
     if before.data_ptr() == now.data_ptr() and before.stride() == now.stride():
         return version == version_now

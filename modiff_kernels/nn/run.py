@@ -2,9 +2,8 @@
 picture.
 
 A *run* is one sampling trajectory. In its first call the layers begin their state anew, so beginning it touches no
-memory. A *context* is an independent trajectory inside a run: two for classifier-free guidance in two passes. It can
-begin anew within the run, where nothing of before holds any more. Everything here is decided on the host; nothing
-reads the device.
+memory. A *context* is an independent trajectory inside a run, two for classifier-free guidance in two passes, which can
+begin anew as well. Everything here is decided on the host; nothing reads the device.
 """
 
 import contextlib
@@ -75,15 +74,13 @@ class Run:
             raise ValueError(f"a table of {calls} scales, one per call, {text}")
         self.calls_calibrated = calls
 
-    def begin_run(self, num_calls: int | None = None, announced: int | None = None) -> None:
+    def begin_run(self, num_calls: int | None = None) -> None:
         """Begin a run in this thread: the next call of every context is its first. num_calls: calls per context; one
-        more raises. None = any number. announced: those that a scheduler announced; pipelines may make others. Raises
-        RuntimeError while another thread is inside a call, and on a number other than that of calibrated tables of
-        scales."""
+        more raises. None = any number. Raises RuntimeError while another thread is inside a call, and on a number other
+        than that of calibrated tables of scales."""
         if self.calls_calibrated is not None:
-            given = announced if num_calls is None else num_calls
-            if given not in (None, self.calls_calibrated):
-                text = f"UNet calls of a run, but this run has {given}; sample with as many, or calibrate for these"
+            if num_calls not in (None, self.calls_calibrated):
+                text = f"UNet calls of a run, but this run has {num_calls}; sample with as many, or calibrate for these"
                 raise RuntimeError(f"the scales are calibrated for the {self.calls_calibrated} {text}")
             num_calls = self.calls_calibrated
         with self._between_calls("begin a run"):
@@ -127,17 +124,16 @@ class Run:
         finally:
             self.context_name = previous
 
-    def begin_call(self, look: Callable[[], str] | None = None) -> None:
-        """Enter a call. look: looks at it when no other is in the way, and gives its context. Raises RuntimeError where
-        the call would give a wrong picture."""
+    def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:
+        """Enter a call. look: looks at it when no other is in the way, and may give its context. Raises RuntimeError
+        where the call would give a wrong picture."""
         if not self.needs_run:
-            if look is not None:
-                look()
+            look()
             return
         self._acquire("call the UNet")
         try:
             self._check_run(threading.current_thread())
-            if look is not None and (name := look()) != self.context_name:
+            if (name := look()) not in (None, self.context_name):
                 self.context_name, self._placed = name, True
             self.call_index = self._calls.get(self.context_name, 0)
             self._check_number()
@@ -190,13 +186,12 @@ class Run:
             raise RuntimeError(f"the run was begun by thread {runner.name!r} {text}")
 
     def _check_number(self) -> None:
-        if self._num_calls is None or self.call_index < self._num_calls:
-            return
-        text = f"num_calls={self._num_calls}; give as many as a context has, or none"
-        if self.calls_calibrated is not None:
-            text = f"scales calibrated for {self._num_calls}; calibrate one scale for all calls, or take dynamic ones"
-        where = f"call {self._num_calls + 1} of the UNet in context {self.context_name!r}"
-        raise RuntimeError(f"{where}, but this run has {text}. For a new picture, {NEW_RUN}")
+        if self._num_calls is not None and self.call_index >= self._num_calls:
+            text = f"num_calls={self._num_calls}: give as many as every context has, or none"
+            if self.calls_calibrated is not None:
+                text = f"scales calibrated for {self._num_calls}: calibrate one for all calls, or use dynamic ones"
+            where = f"call {self._num_calls + 1} of the UNet in context {self.context_name!r}"
+            raise RuntimeError(f"{where}, but this run has {text}; {NEW_RUN} for a new picture")
 
     @contextlib.contextmanager
     def _between_calls(self, what: str) -> Iterator[None]:

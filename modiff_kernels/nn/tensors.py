@@ -280,7 +280,7 @@ class ModulationState(Run):
         )
         return self.is_first, self._factors_in_use, pending
 
-    def begin_call(self, look: Callable[[], str] | None = None) -> None:
+    def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:
         self.kept.expire()
         super().begin_call(look)
 

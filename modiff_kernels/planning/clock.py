@@ -22,16 +22,11 @@ DDIM = StepSchedule("forecast", every=3, first=3, last=1)
 MULTISTEP = StepSchedule("forecast", every=2, first=3, last=1)
 
 
-def host_timestep(timestep: Any) -> float:
-    """A timestep as the UNet gets it (a number, or a tensor of one or of equal elements) as a number."""
-    return float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
-
-
-def only_value(timestep: Any) -> float | None:
-    """The number in a tensor on the host of one element, or of equal ones, one per sample; else None."""
-    if timestep.numel() == 1:
-        return float(timestep)
-    values = timestep.tolist() if timestep.ndim == 1 else []
+def host_timestep(timestep: Any) -> float | None:
+    """A timestep as the UNet gets it, a number or a tensor of one or of equal elements, as a number; else None."""
+    if not hasattr(timestep, "reshape"):
+        return float(timestep) if isinstance(timestep, (int, float)) else None
+    values = timestep.reshape(-1).tolist() if timestep.ndim < 2 or timestep.numel() == 1 else []
     return float(values[0]) if values and values.count(values[0]) == len(values) else None
 
 
