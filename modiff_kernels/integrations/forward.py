@@ -135,26 +135,28 @@ class HostTimesteps:
         self._version = 0
         self._values: list[float] = []
 
-    def announce(self, scheduler: Any) -> None:
-        """Read the timesteps that the scheduler has just set."""
+    def announce(self, scheduler: Any) -> list[float]:
+        """The timesteps that the scheduler has set, read if they are others than before."""
         timesteps = getattr(scheduler, "timesteps", None)
-        if isinstance(timesteps, Tensor) and timesteps.device.type != "cpu":
+        if not isinstance(timesteps, Tensor):
+            return [] if timesteps is None else clock.host_timesteps(scheduler)
+        if timesteps is not self._schedule or tensor_version(timesteps) != self._version:
             self._remember(timesteps, clock.host_timesteps(scheduler))
+        return self._values
 
     def _remember(self, timesteps: Tensor, values: list[float]) -> None:
         self._schedule, self._version, self._values = timesteps, tensor_version(timesteps), values
 
     def value(self, timestep: Any) -> float | None:
-        """`timestep`, a number or a tensor of one element, as a number; None if it is not known."""
-        if not isinstance(timestep, Tensor):
-            return float(timestep) if isinstance(timestep, (int, float)) else None
-        if timestep.numel() != 1:
-            return None
-        return clock.host_timestep(timestep) if timestep.device.type == "cpu" else self._value_in_schedule(timestep)
+        """`timestep`, a number or a tensor of one element or of equal ones, as a number; None if it is not known."""
+        on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
+        return clock.host_timestep(timestep) if on_host else self._value_in_schedule(timestep)
 
     def _value_in_schedule(self, timestep: Tensor) -> float | None:
         schedule = self._schedule
         if schedule is None or tensor_version(schedule) != self._version:
+            return None
+        if timestep.numel() != 1 and any(timestep.stride()):
             return None
         if timestep.untyped_storage()._cdata != schedule.untyped_storage()._cdata or timestep.dtype != schedule.dtype:
             return None

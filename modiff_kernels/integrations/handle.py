@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.integrations.scheduled import ScheduledUNet
+from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import covering
@@ -54,14 +56,17 @@ class Handle:
         self._planned_shape = None if self.plan is None or self.plan.key is None else self.plan.key.shape
         self.is_loaded = False
         self._seen: tuple[torch.Size, str] | None = None
-        self._set_timesteps: hooks.SetTimesteps | None = None
+        self._pipes: list[Any] = []  # whose schedulers begin runs
+        self._wrappers: list[hooks.Wrapper] = []
         self._own_runs: list[tuple[int | None, Any]] = []
+        self._announced: tuple[int | None, Any] = None, None  # calls and scheduler, as of an own run
         graphs = GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
         self._forward = UNetForward(unet, self.state, graphs)
+        self._steps: Steps | None = None
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
             stored = beside(unet, pipe) if config.schedule == "auto" else None
-            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, self._layout_of_run, stored)
+            self._scheduled = ScheduledUNet(unet, self.state, config.schedule, lambda: self._steps, stored)
         self._undo: contextlib.ExitStack | None = None
 
     def sampling_run(
@@ -81,14 +86,14 @@ class Handle:
         self._require_active()
         return self.state.context(name)
 
-    def wrap_scheduler(self) -> None:
-        """Let the scheduler that the pipeline has now begin the runs. Call it after replacing `pipe.scheduler`."""
+    def wrap_scheduler(self, pipe: Any = None) -> None:
+        """Let the scheduler that the pipeline has now begin the runs. Call it after replacing `pipe.scheduler`, and
+        with every other pipeline that has this UNet and a scheduler of its own."""
         self._require_active()
-        if self.pipe is None:
-            raise RuntimeError(
-                "wrap_scheduler: accelerate() got a bare UNet and no pipeline; use `with handle.sampling_run():`"
-            )
-        self.attach(self.pipe)
+        if pipe is None and self.pipe is None:
+            text = "give a pipeline with this UNet, or use `with handle.sampling_run():`"
+            raise RuntimeError(f"wrap_scheduler: accelerate() got a bare UNet and no pipeline; {text}")
+        self.attach(self.pipe if pipe is None else pipe)
 
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
@@ -182,13 +187,11 @@ class Handle:
         with self.state.sampling_run(num_calls), contextlib.ExitStack() as own:
             self._own_runs.append((num_calls, scheduler))
             own.callback(self._own_runs.pop)
-            self._forward.timesteps.announce(scheduler)
+            if scheduler is not None:
+                self._forward.timesteps.announce(scheduler)
+                for wrapper in () if self._is_wrapped(scheduler) else self._wrapped(scheduler):
+                    own.callback(wrapper.restore)
             yield self.state
-
-    def _layout_of_run(self) -> tuple[int | None, Any]:
-        """Number of calls and scheduler of this run, None for what is not known."""
-        of_pipe = None if self._set_timesteps is None else self._set_timesteps.scheduler
-        return self._own_runs[-1] if self._own_runs else (None, of_pipe)
 
     def _require_active(self) -> None:
         if self._undo is None:
@@ -217,26 +220,39 @@ class Handle:
             self._undo = undo.pop_all()
 
     def attach(self, pipe: Any) -> None:
-        wrapper = hooks.SetTimesteps(pipe.scheduler, self.state, self._forward.timesteps.announce)
+        """Let the scheduler of `pipe` begin runs, beside those of the other pipelines."""
+        pipes = [*(other for other in self._pipes if other is not pipe), pipe]
+        schedulers = {id(pipe.scheduler): pipe.scheduler for pipe in pipes}
+        wrappers = [wrapper for scheduler in schedulers.values() for wrapper in self._wrapped(scheduler)]
         self._detach()
-        self.pipe, self._set_timesteps = pipe, wrapper
+        self.pipe, self._pipes, self._wrappers = pipe, pipes, wrappers
+
+    def _wrapped(self, scheduler: Any) -> list[hooks.Wrapper]:
+        wrappers = [hooks.begin_runs(scheduler, self.state, self._announce)]
+        if self._scheduled is not None and callable(getattr(scheduler, "step", None)):
+            wrappers.append(hooks.tell_noise(scheduler, self._scheduled.hear_of_noise))
+        return wrappers
+
+    def _is_wrapped(self, scheduler: Any) -> bool:
+        return any(wrapper.owner is scheduler for wrapper in self._wrappers)
+
+    def _announce(self, scheduler: Any) -> None:
+        self._announced = None, scheduler
+        self._forward.timesteps.announce(scheduler)
 
     def _detach(self) -> None:
-        if self._set_timesteps is not None:
-            self._set_timesteps.restore()
+        for wrapper in self._wrappers:
+            wrapper.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        wrapper = self._set_timesteps
-        replaced = wrapper is not None and wrapper.scheduler is not self.pipe.scheduler
+        replaced = not all(self._is_wrapped(pipe.scheduler) for pipe in self._pipes)
         if replaced and self.state.needs_run and not self._own_runs:
             text = "call handle.wrap_scheduler() once after the change, before set_timesteps()"
             raise RuntimeError(f"pipe.scheduler was replaced after accelerate(), so it does not begin runs; {text}")
-        if self._planned_shape is not None:
-            self._look_at_shape((args[0] if args else kwargs["sample"]).shape)
         try:
-            self.state.begin_call()
+            self.state.begin_call(functools.partial(self._look_at_call, args, kwargs))
         except RuntimeError as error:
-            if wrapper is not None or not self.is_loaded:
+            if self._pipes or not self.is_loaded:
                 raise
             text = "accelerate(pipe)`, once after loading, lets the scheduler of the pipeline begin the runs"
             raise RuntimeError(f"{error}. This UNet was loaded in low bits: `handle = modiff_kernels.{text}") from error
@@ -250,12 +266,23 @@ class Handle:
         self.state.end_call(failed=output is None)
         return output if self._untouched else _contiguous(output)
 
-    def _look_at_shape(self, shape: torch.Size) -> None:
+    def _look_at_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Before a call, when no other is in progress: what it stands on, and its context."""
+        state, context = self.state, DEFAULT_CONTEXT
+        if state.needs_run:
+            if self._steps is None or self._steps.run_index != state.run_index:
+                self._steps = Steps(state, self._forward.timesteps, *[self._announced, *self._own_runs][-1])
+            context = self._steps.place(args, kwargs)
+        if self._planned_shape is not None:
+            self._look_at_shape((args[0] if args else kwargs["sample"]).shape, context)
+        return context
+
+    def _look_at_shape(self, shape: torch.Size, context: str) -> None:
         """Where the shape is not the one that the plan was made for: warn once, refuse more state than is allowed."""
-        if (shape, self.state.context_name) == self._seen:
+        if (shape, context) == self._seen:
             return
         planned, limit = tuple(self._planned_shape), self.config.max_state_bytes
-        contexts = len({*self.state.contexts(), self.state.context_name})
+        contexts = len({*self.state.contexts(), context})
         needed = self.plan.state_bytes * math.prod(shape) / math.prod(planned) * contexts
         if limit is not None and needed > limit:
             text = f"about {needed:.0f} bytes of state; give a plan for this shape (make_plan), or a higher limit"
@@ -263,7 +290,7 @@ class Handle:
         if tuple(shape) != planned and self._seen is None:
             text = "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these"
             logger.warning(text, planned, tuple(shape))
-        self._seen = shape, self.state.context_name
+        self._seen = shape, context
 
     def _row(self, path: str, module: nn.Module) -> LayerRow:
         groups = getattr(module, "groups", 1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,41 +12,65 @@ from torch import nn
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.adapters import is_adapter
 
+NOISE = ("eta", "s_churn")
+"""Arguments of step() of diffusers' schedulers that are above 0 where it adds noise."""
 
-class SetTimesteps:
-    """In the place of `set_timesteps` on one scheduler: ends the old run, calls the original, begins the new run.
-    announce: gets the scheduler when its timesteps are set."""
 
-    def __init__(self, scheduler: Any, state: ModulationState, announce: Callable[[Any], None]) -> None:
-        original = getattr(scheduler, "set_timesteps", None)
-        if not callable(original):
-            text = "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
-            raise ValueError(f"scheduler {type(scheduler).__name__} has no set_timesteps() to begin runs with; {text}")
+class Wrapper:
+    """In the place of a method of one object until `restore`: calls `around` with the original and the arguments. Where
+    another wrapper is over it then, it stays and only calls through."""
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
         functools.update_wrapper(self, original)
-        self.scheduler, self._original = scheduler, original
-        self._state, self._announce = state, announce
+        self.owner, self._name, self._original, self._around = owner, name, original, around
         self._active = True
         self._undo = contextlib.ExitStack()
-        set_attribute(scheduler, "set_timesteps", self, self._undo)
+        set_attribute(owner, name, self, self._undo)
 
     def restore(self) -> None:
-        """Take the wrapper off; where something else has been put over it, it only calls through from now on."""
         self._active = False
-        while isinstance(top := self.scheduler.__dict__.get("set_timesteps"), SetTimesteps) and not top._active:
+        while isinstance(top := self.owner.__dict__.get(self._name), Wrapper) and not top._active:
             top._undo.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._active:
-            return self._original(*args, **kwargs)
-        self._state.end_run()
-        result = self._original(*args, **kwargs)
-        self._announce(self.scheduler)
-        self._state.begin_run(len(self.scheduler.timesteps))
-        return result
+        return self._around(self._original, *args, **kwargs) if self._active else self._original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.scheduler))
-        return self if copied is None else types.MethodType(type(copied).set_timesteps, copied)
+        copied = memo.get(id(self.owner))
+        return self if copied is None else types.MethodType(getattr(type(copied), self._name), copied)
+
+
+def begin_runs(scheduler: Any, state: ModulationState, announce: Callable[[Any], Any]) -> Wrapper:
+    """Let set_timesteps() end the old run and begin the new one. announce: gets the scheduler in between. ValueError
+    for a scheduler without it."""
+    if not callable(getattr(scheduler, "set_timesteps", None)):
+        text = "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
+        raise ValueError(f"scheduler {type(scheduler).__name__} has no set_timesteps() to begin runs with; {text}")
+
+    def set_timesteps(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state.end_run()
+        result = original(*args, **kwargs)
+        announce(scheduler)
+        state.begin_run(None if state.calls_calibrated is None else len(scheduler.timesteps))
+        return result
+
+    return Wrapper(scheduler, "set_timesteps", set_timesteps)
+
+
+def tell_noise(scheduler: Any, tell: Callable[[str], None]) -> Wrapper:
+    """Let step() call `tell` with what makes it add noise, if an argument does."""
+    parameters = enumerate(inspect.signature(scheduler.step).parameters.values())
+    known = [(place, parameter.name, parameter.default) for place, parameter in parameters if parameter.name in NOISE]
+
+    def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for place, name, default in known:
+            value = kwargs.get(name, args[place] if len(args) > place else default)
+            if not isinstance(value, (int, float)) or value > 0:
+                tell(f"{type(scheduler).__name__}.step({name}={value})")
+        return original(*args, **kwargs)
+
+    return Wrapper(scheduler, "step", step)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -67,23 +92,8 @@ def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack)
 
 
 def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`. Where another wrapper has
-    been put over it by then, it stays and only calls through."""
-    original = module.forward
-    active, covered = True, contextlib.ExitStack()
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs) if active else original(*args, **kwargs)
-
-    def restore() -> None:
-        nonlocal active
-        active = False
-        if module.__dict__.get("forward") is forward:
-            covered.close()
-
-    set_attribute(module, "forward", forward, covered)
-    undo.callback(restore)
+    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`."""
+    undo.callback(Wrapper(module, "forward", replacement).restore)
 
 
 REFUSED = ("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "fuse_qkv_projections")

@@ -8,8 +8,10 @@ The layers that did not run keep their x_hat and y_hat, which stay consistent, a
 
 import contextlib
 import functools
+import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +19,15 @@ from torch import Tensor, nn
 
 from modiff_kernels.config.schedule import ACTION_NAMES, DEEP_FORECAST, DEEP_HOLD, FORECAST, HOLD, UPDATE, StepSchedule
 from modiff_kernels.integrations.hooks import wrap_forward
+from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.planning import clock
 from modiff_kernels.planning.stored import StoredSchedule
 
 WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
+
+NOTHING_SKIPPED: tuple[str, Sequence[float], int] = "", (), 0
+JUST_BEGUN = "too little was computed since the context, or what it is conditioned on, began"
 
 
 class History:
@@ -51,42 +57,68 @@ class History:
 class Trajectory:
     """One context of a scheduled run: its plan, what was done so far, and what a skipped call is made of.
 
-    planned: a letter per call. positions: of every call on the axis; empty: its timestep. order: degree of forecasts.
-    done: a letter per call so far. output, boundary: of the network's output and of the tensor that enters the first up
-    block that is always computed. form: the network's last output as it returned it.
+    planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
+    forecasts. done: a letter per call so far. computed: the steps whose outputs are known and still hold. instead: why
+    calls were computed that are planned to be skipped, and how many. output, boundary: of the network's output and of
+    the tensor that enters the first up block that is always computed. forms: the last output as the network returned
+    it, by `return_dict`.
     """
 
     def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
-        self.planned, self.positions = planned, positions
+        self.planned, self.positions, self.length = planned, positions, order + 1
         self.done: list[str] = []
+        self.computed: list[int] = []
+        self.instead: Counter[str] = Counter()
         self.output, self.boundary = History(order + 1), History(order + 1)
-        self.form: Any = None
+        self.forms: dict[bool, Any] = {}
+
+    def can_skip(self, step: int, form: bool) -> bool:
+        """Whether all is there that `step` is made of: as many computed outputs as the plan counts on, and those of the
+        steps that it computes since the first of them."""
+        planned = [i for i, letter in enumerate(self.planned[:step]) if letter == UPDATE][-self.length :]
+        enough = form in self.forms and len(self.computed) >= len(planned)
+        return enough and all(i in self.computed or i < self.computed[0] for i in planned)
 
     def predict(self, action: str, position: float) -> Tensor:
         history = self.output if action in (HOLD, FORECAST) else self.boundary
         return history.at(None if action in (HOLD, DEEP_HOLD) else position)
 
+    def forget(self) -> None:
+        """What was computed does not hold any more."""
+        self.computed.clear()
+        self.output.values.clear()
+        self.boundary.values.clear()
+
     def nbytes(self) -> int:
         return sum(value.nbytes for _, value in self.output.values + self.boundary.values)
 
+    def describe(self) -> str:
+        counts = ", ".join(f"{n} {ACTION_NAMES[letter]}" for letter, n in Counter(self.done).items())
+        reasons = [f"; {n} computed that the schedule would skip: {why}" for why, n in self.instead.items()]
+        return f"{''.join(self.done)} ({counts}{''.join(reasons)})"
+
 
 class ScheduledUNet:
-    """Installs a schedule. layout: number of calls and scheduler of a run that begins. stored: "auto" where it fits."""
+    """Installs a schedule. steps: those of the run. stored: "auto" where it fits."""
 
     def __init__(
         self,
         unet: nn.Module,
         state: ModulationState,
         schedule: StepSchedule | str | None,
-        layout: Callable[[], tuple[int | None, Any]],
+        steps: Callable[[], Steps | None],
         stored: StoredSchedule | None = None,
     ) -> None:
         self.unet, self.state, self.schedule = unet, state, schedule
-        self._layout, self._stored = layout, stored
+        self._steps, self._stored = steps, stored
         self._skip_deep = False
         self._boundary: Tensor | None = None
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
+        self._all_because: str | None = None  # why all calls of this run are computed from now on
+        self._plan = NOTHING_SKIPPED
+        parameters = inspect.signature(unet.forward).parameters
+        self._form_place = [*parameters].index("return_dict") if "return_dict" in parameters else len(parameters)
         deep = isinstance(schedule, StepSchedule) and schedule.is_deep
         self._deep = _DeepLevels.of(unet, schedule.level) if deep else None
 
@@ -115,8 +147,14 @@ class ScheduledUNet:
         if self.schedule == "auto" and chosen is not None:
             found = self._stored is not None and chosen is self._stored.schedule
             text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
-        runs = [f"last run, context {name}: {''.join(run.done)}" for name, run in self.state.trajectories.items()]
+        text += f"; every call is computed, because {self._all_because}" if self._all_because else ""
+        runs = [f"last run, context {name}: {run.describe()}" for name, run in self.state.trajectories.items()]
         return "\n  ".join([text, *runs])
+
+    def hear_of_noise(self, what: str) -> None:
+        """`what` adds noise at the steps of this run, which a skipped call does not see."""
+        if self._all_because is None and self._in_use is not None and not self._in_use.stochastic:
+            self._compute_all(f"{what} adds noise at its steps")
 
     def skipped_calls(self, path: str, context: str) -> int:
         """How many calls of the last run in `context` did not compute the module at `path`."""
@@ -128,89 +166,89 @@ class ScheduledUNet:
         return sum(action in skipping for action in self.state.trajectories[context].done)
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         state = self.state
-        trajectory = state.trajectories.get(state.context_name)
-        if trajectory is None:
-            trajectory = state.trajectories[state.context_name] = self._begin(timestep)
-        call = len(trajectory.done)
-        if call >= len(trajectory.planned):
-            text = f"in context {state.context_name!r}, but the schedule was laid out for {call}; begin a new run"
-            where = "for a new picture, and put passes of one step into contexts (`with handle.context('cond'):`)"
-            raise RuntimeError(f"call {call + 1} of the UNet {text} {where}")
+        if not state.trajectories:
+            self._all_because = self._in_use = None
+            self._plan = self._lay_out() if self.schedule else NOTHING_SKIPPED
+        trajectory = state.trajectories.setdefault(state.context_name, Trajectory(*self._plan))
         if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
             text = "where ControlNet or T2I-Adapter add to them; use a schedule for the whole network"
             raise ValueError(f"schedule {str(self.schedule)!r}: deep levels cannot be skipped {text}")
-        action = trajectory.planned[call]
-        position = trajectory.positions[call] if trajectory.positions else clock.host_timestep(timestep)
-        if action != UPDATE:
-            last = trajectory.output.values[-1][1]
-            if last.shape[0] != sample.shape[0] or last.shape[2:] != sample.shape[2:]:
-                action = UPDATE  # a callback has changed the batch or the size
+        step, action, position = state.step_index, UPDATE, None
+        if 0 <= step < len(trajectory.planned):
+            action = trajectory.planned[step]
+            timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+            position = trajectory.positions[step] if trajectory.positions else clock.host_timestep(timestep)
+        asked = bool(kwargs.get("return_dict", args[self._form_place] if len(args) > self._form_place else True))
+        if action != UPDATE and (position is None or self._all_because or not trajectory.can_skip(step, asked)):
+            trajectory.instead[self._all_because or JUST_BEGUN] += 1
+            action = UPDATE
         trajectory.done.append(action)
         if action == UPDATE:
             output = original(*args, **kwargs)
-            trajectory.output.push(position, _sample_of(output))
-            if self._boundary is not None:
-                trajectory.boundary.push(position, self._boundary)
-                self._boundary = None
-            trajectory.form = output
+            if position is not None:
+                trajectory.computed.append(step)
+                trajectory.output.push(position, _sample_of(output))
+                if self._boundary is not None:
+                    trajectory.boundary.push(position, self._boundary)
+            self._boundary = None
+            trajectory.forms[asked] = output
             return output
         predicted = trajectory.predict(action, position)
         if action in (HOLD, FORECAST):
             state.action = ACTION_NAMES[action]
-            return _in_form(trajectory.form, predicted)
+            return _in_form(trajectory.forms[asked], predicted)
         self._skip_deep, self._boundary = True, predicted
         try:
             return original(*args, **kwargs)
         finally:
             self._skip_deep, self._boundary = False, None
 
-    def _begin(self, timestep: Any) -> Trajectory:
-        calls, scheduler = self._layout()
-        timesteps: list[float] = []
+    def _lay_out(self) -> tuple[str, Sequence[float], int]:
+        """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""
+        steps: Any = self._steps()
+        calls, scheduler, timesteps, first = steps.calls, steps.scheduler, steps.announced, steps.first
         if scheduler is not None:
-            timesteps = clock.host_timesteps(scheduler)
-            timesteps = timesteps[clock.first_call(timesteps, clock.host_timestep(timestep)) :]
-            calls = len(timesteps)
+            calls = len(timesteps) - first
         if calls is None:
             text = f"so its last ones are not; open it with {WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
             raise ValueError(f"schedule: the number of calls of this run is not known, {text}")
-        chosen = self._in_use = self._choose(scheduler, calls, timesteps)
-        if chosen is None or not chosen.needs_axis:
-            return Trajectory(chosen.actions(calls) if chosen else UPDATE * calls, range(calls), order=0)
+        chosen = self._in_use = self._choose(scheduler, calls, timesteps[first:])
+        if chosen is None:
+            return NOTHING_SKIPPED
+        if not chosen.needs_axis:
+            return chosen.actions(calls), range(calls), 0
         if scheduler is None and chosen.axis != "timestep":
             text = f"open the run with {WITH_SCHEDULER}, or give a schedule with axis=timestep"
             raise ValueError(f"schedule: axis={chosen.axis} needs the noise levels of the sampler; {text}")
-        positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)
-        return Trajectory(chosen.actions(calls), positions, chosen.order)
+        positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)[first:]
+        return chosen.actions(calls), positions, chosen.order
 
     def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
-        if self.schedule is None:
-            return None
-        name = type(scheduler).__name__
-        stochastic = scheduler is not None and clock.is_stochastic(scheduler)
-        if self.schedule == "auto":
-            if scheduler is None:
-                raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
-            if self._stored is not None and self._stored.fits(scheduler, timesteps):
-                return self._stored.schedule
-            chosen = clock.automatic(scheduler, calls)
-            if chosen is None:
-                reason = f"{name} adds noise at its steps" if stochastic else f"{calls} calls are few"
-                self._warn(f"schedule='auto': every call is computed, because {reason}")
-            return chosen
-        if stochastic and not self.schedule.stochastic:
-            self._warn(
-                f"schedule {str(self.schedule)!r}: {name} adds noise at its steps, which a skipped call does not see, "
-                "and the pictures lose detail; say stochastic=True in the schedule if this is meant"
-            )
-        if set(self.schedule.actions(calls)) == {UPDATE}:
-            self._warn(f"schedule {str(self.schedule)!r}: a run of {calls} calls is too short to skip any of them")
-        return self.schedule
+        """The schedule for this run; None, and a warning, where nothing can be skipped."""
+        name, given = type(scheduler).__name__, None if self.schedule == "auto" else self.schedule
+        if scheduler is None and given is None:
+            raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
+        reason = None
+        if scheduler is not None and clock.is_stochastic(scheduler) and not (given and given.stochastic):
+            reason = f"{name} adds noise at its steps"
+        elif scheduler is not None and not timesteps:
+            reason = f"the UNet is called with other timesteps than {name} announced"
+        elif given is None and self._stored is not None and self._stored.fits(scheduler, timesteps):
+            given = self._stored.schedule
+        elif given is None and (given := clock.automatic(scheduler, calls)) is None:
+            reason = f"{calls} calls are few"
+        elif set(given.actions(calls)) == {UPDATE}:
+            reason = f"a run of {calls} calls is too short to skip any"
+        if reason is not None:
+            self._compute_all(reason)
+        return given if reason is None else None
 
-    def _warn(self, text: str) -> None:
+    def _compute_all(self, reason: str) -> None:
+        """Compute every call of this run from now on; warn once for each reason."""
+        self._all_because = reason
+        advice = "; stochastic=True in the schedule skips all the same" if "noise" in reason else ""
+        text = f"schedule {str(self.schedule)!r}: every call is computed, because {reason}{advice}"
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)
@@ -270,7 +308,7 @@ def _sample_of(output: Any) -> Tensor:
 
 
 def _in_form(form: Any, sample: Tensor) -> Any:
-    """`sample` as the UNet returned its last output: a tensor, a tuple, or an output object."""
+    """`sample` as the UNet returned the output `form`: a tensor, a tuple, or an output object."""
     if isinstance(form, Tensor):
         return sample
     if isinstance(form, tuple):

@@ -2,13 +2,13 @@
 picture.
 
 A *run* is one sampling trajectory. In its first call the layers begin their state anew, so beginning it touches no
-memory. A *context* is an independent trajectory inside a run: two for classifier-free guidance in two passes.
-Everything here is decided on the host; nothing reads the device.
+memory. A *context* is an independent trajectory inside a run, two for classifier-free guidance in two passes, which can
+begin anew as well. Everything here is decided on the host; nothing reads the device.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 UPDATE, HOLD, FORECAST = "update", "hold", "forecast"
@@ -21,8 +21,10 @@ NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipeline
 
 class Run:
     """action: what this call does: "update", or "hold" or "forecast" where a schedule skips it; None outside a call.
-    is_first: whether this is the first call of its context in this run.
+    is_first: whether this call begins its context, in this run or anew.
     call_index: number of the call in its context and run, from 0.
+    step_index: number of the sampler's step that it belongs to, from that of the run's first call on.
+    run_index: number of the run.
     scheduled: whether calls need a run even if nothing has a state.
     calls_calibrated: calls of a run, where scales are tables over them; None: any number.
 
@@ -36,13 +38,15 @@ class Run:
         self.action: str | None = None
         self.is_first = False
         self.context_name = DEFAULT_CONTEXT
-        self.call_index = 0
+        self.call_index = self.step_index = self.run_index = 0
         self.scheduled = False
         self.calls_calibrated: int | None = None
         self._busy = threading.Lock()
         self._caller: threading.Thread | None = None
         self._runner: threading.Thread | None = None
         self._calls: dict[str, int] = {}
+        self._begun: set[str] = set()
+        self._placed = False  # whether the context of this call is one that the user did not name
         self._num_calls: int | None = None
         self._over: str | None = "no run has begun"
 
@@ -71,18 +75,24 @@ class Run:
         self.calls_calibrated = calls
 
     def begin_run(self, num_calls: int | None = None) -> None:
-        """Begin a run in this thread: the next call of every context is its first. num_calls: calls per context that
-        the sampler announced; one more raises. None = any number. Raises RuntimeError while another thread is inside a
-        call, and on a number other than that of calibrated tables of scales."""
+        """Begin a run in this thread: the next call of every context is its first. num_calls: calls per context; one
+        more raises. None = any number. Raises RuntimeError while another thread is inside a call, and on a number other
+        than that of calibrated tables of scales."""
         if self.calls_calibrated is not None:
             if num_calls not in (None, self.calls_calibrated):
                 text = f"UNet calls of a run, but this run has {num_calls}; sample with as many, or calibrate for these"
                 raise RuntimeError(f"the scales are calibrated for the {self.calls_calibrated} {text}")
             num_calls = self.calls_calibrated
         with self._between_calls("begin a run"):
+            self.begin_anew()
             self._on_begin_run()
+            self.run_index += 1
             self._runner = threading.current_thread()
             self._calls, self._num_calls, self._over = {}, num_calls, None
+
+    def begin_anew(self, context: str | None = None) -> None:
+        """Let the next call of `context` (None: of each) be a first one again, which stands on nothing of before."""
+        self._begun -= {context} if context is not None else self._begun
 
     def end_run(self) -> None:
         with self._between_calls("end a run"):
@@ -114,18 +124,24 @@ class Run:
         finally:
             self.context_name = previous
 
-    def begin_call(self) -> None:
-        """Enter a call. Raises RuntimeError where it would give a wrong picture."""
+    def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:
+        """Enter a call. look: looks at it when no other is in the way, and may give its context. Raises RuntimeError
+        where the call would give a wrong picture."""
         if not self.needs_run:
+            look()
             return
         self._acquire("call the UNet")
-        self.call_index = self._calls.get(self.context_name, 0)
         try:
             self._check_run(threading.current_thread())
-        except RuntimeError:
-            self._busy.release()
+            if (name := look()) not in (None, self.context_name):
+                self.context_name, self._placed = name, True
+            self.call_index = self._calls.get(self.context_name, 0)
+            self._check_number()
+        except BaseException:
+            self._leave()
             raise
-        self.is_first = self.call_index == 0
+        self.is_first = self.context_name not in self._begun
+        self._begun.add(self.context_name)
         self.action = UPDATE
         self._caller = self._runner
         self._on_begin_call()
@@ -168,10 +184,14 @@ class Run:
         if thread is not runner:
             text = f"but {thread.name!r} calls the UNet; {NEW_RUN} in this thread, or give every thread its own UNet"
             raise RuntimeError(f"the run was begun by thread {runner.name!r} {text}")
+
+    def _check_number(self) -> None:
         if self._num_calls is not None and self.call_index >= self._num_calls:
+            text = f"num_calls={self._num_calls}: give as many as every context has, or none"
+            if self.calls_calibrated is not None:
+                text = f"scales calibrated for {self._num_calls}: calibrate one for all calls, or use dynamic ones"
             where = f"call {self._num_calls + 1} of the UNet in context {self.context_name!r}"
-            text = f"{NEW_RUN} for a new picture, and put passes of one step into contexts (`handle.context('cond')`)"
-            raise RuntimeError(f"{where}, but the scheduler announced {self._num_calls}; {text}")
+            raise RuntimeError(f"{where}, but this run has {text}; {NEW_RUN} for a new picture")
 
     @contextlib.contextmanager
     def _between_calls(self, what: str) -> Iterator[None]:
@@ -196,4 +216,6 @@ class Run:
     def _leave(self) -> None:
         self.action = self._caller = None
         self.is_first = False
+        if self._placed:
+            self.context_name, self._placed = DEFAULT_CONTEXT, False
         self._busy.release()

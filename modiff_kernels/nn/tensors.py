@@ -218,7 +218,7 @@ class ModulationState(Run):
     """Owner of the state of one accelerated network. Layers hold an `InputState` and an `OutputState`, never a tensor.
 
     inputs, outputs: by key. kept: outputs of layers whose input does not change along a run.
-    trajectories: by context, what a schedule remembers of this run; they have `nbytes()`.
+    trajectories: by context, what a schedule remembers of this run; they have `nbytes()` and `forget()`.
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
     relocations: grows whenever a tensor that calls read has moved.
@@ -280,9 +280,18 @@ class ModulationState(Run):
         )
         return self.is_first, self._factors_in_use, pending
 
-    def begin_call(self) -> None:
+    def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:
         self.kept.expire()
-        super().begin_call()
+        super().begin_call(look)
+
+    def begin_anew(self, context: str | None = None) -> None:
+        super().begin_anew(context)
+        for holder in self._holders():
+            for name, held in holder.contexts.items():
+                held.written = held.written and context not in (None, name)
+        for name, trajectory in self.trajectories.items():
+            if context in (None, name):
+                trajectory.forget()
 
     def contexts(self) -> set[str]:
         return {name for holder in self._holders() for name in holder.contexts}
@@ -304,9 +313,6 @@ class ModulationState(Run):
                 holder.contexts.clear()
 
     def _on_begin_run(self) -> None:
-        for holder in self._holders():
-            for held in holder.contexts.values():
-                held.written = False
         self.trajectories = {}
         self.kept.forget()
 

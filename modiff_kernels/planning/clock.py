@@ -22,24 +22,17 @@ DDIM = StepSchedule("forecast", every=3, first=3, last=1)
 MULTISTEP = StepSchedule("forecast", every=2, first=3, last=1)
 
 
-def host_timestep(timestep: Any) -> float:
-    """A timestep as the UNet gets it (a number, or a tensor of one or of equal elements) as a number."""
-    return float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
+def host_timestep(timestep: Any) -> float | None:
+    """A timestep as the UNet gets it, a number or a tensor of one or of equal elements, as a number; else None."""
+    if not hasattr(timestep, "reshape"):
+        return float(timestep) if isinstance(timestep, (int, float)) else None
+    values = timestep.reshape(-1).tolist() if timestep.ndim < 2 or timestep.numel() == 1 else []
+    return float(values[0]) if values and values.count(values[0]) == len(values) else None
 
 
 def host_timesteps(scheduler: Any) -> list[float]:
     """`scheduler.timesteps`, one per call of the UNet: schedulers that call it twice a step list each call."""
     return [float(t) for t in scheduler.timesteps]
-
-
-def first_call(timesteps: Sequence[float], timestep: float) -> int:
-    """Index in `timesteps` of a run's first call, above 0 for image-to-image. ValueError for a timestep not in it."""
-    index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
-    if abs(timesteps[index] - timestep) > 0.01 * max(timesteps):
-        known = f"which is none of the scheduler's ({timesteps[0]:g} ... {timesteps[-1]:g})"
-        advice = "open the run with the scheduler that samples: `with handle.sampling_run(scheduler=...):`"
-        raise ValueError(f"schedule: the UNet was called with timestep {timestep:g}, {known}; {advice}")
-    return index
 
 
 def positions(axis: str, timesteps: Sequence[float], scheduler: Any) -> list[float]:
@@ -60,7 +53,7 @@ def positions(axis: str, timesteps: Sequence[float], scheduler: Any) -> list[flo
 
 
 def is_stochastic(scheduler: Any) -> bool:
-    """Whether the sampler adds noise at its steps. DDIM with eta above 0 does too, but does not show it."""
+    """Whether the sampler adds noise at its steps, whatever its step() is given."""
     kind = type(scheduler).__name__
     algorithm = str(getattr(getattr(scheduler, "config", None), "algorithm_type", ""))
     return any(name in kind for name in STOCHASTIC) or algorithm.startswith("sde")

@@ -1,0 +1,159 @@
+"""Where a UNet call stands in its run: in which step and context, and what of before still holds.
+
+Pipelines call a UNet several times per step: for guidance, for a corrector, for the views of a panorama. Each of these
+passes is a trajectory of its own. They are told apart by what they are conditioned on, and else by their order; calls
+are of one step if their timestep is the same. All of it is known on the host: nothing reads a device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modiff_kernels.integrations.forward import HostTimesteps
+from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.cache import tensor_version
+from modiff_kernels.nn.run import DEFAULT_CONTEXT
+from modiff_kernels.planning import clock
+
+PASS = f"{DEFAULT_CONTEXT}/{{}}"  # context of the second pass of a step, which is number 1, and of later ones
+NOT_CONDITIONS = ("sample", "timestep", "return_dict")
+MOST_AHEAD = 4  # announced timesteps that a call may be ahead of the one before; it may also be one behind
+NEAR = 5e-4  # of the largest timestep: as near to an announced one is what the UNet gets of it, in float16 too
+
+
+class Steps:
+    """Follows the calls of the run that has just begun.
+
+    calls, scheduler: how many were announced, and who samples; None for what is not known. announced: the timesteps of
+    the scheduler as long as the calls are at them, else empty. first: index of the first call's.
+    """
+
+    def __init__(self, state: ModulationState, timesteps: HostTimesteps, calls: int | None, scheduler: Any) -> None:
+        self.run_index, self.calls, self.scheduler = state.run_index, calls, scheduler
+        self.announced: Sequence[float] = [] if scheduler is None else timesteps.announce(scheduler)
+        self.first = 0
+        self._state, self._timesteps = state, timesteps
+        self._index: int | None = None
+        self._at: Any = None  # the last timestep: its value, or its memory, which is held
+        self._passes: list[str] = []  # contexts of the passes of a step that the user did not name, in order
+        self._done: set[str] = set()  # contexts that were called in this step
+        self._conditions: dict[str, list[tuple[Any, int]]] = {}
+        self._formats: dict[str, Any] = {}
+
+    def place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Take the next call; its context. A context begins anew where another picture begins or the sample has another
+        format; a schedule forgets where the conditions are others. RuntimeError for a timestep of another scheduler."""
+        sample = args[0] if args else kwargs.get("sample")
+        conditions = _conditions_of(args, kwargs)
+        alike = [name for name, old in self._conditions.items() if _same(old, conditions)]
+        name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike)
+        if name not in alike:
+            if name in self._state.trajectories:
+                self._state.trajectories[name].forget()
+            self._conditions[name] = conditions
+        form = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
+        if self._formats.setdefault(name, form) != form:
+            self._formats[name] = form
+            self._state.begin_anew(name)
+        return name
+
+    def _follow(self, timestep: Any, alike: Sequence[str]) -> str:
+        """Go to the step of a call with this timestep; its context. alike: contexts with its conditions."""
+        at = value = self._timesteps.value(timestep)
+        if value is None and isinstance(timestep, Tensor) and timestep.ndim < 2:
+            at = timestep.data_ptr(), tensor_version(timestep)
+        same = at is not None and at == self._at
+        self._at, self._held = at, timestep
+        name = self._state.context_name
+        named = name != DEFAULT_CONTEXT
+        passes = [name] if named else self._passes
+        mine = passes if named else [one for one in passes if one in alike]
+        free = [one for one in mine or passes if one not in self._done]
+        if same and (free or not (mine and self._repeats())):
+            found = free[0] if free else name if named else PASS.format(len(passes))
+        else:
+            self._next_step(value, same)
+            self._done.clear()
+            found = mine[0] if mine else DEFAULT_CONTEXT
+        if found not in passes:
+            passes.append(found)
+        self._done.add(found)
+        return found
+
+    def _repeats(self) -> bool:
+        """Whether the next announced timestep is the same again, as of samplers of second order."""
+        pair = self.announced[self._index : self._index + 2] if self._index is not None else ()
+        return len(pair) == 2 and pair[0] == pair[1]
+
+    def _next_step(self, value: float | None, same: bool) -> None:
+        index, state = self._index, self._state
+        if index is None:
+            if value is None and state.scheduled and self.announced:
+                value = clock.host_timestep(self._held)  # read once a run
+            found = None if value is None else self._find(value, 0)
+            self.announced = [] if found is None else self.announced
+            self._index = self.first = found or 0
+            self._start = self._at if found is None else None
+            state.step_index = 0
+            return
+        found = index + 1
+        if self.announced and not same and value is not None:
+            found = self._find(value, found)
+        if found is None:
+            state.invalidate("another scheduler sampled")
+            known = f"which the {type(self.scheduler).__name__} that began this run did not announce"
+            text = "If another scheduler samples now, call `handle.wrap_scheduler(pipe)` with its pipeline, so that it"
+            other = "begins runs too; if a sampler leaves its timesteps, put `with handle.sampling_run():` around it"
+            raise RuntimeError(f"the UNet was called with timestep {value:g}, {known}. {text} {other}")
+        begins = found == self.first or (self._start is not None and self._at == self._start)
+        if begins or not -1 <= found - index <= MOST_AHEAD:
+            state.begin_anew()  # another picture, or another part of this one
+        self._index, state.step_index = found, found - self.first
+
+    def _find(self, value: float, start: int) -> int | None:
+        """Index of an announced timestep: the first one from `start` on, or before it."""
+        announced = self.announced
+        if announced[start : start + 1] == [value]:
+            return start
+        order = (*range(start, len(announced)), *range(min(start, len(announced))))
+        for distance in (0.0, NEAR * max(map(abs, announced), default=0.0)):
+            for index in order:
+                if abs(announced[index] - value) <= distance:
+                    return index
+        return None
+
+
+def _conditions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
+    """What a call is conditioned on, with versions: all beside sample and timestep but the residuals of a ControlNet or
+    T2I-Adapter, which change from call to call like the sample."""
+    values = list(args[2:])
+    values += [kwargs[name] for name in kwargs if name not in NOT_CONDITIONS and "additional_residual" not in name]
+    found = []
+    for value in values:  # which grow
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, (list, tuple)):
+            values += value
+        elif value is not None:
+            found.append((value, tensor_version(value) if isinstance(value, Tensor) else 0))
+    return found
+
+
+def _same(old: Sequence[tuple[Any, int]], new: Sequence[tuple[Any, int]]) -> bool:
+    return len(old) == len(new) and all(map(_unchanged, old, new))
+
+
+def _unchanged(old: tuple[Any, int], new: tuple[Any, int]) -> bool:
+    """Whether it is the same object, memory or, on the host, value."""
+    (before, version), (now, version_now) = old, new
+    if before is now:
+        return version == version_now
+    if not isinstance(before, Tensor) or not isinstance(now, Tensor):
+        return isinstance(before, (int, float, str)) and bool(before == now)
+    if before.shape != now.shape or before.dtype is not now.dtype or before.device != now.device:
+        return False
+    if before.data_ptr() == now.data_ptr() and before.stride() == now.stride():
+        return version == version_now
+    return before.device.type == "cpu" and version == tensor_version(before) and torch.equal(before, now)
