@@ -93,7 +93,7 @@ class Run:
         if network.cached:
             entrant.more["full_calls"] = network.cached.calls_full
         if network.quantised:
-            entrant.more["full_calls"] -= network.quantised.handle.skipped_calls("mid_block")
+            entrant.more["full_calls"] -= network.quantised.handle.skipped_calls()
             entrant.more["state"] = network.quantised.handle.state.nbytes()
         return found
 

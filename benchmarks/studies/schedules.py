@@ -215,7 +215,7 @@ class Study:
             return self._costed(unet, sampler, steps, text, contextlib.nullcontext, lambda path: 0)
         row = dataclasses.replace(network, schedule=None if text is None else text + stochastic)
         own = Quantised(unet, row)
-        return self._costed(unet, sampler, steps, text, own.sampling_run, lambda path: own.handle.skipped_calls(path))
+        return self._costed(unet, sampler, steps, text, own.sampling_run, lambda path: own.handle.skipped_calls())
 
     def _deepcache(self, sampler: Sampler, steps: int, text: str) -> tuple[np.ndarray, Found]:
         unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ _PATTERN = re.compile(r"(?:[UHF]\d*)+")
 _PART = re.compile(r"([UHF])(\d*)")
 GONE = {
     "level": "None: skipping deep levels alone is gone; at equal cost it was worse than skipping whole calls",
-    "tolerance": "None: the adaptive mode is gone; it read the device at every forecast, and was no better at equal cost",
+    "tolerance": "None: the adaptive mode is gone; it read the device at every forecast, and was no better",
 }
 
 

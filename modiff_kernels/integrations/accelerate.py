@@ -58,7 +58,7 @@ def accelerate(
     if not isinstance(config, ModiffConfig):
         raise TypeError(f"accelerate: config is a {type(config).__name__}; give a ModiffConfig, as from_dict() does")
     if config.cuda_graphs:
-        check_graphs(unet, config.schedule)
+        check_graphs(unet)
     calibrated = calibrated_layers(config, result, static_scales or {})
     plan = plan_of(unet, config, calibrated, share_inputs)
     replaced = replacements_of(unet, config, calibrated, share_inputs, plan)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
+from modiff_kernels.config.schedule import ACTION_NAMES, UPDATE, StepSchedule
 from modiff_kernels.integrations import hooks
 from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
@@ -157,30 +157,25 @@ class Handle:
         return "\n".join([*summary, *lines])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
-        """Take another schedule, or None, from the next run on. RuntimeError if `accelerate` got none; ValueError for
-        one that skips other deep levels than the one it got."""
+        """Take another schedule, or None, from the next run on. RuntimeError if `accelerate` got none."""
         self._require_active()
-        if self.config.cuda_graphs:
-            check_graphs(self.unet, schedule)
         if self._scheduled is None:
             raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
-        self._scheduled.set_schedule(schedule)
+        self._scheduled.schedule = schedule
 
     def explain_schedule(self) -> str:
         """The step schedule, what it skips, and what the calls of the last run did; empty without a schedule."""
         return "" if self._scheduled is None else self._scheduled.describe()
 
     def actions(self, context: str = DEFAULT_CONTEXT) -> tuple[str, ...]:
-        """What the calls of the last run did in `context`: "update", "hold", "forecast", "deep-hold" or
-        "deep-forecast"; empty without a schedule."""
+        """What the calls of the last run did in `context`: "update", "hold" or "forecast"; empty without a
+        schedule."""
         trajectory = self.state.trajectories.get(context)
         return () if trajectory is None else tuple([ACTION_NAMES[letter] for letter in trajectory.done])
 
-    def skipped_calls(self, path: str, context: str = DEFAULT_CONTEXT) -> int:
-        """How many calls of the last run in `context` did not compute the module at `path`."""
-        if self._scheduled is None or context not in self.state.trajectories:
-            return 0
-        return self._scheduled.skipped_calls(path, context)
+    def skipped_calls(self, context: str = DEFAULT_CONTEXT) -> int:
+        """How many calls of the last run in `context` did not compute the UNet."""
+        return sum(action != ACTION_NAMES[UPDATE] for action in self.actions(context))
 
     @contextlib.contextmanager
     def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:
@@ -311,13 +306,9 @@ class Handle:
         return LayerRow(path, kind, shape, "fused", bits, self.config.backend, reason)
 
 
-def check_graphs(unet: nn.Module, schedule: StepSchedule | str | None) -> None:
+def check_graphs(unet: nn.Module) -> None:
     device, obstacle = next(unet.parameters()).device, None
-    if isinstance(schedule, StepSchedule) and schedule.is_deep:
-        obstacle = (
-            f"with schedule {str(schedule)!r} of deep levels, which keeps a tensor of a call; give one of whole calls"
-        )
-    elif any(is_adapter(module) for module in unet.modules()):
+    if any(is_adapter(module) for module in unet.modules()):
         obstacle = "with a LoRA, whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
     elif device.type != "cuda":
         obstacle = f"for a UNet on {device}; move it to a GPU before accelerate()"

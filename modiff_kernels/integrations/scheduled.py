@@ -1,23 +1,20 @@
-"""Carries a `StepSchedule` out: takes the place of a UNet's `forward` and of those of its deep blocks.
+"""Carries a `StepSchedule` out: takes the place of a UNet's `forward`.
 
-A call that is held or forecast as a whole never enters the UNet. One that skips the deep levels does: diffusers' own
-forward runs, but the blocks below the boundary return at once. Down blocks hand on their input and, as skips, scalars
-of zero, which nobody reads but the up blocks that are skipped too; the last of those returns the boundary tensor.
-The layers that did not run keep their x_hat and y_hat, which stay consistent, and see a larger residual next time.
+A call that is held or forecast never enters the UNet: its layers keep their x_hat and y_hat, which stay consistent, and
+see a larger residual next time.
 """
 
 import contextlib
-import functools
 import inspect
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from modiff_kernels.config.schedule import ACTION_NAMES, DEEP_FORECAST, DEEP_HOLD, FORECAST, HOLD, UPDATE, StepSchedule
+from modiff_kernels.config.schedule import ACTION_NAMES, HOLD, UPDATE, StepSchedule
 from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.nn import ModulationState
@@ -59,9 +56,8 @@ class Trajectory:
 
     planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
     forecasts. done: a letter per call so far. computed: the steps whose outputs are known and still hold. instead: why
-    calls were computed that are planned to be skipped, and how many. output, boundary: of the network's output and of
-    the tensor that enters the first up block that is always computed. forms: the last output as the network returned
-    it, by `return_dict`.
+    calls were computed that are planned to be skipped, and how many. output: of the network. forms: the last one as the
+    network returned it, by `return_dict`.
     """
 
     def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
@@ -69,7 +65,7 @@ class Trajectory:
         self.done: list[str] = []
         self.computed: list[int] = []
         self.instead: Counter[str] = Counter()
-        self.output, self.boundary = History(order + 1), History(order + 1)
+        self.output = History(order + 1)
         self.forms: dict[bool, Any] = {}
 
     def can_skip(self, step: int, form: bool) -> bool:
@@ -80,17 +76,15 @@ class Trajectory:
         return enough and all(i in self.computed or i < self.computed[0] for i in planned)
 
     def predict(self, action: str, position: float) -> Tensor:
-        history = self.output if action in (HOLD, FORECAST) else self.boundary
-        return history.at(None if action in (HOLD, DEEP_HOLD) else position)
+        return self.output.at(None if action == HOLD else position)
 
     def forget(self) -> None:
         """What was computed does not hold any more."""
         self.computed.clear()
         self.output.values.clear()
-        self.boundary.values.clear()
 
     def nbytes(self) -> int:
-        return sum(value.nbytes for _, value in self.output.values + self.boundary.values)
+        return sum(value.nbytes for _, value in self.output.values)
 
     def describe(self) -> str:
         counts = ", ".join(f"{n} {ACTION_NAMES[letter]}" for letter, n in Counter(self.done).items())
@@ -111,34 +105,17 @@ class ScheduledUNet:
     ) -> None:
         self.unet, self.state, self.schedule = unet, state, schedule
         self._steps, self._stored = steps, stored
-        self._skip_deep = False
-        self._boundary: Tensor | None = None
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
         self._all_because: str | None = None  # why all calls of this run are computed from now on
         self._plan = NOTHING_SKIPPED
         parameters = inspect.signature(unet.forward).parameters
         self._form_place = [*parameters].index("return_dict") if "return_dict" in parameters else len(parameters)
-        deep = isinstance(schedule, StepSchedule) and schedule.is_deep
-        self._deep = _DeepLevels.of(unet, schedule.level) if deep else None
 
     def install(self, undo: contextlib.ExitStack) -> None:
         self.state.scheduled = True
         undo.callback(setattr, self.state, "scheduled", False)
-        if self._deep is not None:
-            for block, skips in self._deep.skipped.items():
-                wrap_forward(block, functools.partial(self._block, skips), undo)
-            wrap_forward(self._deep.last_up, self._last_up, undo)
         wrap_forward(self.unet, self._forward, undo)
-
-    def set_schedule(self, schedule: StepSchedule | None) -> None:
-        """Take another schedule, or None to compute every call, from the next run on. ValueError for deep levels other
-        than the installed ones."""
-        if schedule is not None and schedule.is_deep and (self._deep is None or schedule.level != self._deep.level):
-            raise ValueError(
-                f"set_schedule: {str(schedule)!r} skips deep levels that were not prepared; call accelerate() with it"
-            )
-        self.schedule = schedule
 
     def describe(self) -> str:
         """One line about the schedule, with the calls of the last run where there was one."""
@@ -156,24 +133,12 @@ class ScheduledUNet:
         if self._all_because is None and self._in_use is not None and not self._in_use.stochastic:
             self._compute_all(f"{what} adds noise at its steps")
 
-    def skipped_calls(self, path: str, context: str) -> int:
-        """How many calls of the last run in `context` did not compute the module at `path`."""
-        skipping = [HOLD, FORECAST]
-        if self._deep is not None:
-            below = {part for block in (*self._deep.skipped, self._deep.last_up) for part in block.modules()}
-            if self.unet.get_submodule(path) in below:
-                skipping += [DEEP_HOLD, DEEP_FORECAST]
-        return sum(action in skipping for action in self.state.trajectories[context].done)
-
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self.state
         if not state.trajectories:
             self._all_because = self._in_use = None
             self._plan = self._lay_out() if self.schedule else NOTHING_SKIPPED
         trajectory = state.trajectories.setdefault(state.context_name, Trajectory(*self._plan))
-        if self._deep is not None and any("additional_residual" in name for name in kwargs if kwargs[name] is not None):
-            text = "where ControlNet or T2I-Adapter add to them; use a schedule for the whole network"
-            raise ValueError(f"schedule {str(self.schedule)!r}: deep levels cannot be skipped {text}")
         step, action, position = state.step_index, UPDATE, None
         if 0 <= step < len(trajectory.planned):
             action = trajectory.planned[step]
@@ -189,20 +154,10 @@ class ScheduledUNet:
             if position is not None:
                 trajectory.computed.append(step)
                 trajectory.output.push(position, _sample_of(output))
-                if self._boundary is not None:
-                    trajectory.boundary.push(position, self._boundary)
-            self._boundary = None
             trajectory.forms[asked] = output
             return output
-        predicted = trajectory.predict(action, position)
-        if action in (HOLD, FORECAST):
-            state.action = ACTION_NAMES[action]
-            return _in_form(trajectory.forms[asked], predicted)
-        self._skip_deep, self._boundary = True, predicted
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._skip_deep, self._boundary = False, None
+        state.action = ACTION_NAMES[action]
+        return _in_form(trajectory.forms[asked], trajectory.predict(action, position))
 
     def _lay_out(self) -> tuple[str, Sequence[float], int]:
         """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""
@@ -252,53 +207,6 @@ class ScheduledUNet:
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)
-
-    def _block(self, skips: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One that only hands its input on when it is skipped, with so many shortcuts that nobody reads."""
-        if not self._skip_deep:
-            return original(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, (hidden.new_zeros(()),) * skips) if skips else hidden
-
-    def _last_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._skip_deep:
-            return self._boundary
-        self._boundary = original(*args, **kwargs)
-        return self._boundary
-
-
-class _DeepLevels(NamedTuple):
-    """The blocks of a UNet that a deep action skips. level: as the schedule said it. skipped: with the number of
-    shortcuts that each gives. last_up: the one that gives the boundary."""
-
-    level: int | None
-    skipped: dict[nn.Module, int]
-    last_up: nn.Module
-
-    @classmethod
-    def of(cls, unet: nn.Module, level: int | None) -> "_DeepLevels":
-        """Those before up block `level` (None: the last). ValueError naming the levels that the UNet has."""
-        ups, downs = list(getattr(unet, "up_blocks", ())), list(getattr(unet, "down_blocks", ()))
-        plain = all(hasattr(block, "resnets") and not hasattr(block, "skip_conv") for block in [*ups, *downs])
-        if len(ups) < 2 or not plain:
-            text = "(two or more up blocks of resnets, without skip_conv); use a schedule for the whole network"
-            raise ValueError(f"schedule: {type(unet).__name__} has no levels to skip {text}")
-        first = len(ups) - 1 if level is None else level
-        if first >= len(ups):
-            text = f"{type(unet).__name__} has {len(ups)} up blocks, so give 1 to {len(ups) - 1}"
-            raise ValueError(f"schedule: level={level} is not allowed; {text}")
-        needed = sum(len(block.resnets) for block in ups[first:])
-        skipped, count = dict.fromkeys(ups[: first - 1], 0), 1  # the first shortcut is that of conv_in
-        if unet.mid_block is not None:
-            skipped[unet.mid_block] = 0
-        for block in downs:
-            given = len(block.resnets) + (block.downsamplers is not None)  # by each resnet, and by its downsampler
-            if count >= needed:
-                skipped[block] = given
-            elif count + given > needed:  # up block `first` does not read what this block hands to the next
-                skipped.update(dict.fromkeys(block.downsamplers, 0))
-            count += given
-        return cls(level, skipped, ups[first - 1])
 
 
 def _sample_of(output: Any) -> Tensor:
