@@ -18,6 +18,7 @@ from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.integrations.scheduled import ScheduledUNet
+from modiff_kernels.integrations.watch import Watch
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import covering
@@ -97,6 +98,12 @@ class Handle:
             undo, self._undo = self._undo, None
             undo.close()
 
+    def refresh(self) -> None:
+        """Make the codes of all weights again, but for calibrated ones, and all else that is kept of weights. Needed
+        only after changes of single values through `.data`: others are noticed and followed."""
+        self._require_active()
+        self._watch.refresh()
+
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
         """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
 
@@ -147,8 +154,7 @@ class Handle:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
             summary.append(f"{self.plan.describe()}\n")
-        if self._forward.graphs is not None:
-            summary.append(self._forward.graphs.describe())
+        summary += self._forward.describe()
         return "\n".join([*summary, *lines])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
@@ -205,6 +211,7 @@ class Handle:
             undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
             hooks.set_attribute(unet, "_reset_stateful_cache", lambda *_, **__: self.state.reset_after_pipeline(), undo)
             hooks.refuse_changes_of_layers(unet, undo)
+            hooks.refuse_compiling(unet, undo)
             self._forward.install(undo)
             hooks.answer_dtype_quickly(unet, undo)
             if not self._untouched:
@@ -214,6 +221,7 @@ class Handle:
             undo.callback(self._detach)
             if self.pipe is not None:
                 self.attach(self.pipe)
+            self._watch = Watch(unet, self.replaced)
             self._undo = undo.pop_all()
 
     def attach(self, pipe: Any) -> None:
@@ -226,6 +234,7 @@ class Handle:
             self._set_timesteps.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        self._watch.look()
         wrapper = self._set_timesteps
         replaced = wrapper is not None and wrapper.scheduler is not self.pipe.scheduler
         if replaced and self.state.needs_run and not self._own_runs:

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from modiff_kernels.nn import ModulationState
@@ -109,6 +110,19 @@ def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> Non
             set_attribute(owner, name, functools.partial(refuse, name), undo)
 
 
+def refuse_compiling(unet: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let torch.compile() of `unet` from outside raise until `undo`: it would compile the bookkeeping of every call.
+    What it makes calls the instance's `__call__`; a call of the UNet itself takes that of the class."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        text = "use the UNet as it is and call handle.compile() instead"
+        raise RuntimeError(f"torch.compile() of an accelerated UNet would compile its bookkeeping too; {text}")
+
+    for name in ("__call__", "compile", "compile_repeated_blocks"):
+        if hasattr(unet, name):
+            set_attribute(unet, name, refuse, undo)
+
+
 def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     """Let `dtype` of `unet` be that of its first floating parameter while it is called, until `undo`.
 
@@ -122,7 +136,12 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
         return
     if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
         return
-    dtype = property(lambda module: next(p.dtype for p in module.parameters() if p.is_floating_point()))
+
+    def first_dtype(module: Any) -> torch.dtype:
+        found = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        return found if found.itemsize > 1 else plain.dtype.fget(module)  # layerwise casting stores it in float8
+
+    dtype = property(first_dtype)
     quick = type(plain.__name__, (plain,), {"__module__": plain.__module__, "__doc__": plain.__doc__, "dtype": dtype})
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ class TimeProjections:
     one of them has changed. What follows from the timestep alone is kept in the state's time table."""
 
     def __init__(self, linears: list[nn.Linear], skip_time_act: bool, state: ModulationState) -> None:
-        self._linears = linears
+        self.linears = linears
         self._skip_time_act = skip_time_act
         self._state = state
         self._index = {id(linear): i for i, linear in enumerate(linears)}
@@ -53,6 +53,11 @@ class TimeProjections:
             self._last = temb, tensor_version(temb), call, parts
         return parts[self._index[id(linear)]]
 
+    def release(self) -> None:
+        """Forget all that was made of the weights."""
+        self._stamp = Stamp()
+        self._last = (None, 0, 0, [])
+
     def _project(self, temb: Tensor) -> list[Tensor]:
         self._stack_weights()
         table = self._state.time_table
@@ -71,11 +76,11 @@ class TimeProjections:
 
     def _stack_weights(self) -> None:
         """Bring the stacked weights up to date; new tensors where something has changed."""
-        parameters = [p for linear in self._linears for p in (linear.weight, linear.bias) if p is not None]
+        parameters = [p for linear in self.linears for p in (linear.weight, linear.bias) if p is not None]
         stamp = Stamp(parameters)
         if stamp.facts == self._stamp.facts:
             return
-        self._weight = torch.cat([linear.weight.detach() for linear in self._linears])
-        biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
+        self._weight = torch.cat([linear.weight.detach() for linear in self.linears])
+        biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         self._stamp = stamp
