@@ -51,8 +51,8 @@ class Watch:
     def look(self) -> None:
         """To be called before a call begins. Raises RuntimeError before anything changes."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            text = "steps, which its state joins; call handle.remove() before torch.jit.trace and torch.export"
-            raise RuntimeError(f"an accelerated UNet cannot be traced or exported: its calls differ by {text}")
+            text = "cannot be traced or exported; call handle.remove() before torch.jit.trace or torch.export"
+            raise RuntimeError(f"an accelerated UNet has state that joins its calls, and {text}")
         beginning, self._ends = self._state.kept.ends != self._ends, self._state.kept.ends
         signs = RemovableHandle.next_id, self._unet.training, sum(map(len, self._attributes))
         if beginning or signs != self._signs:

@@ -75,6 +75,7 @@ class ModulatedLayer(nn.Module):
             self.granularity = "per_sample"
         self.calibrated = calibrated
         self.kernels: dict[Any, Callable[..., Any]] = {}
+        self._last_use: tuple[str, int] | None = None  # context and call
         with self._named_errors():
             calibrated.check(self.weight.shape, self.bias is not None)
             if calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
@@ -213,8 +214,9 @@ class ModulatedLayer(nn.Module):
     def forward(self, input: Tensor | None = None, *unused: Any, hidden_states: Tensor | None = None) -> Tensor:
         """Output of the layer for `input`, in its dtype, under autocast too; a new tensor (channels_last for images).
 
-        Mode "modulated" mutates x_hat and y_hat of the current context. LoRA-compatible layers call it hidden_states,
-        and are called with a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
+        Mode "modulated" mutates x_hat and y_hat of the current context, at its first use in a call; others in it, as
+        some attention processors make them, are computed like a first call, without state. LoRA-compatible layers call
+        it hidden_states, and are called with a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
         shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them
         name the layer.
         """
@@ -227,7 +229,7 @@ class ModulatedLayer(nn.Module):
             if self.mode == "float":
                 return self.float_forward(scaled, self.float_weight, self.bias_data)
             canonical = self.canonical(scaled)
-            if self.mode == "constant":
+            if self.mode == "constant" or self._is_used_again():
                 out = step.run_once(self, canonical)
             elif self.input.consumers == 1:
                 out = step.run(self, IDENTITY, canonical, x.dtype)
@@ -236,6 +238,14 @@ class ModulatedLayer(nn.Module):
         except (ValueError, TypeError, dispatch.BackendUnavailable) as error:
             raise type(error)(f"layer '{self.name}': {error}") from error
         return out if canonical.ndim == x.ndim else out.view(*x.shape[:-1], -1)
+
+    def _is_used_again(self) -> bool:
+        """Whether this call has used the layer before, so that the state is that of another tensor."""
+        if self.output is None or torch.compiler.is_compiling():
+            return False
+        held = self.output.contexts.get(self.state.context_name)
+        before, self._last_use = self._last_use, (self.state.context_name, self.state.call_index)
+        return held is not None and held.written and before == self._last_use
 
     def scaled(self, x: Tensor) -> Tensor:
         """`x` times the calibrated scale of every input channel; `x` itself where there is none."""

@@ -42,7 +42,7 @@ class Parts(NamedTuple):
         return form(self._replace(block=self.block.get_submodule(name), path=f"{self.path}.{name}"))
 
 
-REMEDY = "do it before accelerate(), or use ModiffConfig(fuse=False)"
+REMEDY = "use ModiffConfig(fuse=False), or change single modules before accelerate()"
 
 
 class _LikeOriginal:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modiff_kernels.nn.blocks.base import has_no_hook
 from modiff_kernels.nn.cache import ROWS, Stamp, one_row, tensor_version
 from modiff_kernels.nn.tensors import ModulationState
 
@@ -40,8 +41,8 @@ class TimeProjections:
                 block.time_projections = shared
 
     def covers(self, linear: nn.Module) -> bool:
-        """Whether `linear` is one of those; a LoRA, for one, puts another module in its place."""
-        return id(linear) in self._index
+        """Whether `linear` is one of those, with nothing put on it; a LoRA, for one, puts another in its place."""
+        return id(linear) in self._index and has_no_hook(linear)
 
     def of(self, linear: nn.Linear, temb: Tensor) -> Tensor:
         """linear(silu(temb)): [N, C], or [1, C] where all rows are the same; possibly not contiguous."""
