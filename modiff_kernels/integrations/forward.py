@@ -27,7 +27,7 @@ from modiff_kernels.planning import clock
 
 logger = logging.getLogger("modiff_kernels")
 
-MORE_SIZES = "calls of more sizes than torch.compile keeps code for run uncompiled"
+MORE_SIZES = "calls with more sizes than torch.compile keeps code for are not compiled"
 OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedding": ("TimestepEmbedding",)}
 """Modules of a UNet whose outputs follow from the timestep alone if they are of these classes of diffusers."""
 
@@ -42,7 +42,7 @@ class UNetForward:
         self._unet = unet
         self._plain = unet.forward
         self._compiled: Callable[..., Any] | None = None
-        self._uncompiled = 0  # calls
+        self.uncompiled = 0  # calls
         self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
 
@@ -99,23 +99,15 @@ class UNetForward:
             return self._compiled(*args, **kwargs)
         except Exception as error:
             if "RecompileLimit" in type(error).__name__:  # raised before anything has run
-                return self._call_uncompiled(*args, **kwargs)
+                if self.uncompiled == 0:
+                    logger.warning("%s; raise torch._dynamo.config.recompile_limit to compile for more", MORE_SIZES)
+                self.uncompiled += 1
+                return self._plain(*args, **kwargs)
             if not isinstance(error, RuntimeError) or not is_about_values(error):
                 raise
             raise ValueError(
                 "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a new run"
             ) from error
-
-    def _call_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        self._uncompiled += 1
-        if self._uncompiled == 1:
-            logger.warning("%s; raise torch._dynamo.config.recompile_limit to compile for more", MORE_SIZES)
-        return self._plain(*args, **kwargs)
-
-    def describe(self) -> list[str]:
-        """Lines on how calls were run, where there is something to say."""
-        lines = [] if self.graphs is None else [self.graphs.describe()]
-        return [*lines, f"compiled: {MORE_SIZES}: {self._uncompiled} calls"] if self._uncompiled else lines
 
     def _with_time_table(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         table, timestep = self.state.time_table, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.schedule import ACTION_NAMES, StepSchedule
 from modiff_kernels.integrations import hooks
-from modiff_kernels.integrations.forward import UNetForward
+from modiff_kernels.integrations.forward import MORE_SIZES, UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.integrations.scheduled import ScheduledUNet
@@ -154,7 +154,10 @@ class Handle:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
             summary.append(f"{self.plan.describe()}\n")
-        summary += self._forward.describe()
+        if self._forward.graphs is not None:
+            summary.append(self._forward.graphs.describe())
+        if self._forward.uncompiled:
+            summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
         return "\n".join([*summary, *lines])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
@@ -210,8 +213,7 @@ class Handle:
             undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
             hooks.set_attribute(unet, "_reset_stateful_cache", lambda *_, **__: self.state.reset_after_pipeline(), undo)
-            hooks.refuse_changes_of_layers(unet, undo)
-            hooks.refuse_compiling(unet, undo)
+            hooks.refuse_methods(unet, undo)
             self._forward.install(undo)
             hooks.answer_dtype_quickly(unet, undo)
             if not self._untouched:

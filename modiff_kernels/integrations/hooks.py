@@ -90,37 +90,34 @@ def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: conte
 REFUSED = ("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "fuse_qkv_projections")
 REFUSED_IF_MERGED = ("disable_adapters", "disable_lora")
 REFUSED_BY_ADAPTERS = ("merge", "unmerge")
+COMPILING = ("__call__", "compile", "compile_repeated_blocks")
 """Methods of diffusers' UNets that exchange layers, or weights without a trace; those where fuse_lora() was called
-before, since peft takes the LoRA out of the weights again; and those of peft's layers, which pipelines call too."""
+before, since peft takes the LoRA out of the weights again; those of peft's layers, which pipelines call too; and what
+compiles the UNet from outside."""
 
 
-def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes."""
+def refuse_methods(unet: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes, or every
+    call's bookkeeping would be compiled. torch.compile(unet) takes the instance's `__call__`; a call of the UNet takes
+    that of its class."""
 
-    def refuse(name: str, *args: Any, **kwargs: Any) -> None:
-        text = f"and their low-bit form would not follow; call handle.remove(), then {name}(), then accelerate() again"
-        raise RuntimeError(f"{name}() changes layers of a UNet that is accelerated, {text}")
+    def refuse(text: str, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(text)
 
     adapters = [module for module in unet.modules() if is_adapter(module)]
     merged = any(getattr(adapter, "merged", False) for adapter in adapters)
     methods = [(unet, name) for name in REFUSED + REFUSED_IF_MERGED * merged]
     methods += [(adapter, name) for adapter in adapters for name in REFUSED_BY_ADAPTERS]
-    for owner, name in methods:
+    texts = [
+        f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; "
+        f"call handle.remove(), then {name}(), then accelerate() again"
+        for _, name in methods
+    ]
+    compiling = "torch.compile() of an accelerated UNet is not possible; use it as it is and call handle.compile()"
+    methods += [(unet, name) for name in COMPILING]
+    for (owner, name), text in zip(methods, texts + [compiling] * len(COMPILING)):
         if callable(getattr(owner, name, None)):
-            set_attribute(owner, name, functools.partial(refuse, name), undo)
-
-
-def refuse_compiling(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Let torch.compile() of `unet` from outside raise until `undo`: it would compile the bookkeeping of every call.
-    What it makes calls the instance's `__call__`; a call of the UNet itself takes that of the class."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        text = "use the UNet as it is and call handle.compile() instead"
-        raise RuntimeError(f"torch.compile() of an accelerated UNet would compile its bookkeeping too; {text}")
-
-    for name in ("__call__", "compile", "compile_repeated_blocks"):
-        if hasattr(unet, name):
-            set_attribute(unet, name, refuse, undo)
+            set_attribute(owner, name, functools.partial(refuse, text), undo)
 
 
 def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:

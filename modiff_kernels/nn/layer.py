@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn import step
 from modiff_kernels.nn import weight as weights
-from modiff_kernels.nn.cache import Stamp, sample_of
 from modiff_kernels.nn.tensors import InputState, ModulationState, OutputState
 from modiff_kernels.ops import IDENTITY, PackedWeight, Window, dispatch
 from modiff_kernels.ops.problem import Problem, capability
@@ -34,7 +33,6 @@ class ModulatedLayer(nn.Module):
 
     packed: the quantised weight, None in mode "float". float_weight: the dequantised one, in mode "float" alone.
     bias_data: the bias that is computed with. input_scale: calibrated scale of every input channel, or None.
-    made_from, sample: the parameters that all this was made from, and some of their values.
     """
 
     memory_format: ClassVar[torch.memory_format]
@@ -45,7 +43,9 @@ class ModulatedLayer(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if kwargs or not all(isinstance(arg, nn.Module) for arg in args[:1]):
             maker = "from_conv2d" if cls is ModulatedConv2d else "from_linear"
-            raise TypeError(f"{cls.__name__} takes the place of a layer; make it with {cls.__name__}.{maker}(layer, ...)")
+            raise TypeError(
+                f"{cls.__name__} takes the place of a layer; make it with {cls.__name__}.{maker}(layer, ...)"
+            )
         return super().__new__(cls)
 
     def __init__(
@@ -113,21 +113,19 @@ class ModulatedLayer(nn.Module):
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again, as the network does by itself where it finds that `weight`
         has changed. Raises ValueError on weights that hold NaN or Inf."""
-        self._adopt_parameters()
+        self.adopt_parameters()
         weight = self.weight.detach()
         self.kernels.clear()
         self.input_scale: Tensor | None = None
         self.packed: PackedWeight | None = None
         self.float_weight: Tensor | None = None
-        self.made_from = Stamp()  # until all of it is made
         if self.weight_bits is None:
             self.float_weight = weight
-            return self.note_parameters()
+            return
         if self.calibrated.input_scale is not None:
             channels = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
             self.input_scale = self.calibrated.input_scale.to(weight.device, weight.dtype).view(channels)
         quantized = self._quantized_weight(weight)
-        self.note_parameters()
         self.weight_bits, self.group_size = quantized.bits, quantized.group_size
         if self.mode == "float":
             dequantized = quantized.dequantized(weight.shape).to(weight.dtype)
@@ -135,25 +133,6 @@ class ModulatedLayer(nn.Module):
             return
         with self._named_errors():
             self.packed = weights.pack(quantized, self.problem("product", NOMINAL_ROWS), self.backend)
-
-    def note_parameters(self) -> None:
-        """Take the parameters as they are now for those that everything was made from."""
-        self.made_from = Stamp(list(self.parameters()))
-        self.sample = sample_of(self.made_from.weights)
-
-    def has_other_parameters(self) -> bool:
-        """Whether they are other ones now, were changed in place or moved. Those on device meta are offloaded."""
-        return not self.weight.is_meta and Stamp(list(self.parameters())).facts != self.made_from.facts
-
-    def has_same_weights(self) -> bool:
-        """Whether nothing has to be made again: the same parameters, moved by way of `.data`, or any with the values
-        that were calibrated."""
-        now, before = ([fact[:2] for fact in stamp.facts] for stamp in (Stamp(list(self.parameters())), self.made_from))
-        return (now == before or self.calibrated.weight is not None) and not self.has_other_values()
-
-    def has_other_values(self) -> bool:
-        """Whether some of their values are others, also where `.data` was written to."""
-        return not torch.equal(sample_of(list(self.parameters())), self.sample.to(self.weight.device))
 
     def become_constant(self) -> None:
         self.state.drop_consumer(self.input)
@@ -214,9 +193,9 @@ class ModulatedLayer(nn.Module):
     def forward(self, input: Tensor | None = None, *unused: Any, hidden_states: Tensor | None = None) -> Tensor:
         """Output of the layer for `input`, in its dtype, under autocast too; a new tensor (channels_last for images).
 
-        Mode "modulated" mutates x_hat and y_hat of the current context, at its first use in a call; others in it, as
-        some attention processors make them, are computed like a first call, without state. LoRA-compatible layers call
-        it hidden_states, and are called with a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
+        Mode "modulated" mutates x_hat and y_hat of the current context at its first use in a call; others in it, as
+        some attention processors make, are computed like a first call, without state. LoRA-compatible layers say
+        hidden_states and add a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
         shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them
         name the layer.
         """
@@ -252,17 +231,15 @@ class ModulatedLayer(nn.Module):
         return x if self.input_scale is None else x * self.input_scale
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ModulatedLayer":
-        dtype, device, changed = self.weight.dtype, self.weight.device, self.has_other_parameters()
+        dtype, device = self.weight.dtype, self.weight.device
         super()._apply(fn, recurse)
-        self._adopt_parameters()
+        self.adopt_parameters()
         if self.weight.dtype != dtype:
             self.refresh_weight()
         elif self.weight.device != device:
             self._move_weight(self.weight.device)
         if self.weight.device != device and self.input is not None:
             self.input.move_static(self.weight.device)
-        if not changed:
-            self.note_parameters()
         return self
 
     def _move_weight(self, device: torch.device) -> None:
@@ -284,7 +261,8 @@ class ModulatedLayer(nn.Module):
         self.refresh_weight()
         self.state.invalidate("weights were loaded")
 
-    def _adopt_parameters(self) -> None:
+    def adopt_parameters(self) -> None:
+        """Take the parameters as they are now for those of the original, without making codes of them."""
         self.state.relocations += 1
         self.original.weight, self.original.bias = self.weight, self.bias
         self.bias_data = None if self.bias is None else self.bias.detach()

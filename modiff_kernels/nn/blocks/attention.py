@@ -1,7 +1,5 @@
 """Fused attention, self and cross."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from modiff_kernels.nn.layer import LinearStack
 from modiff_kernels.ops import IDENTITY, Prologue
 
 PROCESSORS = "diffusers.models.attention_processor", ("AttnProcessor", "AttnProcessor2_0")
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 NEVER = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj")  # parts of other attentions
 
 
@@ -112,7 +109,7 @@ class FusedAttention(FusedBlock):
         skip: Tensor | None,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        others: Mapping[str, Any] = EMPTY,
+        others: dict[str, Any] | None = None,
     ) -> Tensor:
         """to_out of the attention, plus `skip`: new tokens [N, L, C].
 
@@ -122,7 +119,7 @@ class FusedAttention(FusedBlock):
         dtype = x.dtype
         if self.original.processor is not self.fused_for:
             normed = apply_prologue(x, prologue).to(dtype)
-            out = self.original(normed, encoder_hidden_states, attention_mask, **others)
+            out = self.original(normed, encoder_hidden_states, attention_mask, **(others or {}))
             return out if skip is None else out + skip
         # In the activations' dtype y_hat itself is read, otherwise a converted copy is written.
         write_out = self.state.dtype_on(x.device) != dtype

@@ -45,20 +45,7 @@ class Parts(NamedTuple):
 REMEDY = "use ModiffConfig(fuse=False), or change single modules before accelerate()"
 
 
-class _LikeOriginal:
-    """isinstance() and names of classes, by which others look for modules to change, are those of the original block;
-    another class is refused."""
-
-    @property
-    def __class__(self) -> Any:
-        return type(self.__dict__.get("original", self))
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        raise RuntimeError(f"block '{self.path}' is fused and cannot become a {kind.__name__}; {REMEDY}")
-
-
-class FusedBlock(_LikeOriginal, nn.Module):
+class FusedBlock(nn.Module):
     """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation.
 
     takes: the name of its input. layers: names of the layers that are computed in low bits, where the block has them.
@@ -79,6 +66,14 @@ class FusedBlock(_LikeOriginal, nn.Module):
         self.state, self.path = parts.state, parts.path
         self.training = parts.block.training
         self.build(parts.block, parts)
+
+    @property
+    def __class__(self) -> Any:  # by which others look for modules to change, as isinstance() does
+        return type(self.__dict__.get("original", self))
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise RuntimeError(f"block '{self.path}' is fused and cannot become a {kind.__name__}; {REMEDY}")
 
     @staticmethod
     def fits(block: nn.Module) -> bool:

@@ -17,7 +17,7 @@ class TimeProjections:
     one of them has changed. What follows from the timestep alone is kept in the state's time table."""
 
     def __init__(self, linears: list[nn.Linear], skip_time_act: bool, state: ModulationState) -> None:
-        self.linears = linears
+        self.modules = linears
         self._skip_time_act = skip_time_act
         self._state = state
         self._index = {id(linear): i for i, linear in enumerate(linears)}
@@ -77,11 +77,11 @@ class TimeProjections:
 
     def _stack_weights(self) -> None:
         """Bring the stacked weights up to date; new tensors where something has changed."""
-        parameters = [p for linear in self.linears for p in (linear.weight, linear.bias) if p is not None]
+        parameters = [p for linear in self.modules for p in (linear.weight, linear.bias) if p is not None]
         stamp = Stamp(parameters)
         if stamp.facts == self._stamp.facts:
             return
-        self._weight = torch.cat([linear.weight.detach() for linear in self.linears])
-        biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
+        self._weight = torch.cat([linear.weight.detach() for linear in self.modules])
+        biases = [linear.bias.detach() for linear in self.modules if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         self._stamp = stamp

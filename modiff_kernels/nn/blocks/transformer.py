@@ -104,26 +104,18 @@ class FusedBasicTransformerBlock(FusedBlock):
         *unused: Any,
         **unused_too: Any,
     ) -> Tensor:
-        others = cross_attention_kwargs or {}
-        h = _attended(self.attn1, self.norm1, x.contiguous(), None, attention_mask, others)
+        h = x.contiguous()
+        attentions = [(self.attn1, self.norm1, None, attention_mask)]
         if self.attn2 is not None:
-            h = _attended(self.attn2, self.norm2, h, encoder_hidden_states, encoder_attention_mask, others)
+            attentions.append((self.attn2, self.norm2, encoder_hidden_states, encoder_attention_mask))
+        others = cross_attention_kwargs or {}
+        for part, norm, states, mask in attentions:
+            if has_no_hook(part):
+                h = part.attend(layer_norm(norm), h, h, states, mask, others)
+            else:
+                normed = norm(h).to(h.dtype)
+                h = h + part(normed, encoder_hidden_states=states, attention_mask=mask, **others)
         return self.ff.feed(layer_norm(self.norm3), h, h) if has_no_hook(self.ff) else h + self.ff(self.norm3(h))
-
-
-def _attended(
-    part: FusedAttention,
-    norm: nn.LayerNorm,
-    h: Tensor,
-    encoder_hidden_states: Tensor | None,
-    attention_mask: Tensor | None,
-    others: dict[str, Any],
-) -> Tensor:
-    """h + part(norm(h), ...), in one piece unless something was put on the part."""
-    if has_no_hook(part):
-        return part.attend(layer_norm(norm), h, h, encoder_hidden_states, attention_mask, others)
-    states = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
-    return h + part(norm(h).to(h.dtype), **states, **others)
 
 
 class FusedTransformer2DModel(FusedBlock):
