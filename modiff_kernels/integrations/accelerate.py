@@ -78,8 +78,9 @@ def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
     if not isinstance(unet, nn.Module):
         text = "or a pipeline with a `unet`; pipelines built on a transformer are not supported"
         raise TypeError(f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) {text}")
-    if hasattr(unet, "_orig_mod"):
-        raise TypeError("accelerate: the UNet is compiled; accelerate the UNet itself, then call torch.compile() on it")
+    if hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None:
+        text = "accelerate the UNet as it was before (`_orig_mod` of what torch.compile() gave), then handle.compile()"
+        raise TypeError(f"accelerate: the UNet is compiled; {text}")
     handle = unet.__dict__.get(HANDLE)
     if handle is not None and handle.is_loaded and allow_loaded:
         return unet, pipe

@@ -9,6 +9,7 @@ captured, and code compiled, for all timesteps.
 
 import contextlib
 import functools
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,9 @@ from modiff_kernels.ops.dispatch import torch_must_see
 from modiff_kernels.ops.registry import inline_kernels, is_about_values
 from modiff_kernels.planning import clock
 
+logger = logging.getLogger("modiff_kernels")
+
+MORE_SIZES = "calls with more sizes than torch.compile keeps code for are not compiled"
 OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedding": ("TimestepEmbedding",)}
 """Modules of a UNet whose outputs follow from the timestep alone if they are of these classes of diffusers."""
 
@@ -38,6 +42,7 @@ class UNetForward:
         self._unet = unet
         self._plain = unet.forward
         self._compiled: Callable[..., Any] | None = None
+        self.uncompiled = 0  # calls
         self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
 
@@ -92,8 +97,13 @@ class UNetForward:
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self._compiled(*args, **kwargs)
-        except RuntimeError as error:
-            if not is_about_values(error):
+        except Exception as error:
+            if "RecompileLimit" in type(error).__name__:  # raised before anything has run
+                if self.uncompiled == 0:
+                    logger.warning("%s; raise torch._dynamo.config.recompile_limit to compile for more", MORE_SIZES)
+                self.uncompiled += 1
+                return self._plain(*args, **kwargs)
+            if not isinstance(error, RuntimeError) or not is_about_values(error):
                 raise
             raise ValueError(
                 "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a new run"

@@ -83,7 +83,8 @@ class GraphedCalls:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         inputs = self._inputs.get(key)
         if inputs is None:  # on the device of the first one, the sample
-            inputs = self._inputs[key] = [_Input(torch.empty_like(t, device=tensors[0].device)) for t in tensors]
+            with torch.inference_mode(False):
+                inputs = self._inputs[key] = [_Input(torch.empty_like(t, device=tensors[0].device)) for t in tensors]
         for held, tensor in zip(inputs, tensors):
             held.take(tensor)
         places = iter(inputs)

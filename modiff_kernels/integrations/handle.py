@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.schedule import ACTION_NAMES, UPDATE, StepSchedule
 from modiff_kernels.integrations import hooks
-from modiff_kernels.integrations.forward import UNetForward
+from modiff_kernels.integrations.forward import MORE_SIZES, UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.integrations.steps import Steps
+from modiff_kernels.integrations.watch import Watch
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import covering
@@ -102,6 +103,12 @@ class Handle:
             undo, self._undo = self._undo, None
             undo.close()
 
+    def refresh(self) -> None:
+        """Make the codes of all weights again, but for calibrated ones, and all else that is kept of weights. Needed
+        only after changes of single values through `.data`: others are noticed and followed."""
+        self._require_active()
+        self._watch.refresh()
+
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
         """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
 
@@ -154,6 +161,8 @@ class Handle:
             summary.append(f"{self.plan.describe()}\n")
         if self._forward.graphs is not None:
             summary.append(self._forward.graphs.describe())
+        if self._forward.uncompiled:
+            summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
         return "\n".join([*summary, *lines])
 
     def set_schedule(self, schedule: StepSchedule | None) -> None:
@@ -202,7 +211,7 @@ class Handle:
             undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
             hooks.set_attribute(unet, "_reset_stateful_cache", lambda *_, **__: self.state.reset_after_pipeline(), undo)
-            hooks.refuse_changes_of_layers(unet, undo)
+            hooks.refuse_methods(unet, undo)
             self._forward.install(undo)
             hooks.answer_dtype_quickly(unet, undo)
             if not self._untouched:
@@ -212,6 +221,7 @@ class Handle:
             undo.callback(self._detach)
             if self.pipe is not None:
                 self.attach(self.pipe)
+            self._watch = Watch(unet, self.replaced)
             self._undo = undo.pop_all()
 
     def attach(self, pipe: Any) -> None:
@@ -240,6 +250,7 @@ class Handle:
             wrapper.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        self._watch.look()
         replaced = not all(self._is_wrapped(pipe.scheduler) for pipe in self._pipes)
         if replaced and self.state.needs_run and not self._own_runs:
             text = "call handle.wrap_scheduler() once after the change, before set_timesteps()"

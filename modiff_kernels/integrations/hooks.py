@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from modiff_kernels.nn import ModulationState
@@ -99,24 +100,34 @@ def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: conte
 REFUSED = ("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "fuse_qkv_projections")
 REFUSED_IF_MERGED = ("disable_adapters", "disable_lora")
 REFUSED_BY_ADAPTERS = ("merge", "unmerge")
+COMPILING = ("__call__", "compile", "compile_repeated_blocks")
 """Methods of diffusers' UNets that exchange layers, or weights without a trace; those where fuse_lora() was called
-before, since peft takes the LoRA out of the weights again; and those of peft's layers, which pipelines call too."""
+before, since peft takes the LoRA out of the weights again; those of peft's layers, which pipelines call too; and what
+compiles the UNet from outside."""
 
 
-def refuse_changes_of_layers(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes."""
+def refuse_methods(unet: nn.Module, undo: contextlib.ExitStack) -> None:
+    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes, or every
+    call's bookkeeping would be compiled. torch.compile(unet) takes the instance's `__call__`; a call of the UNet takes
+    that of its class."""
 
-    def refuse(name: str, *args: Any, **kwargs: Any) -> None:
-        text = f"and their low-bit form would not follow; call handle.remove(), then {name}(), then accelerate() again"
-        raise RuntimeError(f"{name}() changes layers of a UNet that is accelerated, {text}")
+    def refuse(text: str, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(text)
 
     adapters = [module for module in unet.modules() if is_adapter(module)]
     merged = any(getattr(adapter, "merged", False) for adapter in adapters)
     methods = [(unet, name) for name in REFUSED + REFUSED_IF_MERGED * merged]
     methods += [(adapter, name) for adapter in adapters for name in REFUSED_BY_ADAPTERS]
-    for owner, name in methods:
+    texts = [
+        f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; "
+        f"call handle.remove(), then {name}(), then accelerate() again"
+        for _, name in methods
+    ]
+    compiling = "torch.compile() of an accelerated UNet is not possible; use it as it is and call handle.compile()"
+    methods += [(unet, name) for name in COMPILING]
+    for (owner, name), text in zip(methods, texts + [compiling] * len(COMPILING)):
         if callable(getattr(owner, name, None)):
-            set_attribute(owner, name, functools.partial(refuse, name), undo)
+            set_attribute(owner, name, functools.partial(refuse, text), undo)
 
 
 def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
@@ -132,7 +143,12 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
         return
     if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
         return
-    dtype = property(lambda module: next(p.dtype for p in module.parameters() if p.is_floating_point()))
+
+    def first_dtype(module: Any) -> torch.dtype:
+        found = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        return found if found.itemsize > 1 else plain.dtype.fget(module)  # layerwise casting stores it in float8
+
+    dtype = property(first_dtype)
     quick = type(plain.__name__, (plain,), {"__module__": plain.__module__, "__doc__": plain.__doc__, "dtype": dtype})
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

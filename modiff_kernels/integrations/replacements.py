@@ -82,8 +82,8 @@ def replacements_of(
     why_float = {path: around.get(path) or _why_float(path, module, config) for path, module in originals.items()}
     reasons = {path: reason for path, reason in why_float.items() if reason is not None}
     if len(reasons) == len(originals) and config.weight_bits is not None:
-        listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
-        raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed}, ...)")
+        listed = "; ".join(f"{path}: {reason}" for reason, path in {reasons[path]: path for path in reasons}.items())
+        raise ValueError(f"accelerate: none of the {len(originals)} layers can be replaced ({listed})")
     modes = {} if plan is None else _planned(plan, originals, reasons)
     unplanned = [path for path in originals if path not in reasons and path not in modes]
     if config.max_state_bytes is not None and unplanned and config.mode == MODULATED:
@@ -190,7 +190,7 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
     elif kind.forward is not plain.forward:
         return f"{kind.__name__} has a forward of its own"
     if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-        return "it has hooks; accelerate() before they are added"
+        return "it has hooks; accelerate() with ModiffConfig(fuse=False) before they are added"
     if module.weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {module.weight.dtype}"
     if module.weight.is_meta:

@@ -31,6 +31,17 @@ class Stamp:
         self.facts = [(id(w), tensor_version(w), w.data_ptr(), w.dtype) for w in weights]
 
 
+SAMPLED = 64
+
+
+def sample_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Up to SAMPLED values of each, spread over it, one behind the other in float32: other ones where it was written to
+    through `.data`, which counts as no change."""
+    steps = [(tensor.detach(), max(tensor.numel() // SAMPLED, 1)) for tensor in tensors]
+    parts = [tensor.as_strided((min(tensor.numel(), SAMPLED),), (step,)).float() for tensor, step in steps]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
 @dataclasses.dataclass
 class _Kept:
     source: Tensor | None
@@ -45,17 +56,17 @@ class KeptOutputs:
     A tensor is the same if it is the same object, unchanged in place since (torch counts that). Those made in
     torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet under torch.no_grad().
 
-    losses: grows whenever something kept is forgotten.
+    losses: grows whenever something kept is forgotten. ends: of runs, which forget all.
     """
 
     def __init__(self) -> None:
-        self.losses = 0
+        self.losses = self.ends = 0
         self._kept: dict[tuple[str, str], _Kept] = {}
 
-    def find(self, context: str, layer: str, source: Tensor, weight: Tensor) -> Tensor | None:
-        """What `keep` got for this very source and weight, if they are unchanged; else None."""
+    def find(self, context: str, layer: str, source: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What `keep` got for this very source and weight, if they are unchanged and it is of `dtype`; else None."""
         kept = self._kept.get((context, layer))
-        if kept is None or kept.source is not source or kept.weight is not weight:
+        if kept is None or kept.source is not source or kept.weight is not weight or kept.value.dtype is not dtype:
             return None
         # Compiled code asks for no versions: whoever runs it has looked for changed tensors before (`expire`).
         if not torch.compiler.is_compiling() and kept.version != source._version:
@@ -69,6 +80,9 @@ class KeptOutputs:
         kept = self._kept.get((context, layer))
         if kept is not None and _alike(kept.value, value):
             value = kept.value.copy_(value)
+        elif value.is_inference():
+            with torch.inference_mode(False):
+                value = value.clone()  # later calls may write it
         known = None if source.is_inference() else source
         self._kept[context, layer] = _Kept(known, tensor_version(source), weight, value)
         return value
@@ -83,6 +97,7 @@ class KeptOutputs:
     def forget(self) -> None:
         """Forget all tensors; the memory of the values stays for the next ones."""
         self.losses += 1
+        self.ends += 1
         for kept in self._kept.values():
             kept.source = None
 
@@ -94,8 +109,7 @@ class KeptOutputs:
 
 
 def _alike(old: Tensor, new: Tensor) -> bool:
-    same = old.shape == new.shape and old.dtype is new.dtype and old.device == new.device
-    return same and old.is_inference() == new.is_inference()
+    return old.shape == new.shape and old.dtype is new.dtype and old.device == new.device
 
 
 MOST_ENTRIES = 1024  # as many as the longest schedules have calls; a table that is full begins anew
@@ -140,7 +154,7 @@ class TimeTable:
     """
 
     def __init__(self, time_proj: nn.Module, time_embedding: nn.Module) -> None:
-        self._modules = time_proj, time_embedding
+        self.modules = time_proj, time_embedding
         self._entries: dict[tuple[float, int], Entry] = {}
         self._stamp = Stamp()
         self._call = _Call()
@@ -169,7 +183,7 @@ class TimeTable:
         self._call.timestep = None
         if timesteps.ndim != 1 or torch.is_autocast_enabled(timesteps.device.type):
             return compute(timesteps)
-        stamp, self._stamp = self._stamp, Stamp(_weights(self._modules))
+        stamp, self._stamp = self._stamp, Stamp(_weights(self.modules))
         if self._stamp.facts != stamp.facts:
             self._entries.clear()
         if not self._stamp.weights:

@@ -40,6 +40,14 @@ class ModulatedLayer(nn.Module):
     window: Window | None = None
     stack: "LinearStack | None" = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or not all(isinstance(arg, nn.Module) for arg in args[:1]):
+            maker = "from_conv2d" if cls is ModulatedConv2d else "from_linear"
+            raise TypeError(
+                f"{cls.__name__} takes the place of a layer; make it with {cls.__name__}.{maker}(layer, ...)"
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
         original: nn.Module,
@@ -51,6 +59,8 @@ class ModulatedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.__dict__["original"] = original  # not a child: its parameters are ours, under the same keys
+        if isinstance(original, nn.Conv2d):
+            self.window = window_of(original)
         self.register_parameter("weight", original.weight)
         self.register_parameter("bias", original.bias)
         for attribute in ("training", *self.mirrored):
@@ -65,6 +75,7 @@ class ModulatedLayer(nn.Module):
             self.granularity = "per_sample"
         self.calibrated = calibrated
         self.kernels: dict[Any, Callable[..., Any]] = {}
+        self._last_use: tuple[str, int] | None = None  # context and call
         with self._named_errors():
             calibrated.check(self.weight.shape, self.bias is not None)
             if calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
@@ -100,12 +111,11 @@ class ModulatedLayer(nn.Module):
         return F.linear(x, weight, bias) if self.window is None else F.conv2d(x, weight, bias, *self.window[1:])
 
     def refresh_weight(self) -> None:
-        """Derive the quantised weight from `weight` again. Call it after changing `weight` in place, between runs.
-        Raises ValueError on weights that hold NaN or Inf."""
+        """Derive the quantised weight from `weight` again, as the network does by itself where it finds that `weight`
+        has changed. Raises ValueError on weights that hold NaN or Inf."""
+        self.adopt_parameters()
         weight = self.weight.detach()
-        self._refresh_bias()
         self.kernels.clear()
-        self.state.relocations += 1
         self.input_scale: Tensor | None = None
         self.packed: PackedWeight | None = None
         self.float_weight: Tensor | None = None
@@ -159,16 +169,11 @@ class ModulatedLayer(nn.Module):
             quantized.check_belongs(scaled)
             return quantized
 
-    def _refresh_bias(self) -> None:
-        self.bias_data = None if self.bias is None else self.bias.detach()
-        if self.calibrated.bias is not None:
-            self.bias_data = self.calibrated.bias.to(self.weight.device, self.weight.dtype)
-        if self.stack is not None:
-            self.stack.refresh_weight()
-
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulate" or "product") with `rows` output rows."""
-        device, dtype, n, k = self.weight.device, self.weight.dtype, self.weight.shape[0], self.weight[0].numel()
+        weight = self.weight
+        device = weight.device if self.packed is None else self.packed.packed.device  # `weight` may be offloaded
+        dtype, n, k = weight.dtype, weight.shape[0], weight[0].numel()
         state_dtype = self.state.dtype_on(device) if self.mode == "modulated" else None
         layout = None if self.packed is None else self.packed.layout
         formats = self.act_bits, self.weight_bits, self.group_size, self.granularity, "identity", False, layout
@@ -185,13 +190,16 @@ class ModulatedLayer(nn.Module):
         op = "modulate" if self.mode == "modulated" else "product"
         return dispatch.select(self.problem(op, rows), self.backend).backend
 
-    def forward(self, x: Tensor, *unused: Any) -> Tensor:
-        """Output of the layer for `x`, in x's dtype; a new tensor (channels_last for images).
+    def forward(self, input: Tensor | None = None, *unused: Any, hidden_states: Tensor | None = None) -> Tensor:
+        """Output of the layer for `input`, in its dtype, under autocast too; a new tensor (channels_last for images).
 
-        Mode "modulated" mutates x_hat and y_hat of the current context. `unused` takes the scale that LoRA-compatible
-        layers are called with. Raises RuntimeError outside a UNet call of a run, on a changed shape, dtype or device
-        within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them name the layer.
+        Mode "modulated" mutates x_hat and y_hat of the current context at its first use in a call; others in it, as
+        some attention processors make, are computed like a first call, without state. LoRA-compatible layers say
+        hidden_states and add a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
+        shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them
+        name the layer.
         """
+        x: Any = hidden_states if input is None else input
         if x.requires_grad and torch.is_grad_enabled() and self.mode != "float":
             text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
             raise RuntimeError(f"layer '{self.name}' has no gradient but its input asks for one; {text}")
@@ -200,7 +208,7 @@ class ModulatedLayer(nn.Module):
             if self.mode == "float":
                 return self.float_forward(scaled, self.float_weight, self.bias_data)
             canonical = self.canonical(scaled)
-            if self.mode == "constant":
+            if self.mode == "constant" or self._is_used_again():
                 out = step.run_once(self, canonical)
             elif self.input.consumers == 1:
                 out = step.run(self, IDENTITY, canonical, x.dtype)
@@ -210,19 +218,37 @@ class ModulatedLayer(nn.Module):
             raise type(error)(f"layer '{self.name}': {error}") from error
         return out if canonical.ndim == x.ndim else out.view(*x.shape[:-1], -1)
 
+    def _is_used_again(self) -> bool:
+        """Whether this call has used the layer before, so that the state is that of another tensor."""
+        if self.output is None or torch.compiler.is_compiling():
+            return False
+        held = self.output.contexts.get(self.state.context_name)
+        before, self._last_use = self._last_use, (self.state.context_name, self.state.call_index)
+        return held is not None and held.written and before == self._last_use
+
     def scaled(self, x: Tensor) -> Tensor:
         """`x` times the calibrated scale of every input channel; `x` itself where there is none."""
         return x if self.input_scale is None else x * self.input_scale
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ModulatedLayer":
-        before = self.weight.dtype, self.weight.device
+        dtype, device = self.weight.dtype, self.weight.device
         super()._apply(fn, recurse)
-        self._adopt_parameters()
-        if before != (self.weight.dtype, self.weight.device):
+        self.adopt_parameters()
+        if self.weight.dtype != dtype:
             self.refresh_weight()
-            if self.input is not None:
-                self.input.move_static(self.weight.device)
+        elif self.weight.device != device:
+            self._move_weight(self.weight.device)
+        if self.weight.device != device and self.input is not None:
+            self.input.move_static(self.weight.device)
         return self
+
+    def _move_weight(self, device: torch.device) -> None:
+        """Bring what was made of the weight to `device`: codes in the layout that is liked there, not made again."""
+        held = self.float_weight, self.input_scale
+        self.float_weight, self.input_scale = (None if tensor is None else tensor.to(device) for tensor in held)
+        if (packed := self.packed) is not None:
+            self.packed = None
+            self.packed = weights.moved(packed, self.problem("product", NOMINAL_ROWS), self.backend, device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         incoming = state_dict.get(f"{prefix}weight")
@@ -232,16 +258,18 @@ class ModulatedLayer(nn.Module):
                 text = "calibrated for the ones it has; handle.remove() first, then load and calibrate them"
                 raise ValueError(f"layer '{self.name}': other weights were given, but its codes are {text}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._adopt_parameters()
         self.refresh_weight()
         self.state.invalidate("weights were loaded")
 
-    def _adopt_parameters(self) -> None:
+    def adopt_parameters(self) -> None:
+        """Take the parameters as they are now for those of the original, without making codes of them."""
         self.state.relocations += 1
-        self.original.weight = self.weight
-        if self.bias is not None:
-            self.original.bias = self.bias
-            self._refresh_bias()
+        self.original.weight, self.original.bias = self.weight, self.bias
+        self.bias_data = None if self.bias is None else self.bias.detach()
+        if self.calibrated.bias is not None:
+            self.bias_data = self.calibrated.bias.to(self.weight.device, self.weight.dtype)
+        if self.stack is not None:
+            self.stack.refresh_weight()
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, mode={self.mode}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
@@ -279,11 +307,6 @@ class ModulatedConv2d(ModulatedLayer):
     memory_format = torch.channels_last
     mirrored = ("in_channels", "out_channels", "padding_mode", *Window._fields)
     window: Window
-
-    def __init__(self, original: nn.Conv2d, *args: Any) -> None:
-        # not an attribute of the Module before its own __init__ has run
-        self.__dict__["window"] = window_of(original)
-        super().__init__(original, *args)
 
     @classmethod
     def from_conv2d(

@@ -212,12 +212,13 @@ def run_once(layer: Layer, x: Tensor) -> Tensor:
     return out
 
 
-def constant(layer: Layer, source: Tensor) -> Tensor:
-    """The output of a layer in mode "constant", computed when `source` is another tensor than in the call before."""
+def constant(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """The output of a layer in mode "constant", computed when `source` is another tensor than in the call before; in
+    `dtype`, which under autocast is not that of `source`."""
     state, weight = layer.state, layer.packed.packed
-    value = state.kept.find(state.context_name, layer.name, source, weight)
+    value = state.kept.find(state.context_name, layer.name, source, weight, dtype)
     if value is None:
-        value = run_once(layer, source.contiguous())
+        value = run_once(layer, source.to(dtype).contiguous())
         value = state.kept.keep(state.context_name, layer.name, source, weight, value)
     return value
 

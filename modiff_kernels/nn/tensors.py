@@ -75,7 +75,8 @@ class StateTensor:
             self._refuse()
         state_dtype = state.dtype_on(device)
         if held is None or held.shape != shape or held.tensor.dtype is not state_dtype or held.device != device:
-            tensor = torch.empty(shape, dtype=state_dtype, device=device, memory_format=memory_format)
+            with torch.inference_mode(False):  # later runs may write it in any mode
+                tensor = torch.empty(shape, dtype=state_dtype, device=device, memory_format=memory_format)
             held = self.contexts[state.context_name] = ContextTensor(tensor)
             state.relocations += 1
         held.begin(dtype, state.call_index)
@@ -164,7 +165,8 @@ class InputState(StateTensor):
         if self.scale_mode == "delayed":
             if self.state.fixed_addresses:
                 if held.fixed_absmax is None:
-                    held.fixed_absmax = absmax.clone()
+                    with torch.inference_mode(False):
+                        held.fixed_absmax = absmax.clone()
                 absmax = held.fixed_absmax.copy_(absmax)
             held.absmax = absmax
 
@@ -188,7 +190,8 @@ class InputState(StateTensor):
     def move_static(self, device: torch.device) -> None:
         """Bring the calibrated values, if there are some, to `device`."""
         if self.static is not None and self.static_scale.device != device:
-            here = [t.to(device) for t in (*self.static, self.static_scale, self.static_zero_point)]
+            with torch.inference_mode(False):
+                here = [t.to(device) for t in (*self.static, self.static_scale, self.static_zero_point)]
             self.static, self.static_scale, self.static_zero_point = (here[0], here[1]), here[2], here[3]
 
     def shared_codes(self, source: Tensor) -> Any:

@@ -14,8 +14,14 @@ from modiff_kernels.quant.packing import KPACK_V1
 def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeight:
     """The storage of `weight` for products like `problem`. Raises BackendUnavailable if nothing solves them."""
     packed = PackedWeight(ops.pack_weight(weight.codes, weight.bits), weight.scale, weight.bits, weight.group_size)
-    layout = ops.preferred_layout(problem, backend)
-    return ops.prepare_weight(packed, problem.k, problem.window, layout)
+    return ops.prepare_weight(packed, problem.k, problem.window, ops.preferred_layout(problem, backend))
+
+
+def moved(weight: PackedWeight, problem: Problem, backend: str, device: torch.device) -> PackedWeight:
+    """`weight` on the `device` of products like `problem`."""
+    portable = ops.prepare_weight(weight, problem.k, problem.window, KPACK_V1)
+    there = portable._replace(packed=portable.packed.to(device), scale=portable.scale.to(device))
+    return ops.prepare_weight(there, problem.k, problem.window, ops.preferred_layout(problem, backend))
 
 
 def stack(weights: Sequence[PackedWeight], k: int, window: Window | None = None) -> PackedWeight:

@@ -13,7 +13,7 @@ from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_unto
 from modiff_kernels.nn.layer import LinearStack
 from modiff_kernels.ops import IDENTITY, Prologue
 
-PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+PROCESSORS = "diffusers.models.attention_processor", ("AttnProcessor", "AttnProcessor2_0")
 NEVER = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj")  # parts of other attentions
 
 
@@ -25,7 +25,8 @@ class FusedAttention(FusedBlock):
 
     q, k and v of self-attention read one quantised residual and are one product where their weights can be stacked. k
     and v of cross-attention have mode "constant": computed from float activations, and kept as long as the encoder
-    states are the same tensor (`nn.cache`).
+    states are the same tensor (`nn.cache`). With another processor than those of this equation, the original attention
+    computes in float.
     """
 
     layers = ("to_q", "to_k", "to_v", "to_out.0")
@@ -43,6 +44,7 @@ class FusedAttention(FusedBlock):
     def build(self, block: nn.Module, parts: Parts) -> None:
         self.heads, self.scale = block.heads, block.scale
         self.residual_connection, self.group_norm = block.residual_connection, block.group_norm
+        self.fused_for = block.processor
         self.is_cross_attention = block.is_cross_attention
         shared = "to_k" if self.is_cross_attention else "to_q"
         self.to_q = parts.linear("to_q", "to_q")
@@ -55,23 +57,39 @@ class FusedAttention(FusedBlock):
                 layer.become_constant()
         self.stacked = LinearStack(readers) if LinearStack.fits(readers) else readers
 
+    @property
+    def processor(self) -> Any:
+        return self.original.processor
+
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
         return self.original.processor
 
     def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
-        """Refuses any other kind of processor: the fused block would not call it."""
-        if type(processor) is not type(self.original.processor):
-            text = "set attention processors before accelerate(), or use ModiffConfig(fuse=False)"
-            raise RuntimeError(f"block '{self.path}' is fused and would not call {type(processor).__name__}; {text}")
+        self.original.set_processor(processor)
+        self._modules.pop("processor", None)
+        if isinstance(processor, nn.Module):
+            self._modules["processor"] = processor  # whose weights are those of the UNet
+        if is_plain_attention(self.original):
+            self.fused_for = processor
+        self.state.relocations += 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "processor":
+            self.set_processor(value)
+        else:
+            super().__setattr__(name, value)
 
     def run(
         self,
         x: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> Tensor:
+        if self.original.processor is not self.fused_for:
+            return self.original(x, encoder_hidden_states, attention_mask, **others)
+        if self.group_norm is None:  # a part of a block, which has computed its prologue
+            return self.attend(IDENTITY, x.contiguous(), None, encoder_hidden_states, attention_mask, others)
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("self-attention without a mask is fused here; use ModiffConfig(fuse=False) to pass either")
         prologue = group_norm(self.group_norm, silu=False)
@@ -91,13 +109,18 @@ class FusedAttention(FusedBlock):
         skip: Tensor | None,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        others: dict[str, Any] | None = None,
     ) -> Tensor:
         """to_out of the attention, plus `skip`: new tokens [N, L, C].
 
-        x: tokens [N, L, C], contiguous. encoder_hidden_states: [N, S, K], for cross-attention alone. attention_mask: as
-        for diffusers' `Attention`.
+        x: tokens [N, L, C], contiguous. encoder_hidden_states: [N, S, K], for cross-attention alone. attention_mask,
+        others: as for diffusers' `Attention`.
         """
         dtype = x.dtype
+        if self.original.processor is not self.fused_for:
+            normed = apply_prologue(x, prologue).to(dtype)
+            out = self.original(normed, encoder_hidden_states, attention_mask, **(others or {}))
+            return out if skip is None else out + skip
         # In the activations' dtype y_hat itself is read, otherwise a converted copy is written.
         write_out = self.state.dtype_on(x.device) != dtype
         if self.is_cross_attention:
@@ -105,9 +128,9 @@ class FusedAttention(FusedBlock):
                 encoder_hidden_states = apply_prologue(x, prologue).to(dtype)
             q = step.run(self.to_q, prologue, x, dtype, write_out=write_out)
             if isinstance(self.stacked, LinearStack):
-                k, v = self.stacked.split(step.constant(self.stacked, encoder_hidden_states))
+                k, v = self.stacked.split(step.constant(self.stacked, encoder_hidden_states, dtype))
             else:
-                k, v = (step.constant(layer, encoder_hidden_states) for layer in self.stacked)
+                k, v = (step.constant(layer, encoder_hidden_states, dtype) for layer in self.stacked)
         elif encoder_hidden_states is None:
             if isinstance(self.stacked, LinearStack):
                 q, k, v = self.stacked.split(step.run(self.stacked, prologue, x, dtype, write_out=write_out))
@@ -135,14 +158,16 @@ class FusedAttention(FusedBlock):
 def is_plain_attention(block: nn.Module) -> bool:
     """Whether diffusers' `Attention` is nothing but projections and softmax, with an optional GroupNorm."""
     linears = [block.to_q, block.to_k, block.to_v, block.to_out[0] if block.to_out is not None else None]
+    kind = type(block.processor)
     return (
-        type(block.processor).__name__ in PROCESSORS
+        kind.__module__ == PROCESSORS[0]
+        and kind.__name__ in PROCESSORS[1]
         and all(isinstance(linear, nn.Linear) for linear in linears)
         and block.to_k.in_features == block.to_v.in_features
         and block.to_k.out_features == block.to_q.out_features
         and all(getattr(block, part, None) is None for part in NEVER)
         and block.rescale_output_factor == 1.0
-        and not (block.upcast_attention and type(block.processor).__name__ == "AttnProcessor")
+        and not (block.upcast_attention and kind.__name__ == "AttnProcessor")
         and not (block.training and block.to_out[1].p > 0)
         and is_untouched(block)
     )

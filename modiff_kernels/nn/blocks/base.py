@@ -42,16 +42,22 @@ class Parts(NamedTuple):
         return form(self._replace(block=self.block.get_submodule(name), path=f"{self.path}.{name}"))
 
 
+REMEDY = "use ModiffConfig(fuse=False), or change single modules before accelerate()"
+
+
 class FusedBlock(nn.Module):
     """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation.
 
-    layers: names of the layers that are computed in low bits, where the block has them. left_out: children that stay
-    as they are, and whose layers are replaced by themselves. scalable: names of layers whose input is quantised as it
-    is, so that its channels may be scaled before (`ModulatedLayer.scaled`).
+    takes: the name of its input. layers: names of the layers that are computed in low bits, where the block has them.
+    left_out: children that stay as they are, and whose layers are replaced by themselves. parts: children that are
+    called as they are where something was put on them, such as a hook. scalable: names of layers whose input is
+    quantised as it is, so that its channels may be scaled before (`ModulatedLayer.scaled`).
     """
 
+    takes: ClassVar[str] = "hidden_states"
     layers: ClassVar[tuple[str, ...]]
     left_out: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
     scalable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, parts: Parts) -> None:
@@ -60,6 +66,14 @@ class FusedBlock(nn.Module):
         self.state, self.path = parts.state, parts.path
         self.training = parts.block.training
         self.build(parts.block, parts)
+
+    @property
+    def __class__(self) -> Any:  # by which others look for modules to change, as isinstance() does
+        return type(self.__dict__.get("original", self))
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise RuntimeError(f"block '{self.path}' is fused and cannot become a {kind.__name__}; {REMEDY}")
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -70,8 +84,14 @@ class FusedBlock(nn.Module):
         """Set the children, under their names in `block`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The block's output, new tensors in x's dtype; mutates the state of its layers, raises what they raise."""
+    def train(self, mode: bool = True) -> "FusedBlock":
+        self.original.train(mode)
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output, new tensors in its input's dtype; takes what the original block takes, mutates the state
+        of its layers, raises what they raise."""
+        x, *args = args or [kwargs.pop(self.takes)]
         if x.requires_grad and torch.is_grad_enabled():
             text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
             raise RuntimeError(f"block '{self.path}' has no gradient but its input asks for one; {text}")

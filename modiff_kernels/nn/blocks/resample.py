@@ -36,7 +36,7 @@ class FusedUpsample2D(FusedResample):
             and is_untouched(block)
         )
 
-    def run(self, x: Tensor, output_size: Any = None, *unused: Any) -> Tensor:
+    def run(self, x: Tensor, output_size: Any = None, *unused: Any, **unused_too: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if output_size is not None and tuple(output_size) != (2 * x.shape[2], 2 * x.shape[3]):
             return self.conv(F.interpolate(x, size=output_size, mode="nearest"))

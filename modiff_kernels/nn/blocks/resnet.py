@@ -19,6 +19,7 @@ class FusedResnetBlock2D(FusedBlock):
     leaves the block: one state tensor less.
     """
 
+    takes = "input_tensor"
     layers = ("conv1", "conv2", "conv_shortcut")
     scalable = ("conv_shortcut",)
 
@@ -48,7 +49,7 @@ class FusedResnetBlock2D(FusedBlock):
             if self.conv_shortcut.mode == "modulated":
                 self.conv_shortcut.add_onto(self.conv2.output)
 
-    def run(self, x: Tensor, temb: Tensor | None = None, *unused: Any) -> Tensor:
+    def run(self, x: Tensor, temb: Tensor | None = None, *unused: Any, **unused_too: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = x.dtype
         h = step.run(self.conv1, group_norm(self.norm1, True), x, dtype, write_out=False)

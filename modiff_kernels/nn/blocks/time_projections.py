@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modiff_kernels.nn.blocks.base import has_no_hook
 from modiff_kernels.nn.cache import ROWS, Stamp, one_row, tensor_version
 from modiff_kernels.nn.tensors import ModulationState
 
@@ -16,7 +17,7 @@ class TimeProjections:
     one of them has changed. What follows from the timestep alone is kept in the state's time table."""
 
     def __init__(self, linears: list[nn.Linear], skip_time_act: bool, state: ModulationState) -> None:
-        self._linears = linears
+        self.modules = linears
         self._skip_time_act = skip_time_act
         self._state = state
         self._index = {id(linear): i for i, linear in enumerate(linears)}
@@ -40,8 +41,8 @@ class TimeProjections:
                 block.time_projections = shared
 
     def covers(self, linear: nn.Module) -> bool:
-        """Whether `linear` is one of those; a LoRA, for one, puts another module in its place."""
-        return id(linear) in self._index
+        """Whether `linear` is one of those, with nothing put on it; a LoRA, for one, puts another in its place."""
+        return id(linear) in self._index and has_no_hook(linear)
 
     def of(self, linear: nn.Linear, temb: Tensor) -> Tensor:
         """linear(silu(temb)): [N, C], or [1, C] where all rows are the same; possibly not contiguous."""
@@ -52,6 +53,11 @@ class TimeProjections:
             parts = self._project(temb)
             self._last = temb, tensor_version(temb), call, parts
         return parts[self._index[id(linear)]]
+
+    def release(self) -> None:
+        """Forget all that was made of the weights."""
+        self._stamp = Stamp()
+        self._last = (None, 0, 0, [])
 
     def _project(self, temb: Tensor) -> list[Tensor]:
         self._stack_weights()
@@ -71,11 +77,11 @@ class TimeProjections:
 
     def _stack_weights(self) -> None:
         """Bring the stacked weights up to date; new tensors where something has changed."""
-        parameters = [p for linear in self._linears for p in (linear.weight, linear.bias) if p is not None]
+        parameters = [p for linear in self.modules for p in (linear.weight, linear.bias) if p is not None]
         stamp = Stamp(parameters)
         if stamp.facts == self._stamp.facts:
             return
-        self._weight = torch.cat([linear.weight.detach() for linear in self._linears])
-        biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
+        self._weight = torch.cat([linear.weight.detach() for linear in self.modules])
+        biases = [linear.bias.detach() for linear in self.modules if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
         self._stamp = stamp

@@ -52,6 +52,7 @@ class FusedBasicTransformerBlock(FusedBlock):
     Each LayerNorm is computed in the pass that quantises its residual, each addition in the epilogue of a projection.
     """
 
+    parts = ("attn1", "attn2", "ff")
     layers = (
         *[f"{attention}.{name}" for attention in ("attn1", "attn2") for name in FusedAttention.layers],
         *[f"ff.{name}" for name in FusedFeedForward.layers],
@@ -60,12 +61,13 @@ class FusedBasicTransformerBlock(FusedBlock):
     @staticmethod
     def fits(block: nn.Module) -> bool:
         """Whether the block computes exactly the equation above, with attn1 over its own tokens."""
+        if block.norm_type != "layer_norm":  # others have other parts
+            return False
         norms, attentions = [block.norm1, block.norm3], [block.attn1]
         if block.attn2 is not None:
             norms, attentions = [*norms, block.norm2], [*attentions, block.attn2]
         return (
-            block.norm_type == "layer_norm"
-            and all(type(norm) is nn.LayerNorm for norm in norms)
+            all(type(norm) is nn.LayerNorm for norm in norms)
             and block.pos_embed is None
             and not hasattr(block, "fuser")
             and block._chunk_size is None
@@ -97,14 +99,23 @@ class FusedBasicTransformerBlock(FusedBlock):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
         *unused: Any,
         **unused_too: Any,
     ) -> Tensor:
         h = x.contiguous()
-        h = self.attn1.attend(layer_norm(self.norm1), h, h, None, attention_mask)
+        attentions = [(self.attn1, self.norm1, None, attention_mask)]
         if self.attn2 is not None:
-            h = self.attn2.attend(layer_norm(self.norm2), h, h, encoder_hidden_states, encoder_attention_mask)
-        return self.ff.feed(layer_norm(self.norm3), h, h)
+            attentions.append((self.attn2, self.norm2, encoder_hidden_states, encoder_attention_mask))
+        others = cross_attention_kwargs or {}
+        for part, norm, states, mask in attentions:
+            if has_no_hook(part):
+                h = part.attend(layer_norm(norm), h, h, states, mask, others)
+            else:
+                normed = norm(h).to(h.dtype)
+                h = h + part(normed, encoder_hidden_states=states, attention_mask=mask, **others)
+        return self.ff.feed(layer_norm(self.norm3), h, h) if has_no_hook(self.ff) else h + self.ff(self.norm3(h))
 
 
 class FusedTransformer2DModel(FusedBlock):

@@ -1,0 +1,144 @@
+"""`Watch`: whether a network still is what its low-bit layers and fused blocks were made from."""
+
+import logging
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from modiff_kernels.integrations.replacements import Replacements
+from modiff_kernels.nn.blocks import FusedBlock
+from modiff_kernels.nn.blocks.base import REMEDY, has_no_hook
+from modiff_kernels.nn.cache import sample_of
+
+logger = logging.getLogger("modiff_kernels")
+
+_weight_and_bias, _version = itemgetter("weight", "bias"), attrgetter("_version")
+
+
+class Watch:
+    """Before every call it looks whether the parameters of low-bit layers are the same objects, not changed in place as
+    torch counts it, nor their weights moved; before the first of a run also at some of the values, since writes to
+    `.data` are not counted, and at all modules that fused blocks do not call. Other weights are followed; a hook and
+    the like on such a module is refused. On CUDA a later call finds the verdict on the values (never run on a GPU).
+    """
+
+    def __init__(self, unet: nn.Module, replaced: Replacements) -> None:
+        self._unet, self._state = unet, replaced.state
+        self._layers = list(replaced.layers.values())
+        self._parameters = [layer._parameters for layer in self._layers]
+        shared = {getattr(block, "time_projections", None) for block in replaced.fused.values()}
+        inside = {id(layer.original): (path, layer.original) for path, layer in replaced.layers.items()}
+        for block in replaced.fused.values():
+            inside.update({id(module): (path, module) for path, module in _not_called(block)})
+        self._inside = list(inside.values())
+        self._attributes = [module.__dict__ for _, module in self._inside]
+        self._facts = [_facts(module) for _, module in self._inside]
+        self._of_time: list[Any] = list(filter(None, (*shared, self._state.time_table)))  # who keeps what weights give
+        self._signs: tuple[int, ...] = ()
+        self._addresses: list[int] = []
+        self._ends = self._relocations = -1
+        self._verdict: Tensor | None = None
+        self._take_stock()
+
+    def look(self) -> None:
+        """To be called before a call begins. Raises RuntimeError before anything changes."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            text = "cannot be traced or exported; call handle.remove() before torch.jit.trace or torch.export"
+            raise RuntimeError(f"an accelerated UNet has state that joins its calls, and {text}")
+        state = self._state
+        begins, self._ends = state.kept.ends != self._ends, state.kept.ends
+        signs = RemovableHandle.next_id, self._unet.training, sum(map(len, self._attributes))
+        if begins or signs != self._signs:
+            self._check_modules()
+            self._signs = signs
+        addresses = list(map(Tensor.data_ptr, self._held[::2]))
+        moved = addresses != self._addresses and state.relocations == self._relocations  # by `.data`, not by `.to()`
+        self._addresses, self._relocations = addresses, state.relocations
+        if not all(map(is_, self._now(), self._held)) or list(map(_version, self._counted)) != self._versions:
+            self._follow(begins)
+        elif begins or moved or (self._verdict is not None and self._verdict.item()) or self._finds_write():
+            self._compare_values(begins)
+
+    def refresh(self) -> None:
+        """Make everything again that is made of weights and not calibrated."""
+        self._follow(begins=False)
+
+    def _now(self) -> Iterator[Tensor | None]:
+        return chain.from_iterable(map(_weight_and_bias, self._parameters))
+
+    def _take_stock(self) -> None:
+        self._held = list(self._now())
+        self._counted = [tensor for tensor in self._held if tensor is not None and not tensor.is_inference()]
+        self._versions = list(map(_version, self._counted))
+        self._samples = self._sampled()
+
+    def _sampled(self) -> list[Tensor]:
+        """Some values of the low-bit layers, and of float weights that are kept in another form; [] if offloaded."""
+        low_bit = [tensor for tensor in self._now() if tensor is not None]
+        of_time = [weight for owner in self._of_time for module in owner.modules for weight in module.parameters()]
+        devices = {tensor.device for tensor in low_bit + of_time}
+        return [] if len(devices) != 1 or devices.pop().type == "meta" else [sample_of(low_bit), sample_of(of_time)]
+
+    def _finds_write(self) -> bool:
+        """Whether the first layer has other values, on the CPU and outside of runs, whose beginnings look at all."""
+        weight = self._held[0] if self._samples and not self._state.needs_run else None
+        if weight is None or weight.device.type != "cpu":
+            return False
+        found = sample_of([weight])
+        return not torch.equal(found, self._samples[0][: len(found)])
+
+    def _compare_values(self, begins: bool) -> None:
+        """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""
+        self._verdict, found = None, self._sampled()
+        pairs = [(new, old.to(new.device)) for new, old in zip(found, self._samples)]
+        if begins and found and found[0].is_cuda:
+            self._verdict = torch.zeros((), dtype=torch.bool, pin_memory=True)
+            self._verdict.copy_(torch.stack([(new != old).any() for new, old in pairs]).any(), non_blocking=True)
+        elif not all(torch.equal(*pair) for pair in pairs):
+            self._follow(begins)
+
+    def _follow(self, begins: bool) -> None:
+        """Make all again that is made of weights; codes of a calibration belong to the weights they were made for."""
+        found = self._sampled()
+        if not found:
+            return
+        calibrated = [layer for layer in self._layers if layer.calibrated.weight is not None]
+        if calibrated and self._samples and not torch.equal(found[0], self._samples[0].to(found[0].device)):
+            text = "codes come from a calibration; call handle.remove(), then load and calibrate the new ones"
+            raise RuntimeError(f"weights of low-bit layers have changed, but their {text}")
+        for layer in self._layers:
+            layer.adopt_parameters() if layer in calibrated else layer.refresh_weight()
+        for owner in self._of_time:
+            owner.release()
+        self._take_stock()
+        logger.info("weights have changed, and what was made of them was made again")
+        if not begins:
+            getattr(self._state, "begin_anew", lambda: self._state.invalidate("weights have changed"))()
+
+    def _check_modules(self) -> None:
+        for (path, module), known in zip(self._inside, self._facts):
+            kind, untouched, drops = facts = _facts(module)
+            if facts != known:
+                what = "drops values in training" if drops else "has a hook or a forward of its own"
+                what = what if drops or not untouched else f"has become a {kind.__name__}"
+                raise RuntimeError(f"'{path}' {what}, but is computed without being called; {REMEDY}")
+
+
+def _facts(module: nn.Module) -> tuple[type, bool, bool]:
+    """What it is, whether nothing was put on it, and whether it is a dropout that drops."""
+    return type(module), has_no_hook(module), isinstance(module, nn.Dropout) and module.training and module.p > 0
+
+
+def _not_called(block: FusedBlock) -> Iterator[tuple[str, nn.Module]]:
+    """With paths: the original of a block and what is below it, and what is below the block, but for what it calls."""
+    for top in (block.original, block):
+        called = [top._modules.get(name) for name in (*block.left_out, "time_emb_proj")]
+        left = {id(module) for part in called if part is not None for module in part.modules()}
+        left |= {id(block), *[id(block._modules.get(name)) for name in block.parts]}
+        names = top.named_modules(prefix=block.path)
+        yield from ((path, module) for path, module in names if id(module) not in left)
