@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import modiff_kernels as mk
 from modiff_kernels.evaluation import UserError
 from modiff_kernels.quant.spec import BLOCK_ROWS
@@ -109,9 +107,7 @@ class Quantised:
 
     state_bytes = 0
 
-    def __init__(
-        self, unet: torch.nn.Module, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any
-    ) -> None:
+    def __init__(self, unet: Any, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any) -> None:
         """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here. of_config,
         more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then
         count."""
@@ -126,7 +122,7 @@ class Quantised:
             raise UserError(f"{row.name}: {error}") from error
 
     @classmethod
-    def loaded(cls, handle: mk.Handle) -> "Quantised":
+    def loaded(cls, handle: Any) -> "Quantised":
         quantised = cls.__new__(cls)
         quantised.handle = handle
         return quantised

@@ -6,7 +6,6 @@ import inspect
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
+from modiff_kernels.planning.clock import host_timesteps
+from modiff_kernels.planning.stored import StoredSchedule
 
 OWN_OPTIONS: dict[str, Any] = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 
@@ -43,15 +44,15 @@ class Model:
 def open_model(
     args: argparse.Namespace, low_bit: bool = False, local: int | None = None, channels_last: bool = True
 ) -> Model:
-    """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler and --steps of a
-    command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last: layout of the UNet.
-    """
+    """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler, --steps and
+    --schedule of a command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last:
+    layout of the UNet."""
     quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
     if hasattr(args, "steps"):
-        model.calls = check_steps(model, args.scheduler, args.steps)
+        model.calls = check_steps(model, args.scheduler, args.steps, getattr(args, "schedule", None))
     if channels_last:
         model.unet.to(memory_format=torch.channels_last)
     return model
@@ -76,7 +77,7 @@ def import_diffusers() -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError(f"diffusers cannot be imported ({error}); pip install 'modiff-kernels[diffusers]'") from error
+        raise UserError(f"diffusers cannot be imported ({error}); pip install diffusers accelerate") from error
     return diffusers
 
 
@@ -96,8 +97,6 @@ def _find_folder(name: str | None) -> tuple[str, Path]:
         return SHIPPED, shipped_model_path()
     if Path(name).is_dir():
         return Path(name).resolve().name, Path(name)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise UserError(f"no such folder; give a diffusers folder, a hub id (owner/name) or {SHIPPED}")
     try:
         return name, Path(import_diffusers().DiffusionPipeline.download(name))
     except Exception as error:
@@ -174,8 +173,9 @@ def make_scheduler(model: Model, name: str, **more: Any):
     return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **options)
 
 
-def check_steps(model: Model, scheduler: str, steps: int) -> int:
-    """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them."""
+def check_steps(model: Model, scheduler: str, steps: int, stored: Any = None) -> int:
+    """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them, or if a `stored` schedule is
+    for another run."""
     schedule = make_scheduler(model, scheduler)
     longest = schedule.config.num_train_timesteps
     if steps > longest:
@@ -184,6 +184,11 @@ def check_steps(model: Model, scheduler: str, steps: int) -> int:
         schedule.set_timesteps(steps)
     except Exception as error:
         raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
+    if isinstance(stored, StoredSchedule) and (other := stored.difference(schedule, host_timesteps(schedule))):
+        advice = (
+            f"search for this one with `modiff calibrate --schedule`, or give it as text: --schedule {str(stored)!r}"
+        )
+        raise UserError(f"--schedule {stored.path}: it was searched for a run with {other}; {advice}")
     return len(schedule.timesteps)
 
 

@@ -15,9 +15,10 @@ HEADER = ("configuration", "PSNR dB", "SSIM", "s/image", "speed-up", "state MB",
 def table_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Cells of one row, as HEADER names them. PSNR null or inf: the reference, or images equal to it."""
     psnr_db = row["psnr_db"]
+    idle = row.get("schedule") is not None and row.get("calls") == row["calls_computed"]
     shown = "equal" if psnr_db is None or math.isinf(psnr_db) else f"{psnr_db:.1f}"
     return (
-        row["name"],
+        row["name"] + (" (no call left out)" if idle else ""),
         *(("reference", "1") if row["is_reference"] else (shown, f"{row['ssim']:.4f}")),
         f"{row['s_per_image']:.4f}",
         "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",

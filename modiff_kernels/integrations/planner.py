@@ -112,7 +112,14 @@ def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rou
         plans.append(mixed)
     floats = bench.float_subjects()
     bench.time([*floats, *plans], rounds)
-    return _decided(bench, costs, floats, plans, limit < math.inf)
+    left_out = [each for each in bench.subjects.values() if each not in plans]
+    plan = _decided(bench, costs, floats, plans, limit < math.inf)
+    if not left_out:
+        return plan
+    listed = ", ".join(
+        f"{each.name} ({each.psnr_db:.1f} dB, state {each.state_bytes / 1e6:.1f} MB)" for each in left_out
+    )
+    return dataclasses.replace(plan, summary=f"{plan.summary}; not within the limits: {listed}")
 
 
 def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subject | None:
@@ -135,11 +142,13 @@ def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subj
 def _decided(
     bench: Bench, costs: Costs, floats: Sequence[Subject], plans: Sequence[Subject], limited: bool
 ) -> LayerPlan:
-    """The fastest of `plans` if it gains over the best float form, else float."""
+    """The fastest of `plans` if it gains over the best float form, else float. Of those that are as fast, up to what is
+    noise, it is the one with the least state."""
     candidates = tuple(subject.candidate for subject in (*floats, *plans))
     best = min(floats, key=lambda subject: statistics.median(subject.steps))
     gains = [statistics.median(map(truediv, best.steps, plan.steps)) for plan in plans]
-    gain, chosen = max(zip(gains, plans), key=lambda pair: pair[0], default=(0.0, None))
+    as_fast = [pair for pair in zip(gains, plans) if pair[0] * LEAST_GAIN > max(gains)]
+    gain, chosen = min(as_fast, key=lambda pair: (pair[1].state_bytes, -pair[0]), default=(0.0, None))
     if chosen is None or gain < LEAST_GAIN:
         found = "no plan is within the limits"
         if chosen is not None:
