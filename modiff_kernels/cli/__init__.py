@@ -60,12 +60,10 @@ def _warnings_as_lines(name: str, quiet: bool) -> Iterator[None]:
     handler = logging.Handler(logging.ERROR if quiet else logging.WARNING)
     handler.emit = lambda record: show(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("modiff_kernels")
-    logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            if quiet:
-                warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.removeHandler(handler)
+    with warnings.catch_warnings(), contextlib.ExitStack() as undo:
+        logger.addHandler(handler)
+        undo.callback(logger.removeHandler, handler)
+        warnings.showwarning = show
+        if quiet:
+            warnings.simplefilter("ignore")
+        yield

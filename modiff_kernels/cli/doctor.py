@@ -22,14 +22,9 @@ from modiff_kernels.ops import dispatch
 
 OPTIONAL = {"diffusers": "diffusers", "accelerate": "accelerate", "skimage": "scikit-image", "PIL": "pillow"}
 OPTIONAL |= {"triton": "triton"}
-# What ENVS.md lists, with the values that are allowed; none where any will do.
-VARIABLES: dict[str, tuple[str, ...]] = {
-    "MODIFF_BACKEND": BACKEND_VALUES,
-    "MODIFF_CUDA": ("AUTO", "ON", "OFF"),
-    "MODIFF_COMMIT": (),
-    "MODIFF_CACHE": (),
-    "MODIFF_SKIP_BUILD": ("0", "1"),
-}
+# Those of ENVS.md, with the values that are allowed; none: any.
+VARIABLES: dict[str, tuple[str, ...]] = {"MODIFF_BACKEND": BACKEND_VALUES, "MODIFF_CUDA": ("AUTO", "ON", "OFF", "")}
+VARIABLES |= {"MODIFF_COMMIT": (), "MODIFF_CACHE": (), "MODIFF_SKIP_BUILD": ("0", "1", "")}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 LEAST_SQNR_DB = 60.0
 
@@ -104,20 +99,20 @@ def _backends() -> Items:
 
 
 def _environment() -> Items:
-    for name, value in sorted(os.environ.items()):
-        if name.startswith("MODIFF_"):
-            wrong = None
-            if name not in VARIABLES:
-                wrong = f"no variable of this name is read, only {', '.join(VARIABLES)}"
-            elif VARIABLES[name] and value not in (*VARIABLES[name], ""):
-                wrong = f"not allowed, give one of {', '.join(VARIABLES[name])}"
-            elif (
-                name == "MODIFF_CACHE"
-                and os.path.exists(value)
-                and not (os.path.isdir(value) and os.access(value, os.W_OK))
-            ):
-                wrong = "no folder that can be written, so no plans are kept"
-            yield name, value if wrong is None else f"{value}  WRONG: {wrong}"
+    for name in sorted(name for name in os.environ if name.startswith("MODIFF_")):
+        value, wrong = os.environ[name], ""
+        place = Path(value).absolute()
+        if name not in VARIABLES:
+            wrong = f"  WRONG: it is not read; these are: {', '.join(VARIABLES)}"
+        elif VARIABLES[name] and value not in VARIABLES[name]:
+            wrong = f"  WRONG: give one of {', '.join(VARIABLES[name])}"
+        elif name == "MODIFF_CACHE" and not _is_writable(next(p for p in (place, *place.parents) if p.exists())):
+            wrong = "  WRONG: no folder can be made or written there, so no plan is stored"
+        yield name, value + wrong
+
+
+def _is_writable(place: Path) -> bool:
+    return place.is_dir() and os.access(place, os.W_OK)
 
 
 def _libraries() -> Items:

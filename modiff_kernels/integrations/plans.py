@@ -120,10 +120,9 @@ def state_bytes_of(layers: Iterable[str], replaced: Replacements, shapes: Mappin
     kept = 0
     for name in layers:
         layer, shape, weight = replaced.layers[name], shapes.get(name), replaced.originals[name].weight
-        if shape is None or (layer.input is None and layer.mode != CONSTANT):
-            continue
-        if layer.mode == CONSTANT:
+        if shape is not None and layer.mode == CONSTANT:
             kept += shape.outputs * weight.element_size()
+        if shape is None or layer.mode != MODULATED:
             continue
         inputs, block = shape.inputs, replaced.fused.get(name.rpartition(".")[0])
         if isinstance(block, FusedResample):  # which keeps the image as it was before

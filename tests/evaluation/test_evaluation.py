@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.cifar10 import load_cifar10
 from modiff_kernels.evaluation import frechet_distance, markdown_table, psnr, sqnr, ssim, text_table, to_json
-from modiff_kernels.evaluation.cifar10 import load_cifar10
 from modiff_kernels.evaluation.images import image_grid
 from tests.cifar10_files import write_packed
 
@@ -98,9 +98,6 @@ def test_tables():
         "| plain W8A8 | 45.1 | 1.02 |",
         "| a | 9 | - |",
     ]
-    for table in (text_table, markdown_table):
-        with pytest.raises(ValueError, match="has 3 cells"):
-            table(["a", "b"], ROWS)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
