@@ -85,7 +85,10 @@ def _layer(path: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a new file, which then takes the place of `path`: an interruption or a full disk leaves the old
     one, or none. OSError where it cannot be written."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    is_plain = not path.is_symlink() and (
+        path.is_file() or not path.exists()
+    )  # else a device, /dev/stdout and the like
+    new = path.with_name(f"{path.name}.{os.getpid()}.new") if is_plain else path
     try:
         write(new)
         new.replace(path)
@@ -93,7 +96,8 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"cannot write {path}: {reason}; make room there, or give another place") from error
     finally:
-        new.unlink(missing_ok=True)
+        if is_plain:
+            new.unlink(missing_ok=True)
 
 
 def read_result(calibration: "CalibrationResult | str | Path") -> CalibrationResult:

@@ -1,11 +1,15 @@
 """What the commands refuse: one line that says what, exit code 2, and nothing left behind."""
 
 import json
+import os
+import resource
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from modiff_kernels.cli import main
 
 
 @pytest.mark.parametrize("command", ["compare", "sample"])
@@ -17,9 +21,11 @@ import torch
         ("--steps many", "--steps: invalid number value: 'many'"),
         ("--steps 1001", "trained on 1000 steps"),
         ("--threads 0", "--threads: must be at least 1"),
+        ("--threads 100000", "--threads: must be at least 1 and at most"),
+        ("--backend fast", "invalid choice: 'fast' (choose from 'auto', 'cpu'"),
         ("--seed -1", "--seed: must be at least 0 and at most"),
         ("--weight-bits 5", "'5' is not a supported number of bits; allowed: 3, 4, 8"),
-        ("--schedule none.json", "none.json as `modiff calibrate` writes it (FileNotFoundError"),
+        ("--schedule none.json", "none.json is no schedule of this version (FileNotFoundError"),
         ("--prompt cat", "takes no text"),
         ("--colour red", "unrecognized arguments: --colour red"),
     ],
@@ -45,7 +51,7 @@ def test_outputs_that_cannot_be_written(refused, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("kept")
     for option in ("--json", "--grid", "--out"):
-        assert "cannot write" in refused("compare", option, blocked / "below")
+        assert "cannot write" in refused("compare", option, blocked / "below.png")
     assert "Is a directory" in refused("compare", "--json", tmp_path)
     refused("compare", "--json", tmp_path / "a.json", "--model", "/nowhere/at/all")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -77,10 +83,57 @@ def test_networks_that_cannot_be_sampled(refused, tmp_path, tiny_unet):
     assert "3 input and 6 output channels" in refused("compare", "--model", tmp_path / "variance")
 
 
-def test_help_answers_without_torch():
-    code = "import sys; from modiff_kernels.cli import main\ntry: main(['compare', '--help'])\n"
-    code += "finally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "avg bits" in done.stdout
-    assert "modulated-w8a4" in done.stdout
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("compare --help", 0, "avg bits"),
+        ("sample --steps 0", 2, "--steps: must be at least 1"),
+        ("sample --model /nowhere", 2, "/nowhere: no such folder"),
+        (
+            "sample --out a.jpg",
+            2,
+            "a.jpg: pictures are written as PNG; give a name that ends in .png, or the name of a",
+        ),
+        ("compare --grid a.txt", 2, "a.txt: pictures are written as PNG"),
+        ("compare --rows fast", 2, "--rows: no row 'fast'"),
+        ("calibrate --schedule", 2, "one of the arguments --budget-db --speedup is required"),
+    ],
+)
+def test_what_needs_no_torch_is_answered_without(command, code, message):
+    script = f"import sys; from modiff_kernels.cli import main\ntry: sys.exit(main({command.split()}))\n"
+    script += "finally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, message in done.stdout + done.stderr) == (code, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample --steps 2 --out OUT/a.png",
+        "sample --steps 2 --out OUT",
+        "compare --steps 2 --images 2 --rows float-channels_last --out OUT",
+        "explain --plan none --json OUT/a.json",
+    ],
+)
+def test_a_full_disk(unet_folder, tmp_path, capsys, command):
+    words = f"{command} --model {unet_folder} --batch 2 --threads 1 --quiet".replace("OUT", f"{tmp_path}/out").split()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert main(words) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = capsys.readouterr().err
+    assert f"error: cannot write {tmp_path}/out/" in message
+    assert message.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("output", "code"), [("closed", 141), ("/dev/full", 2)])
+def test_output_that_nobody_takes(monkeypatch, capsys, output, code):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write if output == "closed" else output, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["doctor"]) == code
+    assert capsys.readouterr().err.count("\n") == (code == 2)

@@ -183,6 +183,19 @@ def test_state_that_is_not_known_is_not_allowed(unet, modes, message):
     assert handle.state.nbytes() == 0
 
 
+def test_a_plan_made_elsewhere_is_told(unet, caplog):
+    plan = costed_plan(unet)
+    for other, text in (
+        ({}, ""),
+        ({"device": "x"}, "device (x)"),
+        ({"model": "0", "versions": "1"}, "UNet and version"),
+    ):
+        caplog.clear()
+        moved = dataclasses.replace(plan, key=dataclasses.replace(plan.key, **other))
+        mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=moved)).remove()
+        assert (f"made for another {text}" in caplog.text) == bool(text)
+
+
 def test_another_shape_than_the_planned_one_is_told(unet, caplog):
     plan = costed_plan(unet)
     handle = mk.accelerate(unet, mk.ModiffConfig(act_bits=4, plan=plan))

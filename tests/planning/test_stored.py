@@ -30,6 +30,13 @@ def test_it_fits_the_run_that_was_searched(tmp_path):
     assert str(found.schedule) == "U3FUF3 order=1"
     same = scheduler_of()
     assert found.fits(same, host_timesteps(same))
+    others = {
+        "calls 8, and this run has 9": {"steps": 9},
+        "clip_sample True, and this run has False": {"clip_sample": False},
+    }
+    for text, changes in others.items():
+        other = scheduler_of(**changes)
+        assert found.difference(other, host_timesteps(other)) == text
     from_another = DDIMScheduler.from_config({**DDPMScheduler().config, "variance_type": "fixed_large"})
     from_another.set_timesteps(8)
     assert found.fits(from_another, host_timesteps(from_another)), "settings of another class say nothing"
@@ -72,12 +79,13 @@ def test_it_is_found_in_the_folder_of_the_unet_or_the_pipeline(tmp_path):
         ({"sampler": None}, "TypeError"),
         ({"timesteps": ["a"]}, "ValueError"),
         ({"schedule": "U3fU"}, "skips deep levels; give it as schedule='U3fU'"),
+        ({"colour": 1}, "unknown key 'colour'"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_by_name(tmp_path, changes, message):
     path = write(tmp_path, **changes)
     with pytest.raises(ValueError, match=message) as raised:
-        stored.read(path)
+        stored.beside(loaded_from(tmp_path))
     assert str(path) in str(raised.value)
     assert "search again with `modiff calibrate --schedule`" in str(raised.value)
 
