@@ -38,12 +38,12 @@ import modiff_kernels as mk
 from benchmarks import record
 from benchmarks import shared as models
 from benchmarks.runner import FAILED, NOT_FINISHED
-from benchmarks.studies.features import FOLDER, Features
+from benchmarks.studies.features import FOLDER, Features, frechet_distance
 from benchmarks.studies.pictures import OutOfTime, Pictures
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
 from examples.cifar10 import load_cifar10
-from modiff_kernels.evaluation import frechet_distance, markdown_table
+from modiff_kernels.evaluation import markdown_table
 
 SAMPLERS = {"DDIM-50": ("ddim", 50), "DDIM-100": ("ddim", 100), "DPM-Solver++-20": ("dpmsolver++", 20)}
 CODES_SAMPLER = "DDIM-50"

@@ -35,19 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         unread = isinstance(error, BrokenPipeError)
         if not unread:
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        _drop_output()
+        try:
+            print(end="", flush=True)
+        except OSError:  # what stdout does not take goes nowhere: Python would try it again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141 if unread else 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-
-
-def _drop_output() -> None:
-    """Let what stdout does not take go nowhere: Python would try it again at its exit."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

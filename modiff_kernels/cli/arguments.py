@@ -262,11 +262,12 @@ modiff_plan.json in the folder of --model, where --schedule auto finds the first
 
 def check(args: argparse.Namespace) -> None:
     """What can be said of the options together; UserError for those that do not fit."""
+    if isinstance(found := getattr(args, "schedule", None), stored.StoredSchedule):
+        args.stored, args.schedule = found, str(found.schedule)
     if args.command == "compare":
         from modiff_kernels.evaluation.configurations import build_rows, select_rows
 
-        schedule = None if args.schedule is None else str(args.schedule)
-        rows = build_rows(args.weight_bits, args.act_bits, args.compile, schedule, args.plan)
+        rows = build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule, args.plan)
         args.rows = select_rows(rows, args.rows)
     elif args.command == "explain" and args.mode in ("float", "weight_only"):
         if args.plan not in (None, "auto"):

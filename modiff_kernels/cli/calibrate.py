@@ -1,13 +1,12 @@
 """`modiff calibrate`: weight codes and activation scales of a model, its step schedule, or its layer plan."""
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import modiff_kernels as mk
 from modiff_kernels.calibration import METHODS
 from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.cli.arguments import writable
-from modiff_kernels.evaluation import UserError, command_line, networks, psnr
+from modiff_kernels.evaluation import UserError, command_line, networks, psnr, user_errors
 from modiff_kernels.evaluation.configurations import Quantised, config_of_row, row_of
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.planning import stored
@@ -37,18 +36,10 @@ def run(args: argparse.Namespace) -> int:
     return _search_schedule(args, writable(args.out or folder / stored.FILE_NAME))
 
 
-@contextlib.contextmanager
-def _user_errors(prefix: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{prefix}{error}") from error
-
-
 def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
     options = _options(args.method, args.set)
     model = networks.open_model(args)
-    with _user_errors():
+    with user_errors():
         config = config_of_row(row_of(args, "calibrate"), args.backend, args.granularity)
         if args.mode == "weight_only":
             config = dataclasses.replace(config, mode="modulated")
@@ -87,7 +78,7 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
     model = networks.open_model(args)
     seeds = range(args.seed, args.seed + args.batch)
     limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
-    with _user_errors():
+    with user_errors():
         plan = mk.make_plan(
             model.unet,
             config_of_row(row_of(args, "plan", plan=limited), args.backend, args.granularity, args.max_state_bytes),
@@ -129,7 +120,7 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
     computed, times = None, None
     if args.speedup is not None:
         times = _seconds_per_call(lambda schedule: pictures(schedule, 0, args.batch), calls)
-        with _user_errors(f"--speedup {args.speedup:g}: "):
+        with user_errors(f"--speedup {args.speedup:g}: "):
             computed = computed_for_speedup(calls, args.speedup, *times)
     with tqdm(desc="search", unit="schedule", disable=args.quiet, leave=False, initial=len(known.values)) as bar:
 
@@ -139,7 +130,7 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
             known.save()
 
         evaluate = fidelity_from(0)
-        with _user_errors():
+        with user_errors():
             goal = {"budget_db": args.budget_db, "computed": computed}
             found = search(evaluate, calls, **goal, known=known.values, on_evaluation=on_evaluation)
     held_out_db = fidelity_from(args.images)(found.schedule)

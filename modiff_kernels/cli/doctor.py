@@ -101,18 +101,14 @@ def _backends() -> Items:
 def _environment() -> Items:
     for name in sorted(name for name in os.environ if name.startswith("MODIFF_")):
         value, wrong = os.environ[name], ""
-        place = Path(value).absolute()
+        places = (Path(value).absolute(), *Path(value).absolute().parents)
         if name not in VARIABLES:
             wrong = f"  WRONG: it is not read; these are: {', '.join(VARIABLES)}"
         elif VARIABLES[name] and value not in VARIABLES[name]:
             wrong = f"  WRONG: give one of {', '.join(VARIABLES[name])}"
-        elif name == "MODIFF_CACHE" and not _is_writable(next(p for p in (place, *place.parents) if p.exists())):
+        elif name == "MODIFF_CACHE" and not os.access(f"{next(filter(Path.exists, places))}/.", os.W_OK):
             wrong = "  WRONG: no folder can be made or written there, so no plan is stored"
         yield name, value + wrong
-
-
-def _is_writable(place: Path) -> bool:
-    return place.is_dir() and os.access(place, os.W_OK)
 
 
 def _libraries() -> Items:

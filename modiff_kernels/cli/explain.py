@@ -6,7 +6,7 @@ import json
 
 from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.cli.arguments import writable
-from modiff_kernels.evaluation import UserError, command_line, networks, to_json
+from modiff_kernels.evaluation import command_line, networks, to_json, user_errors
 from modiff_kernels.evaluation.configurations import Quantised, row_of
 from modiff_kernels.integrations.plans import state_bytes_of, traced_shapes
 
@@ -19,10 +19,8 @@ def run(args: argparse.Namespace) -> int:
     out = writable(args.json) if args.json else None
     model = networks.open_model(args)
     row = row_of(args, model.name, plan=args.plan)
-    try:
+    with user_errors():
         samples, shapes = traced_shapes(model.unet, args.batch)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     handle = Quantised(model.unet, row, args.backend, args.granularity, args.max_state_bytes).handle
     state_bytes = state_bytes_of(handle.layers, handle.replaced, shapes)
     print(handle.explain(f"{state_bytes / 2**20:.1f} MiB in a run with samples {'x'.join(map(str, samples))}"))

@@ -108,8 +108,7 @@ class _Sampler:
             _refuse(args, OF_LAYERS, f"the calibration {args.calibration} has modes and bits of the layers")
         args.mode, args.weight_bits, args.act_bits = args.mode or "modulated", args.weight_bits or 8, args.act_bits or 8
         if args.mode != "float" or args.schedule is not None or args.plan is not None:
-            schedule = None if args.schedule is None else str(args.schedule)
-            row = row_of(args, args.mode, schedule=schedule, plan=args.plan)
+            row = row_of(args, args.mode, schedule=args.schedule, plan=args.plan)
             self.quantised = Quantised(self.unet, row, args.backend, args.granularity, calibration=args.calibration)
 
     def options(self) -> dict[str, Any]:

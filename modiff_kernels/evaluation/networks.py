@@ -20,7 +20,6 @@ from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.stored import StoredSchedule
 
 OWN_OPTIONS: dict[str, Any] = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 
@@ -52,7 +51,7 @@ def open_model(
         torch.set_num_threads(args.threads)
     model = load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
     if hasattr(args, "steps"):
-        model.calls = check_steps(model, args.scheduler, args.steps, getattr(args, "schedule", None))
+        model.calls = check_steps(model, args.scheduler, args.steps, getattr(args, "stored", None))
     if channels_last:
         model.unet.to(memory_format=torch.channels_last)
     return model
@@ -184,10 +183,8 @@ def check_steps(model: Model, scheduler: str, steps: int, stored: Any = None) ->
         schedule.set_timesteps(steps)
     except Exception as error:
         raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
-    if isinstance(stored, StoredSchedule) and (other := stored.difference(schedule, host_timesteps(schedule))):
-        advice = (
-            f"search for this one with `modiff calibrate --schedule`, or give it as text: --schedule {str(stored)!r}"
-        )
+    if stored is not None and (other := stored.difference(schedule, host_timesteps(schedule))):
+        advice = f"search for this one with `modiff calibrate --schedule`, or give --schedule {str(stored.schedule)!r}"
         raise UserError(f"--schedule {stored.path}: it was searched for a run with {other}; {advice}")
     return len(schedule.timesteps)
 

@@ -22,9 +22,6 @@ class StoredSchedule(NamedTuple):
     run: dict[str, Any]
     path: Path
 
-    def __str__(self) -> str:
-        return str(self.schedule)
-
     def fits(self, scheduler: Any, timesteps: Sequence[float]) -> bool:
         """Whether a run with these timesteps is the one that was searched: same sampler, settings and calls."""
         return self.difference(scheduler, timesteps) is None
@@ -74,7 +71,7 @@ def beside(*models: Any) -> StoredSchedule | None:
             if (path := place / FILE_NAME).is_file():
                 found = read(path)
                 if found.schedule.is_deep:
-                    advice = f"give it as schedule={str(found)!r}, or {SEARCH_AGAIN}"
+                    advice = f"give it as schedule={str(found.schedule)!r}, or {SEARCH_AGAIN}"
                     raise ValueError(f"schedule='auto': {path} skips deep levels; {advice}")
                 return found
     return None
