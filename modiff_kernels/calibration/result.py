@@ -94,7 +94,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         new.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write {path}: {reason}; make room there, or give another place") from error
+        raise OSError(f"cannot write {path}: {reason}; free some, or give another place") from error
     finally:
         if is_plain:
             new.unlink(missing_ok=True)

@@ -161,12 +161,8 @@ def add_model_options(add: Callable[..., Any], sampled: bool = True) -> None:
     threads = number(int, 1, os.cpu_count() or 1)
     add("--threads", type=threads, help="CPU threads, as many as there are cores at most (default: torch decides)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample (%(default)s)")
-    add(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="backend of the quantised layers, see `modiff doctor` (%(default)s)",
-    )
+    backend = "backend of the quantised layers, see `modiff doctor` (%(default)s)"
+    add("--backend", choices=BACKENDS, default="auto", help=backend)
     scales = "one activation scale for what (default: per_block for residuals of 3 and 4 bits, else per_sample)"
     add("--granularity", choices=GRANULARITIES, help=scales)
     add("--quiet", action="store_true", help="no progress bars, notes and warnings")

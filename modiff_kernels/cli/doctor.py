@@ -1,7 +1,6 @@
 """`modiff doctor`: what runs on this machine, what does not, and why."""
 
 import argparse
-import contextlib
 import importlib
 import os
 import platform
@@ -35,22 +34,13 @@ def run(args: argparse.Namespace) -> int:
     for title, part in PARTS.items():
         _print(title, part())
     print(f"ops: which backend has which\n{_dispatch()}\n")
-    with _no_backend_forced():
-        checks = [(name, _self_check(name)) for name in BACKENDS if dispatch.why_unavailable(name) is None]
+    forced = {name: os.environ.pop(name) for name in ("MODIFF_BACKEND",) if name in os.environ}
+    dispatch.reset()
+    checks = [(name, _self_check(name)) for name in BACKENDS if dispatch.why_unavailable(name) is None]
+    os.environ.update(forced)
+    dispatch.reset()
     _print("self-check against the reference: codes equal, outputs within float rounding", checks)
     return int(any(result.startswith("FAILED") for _, result in checks))
-
-
-@contextlib.contextmanager
-def _no_backend_forced() -> Iterator[None]:
-    forced = os.environ.pop("MODIFF_BACKEND", None)
-    dispatch.reset()
-    try:
-        yield
-    finally:
-        if forced is not None:
-            os.environ["MODIFF_BACKEND"] = forced
-        dispatch.reset()
 
 
 def _print(title: str, items: Iterable[tuple[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from modiff_kernels.cli import main
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model /nowhere/at/all", "/nowhere/at/all: no such folder"),
         ("--scheduler euler", "'ddim', 'ddpm', 'pndm', 'dpmsolver++', 'unipc'"),
         ("--steps many", "--steps: invalid number value: 'many'"),
         ("--steps 1001", "trained on 1000 steps"),
@@ -34,12 +34,11 @@ def test_options_of_sampling(refused, command, options, message):
     assert message in refused(command, *options.split())
 
 
-def test_commands_and_rows(refused):
+def test_commands_and_schedules(refused):
     refused()
     refused("compute")
     message = "every=1 is not allowed; give a whole number, 2 or more; or auto, or none"
     assert message in refused("compare", "--schedule", "hold every=1")
-    assert "modulated-w8a4" in refused("compare", "--rows", "float,fast")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -83,38 +82,23 @@ def test_networks_that_cannot_be_sampled(refused, tmp_path, tiny_unet):
     assert "3 input and 6 output channels" in refused("compare", "--model", tmp_path / "variance")
 
 
-@pytest.mark.parametrize(
-    ("command", "code", "message"),
-    [
-        ("compare --help", 0, "avg bits"),
-        ("sample --steps 0", 2, "--steps: must be at least 1"),
-        ("sample --model /nowhere", 2, "/nowhere: no such folder"),
-        (
-            "sample --out a.jpg",
-            2,
-            "a.jpg: pictures are written as PNG; give a name that ends in .png, or the name of a",
-        ),
-        ("compare --grid a.txt", 2, "a.txt: pictures are written as PNG"),
-        ("compare --rows fast", 2, "--rows: no row 'fast'"),
-        ("calibrate --schedule", 2, "one of the arguments --budget-db --speedup is required"),
-    ],
-)
-def test_what_needs_no_torch_is_answered_without(command, code, message):
-    script = f"import sys; from modiff_kernels.cli import main\ntry: sys.exit(main({command.split()}))\n"
-    script += "finally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, message in done.stdout + done.stderr) == (code, True), done.stderr
+def test_what_needs_no_torch_is_answered_without():
+    answers = {
+        "compare --help": "avg bits",
+        "sample --steps 0": "--steps: must be at least 1",
+        "sample --model /nowhere": "/nowhere: no such folder",
+        "sample --out a.jpg": "a.jpg: pictures are written as PNG; give a name that ends in .png, or the name of",
+        "compare --grid a.txt": "a.txt: pictures are written as PNG",
+        "compare --rows float,fast": "--rows: no row 'fast'; allowed: float-contiguous",
+        "calibrate --schedule": "one of the arguments --budget-db --speedup is required",
+    }
+    code = "import sys; from modiff_kernels.cli import main\nfor words in sys.argv[1:]:\n    try: main(words.split())\n"
+    code += "    except SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, *answers], capture_output=True, text=True, check=True)
+    assert [text for text in answers.values() if text not in done.stdout + done.stderr] == []
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "sample --steps 2 --out OUT/a.png",
-        "sample --steps 2 --out OUT",
-        "compare --steps 2 --images 2 --rows float-channels_last --out OUT",
-        "explain --plan none --json OUT/a.json",
-    ],
-)
+@pytest.mark.parametrize("command", ["sample --out OUT/a.png", "sample --out OUT", "compare --rows plain --out OUT"])
 def test_a_full_disk(unet_folder, tmp_path, capsys, command):
     words = f"{command} --model {unet_folder} --batch 2 --threads 1 --quiet".replace("OUT", f"{tmp_path}/out").split()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -123,9 +107,7 @@ def test_a_full_disk(unet_folder, tmp_path, capsys, command):
         assert main(words) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    message = capsys.readouterr().err
-    assert f"error: cannot write {tmp_path}/out/" in message
-    assert message.count("\n") == 1
+    assert re.fullmatch(f"modiff [a-z]*: error: cannot write {tmp_path}/out/.*: .*\n", capsys.readouterr().err)
     assert list((tmp_path / "out").iterdir()) == []
 
 

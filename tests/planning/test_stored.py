@@ -30,13 +30,9 @@ def test_it_fits_the_run_that_was_searched(tmp_path):
     assert str(found.schedule) == "U3FUF3 order=1"
     same = scheduler_of()
     assert found.fits(same, host_timesteps(same))
-    others = {
-        "calls 8, and this run has 9": {"steps": 9},
-        "clip_sample True, and this run has False": {"clip_sample": False},
-    }
-    for text, changes in others.items():
-        other = scheduler_of(**changes)
-        assert found.difference(other, host_timesteps(other)) == text
+    longer, free = scheduler_of(steps=9), scheduler_of(clip_sample=False)
+    assert found.difference(longer, host_timesteps(longer)) == "calls 8, and this run has 9"
+    assert found.difference(free, host_timesteps(free)) == "clip_sample True, and this run has False"
     from_another = DDIMScheduler.from_config({**DDPMScheduler().config, "variance_type": "fixed_large"})
     from_another.set_timesteps(8)
     assert found.fits(from_another, host_timesteps(from_another)), "settings of another class say nothing"
