@@ -260,6 +260,8 @@ def test_runs_without_optional_parts_and_compiled_library(tmp_path: Path):
         "codes, scale, absmax = ops.quantize(x, x_hat=x_hat, granularity='per_tensor')\n"
         "torch.testing.assert_close(x_hat, scale * codes)\n"
         "assert absmax.tolist() == [3.0]\n"
+        "from modiff_kernels.cli import main\n"
+        "assert main(['sample']) == main(['compare']) == 2  # one line says what to install\n"
     )
     run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
 

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from modiff_kernels.cli.arguments import build_parser, check
 from modiff_kernels.evaluation import UserError
 
+INSTALL = "`pip install diffusers accelerate scikit-image pillow` installs what the commands need"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `modiff` with `argv` (default: that of the process) and return its exit code.
@@ -31,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return importlib.import_module(f"modiff_kernels.cli.{args.command}").run(args)
         finally:
             print(end="", flush=True)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         unread = isinstance(error, BrokenPipeError)
+        advice = f"; {INSTALL}" if isinstance(error, ImportError) else ""
         if not unread:
-            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{name}: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         try:
             print(end="", flush=True)
         except OSError:  # what stdout does not take goes nowhere: Python would try it again at its exit

@@ -72,14 +72,6 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
     return torch.device("cuda", local)
 
 
-def import_diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UserError(f"diffusers cannot be imported ({error}); pip install diffusers accelerate") from error
-    return diffusers
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
@@ -96,8 +88,10 @@ def _find_folder(name: str | None) -> tuple[str, Path]:
         return SHIPPED, shipped_model_path()
     if Path(name).is_dir():
         return Path(name).resolve().name, Path(name)
+    import diffusers
+
     try:
-        return name, Path(import_diffusers().DiffusionPipeline.download(name))
+        return name, Path(diffusers.DiffusionPipeline.download(name))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no such folder, and the hub gave no pipeline of this name ({reason})") from error
@@ -134,7 +128,8 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
     kind = unet_config.get("_class_name")
     if not with_pipe and kind != "UNet2DModel":
         raise UserError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
-    diffusers = import_diffusers()
+    import diffusers
+
     loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
     try:
         loaded = loader.from_pretrained(place, torch_dtype=torch.float32).to(device)
@@ -169,7 +164,9 @@ def make_scheduler(model: Model, name: str, **more: Any):
     on_pixels = {"clip_sample": True} if model.pipe is None and name in ("ddim", "ddpm") else {}
     config = {key: value for key, value in model.scheduler_config.items() if not key.startswith("_")}
     options = {**OWN_OPTIONS.get(name, on_pixels), **more}
-    return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **options)
+    import diffusers
+
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **options)
 
 
 def check_steps(model: Model, scheduler: str, steps: int, stored: Any = None) -> int:
@@ -238,6 +235,7 @@ def quiet_libraries() -> None:
     """Keep progress bars, advice and logged errors of other libraries out of the terminal; exceptions tell enough."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    diffusers = import_diffusers()
+    import diffusers
+
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
