@@ -272,10 +272,12 @@ find_spec, get_path = importlib.util.find_spec, sysconfig.get_path
 importlib.util.find_spec = lambda name, *more: None if name == "torch" else find_spec(name, *more)
 sysconfig.get_path = lambda key, *more, **named: "/none" if key.endswith("lib") else get_path(key, *more, **named)
 """
+KERNELS = "import runpy, sys; sys.argv[1:] = ['build_ext']; runpy.run_path('setup.py')"
 BUILDS = {  # code, and the end of its output
     "sdist": (NO_TORCH + "assert not build.get_requires_for_build_sdist(); print(build.build_sdist('.'))", "tar.gz"),
     "wheel": (NO_TORCH + "build.prepare_metadata_for_build_wheel('.')", "no torch in .*MODIFF_SKIP_BUILD=1 .*"),
-    "kernels": ("import runpy, sys; sys.argv[1:] = ['build_ext']; runpy.run_path('setup.py')", "a C.*_SKIP_BUILD=1 .*"),
+    "kernels": (KERNELS, "could not be built, .*_SKIP_BUILD=1 .*"),
+    "without a compiler": (f"import os; os.environ['CXX'] = '/none'\n{KERNELS}", "/none of .* found.*_SKIP_BUILD=1 .*"),
 }
 
 
@@ -284,7 +286,7 @@ def test_builds_without_torch_and_without_a_compiler(tmp_path, what):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.24)\nproject(none LANGUAGES CXX)\n")
-    env, (code, last) = {**os.environ, "CXX": "/none", "MODIFF_SKIP_BUILD": ""}, BUILDS[what]
+    env, (code, last) = {**os.environ, "CXX": "false", "MODIFF_SKIP_BUILD": ""}, BUILDS[what]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert re.search(f"{last}$", (done.stdout if what == "sdist" else done.stderr).strip()), done.stderr
 

@@ -112,14 +112,7 @@ def _measured(bench: Bench, max_loss_db: float, max_state_bytes: int | None, rou
         plans.append(mixed)
     floats = bench.float_subjects()
     bench.time([*floats, *plans], rounds)
-    left_out = [each for each in bench.subjects.values() if each not in plans]
-    plan = _decided(bench, costs, floats, plans, limit < math.inf)
-    if not left_out:
-        return plan
-    listed = ", ".join(
-        f"{each.name} ({each.psnr_db:.1f} dB, state {each.state_bytes / 1e6:.1f} MB)" for each in left_out
-    )
-    return dataclasses.replace(plan, summary=f"{plan.summary}; not within the limits: {listed}")
+    return _decided(bench, costs, floats, plans, limit < math.inf)
 
 
 def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subject | None:
@@ -161,6 +154,10 @@ def _decided(
         if len(set(chosen.modes.values())) == 1:
             whole = "one mode for all is the fastest as a whole"
             decided = {path: (mode, why if why == "fastest" else whole) for path, (mode, why) in decided.items()}
+    left_out = [each for each in bench.subjects.values() if each not in plans]
+    if left_out:
+        listed = (f"{each.name} ({each.psnr_db:.1f} dB, state {each.state_bytes / 1e6:.1f} MB)" for each in left_out)
+        summary += f"; not within the limits: {', '.join(listed)}"
     units = [UnitPlan(path, mode, bench.units[path], tuple(costs[path]), why) for path, (mode, why) in decided.items()]
     return LayerPlan(tuple(units), None, "measured", candidates, summary)
 
