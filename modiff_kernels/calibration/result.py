@@ -85,18 +85,17 @@ def _layer(path: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a new file, which then takes the place of `path`: an interruption or a full disk leaves the old
     one, or none. OSError where it cannot be written."""
-    is_plain = not path.is_symlink() and (
-        path.is_file() or not path.exists()
-    )  # else a device, /dev/stdout and the like
-    new = path.with_name(f"{path.name}.{os.getpid()}.new") if is_plain else path
+    # Links and devices, such as /dev/stdout, are written themselves, as are files in a folder that takes no new ones.
+    plain = not path.is_symlink() and (path.is_file() or not path.exists()) and os.access(path.parent, os.W_OK)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new") if plain else path
     try:
         write(new)
         new.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write {path}: {reason}; free some, or give another place") from error
+        raise OSError(f"cannot write {path}: {reason}; give another place") from error
     finally:
-        if is_plain:
+        if plain:
             new.unlink(missing_ok=True)
 
 

@@ -140,7 +140,8 @@ def _decided(
     candidates = tuple(subject.candidate for subject in (*floats, *plans))
     best = min(floats, key=lambda subject: statistics.median(subject.steps))
     gains = [statistics.median(map(truediv, best.steps, plan.steps)) for plan in plans]
-    as_fast = [pair for pair in zip(gains, plans) if pair[0] * LEAST_GAIN > max(gains)]
+    most = max(gains, default=0.0)
+    as_fast = [pair for pair in zip(gains, plans) if pair[0] >= max(most / LEAST_GAIN, min(most, LEAST_GAIN))]
     gain, chosen = min(as_fast, key=lambda pair: (pair[1].state_bytes, -pair[0]), default=(0.0, None))
     if chosen is None or gain < LEAST_GAIN:
         found = "no plan is within the limits"
