@@ -17,6 +17,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
+COMPILERS = ("c++", "g++", "clang++", "icpx")  # where CXX names none
+NEEDED = (
+    "They need a C++ compiler: install one (Debian, Ubuntu: apt install g++) or set CXX to it, "
+    "or set MODIFF_SKIP_BUILD=1 for an install without compiled kernels."
+)
 
 
 def find_torch() -> Path:
@@ -69,9 +74,10 @@ class CMakeBuild(build_ext):
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
-        subprocess.run([cmake, "--install", str(build_dir), "--prefix", str(self.install_root())], check=True)
+        build = [cmake, "--build", str(build_dir), "--parallel", jobs]
+        install = [cmake, "--install", str(build_dir), "--prefix", str(self.install_root())]
+        if any(subprocess.run(command).returncode for command in (configure, build, install)):
+            raise SystemExit(f"modiff-kernels: the compiled kernels could not be built, see above. {NEEDED}")
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in (self.install_root() / "modiff_kernels" / "_lib").glob("*.so")]
@@ -92,7 +98,13 @@ if skip_build:
     setup()
 else:
     # Looked up before pip resolves the dependencies: a missing torch must not start the download of the newest build.
-    TORCH_DIR = None if "sdist" in sys.argv else find_torch()
+    # A source distribution needs none, nor does the question what it takes to build one (egg_info).
+    TORCH_DIR = None if {"sdist", "egg_info"} & set(sys.argv) else find_torch()
+    compilers = (os.environ.get("CXX") or "").split()[:1] or COMPILERS
+    if TORCH_DIR is not None and not any(map(shutil.which, compilers)):
+        raise SystemExit(
+            f"modiff-kernels: the C++ compiler {' or '.join(compilers)} of the kernels was not found. {NEEDED}"
+        )
     setup(
         ext_modules=[Extension("modiff_kernels._lib.libmodiff_cpu", [])],
         cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},

@@ -2,7 +2,7 @@ r"""Train a small unconditional DDPM UNet on CIFAR-10 and save it as a diffusers
 
     python examples/train_ddpm.py --data DATA --out my_model --preset small16 --steps 4000
 
-The data folder holds CIFAR-10 as ``modiff_kernels.evaluation.cifar10`` reads it, such as the public binary version.
+The data folder holds CIFAR-10 as ``examples/cifar10.py`` reads it, such as the public binary version.
 The folder written by ``--out`` loads with ``UNet2DModel.from_pretrained(out)`` (EMA weights, fp16, in files of up to
 14 MB) and ``DDIMScheduler.from_pretrained(out, subfolder="scheduler")``.  Give the same command with ``--resume`` to go
 on from the last checkpoint.  Every schedule counts steps, so a run may be paused or restarted at any time.
@@ -32,11 +32,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cifar10 import load_cifar10
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from PIL import Image
 from tqdm import tqdm
-
-from modiff_kernels.evaluation.cifar10 import load_cifar10
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_S = 120  # between checkpoints; that of 36 M parameters has 570 MB

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["frechet_distance", "psnr", "sqnr", "ssim"]
+__all__ = ["psnr", "sqnr", "ssim"]
 
 
 def _check_shapes(x, reference) -> None:
@@ -51,27 +51,6 @@ def ssim(images, reference) -> np.ndarray:
         raise ValueError(f"images are {side} pixels high or wide; structural similarity needs at least 3")
     window = min(7, side - (side + 1) % 2)
     return np.array([structural_similarity(b, a, data_range=1.0, channel_axis=-1, win_size=window) for a, b in pairs])
-
-
-def frechet_distance(features, reference) -> float:
-    """Fréchet distance between two sets of feature vectors, each taken as a normal distribution (Heusel et al., 2017)::
-
-        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
-
-    features, reference: float arrays [N, F] and [M, F], N and M at least 2. With features of InceptionV3 and many
-    images it is the FID; numbers of other networks, or of few images, are not comparable with it. In float64; equal
-    sets have 0 up to rounding. ValueError on other shapes.
-    """
-    a, b = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features {a.shape} and reference {b.shape} must be [N, F] and [M, F] with N, M >= 2")
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    # S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2)
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    return float(max(distance, 0.0))
 
 
 def sqnr(x: torch.Tensor, reference: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Rules of the tree: which way imports point, where torch headers may stand, what an import costs and needs."""
+"""Rules of the tree: which way imports point, where torch headers may stand, what imports and builds cost and need."""
 
 import ast
 import os
@@ -260,8 +260,35 @@ def test_runs_without_optional_parts_and_compiled_library(tmp_path: Path):
         "codes, scale, absmax = ops.quantize(x, x_hat=x_hat, granularity='per_tensor')\n"
         "torch.testing.assert_close(x_hat, scale * codes)\n"
         "assert absmax.tolist() == [3.0]\n"
+        "from modiff_kernels.cli import main\n"
+        "assert main(['sample']) == main(['compare']) == 2  # one line says what to install\n"
     )
     run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
+
+
+NO_TORCH = """
+import importlib.util, setuptools.build_meta as build, sysconfig
+find_spec, get_path = importlib.util.find_spec, sysconfig.get_path
+importlib.util.find_spec = lambda name, *more: None if name == "torch" else find_spec(name, *more)
+sysconfig.get_path = lambda key, *more, **named: "/none" if key.endswith("lib") else get_path(key, *more, **named)
+"""
+KERNELS = "import runpy, sys; sys.argv[1:] = ['build_ext']; runpy.run_path('setup.py')"
+BUILDS = {  # code, and the end of its output
+    "sdist": (NO_TORCH + "assert not build.get_requires_for_build_sdist(); print(build.build_sdist('.'))", "tar.gz"),
+    "wheel": (NO_TORCH + "build.prepare_metadata_for_build_wheel('.')", "no torch in .*MODIFF_SKIP_BUILD=1 .*"),
+    "kernels": (KERNELS, "could not be built, .*_SKIP_BUILD=1 .*"),
+    "without a compiler": (f"import os; os.environ['CXX'] = '/none'\n{KERNELS}", "/none of .* found.*_SKIP_BUILD=1 .*"),
+}
+
+
+@pytest.mark.parametrize("what", BUILDS)
+def test_builds_without_torch_and_without_a_compiler(tmp_path, what):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.24)\nproject(none LANGUAGES CXX)\n")
+    env, (code, last) = {**os.environ, "CXX": "false", "MODIFF_SKIP_BUILD": ""}, BUILDS[what]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert re.search(f"{last}$", (done.stdout if what == "sdist" else done.stderr).strip()), done.stderr
 
 
 def test_import_is_fast_and_does_not_load_torch():

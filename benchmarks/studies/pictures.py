@@ -12,7 +12,8 @@ import numpy as np
 from torch import nn
 
 from benchmarks.shared import Model, sample_images
-from modiff_kernels.evaluation import frechet_distance, psnr, ssim
+from benchmarks.studies.features import frechet_distance
+from modiff_kernels.evaluation import psnr, ssim
 
 EVALUATION_SEED = 100_000  # calibration sees the noise of seeds from 0 on
 

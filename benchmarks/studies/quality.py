@@ -38,12 +38,12 @@ import modiff_kernels as mk
 from benchmarks import record
 from benchmarks import shared as models
 from benchmarks.runner import FAILED, NOT_FINISHED
-from benchmarks.studies.features import FOLDER, Features
+from benchmarks.studies.features import FOLDER, Features, frechet_distance
 from benchmarks.studies.pictures import OutOfTime, Pictures
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
-from modiff_kernels.evaluation import frechet_distance, markdown_table
-from modiff_kernels.evaluation.cifar10 import load_cifar10
+from examples.cifar10 import load_cifar10
+from modiff_kernels.evaluation import markdown_table
 
 SAMPLERS = {"DDIM-50": ("ddim", 50), "DDIM-100": ("ddim", 100), "DPM-Solver++-20": ("dpmsolver++", 20)}
 CODES_SAMPLER = "DDIM-50"
@@ -147,7 +147,7 @@ class Study(Pictures):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="a folder or hub id of an unconditional CIFAR-10 UNet (default: the shipped model)")
-    add("--data", type=Path, required=True, help="folder of CIFAR-10 (modiff_kernels.evaluation.cifar10)")
+    add("--data", type=Path, required=True, help="folder of CIFAR-10 (examples/cifar10.py)")
     add("--images", type=int, default=1024, help="of a row (%(default)s)")
     add("--batch", type=int, default=64, help="images at once; scales per tensor see all of them (%(default)s)")
     add("--samplers", nargs="+", default=list(SAMPLERS), choices=SAMPLERS, help="default: all")

@@ -32,7 +32,7 @@ def unavailable() -> str | None:
     """Why these kernels cannot run here, or None. The library is loaded at the first call."""
     library = Path(__file__).resolve().parent.parent / "_lib" / "libmodiff_cpu.so"
     if not library.exists():
-        return f"{library.name} was not built (installed with MODIFF_SKIP_BUILD=1, or without a C++ compiler)"
+        return f"{library.name} was not built (MODIFF_SKIP_BUILD=1); install again without it, with a C++ compiler"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,21 @@ def _layer(path: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     return CalibratedLayer(weight, **{name: tensors.get(f"{path}.{name}") for name in OPTIONAL})
 
 
-def replace_file(path: Path, write: Any) -> None:
-    """Let `write` make a new file, which then takes the place of `path`: an interruption leaves a whole one."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    new.replace(path)
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a new file, which then takes the place of `path`: an interruption or a full disk leaves the old
+    one, or none. OSError where it cannot be written."""
+    # Links and devices, such as /dev/stdout, are written themselves, as are files in a folder that takes no new ones.
+    plain = not path.is_symlink() and (path.is_file() or not path.exists()) and os.access(path.parent, os.W_OK)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new") if plain else path
+    try:
+        write(new)
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path}: {reason}; give another place") from error
+    finally:
+        if plain:
+            new.unlink(missing_ok=True)
 
 
 def read_result(calibration: "CalibrationResult | str | Path") -> CalibrationResult:

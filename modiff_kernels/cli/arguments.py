@@ -1,15 +1,19 @@
 """Options of every sub-command. Nothing heavy is imported here, so that --help and bad options answer at once."""
 
 import argparse
-import json
+import functools
 import math
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from modiff_kernels import __version__
-from modiff_kernels.config import LayerPlan, StepSchedule
+from modiff_kernels.config import BACKENDS, LayerPlan, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
+from modiff_kernels.models import SHIPPED
+from modiff_kernels.planning import stored
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion", "accuquant", "sampling_aware")
@@ -106,10 +110,25 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def auto_or_none(read: Callable[[str], str]) -> Callable[[str], str | None]:
+def model(text: str) -> str:
+    if text != SHIPPED and not Path(text).is_dir() and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+        advice = f"give a diffusers folder, a hub id (owner/name) or {SHIPPED}"
+        raise argparse.ArgumentTypeError(f"{text}: no such folder; {advice}")
+    return text
+
+
+def png(text: str, or_folder: bool = False) -> Path:
+    path = Path(text)
+    if path.suffix.lower() != ".png" and not (or_folder and (path.is_dir() or not path.suffix)):
+        folder = ", or the name of a folder: one without an ending, or one that is there" if or_folder else ""
+        raise argparse.ArgumentTypeError(f"{text}: pictures are written as PNG; give a name that ends in .png{folder}")
+    return path
+
+
+def auto_or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """Of an option that takes "auto", "none" (which is None), or what `read` makes of the text."""
 
-    def parsed(text: str) -> str | None:
+    def parsed(text: str) -> Any:
         if text in ("auto", "none"):
             return text if text == "auto" else None
         try:
@@ -121,13 +140,8 @@ def auto_or_none(read: Callable[[str], str]) -> Callable[[str], str | None]:
 
 
 @auto_or_none
-def schedule(text: str) -> str:
-    if text.endswith(".json"):
-        try:
-            text = json.loads(Path(text).read_text())["schedule"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"cannot read {text} as `modiff calibrate` writes it ({error!r})") from error
-    return str(StepSchedule.parse(text))
+def schedule(text: str) -> stored.StoredSchedule | str:
+    return stored.read(Path(text)) if text.endswith(".json") else str(StepSchedule.parse(text))
 
 
 @auto_or_none
@@ -142,17 +156,19 @@ def plan(text: str) -> str:
 def add_model_options(add: Callable[..., Any], sampled: bool = True) -> None:
     """The model and how it runs; sampled: also how it is sampled."""
     folder = "UNet or pipeline folder of diffusers, or a hub id (default: the model shipped with the package)"
-    add("--model", help=folder)
+    add("--model", type=model, help=folder)
     add("--prompt", help="text for a text-to-image pipeline")
-    add("--threads", type=positive, help="CPU threads (default: torch decides)")
+    threads = number(int, 1, os.cpu_count() or 1)
+    add("--threads", type=threads, help="CPU threads, as many as there are cores at most (default: torch decides)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample (%(default)s)")
-    add("--backend", default="auto", help="backend of the quantised layers, see `modiff doctor` (%(default)s)")
+    backend = "backend of the quantised layers, see `modiff doctor` (%(default)s)"
+    add("--backend", choices=BACKENDS, default="auto", help=backend)
     scales = "one activation scale for what (default: per_block for residuals of 3 and 4 bits, else per_sample)"
     add("--granularity", choices=GRANULARITIES, help=scales)
-    add("--quiet", action="store_true", help="no progress bars, no notes")
+    add("--quiet", action="store_true", help="no progress bars, notes and warnings")
+    add("--batch", type=positive, default=8, help="images sampled at once (%(default)s)")
     if sampled:
         add("--steps", type=positive, default=50, help="sampling steps (%(default)s)")
-        add("--batch", type=positive, default=8, help="images sampled at once (%(default)s)")
         add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
         seeds = number(int, 0, 2**63 - 1)
         add("--seed", type=seeds, default=0, help="the noise of image i has seed SEED + i (%(default)s)")
@@ -186,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=positive, default=2, help="how often every run is timed (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    add("--grid", type=Path, metavar="FILE", help="write the first images of every row as PNG")
+    add("--grid", type=png, metavar="FILE", help="write the first images of every row as PNG")
     add("--out", type=Path, metavar="DIR", help="write compare.json, compare.md and compare_grid.png")
 
     add = command("sample", "sample images in one configuration", SAMPLE_HELP).add_argument
@@ -197,7 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_layer_options(add, None, None)
     add("--calibration", type=Path, metavar="DIR", help="folder of `modiff calibrate --method`; has mode and bits")
     places = "a PNG of all images, or a folder for one PNG each (%(default)s)"
-    add("--out", type=Path, default=Path("samples.png"), metavar="PATH", help=places)
+    pictures = functools.partial(png, or_folder=True)
+    add("--out", type=pictures, default=Path("samples.png"), metavar="PATH", help=places)
 
     summary = "calibrate weights and activation scales, or find the step schedule or the layer plan of a model"
     calibrate = command("calibrate", summary, CALIBRATE_HELP)
@@ -237,6 +254,31 @@ modiff_plan.json in the folder of --model, where --schedule auto finds the first
 
     commands.add_parser("doctor", help="what runs on this machine, what does not, and why")
     return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the options together; UserError for those that do not fit."""
+    if isinstance(found := getattr(args, "schedule", None), stored.StoredSchedule):
+        args.stored, args.schedule = found, str(found.schedule)
+    if args.command == "compare":
+        from modiff_kernels.evaluation.configurations import build_rows, select_rows
+
+        rows = build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule, args.plan)
+        args.rows = select_rows(rows, args.rows)
+    elif args.command == "explain" and args.mode in ("float", "weight_only"):
+        if args.plan not in (None, "auto"):
+            raise UserError(f"--plan {args.plan}: --mode {args.mode} has no low bits to plan; give --mode modulated")
+        args.plan = None
+    elif args.command == "calibrate":
+        goal_given = args.budget_db is not None or args.speedup is not None
+        if args.plan and goal_given:
+            raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
+        if args.schedule and not goal_given:
+            raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
+        if args.method and args.mode == "float":
+            raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
+        if args.method and args.out is not None and args.out.exists() and not args.out.is_dir():
+            raise UserError(f"--out {args.out}: a file of this name is there; give a folder")
 
 
 def writable(path: Path) -> Path:

@@ -1,13 +1,12 @@
 """`modiff calibrate`: weight codes and activation scales of a model, its step schedule, or its layer plan."""
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from tqdm import tqdm
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import METHODS
+from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.cli.arguments import writable
-from modiff_kernels.evaluation import UserError, command_line, networks, psnr
+from modiff_kernels.evaluation import UserError, command_line, networks, psnr, user_errors
 from modiff_kernels.evaluation.configurations import Quantised, config_of_row, row_of
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.planning import stored
@@ -29,51 +29,31 @@ TIMED_RUNS = 3
 
 def run(args: argparse.Namespace) -> int:
     folder = Path(args.model) if args.model and Path(args.model).is_dir() else Path()
-    goal_given = args.budget_db is not None or args.speedup is not None
     if args.method is not None:
         return _calibrate_layers(args, args.out or Path("calibration"))
     if args.plan:
-        if goal_given:
-            raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
         return _measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
-    if not goal_given:
-        raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
     return _search_schedule(args, writable(args.out or folder / stored.FILE_NAME))
 
 
-@contextlib.contextmanager
-def _user_errors(prefix: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{prefix}{error}") from error
-
-
 def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: a file of this name is there; give a folder")
-    if args.mode == "float":
-        raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
     options = _options(args.method, args.set)
     model = networks.open_model(args)
-    with _user_errors():
+    with user_errors():
         config = config_of_row(row_of(args, "calibrate"), args.backend, args.granularity)
         if args.mode == "weight_only":
             config = dataclasses.replace(config, mode="modulated")
         config = dataclasses.replace(config, scale_mode=args.scale_mode, group_size=args.group_size)
-        try:
-            result = mk.calibrate(
-                model.unet,
-                args.method,
-                config,
-                folder=folder,
-                **{name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")},
-                scheduler=networks.make_scheduler(model, args.scheduler),
-                sample=lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
-                **options,
-            )
-        except OSError as error:
-            raise UserError(f"--out {folder}: {error.strerror}; give another folder") from error
+        result = mk.calibrate(
+            model.unet,
+            args.method,
+            config,
+            folder=folder,
+            **{name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")},
+            scheduler=networks.make_scheduler(model, args.scheduler),
+            sample=lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
+            **options,
+        )
     if not args.quiet:
         seconds = result.metadata["seconds"]
         print(f"{len(result.layers)} layers of {model.name} calibrated by {args.method} in {seconds} s: {folder}")
@@ -98,7 +78,7 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
     model = networks.open_model(args)
     seeds = range(args.seed, args.seed + args.batch)
     limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
-    with _user_errors():
+    with user_errors():
         plan = mk.make_plan(
             model.unet,
             config_of_row(row_of(args, "plan", plan=limited), args.backend, args.granularity, args.max_state_bytes),
@@ -108,7 +88,7 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
             use_cache=False,
             progress=not args.quiet,
         )
-    out.write_text(plan.to_json() + "\n")
+    replace_file(out, lambda new: new.write_text(plan.to_json() + "\n"))
     try:
         plan_cache.store(plan)
     except OSError as error:
@@ -140,7 +120,7 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
     computed, times = None, None
     if args.speedup is not None:
         times = _seconds_per_call(lambda schedule: pictures(schedule, 0, args.batch), calls)
-        with _user_errors(f"--speedup {args.speedup:g}: "):
+        with user_errors(f"--speedup {args.speedup:g}: "):
             computed = computed_for_speedup(calls, args.speedup, *times)
     with tqdm(desc="search", unit="schedule", disable=args.quiet, leave=False, initial=len(known.values)) as bar:
 
@@ -150,7 +130,7 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
             known.save()
 
         evaluate = fidelity_from(0)
-        with _user_errors():
+        with user_errors():
             goal = {"budget_db": args.budget_db, "computed": computed}
             found = search(evaluate, calls, **goal, known=known.values, on_evaluation=on_evaluation)
     held_out_db = fidelity_from(args.images)(found.schedule)
@@ -168,7 +148,7 @@ def _search_schedule(args: argparse.Namespace, out: Path) -> int:
         "command": command_line(args.argv),
         **stored.run_of(scheduler, host_timesteps(scheduler)),
     }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    replace_file(out, lambda new: new.write_text(json.dumps(report, indent=1) + "\n"))
     known.path.unlink(missing_ok=True)
     print(f"--schedule {str(found.schedule)!r}")
     print(
@@ -207,6 +187,5 @@ class _Known:
                 self.values = found["fidelity_db"]
 
     def save(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"request": self.request, "fidelity_db": self.values}))
-        new.replace(self.path)
+        text = json.dumps({"request": self.request, "fidelity_db": self.values})
+        replace_file(self.path, lambda new: new.write_text(text))

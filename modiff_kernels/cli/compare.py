@@ -9,7 +9,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from modiff_kernels import __version__
+from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, command_line, markdown_table, networks, psnr, ssim, text_table, to_json
-from modiff_kernels.evaluation.configurations import Quantised, Row, build_rows, select_rows
+from modiff_kernels.evaluation.configurations import Quantised, Row, build_rows
 from modiff_kernels.evaluation.images import image_grid
 from modiff_kernels.evaluation.table import HEADER, table_cells
 from modiff_kernels.integrations.plan_cache import device_name
@@ -71,6 +74,7 @@ class Configuration:
             "state_bytes": own.state_bytes if own else 0,
             "backend": own.backend if own else "torch",
             "average_bits": own.average_bits(calls) if own else 32.0,
+            "calls": calls,
             "calls_computed": own.calls_computed(calls) if own else calls,
             "is_reference": is_reference,
         }
@@ -80,12 +84,11 @@ def run(args: argparse.Namespace) -> int:
     outputs = {"json": args.json, "grid": args.grid}
     paths = [(kind, writable(path)) for kind, path in outputs.items() if path]  # checked before the long work
     paths += [(kind, writable(args.out / name)) for kind, name in FILES.items() if args.out]
-    rows = select_rows(build_rows(args.weight_bits, args.act_bits, args.compile, args.schedule, args.plan), args.rows)
     model = networks.open_model(args, channels_last=False)
     # All share the weights of one channels_last copy, the contiguous row keeps the original ones.
     shared = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
-    unets = [networks.share_copy(shared) if row.channels_last else model.unet for row in rows]
-    made = [Configuration(args, model, row, unet) for row, unet in zip(rows, unets)]
+    unets = [networks.share_copy(shared) if row.channels_last else model.unet for row in args.rows]
+    made = [Configuration(args, model, row, unet) for row, unet in zip(args.rows, unets)]
     configurations, notes = _warm_up(args, made)
     starts = range(0, args.images, args.batch)
     shown = {}
@@ -105,13 +108,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print("\n" + "\n".join(report["notes"]))
     listed = "\n".join(f"- {note}" for note in report["notes"])
+    markdown = f"{markdown_table(HEADER, cells)}\n\n{listed}\n\n    {report['command']}\n"
     for kind, path in paths:
         if kind == "grid":
             image_grid(shown | {c.row.name: c.shown() for c in configurations}, path)
-        elif kind == "json":
-            path.write_text(to_json(report))
         else:
-            path.write_text(f"{markdown_table(HEADER, cells)}\n\n{listed}\n\n    {report['command']}\n")
+            text = to_json(report) if kind == "json" else markdown
+            replace_file(path, partial(Path.write_text, data=text))
     return 0
 
 

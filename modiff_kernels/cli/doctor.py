@@ -1,7 +1,6 @@
 """`modiff doctor`: what runs on this machine, what does not, and why."""
 
 import argparse
-import contextlib
 import importlib
 import os
 import platform
@@ -13,7 +12,8 @@ from pathlib import Path
 import torch
 
 from modiff_kernels import __version__, ops
-from modiff_kernels.backends import BACKENDS
+from modiff_kernels.backends import BACKENDS, source_hash
+from modiff_kernels.config import BACKENDS as BACKEND_VALUES
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.evaluation import sqnr, text_table
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
@@ -21,6 +21,9 @@ from modiff_kernels.ops import dispatch
 
 OPTIONAL = {"diffusers": "diffusers", "accelerate": "accelerate", "skimage": "scikit-image", "PIL": "pillow"}
 OPTIONAL |= {"triton": "triton"}
+# Those of ENVS.md, with the values that are allowed; none: any.
+VARIABLES: dict[str, tuple[str, ...]] = {"MODIFF_BACKEND": BACKEND_VALUES, "MODIFF_CUDA": ("AUTO", "ON", "OFF", "")}
+VARIABLES |= {"MODIFF_COMMIT": (), "MODIFF_CACHE": (), "MODIFF_SKIP_BUILD": ("0", "1", "")}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 LEAST_SQNR_DB = 60.0
 
@@ -31,26 +34,17 @@ def run(args: argparse.Namespace) -> int:
     for title, part in PARTS.items():
         _print(title, part())
     print(f"ops: which backend has which\n{_dispatch()}\n")
-    with _no_backend_forced():
-        checks = [(name, _self_check(name)) for name in BACKENDS if dispatch.why_unavailable(name) is None]
+    forced = {name: os.environ.pop(name) for name in ("MODIFF_BACKEND",) if name in os.environ}
+    dispatch.reset()
+    checks = [(name, _self_check(name)) for name in BACKENDS if dispatch.why_unavailable(name) is None]
+    os.environ.update(forced)
+    dispatch.reset()
     _print("self-check against the reference: codes equal, outputs within float rounding", checks)
     return int(any(result.startswith("FAILED") for _, result in checks))
 
 
-@contextlib.contextmanager
-def _no_backend_forced() -> Iterator[None]:
-    forced = os.environ.pop("MODIFF_BACKEND", None)
-    dispatch.reset()
-    try:
-        yield
-    finally:
-        if forced is not None:
-            os.environ["MODIFF_BACKEND"] = forced
-        dispatch.reset()
-
-
 def _print(title: str, items: Iterable[tuple[str, str]]) -> None:
-    lines = dict(items)
+    lines = dict(items) or {"none": "nothing is set"}
     width = max(map(len, lines))
     print("\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines.items())]), end="\n\n")
 
@@ -92,21 +86,35 @@ def _backends() -> Items:
         yield name, f"not available: {reason}" if reason else f"available{detail}"
     orders = {device: [name for name in BACKENDS if dispatch.runs_on(name, device)] for device in ("cpu", "cuda")}
     yield "priority", "; ".join(f"{device}: {', '.join(names)}" for device, names in orders.items())
-    if forced := os.environ.get("MODIFF_BACKEND"):
-        yield "MODIFF_BACKEND", forced
+
+
+def _environment() -> Items:
+    for name in sorted(name for name in os.environ if name.startswith("MODIFF_")):
+        value, wrong = os.environ[name], ""
+        places = (Path(value).absolute(), *Path(value).absolute().parents)
+        if name not in VARIABLES:
+            wrong = f"  WRONG: it is not read; these are: {', '.join(VARIABLES)}"
+        elif VARIABLES[name] and value not in VARIABLES[name]:
+            wrong = f"  WRONG: give one of {', '.join(VARIABLES[name])}"
+        elif name == "MODIFF_CACHE" and not os.access(f"{next(filter(Path.exists, places))}/.", os.W_OK):
+            wrong = "  WRONG: no folder can be made or written there, so no plan is stored"
+        yield name, value + wrong
 
 
 def _libraries() -> Items:
     described = {name: getattr(dispatch.load(name), "build_info", None) for name in BACKENDS}
     for name, build_info in described.items():
         if build_info is not None:  # a reason in the place of a module has none
-            info = build_info()
-            yield name, info if isinstance(info, str) else ", ".join(f"{k} {v}" for k, v in info.items())
+            info, sources = build_info(), source_hash()
+            old = not isinstance(info, str) and sources not in (None, info.get("sources"))
+            text = info if isinstance(info, str) else ", ".join(f"{k} {v}" for k, v in info.items())
+            yield name, f"{text}  OLDER than csrc: run `python setup.py build_ext --inplace`" if old else text
     if not any(described.values()):
         yield "none", "no backend of compiled kernels can be imported"
 
 
 PARTS = {"versions": _versions, "devices": _devices, "backends": _backends, "compiled libraries": _libraries}
+PARTS["environment"] = _environment
 
 
 def _dispatch() -> str:

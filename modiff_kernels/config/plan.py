@@ -160,15 +160,17 @@ class LayerPlan:
         return max(units, key=lambda unit: (bool(unit.layers), len(unit.path)), default=None)
 
     def check(self, replaceable: Collection[str], reasons: Mapping[str, str], constant: Collection[str] = ()) -> None:
-        """Raise ValueError unless the plan fits a UNet. replaceable: paths of its layers with a low-bit form. reasons:
-        why the others have none. constant: layers that are known to read the same tensor in a whole run."""
+        """Raise ValueError unless the plan fits a UNet; one with a key names all of its layers. replaceable: paths of
+        those with a low-bit form. reasons: why the others have none. constant: layers that are known to read the same
+        tensor in a whole run."""
+        advice = "make one for it with make_plan() or `modiff calibrate --plan`"
         for unit in self.units:
             held = [layer for layer in replaceable if unit.holds(layer)]
             left = [layer for layer in reasons if unit.holds(layer)]
             unknown = [layer for layer in unit.layers if layer not in replaceable and layer not in reasons]
             if unknown or not (held or left):
                 wrong = f"{(unknown or [unit.path])[0]!r} is no Linear, Conv2d or block with such layers in this UNet"
-                raise ValueError(f"plan: {wrong}; make one for it with make_plan() or `modiff calibrate --plan`")
+                raise ValueError(f"plan: {wrong}; {advice}")
             if unit.mode == FLOAT_MODE:
                 continue
             why_not = None
@@ -178,6 +180,9 @@ class LayerPlan:
                 why_not = f"nothing says that the input of {changing[0]} stays the same in a run; give another mode"
             if why_not is not None:
                 raise ValueError(f"plan: {unit.path!r} cannot be {unit.mode}: {why_not}")
+        unnamed = [] if self.key is None else [layer for layer in replaceable if self.unit_of(layer) is None]
+        if unnamed:
+            raise ValueError(f"plan: it is for a UNet, or skip_modules, without the layer {unnamed[0]!r}; {advice}")
 
     def to_json(self) -> str:
         """The plan as a JSON object; `from_json` gives an equal one back."""
@@ -189,10 +194,9 @@ class LayerPlan:
         values = read_json("LayerPlan", text)
         if not isinstance(values, dict) or not isinstance(values.get("units"), (list, dict)):
             raise ValueError("LayerPlan: the text is no object with 'units'; give what to_json() returns")
-        if isinstance(values["units"], dict):
-            return cls.of(values["units"])
+        units = values.pop("units")
         try:
-            units = tuple(_unit(**unit) for unit in values.pop("units"))
+            units = cls.of(units).units if isinstance(units, dict) else tuple(_unit(**unit) for unit in units)
             candidates = tuple(Candidate(**candidate) for candidate in values.pop("candidates", ()))
             if (key := values.pop("key", None)) is not None:
                 key = PlanKey(**{**key, "shape": tuple(key["shape"])})

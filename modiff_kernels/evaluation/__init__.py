@@ -3,11 +3,14 @@
 Nothing here loads torch: bad options of a command are answered at once.
 """
 
-from modiff_kernels.evaluation.table import command_line, markdown_table, text_table, to_json
-from modiff_kernels.metrics import frechet_distance, psnr, sqnr, ssim
+import contextlib
+from collections.abc import Iterator
 
-__all__ = ["SCHEDULERS", "UserError", "command_line", "frechet_distance", "markdown_table", "psnr", "sqnr", "ssim"]
-__all__ += ["text_table", "to_json"]
+from modiff_kernels.evaluation.table import command_line, markdown_table, text_table, to_json
+from modiff_kernels.metrics import psnr, sqnr, ssim
+
+__all__ = ["SCHEDULERS", "UserError", "command_line", "markdown_table", "psnr", "sqnr", "ssim", "text_table", "to_json"]
+__all__ += ["user_errors"]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -20,3 +23,12 @@ SCHEDULERS = {
 
 class UserError(Exception):
     """Bad input: `modiff` reports it as one line, exit code 2."""
+
+
+@contextlib.contextmanager
+def user_errors(prefix: str = "") -> Iterator[None]:
+    """Makes a UserError, whose text begins with `prefix`, of what the package refuses inside."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{prefix}{error}") from error

@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import modiff_kernels as mk
-from modiff_kernels.evaluation import UserError
+from modiff_kernels.evaluation import UserError, user_errors
 from modiff_kernels.quant.spec import BLOCK_ROWS
 
 FLOAT_BITS = 32
@@ -109,24 +107,20 @@ class Quantised:
 
     state_bytes = 0
 
-    def __init__(
-        self, unet: torch.nn.Module, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any
-    ) -> None:
+    def __init__(self, unet: Any, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any) -> None:
         """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here. of_config,
         more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then
         count."""
-        try:
+        with user_errors(f"{row.name}: "):
             config = config_of_row(row, *of_config, **more)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)
             if result is not None:
                 own = {name: getattr(config, name) for name in ("backend", "schedule", "plan", "max_state_bytes")}
                 config = dataclasses.replace(result.config, **own)
             self.handle = mk.accelerate(unet, config, calibration=result)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{row.name}: {error}") from error
 
     @classmethod
-    def loaded(cls, handle: mk.Handle) -> "Quantised":
+    def loaded(cls, handle: Any) -> "Quantised":
         quantised = cls.__new__(cls)
         quantised.handle = handle
         return quantised

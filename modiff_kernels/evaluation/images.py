@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.evaluation import UserError
 
 TEXT = "modiff"  # keyword of the PNG text that holds the options
@@ -53,9 +54,7 @@ def write_image(path: Path, image: np.ndarray, options: Mapping[str, Any]) -> No
     """`image` [H, W, C] in 0..1 as PNG, with `options` for `is_kept`. A file at `path` is whole at any time."""
     info = PngInfo()
     info.add_text(TEXT, json.dumps(options, sort_keys=True))
-    new = path.with_suffix(".png.new")
-    _picture(image).save(new, format="PNG", pnginfo=info)
-    new.replace(path)
+    replace_file(path, lambda new: _picture(image).save(new, format="PNG", pnginfo=info))
 
 
 def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
@@ -64,7 +63,7 @@ def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
     canvas = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
     for index, image in enumerate(images):
         canvas.paste(_picture(image), (index % columns * width, index // columns * height))
-    canvas.save(path)
+    replace_file(path, lambda new: canvas.save(new, format="PNG"))
 
 
 def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64, columns: int = 8) -> None:
@@ -89,7 +88,7 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64,
         for column, image in enumerate(images[:columns]):
             tile = _picture(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
             canvas.paste(tile, (label_width + column * column_width, top))
-    canvas.save(path, format="PNG", optimize=True)
+    replace_file(Path(path), lambda new: canvas.save(new, format="PNG", optimize=True))
 
 
 def _picture(image: np.ndarray) -> Image.Image:

@@ -6,7 +6,6 @@ import inspect
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
+from modiff_kernels.planning.clock import host_timesteps
 
 OWN_OPTIONS: dict[str, Any] = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 
@@ -43,15 +43,15 @@ class Model:
 def open_model(
     args: argparse.Namespace, low_bit: bool = False, local: int | None = None, channels_last: bool = True
 ) -> Model:
-    """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler and --steps of a
-    command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last: layout of the UNet.
-    """
+    """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler, --steps and
+    --schedule of a command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last:
+    layout of the UNet."""
     quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
     if hasattr(args, "steps"):
-        model.calls = check_steps(model, args.scheduler, args.steps)
+        model.calls = check_steps(model, args.scheduler, args.steps, getattr(args, "stored", None))
     if channels_last:
         model.unet.to(memory_format=torch.channels_last)
     return model
@@ -72,14 +72,6 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
     return torch.device("cuda", local)
 
 
-def import_diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UserError(f"diffusers cannot be imported ({error}); pip install 'modiff-kernels[diffusers]'") from error
-    return diffusers
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
@@ -96,10 +88,10 @@ def _find_folder(name: str | None) -> tuple[str, Path]:
         return SHIPPED, shipped_model_path()
     if Path(name).is_dir():
         return Path(name).resolve().name, Path(name)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise UserError(f"no such folder; give a diffusers folder, a hub id (owner/name) or {SHIPPED}")
+    import diffusers
+
     try:
-        return name, Path(import_diffusers().DiffusionPipeline.download(name))
+        return name, Path(diffusers.DiffusionPipeline.download(name))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no such folder, and the hub gave no pipeline of this name ({reason})") from error
@@ -136,7 +128,8 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
     kind = unet_config.get("_class_name")
     if not with_pipe and kind != "UNet2DModel":
         raise UserError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
-    diffusers = import_diffusers()
+    import diffusers
+
     loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
     try:
         loaded = loader.from_pretrained(place, torch_dtype=torch.float32).to(device)
@@ -171,11 +164,14 @@ def make_scheduler(model: Model, name: str, **more: Any):
     on_pixels = {"clip_sample": True} if model.pipe is None and name in ("ddim", "ddpm") else {}
     config = {key: value for key, value in model.scheduler_config.items() if not key.startswith("_")}
     options = {**OWN_OPTIONS.get(name, on_pixels), **more}
-    return getattr(import_diffusers(), SCHEDULERS[name]).from_config(config, **options)
+    import diffusers
+
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **options)
 
 
-def check_steps(model: Model, scheduler: str, steps: int) -> int:
-    """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them."""
+def check_steps(model: Model, scheduler: str, steps: int, stored: Any = None) -> int:
+    """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them, or if a `stored` schedule is
+    for another run."""
     schedule = make_scheduler(model, scheduler)
     longest = schedule.config.num_train_timesteps
     if steps > longest:
@@ -184,6 +180,9 @@ def check_steps(model: Model, scheduler: str, steps: int) -> int:
         schedule.set_timesteps(steps)
     except Exception as error:
         raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
+    if stored is not None and (other := stored.difference(schedule, host_timesteps(schedule))):
+        advice = f"search for this one with `modiff calibrate --schedule`, or give --schedule {str(stored.schedule)!r}"
+        raise UserError(f"--schedule {stored.path}: it was searched for a run with {other}; {advice}")
     return len(schedule.timesteps)
 
 
@@ -236,6 +235,7 @@ def quiet_libraries() -> None:
     """Keep progress bars, advice and logged errors of other libraries out of the terminal; exceptions tell enough."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    diffusers = import_diffusers()
+    import diffusers
+
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()

@@ -78,9 +78,13 @@ def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
     if not isinstance(unet, nn.Module):
         text = "or a pipeline with a `unet`; pipelines built on a transformer are not supported"
         raise TypeError(f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) {text}")
-    if hasattr(unet, "_orig_mod") or getattr(unet, "_compiled_call_impl", None) is not None:
-        text = "accelerate the UNet as it was before (`_orig_mod` of what torch.compile() gave), then handle.compile()"
-        raise TypeError(f"accelerate: the UNet is compiled; {text}")
+    if isinstance(unet, (nn.Linear, nn.Conv2d)) or getattr(unet.forward, "__func__", None) is nn.Module.forward:
+        text = "has no calls to begin and end; give the network around it (nn.Sequential will do)"
+        raise TypeError(f"accelerate: {type(unet).__name__}, a single layer or a mere container, {text}")
+    for path, module in unet.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            text = "is compiled; accelerate the UNet itself before anything is compiled, then call handle.compile()"
+            raise TypeError(f"accelerate: {f'the part {path!r} of the' if path else 'the'} UNet {text}")
     handle = unet.__dict__.get(HANDLE)
     if handle is not None and handle.is_loaded and allow_loaded:
         return unet, pipe

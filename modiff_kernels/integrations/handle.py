@@ -143,15 +143,16 @@ class Handle:
         """What became of every Linear and Conv2d of the original UNet, in its order."""
         return [self._row(path, module) for path, module in self.replaced.originals.items()]
 
-    def explain(self) -> str:
-        """A table of `rows` with a summary: modes, bits, backends, and why layers stay float."""
+    def explain(self, state: str | None = None) -> str:
+        """A table of `rows` with a summary: modes, bits, backends, and why layers stay float. state: its size, where no
+        run has allocated it yet."""
         rows = self.rows()
         cells = [[field.name for field in dataclasses.fields(LayerRow)], *map(dataclasses.astuple, rows)]
         widths = [max(map(len, column)) for column in zip(*cells)]
         cells.insert(1, ["-" * width for width in widths])
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         low_bit = sum(row.mode != "float" for row in rows)
-        state = f"{low_bit} of {len(rows)} layers low-bit, state {self.state.nbytes() / 2**20:.1f} MiB"
+        state = f"{low_bit} of {len(rows)} layers low-bit, state {state or f'{self.state.nbytes() / 2**20:.1f} MiB'}"
         if self.state.time_table is not None:
             state += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
         summary = [f"{type(self.unet).__name__}: {state}"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from modiff_kernels._version import __version__
+from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import LayerPlan, PlanKey, digest
 
@@ -40,7 +41,8 @@ def key_of(unet: nn.Module, config: ModiffConfig, shape: Sequence[int]) -> PlanK
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     weights = [(name, list(value.shape), str(value.dtype)) for name, value in unet.named_parameters()]
     own: Any = getattr(unet, "config", None)
-    settings = {name: str(value) for name, value in dict(own or {}).items() if not name.startswith("_")}
+    not_own = ("_", "quantization_config")  # where it was loaded from, by which version, and how
+    settings = {name: str(value) for name, value in dict(own or {}).items() if not name.startswith(not_own)}
     values = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_KEY}
     return PlanKey(
         device_name(device) + threads,
@@ -59,9 +61,7 @@ def store(plan: LayerPlan) -> Path:
     """Write `plan`, which has a key; gives the file. OSError where the folder cannot be written."""
     path = path_of(plan.key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.new")
-    new.write_text(plan.to_json())
-    new.replace(path)
+    replace_file(path, lambda new: new.write_text(plan.to_json()))
     return path
 
 

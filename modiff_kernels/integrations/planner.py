@@ -135,11 +135,14 @@ def _verified(bench: Bench, costs: Costs, least_db: float, limit: float) -> Subj
 def _decided(
     bench: Bench, costs: Costs, floats: Sequence[Subject], plans: Sequence[Subject], limited: bool
 ) -> LayerPlan:
-    """The fastest of `plans` if it gains over the best float form, else float."""
+    """The fastest of `plans` if it gains over the best float form, else float. Of those that are as fast, up to what is
+    noise, it is the one with the least state."""
     candidates = tuple(subject.candidate for subject in (*floats, *plans))
     best = min(floats, key=lambda subject: statistics.median(subject.steps))
     gains = [statistics.median(map(truediv, best.steps, plan.steps)) for plan in plans]
-    gain, chosen = max(zip(gains, plans), key=lambda pair: pair[0], default=(0.0, None))
+    most = max(gains, default=0.0)
+    as_fast = [pair for pair in zip(gains, plans) if pair[0] >= max(most / LEAST_GAIN, min(most, LEAST_GAIN))]
+    gain, chosen = min(as_fast, key=lambda pair: (pair[1].state_bytes, -pair[0]), default=(0.0, None))
     if chosen is None or gain < LEAST_GAIN:
         found = "no plan is within the limits"
         if chosen is not None:
@@ -152,6 +155,10 @@ def _decided(
         if len(set(chosen.modes.values())) == 1:
             whole = "one mode for all is the fastest as a whole"
             decided = {path: (mode, why if why == "fastest" else whole) for path, (mode, why) in decided.items()}
+    left_out = [each for each in bench.subjects.values() if each not in plans]
+    if left_out:
+        listed = (f"{each.name} ({each.psnr_db:.1f} dB, state {each.state_bytes / 1e6:.1f} MB)" for each in left_out)
+        summary += f"; not within the limits: {', '.join(listed)}"
     units = [UnitPlan(path, mode, bench.units[path], tuple(costs[path]), why) for path, (mode, why) in decided.items()]
     return LayerPlan(tuple(units), None, "measured", candidates, summary)
 

@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
+import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
+from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+from modiff_kernels.nn.blocks.resample import FusedResample, FusedUpsample2D
 from modiff_kernels.planning import choice, roofline
 from modiff_kernels.planning.roofline import LayerShape, Machine
 from modiff_kernels.quant.calibrated import CalibratedLayer
+
+logger = logging.getLogger("modiff_kernels")
 
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
 PROBE_ROWS, PROBE_FEATURES = 4096, 1024  # compute-bound on everything this runs on
@@ -31,8 +35,9 @@ PROBE_REPEATS = 5
 def plan_of(
     unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> LayerPlan | None:
-    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none. ValueError for a file that
-    is no plan, and where nothing is stored and the shapes are not known."""
+    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none. Logs where a given one was
+    made elsewhere. ValueError for a file that is no plan, and where nothing is stored and the shapes are not known.
+    """
     plan = config.plan
     if plan == "auto":
         plan = plan_cache.newest(plan_cache.key_of(unet, config, ()))
@@ -43,6 +48,12 @@ def plan_of(
             plan = LayerPlan.from_json(Path(plan).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"plan: {config.plan} cannot be read as a layer plan: {error}") from error
+    if plan is not None and plan.key is not None and config.plan != "auto":
+        here, made = vars(plan_cache.key_of(unet, config, ())), vars(plan.key)
+        others = {"device": f"device ({made['device']})", "model": "UNet", "versions": f"version ({made['versions']})"}
+        if found := [text for name, text in others.items() if made[name] != here[name]]:
+            text = "the layer plan was made for another %s, so what it says of time and fidelity may not hold; %s"
+            logger.warning(text, " and ".join(found), "make_plan() or `modiff calibrate --plan` makes one for this")
     if plan is None or config.max_state_bytes is None:
         return plan
     if plan.key is None and any(unit.mode.kind == MODULATED for unit in plan.units):
@@ -94,22 +105,34 @@ def _estimated_costs(
     state_bytes = replaced.state.dtype_on(weight.device).itemsize
     mode = Mode(config.mode, config.act_bits)
     time_us = {FLOAT_MODE: 0.0, mode: 0.0}
-    x_hat: dict[int, int] = {}
-    y_hat: dict[int, Counter[int]] = defaultdict(Counter)
     sizes = {"float_bytes": weight.element_size(), "state_bytes": state_bytes, "weight_bits": config.weight_bits}
     for name in layers:
-        if name not in shapes:
-            continue
-        for each in time_us:
+        for each in time_us if name in shapes else ():
             time_us[each] += 1e6 * roofline.seconds(shapes[name], each, machine, **sizes, fused=path in replaced.fused)
-        source, output = replaced.layers[name].input, replaced.layers[name].output
-        if source is not None:
-            x_hat[id(source)] = shapes[name].inputs
-            y_hat[id(output)][id(source)] += shapes[name].outputs
+    state = state_bytes_of(layers, replaced, shapes) if mode.kind == MODULATED else 0
+    return ModeCost(FLOAT_MODE, time_us[FLOAT_MODE]), ModeCost(mode, time_us[mode], None, state)
+
+
+def state_bytes_of(layers: Iterable[str], replaced: Replacements, shapes: Mapping[str, LayerShape]) -> int:
+    """Bytes that the state of these layers takes in a run, x_hat, y_hat and outputs that are computed once."""
+    x_hat: dict[int, int] = {}
+    y_hat: dict[int, Counter[int]] = defaultdict(Counter)
+    kept = 0
+    for name in layers:
+        layer, shape, weight = replaced.layers[name], shapes.get(name), replaced.originals[name].weight
+        if shape is not None and layer.mode == CONSTANT:
+            kept += shape.outputs * weight.element_size()
+        if shape is None or layer.mode != MODULATED:
+            continue
+        inputs, block = shape.inputs, replaced.fused.get(name.rpartition(".")[0])
+        if isinstance(block, FusedResample):  # which keeps the image as it was before
+            inputs = shape.outputs // weight.shape[0] * weight.shape[1]
+            inputs = inputs // 4 if isinstance(block, FusedUpsample2D) else inputs * 4
+        x_hat[id(layer.input)] = inputs
+        y_hat[id(layer.output)][id(layer.input)] += shape.outputs
     # Layers that share a y_hat and read different tensors add onto it; those that read the same one have parts of it.
     elements = sum(x_hat.values()) + sum(max(parts.values()) for parts in y_hat.values())
-    state = state_bytes * elements if mode.kind == MODULATED else 0
-    return ModeCost(FLOAT_MODE, time_us[FLOAT_MODE]), ModeCost(mode, time_us[mode], None, state)
+    return kept + elements * replaced.state.dtype_on(weight.device).itemsize if elements else kept
 
 
 def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dict[str, LayerShape]]:

@@ -30,23 +30,23 @@ def choose(
     """Fast modes whose estimated error and state stay within the limits. costs: by unit, float among them, each with a
     time. Float has no error and no state, so there is always a choice. From the fastest modes on, single units change
     until the limits are kept, always the one that comes closest to them for the time it costs. Then every change that
-    gains time within the limits is made, the largest gain first."""
-    chosen = {path: min(unit, key=_time_us) for path, unit in costs.items()}
+    gains time within the limits, or state in the same time, is made, the largest gain first."""
+    chosen = {path: min(unit, key=_rank) for path, unit in costs.items()}
     within = False
     while True:
         error = math.fsum(_error(cost, gains) for cost in chosen.values())
         state = sum(cost.state_bytes for cost in chosen.values())
         excess = _excess(error, max_error) + _excess(state, max_state_bytes)
         within = within or excess == 0  # for good: rounding must not bring a change back
-        best, best_score = None, 0.0
+        best, best_score = None, (0.0, 0)
         for path, old in chosen.items():
             for new in costs[path]:
                 saved_us = _time_us(old) - _time_us(new)
                 new_error = error - _error(old, gains) + _error(new, gains)
                 new_state = state - old.state_bytes + new.state_bytes
                 left = _excess(new_error, max_error) + _excess(new_state, max_state_bytes)
-                score = (saved_us if left == 0 else 0.0) if within else (excess - left) / max(-saved_us, LEAST_US)
-                if score > best_score:
+                score = (saved_us, state - new_state) if within else ((excess - left) / max(-saved_us, LEAST_US), 0)
+                if score > best_score and not (within and left > 0):
                     best, best_score = (path, new), score
         if best is None:
             return {path: cost.mode for path, cost in chosen.items()}
@@ -84,7 +84,7 @@ def within_state(plan: LayerPlan, max_state_bytes: int) -> LayerPlan:
 
 def reason_of(costs: Sequence[ModeCost], mode: Mode, state_is_limited: bool = False) -> str:
     chosen = _cost(costs, mode)
-    fastest = min(costs, key=_time_us)
+    fastest = min(costs, key=_rank)
     if fastest.mode == mode:
         return "fastest"
     limits = []
@@ -101,6 +101,11 @@ def _cost(costs: Sequence[ModeCost], mode: Mode) -> ModeCost:
 
 def _time_us(cost: ModeCost) -> float:
     return math.inf if cost.time_us is None else cost.time_us
+
+
+def _rank(cost: ModeCost) -> tuple[float, int]:
+    """What is faster comes first, and of what is as fast, what takes less state."""
+    return _time_us(cost), cost.state_bytes
 
 
 def _error(cost: ModeCost, gains: Mapping[Mode, float]) -> float:

@@ -10,6 +10,8 @@ from modiff_kernels.config.schedule import StepSchedule
 
 FILE_NAME = "modiff_schedule.json"
 SEARCH_AGAIN = "search again with `modiff calibrate --schedule`, or move the file away"
+NOTES = ("model", "scheduler", "steps", "images", "calls", "calls_computed", "fidelity_db", "held_out_db", "command")
+KEYS = {"schedule", "sampler", "timesteps", *NOTES, "update_s", "skip_s"}  # of the file
 
 
 class StoredSchedule(NamedTuple):
@@ -22,7 +24,16 @@ class StoredSchedule(NamedTuple):
 
     def fits(self, scheduler: Any, timesteps: Sequence[float]) -> bool:
         """Whether a run with these timesteps is the one that was searched: same sampler, settings and calls."""
-        return self.run == run_of(scheduler, timesteps)
+        return self.difference(scheduler, timesteps) is None
+
+    def difference(self, scheduler: Any, timesteps: Sequence[float]) -> str | None:
+        """The first thing in which a run with these timesteps is not the one that was searched, or None."""
+        was, now = (
+            {**run["sampler"], "calls": len(run["timesteps"]), "timesteps": run["timesteps"]}
+            for run in (self.run, run_of(scheduler, timesteps))
+        )
+        name = next((name for name in {**was, **now} if was.get(name) != now.get(name)), None)
+        return name and f"{name} {was.get(name)!r}, and this run has {now.get(name)!r}"
 
 
 def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
@@ -35,26 +46,32 @@ def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
 
 
 def read(path: Path) -> StoredSchedule:
-    """The schedule in the file at `path`. ValueError naming the file if it is not whole or cannot be taken."""
+    """The schedule in the file at `path`. ValueError naming the file if it is not whole or has other keys."""
     try:
         stored = json.loads(path.read_text())
+        if unknown := sorted(stored.keys() - KEYS):
+            raise ValueError(f"unknown key {unknown[0]!r}")
         schedule = StepSchedule.parse(stored["schedule"])
         run = {"sampler": dict(stored["sampler"]), "timesteps": [float(timestep) for timestep in stored["timesteps"]]}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = f"{path} is no schedule of this version ({type(error).__name__}: {error})"
-        raise ValueError(f"schedule='auto': {wrong}; {SEARCH_AGAIN}") from error
+        raise ValueError(f"{wrong}; {SEARCH_AGAIN}") from error
     return StoredSchedule(schedule, run, path)
 
 
 def beside(*models: Any) -> StoredSchedule | None:
     """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also that
-    around its own `unet`; None without a file. ValueError as of `read`."""
+    around its own `unet`; None without a file. ValueError as of `read`, and for one that skips deep levels."""
     for model in models:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not isinstance(name, (str, Path)) or not name:
             continue
         folder = Path(name)
         for place in (folder, folder.parent) if folder.name == "unet" else (folder,):
-            if (place / FILE_NAME).is_file():
-                return read(place / FILE_NAME)
+            if (path := place / FILE_NAME).is_file():
+                found = read(path)
+                if found.schedule.is_deep:
+                    advice = f"give it as schedule={str(found.schedule)!r}, or {SEARCH_AGAIN}"
+                    raise ValueError(f"schedule='auto': {path} skips deep levels; {advice}")
+                return found
     return None

@@ -97,6 +97,17 @@ def test_given_schedule(unet_folder, tmp_path):
     assert len(rows_of(tmp_path / "b.json", "--model", unet_folder, *options)) == 3
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_schedule_that_leaves_nothing_out(unet_folder, capsys, quiet):
+    options = ["--steps", "5", "--images", "2", "--batch", "2", "--rows", "scheduled", "--repeats", "1"]
+    assert main(["compare", "--model", str(unet_folder), *options, *(["--quiet"] if quiet else [])]) == 0
+    out, err = capsys.readouterr()
+    assert "modulated W8A8 scheduled (no call left out)  " in out
+    line = "modiff compare: warning: schedule='auto': every call is computed, because 5 calls are few\n"
+    assert err == "" if quiet else line in err.replace("\r", "\n")
+    assert "UserWarning" not in err
+
+
 def test_markdown_and_grid(report):
     text = (report / "compare.md").read_text()
     assert text.startswith("| configuration | PSNR dB | SSIM | s/image | speed-up | state MB | avg bits | backend |")

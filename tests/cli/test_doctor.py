@@ -17,13 +17,28 @@ def test_doctor_says_why_something_is_missing(capsys, monkeypatch, fresh_dispatc
 
 
 def test_doctor_says_what_the_libraries_were_built_with(capsys, monkeypatch, fresh_dispatch):
-    built = {"compiler": "GNU 1.2", "oldest_torch": "2.11", "nvcc": "9.9", "architectures": "sm_1 sm_2"}
+    built = {"sources": "123", "compiler": "GNU 1.2", "nvcc": "9.9", "architectures": "sm_1 sm_2"}
     monkeypatch.setattr(dispatch.load("cuda"), "build_info", lambda: built)
     monkeypatch.setattr(dispatch.load("cpu"), "build_info", lambda: "it was not built")
+    for sources, old in (("123", ""), ("456", "  OLDER than csrc: run `python setup.py build_ext --inplace`")):
+        monkeypatch.setattr(doctor, "source_hash", lambda sources=sources: sources)
+        assert main(["doctor"]) == 0
+        lines = capsys.readouterr().out.partition("compiled libraries\n")[2].splitlines()
+        assert f"  cuda  sources 123, compiler GNU 1.2, nvcc 9.9, architectures sm_1 sm_2{old}" in lines
+        assert "  cpu   it was not built" in lines
+
+
+def test_doctor_names_variables_that_are_wrong(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    wrong = {"BACKEND": ("fast", "give one of auto, cpu"), "CUDA": ("yes", "give one of AUTO, ON, OFF")}
+    wrong |= {"CACHE": (f"{tmp_path}/file/plans", "no folder can be made"), "BAKEND": ("cpu", "it is not read")}
+    for name, (value, _) in wrong.items():
+        monkeypatch.setenv(f"MODIFF_{name}", value)
+    monkeypatch.setenv("MODIFF_SKIP_BUILD", "0")
     assert main(["doctor"]) == 0
-    lines = capsys.readouterr().out.partition("compiled libraries\n")[2].splitlines()
-    assert "  cuda  compiler GNU 1.2, oldest_torch 2.11, nvcc 9.9, architectures sm_1 sm_2" in lines
-    assert "  cpu   it was not built" in lines
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "MODIFF_" in line}
+    assert lines.pop("MODIFF_SKIP_BUILD").endswith("  0")
+    assert all(f"{value}  WRONG: {text}" in lines[f"MODIFF_{name}"] for name, (value, text) in wrong.items())
 
 
 @pytest.mark.parametrize(("part", "message"), [(0, "codes of quantize differ"), (1, "outputs are only")])

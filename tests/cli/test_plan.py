@@ -79,11 +79,13 @@ def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
     options = ["--images", "2", "--repeats", "1", "--rows", "planned", "--json", str(out)]
     planned = ["--model", str(unet_folder), "--plan", str(by_hand)]
     assert main(["compare", *planned, *SAMPLING, *options]) == 0
-    assert main(["explain", *planned, "--json", str(tmp_path / "e.json")]) == 0
-    modes = [layer["mode"] for layer in json.loads((tmp_path / "e.json").read_text())["layers"]]
+    assert main(["explain", *planned, "--batch", "2", "--json", str(tmp_path / "e.json")]) == 0
+    explained, row = json.loads((tmp_path / "e.json").read_text()), json.loads(out.read_text())["rows"][0]
+    assert explained["state_bytes"] == row["state_bytes"] > 10_000, "what it will be, and what it was"
+    modes = [layer["mode"] for layer in explained["layers"]]
     modulated, plain = modes.count("modulated"), modes.count("quantized")
     expected = (modulated * (16 + 3 * 8) / 4 + plain * 8) / (modulated + plain)
-    assert json.loads(out.read_text())["rows"][0]["average_bits"] == pytest.approx(expected)
+    assert row["average_bits"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def units(*texts):
         ('{"units": [{"mode": "float"}]}', "not a plan as to_json"),
         (units('{"path": 3, "mode": "float"}'), "path 3 is not allowed"),
         ('{"units": {"a": "fast"}}', "mode 'fast' is not allowed"),
+        ('{"units": {"a": "float"}, "colour": 1}', "not a plan as to_json.* 'colour'"),
         (units(*['{"path": "a", "mode": "float"}'] * 2), "'a' is there twice"),
         (units('{"path": "a", "mode": "float", "costs": [{"mode": "float", "time_us": "x"}]}'), "time_us='x' of 'a'"),
         (units('{"path": "a", "mode": "float", "costs": [{"mode": "float", "speed": 1}]}'), "not a plan as to_json"),
@@ -99,6 +100,7 @@ def test_what_fits_the_network():
         (LayerPlan.of({"down": "constant"}), "'down' cannot be constant: nothing says that the input of down.conv"),
         (plain_unit("down.time_emb_proj"), "'down' cannot be quantized 8: down.time_emb_proj stays float"),
         (plain_unit("down.conv2"), "'down.conv2' is no Linear"),
+        (LayerPlan((UnitPlan("attn2", PLAIN),), KEY), "for a UNet, or skip_modules, without the layer 'down.conv'"),
     ):
         with pytest.raises(ValueError, match=message):
             plan.check(REPLACEABLE, REASONS)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modiff_kernels.evaluation import frechet_distance, markdown_table, psnr, sqnr, ssim, text_table, to_json
-from modiff_kernels.evaluation.cifar10 import load_cifar10
+from examples.cifar10 import load_cifar10
+from modiff_kernels.evaluation import markdown_table, psnr, sqnr, ssim, text_table, to_json
 from modiff_kernels.evaluation.images import image_grid
 from tests.cifar10_files import write_packed
 
@@ -63,28 +63,6 @@ def test_bad_shapes(metric):
         ssim(images(1, 2, 2, 3), images(1, 2, 2, 3))
 
 
-class TestFrechet:
-    def test_normal_distributions_in_one_dimension(self):
-        a, b = np.array([[0.0], [2.0], [4.0]]), np.array([[5.0], [6.0], [7.0]])  # means 2 and 6, deviations 2 and 1
-        assert frechet_distance(a, b) == pytest.approx(4**2 + (2 - 1) ** 2)
-
-    def test_against_the_matrix_square_root(self):
-        linalg = pytest.importorskip("scipy.linalg")
-        rng = np.random.default_rng(0)
-        a, b = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(40, 6)) + 0.3
-        root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-    def test_equal_sets_and_fewer_images_than_features(self):
-        a = np.random.default_rng(0).normal(size=(5, 20))
-        assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-        assert frechet_distance(a, a + 1) == pytest.approx(20, rel=1e-6)
-        for one, other in (((3, 4), (3, 5)), ((1, 4), (3, 4)), ((3,), (3,))):
-            with pytest.raises(ValueError, match=r"must be \[N, F\] and \[M, F\]"):
-                frechet_distance(np.zeros(one), np.zeros(other))
-
-
 def test_tables():
     assert text_table(["configuration", "PSNR", "speed-up"], ROWS).splitlines() == [
         "configuration  PSNR  speed-up",
@@ -98,9 +76,6 @@ def test_tables():
         "| plain W8A8 | 45.1 | 1.02 |",
         "| a | 9 | - |",
     ]
-    for table in (text_table, markdown_table):
-        with pytest.raises(ValueError, match="has 3 cells"):
-            table(["a", "b"], ROWS)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,6 +1,6 @@
 """The training example, on a handful of synthetic images."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -16,9 +16,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_ddpm.py"
 
 @pytest.fixture(scope="module")
 def train_ddpm():
-    spec = importlib.util.spec_from_file_location("train_ddpm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        module = importlib.import_module("train_ddpm")
     small = module.PRESETS["small16"]
     module.PRESETS["tiny"] = {**small, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
     return module

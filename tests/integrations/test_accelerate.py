@@ -2,6 +2,7 @@
 
 import logging
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -66,8 +67,15 @@ class TestReplacement:
             (lambda: None, TypeError, "got NoneType; give a UNet"),
             (lambda: types.SimpleNamespace(transformer=nn.Linear(1, 1)), TypeError, "pipeline with a `unet`"),
             (lambda: nn.Sequential(nn.GroupNorm(1, 4)), ValueError, "holds no Linear and no Conv2d"),
-            (lambda: nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 1)}), ValueError, "none of the 1 .*has 'conv_in'"),
+            (lambda: nn.Sequential(OrderedDict(conv_in=nn.Conv2d(3, 4, 1))), ValueError, "none of the 1 .* 'conv_in'"),
+            (lambda: nn.Linear(4, 4), TypeError, "Linear, a single layer .* give the network around it"),
+            (lambda: nn.ModuleList([nn.Linear(4, 4)]), TypeError, "ModuleList, .*container, has no calls"),
             (lambda: torch.compile(unet2d()), TypeError, "the UNet is compiled; accelerate the UNet itself"),
+            (
+                lambda: [unet := unet2d(), unet.mid_block.compile()][0],
+                TypeError,
+                "part 'mid_block' of the UNet is comp",
+            ),
         ],
     )
     def test_impossible_targets(self, target, error, text):
@@ -139,8 +147,8 @@ class TestReplacement:
             "lora_free": (LoRACompatibleLinear(4, 4), ""),
             "lora_free_conv": (LoRACompatibleConv(4, 4, 1), ""),
         }
-        net = nn.ModuleDict({name: layer for name, (layer, _) in layers.items()})
-        net["attention"] = nn.MultiheadAttention(4, 2)
+        net = nn.Sequential(OrderedDict({name: layer for name, (layer, _) in layers.items()}))
+        net.attention = nn.MultiheadAttention(4, 2)
         reasons = {name: reason for name, (_, reason) in layers.items()}
         reasons["attention.out_proj"] = "MultiheadAttention reads its weight without calling it"
         rows = {row.name: row for row in mk.accelerate(net).rows() if not row.name.startswith("lora.")}

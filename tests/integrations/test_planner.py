@@ -123,6 +123,11 @@ def test_max_state_bytes_is_respected(unet, monkeypatch):
     assert whole.key != plan.key
 
 
+def test_less_state_where_the_times_are_equal(unet, monkeypatch):
+    plan = plan_for(unet, clock=Clock(monkeypatch, float_s=1.0, low_bit_s=0.25), max_loss_db=40.0)
+    assert {unit.mode for unit in plan.units} == {PLAIN}
+
+
 def psnr_db(unet, config, exact):
     """Mean over the pictures of a sampling with `config`, by the definition."""
     handle = mk.accelerate(unet, config)
@@ -145,6 +150,7 @@ def test_pictures_that_are_worse_than_allowed_are_not_taken(unet, monkeypatch):
     assert {MODULATED} <= {unit.mode for unit in plan.units}
     assert psnr_db(unet, mk.ModiffConfig(fuse=False, plan=plan), exact) >= best_db - 3.0
     assert "all quantized 3" not in {candidate.name for candidate in plan.candidates}
+    assert "not within the limits: all quantized 3 (" in plan.describe()
 
 
 @pytest.mark.parametrize("sampled_by", ["itself", "a function"])

@@ -31,6 +31,13 @@ def test_the_error_limit():
     assert choose(COSTS, ONES, max_error=0.0) == dict.fromkeys("abc", FLOAT)
 
 
+def test_less_state_in_the_same_time():
+    costs = {"a": unit(9.0, (4.0, 20.0), (4.0, 40.0, 1000)), "b": unit(9.0, (8.0, 20.0), (4.0, 30.0, 1000))}
+    assert choose(costs, ONES) == {"a": PLAIN, "b": MODULATED}
+    assert choose(costs, ONES, max_error=2e-3) == {"a": MODULATED, "b": MODULATED}
+    assert reason_of(costs["a"][::-1], PLAIN) == "fastest"
+
+
 def test_gains_weigh_the_modes():
     gains = gains_of(COSTS, {PLAIN: 2.01e-4, MODULATED: 3e-4})
     assert gains[PLAIN] == pytest.approx(2.01e-4 / 0.0201)

@@ -30,6 +30,9 @@ def test_it_fits_the_run_that_was_searched(tmp_path):
     assert str(found.schedule) == "U3FUF3 order=1"
     same = scheduler_of()
     assert found.fits(same, host_timesteps(same))
+    longer, free = scheduler_of(steps=9), scheduler_of(clip_sample=False)
+    assert found.difference(longer, host_timesteps(longer)) == "calls 8, and this run has 9"
+    assert found.difference(free, host_timesteps(free)) == "clip_sample True, and this run has False"
     from_another = DDIMScheduler.from_config({**DDPMScheduler().config, "variance_type": "fixed_large"})
     from_another.set_timesteps(8)
     assert found.fits(from_another, host_timesteps(from_another)), "settings of another class say nothing"
@@ -71,12 +74,13 @@ def test_it_is_found_in_the_folder_of_the_unet_or_the_pipeline(tmp_path):
         ({"schedule": "U3X"}, "ValueError: StepSchedule: rule='U3X'"),
         ({"sampler": None}, "TypeError"),
         ({"timesteps": ["a"]}, "ValueError"),
+        ({"colour": 1}, "unknown key 'colour'"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_by_name(tmp_path, changes, message):
     path = write(tmp_path, **changes)
     with pytest.raises(ValueError, match=message) as raised:
-        stored.read(path)
+        stored.beside(loaded_from(tmp_path))
     assert str(path) in str(raised.value)
     assert "search again with `modiff calibrate --schedule`" in str(raised.value)
 
