@@ -61,7 +61,7 @@ def read(path: Path) -> StoredSchedule:
 
 def beside(*models: Any) -> StoredSchedule | None:
     """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also that
-    around its own `unet`; None without a file. ValueError as of `read`, and for one that skips deep levels."""
+    around its own `unet`; None without a file. ValueError as of `read`."""
     for model in models:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not isinstance(name, (str, Path)) or not name:
@@ -69,9 +69,5 @@ def beside(*models: Any) -> StoredSchedule | None:
         folder = Path(name)
         for place in (folder, folder.parent) if folder.name == "unet" else (folder,):
             if (path := place / FILE_NAME).is_file():
-                found = read(path)
-                if found.schedule.is_deep:
-                    advice = f"give it as schedule={str(found.schedule)!r}, or {SEARCH_AGAIN}"
-                    raise ValueError(f"schedule='auto': {path} skips deep levels; {advice}")
-                return found
+                return read(path)
     return None
