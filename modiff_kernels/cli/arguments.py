@@ -42,8 +42,8 @@ columns:
 
 rows: float-contiguous, float-channels_last, float-compile; weight-only-w8 (quantised weights, float activations: the
   most that any treatment of activations can reach); plain-w8a8 ...; modulated-w8a4 ...; scheduled-w8a8 (modulated, and
-  most calls of the UNet forecast from the last ones instead of computed); planned-w8 (a mode for every layer, with
-  --plan). --rows takes names or their beginnings: "--rows float,modulated-w8a4"."""
+  most calls of the UNet forecast from the last ones instead of computed, or "no call left out"); planned-w8 (a mode for
+  every layer, with --plan). --rows takes names or their beginnings: "--rows float,modulated-w8a4"."""
 
 SAMPLE_HELP = """\
 Sample images. An image depends on its seed, the model and these options, --batch included, and not on how many
@@ -70,8 +70,9 @@ trajectory. The plan is timed and its pictures are judged before it is written; 
 is all float. It is also stored for plan="auto"."""
 
 EXPLAIN_HELP = """\
-Print what becomes of every layer of a model: mode, bits, backend and reason, and with a plan the time of every mode,
-speed-up, SQNR and state of its units, as far as they were measured."""
+Print what becomes of every layer of a model: mode, bits, backend and reason; the state of a run with --batch samples
+(with guidance, pictures take two each); and with a plan the time of every mode, speed-up, SQNR and state of its units,
+as far as they were measured."""
 
 
 class Parser(argparse.ArgumentParser):

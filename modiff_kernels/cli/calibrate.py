@@ -88,12 +88,12 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
             use_cache=False,
             progress=not args.quiet,
         )
+    print(plan.describe())
     replace_file(out, lambda new: new.write_text(plan.to_json() + "\n"))
     try:
         plan_cache.store(plan)
     except OSError as error:
         raise UserError(f"written to {out}, but not to the cache {plan_cache.folder()}: {error}") from error
-    print(plan.describe())
     if not args.quiet and plan.key is not None:
         shape = "x".join(map(str, plan.key.shape))
         print(f"\n--plan {out}, and plan='auto' for samples {shape} on {plan.key.device}")

@@ -78,9 +78,10 @@ def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
     if not isinstance(unet, nn.Module):
         text = "or a pipeline with a `unet`; pipelines built on a transformer are not supported"
         raise TypeError(f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) {text}")
-    if isinstance(unet, (nn.Linear, nn.Conv2d)) or getattr(unet.forward, "__func__", None) is nn.Module.forward:
-        text = "has no calls to begin and end; give the network around it (nn.Sequential will do)"
-        raise TypeError(f"accelerate: {type(unet).__name__}, a single layer or a mere container, {text}")
+    single = isinstance(unet, (nn.Linear, nn.Conv2d))
+    if single or getattr(unet.forward, "__func__", None) is nn.Module.forward:
+        what = f"{type(unet).__name__} is a {'single layer' if single else 'container without a forward'}"
+        raise TypeError(f"accelerate: {what}; give the network around it (nn.Sequential will do)")
     for path, module in unet.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             text = "is compiled; accelerate the UNet itself before anything is compiled, then call handle.compile()"
