@@ -128,16 +128,17 @@ class UNetForward:
 class HostTimesteps:
     """The timesteps of calls as numbers on the host, without waiting for a device within a run. Known are numbers,
     tensors on the CPU, and elements of a schedule on a device that was announced: by their place in its memory, which a
-    loop over `scheduler.timesteps` or over a slice of it gives."""
+    loop over `scheduler.timesteps` or over a slice of it gives. scheduler: that announced last."""
 
     def __init__(self) -> None:
+        self.scheduler: Any = None
         self._schedule: Tensor | None = None
         self._version = 0
         self._values: list[float] = []
 
     def announce(self, scheduler: Any) -> list[float]:
         """The timesteps that the scheduler has set, read if they are others than before."""
-        timesteps = getattr(scheduler, "timesteps", None)
+        self.scheduler, timesteps = scheduler, getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, Tensor):
             return [] if timesteps is None else clock.host_timesteps(scheduler)
         if timesteps is not self._schedule or tensor_version(timesteps) != self._version:

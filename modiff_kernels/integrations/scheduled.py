@@ -28,6 +28,7 @@ WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
 
 NOTHING_SKIPPED: tuple[str, Sequence[float], int] = "", (), 0
 JUST_BEGUN = "too little was computed since the context, or what it is conditioned on, began"
+MANY_COMPUTED = 10  # calls for this reason, after which it is worth a warning
 
 
 class History:
@@ -182,6 +183,8 @@ class ScheduledUNet:
         asked = bool(kwargs.get("return_dict", args[self._form_place] if len(args) > self._form_place else True))
         if action != UPDATE and (position is None or self._all_because or not trajectory.can_skip(step, asked)):
             trajectory.instead[self._all_because or JUST_BEGUN] += 1
+            if trajectory.instead[JUST_BEGUN] == MANY_COMPUTED:
+                self._warn(f"{JUST_BEGUN}; pass the same tensors of conditions at every call to which they apply")
             action = UPDATE
         trajectory.done.append(action)
         if action == UPDATE:
@@ -245,10 +248,13 @@ class ScheduledUNet:
         return given if reason is None else None
 
     def _compute_all(self, reason: str) -> None:
-        """Compute every call of this run from now on; warn once for each reason."""
+        """Compute every call of this run from now on."""
         self._all_because = reason
         advice = "; stochastic=True in the schedule skips all the same" if "noise" in reason else ""
-        text = f"schedule {str(self.schedule)!r}: every call is computed, because {reason}{advice}"
+        self._warn(f"every call is computed, because {reason}{advice}")
+
+    def _warn(self, text: str) -> None:
+        text = f"schedule {str(self.schedule)!r}: {text}"
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)
