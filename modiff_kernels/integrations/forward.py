@@ -71,9 +71,10 @@ class UNetForward:
         self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
 
     def _then_capture_again(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """`method`, which sets numbers that a graph has taken into its kernels."""
+        """`method`, which sets numbers that a graph has taken into its kernels, and makes other outputs of the UNet."""
         method(*args, **kwargs)
         self.state.relocations += 1
+        self.state.begin_anew()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._compiled is None and self.graphs is None:
