@@ -143,11 +143,9 @@ class HostTimesteps:
         if not isinstance(timesteps, Tensor):
             return [] if timesteps is None else clock.host_timesteps(scheduler)
         if timesteps is not self._schedule or tensor_version(timesteps) != self._version:
-            self._remember(timesteps, clock.host_timesteps(scheduler))
+            self._values = clock.host_timesteps(scheduler)
+            self._schedule, self._version = timesteps, tensor_version(timesteps)
         return self._values
-
-    def _remember(self, timesteps: Tensor, values: list[float]) -> None:
-        self._schedule, self._version, self._values = timesteps, tensor_version(timesteps), values
 
     def value(self, timestep: Any) -> float | None:
         """`timestep`, a number or a tensor of one element or of equal ones, as a number; None if it is not known."""

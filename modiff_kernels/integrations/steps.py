@@ -69,7 +69,9 @@ class Steps:
         passes = [name] if named else self._passes
         mine = passes if named else [one for one in passes if one in alike]
         free = [one for one in mine or passes if one not in self._done]
-        if same and (free or not (mine and self._repeats())):
+        coming = self.announced[self._index or 0 :][:2]
+        repeats = len(coming) == 2 and coming[0] == coming[1]  # samplers of second order announce timesteps twice
+        if same and (free or not (mine and repeats)):
             found = free[0] if free else name if named else PASS.format(len(passes))
         else:
             self._next_step(value, same)
@@ -79,11 +81,6 @@ class Steps:
             passes.append(found)
         self._done.add(found)
         return found
-
-    def _repeats(self) -> bool:
-        """Whether the next announced timestep is the same again, as of samplers of second order."""
-        pair = self.announced[self._index or 0 :][:2]
-        return len(pair) == 2 and pair[0] == pair[1]
 
     def _next_step(self, value: float | None, same: bool) -> None:
         index, state = self._index, self._state

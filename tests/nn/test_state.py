@@ -131,12 +131,14 @@ def test_skipped_layers_may_come_back(state):
     torch.testing.assert_close(out.double(), operator(sometimes, x)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_more_calls_than_announced(state):
+@pytest.mark.parametrize(("calibrated", "advice"), [(False, "num_calls=2: give as many"), (True, "calibrate one for")])
+def test_more_calls_than_announced(state, calibrated, advice):
     layer = linear(state)
+    state.calls_calibrated = 2 if calibrated else None
     state.begin_run(num_calls=2)
     for _ in range(2):
         call(state, layer, torch.randn(2, 8))
-    with pytest.raises(RuntimeError, match=r"call 3 of the UNet in context 'default'.*num_calls=2: give as many"):
+    with pytest.raises(RuntimeError, match=rf"call 3 of the UNet in context 'default'.*{advice}.*begin a new run"):
         call(state, layer, torch.randn(2, 8))
     with state.context("uncond"):
         call(state, layer, torch.randn(2, 8))
