@@ -81,7 +81,7 @@ class Handle:
         return self._own_run(num_calls, scheduler)
 
     def context(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """A trajectory of its own for the UNet calls inside, such as "cond" and "uncond". Without one, calls of one step
+        """A trajectory of its own for the UNet calls inside, such as "cond" and "uncond". Without it, calls of one step
         are told apart by their conditions or their order: "default", "default/1" and so on."""
         self._require_active()
         return self.state.context(name)
