@@ -177,13 +177,13 @@ def stable_diffusion(scheduler):
     return pipe
 
 
-def sample(pipe, steps=6, batch=2, start=0, stop_after=None, on_call=lambda: None):
-    """A sampling loop as pipelines have it; start: calls that image-to-image leaves out."""
+def sample(pipe, steps=6, batch=2, start=0, stop_after=None, on_call=lambda: None, **options):
+    """A sampling loop as pipelines have it; start: calls that image-to-image leaves out; options: of each step."""
     scheduler = pipe.scheduler
     scheduler.set_timesteps(steps)
     x = noise(batch) * scheduler.init_noise_sigma
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": torch.Generator().manual_seed(2)} if takes_generator else {}
+    options |= {"generator": torch.Generator().manual_seed(2)} if takes_generator else {}
     for t in scheduler.timesteps[start:stop_after]:
         prediction = pipe.unet(scheduler.scale_model_input(x, t), t).sample
         on_call()

@@ -76,9 +76,10 @@ class UNetForward:
         self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
 
     def _then_capture_again(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """`method`, which sets numbers that a graph has taken into its kernels."""
+        """`method`, which sets numbers that a graph has taken into its kernels, and makes other outputs of the UNet."""
         method(*args, **kwargs)
         self.state.relocations += 1
+        self.state.begin_anew()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._compiled is None and self.graphs is None:
@@ -138,24 +139,23 @@ class UNetForward:
 class HostTimesteps:
     """The timesteps of calls as numbers on the host, without waiting for a device within a run. Known are numbers,
     tensors on the CPU, and elements of a schedule on a device that was announced: by their place in its memory, which a
-    loop over `scheduler.timesteps` or over a slice of it gives."""
+    loop over `scheduler.timesteps` or over a slice of it gives. scheduler: that announced last."""
 
     def __init__(self) -> None:
+        self.scheduler: Any = None
         self._schedule: Tensor | None = None
         self._version = 0
         self._values: list[float] = []
 
     def announce(self, scheduler: Any) -> list[float]:
         """The timesteps that the scheduler has set, read if they are others than before."""
-        timesteps = getattr(scheduler, "timesteps", None)
+        self.scheduler, timesteps = scheduler, getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, Tensor):
             return [] if timesteps is None else clock.host_timesteps(scheduler)
         if timesteps is not self._schedule or tensor_version(timesteps) != self._version:
-            self._remember(timesteps, clock.host_timesteps(scheduler))
+            self._values = clock.host_timesteps(scheduler)
+            self._schedule, self._version = timesteps, tensor_version(timesteps)
         return self._values
-
-    def _remember(self, timesteps: Tensor, values: list[float]) -> None:
-        self._schedule, self._version, self._values = timesteps, tensor_version(timesteps), values
 
     def value(self, timestep: Any) -> float | None:
         """`timestep`, a number or a tensor of one element or of equal ones, as a number; None if it is not known."""

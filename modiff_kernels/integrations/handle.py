@@ -60,7 +60,6 @@ class Handle:
         self._pipes: list[Any] = []  # whose schedulers begin runs
         self._wrappers: list[hooks.Wrapper] = []
         self._own_runs: list[tuple[int | None, Any]] = []
-        self._announced: tuple[int | None, Any] = None, None  # calls and scheduler, as of an own run
         graphs = GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
         self._forward = UNetForward(unet, self.state, graphs)
         self._steps: Steps | None = None
@@ -83,7 +82,8 @@ class Handle:
         return self._own_run(num_calls, scheduler)
 
     def context(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """A trajectory of its own for the UNet calls inside: "cond" and "uncond" for guidance in two passes."""
+        """A trajectory of its own for the UNet calls inside, such as "cond" and "uncond". Without it, calls of one step
+        are told apart by their conditions or their order: "default", "default/1" and so on."""
         self._require_active()
         return self.state.context(name)
 
@@ -194,7 +194,8 @@ class Handle:
             own.callback(self._own_runs.pop)
             if scheduler is not None:
                 self._forward.timesteps.announce(scheduler)
-                for wrapper in () if self._is_wrapped(scheduler) else self._wrapped(scheduler):
+                known = self._is_wrapped(scheduler) or not hasattr(scheduler, "set_timesteps")
+                for wrapper in () if known else self._wrapped(scheduler):
                     own.callback(wrapper.restore)
             yield self.state
 
@@ -234,17 +235,11 @@ class Handle:
         self.pipe, self._pipes, self._wrappers = pipe, pipes, wrappers
 
     def _wrapped(self, scheduler: Any) -> list[hooks.Wrapper]:
-        wrappers = [hooks.begin_runs(scheduler, self.state, self._announce)]
-        if self._scheduled is not None and callable(getattr(scheduler, "step", None)):
-            wrappers.append(hooks.tell_noise(scheduler, self._scheduled.hear_of_noise))
-        return wrappers
+        tell = self._scheduled.hear_of_noise if self._scheduled is not None else lambda _: None
+        return hooks.wrap_scheduler(scheduler, self.state, self._forward.timesteps.announce, tell)
 
     def _is_wrapped(self, scheduler: Any) -> bool:
         return any(wrapper.owner is scheduler for wrapper in self._wrappers)
-
-    def _announce(self, scheduler: Any) -> None:
-        self._announced = None, scheduler
-        self._forward.timesteps.announce(scheduler)
 
     def _detach(self) -> None:
         for wrapper in self._wrappers:
@@ -278,7 +273,8 @@ class Handle:
         state, context = self.state, DEFAULT_CONTEXT
         if state.needs_run:
             if self._steps is None or self._steps.run_index != state.run_index:
-                self._steps = Steps(state, self._forward.timesteps, *[self._announced, *self._own_runs][-1])
+                timesteps = self._forward.timesteps
+                self._steps = Steps(state, timesteps, *[(None, timesteps.scheduler), *self._own_runs][-1])
             context = self._steps.place(args, kwargs)
         if self._planned_shape is not None:
             self._look_at_shape((args[0] if args else kwargs["sample"]).shape, context)

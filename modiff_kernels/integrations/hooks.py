@@ -42,12 +42,11 @@ class Wrapper:
         return self if copied is None else types.MethodType(getattr(type(copied), self._name), copied)
 
 
-def begin_runs(scheduler: Any, state: ModulationState, announce: Callable[[Any], Any]) -> Wrapper:
-    """Let set_timesteps() end the old run and begin the new one. announce: gets the scheduler in between. ValueError
-    for a scheduler without it."""
-    if not callable(getattr(scheduler, "set_timesteps", None)):
-        text = "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
-        raise ValueError(f"scheduler {type(scheduler).__name__} has no set_timesteps() to begin runs with; {text}")
+def wrap_scheduler(
+    scheduler: Any, state: ModulationState, announce: Callable[[Any], Any], tell_noise: Callable[[str], None]
+) -> list[Wrapper]:
+    """Let set_timesteps() end the old run and begin the new one, and step() tell what makes it add noise. announce:
+    gets the scheduler in between. ValueError for a scheduler without set_timesteps()."""
 
     def set_timesteps(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state.end_run()
@@ -56,22 +55,21 @@ def begin_runs(scheduler: Any, state: ModulationState, announce: Callable[[Any],
         state.begin_run(None if state.calls_calibrated is None else len(scheduler.timesteps))
         return result
 
-    return Wrapper(scheduler, "set_timesteps", set_timesteps)
-
-
-def tell_noise(scheduler: Any, tell: Callable[[str], None]) -> Wrapper:
-    """Let step() call `tell` with what makes it add noise, if an argument does."""
-    parameters = enumerate(inspect.signature(scheduler.step).parameters.values())
-    known = [(place, parameter.name, parameter.default) for place, parameter in parameters if parameter.name in NOISE]
-
     def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        for place, name, default in known:
-            value = kwargs.get(name, args[place] if len(args) > place else default)
-            if not isinstance(value, (int, float)) or value > 0:
-                tell(f"{type(scheduler).__name__}.step({name}={value})")
+        for place, given in noise:
+            if value := kwargs.get(given.name, args[place] if len(args) > place else given.default):
+                tell_noise(f"{type(scheduler).__name__}.step({given.name}={value})")
         return original(*args, **kwargs)
 
-    return Wrapper(scheduler, "step", step)
+    if not callable(getattr(scheduler, "set_timesteps", None)):
+        text = "accelerate pipe.unet instead and open runs with `with handle.sampling_run():`"
+        raise ValueError(f"scheduler {type(scheduler).__name__} has no set_timesteps() to begin runs with; {text}")
+    wrappers = [Wrapper(scheduler, "set_timesteps", set_timesteps)]
+    parameters = inspect.signature(getattr(scheduler, "step", list)).parameters.values()
+    noise = [(place, given) for place, given in enumerate(parameters) if given.name in NOISE]
+    if noise:
+        wrappers.append(Wrapper(scheduler, "step", step))
+    return wrappers
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

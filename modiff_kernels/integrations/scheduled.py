@@ -25,6 +25,7 @@ WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
 
 NOTHING_SKIPPED: tuple[str, Sequence[float], int] = "", (), 0
 JUST_BEGUN = "too little was computed since the context, or what it is conditioned on, began"
+MANY_COMPUTED = 10  # calls for this reason, after which it is worth a warning
 
 
 class History:
@@ -55,9 +56,9 @@ class Trajectory:
     """One context of a scheduled run: its plan, what was done so far, and what a skipped call is made of.
 
     planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
-    forecasts. done: a letter per call so far. computed: the steps whose outputs are known and still hold. instead: why
-    calls were computed that are planned to be skipped, and how many. output: of the network. forms: the last one as the
-    network returned it, by `return_dict`.
+    forecasts. done: a letter per call so far. computed: steps whose outputs still hold. instead: how many calls were
+    computed that are planned to be skipped, and why. output: of the network. forms: the last outputs as returned, by
+    `return_dict`.
     """
 
     def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
@@ -147,6 +148,8 @@ class ScheduledUNet:
         asked = bool(kwargs.get("return_dict", args[self._form_place] if len(args) > self._form_place else True))
         if action != UPDATE and (position is None or self._all_because or not trajectory.can_skip(step, asked)):
             trajectory.instead[self._all_because or JUST_BEGUN] += 1
+            if trajectory.instead[JUST_BEGUN] == MANY_COMPUTED:
+                self._warn(f"{JUST_BEGUN}; pass the same tensors of conditions at every call to which they apply")
             action = UPDATE
         trajectory.done.append(action)
         if action == UPDATE:
@@ -162,48 +165,44 @@ class ScheduledUNet:
     def _lay_out(self) -> tuple[str, Sequence[float], int]:
         """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""
         steps: Any = self._steps()
-        calls, scheduler, timesteps, first = steps.calls, steps.scheduler, steps.announced, steps.first
-        if scheduler is not None:
-            calls = len(timesteps) - first
+        scheduler, timesteps, name = steps.scheduler, steps.announced[steps.first :], type(steps.scheduler).__name__
+        chosen: Any = None if self.schedule == "auto" else self.schedule
+        calls, reason = steps.calls if scheduler is None else len(timesteps), None
+        if scheduler is None and chosen is None:
+            raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
         if calls is None:
             text = f"so its last ones are not; open it with {WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
             raise ValueError(f"schedule: the number of calls of this run is not known, {text}")
-        chosen = self._in_use = self._choose(scheduler, calls, timesteps[first:])
-        if chosen is None:
+        if scheduler is not None and clock.is_stochastic(scheduler) and not (chosen and chosen.stochastic):
+            reason = f"{name} adds noise at its steps"
+        elif scheduler is not None and not timesteps:
+            reason = f"the UNet is called with other timesteps than {name} announced"
+        elif chosen is None and self._stored is not None and self._stored.fits(scheduler, timesteps):
+            chosen = self._stored.schedule
+        elif chosen is None and (chosen := clock.automatic(scheduler, calls)) is None:
+            reason = f"{calls} calls are few"
+        elif set(chosen.actions(calls)) == {UPDATE}:
+            reason = f"a run of {calls} calls is too short to skip any"
+        if reason is not None:
+            self._compute_all(reason)
             return NOTHING_SKIPPED
+        self._in_use = chosen
         if not chosen.needs_axis:
             return chosen.actions(calls), range(calls), 0
         if scheduler is None and chosen.axis != "timestep":
             text = f"open the run with {WITH_SCHEDULER}, or give a schedule with axis=timestep"
             raise ValueError(f"schedule: axis={chosen.axis} needs the noise levels of the sampler; {text}")
-        positions = [] if scheduler is None else clock.positions(chosen.axis, timesteps, scheduler)[first:]
-        return chosen.actions(calls), positions, chosen.order
-
-    def _choose(self, scheduler: Any, calls: int, timesteps: Sequence[float]) -> StepSchedule | None:
-        """The schedule for this run; None, and a warning, where nothing can be skipped."""
-        name, given = type(scheduler).__name__, None if self.schedule == "auto" else self.schedule
-        if scheduler is None and given is None:
-            raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
-        reason = None
-        if scheduler is not None and clock.is_stochastic(scheduler) and not (given and given.stochastic):
-            reason = f"{name} adds noise at its steps"
-        elif scheduler is not None and not timesteps:
-            reason = f"the UNet is called with other timesteps than {name} announced"
-        elif given is None and self._stored is not None and self._stored.fits(scheduler, timesteps):
-            given = self._stored.schedule
-        elif given is None and (given := clock.automatic(scheduler, calls)) is None:
-            reason = f"{calls} calls are few"
-        elif set(given.actions(calls)) == {UPDATE}:
-            reason = f"a run of {calls} calls is too short to skip any"
-        if reason is not None:
-            self._compute_all(reason)
-        return given if reason is None else None
+        places = [] if scheduler is None else clock.positions(chosen.axis, steps.announced, scheduler)[steps.first :]
+        return chosen.actions(calls), places, chosen.order
 
     def _compute_all(self, reason: str) -> None:
-        """Compute every call of this run from now on; warn once for each reason."""
+        """Compute every call of this run from now on."""
         self._all_because = reason
         advice = "; stochastic=True in the schedule skips all the same" if "noise" in reason else ""
-        text = f"schedule {str(self.schedule)!r}: every call is computed, because {reason}{advice}"
+        self._warn(f"every call is computed, because {reason}{advice}")
+
+    def _warn(self, text: str) -> None:
+        text = f"schedule {str(self.schedule)!r}: {text}"
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(text, stacklevel=2)

@@ -24,11 +24,8 @@ NEAR = 5e-4  # of the largest timestep: as near to an announced one is what the 
 
 
 class Steps:
-    """Follows the calls of the run that has just begun.
-
-    calls, scheduler: how many were announced, and who samples; None for what is not known. announced: the timesteps of
-    the scheduler as long as the calls are at them, else empty. first: index of the first call's.
-    """
+    """Follows the calls of the run that has just begun. calls, scheduler: how many were announced, and who samples.
+    announced: the timesteps of the scheduler if the calls are at them, else empty. first: index of the first call's."""
 
     def __init__(self, state: ModulationState, timesteps: HostTimesteps, calls: int | None, scheduler: Any) -> None:
         self.run_index, self.calls, self.scheduler = state.run_index, calls, scheduler
@@ -39,24 +36,25 @@ class Steps:
         self._at: Any = None  # the last timestep: its value, or its memory, which is held
         self._passes: list[str] = []  # contexts of the passes of a step that the user did not name, in order
         self._done: set[str] = set()  # contexts that were called in this step
-        self._conditions: dict[str, list[tuple[Any, int]]] = {}
-        self._formats: dict[str, Any] = {}
+        self._known: dict[str, tuple[Any, list[tuple[Any, int]]]] = {}  # by context: format of the sample, conditions
 
     def place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Take the next call; its context. A context begins anew where another picture begins or the sample has another
         format; a schedule forgets where the conditions are others. RuntimeError for a timestep of another scheduler."""
-        sample = args[0] if args else kwargs.get("sample")
-        conditions = _conditions_of(args, kwargs)
-        alike = [name for name, old in self._conditions.items() if _same(old, conditions)]
-        name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike)
-        if name not in alike:
-            if name in self._state.trajectories:
-                self._state.trajectories[name].forget()
-            self._conditions[name] = conditions
+        state, sample = self._state, args[0] if args else kwargs.get("sample")
         form = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
-        if self._formats.setdefault(name, form) != form:
-            self._formats[name] = form
-            self._state.begin_anew(name)
+        conditions = _conditions_of(args, kwargs)
+        alike = [
+            name
+            for name, (_, old) in self._known.items()
+            if len(old) == len(conditions) and all(map(_unchanged, old, conditions))
+        ]
+        name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike)
+        if name in self._known and self._known[name][0] != form:
+            state.begin_anew(name)
+        elif name not in alike and name in state.trajectories:
+            state.trajectories[name].forget()
+        self._known[name] = form, conditions
         return name
 
     def _follow(self, timestep: Any, alike: Sequence[str]) -> str:
@@ -71,7 +69,9 @@ class Steps:
         passes = [name] if named else self._passes
         mine = passes if named else [one for one in passes if one in alike]
         free = [one for one in mine or passes if one not in self._done]
-        if same and (free or not (mine and self._repeats())):
+        coming = self.announced[self._index or 0 :][:2]
+        repeats = len(coming) == 2 and coming[0] == coming[1]  # samplers of second order announce timesteps twice
+        if same and (free or not (mine and repeats)):
             found = free[0] if free else name if named else PASS.format(len(passes))
         else:
             self._next_step(value, same)
@@ -81,11 +81,6 @@ class Steps:
             passes.append(found)
         self._done.add(found)
         return found
-
-    def _repeats(self) -> bool:
-        """Whether the next announced timestep is the same again, as of samplers of second order."""
-        pair = self.announced[self._index : self._index + 2] if self._index is not None else ()
-        return len(pair) == 2 and pair[0] == pair[1]
 
     def _next_step(self, value: float | None, same: bool) -> None:
         index, state = self._index, self._state
@@ -101,6 +96,8 @@ class Steps:
         found = index + 1
         if self.announced and not same and value is not None:
             found = self._find(value, found)
+        if found is None and index == self.first:  # one of other timesteps was an announced one by chance
+            found, self.announced, self._start = index + len(self.announced) + MOST_AHEAD, [], self._at
         if found is None:
             state.invalidate("another scheduler sampled")
             known = f"which the {type(self.scheduler).__name__} that began this run did not announce"
@@ -113,36 +110,26 @@ class Steps:
         self._index, state.step_index = found, found - self.first
 
     def _find(self, value: float, start: int) -> int | None:
-        """Index of an announced timestep: the first one from `start` on, or before it."""
+        """Index of the announced timestep nearest to `value`, if near: from `start` on, or before it."""
         announced = self.announced
         if announced[start : start + 1] == [value]:
             return start
-        order = (*range(start, len(announced)), *range(min(start, len(announced))))
-        for distance in (0.0, NEAR * max(map(abs, announced), default=0.0)):
-            for index in order:
-                if abs(announced[index] - value) <= distance:
-                    return index
-        return None
+        order = [*range(start, len(announced)), *range(min(start, len(announced)))]
+        found = min(order, key=lambda index: abs(announced[index] - value), default=None)
+        return None if found is None or abs(announced[found] - value) > NEAR * max(announced) else found
 
 
 def _conditions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
     """What a call is conditioned on, with versions: all beside sample and timestep but the residuals of a ControlNet or
     T2I-Adapter, which change from call to call like the sample."""
-    values = list(args[2:])
-    values += [kwargs[name] for name in kwargs if name not in NOT_CONDITIONS and "additional_residual" not in name]
-    found = []
+    names = [name for name in kwargs if name not in NOT_CONDITIONS and "additional_residual" not in name]
+    values, found = [*args[2:], *[kwargs[name] for name in names]], []
     for value in values:  # which grow
-        if isinstance(value, dict):
-            values += value.values()
-        elif isinstance(value, (list, tuple)):
-            values += value
+        if isinstance(value, (dict, list, tuple)):
+            values += value.values() if isinstance(value, dict) else value
         elif value is not None:
             found.append((value, tensor_version(value) if isinstance(value, Tensor) else 0))
     return found
-
-
-def _same(old: Sequence[tuple[Any, int]], new: Sequence[tuple[Any, int]]) -> bool:
-    return len(old) == len(new) and all(map(_unchanged, old, new))
 
 
 def _unchanged(old: tuple[Any, int], new: tuple[Any, int]) -> bool:
@@ -152,7 +139,7 @@ def _unchanged(old: tuple[Any, int], new: tuple[Any, int]) -> bool:
         return version == version_now
     if not isinstance(before, Tensor) or not isinstance(now, Tensor):
         return isinstance(before, (int, float, str)) and bool(before == now)
-    if before.shape != now.shape or before.dtype is not now.dtype or before.device != now.device:
+    if (before.shape, before.dtype, before.device) != (now.shape, now.dtype, now.device):
         return False
     if before.data_ptr() == now.data_ptr() and before.stride() == now.stride():
         return version == version_now

@@ -9,7 +9,7 @@ import numpy as np
 from modiff_kernels.config.schedule import StepSchedule
 
 LEAST_ALPHA = 2.0**-24  # of schedules that end in pure noise; diffusers' DPM-Solver takes the same
-STOCHASTIC = ("DDPM", "Ancestral", "DPMSolverSDE", "LCM", "TCD", "CMStochastic", "RePaint", "UnCLIP", "SdeVe")
+STOCHASTIC = ("DDPM", "Ancestral", "SDE", "LCM", "TCD", "CMStochastic", "RePaint", "UnCLIP", "SdeVe", "SASolver")
 MANY_CALLS = 40  # from here on DDIM moves so little per call that most calls can be forecast
 FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less
 

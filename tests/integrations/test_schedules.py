@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import warnings
 
 import pytest
@@ -78,8 +79,36 @@ class TestWholeNetwork:
             assert torch.equal(first.sample, kept)
             first.sample.zero_()
             assert torch.equal(unet(noise(), 0).sample, kept)
+        with handle.sampling_run(6):
+            asked = (True, False, True, False, False, True)
+            found = [isinstance(unet(noise(), t, return_dict=form), tuple) for t, form in enumerate(asked)]
+        assert found == [not form for form in asked]
+        assert letters(handle) == "UUUHHH"
+        assert "3 update, 3 hold" in handle.explain_schedule()
+
+    def test_outputs_of_another_shape_are_held(self):
+        unet = OneConv()
+        unet.forward = lambda sample, timestep: sample[:, :1, ::2]
+        handle = mk.accelerate(unet, mk.ModiffConfig(schedule="UH3 axis=timestep", **FLOAT))
         with handle.sampling_run(4):
-            assert all(isinstance(unet(noise(), t, return_dict=False), tuple) for t in range(4))
+            assert {unet(noise(), t).shape for t in (9, 8, 7, 6)} == {(2, 1, 4, 8)}
+        assert letters(handle) == "UHHH"
+
+    def test_other_conditions_are_a_new_beginning(self):
+        """Calls are computed until as many are known as the schedule counts on."""
+        unet, scheduler = unet2d_condition(), DDIMScheduler()
+        handle = mk.accelerate(unet, mk.ModiffConfig(schedule="forecast every=3 first=2 order=1", **FLOAT))
+        scheduler.set_timesteps(14)
+        with handle.sampling_run(scheduler=scheduler):
+            for call, t in enumerate(scheduler.timesteps):
+                residual = torch.full((2, 32, 4, 4), float(call))  # of a ControlNet: no condition
+                unet(noise(channels=4), t, text(seed=int(call > 4)), mid_block_additional_residual=residual)
+        assert letters(handle) == "UUFFUUUUFFUFFU"
+        assert "; 2 computed that the schedule would skip: too little" in handle.explain_schedule()
+        with handle.sampling_run(scheduler=scheduler):
+            scheduler.set_timesteps(30)
+            with pytest.warns(UserWarning, match="pass the same tensors"):
+                [unet(noise(channels=4), t, text(seed=call)) for call, t in enumerate(scheduler.timesteps)]
 
     @pytest.mark.parametrize(("axis", "degree"), [("timestep", 2), ("sigma", 1), ("root_sigma", 2), ("log_snr", 1)])
     def test_polynomials_on_the_axis_are_forecast_exactly(self, axis, degree):
@@ -176,14 +205,19 @@ class TestRefusals:
             unet(noise(), 1)
 
     def test_stochastic_samplers_are_warned_about_unless_meant(self):
-        for schedule, warned in (("forecast", 1), ("forecast stochastic=True", 0)):
-            pipe = pipeline(DDPMScheduler())
-            mk.accelerate(pipe, mk.ModiffConfig(schedule=schedule, **FLOAT))
+        samplers = [(DDPMScheduler, {}), (DDIMScheduler, {"eta": 0.5}), (EulerDiscreteScheduler, {"s_churn": 1.0})]
+        for (scheduler, options), meant in itertools.product(samplers, (False, True)):
+            pipe = pipeline(scheduler())
+            handle = mk.accelerate(pipe, mk.ModiffConfig(schedule=f"UF5 axis=timestep stochastic={meant}", **FLOAT))
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
-                sample(pipe, 6)
-                sample(pipe, 6)
-            assert sum("adds noise at its steps" in str(warning.message) for warning in seen) == warned
+                sample(pipe, 6, **options)
+                sample(pipe, 6, **options)
+            assert sum("adds noise at its steps" in str(warning.message) for warning in seen) == (not meant)
+            assert letters(handle) == ("UFFFFF" if meant else "UUUUUU")
+            assert ("every call is computed, because" in handle.explain_schedule()) != meant
+            handle.remove()
+            sample(pipe, 6, **options)
 
 
 def test_another_schedule_from_the_next_run_on():

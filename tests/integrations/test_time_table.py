@@ -129,7 +129,7 @@ class TestHostTimesteps:
         scheduler = DDIMScheduler()
         scheduler.set_timesteps(10)
         known = scheduler.timesteps
-        values._remember(known, known.tolist())
+        assert values.announce(scheduler) == known.tolist()
         for part in (known, known[3:], known[::2]):
             assert [values._value_in_schedule(t) for t in part] == part.tolist()
         assert values._value_in_schedule(known[2:3]) == known[2]

@@ -131,15 +131,32 @@ def test_skipped_layers_may_come_back(state):
     torch.testing.assert_close(out.double(), operator(sometimes, x)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_more_calls_than_announced(state):
+@pytest.mark.parametrize(("calibrated", "advice"), [(False, "num_calls=2: give as many"), (True, "calibrate one for")])
+def test_more_calls_than_announced(state, calibrated, advice):
     layer = linear(state)
+    state.calls_calibrated = 2 if calibrated else None
     state.begin_run(num_calls=2)
     for _ in range(2):
         call(state, layer, torch.randn(2, 8))
-    with pytest.raises(RuntimeError, match=r"call 3 of the UNet in context 'default'.*announced 2.*contexts"):
+    with pytest.raises(RuntimeError, match=rf"call 3 of the UNet in context 'default'.*{advice}.*begin a new run"):
         call(state, layer, torch.randn(2, 8))
     with state.context("uncond"):
         call(state, layer, torch.randn(2, 8))
+
+
+def test_a_context_begins_anew_within_a_run(state):
+    """With another shape here; the other context goes on, and so do the numbers of calls."""
+    layer, x, first = linear(state), torch.randn(3, 8), []
+    state.begin_run()
+    for name, rows in (("cond", 2), ("uncond", 2), ("cond", 3), ("uncond", 2), ("cond", 3)):
+        with state.context(name):
+            if rows == 3 and len(first) == 2:
+                state.begin_anew(name)
+            with state.call():
+                first.append((state.is_first, state.call_index))
+                out = layer(x[:rows])
+    assert first == [(True, 0), (True, 0), (True, 1), (False, 1), (False, 2)]
+    torch.testing.assert_close(out.double(), operator(layer, x)[0], rtol=1e-3, atol=1e-3)
 
 
 def in_thread(function):

@@ -40,12 +40,9 @@ def test_pure_noise_has_a_place():
 
 
 @pytest.mark.parametrize("timestep", [601, 601.0, torch.tensor(601), torch.full((4,), 601)])
-def test_first_call_of_a_part_of_the_trajectory(timestep):
-    timesteps = timesteps_of(DDIMScheduler(steps_offset=1))
-    assert timesteps == [801, 601, 401, 201, 1]
-    assert clock.first_call(timesteps, clock.host_timestep(timestep)) == 1
-    with pytest.raises(ValueError, match="timestep 500, which is none of the scheduler's"):
-        clock.first_call([801, 601, 401], 500)
+def test_timesteps_in_all_forms(timestep):
+    assert clock.host_timestep(timestep) == 601
+    assert clock.host_timestep(torch.tensor([601, 600])) is clock.host_timestep(torch.zeros(2, 3)) is None
 
 
 def test_stochastic_samplers():

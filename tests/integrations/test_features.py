@@ -1,0 +1,407 @@
+"""What diffusers and torch do to a UNet before accelerate(), after it, and within a run: right, or refused with a reason.
+
+docs/features.md is the table of it. Make it anew with `python -m tests.integrations.test_features` from the checkout.
+"""
+
+import contextlib
+import copy
+import functools
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+import modiff_kernels as mk
+from modiff_kernels.evaluation import sqnr
+from tests.unets import NETWORKS, conditions_of, no_grad_and_one_thread, text, trajectory  # noqa: F401
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
+WHEN = ("before accelerate()", "after it", "within a run")
+CALLS, AT = 4, 2  # calls of a run; the one before which something changes within it
+SLACK_DB = 3.0
+"""How far below the ceiling "works" may be: 8-bit activations cost 1 to 2 dB beside 8-bit weights in these networks."""
+
+
+class Net:
+    """A UNet with what its calls are made of, which features change."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.unet, self.handle = kind, NETWORKS[kind](), None
+        self.keywords = conditions_of(self.unet)
+        self.around: Callable[[], Any] = contextlib.nullcontext
+        self.sample: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+        self.time: Callable[[int], Any] = lambda t: t
+        self.call: Callable[..., Any] = lambda x, t, **keywords: self.unet(x, t, **keywords).sample
+        self.undo = contextlib.ExitStack()
+
+    def run(self, change: Callable[["Net"], None] | None = None) -> torch.Tensor:
+        """The output of the last call; change: what happens within the run."""
+        size = self.unet.config.sample_size
+        xs = trajectory((2, self.unet.config.in_channels, size, size), CALLS)
+        with contextlib.nullcontext() if self.handle is None else self.handle.sampling_run(), self.undo:
+            for i, x in enumerate(xs):
+                if i == AT and change is not None:
+                    change(self)
+                with self.around():
+                    own = {name: [*v] if isinstance(v, list) else v for name, v in self.keywords.items()}
+                    out = self.call(self.sample(x).to(self.unet.dtype), self.time(500 - 10 * i), **own)
+        return out.float().clone()
+
+
+def part(net: Net, kind: str) -> nn.Module:
+    """The first module whose class has this name, in the float UNet or in the accelerated one."""
+    for module in net.unet.modules():
+        module = getattr(module, "original", module)
+        if type(module).__name__ == kind:
+            return module
+    raise AssertionError(kind)
+
+
+def layer(net: Net, name: str) -> nn.Module:
+    return next(module for path, module in net.unet.named_modules() if path.endswith(name))
+
+
+FEATURES: dict[str, tuple[Callable[[Net], Any], tuple[str, ...]]] = {}
+
+
+def feature(name: str, *kinds: str) -> Callable[[Callable[[Net], Any]], Callable[[Net], Any]]:
+    def add(change: Callable[[Net], Any]) -> Callable[[Net], Any]:
+        FEATURES[name] = change, kinds or ("unet2d", "sd15")
+        return change
+
+    return add
+
+
+def one(name: str, change: Callable[[Net], Any], *kinds: str) -> None:
+    feature(name, *kinds)(change)
+
+
+class Half(AttnProcessor2_0):
+    """A processor of a user's own."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return 0.5 * super().__call__(*args, **keywords)
+
+
+class HalfBlock:
+    """As token merging swaps the class of blocks."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        return 0.5 * super().forward(*args, **keywords)
+
+
+def patched(module: nn.Module) -> None:
+    original = module.forward
+    module.forward = lambda *args, **keywords: 0.5 * original(*args, **keywords)
+
+
+def swapped(module: nn.Module) -> None:
+    module.__class__ = type(f"Own{type(module).__name__}", (HalfBlock, type(module)), {})
+
+
+def halved(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, out: 0.5 * out)
+
+
+def quiet(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: (0.5 * args[0], *args[1:]) if args else None)
+
+
+def set_all(net: Net, processor: Any) -> None:
+    net.unet.set_attn_processor(processor)
+
+
+CONDITIONAL = ("sd15", "sdxl")
+# Attention
+one("set_attention_slice", lambda net: net.unet.set_attention_slice(1), "sd15")
+one("set_attn_processor(AttnProcessor)", lambda net: set_all(net, AttnProcessor()))
+one("set_attn_processor(AttnProcessor2_0)", lambda net: set_all(net, AttnProcessor2_0()))
+one("set_attn_processor(SlicedAttnProcessor)", lambda net: set_all(net, SlicedAttnProcessor(1)))
+one("set_attn_processor(of one's own)", lambda net: set_all(net, Half()))
+one("set_default_attn_processor", lambda net: net.unet.set_default_attn_processor())
+one("attention.processor = of one's own", lambda net: setattr(part(net, "Attention"), "processor", Half()))
+one("attention.forward = (HyperTile)", lambda net: patched(part(net, "Attention")))
+one("hook on attention (SAG)", lambda net: halved(part(net, "Attention")))
+one("fuse_qkv_projections", lambda net: net.unet.fuse_qkv_projections(), "sd15")
+one("__class__ of a block (token merging)", lambda net: swapped(part(net, "BasicTransformerBlock")), *CONDITIONAL)
+one("hook on a transformer block", lambda net: halved(part(net, "BasicTransformerBlock")), *CONDITIONAL)
+one("forward of a transformer block", lambda net: patched(part(net, "BasicTransformerBlock")), *CONDITIONAL)
+one("set_chunk_feed_forward", lambda net: part(net, "BasicTransformerBlock").set_chunk_feed_forward(16, 1), "sd15")
+one("encoder_attention_mask", lambda net: net.keywords.update(encoder_attention_mask=mask()), "sd15")
+
+
+def mask() -> torch.Tensor:
+    kept = torch.ones(2, 5)
+    kept[:, 3:] = 0
+    return kept
+
+
+# Hooks and forwards elsewhere
+one("hook on a ResnetBlock2D", lambda net: halved(part(net, "ResnetBlock2D")))
+one("hook on a norm", lambda net: halved(part(net, "GroupNorm")))
+one("hook on a convolution", lambda net: halved(layer(net, "resnets.0.conv1")))
+one("pre-hook on a convolution", lambda net: quiet(layer(net, "resnets.0.conv1")))
+one("forward of a convolution", lambda net: patched(layer(net, "resnets.0.conv1")))
+one("hook on conv_in", lambda net: halved(net.unet.conv_in))
+one("hook on the time embedding", lambda net: halved(net.unet.time_embedding))
+one("hook on the UNet", lambda net: quiet(net.unet))
+one("hook on a down block", lambda net: net.unet.down_blocks[0].register_forward_hook(lambda *_: None))
+one("dropout, train()", lambda net: net.unet.train())
+one("requires_grad_()", lambda net: net.unet.requires_grad_())
+one("enable_gradient_checkpointing", lambda net: net.unet.enable_gradient_checkpointing())
+
+
+# Weights
+def other(net: Net) -> nn.Module:
+    return NETWORKS[net.kind](seed=5)
+
+
+def averaged(net: Net) -> None:
+    average = EMAModel(other(net).parameters())
+    average.store(net.unet.parameters())
+    average.copy_to(net.unet.parameters())
+
+
+def data_of(net: Net, name: str) -> torch.Tensor:
+    return layer(net, name).weight.data
+
+
+def renewed(module: nn.Module, name: str = "weight") -> None:
+    setattr(module, name, nn.Parameter(-getattr(module, name).detach(), requires_grad=False))
+
+
+def replaced(net: Net, name: str) -> None:
+    layer(net, name).weight.data = -data_of(net, name)
+
+
+one("load_state_dict", lambda net: net.unet.load_state_dict(other(net).state_dict()))
+one("load_state_dict(assign=True)", lambda net: net.unet.load_state_dict(other(net).state_dict(), assign=True))
+one("weights of an EMA", averaged)
+one("weight.mul_()", lambda net: layer(net, "resnets.0.conv1").weight.mul_(-1))
+one("weight.data.mul_()", lambda net: data_of(net, "resnets.0.conv1").mul_(-1))
+one("weight.data =", lambda net: replaced(net, "resnets.0.conv1"))
+one("weight = nn.Parameter()", lambda net: renewed(layer(net, "resnets.0.conv1")))
+one("bias.add_()", lambda net: layer(net, "resnets.0.conv1").bias.add_(1))
+one("bias.data.add_()", lambda net: layer(net, "resnets.0.conv1").bias.data.add_(1))
+one("weight.data of a projection in attention", lambda net: data_of(net, "to_v").mul_(-1))
+one("weight of a norm, in place", lambda net: part(net, "GroupNorm").weight.mul_(2))
+one("weight.data of a norm", lambda net: part(net, "GroupNorm").weight.data.mul_(2))
+one("weight of the time embedding, in place", lambda net: layer(net, "time_embedding.linear_1").weight.mul_(-1))
+one("weight.data of the time embedding", lambda net: data_of(net, "time_embedding.linear_1").mul_(-1))
+one("weight.data of a time projection", lambda net: data_of(net, "resnets.0.time_emb_proj").mul_(-4))
+one("spectral_norm", lambda net: nn.utils.parametrizations.spectral_norm(layer(net, "resnets.0.conv1")))
+one("add_adapter (LoRA)", lambda net: net.unet.add_adapter(lora()), "sd15")
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    torch.manual_seed(3)
+    return LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+
+
+# Number formats and torch's modes
+def within(net: Net, make: Callable[[], Any]) -> None:
+    net.around = make
+
+
+one("to(bfloat16)", lambda net: net.unet.to(torch.bfloat16))
+one("half()", lambda net: net.unet.half())
+one("channels_last", lambda net: net.unet.to(memory_format=torch.channels_last))
+one("autocast", lambda net: within(net, lambda: torch.autocast("cpu", torch.bfloat16)))
+one("inference_mode", lambda net: within(net, torch.inference_mode))
+one("enable_grad", lambda net: within(net, torch.enable_grad))
+one(
+    "enable_layerwise_casting",
+    lambda net: net.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32),
+)
+one("use_deterministic_algorithms", lambda net: deterministic(net))
+
+
+def deterministic(net: Net) -> None:
+    torch.use_deterministic_algorithms(True)
+    net.undo.callback(torch.use_deterministic_algorithms, False)
+
+
+# Calls
+def sampled(net: Net, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    net.sample = change
+
+
+def batched(net: Net, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Of sample and conditions."""
+    net.sample = change
+    for name, value in net.keywords.items():
+        net.keywords[name] = {k: change(v) for k, v in value.items()} if isinstance(value, dict) else change(value)
+
+
+one("batch cut in half", lambda net: batched(net, lambda t: t[1:]))
+one("batch doubled", lambda net: batched(net, lambda t: torch.cat([t, t])))
+one("another size", lambda net: sampled(net, lambda x: x.repeat(1, 1, 2, 2)))
+one("not square", lambda net: sampled(net, lambda x: x.repeat(1, 1, 1, 2)))
+one("not contiguous", lambda net: sampled(net, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)))
+one("timestep float", lambda net: setattr(net, "time", float))
+one("timestep tensor", lambda net: setattr(net, "time", torch.tensor))
+one("timestep tensor [1]", lambda net: setattr(net, "time", lambda t: torch.tensor([t])))
+one("timestep per sample", lambda net: setattr(net, "time", lambda t: torch.tensor([t, t])))
+one("timesteps that differ", lambda net: setattr(net, "time", lambda t: torch.tensor([t, t - 300])))
+one("return_dict=False", lambda net: setattr(net, "call", lambda x, t, **k: net.unet(x, t, return_dict=False, **k)[0]))
+one("keywords", lambda net: setattr(net, "call", lambda x, t, **k: net.unet(sample=x, timestep=t, **k).sample))
+one("another prompt", lambda net: net.keywords.update(encoder_hidden_states=text(seed=7)), *CONDITIONAL)
+one("prompt in place", lambda net: net.keywords["encoder_hidden_states"].neg_(), *CONDITIONAL)
+one("prompt in place, .data", lambda net: net.keywords["encoder_hidden_states"].data.neg_(), *CONDITIONAL)
+one("longer prompt", lambda net: net.keywords.update(encoder_hidden_states=text(seed=7).repeat(1, 3, 1)), *CONDITIONAL)
+one("ControlNet residuals", lambda net: net.keywords.update(control()), "sd15")
+one("enable_freeu", lambda net: net.unet.enable_freeu(s1=0.2, s2=0.2, b1=1.5, b2=1.6))
+
+
+def control() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(9)
+    shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4)]
+    down = tuple(0.3 * torch.randn(shape, generator=generator) for shape in shapes)
+    return {"down_block_additional_residuals": down}
+
+
+# What makes another thing of the UNet
+one("copy.deepcopy", lambda net: setattr(net, "unet", copy.deepcopy(net.unet)))
+one("pickle", lambda net: setattr(net, "unet", pickle.loads(pickle.dumps(net.unet))), "unet2d")
+one(
+    "torch.jit.trace",
+    lambda net: torch.jit.trace(net.unet, (trajectory((2, 3, 8, 8), 1)[0], torch.tensor(1)), strict=False),
+    "unet2d",
+)
+one(
+    "torch.export",
+    lambda net: torch.export.export(net.unet, (trajectory((2, 3, 8, 8), 1)[0], torch.tensor(1))),
+    "unet2d",
+)
+one("torch.func.functional_call", lambda net: functional(net), "unet2d")
+
+
+def functional(net: Net) -> None:
+    weights = {name: -value for name, value in other(net).state_dict().items()}
+    net.call = lambda x, t: torch.func.functional_call(net.unet, weights, (x, t)).sample
+
+
+class Row(NamedTuple):
+    """works: dB below the ceiling, or None; then `words` of the refusal."""
+
+    loss: float | None
+    words: str = ""
+
+    def __str__(self) -> str:
+        return f"works, {self.loss:.1f} dB" if self.loss is not None else f"refused: {self.words}"
+
+
+@functools.cache
+def truth(name: str, kind: str, when: str) -> torch.Tensor:
+    """Of the float UNet; raises what the feature itself raises there."""
+    return observed(name, kind, when, None)
+
+
+@functools.cache
+def ceiling(kind: str) -> float:
+    """dB to it of the same 8-bit weights with float activations."""
+    return sqnr(observed("nothing", kind, WHEN[0], mk.ModiffConfig(act_bits=None)), truth("nothing", kind, WHEN[0]))
+
+
+def observed(name: str, kind: str, when: str, config: mk.ModiffConfig | None) -> torch.Tensor:
+    change = FEATURES[name][0]
+    net = Net(kind)
+    if when == WHEN[0]:
+        change(net)
+    if config is not None:
+        net.handle = mk.accelerate(net.unet, config)
+    if when == WHEN[1]:
+        with net.undo:
+            net.run()  # a picture before
+        change(net)
+    return net.run(change if when == WHEN[2] else None)
+
+
+one("nothing", lambda net: None)
+
+
+def outcome(name: str, kind: str, when: str) -> Row | None:
+    """None where the float UNet cannot do it either."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            expected = truth(name, kind, when)
+        except Exception:
+            return None
+        try:
+            got = observed(name, kind, when, mk.ModiffConfig())
+        except (RuntimeError, ValueError, TypeError) as error:
+            return Row(None, re.sub(r"\s+", " ", str(error)).replace("|", "/"))
+        return Row(ceiling(kind) - sqnr(got, expected))
+
+
+CASES = [(name, kind, when) for name, (_, kinds) in FEATURES.items() for kind in kinds for when in WHEN]
+
+
+def cells() -> dict[tuple[str, str, str], str]:
+    """Of the table in the documentation."""
+    found = {}
+    for line in TABLE.read_text().splitlines():
+        if line.startswith("| `"):
+            name, kind, *outcomes = (cell.strip() for cell in line.strip("|").split(" | "))
+            found.update({(name.strip("`"), kind, when): text for when, text in zip(WHEN, outcomes, strict=True)})
+    return found
+
+
+def test_the_table_has_every_feature():
+    assert [key for key in cells()] == CASES
+    assert len(FEATURES) >= 60
+
+
+@pytest.mark.parametrize(("name", "kind"), list(dict.fromkeys((name, kind) for name, kind, _ in CASES)))
+def test_works_or_is_refused_as_the_table_says(name, kind):
+    for when in WHEN:
+        told, row = cells()[name, kind, when], outcome(name, kind, when)
+        if row is None:
+            assert told == NOT_FLOAT
+        elif row.loss is None:
+            assert told == shortened(row), when
+        else:
+            assert row.loss < SLACK_DB, f"{when}: {row.loss:.1f} dB below the ceiling, and nothing was said"
+            assert told.startswith("works"), f"{when}: {told}"
+
+
+NOT_FLOAT = "-"
+
+
+def shortened(row: Row | None) -> str:
+    text = NOT_FLOAT if row is None else str(row)
+    return text if len(text) <= 160 else f"{text[:160].rpartition(' ')[0]} ..."
+
+
+def write() -> None:
+    lines = [
+        "# What diffusers and torch do to a UNet\n",
+        "Made by `python -m tests.integrations.test_features`, and checked by the same file among the tests. Small networks of",
+        "random weights; a change comes before `accelerate()`, after it and after a first picture, or in the middle of a run.",
+        '"works" is followed by how far the last output of the run is below that of the same 8-bit weights with float',
+        "activations, both against the float UNet with the same change (negative: above it). A dash: float UNets cannot either.\n",
+        f"| feature | network | {' | '.join(WHEN)} |\n|---|---|---|---|---|",
+    ]
+    for name, kind in dict.fromkeys((name, kind) for name, kind, _ in CASES):
+        lines.append(f"| `{name}` | {kind} | {' | '.join(shortened(outcome(name, kind, when)) for when in WHEN)} |")
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    write()
+    sys.exit()
