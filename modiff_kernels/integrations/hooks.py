@@ -102,30 +102,28 @@ COMPILING = ("__call__", "compile", "compile_repeated_blocks")
 """Methods of diffusers' UNets that exchange layers, or weights without a trace; those where fuse_lora() was called
 before, since peft takes the LoRA out of the weights again; those of peft's layers, which pipelines call too; and what
 compiles the UNet from outside."""
+CHANGES = (
+    "{0}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
+    "handle.remove(), then {0}(), then accelerate() again"
+)
+COMPILES = "torch.compile() of an accelerated UNet is not possible; use it as it is and call handle.compile()"
 
 
 def refuse_methods(unet: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes, or every
-    call's bookkeeping would be compiled. torch.compile(unet) takes the instance's `__call__`; a call of the UNet takes
-    that of its class."""
+    """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes, or the run's
+    bookkeeping would be compiled. torch.compile(unet) takes the instance's `__call__`; its calls that of the class."""
 
     def refuse(text: str, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(text)
 
     adapters = [module for module in unet.modules() if is_adapter(module)]
     merged = any(getattr(adapter, "merged", False) for adapter in adapters)
-    methods = [(unet, name) for name in REFUSED + REFUSED_IF_MERGED * merged]
-    methods += [(adapter, name) for adapter in adapters for name in REFUSED_BY_ADAPTERS]
-    texts = [
-        f"{name}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; "
-        f"call handle.remove(), then {name}(), then accelerate() again"
-        for _, name in methods
-    ]
-    compiling = "torch.compile() of an accelerated UNet is not possible; use it as it is and call handle.compile()"
-    methods += [(unet, name) for name in COMPILING]
-    for (owner, name), text in zip(methods, texts + [compiling] * len(COMPILING)):
+    methods = [(unet, name, CHANGES) for name in REFUSED + REFUSED_IF_MERGED * merged]
+    methods += [(adapter, name, CHANGES) for adapter in adapters for name in REFUSED_BY_ADAPTERS]
+    methods += [(unet, name, COMPILES) for name in COMPILING]
+    for owner, name, text in methods:
         if callable(getattr(owner, name, None)):
-            set_attribute(owner, name, functools.partial(refuse, text), undo)
+            set_attribute(owner, name, functools.partial(refuse, text.format(name)), undo)
 
 
 def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:

@@ -43,9 +43,7 @@ class ModulatedLayer(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if kwargs or not all(isinstance(arg, nn.Module) for arg in args[:1]):
             maker = "from_conv2d" if cls is ModulatedConv2d else "from_linear"
-            raise TypeError(
-                f"{cls.__name__} takes the place of a layer; make it with {cls.__name__}.{maker}(layer, ...)"
-            )
+            raise TypeError(f"{cls.__name__} takes the place of a layer; use {cls.__name__}.{maker}(layer, ...)")
         return super().__new__(cls)
 
     def __init__(
@@ -171,9 +169,8 @@ class ModulatedLayer(nn.Module):
 
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulate" or "product") with `rows` output rows."""
-        weight = self.weight
-        device = weight.device if self.packed is None else self.packed.packed.device  # `weight` may be offloaded
-        dtype, n, k = weight.dtype, weight.shape[0], weight[0].numel()
+        dtype, n, k = self.weight.dtype, self.weight.shape[0], self.weight[0].numel()
+        device = (self.weight if self.packed is None else self.packed.packed).device  # the weight may be offloaded
         state_dtype = self.state.dtype_on(device) if self.mode == "modulated" else None
         layout = None if self.packed is None else self.packed.layout
         formats = self.act_bits, self.weight_bits, self.group_size, self.granularity, "identity", False, layout

@@ -2,9 +2,11 @@
 
 import functools
 
+import accelerate as hugging_face
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
@@ -12,7 +14,7 @@ import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from tests.integrations.fake_capture import capture_calls
 from tests.integrations.test_forward import Net, run
-from tests.unets import WIDTH, outputs, stable_diffusion, unet2d_condition
+from tests.unets import SDXL, WIDTH, noise, outputs, stable_diffusion, text, unet2d, unet2d_condition
 
 FIDELITY_DB = 34.5
 """SQNR that every feature reaches against itself on the float UNet: 8-bit weights set it, to 37 to 39 dB in float32."""
@@ -184,6 +186,137 @@ class TestFeatures:
             with pytest.raises(RuntimeError, match=r"feeds all tokens forward at once"):
                 unet.get_submodule(block).set_chunk_feed_forward(1)
             unet.get_submodule(block).set_chunk_feed_forward(None)
+
+
+CPU = torch.device("cpu")
+FLOAT8 = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+LEAVES = {"onload_device": CPU, "offload_device": CPU, "offload_type": "leaf_level"}
+HOOKED = r"has a hook or a forward of its own, .*use ModiffConfig\(fuse=False\)"
+# What is done, and why the fused blocks refuse it afterwards. What hooks all layers is refused before.
+OFFLOADS = {
+    "model": (lambda unet: hugging_face.cpu_offload_with_hook(unet, CPU), None),
+    "blocks": (lambda unet: unet.enable_group_offload(CPU, CPU, "block_level", 1), None),
+    "leaves": (lambda unet: unet.enable_group_offload(**LEAVES), HOOKED),
+    "sequential": (lambda unet: hugging_face.cpu_offload(unet, CPU), HOOKED),
+    "dispatched": (lambda unet: hugging_face.dispatch_model(unet, {"": CPU}, CPU, force_hooks=True), HOOKED),
+    "float8": (lambda unet: unet.enable_layerwise_casting(**FLOAT8), None),
+}
+
+
+@pytest.mark.parametrize("way", OFFLOADS)
+class TestOffloadAndCasting:
+    def test_after_accelerate(self, way, fuse):
+        change, refusal = OFFLOADS[way]
+        unet = unet2d_condition()
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        change(unet)
+        if fuse and refusal:
+            with pytest.raises(RuntimeError, match=refusal):
+                last_output(unet, handle)
+        else:
+            assert sqnr(last_output(unet, handle), plain()) > (25 if way == "float8" else FIDELITY_DB)
+
+    def test_before_accelerate(self, way, fuse):
+        unet = unet2d_condition()
+        OFFLOADS[way][0](unet)
+        if way in ("model", "blocks"):
+            assert sqnr(last_output(unet, mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))), plain()) > FIDELITY_DB
+        else:
+            with pytest.raises(
+                ValueError, match=r"it has hooks; accelerate\(\) with ModiffConfig\(fuse=False\) before"
+            ):
+                mk.accelerate(unet)
+
+
+@pytest.mark.parametrize("make", [unet2d, unet2d_condition, functools.partial(unet2d_condition, **SDXL)])
+def test_autocast(make, fuse):
+    unet = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = last_output(unet)
+        got = last_output(unet, mk.accelerate(unet, mk.ModiffConfig(fuse=fuse)))
+    assert got.dtype is torch.bfloat16
+    assert sqnr(got.float(), expected.float()) > BFLOAT16_DB
+
+
+@pytest.mark.parametrize("config", [{}, {"scale_mode": "delayed"}, {"mode": "quantized"}], ids=str)
+def test_inference_mode_and_then_without(config):
+    """Accelerated, and sampled first, where tensors may not be written to later."""
+    with torch.inference_mode():
+        unet = unet2d_condition()
+        handle = mk.accelerate(unet, mk.ModiffConfig(**config))
+        first = last_output(unet, handle)
+    assert torch.equal(last_output(unet, handle), first)
+    with torch.inference_mode():
+        assert torch.equal(last_output(unet, handle), first)
+
+
+def test_perturbed_attention_guidance(fuse):
+    """Its processors, which a pipeline sets for a run, call projections twice."""
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPAGPipeline(**stable_diffusion(scheduler).components, pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents(scale):
+        prompts = {"prompt_embeds": text(1), "negative_prompt_embeds": text(1, 3), "latents": noise(1, 4)}
+        return pipe(**prompts, pag_scale=scale, num_inference_steps=4, output_type="latent").images
+
+    expected = [latents(scale) for scale in (3.0, 0.0)]
+    mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))
+    assert all(sqnr(latents(scale), wanted) > FIDELITY_DB for scale, wanted in zip((3.0, 0.0), expected))
+
+
+SMALL = {"num_attention_heads": 2, "norm_num_groups": 4, "sample_size": 8}
+TRANSFORMER = {**SMALL, "attention_head_dim": 16, "in_channels": 4, "num_layers": 2, "patch_size": 2}
+MOTION = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    "cross_attention_dim": WIDTH,
+    "motion_num_attention_heads": 2,
+    "layers_per_block": 1,
+}
+RESOLUTIONS = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+# How it is made, and what it is called with beside the sample and the timestep.
+OTHERS = {
+    "DiT": (
+        lambda: diffusers.DiTTransformer2DModel(**TRANSFORMER, num_embeds_ada_norm=1000),
+        lambda t: {
+            "hidden_states": noise(2, 4),
+            "timestep": torch.tensor([t, t]),
+            "class_labels": torch.tensor([1, 2]),
+        },
+    ),
+    "PixArt": (
+        lambda: diffusers.PixArtTransformer2DModel(
+            **TRANSFORMER, cross_attention_dim=32, caption_channels=WIDTH, use_additional_conditions=False
+        ),
+        lambda t: (
+            {"hidden_states": noise(2, 4), "encoder_hidden_states": text(), "timestep": torch.tensor([t, t])}
+            | RESOLUTIONS
+        ),
+    ),
+    "AnimateDiff": (
+        lambda: diffusers.UNetMotionModel(**SMALL, **MOTION),
+        lambda t: {"sample": torch.ones(1, 4, 3, 8, 8) * t / 500, "timestep": t, "encoder_hidden_states": text(3)},
+    ),
+    "a lowest level of one pixel": (
+        unet2d_condition,
+        lambda t: {"sample": noise(2, 4, 2), "timestep": t, "encoder_hidden_states": text()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks(name, fuse):
+    """All arguments by keyword. Blocks with other parts stay single layers."""
+    make, arguments = OTHERS[name]
+    torch.manual_seed(0)
+    net = make().eval()
+    expected = net(**arguments(480)).sample
+    handle = mk.accelerate(net, mk.ModiffConfig(fuse=fuse))
+    with handle.sampling_run():
+        got = [net(**arguments(t)).sample for t in (500, 490, 480)]
+    assert sqnr(got[-1], expected) > FIDELITY_DB
 
 
 class TestFromPipe:

@@ -135,6 +135,37 @@ class TestCompile:
             handle.remove()
         assert_same_run(*results)
 
+    @torch._dynamo.config.patch(recompile_limit=2)
+    def test_more_sizes_than_code_is_kept_for(self, caplog):
+        net, handle = accelerated(attention=False)
+        handle.compile(backend="eager")
+        for size in (4, 6, 8, 4, 10):
+            plain, by_plain = accelerated(attention=False)
+            xs, results = trajectory((1, 4, size, size), 3), []
+            for each, run in ((net, handle), (plain, by_plain)):
+                with run.sampling_run():
+                    results.append([each(x, 500, encoder_hidden_states=None)[0] for x in xs])
+            assert_close(*results)
+        assert caplog.text.count("are not compiled; raise torch._dynamo.config.recompile_limit") == 1
+        assert "keeps code for are not compiled (4 so far)" in handle.explain()
+
+    @pytest.mark.parametrize(
+        ("do", "message"),
+        [
+            (lambda net, x: torch.compile(net, backend="eager")(x, 5, None), r"is not possible; .* handle.compile\(\)"),
+            (lambda net, x: net.compile(), r"is not possible; .* handle.compile\(\)"),
+            (
+                lambda net, x: torch.export.export(net, (x, torch.tensor(5), None)),
+                r"cannot be traced or exported; call handle.remove\(\)",
+            ),
+            (lambda net, x: torch.jit.trace(net, (x, torch.tensor(5), x)), r"cannot be traced or exported"),
+        ],
+    )
+    def test_what_would_compile_or_trace_the_bookkeeping_is_refused(self, do, message):
+        net, handle = accelerated(attention=False)
+        with handle.sampling_run(), pytest.raises(RuntimeError, match=message):
+            do(net, torch.randn(1, 4, 8, 8))
+
     def test_encoder_states_changed_in_place_are_seen(self):
         net, handle = accelerated()
         handle.compile(backend="eager")

@@ -240,19 +240,14 @@ class TestAround:
             unet(torch.ones(1, unet.config.in_channels, 8, 8), 5, **conditions_of(unet, 1))
         assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
 
-    @pytest.mark.parametrize("argument", ["encoder_hidden_states", "attention_mask"])
-    def test_attention_refuses_other_inputs(self, argument):
-        unet = unet2d()
-        state = mk.accelerate(unet).state
-        refused = pytest.raises(ValueError, match=rf"block '{ATTENTION}': self-attention without a mask .*fuse=False")
-        with refused, state.sampling_run(), state.call():
-            unet.get_submodule(ATTENTION)(torch.randn(2, 32, 4, 4), **{argument: torch.zeros(2, 16, 32)})
-        net = lone(BasicTransformerBlock(32, 2, 16, cross_attention_dim=WIDTH))
-        handle = mk.accelerate(net)
-        net.block.attn2.is_cross_attention = False
-        refused = pytest.raises(ValueError, match=r"block 'block': .*encoder_hidden_states.*fuse=False")
-        with handle.sampling_run(), refused:
-            net(torch.randn(2, 9, 32), text())
+    def test_attention_takes_other_inputs_in_float(self):
+        unet, mask = unet2d(), torch.zeros(2, 16, 16)
+        mask[..., :8] = -torch.inf
+        x, block = torch.randn(2, 32, 4, 4), unet.get_submodule(ATTENTION)
+        expected = block(x, attention_mask=mask)
+        mk.accelerate(unet)
+        assert torch.equal(unet.get_submodule(ATTENTION)(x, attention_mask=mask), expected)
+        assert not torch.equal(block(x), expected)
 
 
 def test_projections_of_one_input_are_one_product():

@@ -180,6 +180,10 @@ def test_a_layer_looks_like_the_original():
     assert (layer.in_features, layer.out_features) == (24, 20)
     assert "block.layer" in repr(layer)
     assert layer(torch.randn(shape), 1.0).shape == (2, 5, 20)  # as layers of LoRA are called
+    assert layer(input=torch.ones(shape)).equal(layer(hidden_states=torch.ones(shape)))
+    for kind, arguments in ((ModulatedLinear, (24, 20)), (ModulatedConv2d, (4, 6, 3))):
+        with pytest.raises(TypeError, match=rf"{kind.__name__} takes the place of a layer; use .*from_"):
+            kind(*arguments)
 
 
 class TestCalibrated:

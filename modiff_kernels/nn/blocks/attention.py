@@ -25,8 +25,8 @@ class FusedAttention(FusedBlock):
 
     q, k and v of self-attention read one quantised residual and are one product where their weights can be stacked. k
     and v of cross-attention have mode "constant": computed from float activations, and kept as long as the encoder
-    states are the same tensor (`nn.cache`). With another processor than those of this equation, the original attention
-    computes in float.
+    states are the same tensor (`nn.cache`). With another processor than those of this equation, or inputs that it does
+    not have, the original attention computes in float.
     """
 
     layers = ("to_q", "to_k", "to_v", "to_out.0")
@@ -86,12 +86,11 @@ class FusedAttention(FusedBlock):
         attention_mask: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        if self.original.processor is not self.fused_for:
-            return self.original(x, encoder_hidden_states, attention_mask, **others)
         if self.group_norm is None:  # a part of a block, which has computed its prologue
             return self.attend(IDENTITY, x.contiguous(), None, encoder_hidden_states, attention_mask, others)
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("self-attention without a mask is fused here; use ModiffConfig(fuse=False) to pass either")
+        given = encoder_hidden_states is not None or attention_mask is not None
+        if given or self.original.processor is not self.fused_for:
+            return self.original(x, encoder_hidden_states, attention_mask, **others)
         prologue = group_norm(self.group_norm, silu=False)
         if x.ndim == 3:
             x = x.contiguous()
@@ -117,7 +116,8 @@ class FusedAttention(FusedBlock):
         others: as for diffusers' `Attention`.
         """
         dtype = x.dtype
-        if self.original.processor is not self.fused_for:
+        given = encoder_hidden_states is not None and not self.is_cross_attention
+        if given or self.original.processor is not self.fused_for:
             normed = apply_prologue(x, prologue).to(dtype)
             out = self.original(normed, encoder_hidden_states, attention_mask, **(others or {}))
             return out if skip is None else out + skip
@@ -131,13 +131,10 @@ class FusedAttention(FusedBlock):
                 k, v = self.stacked.split(step.constant(self.stacked, encoder_hidden_states, dtype))
             else:
                 k, v = (step.constant(layer, encoder_hidden_states, dtype) for layer in self.stacked)
-        elif encoder_hidden_states is None:
-            if isinstance(self.stacked, LinearStack):
-                q, k, v = self.stacked.split(step.run(self.stacked, prologue, x, dtype, write_out=write_out))
-            else:
-                q, k, v = step.run_each(self.stacked, prologue, x, dtype, write_out)
+        elif isinstance(self.stacked, LinearStack):
+            q, k, v = self.stacked.split(step.run(self.stacked, prologue, x, dtype, write_out=write_out))
         else:
-            raise ValueError("this self-attention got encoder_hidden_states; use ModiffConfig(fuse=False) to pass them")
+            q, k, v = step.run_each(self.stacked, prologue, x, dtype, write_out)
         attended = self._softmax_product(q, k, v, attention_mask)
         return step.run(self.to_out[0], IDENTITY, attended, dtype, skip=skip)
 
