@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from triton.runtime.jit import JITFunction
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # set before kernels are imported, see Triton's docs
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -57,7 +58,8 @@ def recorded() -> Iterator[list[Variant]]:
 
 def _variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], *options: Any) -> Variant:
     signature, constexprs, divisible = {}, dict(constants), []
-    for parameter, value in zip(kernel.params, args):
+    described = JITFunction(kernel.fn, **kernel.kwargs) if INTERPRETED else kernel
+    for parameter, value in zip(described.params, args):
         name = parameter.name
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
