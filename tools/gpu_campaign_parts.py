@@ -106,13 +106,6 @@ PARTS = (
         for backend in ("cuda", "triton")
     ),
     Part(
-        "ncu",
-        "counters of the products furthest from their bound",
-        ("{python}", "tools/ncu_worst.py", "--budget", "{budget}"),
-        90,
-        program="ncu",
-    ),
-    Part(
         "cutlass",
         "CUTLASS's int8 kernels, a baseline; what is carried in build/cutlass_int8 is not compiled again",
         ("{python}", "-m", "benchmarks.baselines.cutlass_int8.build"),
@@ -136,7 +129,7 @@ def _until(first: str, last: str) -> tuple[str, ...]:
 SETS = {
     "first": _until("environment", "machine"),
     "checks": ("tests_cuda", "tests", *_until("families_cuda", "initcheck")),
-    "kernels": ("products_cuda", "products_triton", "products_torch", *_until("tune_cuda", "ncu")),
+    "kernels": ("products_cuda", "products_triton", "products_torch", "tune_cuda", "tune_triton"),
     "sampling": _until("step_sdxl_cuda", "runs_shipped"),
     "all": _until(PARTS[0].name, PARTS[-1].name),
 }

@@ -28,7 +28,9 @@ from tests.unets import (
     pipeline,
     sample,
     snapshot,
+    text,
     unet2d,
+    unet2d_condition,
     x_hat_of,
 )
 
