@@ -261,6 +261,7 @@ class ModulatedLayer(nn.Module):
     def adopt_parameters(self) -> None:
         """Take the parameters as they are now for those of the original, without making codes of them."""
         self.state.relocations += 1
+        self.state.weight_changes += 1
         self.original.weight, self.original.bias = self.weight, self.bias
         self.bias_data = None if self.bias is None else self.bias.detach()
         if self.calibrated.bias is not None:
@@ -307,20 +308,14 @@ class ModulatedConv2d(ModulatedLayer):
 
     @classmethod
     def from_conv2d(
-        cls,
-        conv: nn.Conv2d,
-        config: ModiffConfig,
-        state: ModulationState,
-        name: str,
-        shared_input: str | None = None,
-        calibrated: CalibratedLayer = NOT_CALIBRATED,
+        cls, conv: nn.Conv2d, config: ModiffConfig, state: ModulationState, name: str, *more: Any
     ) -> "ModulatedConv2d":
-        """The low-bit form of `conv`, as `ModulatedLinear.from_linear` makes it. Raises ValueError also on padding that
-        is not the same number of zeros on both sides."""
+        """The low-bit form of `conv`, from the arguments of `ModulatedLinear.from_linear`. Raises ValueError also on
+        padding that is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
-        return cls(conv, config, state, name, shared_input, calibrated)
+        return cls(conv, config, state, name, *more)
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:

@@ -191,7 +191,7 @@ class TestFeatures:
 CPU = torch.device("cpu")
 FLOAT8 = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
 LEAVES = {"onload_device": CPU, "offload_device": CPU, "offload_type": "leaf_level"}
-HOOKED = r"has a hook or a forward of its own, .*use ModiffConfig\(fuse=False\)"
+HOOKED = r"is computed without being called, .*use ModiffConfig\(fuse=False\)"
 # What is done, and why the fused blocks refuse it afterwards. What hooks all layers is refused before.
 OFFLOADS = {
     "model": (lambda unet: hugging_face.cpu_offload_with_hook(unet, CPU), None),
