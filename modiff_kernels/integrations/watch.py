@@ -99,7 +99,8 @@ class Watch:
     def _compare_values(self, begins: bool) -> None:
         """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""
         if [tensor.dtype for tensor in self._counted] != self._dtypes:  # cast, which made all again
-            return self._take_stock()
+            self._take_stock()
+            return
         self._verdict, found = None, self._sampled()
         pairs = [(new, old.to(new.device)) for new, old in zip(found, self._samples)]
         if begins and found and found[0].is_cuda:

@@ -105,9 +105,6 @@ class ModulatedLayer(nn.Module):
         tokens = x.flatten(1, -2) if self.window is None and x.ndim > 3 else x
         return tokens.contiguous(memory_format=self.memory_format)
 
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias) if self.window is None else F.conv2d(x, weight, bias, *self.window[1:])
-
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again, as the network does by itself where it finds that `weight`
         has changed. Raises ValueError on weights that hold NaN or Inf."""
@@ -203,7 +200,8 @@ class ModulatedLayer(nn.Module):
         try:
             scaled = self.scaled(x)
             if self.mode == "float":
-                return self.float_forward(scaled, self.float_weight, self.bias_data)
+                args = scaled, self.float_weight, self.bias_data
+                return F.linear(*args) if self.window is None else F.conv2d(*args, *self.window[1:])
             canonical = self.canonical(scaled)
             if self.mode == "constant" or self._is_used_again():
                 out = step.run_once(self, canonical)
