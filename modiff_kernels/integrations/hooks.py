@@ -126,13 +126,13 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     calls: pipelines look at its type (`from_pipe` takes over components of the very class it asks for). UNets that
     have such hooks, or modules kept in float32, keep the property.
     """
-    plain = type(unet)
+    plain: Any = type(unet)
     if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):
         return
     if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
         return
 
-    def first_dtype(module: Any) -> torch.dtype:
+    def first_dtype(module: Any) -> Any:
         found = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return found if found.itemsize > 1 else plain.dtype.fget(module)  # layerwise casting stores it in float8
 

@@ -64,7 +64,7 @@ class Watch:
         self._addresses, self._changes = addresses, state.weight_changes
         if not all(map(is_, self._now(), self._held)) or list(map(_version, self._counted)) != self._versions:
             self._follow(begins)
-        elif begins or moved or (self._verdict is not None and self._verdict.item()) or self._finds_write():
+        elif begins or moved or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)
 
     def refresh(self) -> None:
