@@ -6,7 +6,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from modiff_kernels.nn import ModulationState
