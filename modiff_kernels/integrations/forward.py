@@ -60,7 +60,7 @@ class UNetForward:
         for kind, names in zip(map(type, modules), OF_TIME.values()):
             if kind.__module__ != "diffusers.models.embeddings" or kind.__name__ not in names:
                 return
-        table = self.state.time_table = TimeTable(*modules)
+        table = self.state.time_table = TimeTable(self.state, *modules)
         wrap_forward(modules[0], table.features, undo)
         wrap_forward(modules[1], table.embedding, undo)
 

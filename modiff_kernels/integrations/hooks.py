@@ -7,7 +7,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from modiff_kernels.nn import ModulationState
@@ -140,7 +139,7 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     if any("_diffusers_hook" in module.__dict__ for module in unet.modules()):
         return
 
-    def first_dtype(module: Any) -> torch.dtype:
+    def first_dtype(module: Any) -> Any:
         found = next(p.dtype for p in module.parameters() if p.is_floating_point())
         return found if found.itemsize > 1 else plain.dtype.fget(module)  # layerwise casting stores it in float8
 

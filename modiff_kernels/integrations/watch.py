@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modiff_kernels.integrations.replacements import Replacements
+from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.blocks.base import REMEDY, has_no_hook
 from modiff_kernels.nn.cache import sample_of
 
 logger = logging.getLogger("modiff_kernels")
 
-_weight_and_bias, _version = itemgetter("weight", "bias"), attrgetter("_version")
+_version = attrgetter("_version")
 
 
 class Watch:
@@ -30,18 +31,20 @@ class Watch:
     def __init__(self, unet: nn.Module, replaced: Replacements) -> None:
         self._unet, self._state = unet, replaced.state
         self._layers = list(replaced.layers.values())
-        self._parameters = [layer._parameters for layer in self._layers]
+        self._table = self._state.time_table
         shared = {getattr(block, "time_projections", None) for block in replaced.fused.values()}
+        owners: list[Any] = list(filter(None, (*shared, self._table)))
+        self._of_time = [module for owner in owners for top in owner.modules for module in top.modules()]
+        self._parameters = [module._parameters for module in (*self._layers, *self._of_time)]
         inside = {id(layer.original): (path, layer.original) for path, layer in replaced.layers.items()}
         for block in replaced.fused.values():
             inside.update({id(module): (path, module) for path, module in _not_called(block)})
         self._inside = list(inside.values())
-        self._attributes = [module.__dict__ for _, module in self._inside]
+        self._attributes = [module.__dict__ for module in (*self._of_time, *[module for _, module in self._inside])]
         self._facts = [_facts(module) for _, module in self._inside]
-        self._of_time: list[Any] = list(filter(None, (*shared, self._state.time_table)))  # who keeps what weights give
         self._signs: tuple[int, ...] = ()
         self._addresses: list[int] = []
-        self._ends = self._relocations = -1
+        self._ends = self._changes = -1
         self._verdict: Tensor | None = None
         self._take_stock()
 
@@ -56,12 +59,12 @@ class Watch:
         if begins or signs != self._signs:
             self._check_modules()
             self._signs = signs
-        addresses = list(map(Tensor.data_ptr, self._held[::2]))
-        moved = addresses != self._addresses and state.relocations == self._relocations  # by `.data`, not by `.to()`
-        self._addresses, self._relocations = addresses, state.relocations
+        addresses = list(map(Tensor.data_ptr, self._matrices))
+        moved = addresses != self._addresses and state.weight_changes == self._changes  # by `.data`, not by `.to()`
+        self._addresses, self._changes = addresses, state.weight_changes
         if not all(map(is_, self._now(), self._held)) or list(map(_version, self._counted)) != self._versions:
             self._follow(begins)
-        elif begins or moved or (self._verdict is not None and self._verdict.item()) or self._finds_write():
+        elif begins or moved or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)
 
     def refresh(self) -> None:
@@ -69,20 +72,21 @@ class Watch:
         self._follow(begins=False)
 
     def _now(self) -> Iterator[Tensor | None]:
-        return chain.from_iterable(map(_weight_and_bias, self._parameters))
+        return chain.from_iterable(map(dict.values, self._parameters))
 
     def _take_stock(self) -> None:
         self._held = list(self._now())
         self._counted = [tensor for tensor in self._held if tensor is not None and not tensor.is_inference()]
         self._versions = list(map(_version, self._counted))
+        self._matrices = [tensor for tensor in self._held if tensor is not None and tensor.ndim > 1]
+        self._dtypes = [tensor.dtype for tensor in self._counted]
         self._samples = self._sampled()
 
     def _sampled(self) -> list[Tensor]:
-        """Some values of the low-bit layers, and of float weights that are kept in another form; [] if offloaded."""
-        low_bit = [tensor for tensor in self._now() if tensor is not None]
-        of_time = [weight for owner in self._of_time for module in owner.modules for weight in module.parameters()]
-        devices = {tensor.device for tensor in low_bit + of_time}
-        return [] if len(devices) != 1 or devices.pop().type == "meta" else [sample_of(low_bit), sample_of(of_time)]
+        """Some values of the low-bit layers, and of the float weights that more is made of; [] if offloaded."""
+        parts = [[*chain.from_iterable(m.parameters(False) for m in part)] for part in (self._layers, self._of_time)]
+        devices = {tensor.device for part in parts for tensor in part}
+        return [] if len(devices) != 1 or devices.pop().type == "meta" else [*map(sample_of, parts)]
 
     def _finds_write(self) -> bool:
         """Whether the first layer has other values, on the CPU and outside of runs, whose beginnings look at all."""
@@ -94,6 +98,9 @@ class Watch:
 
     def _compare_values(self, begins: bool) -> None:
         """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""
+        if [tensor.dtype for tensor in self._counted] != self._dtypes:  # cast, which made all again
+            self._take_stock()
+            return
         self._verdict, found = None, self._sampled()
         pairs = [(new, old.to(new.device)) for new, old in zip(found, self._samples)]
         if begins and found and found[0].is_cuda:
@@ -113,20 +120,20 @@ class Watch:
             raise RuntimeError(f"weights of low-bit layers have changed, but their {text}")
         for layer in self._layers:
             layer.adopt_parameters() if layer in calibrated else layer.refresh_weight()
-        for owner in self._of_time:
-            owner.release()
         self._take_stock()
         logger.info("weights have changed, and what was made of them was made again")
         if not begins:
             getattr(self._state, "begin_anew", lambda: self._state.invalidate("weights have changed"))()
 
     def _check_modules(self) -> None:
-        for (path, module), known in zip(self._inside, self._facts):
-            kind, untouched, drops = facts = _facts(module)
-            if facts != known:
-                what = "drops values in training" if drops else "has a hook or a forward of its own"
-                what = what if drops or not untouched else f"has become a {kind.__name__}"
-                raise RuntimeError(f"'{path}' {what}, but is computed without being called; {REMEDY}")
+        for (path, module), facts in zip(self._inside, self._facts):
+            if _facts(module) != facts:
+                text = "a hook, a forward or a class of its own and dropout in training have no effect on it"
+                raise RuntimeError(f"'{path}' is computed without being called, so {text}; {REMEDY}")
+        if (table := self._table) is not None:
+            hooks = [module._forward_hooks or module._forward_pre_hooks for module in table.modules]
+            below = [module for top in table.modules for module in top.modules() if module is not top]
+            table.is_active = not any(hooks) and all(has_no_hook(module) and not is_adapter(module) for module in below)
 
 
 def _facts(module: nn.Module) -> tuple[type, bool, bool]:

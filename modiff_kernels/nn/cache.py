@@ -8,27 +8,16 @@ timestep and the weights, so they are a table over the schedule, filled as it is
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modiff_kernels.nn.adapters import is_adapter
-
 
 def tensor_version(tensor: Tensor) -> int:
     """A number that grows with every in-place change of `tensor`; 0 for inference tensors, which do not count."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-class Stamp:
-    """Weights, with all that tells whether they have changed: `facts` of the same, unchanged ones are equal."""
-
-    def __init__(self, weights: Sequence[Tensor] = ()) -> None:
-        self.weights = weights  # alive, so that an id is that of one of them
-        # .to() keeps the object and its version, and gives it other data.
-        self.facts = [(id(w), tensor_version(w), w.data_ptr(), w.dtype) for w in weights]
 
 
 SAMPLED = 64
@@ -150,18 +139,20 @@ class TimeTable:
 
     A call of the UNet with a known timestep stands between `begin_call` and `end_call`; all others compute as ever, as
     do compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
-    the weights of both modules are the same, unchanged tensors, and no hook and no adapter is on them or below.
+    the weights stay, as `state` counts it. is_active: whether there are entries at all; for one who sees that a hook or
+    an adapter is on the modules or below.
     """
 
-    def __init__(self, time_proj: nn.Module, time_embedding: nn.Module) -> None:
+    def __init__(self, state: Any, time_proj: nn.Module, time_embedding: nn.Module) -> None:
         self.modules = time_proj, time_embedding
+        self.is_active = True
+        self._state, self._made_at = state, state.weight_changes
         self._entries: dict[tuple[float, int], Entry] = {}
-        self._stamp = Stamp()
         self._call = _Call()
 
     def begin_call(self, timestep: float) -> None:
         self._call.number += 1
-        self._call.timestep = None if torch.is_grad_enabled() else timestep
+        self._call.timestep = timestep if self.is_active and not torch.is_grad_enabled() else None
 
     def end_call(self) -> None:
         self._call.timestep = self._call.entry = None
@@ -183,17 +174,13 @@ class TimeTable:
         self._call.timestep = None
         if timesteps.ndim != 1 or torch.is_autocast_enabled(timesteps.device.type):
             return compute(timesteps)
-        stamp, self._stamp = self._stamp, Stamp(_weights(self.modules))
-        if self._stamp.facts != stamp.facts:
+        if self._made_at != self._state.weight_changes or len(self._entries) >= MOST_ENTRIES:
             self._entries.clear()
-        if not self._stamp.weights:
-            return compute(timesteps)
+        self._made_at = self._state.weight_changes
         entry = self._entries.get(key)
         if entry is None:
-            if len(self._entries) >= MOST_ENTRIES:
-                self._entries.clear()
             # In the dtype of the embedding's weights, to which the UNet casts it: the cast gives the same object then.
-            row = compute(timesteps[:1]).to(self._stamp.weights[-1].dtype)
+            row = compute(timesteps[:1]).to(next(self.modules[1].parameters()).dtype)
             entry = self._entries[key] = Entry(row.expand(len(timesteps), -1))
         self._call.entry = entry
         return entry.features
@@ -217,21 +204,3 @@ class TimeTable:
 def one_row(rows: Tensor) -> Tensor:
     """The first row of a result that has ROWS equal ones, without the memory of the others."""
     return rows[:1].clone()
-
-
-def _weights(modules: tuple[nn.Module, ...]) -> list[Tensor]:
-    """The parameters of `modules`; [] if a hook may see their calls or an adapter adds to them."""
-    weights: list[Tensor] = []
-    for module in _below(*modules):
-        own_forward = "forward" in module.__dict__ and module not in modules  # that of `modules` leads here
-        if own_forward or module._forward_hooks or module._forward_pre_hooks or is_adapter(module):
-            return []
-        weights += [weight for weight in module._parameters.values() if weight is not None]
-    return weights
-
-
-def _below(*modules: nn.Module) -> Iterator[nn.Module]:
-    """The modules and all below them. nn.Module.modules() takes several times as long."""
-    for module in modules:
-        yield module
-        yield from _below(*module._modules.values())

@@ -105,9 +105,6 @@ class ModulatedLayer(nn.Module):
         tokens = x.flatten(1, -2) if self.window is None and x.ndim > 3 else x
         return tokens.contiguous(memory_format=self.memory_format)
 
-    def float_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias) if self.window is None else F.conv2d(x, weight, bias, *self.window[1:])
-
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again, as the network does by itself where it finds that `weight`
         has changed. Raises ValueError on weights that hold NaN or Inf."""
@@ -203,7 +200,8 @@ class ModulatedLayer(nn.Module):
         try:
             scaled = self.scaled(x)
             if self.mode == "float":
-                return self.float_forward(scaled, self.float_weight, self.bias_data)
+                args = scaled, self.float_weight, self.bias_data
+                return F.linear(*args) if self.window is None else F.conv2d(*args, *self.window[1:])
             canonical = self.canonical(scaled)
             if self.mode == "constant" or self._is_used_again():
                 out = step.run_once(self, canonical)
@@ -261,6 +259,7 @@ class ModulatedLayer(nn.Module):
     def adopt_parameters(self) -> None:
         """Take the parameters as they are now for those of the original, without making codes of them."""
         self.state.relocations += 1
+        self.state.weight_changes += 1
         self.original.weight, self.original.bias = self.weight, self.bias
         self.bias_data = None if self.bias is None else self.bias.detach()
         if self.calibrated.bias is not None:
@@ -307,20 +306,14 @@ class ModulatedConv2d(ModulatedLayer):
 
     @classmethod
     def from_conv2d(
-        cls,
-        conv: nn.Conv2d,
-        config: ModiffConfig,
-        state: ModulationState,
-        name: str,
-        shared_input: str | None = None,
-        calibrated: CalibratedLayer = NOT_CALIBRATED,
+        cls, conv: nn.Conv2d, config: ModiffConfig, state: ModulationState, name: str, *more: Any
     ) -> "ModulatedConv2d":
-        """The low-bit form of `conv`, as `ModulatedLinear.from_linear` makes it. Raises ValueError also on padding that
-        is not the same number of zeros on both sides."""
+        """The low-bit form of `conv`, from the arguments of `ModulatedLinear.from_linear`. Raises ValueError also on
+        padding that is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
-        return cls(conv, config, state, name, shared_input, calibrated)
+        return cls(conv, config, state, name, *more)
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:

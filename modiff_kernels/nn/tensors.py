@@ -224,7 +224,7 @@ class ModulationState(Run):
     trajectories: by context, what a schedule remembers of this run; they have `nbytes()` and `forget()`.
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
-    relocations: grows whenever a tensor that calls read has moved.
+    relocations: grows whenever a tensor that calls read has moved. weight_changes: when weights change or move.
     """
 
     def __init__(self, state_dtype: torch.dtype | str | None = None) -> None:
@@ -236,7 +236,7 @@ class ModulationState(Run):
         self.trajectories: dict[str, Any] = {}
         self.time_table: TimeTable | None = None
         self.fixed_addresses = False
-        self.relocations = 0
+        self.relocations = self.weight_changes = 0
         self._factors: dict[tuple[float, torch.device], Tensor] = {}
         self._factors_in_use: frozenset[float] = frozenset()
 

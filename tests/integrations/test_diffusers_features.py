@@ -7,7 +7,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 import modiff_kernels as mk
@@ -83,6 +84,29 @@ def adapter():
     return {"down_intrablock_additional_residuals": [0.3 * torch.randn(shape, generator=generator) for shape in shapes]}
 
 
+def hooked(kind):
+    def change(unet):
+        for module in unet.modules():
+            if isinstance(module, kind):
+                module.register_forward_hook(lambda module, args, output: 0.5 * output)
+
+    return change
+
+
+def patched(unet):
+    """As HyperTile does it."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.forward = lambda *args, _old=module.forward, **keywords: 0.5 * _old(*args, **keywords)
+
+
+def merged(unet):
+    """As token merging does it."""
+    for module in unet.modules():
+        if any(kind.__name__ == "BasicTransformerBlock" for kind in module.__class__.__mro__):
+            module.__class__ = type("Merged", (module.__class__,), {"forward": lambda self, x, **_: x})
+
+
 # What is done to the UNet, what it is called with, and whether that changes the picture.
 FEATURES = {
     "nothing": (nothing, dict, False),
@@ -94,8 +118,13 @@ FEATURES = {
     "ip-adapter": (ip_adapter, image_prompt, True),
     "controlnet": (nothing, control, True),
     "t2i-adapter": (nothing, adapter, True),
+    "hooked-attention": (hooked(Attention), dict, True),
+    "hooked-blocks": (hooked(BasicTransformerBlock), dict, True),
+    "hooked-feed-forward": (hooked(FeedForward), dict, True),
+    "hyper-tile": (patched, dict, True),
 }
 REPLACES_PROCESSORS = ("older-processor", "own-processor", "ip-adapter")
+HOOKS = [feature for feature in FEATURES if feature.startswith("h")]
 
 
 @functools.cache
@@ -123,7 +152,7 @@ class TestFeatures:
         assert sqnr(got, expected(feature)) > FIDELITY_DB
         assert (sqnr(got, plain()) < IGNORED_DB) == has_effect
 
-    @pytest.mark.parametrize("feature", ["freeu", "attention-slicing", *REPLACES_PROCESSORS])
+    @pytest.mark.parametrize("feature", ["freeu", "attention-slicing", *REPLACES_PROCESSORS, *HOOKS])
     def test_after_accelerate(self, feature, fuse):
         change, keywords, has_effect = FEATURES[feature]
         unet = unet2d_condition()
@@ -136,6 +165,21 @@ class TestFeatures:
         if feature == "freeu":
             unet.disable_freeu()
             assert sqnr(last_output(unet, handle), plain()) > FIDELITY_DB
+
+    @pytest.mark.parametrize(
+        "change",
+        [merged, hooked(torch.nn.GroupNorm), lambda unet: hooked(torch.nn.Module)(unet.mid_block.resnets[0].conv1)],
+    )
+    def test_changes_of_what_is_not_called(self, change, fuse):
+        unet, expected = unet2d_condition(), unet2d_condition()
+        change(expected)
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        if fuse:
+            with pytest.raises(RuntimeError, match=r"use ModiffConfig\(fuse=False\)"):
+                last_output(change(unet) or unet, handle)
+        else:
+            change(unet)
+            assert sqnr(last_output(unet, handle), last_output(expected)) > FIDELITY_DB
 
     def test_freeu_between_runs_of_graphs(self):
         """Its numbers are in the kernels of a graph."""
@@ -190,42 +234,33 @@ class TestFeatures:
 
 CPU = torch.device("cpu")
 FLOAT8 = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
-LEAVES = {"onload_device": CPU, "offload_device": CPU, "offload_type": "leaf_level"}
-HOOKED = r"has a hook or a forward of its own, .*use ModiffConfig\(fuse=False\)"
-# What is done, and why the fused blocks refuse it afterwards. What hooks all layers is refused before.
+# What is done, and whether it puts hooks on all layers. Layerwise casting passes over low-bit ones.
 OFFLOADS = {
-    "model": (lambda unet: hugging_face.cpu_offload_with_hook(unet, CPU), None),
-    "blocks": (lambda unet: unet.enable_group_offload(CPU, CPU, "block_level", 1), None),
-    "leaves": (lambda unet: unet.enable_group_offload(**LEAVES), HOOKED),
-    "sequential": (lambda unet: hugging_face.cpu_offload(unet, CPU), HOOKED),
-    "dispatched": (lambda unet: hugging_face.dispatch_model(unet, {"": CPU}, CPU, force_hooks=True), HOOKED),
-    "float8": (lambda unet: unet.enable_layerwise_casting(**FLOAT8), None),
+    "model": (lambda unet: hugging_face.cpu_offload_with_hook(unet, CPU), False),
+    "blocks": (lambda unet: unet.enable_group_offload(CPU, CPU, "block_level", 1), False),
+    "leaves": (lambda unet: unet.enable_group_offload(CPU, CPU, "leaf_level"), True),
+    "sequential": (lambda unet: hugging_face.cpu_offload(unet, CPU), True),
+    "dispatched": (lambda unet: hugging_face.dispatch_model(unet, {"": CPU}, CPU, force_hooks=True), True),
+    "float8": (lambda unet: unet.enable_layerwise_casting(**FLOAT8), True),
 }
 
 
 @pytest.mark.parametrize("way", OFFLOADS)
-class TestOffloadAndCasting:
-    def test_after_accelerate(self, way, fuse):
-        change, refusal = OFFLOADS[way]
-        unet = unet2d_condition()
-        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
-        change(unet)
-        if fuse and refusal:
-            with pytest.raises(RuntimeError, match=refusal):
-                last_output(unet, handle)
-        else:
-            assert sqnr(last_output(unet, handle), plain()) > (25 if way == "float8" else FIDELITY_DB)
+def test_offload_and_casting(way, fuse):
+    change, on_layers = OFFLOADS[way]
 
-    def test_before_accelerate(self, way, fuse):
+    def result(before):
         unet = unet2d_condition()
-        OFFLOADS[way][0](unet)
-        if way in ("model", "blocks"):
-            assert sqnr(last_output(unet, mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))), plain()) > FIDELITY_DB
+        change(unet) if before else None
+        handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
+        return change(unet) if not before else None, sqnr(last_output(unet, handle), plain())
+
+    for before in (True, False):
+        if on_layers and (before or (fuse and way != "float8")):
+            with pytest.raises((RuntimeError, ValueError), match=r"ModiffConfig\(fuse=False\)"):
+                result(before)
         else:
-            with pytest.raises(
-                ValueError, match=r"it has hooks; accelerate\(\) with ModiffConfig\(fuse=False\) before"
-            ):
-                mk.accelerate(unet)
+            assert result(before)[1] > (25 if way == "float8" else FIDELITY_DB)
 
 
 @pytest.mark.parametrize("make", [unet2d, unet2d_condition, functools.partial(unet2d_condition, **SDXL)])

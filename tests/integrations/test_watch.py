@@ -1,14 +1,10 @@
-"""What is done to an accelerated UNet behind the package's back: other weights are followed, the rest works or is
-refused with a way out that works."""
+"""Other weights of an accelerated UNet are followed, however they come."""
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import modiff_kernels as mk
-from modiff_kernels.evaluation import sqnr
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 from tests.unets import assert_equal, low_bit_paths, noise, outputs, unet2d, unet2d_condition
 
@@ -44,12 +40,11 @@ class TestOtherWeights:
         handle.remove()
         assert_equal(outputs(unet, calls=1), outputs(unet2d_condition(seed=1), calls=1))
 
-    @pytest.mark.parametrize("way", WAYS)
-    def test_are_followed_without_runs(self, way):
+    def test_are_followed_without_runs(self):
         unet, other = unet2d(), unet2d(seed=1)
         mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
         unet(noise(), 5)
-        WAYS[way](unet, other)
+        WAYS["write to .data"](unet, other)
         mk.accelerate(other, mk.ModiffConfig(mode="quantized"))
         assert torch.equal(unet(noise(), 5).sample, other(noise(), 5).sample)
 
@@ -86,66 +81,12 @@ class TestOtherWeights:
         assert all(layer.packed.packed.is_meta for layer in handle.layers.values())
 
 
-def hooked(kind, factor=0.5):
-    def change(unet):
-        for module in unet.modules():
-            if isinstance(module, kind):
-                module.register_forward_hook(lambda module, args, output: factor * output)
-
-    return change
-
-
-def patched(unet):
-    """As HyperTile does it."""
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.forward = lambda *args, _old=module.forward, **keywords: 0.5 * _old(*args, **keywords)
-
-
-def swapped(unet):
-    """As token merging does it."""
-    for module in unet.modules():
-        if any(kind.__name__ == "BasicTransformerBlock" for kind in module.__class__.__mro__):
-            forward = lambda self, x, **keywords: 0.5 * super(self.__class__, self).forward(x, **keywords)  # noqa: E731
-            module.__class__ = type("Merged", (module.__class__,), {"forward": forward})
-
-
-class TestModules:
-    @pytest.mark.parametrize(
-        ("change", "refusal"),
-        [
-            (hooked(Attention), None),
-            (hooked(BasicTransformerBlock), None),
-            (hooked(FeedForward), None),
-            (patched, None),
-            (lambda unet: hooked(nn.Linear)(unet.down_blocks[0].resnets[0]), None),  # of the time embedding
-            (swapped, "is fused and cannot become a Merged"),
-            (hooked(nn.GroupNorm), "has a hook or a forward of its own"),
-            (lambda unet: hooked(nn.Module)(unet.mid_block.resnets[0].conv1), "'mid_block.resnets.0.conv1' has a hook"),
-        ],
-    )
-    def test_what_is_put_on_them(self, change, refusal):
-        plain, expected = outputs(unet2d_condition(), calls=2)[-1], unet2d_condition()
-        change(expected)
-        expected = outputs(expected, calls=2)[-1]
-        assert sqnr(expected, plain) < 50
-        for fuse in (True, False):
-            unet = unet2d_condition()
-            handle = mk.accelerate(unet, mk.ModiffConfig(fuse=fuse))
-            outputs(unet, handle, calls=1)
-            if fuse and refusal:
-                with pytest.raises(RuntimeError, match=rf"{refusal}.*use ModiffConfig\(fuse=False\)"):
-                    outputs(change(unet) or unet, handle, calls=1)
-            else:
-                change(unet)
-                assert sqnr(outputs(unet, handle, calls=2)[-1], expected) > 34.5
-
-    def test_dropout_in_training_is_refused(self):
-        unet = unet2d(dropout=0.1)
-        handle = mk.accelerate(unet)
-        before = outputs(unet, handle)
-        unet.train()
-        with pytest.raises(RuntimeError, match=r"resnets.0.dropout' drops values in training"):
-            outputs(unet, handle)
-        unet.eval()
-        assert_equal(outputs(unet, handle), before)
+def test_dropout_in_training_is_refused():
+    unet = unet2d(dropout=0.1)
+    handle = mk.accelerate(unet)
+    before = outputs(unet, handle)
+    unet.train()
+    with pytest.raises(RuntimeError, match=r"resnets.0.dropout' is computed without .* dropout in training"):
+        outputs(unet, handle)
+    unet.eval()
+    assert_equal(outputs(unet, handle), before)

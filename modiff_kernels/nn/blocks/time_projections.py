@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modiff_kernels.nn.blocks.base import has_no_hook
-from modiff_kernels.nn.cache import ROWS, Stamp, one_row, tensor_version
+from modiff_kernels.nn.cache import ROWS, one_row, tensor_version
 from modiff_kernels.nn.tensors import ModulationState
 
 
@@ -22,7 +22,7 @@ class TimeProjections:
         self._state = state
         self._index = {id(linear): i for i, linear in enumerate(linears)}
         self._widths = [linear.out_features for linear in linears]
-        self._stamp = Stamp()
+        self._made_at = -1  # of the weights, as the state counts their changes
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._last: tuple[Tensor | None, int, int, list[Tensor]] = (None, 0, 0, [])
@@ -54,11 +54,6 @@ class TimeProjections:
             self._last = temb, tensor_version(temb), call, parts
         return parts[self._index[id(linear)]]
 
-    def release(self) -> None:
-        """Forget all that was made of the weights."""
-        self._stamp = Stamp()
-        self._last = (None, 0, 0, [])
-
     def _project(self, temb: Tensor) -> list[Tensor]:
         self._stack_weights()
         table = self._state.time_table
@@ -77,11 +72,9 @@ class TimeProjections:
 
     def _stack_weights(self) -> None:
         """Bring the stacked weights up to date; new tensors where something has changed."""
-        parameters = [p for linear in self.modules for p in (linear.weight, linear.bias) if p is not None]
-        stamp = Stamp(parameters)
-        if stamp.facts == self._stamp.facts:
+        if self._made_at == self._state.weight_changes:
             return
+        self._made_at = self._state.weight_changes
         self._weight = torch.cat([linear.weight.detach() for linear in self.modules])
         biases = [linear.bias.detach() for linear in self.modules if linear.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._stamp = stamp
