@@ -79,10 +79,6 @@ class Trajectory:
         enough = form in self.forms and len(self.computed) >= len(planned)
         return enough and all(i in self.computed or i < self.computed[0] for i in planned)
 
-    def predict(self, action: str, position: float) -> Tensor:
-        history = self.output if action in (HOLD, FORECAST) else self.boundary
-        return history.at(None if action in (HOLD, DEEP_HOLD) else position)
-
     def forget(self) -> None:
         """What was computed does not hold any more."""
         self.computed.clear()
@@ -196,7 +192,8 @@ class ScheduledUNet:
             self._boundary = None
             trajectory.forms[asked] = output
             return output
-        predicted = trajectory.predict(action, position)
+        history = trajectory.output if action in (HOLD, FORECAST) else trajectory.boundary
+        predicted = history.at(None if action in (HOLD, DEEP_HOLD) else position)
         if action in (HOLD, FORECAST):
             state.action = ACTION_NAMES[action]
             return _in_form(trajectory.forms[asked], predicted)

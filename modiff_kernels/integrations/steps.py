@@ -44,11 +44,8 @@ class Steps:
         state, sample = self._state, args[0] if args else kwargs.get("sample")
         form = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
         conditions = _conditions_of(args, kwargs)
-        alike = [
-            name
-            for name, (_, old) in self._known.items()
-            if len(old) == len(conditions) and all(map(_unchanged, old, conditions))
-        ]
+        known = [(name, old) for name, (_, old) in self._known.items() if len(old) == len(conditions)]
+        alike = [name for name, old in known if all(map(_unchanged, old, conditions))]
         name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike)
         if name in self._known and self._known[name][0] != form:
             state.begin_anew(name)
