@@ -91,10 +91,12 @@ class Handle:
         """Let the scheduler that the pipeline has now begin the runs. Call it after replacing `pipe.scheduler`, and
         with every other pipeline that has this UNet and a scheduler of its own."""
         self._require_active()
-        if pipe is None and self.pipe is None:
+        pipe = self.pipe if pipe is None else pipe
+        if not hasattr(pipe, "scheduler"):
+            what = "accelerate() got a bare UNet" if pipe is None else f"a {type(pipe).__name__} has no scheduler"
             text = "give a pipeline with this UNet, or use `with handle.sampling_run():`"
-            raise RuntimeError(f"wrap_scheduler: accelerate() got a bare UNet and no pipeline; {text}")
-        self.attach(self.pipe if pipe is None else pipe)
+            raise RuntimeError(f"wrap_scheduler: {what}; {text}")
+        self.attach(pipe)
 
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""

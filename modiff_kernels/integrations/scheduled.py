@@ -76,9 +76,6 @@ class Trajectory:
         enough = form in self.forms and len(self.computed) >= len(planned)
         return enough and all(i in self.computed or i < self.computed[0] for i in planned)
 
-    def predict(self, action: str, position: float) -> Tensor:
-        return self.output.at(None if action == HOLD else position)
-
     def forget(self) -> None:
         """What was computed does not hold any more."""
         self.computed.clear()
@@ -160,7 +157,7 @@ class ScheduledUNet:
             trajectory.forms[asked] = output
             return output
         state.action = ACTION_NAMES[action]
-        return _in_form(trajectory.forms[asked], trajectory.predict(action, position))
+        return _in_form(trajectory.forms[asked], trajectory.output.at(None if action == HOLD else position))
 
     def _lay_out(self) -> tuple[str, Sequence[float], int]:
         """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""

@@ -44,11 +44,8 @@ class Steps:
         state, sample = self._state, args[0] if args else kwargs.get("sample")
         form = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
         conditions = _conditions_of(args, kwargs)
-        alike = [
-            name
-            for name, (_, old) in self._known.items()
-            if len(old) == len(conditions) and all(map(_unchanged, old, conditions))
-        ]
+        known = [(name, old) for name, (_, old) in self._known.items() if len(old) == len(conditions)]
+        alike = [name for name, old in known if all(map(_unchanged, old, conditions))]
         name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike)
         if name in self._known and self._known[name][0] != form:
             state.begin_anew(name)
@@ -70,7 +67,8 @@ class Steps:
         mine = passes if named else [one for one in passes if one in alike]
         free = [one for one in mine or passes if one not in self._done]
         coming = self.announced[self._index or 0 :][:2]
-        repeats = len(coming) == 2 and coming[0] == coming[1]  # samplers of second order announce timesteps twice
+        # Samplers of second order announce timesteps twice; without an announcement, it may be the same all the time.
+        repeats = not self.announced or (len(coming) == 2 and coming[0] == coming[1])
         if same and (free or not (mine and repeats)):
             found = free[0] if free else name if named else PASS.format(len(passes))
         else:
@@ -104,7 +102,7 @@ class Steps:
             text = "If another scheduler samples now, call `handle.wrap_scheduler(pipe)` with its pipeline, so that it"
             other = "begins runs too; if a sampler leaves its timesteps, put `with handle.sampling_run():` around it"
             raise RuntimeError(f"the UNet was called with timestep {value:g}, {known}. {text} {other}")
-        begins = found == self.first or (self._start is not None and self._at == self._start)
+        begins = found == self.first or (not same and self._start is not None and self._at == self._start)
         if begins or not -1 <= found - index <= MOST_AHEAD:
             state.begin_anew()  # another picture, or another part of this one
         self._index, state.step_index = found, found - self.first

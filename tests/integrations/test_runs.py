@@ -73,8 +73,9 @@ class TestRuns:
             unet(noise(), 1)
         with handle.sampling_run(), pytest.raises(RuntimeError, match="call the UNet itself"):
             unet.forward(noise(), 1)  # without the hooks of the module
-        with pytest.raises(RuntimeError, match="bare UNet"):
-            handle.wrap_scheduler()
+        for given, match in (((), "bare UNet"), ((DDIMScheduler(),), "a DDIMScheduler has no scheduler; give a pipe")):
+            with pytest.raises(RuntimeError, match=match):
+                handle.wrap_scheduler(*given)
 
     @both_ways
     def test_gradients_are_refused(self, fuse):
