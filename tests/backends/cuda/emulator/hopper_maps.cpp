@@ -90,41 +90,12 @@ py::dict tiling(const Geometry& geometry, int bits, int multiprocessors) {
 
 using TilingFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h ProductTiling
 
-// All tilings of a call, those of sm_90 first.
-std::vector<TilingFields> tilings(const Geometry& geometry, int bits, int code_bits, int capability,
-                                  int multiprocessors) {
-  ProductCall call = call_of(geometry, bits);
-  call.code_bits = code_bits;
-  std::vector<TilingFields> found;
-  for (const ProductTiling& tiling : tilings_of(call, capability, multiprocessors))
-    found.emplace_back(tiling.architecture, tiling.rows, tiling.columns, tiling.splits);
-  return found;
-}
-
-ProductCall told(const Geometry& geometry, int bits, const TilingFields& tiling) {
-  ProductCall call = call_of(geometry, bits);
-  call.tiling = {std::get<0>(tiling), std::get<1>(tiling), std::get<2>(tiling), std::get<3>(tiling)};
-  return call;
-}
-
 const char* why_not_tiling(const Geometry& geometry, int bits, int code_bits, const TilingFields& tiling,
                            int capability) {
-  ProductCall call = told(geometry, bits, tiling);
+  ProductCall call = call_of(geometry, bits);
   call.code_bits = code_bits;
+  call.tiling = {std::get<0>(tiling), std::get<1>(tiling), std::get<2>(tiling), std::get<3>(tiling)};
   return tiling_problem(call, capability);
-}
-
-// Rows and columns of the tile and the splits of a call that is told its tiling.
-std::tuple<int, int, int> told_tiling(const Geometry& geometry, int bits, const TilingFields& fields) {
-  const sm90::Tiling tiling = sm90::tiling_of(told(geometry, bits, fields), 132);
-  return {sm90::kTiles[tiling.tile].rows, sm90::kTiles[tiling.tile].columns, tiling.schedule.splits};
-}
-
-// What the kernels of sm_80 choose: rows and columns of the tile, and splits.
-std::tuple<int, int, int> choice_of_sm80(int64_t rows, int64_t columns, int64_t k, int bits, int multiprocessors) {
-  const sm80::TileChoice choice =
-      sm80::choose_tile(rows, columns, k, bits, sm80::operands_of(8, bits), multiprocessors);
-  return {sm80::kTiles[choice.tile].m, sm80::kTiles[choice.tile].n, choice.splits};
 }
 
 // Why the kernels do not take a call whose codes and weight lie so many bytes behind an aligned address, or null.
@@ -170,8 +141,5 @@ PYBIND11_MODULE(hopper_maps, m) {
   m.def("tiling", tiling);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);
-  m.def("tilings", tilings);
   m.def("why_not_tiling", why_not_tiling);
-  m.def("told_tiling", told_tiling);
-  m.def("choice_of_sm80", choice_of_sm80);
 }
