@@ -147,9 +147,9 @@ class TestPictures:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
+    def test_one_line_and_exit_code_2(self, stable_diffusion, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for words, message in (
             (["--model", "no/such/folder"], "--model no/such/folder: no such folder; give a folder of diffusers"),
             (["--model", "."], "--model .: no model_index.json in this folder"),
             (["--size", "63"], "--size: must be a multiple of 8, such as 56, got 63"),
@@ -158,16 +158,12 @@ class TestBadInput:
             (["--prompt", " "], "--prompt: is empty"),
             (["--out", "no/folder/picture.png"], "--out: must be a .png file in a folder that exists"),
             (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs: needs a GPU, but the device is cpu"),
-        ],
-        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-    )
-    def test_one_line_and_exit_code_2(self, stable_diffusion, words, message, capsys, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        try:
-            code = stable_diffusion.main(words)
-        except SystemExit as stop:
-            code = stop.code
-        self.check(code, message, capsys)
+        ):
+            try:
+                code = stable_diffusion.main(words)
+            except SystemExit as stop:
+                code = stop.code
+            self.check(code, message, capsys)
 
     def test_other_folders(self, stable_diffusion, sdxl_folder, tmp_path, capsys):
         code = stable_diffusion.main(options(sdxl_folder, tmp_path / "picture.png"))

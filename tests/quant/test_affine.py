@@ -81,17 +81,14 @@ def test_weights_of_zeros():
     assert torch.isfinite(weight_scale).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_errors():
+    for arguments, message in (
         ({"bits": 5}, "bits=5 is not supported; choose one of 3, 4, 8"),
         ({"group_size": 0}, "group_size=0 is not allowed"),
         ({"group_size": -2}, "group_size=-2 is not allowed"),
         ({"method": "best"}, "method='best' is not known; choose one of 'absmax', 'mse'"),
         ({"weight": torch.zeros(2, 3, 4)}, "expected .N, K. or .N, C, R, S."),
         ({"weight": torch.tensor([[1.0, torch.nan]])}, "holds NaN or Inf"),
-    ],
-)
-def test_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        affine.quantize_weight(**{"weight": torch.randn(4, 8), "bits": 4, **arguments})
+    ):
+        with pytest.raises(ValueError, match=message):
+            affine.quantize_weight(**{"weight": torch.randn(4, 8), "bits": 4, **arguments})

@@ -20,9 +20,8 @@ def reason(op, **fields):
     return cuda.why_not(Problem(op, device_type="cuda", **fields))
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
+def test_reasons_of_quantize():
+    for fields, words in (
         ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 or newer"),
         ({"k": 8193, "granularity": "per_token"}, "8193 channels: rows are held in registers"),
         ({"k": 8193, "prologue": "layer_norm"}, "of at most 8192 channels"),
@@ -30,11 +29,9 @@ def reason(op, **fields):
         ({"m": 1 << 20, "k": 1 << 21}, "more blocks than a launch"),
         ({"k": 8193}, None),
         ({"k": 8192, "prologue": "layer_norm", "capability": (12, 0)}, None),
-    ],
-)
-def test_reasons_of_quantize(fields, words):
-    found = reason("quantize", **{**QUANTIZE, **fields})
-    assert found is None if words is None else re.search(words, found)
+    ):
+        found = reason("quantize", **{**QUANTIZE, **fields})
+        assert found is None if words is None else re.search(words, found)
 
 
 WINDOW = Window((3, 3), padding=(1, 1))
@@ -42,9 +39,8 @@ CONV = {"m": 4096, "k": 9 * 320, "n": 640, "weight_bits": 8, "layout": KPACK_V1,
 POINT = {"window": Window((1, 1))}
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
+def test_reasons_of_product():
+    for fields, words in (
         ({}, None),
         ({"capability": (8, 9), "weight_bits": 3}, None),
         ({**POINT, "k": 1 << 16}, None),
@@ -61,11 +57,9 @@ POINT = {"window": Window((1, 1))}
         ({"window": WINDOW._replace(groups=2), "k": 9 * 160}, "groups=2: only convolutions over all channels"),
         ({"layout": "vnni_v1"}, "layout 'kpack_v1', not 'vnni_v1'"),
         ({"granularity": "per_token"}, "do not factor out of a convolution"),
-    ],
-)
-def test_reasons_of_product(fields, words):
-    found = reason("product", **{**CONV, **fields})
-    assert found is None if words is None else re.search(words, found)
+    ):
+        found = reason("product", **{**CONV, **fields})
+        assert found is None if words is None else re.search(words, found)
 
 
 def test_unavailable(monkeypatch):

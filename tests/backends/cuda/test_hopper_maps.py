@@ -134,9 +134,8 @@ class TestTilings:
 
     CALL = (2, 16, 16, 640, 1280, 3, 3, 1, 1, 1, 1, 1, 1, 1)
 
-    @pytest.mark.parametrize(
-        ("tiling", "bits", "capability", "words"),
-        [
+    def test_others_are_refused_with_a_reason(self, maps):
+        for tiling, bits, capability, words in (
             ((90, 256, 160, 1), 8, 90, None),
             ((80, 128, 64, 2), 8, 90, None),
             ((0, 0, 0, 0), 8, 80, None),
@@ -147,17 +146,14 @@ class TestTilings:
             ((80, 256, 160, 1), 8, 90, "no such tile"),
             ((80, 64, 64, 89), 8, 90, "no k-blocks"),
             ((75, 64, 64, 1), 8, 80, "sm_90 and sm_80"),
-        ],
-    )
-    def test_others_are_refused_with_a_reason(self, maps, tiling, bits, capability, words):
-        reason = maps.why_not_tiling(self.CALL, bits, 8, tiling, capability)
-        assert reason is None if words is None else words in reason
+        ):
+            reason = maps.why_not_tiling(self.CALL, bits, 8, tiling, capability)
+            assert reason is None if words is None else words in reason
 
 
 class TestLimits:
-    @pytest.mark.parametrize(
-        ("call", "bits", "offsets", "words"),
-        [
+    def test_a_limit_says_why(self, maps):
+        for call, bits, offsets, words in (
             (sizes(1, 8, 8, 64, 64, THREE, groups=2), 8, (0, 0), "groups"),
             (sizes(1, 8, 8, 24, 64), 8, (0, 0), "multiple of 16"),
             (sizes(1, 8, 8, 16, 64), 4, (0, 0), "multiple of 32 codes"),
@@ -168,10 +164,8 @@ class TestLimits:
             (sizes(1, 64, 64, 16, 64, ((1, 1), (9, 1), (0, 0), (1, 1))), 8, (0, 0), "stride"),
             (sizes(1, 64, 64, 16, 64, ((1, 1), (1, 1), (0, 128), (1, 1))), 8, (0, 0), "padding"),
             (sizes(1, 400, 400, 16, 64, ((3, 1), (1, 1), (0, 0), (65, 1))), 8, (0, 0), "inwards"),
-        ],
-    )
-    def test_a_limit_says_why(self, maps, call, bits, offsets, words):
-        assert words in maps.limit(call, bits, *offsets)
+        ):
+            assert words in maps.limit(call, bits, *offsets)
 
     def test_what_has_no_limit_has_maps_that_tma_takes(self, maps):
         random.seed(0)

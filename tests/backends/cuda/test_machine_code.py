@@ -83,9 +83,8 @@ ROW = Row("sm_90a", "TilePass<float>", 96, 0, 1040, Counter({"LDG.E.128": 4, "ST
 RULE = {"why": "w", "arch": "sm_90a", "kernel": "^Tile"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
+def test_a_broken_rule_says_how():
+    for changes, reason in (
         ({}, None),
         ({"must": [r"LDG\.E\.128"], "never": ["STL", "LDL"], "registers": 96, "stack_bytes": 0}, None),
         ({"arch": "sm_.*", "kernels": 1}, None),
@@ -98,10 +97,8 @@ RULE = {"why": "w", "arch": "sm_90a", "kernel": "^Tile"}
         ({"kernels": 2}, "sm_90a: applies to 1 kernels, 2 are expected"),
         ({"arch": "sm_90"}, "applies to no kernel"),
         ({"kernel": "RowPass"}, "applies to no kernel"),
-    ],
-)
-def test_a_broken_rule_says_how(changes, reason):
-    assert sass_report.broken({**RULE, **changes}, [ROW]) == ([] if reason is None else [reason])
+    ):
+        assert sass_report.broken({**RULE, **changes}, [ROW]) == ([] if reason is None else [reason])
 
 
 @pytest.mark.parametrize(("registers", "code"), [(96, 0), (95, 1)])

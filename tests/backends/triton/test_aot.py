@@ -97,9 +97,8 @@ def report(kernel, **changes):
     return aot_triton.Report("name", kernel, 90, 4, {}, {}, {}, **{**fields, **changes})
 
 
-@pytest.mark.parametrize(
-    ("changes", "kernel", "words"),
-    [
+def test_rules():
+    for changes, kernel, words in (
         ({}, "product_kernel", None),
         ({"counts": {"IMMA": 4}}, "product_kernel", "no IGMMA"),
         ({"counts": {}}, "modulate_linear_kernel", "no IGMMA"),
@@ -107,8 +106,6 @@ def report(kernel, **changes):
         ({"counts": {"IGMMA": 2, "STL": 1}}, "product_kernel", "spills"),
         ({"stack_bytes": 8}, "product_kernel", "spills: 8 bytes of stack"),
         ({"shared_bytes": (227 << 10) + 1}, "product_kernel", "of shared memory, at most 232448"),
-    ],
-)
-def test_rules(changes, kernel, words):
-    failures = aot_triton.broken_rules(report(kernel, **changes))
-    assert [words in failure for failure in failures] == ([] if words is None else [True])
+    ):
+        failures = aot_triton.broken_rules(report(kernel, **changes))
+        assert [words in failure for failure in failures] == ([] if words is None else [True])
