@@ -44,16 +44,14 @@ def test_a_failed_check_is_a_reason_and_dispatch_goes_on(monkeypatch, forget_the
     assert ("onednn", onednn.unavailable()) in selection.rejected
 
 
-def test_an_error_in_the_check_is_a_reason(monkeypatch, forget_the_check):
+def test_an_error_in_the_check_and_a_torch_without_onednn_are_reasons(monkeypatch, forget_the_check):
     def broken(*arguments):
         raise RuntimeError("could not create a primitive descriptor\nmore")
 
     monkeypatch.setattr(onednn, "_sums", broken)
     assert onednn.unavailable().endswith("do not run on this CPU: could not create a primitive descriptor")
-
-
-def test_without_mkldnn(monkeypatch, forget_the_check):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    onednn.unavailable.cache_clear()
     assert "built without oneDNN" in onednn.unavailable()
 
 

@@ -4,16 +4,11 @@ import importlib
 import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -69,7 +64,7 @@ def parts(**unet):
 def sd_folder(tmp_path_factory):
     texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer()}
     checks = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
+    pipe = diffusers.StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
     pipe.save_pretrained(folder := tmp_path_factory.mktemp("sd"))
     return folder
 
@@ -83,9 +78,9 @@ def sdxl_folder(tmp_path_factory):
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
-    encoders = {"text_encoder": text_encoder(CLIPTextModel)}
-    encoders["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection)
-    pipe = StableDiffusionXLPipeline(**parts(**unet), **encoders, tokenizer=tokenizer(), tokenizer_2=tokenizer())
+    texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
+    texts["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection)
+    pipe = diffusers.StableDiffusionXLPipeline(**parts(**unet), **texts)
     pipe.save_pretrained(folder := tmp_path_factory.mktemp("sdxl"))
     return folder
 

@@ -67,14 +67,18 @@ def folder(saved_once, tmp_path):
     return Path(shutil.copytree(saved_once[0], tmp_path / "saved"))
 
 
-def rewrite(folder, change, change_metadata=lambda metadata: None):
-    """Change the tensors and the metadata of the file in `folder`."""
+def rewrite(folder, name, value):
+    """Change a tensor of the file in `folder`, or metadata, whose names begin with modiff; None leaves it out."""
     path = folder / WEIGHTS
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    change(tensors)
-    change_metadata(metadata)
+    changed = metadata if name.startswith("modiff") else tensors
+    changed[name] = value
+    if value is None:
+        del changed[name]
+    elif changed is tensors:
+        metadata["modiff_crc32"] = json.dumps({**json.loads(metadata["modiff_crc32"]), name: 0})
     save_file(tensors, path, metadata=metadata)
 
 
@@ -261,20 +265,6 @@ class TestRefusedFiles:
         with pytest.raises((OSError, ValueError), match=file.name):  # diffusers reads a single file before it asks us
             UNet2DModel.from_pretrained(tmp_path)
 
-    @pytest.mark.parametrize("key", ["conv_out.bias", f"{LAYER}.weight_scale", f"{LAYER}.weight_packed"])
-    def test_missing_keys(self, folder, key):
-        rewrite(folder, lambda tensors: tensors.pop(key))
-        with pytest.raises(ValueError, match=rf"{WEIGHTS}: the key '{self.LAYER}|conv_out.bias.*is missing"):
-            UNet2DModel.from_pretrained(folder)
-
-    def test_unknown_keys(self, folder):
-        def add(metadata):
-            metadata["modiff_crc32"] = json.dumps({**json.loads(metadata["modiff_crc32"]), "extra.weight": 0})
-
-        rewrite(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}), add)
-        with pytest.raises(ValueError, match=rf"{WEIGHTS}: the key 'extra.weight' is not known"):
-            UNet2DModel.from_pretrained(folder)
-
     @pytest.mark.parametrize(
         ("name", "value", "message"),
         [
@@ -282,11 +272,15 @@ class TestRefusedFiles:
             ("modiff_layout", "kpack_v2", r"modiff_layout 'kpack_v2'"),
             ("modiff_crc32", "{}", r"'modiff_crc32' in the metadata has no sum of "),
             ("modiff_crc32", "{", r"'modiff_crc32' or 'modiff_share_edges' in the metadata is damaged"),
+            ("conv_out.bias", None, "the key 'conv_out.bias' .*is missing"),
+            (f"{LAYER}.weight_scale", None, f"the key '{LAYER}.*is missing"),
+            (f"{LAYER}.weight_packed", None, f"the key '{LAYER}.*is missing"),
+            ("extra.weight", torch.zeros(2), "the key 'extra.weight' is not known"),
             ("modiff_format", None, r"the metadata has no 'modiff_format', so this is no low-bit model"),
         ],
     )
-    def test_metadata(self, folder, name, value, message):
-        rewrite(folder, lambda _: None, lambda data: data.update({name: value}) if value else data.pop(name))
+    def test_keys_and_metadata(self, folder, name, value, message):
+        rewrite(folder, name, value)
         with pytest.raises(ValueError, match=f"{WEIGHTS}: .*{message}"):
             UNet2DModel.from_pretrained(folder)
 

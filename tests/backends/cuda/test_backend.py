@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from modiff_kernels import backends
 from modiff_kernels.backends import cuda, library_build_info, source_hash
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.ops.problem import Problem
@@ -116,14 +117,9 @@ def test_build_info_of_a_library_that_is_missing_or_older(monkeypatch):
 
 
 def test_the_hash_of_the_sources_changes_with_a_file(monkeypatch, tmp_path):
-    from modiff_kernels import backends
-
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "modiff_kernels" / "backends" / "__init__.py"))
     assert source_hash() is None
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    (tmp_path / "csrc" / "cpu" / "a.h").write_text("1")
-    before = source_hash()
-    (tmp_path / "csrc" / "cpu" / "a.h").write_text("2")
-    assert source_hash() != before
-    (tmp_path / "csrc" / "cpu" / "a.h").write_text("1")
-    assert source_hash() == before
+    header = tmp_path / "csrc" / "cpu" / "a.h"
+    header.parent.mkdir(parents=True)
+    first, other, again = (header.write_text(text) and source_hash() for text in "121")
+    assert first == again != other
