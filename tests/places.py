@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -59,13 +60,8 @@ def _cuda_limits(problem: Problem) -> bool:
     return groups or packed or problem.channels % 16 != 0 or _per_token_of_a_window(problem)
 
 
-LIMITS: dict[str, Callable[[Problem], bool]] = {
-    "reference": lambda problem: False,
-    "cpu": _cpu_limits,
-    "onednn": _onednn_limits,
-    "triton": _triton_limits,
-    "cuda": _cuda_limits,
-}
+LIMITS = {"cpu": _cpu_limits, "onednn": _onednn_limits, "triton": _triton_limits, "cuda": _cuda_limits}
+LIMITS["reference"] = lambda problem: False
 
 
 @dataclass(frozen=True)
@@ -174,14 +170,9 @@ class Place:
                 argument.copy_(there)
         return tuple(t.cpu() for t in results) if isinstance(results, tuple) else results.cpu()
 
-    def quantize(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call("quantize", *args, **kwargs)
-
-    def product(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call("product", *args, **kwargs)
-
-    def modulate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call("modulate", *args, **kwargs)
+    quantize = partialmethod(call, "quantize")
+    product = partialmethod(call, "product")
+    modulate = partialmethod(call, "modulate")
 
 
 def _bound(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -220,7 +211,5 @@ PLACES = (
 
 def places(op: str, names: Sequence[str] | None = None) -> list[Any]:
     """Parameters of a test: the places of this machine with code for `op`, all or those of `names`."""
-    here = [
-        place for place in PLACES if op in place.own and (names is None or place.name in names) and not place.missing
-    ]
+    here = [p for p in PLACES if op in p.own and (names is None or p.name in names) and not p.missing]
     return [pytest.param(p, id=p.name, marks=[pytest.mark.gpu] if p.device == "cuda" else []) for p in here]

@@ -47,9 +47,6 @@ def guarded(values, dtype, margin=131, sentinel=77.0):
     return tensor, assert_untouched
 
 
-# --- layers ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Case:
     """A Linear (window None) or a convolution."""
@@ -109,15 +106,8 @@ def conv(x_shape, n, kernel=3, stride=1, padding=1, dilation=1, groups=1):
 
 
 # 1, odd, one below, at and above steps and tiles of 16 and 64; channels that every backend takes, and others.
-LINEARS = [
-    Case((1, 1), 1),
-    Case((1, 16), 1),
-    Case((2, 7), 5),
-    Case((2, 3, 63), 65),
-    Case((2, 3, 48), 65),
-    Case((65, 64), 64),
-    Case((63, 160), 63),
-]
+LINEARS = [Case((1, 1), 1), Case((1, 16), 1), Case((2, 7), 5), Case((2, 3, 63), 65), Case((2, 3, 48), 65)]
+LINEARS += [Case((65, 64), 64), Case((63, 160), 63)]
 CONVS = [
     conv((1, 1, 1, 1), 1, 1, padding=0),
     conv((1, 3, 8, 8), 5),  # conv_in
@@ -136,14 +126,8 @@ CONVS = [
     conv((3, 16, 2, 2), 8, padding=3),  # whole windows lie outside
 ]
 # Of SD 1.5, SDXL and DDPM, in few rows: sums along K do not depend on them.
-LAYERS = [
-    conv((1, 320, 4, 16), 64),
-    conv((1, 128, 16, 16), 128),
-    conv((2, 640, 3, 3), 96),
-    conv((1, 960, 2, 4), 320, 1, padding=0),
-    Case((64, 320), 320),
-    Case((2, 77, 768), 320),
-]
+LAYERS = [conv((1, 320, 4, 16), 64), conv((1, 128, 16, 16), 128), conv((2, 640, 3, 3), 96)]
+LAYERS += [conv((1, 960, 2, 4), 320, 1, padding=0), Case((64, 320), 320), Case((2, 77, 768), 320)]
 SMALL = [Case((2, 5, 64), 33), conv((2, 32, 5, 7), 24), conv((2, 64, 4, 4), 65, 1, padding=0)]
 
 
@@ -187,9 +171,6 @@ def weight_of(place, case, bits, group_size=-1, granularity="per_sample", unit=F
     like, ones = activation(case.x_shape).to(torch.int8), torch.ones(case.scales(granularity))
     prepared = place.prepared(weight, place.problem("product", like, ones, None, weight, window=case.window))
     return None if prepared is None else Weight(prepared, dense)
-
-
-# --- codes ----------------------------------------------------------------------------------------------------------
 
 
 def granules(x, granularity):
@@ -248,9 +229,6 @@ def oracle_blocks(x, x_hat, bits, clip_ratio):
     return (codes * multiplier).reshape(len(scale), -1), scale, multiplier.reshape(len(scale), -1)
 
 
-# --- prologues ------------------------------------------------------------------------------------------------------
-
-
 class Prologued(NamedTuple):
     """What an op reads, x = prologue(h) in float64, and how far float32 arithmetic may lie from it."""
 
@@ -306,9 +284,6 @@ def geglu(shape, dtype=torch.float32, spread=1.0):
     # erf is good to 1.5e-7, so gelu to half of |gate| times that, plus a few roundings.
     error = value.abs() * gate.abs() * (0.75e-7 + 4 * EPS32) + EPS32 * x.abs()
     return Prologued(h, Prologue("geglu"), x, error)
-
-
-# --- states ---------------------------------------------------------------------------------------------------------
 
 
 def assert_updated(x_hat, before, change):

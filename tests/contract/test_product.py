@@ -117,8 +117,7 @@ def check_floats(place, case, draw, group_size=-1):
     arguments = (codes, scale, zero, weight.packed, y_hat if with_state else None, bias, skip, case.window, out_dtype)
     out = place.product(*arguments)
     untouched()
-    assert out.dtype == out_dtype
-    assert out.stride() == before.stride()
+    assert (out.dtype, out.stride()) == (out_dtype, before.stride())
     for now, then in zip((codes, scale, zero, skip, bias), kept):
         assert now is None or torch.equal(now, then)
     if with_state:

@@ -2,6 +2,7 @@
 within half a step and float32 arithmetic of float64 where there is one; the state follows the codes.
 """
 
+import functools
 import itertools
 import math
 import random
@@ -181,34 +182,19 @@ def test_nan_and_inf(place, value):
             assert place.quantize(bad, affine=affine)[1].isfinite().tolist() == [True, False]
 
 
-# --- prologues ------------------------------------------------------------------------------------------------------
+GROUP_NORMS = [((2, 96, 8, 8), 8), ((1, 32, 13, 5), 8), ((2, 9, 12), 3)]
+MORE_GROUP_NORMS = [((1, 1, 1, 1), 1), ((2, 63, 4, 4), 7), ((8, 65, 5, 1), 13), ((2, 64, 64), 32)]
+MORE_GROUP_NORMS += [((2, 65, 7, 5), 65), ((3, 1030, 4, 3), 10), ((1, 1030, 5, 7), 10)]  # groups are channels in one
 
 
 def prologues(few):
     """Functions of a dtype."""
-    yield from (
-        lambda dtype: cases.group_norm((2, 96, 8, 8), 8, dtype),
-        lambda dtype: cases.group_norm((1, 32, 13, 5), 8, dtype, shift=False),
-        lambda dtype: cases.group_norm((2, 9, 12), 3, dtype),
-        lambda dtype: cases.layer_norm((3, 5, 63), dtype),
-        lambda dtype: cases.layer_norm((2, 16, 320), dtype),
-        lambda dtype: cases.geglu((3, 5, 63), dtype),
-        lambda dtype: cases.geglu((2, 9, 128), dtype, spread=3.0),
-    )
-    if not few:
-        yield from (
-            lambda dtype: cases.group_norm((1, 1, 1, 1), 1, dtype),
-            lambda dtype: cases.group_norm((2, 63, 4, 4), 7, dtype),
-            lambda dtype: cases.group_norm((8, 65, 5, 1), 13, dtype),
-            lambda dtype: cases.group_norm((2, 65, 7, 5), 65, dtype),  # groups are channels
-            lambda dtype: cases.group_norm((3, 1030, 4, 3), 10, dtype),
-            lambda dtype: cases.group_norm((1, 1030, 5, 7), 10, dtype),
-            lambda dtype: cases.group_norm((2, 64, 64), 32, dtype),
-            lambda dtype: cases.layer_norm((2, 7), dtype),
-            lambda dtype: cases.layer_norm((3, 5, 1030), dtype),
-            lambda dtype: cases.geglu((2, 7), dtype),
-            lambda dtype: cases.geglu((3, 5, 1030), dtype, spread=3.0),
-        )
+    for shape, groups in GROUP_NORMS + MORE_GROUP_NORMS * (not few):
+        yield functools.partial(cases.group_norm, shape, groups, shift=shape != (1, 32, 13, 5))
+    for shape in [(3, 5, 63), (2, 16, 320), *[(2, 7), (3, 5, 1030)] * (not few)]:
+        yield functools.partial(cases.layer_norm, shape)
+    for shape, spread in [((3, 5, 63), 1), ((2, 9, 128), 3), *[((2, 7), 1), ((3, 5, 1030), 3)] * (not few)]:
+        yield functools.partial(cases.geglu, shape, spread=spread)
 
 
 def check_prologue(place, given, x_hat, scale=None, bits=4, granularity="per_sample", clip_ratio=1.0):
