@@ -28,10 +28,9 @@ def sizes(samples, h, w, c_in, c_out, window=ONE, groups=1):
 def test_every_k_block_of_every_tile_once(maps, row_tiles, column_tiles, splits, k_blocks):
     works = maps.works(row_tiles, column_tiles, splits, k_blocks)
     assert len(works) == row_tiles * column_tiles * splits
-    done = [(w.row_tile, w.column_tile, i) for w in works for i in range(w.first_k_block, w.end_k_block)]
+    done = [(row, column, i) for row, column, _, first, end in works for i in range(first, end)]
     assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(k_blocks)))
-    assert all(w.tile == w.row_tile * column_tiles + w.column_tile for w in works)
-    assert all(w.end_k_block > w.first_k_block for w in works)
+    assert all(tile == row * column_tiles + column and end > first for row, column, tile, first, end in works)
 
 
 class TestWalks:

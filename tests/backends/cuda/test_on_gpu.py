@@ -108,8 +108,6 @@ def test_tensors_on_addresses_that_are_not_aligned(backend):
     assert_equal([t.cpu() for t in (codes, used, absmax)], wanted)
 
 
-# --- csrc/cuda/sm90 -------------------------------------------------------------------------------------------------
-
 LAYERS = [
     (1, 1, 128, 64, POINT, 8),  # the simplest: one k-block of one tile
     (2, 8, 128, 160, POINT, 8),

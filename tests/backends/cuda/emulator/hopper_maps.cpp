@@ -41,10 +41,14 @@ std::vector<py::dict> kernels() {
           kernel<sm90::Product<3, 2, 160>>(), kernel<sm90::Product<3, 1, 64>>()};
 }
 
-std::vector<sm90::Work> works(int row_tiles, int column_tiles, int splits, int k_blocks) {
+// Row tile, column tile, tile, first k-block and the one behind the last of every work item.
+std::vector<std::array<int, 5>> works(int row_tiles, int column_tiles, int splits, int k_blocks) {
   const sm90::Schedule schedule{row_tiles, column_tiles, splits, k_blocks};
-  std::vector<sm90::Work> found;
-  for (int i = 0; i < sm90::work_count(schedule); ++i) found.push_back(sm90::work_of(schedule, i));
+  std::vector<std::array<int, 5>> found;
+  for (int i = 0; i < sm90::work_count(schedule); ++i) {
+    const sm90::Work work = sm90::work_of(schedule, i);
+    found.push_back({work.row_tile, work.column_tile, work.tile, work.first_k_block, work.end_k_block});
+  }
   return found;
 }
 
@@ -121,12 +125,6 @@ const char* problem_of_maps(const Geometry& geometry, int bits) {
 }  // namespace
 
 PYBIND11_MODULE(hopper_maps, m) {
-  py::class_<sm90::Work>(m, "Work")
-      .def_readonly("row_tile", &sm90::Work::row_tile)
-      .def_readonly("column_tile", &sm90::Work::column_tile)
-      .def_readonly("first_k_block", &sm90::Work::first_k_block)
-      .def_readonly("end_k_block", &sm90::Work::end_k_block)
-      .def_readonly("tile", &sm90::Work::tile);
   py::class_<sm90::Box>(m, "Box")
       .def_readonly("channel", &sm90::Box::channel)
       .def_readonly("offset_h", &sm90::Box::offset_h)
