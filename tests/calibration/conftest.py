@@ -60,6 +60,20 @@ def interrupt(monkeypatch, owner, name, at):
     return calls
 
 
+def tensors_of(result):
+    found = {}
+    for path, layer in result.layers.items():
+        found |= {f"{path}.codes": layer.weight.codes, f"{path}.scale": layer.weight.scale}
+        found |= {f"{path}.{name}": getattr(layer, name) for name in ("act_scale", "act_zero_point")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def assert_equal(result, other):
+    a, b = tensors_of(result), tensors_of(other)
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture
 def pipe():
     """A DDPM pipeline with a tiny UNet of random weights, the same in every test."""

@@ -13,23 +13,10 @@ from modiff_kernels.calibration import weights as weights_module
 from modiff_kernels.cli.arguments import METHODS as CLI_METHODS
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import pack
+from tests.calibration.conftest import assert_equal
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
-
-
-def tensors_of(result):
-    found = {}
-    for path, layer in result.layers.items():
-        found |= {f"{path}.codes": layer.weight.codes, f"{path}.scale": layer.weight.scale}
-        found |= {f"{path}.{name}": getattr(layer, name) for name in ("act_scale", "act_zero_point")}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def assert_equal(result, other):
-    a, b = tensors_of(result), tensors_of(other)
-    assert list(a) == list(b)
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def images(pipe, steps=4):
