@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
+from tests.unets import SDXL
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZE = 64  # the UNet sees 8x8
@@ -71,13 +72,7 @@ def sd_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdxl_folder(tmp_path_factory):
-    unet = {
-        "cross_attention_dim": 64,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 80,
-    }
+    unet = {**SDXL, "cross_attention_dim": 64, "projection_class_embeddings_input_dim": 80}
     texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
     texts["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection)
     pipe = diffusers.StableDiffusionXLPipeline(**parts(**unet), **texts)
@@ -137,8 +132,7 @@ class TestPictures:
         assert stable_diffusion.main(options(sd_folder, tmp_path / "both.png", "--compare", "--compile")) == 0
         assert len(compiled) == 2
         full, ours = table(capsys.readouterr().out)
-        assert full[0] == "float32 channels_last, compiled"
-        assert ours[0] == "modulated W8A8, compiled"
+        assert (full[0], ours[0]) == ("float32 channels_last, compiled", "modulated W8A8, compiled")
 
 
 class TestBadInput:

@@ -284,23 +284,21 @@ class TestRefusedFiles:
         with pytest.raises(ValueError, match=f"{WEIGHTS}: .*{message}"):
             UNet2DModel.from_pretrained(folder)
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
+    def test_config_of_another_model(self, folder):
+        text = (folder / "config.json").read_text()
+        for change, message in (
             ({"block_out_channels": [16, 16]}, rf"{WEIGHTS}: '.*' is .* asks for"),
             ({"weight_bits": 8}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=8.* asks for I8 "),
             ({"group_size": 16}, rf"{WEIGHTS}: '.*weight_scale' is F32 .*group_size=16"),
             ({"skip_modules": [*DEFAULT_SKIP_MODULES, "conv1"]}, r"weight' is low-bit in the files, but not so"),
             ({"skip_modules": []}, r"config.json does not fit the files: .*'conv_in'.* were not calibrated"),
             ({"weight_bits": 5}, r"weight_bits=5 is not allowed"),
-        ],
-    )
-    def test_config_of_another_model(self, folder, change, message):
-        config = json.loads((folder / "config.json").read_text())
-        (config if "block_out_channels" in change else config["quantization_config"]).update(change)
-        (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=message):
-            UNet2DModel.from_pretrained(folder)
+        ):
+            config = json.loads(text)
+            (config if "block_out_channels" in change else config["quantization_config"]).update(change)
+            (folder / "config.json").write_text(json.dumps(config))
+            with pytest.raises(ValueError, match=message):
+                UNet2DModel.from_pretrained(folder)
 
     def test_pickled_files(self, tmp_path, saved_once):
         loading = quantizer.ModiffQuantizer(mk.ModiffConfig(), pre_quantized=True)
@@ -313,21 +311,18 @@ class TestRefusedFiles:
 
 
 class TestRefusedSaving:
-    @pytest.mark.parametrize(
-        ("make", "error", "message"),
-        [
+    def test_what_cannot_be_saved(self, tmp_path):
+        for make, error, message in (
             (lambda: mk.accelerate(torch.nn.Sequential(torch.nn.Linear(8, 8))), TypeError, "Sequential is no model of"),
             (lambda: mk.accelerate(unet2d(), mk.ModiffConfig(**FLOAT)), ValueError, "weight_bits is None"),
-        ],
-    )
-    def test_what_cannot_be_saved(self, tmp_path, make, error, message):
-        handle = make()
-        with pytest.raises(error, match=message):
-            handle.save_pretrained(tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-        handle.remove()
-        with pytest.raises(RuntimeError, match="this handle was removed"):
-            handle.save_pretrained(tmp_path)
+        ):
+            handle = make()
+            with pytest.raises(error, match=message):
+                handle.save_pretrained(tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+            handle.remove()
+            with pytest.raises(RuntimeError, match="this handle was removed"):
+                handle.save_pretrained(tmp_path)
 
     def test_a_file_is_in_the_way_and_the_unet_is_as_before(self, tmp_path):
         (tmp_path / "file").write_text("kept")
