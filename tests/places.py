@@ -1,8 +1,7 @@
 """The places at which the contract is tested: every backend where it can run, and stand-ins for a GPU on the host.
 
 A place takes tensors of the CPU and calls the public ops with its backend. `limits` says, apart from the backend, which
-products it may refuse, so that a backend that refuses more (or everything) fails.
-"""
+products it may refuse, so that a backend that refuses more (or everything) fails."""
 
 import inspect
 import os
@@ -70,8 +69,7 @@ class Place:
 
     own: the ops that it has code of its own for. few: every call takes long there, so tests choose few, telling ones.
     raises: NaN and Inf in what is quantised are refused; otherwise they show in the results (ops/schema.py).
-    stand_in: what plays the GPU: "sm80", "sm90", "interpreter".
-    """
+    stand_in: what plays the GPU: "sm80", "sm90", "interpreter"."""
 
     name: str
     backend: str
@@ -116,8 +114,8 @@ class Place:
 
     @contextmanager
     def entered(self, stand_ins: Callable[[str], dict[tuple[Any, str], Any]]) -> Iterator["Place"]:
-        """The process as the place needs it: threads, instruction set, stand-ins (attributes of modules)."""
-        before, threads = dict(dispatch.BACKENDS), torch.get_num_threads()
+        """The process as the place needs it: instruction set, stand-ins (attributes of modules)."""
+        before = dict(dispatch.BACKENDS)
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("MODIFF_BACKEND", raising=False)
             if self.isa is not None:
@@ -127,10 +125,8 @@ class Place:
                 patch.setattr(dispatch.load(self.backend), "unavailable", lambda: None)
                 for (owner, name), value in stand_ins(self.stand_in).items():
                     patch.setattr(owner, name, value)
-            torch.set_num_threads(1)
             dispatch.reset()
             yield self
-        torch.set_num_threads(threads)
         dispatch.reset()
         assert dict(dispatch.BACKENDS) == before
 
@@ -143,9 +139,7 @@ class Place:
         return problem
 
     def prepared(self, weight: PackedWeight, problem: Problem) -> PackedWeight | None:
-        """`weight` in the layout that the backend likes best for a product; None where it does not solve it, which is
-        exactly what `LIMITS` excludes.
-        """
+        """`weight` in the layout that the backend likes best; None where it does not solve the product (`LIMITS`)."""
         refused = LIMITS[self.backend](problem)
         try:
             layout = ops.preferred_layout(problem, self.backend)

@@ -7,15 +7,6 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 import modiff_kernels as mk
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread: enough for tiny networks, and steady on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build_pipe():
     torch.manual_seed(0)
     unet = UNet2DModel(

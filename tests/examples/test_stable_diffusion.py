@@ -12,20 +12,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
-from tests.unets import SDXL
+from tests.unets import COMMON, SDXL
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZE = 64  # the UNet sees 8x8
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attention_head_dim": (2, 4),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
+UNET = {**COMMON, "norm_num_groups": 8, "block_out_channels": (32, 64), "attention_head_dim": (2, 4)}
+UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
 
 
 @pytest.fixture
