@@ -1,6 +1,4 @@
-"""Layers and independent oracles of the contract: numpy with explicit rounding for codes, float64 for norms and sums.
-Nothing here shares code with a backend.
-"""
+"""Layers, and oracles that share no code with a backend: numpy for codes, float64 for norms and sums."""
 
 import random
 from dataclasses import dataclass
@@ -31,9 +29,7 @@ def activation(shape, dtype=torch.float32, spread=1.0):
 
 
 def guarded(values, dtype, margin=131, sentinel=77.0):
-    """`values` in the middle of a larger buffer at an odd address, and a function that looks whether all around is as
-    it was.
-    """
+    """`values` inside a larger buffer at an odd address, and a function that looks whether all around is as it was."""
     buffer = torch.full((values.numel() + 2 * margin,), sentinel, dtype=dtype)
     inside = buffer[margin : margin + values.numel()]
     n, *rest = values.shape
@@ -153,9 +149,7 @@ class Weight(NamedTuple):
 
 
 def weight_of(place, case, bits, group_size=-1, granularity="per_sample", unit=False, codes=None):
-    """`unit`: scales of one, which show the integer sums. codes: in the shape of the weight, random by default. None
-    where the place solves no such product.
-    """
+    """unit: scales of one, which show the integer sums; codes: random by default. None where it is not solved there."""
     if codes is None:
         codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), case.weight_shape, dtype=torch.int8)
     rows = (codes.permute(0, 2, 3, 1).reshape(case.n, -1) if case.window else codes).contiguous()
@@ -206,9 +200,7 @@ def oracle_codes(values, scale, bits, zero_point=0):
 
 
 def oracle_blocks(x, x_hat, bits, clip_ratio):
-    """Granularity per_block in the contract's steps: codes times multipliers [samples, elements], scale [samples] and
-    multipliers [samples, elements].
-    """
+    """per_block in the contract's steps: codes times multipliers, scale [samples], multipliers (as the codes)."""
     channels = x.shape[1 if x.ndim == 4 else -1]
     residual = granules(x, "per_sample") - granules(x_hat, "per_sample")
     residual = residual.reshape(x.shape[0], -1, channels)
@@ -294,9 +286,7 @@ def assert_updated(x_hat, before, change):
 
 
 def assert_close(got, expected, magnitude, extra=0.0):
-    """Within the roundings of an epilogue in float32 (sum to float, two scales, two additions) on terms of `magnitude`,
-    and one to `got`'s dtype.
-    """
+    """Within the roundings of an epilogue in float32 on terms of `magnitude`, and one to `got`'s dtype."""
     finfo = torch.finfo(got.dtype)
     allowed = (2.5 * EPS32 + extra) * magnitude + finfo.eps / 2 * (1 + 1e-6) * expected.abs()
     excess = ((got.double() - expected).abs() - allowed - finfo.smallest_normal * finfo.eps).max().item()

@@ -1,6 +1,5 @@
 """modulate at every place: whole runs. y_hat == A(x_hat) + bias after every update; the outputs are those of the method
-in float64 (ops/naive.py); the composition of quantize and product and a backend's own fusion are one.
-"""
+in float64 (ops/naive.py); the composition of quantize and product and a backend's own fusion are one."""
 
 import itertools
 import math
@@ -191,9 +190,7 @@ def test_results_and_state_share_no_memory(place):
 
 @pytest.mark.parametrize(("granularity", "state_dtype"), [("per_sample", torch.float16), ("per_block", torch.float32)])
 def test_the_state_does_not_drift(place, granularity, state_dtype):
-    """Roundings are a random walk: no two backends have the same one, but over 300 updates one as long as the
-    reference's.
-    """
+    """Roundings are a random walk, not the same in two backends, but over 300 updates as long as the reference's."""
     if place.few or place.backend == "reference":
         return
     case, drift = conv((2, 32, 6, 7), 16), []

@@ -1,6 +1,5 @@
 """quantize at every place: codes, scales, zero points and absmax bit for bit against numpy where there is no prologue,
-within half a step and float32 arithmetic of float64 where there is one; the state follows the codes.
-"""
+within half a step and float32 arithmetic of float64 where there is one; the state follows the codes."""
 
 import functools
 import itertools

@@ -1,6 +1,4 @@
-"""csrc/common, compiled by the host compiler, against quant/affine.py, quant/packing.py and torch: on all values where
-there are few.
-"""
+"""csrc/common on the host, on all values where there are few: against quant/affine.py, quant/packing.py and torch."""
 
 import itertools
 import math

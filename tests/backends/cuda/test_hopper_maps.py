@@ -38,17 +38,15 @@ class TestWalks:
     @pytest.mark.parametrize("window", [ONE, THREE, ((2, 3), (1, 1), (0, 1), (3, 2))], ids=["1x1", "3x3", "2x3"])
     @pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 320, 640, 960])
     def test_every_code_of_the_weight_once(self, maps, channels, window, bits):
-        """Codes of boxes inside the channels are all of K, in order; the rest of a box is past the channels, where TMA
-        fills zeros.
-        """
+        """Codes of boxes inside the channels are all of K, in order; behind the channels TMA fills zeros."""
         (r, s), _, _, (dilation_h, dilation_w) = window
         swizzle, boxes = maps.boxes(sizes(1, 16, 16, channels, 64, window), bits)
         codes = []
-        for box in boxes:
-            inside = range(min(swizzle, max(0, channels - box.channel)))
-            tap = (box.offset_h // dilation_h) * s + box.offset_w // dilation_w
-            assert all(box.code + i == tap * channels + box.channel + i for i in inside)
-            codes += [box.code + i for i in inside]
+        for channel, offset_h, offset_w, code in boxes:
+            inside = range(min(swizzle, max(0, channels - channel)))
+            tap = (offset_h // dilation_h) * s + offset_w // dilation_w
+            assert all(code + i == tap * channels + channel + i for i in inside)
+            codes += [code + i for i in inside]
         assert codes == list(range(r * s * channels))
         assert len(boxes) * swizzle % 128 == 0
         assert len(boxes) * swizzle - 128 < -(-channels // swizzle) * swizzle * r * s  # no k-block of zeros alone

@@ -58,8 +58,7 @@ def test_processors_newer_than_hopper(arch, tmp_path):
 @pytest.mark.slow
 def test_wgmma_is_not_serialised(rows):
     """Where ptxas cannot keep a wgmma under way it waits after each one and says so in a remark (C7510) that nvcc
-    cannot make an error. Then there are more arrivals and waits than the sources have: one, and two.
-    """
+    cannot make an error. Then there are more arrivals and waits than the sources have: one, and two."""
     products = [row for row in rows if row.kernel.startswith("sm90::Product<")]
     assert len(products) == 8
     for row in products:

@@ -1,7 +1,6 @@
 """What only a GPU can show of both backends for CUDA, through the public ops: streams, no wait for the device, graphs,
 tensors on odd addresses, the same results in every run; and the product of csrc/cuda/sm90 in layers that reach each of
-its kernels, bit for bit with the reference. (Agreement of everything else with the reference: the contract.)
-"""
+its kernels, bit for bit with the reference. (Agreement of everything else with the reference: the contract.)"""
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """The insides of `product` of the backend cuda on csrc/cuda/sm80, emulated: every tile and split, the order of threads,
-windows, nibbles, what lies beside the tensors, and the tuner's way to them.
-"""
+windows, nibbles, what lies beside the tensors, and the tuner's way to them."""
 
 import pytest
 import torch

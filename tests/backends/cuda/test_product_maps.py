@@ -1,6 +1,5 @@
 """The maps of csrc/cuda/sm80, on all of their arguments where there are few: fragments, places in shared memory, order
-of tiles, im2col, and the choice of a tile.
-"""
+of tiles, im2col, and the choice of a tile."""
 
 import itertools
 
@@ -28,8 +27,7 @@ def codes_of_words(words, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_fragments_are_those_of_the_ptx_isa(maps, bits):
     """Rows and columns as the PTX ISA gives them for the i-th code of a thread, for mma.m16n8k32 (8 bits) and m16n8k64
-    (4 bits); the product of the matrices is the oracle.
-    """
+    (4 bits); the product of the matrices is the oracle."""
     k, per_word = 256 // bits, 32 // bits
     words_a, words_b = (torch.randint(1 << 32, (32, count)).to(torch.uint32) for count in (4, 2))
     a, b = torch.zeros(16, k).long(), torch.zeros(k, 8).long()
@@ -51,8 +49,7 @@ def test_fragments_are_those_of_the_ptx_isa(maps, bits):
 
 def test_matrices_are_loaded_as_the_ptx_isa_says(maps):
     """Thread t gets elements 2 * (t % 4) and the next of row t / 4 of four 8x8 matrices of 16 bits; thread 8 * i + j
-    gives the address of row j of matrix i.
-    """
+    gives the address of row j of matrix i."""
     rows = torch.randint(256, (32, 16)).to(torch.uint8)
     words = torch.from_numpy(maps.load_matrices(rows))
     for thread, matrix in itertools.product(range(32), range(4)):
@@ -66,10 +63,9 @@ class TestSwizzle:
             places = [maps.swizzled(row, chunk) for chunk in range(4)]
             assert sorted(places) == [row * K_BLOCK + chunk * CHUNK for chunk in range(4)]
 
-    @pytest.mark.parametrize("chunk", range(4))
-    def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps, chunk):
+    def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps):
         """A phase reads one chunk of eight rows; 128 bytes are all 32 banks once."""
-        for first in range(0, 128, 8):
+        for first, chunk in itertools.product(range(0, 128, 8), range(4)):
             groups = {maps.swizzled(row, chunk) % 128 // CHUNK for row in range(first, first + 8)}
             assert len(groups) == 8
 

@@ -1,8 +1,7 @@
 """Machine code of the Triton kernels for GPUs that are not here: tensor cores used, nothing spilled; the quantising
 ones with wide memory accesses and exact arithmetic, read from PTX.
 
-In a process of its own: kernels that were imported for the interpreter cannot be compiled.
-"""
+In a process of its own: kernels that were imported for the interpreter cannot be compiled."""
 
 import json
 import os

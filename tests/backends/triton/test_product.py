@@ -1,6 +1,4 @@
-"""The insides of `product` of the backend triton: every tile and split, the order of tiles, and the
-tuner's way to them.
-"""
+"""The insides of `product` of the backend triton: tiles, splits, the order of tiles, and the tuner's way to them."""
 
 import pytest
 import torch

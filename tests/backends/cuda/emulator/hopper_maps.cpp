@@ -52,12 +52,15 @@ std::vector<std::array<int, 5>> works(int row_tiles, int column_tiles, int split
   return found;
 }
 
-// The codes of a box, and every box of the k-blocks.
-std::pair<int, std::vector<sm90::Box>> boxes(const Geometry& geometry, int bits) {
+// The codes of a box, and of every box of the k-blocks its channel, the offset of its tap and its first code.
+std::pair<int, std::vector<std::array<int64_t, 4>>> boxes(const Geometry& geometry, int bits) {
   const sm90::Window window = sm90::window_of(call_of(geometry, bits).problem, bits);
   const int64_t count = sm90::k_block_count(window) * (sm90::kBlockK / window.swizzle);
-  std::vector<sm90::Box> found;
-  for (int i = 0; i < count; ++i) found.push_back(sm90::box_of(window, i));
+  std::vector<std::array<int64_t, 4>> found;
+  for (int i = 0; i < count; ++i) {
+    const sm90::Box box = sm90::box_of(window, i);
+    found.push_back({box.channel, box.offset_h, box.offset_w, box.code});
+  }
   return {window.swizzle, found};
 }
 
@@ -125,11 +128,6 @@ const char* problem_of_maps(const Geometry& geometry, int bits) {
 }  // namespace
 
 PYBIND11_MODULE(hopper_maps, m) {
-  py::class_<sm90::Box>(m, "Box")
-      .def_readonly("channel", &sm90::Box::channel)
-      .def_readonly("offset_h", &sm90::Box::offset_h)
-      .def_readonly("offset_w", &sm90::Box::offset_w)
-      .def_readonly("code", &sm90::Box::code);
   m.def("kernels", kernels);
   m.def("works", works);
   m.def("boxes", boxes);
