@@ -1,6 +1,4 @@
-"""Fixtures for all tests: fixed seeds, poisoned buffers, a dispatcher without memory, places of the contract. Tests for
-a GPU run where there is one.
-"""
+"""Fixtures for all tests: seeds, poisoned buffers, a fresh dispatcher, places. GPU tests run where there is one."""
 
 import hashlib
 import os
@@ -15,6 +13,8 @@ if not torch.cuda.is_available():  # `@triton.jit` decides at import: without a 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modiff_kernels.ops import dispatch
+
+torch.set_num_threads(1)  # enough for small networks, and steady on a busy machine
 
 
 def pytest_collection_modifyitems(config, items):
@@ -82,8 +82,7 @@ def host_module(tmp_path_factory, compiler):
 @pytest.fixture(scope="session")
 def emulators(pytestconfig, tmp_path_factory, compiler):
     """The CUDA kernels on the host, by name: "quantize", "product" (sm_80), "hopper" (sm_90). A sanitizer's complaint
-    fails the test whose call it ends. Compiled programs are kept until a source changes.
-    """
+    fails the test whose call it ends. Compiled programs are kept until a source changes."""
     from tests.backends.cuda import emulation
 
     sources = [p for f in (emulation.ROOT / "csrc", emulation.EMULATOR) for p in sorted(f.rglob("*")) if p.is_file()]

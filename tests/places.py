@@ -1,8 +1,7 @@
 """The places at which the contract is tested: every backend where it can run, and stand-ins for a GPU on the host.
 
 A place takes tensors of the CPU and calls the public ops with its backend. `limits` says, apart from the backend, which
-products it may refuse, so that a backend that refuses more (or everything) fails.
-"""
+products it may refuse, so that a backend that refuses more (or everything) fails."""
 
 import inspect
 import os
@@ -10,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -59,13 +59,8 @@ def _cuda_limits(problem: Problem) -> bool:
     return groups or packed or problem.channels % 16 != 0 or _per_token_of_a_window(problem)
 
 
-LIMITS: dict[str, Callable[[Problem], bool]] = {
-    "reference": lambda problem: False,
-    "cpu": _cpu_limits,
-    "onednn": _onednn_limits,
-    "triton": _triton_limits,
-    "cuda": _cuda_limits,
-}
+LIMITS = {"cpu": _cpu_limits, "onednn": _onednn_limits, "triton": _triton_limits, "cuda": _cuda_limits}
+LIMITS["reference"] = lambda problem: False
 
 
 @dataclass(frozen=True)
@@ -74,8 +69,7 @@ class Place:
 
     own: the ops that it has code of its own for. few: every call takes long there, so tests choose few, telling ones.
     raises: NaN and Inf in what is quantised are refused; otherwise they show in the results (ops/schema.py).
-    stand_in: what plays the GPU: "sm80", "sm90", "interpreter".
-    """
+    stand_in: what plays the GPU: "sm80", "sm90", "interpreter"."""
 
     name: str
     backend: str
@@ -120,8 +114,8 @@ class Place:
 
     @contextmanager
     def entered(self, stand_ins: Callable[[str], dict[tuple[Any, str], Any]]) -> Iterator["Place"]:
-        """The process as the place needs it: threads, instruction set, stand-ins (attributes of modules)."""
-        before, threads = dict(dispatch.BACKENDS), torch.get_num_threads()
+        """The process as the place needs it: instruction set, stand-ins (attributes of modules)."""
+        before = dict(dispatch.BACKENDS)
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("MODIFF_BACKEND", raising=False)
             if self.isa is not None:
@@ -131,10 +125,8 @@ class Place:
                 patch.setattr(dispatch.load(self.backend), "unavailable", lambda: None)
                 for (owner, name), value in stand_ins(self.stand_in).items():
                     patch.setattr(owner, name, value)
-            torch.set_num_threads(1)
             dispatch.reset()
             yield self
-        torch.set_num_threads(threads)
         dispatch.reset()
         assert dict(dispatch.BACKENDS) == before
 
@@ -147,9 +139,7 @@ class Place:
         return problem
 
     def prepared(self, weight: PackedWeight, problem: Problem) -> PackedWeight | None:
-        """`weight` in the layout that the backend likes best for a product; None where it does not solve it, which is
-        exactly what `LIMITS` excludes.
-        """
+        """`weight` in the layout that the backend likes best; None where it does not solve the product (`LIMITS`)."""
         refused = LIMITS[self.backend](problem)
         try:
             layout = ops.preferred_layout(problem, self.backend)
@@ -174,14 +164,9 @@ class Place:
                 argument.copy_(there)
         return tuple(t.cpu() for t in results) if isinstance(results, tuple) else results.cpu()
 
-    def quantize(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call("quantize", *args, **kwargs)
-
-    def product(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call("product", *args, **kwargs)
-
-    def modulate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call("modulate", *args, **kwargs)
+    quantize = partialmethod(call, "quantize")
+    product = partialmethod(call, "product")
+    modulate = partialmethod(call, "modulate")
 
 
 def _bound(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -220,7 +205,5 @@ PLACES = (
 
 def places(op: str, names: Sequence[str] | None = None) -> list[Any]:
     """Parameters of a test: the places of this machine with code for `op`, all or those of `names`."""
-    here = [
-        place for place in PLACES if op in place.own and (names is None or place.name in names) and not place.missing
-    ]
+    here = [p for p in PLACES if op in p.own and (names is None or p.name in names) and not p.missing]
     return [pytest.param(p, id=p.name, marks=[pytest.mark.gpu] if p.device == "cuda" else []) for p in here]

@@ -28,13 +28,9 @@ both_ways = pytest.mark.parametrize("fuse", [True, False], ids=["fused", "layers
 
 
 @pytest.fixture(autouse=True)
-def no_grad_and_one_thread():
-    """One thread: enough for small networks, and steady on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_grad():
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -233,8 +229,7 @@ def assert_same_run(got, expected, exact):
     """Two low-bit runs that differ by rounding; exact: the run with the same weights and float activations.
 
     Values at the edge between two codes may fall either way. At worst the two runs are as far apart as two independent
-    roundings of all activations: twice the distance between one of them and the exact run.
-    """
+    roundings of all activations: twice the distance between one of them and the exact run."""
     for ours, theirs, truth in zip(got, expected, exact, strict=True):
         distance = relative_error(theirs, truth)
         assert distance < 0.1

@@ -1,5 +1,7 @@
 """Products whose results are exact integers, for tests of one backend's tiles, splits and orders of work."""
 
+import math
+
 import torch
 
 from modiff_kernels.backends import reference
@@ -22,12 +24,11 @@ class ExactProduct:
 
     def draw(self):
         """codes, weight."""
-        format = torch.channels_last if self.window is not None else torch.contiguous_format
         low, high = quant_min(self.code_bits), quant_max(self.code_bits)
-        codes = torch.randint(low, high + 1, self.x_shape, dtype=torch.int8).to(memory_format=format)
-        k = self.x_shape[-1 if self.window is None else 1]
+        codes, k = torch.randint(low, high + 1, self.x_shape, dtype=torch.int8), self.x_shape[-1]
         if self.window is not None:
-            k = k // self.window.groups * self.window.kernel_size[0] * self.window.kernel_size[1]
+            codes = codes.to(memory_format=torch.channels_last)
+            k = self.x_shape[1] // self.window.groups * math.prod(self.window.kernel_size)
         rows = torch.randint(quant_min(self.bits), quant_max(self.bits) + 1, (self.n, k), dtype=torch.int8)
         return codes, PackedWeight(pack(rows, self.bits), torch.ones(self.n), self.bits)
 
@@ -49,3 +50,12 @@ class ExactProduct:
             wanted = reference.product(codes, one.expand(samples), zero_points, weight, None, None, *tail)
             scale = torch.ones(samples)
             assert torch.equal(product(codes, scale, zero_points, weight, None, None, *tail, **more), wanted)
+
+
+def check_largest_sum(product, k, **more):
+    """Of k products: within int32."""
+    codes, rows = (torch.full((1, k), -128, dtype=torch.int8) for _ in range(2))
+    zero_point, one = torch.full((1,), 127, dtype=torch.int32), torch.ones(1)
+    weight = PackedWeight(rows, one, 8)
+    out = product(codes, one, zero_point, weight, None, None, None, None, torch.float32, True, **more)
+    assert out.item() == 255 * 128 * k

@@ -31,19 +31,16 @@ def test_build_info():
     assert re.fullmatch(r"\d+\.\d+", info["oldest_torch"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
+def test_reasons():
+    assert cpu.why_not(PROBLEM) is None
+    for changes, reason in (
         ({"window": Window((5, 10)), "k": 50 * 64}, r"kernel_size \(5, 10\) has more than 49 taps"),
         ({"k": 65537, "window": None}, "k=65537 products can overflow int32; at most 65536"),
         ({"layout": "kpack_v1"}, "layout kpack_v1 is not vnni_v1; prepare the weight"),
         ({"op": "attention", "dtype": torch.float16}, "in float32 only"),
         ({"op": "attention", "n": 2049}, "attention over 2049 keys"),
-    ],
-)
-def test_reasons(changes, reason):
-    assert cpu.why_not(PROBLEM) is None
-    assert re.search(reason, cpu.why_not(replace(PROBLEM, **changes)))
+    ):
+        assert re.search(reason, cpu.why_not(replace(PROBLEM, **changes)))
 
 
 def test_an_older_cpu_keeps_quantize(monkeypatch):

@@ -25,17 +25,14 @@ def forget_the_check(fresh_dispatch, monkeypatch):
     onednn.unavailable.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
+def test_reasons():
+    assert onednn.why_not(PROBLEM) is None
+    for changes, reason in (
         ({"layout": "vnni_v1"}, "layout vnni_v1 is not kpack_v1"),
         ({"k": onednn._MAX_K + 1}, "int32 sums may overflow"),
         ({"window": Window((3, 3), padding=(1, 3))}, "padding (1, 3) exceeds the window"),
-    ],
-)
-def test_reasons(changes, reason):
-    assert onednn.why_not(PROBLEM) is None
-    assert reason in onednn.why_not(replace(PROBLEM, **changes))
+    ):
+        assert reason in onednn.why_not(replace(PROBLEM, **changes))
 
 
 def test_a_failed_check_is_a_reason_and_dispatch_goes_on(monkeypatch, forget_the_check):
@@ -47,16 +44,14 @@ def test_a_failed_check_is_a_reason_and_dispatch_goes_on(monkeypatch, forget_the
     assert ("onednn", onednn.unavailable()) in selection.rejected
 
 
-def test_an_error_in_the_check_is_a_reason(monkeypatch, forget_the_check):
+def test_an_error_in_the_check_and_a_torch_without_onednn_are_reasons(monkeypatch, forget_the_check):
     def broken(*arguments):
         raise RuntimeError("could not create a primitive descriptor\nmore")
 
     monkeypatch.setattr(onednn, "_sums", broken)
     assert onednn.unavailable().endswith("do not run on this CPU: could not create a primitive descriptor")
-
-
-def test_without_mkldnn(monkeypatch, forget_the_check):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    onednn.unavailable.cache_clear()
     assert "built without oneDNN" in onednn.unavailable()
 
 

@@ -7,15 +7,6 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 import modiff_kernels as mk
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread: enough for tiny networks, and steady on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build_pipe():
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -58,6 +49,20 @@ def interrupt(monkeypatch, owner, name, at):
 
     monkeypatch.setattr(owner, name, interrupted)
     return calls
+
+
+def tensors_of(result):
+    found = {}
+    for path, layer in result.layers.items():
+        found |= {f"{path}.codes": layer.weight.codes, f"{path}.scale": layer.weight.scale}
+        found |= {f"{path}.{name}": getattr(layer, name) for name in ("act_scale", "act_zero_point")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def assert_equal(result, other):
+    a, b = tensors_of(result), tensors_of(other)
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture

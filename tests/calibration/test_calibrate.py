@@ -13,23 +13,10 @@ from modiff_kernels.calibration import weights as weights_module
 from modiff_kernels.cli.arguments import METHODS as CLI_METHODS
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import pack
+from tests.calibration.conftest import assert_equal
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2, "weight_method": "rtn"}
-
-
-def tensors_of(result):
-    found = {}
-    for path, layer in result.layers.items():
-        found |= {f"{path}.codes": layer.weight.codes, f"{path}.scale": layer.weight.scale}
-        found |= {f"{path}.{name}": getattr(layer, name) for name in ("act_scale", "act_zero_point")}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def assert_equal(result, other):
-    a, b = tensors_of(result), tensors_of(other)
-    assert list(a) == list(b)
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def images(pipe, steps=4):
@@ -130,20 +117,17 @@ class TestAccelerate:
                 assert torch.equal(layer.stored().weight.scale, result.layers[path].weight.scale)
             handle.remove()
 
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
+    def test_another_config(self, pipe, calibrated):
+        result = calibrated("minmax", STATIC, **SMALL)
+        for changes, message in (
             ({"weight_bits": 8}, "config has weight_bits=8, but the calibration"),
             ({"group_size": 16}, "config has group_size=16, but the calibration"),
             ({"act_bits": 8}, "config has act_bits=8, but the calibration"),
             ({"mode": "quantized"}, "config has mode='quantized', but the calibration"),
             ({"skip_modules": ("conv_in",), "scale_mode": "dynamic"}, "'time_embedding.* were not calibrated"),
-        ],
-    )
-    def test_another_config(self, pipe, calibrated, changes, message):
-        config, result = dataclasses.replace(STATIC, **changes), calibrated("minmax", STATIC, **SMALL)
-        with pytest.raises(ValueError, match=message):
-            mk.accelerate(pipe, config, calibration=result)
+        ):
+            with pytest.raises(ValueError, match=message):
+                mk.accelerate(pipe, dataclasses.replace(STATIC, **changes), calibration=result)
         assert not any("Modulated" in type(module).__name__ for module in pipe.unet.modules())
 
     def test_another_checkpoint(self, pipe, calibrated):
@@ -204,9 +188,10 @@ def test_one_scale_per_call(pipe, calibrated, mode):
     handle.remove()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_bad_requests(pipe):
+    called = []
+    pipe.unet.register_forward_hook(lambda *args: called.append(args))
+    for changes, message in (
         ({"method": "mes"}, "method='mes' is not allowed; choose one of 'minmax', 'mse'"),
         ({"no_such": 1}, "method 'mse' has no option 'no_such'; its options are time_steps"),
         ({"time_steps": "often"}, "time_steps='often' is not allowed; choose one of 'uniform', 'ndtc'"),
@@ -214,13 +199,9 @@ def test_one_scale_per_call(pipe, calibrated, mode):
         ({"config": mk.ModiffConfig(None, None)}, "weight_bits=None"),
         ({"config": mk.ModiffConfig(skip_modules=("block", "conv", "time"))}, "leaves no Linear and no Conv2d"),
         ({"call_kwargs": {"prompt": "a cat"}}, "DDPMPipeline takes no prompt; it takes batch_size"),
-    ],
-)
-def test_bad_requests(pipe, changes, message):
-    called = []
-    pipe.unet.register_forward_hook(lambda *args: called.append(args))
-    with pytest.raises(ValueError, match=message):
-        mk.calibrate(pipe, **{"config": STATIC, **SMALL, **changes})
+    ):
+        with pytest.raises(ValueError, match=message):
+            mk.calibrate(pipe, **{"config": STATIC, **SMALL, **changes})
     assert not called
 
 

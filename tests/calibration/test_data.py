@@ -120,26 +120,22 @@ class TestCollect:
             assert not given.unet._forward_pre_hooks
 
 
-@pytest.mark.parametrize(
-    ("names", "given", "expected"),
-    [
-        (("prompt", "generator"), {"prompt": "a cat"}, {"prompt": ["a cat"] * 2}),
-        (("prompt", "batch_size"), {"prompt_embeds": 3}, {"prompt_embeds": 3, "batch_size": 2}),
-        (("class_labels",), {}, {"class_labels": [4, 5]}),
-    ],
-)
-def test_pipelines_are_called_with_what_they_take(names, given, expected):
+def pipe_taking(names):
     def call(**options):
         return options
 
     call.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
-    pipe = type("Pipe", (), {"__call__": staticmethod(call)})()
-    found = data_module.run_pipeline(pipe, 7, [1004, 2005], given)
-    assert [generator.initial_seed() for generator in found.pop("generator")] == [1004, 2005]
-    assert found == {"num_inference_steps": 7, **expected}
+    return type("Pipe", (), {"__call__": staticmethod(call)})()
 
 
-def test_a_pipeline_of_texts_needs_one():
-    pipe = type("Pipe", (), {"__call__": staticmethod(lambda prompt=None: None)})()
+def test_pipelines_are_called_with_what_they_take():
+    for names, given, expected in (
+        (("prompt", "generator"), {"prompt": "a cat"}, {"prompt": ["a cat"] * 2}),
+        (("prompt", "batch_size"), {"prompt_embeds": 3}, {"prompt_embeds": 3, "batch_size": 2}),
+        (("class_labels",), {}, {"class_labels": [4, 5]}),
+    ):
+        found = data_module.run_pipeline(pipe_taking(names), 7, [1004, 2005], given)
+        assert [generator.initial_seed() for generator in found.pop("generator")] == [1004, 2005]
+        assert found == {"num_inference_steps": 7, **expected}
     with pytest.raises(ValueError, match=r"Pipe takes a text; give call_kwargs"):
-        data_module.pipeline_sampler(pipe, 7, {})
+        data_module.pipeline_sampler(pipe_taking(["prompt"]), 7, {})

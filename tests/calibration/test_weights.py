@@ -17,26 +17,23 @@ def correlated(rows, k):
     return torch.randn(rows, k) * (0.7 ** torch.arange(k)) @ basis
 
 
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
+def test_rows_times_weight_is_the_layer():
+    for module, shape in (
         (nn.Linear(5, 3), (2, 7, 5)),
         (nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 7, 5)),
         (nn.Conv2d(3, 4, 3, padding="same", dilation=2), (2, 3, 6, 6)),
         (nn.Conv2d(4, 6, 1), (1, 4, 3, 3)),
         (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
-    ],
-)
-def test_rows_times_weight_is_the_layer(module, shape):
-    x = torch.randn(shape)
-    rows, weight = input_rows(module, x), weight_rows(module.weight)
-    if rows.ndim == 2:
-        product = rows @ weight.t()
-    else:
-        product = torch.cat([part @ own.t() for part, own in zip(rows, weight.chunk(2))], dim=1)
-    out = module(x) - (module.bias if x.ndim == 3 else module.bias[:, None, None])
-    expected = out.reshape(-1, out.shape[-1]) if x.ndim == 3 else out.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
-    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+    ):
+        x = torch.randn(shape)
+        rows, weight = input_rows(module, x), weight_rows(module.weight)
+        if rows.ndim == 2:
+            product = rows @ weight.t()
+        else:
+            product = torch.cat([part @ own.t() for part, own in zip(rows, weight.chunk(2))], dim=1)
+        out = module(x) - (module.bias if x.ndim == 3 else module.bias[:, None, None])
+        expected = out.reshape(-1, out.shape[-1]) if x.ndim == 3 else out.permute(0, 2, 3, 1).reshape(-1, out.shape[1])
+        torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -3,7 +3,6 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from modiff_kernels.cli import main
-from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
 
 
 def build_tiny_unet(**changes):

@@ -48,9 +48,8 @@ def units(*texts):
     return '{"units": [' + ", ".join(texts) + "]}"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_bad_json():
+    for text, message in (
         ("{", "not JSON"),
         ("[1]", "no object with 'units'"),
         ('{"units": [{"mode": "float"}]}', "not a plan as to_json"),
@@ -62,11 +61,9 @@ def units(*texts):
         (units('{"path": "a", "mode": "float", "costs": [{"mode": "float", "speed": 1}]}'), "not a plan as to_json"),
         ('{"units": [], "source": "guessed"}', "source='guessed' is not allowed"),
         ('{"units": [], "key": {"device": "x"}}', "not a plan as to_json"),
-    ],
-)
-def test_bad_json(text, message):
-    with pytest.raises(ValueError, match=message):
-        LayerPlan.from_json(text)
+    ):
+        with pytest.raises(ValueError, match=message):
+            LayerPlan.from_json(text)
 
 
 def test_the_longest_path_decides():

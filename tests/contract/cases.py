@@ -1,11 +1,8 @@
-"""Layers and independent oracles of the contract: numpy with explicit rounding for codes, float64 for norms and sums.
-Nothing here shares code with a backend.
-"""
+"""Layers, and oracles that share no code with a backend: numpy for codes, float64 for norms and sums."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,33 +19,28 @@ EPS32 = torch.finfo(torch.float32).eps
 MIN_SCALE = 2.0**-100
 
 
-def memory_format(shape: Sequence[int]) -> torch.memory_format:
+def memory_format(shape):
     return torch.channels_last if len(shape) == 4 else torch.contiguous_format
 
 
-def activation(shape: Sequence[int], dtype: torch.dtype = torch.float32, spread: Any = 1.0) -> Tensor:
+def activation(shape, dtype=torch.float32, spread=1.0):
     """Random, in the memory format of the ops; 4-D is an image."""
     return (torch.randn(shape) * spread).to(dtype).contiguous(memory_format=memory_format(shape))
 
 
-def guarded(values: Tensor, dtype: torch.dtype, margin: int = 131, sentinel: float = 77.0) -> tuple[Tensor, Any]:
-    """`values` in the middle of a larger buffer at an odd address, and a function that looks whether all around is as
-    it was.
-    """
+def guarded(values, dtype, margin=131, sentinel=77.0):
+    """`values` inside a larger buffer at an odd address, and a function that looks whether all around is as it was."""
     buffer = torch.full((values.numel() + 2 * margin,), sentinel, dtype=dtype)
     inside = buffer[margin : margin + values.numel()]
     n, *rest = values.shape
     tensor = inside.view(n, *rest[1:], rest[0]).movedim(-1, 1) if values.ndim == 4 else inside.view(values.shape)
     tensor.copy_(values)
 
-    def assert_untouched() -> None:
+    def assert_untouched():
         assert (buffer[:margin] == sentinel).all()
         assert (buffer[-margin:] == sentinel).all()
 
     return tensor, assert_untouched
-
-
-# --- layers ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,67 +51,59 @@ class Case:
     n: int
     window: Window | None = None
 
-    def __str__(self) -> str:
+    def __str__(self):
         window = "" if self.window is None else "-" + "_".join(map(str, self.window.to_ints()))
         return "x".join(map(str, self.x_shape)) + f"-n{self.n}{window}"
 
     @property
-    def channels(self) -> int:
+    def channels(self):
         return self.x_shape[1 if self.window else -1]
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
+    def weight_shape(self):
         if self.window is None:
             return self.n, self.channels
         return self.n, self.channels // self.window.groups, *self.window.kernel_size
 
     @property
-    def k(self) -> int:
+    def k(self):
         return int(np.prod(self.weight_shape[1:]))
 
     @property
-    def y_shape(self) -> tuple[int, ...]:
+    def y_shape(self):
         return tuple(self.apply(torch.empty(self.x_shape), torch.empty(self.weight_shape)).shape)
 
     @property
-    def rows(self) -> int:
+    def rows(self):
         """Of the input: rows or pixels."""
         return int(np.prod(self.x_shape)) // self.channels
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x, weight, bias=None):
         if self.window is None:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, *self.window[1:])
 
-    def scales(self, granularity: str) -> int:
+    def scales(self, granularity):
         return {"per_tensor": 1, "per_token": self.rows}.get(granularity, self.x_shape[0])
 
-    def over_rows(self, values: Tensor) -> Tensor:
+    def over_rows(self, values):
         """Values of consecutive rows or pixels, float64, broadcastable to the input."""
         spread = values.double().repeat_interleave(self.rows // values.numel())
         shape = (*self.x_shape[:1], *self.x_shape[2:], 1) if self.window else (*self.x_shape[:-1], 1)
         return spread.view(shape).movedim(-1, 1) if self.window else spread.view(shape)
 
-    def over_columns(self, values: Tensor) -> Tensor:
+    def over_columns(self, values):
         return values.double().view(-1, 1, 1) if self.window else values.double()
 
 
-def conv(x_shape: tuple[int, ...], n: int, kernel: Any = 3, stride: Any = 1, padding: Any = 1, dilation: Any = 1,
-         groups: int = 1) -> Case:  # fmt: skip
+def conv(x_shape, n, kernel=3, stride=1, padding=1, dilation=1, groups=1):
     pairs = [(v, v) if isinstance(v, int) else v for v in (kernel, stride, padding, dilation)]
     return Case(x_shape, n, Window(*pairs, groups))
 
 
 # 1, odd, one below, at and above steps and tiles of 16 and 64; channels that every backend takes, and others.
-LINEARS = [
-    Case((1, 1), 1),
-    Case((1, 16), 1),
-    Case((2, 7), 5),
-    Case((2, 3, 63), 65),
-    Case((2, 3, 48), 65),
-    Case((65, 64), 64),
-    Case((63, 160), 63),
-]
+LINEARS = [Case((1, 1), 1), Case((1, 16), 1), Case((2, 7), 5), Case((2, 3, 63), 65), Case((2, 3, 48), 65)]
+LINEARS += [Case((65, 64), 64), Case((63, 160), 63)]
 CONVS = [
     conv((1, 1, 1, 1), 1, 1, padding=0),
     conv((1, 3, 8, 8), 5),  # conv_in
@@ -138,18 +122,12 @@ CONVS = [
     conv((3, 16, 2, 2), 8, padding=3),  # whole windows lie outside
 ]
 # Of SD 1.5, SDXL and DDPM, in few rows: sums along K do not depend on them.
-LAYERS = [
-    conv((1, 320, 4, 16), 64),
-    conv((1, 128, 16, 16), 128),
-    conv((2, 640, 3, 3), 96),
-    conv((1, 960, 2, 4), 320, 1, padding=0),
-    Case((64, 320), 320),
-    Case((2, 77, 768), 320),
-]
+LAYERS = [conv((1, 320, 4, 16), 64), conv((1, 128, 16, 16), 128), conv((2, 640, 3, 3), 96)]
+LAYERS += [conv((1, 960, 2, 4), 320, 1, padding=0), Case((64, 320), 320), Case((2, 77, 768), 320)]
 SMALL = [Case((2, 5, 64), 33), conv((2, 32, 5, 7), 24), conv((2, 64, 4, 4), 65, 1, padding=0)]
 
 
-def random_conv(seed: int) -> Case:
+def random_conv(seed):
     """A random convolution that has at least one output pixel."""
     choose = random.Random(seed).choice
     while True:
@@ -170,18 +148,8 @@ class Weight(NamedTuple):
     dense: Tensor
 
 
-def weight_of(
-    place: Any,
-    case: Case,
-    bits: int,
-    group_size: int = -1,
-    granularity: str = "per_sample",
-    unit: bool = False,
-    codes: Tensor | None = None,
-) -> Weight | None:
-    """`unit`: scales of one, which show the integer sums. codes: in the shape of the weight, random by default. None
-    where the place solves no such product.
-    """
+def weight_of(place, case, bits, group_size=-1, granularity="per_sample", unit=False, codes=None):
+    """unit: scales of one, which show the integer sums; codes: random by default. None where it is not solved there."""
     if codes is None:
         codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), case.weight_shape, dtype=torch.int8)
     rows = (codes.permute(0, 2, 3, 1).reshape(case.n, -1) if case.window else codes).contiguous()
@@ -199,10 +167,7 @@ def weight_of(
     return None if prepared is None else Weight(prepared, dense)
 
 
-# --- codes ----------------------------------------------------------------------------------------------------------
-
-
-def granules(x: Tensor, granularity: str) -> np.ndarray:
+def granules(x, granularity):
     """float32 [granules, elements] of `x` in memory order, written without the package's own view."""
     array = x.to(torch.float32).numpy()
     array = np.moveaxis(array, 1, 3) if x.ndim == 4 else array
@@ -210,34 +175,32 @@ def granules(x: Tensor, granularity: str) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(count, -1)
 
 
-def like(values: np.ndarray, x: Tensor) -> Tensor:
+def like(values, x):
     """What `granules` gave, in the shape of `x`."""
     shape = [x.shape[i] for i in (0, 2, 3, 1)] if x.ndim == 4 else x.shape
     tensor = torch.from_numpy(np.ascontiguousarray(values)).view(*shape)
     return tensor.movedim(-1, 1) if x.ndim == 4 else tensor
 
 
-def over_granules(values: Tensor, x: Tensor) -> Tensor:
+def over_granules(values, x):
     """One value per granule, float64, broadcast to the shape of `x`."""
     spread = values.double().numpy().repeat(x.numel() // values.numel())
     return like(spread, x)
 
 
-def oracle_scale(absmax: np.ndarray, bits: int, clip_ratio: float = 1.0) -> np.ndarray:
+def oracle_scale(absmax, bits, clip_ratio=1.0):
     scale = np.float32(clip_ratio) * absmax / np.float32(2 ** (bits - 1) - 0.5)
     return np.maximum(scale, np.float32(MIN_SCALE))
 
 
-def oracle_codes(values: np.ndarray, scale: np.ndarray, bits: int, zero_point: Any = 0) -> np.ndarray:
+def oracle_codes(values, scale, bits, zero_point=0):
     """Round half to even on value * (1 / scale) in float32, add the zero point, clamp."""
     codes = np.rint(values * (np.float32(1) / scale)[:, None]) + np.reshape(zero_point, (-1, 1))
     return np.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int8)
 
 
-def oracle_blocks(x: Tensor, x_hat: Tensor, bits: int, clip_ratio: float) -> tuple[np.ndarray, ...]:
-    """Granularity per_block in the contract's steps: codes times multipliers [samples, elements], scale [samples] and
-    multipliers [samples, elements].
-    """
+def oracle_blocks(x, x_hat, bits, clip_ratio):
+    """per_block in the contract's steps: codes times multipliers, scale [samples], multipliers (as the codes)."""
     channels = x.shape[1 if x.ndim == 4 else -1]
     residual = granules(x, "per_sample") - granules(x_hat, "per_sample")
     residual = residual.reshape(x.shape[0], -1, channels)
@@ -258,9 +221,6 @@ def oracle_blocks(x: Tensor, x_hat: Tensor, bits: int, clip_ratio: float) -> tup
     return (codes * multiplier).reshape(len(scale), -1), scale, multiplier.reshape(len(scale), -1)
 
 
-# --- prologues ------------------------------------------------------------------------------------------------------
-
-
 class Prologued(NamedTuple):
     """What an op reads, x = prologue(h) in float64, and how far float32 arithmetic may lie from it."""
 
@@ -270,10 +230,7 @@ class Prologued(NamedTuple):
     error: Tensor
 
 
-def group_norm(
-    shape: tuple[int, ...], groups: int, dtype: torch.dtype = torch.float32, silu: bool = True, shift: bool = True,
-    affine: bool = True, mean: float = 0.5, spread: float = 1.0, eps: float = 1e-5,
-) -> Prologued:  # fmt: skip
+def group_norm(shape, groups, dtype=torch.float32, silu=True, shift=True, affine=True, mean=0.5, spread=1.0, eps=1e-5):
     h = (activation(shape, spread=spread) + mean).to(dtype).contiguous(memory_format=memory_format(shape))
     channels = shape[1 if len(shape) == 4 else -1]
     offset = torch.randn(shape[0], channels).to(dtype) if shift else None
@@ -287,9 +244,8 @@ def group_norm(
     z = ((grouped - grouped.mean(2, keepdim=True)) * rstd).view(shifted.shape)
     # Terms of this size cancel: h + shift, the mean, and a * h + b of a kernel that folds both into two numbers.
     large = ((grouped.abs() + grouped.mean(2, keepdim=True).abs()) * rstd).view(shifted.shape)
-    large = large + first(h.double().abs()) * rstd.repeat_interleave(channels // groups, 1).view(
-        shape[0], channels, *[1] * (len(shape) - 2)
-    )
+    by_channel = rstd.repeat_interleave(channels // groups, 1).view(shape[0], channels, *[1] * (len(shape) - 2))
+    large = large + first(h.double().abs()) * by_channel
     # The sums of a group are in any order: roundings at random.
     error = EPS32 * (4 * large + (16 + grouped.shape[2] ** 0.5) * (1 + z.abs()))
     if affine:
@@ -300,16 +256,9 @@ def group_norm(
     return Prologued(h, Prologue("group_norm", gamma, beta, offset, groups, eps, silu), first(z), first(error))
 
 
-def layer_norm(
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-    affine: bool = True,
-    mean: float = 0.5,
-    eps: float = 1e-5,
-) -> Prologued:
+def layer_norm(shape, dtype=torch.float32, affine=True, mean=0.5, eps=1e-5):
     h = (activation(shape) + mean).to(dtype)
-    gamma, beta = None, None
-    exact = h.double()
+    gamma, beta, exact = None, None, h.double()
     rstd = (exact.var(-1, correction=0, keepdim=True) + eps).rsqrt()
     x = (exact - exact.mean(-1, keepdim=True)) * rstd
     # The mean is rounded to float32, and so is the row; the sums add up sqrt(channels) roundings at random.
@@ -320,7 +269,7 @@ def layer_norm(
     return Prologued(h, Prologue("layer_norm", gamma, beta, eps=eps), x, error)
 
 
-def geglu(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, spread: float = 1.0) -> Prologued:
+def geglu(shape, dtype=torch.float32, spread=1.0):
     h = activation((*shape[:-1], 2 * shape[-1]), dtype, spread)
     value, gate = h.double().chunk(2, dim=-1)
     x = value * F.gelu(gate)
@@ -329,27 +278,22 @@ def geglu(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, spread: fl
     return Prologued(h, Prologue("geglu"), x, error)
 
 
-# --- states ---------------------------------------------------------------------------------------------------------
-
-
-def assert_updated(x_hat: Tensor, before: Tensor, change: Tensor) -> None:
+def assert_updated(x_hat, before, change):
     """x_hat == before + change, change float64: at most two roundings in float32, then one to the state's dtype."""
     exact, finfo = before.double() + change, torch.finfo(x_hat.dtype)
     allowed = EPS32 * (before.double().abs() + change.abs()) + finfo.eps / 2 * exact.abs() * (1 + 1e-6)
     assert ((x_hat.double() - exact).abs() <= allowed + finfo.smallest_normal * finfo.eps).all()
 
 
-def assert_close(got: Tensor, expected: Tensor, magnitude: Tensor, extra: float = 0.0) -> None:
-    """Within the roundings of an epilogue in float32 (sum to float, two scales, two additions) on terms of `magnitude`,
-    and one to `got`'s dtype.
-    """
+def assert_close(got, expected, magnitude, extra=0.0):
+    """Within the roundings of an epilogue in float32 on terms of `magnitude`, and one to `got`'s dtype."""
     finfo = torch.finfo(got.dtype)
     allowed = (2.5 * EPS32 + extra) * magnitude + finfo.eps / 2 * (1 + 1e-6) * expected.abs()
     excess = ((got.double() - expected).abs() - allowed - finfo.smallest_normal * finfo.eps).max().item()
     assert excess <= 0, f"{excess:.3g} above the bound"  # fails on NaN, too
 
 
-def assert_invariant(case: Case, x_hat: Tensor, y_hat: Tensor, dense: Tensor, bias: Tensor, updates: int) -> None:
+def assert_invariant(case, x_hat, y_hat, dense, bias, updates):
     """y_hat == A(x_hat) + bias, as well as `updates` roundings to the states' dtype allow."""
     expected = case.apply(x_hat.double(), dense, bias.double())
     spread = case.apply(x_hat.double().square(), dense.square()).clamp_min(0).sqrt()

@@ -8,22 +8,8 @@ import torch
 
 from modiff_kernels import ops
 from modiff_kernels.quant.packing import pack
-from tests.contract.cases import (
-    BITS,
-    CONVS,
-    EPS32,
-    LAYERS,
-    LINEARS,
-    SMALL,
-    Case,
-    activation,
-    assert_close,
-    conv,
-    guarded,
-    memory_format,
-    random_conv,
-    weight_of,
-)
+from tests.contract import cases
+from tests.contract.cases import BITS, CONVS, EPS32, LAYERS, LINEARS, SMALL, Case, conv, weight_of
 
 OP = "product"
 
@@ -34,7 +20,7 @@ LEAST = 18
 def codes_of(case, bits=8):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     codes = torch.randint(low, high, case.x_shape, dtype=torch.int8)
-    return codes.contiguous(memory_format=memory_format(case.x_shape))
+    return codes.contiguous(memory_format=cases.memory_format(case.x_shape))
 
 
 def zero_points(count):
@@ -56,9 +42,9 @@ def check_sums(place, case, bits, granularity, zero_point):
     zero = zero_points(count) if zero_point else None
     values = codes.double() if zero is None else codes.double() - case.over_rows(zero)
     # Padding stands for x = 0, whose code is the zero point: the operator pads the shifted codes with 0.
-    expected = case.apply(values, weight.dense).contiguous(memory_format=memory_format(case.x_shape))
+    expected = case.apply(values, weight.dense).contiguous(memory_format=cases.memory_format(case.x_shape))
     assert expected.abs().max() < 2**24
-    y_hat, untouched = guarded(torch.zeros(case.y_shape), torch.float32)
+    y_hat, untouched = cases.guarded(torch.zeros(case.y_shape), torch.float32)
     state = None if zero_point else y_hat
     out = place.product(codes, torch.ones(count), zero, weight.packed, state, window=case.window)
     untouched()
@@ -72,8 +58,8 @@ def check_sums(place, case, bits, granularity, zero_point):
 def test_sums_are_exact(place):
     draw = random.Random(0).choice
     if place.few:
-        cases = [*LINEARS, *CONVS, *LAYERS[:1], *LAYERS[-1:]]
-        assert sum(check_sums(place, c, draw(BITS), draw(granularities(c)), draw([False, True])) for c in cases) > 10
+        chosen = [*LINEARS, *CONVS, *LAYERS[:1], *LAYERS[-1:]]
+        assert sum(check_sums(place, c, draw(BITS), draw(granularities(c)), draw([False, True])) for c in chosen) > 10
         return
     solved = set()
     for case, bits in itertools.product(LINEARS + CONVS + LAYERS, BITS):
@@ -85,22 +71,22 @@ def test_sums_are_exact(place):
 
 def test_sums_of_random_convolutions_are_exact(place):
     if place.few:
-        cases = [c for c in map(random_conv, range(400)) if c.channels % 16 == 0 and c.window.groups == 1][:4]
+        chosen = [c for c in map(cases.random_conv, range(400)) if c.channels % 16 == 0 and c.window.groups == 1][:4]
     else:
-        cases = [random_conv(seed) for seed in range(60)]
-    for i, case in enumerate(cases):
+        chosen = [cases.random_conv(seed) for seed in range(60)]
+    for i, case in enumerate(chosen):
         check_sums(place, case, 8, granularities(case)[i % 2], i % 4 >= 2)
 
 
 def test_largest_sums_do_not_saturate(place):
     """Beyond 2^24 the int32 sum is rounded once, when it becomes a float."""
     codes_of_all = [(-128, -128, 127), (-128, 127, -128), (127, -128, None), (-127, 127, None)]  # weight, code, zero
-    cases = [conv((1, 512, 3, 3), 16), Case((2, 4608), 16), Case((1, 1 << 16), 1)]
-    for case in [Case((1, 1 << 12), 1)] if place.few else cases:  # tests/backends have the longest sums of these
+    large = [conv((1, 512, 3, 3), 16), Case((2, 4608), 16), Case((1, 1 << 16), 1)]
+    for case in [Case((1, 1 << 12), 1)] if place.few else large:  # tests/backends have the longest sums of these
         for weight_code, code, zero in codes_of_all[:1] if place.few else codes_of_all:
             rows = torch.full(case.weight_shape, weight_code).to(torch.int8)
             weight = weight_of(place, case, 8, unit=True, codes=rows)
-            codes = activation(case.x_shape).to(torch.int8).fill_(code)
+            codes = cases.activation(case.x_shape).to(torch.int8).fill_(code)
             zeros = None if zero is None else torch.full((1,), zero, dtype=torch.int32)
             out = place.product(codes, torch.ones(1), zeros, weight.packed, window=case.window)
             assert torch.equal(out, case.apply(codes.double() - (zero or 0), weight.dense).float())
@@ -117,7 +103,7 @@ def check_floats(place, case, draw, group_size=-1):
     scale = torch.rand(count) * 0.1 + 0.01
     zero = None if with_state or draw([True, False]) else zero_points(count)
     bias = None if with_state or draw([True, False]) else torch.randn(case.n).to(draw(place.dtypes))
-    skip = None if draw([True, False]) else activation(case.y_shape, out_dtype)
+    skip = None if draw([True, False]) else cases.activation(case.y_shape, out_dtype)
     values = (codes.double() - (0 if zero is None else case.over_rows(zero))) * case.over_rows(scale)
     exact, magnitude = case.apply(values, weight.dense), case.apply(values.abs(), weight.dense.abs())
     if zero is not None:  # a kernel may subtract zero * sum(weight) from the sum of codes
@@ -125,23 +111,22 @@ def check_floats(place, case, draw, group_size=-1):
         magnitude = case.apply(moved, weight.dense.abs())
     # With scales inside of it, the sum over groups is one of floats.
     extra = 0.0 if group_size == -1 else (2 + case.k / group_size) * EPS32
-    before = activation(case.y_shape, state_dtype)
-    y_hat, untouched = guarded(before, state_dtype)
+    before = cases.activation(case.y_shape, state_dtype)
+    y_hat, untouched = cases.guarded(before, state_dtype)
     kept = [None if t is None else t.clone() for t in (codes, scale, zero, skip, bias)]
     arguments = (codes, scale, zero, weight.packed, y_hat if with_state else None, bias, skip, case.window, out_dtype)
     out = place.product(*arguments)
     untouched()
-    assert out.dtype == out_dtype
-    assert out.stride() == before.stride()
+    assert (out.dtype, out.stride()) == (out_dtype, before.stride())
     for now, then in zip((codes, scale, zero, skip, bias), kept):
         assert now is None or torch.equal(now, then)
     if with_state:
-        assert_close(y_hat, before.double() + exact, magnitude + before.double().abs(), extra)
+        cases.assert_close(y_hat, before.double() + exact, magnitude + before.double().abs(), extra)
         exact = before.double() + exact + (0 if skip is None else skip.double())
         total = y_hat.float() if skip is None else y_hat.float() + skip.float()
         # Made from y_hat as it was stored, or, on the CPU, before it was rounded.
         if place.backend == "cpu":
-            assert_close(out, exact, magnitude + before.double().abs() + exact.abs(), extra)
+            cases.assert_close(out, exact, magnitude + before.double().abs() + exact.abs(), extra)
         else:
             assert torch.equal(out, total.to(out_dtype))
         again = before.clone()
@@ -156,7 +141,7 @@ def check_floats(place, case, draw, group_size=-1):
         if term is None:
             continue
         exact, magnitude = exact + term, magnitude + term.abs()
-    assert_close(out, exact, magnitude, extra)
+    cases.assert_close(out, exact, magnitude, extra)
     return True
 
 
@@ -187,12 +172,12 @@ def test_linear_scales_cover_consecutive_rows(place):
     out = place.product(rows, scale, None, weight.packed)
     assert torch.equal(out, place.product(codes, scale, None, weight.packed).view(12, 8))
     values = rows.double() * scale.double().repeat_interleave(4)[:, None]
-    assert_close(out, flat.apply(values, weight.dense), flat.apply(values.abs(), weight.dense.abs()))
+    cases.assert_close(out, flat.apply(values, weight.dense), flat.apply(values.abs(), weight.dense.abs()))
 
 
 def test_zero_codes_leave_the_state(place):
     for case in SMALL:
-        weight, y_hat, skip = weight_of(place, case, 8), activation(case.y_shape), activation(case.y_shape)
+        weight, y_hat, skip = weight_of(place, case, 8), cases.activation(case.y_shape), cases.activation(case.y_shape)
         before = y_hat.clone()
         codes = torch.zeros_like(codes_of(case))
         out = place.product(codes, torch.rand(case.x_shape[0]), None, weight.packed, y_hat, None, skip, case.window)

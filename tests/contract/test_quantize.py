@@ -1,7 +1,7 @@
 """quantize at every place: codes, scales, zero points and absmax bit for bit against numpy where there is no prologue,
-within half a step and float32 arithmetic of float64 where there is one; the state follows the codes.
-"""
+within half a step and float32 arithmetic of float64 where there is one; the state follows the codes."""
 
+import functools
 import itertools
 import math
 import random
@@ -11,24 +11,8 @@ import pytest
 import torch
 
 from modiff_kernels.quant.operands import IDENTITY
-from tests.contract.cases import (
-    BITS,
-    EPS32,
-    GRANULARITIES,
-    MIN_SCALE,
-    activation,
-    assert_updated,
-    geglu,
-    granules,
-    group_norm,
-    layer_norm,
-    like,
-    memory_format,
-    oracle_blocks,
-    oracle_codes,
-    oracle_scale,
-    over_granules,
-)
+from tests.contract import cases
+from tests.contract.cases import BITS, EPS32, GRANULARITIES, activation, granules, memory_format, over_granules
 
 OP = "quantize"
 
@@ -61,10 +45,10 @@ def residual_oracle(x, x_hat, scale, bits, granularity, clip_ratio):
     residual = granules(x, granularity) - granules(x_hat, granularity)
     absmax = np.abs(residual).max(1)
     if granularity == "per_block":
-        codes, used, _ = oracle_blocks(x, x_hat, bits, clip_ratio)
+        codes, used, _ = cases.oracle_blocks(x, x_hat, bits, clip_ratio)
         return codes.astype(np.int8), used, absmax
-    used = oracle_scale(absmax, bits, clip_ratio) if scale is None else np.resize(scale.numpy(), absmax.shape)
-    return oracle_codes(residual, used, bits), used, absmax
+    used = cases.oracle_scale(absmax, bits, clip_ratio) if scale is None else np.resize(scale.numpy(), absmax.shape)
+    return cases.oracle_codes(residual, used, bits), used, absmax
 
 
 def check_residual(place, x, x_hat, scale=None, bits=4, granularity="per_sample", clip_ratio=1.0):
@@ -80,23 +64,23 @@ def check_residual(place, x, x_hat, scale=None, bits=4, granularity="per_sample"
     assert (codes.dtype, used.dtype, absmax.dtype) == (torch.int8, torch.float32, torch.float32)
     assert codes.is_contiguous(memory_format=memory_format(x.shape))
     assert scale is None or used.data_ptr() != scale.data_ptr()
-    assert_updated(state, x_hat, over_granules(used, x) * codes.double())
+    cases.assert_updated(state, x_hat, over_granules(used, x) * codes.double())
     return codes, used, absmax, state
 
 
 def check_plain(place, x, bits, granularity, affine):
     values = granules(x, granularity)
     low, high = np.minimum(values.min(1), 0), np.maximum(values.max(1), 0)
-    wanted_scale, wanted_zero = oracle_scale(np.abs(values).max(1), bits), np.zeros(len(low), np.int32)
+    wanted_scale, wanted_zero = cases.oracle_scale(np.abs(values).max(1), bits), np.zeros(len(low), np.int32)
     if affine:
-        wanted_scale = np.maximum((high - low) / np.float32(2**bits - 1), np.float32(MIN_SCALE))
+        wanted_scale = np.maximum((high - low) / np.float32(2**bits - 1), np.float32(cases.MIN_SCALE))
         zero = np.rint(-low * (np.float32(1) / wanted_scale)) - 2 ** (bits - 1)
         wanted_zero = np.clip(zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int32)
     where = f"{tuple(x.shape)} {x.dtype} {bits} bits {granularity} affine {affine}"
     codes, scale, zero_point = place.quantize(x, bits=bits, granularity=granularity, affine=affine)
     np.testing.assert_array_equal(scale.numpy(), wanted_scale, err_msg=where)
     np.testing.assert_array_equal(zero_point.numpy(), wanted_zero, err_msg=where)
-    wanted = oracle_codes(values, wanted_scale, bits, wanted_zero)
+    wanted = cases.oracle_codes(values, wanted_scale, bits, wanted_zero)
     np.testing.assert_array_equal(granules(codes, granularity), wanted, err_msg=where)
     assert (codes.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
     assert codes.is_contiguous(memory_format=memory_format(x.shape))
@@ -188,7 +172,7 @@ def test_nan_and_inf(place, value):
         wanted = residual_oracle(x, x_hat, None, 4, granularity, 1.0)
         assert torch.equal(used[good], torch.from_numpy(wanted[1])[good])
         if granularity != "per_tensor":
-            assert torch.equal(codes[0], like(wanted[0], x)[0])
+            assert torch.equal(codes[0], cases.like(wanted[0], x)[0])
     for affine in (True, False):
         if place.raises:
             with pytest.raises(ValueError, match="quantize: x holds NaN or Inf"):
@@ -197,34 +181,19 @@ def test_nan_and_inf(place, value):
             assert place.quantize(bad, affine=affine)[1].isfinite().tolist() == [True, False]
 
 
-# --- prologues ------------------------------------------------------------------------------------------------------
+GROUP_NORMS = [((2, 96, 8, 8), 8), ((1, 32, 13, 5), 8), ((2, 9, 12), 3)]
+MORE_GROUP_NORMS = [((1, 1, 1, 1), 1), ((2, 63, 4, 4), 7), ((8, 65, 5, 1), 13), ((2, 64, 64), 32)]
+MORE_GROUP_NORMS += [((2, 65, 7, 5), 65), ((3, 1030, 4, 3), 10), ((1, 1030, 5, 7), 10)]  # groups are channels in one
 
 
 def prologues(few):
     """Functions of a dtype."""
-    yield from (
-        lambda dtype: group_norm((2, 96, 8, 8), 8, dtype),
-        lambda dtype: group_norm((1, 32, 13, 5), 8, dtype, shift=False),
-        lambda dtype: group_norm((2, 9, 12), 3, dtype),
-        lambda dtype: layer_norm((3, 5, 63), dtype),
-        lambda dtype: layer_norm((2, 16, 320), dtype),
-        lambda dtype: geglu((3, 5, 63), dtype),
-        lambda dtype: geglu((2, 9, 128), dtype, spread=3.0),
-    )
-    if not few:
-        yield from (
-            lambda dtype: group_norm((1, 1, 1, 1), 1, dtype),
-            lambda dtype: group_norm((2, 63, 4, 4), 7, dtype),
-            lambda dtype: group_norm((8, 65, 5, 1), 13, dtype),
-            lambda dtype: group_norm((2, 65, 7, 5), 65, dtype),  # groups are channels
-            lambda dtype: group_norm((3, 1030, 4, 3), 10, dtype),
-            lambda dtype: group_norm((1, 1030, 5, 7), 10, dtype),
-            lambda dtype: group_norm((2, 64, 64), 32, dtype),
-            lambda dtype: layer_norm((2, 7), dtype),
-            lambda dtype: layer_norm((3, 5, 1030), dtype),
-            lambda dtype: geglu((2, 7), dtype),
-            lambda dtype: geglu((3, 5, 1030), dtype, spread=3.0),
-        )
+    for shape, groups in GROUP_NORMS + MORE_GROUP_NORMS * (not few):
+        yield functools.partial(cases.group_norm, shape, groups, shift=shape != (1, 32, 13, 5))
+    for shape in [(3, 5, 63), (2, 16, 320), *[(2, 7), (3, 5, 1030)] * (not few)]:
+        yield functools.partial(cases.layer_norm, shape)
+    for shape, spread in [((3, 5, 63), 1), ((2, 9, 128), 3), *[((2, 7), 1), ((3, 5, 1030), 3)] * (not few)]:
+        yield functools.partial(cases.geglu, shape, spread=spread)
 
 
 def check_prologue(place, given, x_hat, scale=None, bits=4, granularity="per_sample", clip_ratio=1.0):
@@ -235,13 +204,13 @@ def check_prologue(place, given, x_hat, scale=None, bits=4, granularity="per_sam
     assert torch.equal(h, h_before)
     assert codes.shape == x.shape
     assert codes.is_contiguous(memory_format=memory_format(x.shape))
-    assert_updated(x_hat, before, over_granules(used, x) * codes.double())
+    cases.assert_updated(x_hat, before, over_granules(used, x) * codes.double())
     residual = x - before.double()
     error = error + EPS32 * (x.abs() + before.double().abs())
     largest = granules(residual.abs(), granularity).max(1)
     np.testing.assert_allclose(absmax.numpy(), largest, rtol=2 * EPS32, atol=error.max().item())
     if granularity == "per_block":
-        wanted, wanted_scale, multiplier = oracle_blocks(x.float(), before, bits, clip_ratio)
+        wanted, wanted_scale, multiplier = cases.oracle_blocks(x.float(), before, bits, clip_ratio)
         np.testing.assert_allclose(used.numpy(), wanted_scale, 4 * EPS32, error.max().item() / (2 ** (bits - 1) - 1))
         # Rounding moves a value over a tie, or a maximum so that a multiplier's ceiling jumps: rarely, and by a step.
         apart = np.abs(granules(codes, granularity) - wanted) / multiplier
@@ -249,7 +218,7 @@ def check_prologue(place, given, x_hat, scale=None, bits=4, granularity="per_sam
         assert (apart > 0).mean() < 0.02
         return
     if scale is None:
-        np.testing.assert_array_equal(used.numpy(), oracle_scale(absmax.numpy(), bits, clip_ratio))
+        np.testing.assert_array_equal(used.numpy(), cases.oracle_scale(absmax.numpy(), bits, clip_ratio))
     else:
         assert torch.equal(used, scale.expand_as(used))
     step = over_granules(used, x)
@@ -272,19 +241,20 @@ def test_prologues_of_residuals(place):
 def test_group_norm_options(place):
     for silu, shift, affine in itertools.product([True, False], repeat=3):
         for shape, groups in [((2, 24, 4, 4), 4), ((2, 5, 24), 1), ((2, 6, 3, 3), 6)][: 1 if place.few else 3]:
-            given = group_norm(shape, groups, silu=silu, shift=shift, affine=affine, eps=1e-3)
+            given = cases.group_norm(shape, groups, silu=silu, shift=shift, affine=affine, eps=1e-3)
             check_prologue(place, given, activation(shape), bits=8)
-    check_prologue(place, layer_norm((2, 5, 24), affine=False, eps=1e-3), activation((2, 5, 24)), None, 8, "per_token")
+    given = cases.layer_norm((2, 5, 24), affine=False, eps=1e-3)
+    check_prologue(place, given, activation((2, 5, 24)), None, 8, "per_token")
 
 
 def test_norms_of_values_far_from_zero(place):
     """Statistics of 1, 5 and 20 blocks of rows, merged: the variance of 1000 +- 1 does not cancel."""
     for height in [8, 40] if place.few else [8, 40, 160]:
-        given = group_norm((1, 32, height, 4), 4, mean=1000.0, shift=False)
+        given = cases.group_norm((1, 32, height, 4), 4, mean=1000.0, shift=False)
         check_prologue(place, given, torch.zeros_like(given.h), bits=8)
-    given = group_norm((2, 64, 5, 7), 8, mean=-1e3, spread=1e-2)
+    given = cases.group_norm((2, 64, 5, 7), 8, mean=-1e3, spread=1e-2)
     check_prologue(place, given, torch.zeros_like(given.h), bits=8)
-    given = layer_norm((3, 5, 64), mean=1e3)
+    given = cases.layer_norm((3, 5, 64), mean=1e3)
     check_prologue(place, given, torch.zeros_like(given.h), bits=8, granularity="per_token")
 
 
@@ -308,7 +278,7 @@ def test_prologues_of_plain_codes(place):
 
 @with_nan
 def test_nan_under_a_prologue(place):
-    for given in (group_norm((2, 8, 3, 3), 4), layer_norm((2, 9, 8)), geglu((2, 9, 8))):
+    for given in (cases.group_norm((2, 8, 3, 3), 4), cases.layer_norm((2, 9, 8)), cases.geglu((2, 9, 8))):
         given.h[(1,) * given.h.ndim] = torch.nan
         x_hat = activation(given.x.shape)
         before = x_hat.clone()

@@ -4,32 +4,21 @@ import importlib
 import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tests.calibration.conftest import threads  # noqa: F401 (for all tests here)
+from tests.unets import COMMON, SDXL
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZE = 64  # the UNet sees 8x8
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attention_head_dim": (2, 4),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
+UNET = {**COMMON, "norm_num_groups": 8, "block_out_channels": (32, 64), "attention_head_dim": (2, 4)}
+UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
 
 
 @pytest.fixture
@@ -69,23 +58,17 @@ def parts(**unet):
 def sd_folder(tmp_path_factory):
     texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer()}
     checks = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
+    pipe = diffusers.StableDiffusionPipeline(**parts(cross_attention_dim=32), **texts, **checks)
     pipe.save_pretrained(folder := tmp_path_factory.mktemp("sd"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def sdxl_folder(tmp_path_factory):
-    unet = {
-        "cross_attention_dim": 64,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 80,
-    }
-    encoders = {"text_encoder": text_encoder(CLIPTextModel)}
-    encoders["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection)
-    pipe = StableDiffusionXLPipeline(**parts(**unet), **encoders, tokenizer=tokenizer(), tokenizer_2=tokenizer())
+    unet = {**SDXL, "cross_attention_dim": 64, "projection_class_embeddings_input_dim": 80}
+    texts = {"text_encoder": text_encoder(CLIPTextModel), "tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
+    texts["text_encoder_2"] = text_encoder(CLIPTextModelWithProjection)
+    pipe = diffusers.StableDiffusionXLPipeline(**parts(**unet), **texts)
     pipe.save_pretrained(folder := tmp_path_factory.mktemp("sdxl"))
     return folder
 
@@ -142,14 +125,13 @@ class TestPictures:
         assert stable_diffusion.main(options(sd_folder, tmp_path / "both.png", "--compare", "--compile")) == 0
         assert len(compiled) == 2
         full, ours = table(capsys.readouterr().out)
-        assert full[0] == "float32 channels_last, compiled"
-        assert ours[0] == "modulated W8A8, compiled"
+        assert (full[0], ours[0]) == ("float32 channels_last, compiled", "modulated W8A8, compiled")
 
 
 class TestBadInput:
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
+    def test_one_line_and_exit_code_2(self, stable_diffusion, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for words, message in (
             (["--model", "no/such/folder"], "--model no/such/folder: no such folder; give a folder of diffusers"),
             (["--model", "."], "--model .: no model_index.json in this folder"),
             (["--size", "63"], "--size: must be a multiple of 8, such as 56, got 63"),
@@ -158,16 +140,12 @@ class TestBadInput:
             (["--prompt", " "], "--prompt: is empty"),
             (["--out", "no/folder/picture.png"], "--out: must be a .png file in a folder that exists"),
             (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs: needs a GPU, but the device is cpu"),
-        ],
-        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-    )
-    def test_one_line_and_exit_code_2(self, stable_diffusion, words, message, capsys, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        try:
-            code = stable_diffusion.main(words)
-        except SystemExit as stop:
-            code = stop.code
-        self.check(code, message, capsys)
+        ):
+            try:
+                code = stable_diffusion.main(words)
+            except SystemExit as stop:
+                code = stop.code
+            self.check(code, message, capsys)
 
     def test_other_folders(self, stable_diffusion, sdxl_folder, tmp_path, capsys):
         code = stable_diffusion.main(options(sdxl_folder, tmp_path / "picture.png"))

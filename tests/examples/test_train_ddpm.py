@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from tests.calibration.conftest import interrupt, threads  # noqa: F401 (for all tests here)
+from tests.calibration.conftest import interrupt
 from tests.cifar10_files import write_packed
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_ddpm.py"

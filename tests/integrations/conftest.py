@@ -1,6 +1,6 @@
 import pytest
 
-from tests.unets import no_grad_and_one_thread, reference_calls, unet2d  # noqa: F401 (fixtures of all tests here)
+from tests.unets import no_grad, reference_calls, unet2d  # noqa: F401 (fixtures of all tests here)
 
 
 @pytest.fixture

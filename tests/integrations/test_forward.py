@@ -11,18 +11,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 import modiff_kernels as mk
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS
 from modiff_kernels.ops import dispatch
+from tests import unets
 from tests.integrations.fake_capture import capture_calls
-from tests.unets import (
-    WIDTH,
-    assert_close,
-    assert_equal,
-    assert_same_run,
-    outputs,
-    static_scales,
-    text,
-    trajectory,
-    unet2d_condition,
-)
+from tests.unets import WIDTH, assert_close, assert_equal, outputs, static_scales, text, trajectory
 
 CALLS = 6
 SCHEDULE = "forecast every=3 axis=timestep"
@@ -125,7 +116,7 @@ class TestCompile:
         assert len(graphs) == kinds_of(options)
 
     def test_a_whole_unet(self):
-        unet = unet2d_condition(levels=1)
+        unet = unets.unet2d_condition(levels=1)
         results = []
         for compiled, options in ((True, {}), (False, {}), (False, {"act_bits": None})):
             handle = mk.accelerate(unet, mk.ModiffConfig(**options))
@@ -133,7 +124,7 @@ class TestCompile:
                 handle.compile(backend="eager")
             results.append(outputs(unet, handle))
             handle.remove()
-        assert_same_run(*results)
+        unets.assert_same_run(*results)
 
     @torch._dynamo.config.patch(recompile_limit=2)
     def test_more_sizes_than_code_is_kept_for(self, caplog):
@@ -194,7 +185,7 @@ class TestCompile:
         exact, expected = (run(*accelerated(attention=False, act_bits=act_bits)) for act_bits in (None, 8))
         net, handle = accelerated(attention=False)
         handle.compile()
-        assert_same_run(run(net, handle), expected, exact)
+        unets.assert_same_run(run(net, handle), expected, exact)
         with handle.sampling_run():
             for call, x in enumerate(trajectory((2, 4, 8, 8), 2)):
                 net(x, 500 - 10 * call, encoder_hidden_states=None)

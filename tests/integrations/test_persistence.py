@@ -67,14 +67,18 @@ def folder(saved_once, tmp_path):
     return Path(shutil.copytree(saved_once[0], tmp_path / "saved"))
 
 
-def rewrite(folder, change, change_metadata=lambda metadata: None):
-    """Change the tensors and the metadata of the file in `folder`."""
+def rewrite(folder, name, value):
+    """Change a tensor of the file in `folder`, or metadata, whose names begin with modiff; None leaves it out."""
     path = folder / WEIGHTS
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    change(tensors)
-    change_metadata(metadata)
+    changed = metadata if name.startswith("modiff") else tensors
+    changed[name] = value
+    if value is None:
+        del changed[name]
+    elif changed is tensors:
+        metadata["modiff_crc32"] = json.dumps({**json.loads(metadata["modiff_crc32"]), name: 0})
     save_file(tensors, path, metadata=metadata)
 
 
@@ -261,20 +265,6 @@ class TestRefusedFiles:
         with pytest.raises((OSError, ValueError), match=file.name):  # diffusers reads a single file before it asks us
             UNet2DModel.from_pretrained(tmp_path)
 
-    @pytest.mark.parametrize("key", ["conv_out.bias", f"{LAYER}.weight_scale", f"{LAYER}.weight_packed"])
-    def test_missing_keys(self, folder, key):
-        rewrite(folder, lambda tensors: tensors.pop(key))
-        with pytest.raises(ValueError, match=rf"{WEIGHTS}: the key '{self.LAYER}|conv_out.bias.*is missing"):
-            UNet2DModel.from_pretrained(folder)
-
-    def test_unknown_keys(self, folder):
-        def add(metadata):
-            metadata["modiff_crc32"] = json.dumps({**json.loads(metadata["modiff_crc32"]), "extra.weight": 0})
-
-        rewrite(folder, lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}), add)
-        with pytest.raises(ValueError, match=rf"{WEIGHTS}: the key 'extra.weight' is not known"):
-            UNet2DModel.from_pretrained(folder)
-
     @pytest.mark.parametrize(
         ("name", "value", "message"),
         [
@@ -282,31 +272,33 @@ class TestRefusedFiles:
             ("modiff_layout", "kpack_v2", r"modiff_layout 'kpack_v2'"),
             ("modiff_crc32", "{}", r"'modiff_crc32' in the metadata has no sum of "),
             ("modiff_crc32", "{", r"'modiff_crc32' or 'modiff_share_edges' in the metadata is damaged"),
+            ("conv_out.bias", None, "the key 'conv_out.bias' .*is missing"),
+            (f"{LAYER}.weight_scale", None, f"the key '{LAYER}.*is missing"),
+            (f"{LAYER}.weight_packed", None, f"the key '{LAYER}.*is missing"),
+            ("extra.weight", torch.zeros(2), "the key 'extra.weight' is not known"),
             ("modiff_format", None, r"the metadata has no 'modiff_format', so this is no low-bit model"),
         ],
     )
-    def test_metadata(self, folder, name, value, message):
-        rewrite(folder, lambda _: None, lambda data: data.update({name: value}) if value else data.pop(name))
+    def test_keys_and_metadata(self, folder, name, value, message):
+        rewrite(folder, name, value)
         with pytest.raises(ValueError, match=f"{WEIGHTS}: .*{message}"):
             UNet2DModel.from_pretrained(folder)
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
+    def test_config_of_another_model(self, folder):
+        text = (folder / "config.json").read_text()
+        for change, message in (
             ({"block_out_channels": [16, 16]}, rf"{WEIGHTS}: '.*' is .* asks for"),
             ({"weight_bits": 8}, rf"{WEIGHTS}: '.*weight_packed' is U8 .*weight_bits=8.* asks for I8 "),
             ({"group_size": 16}, rf"{WEIGHTS}: '.*weight_scale' is F32 .*group_size=16"),
             ({"skip_modules": [*DEFAULT_SKIP_MODULES, "conv1"]}, r"weight' is low-bit in the files, but not so"),
             ({"skip_modules": []}, r"config.json does not fit the files: .*'conv_in'.* were not calibrated"),
             ({"weight_bits": 5}, r"weight_bits=5 is not allowed"),
-        ],
-    )
-    def test_config_of_another_model(self, folder, change, message):
-        config = json.loads((folder / "config.json").read_text())
-        (config if "block_out_channels" in change else config["quantization_config"]).update(change)
-        (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=message):
-            UNet2DModel.from_pretrained(folder)
+        ):
+            config = json.loads(text)
+            (config if "block_out_channels" in change else config["quantization_config"]).update(change)
+            (folder / "config.json").write_text(json.dumps(config))
+            with pytest.raises(ValueError, match=message):
+                UNet2DModel.from_pretrained(folder)
 
     def test_pickled_files(self, tmp_path, saved_once):
         loading = quantizer.ModiffQuantizer(mk.ModiffConfig(), pre_quantized=True)
@@ -319,21 +311,18 @@ class TestRefusedFiles:
 
 
 class TestRefusedSaving:
-    @pytest.mark.parametrize(
-        ("make", "error", "message"),
-        [
+    def test_what_cannot_be_saved(self, tmp_path):
+        for make, error, message in (
             (lambda: mk.accelerate(torch.nn.Sequential(torch.nn.Linear(8, 8))), TypeError, "Sequential is no model of"),
             (lambda: mk.accelerate(unet2d(), mk.ModiffConfig(**FLOAT)), ValueError, "weight_bits is None"),
-        ],
-    )
-    def test_what_cannot_be_saved(self, tmp_path, make, error, message):
-        handle = make()
-        with pytest.raises(error, match=message):
-            handle.save_pretrained(tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-        handle.remove()
-        with pytest.raises(RuntimeError, match="this handle was removed"):
-            handle.save_pretrained(tmp_path)
+        ):
+            handle = make()
+            with pytest.raises(error, match=message):
+                handle.save_pretrained(tmp_path / "out")
+            assert not (tmp_path / "out").exists()
+            handle.remove()
+            with pytest.raises(RuntimeError, match="this handle was removed"):
+                handle.save_pretrained(tmp_path)
 
     def test_a_file_is_in_the_way_and_the_unet_is_as_before(self, tmp_path):
         (tmp_path / "file").write_text("kept")

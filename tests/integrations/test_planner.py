@@ -176,20 +176,17 @@ def test_a_conditional_pipeline(sampled_by):
     pictures(unet)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_input(unet):
+    for options, message in (
         ({"sample": None}, "give sample="),
         ({"rounds": 0}, "rounds=0"),
         ({"max_loss_db": 0}, "max_loss_db=0"),
         ({"config": mk.ModiffConfig(act_bits=None)}, "act_bits=None leave no low-bit mode"),
         ({"sample": lambda unet: sample(unet, steps=1)}, "called the UNet 1 times"),
         ({"sample": lambda unet: sample(unet, seed=time.perf_counter_ns())}, "begin from the same noise"),
-    ],
-)
-def test_bad_input(unet, options, message):
-    with pytest.raises(ValueError, match=f"make_plan: .*{message}"):
-        plan_for(unet, **options)
+    ):
+        with pytest.raises(ValueError, match=f"make_plan: .*{message}"):
+            plan_for(unet, **options)
     mk.accelerate(unet, mk.ModiffConfig())
     with pytest.raises(RuntimeError, match="accelerated already"):
         plan_for(unet)

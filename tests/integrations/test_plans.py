@@ -63,18 +63,10 @@ def test_an_all_float_plan_leaves_the_unet_alone(unet):
     assert handle.state.nbytes() == 0
 
 
-@pytest.mark.parametrize(
-    ("modes", "message"),
-    [
-        ({"mid_block.resnets.7": "float"}, "'mid_block.resnets.7' is no Linear, Conv2d or block"),
-        ({"conv_in": "modulated 8"}, "'conv_in' cannot be modulated 8: conv_in stays float"),
-        ({"mid_block": "constant"}, "'mid_block' cannot be constant"),
-    ],
-)
-def test_a_plan_that_does_not_fit_changes_nothing(unet, modes, message):
+def test_a_plan_that_does_not_fit_changes_nothing(unet):
     before = list(unet.named_modules())
-    with pytest.raises(ValueError, match=message):
-        mk.accelerate(unet, mk.ModiffConfig(plan=LayerPlan.of(modes)))
+    with pytest.raises(ValueError, match="'conv_in' cannot be modulated 8: conv_in stays float"):
+        mk.accelerate(unet, mk.ModiffConfig(plan=LayerPlan.of({"conv_in": "modulated 8"})))
     assert list(unet.named_modules()) == before
 
 

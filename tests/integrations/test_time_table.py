@@ -40,8 +40,7 @@ def embedded_rows(unet):
 
 class TestTimeTable:
     @pytest.mark.parametrize("mode", ["modulated", "quantized"])
-    def test_once_per_timestep_for_all_runs(self, mode):
-        unet = unet2d()
+    def test_once_per_timestep_for_all_runs(self, unet, mode):
         handle = mk.accelerate(unet, mk.ModiffConfig(mode=mode))
         rows = embedded_rows(unet)
         first = run(unet, handle)
@@ -79,8 +78,7 @@ class TestTimeTable:
             ("down_blocks.0.resnets.0.time_emb_proj", "module"),
         ],
     )
-    def test_changed_weights_are_seen(self, where, way):
-        unet = unet2d()
+    def test_changed_weights_are_seen(self, unet, where, way):
         handle = mk.accelerate(unet)
         before = run(unet, handle)
         linear = unet.get_submodule(where)
@@ -98,8 +96,7 @@ class TestTimeTable:
         assert not torch.allclose(got[0], before[0], atol=1e-3)
         assert_equal(got, without_table(unet))
 
-    def test_autocast_and_another_batch_have_their_own(self):
-        unet = unet2d()
+    def test_autocast_and_another_batch_have_their_own(self, unet):
         handle = mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
         expected = run(unet, handle)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -107,8 +104,7 @@ class TestTimeTable:
         run(unet, handle, batch=3)
         assert_equal(run(unet, handle), expected)
 
-    def test_memory_is_bounded_and_counted(self):
-        unet = unet2d()
+    def test_memory_is_bounded_and_counted(self, unet):
         handle = mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
         unet(noise(), 5)
         # features 16, embedding 64, and the channels of eight residual blocks, float32

@@ -13,9 +13,8 @@ def image(*shape, dtype=torch.float32):
 
 
 def zeros(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype).to(
-        memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    )
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=order).zero_()
 
 
 def weight(k):
@@ -29,12 +28,8 @@ def calls():
     layer_norm, pixels_in = Prologue("layer_norm", **norm), {"h": image(2, 4, 5, 5)}
     group_norm = Prologue("group_norm", shift=torch.randn(3, 10), num_groups=5, silu=True, **norm)
     rows = {"codes": zeros(3, 4, 10, dtype=torch.int8), "scale": torch.ones(3), "weight": weight(10)}
-    pixels = {
-        "codes": zeros(2, 4, 5, 5, dtype=torch.int8),
-        "scale": torch.ones(2),
-        "weight": weight(36),
-        "window": WINDOW,
-    }
+    pixels = {"codes": zeros(2, 4, 5, 5, dtype=torch.int8), "scale": torch.ones(2), "weight": weight(36)}
+    pixels["window"] = WINDOW
     y_rows = {"y_hat": zeros(3, 4, 6), "skip": torch.randn(3, 4, 6)}
     y_pixels = {"y_hat": zeros(2, 6, 5, 5), "skip": image(2, 6, 5, 5)}
     plain = {"zero_point": None}

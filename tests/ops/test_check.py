@@ -84,6 +84,7 @@ OTHERS = [
     ("pack", "weight_q", torch.zeros(6, 10), TYPE, r"weight_q is torch\.float32; it must be torch\.int8"),
     ("pack", "weight_q", zeros(6, 2, 5, dtype=torch.int8), VALUE, r"expected \[N, K\]"),
     ("pack", "weight_q", torch.full((1, 2), 8, dtype=torch.int8), VALUE, "codes from 8 to 8, but 4 bits hold -8 to 7"),
+    ("pack", "weight_q", torch.full((1, 2), -9, dtype=torch.int8), VALUE, "codes from -9 to -9, but 4 bits hold -8"),
     ("unpack", "k", 13, VALUE, r"n=6, k=13 needs a contiguous torch\.uint8 \(6, 7\)"),
 ]
 # fmt: on

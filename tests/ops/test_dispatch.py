@@ -4,6 +4,7 @@ import logging
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -119,21 +120,16 @@ def test_environment_variable_forces_one_backend(with_cpu, monkeypatch):
         ops.quantize(x)
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
+def test_a_backend_that_fails_to_load_is_a_reason(fresh_dispatch, monkeypatch):
+    for error, reason in (
         (ImportError("libfoo.so: undefined symbol"), "it failed to load: libfoo.so: undefined symbol"),
         (OSError("no space"), "it failed to load: no space"),
         (ModuleNotFoundError("no foo", name="foo"), "it failed to load: no foo"),
         (ModuleNotFoundError("no cpu", name="modiff_kernels.backends.cpu"), "it is not part of this installation"),
-    ],
-)
-def test_a_backend_that_fails_to_load_is_a_reason(fresh_dispatch, monkeypatch, error, reason):
-    def broken(name):
-        raise error
-
-    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
-    assert dispatch.why_unavailable("cpu") == reason
+    ):
+        monkeypatch.setattr(dispatch.importlib, "import_module", Mock(side_effect=error))
+        fresh_dispatch.reset()
+        assert dispatch.why_unavailable("cpu") == reason
 
 
 def test_table_has_every_op_on_every_backend(with_cpu):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.shapes import layer_table
 from modiff_kernels.config.plan import Mode
 from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
 
@@ -53,8 +54,6 @@ def test_low_bit_weights_pay_where_weights_are_the_traffic():
 
 def unet_shapes(network, batch):
     """(shape, how often) of every layer."""
-    from benchmarks.shapes import layer_table
-
     for layer, count in layer_table(network).items():
         if layer.kind == "linear":
             outputs, k, inputs = layer.h * layer.c_out, layer.c_in, layer.h * layer.c_in

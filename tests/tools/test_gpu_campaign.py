@@ -43,26 +43,16 @@ def test_parts_run_in_order_and_failures_stop_only_what_needs_them(tmp_path):
 
 
 TESTS = """
-import time
-import pytest
+import time, pytest
 pytestmark = pytest.mark.gpu
-
 def test_fails():
     value = 41
     assert value == 42
-
-def test_passes():
-    pass
-
-def test_skips():
-    pytest.skip("no GPU")
-
+def test_passes(): pass
+def test_skips(): pytest.skip("no GPU")
 @pytest.mark.parametrize("emulated", [1], ids=["emulated"])
-def test_of_the_host(emulated):
-    raise SystemExit("not to be run")
-
-def test_hangs():
-    time.sleep(60)
+def test_of_the_host(emulated): raise SystemExit("not to be run")
+def test_hangs(): time.sleep(60)
 """
 
 
@@ -104,11 +94,8 @@ def test_a_part_with_only_skipped_tests_has_not_passed(tmp_path):
 def test_results_are_packed_below_a_size_and_only_what_is_new(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_campaign, "ROOT", tmp_path)
     results, out = tmp_path / "benchmarks" / "results", tmp_path / "out"
-    files = [
-        results / "old.csv",
-        *(results / f"new{i}.csv" for i in range(3)),
-        tmp_path / "build" / "site" / "wheel.py",
-    ]
+    files = [results / f"{name}.csv" for name in ("old", "new0", "new1", "new2")]
+    files.append(tmp_path / "build" / "site" / "wheel.py")
     for path in (*files, out / "results-9.zip", results / "large.csv"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(os.urandom(300_000 if path.stem == "large" else 100_000))

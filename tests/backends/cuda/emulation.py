@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from modiff_kernels.backends.cuda import library
+from modiff_kernels.quant.operands import Window
 from modiff_kernels.quant.packing import pack, packed_dtype, packed_width
 from modiff_kernels.quant.spec import GRANULARITIES, granule_count
 
@@ -117,8 +118,7 @@ class ProductEmulator(Emulator):
     """emulator/product.cpp, the kernels of csrc/cuda/sm80; `product` has the arguments and results of the op.
 
     `tile` and `splits` are what the kernels choose for a GPU (csrc/cuda/sm80/tile_config.h); CHOOSE leaves it to them,
-    for a GPU with as many multiprocessors as `splits`.
-    """
+    for a GPU with as many multiprocessors as `splits`."""
 
     CHOOSE = -1
 
@@ -145,8 +145,7 @@ class HopperEmulator(Emulator):
     """emulator/hopper.cpp, the kernels of csrc/cuda/sm90 on a model of TMA, barriers and wgmma; `product` as above.
 
     `tile`: index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own. `seed`: of the order of threads and loads.
-    `prefetched`: bytes that the last call asked for ahead of its epilogue. `other`: takes what these kernels do not.
-    """
+    `prefetched`: bytes that the last call asked for ahead of its epilogue. `other`: takes what these kernels do not."""
 
     def __init__(self, program: Path, other: ProductEmulator | None = None):
         super().__init__(program)
@@ -186,12 +185,9 @@ def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype) ->
     return torch.empty((*codes.shape[:-1], geometry[4]), dtype=dtype)
 
 
-def _output_sides(geometry: Sequence[int]) -> list[int]:
-    _, h, w, _, _, r, s, *window, _ = geometry
-    return [
-        (size + 2 * window[2 + i] - window[4 + i] * (kernel - 1) - 1) // window[i] + 1
-        for i, (size, kernel) in enumerate(((h, r), (w, s)))
-    ]
+def _output_sides(geometry: Sequence[int]) -> Sequence[int]:
+    n, h, w, c_in, c_out, *window = geometry
+    return Window.from_ints(window).output_shape((n, c_in, h, w), c_out)[2:]
 
 
 def _rows_per_scale(geometry: Sequence[int], scale: torch.Tensor) -> int:

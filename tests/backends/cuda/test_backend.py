@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from modiff_kernels import backends
 from modiff_kernels.backends import cuda, library_build_info, source_hash
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.ops.problem import Problem
@@ -20,9 +21,8 @@ def reason(op, **fields):
     return cuda.why_not(Problem(op, device_type="cuda", **fields))
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
+def test_reasons_of_quantize():
+    for fields, words in (
         ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 or newer"),
         ({"k": 8193, "granularity": "per_token"}, "8193 channels: rows are held in registers"),
         ({"k": 8193, "prologue": "layer_norm"}, "of at most 8192 channels"),
@@ -30,11 +30,9 @@ def reason(op, **fields):
         ({"m": 1 << 20, "k": 1 << 21}, "more blocks than a launch"),
         ({"k": 8193}, None),
         ({"k": 8192, "prologue": "layer_norm", "capability": (12, 0)}, None),
-    ],
-)
-def test_reasons_of_quantize(fields, words):
-    found = reason("quantize", **{**QUANTIZE, **fields})
-    assert found is None if words is None else re.search(words, found)
+    ):
+        found = reason("quantize", **{**QUANTIZE, **fields})
+        assert found is None if words is None else re.search(words, found)
 
 
 WINDOW = Window((3, 3), padding=(1, 1))
@@ -42,9 +40,8 @@ CONV = {"m": 4096, "k": 9 * 320, "n": 640, "weight_bits": 8, "layout": KPACK_V1,
 POINT = {"window": Window((1, 1))}
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
+def test_reasons_of_product():
+    for fields, words in (
         ({}, None),
         ({"capability": (8, 9), "weight_bits": 3}, None),
         ({**POINT, "k": 1 << 16}, None),
@@ -61,11 +58,9 @@ POINT = {"window": Window((1, 1))}
         ({"window": WINDOW._replace(groups=2), "k": 9 * 160}, "groups=2: only convolutions over all channels"),
         ({"layout": "vnni_v1"}, "layout 'kpack_v1', not 'vnni_v1'"),
         ({"granularity": "per_token"}, "do not factor out of a convolution"),
-    ],
-)
-def test_reasons_of_product(fields, words):
-    found = reason("product", **{**CONV, **fields})
-    assert found is None if words is None else re.search(words, found)
+    ):
+        found = reason("product", **{**CONV, **fields})
+        assert found is None if words is None else re.search(words, found)
 
 
 def test_unavailable(monkeypatch):
@@ -122,14 +117,9 @@ def test_build_info_of_a_library_that_is_missing_or_older(monkeypatch):
 
 
 def test_the_hash_of_the_sources_changes_with_a_file(monkeypatch, tmp_path):
-    from modiff_kernels import backends
-
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "modiff_kernels" / "backends" / "__init__.py"))
     assert source_hash() is None
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    (tmp_path / "csrc" / "cpu" / "a.h").write_text("1")
-    before = source_hash()
-    (tmp_path / "csrc" / "cpu" / "a.h").write_text("2")
-    assert source_hash() != before
-    (tmp_path / "csrc" / "cpu" / "a.h").write_text("1")
-    assert source_hash() == before
+    header = tmp_path / "csrc" / "cpu" / "a.h"
+    header.parent.mkdir(parents=True)
+    first, other, again = (header.write_text(text) and source_hash() for text in "121")
+    assert first == again != other

@@ -1,6 +1,4 @@
-"""csrc/common, compiled by the host compiler, against quant/affine.py, quant/packing.py and torch: on all values where
-there are few.
-"""
+"""csrc/common on the host, on all values where there are few: against quant/affine.py, quant/packing.py and torch."""
 
 import itertools
 import math
@@ -20,14 +18,16 @@ def common(host_module):
     return host_module("common")
 
 
-def every_float16():
-    return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+def every(dtype, finite=True):
+    """Value of the 16-bit dtype."""
+    values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    return values[values.isfinite()] if finite else values
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
 class TestConversions:
     def test_every_value_to_float32(self, common, dtype):
-        values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+        values = every(dtype, finite=False)
         got = from_numpy(getattr(common, f"{NAMES[dtype]}_bits_to_float")(values.view(torch.uint16)))
         wanted = values.float()
         assert torch.equal(got.isnan(), wanted.isnan())
@@ -35,8 +35,7 @@ class TestConversions:
 
     def test_float32_rounds_to_nearest_even(self, common, dtype):
         """All values, all midpoints between two of them, and the float32 next to either: what rounding depends on."""
-        values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).double()
-        values = values[values.isfinite()].unique()
+        values = every(dtype).double().unique()
         turning = torch.cat((values, (values[1:] + values[:-1]) / 2)).float()
         near = torch.cat([turning.view(torch.int32) + d for d in (-1, 0, 1)]).view(torch.float32)
         near = near[near.isfinite()]
@@ -51,8 +50,7 @@ class TestConversions:
 class TestQuantiser:
     @pytest.mark.parametrize("scale", [2.0**-100, 0.1, 1.0, 3.7, 1e30])
     def test_codes_of_every_float16(self, common, bits, scale):
-        x = every_float16().float()
-        x = x[x.isfinite()]
+        x = every(torch.float16).float()
         for zero_point in (0, quant_min(bits), quant_max(bits), 1):
             got = from_numpy(common.code(x, scale, zero_point, bits))
             given = torch.tensor([zero_point], dtype=torch.int32)
@@ -61,8 +59,7 @@ class TestQuantiser:
 
     @pytest.mark.parametrize("clip_ratio", [1.0, 0.7])
     def test_scales_of_every_float16(self, common, bits, clip_ratio):
-        absmax = every_float16().float().abs()
-        absmax = absmax[absmax.isfinite()]
+        absmax = every(torch.float16).float().abs()
         got = from_numpy(common.residual_scale(absmax, clip_ratio, bits))
         assert torch.equal(got, affine.residual_scale(absmax, bits, clip_ratio))
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-MULTIPROCESSORS = 132
 ONE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel size, stride, padding, dilation
 THREE = ((3, 3), (1, 1), (1, 1), (1, 1))
 DOWN = ((3, 3), (2, 2), (1, 1), (1, 1))
@@ -22,18 +21,16 @@ def sizes(samples, h, w, c_in, c_out, window=ONE, groups=1):
     return (samples, h, w, c_in, c_out, *(side for pair in window for side in pair), groups)
 
 
-class TestWork:
-    @pytest.mark.parametrize(
-        ("row_tiles", "column_tiles", "splits", "k_blocks"),
-        [*itertools.product((1, 7, 8, 9, 20), (1, 2, 5), (1, 3), (7,)), (3, 2, 16, 90), (64, 64, 1, 1)],
-    )
-    def test_every_k_block_of_every_tile_once(self, maps, row_tiles, column_tiles, splits, k_blocks):
-        works = maps.works(row_tiles, column_tiles, splits, k_blocks)
-        assert len(works) == row_tiles * column_tiles * splits
-        done = [(w.row_tile, w.column_tile, i) for w in works for i in range(w.first_k_block, w.end_k_block)]
-        assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(k_blocks)))
-        assert all(w.tile == w.row_tile * column_tiles + w.column_tile for w in works)
-        assert all(w.end_k_block > w.first_k_block for w in works)
+@pytest.mark.parametrize(
+    ("row_tiles", "column_tiles", "splits", "k_blocks"),
+    [*itertools.product((1, 7, 8, 9, 20), (1, 2, 5), (1, 3), (7,)), (3, 2, 16, 90), (64, 64, 1, 1)],
+)
+def test_every_k_block_of_every_tile_once(maps, row_tiles, column_tiles, splits, k_blocks):
+    works = maps.works(row_tiles, column_tiles, splits, k_blocks)
+    assert len(works) == row_tiles * column_tiles * splits
+    done = [(row, column, i) for row, column, _, first, end in works for i in range(first, end)]
+    assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(k_blocks)))
+    assert all(tile == row * column_tiles + column and end > first for row, column, tile, first, end in works)
 
 
 class TestWalks:
@@ -41,17 +38,15 @@ class TestWalks:
     @pytest.mark.parametrize("window", [ONE, THREE, ((2, 3), (1, 1), (0, 1), (3, 2))], ids=["1x1", "3x3", "2x3"])
     @pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 320, 640, 960])
     def test_every_code_of_the_weight_once(self, maps, channels, window, bits):
-        """Codes of boxes inside the channels are all of K, in order; the rest of a box is past the channels, where TMA
-        fills zeros.
-        """
+        """Codes of boxes inside the channels are all of K, in order; behind the channels TMA fills zeros."""
         (r, s), _, _, (dilation_h, dilation_w) = window
         swizzle, boxes = maps.boxes(sizes(1, 16, 16, channels, 64, window), bits)
         codes = []
-        for box in boxes:
-            inside = range(min(swizzle, max(0, channels - box.channel)))
-            tap = (box.offset_h // dilation_h) * s + box.offset_w // dilation_w
-            assert all(box.code + i == tap * channels + box.channel + i for i in inside)
-            codes += [box.code + i for i in inside]
+        for channel, offset_h, offset_w, code in boxes:
+            inside = range(min(swizzle, max(0, channels - channel)))
+            tap = (offset_h // dilation_h) * s + offset_w // dilation_w
+            assert all(code + i == tap * channels + channel + i for i in inside)
+            codes += [code + i for i in inside]
         assert codes == list(range(r * s * channels))
         assert len(boxes) * swizzle % 128 == 0
         assert len(boxes) * swizzle - 128 < -(-channels // swizzle) * swizzle * r * s  # no k-block of zeros alone
@@ -107,85 +102,71 @@ class TestSharedMemory:
             assert all(registers % 8 == 0 for registers in (producer, unpacker, consumer))
 
 
-class TestTiling:
-    def tiling(self, maps, call, bits=8, multiprocessors=MULTIPROCESSORS):
-        """Tile, number of tiles, splits, k-blocks and bytes of scratch."""
-        tiling = maps.tiling(call, bits, multiprocessors)
-        tiles = tiling["row_tiles"] * tiling["column_tiles"]
-        return (tiling["rows"], tiling["columns"]), tiles, tiling["splits"], tiling["k_blocks"], tiling["scratch"]
-
-    @pytest.mark.parametrize("bits", [8, 4, 3])
-    def test_tilings_of_any_call_are_whole(self, maps, bits):
-        random.seed(bits)
-        for _ in range(300):
-            side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
-            samples, c_in, c_out = random.randint(1, 16), 16 * random.randint(1, 160), random.randint(1, 3000)
-            call, multiprocessors = sizes(samples, side, side, c_in, c_out, window), random.choice((78, 114, 132))
-            (rows, columns), tiles, splits, k_blocks, scratch = self.tiling(maps, call, bits, multiprocessors)
-            out_side = side if window is not DOWN else (side - 1) // 2 + 1
-            assert tiles == -(-call[0] * out_side * out_side // rows) * -(-call[4] // columns)
-            assert 1 <= splits <= max(1, k_blocks // 4)
-            assert (bits == 8) or (rows, columns) in ((256, 160), (128, 64))
-            assert scratch == (0 if splits == 1 else 4 * (-(-tiles // 4) * 4 + tiles * rows * columns))
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_tilings_of_any_call_are_whole(maps, bits):
+    random.seed(bits)
+    for _ in range(300):
+        side, window = random.randint(1, 64), random.choice((ONE, THREE, DOWN))
+        samples, c_in, c_out = random.randint(1, 16), 16 * random.randint(1, 160), random.randint(1, 3000)
+        call = sizes(samples, side, side, c_in, c_out, window)
+        found = maps.tiling(call, bits, random.choice((78, 114, 132)))
+        rows, columns, splits = found["rows"], found["columns"], found["splits"]
+        tiles = found["row_tiles"] * found["column_tiles"]
+        out_side = side if window is not DOWN else (side - 1) // 2 + 1
+        assert tiles == -(-call[0] * out_side * out_side // rows) * -(-call[4] // columns)
+        assert 1 <= splits <= max(1, found["k_blocks"] // 4)
+        assert (bits == 8) or (rows, columns) in ((256, 160), (128, 64))
+        assert found["scratch"] == (0 if splits == 1 else 4 * (-(-tiles // 4) * 4 + tiles * rows * columns))
 
 
-class TestTilings:
-    """csrc/cuda/tiles.h: what a caller may ask for."""
-
-    CALL = (2, 16, 16, 640, 1280, 3, 3, 1, 1, 1, 1, 1, 1, 1)
-
-    @pytest.mark.parametrize(
-        ("tiling", "bits", "capability", "words"),
-        [
-            ((90, 256, 160, 1), 8, 90, None),
-            ((80, 128, 64, 2), 8, 90, None),
-            ((0, 0, 0, 0), 8, 80, None),
-            ((90, 256, 160, 1), 8, 80, "capability 9.0 alone"),
-            ((90, 128, 256, 1), 4, 90, "no such tile"),
-            ((90, 128, 64, 46), 8, 90, "more splits than k-blocks"),
-            ((90, 128, 64, 0), 8, 90, "less than one split"),
-            ((80, 256, 160, 1), 8, 90, "no such tile"),
-            ((80, 64, 64, 89), 8, 90, "no k-blocks"),
-            ((75, 64, 64, 1), 8, 80, "sm_90 and sm_80"),
-        ],
-    )
-    def test_others_are_refused_with_a_reason(self, maps, tiling, bits, capability, words):
-        reason = maps.why_not_tiling(self.CALL, bits, 8, tiling, capability)
+def test_tilings_that_a_caller_may_not_ask_for_are_refused_with_a_reason(maps):
+    """csrc/cuda/tiles.h."""
+    call = sizes(2, 16, 16, 640, 1280, THREE)
+    for tiling, bits, capability, words in (
+        ((90, 256, 160, 1), 8, 90, None),
+        ((80, 128, 64, 2), 8, 90, None),
+        ((0, 0, 0, 0), 8, 80, None),
+        ((90, 256, 160, 1), 8, 80, "capability 9.0 alone"),
+        ((90, 128, 256, 1), 4, 90, "no such tile"),
+        ((90, 128, 64, 46), 8, 90, "more splits than k-blocks"),
+        ((90, 128, 64, 0), 8, 90, "less than one split"),
+        ((80, 256, 160, 1), 8, 90, "no such tile"),
+        ((80, 64, 64, 89), 8, 90, "no k-blocks"),
+        ((75, 64, 64, 1), 8, 80, "sm_90 and sm_80"),
+    ):
+        reason = maps.why_not_tiling(call, bits, 8, tiling, capability)
         assert reason is None if words is None else words in reason
 
 
-class TestLimits:
-    @pytest.mark.parametrize(
-        ("call", "bits", "offsets", "words"),
-        [
-            (sizes(1, 8, 8, 64, 64, THREE, groups=2), 8, (0, 0), "groups"),
-            (sizes(1, 8, 8, 24, 64), 8, (0, 0), "multiple of 16"),
-            (sizes(1, 8, 8, 16, 64), 4, (0, 0), "multiple of 32 codes"),
-            (sizes(1, 8, 8, 320, 64, THREE), 3, (0, 0), "multiple of 128 codes"),
-            (sizes(1, 8, 8, 64, 64), 8, (8, 0), "codes are not aligned"),
-            (sizes(1, 8, 8, 64, 64), 8, (0, 4), "weight is not aligned"),
-            (sizes(1 << 20, 64, 64, 16, 64), 8, (0, 0), "2^30"),
-            (sizes(1, 64, 64, 16, 64, ((1, 1), (9, 1), (0, 0), (1, 1))), 8, (0, 0), "stride"),
-            (sizes(1, 64, 64, 16, 64, ((1, 1), (1, 1), (0, 128), (1, 1))), 8, (0, 0), "padding"),
-            (sizes(1, 400, 400, 16, 64, ((3, 1), (1, 1), (0, 0), (65, 1))), 8, (0, 0), "inwards"),
-        ],
-    )
-    def test_a_limit_says_why(self, maps, call, bits, offsets, words):
+def test_a_limit_says_why(maps):
+    for call, bits, offsets, words in (
+        (sizes(1, 8, 8, 64, 64, THREE, groups=2), 8, (0, 0), "groups"),
+        (sizes(1, 8, 8, 24, 64), 8, (0, 0), "multiple of 16"),
+        (sizes(1, 8, 8, 16, 64), 4, (0, 0), "multiple of 32 codes"),
+        (sizes(1, 8, 8, 320, 64, THREE), 3, (0, 0), "multiple of 128 codes"),
+        (sizes(1, 8, 8, 64, 64), 8, (8, 0), "codes are not aligned"),
+        (sizes(1, 8, 8, 64, 64), 8, (0, 4), "weight is not aligned"),
+        (sizes(1 << 20, 64, 64, 16, 64), 8, (0, 0), "2^30"),
+        (sizes(1, 64, 64, 16, 64, ((1, 1), (9, 1), (0, 0), (1, 1))), 8, (0, 0), "stride"),
+        (sizes(1, 64, 64, 16, 64, ((1, 1), (1, 1), (0, 128), (1, 1))), 8, (0, 0), "padding"),
+        (sizes(1, 400, 400, 16, 64, ((3, 1), (1, 1), (0, 0), (65, 1))), 8, (0, 0), "inwards"),
+    ):
         assert words in maps.limit(call, bits, *offsets)
 
-    def test_what_has_no_limit_has_maps_that_tma_takes(self, maps):
-        random.seed(0)
-        pick = random.choice
-        taken = 0
-        for _ in range(4000):
-            window = tuple(
-                (pick(options), pick(options))
-                for options in ((1, 2, 3, 7), (1, 2, 8, 9), (0, 1, 127, 128), (1, 2, 65, 128))
-            )
-            channels = 8 * random.randint(1, 40)
-            call = sizes(random.randint(1, 3), 600, 600, channels, random.randint(1, 400), window, pick((1, 1, 1, 2)))
-            bits = pick((8, 4, 3))
-            if maps.limit(call, bits) is None:
-                taken += 1
-                assert maps.problem_of_maps(call, bits) is None
-        assert taken > 100
+
+def test_what_has_no_limit_has_maps_that_tma_takes(maps):
+    random.seed(0)
+    pick = random.choice
+    taken = 0
+    for _ in range(4000):
+        window = tuple(
+            (pick(options), pick(options))
+            for options in ((1, 2, 3, 7), (1, 2, 8, 9), (0, 1, 127, 128), (1, 2, 65, 128))
+        )
+        channels = 8 * random.randint(1, 40)
+        call = sizes(random.randint(1, 3), 600, 600, channels, random.randint(1, 400), window, pick((1, 1, 1, 2)))
+        bits = pick((8, 4, 3))
+        if maps.limit(call, bits) is None:
+            taken += 1
+            assert maps.problem_of_maps(call, bits) is None
+    assert taken > 100

@@ -11,9 +11,9 @@ from tests.backends.cuda.emulation import stand_ins
 from tests.backends.exact_product import THREE, ExactProduct
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
+def test_what_it_is_for():
+    problem = {"capability": (8, 0), "k": 64, "act_bits": 4, "weight_bits": 4, "granularity": "per_sample"}
+    for fields, words in (
         ({}, None),
         ({"capability": (8, 9), "granularity": "per_tensor", "prologue": "group_norm"}, None),
         ({"capability": (9, 0)}, "only GPUs from sm_80 to sm_89"),  # s4 is emulated there
@@ -22,12 +22,9 @@ from tests.backends.exact_product import THREE, ExactProduct
         ({"act_bits": 3}, "must have 4 bits"),
         ({"weight_bits": 8}, "must have 4 bits"),
         ({"k": 48}, "48 input channels: nibbles are read 32 at a time"),
-    ],
-)
-def test_what_it_is_for(fields, words):
-    problem = {"capability": (8, 0), "k": 64, "act_bits": 4, "weight_bits": 4, "granularity": "per_sample"}
-    reason = cuda.why_not(Problem("modulate", "cuda", **{**problem, **fields}))
-    assert reason is None if words is None else words in reason
+    ):
+        reason = cuda.why_not(Problem("modulate", "cuda", **{**problem, **fields}))
+        assert reason is None if words is None else words in reason
 
 
 @pytest.mark.parametrize("prologue", [IDENTITY, Prologue("group_norm", num_groups=8, eps=1e-5, silu=True)], ids=str)

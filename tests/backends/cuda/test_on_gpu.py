@@ -1,7 +1,6 @@
 """What only a GPU can show of both backends for CUDA, through the public ops: streams, no wait for the device, graphs,
 tensors on odd addresses, the same results in every run; and the product of csrc/cuda/sm90 in layers that reach each of
-its kernels, bit for bit with the reference. (Agreement of everything else with the reference: the contract.)
-"""
+its kernels, bit for bit with the reference. (Agreement of everything else with the reference: the contract.)"""
 
 import pytest
 import torch
@@ -107,8 +106,6 @@ def test_tensors_on_addresses_that_are_not_aligned(backend):
     wanted = ops.quantize(h.cpu(), IDENTITY, x_hat.cpu(), bits=4, backend="reference")
     assert_equal([t.cpu() for t in (codes, used, absmax)], wanted)
 
-
-# --- csrc/cuda/sm90 -------------------------------------------------------------------------------------------------
 
 LAYERS = [
     (1, 1, 128, 64, POINT, 8),  # the simplest: one k-block of one tile

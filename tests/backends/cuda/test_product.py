@@ -1,6 +1,5 @@
 """The insides of `product` of the backend cuda on csrc/cuda/sm80, emulated: every tile and split, the order of threads,
-windows, nibbles, what lies beside the tensors, and the tuner's way to them.
-"""
+windows, nibbles, what lies beside the tensors, and the tuner's way to them."""
 
 import pytest
 import torch
@@ -10,9 +9,8 @@ from benchmarks.tile_tuning import Scratch, shortlist
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.product_launch import MAX_K, product
 from modiff_kernels.backends.cuda.tiles import Tile
-from modiff_kernels.quant.operands import PackedWeight
 from tests.backends.cuda.emulation import pack_channels
-from tests.backends.exact_product import DOWN, THREE, ExactProduct
+from tests.backends.exact_product import DOWN, THREE, ExactProduct, check_largest_sum
 from tools.tune_cuda import CudaProducts
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -44,12 +42,11 @@ def test_tiles_and_orders_of_threads(emulator, case, tile, falling):
     case.check(product)
 
 
+SPLIT = [ExactProduct((5, 320), 33), ExactProduct((5, 320), 33, bits=4), ExactProduct((1, 32, 4, 4), 65, THREE)]
+
+
 @pytest.mark.parametrize("splits", [2, 3, 5])
-@pytest.mark.parametrize(
-    "case",
-    [ExactProduct((5, 320), 33), ExactProduct((5, 320), 33, bits=4), ExactProduct((1, 32, 4, 4), 65, THREE)],
-    ids=str,
-)
+@pytest.mark.parametrize("case", SPLIT, ids=str)
 def test_splits_of_k(emulator, case, splits):
     """320 codes are five k-blocks, so that three splits have two, two and one; 288 are four and a half."""
     emulator.splits = splits
@@ -77,11 +74,7 @@ def test_packed_codes_are_multiplied_as_they_are(emulator, case, tile, splits):
 
 
 def test_the_largest_sums_do_not_leave_int32(emulator):
-    codes, rows = (torch.full((1, MAX_K), -128, dtype=torch.int8) for _ in range(2))
-    zero_point, one = torch.full((1,), 127, dtype=torch.int32), torch.ones(1)
-    weight = PackedWeight(rows, one, 8)
-    out = product(codes, one, zero_point, weight, None, None, None, None, torch.float32, True)
-    assert out.item() == 255 * 128 * MAX_K
+    check_largest_sum(product, MAX_K)
 
 
 def test_tensors_on_addresses_that_are_not_aligned(emulator):
@@ -97,15 +90,14 @@ def test_tensors_on_addresses_that_are_not_aligned(emulator):
     assert torch.equal(out.double(), codes.double() @ weight.packed.double().T + 2)
 
 
-@pytest.mark.parametrize(
-    ("layer", "weight_bits"),
-    [(Layer("conv", 32, 72, 5, 4, 3, 2, 1), 8), (Layer("linear", 320, 40, 16, 1, 1), 4)],
-    ids=str,
-)
-def test_what_the_tuner_measures_is_exact(emulator, layer, weight_bits):
+TUNED = {8: Layer("conv", 32, 72, 5, 4, 3, 2, 1), 4: Layer("linear", 320, 40, 16, 1, 1)}
+
+
+@pytest.mark.parametrize("weight_bits", TUNED)
+def test_what_the_tuner_measures_is_exact(emulator, weight_bits):
     if (reason := library.why_not_loaded()) is not None:
         pytest.skip(reason)
-    tunable, scratch = CudaProducts((8, 0), 4), Scratch(layer, 2, weight_bits, torch.device("cpu"))
+    tunable, scratch = CudaProducts((8, 0), 4), Scratch(TUNED[weight_bits], 2, weight_bits, torch.device("cpu"))
     found = shortlist(tunable.candidates(scratch), tunable.tile)
     assert {tile[:3] for tile in found} == {(80, 128, 128), (80, 128, 64), (80, 64, 64)}
     assert all(scratch.is_exact(tunable.update(scratch, tile)) for tile in found)

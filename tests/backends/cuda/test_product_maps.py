@@ -1,6 +1,5 @@
 """The maps of csrc/cuda/sm80, on all of their arguments where there are few: fragments, places in shared memory, order
-of tiles, im2col, and the choice of a tile.
-"""
+of tiles, im2col, and the choice of a tile."""
 
 import itertools
 
@@ -28,8 +27,7 @@ def codes_of_words(words, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_fragments_are_those_of_the_ptx_isa(maps, bits):
     """Rows and columns as the PTX ISA gives them for the i-th code of a thread, for mma.m16n8k32 (8 bits) and m16n8k64
-    (4 bits); the product of the matrices is the oracle.
-    """
+    (4 bits); the product of the matrices is the oracle."""
     k, per_word = 256 // bits, 32 // bits
     words_a, words_b = (torch.randint(1 << 32, (32, count)).to(torch.uint32) for count in (4, 2))
     a, b = torch.zeros(16, k).long(), torch.zeros(k, 8).long()
@@ -51,8 +49,7 @@ def test_fragments_are_those_of_the_ptx_isa(maps, bits):
 
 def test_matrices_are_loaded_as_the_ptx_isa_says(maps):
     """Thread t gets elements 2 * (t % 4) and the next of row t / 4 of four 8x8 matrices of 16 bits; thread 8 * i + j
-    gives the address of row j of matrix i.
-    """
+    gives the address of row j of matrix i."""
     rows = torch.randint(256, (32, 16)).to(torch.uint8)
     words = torch.from_numpy(maps.load_matrices(rows))
     for thread, matrix in itertools.product(range(32), range(4)):
@@ -66,10 +63,9 @@ class TestSwizzle:
             places = [maps.swizzled(row, chunk) for chunk in range(4)]
             assert sorted(places) == [row * K_BLOCK + chunk * CHUNK for chunk in range(4)]
 
-    @pytest.mark.parametrize("chunk", range(4))
-    def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps, chunk):
+    def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps):
         """A phase reads one chunk of eight rows; 128 bytes are all 32 banks once."""
-        for first in range(0, 128, 8):
+        for first, chunk in itertools.product(range(0, 128, 8), range(4)):
             groups = {maps.swizzled(row, chunk) % 128 // CHUNK for row in range(first, first + 8)}
             assert len(groups) == 8
 
@@ -93,35 +89,31 @@ def test_tiles_are_a_permutation_in_bands(maps, tiles_m, tiles_n):
     assert places == expected
 
 
-@pytest.mark.parametrize(
-    ("x_shape", "window"),
-    [
+def test_chunks_come_from_where_the_window_meets_them(maps):
+    """Against F.unfold of an image of the numbers of its own chunks, from 1 on, as 0 stands for padding."""
+    for x_shape, window in (
         ((2, 16, 5, 7), Window((3, 3), padding=(1, 1))),
         ((2, 48, 7, 5), Window((3, 3), (2, 2), (1, 1))),
         ((1, 80, 6, 6), Window((3, 3))),
         ((3, 16, 4, 9), Window((1, 3), (2, 1), (0, 2), (1, 2))),
         ((1, 32, 9, 8), Window((5, 4), (2, 3), (3, 1), (2, 1))),
         ((2, 32, 3, 3), Window((1, 1), padding=(1, 1))),
-    ],
-    ids=str,
-)
-def test_chunks_come_from_where_the_window_meets_them(maps, x_shape, window):
-    """Against F.unfold of an image of the numbers of its own chunks, from 1 on, as 0 stands for padding."""
-    samples, channels, h, w = x_shape
-    chunks = channels // CHUNK
-    image = torch.arange(1.0, samples * h * w * chunks + 1).view(samples, h, w, chunks).permute(0, 3, 1, 2)
-    columns = F.unfold(image.double(), window.kernel_size, window.dilation, window.padding, window.stride)
-    taps = window.kernel_size[0] * window.kernel_size[1]
-    rows = columns.view(samples, chunks, taps, -1).permute(0, 3, 2, 1).reshape(-1, taps * chunks)
-    k_blocks = -(-taps * channels // K_BLOCK) + 1  # one more: past the end of K
-    wanted = torch.zeros(-(-len(rows) // 64) * 64, k_blocks * 4)
-    wanted[: len(rows), : rows.shape[1]] = rows
-    geometry = (samples, h, w, channels, 1, *window.to_ints())
-    for first in range(0, len(wanted), 64):
-        sources = torch.from_numpy(maps.gather(geometry, first, k_blocks))
-        found = sources.transpose(0, 1).reshape(64, k_blocks * 4)
-        assert torch.equal(torch.where(found < 0, found + 1, found // CHUNK + 1), wanted[first : first + 64].long())
-        assert ((found % CHUNK == 0) | (found == -1)).all()
+    ):
+        samples, channels, h, w = x_shape
+        chunks = channels // CHUNK
+        image = torch.arange(1.0, samples * h * w * chunks + 1).view(samples, h, w, chunks).permute(0, 3, 1, 2)
+        columns = F.unfold(image.double(), window.kernel_size, window.dilation, window.padding, window.stride)
+        taps = window.kernel_size[0] * window.kernel_size[1]
+        rows = columns.view(samples, chunks, taps, -1).permute(0, 3, 2, 1).reshape(-1, taps * chunks)
+        k_blocks = -(-taps * channels // K_BLOCK) + 1  # one more: past the end of K
+        wanted = torch.zeros(-(-len(rows) // 64) * 64, k_blocks * 4)
+        wanted[: len(rows), : rows.shape[1]] = rows
+        geometry = (samples, h, w, channels, 1, *window.to_ints())
+        for first in range(0, len(wanted), 64):
+            sources = torch.from_numpy(maps.gather(geometry, first, k_blocks))
+            found = sources.transpose(0, 1).reshape(64, k_blocks * 4)
+            assert torch.equal(torch.where(found < 0, found + 1, found // CHUNK + 1), wanted[first : first + 64].long())
+            assert ((found % CHUNK == 0) | (found == -1)).all()
 
 
 class TestChoice:
@@ -147,14 +139,9 @@ class TestChoice:
         share = -(-k_blocks // splits)
         assert (splits - 1) * share < k_blocks
         assert splits == 1 or share >= 4
+        whole = [maps.cycles(other, 1, *sizes, weight_bits, multiprocessors) for other in range(3)]
+        assert maps.cycles(tile, splits, *sizes, weight_bits, multiprocessors) <= min(whole)
 
-        def cycles(tile, splits):
-            return maps.cycles(tile, splits, *sizes, weight_bits, multiprocessors)
-
-        assert cycles(tile, splits) <= min(cycles(other, 1) for other in range(3))
-
-
-@pytest.mark.parametrize(("tile", "size"), list(enumerate([(128, 128), (128, 64), (64, 64)])))
-def test_a_call_that_is_told_its_tiling_gets_it(maps, tile, size):
-    geometry = (2, 16, 16, 640, 320, 3, 3, 1, 1, 1, 1, 1, 1, 1)
-    assert maps.told(geometry, 8, *size, 3) == (tile, 3)
+    def test_a_call_that_is_told_its_tiling_gets_it(self, maps):
+        geometry = (2, 16, 16, 640, 320, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+        assert [maps.told(geometry, 8, *size, 3) for size in self.TILES] == [(0, 3), (1, 3), (2, 3)]

@@ -1,6 +1,5 @@
 """The product of csrc/cuda/sm90: whole kernels on a model of TMA, barriers and wgmma, under sanitizers, bit for bit
-with the backend reference, for every tile, split, epilogue and order of threads.
-"""
+with the backend reference, for every tile, split, epilogue and order of threads."""
 
 from typing import NamedTuple
 

@@ -60,17 +60,14 @@ def test_gpus_without_measurements_and_other_devices_have_none(tuned, monkeypatc
     assert tiles.choose(geometry(4), 8, 8, GPU) is None
 
 
-@pytest.mark.parametrize(
-    ("given", "measured", "expected"),
-    [(None, Tile(90, 128, 64, 3), (90, 128, 64, 3)), (Tile(80, 64, 64, 2), None, (80, 64, 64, 2)), (None, None, ())],
-)
-def test_the_tile_reaches_the_library(monkeypatch, given, measured, expected):
-    calls = []
-    monkeypatch.setattr(library, "product_op", lambda: lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(product_launch, "choose", lambda *arguments: measured)
+def test_the_tile_reaches_the_library(monkeypatch):
+    measured, named, reached = Tile(90, 128, 64, 3), Tile(80, 64, 64, 2), []
+    monkeypatch.setattr(library, "product_op", lambda: lambda *arguments: reached.append(arguments[-1]))
     codes, weight = torch.zeros(4, 16, dtype=torch.int8), PackedWeight(torch.zeros(8, 16).char(), torch.ones(8), 8)
-    product_launch.product(codes, torch.ones(1), None, weight, None, None, None, None, torch.float16, True, given)
-    assert calls[0][-1] == expected
+    for given, found in ((None, measured), (named, None), (None, None)):
+        monkeypatch.setattr(product_launch, "choose", lambda *arguments, found=found: found)
+        product_launch.product(codes, torch.ones(1), None, weight, None, None, None, None, torch.float16, True, given)
+    assert reached == [measured, named, ()]
 
 
 def test_candidates_come_from_the_library():

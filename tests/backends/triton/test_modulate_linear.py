@@ -64,19 +64,16 @@ def test_nan_reaches_absmax_and_scale(device):
     assert update.results(backend.modulate, device, torch.ones(1), 8, "per_tensor")[2].isnan().all()
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
+def test_what_it_is_for():
+    sizes = {"m": 64, "n": 128, "k": 320, "weight_bits": 8, "act_bits": 8, "layout": KPACK_V1}
+    for fields, words in (
         ({}, None),
         ({"granularity": "per_sample", "scale_given": True}, None),
         ({"granularity": "per_sample"}, "a dynamic scale per_sample needs all rows"),
         ({"granularity": "per_block"}, "a dynamic scale per_block needs all rows"),
         ({"prologue": "layer_norm"}, "needs no prologue"),
         ({"m": 4096, "n": 10240, "k": 1280}, "two launches are estimated to be faster"),
-    ],
-)
-def test_what_it_is_for(fields, words):
-    sizes = {"m": 64, "n": 128, "k": 320, "weight_bits": 8, "act_bits": 8, "layout": KPACK_V1}
-    problem = {**sizes, "granularity": "per_token", "prologue": "identity", **fields}
-    reason = backend.why_not(Problem("modulate", "cpu", **problem))
-    assert reason is None if words is None else words in reason
+    ):
+        problem = {**sizes, "granularity": "per_token", "prologue": "identity", **fields}
+        reason = backend.why_not(Problem("modulate", "cpu", **problem))
+        assert reason is None if words is None else words in reason

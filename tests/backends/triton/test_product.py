@@ -1,6 +1,4 @@
-"""The insides of `product` of the backend triton: every tile and split, the order of tiles, and the
-tuner's way to them.
-"""
+"""The insides of `product` of the backend triton: tiles, splits, the order of tiles, and the tuner's way to them."""
 
 import pytest
 import torch
@@ -9,8 +7,7 @@ from benchmarks.shapes import Layer
 from benchmarks.tile_tuning import Scratch
 from modiff_kernels.backends.triton import product_launch, tiles
 from modiff_kernels.backends.triton.tiles import Shape, TileConfig
-from modiff_kernels.quant.operands import PackedWeight
-from tests.backends.exact_product import THREE, ExactProduct
+from tests.backends.exact_product import THREE, ExactProduct, check_largest_sum
 from tools.tune_triton import TritonProducts
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -57,10 +54,7 @@ def test_splits_of_k_give_the_same_sums(product, x_shape, n, window, split_k, bi
 
 
 def test_the_largest_sums_do_not_leave_int32(product):
-    codes, rows = (torch.full((1, 65536), -128, dtype=torch.int8) for _ in range(2))
-    zero_point, one = torch.full((1,), 127, dtype=torch.int32), torch.ones(1)
-    operands = (codes, one, zero_point, PackedWeight(rows, one, 8), None, None, None, None, torch.float32, True)
-    assert product(*operands, tile=TileConfig(64, 64, 128, 4, 2, split_k=4)).item() == 255 * 128 * 65536
+    check_largest_sum(product, 65536, tile=TileConfig(64, 64, 128, 4, 2, split_k=4))
 
 
 LAYERS = [Layer("conv", 32, 24, 4, 4, 3, 1, 1), Layer("linear", 64, 40, 16, 1, 1)]
@@ -69,8 +63,7 @@ TUNED = [TileConfig(64, 64, 32, 4, 2), TileConfig(64, 64, 32, 4, 2, split_k=2)]
 
 @pytest.mark.parametrize(("layer", "weight_bits"), zip(LAYERS, (8, 4)), ids=str)
 def test_what_the_tuner_measures_is_exact(device, layer, weight_bits):
-    tunable = TritonProducts(device)
-    scratch = Scratch(layer, 2, weight_bits, device)
+    tunable, scratch = TritonProducts(device), Scratch(layer, 2, weight_bits, device)
     for tile in TUNED:
         assert scratch.is_exact(tunable.update(scratch, tile))
     taps = 9 if layer.kind == "conv" else 1

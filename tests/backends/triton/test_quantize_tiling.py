@@ -2,6 +2,7 @@
 
 import pytest
 
+from modiff_kernels.backends.triton.quantize_group_norm import merge_tile
 from modiff_kernels.backends.triton.quantize_tiling import tiling
 from modiff_kernels.quant.operands import PROLOGUES
 from modiff_kernels.quant.spec import GRANULARITIES
@@ -11,8 +12,7 @@ from modiff_kernels.quant.spec import GRANULARITIES
 def test_no_lane_of_an_image_is_masked(channels):
     for rows in (64 * 64, 32 * 32, 16 * 16, 8 * 8):
         p = tiling(2, rows, channels, "per_sample", 8, "group_norm", 2)
-        assert channels % p.block_c == 0
-        assert rows % p.block_r == 0
+        assert (channels % p.block_c, rows % p.block_r) == (0, 0)
 
 
 @pytest.mark.parametrize("prologue", PROLOGUES)
@@ -36,8 +36,6 @@ def test_one_image_of_the_first_level_fills_the_gpu():
 
 
 def test_the_tile_that_merges_statistics_is_bounded():
-    from modiff_kernels.backends.triton.quantize_group_norm import merge_tile
-
     for row_blocks in (1, 7, 64, 4096):
         for width in (1, 10, 40, 2560):
             block_p, block_g, num_warps = merge_tile(row_blocks, width)

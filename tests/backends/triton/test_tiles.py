@@ -24,8 +24,7 @@ def test_candidates_fit_the_shared_memory(gpu):
 
 def test_wgmma_needs_64_rows_per_four_warps():
     for config in tiles.candidates((9, 0)):
-        assert config.block_m % 64 == 0
-        assert config.num_warps % 4 == 0
+        assert (config.block_m % 64, config.num_warps % 4) == (0, 0)
         assert (config.block_m // 64) * (config.block_n // 64) >= config.num_warps // 4, "a warp group without a tile"
 
 

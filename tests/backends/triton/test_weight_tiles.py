@@ -7,14 +7,8 @@ import pytest
 
 from modiff_kernels.backends.triton import weight_tiles
 
-OPERATIONS = {
-    "and.b32": np.bitwise_and,
-    "or.b32": np.bitwise_or,
-    "xor.b32": np.bitwise_xor,
-    "shl.b32": np.left_shift,
-    "shr.u32": np.right_shift,
-    "sub.u32": np.subtract,
-}
+OPERATIONS = {"and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor}
+OPERATIONS |= {"shl.b32": np.left_shift, "shr.u32": np.right_shift, "sub.u32": np.subtract}
 INSTRUCTION = re.compile(r"(\S+) \$(\d+), (\S+), (\S+)")
 
 

@@ -41,19 +41,26 @@ std::vector<py::dict> kernels() {
           kernel<sm90::Product<3, 2, 160>>(), kernel<sm90::Product<3, 1, 64>>()};
 }
 
-std::vector<sm90::Work> works(int row_tiles, int column_tiles, int splits, int k_blocks) {
+// Row tile, column tile, tile, first k-block and the one behind the last of every work item.
+std::vector<std::array<int, 5>> works(int row_tiles, int column_tiles, int splits, int k_blocks) {
   const sm90::Schedule schedule{row_tiles, column_tiles, splits, k_blocks};
-  std::vector<sm90::Work> found;
-  for (int i = 0; i < sm90::work_count(schedule); ++i) found.push_back(sm90::work_of(schedule, i));
+  std::vector<std::array<int, 5>> found;
+  for (int i = 0; i < sm90::work_count(schedule); ++i) {
+    const sm90::Work work = sm90::work_of(schedule, i);
+    found.push_back({work.row_tile, work.column_tile, work.tile, work.first_k_block, work.end_k_block});
+  }
   return found;
 }
 
-// The codes of a box, and every box of the k-blocks.
-std::pair<int, std::vector<sm90::Box>> boxes(const Geometry& geometry, int bits) {
+// The codes of a box, and of every box of the k-blocks its channel, the offset of its tap and its first code.
+std::pair<int, std::vector<std::array<int64_t, 4>>> boxes(const Geometry& geometry, int bits) {
   const sm90::Window window = sm90::window_of(call_of(geometry, bits).problem, bits);
   const int64_t count = sm90::k_block_count(window) * (sm90::kBlockK / window.swizzle);
-  std::vector<sm90::Box> found;
-  for (int i = 0; i < count; ++i) found.push_back(sm90::box_of(window, i));
+  std::vector<std::array<int64_t, 4>> found;
+  for (int i = 0; i < count; ++i) {
+    const sm90::Box box = sm90::box_of(window, i);
+    found.push_back({box.channel, box.offset_h, box.offset_w, box.code});
+  }
   return {window.swizzle, found};
 }
 
@@ -90,41 +97,12 @@ py::dict tiling(const Geometry& geometry, int bits, int multiprocessors) {
 
 using TilingFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h ProductTiling
 
-// All tilings of a call, those of sm_90 first.
-std::vector<TilingFields> tilings(const Geometry& geometry, int bits, int code_bits, int capability,
-                                  int multiprocessors) {
-  ProductCall call = call_of(geometry, bits);
-  call.code_bits = code_bits;
-  std::vector<TilingFields> found;
-  for (const ProductTiling& tiling : tilings_of(call, capability, multiprocessors))
-    found.emplace_back(tiling.architecture, tiling.rows, tiling.columns, tiling.splits);
-  return found;
-}
-
-ProductCall told(const Geometry& geometry, int bits, const TilingFields& tiling) {
-  ProductCall call = call_of(geometry, bits);
-  call.tiling = {std::get<0>(tiling), std::get<1>(tiling), std::get<2>(tiling), std::get<3>(tiling)};
-  return call;
-}
-
 const char* why_not_tiling(const Geometry& geometry, int bits, int code_bits, const TilingFields& tiling,
                            int capability) {
-  ProductCall call = told(geometry, bits, tiling);
+  ProductCall call = call_of(geometry, bits);
   call.code_bits = code_bits;
+  call.tiling = {std::get<0>(tiling), std::get<1>(tiling), std::get<2>(tiling), std::get<3>(tiling)};
   return tiling_problem(call, capability);
-}
-
-// Rows and columns of the tile and the splits of a call that is told its tiling.
-std::tuple<int, int, int> told_tiling(const Geometry& geometry, int bits, const TilingFields& fields) {
-  const sm90::Tiling tiling = sm90::tiling_of(told(geometry, bits, fields), 132);
-  return {sm90::kTiles[tiling.tile].rows, sm90::kTiles[tiling.tile].columns, tiling.schedule.splits};
-}
-
-// What the kernels of sm_80 choose: rows and columns of the tile, and splits.
-std::tuple<int, int, int> choice_of_sm80(int64_t rows, int64_t columns, int64_t k, int bits, int multiprocessors) {
-  const sm80::TileChoice choice =
-      sm80::choose_tile(rows, columns, k, bits, sm80::operands_of(8, bits), multiprocessors);
-  return {sm80::kTiles[choice.tile].m, sm80::kTiles[choice.tile].n, choice.splits};
 }
 
 // Why the kernels do not take a call whose codes and weight lie so many bytes behind an aligned address, or null.
@@ -150,17 +128,6 @@ const char* problem_of_maps(const Geometry& geometry, int bits) {
 }  // namespace
 
 PYBIND11_MODULE(hopper_maps, m) {
-  py::class_<sm90::Work>(m, "Work")
-      .def_readonly("row_tile", &sm90::Work::row_tile)
-      .def_readonly("column_tile", &sm90::Work::column_tile)
-      .def_readonly("first_k_block", &sm90::Work::first_k_block)
-      .def_readonly("end_k_block", &sm90::Work::end_k_block)
-      .def_readonly("tile", &sm90::Work::tile);
-  py::class_<sm90::Box>(m, "Box")
-      .def_readonly("channel", &sm90::Box::channel)
-      .def_readonly("offset_h", &sm90::Box::offset_h)
-      .def_readonly("offset_w", &sm90::Box::offset_w)
-      .def_readonly("code", &sm90::Box::code);
   m.def("kernels", kernels);
   m.def("works", works);
   m.def("boxes", boxes);
@@ -170,8 +137,5 @@ PYBIND11_MODULE(hopper_maps, m) {
   m.def("tiling", tiling);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);
-  m.def("tilings", tilings);
   m.def("why_not_tiling", why_not_tiling);
-  m.def("told_tiling", told_tiling);
-  m.def("choice_of_sm80", choice_of_sm80);
 }

@@ -32,6 +32,14 @@ void quantize_wide(const QuantizeCall& call, Launch& launch) {
   std::abort();
 }
 
+void quantize(const QuantizeCall& call, Launch& launch) {
+  const modiff::Prologue prologue = call.problem.prologue;
+  if (prologue == modiff::Prologue::kGroupNorm) return quantize_wide<modiff::Prologue::kGroupNorm>(call, launch);
+  if (prologue == modiff::Prologue::kLayerNorm) return quantize_wide<modiff::Prologue::kLayerNorm>(call, launch);
+  if (prologue == modiff::Prologue::kGeglu) return quantize_wide<modiff::Prologue::kGeglu>(call, launch);
+  quantize_with<modiff::Prologue::kIdentity>(call, launch);
+}
+
 void answer(const Request& r, Launch& launch) {
   Buffer input, x_hat, gamma, beta, shift, given, codes, scale, third, scratch;
   for (Buffer* buffer : {&input, &x_hat, &gamma, &beta, &shift, &given}) buffer->read();
@@ -71,20 +79,7 @@ void answer(const Request& r, Launch& launch) {
   call.scratch = scratch.data();
 
   launch.falling = r.falling != 0;
-  switch (p.prologue) {
-    case modiff::Prologue::kIdentity:
-      quantize_with<modiff::Prologue::kIdentity>(call, launch);
-      break;
-    case modiff::Prologue::kGroupNorm:
-      quantize_wide<modiff::Prologue::kGroupNorm>(call, launch);
-      break;
-    case modiff::Prologue::kLayerNorm:
-      quantize_wide<modiff::Prologue::kLayerNorm>(call, launch);
-      break;
-    case modiff::Prologue::kGeglu:
-      quantize_wide<modiff::Prologue::kGeglu>(call, launch);
-      break;
-  }
+  quantize(call, launch);
   for (const Buffer* buffer : {&codes, &scale, &third, &x_hat}) buffer->write();
   std::fflush(stdout);
 }
