@@ -36,6 +36,7 @@ class Steps:
         self._at: Any = None  # the last timestep: its value, or its memory, which is held
         self._passes: list[str] = []  # contexts of the passes of a step that the user did not name, in order
         self._done: set[str] = set()  # contexts that were called in this step
+        self._sample: tuple[Any, int] = None, 0  # of the last call, with its version
         self._known: dict[str, tuple[Any, list[tuple[Any, int]]]] = {}  # by context: format of the sample, conditions
 
     def place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -46,7 +47,9 @@ class Steps:
         conditions = _conditions_of(args, kwargs)
         known = [(name, old) for name, (_, old) in self._known.items() if len(old) == len(conditions)]
         alike = [name for name, old in known if all(map(_unchanged, old, conditions))]
-        name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike)
+        before, self._sample = self._sample, (sample, tensor_version(sample) if isinstance(sample, Tensor) else 0)
+        again = before[0] is sample and before[1] == self._sample[1]
+        name = self._follow(args[1] if len(args) > 1 else kwargs.get("timestep"), alike, again)
         if name in self._known and self._known[name][0] != form:
             state.begin_anew(name)
         elif name not in alike and name in state.trajectories:
@@ -54,8 +57,9 @@ class Steps:
         self._known[name] = form, conditions
         return name
 
-    def _follow(self, timestep: Any, alike: Sequence[str]) -> str:
-        """Go to the step of a call with this timestep; its context. alike: contexts with its conditions."""
+    def _follow(self, timestep: Any, alike: Sequence[str], again: bool) -> str:
+        """Go to the step of a call with this timestep; its context. alike: contexts with its conditions. again: whether the
+        sample is that of the call before."""
         at = value = self._timesteps.value(timestep)
         if value is None and isinstance(timestep, Tensor) and timestep.ndim < 2:
             at = timestep.data_ptr(), tensor_version(timestep)
@@ -67,8 +71,8 @@ class Steps:
         mine = passes if named else [one for one in passes if one in alike]
         free = [one for one in mine or passes if one not in self._done]
         coming = self.announced[self._index or 0 :][:2]
-        # Samplers of second order announce timesteps twice; without an announcement, it may be the same all the time.
-        repeats = not self.announced or (len(coming) == 2 and coming[0] == coming[1])
+        # Samplers of second order announce timesteps twice; loops that only take the time repeat everything.
+        repeats = again or (len(coming) == 2 and coming[0] == coming[1])
         if same and (free or not (mine and repeats)):
             found = free[0] if free else name if named else PASS.format(len(passes))
         else:

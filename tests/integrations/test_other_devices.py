@@ -48,7 +48,7 @@ def onto_meta(unet):
         ({}, torch.bfloat16),
         ({"fuse": False}, torch.bfloat16),
         ({"mode": "quantized"}, torch.bfloat16),
-        ({"scale_mode": "delayed", "schedule": "deep-hold every=2"}, torch.bfloat16),
+        ({"scale_mode": "delayed", "schedule": "hold every=2"}, torch.bfloat16),
     ],
     ids=str,
 )

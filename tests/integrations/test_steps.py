@@ -61,7 +61,7 @@ def test_steps_and_conditions():
     state = ModulationState()
     scheduler = types.SimpleNamespace(timesteps=torch.arange(900, 0, -100))
     steps = Steps(state, HostTimesteps(), None, scheduler)
-    forgotten, x, prompt, mask = [], torch.zeros(1), torch.ones(1, 2), torch.ones(2)
+    forgotten, prompt, mask = [], torch.ones(1, 2), torch.ones(2)
     history = types.SimpleNamespace(forget=lambda: forgotten.append(state.step_index))
     state.trajectories["default"] = history
     for t in (800, torch.tensor(700), torch.tensor([600, 600]), 500.1, 400, 300, 200):
@@ -70,7 +70,13 @@ def test_steps_and_conditions():
         more = {"text_embeds": (prompt if state.step_index < 3 else 2 * prompt, mask)}
         residuals = {"mid_block_additional_residual": torch.randn(1)}
         steps.place(
-            (), {"sample": x, "timestep": t, "encoder_hidden_states": prompt.clone(), "added": more, **residuals}
+            (), {"sample": torch.zeros(1), "timestep": t, "encoder_hidden_states": prompt.clone(), "added": more, **residuals}
         )
     assert state.step_index == 6
     assert forgotten == [0, 4, 5]
+
+
+def test_the_same_sample_again_is_the_same_pass():
+    steps, x = Steps(ModulationState(), HostTimesteps(), None, None), torch.zeros(1)
+    assert [steps.place((x, 1), {}) for _ in range(3)] == ["default"] * 3
+    assert steps.place((x.add_(1), 1), {}) == "default/1"
