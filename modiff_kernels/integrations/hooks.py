@@ -23,6 +23,7 @@ class Wrapper:
     def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         original = getattr(owner, name)
         functools.update_wrapper(self, original)
+        self.__code__ = getattr(original, "__code__", None)  # for torch.export, which is refused by a call then
         self.owner, self._name, self._original, self._around = owner, name, original, around
         self._active = True
         self._undo = contextlib.ExitStack()

@@ -135,7 +135,7 @@ class TestCompile:
             xs, results = trajectory((1, 4, size, size), 3), []
             for each, run in ((net, handle), (plain, by_plain)):
                 with run.sampling_run():
-                    results.append([each(x, 500, encoder_hidden_states=None)[0] for x in xs])
+                    results.append([each(x, 500 - i, encoder_hidden_states=None)[0] for i, x in enumerate(xs)])
             assert_close(*results)
         assert caplog.text.count("are not compiled; raise torch._dynamo.config.recompile_limit") == 1
         assert "keeps code for are not compiled (4 so far)" in handle.explain()

@@ -70,7 +70,14 @@ def test_steps_and_conditions():
         more = {"text_embeds": (prompt if state.step_index < 3 else 2 * prompt, mask)}
         residuals = {"mid_block_additional_residual": torch.randn(1)}
         steps.place(
-            (), {"sample": torch.zeros(1), "timestep": t, "encoder_hidden_states": prompt.clone(), "added": more, **residuals}
+            (),
+            {
+                "sample": torch.zeros(1),
+                "timestep": t,
+                "encoder_hidden_states": prompt.clone(),
+                "added": more,
+                **residuals,
+            },
         )
     assert state.step_index == 6
     assert forgotten == [0, 4, 5]
