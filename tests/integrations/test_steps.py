@@ -67,7 +67,7 @@ def test_steps_and_conditions():
     for t in (800, torch.tensor(700), torch.tensor([600, 600]), 500.1, 400, 300, 200):
         if state.step_index == 4:
             mask.mul_(2)
-        more = {"text_embeds": (prompt if state.step_index < 3 else 2 * prompt, mask)}
+        more = {"added": (prompt if state.step_index < 3 else 2 * prompt, mask)}
         residuals = {"mid_block_additional_residual": torch.randn(1)}
         steps.place(
             (),
