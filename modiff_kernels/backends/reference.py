@@ -25,14 +25,7 @@ def why_not(problem: Any) -> str | None:
 
 @torch.no_grad()
 def quantize(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    with_zero_point: bool,
+    h, prologue, x_hat, scale, bits, granularity, clip_ratio, with_zero_point
 ) -> tuple[Tensor, Tensor, Tensor]:
     image = h.ndim == 4
     x = apply_prologue(h, prologue)
@@ -110,18 +103,7 @@ def _require_finite(*bounds: Tensor) -> None:
 
 
 @torch.no_grad()
-def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Tensor:
+def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> Tensor:
     values = codes.to(torch.float64)
     if zero_point is not None:
         values = values - per_row(zero_point, codes.shape, window)
@@ -171,15 +153,7 @@ def per_row(values: Tensor, shape: Sequence[int], window: Window | None) -> Tens
     return rows.reshape(shape[0], 1, shape[2], shape[3]) if image else rows.reshape(*shape[:-1], 1)
 
 
-def finish(
-    values: Tensor,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Tensor:
+def finish(values: Tensor, y_hat, bias, skip, window, out_dtype, write_out) -> Tensor:
     """What follows the sums, `values` in float32: y_hat, bias, skip and the rounding to out_dtype."""
     if y_hat is not None:
         y_hat.copy_(y_hat.to(torch.float32) + values)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...quant.operands import Prologue
 from ...quant.spec import BLOCK_ROWS
 from .launch import launch
 from .quantize_group_norm import fold_group_norm
@@ -35,16 +34,7 @@ def _make_ranges(tiling: Tiling, affine: bool, device: torch.device, zeroed: boo
     return Ranges(largest, make(blocks, dtype=torch.int32, device=device))
 
 
-def quantize(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked."""
     kind, a, b, _, _, eps, silu = prologue
     like = x_hat if x_hat is not None else h
