@@ -24,13 +24,11 @@ def why_not(problem: Any) -> str | None:
 
 
 @torch.no_grad()
-def quantize(
-    h, prologue, x_hat, scale, bits, granularity, clip_ratio, with_zero_point
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, zero_points) -> tuple[Tensor, Tensor, Tensor]:
     image = h.ndim == 4
     x = apply_prologue(h, prologue)
     if x_hat is None:
-        return activation_codes(x, bits, granularity, with_zero_point, image)
+        return activation_codes(x, bits, granularity, zero_points, image)
     return residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
 
 
@@ -79,14 +77,14 @@ def residual_codes(
 
 
 def activation_codes(
-    x: Tensor, bits: int, granularity: str, with_zero_point: bool, image: bool
+    x: Tensor, bits: int, granularity: str, zero_points: bool, image: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points of x itself."""
     count = granule_count(x.shape, granularity, image)
     values = affine.granules(x, count, image)
     low, high = values.aminmax(dim=1)
     _require_finite(low, high)
-    if with_zero_point:
+    if zero_points:
         scale, zero_point = affine.affine_range(low.clamp_max(0.0), high.clamp_min(0.0), bits)
     else:
         scale = affine.residual_scale(torch.maximum(-low, high).clamp_min(0.0), bits)

@@ -11,8 +11,6 @@ import torch
 
 from ...tuned import Store
 
-TILES = Path(__file__).resolve().parent / "tiles"
-
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -170,7 +168,7 @@ def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
     return sorted(found, key=lambda config: estimated_cycles(config, shape, gpu))
 
 
-STORE = Store(TILES, Shape, TileConfig)
+STORE = Store(Path(__file__).resolve().parent / "tiles", Shape, TileConfig)
 
 
 @lru_cache(maxsize=4096)
