@@ -145,7 +145,7 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
 def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch):
     config = dataclasses.replace(STATIC, mode="modulated")
     whole = mk.calibrate(pipe, "accuquant", config, **SMALL, **FEW)
-    calls = interrupt(monkeypatch, accuquant, "_learn", 3)
+    calls = interrupt(monkeypatch, accuquant.reconstruction, "learn", 3)
     with pytest.raises(KeyboardInterrupt):
         mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
     again = mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
