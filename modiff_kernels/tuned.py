@@ -1,14 +1,14 @@
 """Choices that were measured per GPU and problem shape, as JSON files that ship with the package.
 
 `tools/tune_triton.py` and `tools/tune_cuda.py` make them, backends read them; nothing is ever measured inside a user's
-run. A shape is a NamedTuple whose field `m` is the number of rows of the result.
+run. Shapes and choices are NamedTuples; a shape's field `m` is the number of rows of the result.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ NEAREST_FACTOR = 2.0
 """A choice serves shapes with up to this many times more or fewer rows; the number of rows alone may differ."""
 
 ShapeT = TypeVar("ShapeT", bound=NamedTuple)
-ChoiceT = TypeVar("ChoiceT")
+ChoiceT = TypeVar("ChoiceT", bound=NamedTuple)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Store(Generic[ShapeT, ChoiceT]):
         """Write the choices for a GPU, ordered by shape, whole or not at all; `about`: versions and command."""
         path = self.path(gpu_name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = [{"shape": _fields(shape), "config": _fields(choices[shape])} for shape in sorted(choices)]
+        entries = [{"shape": shape._asdict(), "config": choices[shape]._asdict()} for shape in sorted(choices)]
         part = path.with_suffix(".part")
         part.write_text(json.dumps({"gpu": gpu_name, **about, "choices": entries}, indent=1) + "\n")
         part.replace(path)
@@ -63,7 +63,3 @@ def _load(store: Store[Any, Any], gpu_name: str) -> dict[Any, Any]:
         return {}
     entries = json.loads(path.read_text())["choices"]
     return {store.shape(**entry["shape"]): store.choice(**entry["config"]) for entry in entries}
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value._asdict()

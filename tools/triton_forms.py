@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import product as product_of
 from typing import Any, NamedTuple
 
@@ -127,7 +126,7 @@ def _call_product(form: Form, tile: TileConfig) -> None:
         None if plain else empty(_COLUMNS, form.state_dtype),
         torch.empty(_COLUMNS, dtype=form.dtype) if plain else None,
         empty(_COLUMNS, form.dtype) if form.skip else None,
-        _WINDOW if form.conv else None, form.dtype, True, replace(tile, split_k=form.split_k),
+        _WINDOW if form.conv else None, form.dtype, True, tile._replace(split_k=form.split_k),
     )  # fmt: skip
 
 

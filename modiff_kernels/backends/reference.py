@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import affine, packing
-from ..quant.operands import PackedWeight, Prologue, Window, summed
+from ..quant.operands import Prologue, Window, summed
 from ..quant.packing import KPACK_V1
 from ..quant.spec import granule_count, row_count
 
@@ -111,7 +111,11 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
     if window is not None and scale.shape[0] > codes.shape[0] and not window.is_pointwise:
         values = values * per_row(scale, codes.shape, window).to(torch.float64)  # such scales do not leave the sum
         late = scale.new_ones(1)
-    dense = _dense(weight, codes, window)
+    k = summed(codes.shape[-1 if window is None else 1], window)
+    rows = packing.unpack(weight.packed, weight.bits, k).to(torch.float64)
+    if weight.group_size != -1:
+        rows = rows * affine.expand_weight_scale(weight.scale, k, weight.group_size).to(torch.float64)
+    dense = in_shape_of(window, rows)
     if window is None:
         sums = F.linear(values, dense)
     else:
@@ -120,15 +124,6 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
         sums = sums.round()  # they are integers, but the algorithm of a GPU's convolution need not be exact
     sums = sums.to(torch.float32)
     return finish(sums * (per_row(late, sums.shape, window) * factor), y_hat, bias, skip, window, out_dtype, write_out)
-
-
-def _dense(weight: PackedWeight, codes: Tensor, window: Window | None) -> Tensor:
-    """The weight's codes in float64, with groups along K times their scales, in the form torch's operators take."""
-    k = summed(codes.shape[-1 if window is None else 1], window)
-    rows = packing.unpack(weight.packed, weight.bits, k).to(torch.float64)
-    if weight.group_size != -1:
-        rows = rows * affine.expand_weight_scale(weight.scale, k, weight.group_size).to(torch.float64)
-    return in_shape_of(window, rows)
 
 
 def in_shape_of(window: Window | None, rows: Tensor) -> Tensor:

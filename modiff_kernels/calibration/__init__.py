@@ -11,7 +11,7 @@ from torch import nn
 from modiff_kernels.calibration import accuquant, qdiffusion, sampling_aware, static
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
-from modiff_kernels.calibration.job import Job, Layers, Options, Split, check_choice, layers_of
+from modiff_kernels.calibration.job import Job, Layers, Options, check_choice, layers_of
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
@@ -101,9 +101,6 @@ def calibrate(
     place = None if folder is None else Path(folder)
     started = time.perf_counter()
     job = Job(unet, sampler, config, parsed, samples, batch, seed, request, place, quiet, layers, kept)
-    for path, layer in (kept or {}).items():
-        if layer.input_scale is not None:
-            job.splits[path] = Split(layer.weight.group_size, layer.input_scale)
     calibrated = chosen.run(job)
     metadata["seconds"] = round(time.perf_counter() - started, 1)
     result = CalibrationResult(method, config, calibrated, metadata)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData, Sampler
@@ -108,7 +108,7 @@ def collect_groups(job: Job) -> Groups:
         target = torch.empty_like(data.sample)
         for own, group in zip(job.bar(points, "group ends", unit="group"), calls):
             for part in own.split(job.batch):
-                target[part] = Rollout(job.unet, job.sampler, data, part, group).run()
+                target[part] = Rollout(job.sampler, data, part, group).run()
         return {"target": target}
 
     return Groups(calls, data, points, job.once("targets", ends)["target"])
@@ -119,15 +119,9 @@ class Rollout:
     called ahead of every call of the network; run() is the call before it, for layers that need it."""
 
     def __init__(
-        self,
-        unet: nn.Module,
-        sampler: Sampler,
-        data: CalibrationData,
-        points: Tensor,
-        calls: range,
-        before: Callable[[Callable[[], Any]], None] = lambda run: None,
+        self, sampler: Sampler, data: CalibrationData, points: Tensor, calls: range, before: Callable = lambda run: None
     ) -> None:
-        self.unet, self.sampler, self.calls, self.before = unet, sampler, calls, before
+        self.unet, self.sampler, self.calls, self.before = sampler.unet, sampler, calls, before
         (self.start, _), self.conditions = data.arguments(points)
         (self.previous, previous_timestep), _ = data.arguments(points, previous=True)
         self.timesteps = {call: data.timesteps[call].expand(len(points)) for call in calls}
@@ -203,7 +197,7 @@ def _learn(
     def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
         index = int(torch.randint(len(groups.calls), (1,), generator=generator)) if group is None else group
         points, before = groups.points[index][drawn], functools.partial(remember, fakes)
-        rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[index], before)
+        rollout = Rollout(job.sampler, groups.data, points, groups.calls[index], before)
         return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
 
     settings = (job, part, layers, names, loss_of, groups.data, job.samples, *rate)

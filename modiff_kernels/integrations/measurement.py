@@ -250,9 +250,7 @@ def recorded(unet: nn.Module, sample: Sample) -> tuple[list[Call], np.ndarray]:
     with unet.register_forward_pre_hook(record, with_kwargs=True):
         pictures = np.asarray(sample(unet))
     if len(calls) < LEAST_CALLS:
-        raise ValueError(
-            f"make_plan: sampling called the UNet {len(calls)} times; give one with {LEAST_CALLS} calls or more"
-        )
+        raise ValueError(f"make_plan: sampling called the UNet {len(calls)} times; give one with {LEAST_CALLS} or more")
     return calls, pictures
 
 

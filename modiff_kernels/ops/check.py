@@ -92,12 +92,11 @@ def modulate(
     h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
 ) -> Problem:
     op = "modulate"
-    quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
+    codes = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
     _require_activation(op, "x_hat", x_hat, window is not None)
     problem = _product(op, x_hat, weight, y_hat, skip, window, out_dtype, write_out)
-    return replace(
-        problem, act_bits=bits, granularity=granularity, prologue=prologue.kind, scale_given=scale is not None
-    )
+    fields = {name: getattr(codes, name) for name in ("act_bits", "granularity", "prologue", "scale_given")}
+    return replace(problem, **fields)
 
 
 def _product(op, x, weight, y_hat, skip, window, out_dtype, write_out) -> Problem:

@@ -2,7 +2,6 @@
 `tools/tune_triton.py` writes to `tiles/<gpu>.json`.
 """
 
-from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,7 @@ import torch
 from ...tuned import Store
 
 
-@dataclass(frozen=True)
-class TileConfig:
+class TileConfig(NamedTuple):
     """Output tile, k-block, and how a program runs; split_k > 1 shares out K between programs."""
 
     block_m: int
@@ -164,7 +162,7 @@ def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
     for config in candidates(gpu.capability):
         if fits(config, shape):
             most = shape.taps * -(-shape.channels // config.block_k) // _LEAST_STEPS
-            found += [replace(config, split_k=splits) for splits in (1, 2, 4, 8, 16) if splits <= max(most, 1)]
+            found += [config._replace(split_k=splits) for splits in (1, 2, 4, 8, 16) if splits <= max(most, 1)]
     return sorted(found, key=lambda config: estimated_cycles(config, shape, gpu))
 
 
