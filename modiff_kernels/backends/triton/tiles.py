@@ -1,6 +1,5 @@
 """Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU, which
-`tools/tune_triton.py` writes to `tiles/<gpu>.json`.
-"""
+`tools/tune_triton.py` writes to `tiles/<gpu>.json`."""
 
 from functools import cache, lru_cache
 from pathlib import Path
@@ -97,8 +96,7 @@ def candidates(capability: tuple[int, int]) -> tuple[TileConfig, ...]:
 
 def fits(config: TileConfig, shape: Shape) -> bool:
     """Whether `config` computes `shape`: a K step must stay inside one group of weight scales, and a tile must hold the
-    sums of a group beside those of all, which 128x128 cannot without spilling.
-    """
+    sums of a group beside those of all, which 128x128 cannot without spilling."""
     if shape.group_size == -1:
         return True
     if config.block_m * config.block_n > _MOST_GROUPED_SUMS:
