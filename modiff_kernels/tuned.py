@@ -7,7 +7,7 @@ run. Shapes and choices are NamedTuples; a shape's field `m` is the number of ro
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,16 +25,19 @@ class Store(Generic[ShapeT, ChoiceT]):
     """The files of one backend: shape -> choice, a file per GPU in `folder`."""
 
     folder: Path
-    shape: type[ShapeT]
-    choice: type[ChoiceT]
+    shape: Callable[..., ShapeT]
+    choice: Callable[..., ChoiceT]
 
     def path(self, gpu_name: str) -> Path:
         """The file of a GPU."""
         return self.folder / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
 
+    @cache  # noqa: B019 (stores live as long as the process)
     def load(self, gpu_name: str) -> dict[ShapeT, ChoiceT]:
         """The choices for a GPU, read once in a process; empty if it was never tuned. Not to be changed."""
-        return _load(self, gpu_name)
+        path = self.path(gpu_name)
+        entries = json.loads(path.read_text())["choices"] if path.exists() else []
+        return {self.shape(**entry["shape"]): self.choice(**entry["config"]) for entry in entries}
 
     def save(self, choices: Mapping[ShapeT, ChoiceT], gpu_name: str, about: Mapping[str, str]) -> Path:
         """Write the choices for a GPU, ordered by shape, whole or not at all; `about`: versions and command."""
@@ -49,17 +52,8 @@ class Store(Generic[ShapeT, ChoiceT]):
     def nearest(self, shape: ShapeT, gpu_name: str) -> ChoiceT | None:
         """The choice for `shape`, or for the one that differs in m alone and the least, up to NEAREST_FACTOR."""
         wanted: Any = shape
-        choices: dict[Any, ChoiceT] = _load(self, gpu_name)
+        choices: dict[Any, ChoiceT] = self.load(gpu_name)
         alike = [known for known in choices if known._replace(m=wanted.m) == wanted]
         known = min(alike, key=lambda known: abs(math.log2(known.m / wanted.m)), default=None)
         near = known is not None and abs(math.log2(known.m / wanted.m)) <= math.log2(NEAREST_FACTOR)
         return choices[known] if near else None
-
-
-@cache
-def _load(store: Store[Any, Any], gpu_name: str) -> dict[Any, Any]:
-    path = store.path(gpu_name)
-    if not path.exists():
-        return {}
-    entries = json.loads(path.read_text())["choices"]
-    return {store.shape(**entry["shape"]): store.choice(**entry["config"]) for entry in entries}
