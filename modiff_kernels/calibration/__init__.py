@@ -77,8 +77,8 @@ def calibrate(
         raise ValueError("calibrate: config has weight_bits=None, so no layer is low-bit; give 3, 4 or 8")
     known = [field.name for field in dataclasses.fields(chosen.options)]
     if unknown := [name for name in options if name not in known]:
-        options_are = f"its options are {', '.join(known)}"
-        raise ValueError(f"calibrate: method {method!r} has no option {unknown[0]!r}; {options_are}")
+        allowed = f"its options are {', '.join(known)}"
+        raise ValueError(f"calibrate: method {method!r} has no option {unknown[0]!r}; {allowed}")
     parsed = chosen.options(**{**chosen.defaults, **options})
     for name, value in (("steps", steps), ("samples", samples), ("batch", batch)):
         if not (isinstance(value, int) and value > 0):

@@ -93,8 +93,9 @@ def record(
     if what == "output":
         hook = module.register_forward_hook(lambda module, args, output: keep({0: output}))
     else:
-        inputs = lambda module, args, kwargs: keep({**dict(enumerate(args)), **kwargs})  # noqa: E731
-        hook = module.register_forward_pre_hook(inputs, with_kwargs=True)
+        hook = module.register_forward_pre_hook(
+            lambda module, args, kwargs: keep({**dict(enumerate(args)), **kwargs}), with_kwargs=True
+        )
     with hook, torch.no_grad():
         for points in batches:
             with contextlib.suppress(_Reached):
