@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import sass_report
 
 if TYPE_CHECKING:
-    from modiff_kernels.backends.triton.launch import Variant
+    from tools.triton_forms import Variant
 
 PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
 CUBIN = {80: "sm_80", 90: "sm_90a"}
@@ -61,7 +61,7 @@ class Report:
 
 def variants(capability: int, few: bool) -> Iterator[tuple[str, Variant]]:
     """(name, variant) of all kernels of the backend."""
-    from modiff_kernels.backends.triton.aot import product_variants, quantize_variants
+    from tools.triton_forms import product_variants, quantize_variants
 
     yield from product_variants(divmod(capability, 10), few)
     # The many forms of the quantising kernels: few are those that the other processor does not compile.
@@ -69,7 +69,7 @@ def variants(capability: int, few: bool) -> Iterator[tuple[str, Variant]]:
     for variant in quantize_variants()[turn :: len(PRODUCT_INSTRUCTION)] if few else quantize_variants():
         meta = "-".join(f"{key.lower()}{value}" for key, value in variant.constexprs.items() if key.isupper())
         types = "-".join(kind for kind in variant.signature.values() if kind.startswith("*"))
-        yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.num_warps}", variant
+        yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.options['num_warps']}", variant
 
 
 def compile_variant(name: str, variant: Variant, capability: int) -> tuple[Report, bytes]:
@@ -85,10 +85,7 @@ def compile_variant(name: str, variant: Variant, capability: int) -> tuple[Repor
         constexprs={(names.index(key),): value for key, value in variant.constexprs.items()},
         attrs={(names.index(key),): [["tt.divisibility", 16]] for key in variant.divisible},
     )
-    options = {"num_warps": variant.num_warps}
-    if variant.num_stages is not None:
-        options["num_stages"] = variant.num_stages
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
     cubin = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -96,7 +93,8 @@ def compile_variant(name: str, variant: Variant, capability: int) -> tuple[Repor
         (code,) = sass_report.resources(Path(file.name)).values()
     constants = {key: str(value) for key, value in variant.constexprs.items()}
     words = dict(Counter(re.findall(r"\b[a-z]\w*(?:\.\w+(?:::\w+)?)+", compiled.asm["ptx"])))
-    form = (name, variant.kernel.__name__, capability, variant.num_warps, constants, variant.signature, words)
+    warps, types = variant.options["num_warps"], variant.signature
+    form = (name, variant.kernel.__name__, capability, warps, constants, types, words)
     report = Report(*form, code.registers, code.stack_bytes, compiled.metadata.shared)
     return report, sass_report.machine_code(cubin)[code.kernel]
 

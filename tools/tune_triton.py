@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,7 +40,7 @@ class TritonProducts:
         return tiles.ranked(self.shape(scratch), self.gpu)
 
     def tile(self, candidate: tiles.TileConfig) -> tuple[tiles.TileConfig, int]:
-        return replace(candidate, split_k=1), candidate.split_k
+        return candidate._replace(split_k=1), candidate.split_k
 
     def update(self, scratch: Scratch, candidate: tiles.TileConfig) -> Callable[[], object]:
         from modiff_kernels.backends.triton import product_launch

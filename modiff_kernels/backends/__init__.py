@@ -6,7 +6,7 @@ A backend has two functions and a reason, and its name stands in `BACKENDS`::
     product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> out
     why_not(problem) -> str | None                 why it cannot solve `problem` (of op "quantize", "product", ...)
 
-The arguments are those of `ops.schema`, already checked. Where it has more to offer, also::
+The arguments are those of `ops.schema`, which has their types, already checked. Where it has more to offer, also::
 
     unavailable() -> str | None                    why the whole backend cannot run here
     attention(q, k, v, heads, score_scale)         the op
@@ -24,6 +24,7 @@ A backend may import `reference` and the formats in `quant`, and nothing else of
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 BACKENDS: dict[str, str | None] = {
     "cpu": "cpu",
@@ -38,6 +39,7 @@ BACKENDS: dict[str, str | None] = {
 
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU, for both backends that run there
+MAX_K = 1 << 16  # 255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32
 
 
 def why_no_gpu() -> str | None:
@@ -60,6 +62,18 @@ def why_too_old(capability: tuple[int, int] | None) -> str | None:
     return f"compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
 
 
+def why_no_sums(problem: Any, grouped: bool = False) -> str | None:
+    """Why int32 cannot hold the sums of a product, or its scales do not factor out of them, or None. grouped: those of
+    groups along K need not."""
+    if problem.group_size != -1 and not grouped:
+        return f"group_size={problem.group_size}: only one weight scale per output channel; use group_size=-1"
+    if problem.k > MAX_K:
+        return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
+    if problem.granularity == "per_token" and not problem.is_pointwise:
+        return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
+    return None
+
+
 def source_hash() -> str | None:
     """Hash of csrc in this checkout as in the key `sources` of `build_info`; None where there are no sources."""
     root = Path(__file__).resolve().parents[2] / "csrc"
@@ -68,6 +82,19 @@ def source_hash() -> str | None:
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     lines = "".join(f"{hashlib.sha256((root / name).read_bytes()).hexdigest()} {name}\n" for name in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def load_library(library: Path, causes: str) -> str | None:
+    """Load a compiled library; why that fails, or None. causes: why one may not be there."""
+    import torch
+
+    if not library.exists():
+        return f"{library.name} was not built: {causes}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
 
 
 def library_build_info(namespace: str) -> dict[str, str] | str:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.operands import PROLOGUE_VALUE, PackedWeight, Prologue, Window, sizes_of
+from ..quant.operands import PROLOGUE_VALUE, PackedWeight, Window, sizes_of
 from ..quant.packing import KPACK_V1, pack, unpack
 from ..quant.spec import GRANULARITY_VALUE
-from . import library_build_info
+from . import library_build_info, load_library, why_no_sums
 
 TRACEABLE = True
 VNNI_V1 = "vnni_v1"
@@ -24,25 +24,18 @@ _AVX512, _AVX512_VNNI = 2, 3
 _AUTO_ISA = -1
 _MAX_TAPS = 49
 _MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
-_MAX_K = 65536  # 255 * 128 * k, the largest sum of unsigned codes times weights, stays within int32
 
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why these kernels cannot run here, or None. The library is loaded at the first call."""
     library = Path(__file__).resolve().parent.parent / "_lib" / "libmodiff_cpu.so"
-    if not library.exists():
-        return f"{library.name} was not built (MODIFF_SKIP_BUILD=1); install again without it, with a C++ compiler"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"{library.name} does not load: {error}"
-    for name, fake in _FAKES.items():
+    reason = load_library(library, "MODIFF_SKIP_BUILD=1; install again without it, with a C++ compiler")
+    for name, fake in _FAKES.items() if reason is None else ():
         torch.library.register_fake(f"modiff_cpu::{name}", fake)
-    return None
+    return reason
 
 
-@lru_cache(maxsize=1)
 def isa() -> str:
     """The instruction set that the kernels use on this machine."""
     return _ISA_NAMES[torch.ops.modiff_cpu.isa()]
@@ -68,15 +61,9 @@ def why_not(problem: Any) -> str | None:
         return f"the integer products need AVX-512 VNNI, this CPU has {isa()}"
     if problem.layout != VNNI_V1:
         return f"layout {problem.layout} is not {VNNI_V1}; prepare the weight with ops.prepare_weight"
-    if problem.k > _MAX_K:
-        return f"k={problem.k} products can overflow int32; at most {_MAX_K} are summed"
-    if problem.group_size != -1:
-        return f"group_size {problem.group_size}: only one weight scale per output channel"
     if problem.taps > _MAX_TAPS:
         return f"kernel_size {problem.window.kernel_size} has more than {_MAX_TAPS} taps"
-    if problem.granularity == "per_token" and not problem.is_pointwise:
-        return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
-    return None
+    return why_no_sums(problem)
 
 
 def preferred_layout(problem: Any) -> str:
@@ -102,16 +89,7 @@ def _float32(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float32 else t.float()
 
 
-def quantize(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> tuple[Tensor, Tensor, Tensor]:
     kind, gamma, beta, shift, num_groups, eps, silu = prologue
     norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
@@ -127,18 +105,7 @@ def quantize(
     return codes, used, zero_point if x_hat is None else absmax
 
 
-def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Tensor:
+def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> Tensor:
     granules, n = scale.shape[0], weight.scale.shape[0]
     if window is None:
         # A Linear is a 1x1 convolution over an image of width 1. Its scales may cover any number of rows, so its

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import packing
-from ..quant.operands import PackedWeight, Window, summed
+from ..quant.operands import Window, summed
 from ..quant.packing import KPACK_V1
+from . import why_no_sums
 from .reference import finish, in_shape_of, per_channel, per_row, quantize
 
 __all__ = ["product", "quantize", "unavailable", "why_not"]
 
 _OPS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 _SHIFT = 128
-_MAX_K = 1 << 16  # 255 * 128 * _MAX_K < 2^31: the sum of shifted codes fits int32
 
 
 @lru_cache(maxsize=1)
@@ -63,17 +63,11 @@ def why_not(problem: Any) -> str | None:
         return None
     if problem.layout != KPACK_V1:
         return f"layout {problem.layout} is not {KPACK_V1}; prepare the weight with ops.prepare_weight"
-    if problem.group_size != -1:
-        return f"group_size {problem.group_size}: only one weight scale per output channel"
-    if problem.k > _MAX_K:
-        return f"K = {problem.k}: int32 sums may overflow above {_MAX_K}"
-    if problem.granularity == "per_token" and not problem.is_pointwise:
-        return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
     if problem.window is not None:
         kernel_size, _, padding, dilation, _ = problem.window
         if any(p > (k - 1) * d for k, p, d in zip(kernel_size, padding, dilation)):
             return f"padding {padding} exceeds the window: oneDNN sums windows that lie wholly outside wrongly"
-    return None
+    return why_no_sums(problem)
 
 
 def _sums(codes: Tensor, zero_point: int, weight: Tensor, window: Window | None) -> Tensor:
@@ -94,9 +88,7 @@ def _sums(codes: Tensor, zero_point: int, weight: Tensor, window: Window | None)
 
 
 @torch.no_grad()
-def product(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: PackedWeight, *rest: Any) -> Tensor:
-    """rest: y_hat, bias, skip, window, out_dtype and write_out, as `finish` takes them."""
-    window: Window | None = rest[3]
+def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> Tensor:
     k = summed(codes.shape[-1 if window is None else 1], window)
     dense = in_shape_of(window, packing.unpack(weight.packed, weight.bits, k)).contiguous()
     if zero_point is None or zero_point.shape[0] == 1:
@@ -109,4 +101,4 @@ def product(codes: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Pac
         weight_sums = per_channel(dense.flatten(1).sum(1, dtype=torch.float64), window)
         total = (total - per_row(zero_point, total.shape, window) * weight_sums).to(torch.float32)
     values = total * (per_row(scale, total.shape, window) * per_channel(weight.scale, window))
-    return finish(values, *rest)
+    return finish(values, y_hat, bias, skip, window, out_dtype, write_out)

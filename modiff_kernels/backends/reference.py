@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import affine, packing
-from ..quant.operands import PackedWeight, Prologue, Window, summed
+from ..quant.operands import Prologue, Window, summed
 from ..quant.packing import KPACK_V1
 from ..quant.spec import granule_count, row_count
 
@@ -24,20 +24,11 @@ def why_not(problem: Any) -> str | None:
 
 
 @torch.no_grad()
-def quantize(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    with_zero_point: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, zero_points) -> tuple[Tensor, Tensor, Tensor]:
     image = h.ndim == 4
     x = apply_prologue(h, prologue)
     if x_hat is None:
-        return activation_codes(x, bits, granularity, with_zero_point, image)
+        return activation_codes(x, bits, granularity, zero_points, image)
     return residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
 
 
@@ -86,14 +77,14 @@ def residual_codes(
 
 
 def activation_codes(
-    x: Tensor, bits: int, granularity: str, with_zero_point: bool, image: bool
+    x: Tensor, bits: int, granularity: str, zero_points: bool, image: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points of x itself."""
     count = granule_count(x.shape, granularity, image)
     values = affine.granules(x, count, image)
     low, high = values.aminmax(dim=1)
     _require_finite(low, high)
-    if with_zero_point:
+    if zero_points:
         scale, zero_point = affine.affine_range(low.clamp_max(0.0), high.clamp_min(0.0), bits)
     else:
         scale = affine.residual_scale(torch.maximum(-low, high).clamp_min(0.0), bits)
@@ -110,18 +101,7 @@ def _require_finite(*bounds: Tensor) -> None:
 
 
 @torch.no_grad()
-def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Tensor:
+def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> Tensor:
     values = codes.to(torch.float64)
     if zero_point is not None:
         values = values - per_row(zero_point, codes.shape, window)
@@ -131,7 +111,11 @@ def product(
     if window is not None and scale.shape[0] > codes.shape[0] and not window.is_pointwise:
         values = values * per_row(scale, codes.shape, window).to(torch.float64)  # such scales do not leave the sum
         late = scale.new_ones(1)
-    dense = _dense(weight, codes, window)
+    k = summed(codes.shape[-1 if window is None else 1], window)
+    rows = packing.unpack(weight.packed, weight.bits, k).to(torch.float64)
+    if weight.group_size != -1:
+        rows = rows * affine.expand_weight_scale(weight.scale, k, weight.group_size).to(torch.float64)
+    dense = in_shape_of(window, rows)
     if window is None:
         sums = F.linear(values, dense)
     else:
@@ -140,15 +124,6 @@ def product(
         sums = sums.round()  # they are integers, but the algorithm of a GPU's convolution need not be exact
     sums = sums.to(torch.float32)
     return finish(sums * (per_row(late, sums.shape, window) * factor), y_hat, bias, skip, window, out_dtype, write_out)
-
-
-def _dense(weight: PackedWeight, codes: Tensor, window: Window | None) -> Tensor:
-    """The weight's codes in float64, with groups along K times their scales, in the form torch's operators take."""
-    k = summed(codes.shape[-1 if window is None else 1], window)
-    rows = packing.unpack(weight.packed, weight.bits, k).to(torch.float64)
-    if weight.group_size != -1:
-        rows = rows * affine.expand_weight_scale(weight.scale, k, weight.group_size).to(torch.float64)
-    return in_shape_of(window, rows)
 
 
 def in_shape_of(window: Window | None, rows: Tensor) -> Tensor:
@@ -171,15 +146,7 @@ def per_row(values: Tensor, shape: Sequence[int], window: Window | None) -> Tens
     return rows.reshape(shape[0], 1, shape[2], shape[3]) if image else rows.reshape(*shape[:-1], 1)
 
 
-def finish(
-    values: Tensor,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-) -> Tensor:
+def finish(values: Tensor, y_hat, bias, skip, window, out_dtype, write_out) -> Tensor:
     """What follows the sums, `values` in float32: y_hat, bias, skip and the rounding to out_dtype."""
     if y_hat is not None:
         y_hat.copy_(y_hat.to(torch.float32) + values)

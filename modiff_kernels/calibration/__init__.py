@@ -11,7 +11,7 @@ from torch import nn
 from modiff_kernels.calibration import accuquant, qdiffusion, sampling_aware, static
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 from modiff_kernels.calibration.data import Sampler, pipeline_sampler
-from modiff_kernels.calibration.job import Job, Layers, Options, Split, check_choice, layers_of
+from modiff_kernels.calibration.job import Job, Layers, Options, check_choice, layers_of
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import ModulatedLayer
@@ -77,9 +77,8 @@ def calibrate(
         raise ValueError("calibrate: config has weight_bits=None, so no layer is low-bit; give 3, 4 or 8")
     known = [field.name for field in dataclasses.fields(chosen.options)]
     if unknown := [name for name in options if name not in known]:
-        raise ValueError(
-            f"calibrate: method {method!r} has no option {unknown[0]!r}; its options are {', '.join(known)}"
-        )
+        allowed = f"its options are {', '.join(known)}"
+        raise ValueError(f"calibrate: method {method!r} has no option {unknown[0]!r}; {allowed}")
     parsed = chosen.options(**{**chosen.defaults, **options})
     for name, value in (("steps", steps), ("samples", samples), ("batch", batch)):
         if not (isinstance(value, int) and value > 0):
@@ -101,9 +100,6 @@ def calibrate(
     place = None if folder is None else Path(folder)
     started = time.perf_counter()
     job = Job(unet, sampler, config, parsed, samples, batch, seed, request, place, quiet, layers, kept)
-    for path, layer in (kept or {}).items():
-        if layer.input_scale is not None:
-            job.splits[path] = Split(layer.weight.group_size, layer.input_scale)
     calibrated = chosen.run(job)
     metadata["seconds"] = round(time.perf_counter() - started, 1)
     result = CalibrationResult(method, config, calibrated, metadata)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData, Sampler
@@ -71,11 +71,10 @@ def accuquant(job: Job) -> Layers:
     data = job.data()
     groups = collect_groups(job)
     layers = layers_with_codes(job, data)
-    options, generator = job.options, job.generator("group")
+    options = job.options
     if job.weights is None and options.group_iterations:
-        draw = lambda: int(torch.randint(len(groups.calls), (1,), generator=generator))  # noqa: E731
-        learnt = (groups, layers, reconstruction.WEIGHTS, draw, options.group_iterations, options.group_lr)
-        layers = job.layers_once("codes", layers, functools.partial(_learn, job, "codes", *learnt))
+        rate = (options.group_iterations, options.group_lr)
+        layers = _learn(job, "codes", groups, layers, reconstruction.WEIGHTS, None, *rate)
     return _group_scales(job, data, groups, layers) if job.needs_scales else layers
 
 
@@ -109,7 +108,7 @@ def collect_groups(job: Job) -> Groups:
         target = torch.empty_like(data.sample)
         for own, group in zip(job.bar(points, "group ends", unit="group"), calls):
             for part in own.split(job.batch):
-                target[part] = Rollout(job.unet, job.sampler, data, part, group).run()
+                target[part] = Rollout(job.sampler, data, part, group).run()
         return {"target": target}
 
     return Groups(calls, data, points, job.once("targets", ends)["target"])
@@ -120,15 +119,9 @@ class Rollout:
     called ahead of every call of the network; run() is the call before it, for layers that need it."""
 
     def __init__(
-        self,
-        unet: nn.Module,
-        sampler: Sampler,
-        data: CalibrationData,
-        points: Tensor,
-        calls: range,
-        before: Callable[[Callable[[], Any]], None] = lambda run: None,
+        self, sampler: Sampler, data: CalibrationData, points: Tensor, calls: range, before: Callable = lambda run: None
     ) -> None:
-        self.unet, self.sampler, self.calls, self.before = unet, sampler, calls, before
+        self.unet, self.sampler, self.calls, self.before = sampler.unet, sampler, calls, before
         (self.start, _), self.conditions = data.arguments(points)
         (self.previous, previous_timestep), _ = data.arguments(points, previous=True)
         self.timesteps = {call: data.timesteps[call].expand(len(points)) for call in calls}
@@ -195,17 +188,20 @@ def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
 
 
 def _learn(
-    job: Job, part: str, groups: Groups, layers: Layers, names: Sequence[str], draw: Callable[[], int], *rate: Any
+    job: Job, part: str, groups: Groups, layers: Layers, names: Sequence[str], group: int | None, *rate: Any
 ) -> Layers:
-    """Learn `names` of all layers by the end of groups: in each iteration that of number draw(). rate: as `learn`."""
+    """Learn `names` of all layers by the end of group number `group`, None: of one drawn in each iteration. Kept as
+    `part`. rate: as `learn`."""
+    generator = job.generator("group")
 
     def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
-        group = draw()
-        points, before = groups.points[group][drawn], functools.partial(remember, fakes)
-        rollout = Rollout(job.unet, job.sampler, groups.data, points, groups.calls[group], before)
+        index = int(torch.randint(len(groups.calls), (1,), generator=generator)) if group is None else group
+        points, before = groups.points[index][drawn], functools.partial(remember, fakes)
+        rollout = Rollout(job.sampler, groups.data, points, groups.calls[index], before)
         return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
 
-    return reconstruction.learn(job, part, layers, names, loss_of, groups.data, job.samples, *rate)
+    settings = (job, part, layers, names, loss_of, groups.data, job.samples, *rate)
+    return job.layers_once(part, layers, functools.partial(reconstruction.learn, *settings))
 
 
 def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:
@@ -219,9 +215,8 @@ def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layer
             for path, layer in tabled.items()
         }
         if options.act_iterations:
-            draw = functools.partial(int, index)
-            settings = (groups, own, ("act_scale",), draw, options.act_iterations, options.act_lr)
-            own = job.layers_once(f"scales-{index}", own, functools.partial(_learn, job, f"scales-{index}", *settings))
+            rate = (options.act_iterations, options.act_lr)
+            own = _learn(job, f"scales-{index}", groups, own, ("act_scale",), index, *rate)
         for path, entries in found.items():
             for name, values in entries.items():
                 values += [getattr(own[path], name)] * len(calls)

@@ -160,6 +160,8 @@ class Job:
 
     def input_scale(self, path: str) -> Tensor | None:
         """What the input channels of a layer are multiplied by before they are quantised."""
+        if self.weights is not None:
+            return self.weights[path].input_scale
         return self.splits[path].input_scale if path in self.splits else None
 
     def bar(self, items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> "tqdm[T]":

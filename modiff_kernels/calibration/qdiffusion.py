@@ -108,9 +108,7 @@ def _reconstruct(
             loss = (output - goal).abs().pow(2.0 if weights else options.p).mean()
             return loss + cosine_weight * cosine_distance(output, goal) if cosine_weight else loss
 
-        rate = (options.act_iterations, options.act_lr)
-        if weights:
-            rate = (options.weight_iterations, options.weight_lr)
+        rate = (options.weight_iterations, options.weight_lr) if weights else (options.act_iterations, options.act_lr)
         settings = (loss_of, seen, len(seen), *rate, options.rounding_weight)
         return reconstruction.learn(job, f"{block}-{name}", own, (name,), *settings)
 

@@ -85,19 +85,17 @@ def record(
     recording = Recording(folder, len(data))
     points = torch.empty(0)
 
-    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.write(points, {**dict(enumerate(args)), **kwargs})
-        raise _Reached
-
-    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        recording.write(points, {0: output})
+    def keep(items: Mapping[Any, Any]) -> None:
+        recording.write(points, items)
         raise _Reached
 
     module = unet.get_submodule(block)
     if what == "output":
-        hook = module.register_forward_hook(on_output)
+        hook = module.register_forward_hook(lambda module, args, output: keep({0: output}))
     else:
-        hook = module.register_forward_pre_hook(on_input, with_kwargs=True)
+        hook = module.register_forward_pre_hook(
+            lambda module, args, kwargs: keep({**dict(enumerate(args)), **kwargs}), with_kwargs=True
+        )
     with hook, torch.no_grad():
         for points in batches:
             with contextlib.suppress(_Reached):

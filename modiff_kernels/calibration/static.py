@@ -95,7 +95,7 @@ def with_scales(job: Job, data: CalibrationData, layers: Layers) -> Layers:
     tensors = job.once("activations", compute)
     names = ("act_scale", "act_zero_point")
     return {
-        path: dataclasses.replace(layer, **{n: tensors[f"{path}/{n}"] for n in names if f"{path}/{n}" in tensors})
+        path: dataclasses.replace(layer, **{name: tensors.get(f"{path}/{name}") for name in names})
         for path, layer in layers.items()
     }
 

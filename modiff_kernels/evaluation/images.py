@@ -59,11 +59,10 @@ def write_image(path: Path, image: np.ndarray, options: Mapping[str, Any]) -> No
 
 def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
     columns = math.ceil(math.sqrt(len(images)))
-    height, width = images[0].shape[:2]
-    canvas = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for index, image in enumerate(images):
-        canvas.paste(_picture(image), (index % columns * width, index // columns * height))
-    replace_file(path, lambda new: canvas.save(new, format="PNG"))
+    cells = [*images, *[np.ones_like(images[0])] * (-len(images) % columns)]
+    rows = [np.concatenate(cells[first : first + columns], axis=1) for first in range(0, len(cells), columns)]
+    picture = _picture(np.concatenate(rows))
+    replace_file(path, lambda new: picture.save(new, format="PNG"))
 
 
 def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64, columns: int = 8) -> None:

@@ -11,6 +11,7 @@ Fidelity of a unit: SQNR of its output against float, both fed with the float tr
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -162,7 +163,7 @@ class Bench:
         """SQNR in dB of every unit in every mode, over the float trajectory."""
         sums: dict[tuple[str, Mode], Any] = {}
 
-        def compare(path: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def compare(path: str, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             exact = _tensor_of(output).double()
             for mode, subject in self.subjects.items():
                 out = _tensor_of(subject.unet.get_submodule(name)(*args, **kwargs))
@@ -171,11 +172,8 @@ class Bench:
 
         with contextlib.ExitStack() as undo:
             for path, name in self._modules:
-                hook = self.float.unet.get_submodule(name).register_forward_hook(
-                    lambda m, args, kwargs, out, path=path, name=name: compare(path, name, args, kwargs, out),
-                    with_kwargs=True,
-                )
-                undo.callback(hook.remove)
+                module, hook = self.float.unet.get_submodule(name), functools.partial(compare, path, name)
+                undo.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             for subject in self.subjects.values():
                 undo.enter_context(subject.run())
             for call in self.calls:
@@ -227,8 +225,8 @@ class Bench:
 
         for path, name in self._modules:
             module = unet.get_submodule(name)
-            undo.callback(module.register_forward_pre_hook(lambda m, x: begun.append(self.timer.mark())).remove)
-            undo.callback(module.register_forward_hook(lambda m, x, y, path=path: leave(path)).remove)
+            undo.enter_context(module.register_forward_pre_hook(lambda m, x: begun.append(self.timer.mark())))
+            undo.enter_context(module.register_forward_hook(lambda m, x, y, path=path: leave(path)))
         return spans
 
 
@@ -249,15 +247,10 @@ def recorded(unet: nn.Module, sample: Sample) -> tuple[list[Call], np.ndarray]:
         with torch.inference_mode(False), torch.no_grad():
             calls.append(tree_unflatten([kept(value, place) for place, value in enumerate(values)], structure))
 
-    hook = unet.register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    with unet.register_forward_pre_hook(record, with_kwargs=True):
         pictures = np.asarray(sample(unet))
-    finally:
-        hook.remove()
     if len(calls) < LEAST_CALLS:
-        raise ValueError(
-            f"make_plan: the sampling called the UNet {len(calls)} times; give one with {LEAST_CALLS} calls or more"
-        )
+        raise ValueError(f"make_plan: sampling called the UNet {len(calls)} times; give one with {LEAST_CALLS} or more")
     return calls, pictures
 
 

@@ -58,8 +58,8 @@ class Steps:
         return name
 
     def _follow(self, timestep: Any, alike: Sequence[str], again: bool) -> str:
-        """Go to the step of a call with this timestep; its context. alike: contexts with its conditions. again: the sample
-        is that of the call before."""
+        """Go to the step of a call with this timestep; its context. alike: contexts with its conditions. again: whether
+        the sample is that of the call before."""
         at = value = self._timesteps.value(timestep)
         if value is None and isinstance(timestep, Tensor) and timestep.ndim < 2:
             at = timestep.data_ptr(), tensor_version(timestep)

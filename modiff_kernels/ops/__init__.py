@@ -7,22 +7,6 @@ from .dispatch import BackendUnavailable, preferred_layout
 from .problem import Problem
 from .schema import attention, modulate, modulate_kernel, pack_weight, prepare_weight, product, quantize, unpack_weight
 
-__all__ = [
-    "GEGLU",
-    "IDENTITY",
-    "BackendUnavailable",
-    "PackedWeight",
-    "Problem",
-    "Prologue",
-    "Window",
-    "attention",
-    "dispatch",
-    "modulate",
-    "modulate_kernel",
-    "pack_weight",
-    "preferred_layout",
-    "prepare_weight",
-    "product",
-    "quantize",
-    "unpack_weight",
-]
+__all__ = ["attention", "modulate", "modulate_kernel", "pack_weight", "prepare_weight", "product", "quantize"]
+__all__ += ["BackendUnavailable", "Problem", "dispatch", "preferred_layout", "unpack_weight"]
+__all__ += ["GEGLU", "IDENTITY", "PackedWeight", "Prologue", "Window"]

@@ -35,8 +35,9 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -
     if scale is not None:
         if granularity == "per_block":
             raise ValueError(f"{op}: granularity='per_block' finds its scales itself; leave scale None (dynamic)")
-        lengths = granule_count(shape, granularity, image), 1
-        _require_scale(op, h, scale, lengths, f"granularity {granularity}, or one scale for all")
+        count = granule_count(shape, granularity, image)
+        must = f"of length {count} or 1 (granularity {granularity}, or one scale for all)"
+        _require_scale(op, h, scale, scale.numel() in (count, 1), must)
     problem = _problem(op, h, h.dtype, x_hat, m=row_count(shape, image), k=shape[1 if image else -1], act_bits=bits)
     return replace(problem, granularity=granularity, prologue=prologue.kind, scale_given=scale is not None)
 
@@ -91,12 +92,11 @@ def modulate(
     h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
 ) -> Problem:
     op = "modulate"
-    quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
+    codes = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
     _require_activation(op, "x_hat", x_hat, window is not None)
     problem = _product(op, x_hat, weight, y_hat, skip, window, out_dtype, write_out)
-    return replace(
-        problem, act_bits=bits, granularity=granularity, prologue=prologue.kind, scale_given=scale is not None
-    )
+    fields = {name: getattr(codes, name) for name in ("act_bits", "granularity", "prologue", "scale_given")}
+    return replace(problem, **fields)
 
 
 def _product(op, x, weight, y_hat, skip, window, out_dtype, write_out) -> Problem:
@@ -151,26 +151,21 @@ def pack_weight(weight_q: Tensor, weight_bits: int) -> Problem:
     check_bits(op, "weight_bits", weight_bits)
     _require_tensors(op, weight_q, torch.int8, weight_q=weight_q)
     if weight_q.ndim != 2:
-        raise ValueError(
-            f"{op}: weight_q has {_text(weight_q)}; expected [N, K], for a convolution K in (r, s, c) order"
-        )
-    return _packing(op, weight_q, weight_bits, *weight_q.shape)
+        raise ValueError(f"{op}: weight_q has {_text(weight_q)}; expected [N, K], of a convolution K = (r, s, c)")
+    n, k = weight_q.shape
+    return _problem(op, weight_q, None, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
 
 
 def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Problem:
     op = "unpack_weight"
     check_bits(op, "weight_bits", weight_bits)
     _require_kpack_v1(op, weight_packed, weight_bits, n, k)
-    return _packing(op, weight_packed, weight_bits, n, k)
+    return _problem(op, weight_packed, None, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
 
 
 def _problem(op: str, x: Tensor, dtype: torch.dtype | None, state: Tensor | None = None, **fields: Any) -> Problem:
     state_dtype = None if state is None else state.dtype
     return Problem(op, x.device.type, capability(x.device), dtype, state_dtype, **fields)
-
-
-def _packing(op: str, x: Tensor, bits: int, n: int, k: int) -> Problem:
-    return _problem(op, x, None, n=n, k=k, weight_bits=bits, layout=KPACK_V1)
 
 
 def _text(t: Tensor) -> str:
@@ -179,15 +174,12 @@ def _text(t: Tensor) -> str:
 
 def _require_tensors(op: str, x: Tensor, dtype: torch.dtype | None, **tensors: Tensor | None) -> None:
     """Of this dtype, None: a floating one; on x's device."""
+    allowed: tuple[Any, ...] = FLOAT_DTYPES if dtype is None else (dtype,)
+    must = "allowed are float32, float16 and bfloat16; convert it" if dtype is None else f"it must be {dtype}"
     for name, t in tensors.items():
-        if t is None:
-            continue
-        if t.dtype not in (FLOAT_DTYPES if dtype is None else (dtype,)):
-            allowed = (
-                "allowed are float32, float16 and bfloat16; convert it" if dtype is None else f"it must be {dtype}"
-            )
-            raise TypeError(f"{op}: {name} is {t.dtype}; {allowed}")
-        if t.device != x.device:
+        if t is not None and t.dtype not in allowed:
+            raise TypeError(f"{op}: {name} is {t.dtype}; {must}")
+        if t is not None and t.device != x.device:
             raise ValueError(f"{op}: {name} is on {t.device}, the first argument on {x.device}; move all to one device")
 
 
@@ -224,23 +216,20 @@ def _require_vector(op: str, name: str, t: Tensor | None, length: int) -> None:
         raise ValueError(f"{op}: {name} has {_text(t)}; it must be a contiguous vector of length {length}")
 
 
-def _require_scale(op: str, x: Tensor, scale: Tensor, lengths: Sequence[int], meaning: str) -> None:
+def _require_scale(op: str, x: Tensor, scale: Tensor, fits: bool, must: str) -> None:
     _require_tensors(op, x, torch.float32, scale=scale)
-    if scale.ndim != 1 or not scale.is_contiguous() or scale.shape[0] not in lengths:
-        wanted = " or ".join(str(length) for length in dict.fromkeys(lengths))
-        raise ValueError(f"{op}: scale has {_text(scale)}; it must be 1-D of length {wanted} ({meaning})")
+    if scale.ndim != 1 or not scale.is_contiguous() or not fits:
+        raise ValueError(f"{op}: scale has {_text(scale)}; it must be 1-D {must}")
 
 
 def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:
-    samples, rows = codes.shape[0], row_count(codes.shape, image)
+    samples, rows, count = codes.shape[0], row_count(codes.shape, image), scale.numel()
     if image:
-        _require_scale(op, codes, scale, (1, samples, rows), "one for all, one per image, one per pixel")
+        must = f"of length 1 or {samples} or {rows} (one for all, one per image, one per pixel)"
+        _require_scale(op, codes, scale, count in (1, samples, rows), must)
     else:
-        _require_tensors(op, codes, torch.float32, scale=scale)
-        if scale.ndim != 1 or scale.shape[0] < 1 or rows % scale.shape[0] != 0 or not scale.is_contiguous():
-            must = f"its length divide the {rows} rows of codes (one for all, one per sample, one per row)"
-            raise ValueError(f"{op}: scale has {_text(scale)}; it must be 1-D and {must}")
-    count = scale.shape[0]
+        must = f"and its length divide the {rows} rows of codes (one for all, one per sample, one per row)"
+        _require_scale(op, codes, scale, count > 0 and rows % count == 0, must)
     if count == 1:
         return "per_tensor"
     return "per_token" if count == rows and count != samples else "per_sample"

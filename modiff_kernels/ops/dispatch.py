@@ -142,9 +142,8 @@ def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
     _checked_name(backend, "backend")
     forced = forced_backend()
     if forced is not None and backend not in (AUTO, forced):
-        raise BackendUnavailable(
-            f"backend={backend!r} was asked for, but MODIFF_BACKEND={forced} forces another; unset it or pass 'auto'"
-        )
+        text = f"MODIFF_BACKEND={forced} forces another; unset it or pass 'auto'"
+        raise BackendUnavailable(f"backend={backend!r} was asked for, but {text}")
     demanded = forced or backend
     return (demanded,) if demanded != AUTO else tuple(name for name in BACKENDS if runs_on(name, device_type))
 

@@ -3,13 +3,12 @@
 Time = prologue bytes / bandwidth + max(operations / rate, product bytes / bandwidth), without launches and caches.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 from modiff_kernels.config.plan import FLOAT, MODULATED, Mode
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """A device in three numbers: float and int8 operations per second (a multiply-add is two), bytes per second."""
 
     float_ops: float
@@ -17,8 +16,7 @@ class Machine:
     bandwidth: float
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
+class LayerShape(NamedTuple):
     """A Linear or Conv2d: elements of its input, output and weight, and multiply-adds, each for the whole batch."""
 
     inputs: int

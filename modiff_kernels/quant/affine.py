@@ -142,8 +142,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str
     check_bits(where, "bits", bits)
     check_group_size(where, group_size)
     if method not in WEIGHT_METHODS:
-        known = ", ".join(map(repr, WEIGHT_METHODS))
-        raise ValueError(f"{where}: method={method!r} is not known; choose one of {known}")
+        raise ValueError(f"{where}: method={method!r} is not known; choose one of {str(WEIGHT_METHODS)[1:-1]}")
     rows = weight_rows(weight.detach()).to(torch.float32)
     if not torch.isfinite(rows).all():
         raise ValueError(f"{where}: weight holds NaN or Inf; repair the checkpoint before quantising it")

@@ -29,7 +29,7 @@ def test_reasons():
     assert onednn.why_not(PROBLEM) is None
     for changes, reason in (
         ({"layout": "vnni_v1"}, "layout vnni_v1 is not kpack_v1"),
-        ({"k": onednn._MAX_K + 1}, "int32 sums may overflow"),
+        ({"k": 65537, "window": None}, "k=65537 products can overflow int32"),
         ({"window": Window((3, 3), padding=(1, 3))}, "padding (1, 3) exceeds the window"),
     ):
         assert reason in onednn.why_not(replace(PROBLEM, **changes))

@@ -72,7 +72,7 @@ def test_gradient_against_back_propagation(pipe, sampler, layers, steps, form):
         parameters = watch(fakes)
         loss = (whole_graph(pipe, sampler, data.sample, calls, form) - target).square().mean()
         expected = torch.autograd.grad(loss, parameters)
-        rollout = Rollout(pipe.unet, sampler, data, torch.arange(2), calls)
+        rollout = Rollout(sampler, data, torch.arange(2), calls)
         found_loss = EndLoss.apply(rollout, target, form, *parameters)
         found = torch.autograd.grad(3 * found_loss, parameters)
     torch.testing.assert_close(found_loss, loss)
@@ -97,7 +97,7 @@ def test_memory_does_not_grow_with_the_steps_of_a_group(pipe, sampler, layers, f
         parameters = watch(fakes)
 
         def back_propagate(steps):
-            rollout = Rollout(pipe.unet, sampler, data, torch.arange(2), range(1, 1 + steps))
+            rollout = Rollout(sampler, data, torch.arange(2), range(1, 1 + steps))
             torch.autograd.grad(EndLoss.apply(rollout, target, form, *parameters), parameters)
 
         few, many = (peak_bytes(functools.partial(back_propagate, steps)) for steps in (2, 6))
@@ -135,7 +135,7 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
             for path, fake in fakes.items():
                 fake.variable.copy_(result.layers[path].weight.codes)
             ends = [
-                Rollout(pipe.unet, sampler, groups.data, points, calls).run() - groups.target[points]
+                Rollout(sampler, groups.data, points, calls).run() - groups.target[points]
                 for points, calls in zip(groups.points, groups.calls)
             ]
         errors[iterations] = torch.cat(ends).square().mean()
@@ -145,7 +145,7 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
 def test_scales_of_groups_are_learnt_saved_and_used(pipe, tmp_path, monkeypatch):
     config = dataclasses.replace(STATIC, mode="modulated")
     whole = mk.calibrate(pipe, "accuquant", config, **SMALL, **FEW)
-    calls = interrupt(monkeypatch, accuquant, "_learn", 3)
+    calls = interrupt(monkeypatch, accuquant.reconstruction, "learn", 3)
     with pytest.raises(KeyboardInterrupt):
         mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)
     again = mk.calibrate(pipe, "accuquant", config, folder=tmp_path, **SMALL, **FEW)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import library_build_info, why_no_gpu
+from .. import library_build_info, load_library, why_no_gpu
 
 LIBRARY = Path(__file__).resolve().parents[2] / "_lib" / "libmodiff_cuda.so"
 
@@ -14,14 +14,8 @@ LIBRARY = Path(__file__).resolve().parents[2] / "_lib" / "libmodiff_cuda.so"
 @lru_cache(maxsize=1)
 def why_not_loaded() -> str | None:
     """Why the library is not there, or None. It is loaded at the first call."""
-    if not LIBRARY.exists():
-        causes = "no nvcc was found at installation, or MODIFF_CUDA=OFF or MODIFF_SKIP_BUILD=1 was set"
-        return f"{LIBRARY.name} was not built: {causes}"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY.name} does not load: {error}"
-    return None
+    causes = "no nvcc was found at installation, or MODIFF_CUDA=OFF or MODIFF_SKIP_BUILD=1 was set"
+    return load_library(LIBRARY, causes)
 
 
 def build_info() -> dict[str, str] | str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...quant.operands import PackedWeight, Prologue
 from .. import LEAST_CAPABILITY
 from .product_launch import PACKED_MULTIPLE, product
 from .quantize_launch import quantize
@@ -29,10 +28,9 @@ def why_not(problem: Any) -> str | None:
 
 
 def modulate(
-    h: Tensor, prologue: Prologue, x_hat: Tensor, scale: Tensor | None, weight: PackedWeight, *rest: Any
+    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.modulate` of what `why_not` accepts."""
-    y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out = rest
     codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, False, packed=True)
     out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
     return out, used, absmax

@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...quant.operands import PackedWeight, Window
+from ...quant.operands import Window
 from ...quant.packing import KPACK_V1
+from .. import why_no_sums
 from . import library
 from .tiles import Tile, choose
 
 _ALIGNMENT = 16
 CHANNEL_MULTIPLE = 16  # codes are copied in chunks of 16 bytes, each inside one tap
 PACKED_MULTIPLE = 32  # 4- and 3-bit weights in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes
-MAX_K = 1 << 16  # 255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32
 MAX_ROWS = 1 << 30  # of the output, times the stride: 31 bits hold them, a border and a tile's rows past the end
 MAX_OUTPUTS = 1 << 39  # 2^31 blocks of 64 x 64 outputs, with K in 16 splits
 
@@ -33,17 +33,7 @@ def geometry_of(codes: Tensor, n: int, window: Window | None) -> tuple[int, ...]
 
 
 def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-    tile: Tile | None = None,
+    codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out, tile: Tile | None = None
 ) -> Tensor:
     """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: as measured on this GPU, else
     the kernels choose."""
@@ -61,22 +51,16 @@ def why_not(problem: Any) -> str | None:
     stride = (1, 1) if problem.window is None else problem.window.stride
     if problem.layout != KPACK_V1:
         return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
-    if problem.group_size != -1:
-        return f"group_size={problem.group_size}: only one weight scale per output channel; use group_size=-1"
     if problem.window is not None and problem.window.groups != 1:
         return f"groups={problem.window.groups}: only convolutions over all channels"
-    if problem.granularity == "per_token" and not problem.is_pointwise:
-        return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
     if problem.channels % CHANNEL_MULTIPLE != 0:
         wanted = f"at a time, so their number must be divisible by {CHANNEL_MULTIPLE}"
         return f"{problem.channels} input channels: codes are read {CHANNEL_MULTIPLE} {wanted}"
     if problem.weight_bits != 8 and problem.k % PACKED_MULTIPLE != 0:
         wanted = f"k must be divisible by {PACKED_MULTIPLE}, as they are read; use weight_bits=8"
         return f"{problem.weight_bits}-bit weights with k={problem.k}: {wanted}"
-    if problem.k > MAX_K:
-        return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
     if problem.m * stride[0] * stride[1] >= MAX_ROWS:
         return f"m={problem.m} rows at stride {stride}; less than 2^30 pixels are counted"
     if problem.m * problem.n >= MAX_OUTPUTS:
         return f"{problem.m} x {problem.n} outputs may take more blocks than a launch has; less than 2^39 always fit"
-    return None
+    return why_no_sums(problem)

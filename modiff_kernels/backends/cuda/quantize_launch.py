@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...quant.operands import PROLOGUE_VALUE, Prologue, sizes_of
+from ...quant.operands import PROLOGUE_VALUE, sizes_of
 from ...quant.spec import GRANULARITY_VALUE
 from . import library
 
@@ -14,15 +14,7 @@ MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vect
 
 
 def quantize(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    affine: bool,
-    packed: bool = False,
+    h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked; with `packed` the codes of every row are in kpack_v1."""
     kind, *norm = prologue

@@ -14,8 +14,6 @@ import torch
 from ...tuned import Store
 from . import library
 
-TILES = Path(__file__).resolve().parent / "tiles"
-
 
 class Tile(NamedTuple):
     """csrc/cuda/product.h Tiling: tiles of rows x columns outputs by the kernels of sm_90 or sm_80; splits of K."""
@@ -40,7 +38,7 @@ class Shape(NamedTuple):
     code_bits: int
 
 
-STORE = Store(TILES, Shape, Tile)
+STORE = Store(Path(__file__).resolve().parent / "tiles", Shape, Tile)
 
 
 def shape_of(geometry: Sequence[int], weight_bits: int, code_bits: int) -> Shape:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from ...quant.packing import KPACK_V1
-from .. import LEAST_CAPABILITY, why_no_gpu, why_too_old
+from .. import LEAST_CAPABILITY, why_no_gpu, why_no_sums, why_too_old
 from . import quantize_tiling, tiles
 
-MAX_K = 1 << 16  # 255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32
 MAX_ROWS = 1 << 31
 
 _FUNCTIONS = {"quantize": ".quantize_launch", "product": ".product_launch", "modulate": ".modulate_linear"}
@@ -61,13 +60,9 @@ def _product_why_not(problem: Any) -> str | None:
     if not any(tiles.fits(tile, shape) for tile in tiles.candidates(problem.capability or LEAST_CAPABILITY)):
         wanted = "a step along K is inside one group, so both (channels: above 1x1 only) must be divisible by 32"
         return f"group_size={shape.group_size} with {shape.channels} input channels per tap: {wanted}"
-    if problem.k > MAX_K:
-        return f"k={problem.k} products can overflow int32; at most {MAX_K} are summed"
     if problem.m >= MAX_ROWS:
         return f"m={problem.m} rows; they are counted in int32"
-    if problem.granularity == "per_token" and not problem.is_pointwise:
-        return "per_token scales do not factor out of a convolution larger than 1x1, stride 1"
-    return None
+    return why_no_sums(problem, grouped=True)
 
 
 def _modulate_why_not(problem: Any) -> str | None:

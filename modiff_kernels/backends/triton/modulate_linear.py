@@ -15,14 +15,11 @@ that); x_hat is written in the walk over the last tile, by the step that loads a
 scales need the absmax of whole rows first, one walk more: granularity per_token only.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...quant.operands import PackedWeight, Prologue
 from ...quant.packing import packed_width
 from ...quant.spec import granule_count
 from .launch import launch
@@ -109,10 +106,9 @@ def modulate_linear_kernel(
 
 
 def modulate(
-    h: Tensor, prologue: Prologue, x_hat: Tensor, scale: Tensor | None, weight: PackedWeight, *rest: Any
+    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.modulate` of what `why_not` accepts: no window, no prologue, a scale that is given or per token."""
-    y_hat, skip, _, out_dtype, bits, granularity, clip_ratio, write_out = rest
     n, channels = weight.n, h.shape[-1]
     m = h.numel() // channels
     count = granule_count(h.shape, granularity, False)

@@ -70,8 +70,7 @@ def _finish(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what may be written at start (64
-    bits) + at (32 bits, inside of the tile, which saves a register per address).
-    """
+    bits) + at (32 bits, inside of the tile, which saves a register per address)."""
     scale_at = rows // rows_per_scale
     row_scale = tl.load(scale + scale_at)
     if zero_point is not None:

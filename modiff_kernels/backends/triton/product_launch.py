@@ -62,17 +62,7 @@ def weight_sums(weight: PackedWeight, geometry: Geometry, block_k: int) -> Tenso
 
 
 def product(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    weight: PackedWeight,
-    y_hat: Tensor | None,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    window: Window | None,
-    out_dtype: torch.dtype,
-    write_out: bool,
-    tile: TileConfig | None = None,
+    codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out, tile: TileConfig | None = None
 ) -> Tensor:
     """`ops.product`, its arguments already checked, in `tile` or the one that is chosen for its shape."""
     n, grouped = weight.n, weight.group_size != -1

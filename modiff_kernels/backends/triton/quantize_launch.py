@@ -4,12 +4,11 @@ Launches: one with scales given (and one that clears absmax, unless they are per
 one that clears the scratch. A group norm has two more (quantize_group_norm.py), which clear the scratch themselves.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...quant.operands import Prologue
 from ...quant.spec import BLOCK_ROWS
 from .launch import launch
 from .quantize_group_norm import fold_group_norm
@@ -17,34 +16,19 @@ from .quantize_kernel import quantize_kernel, range_kernel
 from .quantize_tiling import Tiling, tiling_of
 
 
-class Ranges(NamedTuple):
-    """int32 scratch of the passes: `largest` [granules] (affine: twice), `block` [N, ceil(R/16), C] or None."""
-
-    largest: Tensor
-    block: Tensor | None
-
-
-def _make_ranges(tiling: Tiling, affine: bool, device: torch.device, zeroed: bool) -> Ranges:
-    """Scratch for the passes; not `zeroed`: another kernel does that and saves a launch."""
+def _make_ranges(tiling: Tiling, affine: bool, device: torch.device, zeroed: bool) -> tuple[Tensor, Tensor | None]:
+    """int32 scratch of the passes: `largest` [granules] (affine: twice) and `block` [N, ceil(R/16), C] or None. Not
+    `zeroed`: another kernel does that and saves a launch."""
     make = torch.zeros if zeroed and tiling.granularity != "per_token" else torch.empty
     largest = make(tiling.granules * (2 if affine else 1), dtype=torch.int32, device=device)
     if tiling.granularity != "per_block":
-        return Ranges(largest, None)
+        return largest, None
     blocks = (tiling.samples, -(-tiling.rows // BLOCK_ROWS), tiling.channels)
     make = torch.empty if tiling.block_r == BLOCK_ROWS else torch.zeros
-    return Ranges(largest, make(blocks, dtype=torch.int32, device=device))
+    return largest, make(blocks, dtype=torch.int32, device=device)
 
 
-def quantize(
-    h: Tensor,
-    prologue: Prologue,
-    x_hat: Tensor | None,
-    scale: Tensor | None,
-    bits: int,
-    granularity: str,
-    clip_ratio: float,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked."""
     kind, a, b, _, _, eps, silu = prologue
     like = x_hat if x_hat is not None else h
@@ -53,9 +37,9 @@ def quantize(
     affine = affine and x_hat is None
     tiling = tiling_of(h, like, granularity, bits, kind)
     source = "given" if scale is not None else "tile" if tiling.granularity == "per_token" else "reduced"
-    ranges = _make_ranges(tiling, affine, h.device, zeroed=kind != "group_norm")
+    largest, block = _make_ranges(tiling, affine, h.device, zeroed=kind != "group_norm")
     if kind == "group_norm":
-        clear = None if tiling.granularity == "per_token" else ranges.largest
+        clear = None if tiling.granularity == "per_token" else largest
         a, b = fold_group_norm(h, prologue, tiling, clear, backwards=source != "reduced")
     sizes = tiling.rows, tiling.channels, tiling.granules
     form: dict[str, Any] = {
@@ -63,13 +47,15 @@ def quantize(
         "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c,
     }  # fmt: skip
     if source == "reduced":
-        launch(range_kernel, tiling.grid, h, x_hat, a, b, *ranges, *sizes, eps, **form, num_warps=tiling.num_warps)
+        launch(
+            range_kernel, tiling.grid, h, x_hat, a, b, largest, block, *sizes, eps, **form, num_warps=tiling.num_warps
+        )
     codes = torch.empty_like(like, dtype=torch.int8)
     used = torch.empty(tiling.granules, dtype=torch.float32, device=h.device)
     zero_point = torch.empty(tiling.granules, dtype=torch.int32, device=h.device) if x_hat is None else None
     launch(
-        quantize_kernel, tiling.grid, h, x_hat, a, b, scale, *ranges, codes, used, zero_point,
+        quantize_kernel, tiling.grid, h, x_hat, a, b, scale, largest, block, codes, used, zero_point,
         *sizes, 0 if scale is None or scale.shape[0] == 1 else 1, eps, clip_ratio, float(1 << (bits - 1)),
         SOURCE=source, **form, num_warps=tiling.num_warps,
     )  # fmt: skip
-    return codes, used, ranges.largest.view(torch.float32) if zero_point is None else zero_point
+    return codes, used, largest.view(torch.float32) if zero_point is None else zero_point

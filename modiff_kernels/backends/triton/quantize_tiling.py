@@ -61,35 +61,27 @@ def tiling(
     if granularity in ("per_tensor", "per_token") and prologue != "group_norm":
         samples, rows = 1, samples * rows
     whole_rows = granularity == "per_token" or prologue == "layer_norm"
-    if granularity == "per_block":
-        blocks = block_tile(channels, whole_rows, bytes_read)
-    else:
-        blocks = tile(samples, rows, channels, whole_rows, bytes_read)
+    blocks = tile(samples, rows, channels, whole_rows, bytes_read, granularity == "per_block")
     return Tiling(samples, rows, channels, granularity, granules, *blocks)
 
 
 @lru_cache(maxsize=4096)
-def tile(samples: int, rows: int, channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
-    """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle."""
+def tile(
+    samples: int, rows: int, channels: int, whole_rows: bool, bytes_read: int, per_block: bool = False
+) -> tuple[int, int, int]:
+    """BLOCK_R, BLOCK_C, num_warps: _TILE_BYTES at `bytes_read` per element, less where that leaves SMs idle. per_block:
+    the rows of one block (a part where rows are whole, which fills more registers), else with as many warps as leave 16
+    elements to a thread."""
     most = _TILE_BYTES // bytes_read
     block_c = _channel_block(channels, whole_rows)
-    block_r = max(1, min(most // block_c, next_power_of_2(rows)))
-    columns = samples * -(-channels // block_c)
-    while block_r > 1 and block_r * block_c > _LEAST_TILE and columns * -(-rows // block_r) < _ENOUGH_PROGRAMS:
+    if per_block and not whole_rows:
+        block_c = min(block_c, most // BLOCK_ROWS)
+        return BLOCK_ROWS, block_c, max(1, BLOCK_ROWS * block_c // 512)
+    block_r = max(1, min(most // block_c, BLOCK_ROWS if per_block else next_power_of_2(rows)))
+    columns, enough = samples * -(-channels // block_c), 0 if per_block else _ENOUGH_PROGRAMS
+    while block_r > 1 and block_r * block_c > _LEAST_TILE and columns * -(-rows // block_r) < enough:
         block_r //= 2
     return block_r, block_c, min(16, max(4, 4 * block_r * block_c // most))
-
-
-def block_tile(channels: int, whole_rows: bool, bytes_read: int) -> tuple[int, int, int]:
-    """`tile` for per_block: the rows of one block (a part where rows are whole, which fills more registers), and
-    as many warps as leave 16 elements to a thread."""
-    most = _TILE_BYTES // bytes_read
-    block_c = _channel_block(channels, whole_rows)
-    if whole_rows:
-        block_r = max(1, min(BLOCK_ROWS, most // block_c))
-        return block_r, block_c, min(16, max(4, 4 * block_r * block_c // most))
-    block_c = min(block_c, most // BLOCK_ROWS)
-    return BLOCK_ROWS, block_c, max(1, BLOCK_ROWS * block_c // 512)
 
 
 def _channel_block(channels: int, whole_rows: bool) -> int:

@@ -1,8 +1,6 @@
 """Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU, which
-`tools/tune_triton.py` writes to `tiles/<gpu>.json`.
-"""
+`tools/tune_triton.py` writes to `tiles/<gpu>.json`."""
 
-from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +9,8 @@ import torch
 
 from ...tuned import Store
 
-TILES = Path(__file__).resolve().parent / "tiles"
 
-
-@dataclass(frozen=True)
-class TileConfig:
+class TileConfig(NamedTuple):
     """Output tile, k-block, and how a program runs; split_k > 1 shares out K between programs."""
 
     block_m: int
@@ -101,8 +96,7 @@ def candidates(capability: tuple[int, int]) -> tuple[TileConfig, ...]:
 
 def fits(config: TileConfig, shape: Shape) -> bool:
     """Whether `config` computes `shape`: a K step must stay inside one group of weight scales, and a tile must hold the
-    sums of a group beside those of all, which 128x128 cannot without spilling.
-    """
+    sums of a group beside those of all, which 128x128 cannot without spilling."""
     if shape.group_size == -1:
         return True
     if config.block_m * config.block_n > _MOST_GROUPED_SUMS:
@@ -166,11 +160,11 @@ def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
     for config in candidates(gpu.capability):
         if fits(config, shape):
             most = shape.taps * -(-shape.channels // config.block_k) // _LEAST_STEPS
-            found += [replace(config, split_k=splits) for splits in (1, 2, 4, 8, 16) if splits <= max(most, 1)]
+            found += [config._replace(split_k=splits) for splits in (1, 2, 4, 8, 16) if splits <= max(most, 1)]
     return sorted(found, key=lambda config: estimated_cycles(config, shape, gpu))
 
 
-STORE = Store(TILES, Shape, TileConfig)
+STORE = Store(Path(__file__).resolve().parent / "tiles", Shape, TileConfig)
 
 
 @lru_cache(maxsize=4096)

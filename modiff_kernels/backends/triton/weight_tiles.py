@@ -39,18 +39,12 @@ def _unbias_ptx(output: str, bias: int) -> str:
 
 
 # A nibble's two's complement is (u ^ 8) - 8.
-NIBBLES_PTX = _fields_ptx(4) + "".join(
-    f"xor.b32 {output}, {output}, {0x08080808};\n" + _unbias_ptx(output, 8) for output in ("$0", "$1")
-)
-PAIRS_PTX = _fields_ptx(2)
-BITS_PTX = _fields_ptx(1)
+_SIGNED = "".join(f"xor.b32 {out}, {out}, {0x08080808};\n" + _unbias_ptx(out, 8) for out in ("$0", "$1"))
+NIBBLES_PTX = tl.constexpr(_fields_ptx(4) + _SIGNED)
+PAIRS_PTX = tl.constexpr(_fields_ptx(2))
+BITS_PTX = tl.constexpr(_fields_ptx(1))
 # From the two low bits ($1) and the high bit ($2) of code + 4.
-THREE_BITS_PTX = "shl.b32 $0, $2, 2;\nor.b32 $0, $0, $1;\n" + _unbias_ptx("$0", 4)
-
-_NIBBLES = tl.constexpr(NIBBLES_PTX)
-_PAIRS = tl.constexpr(PAIRS_PTX)
-_BITS = tl.constexpr(BITS_PTX)
-_THREE_BITS = tl.constexpr(THREE_BITS_PTX)
+THREE_BITS_PTX = tl.constexpr("shl.b32 $0, $2, 2;\nor.b32 $0, $0, $1;\n" + _unbias_ptx("$0", 4))
 
 
 @triton.jit
@@ -60,7 +54,7 @@ def _nibbles(packed):
         low, high = (signed << 4) >> 4, signed >> 4
     else:
         low, high = tl.inline_asm_elementwise(
-            _NIBBLES, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            NIBBLES_PTX, "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
     return low, high
 
@@ -71,7 +65,12 @@ def _pairs(packed):
         a, b, c, d = packed & 3, (packed >> 2) & 3, (packed >> 4) & 3, packed >> 6
     else:
         a, b, c, d = tl.inline_asm_elementwise(
-            _PAIRS, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4
+            PAIRS_PTX,
+            "=&r,=&r,=&r,=&r,r",
+            [packed],
+            dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8),
+            is_pure=True,
+            pack=4,
         )
     return tl.join(tl.join(a, c), tl.join(b, d))
 
@@ -83,7 +82,7 @@ def _bits(packed):
         e, f, g, h = (packed >> 4) & 1, (packed >> 5) & 1, (packed >> 6) & 1, packed >> 7
     else:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            _BITS,
+            BITS_PTX,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
             [packed],
             dtype=(tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8, tl.uint8),
@@ -98,7 +97,7 @@ def _three_bits(low, high):
     if _INTERPRETED:
         codes = (low + 4 * high).to(tl.int8) - 4
     else:
-        codes = tl.inline_asm_elementwise(_THREE_BITS, "=&r,r,r", [low, high], dtype=tl.int8, is_pure=True, pack=4)
+        codes = tl.inline_asm_elementwise(THREE_BITS_PTX, "=&r,r,r", [low, high], dtype=tl.int8, is_pure=True, pack=4)
     return codes
 
 

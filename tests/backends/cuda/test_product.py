@@ -6,8 +6,9 @@ import torch
 
 from benchmarks.shapes import Layer
 from benchmarks.tile_tuning import Scratch, shortlist
+from modiff_kernels.backends import MAX_K
 from modiff_kernels.backends.cuda import library
-from modiff_kernels.backends.cuda.product_launch import MAX_K, product
+from modiff_kernels.backends.cuda.product_launch import product
 from modiff_kernels.backends.cuda.tiles import Tile
 from tests.backends.cuda.emulation import pack_channels
 from tests.backends.exact_product import DOWN, THREE, ExactProduct, check_largest_sum

@@ -83,7 +83,7 @@ def test_candidates_come_from_the_library():
 
 
 def test_shipped_tiles_are_readable():
-    for path in tiles.TILES.glob("*.json"):
+    for path in tiles.STORE.folder.glob("*.json"):
         name = json.loads(path.read_text())["gpu"]
         assert tiles.STORE.path(name) == path
         assert all(tile.architecture in (80, 90) and tile.splits >= 1 for tile in tiles.STORE.load(name).values())

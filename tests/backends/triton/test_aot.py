@@ -36,7 +36,6 @@ def test_every_form_uses_the_tensor_cores_and_does_not_spill(found):
     assert not any(report["failures"] for report in found), "\n".join(broken)
     for capability in aot_triton.PRODUCT_INSTRUCTION:
         names = [report["name"] for report in found if report["capability"] == capability]
-        assert names == [name for name, _ in aot_triton.variants(capability, few=True)]  # as this process sees them
         for config in tiles.candidates(divmod(capability, 10)):
             assert any(str(config) in name for name in names), f"sm_{capability}: {config} was not compiled"
         assert any(name.startswith("modulate_linear") for name in names)

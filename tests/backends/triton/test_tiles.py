@@ -70,7 +70,7 @@ def test_tuned_choices_come_first_and_serve_near_shapes(tmp_path):
 
 
 def test_shipped_choices_are_readable_and_fit():
-    for path in tiles.TILES.glob("*.json"):
+    for path in tiles.STORE.folder.glob("*.json"):
         name = json.loads(path.read_text())["gpu"]
         assert tiles.STORE.path(name) == path
         assert all(tiles.fits(config, shape) for shape, config in tiles.STORE.load(name).items())

@@ -32,14 +32,14 @@ NEIGHBOURS = [BYTES, BYTES[::-1], np.random.default_rng(0).permutation(BYTES)]  
 
 @pytest.mark.parametrize("packed", NEIGHBOURS)
 def test_nibbles(packed):
-    codes = execute(weight_tiles.NIBBLES_PTX, 2, packed).view(np.int8)
+    codes = execute(weight_tiles.NIBBLES_PTX.value, 2, packed).view(np.int8)
     for i, part in enumerate((packed & 15, packed >> 4)):
         signed = part.astype(np.int16)
         assert (codes[i] == np.where(signed > 7, signed - 16, signed)).all()
 
 
 @pytest.mark.parametrize("packed", NEIGHBOURS)
-@pytest.mark.parametrize(("ptx", "bits"), [(weight_tiles.PAIRS_PTX, 2), (weight_tiles.BITS_PTX, 1)])
+@pytest.mark.parametrize(("ptx", "bits"), [(weight_tiles.PAIRS_PTX.value, 2), (weight_tiles.BITS_PTX.value, 1)])
 def test_fields(ptx, bits, packed):
     fields = execute(ptx, 8 // bits, packed)
     for i in range(8 // bits):
@@ -48,5 +48,5 @@ def test_fields(ptx, bits, packed):
 
 def test_three_bits():
     low, high = (part.ravel() for part in np.meshgrid(np.arange(4, dtype=np.uint8), np.arange(2, dtype=np.uint8)))
-    codes = execute(weight_tiles.THREE_BITS_PTX, 1, low, high).view(np.int8)
+    codes = execute(weight_tiles.THREE_BITS_PTX.value, 1, low, high).view(np.int8)
     assert (codes[0] == low.astype(int) + 4 * high.astype(int) - 4).all()

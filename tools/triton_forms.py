@@ -1,21 +1,25 @@
-"""The compiled forms of the kernels that ship, for ahead-of-time compilation without a GPU (tools/aot_triton.py)."""
+"""The compiled forms of the Triton kernels that ship: what the ops launch, recorded on device "meta"."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import product as product_of
 from typing import Any, NamedTuple
 
 import torch
 
-from ...quant.operands import IDENTITY, PackedWeight, Prologue, Window
-from ...quant.packing import packed_dtype, packed_width
-from ...quant.spec import GRANULARITIES
-from .launch import Variant, recorded
-from .modulate_linear import modulate
-from .product_launch import product
-from .quantize_launch import quantize
-from .quantize_tiling import MAX_ROW
-from .tiles import ONE_LAUNCH, Shape, TileConfig, candidates, fits
+from modiff_kernels.backends.triton import launch
+from modiff_kernels.backends.triton.modulate_linear import modulate
+from modiff_kernels.backends.triton.product_launch import product
+from modiff_kernels.backends.triton.quantize_launch import quantize
+from modiff_kernels.backends.triton.quantize_tiling import MAX_ROW
+from modiff_kernels.backends.triton.tiles import ONE_LAUNCH, Shape, TileConfig, candidates, fits
+from modiff_kernels.quant.operands import IDENTITY, PackedWeight, Prologue, Window
+from modiff_kernels.quant.packing import packed_dtype, packed_width
+from modiff_kernels.quant.spec import GRANULARITIES, group_count
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32"}
+_ALIGNMENT = 16  # bytes of a pointer, and divisor of an integer, that Triton compiles for
 
 _CHANNELS = 1280  # divisible by every k-block and by 16, as in all layers that low bits pay for
 _ODD_CHANNELS = 1008  # no multiple of a k-block, but of 16
@@ -26,6 +30,49 @@ _IMAGES, _TOKENS = ("identity", "group_norm"), ("identity", "layer_norm", "geglu
 _FIRST_IMAGE, _FIRST_TOKENS = (2, 320, 64, 64), (2, 4096, 320)
 _OTHER_SHAPES = ((2, 640, 32, 32), (2, 1280, 8, 8), (2, 1024, 640), (2, 64, 1280), (2, 77, 768))
 _OTHER_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32, torch.float32))
+
+
+class Variant(NamedTuple):
+    """One compiled form of a kernel: what Triton's launcher derives from the arguments of a launch."""
+
+    kernel: Any
+    signature: dict[str, str]  # every argument: "*fp16", "i32", "fp32" or "constexpr"
+    constexprs: dict[str, Any]  # meta-parameters, None pointers, integers that are 1
+    divisible: tuple[str, ...]  # arguments with the attribute tt.divisibility 16
+    options: dict[str, Any]  # num_warps, and num_stages where it is not Triton's default
+
+
+@contextmanager
+def recorded() -> Iterator[list[Variant]]:
+    """Launch nothing; collect the variants instead. Tensors made inside are on device "meta"."""
+    variants: list[Variant] = []
+    launch.record = lambda *launched: variants.append(_variant(*launched))
+    try:
+        with torch.device("meta"):
+            yield variants
+    finally:
+        launch.record = None
+
+
+def _variant(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Variant:
+    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+    signature, constexprs, divisible = {}, keywords, []
+    for parameter, value in zip(kernel.params, args):
+        name = parameter.name
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            divisible.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value is None or (value == 1 and not parameter.do_not_specialize):
+            constexprs[name] = value
+        else:
+            signature[name] = "i32"
+            if value % _ALIGNMENT == 0 and not parameter.do_not_specialize:
+                divisible.append(name)
+    signature.update(dict.fromkeys(constexprs, "constexpr"))
+    ordered = {name: signature[name] for name in kernel.arg_names}
+    return Variant(kernel, ordered, constexprs, tuple(divisible), options)
 
 
 class Form(NamedTuple):
@@ -63,24 +110,23 @@ OTHER_FORMS = (
 
 
 def _weight(n: int, k: int, bits: int, group_size: int) -> PackedWeight:
-    scale = torch.empty((n,) if group_size == -1 else (n, -(-k // group_size)))
+    scale = torch.empty((n,) if group_size == -1 else (n, group_count(k, group_size)))
     return PackedWeight(torch.empty((n, packed_width(bits, k)), dtype=packed_dtype(bits)), scale, bits, group_size)
 
 
 def _call_product(form: Form, tile: TileConfig) -> None:
     def empty(channels: int, dtype: torch.dtype) -> torch.Tensor:
-        if not form.conv:
-            return torch.empty((512, channels), dtype=dtype)
-        return torch.empty((2, channels, 16, 16), dtype=dtype, memory_format=torch.channels_last)
+        rows = torch.empty((512, channels), dtype=dtype)
+        return rows.view(2, 16, 16, channels).permute(0, 3, 1, 2) if form.conv else rows
 
     weight = _weight(_COLUMNS, (9 if form.conv else 1) * form.channels, form.weight_bits, form.group_size)
     plain = form.state_dtype is None
     product(
         empty(form.channels, torch.int8), torch.empty(2), torch.empty(2, dtype=torch.int32) if plain else None, weight,
-        None if form.state_dtype is None else empty(_COLUMNS, form.state_dtype),
+        None if plain else empty(_COLUMNS, form.state_dtype),
         torch.empty(_COLUMNS, dtype=form.dtype) if plain else None,
         empty(_COLUMNS, form.dtype) if form.skip else None,
-        _WINDOW if form.conv else None, form.dtype, True, replace(tile, split_k=form.split_k),
+        _WINDOW if form.conv else None, form.dtype, True, tile._replace(split_k=form.split_k),
     )  # fmt: skip
 
 
@@ -97,14 +143,14 @@ def product_variants(capability: tuple[int, int], few: bool = False) -> list[tup
 
     few: forms that little time is spent in have one tile: on sm_90 the last that fits, elsewhere the first.
     """
-    named: dict[Any, tuple[str, Variant]] = {}
+    named: dict[str, tuple[str, Variant]] = {}
 
     def keep(name: str, call: Callable[..., None], *args: Any) -> None:
-        with recorded() as variants, torch.device("meta"):
+        with recorded() as variants:
             call(*args)
         for variant in variants:
-            key = (variant.kernel, *variant.signature.items(), *variant.constexprs.items(), variant[3:])
-            named.setdefault(key, (f"{variant.kernel.__name__.removesuffix('_kernel')} {name}", variant))
+            of_kernel = variant.kernel.__name__.removesuffix("_kernel")
+            named.setdefault(repr(variant), (f"{of_kernel} {name}", variant))
 
     for form in MAIN_FORMS + OTHER_FORMS:
         shape = Shape(512, _COLUMNS, form.channels, 9 if form.conv else 1, 1, form.weight_bits, form.group_size)
@@ -127,7 +173,7 @@ def quantize_variants() -> list[Variant]:
     """Forms of the quantising kernels that layers of SD 1.5 launch, each once: everything with float16 at the first
     level; per_block, which needs most registers, at other levels and with other dtypes; the longest rows."""
     half = (torch.float16, torch.float16)
-    with recorded() as variants, torch.device("meta"):
+    with recorded() as variants:
         for granularity in GRANULARITIES:
             _call_quantize(_FIRST_IMAGE, half, _IMAGES, granularity)
             _call_quantize(_FIRST_TOKENS, half, _TOKENS[1:], granularity)
@@ -149,14 +195,11 @@ def _call_quantize(
     memory_format = torch.channels_last if image else torch.contiguous_format
     x_hat = torch.empty(shape, dtype=state_dtype, memory_format=memory_format)
     vector, shift = torch.empty(channels, dtype=dtype), torch.empty((shape[0], channels), dtype=dtype)
-    known = {
-        "group_norm": Prologue("group_norm", vector, vector, shift, 32, 1e-5, True),
-        "layer_norm": Prologue("layer_norm", vector, vector, eps=1e-5),
-    }
+    norms = {"group_norm": (vector, vector, shift, 32, 1e-5, True), "layer_norm": (vector, vector, None, 0, 1e-5)}
     for kind in prologues:
         width = 2 * shape[-1] if kind == "geglu" else shape[-1]
         h = torch.empty((*shape[:-1], width), dtype=dtype, memory_format=memory_format)
-        prologue = known.get(kind, Prologue(kind))
+        prologue = Prologue(kind, *norms.get(kind, ()))
         quantize(h, prologue, x_hat, None, 4, granularity, 1.0, False)
         if granularity in ("per_sample", "per_token"):
             quantize(h, prologue, x_hat, torch.empty(1), 4, granularity, 1.0, False)
