@@ -63,6 +63,7 @@ class Watch:
         moved = addresses != self._addresses and state.weight_changes == self._changes  # by `.data`, not by `.to()`
         self._addresses, self._changes = addresses, state.weight_changes
         if not all(map(is_, self._now(), self._held)) or list(map(_version, self._counted)) != self._versions:
+            self._check_modules()
             self._follow(begins)
         elif begins or moved or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)

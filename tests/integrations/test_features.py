@@ -36,6 +36,7 @@ class Net:
     def __init__(self, kind):
         self.kind, self.unet, self.handle = kind, NETWORKS[kind](), None
         self.keywords = conditions_of(self.unet)
+        self.first = {type(module).__name__: path for path, module in [*self.unet.named_modules()][::-1]}
         self.around = contextlib.nullcontext
         self.sample = lambda x: x
         self.time = lambda t: t
@@ -64,12 +65,8 @@ class Net:
 
 
 def part(net, kind):
-    """The first module whose class has this name, in the float UNet or in the accelerated one."""
-    for module in net.unet.modules():
-        module = getattr(module, "original", module)
-        if type(module).__name__ == kind:
-            return module
-    raise AssertionError(kind)
+    """The first module that was of this class in the float UNet, as a user finds it, by its path."""
+    return net.unet.get_submodule(net.first[kind])
 
 
 def layer(net, name):
@@ -390,7 +387,7 @@ NOT_FLOAT = "-"
 
 def shortened(row):
     text = NOT_FLOAT if row is None else str(row)
-    return text if len(text) <= 160 else f"{text[:160].rpartition(' ')[0]} ..."
+    return text if len(text) <= 240 else f"{text[:240].rpartition(' ')[0]} ..."
 
 
 HEAD = """\
