@@ -90,12 +90,11 @@ class Watch:
         return [] if len(devices) != 1 or devices.pop().type == "meta" else [*map(sample_of, parts)]
 
     def _finds_write(self) -> bool:
-        """Whether the first layer has other values, on the CPU and outside of runs, whose beginnings look at all."""
-        weight = self._held[0] if self._samples and not self._state.needs_run else None
-        if weight is None or weight.device.type != "cpu":
+        """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
+        if self._state.needs_run or not self._samples:
             return False
-        found = sample_of([weight])
-        return not torch.equal(found, self._samples[0][: len(found)])
+        found, known = sample_of(self._held[:1]), self._samples[0]
+        return found.device.type == known.device.type == "cpu" and not torch.equal(found, known[: len(found)])
 
     def _compare_values(self, begins: bool) -> None:
         """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""
