@@ -84,7 +84,8 @@ class Watch:
 
     def _sampled(self) -> list[Tensor]:
         """Some values of the low-bit layers, and of the float weights that more is made of; [] if offloaded."""
-        parts = [[*chain.from_iterable(m.parameters(False) for m in part)] for part in (self._layers, self._of_time)]
+        layers, of_time = self._parameters[: len(self._layers)], self._parameters[len(self._layers) :]
+        parts = [[t for owned in part for t in owned.values() if t is not None] for part in (layers, of_time)]
         devices = {tensor.device for part in parts for tensor in part}
         return [] if len(devices) != 1 or devices.pop().type == "meta" else [*map(sample_of, parts)]
 

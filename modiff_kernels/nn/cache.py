@@ -21,13 +21,14 @@ def tensor_version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
+@torch.no_grad()
 def sample_of(tensors: Sequence[Tensor]) -> Tensor:
     """Some values of each, one behind the other in float32: other ones where it was written to through `.data`, which
     counts as no change. Which ones does not depend on where they lie in memory."""
     parts = []
     for tensor in tensors:
         count, step, start = _diagonal(tensor.shape, tensor.stride())
-        parts.append(tensor.detach().as_strided((count,), (step,), tensor.storage_offset() + start).float())
+        parts.append(tensor.as_strided((count,), (step,), tensor.storage_offset() + start).float())
     return torch.cat(parts) if parts else torch.empty(0)
 
 
