@@ -123,7 +123,7 @@ class Watch:
         self._take_stock()
         logger.info("weights have changed, and what was made of them was made again")
         if not begins:
-            getattr(self._state, "begin_anew", lambda: self._state.invalidate("weights have changed"))()
+            self._state.begin_anew()
 
     def _check_modules(self) -> None:
         for (path, module), facts in zip(self._inside, self._facts):
