@@ -91,7 +91,7 @@ class Watch:
 
     def _finds_write(self) -> bool:
         """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
-        if self._state.needs_run or not self._samples:
+        if self._state.needs_run or not self._samples or not self._layers:
             return False
         found, known = sample_of([self._layers[0].weight]), self._samples[0]
         return found.device.type == known.device.type == "cpu" and not torch.equal(found, known[: len(found)])

@@ -306,14 +306,14 @@ class ModulatedConv2d(ModulatedLayer):
 
     @classmethod
     def from_conv2d(
-        cls, conv: nn.Conv2d, config: ModiffConfig, state: ModulationState, name: str, *more: Any
+        cls, conv: nn.Conv2d, config: ModiffConfig, state: ModulationState, name: str, *more: Any, **options: Any
     ) -> "ModulatedConv2d":
         """The low-bit form of `conv`, from the arguments of `ModulatedLinear.from_linear`. Raises ValueError also on
         padding that is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
-        return cls(conv, config, state, name, *more)
+        return cls(conv, config, state, name, *more, **options)
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:

@@ -239,7 +239,7 @@ def batched(net, change):
         net.keywords[name] = {k: change(v) for k, v in value.items()} if isinstance(value, dict) else change(value)
 
 
-one("batch cut in half", lambda net: batched(net, lambda t: t[1:]))
+one("half the batch", lambda net: batched(net, lambda t: t[1:]))
 one("batch doubled", lambda net: batched(net, lambda t: torch.cat([t, t])))
 one("another size", lambda net: sampled(net, lambda x: x.repeat(1, 1, 2, 2)))
 one("not square", lambda net: sampled(net, lambda x: x.repeat(1, 1, 1, 2)))
