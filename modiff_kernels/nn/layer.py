@@ -41,7 +41,7 @@ class ModulatedLayer(nn.Module):
     stack: "LinearStack | None" = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or not all(isinstance(arg, nn.Module) for arg in args[:1]):
+        if (kwargs and not args) or not all(isinstance(arg, nn.Module) for arg in args[:1]):
             maker = "from_conv2d" if cls is ModulatedConv2d else "from_linear"
             raise TypeError(f"{cls.__name__} takes the place of a layer; use {cls.__name__}.{maker}(layer, ...)")
         return super().__new__(cls)
