@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
 from benchmarks.layers import Problem, problems_by_share
-from benchmarks.runner import Entrant, Measure, Row, Session, add_options
+from benchmarks.runner import Case, Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, Layer
 from benchmarks.timing import ColdTimer
 from modiff_kernels import ops
@@ -118,10 +118,8 @@ def shortlist(candidates: Sequence[Any], tile_of: Callable[[Any], tuple[Any, int
     return [candidate for candidate in candidates if is_near(candidate)]
 
 
-class TileCase:
-    """The candidates of one problem, for benchmarks/runner.py. medians: microseconds of those that were timed."""
-
-    baselines: dict[str, Sequence[str]] = {}  # noqa: RUF012 (a constant)
+class TileCase(Case):
+    """The candidates of one problem. medians: microseconds of those that were timed."""
 
     def __init__(self, backend: Tunable, scratch: Scratch, problem: str) -> None:
         self.backend, self.scratch, self.problem = backend, scratch, problem
@@ -134,16 +132,10 @@ class TileCase:
     def verify(self, entrant: Entrant) -> float | str:
         return float("inf") if self.scratch.is_exact(entrant.subject) else "WRONG sums"
 
-    def timed(self, entrant: Entrant) -> list[float]:
-        return self.timer(entrant.subject)
-
     def rows(self, entrant: Entrant) -> list[Row]:
         times = [1e6 * s for s in entrant.times]
         self.medians[entrant.config.choice] = statistics.median(times)
         return [self.row(entrant.config.key, "time", "us", times)]
-
-    def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:
-        return []
 
     def row(self, backend: str, metric: str, unit: str, values: list[float]) -> Row:
         """A row of results."""
