@@ -60,7 +60,7 @@ def test_bounds_and_rows_of_known_times():
     assert products.bound_us("product", LINEAR, 3, 8, machine) == pytest.approx(1e-3 * moved), "bound by memory"
     slow = Machine(1e6, 2e6, 1e12)
     assert products.bound_us("product", LINEAR, 3, 8, slow) == pytest.approx(2 * outputs * 32 / 2.0)
-    case = ProductCase(Problem(LINEAR, 3, 0.1), 8, CPU, "no such device", 1, None)
+    case = ProductCase(Problem(LINEAR, 3), 8, CPU, "no such device", 1, None)
     case.peaks = machine
     entrant = Entrant(Form("product", "cpu"), sqnr_db=150.0, times=[2e-6, 4e-6, 3e-6], more={"backend": "cpu"})
     rows = {row["metric"]: row for row in case.rows(entrant)}
@@ -99,7 +99,7 @@ def test_the_fastest_exact_tile_is_chosen(monkeypatch):
     args = argparse.Namespace(budget=None, threads=torch.get_num_threads(), device="cpu", results=record.RESULTS)
     vars(args).update(rows="", rounds=1, in_turns=False, dtype=None, record=False, skip_recorded=False, quiet=True)
     session = Session(args)
-    assert tile_tuning.tune(session, Tiles(), Problem(LINEAR, 2, 0.0), 8) == ("shape", "fast")
+    assert tile_tuning.tune(session, Tiles(), Problem(LINEAR, 2), 8) == ("shape", "fast")
     rows = {(row["backend"], row["metric"]): row["p50"] for row in session.rows}
     assert rows == {("any-slow", "time"): 4.0, ("any-fast", "time"): 2.0, ("any-fast", tile_tuning.OVER_BEST): 2.0}
     assert session.failed == 1, "the wrong one is never timed"
