@@ -1,11 +1,9 @@
-"""Baselines compute what the network does: DeepCache, OpenVINO and CUTLASS by stand-ins for their packages."""
+"""Baselines compute what the network does: DeepCache and CUTLASS by stand-ins for their packages."""
 
 import ctypes
 import sys
 import types
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,11 +11,11 @@ from benchmarks.baselines import deepcache
 from benchmarks.baselines.cutlass_int8 import build, kernels
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS
-from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, Networks, run_rows, step_rows
+from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, run_rows, step_rows
 from benchmarks.layers import PEER_FORM, Tensors
 from benchmarks.runner import LeftOut
 from benchmarks.shapes import Layer, build_unet
-from benchmarks.steps import BASELINES, least_sqnr_db, trajectory
+from benchmarks.steps import BASELINES, least_sqnr_db
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -84,48 +82,6 @@ def test_both_forms_of_deepcache_compute_the_same(monkeypatch):
                 for i, (out, same) in enumerate(zip(outputs, expected, strict=True)):
                     torch.testing.assert_close(out, same, rtol=0, atol=0)
                     assert torch.equal(out, dense[i]) == (i % 3 == 0), "in between something is reused"
-
-
-@pytest.fixture
-def openvino(monkeypatch):
-    """openvino and nncf whose models are the traced modules themselves; `seen` tells what they were given."""
-    seen = {}
-
-    class Core:
-        def compile_model(self, model, device, options):
-            seen.update(device=device, options=options)
-
-            def infer(arrays, share_outputs):
-                assert all(isinstance(array, np.ndarray) for array in arrays)
-                with torch.no_grad():
-                    return [model(*map(torch.from_numpy, map(np.asarray, arrays))).numpy()]
-
-            return SimpleNamespace(create_infer_request=lambda: SimpleNamespace(infer=infer))
-
-    def quantize(model, dataset, subset_size):
-        seen.update(dataset=dataset, subset_size=subset_size)
-        return model
-
-    convert_model = lambda module, example_input, input: module  # noqa: E731
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, convert_model=convert_model))
-    monkeypatch.setitem(sys.modules, "nncf", SimpleNamespace(Dataset=list, quantize=quantize))
-    return seen
-
-
-@pytest.mark.parametrize("key", ["openvino-float32", "openvino-int8-bfloat16"])
-def test_the_unet_in_openvino(openvino, key):
-    unet = build_unet("cifar10_small16")
-    networks = Networks(unet)
-    networks.shown = trajectory(16, 2, 3)
-    network = networks.make(next(row for row in step_rows(CPU, torch.float32, compiled=False) if row.key == key))
-    x, t = networks.shown[-1]
-    with torch.no_grad():
-        expected = unet(x, t, return_dict=False)[0]
-    got = network.unet(x.to(memory_format=torch.channels_last), t, return_dict=False)[0]
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert openvino["options"]["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
-    assert openvino["options"]["INFERENCE_PRECISION_HINT"] == ("bf16" if "bfloat16" in key else "f32")
-    assert openvino.get("subset_size") == (3 if "int8" in key else None), "every call of the run that is timed"
 
 
 def test_the_strongest_baselines_are_there(monkeypatch):
