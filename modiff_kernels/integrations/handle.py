@@ -102,6 +102,8 @@ class Handle:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
         if self._undo is not None:
             self.state.release()
+            for layer in self.layers.values():
+                layer.original._parameters.update(layer._parameters)  # which a user may have set
             undo, self._undo = self._undo, None
             undo.close()
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ _version = attrgetter("_version")
 
 class Watch:
     """Before every call it looks whether the parameters of low-bit layers are the same objects, not changed in place as
-    torch counts it, nor their weights moved; before the first of a run also at some of the values, since writes to
-    `.data` are not counted, and at all modules that fused blocks do not call. Other weights are followed; a hook and
-    the like on such a module is refused. On CUDA a later call finds the verdict on the values (never run on a GPU).
+    torch counts it; before the first of a run also at some of the values, since writes to `.data` are not counted, and
+    at all modules that fused blocks do not call. Other weights are followed; a hook and the like on such a module is
+    refused. On CUDA a later call finds the verdict on the values (never run on a GPU).
     """
 
     def __init__(self, unet: nn.Module, replaced: Replacements) -> None:
@@ -43,8 +43,7 @@ class Watch:
         self._attributes = [module.__dict__ for module in (*self._of_time, *[module for _, module in self._inside])]
         self._facts = [_facts(module) for _, module in self._inside]
         self._signs: tuple[int, ...] = ()
-        self._addresses: list[int] = []
-        self._ends = self._changes = -1
+        self._ends = -1
         self._verdict: Tensor | None = None
         self._take_stock()
 
@@ -59,42 +58,43 @@ class Watch:
         if begins or signs != self._signs:
             self._check_modules()
             self._signs = signs
-        addresses = list(map(Tensor.data_ptr, self._matrices))
-        moved = addresses != self._addresses and state.weight_changes == self._changes  # by `.data`, not by `.to()`
-        self._addresses, self._changes = addresses, state.weight_changes
-        if not all(map(is_, self._now(), self._held)) or list(map(_version, self._counted)) != self._versions:
+        if not self._same_objects() or list(map(_version, self._counted)) != self._versions:
+            self._check_modules()
             self._follow(begins)
-        elif begins or moved or (self._verdict is not None and self._verdict) or self._finds_write():
+        elif begins or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)
 
     def refresh(self) -> None:
         """Make everything again that is made of weights and not calibrated."""
         self._follow(begins=False)
 
-    def _now(self) -> Iterator[Tensor | None]:
-        return chain.from_iterable(map(dict.values, self._parameters))
+    def _same_objects(self) -> bool:
+        try:
+            return self._parameters == self._known  # which looks at identity first, and that in C
+        except RuntimeError:  # another tensor was there, and compared
+            return False
 
     def _take_stock(self) -> None:
-        self._held = list(self._now())
-        self._counted = [tensor for tensor in self._held if tensor is not None and not tensor.is_inference()]
+        self._known = [dict(parameters) for parameters in self._parameters]
+        held = [tensor for tensor in chain.from_iterable(map(dict.values, self._known)) if tensor is not None]
+        self._counted = [tensor for tensor in held if not tensor.is_inference()]
         self._versions = list(map(_version, self._counted))
-        self._matrices = [tensor for tensor in self._held if tensor is not None and tensor.ndim > 1]
         self._dtypes = [tensor.dtype for tensor in self._counted]
         self._samples = self._sampled()
 
     def _sampled(self) -> list[Tensor]:
         """Some values of the low-bit layers, and of the float weights that more is made of; [] if offloaded."""
-        parts = [[*chain.from_iterable(m.parameters(False) for m in part)] for part in (self._layers, self._of_time)]
+        layers, of_time = self._parameters[: len(self._layers)], self._parameters[len(self._layers) :]
+        parts = [[t for owned in part for t in owned.values() if t is not None] for part in (layers, of_time)]
         devices = {tensor.device for part in parts for tensor in part}
         return [] if len(devices) != 1 or devices.pop().type == "meta" else [*map(sample_of, parts)]
 
     def _finds_write(self) -> bool:
-        """Whether the first layer has other values, on the CPU and outside of runs, whose beginnings look at all."""
-        weight = self._held[0] if self._samples and not self._state.needs_run else None
-        if weight is None or weight.device.type != "cpu":
+        """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
+        if self._state.needs_run or not self._samples or not self._layers:
             return False
-        found = sample_of([weight])
-        return not torch.equal(found, self._samples[0][: len(found)])
+        found, known = sample_of([self._layers[0].weight]), self._samples[0]
+        return found.device.type == known.device.type == "cpu" and not torch.equal(found, known[: len(found)])
 
     def _compare_values(self, begins: bool) -> None:
         """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""
@@ -123,7 +123,7 @@ class Watch:
         self._take_stock()
         logger.info("weights have changed, and what was made of them was made again")
         if not begins:
-            getattr(self._state, "begin_anew", lambda: self._state.invalidate("weights have changed"))()
+            self._state.begin_anew()
 
     def _check_modules(self) -> None:
         for (path, module), facts in zip(self._inside, self._facts):

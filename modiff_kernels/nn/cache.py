@@ -7,6 +7,7 @@ timestep and the weights, so they are a table over the schedule, filled as it is
 """
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,15 +21,23 @@ def tensor_version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-SAMPLED = 64
-
-
+@torch.no_grad()
 def sample_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Up to SAMPLED values of each, spread over it, one behind the other in float32: other ones where it was written to
-    through `.data`, which counts as no change."""
-    steps = [(tensor.detach(), max(tensor.numel() // SAMPLED, 1)) for tensor in tensors]
-    parts = [tensor.as_strided((min(tensor.numel(), SAMPLED),), (step,)).float() for tensor, step in steps]
+    """Some values of each, one behind the other in float32: other ones where it was written to through `.data`, which
+    counts as no change. Which ones does not depend on where they lie in memory."""
+    parts = []
+    for tensor in tensors:
+        count, step, start = _diagonal(tensor.shape, tensor.stride())
+        parts.append(tensor.as_strided((count,), (step,), tensor.storage_offset() + start).float())
     return torch.cat(parts) if parts else torch.empty(0)
+
+
+@functools.cache
+def _diagonal(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int, int]:
+    """How many places along the diagonal of the first two dimensions, in the middle of the others; step and start."""
+    count = min([64, *shape[:2]])
+    step = sum(size // count * step for size, step in zip(shape[:2], stride))
+    return count, step, sum(size // 2 * step for size, step in zip(shape[2:], stride[2:]))
 
 
 @dataclasses.dataclass
@@ -67,7 +76,8 @@ class KeptOutputs:
         if torch.compiler.is_compiling():
             return value
         kept = self._kept.get((context, layer))
-        if kept is not None and _alike(kept.value, value):
+        form = value.shape, value.dtype, value.device
+        if kept is not None and form == (kept.value.shape, kept.value.dtype, kept.value.device):
             value = kept.value.copy_(value)
         elif value.is_inference():
             with torch.inference_mode(False):
@@ -95,10 +105,6 @@ class KeptOutputs:
 
     def nbytes(self) -> int:
         return sum(kept.value.nbytes for kept in self._kept.values())
-
-
-def _alike(old: Tensor, new: Tensor) -> bool:
-    return old.shape == new.shape and old.dtype is new.dtype and old.device == new.device
 
 
 MOST_ENTRIES = 1024  # as many as the longest schedules have calls; a table that is full begins anew

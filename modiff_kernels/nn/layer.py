@@ -41,7 +41,7 @@ class ModulatedLayer(nn.Module):
     stack: "LinearStack | None" = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or not all(isinstance(arg, nn.Module) for arg in args[:1]):
+        if (kwargs and not args) or not all(isinstance(arg, nn.Module) for arg in args[:1]):
             maker = "from_conv2d" if cls is ModulatedConv2d else "from_linear"
             raise TypeError(f"{cls.__name__} takes the place of a layer; use {cls.__name__}.{maker}(layer, ...)")
         return super().__new__(cls)
@@ -306,14 +306,14 @@ class ModulatedConv2d(ModulatedLayer):
 
     @classmethod
     def from_conv2d(
-        cls, conv: nn.Conv2d, config: ModiffConfig, state: ModulationState, name: str, *more: Any
+        cls, conv: nn.Conv2d, config: ModiffConfig, state: ModulationState, name: str, *more: Any, **options: Any
     ) -> "ModulatedConv2d":
         """The low-bit form of `conv`, from the arguments of `ModulatedLinear.from_linear`. Raises ValueError also on
         padding that is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
-        return cls(conv, config, state, name, *more)
+        return cls(conv, config, state, name, *more, **options)
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:

@@ -300,57 +300,41 @@ def test_perturbed_attention_guidance(fuse):
     assert all(sqnr(latents(scale), wanted) > FIDELITY_DB for scale, wanted in zip((3.0, 0.0), expected))
 
 
-SMALL = {"num_attention_heads": 2, "norm_num_groups": 4, "sample_size": 8}
-TRANSFORMER = {**SMALL, "attention_head_dim": 16, "in_channels": 4, "num_layers": 2, "patch_size": 2}
+DIT = {"attention_head_dim": 16, "in_channels": 4, "num_layers": 2, "patch_size": 2, "norm_num_groups": 4}
+PIXART = {"cross_attention_dim": 32, "caption_channels": WIDTH, "use_additional_conditions": False}
 MOTION = {
     "block_out_channels": (16, 32),
     "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
     "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-    "cross_attention_dim": WIDTH,
     "motion_num_attention_heads": 2,
     "layers_per_block": 1,
+    "norm_num_groups": 4,
 }
-RESOLUTIONS = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-# How it is made, and what it is called with beside the sample and the timestep.
+IMAGES, TEXT = noise(2, 4), {"encoder_hidden_states": text()}
+SIZES = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+# Class, options, inputs; all have two heads.
 OTHERS = {
-    "DiT": (
-        lambda: diffusers.DiTTransformer2DModel(**TRANSFORMER, num_embeds_ada_norm=1000),
-        lambda t: {
-            "hidden_states": noise(2, 4),
-            "timestep": torch.tensor([t, t]),
-            "class_labels": torch.tensor([1, 2]),
-        },
-    ),
-    "PixArt": (
-        lambda: diffusers.PixArtTransformer2DModel(
-            **TRANSFORMER, cross_attention_dim=32, caption_channels=WIDTH, use_additional_conditions=False
-        ),
-        lambda t: (
-            {"hidden_states": noise(2, 4), "encoder_hidden_states": text(), "timestep": torch.tensor([t, t])}
-            | RESOLUTIONS
-        ),
-    ),
+    "DiT": ("DiTTransformer2DModel", DIT, {"hidden_states": IMAGES, "class_labels": torch.tensor([1, 2])}),
+    "PixArt": ("PixArtTransformer2DModel", DIT | PIXART, {"hidden_states": IMAGES, **TEXT, **SIZES}),
     "AnimateDiff": (
-        lambda: diffusers.UNetMotionModel(**SMALL, **MOTION),
-        lambda t: {"sample": torch.ones(1, 4, 3, 8, 8) * t / 500, "timestep": t, "encoder_hidden_states": text(3)},
-    ),
-    "a lowest level of one pixel": (
-        unet2d_condition,
-        lambda t: {"sample": noise(2, 4, 2), "timestep": t, "encoder_hidden_states": text()},
+        "UNetMotionModel",
+        MOTION | {"cross_attention_dim": WIDTH},
+        {"sample": IMAGES.transpose(0, 1)[None], **TEXT},
     ),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_networks(name, fuse):
-    """All arguments by keyword. Blocks with other parts stay single layers."""
-    make, arguments = OTHERS[name]
+    """All arguments by keyword. Blocks that have other parts are not fused."""
+    kind, options, inputs = OTHERS[name]
     torch.manual_seed(0)
-    net = make().eval()
-    expected = net(**arguments(480)).sample
+    net = getattr(diffusers, kind)(**options, sample_size=8, num_attention_heads=2).eval()
+    batch = len(next(iter(inputs.values())))
+    expected = net(**inputs, timestep=torch.tensor([480] * batch)).sample
     handle = mk.accelerate(net, mk.ModiffConfig(fuse=fuse))
     with handle.sampling_run():
-        got = [net(**arguments(t)).sample for t in (500, 490, 480)]
+        got = [net(**inputs, timestep=torch.tensor([t] * batch)).sample for t in (500, 490, 480)]
     assert sqnr(got[-1], expected) > FIDELITY_DB
 
 

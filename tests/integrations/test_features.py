@@ -21,7 +21,7 @@ from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
-from tests.unets import NETWORKS, conditions_of, no_grad_and_one_thread, text, trajectory  # noqa: F401
+from tests.unets import NETWORKS, conditions_of, text, trajectory
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 WHEN = ("before accelerate()", "after it", "within a run")
@@ -36,6 +36,7 @@ class Net:
     def __init__(self, kind):
         self.kind, self.unet, self.handle = kind, NETWORKS[kind](), None
         self.keywords = conditions_of(self.unet)
+        self.first = {type(module).__name__: path for path, module in [*self.unet.named_modules()][::-1]}
         self.around = contextlib.nullcontext
         self.sample = lambda x: x
         self.time = lambda t: t
@@ -64,12 +65,8 @@ class Net:
 
 
 def part(net, kind):
-    """The first module whose class has this name, in the float UNet or in the accelerated one."""
-    for module in net.unet.modules():
-        module = getattr(module, "original", module)
-        if type(module).__name__ == kind:
-            return module
-    raise AssertionError(kind)
+    """The first module that was of this class in the float UNet, as a user finds it, by its path."""
+    return net.unet.get_submodule(net.first[kind])
 
 
 def layer(net, name):
@@ -242,7 +239,7 @@ def batched(net, change):
         net.keywords[name] = {k: change(v) for k, v in value.items()} if isinstance(value, dict) else change(value)
 
 
-one("batch cut in half", lambda net: batched(net, lambda t: t[1:]))
+one("half the batch", lambda net: batched(net, lambda t: t[1:]))
 one("batch doubled", lambda net: batched(net, lambda t: torch.cat([t, t])))
 one("another size", lambda net: sampled(net, lambda x: x.repeat(1, 1, 2, 2)))
 one("not square", lambda net: sampled(net, lambda x: x.repeat(1, 1, 1, 2)))
@@ -306,6 +303,8 @@ def truth(name, kind, when):
 @functools.cache
 def ceiling(name, kind):
     """dB to it of the same 8-bit weights with float activations, in the number format that the feature sets."""
+    if name in SAME_PICTURE:
+        return sqnr(truth(name, kind, WHEN[0]), truth("nothing", kind, WHEN[0]))
     name = name if name in FORMATS else "nothing"
     return sqnr(observed(name, kind, WHEN[0], mk.ModiffConfig(act_bits=None))[0], truth(name, kind, WHEN[0]))
 
@@ -326,7 +325,7 @@ def observed(name, kind, when, config, runs=1):
 
 
 FORMATS = ("to(bfloat16)", "half()", "autocast")
-SAME_PICTURE = ("enable_layerwise_casting",)  # judged by the picture without it: float loses more by it
+SAME_PICTURE = ("enable_layerwise_casting",)  # judged by the picture without it, and by what float loses by it
 one("nothing", lambda net: None)
 
 
@@ -388,7 +387,7 @@ NOT_FLOAT = "-"
 
 def shortened(row):
     text = NOT_FLOAT if row is None else str(row)
-    return text if len(text) <= 160 else f"{text[:160].rpartition(' ')[0]} ..."
+    return text if len(text) <= 240 else f"{text[:240].rpartition(' ')[0]} ..."
 
 
 HEAD = """\

@@ -71,9 +71,13 @@ def swap(pipe):
         mine.data.copy_(theirs.data)
 
 
+def halved(out):
+    return (halved(out[0]), *out[1:]) if isinstance(out, tuple) else out * 0.5
+
+
 def hook(name):
     def act(pipe):
-        pipe.undo.callback(pipe.part(name).register_forward_hook(lambda module, args, out: out * 0.5).remove)
+        pipe.undo.callback(pipe.part(name).register_forward_hook(lambda module, args, out: halved(out)).remove)
 
     return act
 
@@ -82,7 +86,7 @@ def patch(name):
     def act(pipe):
         module = pipe.part(name)
         original = module.forward
-        set_attribute(module, "forward", lambda *args, **keywords: original(*args, **keywords) * 0.5, pipe.undo)
+        set_attribute(module, "forward", lambda *args, **keywords: halved(original(*args, **keywords)), pipe.undo)
 
     return act
 
@@ -189,11 +193,7 @@ def test_a_sequence_is_right_or_refused(names, scheduled):
         try:
             ACTIONS[name](ours)
         except (RuntimeError, ValueError, TypeError):
-            with contextlib.suppress(Exception):  # float cannot either, or it was refused: not done to float
-                undone = copy.deepcopy(plain.unet)
-                ACTIONS[name](plain)
-            plain.unet = undone
-            continue
+            continue  # refused, so nothing was done
         ACTIONS[name](plain)
     try:
         got = ours.picture()

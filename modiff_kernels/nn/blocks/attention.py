@@ -57,12 +57,10 @@ class FusedAttention(FusedBlock):
                 layer.become_constant()
         self.stacked = LinearStack(readers) if LinearStack.fits(readers) else readers
 
-    @property
-    def processor(self) -> Any:
-        return self.original.processor
-
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
         return self.original.processor
+
+    processor = property(get_processor)
 
     def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
         self.original.set_processor(processor)
