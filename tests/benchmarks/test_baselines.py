@@ -1,20 +1,15 @@
-"""Baselines compute what the network does: DeepCache and CUTLASS by stand-ins for their packages."""
+"""DeepCache computes the same in both of its forms, by a stand-in for its package; and which baselines there are."""
 
-import ctypes
 import sys
 import types
 
-import pytest
 import torch
 
 from benchmarks.baselines import deepcache
-from benchmarks.baselines.cutlass_int8 import build, kernels
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS
 from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, run_rows, step_rows
-from benchmarks.layers import PEER_FORM, Tensors
-from benchmarks.runner import LeftOut
-from benchmarks.shapes import Layer, build_unet
+from benchmarks.shapes import build_unet
 from benchmarks.steps import BASELINES, least_sqnr_db
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -97,45 +92,3 @@ def test_the_strongest_baselines_are_there(monkeypatch):
     assert {key for keys in BASELINES.values() for key in keys if "." not in key} <= on_gpu
     runs = {row.key for row in run_rows(GPU, torch.bfloat16, compiled=True)}
     assert {"deepcache-3", "deepcache-3-compile", "deepcache-5-compile", "float-compile-graphs"} <= runs
-
-
-class Library:
-    """A compiled library that writes what it should, times `factor`, for sizes that it takes."""
-
-    def __init__(self, tensors, factor=1.0, takes=True):
-        self.sizes = None
-
-        def run(codes, weight, scale, weight_scale, out, sizes, workspace, stream):
-            self.sizes = list(sizes)
-            value = (tensors.expected(PEER_FORM) * factor).half()
-            data = (value.permute(0, 2, 3, 1) if value.ndim == 4 else value).contiguous()
-            ctypes.memmove(out, data.data_ptr(), 2 * data.numel())
-            return 0
-
-        # Attributes can be set on both, as on what ctypes gives.
-        self.run, self.workspace_bytes = run, lambda array: 64 if takes else -1
-
-
-def cutlass(libraries, folder):
-    for kernel in libraries:
-        kernel.library(folder).touch()
-    return kernels.Cutlass(folder, {str(kernel.library(folder)): own for kernel, own in libraries.items()}.__getitem__)
-
-
-GEMM = next(kernel for kernel in build.KERNELS if kernel.source == "gemm_sm90")
-CONVS = [kernel for kernel in build.KERNELS if kernel.source.startswith("conv")]
-
-
-def test_the_fastest_right_kernel_of_cutlass_counts(tmp_path):
-    with torch.inference_mode():
-        tensors = Tensors(Layer("conv", 16, 24, 6, 7, 3, 2, 1), 2, 8, CPU)
-        right = {CONVS[0]: Library(tensors), CONVS[2]: Library(tensors)}
-        wrong = {CONVS[1]: Library(tensors, takes=False), CONVS[3]: Library(tensors, factor=1.1)}
-        matrix = Library(tensors)
-        times = iter([[5.0], [3.0]])
-        found = cutlass({**right, **wrong, GEMM: matrix}, tmp_path).fastest(tensors, lambda call: next(times))
-        assert found.kernel == f"cutlass-{CONVS[2].name}"
-        assert matrix.sizes is None, "a convolution with a window is no matrix"
-        (tmp_path / "other").mkdir()
-        with pytest.raises(LeftOut, match=r"dB to the reference"):
-            cutlass({CONVS[3]: wrong[CONVS[3]]}, tmp_path / "other").fastest(tensors, lambda call: [1.0])
