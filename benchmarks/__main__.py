@@ -29,11 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{__doc__}\ncommands: {', '.join(COMMANDS)}", file=sys.stdout if words[:1] == ["--help"] else sys.stderr)
         return 0 if words[:1] == ["--help"] else 2
     module = importlib.import_module(f"benchmarks.{COMMANDS[words[0]]}")
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {words[0]}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = {"description": module.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {words[0]}", **about)
     module.add_arguments(parser)
     try:
         return module.main(parser.parse_args(words[1:]))

@@ -11,6 +11,7 @@ import torch
 import modiff_kernels as mk
 from benchmarks.shapes import Layer, layer_table
 from modiff_kernels.config.plan import Mode
+from modiff_kernels.integrations.plans import measured_machine
 from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
 
 PEAKS = {
@@ -33,20 +34,14 @@ def machine(device: torch.device) -> tuple[Machine, str]:
     peaks = peaks_of(name)
     if peaks is not None:
         return peaks, f"data sheet of {name}"
-    return _measured(device), "measured on a large product, convolution and copy"
+    return measured_machine(device, mk.ModiffConfig()), "measured on a large product, convolution and copy"
 
 
 def measured(device: torch.device) -> dict[str, tuple[str, float]]:
     """By name, unit and rate of products in floating point and int8, and of a copy, in plain torch."""
-    found = _measured(device)
+    found = measured_machine(device, mk.ModiffConfig())
     tops = {"float": ("TOPS", found.float_ops / 1e12), "int8": ("TOPS", found.int8_ops / 1e12)}
     return {**tops, "copy": ("GB/s", found.bandwidth / 1e9)}
-
-
-def _measured(device: torch.device) -> Machine:
-    from modiff_kernels.integrations.plans import measured_machine
-
-    return measured_machine(device, mk.ModiffConfig())
 
 
 def bound_ms(network: str, batch: int, mode: str, machine: Machine, float_bytes: int, state_bytes: int) -> float:

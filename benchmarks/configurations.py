@@ -99,9 +99,8 @@ class Networks:
         unet = share_copy(self.channels_last if row.channels_last else self.unet)
         network = Network(row, unet)
         if row.mode != "float" or row.schedule is not None:
-            network.quantised = Quantised(
-                unet if pipe_of is None else pipe_of(unet), row, row.key.partition(".")[2] or "auto"
-            )
+            sampled = unet if pipe_of is None else pipe_of(unet)
+            network.quantised = Quantised(sampled, row, row.key.partition(".")[2] or "auto")
             if row.compiled:
                 network.quantised.handle.compile(**compile_options(on_cuda, cuda_graphs=False))
         elif row.key in DEEPCACHE:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import bounds, record
-from benchmarks.runner import Entrant, LeftOut, Measure, Row, Session, add_options, attempt
+from benchmarks.runner import Case, Entrant, LeftOut, Measure, Row, Session, add_options, attempt
 from benchmarks.shapes import NETWORKS, Layer, layer_table
 from benchmarks.timing import timer_of
 from modiff_kernels import ops
@@ -71,33 +71,32 @@ class Form:
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer at a batch, and the largest share that its bf16 bound has in a step of a network that is asked for."""
+    """A layer at a batch."""
 
     layer: Layer
     batch: int
-    share: float
 
-    def name(self, weight_bits: int) -> str:
-        """As rows of results call it; 16 bits where a form multiplies floats."""
-        return f"{self.layer}-b{self.batch}-w{weight_bits}"
+    def name(self, weight_bits: int, form: str = "product") -> str:
+        """In the column `problem` of rows of `form`; the bits are those of floats where it multiplies them."""
+        bits = {"bf16": 16, "fp16": 16, "float32": 32}.get(form, weight_bits)
+        return f"{self.layer}-b{self.batch}-w{bits}"
 
 
 def problems_by_share(networks: Sequence[str], batches: Sequence[int], machine: Machine) -> list[Problem]:
     """Every problem of `networks` once, in an order in which the first ones, however many, cover about the same part of
     a step of each network at each batch: a problem's place is the share of the larger ones of the step it leads in.
     """
-    places: dict[tuple[Layer, int], float] = {}
-    shares: dict[tuple[Layer, int], float] = {}
+    places: dict[Problem, float] = {}
+    shares: dict[Problem, float] = {}
     for network, batch in itertools.product(networks, batches):
         least = {layer: n * bound_us("bf16", layer, batch, 8, machine) for layer, n in low_bit_layers(network).items()}
         step, larger = sum(least.values()), 0.0
         for layer, bound in sorted(least.items(), key=lambda item: -item[1]):
-            key = layer, batch
-            places[key] = min(places.get(key, 1.0), larger)
-            shares[key] = max(shares.get(key, 0.0), bound / step)
+            problem = Problem(layer, batch)
+            places[problem] = min(places.get(problem, 1.0), larger)
+            shares[problem] = max(shares.get(problem, 0.0), bound / step)
             larger += bound / step
-    ordered = sorted(shares, key=lambda key: (places[key], -shares[key]))
-    return [Problem(layer, batch, shares[layer, batch]) for layer, batch in ordered]
+    return sorted(shares, key=lambda problem: (places[problem], -shares[problem]))
 
 
 @cache
@@ -279,21 +278,18 @@ class Tensors:
         """What `form` should give, by the backend reference in float64 sums; it changes the state as the form does."""
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # once in float64 is enough
         try:
-            return self._expected(form)
+            if form in ("bf16", "fp16", "float32"):
+                return self.float_operator(self.inputs[0].float(), self.dequantised)
+            if form == "int_mm":
+                return (self.code_rows().double() @ self.weight_q.t().double()).to(torch.int32)
+            self._prepared = {}
+            if form == PEER_FORM:  # symmetric codes; a convolution with a window has one scale
+                scale = self.scale if is_matrix(self.layer) else self.scale[:1]
+                operands = (self.codes, scale, None, self.packed)
+                return ops.product(*operands, window=self.window, out_dtype=torch.float16, backend="reference")
+            return self.call(form, "reference")()
         finally:
             torch.backends.cudnn.benchmark = benchmark
-
-    def _expected(self, form: str) -> Tensor:
-        if form in ("bf16", "fp16", "float32"):
-            return self.float_operator(self.inputs[0].float(), self.dequantised)
-        if form == "int_mm":
-            return (self.code_rows().double() @ self.weight_q.t().double()).to(torch.int32)
-        self._prepared = {}
-        if form == PEER_FORM:  # symmetric codes; a convolution with a window has one scale
-            scale = self.scale if is_matrix(self.layer) else self.scale[:1]
-            operands = (self.codes, scale, None, self.packed)
-            return ops.product(*operands, window=self.window, out_dtype=torch.float16, backend="reference")
-        return self.call(form, "reference")()
 
 
 def prepared(weight: ops.PackedWeight, k: int, window: ops.Window | None, backend: str) -> ops.PackedWeight:
@@ -335,10 +331,8 @@ class Check:
         return sqnr_db
 
 
-class ProductCase:
-    """The forms of one problem, for benchmarks/runner.py. cutlass: its kernels (baselines/cutlass_int8), or None."""
-
-    baselines: dict[str, Sequence[str]] = {}  # noqa: RUF012 (no case compares forms: tables do)
+class ProductCase(Case):
+    """The forms of one problem, which tables compare. cutlass: its kernels (baselines/cutlass_int8), or None."""
 
     def __init__(
         self, problem: Problem, weight_bits: int, device: torch.device, device_name: str, rounds: int, cutlass: Any
@@ -367,9 +361,6 @@ class ProductCase:
         except AssertionError as error:
             return str(error)
 
-    def timed(self, entrant: Entrant) -> list[float]:
-        return self.timer(entrant.subject)
-
     def rows(self, entrant: Entrant) -> list[Row]:
         layer, batch, form = self.problem.layer, self.problem.batch, entrant.config.op
         size = 4 if self.tensors.dtype == torch.float32 else 2
@@ -381,36 +372,8 @@ class ProductCase:
         times = {"time": ("us", [1e6 * s for s in entrant.times])}
         times |= {metric: (unit, [amount / s for s in entrant.times]) for metric, (unit, amount) in rates.items()}
         more = {**self.timer.columns, "sqnr_db": entrant.sqnr_db}
-        name, backend = problem_name(self.problem, form, self.weight_bits), entrant.more["backend"]
+        name, backend = self.problem.name(self.weight_bits, form), entrant.more["backend"]
         return [record.row(form, name, backend, m, unit, values, **more) for m, (unit, values) in times.items()]
-
-    def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:
-        return []
-
-
-def problem_name(problem: Problem, form: str, weight_bits: int) -> str:
-    """What rows of `form` have in their column `problem`."""
-    return problem.name({"bf16": 16, "fp16": 16, "float32": 32}.get(form, weight_bits))
-
-
-def worst(rows: Sequence[dict[str, str]], problems: Sequence[Problem], most: int) -> list[tuple[Problem, str, str]]:
-    """(problem, form, backend) of the `most` measurements of our ops furthest from their bound, of each form, backend
-    and layer the worst one, among problems of 1 % of a step and a bound of 5 us: below, launches decide.
-    """
-    newest: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in rows:
-        if row["op"] in OUR_FORMS:
-            newest.setdefault((row["problem"], row["op"], row["backend"]), {})[row["metric"]] = float(row["p50"])
-    named = {problem.name(8): problem for problem in problems if problem.share >= 0.01}
-    found = [
-        (values["of_bound"], named[name], form, backend)
-        for (name, form, backend), values in newest.items()
-        if name in named and "of_bound" in values and values["of_bound"] / 100 * values["time"] >= 5.0
-    ]
-    kept: dict[tuple[str, str, Layer], tuple[Problem, str, str]] = {}
-    for _, problem, form, backend in sorted(found, key=lambda entry: entry[0]):
-        kept.setdefault((form, backend, problem.layer), (problem, form, backend))
-    return list(kept.values())[:most]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -440,8 +403,8 @@ def main(args: argparse.Namespace) -> int:
     found = problems_by_share(args.network, args.batch, bounds.peaks_of(name) or bounds.PEAKS["H200"])
     for problem in found[: args.most]:
         forms = forms_of(problem.layer, problem.batch, bits, backends, on_cuda, bool(cutlass))
-        names = [problem_name(problem, form.op, bits) for form in forms]
-        measures = [(form, Measure(form.op, own, "time", 1e-6, form.backend)) for form, own in zip(forms, names)]
+        named = [(form, problem.name(bits, form.op)) for form in forms]
+        measures = [(form, Measure(form.op, own, "time", 1e-6, form.backend)) for form, own in named]
         make = lambda p=problem: ProductCase(p, bits, session.device, name, args.rounds, cutlass)  # noqa: E731
         with torch.inference_mode():
             new = session.run(problem.name(bits), make, measures, 1 if on_cuda else args.rounds)

@@ -129,7 +129,8 @@ def append(rows: Sequence[dict[str, Any]], path: Path | None = None) -> Path:
             raise ValueError(f"row has unknown columns {sorted(unknown)}; allowed: {', '.join(COLUMNS)}")
         if row.get("verified") is not True:
             raise ValueError(f"row {row} is not verified; only verified results are recorded")
-        complete.append({name: _cell(({**common, **row}).get(name, "")) for name in COLUMNS})
+        values = {name: ({**common, **row}).get(name, "") for name in COLUMNS}
+        complete.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new:
@@ -143,10 +144,6 @@ def append(rows: Sequence[dict[str, Any]], path: Path | None = None) -> Path:
             writer.writeheader()
         writer.writerows(complete)
     return path
-
-
-def _cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -147,17 +147,22 @@ class Case(Protocol):
 
     make gives the subject of a configuration, whose `remove` is called at the end, and whose `shared_bytes` count with
     its peak; verify runs it and gives its SQNR in dB, or a text that says why it is not to be timed; timed gives the
-    seconds of one round; rows are those of a timed entrant while its subject is there, ratio_rows those of how many
-    times faster it is than the baseline of `metric`.
+    seconds of one round, by `timer` where the subject is a call; rows are those of a timed entrant while its subject is
+    there, ratio_rows those of how many times faster it is than the baseline of `metric`.
     """
 
-    baselines: Mapping[str, Sequence[str]]
+    baselines: Mapping[str, Sequence[str]] = {}
+    timer: Callable[[Callable[[], object]], list[float]]
 
     def make(self, config: Any) -> Any: ...
     def verify(self, entrant: Entrant) -> float | str: ...
-    def timed(self, entrant: Entrant) -> list[float]: ...
     def rows(self, entrant: Entrant) -> list[Row]: ...
-    def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]: ...
+
+    def timed(self, entrant: Entrant) -> list[float]:
+        return self.timer(entrant.subject)
+
+    def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:
+        return []
 
 
 def ratios(baseline: Entrant, own: Entrant) -> list[float]:
@@ -165,11 +170,6 @@ def ratios(baseline: Entrant, own: Entrant) -> list[float]:
     if baseline.turn == own.turn:
         return [b / s for b, s in zip(baseline.times, own.times, strict=True)]
     return [baseline.median / own.median]
-
-
-def fastest(entrants: Sequence[Entrant], keys: Sequence[str]) -> Entrant | None:
-    """The fastest of those whose configuration has one of `keys`, or None if there is none."""
-    return min((e for e in entrants if e.config.key in keys), key=lambda e: e.median, default=None)
 
 
 class Scores:
@@ -189,8 +189,9 @@ class Scores:
         return found + [(entrant, metric, ratios(after[metric], entrant)) for entrant in old for metric in brought]
 
     def _fastest(self) -> dict[str, Entrant]:
-        found = {metric: fastest(self.entrants, keys) for metric, keys in self.baselines.items()}
-        return {metric: entrant for metric, entrant in found.items() if entrant is not None}
+        """By metric the fastest of its baselines, where one of them was timed."""
+        found = {metric: [e for e in self.entrants if e.config.key in keys] for metric, keys in self.baselines.items()}
+        return {metric: min(own, key=lambda e: e.median) for metric, own in found.items() if own}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +245,9 @@ class Session:
         self.args = args
         self.budget = Budget(args.budget)
         torch.set_num_threads(args.threads)
-        self.device = choose_device(args.device)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("--device cuda: torch sees no CUDA device; use --device cpu")
+        self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.device_name = record.name_of(self.device)
         self.path = record.results_file(args.results, self.device_name)
         self.in_turns = self.device.type == "cpu" if args.in_turns is None else args.in_turns
@@ -379,13 +382,6 @@ def is_wanted(key: str, names: str) -> bool:
     """Whether --rows `names` asks for the configuration `key`: by its name, its beginning, or without its backend."""
     forms = (f"{key}-", f"{key.partition('.')[0]}-")
     return not names or any(form.startswith(f"{name}-") for name in names.split(",") for form in forms)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of --device."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -48,10 +48,7 @@ makes errors ten times as large; benchmarks/steps.py asks for more of a single c
 FLOATS = ("float-contiguous", "float-channels_last", "float-compile", "float-compile-graphs", QUICK)
 BASELINES = {
     "speedup_vs_float": FLOATS,
-    **{
-        f"speedup_vs_deepcache{n}": tuple(key for key, interval in DEEPCACHE.items() if interval == n)
-        for n in sorted(set(DEEPCACHE.values()))
-    },
+    **{f"speedup_vs_deepcache{n}": tuple(k for k in DEEPCACHE if DEEPCACHE[k] == n) for n in DEEPCACHE.values()},
 }
 """By metric the configurations whose fastest one it compares with."""
 
@@ -186,12 +183,8 @@ def main(args: argparse.Namespace) -> int:
                 rows = run_rows(session.device, session.dtype, args.compile, args.plan)
                 rows = chosen(rows, session, RUN_ORDER)
                 measures = [(row, Measure(OP, problem(workload, row.key), "run_time", 1.0)) for row in rows]
-                new = session.run(
-                    f"{network}, {sampler}, {images} images",
-                    lambda w=workload, u=unet: Run(w, Networks(u)),
-                    measures,
-                    args.rounds,
-                )
+                make = lambda w=workload, u=unet: Run(w, Networks(u))  # noqa: E731
+                new = session.run(f"{network}, {sampler}, {images} images", make, measures, args.rounds)
                 print(show(new, "run_time"), flush=True)
         del unet
     return session.exit_code

@@ -66,9 +66,8 @@ def build_unet(network: str, device: str | torch.device = "cpu") -> torch.nn.Mod
     if network == "cifar10_small16":
         from modiff_kernels.models import shipped_model_path
 
-        return (
-            diffusers.UNet2DModel.from_pretrained(shipped_model_path()).float().to(device).eval().requires_grad_(False)
-        )
+        unet = diffusers.UNet2DModel.from_pretrained(shipped_model_path())
+        return unet.float().to(device).eval().requires_grad_(False)
     torch.manual_seed(0)
     with torch.device(device):
         return getattr(diffusers, CONFIGS[network]["class"])(**CONFIGS[network]["unet"]).eval().requires_grad_(False)

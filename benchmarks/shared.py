@@ -17,20 +17,6 @@ from modiff_kernels.evaluation.table import HEADER as COMPARE_HEADER
 from modiff_kernels.evaluation.table import table_cells as compare_cells
 
 __all__ = [
-    "COMPARE_HEADER",
-    "METHODS",
-    "Model",
-    "Quantised",
-    "Row",
-    "UserError",
-    "build_rows",
-    "check_steps",
-    "compare_cells",
-    "config_of_row",
-    "load_model",
-    "make_scheduler",
-    "quiet_libraries",
-    "sample_images",
-    "share_copy",
-    "tensors_crc32",
-]
+    "COMPARE_HEADER", "METHODS", "Model", "Quantised", "Row", "UserError", "build_rows", "check_steps", "compare_cells",
+    "config_of_row", "load_model", "make_scheduler", "quiet_libraries", "sample_images", "share_copy", "tensors_crc32",
+]  # fmt: skip

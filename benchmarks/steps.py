@@ -171,16 +171,10 @@ def main(args: argparse.Namespace) -> int:
         unet = build_unet(network, session.device).to(session.dtype)
         for batch in args.batch:
             rows = step_rows(session.device, session.dtype, args.compile, args.plan)
-            rows = chosen(rows, session, STEP_ORDER)
-            measures = [
-                (row, Measure("unet_step", problem(network, unet, batch, row), "update_time", 1e-3)) for row in rows
-            ]
-            new = session.run(
-                f"{network}, batch {batch}",
-                lambda n=network, b=batch, u=unet: Step(n, b, Networks(u), args.calls, machine),
-                measures,
-                args.rounds,
-            )
+            named = [(row, problem(network, unet, batch, row)) for row in chosen(rows, session, STEP_ORDER)]
+            measures = [(row, Measure("unet_step", name, "update_time", 1e-3)) for row, name in named]
+            make = lambda n=network, b=batch, u=unet: Step(n, b, Networks(u), args.calls, machine)  # noqa: E731
+            new = session.run(f"{network}, batch {batch}", make, measures, args.rounds)
             print(show(new, "update_time"), flush=True)
         del unet
     return session.exit_code

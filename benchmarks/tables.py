@@ -167,10 +167,8 @@ def show(rows: Sequence[Mapping[str, Any]], needed: str, by: Sequence[str] = ("p
         line[f"{row['metric']}, {row['unit']}"] = row["p50"]
     table = {key: line for key, line in table.items() if any(name.startswith(f"{needed},") for name in line)}
     metrics = sorted({name for line in table.values() for name in line}, key=lambda name: not name.startswith(needed))
-    cells = [
-        ["  ".join(map(str, key)), *(shown(line.get(name), "{:.4g}") for name in metrics)]
-        for key, line in table.items()
-    ]
+    numbers = {key: [shown(line.get(name), "{:.4g}") for name in metrics] for key, line in table.items()}
+    cells = [["  ".join(map(str, key)), *own] for key, own in numbers.items()]
     return text_table((" ".join(by), *metrics), cells) if cells else "nothing new"
 
 
@@ -249,11 +247,7 @@ def compare_table(results: Path, name: str = "compare") -> str | None:
 
 def study(module: str) -> Callable[..., str | None]:
     """A table of a study, which knows its report best."""
-
-    def table(results: Path, *options: str) -> str | None:
-        return import_module(f"benchmarks.studies.{module}").table(results, *options)
-
-    return table
+    return lambda *arguments: import_module(f"benchmarks.studies.{module}").table(*arguments)
 
 
 MAKERS: dict[str, Callable[..., str | None]] = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.bounds import PEAKS, peaks_of
 from benchmarks.layers import Problem, problems_by_share
-from benchmarks.runner import Entrant, Measure, Row, Session, add_options
+from benchmarks.runner import Case, Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, Layer
 from benchmarks.timing import ColdTimer
 from modiff_kernels import ops
@@ -48,24 +48,19 @@ class Scratch:
         k = layer.c_in * layer.kernel**2
         rows = torch.randint(-low, low, (layer.c_out, k), dtype=torch.int8, generator=draw, device=device)
         self.weight = ops.PackedWeight(pack(rows, weight_bits), torch.ones(layer.c_out, device=device), weight_bits)
-        self.window = (
-            ops.Window(*((side,) * 2 for side in (layer.kernel, layer.stride, layer.padding))) if image else None
-        )
+        sides = ((side,) * 2 for side in (layer.kernel, layer.stride, layer.padding))
+        self.window = ops.Window(*sides) if image else None
         self.scale = torch.full((1,), 2.0**-12, device=device)  # keeps float16 finite; a power of two rounds nothing
         out_shape = (batch, layer.c_out, layer.h_out, layer.w_out) if image else (batch, layer.h, layer.c_out)
         self.y_hat = torch.empty(out_shape, dtype=torch.float16, device=device, memory_format=memory_format).zero_()
         state = (self.y_hat, None, None, self.window, torch.float16, False)
         self.operands = (self.codes, self.scale, None, self.weight, *state)
         self._ends = sorted({0, batch - 1})
-        self._expected = self._reference()
+        self._expected = self.y_hat[self._ends].clone()
+        samples = (self.codes[self._ends], self.scale, None, self.weight, self._expected, *state[1:])
+        reference.product(*samples)
         self._first: Tensor | None = None
         self.disputed = False
-
-    def _reference(self) -> Tensor:
-        codes, scale, zero_point, weight, y_hat, *rest = self.operands
-        y_hat = y_hat[self._ends].clone()
-        reference.product(codes[self._ends], scale, zero_point, weight, y_hat, *rest)
-        return y_hat
 
     def is_exact(self, update: Callable[[], object]) -> bool:
         """Whether `update` gives the reference's output for the first and the last sample, and for all samples what the
@@ -118,10 +113,8 @@ def shortlist(candidates: Sequence[Any], tile_of: Callable[[Any], tuple[Any, int
     return [candidate for candidate in candidates if is_near(candidate)]
 
 
-class TileCase:
-    """The candidates of one problem, for benchmarks/runner.py. medians: microseconds of those that were timed."""
-
-    baselines: dict[str, Sequence[str]] = {}  # noqa: RUF012 (a constant)
+class TileCase(Case):
+    """The candidates of one problem. medians: microseconds of those that were timed."""
 
     def __init__(self, backend: Tunable, scratch: Scratch, problem: str) -> None:
         self.backend, self.scratch, self.problem = backend, scratch, problem
@@ -134,16 +127,10 @@ class TileCase:
     def verify(self, entrant: Entrant) -> float | str:
         return float("inf") if self.scratch.is_exact(entrant.subject) else "WRONG sums"
 
-    def timed(self, entrant: Entrant) -> list[float]:
-        return self.timer(entrant.subject)
-
     def rows(self, entrant: Entrant) -> list[Row]:
         times = [1e6 * s for s in entrant.times]
         self.medians[entrant.config.choice] = statistics.median(times)
         return [self.row(entrant.config.key, "time", "us", times)]
-
-    def ratio_rows(self, entrant: Entrant, metric: str, faster: list[float]) -> list[Row]:
-        return []
 
     def row(self, backend: str, metric: str, unit: str, values: list[float]) -> Row:
         """A row of results."""

@@ -58,18 +58,26 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        counts = " ".join(f"{opcode} {count}" for opcode, count in self.counts.items())
+        text = f"sm_{self.capability}  {self.registers:3d} regs  {self.shared_bytes:6d} B shared"
+        text += f"  {self.instructions:5d} instr  {self.name}  [{counts}]"
+        return text + "".join(f"\n       FAILED {failure}" for failure in self.failures)
 
-def variants(capability: int, few: bool) -> Iterator[tuple[str, Variant]]:
-    """(name, variant) of all kernels of the backend."""
+
+@cache
+def variants(capability: int, few: bool) -> list[tuple[str, Variant]]:
+    """(name, variant) of all kernels of the backend. Not to be changed."""
     from tools.triton_forms import product_variants, quantize_variants
 
-    yield from product_variants(divmod(capability, 10), few)
+    found = product_variants(divmod(capability, 10), few)
     # The many forms of the quantising kernels: few are those that the other processor does not compile.
     turn = list(PRODUCT_INSTRUCTION).index(capability)
     for variant in quantize_variants()[turn :: len(PRODUCT_INSTRUCTION)] if few else quantize_variants():
         meta = "-".join(f"{key.lower()}{value}" for key, value in variant.constexprs.items() if key.isupper())
         types = "-".join(kind for kind in variant.signature.values() if kind.startswith("*"))
-        yield f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.options['num_warps']}", variant
+        found.append((f"{variant.kernel.__name__}-{meta}-{types}-warps{variant.options['num_warps']}", variant))
+    return found
 
 
 def compile_variant(name: str, variant: Variant, capability: int) -> tuple[Report, bytes]:
@@ -100,6 +108,7 @@ def compile_variant(name: str, variant: Variant, capability: int) -> tuple[Repor
 
 
 def read_instructions(report: Report, opcodes: Counter[str]) -> Report:
+    """The report with the instructions, and what is wrong with them."""
     counts: Counter[str] = Counter()
     for opcode, count in opcodes.items():
         counts[opcode.split(".")[0]] += count
@@ -131,45 +140,31 @@ def check(capabilities: Iterable[int], few: bool, match: str = "") -> Iterator[R
         os.environ["TRITON_CACHE_DIR"] = folder
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             for capability in capabilities:
-                forms = [(capability, few, i) for i, (name, _) in enumerate(_forms(capability, few)) if match in name]
+                forms = [(capability, few, i) for i, (name, _) in enumerate(variants(capability, few)) if match in name]
                 found = list(pool.map(_compile_form, forms, chunksize=4))
                 opcodes = sass_report.opcodes([code for _, code in found], CUBIN[capability])
                 yield from map(read_instructions, [report for report, _ in found], opcodes)
 
 
-@cache
-def _forms(capability: int, few: bool) -> list[tuple[str, Variant]]:
-    return list(variants(capability, few))
-
-
 def _compile_form(form: tuple[int, bool, int]) -> tuple[Report, bytes]:
     """Kernels cannot be sent to a process, but every process finds the same forms in the same order."""
     capability, few, index = form
-    return compile_variant(*_forms(capability, few)[index], capability)
-
-
-def row(report: Report) -> str:
-    """One line of the table."""
-    counts = " ".join(f"{opcode} {count}" for opcode, count in report.counts.items())
-    text = f"sm_{report.capability}  {report.registers:3d} regs  {report.shared_bytes:6d} B shared"
-    text += f"  {report.instructions:5d} instr  {report.name}  [{counts}]"
-    return text + "".join(f"\n       FAILED {failure}" for failure in report.failures)
+    return compile_variant(*variants(capability, few)[index], capability)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--capability", type=int, nargs="+", default=list(PRODUCT_INSTRUCTION), choices=PRODUCT_INSTRUCTION
-    )
-    parser.add_argument("--few", action="store_true", help="every form once, and every tile in the main ones")
-    parser.add_argument("--match", default="", help="only forms whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the reports there")
+    add, all_of_them = parser.add_argument, list(PRODUCT_INSTRUCTION)
+    add("--capability", type=int, nargs="+", default=all_of_them, choices=all_of_them, help="(%(default)s)")
+    add("--few", action="store_true", help="every form once, and every tile in the main ones")
+    add("--match", default="", help="only forms whose name contains this")
+    add("--json", type=Path, help="write the reports there")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     reports = []
     for report in check(args.capability, args.few, args.match):
-        print(row(report), flush=True)
+        print(report, flush=True)
         reports.append(report)
     failed = sum(bool(report.failures) for report in reports)
     print(f"{len(reports)} forms compiled, {failed} failed")

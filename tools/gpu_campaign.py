@@ -138,9 +138,8 @@ class Campaign:
 
     def _save(self) -> None:
         parts = {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()}
-        state = {"started": self.started, "parts": parts}
         scratch = self.state_file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(state, indent=1))
+        scratch.write_text(json.dumps({"started": self.started, "parts": parts}, indent=1))
         scratch.replace(self.state_file)
 
     def exit_code(self) -> int:
@@ -167,15 +166,9 @@ class Campaign:
 
 def _run(command: list[str], log, seconds: float, variables: dict[str, str]) -> int | None:
     """Exit code of `command`, or None if it was stopped after `seconds`, with every process it has started."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
     try:
         return process.wait(timeout=max(seconds - 2 * GRACE_SECONDS, 1))
     except subprocess.TimeoutExpired:
@@ -306,9 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def why_no_gpu() -> str | None:
     """Why nothing can be measured here, or None. Asked in a process of its own: a CUDA context would stay here."""
     code = "import torch; assert torch.cuda.is_available(), f'torch {torch.__version__} sees no CUDA device'"
-    command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST_ANSWER)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONGEST_ANSWER)
     except subprocess.TimeoutExpired:
         return f"torch did not answer within {LONGEST_ANSWER} s"
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1].removeprefix("AssertionError: ")

@@ -234,29 +234,23 @@ def difference(got: list[Tensor], wanted: list[Tensor], tie: int) -> str | None:
     return None
 
 
-def check(call: Call, backend: str, wanted: list[Tensor]) -> tuple[bool, str]:
-    """Whether `backend` gives what is `wanted` of `call`, and a word about it."""
-    try:
-        got = [result.cpu() for result in call.run(backend, "cuda" if backend in GPU_BACKENDS else "cpu")]
-    except ops.BackendUnavailable as error:
-        return True, f"left out: {error}"
-    found = difference(got, wanted, call.tie)
-    return found is None, found or "ok"
-
-
 def check_all(chosen: Sequence[Call], backends: Sequence[str]) -> int | None:
     """How many calls went wrong; None: the CUDA context is lost, and nothing works any more in this process."""
     failed = 0
     for call in chosen:
         wanted = call.run("reference", "cpu")
         for backend in backends:
+            wrong, words = None, "ok"
             try:
-                well, words = check(call, backend, wanted)
+                got = [result.cpu() for result in call.run(backend, "cuda" if backend in GPU_BACKENDS else "cpu")]
+                wrong = difference(got, wanted, call.tie)
+            except ops.BackendUnavailable as error:
+                words = f"left out: {error}"
             except Exception as error:  # compilers have errors of their own
-                well, words = False, f"{type(error).__name__}: {error}"
-            failed += not well
-            print(f"{backend:9s} {call.name}: {'' if well else 'FAILED: '}{words}", flush=True)
-            if not well and backend in GPU_BACKENDS and device_is_lost():
+                wrong = f"{type(error).__name__}: {error}"
+            failed += wrong is not None
+            print(f"{backend:9s} {call.name}: {f'FAILED: {wrong}' if wrong else words}", flush=True)
+            if wrong and backend in GPU_BACKENDS and device_is_lost():
                 print("stopped: the CUDA context is lost", flush=True)
                 return None
     return failed

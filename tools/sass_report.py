@@ -88,12 +88,8 @@ def demangled(names: list[str]) -> list[str]:
     if shutil.which("c++filt") is None:
         return names
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [_shortened(name) for name in done.stdout.splitlines()]
-
-
-def _shortened(name: str) -> str:
-    inner = re.fullmatch(r"void modiff::(?:\w+::)*\w*kernel<(.*?) ?>\(.*\)", name)
-    return re.sub(r"modiff::(cuda::)?(sm80::)?", "", inner[1] if inner else name)
+    inner = [re.sub(r"^void modiff::(?:\w+::)*\w*kernel<(.*?) ?>\(.*\)$", r"\1", s) for s in done.stdout.splitlines()]
+    return [re.sub(r"modiff::(cuda::)?(sm80::)?", "", name) for name in inner]
 
 
 def resources(library: Path) -> dict[tuple[str, str], Row]:

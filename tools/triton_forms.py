@@ -159,10 +159,9 @@ def product_variants(capability: tuple[int, int], few: bool = False) -> list[tup
             fitting = fitting[-1:] if capability >= (9, 0) else fitting[:1]
         for tile in fitting:
             keep(f"{form.name} {tile}", _call_product, form, tile)
-    weights = ((8, -1), (4, -1), (3, -1), (4, 128))
-    inputs: tuple[tuple[torch.dtype, int], ...] = ((torch.float16, 320), (torch.bfloat16, _ODD_CHANNELS))
+    weights, inputs = ((8, -1), (4, -1), (3, -1), (4, 128)), [(torch.float16, 320), (torch.bfloat16, _ODD_CHANNELS)]
     if few:
-        inputs = inputs[:1] if capability >= (9, 0) else inputs[1:]
+        del inputs[1 if capability >= (9, 0) else 0]
     for (bits, group_size), given, (dtype, channels) in product_of(weights, (False, True), inputs):
         name = f"w{bits} group {group_size} {'given' if given else 'dynamic'} {dtype} k{channels} {ONE_LAUNCH}"
         keep(name, _call_modulate, bits, group_size, given, dtype, channels)

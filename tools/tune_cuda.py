@@ -68,9 +68,5 @@ def _about() -> dict[str, str]:
     return {"nvcc": info["nvcc"]} if isinstance(info, dict) else {}
 
 
-def main() -> int:
-    return tile_tuning.main(__doc__ or "", cuda.unavailable(), products_on, _about)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tile_tuning.main(__doc__ or "", cuda.unavailable(), products_on, _about))

@@ -29,12 +29,12 @@ class TritonProducts:
     name, store = "triton", tiles.STORE
 
     def __init__(self, device: torch.device) -> None:
-        self.gpu = tiles.gpu_of(device)
+        from modiff_kernels.backends.triton import product_launch  # needs triton, which the command line asks for first
+
+        self.gpu, self.launch = tiles.gpu_of(device), product_launch
 
     def shape(self, scratch: Scratch) -> tiles.Shape:
-        from modiff_kernels.backends.triton import product_launch
-
-        return product_launch.geometry_of(scratch.codes, scratch.weight.n, scratch.window).shape(scratch.weight)
+        return self.launch.geometry_of(scratch.codes, scratch.weight.n, scratch.window).shape(scratch.weight)
 
     def candidates(self, scratch: Scratch) -> list[tiles.TileConfig]:
         return tiles.ranked(self.shape(scratch), self.gpu)
@@ -43,9 +43,7 @@ class TritonProducts:
         return candidate._replace(split_k=1), candidate.split_k
 
     def update(self, scratch: Scratch, candidate: tiles.TileConfig) -> Callable[[], object]:
-        from modiff_kernels.backends.triton import product_launch
-
-        return lambda: product_launch.product(*scratch.operands, candidate)
+        return lambda: self.launch.product(*scratch.operands, candidate)
 
 
 def _about() -> dict[str, str]:
@@ -54,9 +52,5 @@ def _about() -> dict[str, str]:
     return {"triton": triton_package.__version__}
 
 
-def main() -> int:
-    return tile_tuning.main(__doc__ or "", triton.unavailable(), TritonProducts, _about)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tile_tuning.main(__doc__ or "", triton.unavailable(), TritonProducts, _about))

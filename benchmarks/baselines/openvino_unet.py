@@ -35,10 +35,9 @@ class OpenVinoUNet(nn.Module):
         precision, in_int8 = PRECISIONS[key]
         sample, timestep = shown[0]
         self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
+        example = {"example_input": (sample, timestep.float()), "input": [tuple(sample.shape), ()]}
         with torch.no_grad():
-            model = openvino.convert_model(
-                _Plain(unet), example_input=(sample, timestep.float()), input=[tuple(sample.shape), ()]
-            )
+            model = openvino.convert_model(_Plain(unet), **example)
         if in_int8:
             calls = nncf.Dataset([_arrays(*call) for call in shown])
             model = nncf.quantize(model, calls, subset_size=len(shown))

@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -164,13 +165,8 @@ def main(args: argparse.Namespace) -> int:
     models.quiet_libraries()
     same = {name: getattr(args, name) for name in ("images", "samples", "threads")} | {"torch": torch.__version__}
     report = Report(args.json, args.resume, same, {}, KEY)
-    wanted = [
-        (sampler, method, bits, way)
-        for sampler in args.samplers.split(",")
-        for method in args.methods.split(",")
-        for bits in args.bits.split(",")
-        for way in WAYS
-    ]
+    chosen = (names.split(",") for names in (args.samplers, args.methods, args.bits))
+    wanted = list(itertools.product(*chosen, WAYS))
     with tempfile.TemporaryDirectory() as folder:
         study = Study(args, args.keep or Path(folder))
         for sampler, method, bits, way in tqdm(wanted, desc="rows"):
@@ -192,16 +188,15 @@ def table(results: Path, sampler: str) -> str | None:
         return None
     rows = {(row["bits"], row["method"], row["way"]): row for row in report["rows"] if row["sampler"] == sampler}
     cells = []
-    for bits in BITS:
-        for method in METHODS:
-            keys = [(bits.partition("A")[0], method, "float"), (bits, method, "plain"), (bits, method, "modulated")]
-            if not all(key in rows for key in keys):
-                continue
-            full, plain, modulated = (rows[key] for key in keys)
-            line = [f"{bits}, {method}", *(f"{row['psnr_db']:.1f}" for row in (full, plain, modulated))]
-            line += [f"{row['ssim']:.3f}" for row in (plain, modulated)]
-            line += [f"{row['frechet']:.2g}" for row in (plain, modulated)]
-            cells.append([*line, f"{plain['calibration_cpu_s']:.0f}", f"{plain['peak_mib']:.0f}"])
+    for bits, method in itertools.product(BITS, METHODS):
+        keys = [(bits.partition("A")[0], method, "float"), (bits, method, "plain"), (bits, method, "modulated")]
+        if not all(key in rows for key in keys):
+            continue
+        full, plain, modulated = (rows[key] for key in keys)
+        line = [f"{bits}, {method}", *(f"{row['psnr_db']:.1f}" for row in (full, plain, modulated))]
+        line += [f"{row['ssim']:.3f}" for row in (plain, modulated)]
+        line += [f"{row['frechet']:.2g}" for row in (plain, modulated)]
+        cells.append([*line, f"{plain['calibration_cpu_s']:.0f}", f"{plain['peak_mib']:.0f}"])
     features = sorted({row["features"] for row in rows.values()})
     commands = "; ".join(f"`{command}`" for command in report["commands"] if f"--samplers {sampler}" in command)
     return (

@@ -41,7 +41,7 @@ from benchmarks.runner import FAILED, NOT_FINISHED
 from benchmarks.studies.features import FOLDER, Features, frechet_distance
 from benchmarks.studies.pictures import OutOfTime, Pictures
 from benchmarks.studies.report import Report
-from benchmarks.tables import loaded
+from benchmarks.tables import loaded, shown
 from examples.cifar10 import load_cifar10
 from modiff_kernels.evaluation import markdown_table
 
@@ -174,11 +174,8 @@ def main(args: argparse.Namespace) -> int:
     model = models.load_model(args.model, None, torch.device(args.device))
     features = Features(model.unet.config.sample_size, args.features, args.device)
     same = {"model": model.name, "images": args.images, "batch": args.batch, "dtype": "float32"}
-    same |= {
-        "device": record.name_of(torch.device(args.device)),
-        "backend": args.backend,
-        "codes": f"{args.codes}, {CODES_SAMPLER}, {args.samples} trajectories",
-    }
+    same |= {"device": record.name_of(torch.device(args.device)), "backend": args.backend}
+    same["codes"] = f"{args.codes}, {CODES_SAMPLER}, {args.samples} trajectories"
     more = {"parameters": sum(p.numel() for p in model.unet.parameters()), "environments": []}
     report = Report(args.json, args.resume, {**same, "features": features.name}, more, KEY)
     where = {**record.environment(), "device": same["device"]}
@@ -214,10 +211,6 @@ COLUMNS = {
 }
 
 
-def _shown(row: dict[str, Any], name: str, form: str) -> str:
-    return form.format(row[name]) if row.get(name) is not None else "-"
-
-
 def _label(row: dict[str, Any]) -> str:
     if row["way"] == "float":
         return "full precision"
@@ -227,8 +220,7 @@ def _label(row: dict[str, Any]) -> str:
 
 def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """By bits of the weights, then ways; the float row first."""
-    names = ["", "W8", *(name for name in BITS if name.startswith("W8"))]
-    names += ["W4", *(name for name in BITS if name.startswith("W4"))]
+    names = ["", *(name for w in ("W8", "W4") for name in (w, *(bits for bits in BITS if bits.startswith(w))))]
     ways = ["float", "weights", "plain", "modulated"]
     return sorted(rows, key=lambda row: (names.index(row["bits"]), row["scheduled"], ways.index(row["way"])))
 
@@ -242,8 +234,8 @@ def table(results: Path, name: str, sampler: str) -> str | None:
     cells = []
     for row in rows:
         state = f"{row['state_bytes_per_image'] / 1e3:.0f}" if "state_bytes_per_image" in row else "-"
-        more = [f"{row['calls_computed']} of {row['calls']}", _shown(row, "average_bits", "{:.1f}"), state]
-        cells.append([_label(row), *(_shown(row, *column) for column in COLUMNS.values()), *more])
+        more = [f"{row['calls_computed']} of {row['calls']}", shown(row.get("average_bits"), "{:.1f}"), state]
+        cells.append([_label(row), *(shown(row.get(name), form) for name, form in COLUMNS.values()), *more])
         cells[-1][1] = "reference" if row["way"] == "float" else cells[-1][1]
     header = ("configuration", *COLUMNS, "calls computed", "avg bits", "state kB/image")
     schedules = {row["schedule"] for row in rows if row.get("schedule")}

@@ -370,14 +370,10 @@ def table(results: Path, network: str) -> str | None:
         highest = max(db for db in line.reached.values() if db is not None)
         texts = ["-" if line.reached[name] is None else f"{line.reached[name]:.1f}" for name in shown]
         texts = [f"**{text}**" if text == f"{highest:.1f}" else text for text in texts]
-        panel = line.panel
-        name = f"{panel.sampler}, {panel.steps}"
-        cells.append([name, f"{line.evaluations:g}", *texts, f"{panel.every_call_db:.1f}"])
-    counted = {
-        words: wins((line.reached["searched"], line.reached[name]) for line in found)
-        for name, words in COLUMNS.items()
-        if words
-    }
+        name = f"{line.panel.sampler}, {line.panel.steps}"
+        cells.append([name, f"{line.evaluations:g}", *texts, f"{line.panel.every_call_db:.1f}"])
+    pairs = {name: [(line.reached["searched"], line.reached[name]) for line in found] for name in COLUMNS}
+    counted = {words: wins(pairs[name]) for name, words in COLUMNS.items() if words}
     counts = ", ".join(f"{name} in {won} of {of}" for name, (won, of) in counted.items() if of)
     notes = " ".join([f"The searched schedules are above {counts} lines." if counts else "", *report["notes"]]).strip()
     caption = f"`{report['command']}`: {report['model']}, {network}, {report['images']} images. {notes}".rstrip()

@@ -57,7 +57,7 @@ def test_bounds_and_rows_of_known_times():
     assert products.bound_us("product", LINEAR, 3, 8, machine) == pytest.approx(1e-3 * moved), "bound by memory"
     slow = Machine(1e6, 2e6, 1e12)
     assert products.bound_us("product", LINEAR, 3, 8, slow) == pytest.approx(2 * outputs * 32 / 2.0)
-    case = ProductCase(Problem(LINEAR, 3, 0.1), 8, CPU, "no such device", 1, None)
+    case = ProductCase(Problem(LINEAR, 3), 8, CPU, "no such device", 1, None)
     case.peaks = machine
     entrant = Entrant(Form("product", "cpu"), sqnr_db=150.0, times=[2e-6, 4e-6, 3e-6], more={"backend": "cpu"})
     rows = {row["metric"]: row for row in case.rows(entrant)}

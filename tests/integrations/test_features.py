@@ -15,13 +15,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
-from tests.unets import NETWORKS, conditions_of, text, trajectory
+from tests.unets import NETWORKS, WIDTH, conditions_of, text, trajectory
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 WHEN = ("before accelerate()", "after it", "within a run")
@@ -185,8 +191,8 @@ one("weight.mul_()", lambda net: layer(net, "resnets.0.conv1").weight.mul_(-1))
 one("weight.data.mul_()", lambda net: data_of(net, "resnets.0.conv1").mul_(-1))
 one("weight.data =", lambda net: replaced(net, "resnets.0.conv1"))
 one("weight = nn.Parameter()", lambda net: renewed(layer(net, "resnets.0.conv1")))
-one("bias.add_()", lambda net: layer(net, "resnets.0.conv1").bias.add_(1))
-one("bias.data.add_()", lambda net: layer(net, "resnets.0.conv1").bias.data.add_(1))
+one("bias.mul_()", lambda net: layer(net, "resnets.0.conv2").bias.mul_(9))
+one("bias.data.mul_()", lambda net: layer(net, "resnets.0.conv2").bias.data.mul_(9))
 one("weight.data of a projection in attention", lambda net: data_of(net, "to_v").mul_(-1))
 one("weight of a norm, in place", lambda net: part(net, "GroupNorm").weight.mul_(2))
 one("weight.data of a norm", lambda net: part(net, "GroupNorm").weight.data.mul_(2))
@@ -256,6 +262,8 @@ one("prompt in place", lambda net: net.keywords["encoder_hidden_states"].neg_(),
 one("prompt in place, .data", lambda net: net.keywords["encoder_hidden_states"].data.neg_(), *CONDITIONAL)
 one("longer prompt", lambda net: net.keywords.update(encoder_hidden_states=text(seed=7).repeat(1, 3, 1)), *CONDITIONAL)
 one("ControlNet residuals", lambda net: net.keywords.update(control()), "sd15")
+one("T2I-Adapter features", lambda net: setattr(net, "call", adapted(net)), "sd15")
+one("IP-Adapter", lambda net: ip_adapter(net), "sd15")
 one("enable_freeu", lambda net: net.unet.enable_freeu(s1=0.2, s2=0.2, b1=1.5, b2=1.6), "sd15")
 
 
@@ -265,6 +273,28 @@ def control():
     down = tuple(0.3 * torch.randn(shape, generator=generator) for shape in shapes)
     middle = 0.3 * torch.randn(2, 32, 4, 4, generator=generator)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def adapted(net):
+    """The UNet takes the features out of their list and adds them in place."""
+    generator = torch.Generator().manual_seed(9)
+    found = [0.3 * torch.randn(shape, generator=generator) for shape in [(2, 16, 8, 8), (2, 32, 4, 4)]]
+    return lambda x, t, **k: net.unet(x, t, down_intrablock_additional_residuals=[*found], **k).sample
+
+
+def ip_adapter(net):
+    """As `load_ip_adapter` does it."""
+    torch.manual_seed(5)
+    processors = {}
+    for name in net.unet.attn_processors:
+        width = net.unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+        of_image = IPAdapterAttnProcessor2_0(width, WIDTH, num_tokens=(4,))
+        processors[name] = of_image if "attn2" in name else AttnProcessor2_0()
+    net.unet.set_attn_processor(processors)
+    net.unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(16, WIDTH, 4)])
+    net.unet.config.encoder_hid_dim_type = "ip_image_proj"
+    image = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(8))
+    net.keywords["added_cond_kwargs"] = {"image_embeds": [image]}
 
 
 # What makes another thing of the UNet
@@ -329,8 +359,8 @@ SAME_PICTURE = ("enable_layerwise_casting",)  # judged by the picture without it
 one("nothing", lambda net: None)
 
 
-def outcome(name, kind, when):
-    """None where the float UNet cannot do it either."""
+def outcome(name, kind, when, **options):
+    """None where the float UNet cannot do it either. options: of the ModiffConfig."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -341,7 +371,7 @@ def outcome(name, kind, when):
         late = False
         for run in range(2):
             try:
-                got = observed(name, kind, when, mk.ModiffConfig(), run + 1)[-1]
+                got = observed(name, kind, when, mk.ModiffConfig(**options), run + 1)[-1]
             except (RuntimeError, ValueError, TypeError) as error:
                 return Row(None, re.sub(r"\s+", " ", str(error)).replace("|", "/"), late)
             loss = ceiling(name, kind) - sqnr(got, expected)
@@ -377,6 +407,8 @@ def test_works_or_is_refused_as_the_table_says(name, kind):
             assert told == NOT_FLOAT
         elif row.loss is None:
             assert told == shortened(row), when
+            if "fuse=False" in row.words:  # the remedy
+                assert (outcome(name, kind, when, fuse=False).loss or 0) < SLACK_DB, when
         else:
             assert row.loss < SLACK_DB, f"{when}: {row.loss:.1f} dB below the ceiling, and nothing was said"
             assert told.split(",")[0] == str(row).split(",")[0], f"{when}: {told}"
