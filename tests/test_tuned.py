@@ -6,8 +6,6 @@ from typing import NamedTuple
 import pytest
 
 from modiff_kernels import tuned
-from modiff_kernels.backends.cuda import tiles as cuda_tiles
-from modiff_kernels.backends.triton import tiles as triton_tiles
 
 
 class Shape(NamedTuple):
@@ -33,16 +31,6 @@ def test_what_is_saved_is_loaded(store):
     assert (text["gpu"], text["torch"]) == ("NVIDIA H200", "2.11")
     assert [entry["shape"]["m"] for entry in text["choices"]] == [4, 9]
     assert store.load("NVIDIA H200") == choices
-
-
-def test_choices_of_the_backends(tmp_path):
-    for shape, choice in (
-        (triton_tiles.Shape(64, 32, 16, 9), triton_tiles.TileConfig(64, 64, 32, 4, 2)),
-        (cuda_tiles.Shape(64, 32, 16, 9, 8, 8), cuda_tiles.Tile(90, 256, 160, 1)),
-    ):
-        store = tuned.Store(tmp_path, type(shape), type(choice))
-        store.save({shape: choice}, "gpu", {})
-        assert store.load("gpu") == {shape: choice}
 
 
 def test_the_nearest_of_several_is_taken(store):

@@ -1,23 +1,16 @@
-"""Baselines compute what the network does: DeepCache, OpenVINO and CUTLASS by stand-ins for their packages."""
+"""DeepCache computes the same in both of its forms, by a stand-in for its package; and which baselines there are."""
 
-import ctypes
 import sys
 import types
-from types import SimpleNamespace
 
-import numpy as np
-import pytest
 import torch
 
 from benchmarks.baselines import deepcache
-from benchmarks.baselines.cutlass_int8 import build, kernels
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS
-from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, Networks, run_rows, step_rows
-from benchmarks.layers import PEER_FORM, Tensors
-from benchmarks.runner import LeftOut
-from benchmarks.shapes import Layer, build_unet
-from benchmarks.steps import BASELINES, least_sqnr_db, trajectory
+from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, run_rows, step_rows
+from benchmarks.shapes import build_unet
+from benchmarks.steps import BASELINES, least_sqnr_db
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -86,48 +79,6 @@ def test_both_forms_of_deepcache_compute_the_same(monkeypatch):
                     assert torch.equal(out, dense[i]) == (i % 3 == 0), "in between something is reused"
 
 
-@pytest.fixture
-def openvino(monkeypatch):
-    """openvino and nncf whose models are the traced modules themselves; `seen` tells what they were given."""
-    seen = {}
-
-    class Core:
-        def compile_model(self, model, device, options):
-            seen.update(device=device, options=options)
-
-            def infer(arrays, share_outputs):
-                assert all(isinstance(array, np.ndarray) for array in arrays)
-                with torch.no_grad():
-                    return [model(*map(torch.from_numpy, map(np.asarray, arrays))).numpy()]
-
-            return SimpleNamespace(create_infer_request=lambda: SimpleNamespace(infer=infer))
-
-    def quantize(model, dataset, subset_size):
-        seen.update(dataset=dataset, subset_size=subset_size)
-        return model
-
-    convert_model = lambda module, example_input, input: module  # noqa: E731
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, convert_model=convert_model))
-    monkeypatch.setitem(sys.modules, "nncf", SimpleNamespace(Dataset=list, quantize=quantize))
-    return seen
-
-
-@pytest.mark.parametrize("key", ["openvino-float32", "openvino-int8-bfloat16"])
-def test_the_unet_in_openvino(openvino, key):
-    unet = build_unet("cifar10_small16")
-    networks = Networks(unet)
-    networks.shown = trajectory(16, 2, 3)
-    network = networks.make(next(row for row in step_rows(CPU, torch.float32, compiled=False) if row.key == key))
-    x, t = networks.shown[-1]
-    with torch.no_grad():
-        expected = unet(x, t, return_dict=False)[0]
-    got = network.unet(x.to(memory_format=torch.channels_last), t, return_dict=False)[0]
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert openvino["options"]["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
-    assert openvino["options"]["INFERENCE_PRECISION_HINT"] == ("bf16" if "bfloat16" in key else "f32")
-    assert openvino.get("subset_size") == (3 if "int8" in key else None), "every call of the run that is timed"
-
-
 def test_the_strongest_baselines_are_there(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     steps = {row.key: row for row in step_rows(CPU, torch.float32, compiled=True)}
@@ -141,45 +92,3 @@ def test_the_strongest_baselines_are_there(monkeypatch):
     assert {key for keys in BASELINES.values() for key in keys if "." not in key} <= on_gpu
     runs = {row.key for row in run_rows(GPU, torch.bfloat16, compiled=True)}
     assert {"deepcache-3", "deepcache-3-compile", "deepcache-5-compile", "float-compile-graphs"} <= runs
-
-
-class Library:
-    """A compiled library that writes what it should, times `factor`, for sizes that it takes."""
-
-    def __init__(self, tensors, factor=1.0, takes=True):
-        self.sizes = None
-
-        def run(codes, weight, scale, weight_scale, out, sizes, workspace, stream):
-            self.sizes = list(sizes)
-            value = (tensors.expected(PEER_FORM) * factor).half()
-            data = (value.permute(0, 2, 3, 1) if value.ndim == 4 else value).contiguous()
-            ctypes.memmove(out, data.data_ptr(), 2 * data.numel())
-            return 0
-
-        # Attributes can be set on both, as on what ctypes gives.
-        self.run, self.workspace_bytes = run, lambda array: 64 if takes else -1
-
-
-def cutlass(libraries, folder):
-    for kernel in libraries:
-        kernel.library(folder).touch()
-    return kernels.Cutlass(folder, {str(kernel.library(folder)): own for kernel, own in libraries.items()}.__getitem__)
-
-
-GEMM = next(kernel for kernel in build.KERNELS if kernel.source == "gemm_sm90")
-CONVS = [kernel for kernel in build.KERNELS if kernel.source.startswith("conv")]
-
-
-def test_the_fastest_right_kernel_of_cutlass_counts(tmp_path):
-    with torch.inference_mode():
-        tensors = Tensors(Layer("conv", 16, 24, 6, 7, 3, 2, 1), 2, 8, CPU)
-        right = {CONVS[0]: Library(tensors), CONVS[2]: Library(tensors)}
-        wrong = {CONVS[1]: Library(tensors, takes=False), CONVS[3]: Library(tensors, factor=1.1)}
-        matrix = Library(tensors)
-        times = iter([[5.0], [3.0]])
-        found = cutlass({**right, **wrong, GEMM: matrix}, tmp_path).fastest(tensors, lambda call: next(times))
-        assert found.kernel == f"cutlass-{CONVS[2].name}"
-        assert matrix.sizes is None, "a convolution with a window is no matrix"
-        (tmp_path / "other").mkdir()
-        with pytest.raises(LeftOut, match=r"dB to the reference"):
-            cutlass({CONVS[3]: wrong[CONVS[3]]}, tmp_path / "other").fastest(tensors, lambda call: [1.0])

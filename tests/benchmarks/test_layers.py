@@ -1,15 +1,12 @@
 """Single layers: the arithmetic of their bounds, what is refused, and rows out of known times."""
 
-import argparse
-
 import pytest
 import torch
 
 from benchmarks import layers as products
-from benchmarks import record, tile_tuning
 from benchmarks.bounds import Machine
 from benchmarks.layers import Check, Form, Problem, ProductCase, Tensors
-from benchmarks.runner import Entrant, Session
+from benchmarks.runner import Entrant
 from benchmarks.shapes import Layer
 
 CPU = torch.device("cpu")
@@ -68,38 +65,3 @@ def test_bounds_and_rows_of_known_times():
     assert rows["rate"]["p50"] == pytest.approx(2 * outputs * 32 / 3e-6 / 1e12)
     percent = products.bound_us("product", LINEAR, 3, 8, machine, 4) / 3.0 * 100
     assert rows["of_bound"]["p50"] == pytest.approx(percent)
-
-
-class Tiles:
-    """A backend whose candidates compute the product by the reference, one of them wrongly."""
-
-    name = "any"
-
-    def shape(self, scratch):
-        return "shape"
-
-    def candidates(self, scratch):
-        return ["slow", "wrong", "fast"]
-
-    def tile(self, candidate):
-        return candidate, 1
-
-    def update(self, scratch, candidate):
-        def call():
-            scratch.y_hat[scratch._ends] = scratch._expected + (candidate == "wrong")
-
-        call.candidate = candidate
-        return call
-
-
-def test_the_fastest_exact_tile_is_chosen(monkeypatch):
-    times = {"slow": 4e-6, "fast": 2e-6}
-    monkeypatch.setattr(tile_tuning, "ColdTimer", lambda *_: lambda call: [times[call.candidate]])
-    monkeypatch.setattr(tile_tuning.ColdTimer, "columns", {}, raising=False)
-    args = argparse.Namespace(budget=None, threads=torch.get_num_threads(), device="cpu", results=record.RESULTS)
-    vars(args).update(rows="", rounds=1, in_turns=False, dtype=None, record=False, skip_recorded=False, quiet=True)
-    session = Session(args)
-    assert tile_tuning.tune(session, Tiles(), Problem(LINEAR, 2), 8) == ("shape", "fast")
-    rows = {(row["backend"], row["metric"]): row["p50"] for row in session.rows}
-    assert rows == {("any-slow", "time"): 4.0, ("any-fast", "time"): 2.0, ("any-fast", tile_tuning.OVER_BEST): 2.0}
-    assert session.failed == 1, "the wrong one is never timed"

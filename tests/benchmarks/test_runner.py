@@ -1,14 +1,13 @@
 """The runner: whom it times, in which order, what it compares and what it leaves out."""
 
 import argparse
-import time
 import types
 
 import pytest
 import torch
 
 from benchmarks import record, runner
-from benchmarks.runner import Budget, DeviceLost, Entrant, LeftOut, Measure, Scores, Session, attempt, ratios, recorded
+from benchmarks.runner import Entrant, LeftOut, Measure, Scores, Session, ratios, recorded
 
 
 def config(key, name=None):
@@ -80,20 +79,6 @@ def test_one_by_one_each_is_gone_before_the_next_and_a_wrong_one_is_not_timed(se
     assert "case, b: wrong; not timed" in capsys.readouterr().err
 
 
-def test_what_is_measured_before_the_end_is_kept(session, capsys):
-    own, rounds = session(in_turns=False), iter((1.0, 1.0))
-
-    def run_out():
-        own.budget = types.SimpleNamespace(is_over=True, limit=Budget().limit)
-        return next(rounds)
-
-    field = Field({"a": run_out, "b": 2.0, "c": 3.0})
-    run(own, field)
-    assert field.timed_rows == [("a", 2, 0)], "the third round failed"
-    assert "the budget is used up; left out: b; c" in capsys.readouterr().err
-    assert own.exit_code == 3
-
-
 def test_rounds_that_not_all_have_do_not_count(session):
     left = [2.0, 2.0]
     field = Field({"a": 1.0, "b": left.pop, "c": 3.0})
@@ -153,26 +138,3 @@ def test_what_is_recorded_of_this_commit_device_and_backend(tmp_path, monkeypatc
     assert found("triton") == [], "it was another backend's"
     monkeypatch.setattr(record, "commit", lambda: ("c0ffee", True))
     assert found("cuda") == [], "the code is not that of the rows"
-
-
-def test_a_step_that_does_not_end_is_given_up(capsys):
-    def compile_for_ever():
-        while True:
-            try:
-                time.sleep(10)
-            except Exception:
-                continue  # a compiler that goes on after errors does not keep it up
-
-    assert attempt("model, compiled", compile_for_ever, Budget(0.2)) is None
-    assert "model, compiled: the budget was used up before it was done; left out" in capsys.readouterr().err
-
-
-def test_errors_end_the_step_alone_but_a_lost_device_ends_the_process(capsys, monkeypatch):
-    def step(error):
-        raise error
-
-    assert attempt("a", lambda: step(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")), Budget()) is None
-    assert "a: out of memory (CUDA out of memory. Tried); left" in capsys.readouterr().err
-    monkeypatch.setattr(runner, "device_is_lost", lambda: True)
-    with pytest.raises(DeviceLost):
-        attempt("b", lambda: step(RuntimeError("illegal address, in whatever words")), Budget())

@@ -1,4 +1,4 @@
-"""Studies: what tables and the plot make of known rows, reports that go on, and one small run of each."""
+"""Studies: what tables and the plot make of known rows, a small run of quality, and the Frechet distance."""
 
 import argparse
 import importlib.util
@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from benchmarks import record
-from benchmarks.studies import calibration, quality, schedules
+from benchmarks.studies import quality, schedules
 from benchmarks.studies.features import frechet_distance
-from benchmarks.studies.report import Report, command
 from benchmarks.studies.schedules import between_db, lines, panels, wins
-from modiff_kernels import cli
 from tests.cifar10_files import write_packed
 
 
@@ -69,39 +67,17 @@ def test_the_plot_is_up_to_date(tmp_path):
     assert plot.digest(plot.shown_panels(other)) != plot.digest(plot.shown_panels(REPORT))
 
 
-def test_a_report_goes_on_with_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", "quality", "--json", "r.json", "--images", "4", "--resume"])
-    path = tmp_path / "r.json"
-    report = Report(path, True, {"images": 4}, {}, ("a",))
-    report.add({"a": 1, "b": 2.0})
-    again = Report(path, True, {"images": 4}, {}, ("a",))
-    assert (again.known, again.content["commands"]) == ({(1,)}, ["python -m benchmarks quality --images 4"])
-    with pytest.raises(SystemExit, match="has images 4, this run 8"):
-        Report(path, True, {"images": 8}, {}, ("a",))
-    assert Report(path, False, {"images": 8}, {}, ("a",)).rows == []
-    found = command(["calibration", "--json=r.json", "--keep", "k", "--bits", "W8A8"])
-    assert found.endswith("calibration --bits W8A8")
-
-
-def parsed(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args([*map(str, words), "--threads", str(torch.get_num_threads())])
-
-
-@pytest.fixture
-def few_steps(monkeypatch):
+def test_quality_judges_by_the_float_images_of_the_same_noise(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["x", "study"])
-    for module in (quality, calibration):
-        monkeypatch.setattr(module, "SAMPLERS", {"DDIM-50": ("ddim", 3)})
-
-
-def test_quality_judges_by_the_float_images_of_the_same_noise(few_steps, tmp_path):
+    monkeypatch.setattr(quality, "SAMPLERS", {"DDIM-50": ("ddim", 3)})
+    parser = argparse.ArgumentParser()
+    quality.add_arguments(parser)
     (tmp_path / "data").mkdir()
     write_packed(tmp_path / "data", {"cifar10_train_0": 9, "cifar10_test": 16})
     words = ("--data", tmp_path / "data", "--images", "3", "--batch", "2", "--device", "cpu", "--quiet", "--resume")
     words += ("--keep", tmp_path / "kept", "--json", tmp_path / "q.json", "--samplers", "DDIM-50", "--bits", "W8A8")
-    assert quality.main(parsed(quality, *words)) == 0
+    args = parser.parse_args([*map(str, words), "--threads", str(torch.get_num_threads())])
+    assert quality.main(args) == 0
     report = json.loads((tmp_path / "q.json").read_text())
     rows = {(found["way"], found["scheduled"]): found for found in report["rows"]}
     ours = {(way, scheduled) for way in ("modulated", "plain") for scheduled in (False, True)}
@@ -111,41 +87,22 @@ def test_quality_judges_by_the_float_images_of_the_same_noise(few_steps, tmp_pat
     assert "psnr_db" not in rows["float", False]
     assert (report["failures"], report["yardsticks"]["test_images"]) == ({}, 16)
     before = (tmp_path / "q.json").read_text().count("frechet_test")
-    assert quality.main(parsed(quality, *words)) == 0
+    assert quality.main(args) == 0
     assert (tmp_path / "q.json").read_text().count("frechet_test") == before, "all rows were there"
 
 
-def test_calibration_judges_and_counts_what_it_costs(few_steps, monkeypatch, tmp_path):
-    def measured(words):
-        assert cli.main(words[3:]) == 0
-        return calibration.Cost(1.0, 2.0, 30.0)
-
-    monkeypatch.setattr(calibration, "_measured", measured)
-    args = parsed(calibration, "--images", "2", "--samples", "2", "--json", tmp_path / "c.json")
-    study = calibration.Study(args, tmp_path / "kept")
-    found = study.row("DDIM-50", "minmax", "W4A4", "plain")
-    assert 5 < found["psnr_db"] < study.row("DDIM-50", "minmax", "W4A4", "float")["psnr_db"]
-    # Codes, then scales.
-    assert (found["calibration_s"], found["calibration_cpu_s"], found["peak_mib"]) == (2.0, 4.0, 30.0)
-
-
-class TestFrechet:
-    def test_normal_distributions_in_one_dimension(self):
-        a, b = np.array([[0.0], [2.0], [4.0]]), np.array([[5.0], [6.0], [7.0]])  # means 2 and 6, deviations 2 and 1
-        assert frechet_distance(a, b) == pytest.approx(4**2 + (2 - 1) ** 2)
-
-    def test_against_the_matrix_square_root(self):
-        linalg = pytest.importorskip("scipy.linalg")
-        rng = np.random.default_rng(0)
-        a, b = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(40, 6)) + 0.3
-        root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-        expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-    def test_equal_sets_and_fewer_images_than_features(self):
-        a = np.random.default_rng(0).normal(size=(5, 20))
-        assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-        assert frechet_distance(a, a + 1) == pytest.approx(20, rel=1e-6)
-        for one, other in (((3, 4), (3, 5)), ((1, 4), (3, 4)), ((3,), (3,))):
-            with pytest.raises(ValueError, match=r"must be \[N, F\] and \[M, F\]"):
-                frechet_distance(np.zeros(one), np.zeros(other))
+def test_frechet_distance():
+    a, b = np.array([[0.0], [2.0], [4.0]]), np.array([[5.0], [6.0], [7.0]])  # means 2 and 6, deviations 2 and 1
+    assert frechet_distance(a, b) == pytest.approx(4**2 + (2 - 1) ** 2)
+    rng = np.random.default_rng(0)
+    few = rng.normal(size=(5, 20))  # than features
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(few, few + 1) == pytest.approx(20, rel=1e-6)
+    for one, other in (((3, 4), (3, 5)), ((1, 4), (3, 4)), ((3,), (3,))):
+        with pytest.raises(ValueError, match=r"must be \[N, F\] and \[M, F\]"):
+            frechet_distance(np.zeros(one), np.zeros(other))
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(40, 6)) + 0.3
+    root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)

@@ -9,7 +9,6 @@ from modiff_kernels.calibration.data import collect, pipeline_sampler, stream, u
 from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.job import Job
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.calibration.conftest import assert_equal, difference_of, interrupt
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")
 SMALL = {"steps": 4, "samples": 4, "batch": 2, "quiet": True, "calls_per_sample": 2}
@@ -101,20 +100,6 @@ def test_blocks_come_in_the_order_of_computation(pipe, data):
     shared, attention = reconstruction.shared_inputs(pipe.unet, paths, data), "mid_block.attentions.0"
     assert {shared[f"{attention}.{name}"] for name in ("to_q", "to_k", "to_v")} == {f"{attention}.to_q"}
     assert shared[f"{attention}.to_out.0"] == f"{attention}.to_out.0"
-
-
-def test_method_is_deterministic_goes_on_and_can_be_used(pipe, tmp_path, monkeypatch):
-    whole = mk.calibrate(pipe, "qdiffusion", STATIC, **SMALL, **FEW)
-    interrupt(monkeypatch, reconstruction, "learn", 7)
-    with pytest.raises(KeyboardInterrupt):
-        mk.calibrate(pipe, "qdiffusion", STATIC, folder=tmp_path, **SMALL, **FEW)
-    again = mk.calibrate(pipe, "qdiffusion", STATIC, folder=tmp_path, **SMALL, **FEW)
-    assert_equal(whole, again)
-    assert not any("Fake" in type(module).__name__ for module in pipe.unet.modules())
-    handle = mk.accelerate(pipe, calibration=tmp_path)
-    assert handle.layers["up_blocks.1.resnets.1.conv_shortcut"].input_scale is not None
-    handle.remove()
-    assert difference_of(pipe, tmp_path, 4) < 0.1
 
 
 def test_the_whole_network_comes_closer(pipe, data):

@@ -48,20 +48,6 @@ def test_calibrate_then_use(unet_folder, tmp_path, cache, capsys):
     assert LayerPlan.from_json(json.dumps(explained["plan"])) == plan
 
 
-def test_explain_a_plan_by_hand(unet_folder, by_hand, tmp_path, capsys):
-    out = tmp_path / "e.json"
-    assert main(["explain", "--model", str(unet_folder), "--plan", str(by_hand), "--json", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "plan (given)" in printed
-    assert "times are microseconds" in printed
-    report = json.loads(out.read_text())
-    modes = {layer["name"]: layer["mode"] for layer in report["layers"]}
-    assert modes["mid_block.resnets.0.conv1"] == "float"
-    assert modes["up_blocks.0.resnets.0.conv1"] == "quantized"
-    assert modes["down_blocks.0.resnets.0.conv1"] == "modulated"
-    assert modes["conv_in"] == "float"
-
-
 def test_explain_estimates_where_nothing_is_stored(unet_folder, capsys, monkeypatch):
     monkeypatch.setattr(plans, "measured_machine", lambda *_: Machine(1e12, 1e10, 1e12))
     assert main(["explain", "--model", str(unet_folder), "--quiet"]) == 0
@@ -73,16 +59,22 @@ def test_explain_estimates_where_nothing_is_stored(unet_folder, capsys, monkeypa
         assert "plan (" not in capsys.readouterr().out
 
 
-def test_average_bits_of_a_plan(unet_folder, by_hand, tmp_path):
+def test_a_plan_by_hand(unet_folder, by_hand, tmp_path, capsys):
     """Modulated layers count 16 bits in the first of 4 calls, then 8; plain ones 8; float ones are not counted."""
     out = tmp_path / "c.json"
     options = ["--images", "2", "--repeats", "1", "--rows", "planned", "--json", str(out)]
     planned = ["--model", str(unet_folder), "--plan", str(by_hand)]
     assert main(["compare", *planned, *SAMPLING, *options]) == 0
     assert main(["explain", *planned, "--batch", "2", "--json", str(tmp_path / "e.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "plan (given)" in printed
+    assert "times are microseconds" in printed
     explained, row = json.loads((tmp_path / "e.json").read_text()), json.loads(out.read_text())["rows"][0]
     assert explained["state_bytes"] == row["state_bytes"] > 10_000, "what it will be, and what it was"
-    modes = [layer["mode"] for layer in explained["layers"]]
+    mode_of = {layer["name"]: layer["mode"] for layer in explained["layers"]}
+    for block, mode in {"mid_block": "float", "up_blocks.0": "quantized", "down_blocks.0": "modulated"}.items():
+        assert mode_of[f"{block}.resnets.0.conv1"] == mode
+    modes = [*mode_of.values()]
     modulated, plain = modes.count("modulated"), modes.count("quantized")
     expected = (modulated * (16 + 3 * 8) / 4 + plain * 8) / (modulated + plain)
     assert row["average_bits"] == pytest.approx(expected)

@@ -28,13 +28,6 @@ def test_a_pattern_keeps_its_computed_calls_at_their_places():
     assert StepSchedule.parse("UF2UH2U").actions(13) == "UFFFFFUHHHHHU"
 
 
-@pytest.mark.parametrize("calls", [1, 2, 7, 50, 99, 1000])
-@pytest.mark.parametrize("text", ["forecast every=3", "U3F2UF2U", "UF10UF10UF27"])
-def test_every_length_has_a_computed_first_call(text, calls):
-    actions = StepSchedule.parse(text).actions(calls)
-    assert (len(actions), actions[0]) == (calls, "U")
-
-
 def test_text_and_json_round_trips():
     long = "forecast every=3 first=1 last=2 order=1 axis=log_snr"
     for text in ("forecast", long, "hold stochastic=True", "U3F2UF2U order=3 axis=sigma"):

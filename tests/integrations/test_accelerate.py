@@ -11,6 +11,7 @@ from diffusers.models.lora import LoRACompatibleConv, LoRACompatibleLinear, LoRA
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.ops import BackendUnavailable, dispatch
 from tests.unets import NETWORKS, assert_equal, noise, outputs, pipeline, sample, snapshot, unet2d, unet2d_condition
@@ -92,6 +93,8 @@ class TestReplacement:
         for scheduler in (None, object()):
             target = types.SimpleNamespace(unet=pipe.unet, scheduler=scheduler)
             refused(ValueError, r"has no set_timesteps\(\)", target)
+        plan = mk.ModiffConfig(plan=LayerPlan.of({"conv_in": "modulated 8"}))
+        refused(ValueError, "'conv_in' cannot be modulated 8: conv_in stays float", config=plan)
         static = mk.ModiffConfig(scale_mode="static")
         refused(ValueError, "needs a calibrated scale", config=static)
         refused(ValueError, "scale_mode='dynamic' does not use them", static_scales={"conv_in": 1.0})

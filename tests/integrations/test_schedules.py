@@ -319,16 +319,6 @@ class TestSchedulers:
 
 
 class TestAuto:
-    @pytest.mark.parametrize(
-        ("scheduler", "steps", "skips"), [(DDIMScheduler, 40, 20), (UniPCMultistepScheduler, 20, 8)]
-    )
-    def test_it_skips(self, scheduler, steps, skips):
-        pipe = pipeline(scheduler())
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="auto", **FLOAT))
-        sample(pipe, steps)
-        assert letters(handle).count("F") >= skips
-        assert "auto, last " in handle.explain()
-
     @pytest.mark.parametrize(("scheduler", "steps"), [(DDPMScheduler, 20), (DDIMScheduler, 6)])
     def test_it_computes_everything_where_skipping_does_not_pay(self, scheduler, steps):
         pipe = pipeline(scheduler())

@@ -2,7 +2,6 @@
 
 import pytest
 
-from benchmarks.shapes import layer_table
 from modiff_kernels.config.plan import Mode
 from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
 
@@ -50,26 +49,3 @@ def test_low_bit_weights_pay_where_weights_are_the_traffic():
     shape = shape_of("conv", 1280, 1280, 64, 1)
     assert us(shape, FLOAT) / us(shape, MODULATED) == pytest.approx(1.94, abs=0.006)
     assert us(shape, FLOAT) / us(shape, MODULATED, weight_bits=4) == pytest.approx(3.7, abs=0.05)
-
-
-def unet_shapes(network, batch):
-    """(shape, how often) of every layer."""
-    for layer, count in layer_table(network).items():
-        if layer.kind == "linear":
-            outputs, k, inputs = layer.h * layer.c_out, layer.c_in, layer.h * layer.c_in
-        else:
-            side = (layer.h + 2 * layer.padding - layer.kernel) // layer.stride + 1
-            outputs, k, inputs = side * side * layer.c_out, layer.c_in * layer.kernel**2, layer.h * layer.w * layer.c_in
-        yield LayerShape(batch * inputs, batch * outputs, layer.c_out * k, batch * outputs * k), count
-
-
-@pytest.mark.parametrize(
-    ("batch", "bf16_ms", "modulated_ms", "best_ms"), [(2, 1.463, 1.182, 1.006), (8, 5.577, 4.511, 3.817)]
-)
-def test_a_whole_unet(batch, bf16_ms, modulated_ms, best_ms):
-    """Sums over all layers, within what the layers of the time embedding, which only the numbers count, add."""
-    rows = list(unet_shapes("sd15", batch))
-    in_bf16, modulated = ([count * us(shape, mode) / 1e3 for shape, count in rows] for mode in (FLOAT, MODULATED))
-    assert sum(in_bf16) == pytest.approx(bf16_ms, rel=0.01)
-    assert sum(modulated) == pytest.approx(modulated_ms, rel=0.01)
-    assert sum(map(min, in_bf16, modulated)) == pytest.approx(best_ms, rel=0.01)

@@ -44,25 +44,6 @@ def test_the_best_schedule_of_a_size(computed):
         assert neighbours(StepSchedule(swapped)) <= found.fidelity_db
 
 
-def test_an_interrupted_search_goes_on():
-    evaluated, known = [], {}
-
-    def stops(schedule):
-        if len(evaluated) == 20:
-            raise KeyboardInterrupt
-        evaluated.append(str(schedule))
-        return neighbours(schedule)
-
-    with pytest.raises(KeyboardInterrupt):
-        search(stops, 12, computed=5, known=known)
-    assert len(known) == 20
-    counts = []
-    request = {"computed": 5, "known": known, "on_evaluation": counts.append}
-    again = search(lambda s: evaluated.append(str(s)) or neighbours(s), 12, **request)
-    assert len(evaluated) == len(set(evaluated)) == 20 + len(counts)
-    assert again == search(neighbours, 12, computed=5)
-
-
 def test_impossible_requests():
     with pytest.raises(ValueError, match="exactly one of budget_db and computed"):
         search(additive, 10)

@@ -51,11 +51,6 @@ class TestWalks:
         assert len(boxes) * swizzle % 128 == 0
         assert len(boxes) * swizzle - 128 < -(-channels // swizzle) * swizzle * r * s  # no k-block of zeros alone
 
-    def test_the_320_channels_of_a_unet_cost_half_a_k_block_of_zeros(self, maps):
-        swizzle, boxes = maps.boxes(sizes(2, 64, 64, 320, 320, THREE), 8)
-        assert swizzle == 64
-        assert len(boxes) * 64 == 9 * 320 + 64
-
     @pytest.mark.parametrize("window", [ONE, THREE, DOWN, ((3, 2), (1, 3), (0, 2), (2, 1))])
     def test_windows_begin_where_unfold_has_them(self, maps, window):
         n, h, w = 3, 9, 7

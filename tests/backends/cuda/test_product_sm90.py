@@ -119,13 +119,6 @@ class TestOrders:
 
 
 class TestEpilogues:
-    @pytest.mark.parametrize("splits", [1, 2])
-    @pytest.mark.parametrize("window", [POINT, THREE], ids=["1x1", "3x3"])
-    def test_zero_points(self, hopper, window, splits):
-        """Padding stands for x = 0, which has the code zero_point and not 0."""
-        case = Case(3, 5, 6, 192, 40, window, zero_point=True, bias=torch.float16)
-        case.check(hopper, Launch(3, splits=splits), with_state=False)
-
     @pytest.mark.parametrize(("splits", "all_of_it"), [(1, True), (2, False)])
     @pytest.mark.parametrize("tile", [0, 3])
     @pytest.mark.parametrize("skip", [False, True])

@@ -52,8 +52,6 @@ def test_unavailable(monkeypatch):
     assert ask() == "torch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (6, 1))[index])
-    assert ask() == "compute capability 7.5, 6.1: the kernels need 8.0 (A100) or newer"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (9, 0))[index])
     assert ask() is None
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -1,67 +1,43 @@
-"""The update of a Linear in one launch, against `quantize` and `product` of the reference."""
+"""The update of a Linear in one launch: formats and rests that the contract leaves out, NaN, and what it is for."""
 
 import pytest
 import torch
 
-from modiff_kernels.backends import reference
 from modiff_kernels.backends import triton as backend
+from modiff_kernels.ops import dispatch
 from modiff_kernels.ops.problem import Problem
-from modiff_kernels.quant.affine import quantize_weight
-from modiff_kernels.quant.operands import IDENTITY, PackedWeight
-from modiff_kernels.quant.packing import KPACK_V1, pack
+from modiff_kernels.quant.operands import IDENTITY
+from modiff_kernels.quant.packing import KPACK_V1
+from tests.contract.cases import Case, activation
+from tests.contract.test_modulate import Layer, trajectory
+
+OP, PLACES = "modulate", ("triton-interpreted", "triton-gpu")
 
 
-class Update:
-    """Operands of an update; a call gets copies of the state."""
-
-    def __init__(self, x_shape, n, dtype=torch.float16, state_dtype=torch.float16, bits=8, group_size=-1):
-        codes, scale = quantize_weight(torch.randn(n, x_shape[-1]) / x_shape[-1] ** 0.5, bits, group_size)
-        self.weight = PackedWeight(pack(codes, bits), scale, bits, group_size)
-        self.h, self.skip = torch.randn(x_shape, dtype=dtype), torch.randn(*x_shape[:-1], n, dtype=dtype)
-        self.x_hat = torch.randn(x_shape).to(state_dtype)
-        self.y_hat = torch.randn(*x_shape[:-1], n).to(state_dtype)
-
-    def results(self, modulate, device, scale, bits, granularity):
-        """out, the scales used, absmax, x_hat, y_hat."""
-        h, x_hat, y_hat, skip = (t.to(device, copy=True) for t in (self.h, self.x_hat, self.y_hat, self.skip))
-        weight = self.weight._replace(packed=self.weight.packed.to(device), scale=self.weight.scale.to(device))
-        scale = None if scale is None else scale.to(device)
-        rest = (None, self.h.dtype, bits, granularity, 0.9, True)
-        return [t.cpu() for t in (*modulate(h, IDENTITY, x_hat, scale, weight, y_hat, skip, *rest), x_hat, y_hat)]
-
-    def check(self, device, bits):
-        *exact, x_hat, y_hat = self.results(backend.modulate, device, None, bits, "per_token")
-        out, used, absmax, *states = self.results(composed, "cpu", None, bits, "per_token")
-        assert torch.equal(exact[1], used)
-        assert torch.equal(exact[2], absmax)
-        for got, wanted, through in ((x_hat, states[0], None), (y_hat, states[1], None), (exact[0], out, y_hat)):
-            eps = max(torch.finfo(t.dtype).eps for t in (got, through) if t is not None)
-            assert got.dtype == wanted.dtype
-            assert ((got.float() - wanted.float()).abs() <= 4 * eps * (1 + wanted.float().abs())).all()
-
-
-def composed(h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write):
-    codes, used, absmax = reference.quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
-    return reference.product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write), used, absmax
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("bits", "group_size"), [(8, -1), (4, 64), (3, -1)])
 @pytest.mark.parametrize("act_bits", [8, 3])
-def test_formats(device, act_bits, bits, group_size, dtypes, poisoned_empty):
-    """Rests of a tile in rows, columns and along K; the contract gives scales."""
-    Update((2, 33, 130), 70, *dtypes, bits, group_size).check(device, act_bits)
+def test_formats(place, act_bits, bits, group_size, state_dtype):
+    """Rests of a tile in rows, columns and along K."""
+    case = Case((2, 33, 130), 70)
+    layer = Layer(place, case, bits, group_size, "per_token", state_dtype=state_dtype)
+    given = activation(case.x_shape), IDENTITY, layer.x_hat, None, layer.weight.packed, layer.y_hat
+    problem = place.problem(OP, *given, bits=act_bits, granularity="per_token")
+    assert dispatch.select(problem, "triton").fn is backend.modulate
+    layer.run(trajectory(case, 2), act_bits, "per_token")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the interpreter, of the code of a NaN
-def test_nan_reaches_absmax_and_scale(device):
+def test_nan_reaches_absmax_and_scale(place):
     """No value is read on the host: NaN is not refused but shows in what later steps are checked by."""
-    update = Update((65, 64), 64, torch.float32, torch.float32)
-    update.h[3, 5] = torch.nan
-    _, used, absmax, _, _ = update.results(backend.modulate, device, None, 8, "per_token")
-    assert absmax.isnan().nonzero().flatten().tolist() == [3]
-    assert used.isnan().nonzero().flatten().tolist() == [3]
-    assert update.results(backend.modulate, device, torch.ones(1), 8, "per_tensor")[2].isnan().all()
+    case = Case((65, 64), 64)
+    layer, h = Layer(place, case, granularity="per_token"), activation(case.x_shape)
+    h[3, 5] = torch.nan
+    for scale, granularity, at in ((None, "per_token", [3]), (torch.ones(1), "per_tensor", [0])):
+        given = h, IDENTITY, layer.x_hat.clone(), scale, layer.weight.packed, layer.y_hat.clone()
+        _, used, absmax = place.modulate(*given, granularity=granularity)
+        assert absmax.isnan().nonzero().flatten().tolist() == at
+        assert used.isnan().nonzero().flatten().tolist() == ([] if scale is not None else at)
 
 
 def test_what_it_is_for():
