@@ -111,7 +111,7 @@ class Handle:
         """Make the codes of all weights again, but for calibrated ones, and all else that is kept of weights. Needed
         only after changes of single values through `.data`: others are noticed and followed."""
         self._require_active()
-        self._watch.refresh()
+        self._watch.follow()
 
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
         """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
@@ -182,8 +182,7 @@ class Handle:
         return "" if self._scheduled is None else self._scheduled.describe()
 
     def actions(self, context: str = DEFAULT_CONTEXT) -> tuple[str, ...]:
-        """What the calls of the last run did in `context`: "update", "hold" or "forecast"; empty without a
-        schedule."""
+        """What the calls of the last run did in `context`: "update", "hold", "forecast"; empty without a schedule."""
         trajectory = self.state.trajectories.get(context)
         return () if trajectory is None else tuple([ACTION_NAMES[letter] for letter in trajectory.done])
 

@@ -60,13 +60,9 @@ class Watch:
             self._signs = signs
         if not self._same_objects() or list(map(_version, self._counted)) != self._versions:
             self._check_modules()
-            self._follow(begins)
+            self.follow(begins)
         elif begins or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)
-
-    def refresh(self) -> None:
-        """Make everything again that is made of weights and not calibrated."""
-        self._follow(begins=False)
 
     def _same_objects(self) -> bool:
         try:
@@ -107,9 +103,9 @@ class Watch:
             self._verdict = torch.zeros((), dtype=torch.bool, pin_memory=True)
             self._verdict.copy_(torch.stack([(new != old).any() for new, old in pairs]).any(), non_blocking=True)
         elif not all(torch.equal(*pair) for pair in pairs):
-            self._follow(begins)
+            self.follow(begins)
 
-    def _follow(self, begins: bool) -> None:
+    def follow(self, begins: bool = False) -> None:
         """Make all again that is made of weights; codes of a calibration belong to the weights they were made for."""
         found = self._sampled()
         if not found:
