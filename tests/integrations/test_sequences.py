@@ -1,5 +1,5 @@
 """Any sequence of what users do to an accelerated pipeline: the picture of a fresh `accelerate`, or an error; and after
-`remove()` everything is as it was. MODIFF_SEQUENCES says how many sequences are drawn (default: few)."""
+`remove()` everything is as it was. SEQUENCES says how many sequences are drawn (default: few)."""
 
 import contextlib
 import copy
@@ -178,9 +178,9 @@ def fresh(pipe):
 
 
 @hypothesis.settings(
-    max_examples=int(os.environ.get("MODIFF_SEQUENCES", 12)),
+    max_examples=int(os.environ.get("SEQUENCES", 12)),
     deadline=None,
-    derandomize="MODIFF_SEQUENCES" not in os.environ,
+    derandomize="SEQUENCES" not in os.environ,
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
