@@ -223,7 +223,7 @@ class Handle:
                 self._forward.keep_time_table(undo)
             if self._scheduled is not None:
                 self._scheduled.install(undo)
-            undo.callback(self._detach)
+            undo.callback(lambda: [wrapper.restore() for wrapper in self._wrappers])
             if self.pipe is not None:
                 self.attach(self.pipe)
             self._watch = Watch(unet, self.replaced)
@@ -234,7 +234,8 @@ class Handle:
         pipes = [*(other for other in self._pipes if other is not pipe), pipe]
         schedulers = {id(pipe.scheduler): pipe.scheduler for pipe in pipes}
         wrappers = [wrapper for scheduler in schedulers.values() for wrapper in self._wrapped(scheduler)]
-        self._detach()
+        for wrapper in self._wrappers:
+            wrapper.restore()
         self.pipe, self._pipes, self._wrappers = pipe, pipes, wrappers
 
     def _wrapped(self, scheduler: Any) -> list[hooks.Wrapper]:
@@ -243,10 +244,6 @@ class Handle:
 
     def _is_wrapped(self, scheduler: Any) -> bool:
         return any(wrapper.owner is scheduler for wrapper in self._wrappers)
-
-    def _detach(self) -> None:
-        for wrapper in self._wrappers:
-            wrapper.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         self._watch.look()

@@ -28,12 +28,22 @@ JUST_BEGUN = "too little was computed since the context, or what it is condition
 MANY_COMPUTED = 10  # calls for this reason, after which it is worth a warning
 
 
-class History:
-    """The last `length` computed values of one tensor, copied, each with its position on the axis of the schedule."""
+class Trajectory:
+    """One context of a scheduled run: its plan, what was done so far, and what a skipped call is made of.
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
+    forecasts. done: a letter per call so far. computed: steps whose outputs still hold. instead: how many calls were
+    computed that are planned to be skipped, and why. values: the last computed outputs, copied, with
+    their positions. forms: the last outputs as returned, by `return_dict`.
+    """
+
+    def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
+        self.planned, self.positions, self.length = planned, positions, order + 1
+        self.done: list[str] = []
+        self.computed: list[int] = []
+        self.instead: Counter[str] = Counter()
         self.values: list[tuple[float, Tensor]] = []
+        self.forms: dict[bool, Any] = {}
 
     def push(self, position: float, value: Tensor) -> None:
         """Keep a copy of `value`. It takes the place of one at the same position, and of all those of another shape."""
@@ -51,27 +61,8 @@ class History:
             total = value.float() * weight if total is None else total.add_(value.float(), alpha=weight)
         return total.to(self.values[0][1].dtype)
 
-
-class Trajectory:
-    """One context of a scheduled run: its plan, what was done so far, and what a skipped call is made of.
-
-    planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
-    forecasts. done: a letter per call so far. computed: steps whose outputs still hold. instead: how many calls were
-    computed that are planned to be skipped, and why. output: of the network. forms: the last outputs as returned, by
-    `return_dict`.
-    """
-
-    def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
-        self.planned, self.positions, self.length = planned, positions, order + 1
-        self.done: list[str] = []
-        self.computed: list[int] = []
-        self.instead: Counter[str] = Counter()
-        self.output = History(order + 1)
-        self.forms: dict[bool, Any] = {}
-
     def can_skip(self, step: int, form: bool) -> bool:
-        """Whether all is there that `step` is made of: as many computed outputs as the plan counts on, and those of the
-        steps that it computes since the first of them."""
+        """Whether `step` can be made: as many outputs are there as the plan counts on, none left out in between."""
         planned = [i for i, letter in enumerate(self.planned[:step]) if letter == UPDATE][-self.length :]
         enough = form in self.forms and len(self.computed) >= len(planned)
         return enough and all(i in self.computed or i < self.computed[0] for i in planned)
@@ -79,10 +70,10 @@ class Trajectory:
     def forget(self) -> None:
         """What was computed does not hold any more."""
         self.computed.clear()
-        self.output.values.clear()
+        self.values.clear()
 
     def nbytes(self) -> int:
-        return sum(value.nbytes for _, value in self.output.values)
+        return sum(value.nbytes for _, value in self.values)
 
     def describe(self) -> str:
         counts = ", ".join(f"{n} {ACTION_NAMES[letter]}" for letter, n in Counter(self.done).items())
@@ -153,11 +144,11 @@ class ScheduledUNet:
             output = original(*args, **kwargs)
             if position is not None:
                 trajectory.computed.append(step)
-                trajectory.output.push(position, _sample_of(output))
+                trajectory.push(position, _sample_of(output))
             trajectory.forms[asked] = output
             return output
         state.action = ACTION_NAMES[action]
-        return _in_form(trajectory.forms[asked], trajectory.output.at(None if action == HOLD else position))
+        return _in_form(trajectory.forms[asked], trajectory.at(None if action == HOLD else position))
 
     def _lay_out(self) -> tuple[str, Sequence[float], int]:
         """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""

@@ -122,8 +122,7 @@ class Steps:
 
 
 def _conditions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
-    """What a call is conditioned on, with versions: all beside sample and timestep but the residuals of a ControlNet or
-    T2I-Adapter, which change from call to call like the sample."""
+    """What a call is conditioned on, with versions. Residuals of a ControlNet change at every call, as the sample."""
     names = [name for name in kwargs if name not in NOT_CONDITIONS and "additional_residual" not in name]
     values, found = [*args[2:], *[kwargs[name] for name in names]], []
     for value in values:  # which grow

@@ -22,10 +22,10 @@ _version = attrgetter("_version")
 
 
 class Watch:
-    """Before every call it looks whether the parameters of low-bit layers are the same objects, not changed in place as
-    torch counts it; before the first of a run also at some of the values, since writes to `.data` are not counted, and
-    at all modules that fused blocks do not call. Other weights are followed; a hook and the like on such a module is
-    refused. On CUDA a later call finds the verdict on the values (never run on a GPU).
+    """Before every call it looks whether the parameters of low-bit layers are the same objects, and weights not changed
+    in place as torch counts it; before the first of a run also at some values, since writes to `.data` are not counted,
+    and at all modules that fused blocks do not call. Other weights are followed; a hook and the like on such a module
+    is refused. On CUDA a later call finds the verdict on the values (never run on a GPU).
     """
 
     def __init__(self, unet: nn.Module, replaced: Replacements) -> None:
@@ -42,7 +42,9 @@ class Watch:
         self._inside = list(inside.values())
         self._attributes = [module.__dict__ for module in (*self._of_time, *[module for _, module in self._inside])]
         self._facts = [_facts(module) for _, module in self._inside]
-        self._signs: tuple[int, ...] = ()
+        self._dropouts = [module for _, module in self._inside if isinstance(module, nn.Dropout)]
+        self._signs: Any = None
+        self._kinds: Any = None
         self._ends = -1
         self._verdict: Tensor | None = None
         self._take_stock()
@@ -55,49 +57,57 @@ class Watch:
         state = self._state
         begins, self._ends = state.kept.ends != self._ends, state.kept.ends
         signs = RemovableHandle.next_id, self._unet.training, sum(map(len, self._attributes))
-        if begins or signs != self._signs:
+        kinds = self._look_at_modules() if begins else self._kinds
+        if signs != self._signs or kinds != self._kinds:
             self._check_modules()
-            self._signs = signs
-        if not self._same_objects() or list(map(_version, self._counted)) != self._versions:
+            self._signs, self._kinds = signs, kinds
+        try:
+            same = self._parameters == self._known  # which looks at identity first, and that in C
+        except RuntimeError:  # another tensor was there, and compared
+            same = False
+        if not same or list(map(_version, self._counted)) != self._versions:
             self._check_modules()
             self.follow(begins)
         elif begins or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)
 
-    def _same_objects(self) -> bool:
-        try:
-            return self._parameters == self._known  # which looks at identity first, and that in C
-        except RuntimeError:  # another tensor was there, and compared
-            return False
-
     def _take_stock(self) -> None:
         self._known = [dict(parameters) for parameters in self._parameters]
-        held = [tensor for tensor in chain.from_iterable(map(dict.values, self._known)) if tensor is not None]
-        self._counted = [tensor for tensor in held if not tensor.is_inference()]
+        self._held = [tensor for tensor in chain.from_iterable(map(dict.values, self._known)) if tensor is not None]
+        self._counted = [tensor for tensor in self._held if tensor.ndim > 1 and not tensor.is_inference()]
         self._versions = list(map(_version, self._counted))
-        self._dtypes = [tensor.dtype for tensor in self._counted]
-        self._samples = self._sampled()
+        self._formats = [(tensor.data_ptr(), tensor.dtype) for tensor in self._held]
+        self._views = self._views_now()
+        self._samples = list(map(_values, self._views))
 
-    def _sampled(self) -> list[Tensor]:
+    def _views_now(self) -> list[list[Tensor]]:
         """Some values of the low-bit layers, and of the float weights that more is made of; [] if offloaded."""
         layers, of_time = self._parameters[: len(self._layers)], self._parameters[len(self._layers) :]
         parts = [[t for owned in part for t in owned.values() if t is not None] for part in (layers, of_time)]
         devices = {tensor.device for part in parts for tensor in part}
-        return [] if len(devices) != 1 or devices.pop().type == "meta" else [*map(sample_of, parts)]
+        whole = len(devices) == 1 and devices.pop().type != "meta"
+        return [[*map(sample_of, part)] for part in parts] if whole else []
+
+    def _look_at_modules(self) -> list[Any]:
+        """What else than `signs` decides `_check_modules`."""
+        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self._of_time]
+        return hooks + [type(module) for _, module in self._inside] + [module.training for module in self._dropouts]
 
     def _finds_write(self) -> bool:
         """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
         if self._state.needs_run or not self._samples or not self._layers:
             return False
-        found, known = sample_of([self._layers[0].weight]), self._samples[0]
+        found, known = _values([sample_of(self._layers[0].weight)]), self._samples[0]
         return found.device.type == known.device.type == "cpu" and not torch.equal(found, known[: len(found)])
 
     def _compare_values(self, begins: bool) -> None:
         """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""
-        if [tensor.dtype for tensor in self._counted] != self._dtypes:  # cast, which made all again
-            self._take_stock()
+        formats = [(tensor.data_ptr(), tensor.dtype) for tensor in self._held]
+        if any(new[1] is not old[1] for new, old in zip(formats, self._formats)):
+            self._take_stock()  # cast, which made all again
             return
-        self._verdict, found = None, self._sampled()
+        self._verdict = None
+        found = list(map(_values, self._views if formats == self._formats else self._views_now()))
         pairs = [(new, old.to(new.device)) for new, old in zip(found, self._samples)]
         if begins and found and found[0].is_cuda:
             self._verdict = torch.zeros((), dtype=torch.bool, pin_memory=True)
@@ -107,7 +117,7 @@ class Watch:
 
     def follow(self, begins: bool = False) -> None:
         """Make all again that is made of weights; codes of a calibration belong to the weights they were made for."""
-        found = self._sampled()
+        found = list(map(_values, self._views_now()))
         if not found:
             return
         calibrated = [layer for layer in self._layers if layer.calibrated.weight is not None]
@@ -130,6 +140,10 @@ class Watch:
             hooks = [module._forward_hooks or module._forward_pre_hooks for module in table.modules]
             below = [module for top in table.modules for module in top.modules() if module is not top]
             table.is_active = not any(hooks) and all(has_no_hook(module) and not is_adapter(module) for module in below)
+
+
+def _values(views: list[Tensor]) -> Tensor:
+    return torch.cat(views).float() if views else torch.empty(0)
 
 
 def _facts(module: nn.Module) -> tuple[type, bool, bool]:

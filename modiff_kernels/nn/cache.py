@@ -9,7 +9,7 @@ timestep and the weights, so they are a table over the schedule, filled as it is
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,14 +22,11 @@ def tensor_version(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def sample_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Some values of each, one behind the other in float32: other ones where it was written to through `.data`, which
-    counts as no change. Which ones does not depend on where they lie in memory."""
-    parts = []
-    for tensor in tensors:
-        count, step, start = _diagonal(tensor.shape, tensor.stride())
-        parts.append(tensor.as_strided((count,), (step,), tensor.storage_offset() + start).float())
-    return torch.cat(parts) if parts else torch.empty(0)
+def sample_of(tensor: Tensor) -> Tensor:
+    """A view of some values: other ones where it was written to through `.data`, which counts as no change. Which ones
+    does not depend on where they lie in memory."""
+    count, step, start = _diagonal(tensor.shape, tensor.stride())
+    return tensor.as_strided((count,), (step,), tensor.storage_offset() + start)
 
 
 @functools.cache
