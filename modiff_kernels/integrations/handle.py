@@ -148,8 +148,7 @@ class Handle:
         return [self._row(path, module) for path, module in self.replaced.originals.items()]
 
     def explain(self, state: str | None = None) -> str:
-        """A table of `rows` with a summary: modes, bits, backends, and why layers stay float. state: its size, where no
-        run has allocated it yet."""
+        """A table of `rows`, and why layers stay float. state: its size, where no run has allocated it yet."""
         rows = self.rows()
         cells = [[field.name for field in dataclasses.fields(LayerRow)], *map(dataclasses.astuple, rows)]
         widths = [max(map(len, column)) for column in zip(*cells)]
@@ -223,7 +222,7 @@ class Handle:
                 self._forward.keep_time_table(undo)
             if self._scheduled is not None:
                 self._scheduled.install(undo)
-            undo.callback(lambda: [wrapper.restore() for wrapper in self._wrappers])
+            undo.callback(self._detach)
             if self.pipe is not None:
                 self.attach(self.pipe)
             self._watch = Watch(unet, self.replaced)
@@ -234,8 +233,7 @@ class Handle:
         pipes = [*(other for other in self._pipes if other is not pipe), pipe]
         schedulers = {id(pipe.scheduler): pipe.scheduler for pipe in pipes}
         wrappers = [wrapper for scheduler in schedulers.values() for wrapper in self._wrapped(scheduler)]
-        for wrapper in self._wrappers:
-            wrapper.restore()
+        self._detach()
         self.pipe, self._pipes, self._wrappers = pipe, pipes, wrappers
 
     def _wrapped(self, scheduler: Any) -> list[hooks.Wrapper]:
@@ -244,6 +242,10 @@ class Handle:
 
     def _is_wrapped(self, scheduler: Any) -> bool:
         return any(wrapper.owner is scheduler for wrapper in self._wrappers)
+
+    def _detach(self) -> None:
+        for wrapper in self._wrappers:
+            wrapper.restore()
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         self._watch.look()
