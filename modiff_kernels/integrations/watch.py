@@ -97,23 +97,22 @@ class Watch:
         """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
         if self._state.needs_run or not self._samples or not self._layers:
             return False
-        found, known = _values([sample_of(self._layers[0].weight)]), self._samples[0]
-        return found.device.type == known.device.type == "cpu" and not torch.equal(found, known[: len(found)])
+        found, known = sample_of(self._layers[0].weight), self._samples[0]
+        return found.device.type == known.device.type == "cpu" and not torch.equal(found, known[: len(found)].to(found))
 
     def _compare_values(self, begins: bool) -> None:
         """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""
-        formats = [(tensor.data_ptr(), tensor.dtype) for tensor in self._held]
-        if any(new[1] is not old[1] for new, old in zip(formats, self._formats)):
-            self._take_stock()  # cast, which made all again
-            return
+        unmoved = self._formats == [(tensor.data_ptr(), tensor.dtype) for tensor in self._held]
         self._verdict = None
-        found = list(map(_values, self._views if formats == self._formats else self._views_now()))
-        pairs = [(new, old.to(new.device)) for new, old in zip(found, self._samples)]
+        found = list(map(_values, self._views if unmoved else self._views_now()))
+        pairs = [(new, old.to(new)) for new, old in zip(found, self._samples)]  # the same values after a cast
         if begins and found and found[0].is_cuda:
             self._verdict = torch.zeros((), dtype=torch.bool, pin_memory=True)
             self._verdict.copy_(torch.stack([(new != old).any() for new, old in pairs]).any(), non_blocking=True)
         elif not all(torch.equal(*pair) for pair in pairs):
             self.follow(begins)
+        elif not unmoved:
+            self._take_stock()
 
     def follow(self, begins: bool = False) -> None:
         """Make all again that is made of weights; codes of a calibration belong to the weights they were made for."""
@@ -121,7 +120,7 @@ class Watch:
         if not found:
             return
         calibrated = [layer for layer in self._layers if layer.calibrated.weight is not None]
-        if calibrated and self._samples and not torch.equal(found[0], self._samples[0].to(found[0].device)):
+        if calibrated and self._samples and not torch.equal(found[0], self._samples[0].to(found[0])):
             text = "codes come from a calibration; call handle.remove(), then load and calibrate the new ones"
             raise RuntimeError(f"weights of low-bit layers have changed, but their {text}")
         for layer in self._layers:
@@ -143,7 +142,7 @@ class Watch:
 
 
 def _values(views: list[Tensor]) -> Tensor:
-    return torch.cat(views).float() if views else torch.empty(0)
+    return torch.cat(views) if views else torch.empty(0)
 
 
 def _facts(module: nn.Module) -> tuple[type, bool, bool]:
