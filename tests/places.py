@@ -86,11 +86,6 @@ class Place:
         return self.name
 
     @property
-    def norm_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of what a prologue reads, and its state: the emulator compiles it without bfloat16."""
-        return self.dtypes[:2] if self.few else self.dtypes
-
-    @property
     def missing(self) -> str | None:
         """Why it is not here."""
         gpu = torch.cuda.is_available()

@@ -231,8 +231,8 @@ def test_prologues_of_residuals(place):
     for make, (granularity, source) in itertools.product(prologues(place.few), SOURCES):
         if place.few and draw([True, True, False]):
             continue
-        given = make(draw(place.norm_dtypes))
-        x_hat = (given.x + 0.2 * torch.randn_like(given.x)).to(draw(place.norm_dtypes))
+        given = make(draw(place.dtypes))
+        x_hat = (given.x + 0.2 * torch.randn_like(given.x)).to(draw(place.dtypes))
         x_hat = x_hat.contiguous(memory_format=memory_format(x_hat.shape))
         clip_ratio = draw([1.0, 0.8]) if source == "dynamic" else 1.0
         check_prologue(place, given, x_hat, scale_for(source, granularity, x_hat), draw(BITS), granularity, clip_ratio)
@@ -263,7 +263,7 @@ def test_prologues_of_plain_codes(place):
     for make, granularity, affine in itertools.product(prologues(place.few), GRANULARITIES, (True, False)):
         if place.few and draw([True, True, False]):
             continue
-        (h, prologue, x, error), bits = make(draw(place.norm_dtypes)), draw(BITS)
+        (h, prologue, x, error), bits = make(draw(place.dtypes)), draw(BITS)
         codes, scale, zero_point = place.quantize(h, prologue, bits=bits, granularity=granularity, affine=affine)
         assert codes.is_contiguous(memory_format=memory_format(x.shape))
         assert zero_point.dtype == torch.int32

@@ -16,27 +16,11 @@ struct Request {
   double eps, clip_ratio;
 };
 
-// What bfloat16 changes, reading and writing, shows without a prologue; compiling the rest would take twice as long.
-template <modiff::Prologue P, class In>
-void quantize_onto(const QuantizeCall& call, Launch& launch) {
-  if (call.problem.x_hat == nullptr) return quantize_typed<P, In, NoState>(call, launch);
-  if (call.problem.x_hat_dtype == DType::kFloat32) return quantize_typed<P, In, float>(call, launch);
-  if (call.problem.x_hat_dtype == DType::kFloat16) return quantize_typed<P, In, modiff::Half>(call, launch);
-  std::abort();
-}
-
-template <modiff::Prologue P>
-void quantize_wide(const QuantizeCall& call, Launch& launch) {
-  if (call.problem.input_dtype == DType::kFloat32) return quantize_onto<P, float>(call, launch);
-  if (call.problem.input_dtype == DType::kFloat16) return quantize_onto<P, modiff::Half>(call, launch);
-  std::abort();
-}
-
 void quantize(const QuantizeCall& call, Launch& launch) {
   const modiff::Prologue prologue = call.problem.prologue;
-  if (prologue == modiff::Prologue::kGroupNorm) return quantize_wide<modiff::Prologue::kGroupNorm>(call, launch);
-  if (prologue == modiff::Prologue::kLayerNorm) return quantize_wide<modiff::Prologue::kLayerNorm>(call, launch);
-  if (prologue == modiff::Prologue::kGeglu) return quantize_wide<modiff::Prologue::kGeglu>(call, launch);
+  if (prologue == modiff::Prologue::kGroupNorm) return quantize_with<modiff::Prologue::kGroupNorm>(call, launch);
+  if (prologue == modiff::Prologue::kLayerNorm) return quantize_with<modiff::Prologue::kLayerNorm>(call, launch);
+  if (prologue == modiff::Prologue::kGeglu) return quantize_with<modiff::Prologue::kGeglu>(call, launch);
   quantize_with<modiff::Prologue::kIdentity>(call, launch);
 }
 
