@@ -168,12 +168,12 @@ ACTIONS = {
 }
 
 
-def fresh(pipe):
+def fresh(pipe, config):
     """dB to float of a network that is accelerated as it is now."""
     twin = copy.copy(pipe)
     twin.unet = copy.deepcopy(pipe.unet)
     expected = twin.picture()
-    mk.accelerate(twin)
+    mk.accelerate(twin, config)
     return sqnr(twin.picture(), expected)
 
 
@@ -188,7 +188,8 @@ def fresh(pipe):
 @pytest.mark.filterwarnings("ignore")
 def test_a_sequence_is_right_or_refused(names, scheduled):
     schedule = mk.StepSchedule("forecast", every=2, first=3, last=0) if scheduled else None
-    ours, plain = Pipe(True, mk.ModiffConfig(schedule=schedule)), Pipe(False)
+    config = mk.ModiffConfig(schedule=schedule)
+    ours, plain = Pipe(True, config), Pipe(False)
     for name in names:
         try:
             ACTIONS[name](ours)
@@ -201,8 +202,8 @@ def test_a_sequence_is_right_or_refused(names, scheduled):
         hypothesis.event(f"refused: {str(error)[:60]}")
     else:
         expected = plain.picture()
-        found, cost = sqnr(got, expected), 20.0 * scheduled  # what a schedule itself costs is not at stake
-        assert found > ENOUGH_DB - cost or found > fresh(plain) - SLACK_DB - cost
+        found = sqnr(got, expected)
+        assert found > ENOUGH_DB or found > fresh(plain, config) - SLACK_DB
     for pipe in (ours, plain):
         pipe.undo.close()  # what a user puts on modules goes with them
     ours.handle.remove()
