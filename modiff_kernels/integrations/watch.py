@@ -79,6 +79,7 @@ class Watch:
         self._formats = [(tensor.data_ptr(), tensor.dtype) for tensor in self._held]
         self._views = self._views_now()
         self._samples = list(map(_values, self._views))
+        self._first_sample = self._samples[0][: len(self._views[0][0])] if self._views and self._views[0] else None
 
     def _views_now(self) -> list[list[Tensor]]:
         """Some values of the low-bit layers, and of the float weights that more is made of; [] if offloaded."""
@@ -97,8 +98,11 @@ class Watch:
         """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
         if self._state.needs_run or not self._samples or not self._layers:
             return False
-        found, known = sample_of(self._layers[0].weight), self._samples[0]
-        return found.device.type == known.device.type == "cpu" and not torch.equal(found, known[: len(found)].to(found))
+        view, known, (address, dtype) = self._views[0][0], self._first_sample, self._formats[0]
+        if view.device.type != "cpu":
+            return False
+        weight = self._layers[0].weight
+        return weight.data_ptr() != address or weight.dtype != dtype or not torch.equal(view, known)
 
     def _compare_values(self, begins: bool) -> None:
         """Follow other values; at the beginning of a run on CUDA, ask only whether there are some."""

@@ -108,7 +108,8 @@ class FusedBlock(nn.Module):
 
 def group_norm(norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None) -> Prologue:
     """silu?(norm(h + shift)) with the parameters that `norm` has now."""
-    return Prologue("group_norm", norm.weight, norm.bias, shift, norm.num_groups, norm.eps, silu)
+    held = norm._parameters  # torch looks there last, after half a microsecond
+    return Prologue("group_norm", held["weight"], held["bias"], shift, norm.num_groups, norm.eps, silu)
 
 
 def layer_norm(norm: nn.LayerNorm) -> Prologue:

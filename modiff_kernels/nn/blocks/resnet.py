@@ -52,25 +52,25 @@ class FusedResnetBlock2D(FusedBlock):
     def run(self, x: Tensor, temb: Tensor | None = None, *unused: Any, **unused_too: Any) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         dtype = x.dtype
-        h = step.run(self.conv1, group_norm(self.norm1, True), x, dtype, write_out=False)
+        conv1, conv2, shortcut = self.conv1, self.conv2, self.conv_shortcut
+        h = step.run(conv1, group_norm(self.norm1, True), x, dtype, write_out=False)
         prologue = group_norm(self.norm2, True, self._time_shift(temb, x.shape[0]))
-        shortcut = self.conv_shortcut
         if shortcut is None:
-            return step.run(self.conv2, prologue, h, dtype, skip=x)
-        if self.conv2.mode == "quantized":
+            return step.run(conv2, prologue, h, dtype, skip=x)
+        if conv2.mode == "quantized":
             skip = step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
-            return step.run(self.conv2, prologue, h, dtype, skip=skip)
-        step.run(self.conv2, prologue, h, dtype, write_out=False)
+            return step.run(conv2, prologue, h, dtype, skip=skip)
+        step.run(conv2, prologue, h, dtype, write_out=False)
         return step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
 
     def _time_shift(self, temb: Tensor | None, samples: int) -> Tensor | None:
         if temb is None:
             return None
-        shared = self.time_projections
-        if shared is not None and shared.covers(self.time_emb_proj) and not torch.compiler.is_compiling():
-            shift = shared.of(self.time_emb_proj, temb)
-        elif self.time_emb_proj is not None:
-            shift = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+        shared, projection = self.time_projections, self.time_emb_proj
+        if shared is not None and shared.covers(projection) and not torch.compiler.is_compiling():
+            shift = shared.of(projection, temb)
+        elif projection is not None:
+            shift = projection(temb if self.skip_time_act else F.silu(temb))
         else:
             shift = temb
         return shift.expand(samples, -1).contiguous()
