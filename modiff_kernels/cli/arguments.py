@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import math
 import os
 import re
@@ -9,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from modiff_kernels import __version__
 from modiff_kernels.config import BACKENDS, LayerPlan, StepSchedule
-from modiff_kernels.evaluation import SCHEDULERS, UserError
+from modiff_kernels.evaluation import SCHEDULERS, UserError, user_errors
+from modiff_kernels.evaluation.folders import look_into
 from modiff_kernels.models import SHIPPED
 from modiff_kernels.planning import stored
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
@@ -118,6 +122,18 @@ def model(text: str) -> str:
     return text
 
 
+def calibration(text: str) -> Path:
+    """The folder of a calibration, whose files are there and whole as far as their headers tell."""
+    folder = Path(text)
+    try:
+        json.loads((folder / "calibration.json").read_text())["layers"]
+        safe_open(folder / "calibration.safetensors", "numpy")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        advice = "give a folder of `modiff calibrate --method`"
+        raise argparse.ArgumentTypeError(f"cannot read a calibration from {text} ({error}); {advice}") from error
+    return folder
+
+
 def png(text: str, or_folder: bool = False) -> Path:
     path = Path(text)
     if path.suffix.lower() != ".png" and not (or_folder and (path.is_dir() or not path.suffix)):
@@ -212,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plan", type=plan, metavar="FILE", help=f"modes of the layers: {PLAN_HELP} (none)")
     add("--images", type=positive, default=8, help="images to sample (%(default)s)")
     add_layer_options(add, None, None)
-    add("--calibration", type=Path, metavar="DIR", help="folder of `modiff calibrate --method`; has mode and bits")
+    add("--calibration", type=calibration, metavar="DIR", help="folder of `modiff calibrate --method`; has mode and bits")
     places = "a PNG of all images, or a folder for one PNG each (%(default)s)"
     pictures = functools.partial(png, or_folder=True)
     add("--out", type=pictures, default=Path("samples.png"), metavar="PATH", help=places)
@@ -230,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     modes = ("dynamic", "static")
     add("--scale-mode", choices=modes, default="dynamic", help="--method: activation scales (%(default)s)")
     add("--group-size", type=positive, help="--method: weights that share a scale (a whole channel)")
-    add("--weights", type=Path, metavar="DIR", help="--method: keep the codes of this calibration, find scales only")
+    add("--weights", type=calibration, metavar="DIR", help="--method: keep the codes of this calibration, find scales only")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="--method: an option of the method")
     goal = calibrate.add_mutually_exclusive_group().add_argument
     goal("--budget-db", type=above_0, help="--schedule: least fidelity, with the fewest calls")
@@ -258,7 +274,7 @@ modiff_plan.json in the folder of --model, where --schedule auto finds the first
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be said of the options together; UserError for those that do not fit."""
+    """What can be said of the options together, and of folders; UserError for those that do not fit."""
     if isinstance(found := getattr(args, "schedule", None), stored.StoredSchedule):
         args.stored, args.schedule = found, str(found.schedule)
     if args.command == "compare":
@@ -280,6 +296,15 @@ def check(args: argparse.Namespace) -> None:
             raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
         if args.method and args.out is not None and args.out.exists() and not args.out.is_dir():
             raise UserError(f"--out {args.out}: a file of this name is there; give a folder")
+    if (folder := getattr(args, "model", None)) is not None and Path(folder).is_dir():
+        with user_errors(f"--model {folder}: "):
+            look_into(Path(folder), low_bit=args.command == "sample")
+    outputs, out = [getattr(args, name, None) for name in ("json", "grid")], getattr(args, "out", None)
+    if out is not None and getattr(args, "method", None) is None:
+        is_folder = args.command == "compare" or (args.command == "sample" and out.suffix.lower() != ".png")
+        outputs.append(out / f".modiff_{os.getpid()}" if is_folder else out)
+    for path in filter(None, outputs):
+        writable(path)
 
 
 def writable(path: Path) -> Path:
@@ -289,7 +314,7 @@ def writable(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
         if new:
-            path.unlink()
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another path") from error
     return path

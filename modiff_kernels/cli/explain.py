@@ -6,7 +6,6 @@ import dataclasses
 import json
 
 from modiff_kernels.calibration.result import replace_file
-from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import command_line, networks, to_json
 from modiff_kernels.evaluation.configurations import Quantised, row_of
 from modiff_kernels.integrations.plans import state_bytes_of, traced_shapes
@@ -17,7 +16,6 @@ in kB = 10^3 bytes; speed-up is against the unit in float; "-": not measured"""
 
 
 def run(args: argparse.Namespace) -> int:
-    out = writable(args.json) if args.json else None
     model = networks.open_model(args)
     row = row_of(args, model.name, plan=args.plan)
     shapes = None
@@ -31,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     print(handle.explain(size))
     if handle.plan is not None and not args.quiet:
         print(f"\n{NOTES}")
-    if out is not None:
+    if args.json:
         layers = [dataclasses.asdict(layer) for layer in handle.rows()]
         plan = None if handle.plan is None else json.loads(handle.plan.to_json())
         report = {"model": model.name, "layers": layers, "plan": plan, "config": handle.config.to_dict()}
         report |= {"batch": args.batch, "state_bytes": state_bytes, "command": command_line(args.argv)}
-        replace_file(out, lambda new: new.write_text(to_json(report)))
+        replace_file(args.json, lambda new: new.write_text(to_json(report)))
     return 0

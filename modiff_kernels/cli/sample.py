@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, images, networks
 from modiff_kernels.evaluation.configurations import Quantised, row_of
 from modiff_kernels.quant.checkpoint import encoded_layer
@@ -54,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     as_grid = args.out.suffix.lower() == ".png"
     if as_grid and process.count > 1:
         raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
-    writable(args.out if as_grid else args.out / f".process_{process.rank}")
     model = networks.open_model(args, low_bit=True, local=process.local if process.count > 1 else None)
     sampler = _Sampler(args, model)
     batch = min(args.batch, args.images)

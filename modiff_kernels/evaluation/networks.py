@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import inspect
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.evaluation import SCHEDULERS, UserError
+from modiff_kernels.evaluation.folders import look_into, read_config
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 from modiff_kernels.planning.clock import host_timesteps
@@ -72,16 +72,6 @@ def choose_device(name: str, local: int | None = None) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    return config
-
-
 def _find_folder(name: str | None) -> tuple[str, Path]:
     """Name for reports and local folder of --model; a hub id is downloaded first."""
     if name is None or name == SHIPPED:
@@ -97,37 +87,17 @@ def _find_folder(name: str | None) -> tuple[str, Path]:
         raise UserError(f"no such folder, and the hub gave no pipeline of this name ({reason})") from error
 
 
-def _unet_of(folder: Path) -> tuple[Path, bool]:
-    """The folder of the UNet in a folder of diffusers, and whether a pipeline has to be loaded around it."""
-    if not (folder / "model_index.json").is_file():
-        if not (folder / "config.json").is_file():
-            raise UserError("neither config.json (a UNet) nor model_index.json (a pipeline) in this folder")
-        return folder, False
-    parts = {key for key in _read_config(folder / "model_index.json") if not key.startswith("_")}
-    if "unet" not in parts:
-        held = ", ".join(sorted(parts))
-        raise UserError(f"the pipeline holds no unet (it holds {held}); only UNets can be sampled")
-    return folder / "unet" if (folder / "unet").is_dir() else folder, not parts <= {"unet", "scheduler"}
-
-
 def load_model(name: str | None, prompt: str | None, device: torch.device, low_bit: bool = False) -> Model:
     """Load --model in float32 onto `device`. UserError for what cannot be loaded or sampled, and for NaN weights.
     low_bit: whether a UNet that was saved in low bits will do."""
     try:
         return _load_folder(*_find_folder(name), prompt, device, low_bit)
-    except UserError as error:
+    except (UserError, ValueError) as error:
         raise UserError(f"--model {name or SHIPPED}: {error}") from error
 
 
 def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.device, low_bit: bool) -> Model:
-    unet_folder, with_pipe = _unet_of(folder)
-    unet_config = _read_config(unet_folder / "config.json")
-    method = (unet_config.get("quantization_config") or {}).get("quant_method")
-    if method is not None and not (low_bit and method == mk.ModiffConfig.quant_method.value):
-        raise UserError(f"was saved in low bits ({method}); give the model in full precision")
-    kind = unet_config.get("_class_name")
-    if not with_pipe and kind != "UNet2DModel":
-        raise UserError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
+    unet_folder, with_pipe, is_low_bit = look_into(folder, low_bit)
     import diffusers
 
     loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
@@ -148,14 +118,14 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         channels = f"{unet.config.in_channels} input and {unet.config.out_channels} output channels"
         raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
-    handle = None if method is None else mk.accelerate(unet)
+    handle = mk.accelerate(unet) if is_low_bit else None
     return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if path.is_file():
-            return _read_config(path)
+            return read_config(path)
     return {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 

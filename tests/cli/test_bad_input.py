@@ -90,6 +90,10 @@ def test_what_needs_no_torch_is_answered_without():
         "sample --out a.jpg": "a.jpg: pictures are written as PNG; give a name that ends in .png, or the name of",
         "compare --grid a.txt": "a.txt: pictures are written as PNG",
         "compare --rows float,fast": "--rows: no row 'fast'; allowed: float-contiguous",
+        "sample --model /": "--model /: neither config.json (a UNet) nor model_index.json",
+        "sample --calibration /nowhere": "--calibration: cannot read a calibration from /nowhere ([Errno 2]",
+        "calibrate --method mse --weights /nowhere": "--weights: cannot read a calibration from /nowhere ([Errno 2]",
+        f"calibrate --plan --out {__file__}/a.json": "a.json: File exists; give another path",
         "calibrate --schedule": "one of the arguments --budget-db --speedup is required",
     }
     code = "import sys; from modiff_kernels.cli import main\nfor words in sys.argv[1:]:\n    try: main(words.split())\n"

@@ -1,0 +1,45 @@
+"""What is in the folder of --model, told from its JSON files alone: a wrong one is refused without loading torch."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modiff_kernels.config import ModiffConfig
+
+
+class ModelFolder(NamedTuple):
+    """unet: its folder. with_pipe: whether a pipeline has to be loaded around it. is_low_bit: how it was saved."""
+
+    unet: Path
+    with_pipe: bool
+    is_low_bit: bool
+
+
+def look_into(folder: Path, low_bit: bool) -> ModelFolder:
+    """low_bit: whether a UNet that was saved in low bits will do. ValueError for a folder that cannot be sampled."""
+    unet, with_pipe = folder, False
+    if (folder / "model_index.json").is_file():
+        parts = {key for key in read_config(folder / "model_index.json") if not key.startswith("_")}
+        if "unet" not in parts:
+            held = ", ".join(sorted(parts))
+            raise ValueError(f"the pipeline holds no unet (it holds {held}); only UNets can be sampled")
+        unet, with_pipe = folder / "unet" if (folder / "unet").is_dir() else folder, not parts <= {"unet", "scheduler"}
+    elif not (folder / "config.json").is_file():
+        raise ValueError("neither config.json (a UNet) nor model_index.json (a pipeline) in this folder")
+    config = read_config(unet / "config.json")
+    method, kind = (config.get("quantization_config") or {}).get("quant_method"), config.get("_class_name")
+    if method is not None and not (low_bit and method == ModiffConfig.quant_method.value):
+        raise ValueError(f"was saved in low bits ({method}); give the model in full precision")
+    if not with_pipe and kind != "UNet2DModel":
+        raise ValueError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
+    return ModelFolder(unet, with_pipe, method is not None)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    return config
