@@ -16,6 +16,7 @@ from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import FusedBlock
+from modiff_kernels.nn.blocks.base import is_as_written
 from modiff_kernels.nn.layer import ModulatedLayer, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
@@ -189,6 +190,8 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
         return "torch.nn.MultiheadAttention reads its weight without calling it"
     elif kind.forward is not plain.forward:
         return f"{kind.__name__} has a forward of its own"
+    if "_conv_forward" in module.__dict__ or not is_as_written(kind):
+        return "it does not compute as its class was written"
     if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks; accelerate() with ModiffConfig(fuse=False) before they are added"
     if module.weight.dtype not in FLOAT_DTYPES:

@@ -13,10 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import FusedBlock
-from modiff_kernels.nn.blocks.base import REMEDY, has_no_hook
+from modiff_kernels.nn.blocks.base import CHANGE, COMPUTING, REMEDY, has_no_hook
 from modiff_kernels.nn.cache import sample_of
+from modiff_kernels.nn.layer import ModulatedLayer
 
 logger = logging.getLogger("modiff_kernels")
+
+FREE = ("training", "forward", "processor", "fused_for", "original")  # of blocks, which follow changes of them
 
 _version = attrgetter("_version")
 
@@ -24,8 +27,9 @@ _version = attrgetter("_version")
 class Watch:
     """Before every call it looks whether the parameters of low-bit layers are the same objects, and weights not changed
     in place as torch counts it; before the first of a run also at some values, since writes to `.data` are not counted,
-    and at all modules that fused blocks do not call. Other weights are followed; a hook and the like on such a module
-    is refused. On CUDA a later call finds the verdict on the values (never run on a GPU).
+    and at all modules that fused blocks do not call. Other weights are followed. Refused are a hook and the like on
+    such a module, and other parts, attributes and methods than low-bit layers and blocks were made from. On CUDA a
+    later call finds the verdict on the values (never run on a GPU).
     """
 
     def __init__(self, unet: nn.Module, replaced: Replacements) -> None:
@@ -40,7 +44,22 @@ class Watch:
         for block in replaced.fused.values():
             inside.update({id(module): (path, module) for path, module in _not_called(block)})
         self._inside = list(inside.values())
-        self._attributes = [module.__dict__ for module in (*self._of_time, *[module for _, module in self._inside])]
+        blocks = {
+            part.path: part
+            for block in replaced.fused.values()
+            for part in block.modules()
+            if isinstance(part, FusedBlock)
+        }
+        self._read = [*self._inside, *blocks.items()]
+        modules = [*self._of_time, *[module for _, module in self._read]]
+        self._attributes = [module.__dict__ for module in modules]
+        self._owned = [module.__dict__ for _, module in self._read if not isinstance(module, ModulatedLayer)]
+        self._owned += [module._modules for _, module in self._read]
+        self._copies: list[Any] = []
+        processors = {type(block.fused_for) for block in blocks.values() if hasattr(block, "fused_for")}
+        self._classes = [*processors, *{type(module) for module in modules}]
+        self._convs = [module for module in unet.modules() if isinstance(module, nn.Conv2d)]
+        self._made_of = self._contents_now(), self._convs_now(), self._methods_now()
         self._facts = [_facts(module) for _, module in self._inside]
         self._dropouts = [module for _, module in self._inside if isinstance(module, nn.Dropout)]
         self._signs: Any = None
@@ -58,9 +77,9 @@ class Watch:
         begins, self._ends = state.kept.ends != self._ends, state.kept.ends
         signs = RemovableHandle.next_id, self._unet.training, sum(map(len, self._attributes))
         kinds = self._look_at_modules() if begins else self._kinds
-        if signs != self._signs or kinds != self._kinds:
+        if signs != self._signs or kinds != self._kinds or (begins and self._owned != self._copies):
             self._check_modules()
-            self._signs, self._kinds = signs, kinds
+            self._signs, self._kinds, self._copies = signs, kinds, [*map(dict, self._owned)]
         try:
             same = self._parameters == self._known  # which looks at identity first, and that in C
         except RuntimeError:  # another tensor was there, and compared
@@ -92,7 +111,20 @@ class Watch:
     def _look_at_modules(self) -> list[Any]:
         """What else than `signs` decides `_check_modules`."""
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self._of_time]
-        return hooks + [type(module) for _, module in self._inside] + [module.training for module in self._dropouts]
+        types = [type(module) for _, module in self._inside] + [module.training for module in self._dropouts]
+        contents = [_contents_of(module) for module in (*self._of_time, *self._layers)]
+        return [hooks, types, contents, self._convs_now(), self._methods_now()]
+
+    def _contents_now(self) -> list[dict[str, Any]]:
+        return [_contents_of(module) for _, module in self._read]
+
+    def _methods_now(self) -> list[Any]:
+        return [getattr(kind, name, None) for kind in self._classes for name in COMPUTING]
+
+    def _convs_now(self) -> list[Any]:
+        """Of those that stayed float: who changes them by their class means the low-bit ones too, and does not find
+        them."""
+        return [(conv.padding_mode, conv.padding, conv.__dict__.get("_conv_forward")) for conv in self._convs]
 
     def _finds_write(self) -> bool:
         """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
@@ -139,6 +171,14 @@ class Watch:
             if _facts(module) != facts:
                 text = "a hook, a forward or a class of its own and dropout in training have no effect on it"
                 raise RuntimeError(f"'{path}' is computed without being called, so {text}; {REMEDY}")
+        contents, convs, methods = self._made_of
+        pairs = zip(self._read, contents, self._contents_now())
+        other = [f"parts or attributes of '{path}'" for (path, _), known, found in pairs if known != found]
+        other += ["convolutions that stayed float"] if convs != self._convs_now() else []
+        other += ["methods of the classes of its modules"] if methods != self._methods_now() else []
+        if other:
+            raise RuntimeError(f"{other[0]} were changed, and low-bit layers do not follow; {CHANGE}")
+        self._state.weight_changes += 1  # what follows from the timestep is made anew
         if (table := self._table) is not None:
             hooks = [module._forward_hooks or module._forward_pre_hooks for module in table.modules]
             below = [module for top in table.modules for module in top.modules() if module is not top]
@@ -147,6 +187,14 @@ class Watch:
 
 def _values(views: list[Tensor]) -> Tensor:
     return torch.cat(views) if views else torch.empty(0)
+
+
+def _contents_of(module: nn.Module) -> dict[str, Any]:
+    """Public attributes and children, which a fused block or a low-bit layer has read when it was made."""
+    if isinstance(module, ModulatedLayer):
+        return {name: module.__dict__[name] for name in module.mirrored}
+    found = {**module.__dict__, **module._modules}
+    return {name: value for name, value in found.items() if name[0] != "_" and name not in FREE}
 
 
 def _facts(module: nn.Module) -> tuple[type, bool, bool]:

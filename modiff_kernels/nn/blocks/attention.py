@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from modiff_kernels import ops
 from modiff_kernels.backends.reference import apply_prologue
 from modiff_kernels.nn import step
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_as_written, is_untouched
 from modiff_kernels.nn.layer import LinearStack
 from modiff_kernels.ops import IDENTITY, Prologue
 
@@ -157,6 +157,7 @@ def is_plain_attention(block: nn.Module) -> bool:
     return (
         kind.__module__ == PROCESSORS[0]
         and kind.__name__ in PROCESSORS[1]
+        and is_as_written(kind)
         and all(isinstance(linear, nn.Linear) for linear in linears)
         and block.to_k.in_features == block.to_v.in_features
         and block.to_k.out_features == block.to_q.out_features

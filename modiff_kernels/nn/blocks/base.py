@@ -44,6 +44,8 @@ class Parts(NamedTuple):
 
 REMEDY = "use ModiffConfig(fuse=False), or change single modules before accelerate()"
 
+CHANGE = "to change it, call handle.remove(), make the change, then accelerate() again"
+
 
 class FusedBlock(nn.Module):
     """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation.
@@ -101,6 +103,8 @@ class FusedBlock(nn.Module):
             if str(error).startswith("block '"):  # from a block inside this one
                 raise
             raise type(error)(f"block '{self.path}': {error}") from error
+        except (AttributeError, KeyError) as error:
+            raise RuntimeError(f"block '{self.path}' has parts that do not fit ({error}); {CHANGE}") from error
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -118,10 +122,20 @@ def layer_norm(norm: nn.LayerNorm) -> Prologue:
 
 
 def is_untouched(*modules: nn.Module) -> bool:
-    """No hooks and no forward of its own, in `modules` or below: a fused block would not call them."""
-    return all(has_no_hook(module) for top in modules for module in top.modules())
+    """No hooks and no other forward than it was written with, in `modules` or below: a fused block would not call
+    them."""
+    return all(has_no_hook(module) and is_as_written(type(module)) for top in modules for module in top.modules())
 
 
 def has_no_hook(module: nn.Module) -> bool:
-    """`is_untouched` for the module alone."""
+    """No hooks and no forward of its own, on the module alone."""
     return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+
+
+COMPUTING = ("forward", "_conv_forward", "__call__")
+
+
+def is_as_written(kind: type) -> bool:
+    """Whether the methods that compute are of the Python modules that the class and its bases are from."""
+    methods = [(owner, vars(owner).get(name)) for owner in kind.__mro__ for name in COMPUTING]
+    return all(method is None or getattr(method, "__module__", None) == owner.__module__ for owner, method in methods)
