@@ -286,6 +286,14 @@ def test_builds_without_torch_and_without_a_compiler(tmp_path, what):
     assert re.search(f"{last}$", (done.stdout if what == "sdist" else done.stderr).strip()), done.stderr
 
 
+def test_messages_name_packages_that_an_index_has():
+    known = (ROOT / "pyproject.toml").read_text()
+    for path in PACKAGE.rglob("*.py"):
+        for words in re.findall(r"pip install ([^`\"\n]*)", path.read_text()):
+            names = re.findall(r"[a-z][\w.-]*", words.split(";")[0])
+            assert names and all(name in known and "modiff" not in name for name in names), f"{path}: {words}"
+
+
 def test_import_is_fast_and_does_not_load_torch():
     assert run_python("import sys, modiff_kernels; print('torch' in sys.modules)", ROOT) == "False"
     code = "import torch, time\nt = time.perf_counter()\nimport modiff_kernels\nprint(time.perf_counter() - t)"

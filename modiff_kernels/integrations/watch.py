@@ -175,7 +175,7 @@ class Watch:
         pairs = zip(self._read, contents, self._contents_now())
         other = [f"parts or attributes of '{path}'" for (path, _), known, found in pairs if known != found]
         other += ["convolutions that stayed float"] if convs != self._convs_now() else []
-        other += ["methods of the classes of its modules"] if methods != self._methods_now() else []
+        other += ["methods of the classes of modules"] if methods != self._methods_now() else []
         if other:
             raise RuntimeError(f"{other[0]} were changed, and low-bit layers do not follow; {CHANGE}")
         self._state.weight_changes += 1  # what follows from the timestep is made anew

@@ -16,7 +16,10 @@ DEFAULT_CONTEXT = "default"
 
 R = TypeVar("R", bound="Run")
 
-NEW_RUN = "begin a new run (scheduler.set_timesteps() of an accelerated pipeline, or `with handle.sampling_run():`)"
+NEW_RUN = (
+    "begin a new run (scheduler.set_timesteps() of an accelerated pipeline, or of another one after "
+    "handle.wrap_scheduler(pipe), or `with handle.sampling_run():`)"
+)
 
 
 class Run:

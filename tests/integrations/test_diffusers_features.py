@@ -6,7 +6,12 @@ import accelerate as hugging_face
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionSAGPipeline,
+)
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import modiff_kernels as mk
@@ -145,15 +150,20 @@ def test_inference_mode_and_then_without(config):
         assert torch.equal(last_output(unet, handle), first)
 
 
-def test_perturbed_attention_guidance(fuse):
-    """Its processors, which a pipeline sets for a run, call projections twice."""
+PAG = StableDiffusionPAGPipeline, {"pag_applied_layers": ["mid"]}
+SAG = StableDiffusionSAGPipeline, {"requires_safety_checker": False}
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), [("pag_scale", *PAG), ("sag_scale", *SAG)])
+def test_attention_guidance(name, kind, options, fuse):
+    """Processors, which a pipeline sets for a run, call projections twice, or keep what they see."""
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    pipe = StableDiffusionPAGPipeline(**stable_diffusion(scheduler).components, pag_applied_layers=["mid"])
+    pipe = kind(**stable_diffusion(scheduler).components, **options)
     pipe.set_progress_bar_config(disable=True)
 
     def latents(scale):
         prompts = {"prompt_embeds": text(1), "negative_prompt_embeds": text(1, 3), "latents": noise(1, 4)}
-        return pipe(**prompts, pag_scale=scale, num_inference_steps=4, output_type="latent").images
+        return pipe(**prompts, **{name: scale}, num_inference_steps=4, output_type="latent").images
 
     expected = [latents(scale) for scale in (3.0, 0.0)]
     mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))

@@ -22,6 +22,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -159,6 +160,34 @@ one("hook on a down block", lambda net: net.unet.down_blocks[0].register_forward
 one("dropout, train()", lambda net: net.unet.train())
 one("requires_grad_()", lambda net: net.unet.requires_grad_())
 one("enable_gradient_checkpointing", lambda net: net.unet.enable_gradient_checkpointing())
+
+
+def exchanged(path, name, value):
+    return lambda net: setattr(net.unet.get_submodule(path), name, value())
+
+
+def tiled(net):
+    for module in net.unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+
+
+def repatched(net, kind):
+    original = kind.forward
+    net.undo.callback(setattr, kind, "forward", original)
+    kind.forward = lambda *args, **keywords: 0.5 * original(*args, **keywords)
+
+
+RESNET = "mid_block.resnets.0"
+one("nonlinearity of a block", exchanged(RESNET, "nonlinearity", nn.ReLU))
+one("output_scale_factor of a block", exchanged(RESNET, "output_scale_factor", lambda: 2.0))
+one("conv1 of a block", exchanged(RESNET, "conv1", nn.Identity))
+one("to_q of an attention", lambda net: setattr(part(net, "Attention"), "to_q", nn.Identity()))
+one("downscale_freq_shift", exchanged("time_proj", "downscale_freq_shift", lambda: 4))
+one("padding_mode (seamless tiling)", tiled)
+one("padding_mode of a convolution", lambda net: setattr(layer(net, "resnets.0.conv1"), "padding_mode", "circular"))
+one("forward of the class of blocks", lambda net: repatched(net, ResnetBlock2D))
+one("forward of the class of norms", lambda net: repatched(net, nn.GroupNorm))
 
 
 # Weights

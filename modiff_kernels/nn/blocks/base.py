@@ -44,7 +44,7 @@ class Parts(NamedTuple):
 
 REMEDY = "use ModiffConfig(fuse=False), or change single modules before accelerate()"
 
-CHANGE = "to change it, call handle.remove(), make the change, then accelerate() again"
+CHANGE = "call handle.remove(), make the change, then accelerate() again"
 
 
 class FusedBlock(nn.Module):
