@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from modiff_kernels import __version__
 from modiff_kernels.config import BACKENDS, LayerPlan, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError, user_errors
@@ -123,12 +121,12 @@ def model(text: str) -> str:
 
 
 def calibration(text: str) -> Path:
-    """The folder of a calibration, whose files are there and whole as far as their headers tell."""
+    """The folder of a calibration, whose files are there; what they hold is looked at later."""
     folder = Path(text)
     try:
         json.loads((folder / "calibration.json").read_text())["layers"]
-        safe_open(folder / "calibration.safetensors", "numpy")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        (folder / "calibration.safetensors").stat()
+    except (OSError, ValueError, TypeError, KeyError) as error:
         advice = "give a folder of `modiff calibrate --method`"
         raise argparse.ArgumentTypeError(f"cannot read a calibration from {text} ({error}); {advice}") from error
     return folder

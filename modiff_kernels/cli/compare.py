@@ -82,8 +82,8 @@ class Configuration:
 
 def run(args: argparse.Namespace) -> int:
     outputs = {"json": args.json, "grid": args.grid}
-    paths = [(kind, writable(path)) for kind, path in outputs.items() if path]  # checked before the long work
-    paths += [(kind, writable(args.out / name)) for kind, name in FILES.items() if args.out]
+    paths = [(kind, path) for kind, path in outputs.items() if path]
+    paths += [(kind, writable(args.out / name)) for kind, name in FILES.items() if args.out]  # before the long work
     model = networks.open_model(args, channels_last=False)
     # All share the weights of one channels_last copy, the contiguous row keeps the original ones.
     shared = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)

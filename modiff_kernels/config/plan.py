@@ -159,10 +159,9 @@ class LayerPlan:
         units = [unit for unit in self.units if unit.holds(layer)]
         return max(units, key=lambda unit: (bool(unit.layers), len(unit.path)), default=None)
 
-    def check(self, replaceable: Collection[str], reasons: Mapping[str, str], constant: Collection[str] = ()) -> None:
+    def check(self, replaceable: Collection[str], reasons: Mapping[str, str]) -> None:
         """Raise ValueError unless the plan fits a UNet; one with a key names all of its layers. replaceable: paths of
-        those with a low-bit form. reasons: why the others have none. constant: layers that are known to read the same
-        tensor in a whole run."""
+        those with a low-bit form. reasons: why the others have none."""
         advice = "make one for it with make_plan() or `modiff calibrate --plan`"
         for unit in self.units:
             held = [layer for layer in replaceable if unit.holds(layer)]
@@ -176,8 +175,8 @@ class LayerPlan:
             why_not = None
             if refused := [layer for layer in left if layer in unit.layers or not held]:
                 why_not = f"{refused[0]} stays float ({reasons[refused[0]]}); give 'float'"
-            elif unit.mode.kind == CONSTANT and (changing := [layer for layer in held if layer not in constant]):
-                why_not = f"nothing says that the input of {changing[0]} stays the same in a run; give another mode"
+            elif unit.mode.kind == CONSTANT:
+                why_not = f"nothing says that the input of {held[0]} stays the same in a run; give another mode"
             if why_not is not None:
                 raise ValueError(f"plan: {unit.path!r} cannot be {unit.mode}: {why_not}")
         unnamed = [] if self.key is None else [layer for layer in replaceable if self.unit_of(layer) is None]

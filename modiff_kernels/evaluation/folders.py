@@ -2,21 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from modiff_kernels.config import ModiffConfig
 
 
-class ModelFolder(NamedTuple):
-    """unet: its folder. with_pipe: whether a pipeline has to be loaded around it. is_low_bit: how it was saved."""
-
-    unet: Path
-    with_pipe: bool
-    is_low_bit: bool
-
-
-def look_into(folder: Path, low_bit: bool) -> ModelFolder:
-    """low_bit: whether a UNet that was saved in low bits will do. ValueError for a folder that cannot be sampled."""
+def look_into(folder: Path, low_bit: bool) -> tuple[Path, bool, bool]:
+    """The folder of the UNet, whether a pipeline has to be loaded around it, and whether it was saved in low bits.
+    low_bit: whether such a one will do. ValueError for a folder that cannot be sampled."""
     unet, with_pipe = folder, False
     if (folder / "model_index.json").is_file():
         parts = {key for key in read_config(folder / "model_index.json") if not key.startswith("_")}
@@ -32,7 +25,7 @@ def look_into(folder: Path, low_bit: bool) -> ModelFolder:
         raise ValueError(f"was saved in low bits ({method}); give the model in full precision")
     if not with_pipe and kind != "UNet2DModel":
         raise ValueError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
-    return ModelFolder(unet, with_pipe, method is not None)
+    return unet, with_pipe, method is not None
 
 
 def read_config(path: Path) -> dict[str, Any]:

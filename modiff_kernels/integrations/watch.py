@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff_kernels.integrations.replacements import Replacements
 from modiff_kernels.nn.adapters import is_adapter
-from modiff_kernels.nn.blocks import FusedBlock
+from modiff_kernels.nn.blocks import FusedAttention, FusedBlock
 from modiff_kernels.nn.blocks.base import CHANGE, COMPUTING, REMEDY, has_no_hook
 from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer
@@ -44,24 +44,20 @@ class Watch:
         for block in replaced.fused.values():
             inside.update({id(module): (path, module) for path, module in _not_called(block)})
         self._inside = list(inside.values())
-        blocks = {
-            part.path: part
-            for block in replaced.fused.values()
-            for part in block.modules()
-            if isinstance(part, FusedBlock)
-        }
+        parts = [part for block in replaced.fused.values() for part in block.modules()]
+        blocks = {part.path: part for part in parts if isinstance(part, FusedBlock)}
         self._read = [*self._inside, *blocks.items()]
         modules = [*self._of_time, *[module for _, module in self._read]]
         self._attributes = [module.__dict__ for module in modules]
         self._owned = [module.__dict__ for _, module in self._read if not isinstance(module, ModulatedLayer)]
         self._owned += [module._modules for _, module in self._read]
         self._copies: list[Any] = []
-        processors = {type(block.fused_for) for block in blocks.values() if hasattr(block, "fused_for")}
-        self._classes = [*processors, *{type(module) for module in modules}]
+        processors = [block.fused_for for block in blocks.values() if isinstance(block, FusedAttention)]
+        self._classes = list({*map(type, (*processors, *modules))})
         self._convs = [module for module in unet.modules() if isinstance(module, nn.Conv2d)]
-        self._made_of = self._contents_now(), self._convs_now(), self._methods_now()
         self._facts = [_facts(module) for _, module in self._inside]
-        self._dropouts = [module for _, module in self._inside if isinstance(module, nn.Dropout)]
+        self._contents = [_contents_of(module) for _, module in self._read]
+        self._outside = self._outside_now()
         self._signs: Any = None
         self._kinds: Any = None
         self._ends = -1
@@ -111,20 +107,14 @@ class Watch:
     def _look_at_modules(self) -> list[Any]:
         """What else than `signs` decides `_check_modules`."""
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self._of_time]
-        types = [type(module) for _, module in self._inside] + [module.training for module in self._dropouts]
         contents = [_contents_of(module) for module in (*self._of_time, *self._layers)]
-        return [hooks, types, contents, self._convs_now(), self._methods_now()]
+        return [hooks, [type(module) for _, module in self._inside], contents, self._outside_now()]
 
-    def _contents_now(self) -> list[dict[str, Any]]:
-        return [_contents_of(module) for _, module in self._read]
-
-    def _methods_now(self) -> list[Any]:
-        return [getattr(kind, name, None) for kind in self._classes for name in COMPUTING]
-
-    def _convs_now(self) -> list[Any]:
-        """Of those that stayed float: who changes them by their class means the low-bit ones too, and does not find
-        them."""
-        return [(conv.padding_mode, conv.padding, conv.__dict__.get("_conv_forward")) for conv in self._convs]
+    def _outside_now(self) -> list[Any]:
+        """Methods of the classes, and what convolutions that stayed float are like: who changes all convolutions does
+        not find the low-bit ones."""
+        methods = [getattr(kind, name, None) for kind in self._classes for name in COMPUTING]
+        return methods + [(conv.padding_mode, conv.__dict__.get("_conv_forward")) for conv in self._convs]
 
     def _finds_write(self) -> bool:
         """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
@@ -171,11 +161,9 @@ class Watch:
             if _facts(module) != facts:
                 text = "a hook, a forward or a class of its own and dropout in training have no effect on it"
                 raise RuntimeError(f"'{path}' is computed without being called, so {text}; {REMEDY}")
-        contents, convs, methods = self._made_of
-        pairs = zip(self._read, contents, self._contents_now())
-        other = [f"parts or attributes of '{path}'" for (path, _), known, found in pairs if known != found]
-        other += ["convolutions that stayed float"] if convs != self._convs_now() else []
-        other += ["methods of the classes of modules"] if methods != self._methods_now() else []
+        pairs = zip(self._read, self._contents)
+        other = [f"parts or attributes of '{path}'" for (path, module), known in pairs if known != _contents_of(module)]
+        other += ["float convolutions, or methods of classes,"] if self._outside != self._outside_now() else []
         if other:
             raise RuntimeError(f"{other[0]} were changed, and low-bit layers do not follow; {CHANGE}")
         self._state.weight_changes += 1  # what follows from the timestep is made anew

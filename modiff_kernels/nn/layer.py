@@ -279,22 +279,16 @@ class ModulatedLinear(ModulatedLayer):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        config: ModiffConfig,
-        state: ModulationState,
-        name: str,
-        shared_input: str | None = None,
-        calibrated: CalibratedLayer = NOT_CALIBRATED,
+        cls, linear: nn.Linear, config: ModiffConfig, state: ModulationState, name: str, *more: Any, **options: Any
     ) -> "ModulatedLinear":
         """The low-bit form of `linear`, which is kept inside and not changed.
 
-        name: the path of the layer, unique in `state`. shared_input: key of the tensor it reads; layers that always get
-        the very same tensor share one, default: a tensor of its own. calibrated: codes, scales and bias from
-        calibration. Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on
-        a calibration of another layer.
+        name: the path of the layer, unique in `state`. more: shared_input, key of the tensor it reads (layers that
+        always get the very same tensor share one; None: a tensor of its own), and calibrated: codes, scales and bias.
+        Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on a calibration
+        of another layer.
         """
-        return cls(linear, config, state, name, shared_input, calibrated)
+        return cls(linear, config, state, name, *more, **options)
 
 
 class ModulatedConv2d(ModulatedLayer):

@@ -6,12 +6,7 @@ import accelerate as hugging_face
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPAGPipeline,
-    StableDiffusionSAGPipeline,
-)
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import modiff_kernels as mk
@@ -150,8 +145,8 @@ def test_inference_mode_and_then_without(config):
         assert torch.equal(last_output(unet, handle), first)
 
 
-PAG = StableDiffusionPAGPipeline, {"pag_applied_layers": ["mid"]}
-SAG = StableDiffusionSAGPipeline, {"requires_safety_checker": False}
+PAG = diffusers.StableDiffusionPAGPipeline, {"pag_applied_layers": ["mid"]}
+SAG = diffusers.StableDiffusionSAGPipeline, {"requires_safety_checker": False}
 
 
 @pytest.mark.parametrize(("name", "kind", "options"), [("pag_scale", *PAG), ("sag_scale", *SAG)])

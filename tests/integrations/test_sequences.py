@@ -71,6 +71,10 @@ def swap(pipe):
         mine.data.copy_(theirs.data)
 
 
+def load(pipe, assign):
+    pipe.unet.load_state_dict(unet2d_condition(seed=4).state_dict(), assign=assign)
+
+
 def halved(out):
     return (halved(out[0]), *out[1:]) if isinstance(out, tuple) else out * 0.5
 
@@ -128,10 +132,8 @@ ACTIONS = {
     "new parameter": assign(CONV),
     "new parameter in attention": assign(TO_V),
     "weights of an EMA": swap,
-    "load_state_dict": lambda pipe: pipe.unet.load_state_dict(unet2d_condition(seed=4).state_dict()),
-    "load_state_dict(assign)": lambda pipe: pipe.unet.load_state_dict(
-        unet2d_condition(seed=4).state_dict(), assign=True
-    ),
+    "load_state_dict": lambda pipe: load(pipe, assign=False),
+    "load_state_dict(assign)": lambda pipe: load(pipe, assign=True),
     "hook on a convolution": hook(CONV),
     "hook on attention": hook(SELF),
     "hook on a block": hook(BLOCK),

@@ -68,17 +68,8 @@ def test_steps_and_conditions():
         if state.step_index == 4:
             mask.mul_(2)
         more = {"added": (prompt if state.step_index < 3 else 2 * prompt, mask)}
-        residuals = {"mid_block_additional_residual": torch.randn(1)}
-        steps.place(
-            (),
-            {
-                "sample": torch.zeros(1),
-                "timestep": t,
-                "encoder_hidden_states": prompt.clone(),
-                "added": more,
-                **residuals,
-            },
-        )
+        inputs = {"sample": torch.zeros(1), "timestep": t, "mid_block_additional_residual": torch.randn(1)}
+        steps.place((), inputs | {"encoder_hidden_states": prompt.clone(), "added": more})
     assert state.step_index == 6
     assert forgotten == [0, 4, 5]
 
