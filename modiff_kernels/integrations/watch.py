@@ -46,7 +46,7 @@ class Watch:
         self._inside = list(inside.values())
         parts = [part for block in replaced.fused.values() for part in block.modules()]
         blocks = {part.path: part for part in parts if isinstance(part, FusedBlock)}
-        self._read = [*self._inside, *blocks.items()]
+        self._read = [*self._inside, *blocks.items(), *replaced.layers.items()]
         modules = [*self._of_time, *[module for _, module in self._read]]
         self._attributes = [module.__dict__ for module in modules]
         self._owned = [module.__dict__ for _, module in self._read if not isinstance(module, ModulatedLayer)]
