@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # so that type checkers see what __getattr__ gives
     from modiff_kernels.config import ModiffConfig as ModiffConfig
     from modiff_kernels.config import StepSchedule as StepSchedule
     from modiff_kernels.integrations.accelerate import accelerate as accelerate
+    from modiff_kernels.integrations.fitting import fit_schedule as fit_schedule
     from modiff_kernels.integrations.handle import Handle as Handle
     from modiff_kernels.integrations.planner import make_plan as make_plan
     from modiff_kernels.nn import ModulatedConv2d as ModulatedConv2d
@@ -34,6 +35,7 @@ _HOME_OF = {
     "StepSchedule": "modiff_kernels.config",
     "accelerate": "modiff_kernels.integrations.accelerate",
     "calibrate": "modiff_kernels.calibration",
+    "fit_schedule": "modiff_kernels.integrations.fitting",
     "make_plan": "modiff_kernels.integrations.planner",
 }
 

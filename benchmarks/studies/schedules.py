@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from modiff_kernels.planning.search import search
 from torch import nn
 from tqdm import tqdm
 
@@ -41,7 +42,6 @@ from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
 from modiff_kernels.config.schedule import UPDATE, StepSchedule
 from modiff_kernels.evaluation import markdown_table, psnr
-from modiff_kernels.planning.search import search
 
 EVERY_CALL, FORECAST = "every call", "forecast"
 FEWER, ANY = "same sampler, fewer steps", "any sampler, fewer steps"

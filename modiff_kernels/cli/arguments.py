@@ -12,6 +12,7 @@ from typing import Any
 
 from modiff_kernels import __version__
 from modiff_kernels.config import BACKENDS, LayerPlan, StepSchedule
+from modiff_kernels.config.schedule import AUTO
 from modiff_kernels.evaluation import SCHEDULERS, UserError, user_errors
 from modiff_kernels.evaluation.folders import look_into
 from modiff_kernels.models import SHIPPED
@@ -22,7 +23,8 @@ METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion", "accu
 MODES = ("modulated", "quantized", "weight_only", "float")
 
 SCHEDULE_HELP = (
-    'auto, none, a file of `modiff calibrate`, or as "forecast every=3" or "U3F2UF2U", see docs/schedules.md'
+    'auto, "auto 8" (evaluations), none, a file of `modiff calibrate`, or as "forecast every=3" or "U3F2UF2U", see '
+    "docs/schedules.md"
 )
 PLAN_HELP = "auto, none, or a file of `modiff calibrate --plan`, see docs/layer_plan.md"
 LAYER_BITS = "3, 4 or 8 (8); unused with --mode float"
@@ -61,10 +63,10 @@ CALIBRATE_HELP = """\
 full-precision sampler: use them with `modiff sample --calibration DIR` or accelerate(pipe, calibration=DIR). An
 interrupted calibration goes on where it stopped.
 
---schedule searches for the calls of the UNet that can be forecast instead of computed, for one sampler and number of
-steps: the fewest computed calls within --budget-db (PSNR against the same network computed at every call), or the best
-pictures at --speedup (from times measured first). The result is verified on other seeds. An interrupted search goes on
-where it stopped.
+--schedule fits which calls of the UNet are computed, and what every call returns, for one sampler and number of steps:
+for a number of computed calls (--evaluations), the fewest of them within --budget-db (PSNR to the picture that
+--towards names), or as many as --speedup allows (from times measured first, as --mode and the bits say). It is fitted
+in full precision, which holds at any bits, and judged on other seeds. An interrupted fit goes on where it stopped.
 
 --plan chooses a mode for every layer or block: float, quantized in 8 bits, or as --mode and --act-bits say. Times are
 those within whole calls of the UNet on this device with --batch pictures, and fidelity is measured along their
@@ -155,7 +157,9 @@ def auto_or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 @auto_or_none
-def schedule(text: str) -> stored.StoredSchedule | str:
+def schedule(text: str) -> list[stored.StoredSchedule] | str:
+    if AUTO.fullmatch(text):
+        return text
     return stored.read(Path(text)) if text.endswith(".json") else str(StepSchedule.parse(text))
 
 
@@ -243,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_layer_options(add)
     wanted = calibrate.add_mutually_exclusive_group(required=True).add_argument
     wanted("--method", choices=METHODS, help="calibrate layers in this way, see docs/calibration.md")
-    wanted("--schedule", action="store_true", help="search for a step schedule")
+    wanted("--schedule", action="store_true", help="fit a step schedule")
     wanted("--plan", action="store_true", help="measure a layer plan")
     add("--samples", type=positive, default=64, help="--method: trajectories to learn from (%(default)s)")
     modes = ("dynamic", "static")
@@ -257,10 +261,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="--method: an option of the method")
     goal = calibrate.add_mutually_exclusive_group().add_argument
-    goal("--budget-db", type=above_0, help="--schedule: least fidelity, with the fewest calls")
+    goal("--evaluations", type=number(int, 2), help="--schedule: computed calls of a run")
+    goal("--budget-db", type=above_0, help="--schedule: least fidelity, with the fewest computed calls")
     goal("--speedup", type=number(float, 1, above=True), help="--schedule: speed-up over computing every call")
-    searched = "--schedule: images searched on, and as many others to verify (%(default)s)"
-    add("--images", type=positive, default=16, help=searched)
+    wanted_picture = "--schedule: the picture of the same sampler, or of one with many more calls (%(default)s)"
+    add("--towards", choices=("own", "converged"), default="own", help=wanted_picture)
+    fitted = "--schedule: images fitted on, all at once; 1.5 times as many others judge it (%(default)s)"
+    add("--images", type=positive, default=16, help=fitted)
     loss = "--plan: PSNR it may lose against the best single mode (%(default)s)"
     add("--max-loss-db", type=above_0, default=0.5, help=loss)
     add("--max-state-bytes", type=number(int, 0), help="--plan: bytes of x_hat and y_hat it may take (any number)")
@@ -283,8 +290,8 @@ modiff_plan.json in the folder of --model, where --schedule auto finds the first
 
 def check(args: argparse.Namespace) -> None:
     """What can be said of the options together, and of folders; UserError for those that do not fit."""
-    if isinstance(found := getattr(args, "schedule", None), stored.StoredSchedule):
-        args.stored, args.schedule = found, str(found.schedule)
+    if isinstance(found := getattr(args, "schedule", None), list):
+        args.stored, args.schedule = found, str(found[-1].schedule)  # which of them, is known with the model
     if args.command == "compare":
         from modiff_kernels.evaluation.configurations import build_rows, select_rows
 
@@ -295,11 +302,11 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--plan {args.plan}: --mode {args.mode} has no low bits to plan; give --mode modulated")
         args.plan = None
     elif args.command == "calibrate":
-        goal_given = args.budget_db is not None or args.speedup is not None
+        goal_given = any(goal is not None for goal in (args.evaluations, args.budget_db, args.speedup))
         if args.plan and goal_given:
-            raise UserError("--plan: --budget-db and --speedup are for a schedule; give --max-loss-db")
+            raise UserError("--plan: --evaluations, --budget-db and --speedup are for a schedule; give --max-loss-db")
         if args.schedule and not goal_given:
-            raise UserError("with --schedule, one of the arguments --budget-db --speedup is required")
+            raise UserError("with --schedule, one of --evaluations, --budget-db and --speedup is required")
         if args.method and args.mode == "float":
             raise UserError("--mode float: there is nothing to calibrate; choose modulated, quantized or weight_only")
         if args.method and args.out is not None and args.out.exists() and not args.out.is_dir():

@@ -6,23 +6,18 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from tqdm import tqdm
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import METHODS
 from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.cli.arguments import writable
-from modiff_kernels.evaluation import UserError, command_line, networks, psnr, user_errors
+from modiff_kernels.evaluation import UserError, command_line, networks, user_errors
 from modiff_kernels.evaluation.configurations import Quantised, config_of_row, row_of
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.planning import stored
-from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.search import computed_for_speedup, search
 
 TIMED_RUNS = 3
 
@@ -33,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         return _calibrate_layers(args, args.out or Path("calibration"))
     if args.plan:
         return _measure_plan(args, writable(args.out or folder / "modiff_plan.json"))
-    return _search_schedule(args, writable(args.out or folder / stored.FILE_NAME))
+    return _fit_schedule(args, writable(args.out or folder / stored.FILE_NAME))
 
 
 def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
@@ -100,78 +95,75 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
     return 0
 
 
-def _search_schedule(args: argparse.Namespace, out: Path) -> int:
+def _fit_schedule(args: argparse.Namespace, out: Path) -> int:
     model = networks.open_model(args)
-    calls, row = model.calls, row_of(args, args.mode, schedule="forecast every=2")
-    quantised = Quantised(model.unet, row, args.backend, args.granularity)
+    run = (model, model.unet, args.scheduler)
 
-    def pictures(schedule: mk.StepSchedule | None, first: int, count: int) -> np.ndarray:
-        quantised.handle.set_schedule(schedule)
-        seeds = range(args.seed + first, args.seed + first + count)
-        batches = [seeds[start : start + args.batch] for start in range(0, count, args.batch)]
-        run = (model, model.unet, args.scheduler, args.steps)
-        return np.concatenate([networks.sample_images(*run, batch, run=quantised.sampling_run) for batch in batches])
-
-    def fidelity_from(first: int) -> Callable[[mk.StepSchedule], float]:
-        dense = pictures(None, first, args.images)
-        return lambda schedule: float(psnr(pictures(schedule, first, args.images), dense).mean())
+    def pictures(seeds: Sequence[int], steps: int) -> Any:
+        return networks.sample_images(*run, steps, seeds, latent=True)
 
     known = _Known(out.with_suffix(".partial.json"), args)
-    computed, times = None, None
+    evaluations, times = args.evaluations, {}
     if args.speedup is not None:
-        times = _seconds_per_call(lambda schedule: pictures(schedule, 0, args.batch), calls)
+        times = _seconds_per_call(model, args)
         with user_errors(f"--speedup {args.speedup:g}: "):
-            computed = computed_for_speedup(calls, args.speedup, *times)
-    with tqdm(desc="search", unit="schedule", disable=args.quiet, leave=False, initial=len(known.values)) as bar:
-
-        def on_evaluation(size: int) -> None:
-            bar.set_postfix_str(f"{size} of {calls} calls")
-            bar.update()
-            known.save()
-
-        evaluate = fidelity_from(0)
-        with user_errors():
-            goal = {"budget_db": args.budget_db, "computed": computed}
-            found = search(evaluate, calls, **goal, known=known.values, on_evaluation=on_evaluation)
-    held_out_db = fidelity_from(args.images)(found.schedule)
-    scheduler = networks.make_scheduler(model, args.scheduler)
-    scheduler.set_timesteps(args.steps)
-    report = {
-        "schedule": str(found.schedule),
-        "model": model.name,
-        **{name: getattr(args, name) for name in ("scheduler", "steps", "images")},
-        "calls": calls,
-        "calls_computed": found.computed,
-        "fidelity_db": found.fidelity_db,
-        "held_out_db": held_out_db,
-        **dict(zip(("update_s", "skip_s"), times or (None, None))),
-        "command": command_line(args.argv),
-        **stored.run_of(scheduler, host_timesteps(scheduler)),
-    }
-    replace_file(out, lambda new: new.write_text(json.dumps(report, indent=1) + "\n"))
+            evaluations = computed_for_speedup(model.calls, args.speedup, **times)
+    with user_errors():
+        found = mk.fit_schedule(
+            model.unet,
+            evaluations,
+            scheduler=networks.make_scheduler(model, args.scheduler),
+            sample=pictures,
+            known=known.values,
+            on_progress=known.save,
+            **{name: getattr(args, name) for name in ("budget_db", "steps", "towards", "images", "seed", "quiet")},
+        )
+        about = {"model": model.name, "scheduler": args.scheduler, "steps": args.steps, **times}
+        notes = {**about, **found.notes, "command": command_line(args.argv)}
+        text = stored.add(out, found._replace(notes=notes))
+    replace_file(out, lambda new: new.write_text(text))
     known.path.unlink(missing_ok=True)
-    print(f"--schedule {str(found.schedule)!r}")
+    wanted = {"own": "that of the same sampler with every call computed", "converged": "the converged one"}[
+        args.towards
+    ]
+    print(f"--schedule {out}: {found.schedule.without_weights()}")
     print(
-        f"{found.computed} of {calls} calls are computed; {found.fidelity_db:.1f} dB to the same network computed at "
-        f"every call on the seeds of the search, {held_out_db:.1f} dB on others; written to {out}"
+        f"{notes['evaluations']} of {model.calls} calls are computed; {notes['held_out_db']:.1f} dB to {wanted} on "
+        f"pictures that the fit never saw, the polynomial {notes['polynomial_db']:.1f} dB; {notes['seconds']:.0f} s"
     )
     return 0
 
 
-def _seconds_per_call(run: Callable[[mk.StepSchedule | None], Any], calls: int) -> tuple[float, float]:
-    """Of a computed and of a skipped call, the sampler's work included: medians of whole runs."""
-    sparse = mk.StepSchedule(f"U2H{calls - 2}")
+def computed_for_speedup(calls: int, speedup: float, update_s: float, skip_s: float) -> int:
+    """Most calls that may be computed for a run `speedup` times as fast as one that computes all of them. update_s,
+    skip_s: seconds of a call that is computed and of one that is not, sampler included. ValueError if below two."""
+    allowed = calls * update_s / speedup
+    computed = int((allowed - calls * skip_s) / (update_s - skip_s)) if update_s > skip_s else 0
+    if computed < 2:
+        most = calls * update_s / (2 * update_s + (calls - 2) * skip_s)
+        raise ValueError(f"speed-up {speedup:g} is out of reach: two computed calls of {calls} give {most:.1f}")
+    return min(computed, calls - 1)
+
+
+def _seconds_per_call(model: networks.Model, args: argparse.Namespace) -> dict[str, float]:
+    """update_s and skip_s of the network as --mode and the bits say: medians of whole runs."""
+    row = row_of(args, args.mode, schedule="forecast every=2")
+    quantised = Quantised(networks.share_copy(model.unet), row, args.backend, args.granularity)
+    seeds = range(args.seed, args.seed + args.batch)
 
     def timed(schedule: mk.StepSchedule | None) -> float:
+        quantised.handle.set_schedule(schedule)
         started = time.perf_counter()
-        run(schedule)
+        unet, run = quantised.handle.unet, quantised.sampling_run
+        networks.sample_images(model, unet, args.scheduler, args.steps, seeds, run=run)
         return time.perf_counter() - started
 
+    calls, sparse = model.calls, mk.StepSchedule(f"U2H{model.calls - 2}")
     timed(None)
     pairs = [(timed(None), timed(sparse)) for _ in range(TIMED_RUNS)]
     dense_s, sparse_s = map(statistics.median, zip(*pairs))
     update_s = dense_s / calls
-    return update_s, max(sparse_s - 2 * update_s, 0.0) / (calls - 2)
+    return {"update_s": update_s, "skip_s": max(sparse_s - 2 * update_s, 0.0) / (calls - 2)}
 
 
 class _Known:
@@ -180,12 +172,12 @@ class _Known:
         options = {key: str(value) for key, value in vars(args).items() if key not in unimportant}
         self.request = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
         self.path = path
-        self.values: dict[str, float] = {}
+        self.values: dict[str, Any] = {}
         if path.is_file():
             found = json.loads(path.read_text())
             if found["request"] == self.request:
-                self.values = found["fidelity_db"]
+                self.values = found["known"]
 
     def save(self) -> None:
-        text = json.dumps({"request": self.request, "fidelity_db": self.values})
+        text = json.dumps({"request": self.request, "known": self.values})
         replace_file(self.path, lambda new: new.write_text(text))

@@ -44,6 +44,9 @@ class Configuration:
         run = self.quantised.sampling_run if self.quantised else contextlib.nullcontext
         seeds = range(self.args.seed + first, self.args.seed + first + self.args.batch)
         of_run = (self.args.scheduler, steps, seeds, self.row.channels_last, run)
+        if self.quantised and self.row.schedule is not None:  # which is for whole runs
+            handle = self.quantised.handle
+            handle.set_schedule(handle.config.schedule if steps == self.args.steps else None)
         return networks.sample_images(self.model, self.unet, *of_run)
 
     def measure(self, first: int, keep: bool) -> None:
@@ -64,6 +67,7 @@ class Configuration:
         time_s = statistics.median(self.seconds)
         return {
             **dataclasses.asdict(self.row),
+            "schedule": self.row.schedule and self.row.schedule.split(" weights=")[0],
             "psnr_db": None if is_reference else psnr(self.shown(), reference.shown()).mean(),
             "ssim": 1.0 if is_reference else ssim(self.shown(), reference.shown()).mean(),
             "time_s": time_s,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from modiff_kernels.config.check import is_int, not_allowed, read_json
 from modiff_kernels.config.plan import LayerPlan
-from modiff_kernels.config.schedule import StepSchedule
+from modiff_kernels.config.schedule import AUTO, StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
@@ -186,12 +186,14 @@ class ModiffConfig:
 
 
 def _checked_schedule(schedule: Any) -> StepSchedule | str | None:
-    if schedule is None or schedule == "auto" or isinstance(schedule, StepSchedule):
+    if schedule is None or isinstance(schedule, StepSchedule):
+        return schedule
+    if isinstance(schedule, str) and AUTO.fullmatch(schedule):
         return schedule
     try:
         return StepSchedule.parse(schedule)
     except ValueError as error:
-        raise _error("schedule", schedule, f"None, 'auto', a StepSchedule or its text ({error})") from error
+        raise _error("schedule", schedule, f"None, 'auto', 'auto 8', a StepSchedule or its text ({error})") from error
 
 
 def _checked_plan(plan: Any) -> LayerPlan | str | None:

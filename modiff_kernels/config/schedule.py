@@ -4,8 +4,9 @@ import ast
 import dataclasses
 import functools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modiff_kernels.config.check import is_int, not_allowed, read_json
@@ -14,8 +15,8 @@ UPDATE = "U"
 HOLD, FORECAST = "H", "F"
 RULES = {"forecast": FORECAST, "hold": HOLD}
 ACTION_NAMES = {UPDATE: "update", **{letter: rule for rule, letter in RULES.items()}}
-ORDERS = (1, 2, 3)
-AXES = ("timestep", "log_snr", "sigma", "root_sigma")
+
+AUTO = re.compile(r"auto(?: [1-9]\d*)?")  # with the number of evaluations
 
 _error = functools.partial(not_allowed, "StepSchedule")
 _PATTERN = re.compile(r"(?:[UHF]\d*)+")
@@ -23,6 +24,8 @@ _PART = re.compile(r"([UHF])(\d*)")
 GONE = {
     "level": "None: skipping deep levels alone is gone; at equal cost it was worse than skipping whole calls",
     "tolerance": "None: the adaptive mode is gone; it read the device at every forecast, and was no better",
+    "order": "None: polynomials have degree 2; fitted weights (`modiff calibrate --schedule`) are better than any",
+    "axis": "None: polynomials are in the root of sigma; fitted weights (`modiff calibrate --schedule`) are better",
 }
 
 
@@ -34,9 +37,9 @@ class StepSchedule:
         per call: U computes, F forecasts and H holds the network's output; a number repeats the letter before it, as in
         "U3F2UF2U". A pattern is stretched to the calls of the run.
     every: one call of this many is computed (2 or more). first, last: calls computed at both ends; first is 1 or more.
-    order: degree of the polynomial through the last order + 1 computed values: 1, 2 or 3. Where fewer were computed it
-        is lower; through one value it is a hold.
-    axis: what the polynomial is in: "timestep", "log_snr", "sigma" (noise over signal) or "root_sigma", its root.
+    weights: of what every call of the pattern returns, a row of numbers for each: of the last computed outputs, the
+        newest first (its own where it is computed), then of the sample. `fit_schedule` makes them; they hold for runs
+        with as many calls. None: the polynomial, and the network's output where it is computed.
     stochastic: says that skipping with a sampler that adds noise is meant, and keeps the warning away.
     """
 
@@ -44,14 +47,15 @@ class StepSchedule:
     every: int = 2
     first: int = 3
     last: int = 1
-    order: int = 2
-    axis: str = "root_sigma"
     stochastic: bool = False
-    level: dataclasses.InitVar[int | None] = None  # gone, as `tolerance`; refused with the reason
-    tolerance: dataclasses.InitVar[float | None] = None
+    weights: Sequence[Sequence[float]] | None = None
+    level: dataclasses.InitVar[Any] = None  # gone, as those below; refused with the reason
+    tolerance: dataclasses.InitVar[Any] = None
+    order: dataclasses.InitVar[Any] = None
+    axis: dataclasses.InitVar[Any] = None
 
-    def __post_init__(self, level: int | None, tolerance: float | None) -> None:
-        for field, value in (("level", level), ("tolerance", tolerance)):
+    def __post_init__(self, level: Any, tolerance: Any, order: Any, axis: Any) -> None:
+        for field, value in (("level", level), ("tolerance", tolerance), ("order", order), ("axis", axis)):
             if value is not None:
                 raise _error(field, value, GONE[field])
         if isinstance(self.rule, str) and self.rule.startswith("deep-"):
@@ -63,10 +67,24 @@ class StepSchedule:
         for field, least in (("every", 2), ("first", 1), ("last", 0)):
             if not is_int(value := getattr(self, field), least):
                 raise _error(field, value, f"a whole number, {least} or more")
-        for field, allowed in (("order", ORDERS), ("axis", AXES), ("stochastic", (True, False))):
-            value = getattr(self, field)
-            if value not in allowed or (field == "order" and not is_int(value, 1)):
-                raise _error(field, value, f"one of {', '.join(map(str, allowed))}")
+        if self.stochastic not in (True, False):
+            raise _error("stochastic", self.stochastic, "True or False")
+        if self.weights is not None:
+            self._check_weights()
+
+    def _check_weights(self) -> None:
+        pattern = "" if self.rule in RULES else _expanded(self.rule)
+        try:
+            rows = tuple(tuple(map(float, row)) for row in self.weights or ())
+        except (TypeError, ValueError):
+            rows = ()
+        if len(rows) != len(pattern) or not all(len(row) > 1 and all(map(math.isfinite, row)) for row in rows):
+            text = f"a row of two or more finite numbers for each of the {len(pattern)} calls of a pattern"
+            raise _error("weights", self.weights, text)
+        for call, row in enumerate(rows):
+            if (held := pattern[: call + 1].count(UPDATE)) < len(row) - 1:
+                raise _error("weights", row, f"at most {held} outputs and the sample at call {call}")
+        object.__setattr__(self, "weights", rows)
 
     def _check_pattern(self) -> None:
         pattern = _expanded(self.rule)
@@ -74,7 +92,7 @@ class StepSchedule:
         object.__setattr__(self, "rule", shortest)
         if pattern[:1] != UPDATE:
             raise _error("rule", shortest, "a pattern that begins with U: nothing can be repeated at the first call")
-        if set(pattern) == {UPDATE}:
+        if set(pattern) == {UPDATE} and self.weights is None:
             raise _error("rule", shortest, "a pattern with H or F, or no schedule at all to compute every call")
         for field in ("every", "first", "last"):
             if getattr(self, field) != getattr(type(self), field):
@@ -106,11 +124,20 @@ class StepSchedule:
 
     def __str__(self) -> str:
         options = [field for field in dataclasses.fields(self)[1:] if getattr(self, field.name) != field.default]
-        return " ".join([self.rule, *(f"{field.name}={getattr(self, field.name)}" for field in options)])
+        values = (f"{field.name}={getattr(self, field.name)}".replace(" ", "") for field in options)
+        return " ".join([self.rule, *values])
+
+    def fields(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def without_weights(self) -> str:
+        """The text of the pattern alone, as it is printed."""
+        return " ".join(word for word in str(self).split() if not word.startswith("weights="))
 
     def to_json(self) -> str:
         """The fields as a JSON object."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(self.fields())
 
     @classmethod
     def from_json(cls, text: str) -> "StepSchedule":
@@ -124,7 +151,7 @@ class StepSchedule:
     @property
     def needs_axis(self) -> bool:
         """Whether some calls are forecast."""
-        return FORECAST in self._letters()
+        return self.weights is not None or FORECAST in self._letters()
 
     def actions(self, calls: int) -> str:
         """A letter for each of the `calls` calls of a run, the first of them U. A pattern keeps its computed calls at
@@ -146,9 +173,10 @@ class StepSchedule:
 
     def describe(self, calls: int | None = None) -> str:
         """One line: the schedule, what it skips, and how many of `calls` calls are computed in full."""
-        how = f", forecast in {self.axis} with order {self.order}" if self.needs_axis else ", held"
+        how = ", forecast" if self.needs_axis else ", held"
+        how = how if self.weights is None else ", forecast with fitted weights"
         count = "" if calls is None else f"; {self.actions(calls).count(UPDATE)} of {calls} calls are computed"
-        return f"{self}: skips calls{how}{count}"
+        return f"{self.without_weights()}: skips calls{how}{count}"
 
     def _letters(self) -> set[str]:
         return set(RULES.get(self.rule) or _expanded(self.rule))

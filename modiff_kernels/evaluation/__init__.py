@@ -17,6 +17,8 @@ SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "pndm": "PNDMScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",
+    "dpmsolver++-karras": "DPMSolverMultistepScheduler",
+    "dpmsolver++-lu": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,21 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.calibration.data import run_pipeline
+from modiff_kernels.config import StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.evaluation.folders import look_into, read_config
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 from modiff_kernels.planning.clock import host_timesteps
+from modiff_kernels.planning.stored import best_of
 
-OWN_OPTIONS: dict[str, Any] = {"pndm": {"skip_prk_steps": True}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}
+MULTISTEP = {"algorithm_type": "dpmsolver++"}
+OWN_OPTIONS: dict[str, Any] = {
+    "pndm": {"skip_prk_steps": True},
+    "dpmsolver++": MULTISTEP,
+    "dpmsolver++-karras": {**MULTISTEP, "use_karras_sigmas": True},
+    "dpmsolver++-lu": {**MULTISTEP, "use_lu_lambdas": True},
+}
 
 
 @dataclass
@@ -51,7 +59,11 @@ def open_model(
         torch.set_num_threads(args.threads)
     model = load_model(args.model, args.prompt, choose_device(args.device, local), low_bit)
     if hasattr(args, "steps"):
-        model.calls = check_steps(model, args.scheduler, args.steps, getattr(args, "stored", None))
+        model.calls = check_steps(model, args.scheduler, args.steps)
+        if stored := getattr(args, "stored", None):
+            args.schedule = str(_stored_schedule(model, args.scheduler, args.steps, stored))
+            rows = getattr(args, "rows", ())
+            args.rows = [replace(row, schedule=row.schedule and args.schedule) for row in rows]
     if channels_last:
         model.unet.to(memory_format=torch.channels_last)
     return model
@@ -139,9 +151,8 @@ def make_scheduler(model: Model, name: str, **more: Any):
     return getattr(diffusers, SCHEDULERS[name]).from_config(config, **options)
 
 
-def check_steps(model: Model, scheduler: str, steps: int, stored: Any = None) -> int:
-    """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them, or if a `stored` schedule is
-    for another run."""
+def check_steps(model: Model, scheduler: str, steps: int) -> int:
+    """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them."""
     schedule = make_scheduler(model, scheduler)
     longest = schedule.config.num_train_timesteps
     if steps > longest:
@@ -150,10 +161,20 @@ def check_steps(model: Model, scheduler: str, steps: int, stored: Any = None) ->
         schedule.set_timesteps(steps)
     except Exception as error:
         raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
-    if stored is not None and (other := stored.difference(schedule, host_timesteps(schedule))):
-        advice = f"search for this one with `modiff calibrate --schedule`, or give --schedule {str(stored.schedule)!r}"
-        raise UserError(f"--schedule {stored.path}: it was searched for a run with {other}; {advice}")
     return len(schedule.timesteps)
+
+
+def _stored_schedule(model: Model, scheduler: str, steps: int, stored: Sequence[Any]) -> StepSchedule:
+    """That of the `stored` ones which is for this run; UserError if none is."""
+    own = make_scheduler(model, scheduler)
+    own.set_timesteps(steps)
+    timesteps = host_timesteps(own)
+    if (found := best_of(stored, own, timesteps)) is None:
+        last = stored[-1]
+        text = f"it was fitted to a run with {last.difference(own, timesteps)}"
+        advice = f"fit one with `modiff calibrate --schedule`, or give --schedule {last.schedule.without_weights()!r}"
+        raise UserError(f"--schedule {last.path}: {text}; {advice}")
+    return found.schedule
 
 
 def sample_images(
@@ -166,10 +187,12 @@ def sample_images(
     run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
     on_step: Callable[[], Any] = lambda: None,
     scheduler_options: Mapping[str, Any] | None = None,
+    latent: bool = False,
 ) -> np.ndarray:
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
     of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each of them
-    (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them."""
+    (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE,
+    the latents that it would decode."""
     device = next(model.unet.parameters()).device
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:
@@ -177,7 +200,10 @@ def sample_images(
         model.pipe.set_progress_bar_config(disable=True)
         prompt = {} if model.prompt is None else {"prompt": model.prompt}
         with run(schedule):
-            images = run_pipeline(model.pipe, steps, seeds, {"output_type": "np", **prompt}).images
+            kind = "latent" if latent and hasattr(model.pipe, "vae") else "np"
+            images = run_pipeline(model.pipe, steps, seeds, {"output_type": kind, **prompt}).images
+        if kind == "latent":
+            return images.float().cpu().numpy()
         return np.asarray(images, dtype=np.float32)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     config, size = unet.config, unet.config.sample_size

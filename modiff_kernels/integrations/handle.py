@@ -65,7 +65,7 @@ class Handle:
         self._steps: Steps | None = None
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
-            stored = beside(unet, pipe) if config.schedule == "auto" else None
+            stored = beside(unet, pipe) if isinstance(config.schedule, str) else ()
             self._scheduled = ScheduledUNet(unet, self.state, config.schedule, lambda: self._steps, stored)
         self._undo: contextlib.ExitStack | None = None
 
@@ -169,8 +169,8 @@ class Handle:
             summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
         return "\n".join([*summary, *lines])
 
-    def set_schedule(self, schedule: StepSchedule | None) -> None:
-        """Take another schedule, or None, from the next run on. RuntimeError if `accelerate` got none."""
+    def set_schedule(self, schedule: StepSchedule | str | None) -> None:
+        """Take another schedule, "auto" or None from the next run on. RuntimeError if `accelerate` got none."""
         self._require_active()
         if self._scheduled is None:
             raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")

@@ -6,11 +6,10 @@ see a larger residual next time.
 
 import contextlib
 import inspect
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,51 +18,66 @@ from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.planning import clock
-from modiff_kernels.planning.stored import StoredSchedule
+from modiff_kernels.planning.forecast import DEGREE, combine, polynomial
+from modiff_kernels.planning.stored import StoredSchedule, best_of
 
 WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
 
-NOTHING_SKIPPED: tuple[str, Sequence[float], int] = "", (), 0
 JUST_BEGUN = "too little was computed since the context, or what it is conditioned on, began"
 MANY_COMPUTED = 10  # calls for this reason, after which it is worth a warning
+LEAST_NODES = 3  # computed first where a run begins in the middle of the fitted one
+
+
+class Plan(NamedTuple):
+    """What a schedule says of one run. letters: one per step. positions: of every step on the axis of polynomials;
+    empty: its timestep. weights: of what the steps return, and the steps of the outputs that these belong to, the
+    newest first; empty for polynomials."""
+
+    letters: str = ""
+    positions: Sequence[float] = ()
+    weights: Sequence[tuple[Sequence[float], Sequence[int]]] = ()
 
 
 class Trajectory:
     """One context of a scheduled run: its plan, what was done so far, and what a skipped call is made of.
 
-    planned: a letter per step of the run. positions: of every step on the axis; empty: its timestep. order: degree of
-    forecasts. done: a letter per call so far. computed: steps whose outputs still hold. instead: how many calls were
-    computed that are planned to be skipped, and why. values: the last computed outputs, copied, with
-    their positions. forms: the last outputs as returned, by `return_dict`.
+    done: a letter per call so far. computed: steps whose outputs still hold. instead: how many calls were computed that
+    are planned to be skipped, and why. values: the last computed outputs, copied, with their steps and positions.
+    forms: the last outputs as returned, by `return_dict`.
     """
 
-    def __init__(self, planned: str, positions: Sequence[float], order: int) -> None:
-        self.planned, self.positions, self.length = planned, positions, order + 1
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.length = max([DEGREE + 1, *[len(nodes) for _, nodes in plan.weights]])
         self.done: list[str] = []
         self.computed: list[int] = []
         self.instead: Counter[str] = Counter()
-        self.values: list[tuple[float, Tensor]] = []
+        self.values: dict[int, tuple[float, Tensor]] = {}
         self.forms: dict[bool, Any] = {}
 
-    def push(self, position: float, value: Tensor) -> None:
+    def push(self, step: int, position: float, value: Tensor) -> None:
         """Keep a copy of `value`. It takes the place of one at the same position, and of all those of another shape."""
-        kept = [(at, old) for at, old in self.values if at != position and old.shape == value.shape]
-        self.values = [*kept, (position, value.detach().clone())][-self.length :]
+        self.computed.append(step)
+        kept = [item for item in self.values.items() if item[1][0] != position and item[1][1].shape == value.shape]
+        self.values = dict([*kept, (step, (position, value.detach().clone()))][-self.length :])
 
-    def at(self, position: float | None) -> Tensor:
-        """The polynomial through the values at `position`, or the last value for None: a new tensor in their dtype."""
-        if position is None or len(self.values) == 1:
-            return self.values[-1][1].clone()
-        total: Tensor | None = None  # in float32
-        for node, value in self.values:
-            others = [other for other, _ in self.values if other != node]
-            weight = math.prod((position - other) / (node - other) for other in others)
-            total = value.float() * weight if total is None else total.add_(value.float(), alpha=weight)
-        return total.to(self.values[0][1].dtype)
+    def has_fitted(self, step: int) -> bool:
+        """Whether all outputs are held that the fitted weights of this step belong to."""
+        return step < len(self.plan.weights) and all(node in self.values for node in self.plan.weights[step][1])
+
+    def at(self, step: int, position: float | None, sample: Tensor) -> Tensor:
+        """What the step returns, a new tensor in the dtype of the outputs: by fitted weights, or the polynomial through
+        the last values at `position`, or the last value for None."""
+        if self.has_fitted(step):
+            weights, nodes = self.plan.weights[step]
+            return combine(weights, [self.values[node][1] for node in nodes], sample)
+        places, values = zip(*list(self.values.values())[-1 - DEGREE :])
+        return values[-1].clone() if position is None else combine(polynomial(places, position), values)
 
     def can_skip(self, step: int, form: bool) -> bool:
         """Whether `step` can be made: as many outputs are there as the plan counts on, none left out in between."""
-        planned = [i for i, letter in enumerate(self.planned[:step]) if letter == UPDATE][-self.length :]
+        letters = self.plan.letters[:step]
+        planned = [i for i, letter in enumerate(letters) if letter == UPDATE][-1 - DEGREE :]
         enough = form in self.forms and len(self.computed) >= len(planned)
         return enough and all(i in self.computed or i < self.computed[0] for i in planned)
 
@@ -73,7 +87,7 @@ class Trajectory:
         self.values.clear()
 
     def nbytes(self) -> int:
-        return sum(value.nbytes for _, value in self.values)
+        return sum(value.nbytes for _, value in self.values.values())
 
     def describe(self) -> str:
         counts = ", ".join(f"{n} {ACTION_NAMES[letter]}" for letter, n in Counter(self.done).items())
@@ -82,7 +96,7 @@ class Trajectory:
 
 
 class ScheduledUNet:
-    """Installs a schedule. steps: those of the run. stored: "auto" where it fits."""
+    """Installs a schedule. steps: those of the run. stored: those from which "auto" chooses."""
 
     def __init__(
         self,
@@ -90,14 +104,15 @@ class ScheduledUNet:
         state: ModulationState,
         schedule: StepSchedule | str | None,
         steps: Callable[[], Steps | None],
-        stored: StoredSchedule | None = None,
+        stored: Sequence[StoredSchedule] = (),
     ) -> None:
         self.unet, self.state, self.schedule = unet, state, schedule
         self._steps, self._stored = steps, stored
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
+        self._found: StoredSchedule | None = None  # where that is stored
         self._all_because: str | None = None  # why all calls of this run are computed from now on
-        self._plan = NOTHING_SKIPPED
+        self._plan = Plan()
         parameters = inspect.signature(unet.forward).parameters
         self._form_place = [*parameters].index("return_dict") if "return_dict" in parameters else len(parameters)
 
@@ -108,11 +123,10 @@ class ScheduledUNet:
 
     def describe(self) -> str:
         """One line about the schedule, with the calls of the last run where there was one."""
-        chosen = self._in_use if self.schedule == "auto" else self.schedule
+        chosen: Any = self._in_use if isinstance(self.schedule, str) else self.schedule
         text = str(self.schedule or "none") if chosen is None else chosen.describe()
-        if self.schedule == "auto" and chosen is not None:
-            found = self._stored is not None and chosen is self._stored.schedule
-            text = f"auto, last {f'from {self._stored.path}: ' if found else ''}{text}"
+        if isinstance(self.schedule, str) and chosen is not None:
+            text = f"{self.schedule}, last {f'from {self._found.path}: ' if self._found else ''}{text}"
         text += f"; every call is computed, because {self._all_because}" if self._all_because else ""
         runs = [f"last run, context {name}: {run.describe()}" for name, run in self.state.trajectories.items()]
         return "\n  ".join([text, *runs])
@@ -125,14 +139,14 @@ class ScheduledUNet:
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self.state
         if not state.trajectories:
-            self._all_because = self._in_use = None
-            self._plan = self._lay_out() if self.schedule else NOTHING_SKIPPED
-        trajectory = state.trajectories.setdefault(state.context_name, Trajectory(*self._plan))
-        step, action, position = state.step_index, UPDATE, None
-        if 0 <= step < len(trajectory.planned):
-            action = trajectory.planned[step]
+            self._all_because = self._in_use = self._found = None
+            self._plan = self._lay_out() if self.schedule else Plan()
+        trajectory = state.trajectories.setdefault(state.context_name, Trajectory(self._plan))
+        step, action, position, plan = state.step_index, UPDATE, None, trajectory.plan
+        if 0 <= step < len(plan.letters):
+            action = plan.letters[step]
             timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
-            position = trajectory.positions[step] if trajectory.positions else clock.host_timestep(timestep)
+            position = plan.positions[step] if plan.positions else clock.host_timestep(timestep)
         asked = bool(kwargs.get("return_dict", args[self._form_place] if len(args) > self._form_place else True))
         if action != UPDATE and (position is None or self._all_because or not trajectory.can_skip(step, asked)):
             trajectory.instead[self._all_because or JUST_BEGUN] += 1
@@ -140,48 +154,57 @@ class ScheduledUNet:
                 self._warn(f"{JUST_BEGUN}; pass the same tensors of conditions at every call to which they apply")
             action = UPDATE
         trajectory.done.append(action)
+        sample = args[0] if args else kwargs.get("sample")
         if action == UPDATE:
-            output = original(*args, **kwargs)
+            output = trajectory.forms[asked] = original(*args, **kwargs)
             if position is not None:
-                trajectory.computed.append(step)
-                trajectory.push(position, _sample_of(output))
-            trajectory.forms[asked] = output
+                trajectory.push(step, position, sample_of(output))
+                if trajectory.has_fitted(step) and not self._all_because:
+                    return in_form(output, trajectory.at(step, None, sample))
             return output
         state.action = ACTION_NAMES[action]
-        return _in_form(trajectory.forms[asked], trajectory.at(None if action == HOLD else position))
+        return in_form(trajectory.forms[asked], trajectory.at(step, None if action == HOLD else position, sample))
 
-    def _lay_out(self) -> tuple[str, Sequence[float], int]:
-        """A letter per step of the run that begins, their positions on the axis, and the order of forecasts."""
+    def _lay_out(self) -> Plan:
+        """The plan of the run that begins."""
         steps: Any = self._steps()
         scheduler, timesteps, name = steps.scheduler, steps.announced[steps.first :], type(steps.scheduler).__name__
-        chosen: Any = None if self.schedule == "auto" else self.schedule
+        chosen: Any = None if isinstance(self.schedule, str) else self.schedule
         calls, reason = steps.calls if scheduler is None else len(timesteps), None
         if scheduler is None and chosen is None:
             raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
         if calls is None:
-            text = f"so its last ones are not; open it with {WITH_SCHEDULER} (or num_calls=..., for axis=timestep)"
+            text = f"so its last ones are not; open it with {WITH_SCHEDULER}, or num_calls=..."
             raise ValueError(f"schedule: the number of calls of this run is not known, {text}")
         if scheduler is not None and clock.is_stochastic(scheduler) and not (chosen and chosen.stochastic):
             reason = f"{name} adds noise at its steps"
         elif scheduler is not None and not timesteps:
             reason = f"the UNet is called with other timesteps than {name} announced"
-        elif chosen is None and self._stored is not None and self._stored.fits(scheduler, timesteps):
-            chosen = self._stored.schedule
+        elif chosen is None and (found := best_of(self._stored, scheduler, steps.announced, self._asked())):
+            self._found, chosen = found, found.schedule
+        elif chosen is None and self._asked() is not None:
+            reason = (
+                f"no schedule of {self._asked()} evaluations is stored for it; `modiff calibrate --schedule` fits one"
+            )
         elif chosen is None and (chosen := clock.automatic(scheduler, calls)) is None:
             reason = f"{calls} calls are few"
-        elif set(chosen.actions(calls)) == {UPDATE}:
+        elif chosen.weights is None and set(chosen.actions(calls)) == {UPDATE}:
             reason = f"a run of {calls} calls is too short to skip any"
         if reason is not None:
             self._compute_all(reason)
-            return NOTHING_SKIPPED
+            return Plan()
         self._in_use = chosen
         if not chosen.needs_axis:
-            return chosen.actions(calls), range(calls), 0
-        if scheduler is None and chosen.axis != "timestep":
-            text = f"open the run with {WITH_SCHEDULER}, or give a schedule with axis=timestep"
-            raise ValueError(f"schedule: axis={chosen.axis} needs the noise levels of the sampler; {text}")
-        places = [] if scheduler is None else clock.positions(chosen.axis, steps.announced, scheduler)[steps.first :]
-        return chosen.actions(calls), places, chosen.order
+            return Plan(chosen.actions(calls), range(calls))
+        places = clock.positions(steps.announced, scheduler)[steps.first :] if scheduler is not None else []
+        if chosen.weights is not None:
+            return _fitted_plan(chosen, calls, steps.first, places)
+        return Plan(chosen.actions(calls), places)
+
+    def _asked(self) -> int | None:
+        """The number of evaluations that "auto" names."""
+        words = str(self.schedule).split()
+        return int(words[1]) if len(words) > 1 else None
 
     def _compute_all(self, reason: str) -> None:
         """Compute every call of this run from now on."""
@@ -196,13 +219,30 @@ class ScheduledUNet:
             warnings.warn(text, stacklevel=2)
 
 
-def _sample_of(output: Any) -> Tensor:
+def _fitted_plan(schedule: StepSchedule, calls: int, first: int, places: Sequence[float]) -> Plan:
+    """Of a run that is the fitted one from its call `first` on."""
+    rows: Any = schedule.weights
+    if first + calls != len(rows):
+        text = "fit one for this run with `modiff calibrate --schedule`, or give its pattern alone"
+        text = f"{text}: {schedule.without_weights()!r}"
+        raise ValueError(
+            f"schedule: it was fitted to runs of {len(rows)} calls, and this one has {first + calls}; {text}"
+        )
+    letters = schedule.actions(len(rows))
+    computed = [call for call, letter in enumerate(letters) if letter == UPDATE]
+    nodes = [[call - first for call in computed if call <= i][: -len(row) : -1] for i, row in enumerate(rows)]
+    begins = UPDATE * LEAST_NODES if first else ""
+    letters = (begins + letters[first + len(begins) :])[:calls]
+    return Plan(letters, places or range(calls), list(zip(rows, nodes))[first:])
+
+
+def sample_of(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else output.sample
 
 
-def _in_form(form: Any, sample: Tensor) -> Any:
+def in_form(form: Any, sample: Tensor) -> Any:
     """`sample` as the UNet returned the output `form`: a tensor, a tuple, or an output object."""
     if isinstance(form, Tensor):
         return sample

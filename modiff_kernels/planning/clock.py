@@ -13,11 +13,6 @@ STOCHASTIC = ("DDPM", "Ancestral", "SDE", "LCM", "TCD", "CMStochastic", "RePaint
 MANY_CALLS = 40  # from here on DDIM moves so little per call that most calls can be forecast
 FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less
 
-# `modiff calibrate --schedule --budget-db 41 --images 32 --batch 32 --seed 1000`, on the shipped model.
-# It holds for what it was searched on, 50 calls of DDIM that clips its pictures: without clipping, or stretched to 100
-# calls, it loses 8 dB and more (docs/schedules.md).
-SEARCHED_CALLS = 50
-CLIPPED_DDIM = "U3F3UFUF2UF4UF3UF5UF2UF6UF3UF4UF2UF order=3 axis=sigma"
 DDIM = StepSchedule("forecast", every=3, first=3, last=1)
 MULTISTEP = StepSchedule("forecast", every=2, first=3, last=1)
 
@@ -35,21 +30,24 @@ def host_timesteps(scheduler: Any) -> list[float]:
     return [float(t) for t in scheduler.timesteps]
 
 
-def positions(axis: str, timesteps: Sequence[float], scheduler: Any) -> list[float]:
-    """The places of `timesteps` on `axis`. ValueError where the scheduler does not tell its noise levels."""
-    if axis == "timestep":
-        return list(timesteps)
+def log_snr(timesteps: Sequence[float], scheduler: Any) -> list[float] | None:
+    """Logarithm of signal over noise variance at `timesteps`; None where the scheduler does not tell it."""
     alphas, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
-    if alphas is not None:
-        table = [max(float(alpha), LEAST_ALPHA) for alpha in alphas]
-        noise = np.interp(timesteps, range(len(table)), [math.log((1 - alpha) / alpha) for alpha in table])
-    elif sigmas is not None and len(sigmas) >= len(timesteps):
-        noise = 2 * np.log([float(sigma) for sigma in sigmas[: len(timesteps)]])
-    else:
-        raise ValueError(f"schedule: {type(scheduler).__name__} has no alphas_cumprod or sigmas; give axis=timestep")
-    if axis == "log_snr":
-        return (-noise).tolist()
-    return np.exp(noise / {"sigma": 2, "root_sigma": 4}[axis]).tolist()
+    if sigmas is not None and len(sigmas) >= len(timesteps):  # timesteps of Karras spacing are rounded
+        least = LEAST_ALPHA**0.5
+        return [-2 * math.log(min(max(float(sigma), least), 1 / least)) for sigma in sigmas[: len(timesteps)]]
+    if alphas is None:
+        return None
+    table = [max(float(alpha), LEAST_ALPHA) for alpha in alphas]
+    ratios = [math.log(alpha / max(1 - alpha, LEAST_ALPHA)) for alpha in table]
+    return np.asarray(np.interp(timesteps, range(len(table)), ratios)).tolist()
+
+
+def positions(timesteps: Sequence[float], scheduler: Any) -> list[float]:
+    """Where `timesteps` lie on the axis of polynomials: the root of sigma (noise over signal), which is best of what
+    was compared; or the timesteps themselves where the scheduler does not tell its noise levels."""
+    known = log_snr(timesteps, scheduler)
+    return list(timesteps) if known is None else [math.exp(-ratio / 4) for ratio in known]
 
 
 def is_stochastic(scheduler: Any) -> bool:
@@ -64,6 +62,5 @@ def automatic(scheduler: Any, calls: int) -> StepSchedule | None:
     if calls < FEW_CALLS or is_stochastic(scheduler):
         return None
     if type(scheduler).__name__.startswith("DDIM") and calls >= MANY_CALLS:
-        searched = calls == SEARCHED_CALLS and scheduler.config.clip_sample
-        return StepSchedule.parse(CLIPPED_DDIM) if searched else DDIM
+        return DDIM
     return MULTISTEP

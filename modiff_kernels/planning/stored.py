@@ -1,39 +1,51 @@
-"""A searched schedule that is stored beside a model, and the runs that it holds for."""
+"""Fitted schedules that are stored beside a model, and the runs that they hold for."""
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modiff_kernels.config.schedule import StepSchedule
+from modiff_kernels.config.schedule import UPDATE, StepSchedule
 
 FILE_NAME = "modiff_schedule.json"
-SEARCH_AGAIN = "search again with `modiff calibrate --schedule`, or move the file away"
-NOTES = ("model", "scheduler", "steps", "images", "calls", "calls_computed", "fidelity_db", "held_out_db", "command")
-KEYS = {"schedule", "sampler", "timesteps", *NOTES, "update_s", "skip_s"}  # of the file
+FIT_AGAIN = "fit again with `modiff calibrate --schedule`, or move the file away"
+NOTES = (
+    "model", "scheduler", "steps", "evaluations", "towards", "images", "seed", "fitting_db", "held_out_db",
+    "polynomial_db", "seconds", "command", "calls", "calls_computed", "fidelity_db", "update_s", "skip_s",
+)  # fmt: skip
+KEYS = {"schedule", "weights", "sampler", "timesteps", *NOTES}  # of an entry of the file
+ENOUGH_DB = 40.0  # of several schedules for a run, "auto" takes the one with the fewest evaluations that has as much
 
 
 class StoredSchedule(NamedTuple):
-    """What `modiff calibrate --schedule` found in the file at `path`. run: the runs that it holds for, as `run_of`, at
-    any bits: a forecast errs by what the sampler does between two calls."""
+    """An entry of the file at `path`; None before it is stored. run: the runs that it holds for, as `run_of`, at any
+    bits: a forecast errs by what the sampler does between two calls. notes: what else is known of it."""
 
     schedule: StepSchedule
     run: dict[str, Any]
-    path: Path
+    path: Path | None
+    notes: Mapping[str, Any] = {}
 
-    def fits(self, scheduler: Any, timesteps: Sequence[float]) -> bool:
-        """Whether a run with these timesteps is the one that was searched: same sampler, settings and calls."""
-        return self.difference(scheduler, timesteps) is None
+    @property
+    def evaluations(self) -> int:
+        """Computed calls of a run."""
+        return self.schedule.actions(len(self.run["timesteps"])).count(UPDATE)
 
     def difference(self, scheduler: Any, timesteps: Sequence[float]) -> str | None:
-        """The first thing in which a run with these timesteps is not the one that was searched, or None."""
+        """The first thing in which a run with these timesteps is not the one that was fitted, or None."""
         was, now = (
             {**run["sampler"], "calls": len(run["timesteps"]), "timesteps": run["timesteps"]}
             for run in (self.run, run_of(scheduler, timesteps))
         )
         name = next((name for name in {**was, **now} if was.get(name) != now.get(name)), None)
         return name and f"{name} {was.get(name)!r}, and this run has {now.get(name)!r}"
+
+    def entry(self) -> dict[str, Any]:
+        """Its form in the file."""
+        rows = self.schedule.weights
+        weights = {} if rows is None else {"weights": [list(row) for row in rows]}
+        return {"schedule": self.schedule.without_weights(), **weights, **self.notes, **self.run}
 
 
 def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
@@ -45,23 +57,52 @@ def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
     return {"sampler": sampler, "timesteps": [round(float(timestep), 3) for timestep in timesteps]}
 
 
-def read(path: Path) -> StoredSchedule:
-    """The schedule in the file at `path`. ValueError naming the file if it is not whole or has other keys."""
+def best_of(
+    stored: Sequence[StoredSchedule], scheduler: Any, timesteps: Sequence[float], evaluations: int | None = None
+) -> StoredSchedule | None:
+    """Of those for this run the one with so many evaluations; None: with the fewest that has ENOUGH_DB, or else the one
+    that has most."""
+    fit = [found for found in stored if found.difference(scheduler, timesteps) is None]
+    if evaluations is not None:
+        return next((found for found in fit if found.evaluations == evaluations), None)
+
+    def fidelity(found: StoredSchedule) -> float:
+        return min(found.notes.get("held_out_db") or 0.0, ENOUGH_DB)
+
+    return max(fit, key=lambda found: (fidelity(found), -found.evaluations), default=None)
+
+
+def read(path: Path) -> list[StoredSchedule]:
+    """The schedules in the file at `path`, one or a list. ValueError naming the file if one is not whole or has other
+    keys."""
     try:
         stored = json.loads(path.read_text())
-        if unknown := sorted(stored.keys() - KEYS):
-            raise ValueError(f"unknown key {unknown[0]!r}")
-        schedule = StepSchedule.parse(stored["schedule"])
-        run = {"sampler": dict(stored["sampler"]), "timesteps": [float(timestep) for timestep in stored["timesteps"]]}
+        return [_read_entry(entry, path) for entry in (stored if isinstance(stored, list) else [stored])]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = f"{path} is no schedule of this version ({type(error).__name__}: {error})"
-        raise ValueError(f"{wrong}; {SEARCH_AGAIN}") from error
-    return StoredSchedule(schedule, run, path)
+        raise ValueError(f"{wrong}; {FIT_AGAIN}") from error
 
 
-def beside(*models: Any) -> StoredSchedule | None:
-    """The schedule in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also that
-    around its own `unet`; None without a file. ValueError as of `read`."""
+def _read_entry(entry: Any, path: Path) -> StoredSchedule:
+    if unknown := sorted(entry.keys() - KEYS):
+        raise ValueError(f"unknown key {unknown[0]!r}")
+    parsed = StepSchedule.parse(entry["schedule"])
+    schedule = StepSchedule(**{**parsed.fields(), "weights": entry.get("weights", parsed.weights)})
+    run = {"sampler": dict(entry["sampler"]), "timesteps": [float(timestep) for timestep in entry["timesteps"]]}
+    return StoredSchedule(schedule, run, path, {name: entry[name] for name in NOTES if name in entry})
+
+
+def add(path: Path, found: StoredSchedule) -> str:
+    """The text of the file at `path` with `found` in it, in the place of one for the same run and evaluations."""
+    known = read(path) if path.is_file() else []
+    kept = [old for old in known if (old.run, old.evaluations) != (found.run, found.evaluations)]
+    entries = [json.dumps(one.entry()) for one in (*kept, found)]
+    return "[\n" + ",\n".join(entries) + "\n]\n"
+
+
+def beside(*models: Any) -> list[StoredSchedule]:
+    """The schedules in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also in that
+    around its own `unet`. ValueError as of `read`."""
     for model in models:
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not isinstance(name, (str, Path)) or not name:
@@ -70,4 +111,4 @@ def beside(*models: Any) -> StoredSchedule | None:
         for place in (folder, folder.parent) if folder.name == "unet" else (folder,):
             if (path := place / FILE_NAME).is_file():
                 return read(path)
-    return None
+    return []

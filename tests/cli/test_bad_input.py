@@ -17,7 +17,7 @@ from modiff_kernels.cli import main
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--scheduler euler", "'ddim', 'ddpm', 'pndm', 'dpmsolver++', 'unipc'"),
+        ("--scheduler euler", "'ddim', 'ddpm', 'pndm', 'dpmsolver++', 'dpmsolver++-karras', 'dpmsolver++-lu', 'unipc'"),
         ("--steps many", "--steps: invalid number value: 'many'"),
         ("--steps 1001", "trained on 1000 steps"),
         ("--threads 0", "--threads: must be at least 1"),
@@ -94,7 +94,7 @@ def test_what_needs_no_torch_is_answered_without():
         "sample --calibration /nowhere": "--calibration: cannot read a calibration from /nowhere ([Errno 2]",
         "calibrate --method mse --weights /nowhere": "--weights: cannot read a calibration from /nowhere ([Errno 2]",
         f"calibrate --plan --out {__file__}/a.json": "a.json: File exists; give another path",
-        "calibrate --schedule": "one of the arguments --budget-db --speedup is required",
+        "calibrate --schedule": "one of --evaluations, --budget-db and --speedup is required",
     }
     code = "import sys; from modiff_kernels.cli import main\nfor words in sys.argv[1:]:\n    try: main(words.split())\n"
     code += "    except SystemExit: pass\nassert 'torch' not in sys.modules"

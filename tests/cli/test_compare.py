@@ -84,12 +84,12 @@ def test_scheduled_row_skips_calls(rows, report):
 
 def test_given_schedule_rows_and_bits(unet_folder, tmp_path):
     options = ["--steps", 9, "--images", 2, "--batch", 2, "--rows", "scheduled", "--act-bits", "8,4"]
-    schedule = "UUHHUHHFU axis=timestep order=1"
+    schedule = "UUHHUHHFU stochastic=False"
     compare("--model", unet_folder, *options, "--schedule", schedule, "--json", tmp_path / "a.json")
     data = json.loads((tmp_path / "a.json").read_text())
     assert f"--schedule '{schedule}'" in data["command"]
     assert [row["name"] for row in data["rows"]] == ["modulated W8A8 scheduled", "modulated W8A4 scheduled"]
-    assert data["rows"][0]["schedule"] == "U2H2UH2FU order=1 axis=timestep"
+    assert data["rows"][0]["schedule"] == "U2H2UH2FU"
     assert data["rows"][0]["calls_computed"] == 4
     assert data["rows"][0]["average_bits"] == pytest.approx((16 + 3 * 8) / 9)
     options = ["--steps", 2, "--rows", "modulated", "--schedule", "none", "--weight-bits", "8,4", "--act-bits", 4]

@@ -84,7 +84,7 @@ def test_a_plan_by_hand(unet_folder, by_hand, tmp_path, capsys):
     ("arguments", "message"),
     [
         ("calibrate --plan --schedule", "not allowed with argument"),
-        ("calibrate --plan --speedup 2", "--plan: --budget-db and --speedup are for a schedule"),
+        ("calibrate --plan --speedup 2", "--plan: --evaluations, --budget-db and --speedup are for"),
         ("calibrate", "one of the arguments --method --schedule --plan is required"),
         ("calibrate --plan --max-loss-db 0", "--max-loss-db: must be above 0"),
         ("calibrate --plan --mode float", "leave no low-bit mode to choose"),

@@ -32,7 +32,7 @@ def test_what_does_not_fit_together_or_is_no_schedule():
     for options, message in (
         ({"weight_bits": None}, "act_bits=8 is not allowed; give None as long as weight_bits is None"),
         ({"schedule": "hold every=1"}, "ModiffConfig: schedule='hold every=1' is not allowed; .*every=1"),
-        ({"schedule": 3}, "ModiffConfig: schedule=3 is not allowed; give None, 'auto', a StepSchedule"),
+        ({"schedule": 3}, "ModiffConfig: schedule=3 is not allowed; give None, 'auto', 'auto 8', a StepSchedule"),
     ):
         with pytest.raises(ValueError, match=message):
             ModiffConfig(**options)
@@ -42,9 +42,9 @@ def test_what_does_not_fit_together_or_is_no_schedule():
 def test_json_round_trip():
     bits = {"weight_bits": 4, "act_bits": 3, "granularity": "per_token", "scale_mode": "delayed", "group_size": 64}
     rest = {"state_dtype": torch.float16, "skip_modules": ["mid_block"], "backend": "reference", "mode": "quantized"}
-    config = ModiffConfig(**bits, **rest, clip_ratio=1, fuse=False, schedule="forecast  every=3 order=1")
-    assert config.schedule == StepSchedule("forecast", every=3, order=1)
-    assert config.to_dict()["schedule"] == "forecast every=3 order=1"
+    config = ModiffConfig(**bits, **rest, clip_ratio=1, fuse=False, schedule="forecast  every=3 last=2")
+    assert config.schedule == StepSchedule("forecast", every=3, last=2)
+    assert config.to_dict()["schedule"] == "forecast every=3 last=2"
     assert ModiffConfig(schedule="auto").to_dict()["schedule"] == "auto"
     assert (config.state_dtype, config.skip_modules) == ("float16", ("mid_block",))
     assert ModiffConfig.from_json(config.to_json()) == config

@@ -29,8 +29,8 @@ def test_a_pattern_keeps_its_computed_calls_at_their_places():
 
 
 def test_text_and_json_round_trips():
-    long = "forecast every=3 first=1 last=2 order=1 axis=log_snr"
-    for text in ("forecast", long, "hold stochastic=True", "U3F2UF2U order=3 axis=sigma"):
+    fitted = "U2F weights=((1.0,0.0),(1.0,0.25,-0.5),(2.0,-1.0,0.125))"
+    for text in ("forecast", "forecast every=3 first=1 last=2", "hold stochastic=True", "U3F2UF2U", fitted):
         schedule = StepSchedule.parse(text)
         assert str(schedule) == text
         assert StepSchedule.from_json(schedule.to_json()) == schedule == eval(repr(schedule))
@@ -38,7 +38,7 @@ def test_text_and_json_round_trips():
 
 def test_other_spellings():
     assert str(StepSchedule.parse("UUUFFUF1U")) == "U3F2UFU"
-    assert mk.StepSchedule.uniform(3, order=1) == StepSchedule.parse("forecast every=3 order=1")
+    assert mk.StepSchedule.uniform(3, last=2) == StepSchedule.parse("forecast every=3 last=2")
 
 
 def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_load():
@@ -64,11 +64,16 @@ def test_the_adaptive_mode_is_refused_with_the_reason_and_schedules_without_it_l
         ({"rule": "hold", "first": 0}, "first=0", "1 or more"),
         ({"rule": "hold", "last": -1}, "last=-1", "0 or more"),
         ({"rule": "UFU", "every": 3}, "every=3", "a pattern says itself"),
-        ({"rule": "forecast", "order": 4}, "order=4", "one of 1, 2, 3"),
-        ({"rule": "forecast", "axis": "time"}, "axis='time'", "timestep, log_snr, sigma, root_sigma"),
+        ({"rule": "forecast", "order": 3}, "order=3", "fitted weights"),
+        ({"rule": "forecast", "axis": "sigma"}, "axis='sigma'", "fitted weights"),
+        ({"rule": "forecast", "weights": [[1, 0]]}, "weights=", "each of the 0 calls of a pattern"),
+        ({"rule": "UF", "weights": [[1, 0]]}, "weights=", "two or more finite numbers for each of the 2 calls"),
+        ({"rule": "UF", "weights": [[1, 0], [1, "x"]]}, "weights=", "two or more finite numbers"),
+        ({"rule": "UF", "weights": [[1, 0], [float("nan"), 0]]}, "weights=", "finite numbers"),
+        ({"rule": "UF", "weights": [[1, 0], [1, 1, 0]]}, "weights=", "at most 1 outputs and the sample at call 1"),
         ({"rule": "deep-hold"}, "rule='deep-hold'", "at equal cost it was worse"),
         ({"rule": "hold", "level": 1}, "level=1", "at equal cost it was worse"),
-        ({"rule": "hold", "stochastic": 2}, "stochastic=2", "one of True, False"),
+        ({"rule": "hold", "stochastic": 2}, "stochastic=2", "True or False"),
     ],
 )
 def test_impossible_values(options, field, allowed):
@@ -93,5 +98,6 @@ def test_impossible_json_and_runs():
 
 
 def test_description_counts_calls():
-    text = StepSchedule.parse("forecast every=2 axis=sigma").describe(10)
-    assert "skips calls, forecast in sigma with order 2; 7 of 10 calls are computed" in text
+    assert "skips calls, forecast; 7 of 10 calls are computed" in StepSchedule.parse("forecast every=2").describe(10)
+    fitted = StepSchedule("U2", weights=[(1, 0), (1, 0, 0)])
+    assert fitted.describe(2) == "U2: skips calls, forecast with fitted weights; 2 of 2 calls are computed"

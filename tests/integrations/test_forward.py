@@ -16,7 +16,7 @@ from tests.integrations.fake_capture import capture_calls
 from tests.unets import WIDTH, assert_close, assert_equal, outputs, static_scales, text, trajectory
 
 CALLS = 6
-SCHEDULE = "forecast every=3 axis=timestep"
+SCHEDULE = "forecast every=3"
 
 
 class Net(nn.Module):

@@ -106,7 +106,7 @@ class TestRoundTrip:
             (lambda: unet2d().half(), {"weight_bits": 4, "act_bits": 4, "backend": "reference"}),
             (unet2d_condition, {"weight_bits": 4, "act_bits": None}),
             (unet2d_condition, {"weight_bits": 3, "group_size": 24, "backend": "reference"}),
-            (unet2d_condition, {"skip_modules": ("attentions",), "schedule": "hold every=2 first=1 axis=timestep"}),
+            (unet2d_condition, {"skip_modules": ("attentions",), "schedule": "hold every=2 first=1"}),
         ],
         ids=["delayed", "plain-layers", "float16", "weight-only", "groups", "schedule"],
     )

@@ -38,6 +38,7 @@ class Clock:
         self.now = 0.0
 
         def passing(original):
+            @functools.wraps(original)  # a method of another module would be one that low-bit layers do not follow
             def forward(module, *args, **kwargs):
                 if isinstance(module, ModulatedLayer):
                     self.now += slow_s if module.name in slow else low_bit_s

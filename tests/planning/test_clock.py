@@ -13,30 +13,25 @@ def timesteps_of(scheduler, steps=5):
     return clock.host_timesteps(scheduler)
 
 
-def test_axes_are_the_noise_of_the_scheduler():
-    scheduler = diffusers.HeunDiscreteScheduler()
-    timesteps = timesteps_of(scheduler)
+def test_noise_is_that_of_the_scheduler():
+    heun = diffusers.HeunDiscreteScheduler()
+    timesteps = timesteps_of(heun)
     assert len(timesteps) == 9  # two calls a step, one at the last
-    sigma = clock.positions("sigma", timesteps, scheduler)
-    assert sigma == pytest.approx(scheduler.sigmas[:9].tolist(), rel=2e-3)
-    assert clock.positions("root_sigma", timesteps, scheduler) == pytest.approx([math.sqrt(value) for value in sigma])
-    assert clock.positions("log_snr", timesteps, scheduler) == pytest.approx([-2 * math.log(value) for value in sigma])
-    assert clock.positions("timestep", timesteps, object()) == timesteps
-
-
-def test_schedulers_without_alphas_tell_their_sigmas():
-    scheduler = diffusers.EDMEulerScheduler()
-    timesteps = timesteps_of(scheduler)
-    assert clock.positions("sigma", timesteps, scheduler) == pytest.approx(scheduler.sigmas[:5].tolist())
-    with pytest.raises(ValueError, match=r"object has no alphas_cumprod .* axis=timestep"):
-        clock.positions("sigma", timesteps, object())
+    sigmas = heun.sigmas[:9].tolist()
+    assert clock.log_snr(timesteps, heun) == pytest.approx([-2 * math.log(sigma) for sigma in sigmas])
+    assert clock.positions(timesteps, heun) == pytest.approx([math.sqrt(sigma) for sigma in sigmas])
+    ddim = DDIMScheduler()
+    sigma = [(1 / float(ddim.alphas_cumprod[int(t)]) - 1) ** 0.5 for t in timesteps_of(ddim)]
+    assert clock.positions(timesteps_of(ddim), ddim) == pytest.approx([math.sqrt(value) for value in sigma])
+    assert clock.log_snr(timesteps, object()) is None
+    assert clock.positions(timesteps, object()) == timesteps
 
 
 def test_pure_noise_has_a_place():
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     timesteps = timesteps_of(scheduler)
     assert scheduler.alphas_cumprod[int(timesteps[0])] == 0
-    assert math.isfinite(clock.positions("sigma", timesteps, scheduler)[0])
+    assert math.isfinite(clock.positions(timesteps, scheduler)[0])
 
 
 @pytest.mark.parametrize("timestep", [601, 601.0, torch.tensor(601), torch.full((4,), 601)])
@@ -54,8 +49,7 @@ def test_stochastic_samplers():
 @pytest.mark.parametrize(
     ("scheduler", "steps", "computed"),
     [
-        (DDIMScheduler(clip_sample=True), 50, 14),
-        (DDIMScheduler(clip_sample=True), 100, 36),
+        (DDIMScheduler(), 100, 36),
         (DDIMScheduler(clip_sample=False), 50, 19),
         (DDIMScheduler(), 20, 12),
         (DPMSolverMultistepScheduler(), 20, 12),

@@ -1,0 +1,187 @@
+"""`fit_schedule`: fits a step schedule to a UNet and the way it is sampled."""
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modiff_kernels.calibration.data import pipeline_sampler
+from modiff_kernels.integrations.handle import HANDLE
+from modiff_kernels.integrations.hooks import wrap_forward
+from modiff_kernels.integrations.scheduled import in_form, sample_of
+from modiff_kernels.planning import clock, stored
+from modiff_kernels.planning.fit import Answer, Fit, Target, fitted
+from modiff_kernels.planning.forecast import combine, polynomial
+
+TARGETS = ("own", "converged")
+CONVERGED = 250  # calls, or ten for one of the run, or as many as the network was trained on
+NEIGHBOURS = 4  # calls of the converged run between which its states are interpolated
+
+
+def fit_schedule(
+    target: Any,
+    evaluations: int | None = None,
+    *,
+    budget_db: float | None = None,
+    steps: int = 50,
+    towards: str = "own",
+    images: int = 16,
+    seed: int = 0,
+    scheduler: Any = None,
+    sample: Callable[[Sequence[int], int], Any] | None = None,
+    call_kwargs: Mapping[str, Any] | None = None,
+    known: MutableMapping[str, Any] | None = None,
+    on_progress: Callable[[], Any] = lambda: None,
+    quiet: bool = False,
+) -> stored.StoredSchedule:
+    """Fit which calls of a run compute the network, and what every call returns (`planning.fit`); for
+    `ModiffConfig(schedule=...)`, or to be stored beside the model (`stored.add`).
+
+    target: a diffusers pipeline; or a UNet, then with `scheduler` (of diffusers) and sample(seeds, steps), which
+    samples with the UNet from the noise of these seeds and returns pictures [N, ...]. It is not accelerated: a fit
+    holds at any bits. Exactly one of evaluations (computed calls of a run) and budget_db (the fewest that have it).
+    steps: of the sampler. towards: "own", the same sampler computed at every call, or "converged", the sampler with at
+    least CONVERGED calls. images: fitted on, all at once; half as many stop the fit, and as many others judge it. seed:
+    of the noise of the first. call_kwargs: more arguments of the pipeline's call, such as a prompt. known: what an
+    interrupted fit has found, read and added to; on_progress: called when something was added.
+
+    The same arguments give the same fit. ValueError for what is not allowed, and where no schedule is found.
+    """
+    if (evaluations is None) == (budget_db is None):
+        raise ValueError("fit_schedule: give exactly one of evaluations and budget_db")
+    if towards not in TARGETS:
+        raise ValueError(f"fit_schedule: towards={towards!r} is not allowed; give one of {', '.join(TARGETS)}")
+    unet, scheduler, sampled = _parts(target, scheduler, sample, call_kwargs or {})
+    if hasattr(unet, HANDLE):
+        raise ValueError("fit_schedule: the UNet is accelerated; call remove() on its handle before")
+    if clock.is_stochastic(scheduler):
+        raise ValueError(f"fit_schedule: {type(scheduler).__name__} adds noise at its steps; choose another sampler")
+    started = time.perf_counter()
+    run, log_snr = _described(scheduler, steps)
+    with tqdm(desc="fit", unit="run", disable=quiet, leave=False, mininterval=1) as bar, torch.no_grad():
+
+        def fit_on(first: int, count: int) -> Fit:
+            seeds = range(seed + first, seed + first + count)
+            passes = _Passes(unet, functools.partial(sampled, seeds, steps), len(log_snr))
+            wanted = Target(*passes.states(), log_snr)
+            if towards == "converged":
+                longest = getattr(scheduler.config, "num_train_timesteps", 1000)
+                fine = min(longest, max(CONVERGED, 10 * steps))
+                fine_snr = _described(scheduler, fine)[1]
+                finer = _Passes(unet, functools.partial(sampled, seeds, fine), len(fine_snr))
+                wanted = _between(finer, fine_snr, log_snr)
+            return Fit(passes, wanted, bar.update)
+
+        fitting, validation = fit_on(0, images), fit_on(images, max(1, images // 2))
+        found = fitted(fitting, validation, evaluations, budget_db, known, on_progress)
+        held_out = fit_on(images + max(1, images // 2), images)
+        held_out_db, polynomial_db = held_out.fidelity(found.computed, found.rows), held_out.fidelity(found.computed)
+    notes = {
+        "evaluations": len(found.computed),
+        "towards": towards,
+        "images": images,
+        "seed": seed,
+        "fitting_db": round(found.fitting_db, 2),
+        "held_out_db": round(held_out_db, 2),
+        "polynomial_db": round(polynomial_db, 2),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    return stored.StoredSchedule(found.schedule, run, None, notes)
+
+
+class _Passes:
+    """Samples with the outputs of another in the place of the network's (`planning.fit.Fit`). sample: one run of the
+    sampler, with `steps` timesteps; where it calls the UNet several times at each, these are passes of one call."""
+
+    def __init__(self, unet: nn.Module, sample: Callable[[], Any], steps: int) -> None:
+        self._unet, self._sample, self._steps = unet, sample, steps
+        self._passes = 1
+        self._forms: dict[bool, Any] = {}
+
+    def states(self, wanted: Callable[[int], bool] = lambda call: True) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Sample and output of the first pass of every call that is wanted, with the network computed, and the
+        picture. ValueError if the network is not called as often at every timestep."""
+        states: list[Tensor] = []
+        outputs: list[Tensor] = []
+        count = 0
+
+        def answer(number: int, part: int, sample: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+            nonlocal count
+            count, output = count + 1, compute()
+            states.append(sample.clone())
+            outputs.append(output.clone())
+            return output
+
+        picture = self(answer)
+        if count == 0 or count % self._steps:
+            text = f"the UNet was called {count} times in a run of {self._steps} timesteps"
+            raise ValueError(f"fit_schedule: {text}; a fit needs as many calls at each of them")
+        self._passes = count // self._steps
+        kept = [call for call in range(self._steps) if wanted(call)]
+        return [states[call * self._passes] for call in kept], [outputs[call * self._passes] for call in kept], picture
+
+    def __call__(self, answer: Answer) -> Tensor:
+        number = itertools.count()
+
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call, part = divmod(next(number), self._passes)
+            asked = kwargs.get("return_dict", True)
+
+            def compute() -> Tensor:
+                self._forms[asked] = original(*args, **kwargs)
+                return sample_of(self._forms[asked])
+
+            output = answer(call, part, args[0] if args else kwargs["sample"], compute)
+            return in_form(self._forms[asked], output)
+
+        with contextlib.ExitStack() as undo:
+            wrap_forward(self._unet, forward, undo)
+            picture = self._sample()
+        return picture if isinstance(picture, Tensor) else torch.as_tensor(np.asarray(picture))
+
+
+def _parts(
+    target: Any, scheduler: Any, sample: Any, call_kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, Any, Callable[[Sequence[int], int], Any]]:
+    if isinstance(target, nn.Module):
+        if scheduler is None or sample is None:
+            raise ValueError("fit_schedule: a bare UNet does not sample; give scheduler= and sample=, or its pipeline")
+        return target, scheduler, sample
+    if not isinstance(getattr(target, "unet", None), nn.Module):
+        raise TypeError(f"fit_schedule: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")
+    return (
+        target.unet,
+        target.scheduler,
+        lambda seeds, steps: pipeline_sampler(target, steps, call_kwargs).run(seeds)[0],
+    )
+
+
+def _described(scheduler: Any, steps: int) -> tuple[dict[str, Any], list[float]]:
+    """What a stored schedule says of its run, and the log-SNR of its calls."""
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(steps)
+    timesteps = clock.host_timesteps(own)
+    if (log_snr := clock.log_snr(timesteps, own)) is None:
+        raise ValueError(f"fit_schedule: {type(own).__name__} does not tell its noise levels; choose another sampler")
+    return stored.run_of(own, timesteps), log_snr
+
+
+def _between(finer: _Passes, fine_snr: Sequence[float], log_snr: Sequence[float]) -> Target:
+    """The trajectory of a finer run where calls of these log-SNR are: cubic between its calls."""
+    places = np.clip(np.searchsorted(fine_snr, log_snr) - NEIGHBOURS // 2, 0, len(fine_snr) - NEIGHBOURS)
+    needed = sorted({int(first) + k for first in places for k in range(NEIGHBOURS)})
+    states, outputs, picture = finer.states(set(needed).__contains__)
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first, place in zip(places, log_snr):
+        near = range(first, first + NEIGHBOURS)
+        weights = polynomial([fine_snr[call] for call in near], place)
+        for values, into in zip((states, outputs), found):
+            into.append(combine(weights, [values[needed.index(call)] for call in near]))
+    return Target(*found, picture, log_snr)
