@@ -5,8 +5,8 @@ are of this form, and so are the linear multistep solvers::
 
     out_i = sum_k w_ik e_(m-k) + v_i x_i,    m: the last computed call up to i, i itself where it is computed
 
-A *span* is a computed call with the skipped ones up to the next. Every skipped call has the weights that come nearest to
-the network's output on the wanted trajectory. What counts of a span is where it leaves the sample, so all its calls
+A *span* is a computed call with the skipped ones up to the next. Every skipped call has the weights that come nearest
+to the network's output on the wanted trajectory. What counts of a span is where it leaves the sample, so all its calls
 share what is added to them; these few numbers per span are fitted in two ways:
 
     states   span after span, to the sample of the wanted trajectory at the span's end, by least squares. The network is

@@ -1,6 +1,7 @@
 """`make_plan`: what it measures, what it decides, what it keeps and refuses."""
 
 import dataclasses
+import functools
 import time
 
 import numpy as np
