@@ -47,12 +47,15 @@ class LayerRow:
 
 class Handle:
     """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
-    path. replaced: what was put where. is_loaded: whether diffusers loaded the UNet in low bits."""
+    path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
+    is_loaded: whether diffusers loaded the UNet in low bits."""
 
-    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
+    def __init__(
+        self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements, calibration: str = ""
+    ) -> None:
         self.unet, self.pipe, self.config, self.replaced = unet, pipe, config, replaced
         self.state, self.layers = replaced.state, replaced.layers
-        self.plan, self.share_inputs = replaced.plan, replaced.share_inputs
+        self.plan, self.share_inputs, self.calibration = replaced.plan, replaced.share_inputs, calibration
         self._untouched = self.plan is not None and not replaced.replacements
         self._planned_shape = None if self.plan is None or self.plan.key is None else self.plan.key.shape
         self.is_loaded = False
@@ -159,6 +162,9 @@ class Handle:
         if self.state.time_table is not None:
             state += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
         summary = [f"{type(self.unet).__name__}: {state}"]
+        if self.calibration:
+            learnt = sum(layer.calibrated.weight is not None for layer in self.layers.values())
+            summary.append(f"codes of {learnt} layers from a calibration: {self.calibration}")
         if self._scheduled is not None:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
