@@ -6,7 +6,7 @@ from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.unets import assert_equal, low_bit_paths, noise, outputs, unet2d, unet2d_condition
+from tests.unets import assert_equal, low_bit_paths, noise, outputs, unet2d, unet2d_condition, with_calibration_beside
 
 
 def pairs(unet, other):
@@ -71,6 +71,24 @@ class TestOtherWeights:
             outputs(unet, handle)
         unet.mid_block.resnets[0].conv1.weight.div_(2)
         assert_equal(outputs(unet, handle), before)
+
+    @pytest.mark.parametrize("way", [*WAYS, "one value", "another dtype"])
+    def test_codes_beside_the_model_are_given_up(self, way, tmp_path):
+        (unet, _), other = with_calibration_beside(unet2d(), tmp_path), unet2d(seed=1)
+        handle = mk.accelerate(unet)
+        outputs(unet, handle)
+        if way == "another dtype":
+            outputs(unet.half(), handle)
+            assert f"codes of {len(handle.layers)} layers from a calibration" in handle.explain()
+            return
+        if way == "one value":
+            other = unet2d()
+            for net in (unet, other):
+                net.mid_block.resnets[0].conv1.weight[0, 0, 0, 1] += 3
+        else:
+            WAYS[way](unet, other)
+        assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
+        assert "codes of 0 layers from a calibration" in handle.explain()
 
     @pytest.mark.parametrize("fuse", [True, False])
     def test_another_device_gets_the_codes_that_there_are(self, fuse, monkeypatch):
