@@ -102,7 +102,7 @@ def calibrate(
     started = time.perf_counter()
     job = Job(unet, sampler, config, parsed, samples, batch, seed, request, place, quiet, layers, kept)
     calibrated = {
-        path: dataclasses.replace(layer, weight_sample=sample_of(layers[path].weight.detach()).float())
+        path: dataclasses.replace(layer, weight_sample=sample_of(layers[path].weight.detach()).clone())
         for path, layer in chosen.run(job).items()
     }
     metadata["seconds"] = round(time.perf_counter() - started, 1)

@@ -16,8 +16,6 @@ from modiff_kernels.integrations.plans import plan_of
 from modiff_kernels.integrations.replacements import calibrated_beside, calibrated_layers, replacements_of
 from modiff_kernels.nn.layer import ModulatedLayer
 
-AUTO = "auto"
-
 
 def accelerate(
     target: Any,
@@ -49,13 +47,13 @@ def accelerate(
     unet, pipe = resolve(target, allow_loaded=True)
     loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:
-        if (config, calibration, static_scales) != (None, AUTO, None) or not share_inputs:
+        if (config, calibration, static_scales) != (None, "auto", None) or not share_inputs:
             text = "it was saved or loaded with; leave out the other arguments, or call remove() on the handle before"
             raise ValueError(f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config {text}")
         if pipe is not None:
             loaded.attach(pipe)
         return loaded
-    result = None if calibration in (None, AUTO) else read_result(calibration)
+    result = None if calibration in (None, "auto") else read_result(calibration)
     if config is None:
         config = ModiffConfig() if result is None else result.config
     if not isinstance(config, ModiffConfig):
@@ -64,7 +62,7 @@ def accelerate(
         check_graphs(unet)
     calibrated = calibrated_layers(config, result, static_scales or {})
     origin = "" if result is None else result.method
-    if calibration == AUTO and not static_scales:
+    if calibration == "auto" and not static_scales:
         calibrated, origin = calibrated_beside(config, unet, pipe)
     plan = plan_of(unet, config, calibrated, share_inputs)
     replaced = replacements_of(unet, config, calibrated, share_inputs, plan)
@@ -72,7 +70,8 @@ def accelerate(
     if missing:
         text = f"({result.method}); name them in skip_modules, or calibrate with the skip_modules that are used here"
         raise ValueError(f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated {text}")
-    handle = Handle(unet, pipe, config, replaced, origin)
+    handle = Handle(unet, pipe, config, replaced)
+    handle.calibration = origin
     handle.install()
     return handle
 

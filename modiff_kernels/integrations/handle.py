@@ -50,12 +50,12 @@ class Handle:
     path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
     is_loaded: whether diffusers loaded the UNet in low bits."""
 
-    def __init__(
-        self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements, calibration: str = ""
-    ) -> None:
+    calibration = ""
+
+    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
         self.unet, self.pipe, self.config, self.replaced = unet, pipe, config, replaced
         self.state, self.layers = replaced.state, replaced.layers
-        self.plan, self.share_inputs, self.calibration = replaced.plan, replaced.share_inputs, calibration
+        self.plan, self.share_inputs = replaced.plan, replaced.share_inputs
         self._untouched = self.plan is not None and not replaced.replacements
         self._planned_shape = None if self.plan is None or self.plan.key is None else self.plan.key.shape
         self.is_loaded = False
@@ -111,10 +111,10 @@ class Handle:
             undo.close()
 
     def refresh(self) -> None:
-        """Make the codes of all weights again, but for calibrated ones, and all else that is kept of weights. Needed
-        only after changes of single values through `.data`: others are noticed and followed."""
+        """Make the codes of all weights again, but for those of a calibration that you gave, and all else that is kept
+        of weights. Needed only after changes of single values through `.data`: others are noticed and followed."""
         self._require_active()
-        self._watch.follow()
+        self._watch.follow(asked=True)
 
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
         """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.

@@ -22,7 +22,7 @@ from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import LayerPlan, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, Mode, UnitPlan, noise_of
 from modiff_kernels.integrations import plan_cache
-from modiff_kernels.integrations.accelerate import AUTO, resolve
+from modiff_kernels.integrations.accelerate import resolve
 from modiff_kernels.integrations.measurement import Bench, Sample, Subject, recorded
 from modiff_kernels.planning import choice
 from modiff_kernels.planning.choice import Costs
@@ -44,7 +44,7 @@ def make_plan(
     call: Mapping[str, Any] | None = None,
     max_loss_db: float = MAX_LOSS_DB,
     rounds: int = 5,
-    calibration: CalibrationResult | str | Path | None = AUTO,
+    calibration: CalibrationResult | str | Path | None = "auto",
     static_scales: Mapping[str, Tensor | float] | None = None,
     use_cache: bool = True,
     progress: bool = True,
@@ -65,10 +65,9 @@ def make_plan(
     without a UNet; ValueError for a UNet without a layer that can be replaced, a missing `sample`, one that gives other
     pictures every time, and impossible values; RuntimeError if the UNet is accelerated.
     """
-    if calibration not in (None, AUTO):
-        calibration = read_result(calibration)
+    result = calibration if calibration in (None, "auto") else read_result(calibration)
     if config is None:
-        config = calibration.config if isinstance(calibration, CalibrationResult) else ModiffConfig()
+        config = result.config if isinstance(result, CalibrationResult) else ModiffConfig()
     unet, pipe = resolve(target)
     modes = _modes_to_compare(config)
     if not max_loss_db > 0 or rounds < 1:
@@ -85,7 +84,7 @@ def make_plan(
         known = plan_cache.stored(key) if use_cache else None
         if known is not None and known.source == "measured" and known.max_loss_db == max_loss_db:
             return known
-        bench = Bench(unet, own, modes, calibration, static_scales or {}, sample, calls, pictures, clock, bar.update)
+        bench = Bench(unet, own, modes, result, static_scales or {}, sample, calls, pictures, clock, bar.update)
         bar.reset(2 + len(modes) + CHOICES + 2 * rounds)
         plan = _measured(bench, max_loss_db, config.max_state_bytes, rounds)
         plan = dataclasses.replace(plan, key=key, max_loss_db=max_loss_db)

@@ -158,15 +158,13 @@ def calibrated_beside(config: ModiffConfig, unet: nn.Module, pipe: Any) -> tuple
         return {}, ""
     layers = layers_of(unet, config)
     try:
-        result = CalibrationResult.load(place)
-        known = layers_for(result, config)
+        known = layers_for(result := CalibrationResult.load(place), config)
         for path, module in layers.items():
             layer, now = known.get(path, NOT_CALIBRATED), sample_of(module.weight.detach())
             layer.check(module.weight.shape, module.bias is not None)
-            if layer.weight is None or layer.weight_sample is None:
-                raise ValueError(f"it holds no codes of layer '{path}', or not what they were made for")
-            if now.is_meta or not torch.equal(layer.weight_sample.to(now), now):  # the same values after a cast
-                raise ValueError(f"it was made for other weights of layer '{path}'")
+            was = layer.weight_sample
+            if layer.weight is None or was is None or now.is_meta or not torch.equal(was.to(now), now):  # after a cast
+                raise ValueError(f"it has no codes for the weight of layer '{path}'")
     except ValueError as error:
         logger.info("weights are rounded, for the calibration in %s is not used: %s", place, error)
         return {}, f"rounded, for {place} is not used: {error}"

@@ -94,7 +94,6 @@ class Watch:
         self._formats = [(tensor.data_ptr(), tensor.dtype) for tensor in self._held]
         self._views = self._views_now()
         self._samples = list(map(_values, self._views))
-        self._sums = self._sums_now()
         self._first_sample = self._samples[0][: len(self._views[0][0])] if self._views and self._views[0] else None
 
     def _views_now(self) -> list[list[Tensor]]:
@@ -104,16 +103,6 @@ class Watch:
         devices = {tensor.device for part in parts for tensor in part}
         whole = len(devices) == 1 and devices.pop().type != "meta"
         return [[*map(sample_of, part)] for part in parts] if whole else []
-
-    def _sums_now(self) -> Tensor | None:
-        """Of whole weights with optional codes, which a change of single values makes wrong too."""
-        weights = [layer.weight.detach() for layer in self._layers if layer.calibrated.is_optional and self._views]
-        return torch.stack([weight.sum(dtype=torch.float64) for weight in weights]) if weights else None
-
-    def _sums_differ(self) -> bool:
-        now, dtypes = self._sums_now(), [self._layers[0].weight.dtype, self._formats[0][1]]
-        known = now is not None and self._sums is not None and dtypes[0] == dtypes[1]
-        return known and not torch.allclose(now, self._sums.to(now), rtol=1e-10, atol=1e-9)
 
     def _look_at_modules(self) -> list[Any]:
         """What else than `signs` decides `_check_modules`."""
@@ -151,22 +140,22 @@ class Watch:
         elif not unmoved:
             self._take_stock()
 
-    def follow(self, begins: bool = False) -> None:
+    def follow(self, begins: bool = False, asked: bool = False) -> None:
         """Make all again that is made of weights. Codes of a calibration belong to the weights they were made for; they
-        are given up, or the weights refused if the user gave the calibration."""
+        are given up, on a write or where `asked`, or other weights refused if the user gave the calibration."""
         found = list(map(_values, self._views_now()))
         if not found:
             return
         calibrated = [layer for layer in self._layers if layer.calibrated.weight is not None]
-        changed = self._samples and not torch.equal(found[0], self._samples[0].to(found[0]))
-        if calibrated and (changed or self._sums_differ()):
+        written = asked or list(map(_version, self._counted)) != self._versions
+        others = self._samples and not torch.equal(found[0], self._samples[0].to(found[0]))
+        if calibrated and (others or (written and calibrated[0].calibrated.is_optional)):
             if not all(layer.give_up_codes() for layer in calibrated):
                 text = "codes come from a calibration; call handle.remove(), then load and calibrate the new ones"
                 raise RuntimeError(f"weights of low-bit layers have changed, but their {text}")
             logger.info("weights have changed: the codes found beside the model are given up, and weights rounded")
-            calibrated = []
         for layer in self._layers:
-            layer.adopt_parameters() if layer in calibrated else layer.refresh_weight()
+            layer.refresh_weight() if layer.calibrated.weight is None else layer.adopt_parameters()
         self._take_stock()
         logger.info("weights have changed, and what was made of them was made again")
         if not begins:
