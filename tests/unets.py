@@ -15,12 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modiff_kernels.backends import BACKENDS, reference
-from modiff_kernels.calibration import CalibrationResult
-from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.blocks import FusedBlock
-from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.ops import dispatch
-from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 WIDTH, TOKENS = 24, 5  # of encoder states
 SKIPPED = ("conv_in", "conv_out", "time_emb")  # what stays float if nothing else is said
@@ -195,18 +191,6 @@ def low_bit_paths(module):
     """Paths of the layers that are replaced if nothing else is said."""
     paths = [path for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     return [path for path in paths if not any(name in path for name in SKIPPED)]
-
-
-def with_calibration_beside(unet, folder):
-    """`unet`, as if loaded from `folder`, where 8-bit codes of it lie that are not the nearest; and these."""
-    layers = {}
-    for path in low_bit_paths(unet):
-        weight = unet.get_submodule(path).weight
-        layers[path] = CalibratedLayer(QuantizedWeight.rounded(weight * 1.02, 8), weight_sample=sample_of(weight))
-    result = CalibrationResult("test", ModiffConfig(), layers)
-    result.save(folder / "modiff_calibration")
-    unet.register_to_config(_name_or_path=str(folder))
-    return unet, result
 
 
 def static_scales(module, scale=0.02):

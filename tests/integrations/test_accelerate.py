@@ -14,18 +14,7 @@ import modiff_kernels as mk
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.ops import BackendUnavailable, dispatch
-from tests.unets import (
-    NETWORKS,
-    assert_equal,
-    noise,
-    outputs,
-    pipeline,
-    sample,
-    snapshot,
-    unet2d,
-    unet2d_condition,
-    with_calibration_beside,
-)
+from tests.unets import NETWORKS, assert_equal, noise, outputs, pipeline, sample, snapshot, unet2d, unet2d_condition
 
 
 class TestReplacement:
@@ -122,9 +111,10 @@ class TestReplacement:
         weight[0, 0, 0, 0] = old
         assert torch.equal(sample(pipe), reference)
 
-    def test_a_calibration_beside_the_model(self, tmp_path, caplog):
+    def test_a_calibration_beside_the_model(self, calibration_beside, caplog):
         caplog.set_level("INFO")
-        unet, result = with_calibration_beside(unet2d(), tmp_path)
+        unet, other = unet2d(), unet2d(seed=1)
+        result = calibration_beside(unet, other)
 
         def accelerated(config=None, unet=unet, **options):
             handle = mk.accelerate(unet, config, **options)
@@ -139,13 +129,11 @@ class TestReplacement:
         assert "calibration" not in told
         assert not torch.equal(codes[-1], rounded[-1])
         assert not caplog.records
-        other = unet2d(seed=1)
-        other.register_to_config(_name_or_path=str(tmp_path))
         for reason, config, net in (
             ("weight_bits=4, but", mk.ModiffConfig(4), unet),
             ("group_size=8, but", mk.ModiffConfig(group_size=8), unet),
-            ("holds no codes of layer 'conv_in'", mk.ModiffConfig(skip_modules=()), unet),
-            ("made for other weights of layer 'down_", None, other),
+            ("no codes for the weight of layer 'conv_in'", mk.ModiffConfig(skip_modules=()), unet),
+            ("no codes for the weight of layer 'down_", None, other),
         ):
             assert reason in accelerated(config, net)[1]
             assert reason in caplog.text

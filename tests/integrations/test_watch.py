@@ -6,7 +6,7 @@ from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.unets import assert_equal, low_bit_paths, noise, outputs, unet2d, unet2d_condition, with_calibration_beside
+from tests.unets import assert_equal, low_bit_paths, noise, outputs, unet2d, unet2d_condition
 
 
 def pairs(unet, other):
@@ -72,21 +72,21 @@ class TestOtherWeights:
         unet.mid_block.resnets[0].conv1.weight.div_(2)
         assert_equal(outputs(unet, handle), before)
 
-    @pytest.mark.parametrize("way", [*WAYS, "one value", "another dtype"])
-    def test_codes_beside_the_model_are_given_up(self, way, tmp_path):
-        (unet, _), other = with_calibration_beside(unet2d(), tmp_path), unet2d(seed=1)
+    @pytest.mark.parametrize("way", [*WAYS, "one value", "refresh"])
+    def test_codes_beside_the_model_are_given_up(self, way, calibration_beside):
+        unet, other = unet2d(), unet2d(seed=way in WAYS)
+        calibration_beside(unet)
         handle = mk.accelerate(unet)
-        outputs(unet, handle)
-        if way == "another dtype":
-            outputs(unet.half(), handle)
-            assert f"codes of {len(handle.layers)} layers from a calibration" in handle.explain()
-            return
-        if way == "one value":
-            other = unet2d()
-            for net in (unet, other):
-                net.mid_block.resnets[0].conv1.weight[0, 0, 0, 1] += 3
-        else:
+        outputs(unet.half(), handle)
+        outputs(unet.float(), handle)
+        assert f"codes of {len(handle.layers)} layers from a calibration" in handle.explain(), "a cast is no change"
+        other.load_state_dict({key: value.half() for key, value in other.state_dict().items()})
+        if way in WAYS:
             WAYS[way](unet, other)
+        else:
+            for weight in (net.mid_block.resnets[0].conv1.weight for net in (unet, other)):
+                (weight if way == "one value" else weight.data)[0, 0, 0, 1] = 3
+            handle.refresh() if way == "refresh" else None
         assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
         assert "codes of 0 layers from a calibration" in handle.explain()
 
