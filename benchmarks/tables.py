@@ -259,7 +259,6 @@ MAKERS: dict[str, Callable[..., str | None]] = {
     "compare": compare_table,
     "schedules": study("schedules"),
     "calibration": study("calibration"),
-    "few_steps": study("readings"),
     "quality": study("quality"),
 }  # fmt: skip
 

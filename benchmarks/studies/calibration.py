@@ -40,13 +40,20 @@ from benchmarks import shared as models
 from benchmarks.shared import METHODS
 from benchmarks.studies.features import frechet_distance
 from benchmarks.studies.pictures import Pictures
-from benchmarks.studies.readings import CALIBRATED_ON, FEW, READINGS, method_of
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
 from examples.cifar10 import load_cifar10
-from modiff_kernels.evaluation import markdown_table
+from modiff_kernels.evaluation import SCHEDULERS, markdown_table
+from modiff_kernels.evaluation.networks import OWN_OPTIONS
 
 SAMPLERS = {"DDIM-100": ("ddim", 100), "DDIM-20": ("ddim", 20), "DPM-Solver++-20": ("dpmsolver++", 20)}
+SCHEDULERS |= {"2S": "DPMSolverSinglestepScheduler", "2M": "DPMSolverMultistepScheduler"}
+KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+OWN_OPTIONS |= {"2S": {**KARRAS, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "2M": KARRAS}
+FEW = {
+    f"{name}-{n}": (own, n) for name, own in (("DPM-Solver-2", "2S"), ("DPM-Solver++(2M)", "2M")) for n in (6, 8, 10)
+}
+CALIBRATED_ON = ("2M", 8)  # for all of FEW: few steps of samplers of second order
 FLOAT = "full precision"  # the method of rows of its own
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W4A3": (4, 3), "W3A8": (3, 8)}
 WAYS = ("float", "plain", "modulated")
@@ -98,12 +105,10 @@ class Study(Pictures):
     def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> mk.CalibrationResult:
         """The calibration with static scales; codes are learnt with 8-bit activations and kept for others."""
         name, steps = SAMPLERS.get(sampler, CALIBRATED_ON)
-        own, options = method_of(method)
-        split = (item.rpartition(":") for item in self.args.set)
-        pairs = (setting.partition("=") for scope, _, setting in split if scope in ("", method))
-        options |= {key: _value(text) for key, _, text in pairs}
-        kind = hashlib.sha256(repr((options, self.args.model, self.args.samples)).encode()).hexdigest()[:8]
-        folder = self.folder / f"{name}-{steps}-{method}-w{weight_bits}a{act_bits}-{kind}"
+        own, *settings = method.split(":")
+        options = {key: _value(text) for key, _, text in (setting.partition("=") for setting in settings)}
+        kind = hashlib.sha256(repr((method, self.args.model, self.args.samples)).encode()).hexdigest()[:8]
+        folder = self.folder / f"{name}-{steps}-{own}-w{weight_bits}a{act_bits}-{kind}"
         if (folder / "calibration.json").exists():
             return mk.CalibrationResult.load(folder)
         before = self._calibrated(sampler, method, weight_bits, 8) if act_bits != 8 else None
@@ -138,13 +143,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=64, help="pictures of a row (%(default)s)")
     add("--batch", type=int, default=16, help="pictures at once (%(default)s)")
     add("--samples", type=int, default=64, help="trajectories to calibrate on (%(default)s)")
-    more = f"{FLOAT!r} and readings of sampling_aware: {', '.join(map(repr, READINGS))}"
-    add("--methods", nargs="+", default=[*METHODS], help=f"default: all; there are also {more}")
+    add("--methods", nargs="+", default=[*METHODS], help=f"NAME[:OPTION=VALUE...], or '{FLOAT}' (default: all)")
     add("--samplers", default=",".join(SAMPLERS), help=f"of %(default)s,{','.join(FEW)}")
     add("--bits", default=",".join(BITS), help="of %(default)s")
     add("--ways", default=",".join(WAYS), help="of %(default)s; without plain, activation scales are not calibrated")
     add("--data", type=Path, help="folder of CIFAR-10 (examples/cifar10.py), for distances to its test images")
-    add("--set", action="append", default=[], metavar="[METHOD:]NAME=VALUE", help="option of a method")
     add("--features", default="pool4", help="of the Fréchet distance (%(default)s)")
     add("--threads", type=int, default=2)
     add("--resume", action="store_true", help="keep what the report has and add what is missing")
@@ -174,11 +177,25 @@ HEADER = (
 )
 
 
+def _few_steps(report: dict[str, Any]) -> str:
+    """A row per method: Fréchet distance to test images and PSNR with every sampler of FEW."""
+    rows = {(row["method"], row["sampler"]): row for row in report["rows"]}
+    cells = []
+    for name in dict.fromkeys(row["method"] for row in report["rows"]):
+        own = [rows[name, sampler] for sampler in FEW]
+        decibels = (f", {row['psnr_db']:.1f} dB" if "psnr_db" in row else "" for row in own)
+        cells.append([name, *(f"{row['frechet_test']:.2f}{more}" for row, more in zip(own, decibels))])
+    text = f"{report['images']} images, calibrated on {report['samples']} trajectories; torch {report['torch']}"
+    return f"{markdown_table(('calibration', *FEW), cells)}\n\n{text}. `{'`; `'.join(report['commands'])}`"
+
+
 def table(results: Path, sampler: str) -> str | None:
     """A row per bits and method with `sampler`: float activations with these codes, plain, modulated."""
-    report = loaded(results / "calibration.json")
+    report = loaded(results / ("few_steps.json" if sampler == "few_steps" else "calibration.json"))
     if report is None:
         return None
+    if sampler == "few_steps":
+        return _few_steps(report)
     rows = {(row["bits"], row["method"], row["way"]): row for row in report["rows"] if row["sampler"] == sampler}
     cells = []
     for bits, method in itertools.product(BITS, METHODS):
