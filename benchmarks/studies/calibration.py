@@ -47,13 +47,15 @@ from modiff_kernels.evaluation import SCHEDULERS, markdown_table
 from modiff_kernels.evaluation.networks import OWN_OPTIONS
 
 SAMPLERS = {"DDIM-100": ("ddim", 100), "DDIM-20": ("ddim", 20), "DPM-Solver++-20": ("dpmsolver++", 20)}
-SCHEDULERS |= {"2S": "DPMSolverSinglestepScheduler", "2M": "DPMSolverMultistepScheduler"}
+SCHEDULERS |= {"2S": "DPMSolverSinglestepScheduler"} | dict.fromkeys(("1", "2M"), "DPMSolverMultistepScheduler")
 KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
 OWN_OPTIONS |= {"2S": {**KARRAS, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "2M": KARRAS}
+OWN_OPTIONS["1"] = {**KARRAS, "solver_order": 1}
 FEW = {
     f"{name}-{n}": (own, n) for name, own in (("DPM-Solver-2", "2S"), ("DPM-Solver++(2M)", "2M")) for n in (6, 8, 10)
 }
-CALIBRATED_ON = ("2M", 8)  # for all of FEW: few steps of samplers of second order
+FEW["DPM-Solver-1-8"] = ("1", 8)
+CALIBRATED_ON = ("2M", 8)  # for all of FEW
 FLOAT = "full precision"  # the method of rows of its own
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W4A3": (4, 3), "W3A8": (3, 8)}
 WAYS = ("float", "plain", "modulated")
