@@ -25,7 +25,9 @@ WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
 
 JUST_BEGUN = "too little was computed since the context, or what it is conditioned on, began"
 MANY_COMPUTED = 10  # calls for this reason, after which it is worth a warning
-LEAST_NODES = 3  # computed first where a run begins in the middle of the fitted one
+
+
+PART = StepSchedule("forecast", every=3)  # of runs that are the end of a fitted one
 
 
 class Plan(NamedTuple):
@@ -171,6 +173,8 @@ class ScheduledUNet:
         scheduler, timesteps, name = steps.scheduler, steps.announced[steps.first :], type(steps.scheduler).__name__
         chosen: Any = None if isinstance(self.schedule, str) else self.schedule
         calls, reason = steps.calls if scheduler is None else len(timesteps), None
+        words = str(self.schedule).split()
+        asked = int(words[1]) if chosen is None and len(words) > 1 else None  # "auto 8"
         if scheduler is None and chosen is None:
             raise ValueError(f"schedule='auto' chooses by the sampler; open the run with {WITH_SCHEDULER}")
         if calls is None:
@@ -180,12 +184,10 @@ class ScheduledUNet:
             reason = f"{name} adds noise at its steps"
         elif scheduler is not None and not timesteps:
             reason = f"the UNet is called with other timesteps than {name} announced"
-        elif chosen is None and (found := best_of(self._stored, scheduler, steps.announced, self._asked())):
+        elif chosen is None and not steps.first and (found := best_of(self._stored, scheduler, timesteps, asked)):
             self._found, chosen = found, found.schedule
-        elif chosen is None and self._asked() is not None:
-            reason = (
-                f"no schedule of {self._asked()} evaluations is stored for it; `modiff calibrate --schedule` fits one"
-            )
+        elif chosen is None and asked is not None:
+            reason = f"no schedule of {asked} evaluations is stored for it; `modiff calibrate --schedule` fits one"
         elif chosen is None and (chosen := clock.automatic(scheduler, calls)) is None:
             reason = f"{calls} calls are few"
         elif chosen.weights is None and set(chosen.actions(calls)) == {UPDATE}:
@@ -199,14 +201,14 @@ class ScheduledUNet:
         if not chosen.needs_axis:
             return Plan(chosen.actions(calls), range(calls))
         places = clock.positions(steps.announced, scheduler)[steps.first :] if scheduler is not None else []
-        if chosen.weights is not None:
-            return _fitted_plan(chosen, calls, steps.first, places)
-        return Plan(chosen.actions(calls), places)
-
-    def _asked(self) -> int | None:
-        """The number of evaluations that "auto" names."""
-        words = str(self.schedule).split()
-        return int(words[1]) if len(words) > 1 else None
+        if chosen.weights is None:
+            return Plan(chosen.actions(calls), places)
+        if not steps.first:
+            return _fitted_plan(chosen, calls, places)
+        # What a fit gives late in a run makes up for errors of before, which the part of a run does not make.
+        text = f"it was fitted to whole runs; from call {steps.first} on it is {str(PART)!r} instead"
+        self._warn(text)
+        return Plan(PART.actions(calls), places)
 
     def _compute_all(self, reason: str) -> None:
         """Compute every call of this run from now on."""
@@ -221,21 +223,16 @@ class ScheduledUNet:
             warnings.warn(text, stacklevel=2)
 
 
-def _fitted_plan(schedule: StepSchedule, calls: int, first: int, places: Sequence[float]) -> Plan:
-    """Of a run that is the fitted one from its call `first` on."""
+def _fitted_plan(schedule: StepSchedule, calls: int, places: Sequence[float]) -> Plan:
     rows: Any = schedule.weights
-    if first + calls != len(rows):
+    if calls != len(rows):
         text = "fit one for this run with `modiff calibrate --schedule`, or give its pattern alone"
         text = f"{text}: {schedule.without_weights()!r}"
-        raise ValueError(
-            f"schedule: it was fitted to runs of {len(rows)} calls, and this one has {first + calls}; {text}"
-        )
-    letters = schedule.actions(len(rows))
+        raise ValueError(f"schedule: it was fitted to runs of {len(rows)} calls, and this one has {calls}; {text}")
+    letters = schedule.actions(calls)
     computed = [call for call, letter in enumerate(letters) if letter == UPDATE]
-    nodes = [[call - first for call in computed if call <= i][: -len(row) : -1] for i, row in enumerate(rows)]
-    begins = UPDATE * LEAST_NODES if first else ""
-    letters = (begins + letters[first + len(begins) :])[:calls]
-    return Plan(letters, places or range(calls), list(zip(rows, nodes))[first:])
+    nodes = [[call for call in computed if call <= i][: -len(row) : -1] for i, row in enumerate(rows)]
+    return Plan(letters, places or range(calls), list(zip(rows, nodes)))
 
 
 def sample_of(output: Any) -> Tensor:
