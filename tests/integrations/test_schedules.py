@@ -385,12 +385,19 @@ class TestSchedulers:
 
 
 class TestAuto:
-    @pytest.mark.parametrize(("scheduler", "steps"), [(DDPMScheduler, 20), (DDIMScheduler, 6)])
-    def test_it_computes_everything_where_skipping_does_not_pay(self, scheduler, steps):
+    @pytest.mark.parametrize(
+        ("scheduler", "steps", "schedule", "reason"),
+        [
+            (DDPMScheduler, 20, "auto", "DDPMScheduler adds noise at its steps"),
+            (DDIMScheduler, 6, "auto", "6 calls are few"),
+            (DDIMScheduler, 14, "auto 5", "no schedule of 5 evaluations is stored for it"),
+        ],
+    )
+    def test_it_computes_everything_where_skipping_does_not_pay(self, scheduler, steps, schedule, reason):
         pipe = pipeline(scheduler())
         dense = sample(pipe, steps)
-        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="auto", **FLOAT))
-        with pytest.warns(UserWarning, match="every call is computed, because"):
+        handle = mk.accelerate(pipe, mk.ModiffConfig(schedule=schedule, **FLOAT))
+        with pytest.warns(UserWarning, match=f"every call is computed, because {reason}"):
             found = sample(pipe, steps)
         if scheduler is DDIMScheduler:
             torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-3)  # channels_last adds up in another order
