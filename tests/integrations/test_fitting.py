@@ -48,7 +48,7 @@ def decibel(found, wanted):
 )
 def test_an_accelerated_run_is_as_good_as_the_fit_says(scheduler, guidance):
     """In float32 and with low bits; several calls at a timestep are passes, whose weights are the same."""
-    unet, scheduler = unet2d_condition(), scheduler()
+    unet, scheduler = unet2d_condition(levels=1), scheduler()
     sample = functools.partial(loop, unet, scheduler, guidance=guidance)
     found = mk.fit_schedule(unet, **FIT, scheduler=scheduler, sample=sample)
     assert found.evaluations == found.notes["evaluations"] == EVALUATIONS
@@ -78,7 +78,7 @@ def test_a_pipeline_with_guidance_in_one_batch():
 
 def test_towards_the_converged_picture(monkeypatch):
     monkeypatch.setattr(fitting, "CONVERGED", 80)
-    unet, scheduler = unet2d_condition(), DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    unet, scheduler = unet2d_condition(levels=1), DPMSolverMultistepScheduler(use_karras_sigmas=True)
     sample = functools.partial(loop, unet, scheduler)
     found = mk.fit_schedule(unet, **FIT, towards="converged", scheduler=scheduler, sample=sample)
     wanted = sample(range(3, 5), 80)
@@ -89,7 +89,7 @@ def test_towards_the_converged_picture(monkeypatch):
 
 
 def test_a_sampler_that_calls_twice_a_step_has_twice_as_many_calls():
-    unet, scheduler = unet2d_condition(), HeunDiscreteScheduler()
+    unet, scheduler = unet2d_condition(levels=1), HeunDiscreteScheduler()
     sample = functools.partial(loop, unet, scheduler)
     found = mk.fit_schedule(unet, **FIT | {"steps": 6}, scheduler=scheduler, sample=sample)
     assert len(found.schedule.weights) == 11
