@@ -118,10 +118,7 @@ PARTS["environment"] = _environment
 
 
 def _dispatch() -> str:
-    table: dict[str, dict[str, str | None]] = {}
-    for row in dispatch.table():
-        reason = row.reason and row.reason.replace(f"it has no {row.op}", "this backend does not have the op")
-        table.setdefault(row.op, {})[row.backend] = reason
+    table = {op: dispatch.table(op) for op in dispatch.OPS}
     reasons = list(dict.fromkeys(reason for cells in table.values() for reason in cells.values() if reason))
 
     def cell(reason: str | None) -> str:
