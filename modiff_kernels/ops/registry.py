@@ -102,9 +102,7 @@ class _Arguments:
         return tuple(args)
 
 
-def declare(
-    check: Callable[..., Problem], mutates: Sequence[str] = ()
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated function as op `modiff::<its name>`; its schema is that of its signature.
 
     check: gives the problem of arguments, or raises. The function's body is the op's fake: it returns empty tensors of
