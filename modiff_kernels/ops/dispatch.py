@@ -200,8 +200,8 @@ def prepare_weight(
 
 def table(op: str) -> dict[str, str | None]:
     """Why a backend does not have `op` here, None if it has, of each."""
-    lacks = {name: None if hasattr(load(name), op) else "this backend does not have the op" for name in BACKENDS}
-    return {name: why_unavailable(name) or reason for name, reason in lacks.items()}
+    lacks = "this backend does not have the op"
+    return {name: why_unavailable(name) or (None if hasattr(load(name), op) else lacks) for name in BACKENDS}
 
 
 def on_reset(forget: Callable[[], None]) -> None:

@@ -26,7 +26,6 @@ def __getattr__(name: str) -> Any:
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
     if (reason := why_no_gpu()) is not None:
         return reason
     try:
@@ -37,7 +36,6 @@ def unavailable() -> str | None:
 
 
 def why_not(problem: Any) -> str | None:
-    """Why the kernels cannot solve `problem`, None if they can."""
     return why_too_old(problem.capability) or _REASONS[problem.op](problem)
 
 

@@ -53,7 +53,6 @@ INTERPRETED_GPU = Gpu("interpreter", (9, 0), 4)  # what Triton's interpreter, wh
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU that `device` names."""
     if device.type != "cuda":
         return INTERPRETED_GPU
     properties = torch.cuda.get_device_properties(device)

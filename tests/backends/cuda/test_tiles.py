@@ -30,14 +30,9 @@ def tuned(monkeypatch, tmp_path):
     store.save({Shape(1024, 64, 64, 9, 8, 8): Tile(90, 128, 64, 3)}, "NVIDIA H200", {})
     monkeypatch.setattr(tiles, "STORE", store)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    _forget()
-    yield store
-    _forget()
-
-
-def _forget():
     tiles._tuned_gpu.cache_clear()
-    tiles._measured.cache_clear()
+    yield store
+    tiles._tuned_gpu.cache_clear()
 
 
 def geometry(samples, c_out=64):
@@ -54,7 +49,7 @@ def test_a_measured_shape_and_near_ones_get_their_tile(tuned):
 def test_gpus_without_measurements_and_other_devices_have_none(tuned, monkeypatch):
     assert tiles.choose(geometry(4), 8, 8, torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10")
-    _forget()
+    tiles._tuned_gpu.cache_clear()
     assert tiles.choose(geometry(4), 8, 8, GPU) is None
 
 
