@@ -2,8 +2,8 @@
 
     python -m benchmarks calibration --json benchmarks/results/calibration.json
 
-Every method is calibrated for every sampler by `modiff calibrate` in a process of its own, whose seconds, CPU seconds
-and peak memory are those of the row (where codes are used again for other activation bits, both processes count). Rows:
+Every method is calibrated for every sampler; its CPU seconds are those of the row (where codes are used again for other
+activation bits, both calibrations count). Rows:
 
     plain        static activation scales of the method
     modulated    dynamic residual scales, as accelerate() has by default; only the codes are the method's
@@ -25,9 +25,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,28 +37,28 @@ from tqdm import tqdm
 
 import modiff_kernels as mk
 from benchmarks import shared as models
-from benchmarks.record import ROOT
 from benchmarks.shared import METHODS
+from benchmarks.studies.features import frechet_distance
 from benchmarks.studies.pictures import Pictures
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
-from modiff_kernels.evaluation import markdown_table
+from examples.cifar10 import load_cifar10
+from modiff_kernels.evaluation import SCHEDULERS, markdown_table
+from modiff_kernels.evaluation.networks import OWN_OPTIONS
 
 SAMPLERS = {"DDIM-100": ("ddim", 100), "DDIM-20": ("ddim", 20), "DPM-Solver++-20": ("dpmsolver++", 20)}
+SCHEDULERS |= {"2S": "DPMSolverSinglestepScheduler"} | dict.fromkeys(("1", "2M"), "DPMSolverMultistepScheduler")
+KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
+OWN_OPTIONS |= {"2S": {**KARRAS, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "2M": KARRAS}
+OWN_OPTIONS["1"] = {**KARRAS, "solver_order": 1}
+FEW = {
+    f"{name}-{n}": (own, n) for name, own in (("DPM-Solver-2", "2S"), ("DPM-Solver++(2M)", "2M")) for n in (6, 8, 10)
+}
+FEW["DPM-Solver-1-8"] = ("1", 8)
+CALIBRATED_ON = ("2M", 8)  # for all of FEW
+FLOAT = "full precision"  # the method of rows of its own
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W4A3": (4, 3), "W3A8": (3, 8)}
 WAYS = ("float", "plain", "modulated")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Of a calibration: seconds, CPU seconds of all its threads, peak memory in MiB."""
-
-    seconds: float
-    cpu_s: float
-    peak_mib: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.cpu_s + other.cpu_s, max(self.peak_mib, other.peak_mib))
 
 
 def pool4(images: np.ndarray) -> np.ndarray:
@@ -80,63 +77,62 @@ class Study(Pictures):
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         model = models.load_model(args.model, None, torch.device("cpu"))
-        super().__init__(model, args.images, args.batch, SAMPLERS, features_of(args.features))
+        super().__init__(model, args.images, args.batch, SAMPLERS | FEW, features_of(args.features))
         self.args, self.folder = args, folder
+        if args.data is not None:
+            real = load_cifar10(args.data, "test", model.unet.config.sample_size)[0]
+            self.test = self.features(real.permute(0, 2, 3, 1).float().div(255).numpy())
         self.unet = self.model.unet.to(memory_format=torch.channels_last)
-        self.costs: dict[Path, Cost] = {}
 
     def row(self, sampler: str, method: str, bits: str, way: str) -> dict[str, Any]:
         """One row of the report."""
+        full = self.full_precision(sampler)
+        if method == FLOAT:
+            row = {"sampler": sampler, "method": method, "bits": "float", "way": way}
+            return row | {"frechet_test": frechet_distance(self.features(full), self.test)}
         weight_bits, act_bits = BITS[bits]
-        folder = self._calibrated(sampler, method, weight_bits, act_bits if way == "plain" else 8)
-        result = mk.CalibrationResult.load(folder)
+        result = self._calibrated(sampler, method, weight_bits, act_bits if way == "plain" else 8)
         config = {"modulated": mk.ModiffConfig(weight_bits, act_bits), "float": mk.ModiffConfig(weight_bits, None)}
         handle = mk.accelerate(self.unet, config.get(way, result.config), calibration=result)
         images = self.sampled(sampler, self.unet, lambda scheduler: handle.sampling_run(scheduler=scheduler))
         handle.remove()
-        scores = self.scores(images, self.full_precision(sampler))
-        cost = self.costs[folder]
+        scores = self.scores(images, full)
         row = {"sampler": sampler, "method": method, "bits": f"W{weight_bits}" if way == "float" else bits, "way": way}
         row |= {"psnr_db": scores["psnr_db"], "ssim": scores["ssim"], "frechet": scores["frechet_full"]}
         row |= {"features": self.args.features, "options": result.metadata["options"]}
-        return row | {"calibration_s": cost.seconds, "calibration_cpu_s": cost.cpu_s, "peak_mib": cost.peak_mib}
+        if self.args.data is not None:
+            row["frechet_test"] = frechet_distance(self.features(images), self.test)
+        return row | {"calibration_cpu_s": result.metadata["cpu_s"]}
 
-    def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> Path:
-        """Folder of the calibration with static scales; codes are learnt with 8-bit activations and kept for others."""
-        name, steps = SAMPLERS[sampler]
-        options = ["--method", method, "--scheduler", name, "--steps", str(steps), "--samples", str(self.args.samples)]
-        options += ["--mode", "quantized", "--scale-mode", "static", "--quiet", "--threads", str(self.args.threads)]
-        options += ["--weight-bits", str(weight_bits), "--act-bits", str(act_bits)]
-        options += [] if self.args.model is None else ["--model", self.args.model]
-        for item in self.args.set:
-            scope, _, setting = item.rpartition(":")
-            options += ["--set", setting] if scope in ("", method) else []
-        kind = hashlib.sha256("\0".join(options).encode()).hexdigest()[:8]
-        folder = self.folder / f"{sampler}-{method}-w{weight_bits}a{act_bits}-{kind}"
-        known = folder.with_suffix(".cost.json")
-        if folder not in self.costs and known.exists():
-            self.costs[folder] = Cost(**json.loads(known.read_text()))
-        if folder in self.costs:
-            return folder
-        options += ["--out", str(folder)]
-        before = Cost(0, 0, 0)
-        if act_bits != 8:
-            weights = self._calibrated(sampler, method, weight_bits, 8)
-            before = self.costs[weights]
-            options += ["--weights", str(weights)]
-        self.costs[folder] = before + _measured([sys.executable, "-m", "modiff_kernels", "calibrate", *options])
-        known.write_text(json.dumps(dataclasses.asdict(self.costs[folder])))
-        return folder
+    def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> mk.CalibrationResult:
+        """The calibration with static scales; codes are learnt with 8-bit activations and kept for others."""
+        name, steps = SAMPLERS.get(sampler, CALIBRATED_ON)
+        own, *settings = method.split(":")
+        options = {key: _value(text) for key, _, text in (setting.partition("=") for setting in settings)}
+        kind = hashlib.sha256(repr((method, self.args.model, self.args.samples)).encode()).hexdigest()[:8]
+        folder = self.folder / f"{name}-{steps}-{own}-w{weight_bits}a{act_bits}-{kind}"
+        if (folder / "calibration.json").exists():
+            return mk.CalibrationResult.load(folder)
+        before = self._calibrated(sampler, method, weight_bits, 8) if act_bits != 8 else None
+        config = mk.ModiffConfig(weight_bits, act_bits)
+        if "plain" in self.args.ways.split(","):
+            config = dataclasses.replace(config, mode="quantized", scale_mode="static")
+        started = time.process_time()
+        result = mk.calibrate(
+            self.unet, own, config, steps=steps, samples=self.args.samples, weights=before, quiet=True, **options,
+            scheduler=models.make_scheduler(self.model, name),
+            sample=lambda seeds: models.sample_images(self.model, self.unet, name, steps, seeds),
+        )  # fmt: skip
+        result.metadata["cpu_s"] = time.process_time() - started + (before.metadata["cpu_s"] if before else 0.0)
+        result.save(folder)
+        return result
 
 
-def _measured(command: list[str]) -> Cost:
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"calibration failed (exit code {process.returncode}): {' '.join(command)}")
-    return Cost(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 KEY = ("sampler", "method", "bits", "way")
@@ -149,10 +145,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=64, help="pictures of a row (%(default)s)")
     add("--batch", type=int, default=16, help="pictures at once (%(default)s)")
     add("--samples", type=int, default=64, help="trajectories to calibrate on (%(default)s)")
-    add("--methods", default=",".join(METHODS), help="of %(default)s")
-    add("--samplers", default=",".join(SAMPLERS), help="of %(default)s")
+    add("--methods", nargs="+", default=[*METHODS], help=f"NAME[:OPTION=VALUE...], or '{FLOAT}' (default: all)")
+    add("--samplers", default=",".join(SAMPLERS), help=f"of %(default)s,{','.join(FEW)}")
     add("--bits", default=",".join(BITS), help="of %(default)s")
-    add("--set", action="append", default=[], metavar="[METHOD:]NAME=VALUE", help="option of a method")
+    add("--ways", default=",".join(WAYS), help="of %(default)s; without plain, activation scales are not calibrated")
+    add("--data", type=Path, help="folder of CIFAR-10 (examples/cifar10.py), for distances to its test images")
     add("--features", default="pool4", help="of the Fréchet distance (%(default)s)")
     add("--threads", type=int, default=2)
     add("--resume", action="store_true", help="keep what the report has and add what is missing")
@@ -165,27 +162,42 @@ def main(args: argparse.Namespace) -> int:
     models.quiet_libraries()
     same = {name: getattr(args, name) for name in ("images", "samples", "threads")} | {"torch": torch.__version__}
     report = Report(args.json, args.resume, same, {}, KEY)
-    chosen = (names.split(",") for names in (args.samplers, args.methods, args.bits))
-    wanted = list(itertools.product(*chosen, WAYS))
+    samplers, bits, ways = (names.split(",") for names in (args.samplers, args.bits, args.ways))
+    wanted = list(itertools.product(samplers, args.methods, bits, ways))
     with tempfile.TemporaryDirectory() as folder:
         study = Study(args, args.keep or Path(folder))
-        for sampler, method, bits, way in tqdm(wanted, desc="rows"):
-            if (sampler, method, bits.partition("A")[0] if way == "float" else bits, way) not in report.known:
-                report.add(study.row(sampler, method, bits, way))
+        for sampler, method, bit, way in tqdm(wanted, desc="rows"):
+            own = "float" if method == FLOAT else bit.partition("A")[0] if way == "float" else bit
+            if (sampler, method, own, way) not in report.known:
+                report.add(study.row(sampler, method, bit, way))
     return 0
 
 
 HEADER = (
     *("bits, method", "PSNR dB: float activations", "plain", "modulated", "SSIM: plain", "modulated"),
-    *("Fréchet: plain", "modulated", "CPU s", "peak MiB"),
+    *("Fréchet: plain", "modulated", "CPU s"),
 )
+
+
+def _few_steps(report: dict[str, Any]) -> str:
+    """A row per method: Fréchet distance to test images and PSNR with every sampler of FEW."""
+    rows = {(row["method"], row["sampler"]): row for row in report["rows"]}
+    cells = []
+    for name in dict.fromkeys(row["method"] for row in report["rows"]):
+        own = [rows[name, sampler] for sampler in FEW]
+        decibels = (f", {row['psnr_db']:.1f} dB" if "psnr_db" in row else "" for row in own)
+        cells.append([name, *(f"{row['frechet_test']:.2f}{more}" for row, more in zip(own, decibels))])
+    text = f"{report['images']} images, calibrated on {report['samples']} trajectories; torch {report['torch']}"
+    return f"{markdown_table(('calibration', *FEW), cells)}\n\n{text}. `{'`; `'.join(report['commands'])}`"
 
 
 def table(results: Path, sampler: str) -> str | None:
     """A row per bits and method with `sampler`: float activations with these codes, plain, modulated."""
-    report = loaded(results / "calibration.json")
+    report = loaded(results / ("few_steps.json" if sampler == "few_steps" else "calibration.json"))
     if report is None:
         return None
+    if sampler == "few_steps":
+        return _few_steps(report)
     rows = {(row["bits"], row["method"], row["way"]): row for row in report["rows"] if row["sampler"] == sampler}
     cells = []
     for bits, method in itertools.product(BITS, METHODS):
@@ -196,7 +208,7 @@ def table(results: Path, sampler: str) -> str | None:
         line = [f"{bits}, {method}", *(f"{row['psnr_db']:.1f}" for row in (full, plain, modulated))]
         line += [f"{row['ssim']:.3f}" for row in (plain, modulated)]
         line += [f"{row['frechet']:.2g}" for row in (plain, modulated)]
-        cells.append([*line, f"{plain['calibration_cpu_s']:.0f}", f"{plain['peak_mib']:.0f}"])
+        cells.append([*line, f"{plain['calibration_cpu_s']:.0f}"])
     features = sorted({row["features"] for row in rows.values()})
     commands = "; ".join(f"`{command}`" for command in report["commands"] if f"--samplers {sampler}" in command)
     return (

@@ -14,6 +14,7 @@ from modiff_kernels.calibration.data import Sampler, pipeline_sampler
 from modiff_kernels.calibration.job import Job, Layers, Options, check_choice, layers_of
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer
 
 __all__ = ["METHODS", "CalibrationResult", "Method", "calibrate", "import_qdiffusion"]
@@ -100,7 +101,10 @@ def calibrate(
     place = None if folder is None else Path(folder)
     started = time.perf_counter()
     job = Job(unet, sampler, config, parsed, samples, batch, seed, request, place, quiet, layers, kept)
-    calibrated = chosen.run(job)
+    calibrated = {
+        path: dataclasses.replace(layer, weight_sample=sample_of(layers[path].weight.detach()).clone())
+        for path, layer in chosen.run(job).items()
+    }
     metadata["seconds"] = round(time.perf_counter() - started, 1)
     result = CalibrationResult(method, config, calibrated, metadata)
     if place is not None:

@@ -60,6 +60,8 @@ def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[s
     more["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     if isinstance(more.get("prompt"), str):
         more["prompt"] = [more["prompt"]] * len(seeds)
+    elif isinstance(more.get("prompt_embeds"), Tensor) and len(more["prompt_embeds"]) == 1:
+        more["num_images_per_prompt"] = len(seeds)
     elif "batch_size" in accepted:
         more["batch_size"] = len(seeds)
     elif "class_labels" in accepted:

@@ -16,8 +16,9 @@ from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 from modiff_kernels.quant.packing import KPACK_V1, pack, packed_dtype, packed_width, unpack
 
 TENSORS, DESCRIPTION = "calibration.safetensors", "calibration.json"
+FOLDER_NAME = "modiff_calibration"  # of the one in the folder of a model, which `accelerate` takes by itself
 VERSION = 1
-OPTIONAL = ("act_scale", "act_zero_point", "input_scale", "bias")  # fields of CalibratedLayer that are tensors
+OPTIONAL = ("act_scale", "act_zero_point", "input_scale", "bias", "weight_sample")  # tensors of CalibratedLayer
 
 
 @dataclasses.dataclass

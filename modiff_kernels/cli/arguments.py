@@ -60,8 +60,8 @@ A model that was saved in low bits (handle.save_pretrained) is sampled as it was
 
 CALIBRATE_HELP = """\
 --method calibrates weight codes and, with --scale-mode static, activation scales, on the trajectories of the
-full-precision sampler: use them with `modiff sample --calibration DIR` or accelerate(pipe, calibration=DIR). An
-interrupted calibration goes on where it stopped.
+full-precision sampler: use them with `modiff sample --calibration DIR` or accelerate(pipe, calibration=DIR). With
+--out MODEL/modiff_calibration they are used by themselves. An interrupted calibration goes on where it stopped.
 
 --schedule fits which calls of the UNet are computed, and what every call returns, for one sampler and number of steps:
 for a number of computed calls (--evaluations), the fewest of them within --budget-db (PSNR to the picture that

@@ -49,6 +49,8 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
             sample=lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
             **options,
         )
+        result.metadata["command"] = command_line(args.argv)
+        result.save(folder)
     if not args.quiet:
         seconds = result.metadata["seconds"]
         print(f"{len(result.layers)} layers of {model.name} calibrated by {args.method} in {seconds} s: {folder}")

@@ -115,7 +115,7 @@ class Quantised:
             if result is not None:
                 own = {name: getattr(config, name) for name in ("backend", "schedule", "plan", "max_state_bytes")}
                 config = dataclasses.replace(result.config, **own)
-            self.handle = mk.accelerate(unet, config, calibration=result)
+            self.handle = mk.accelerate(unet, config, calibration=result or "auto")
 
     @classmethod
     def loaded(cls, handle: Any) -> "Quantised":

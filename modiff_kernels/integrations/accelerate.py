@@ -13,7 +13,7 @@ from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.handle import HANDLE, Handle, check_graphs
 from modiff_kernels.integrations.plans import plan_of
-from modiff_kernels.integrations.replacements import calibrated_layers, replacements_of
+from modiff_kernels.integrations.replacements import calibrated_beside, calibrated_layers, replacements_of
 from modiff_kernels.nn.layer import ModulatedLayer
 
 
@@ -21,7 +21,7 @@ def accelerate(
     target: Any,
     config: ModiffConfig | None = None,
     *,
-    calibration: CalibrationResult | str | Path | None = None,
+    calibration: CalibrationResult | str | Path | None = "auto",
     static_scales: Mapping[str, Tensor | float] | None = None,
     share_inputs: bool = True,
 ) -> Handle:
@@ -30,8 +30,9 @@ def accelerate(
     target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
     (UNet2DModel, UNet2DConditionModel or another module with a 4-D sample as first argument; runs are opened with
     `with handle.sampling_run():`). calibration: a CalibrationResult or its folder: weight codes and, for scale_mode
-    "static", activation scales; config None is then the one it was calibrated for. static_scales: scale per layer path
-    for scale_mode "static", without a calibration.
+    "static", activation scales; config None is then the one it was calibrated for. "auto": the one in the folder
+    `modiff_calibration` beside the model, if there is one for these weights, layers and weight_bits; None: round.
+    static_scales: scale per layer path for scale_mode "static", without a calibration.
     share_inputs: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
 
     A UNet that diffusers loaded in low bits (`from_pretrained` of a saved folder, or with a ModiffConfig as
@@ -46,13 +47,13 @@ def accelerate(
     unet, pipe = resolve(target, allow_loaded=True)
     loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:
-        if (config, calibration, static_scales) != (None, None, None) or not share_inputs:
+        if (config, calibration, static_scales) != (None, "auto", None) or not share_inputs:
             text = "it was saved or loaded with; leave out the other arguments, or call remove() on the handle before"
             raise ValueError(f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config {text}")
         if pipe is not None:
             loaded.attach(pipe)
         return loaded
-    result = None if calibration is None else read_result(calibration)
+    result = None if calibration in (None, "auto") else read_result(calibration)
     if config is None:
         config = ModiffConfig() if result is None else result.config
     if not isinstance(config, ModiffConfig):
@@ -60,6 +61,9 @@ def accelerate(
     if config.cuda_graphs:
         check_graphs(unet)
     calibrated = calibrated_layers(config, result, static_scales or {})
+    origin = "" if result is None else result.method
+    if calibration == "auto" and not static_scales:
+        calibrated, origin = calibrated_beside(config, unet, pipe)
     plan = plan_of(unet, config, calibrated, share_inputs)
     replaced = replacements_of(unet, config, calibrated, share_inputs, plan)
     missing = [] if result is None else [path for path in replaced.layers if path not in result.layers]
@@ -67,6 +71,7 @@ def accelerate(
         text = f"({result.method}); name them in skip_modules, or calibrate with the skip_modules that are used here"
         raise ValueError(f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated {text}")
     handle = Handle(unet, pipe, config, replaced)
+    handle.calibration = origin
     handle.install()
     return handle
 

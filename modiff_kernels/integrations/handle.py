@@ -47,7 +47,10 @@ class LayerRow:
 
 class Handle:
     """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
-    path. replaced: what was put where. is_loaded: whether diffusers loaded the UNet in low bits."""
+    path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
+    is_loaded: whether diffusers loaded the UNet in low bits."""
+
+    calibration = ""
 
     def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
         self.unet, self.pipe, self.config, self.replaced = unet, pipe, config, replaced
@@ -108,10 +111,10 @@ class Handle:
             undo.close()
 
     def refresh(self) -> None:
-        """Make the codes of all weights again, but for calibrated ones, and all else that is kept of weights. Needed
-        only after changes of single values through `.data`: others are noticed and followed."""
+        """Make the codes of all weights again, but for those of a calibration that you gave, and all else that is kept
+        of weights. Needed only after changes of single values through `.data`: others are noticed and followed."""
         self._require_active()
-        self._watch.follow()
+        self._watch.follow(asked=True)
 
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
         """Write the UNet with its packed weights into a folder that `from_pretrained` of its diffusers class loads.
@@ -159,6 +162,9 @@ class Handle:
         if self.state.time_table is not None:
             state += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
         summary = [f"{type(self.unet).__name__}: {state}"]
+        if self.calibration:
+            learnt = sum(layer.calibrated.weight is not None for layer in self.layers.values())
+            summary.append(f"codes of {learnt} layers from a calibration: {self.calibration}")
         if self._scheduled is not None:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:

@@ -93,7 +93,7 @@ class Bench:
     unet: nn.Module
     config: ModiffConfig
     modes: Sequence[Mode]
-    calibration: CalibrationResult | None
+    calibration: CalibrationResult | str | None
     static_scales: Mapping[str, Tensor | float]
     sample: Sample
     calls: list[Call]

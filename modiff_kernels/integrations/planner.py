@@ -44,7 +44,7 @@ def make_plan(
     call: Mapping[str, Any] | None = None,
     max_loss_db: float = MAX_LOSS_DB,
     rounds: int = 5,
-    calibration: CalibrationResult | str | Path | None = None,
+    calibration: CalibrationResult | str | Path | None = "auto",
     static_scales: Mapping[str, Tensor | float] | None = None,
     use_cache: bool = True,
     progress: bool = True,
@@ -65,9 +65,9 @@ def make_plan(
     without a UNet; ValueError for a UNet without a layer that can be replaced, a missing `sample`, one that gives other
     pictures every time, and impossible values; RuntimeError if the UNet is accelerated.
     """
-    result = None if calibration is None else read_result(calibration)
+    result = calibration if calibration in (None, "auto") else read_result(calibration)
     if config is None:
-        config = ModiffConfig() if result is None else result.config
+        config = result.config if isinstance(result, CalibrationResult) else ModiffConfig()
     unet, pipe = resolve(target)
     modes = _modes_to_compare(config)
     if not max_loss_db > 0 or rounds < 1:

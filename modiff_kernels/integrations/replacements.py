@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from modiff_kernels.calibration.result import CalibrationResult, layers_for
+from modiff_kernels.calibration.job import layers_of
+from modiff_kernels.calibration.result import FOLDER_NAME, CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.blocks.base import is_adapter, is_as_written
+from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
+from modiff_kernels.planning.stored import place_beside
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
 
 logger = logging.getLogger("modiff_kernels")
@@ -144,6 +147,27 @@ def calibrated_layers(
         path: CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
         for path, scale in static_scales.items()
     }
+
+
+def calibrated_beside(config: ModiffConfig, unet: nn.Module, pipe: Any) -> tuple[dict[str, CalibratedLayer], str]:
+    """What the calibration beside a model gives its layers, as optional codes, and where it lies; nothing, and why, for
+    other weights, layers or bits, which nobody asked about."""
+    place = None if config.weight_bits is None else place_beside(FOLDER_NAME, unet, pipe)
+    if place is None:
+        return {}, ""
+    layers = layers_of(unet, config)
+    try:
+        known = layers_for(result := CalibrationResult.load(place), config)
+        for path, module in layers.items():
+            layer, now = known.get(path, NOT_CALIBRATED), sample_of(module.weight.detach())
+            layer.check(module.weight.shape, module.bias is not None)
+            was = layer.weight_sample
+            if layer.weight is None or was is None or now.is_meta or not torch.equal(was.to(now), now):  # after a cast
+                raise ValueError(f"it has no codes for the weight of layer '{path}'")
+    except ValueError as error:
+        logger.info("weights are rounded, for the calibration in %s is not used: %s", place, error)
+        return {}, f"rounded, for {place} is not used: {error}"
+    return {path: dataclasses.replace(known[path], is_optional=True) for path in layers}, f"{result.method}, {place}"
 
 
 def _planned(plan: LayerPlan, originals: Mapping[str, nn.Module], reasons: dict[str, str]) -> dict[str, Mode]:

@@ -190,6 +190,8 @@ class ScheduledUNet:
             reason = f"{calls} calls are few"
         elif chosen.weights is None and set(chosen.actions(calls)) == {UPDATE}:
             reason = f"a run of {calls} calls is too short to skip any"
+        if any(one._forward_hooks or one._forward_pre_hooks for path, one in self.unet.named_modules() if path):
+            reason = "hooks are on modules of the UNet, which see computed calls alone"
         if reason is not None:
             self._compute_all(reason)
             return Plan()

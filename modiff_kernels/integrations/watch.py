@@ -139,17 +139,22 @@ class Watch:
         elif not unmoved:
             self._take_stock()
 
-    def follow(self, begins: bool = False) -> None:
-        """Make all again that is made of weights; codes of a calibration belong to the weights they were made for."""
+    def follow(self, begins: bool = False, asked: bool = False) -> None:
+        """Make all again that is made of weights. Codes of a calibration belong to the weights they were made for; they
+        are given up, on a write or where `asked`, or other weights refused if the user gave the calibration."""
         found = list(map(_values, self._views_now()))
         if not found:
             return
         calibrated = [layer for layer in self._layers if layer.calibrated.weight is not None]
-        if calibrated and self._samples and not torch.equal(found[0], self._samples[0].to(found[0])):
-            text = "codes come from a calibration; call handle.remove(), then load and calibrate the new ones"
-            raise RuntimeError(f"weights of low-bit layers have changed, but their {text}")
+        written = asked or list(map(_version, self._counted)) != self._versions
+        others = self._samples and not torch.equal(found[0], self._samples[0].to(found[0]))
+        if calibrated and (others or (written and calibrated[0].calibrated.is_optional)):
+            if not all(layer.give_up_codes() for layer in calibrated):
+                text = "codes come from a calibration; call handle.remove(), then load and calibrate the new ones"
+                raise RuntimeError(f"weights of low-bit layers have changed, but their {text}")
+            logger.info("weights have changed: the codes found beside the model are given up, and weights rounded")
         for layer in self._layers:
-            layer.adopt_parameters() if layer in calibrated else layer.refresh_weight()
+            layer.refresh_weight() if layer.calibrated.weight is None else layer.adopt_parameters()
         self._take_stock()
         logger.info("weights have changed, and what was made of them was made again")
         if not begins:

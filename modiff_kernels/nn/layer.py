@@ -249,12 +249,18 @@ class ModulatedLayer(nn.Module):
         incoming = state_dict.get(f"{prefix}weight")
         if self.calibrated.weight is not None and incoming is not None and incoming.shape == self.weight.shape:
             old = self.weight.detach()
-            if not torch.equal(old, incoming.detach().to(old.device, old.dtype)):
+            if not torch.equal(old, incoming.detach().to(old.device, old.dtype)) and not self.give_up_codes():
                 text = "calibrated for the ones it has; handle.remove() first, then load and calibrate them"
                 raise ValueError(f"layer '{self.name}': other weights were given, but its codes are {text}")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh_weight()
         self.state.invalidate("weights were loaded")
+
+    def give_up_codes(self) -> bool:
+        """Round the weight from now on, if the calibrated codes are optional; whether they are."""
+        if is_optional := self.calibrated.is_optional:
+            self.calibrated = dataclasses.replace(self.calibrated, weight=None, bias=None)
+        return is_optional
 
     def adopt_parameters(self) -> None:
         """Take the parameters as they are now for those of the original, without making codes of them."""

@@ -36,7 +36,7 @@ PROBE = 0.01  # change of a weight by which derivatives are found
 MOVES = (-1, 1, -2, 2)
 POWERS = (0.0, -0.1, -0.2, -0.3)  # of the signal's part: how much more errors at noisy calls count
 DAMPINGS = (1e-4, 1e-2)  # of Gauss-Newton steps
-END_STEPS = 3
+END_STEPS = 4  # with the Jacobian of the first
 QUICK_DB = 6.0  # what moving calls and the end fit add at most to the first guess, by far
 
 Computed = tuple[int, ...]
@@ -117,29 +117,38 @@ class Fit:
         self._spans = {key: rows for key, rows in self._spans.items() if key[:-1] == computed[: len(key) - 1]}
         self._outputs = {key: held for key, held in self._outputs.items() if key == computed[: len(key)]}
 
-    def end(self, computed: Computed, rows: Rows) -> Rows:
-        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best."""
+    def jacobian(self, computed: Computed, rows: Rows) -> list[Tensor]:
+        """Derivatives of the picture by what is added to the weights of a span, one after the other, by differences."""
         outputs: Outputs = {}
         start = self._run(computed, rows, outputs)
-        spans = [range(*pair) for pair in itertools.pairwise([*computed, self.calls])]
-        free = [(span, k) for span in spans for k in range(len(rows[span[0]]) - (not self._takes_sample))]
-
-        def changed(changes: Sequence[float]) -> Rows:
-            new = [list(row) for row in rows]
-            for (span, k), change in zip(free, changes):
-                for call in span:
-                    new[call][k] += change
-            return new
-
+        free = self._free(computed, rows)
         columns = []
         for j, (span, _) in enumerate(free):
             known = {key: value for key, value in outputs.items() if computed[key[0]] <= span[0]}
-            picture = self._run(computed, changed([PROBE * (i == j) for i in range(len(free))]), known)
+            changes = [PROBE * (i == j) for i in range(len(free))]
+            picture = self._run(computed, self._changed(computed, rows, changes), known)
             columns.append(((picture - start) / PROBE).flatten())
-        left = (self._target.picture - start).flatten()
+        return columns
+
+    def end(self, computed: Computed, rows: Rows, columns: Sequence[Tensor]) -> Rows:
+        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best. columns: the Jacobian there
+        or near."""
+        left = (self._target.picture - self._run(computed, rows, {})).flatten()
         steps = [_least_squares(columns, left, damping) for damping in DAMPINGS]
-        tried = [changed([size * change for change in step]) for step in steps for size in (1.0, 0.5)]
+        changes = [[size * change for change in step] for step in steps for size in (1.0, 0.5)]
+        tried = [self._changed(computed, rows, change) for change in changes]
         return max(tried, key=lambda new: self.fidelity(computed, new))
+
+    def _free(self, computed: Computed, rows: Rows) -> list[tuple[range, int]]:
+        spans = [range(*pair) for pair in itertools.pairwise([*computed, self.calls])]
+        return [(span, k) for span in spans for k in range(len(rows[span[0]]) - (not self._takes_sample))]
+
+    def _changed(self, computed: Computed, rows: Rows, changes: Sequence[float]) -> Rows:
+        new = [list(row) for row in rows]
+        for (span, k), change in zip(self._free(computed, rows), changes):
+            for call in span:
+                new[call][k] += change
+        return new
 
     def fidelity(self, computed: Computed, rows: Rows | None = None, outputs: Outputs | None = None) -> float:
         """In dB to the picture that is wanted, mean over the pictures. rows: None for the polynomial."""
@@ -334,10 +343,12 @@ def _finished(
     text = pattern(computed, fitting.calls)
     rows = fitting.states(computed)[0]
     best_db = validation.fidelity(computed, rows)
+    columns: list[Tensor] = []
     for step in range(END_STEPS):
         name = f"{text} end {step}"
         if name not in known:
-            known[name] = fitting.end(computed, rows)
+            columns = columns or fitting.jacobian(computed, fitting.states(computed)[0])
+            known[name] = fitting.end(computed, rows, columns)
             on_pattern()
         if (db := validation.fidelity(computed, known[name])) <= best_db:
             break

@@ -103,12 +103,13 @@ def add(path: Path, found: StoredSchedule) -> str:
 def beside(*models: Any) -> list[StoredSchedule]:
     """The schedules in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also in that
     around its own `unet`. ValueError as of `read`."""
-    for model in models:
-        name = getattr(getattr(model, "config", None), "_name_or_path", None)
-        if not isinstance(name, (str, Path)) or not name:
-            continue
-        folder = Path(name)
-        for place in (folder, folder.parent) if folder.name == "unet" else (folder,):
-            if (path := place / FILE_NAME).is_file():
-                return read(path)
-    return []
+    path = place_beside(FILE_NAME, *models)
+    return [] if path is None else read(path)
+
+
+def place_beside(file_name: str, *models: Any) -> Path | None:
+    """The file or folder of this name in the folders of `beside`, None without one."""
+    names = [getattr(getattr(model, "config", None), "_name_or_path", None) for model in models]
+    folders = [Path(name) for name in names if isinstance(name, (str, Path)) and name]
+    places = [place for folder in folders for place in [folder, *[folder.parent] * (folder.name == "unet")]]
+    return next((path for place in places if (path := place / file_name).exists()), None)

@@ -75,6 +75,8 @@ class CalibratedLayer:
     act_zero_point: int32, as many; mode "quantized" only. None: 0.
     input_scale: float32 [C]: the layer's input channels are multiplied by it before they are quantised.
     bias: float32 [N], in place of the layer's own.
+    weight_sample: some values of the float weight that the codes are for, see `nn.cache.sample_of`.
+    is_optional: where the weight changes, codes and bias are given up instead of refusing it: nobody asked for them.
     """
 
     weight: QuantizedWeight | None = None
@@ -82,6 +84,8 @@ class CalibratedLayer:
     act_zero_point: Tensor | None = None
     input_scale: Tensor | None = None
     bias: Tensor | None = None
+    weight_sample: Tensor | None = None
+    is_optional: bool = False
 
     def check(self, shape: Sequence[int], has_bias: bool) -> None:
         if self.weight is not None:

@@ -164,7 +164,7 @@ class Checkpoint:
         shape = tuple(self._shapes[path + WEIGHT])
         codes = unpack(parts[WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
         weight = QuantizedWeight(codes, parts[WEIGHT_SCALE], self._weight_bits, self._group_size)
-        optional = {field: parts.get(suffix) for field, suffix in _OPTIONAL.items()}
+        optional: dict[str, Any] = {field: parts.get(suffix) for field, suffix in _OPTIONAL.items()}
         layer = self.layers[path] = CalibratedLayer(weight, **optional)
         values = weight.dequantized(shape)
         if layer.input_scale is not None:

@@ -1,4 +1,4 @@
-"""Sampling-aware calibration: its two solvers against known solutions, and what is aligned with what."""
+"""Sampling-aware calibration: its solver against a known solution, and what is aligned with what."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import sampling_aware
-from modiff_kernels.calibration.data import collect, pipeline_sampler
+from modiff_kernels.calibration.data import pipeline_sampler
 from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.qdiffusion import cosine_distance
 from modiff_kernels.calibration.sampling_aware import DIRECTIONS, Solver
@@ -28,31 +28,17 @@ def gaussian(solver):
     return lambda x, timestep: solver.noise(timestep)[1] * x / size(timestep) ** 2, size
 
 
-def test_the_first_order_is_ddim(pipe):
-    pipe.scheduler.register_to_config(clip_sample=False)
-    sampler = pipeline_sampler(pipe, 10, {})
-    data = collect(sampler, torch.arange(10).expand(2, -1), range(2), 2)
-    noise = data.sample[data.call == 0]
-    first, _ = Solver(sampler).run(lambda x, t: pipe.unet(x, t.expand(2), return_dict=False)[0], noise)
-    for call, (sample, timestep) in enumerate(first):
-        assert timestep == data.timesteps[call]
-        torch.testing.assert_close(sample, data.sample[data.call == call], rtol=1e-4, atol=1e-4)
-
-
-def test_orders_of_convergence(pipe):
-    """Halving the steps divides the error by 2 with the first order and by 4 or more with the second."""
+def test_order_of_convergence(pipe):
+    """Halving the steps divides the error by 4 or more."""
     errors = {}
     for steps in (20, 40, 80):
         solver = Solver(pipeline_sampler(pipe, steps, {}))
         solver.timesteps = torch.linspace(900, 100, steps + 1)
         network, size = gaussian(solver)
         noise = torch.ones(1, dtype=torch.float64)
-        for order, states in enumerate(solver.run(network, noise), 1):
-            sample, timestep = states[-1]
-            errors[order, steps] = float(abs(sample / noise - size(timestep) / size(solver.timesteps[0])))
-    for steps in (20, 40):
-        assert 1.7 < errors[1, steps] / errors[1, 2 * steps] < 2.3, errors
-        assert errors[2, steps] / errors[2, 2 * steps] > 3.5, errors
+        sample, timestep = solver.run(network, noise)[0][-1]
+        errors[steps] = float(abs(sample / noise - size(timestep) / size(solver.timesteps[0])))
+    assert min(errors[20] / errors[40], errors[40] / errors[80]) > 3.5, errors
 
 
 @pytest.mark.parametrize("prediction", sampling_aware.PREDICTIONS)
@@ -67,19 +53,17 @@ def test_directions_of_all_predictions(pipe, prediction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_quantised_blocks_come_closer_to_those_at_the_other_point(pipe, monkeypatch, direction):
+def test_quantised_blocks_come_closer_to_float_ones(pipe, monkeypatch, direction):
     captured, real = [], sampling_aware.reconstruct_blocks
     monkeypatch.setattr(sampling_aware, "reconstruct_blocks", lambda *args: captured.append(args) or real(*args))
     options = {**FEW, "weight_iterations": 40, "direction": direction, "cosine_weight": 0.5}
     result = mk.calibrate(pipe, "sampling_aware", ONE_BLOCK, **SMALL, **options)
     _, _, seen, wanted, _ = captured[0]
     grid = set(pipeline_sampler(pipe, 5, {}).timesteps().tolist())
-    first, middle = (wanted, seen) if direction == "midpoint_to_first" else (seen, wanted)
-    assert set(first.timestep.tolist()) <= grid
-    assert not set(middle.timestep.tolist()) & grid
-    assert torch.equal(first.call, middle.call)
-    assert (first.timestep > middle.timestep).all()
-    assert (middle.previous_timestep > first.timestep).all()
+    for data, at_first in ((seen, direction == "first_to_midpoint"), (wanted, direction == "midpoint_to_first")):
+        assert set(data.timestep.tolist()) <= grid if at_first else not set(data.timestep.tolist()) & grid
+    assert torch.equal(seen.call, wanted.call)
+    assert (seen is wanted) == (direction == "midpoint")
 
     block = "mid_block.resnets.1"
     rounded = mk.calibrate(pipe, "minmax", ONE_BLOCK, **SMALL)
@@ -100,7 +84,7 @@ def test_quantised_blocks_come_closer_to_those_at_the_other_point(pipe, monkeypa
                 fake.hard = True
             run(name, seen)
     error = {name: (outputs[name] - outputs["wanted"]).square().mean() for name in ("learnt", "rounded")}
-    assert error["learnt"] < 0.9 * error["rounded"], error
+    assert error["learnt"] < (0.99 if direction == "midpoint" else 0.9) * error["rounded"], error
 
 
 def test_cosine_term():

@@ -111,6 +111,30 @@ class TestReplacement:
         weight[0, 0, 0, 0] = old
         assert torch.equal(sample(pipe), reference)
 
+    def test_a_calibration_beside_the_model(self, calibration_beside, caplog):
+        caplog.set_level("INFO")
+        unet, other = unet2d(), unet2d(seed=1)
+        result = calibration_beside(unet, other)
+
+        def accelerated(config=None, unet=unet, **options):
+            handle = mk.accelerate(unet, config, **options)
+            found = outputs(unet, handle), handle.explain().split("\n")[1]
+            handle.remove()
+            return found
+
+        (codes, told), (rounded, not_told) = accelerated(), accelerated(calibration=None)
+        assert "from a calibration: test, " in told
+        assert "calibration" not in not_told
+        assert not torch.equal(codes[-1], rounded[-1])
+        assert_equal(codes, accelerated(calibration=result)[0])
+        for reason, config, net in (
+            ("weight_bits=4, but", mk.ModiffConfig(4), unet),
+            ("no codes for the weight of layer 'conv_in'", mk.ModiffConfig(skip_modules=()), unet),
+            ("no codes for the weight of layer 'down_", None, other),
+        ):
+            assert reason in accelerated(config, net)[1]
+            assert reason in caplog.text
+
     def test_projections_share_their_input(self):
         unet = unet2d_condition()
         handle = mk.accelerate(unet, mk.ModiffConfig(fuse=False))

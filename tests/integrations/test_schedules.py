@@ -1,6 +1,7 @@
 """Step schedules: what runs, what is returned, that the state stays consistent; with diffusers' samplers and "auto"."""
 
 import collections
+import contextlib
 import functools
 import itertools
 import warnings
@@ -42,13 +43,18 @@ pytestmark = [
 ]
 
 
+@contextlib.contextmanager
 def count_runs(handle, *kinds):
-    """Counter of forward calls by path, from hooks on the modules of these kinds that are called."""
-    counts = collections.Counter()
-    for path, module in handle.unet.named_modules():
-        if isinstance(module, kinds) and covering(path, handle.replaced.fused) is None:
-            module.register_forward_hook(lambda *_, path=path: counts.update([path]))
-    return counts
+    """Counter of forward calls by path of the modules of these kinds that are called."""
+    counts, paths = collections.Counter(), {module: path for path, module in handle.unet.named_modules()}
+
+    def count(module, args, output):
+        path = paths.get(module)
+        if path and isinstance(module, kinds) and covering(path, handle.replaced.fused) is None:
+            counts.update([path])
+
+    with nn.modules.module.register_module_forward_hook(count):
+        yield counts
 
 
 def letters(handle, context="default"):
@@ -61,13 +67,17 @@ class TestWholeNetwork:
     def test_a_skipped_call_runs_no_layer(self):
         pipe = pipeline()
         handle = mk.accelerate(pipe, mk.ModiffConfig(schedule="forecast every=3 first=2 last=1"))
-        counts = count_runs(handle, nn.Conv2d, nn.Linear, nn.GroupNorm, ModulatedLayer, FusedBlock)
-        sample(pipe, 12)
+        with count_runs(handle, nn.Conv2d, nn.Linear, nn.GroupNorm, ModulatedLayer, FusedBlock) as counts:
+            sample(pipe, 12)
         assert letters(handle) == "UUFFUFFUFFUU"
         assert counts["conv_in"] == 6
         assert set(counts.values()) == {6}
         sample(pipe, 20, start=10)  # image to image: the schedule lies over its part
         assert letters(handle) == "UUFFUFFUFU"
+        pipe.unet.mid_block.register_forward_hook(lambda *_: None)
+        with pytest.warns(UserWarning, match="every call is computed, because hooks are on modules"):
+            sample(pipe, 12)
+        assert letters(handle) == "U" * 12
 
     def test_results_keep_their_form_and_do_not_alias_what_is_remembered(self):
         unet = unet2d()

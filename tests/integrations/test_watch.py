@@ -72,6 +72,24 @@ class TestOtherWeights:
         unet.mid_block.resnets[0].conv1.weight.div_(2)
         assert_equal(outputs(unet, handle), before)
 
+    @pytest.mark.parametrize("way", [*WAYS, "one value", "refresh"])
+    def test_codes_beside_the_model_are_given_up(self, way, calibration_beside):
+        unet, other = unet2d(), unet2d(seed=way in WAYS)
+        calibration_beside(unet)
+        handle = mk.accelerate(unet)
+        outputs(unet.half(), handle)
+        outputs(unet.float(), handle)
+        assert f"codes of {len(handle.layers)} layers from a calibration" in handle.explain(), "a cast is no change"
+        other.load_state_dict({key: value.half() for key, value in other.state_dict().items()})
+        if way in WAYS:
+            WAYS[way](unet, other)
+        else:
+            for weight in (net.mid_block.resnets[0].conv1.weight for net in (unet, other)):
+                (weight if way == "one value" else weight.data)[0, 0, 0, 1] = 3
+            handle.refresh() if way == "refresh" else None
+        assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
+        assert "codes of 0 layers from a calibration" in handle.explain()
+
     @pytest.mark.parametrize("fuse", [True, False])
     def test_another_device_gets_the_codes_that_there_are(self, fuse, monkeypatch):
         unet = unet2d_condition()
