@@ -29,7 +29,6 @@ class Store(Generic[ShapeT, ChoiceT]):
     choice: Callable[..., ChoiceT]
 
     def path(self, gpu_name: str) -> Path:
-        """The file of a GPU."""
         return self.folder / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
 
     @cache  # noqa: B019 (stores live as long as the process)
@@ -49,6 +48,7 @@ class Store(Generic[ShapeT, ChoiceT]):
         part.replace(path)
         return path
 
+    @cache  # noqa: B019 (likewise)
     def nearest(self, shape: ShapeT, gpu_name: str) -> ChoiceT | None:
         """The choice for `shape`, or for the one that differs in m alone and the least, up to NEAREST_FACTOR."""
         wanted: Any = shape

@@ -135,56 +135,6 @@ def test_the_two_stems_stand_everywhere():
                 assert re.search(rf"^def {stem}\(|^from .reference import .*\b{stem}\b", text, re.MULTILINE), path
 
 
-# Words that have another word here (docs/notation.md), in identifiers and prose; and what to say.
-WORDS = {
-    **dict.fromkeys(("edge", "edges"), "input, shared input"),
-    **dict.fromkeys(("slot", "slots"), "tensor of a context"),
-    **dict.fromkeys(("cut", "cuts"), "tile, tiling, split"),
-    **dict.fromkeys(("room", "rooms"), "part, folder"),
-    **dict.fromkeys(("rival", "rivals"), "baseline, peer"),
-    **dict.fromkeys(("door", "doors"), "entry"),
-    "gaps": "scale factors",
-    "first_step_bits": "two updates of 8 bits",
-    **{f"{old}_{kind}": "quantize, product, modulate" for old in ("initialize", "accumulate", "modulated", "quantized")
-       for kind in ("linear", "conv2d")},
-}  # fmt: skip
-# Where such a word is another matter: parts of a path or a line, and why.
-ALLOWED_WORDS = {
-    "edge": ("edge of the image", "edge case"),
-    "edges": ("edges of the image", "modiff_share_edges"),  # the key of a format that is read as it was
-    "slot": ("csrc/",),  # a vector of a thread, a buffer: nothing of contexts
-    "slots": ("csrc/", "__slots__"),
-    "gaps": ("benchmarks/",),  # times between kernels
-    "cut": ("cut off", "cut to", "is cut", "are cut", "and cut", "be cut", "cut at", "cut code"),  # the verb
-    "cuts": ("cuts off", "cuts the calls", "quantiles", "cuts["),  # the verb; of a distribution
-    "room": ("room for", "no room", "leave room", "leaves room", "The room is used"),  # space
-    "first_step_bits": ("config/modiff.py",),  # which refuses it
-}
-SCANNED = ("modiff_kernels", "csrc", "benchmarks", "tools", "docs", "examples", "README.md", "CONTRIBUTING.md")
-TEXT = {".py", ".cu", ".cuh", ".h", ".cpp", ".md"}
-
-
-def split_words(line: str) -> Iterator[str]:
-    """Words of prose and of identifiers: `HopperCuts_2` has "hopper" and "cuts"; and every whole identifier."""
-    for identifier in re.findall(r"[A-Za-z_]\w*", line):
-        yield identifier.lower()
-        for part in re.split(r"[_\d]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", identifier)):
-            yield part.lower()
-
-
-def test_one_word_for_one_thing():
-    wrong = []
-    for top in SCANNED:
-        path = ROOT / top
-        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT):
-            for number, line in enumerate(file.read_text().splitlines(), start=1):
-                for word in sorted(set(split_words(line)) & set(WORDS)):
-                    where = f"{file.relative_to(ROOT)}: {line}"
-                    if not any(part in where for part in ALLOWED_WORDS.get(word, ())):
-                        wrong.append(f"{file.relative_to(ROOT)}:{number}: {word} ({WORDS[word]}): {line.strip()[:80]}")
-    assert not wrong, f"{len(wrong)} words that have another word here:\n" + "\n".join(wrong)
-
-
 def test_package_face_imports_nothing_but_the_registration():
     """When it is imported; what it has is imported at its first use."""
     top = ast.parse((PACKAGE / "__init__.py").read_text()).body

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modiff_kernels.backends import BACKENDS, reference
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.ops import dispatch
+from modiff_kernels.quant.affine import quantize_weight
+from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 WIDTH, TOKENS = 24, 5  # of encoder states
 SKIPPED = ("conv_in", "conv_out", "time_emb")  # what stays float if nothing else is said
@@ -191,6 +193,18 @@ def low_bit_paths(module):
     """Paths of the layers that are replaced if nothing else is said."""
     paths = [path for path, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     return [path for path in paths if not any(name in path for name in SKIPPED)]
+
+
+def calibrated_layer(layer, bits, scales, is_scaled=True, bias_change=0.01):
+    """All that can be calibrated of a layer: codes that are not the nearest, a scale per call, scaled input channels
+    and another bias."""
+    weight, input_scale = layer.weight, None
+    if is_scaled:
+        input_scale = torch.linspace(0.5, 2, weight.shape[1])
+        weight = weight / input_scale.view((1, -1, 1, 1) if weight.ndim == 4 else (-1,))
+    codes = QuantizedWeight(*quantize_weight(weight, bits, method="mse"), bits)
+    bias = None if layer.bias is None else layer.bias.detach() + bias_change
+    return CalibratedLayer(codes, act_scale=torch.linspace(*scales), input_scale=input_scale, bias=bias)
 
 
 def static_scales(module, scale=0.02):

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 PRODUCT_INSTRUCTION = {80: "IMMA", 90: "IGMMA"}
 CUBIN = {80: "sm_80", 90: "sm_90a"}
 COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
-WITH_PRODUCT = ("product_kernel", "modulate_linear_kernel")
 
 
 @dataclass
@@ -124,7 +123,7 @@ def broken_rules(report: Report) -> list[str]:
 
     failures = []
     wanted = PRODUCT_INSTRUCTION[report.capability]
-    if report.kernel in WITH_PRODUCT and not report.counts.get(wanted):
+    if report.kernel == "product_kernel" and not report.counts.get(wanted):
         failures.append(f"no {wanted}: the int8 product does not use the tensor cores as it should")
     if report.stack_bytes or report.counts.get("LDL") or report.counts.get("STL"):
         failures.append(f"spills: {report.stack_bytes} bytes of stack")

@@ -1,19 +1,17 @@
 """The compiled forms of the Triton kernels that ship: what the ops launch, recorded on device "meta"."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import product as product_of
 from typing import Any, NamedTuple
 
 import torch
 
 from modiff_kernels.backends.triton import launch
-from modiff_kernels.backends.triton.modulate_linear import modulate
 from modiff_kernels.backends.triton.product_launch import product
 from modiff_kernels.backends.triton.quantize_launch import quantize
 from modiff_kernels.backends.triton.quantize_tiling import MAX_ROW
-from modiff_kernels.backends.triton.tiles import ONE_LAUNCH, Shape, TileConfig, candidates, fits
-from modiff_kernels.quant.operands import IDENTITY, PackedWeight, Prologue, Window
+from modiff_kernels.backends.triton.tiles import Shape, TileConfig, candidates, fits
+from modiff_kernels.quant.operands import PackedWeight, Prologue, Window
 from modiff_kernels.quant.packing import packed_dtype, packed_width
 from modiff_kernels.quant.spec import GRANULARITIES, group_count
 
@@ -130,41 +128,23 @@ def _call_product(form: Form, tile: TileConfig) -> None:
     )  # fmt: skip
 
 
-def _call_modulate(weight_bits: int, group_size: int, given: bool, dtype: torch.dtype, channels: int) -> None:
-    h = torch.empty((512, channels), dtype=dtype)
-    x_hat, y_hat = (torch.empty((512, width), dtype=torch.float16) for width in (channels, 128))
-    scale, granularity = (torch.empty(1), "per_tensor") if given else (None, "per_token")
-    weight = _weight(128, channels, weight_bits, group_size)
-    modulate(h, IDENTITY, x_hat, scale, weight, y_hat, None, None, dtype, 4, granularity, 1.0, True)
-
-
 def product_variants(capability: tuple[int, int], few: bool = False) -> list[tuple[str, Variant]]:
     """(name, variant) of every tile that a device of `capability` may get, in every form that it fits; each once.
 
     few: forms that little time is spent in have one tile: on sm_90 the last that fits, elsewhere the first.
     """
     named: dict[str, tuple[str, Variant]] = {}
-
-    def keep(name: str, call: Callable[..., None], *args: Any) -> None:
-        with recorded() as variants:
-            call(*args)
-        for variant in variants:
-            of_kernel = variant.kernel.__name__.removesuffix("_kernel")
-            named.setdefault(repr(variant), (f"{of_kernel} {name}", variant))
-
     for form in MAIN_FORMS + OTHER_FORMS:
         shape = Shape(512, _COLUMNS, form.channels, 9 if form.conv else 1, 1, form.weight_bits, form.group_size)
         fitting = [tile for tile in candidates(capability) if fits(tile, shape)]
         if few and form not in MAIN_FORMS:
             fitting = fitting[-1:] if capability >= (9, 0) else fitting[:1]
         for tile in fitting:
-            keep(f"{form.name} {tile}", _call_product, form, tile)
-    weights, inputs = ((8, -1), (4, -1), (3, -1), (4, 128)), [(torch.float16, 320), (torch.bfloat16, _ODD_CHANNELS)]
-    if few:
-        del inputs[1 if capability >= (9, 0) else 0]
-    for (bits, group_size), given, (dtype, channels) in product_of(weights, (False, True), inputs):
-        name = f"w{bits} group {group_size} {'given' if given else 'dynamic'} {dtype} k{channels} {ONE_LAUNCH}"
-        keep(name, _call_modulate, bits, group_size, given, dtype, channels)
+            with recorded() as variants:
+                _call_product(form, tile)
+            for variant in variants:
+                of_kernel = variant.kernel.__name__.removesuffix("_kernel")
+                named.setdefault(repr(variant), (f"{of_kernel} {form.name} {tile}", variant))
     return list(named.values())
 
 

@@ -8,7 +8,7 @@ A backend has two functions and a reason, and its name stands in `BACKENDS`::
 
 The arguments are those of `ops.schema`, which has their types, already checked. Where it has more to offer, also::
 
-    unavailable() -> str | None                    why the whole backend cannot run here
+    unavailable() -> str | None                    why the whole backend cannot run here; loads what it needs
     attention(q, k, v, heads, score_scale)         the op
     modulate(...)                                  `ops.modulate` in one piece: a private fusion, for problems of op
                                                    "modulate" that why_not accepts

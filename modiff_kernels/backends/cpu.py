@@ -28,7 +28,6 @@ _MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None. The library is loaded at the first call."""
     library = Path(__file__).resolve().parent.parent / "_lib" / "libmodiff_cpu.so"
     reason = load_library(library, "MODIFF_SKIP_BUILD=1; install again without it, with a C++ compiler")
     for name, fake in _FAKES.items() if reason is None else ():
@@ -42,12 +41,10 @@ def isa() -> str:
 
 
 def build_info() -> dict[str, str] | str:
-    """What the library was built with, or why that is not known."""
     return unavailable() or library_build_info("modiff_cpu")
 
 
 def why_not(problem: Any) -> str | None:
-    """Why these kernels cannot solve `problem`, or None."""
     if problem.op == "quantize":
         return None
     if problem.op == "attention":
@@ -67,7 +64,6 @@ def why_not(problem: Any) -> str | None:
 
 
 def preferred_layout(problem: Any) -> str:
-    """The weight layout that the integer products read."""
     return VNNI_V1
 
 

@@ -230,12 +230,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plan", type=plan, metavar="FILE", help=f"modes of the layers: {PLAN_HELP} (none)")
     add("--images", type=positive, default=8, help="images to sample (%(default)s)")
     add_layer_options(add, None, None)
-    add(
-        "--calibration",
-        type=calibration,
-        metavar="DIR",
-        help="folder of `modiff calibrate --method`; has mode and bits",
-    )
+    folder = "folder of `modiff calibrate --method`; has mode and bits"
+    add("--calibration", type=calibration, metavar="DIR", help=folder)
     places = "a PNG of all images, or a folder for one PNG each (%(default)s)"
     pictures = functools.partial(png, or_folder=True)
     add("--out", type=pictures, default=Path("samples.png"), metavar="PATH", help=places)
@@ -253,12 +249,8 @@ def build_parser() -> argparse.ArgumentParser:
     modes = ("dynamic", "static")
     add("--scale-mode", choices=modes, default="dynamic", help="--method: activation scales (%(default)s)")
     add("--group-size", type=positive, help="--method: weights that share a scale (a whole channel)")
-    add(
-        "--weights",
-        type=calibration,
-        metavar="DIR",
-        help="--method: keep the codes of this calibration, find scales only",
-    )
+    kept = "--method: keep the codes of this calibration, find scales only"
+    add("--weights", type=calibration, metavar="DIR", help=kept)
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="--method: an option of the method")
     goal = calibrate.add_mutually_exclusive_group().add_argument
     goal("--evaluations", type=number(int, 2), help="--schedule: computed calls of a run")

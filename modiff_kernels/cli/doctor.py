@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import platform
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -16,6 +17,7 @@ from modiff_kernels.backends import BACKENDS, source_hash
 from modiff_kernels.config import BACKENDS as BACKEND_VALUES
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.evaluation import sqnr, text_table
+from modiff_kernels.integrations.plan_cache import device_name
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.ops import dispatch
 
@@ -62,15 +64,14 @@ def _versions() -> Items:
 
 
 def _devices() -> Items:
-    fields: dict[str, str] = {}
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name", platform.processor() or platform.machine())
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    cpuinfo = Path("/proc/cpuinfo")
+    listed = re.search(r"^(?:flags|Features)\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    flags = listed[1].split() if listed else []
     known = " ".join(flag for flag in CPU_FLAGS if flag in flags) or "none that matters here"
-    yield "cpu", f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {known}"
+    yield (
+        "cpu",
+        f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {known}",
+    )
     if not torch.cuda.is_available():
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
         yield "cuda", f"none: {built}"
@@ -118,10 +119,7 @@ PARTS["environment"] = _environment
 
 
 def _dispatch() -> str:
-    table: dict[str, dict[str, str | None]] = {}
-    for row in dispatch.table():
-        reason = row.reason and row.reason.replace(f"it has no {row.op}", "this backend does not have the op")
-        table.setdefault(row.op, {})[row.backend] = reason
+    table = {op: dispatch.table(op) for op in dispatch.OPS}
     reasons = list(dict.fromkeys(reason for cells in table.values() for reason in cells.values() if reason))
 
     def cell(reason: str | None) -> str:

@@ -11,20 +11,20 @@ from typing import Any
 from modiff_kernels.config.check import read_json
 
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
-BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), CONSTANT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
+BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
 SOURCES = ("given", "roofline", "measured")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How a unit is computed: "float", "constant" (once a run), or "quantized" or "modulated" with `act_bits`."""
+    """How a unit is computed: "float", or "quantized" or "modulated" with `act_bits`."""
 
     kind: str
     act_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.act_bits not in BITS.get(self.kind, ()):
-            allowed = "float, constant, or quantized or modulated with 3, 4 or 8 bits, such as 'modulated 4'"
+            allowed = "float, or quantized or modulated with 3, 4 or 8 bits, such as 'modulated 4'"
             raise ValueError(f"LayerPlan: mode {str(self)!r} is not allowed; give {allowed}")
 
     def __str__(self) -> str:
@@ -172,12 +172,8 @@ class LayerPlan:
                 raise ValueError(f"plan: {wrong}; {advice}")
             if unit.mode == FLOAT_MODE:
                 continue
-            why_not = None
             if refused := [layer for layer in left if layer in unit.layers or not held]:
                 why_not = f"{refused[0]} stays float ({reasons[refused[0]]}); give 'float'"
-            elif unit.mode.kind == CONSTANT:
-                why_not = f"nothing says that the input of {held[0]} stays the same in a run; give another mode"
-            if why_not is not None:
                 raise ValueError(f"plan: {unit.path!r} cannot be {unit.mode}: {why_not}")
         unnamed = [] if self.key is None else [layer for layer in replaceable if self.unit_of(layer) is None]
         if unnamed:

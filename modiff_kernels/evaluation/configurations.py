@@ -21,10 +21,8 @@ FIRST_CALL_BITS = 16  # two updates of 8 bits
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One configuration. Full precision has 32 bits; `mode` is float, weight_only, quantized or modulated.
-
     schedule, plan: as ModiffConfig takes them; None computes every call, and all layers as `mode` says. cuda_graphs: as
-    ModiffConfig takes it, for float rows those of torch.compile.
-    """
+    ModiffConfig takes it, for float rows those of torch.compile."""
 
     key: str
     name: str

@@ -22,8 +22,8 @@ from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.integrations.watch import Watch
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import covering
+from modiff_kernels.nn.blocks.base import is_adapter
 from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
 

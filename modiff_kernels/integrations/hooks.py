@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.adapters import is_adapter
+from modiff_kernels.nn.blocks.base import is_adapter
 
 NOISE = ("eta", "s_churn")
 """Arguments of step() of diffusers' schedulers that are above 0 where it adds noise."""

@@ -44,13 +44,9 @@ def key_of(unet: nn.Module, config: ModiffConfig, shape: Sequence[int]) -> PlanK
     not_own = ("_", "quantization_config")  # where it was loaded from, by which version, and how
     settings = {name: str(value) for name, value in dict(own or {}).items() if not name.startswith(not_own)}
     values = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_KEY}
-    return PlanKey(
-        device_name(device) + threads,
-        digest([type(unet).__name__, settings, weights]),
-        tuple(shape),
-        digest(values),
-        f"modiff_kernels {__version__}, torch {torch.__version__}",
-    )
+    model = digest([type(unet).__name__, settings, weights])
+    versions = f"modiff_kernels {__version__}, torch {torch.__version__}"
+    return PlanKey(device_name(device) + threads, model, tuple(shape), digest(values), versions)
 
 
 def path_of(key: PlanKey) -> Path:
@@ -65,20 +61,16 @@ def store(plan: LayerPlan) -> Path:
     return path
 
 
-def stored(key: PlanKey) -> LayerPlan | None:
-    return _read(path_of(key), key)
-
-
 def newest(key: PlanKey) -> LayerPlan | None:
     """The plan of any shape that was stored last for what else `key` says, or None."""
     files = sorted(path_of(key).parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return next((plan for path in files if (plan := _read(path, key)) is not None), None)
+    return next((plan for path in files if (plan := stored(key, path)) is not None), None)
 
 
-def _read(path: Path, key: PlanKey) -> LayerPlan | None:
-    """The plan in `path` if it can be read and is for `key`, whatever its shape."""
+def stored(key: PlanKey, path: Path | None = None) -> LayerPlan | None:
+    """The plan in `path` (None: that of `key`) if it can be read and is for `key`, whatever its shape."""
     try:
-        plan = LayerPlan.from_json(path.read_text())
+        plan = LayerPlan.from_json((path or path_of(key)).read_text())
     except (OSError, ValueError):
         return None
     return plan if plan.key is not None and plan.key.digest == key.digest else None

@@ -63,22 +63,17 @@ def plan_of(
 
 
 def estimated(
-    unet: nn.Module,
-    config: ModiffConfig,
-    calibrated: Mapping[str, CalibratedLayer] | None = None,
-    share_inputs: bool = True,
-    machine: Machine | None = None,
+    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> LayerPlan:
-    """A plan from shapes at batch 1: units stay float whose low-bit form would be slower by the roofline of `machine`.
-    machine: None measures the device of the UNet, which takes about a second. Fidelity is not looked at: the low-bit
-    mode is that of `config`."""
+    """A plan from shapes at batch 1: units stay float whose low-bit form would be slower by the roofline of the UNet's
+    device, which takes about a second to measure. Fidelity is not looked at: the low-bit mode is that of `config`."""
     if config.weight_bits is None or config.act_bits is None:
         text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both, or plan=None"
         raise ValueError(f"plan: weight_bits={config.weight_bits}, {text}")
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
-    replaced = replacements_of(unet, own, calibrated or {}, share_inputs)
+    replaced = replacements_of(unet, own, calibrated, share_inputs)
     shape, shapes = traced_shapes(unet)
-    machine = machine or measured_machine(next(unet.parameters()).device, config)
+    machine = measured_machine(next(unet.parameters()).device, config)
     units = []
     for path, layers in replaced.units().items():
         costs = _estimated_costs(path, layers, replaced, shapes, own, machine)
@@ -206,11 +201,11 @@ def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> 
     return Timer(mark, lambda: torch.cuda.synchronize(device), lambda start, end: start.elapsed_time(end) / 1e3)
 
 
-def measured_machine(device: torch.device, config: ModiffConfig, timer: Timer | None = None) -> Machine:
+def measured_machine(device: torch.device, config: ModiffConfig) -> Machine:
     """The three numbers of `device`: from products and 3x3 convolutions, float and low-bit, and a copy. The faster of
     product and convolution counts, the best of a few repeats each: libraries differ by a factor of three between the
     two on some CPUs, and a bound must be one for both."""
-    timer = timer or timer_of(device)
+    timer = timer_of(device)
     options: Any = {"device": device, "dtype": torch.float16 if device.type == "cuda" else torch.float32}
     channels = PROBE_IMAGE[1]
     linear = nn.Linear(PROBE_FEATURES, PROBE_FEATURES, **options).requires_grad_(False)

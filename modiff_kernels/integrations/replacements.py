@@ -15,9 +15,8 @@ from modiff_kernels.calibration.result import FOLDER_NAME, CalibrationResult, la
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
-from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import FusedBlock
-from modiff_kernels.nn.blocks.base import is_as_written
+from modiff_kernels.nn.blocks.base import is_adapter, is_as_written
 from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES

@@ -9,7 +9,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.nn.adapters import is_adapter
+from modiff_kernels.nn.blocks.base import is_adapter
 
 
 def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | str) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modiff_kernels.integrations.replacements import Replacements
-from modiff_kernels.nn.adapters import is_adapter
 from modiff_kernels.nn.blocks import FusedAttention, FusedBlock
-from modiff_kernels.nn.blocks.base import CHANGE, COMPUTING, REMEDY, has_no_hook
+from modiff_kernels.nn.blocks.base import CHANGE, COMPUTING, REMEDY, has_no_hook, is_adapter
 from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer
 

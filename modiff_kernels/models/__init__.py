@@ -9,8 +9,6 @@ SHIPPED = "cifar10_small16"
 
 
 def shipped_model_path() -> pathlib.Path:
-    """Return the folder of the shipped model, for `UNet2DModel.from_pretrained`.
-
-    The folder also holds the noise schedule: `DDIMScheduler.from_pretrained(path, subfolder="scheduler")`.
-    """
+    """Folder of the shipped model, for `UNet2DModel.from_pretrained`; it also holds the noise schedule, for
+    `DDIMScheduler.from_pretrained(path, subfolder="scheduler")`."""
     return pathlib.Path(__file__).resolve().parent / SHIPPED

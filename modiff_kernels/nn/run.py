@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-UPDATE, HOLD, FORECAST = "update", "hold", "forecast"
+UPDATE = "update"
 DEFAULT_CONTEXT = "default"
 
 R = TypeVar("R", bound="Run")

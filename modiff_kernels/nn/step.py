@@ -89,10 +89,8 @@ def run(
 
 
 def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dtype) -> tuple[Codes, ...]:
-    """Codes of the residual of prologue(h), for the input of `layer`: of one update, or those of a first call.
-
-    Updates x_hat.
-    """
+    """Codes of the residual of prologue(h), for the input of `layer`: of one update, or those of a first call. Updates
+    x_hat."""
     source: Any = layer.input
     x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
     if layer.state.is_first:
@@ -177,11 +175,9 @@ def run_each(
 
 
 def run_shared(layer: Layer, source: Tensor, x: Tensor) -> Tensor:
-    """`run` of a layer that finds its input by itself: x is `source` in the form of the ops.
-
-    The first reader of a shared input quantises it, the others take its codes. In the first call of a run, one that
-    reads another tensor gets an input of its own.
-    """
+    """`run` of a layer that finds its input by itself: x is `source` in the form of the ops. The first reader of a
+    shared input quantises it, the others take its codes; in the first call of a run, one that reads another tensor gets
+    an input of its own."""
     shared: Any = layer.input
     codes = shared.shared_codes(source)
     if codes is None:

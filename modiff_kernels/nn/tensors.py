@@ -208,10 +208,6 @@ class InputState(StateTensor):
         self.uses = 1
         self._shared = (source, tensor_version(source), codes)
 
-    def forget_shared(self) -> None:
-        self.uses = 0
-        self._shared = None
-
     def refuse_second_source(self) -> NoReturn:
         text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
         raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
@@ -331,7 +327,7 @@ class ModulationState(Run):
     def _on_leave_call(self, ended: bool) -> None:
         for source in self.inputs.values():
             if source.uses:
-                source.forget_shared()
+                source.uses, source._shared = 0, None
         for _, held in self._inputs_with_given_scales() if ended and self.scheduled else ():
             if held.updated:
                 held.interval, held.last_update = max(self.call_index - held.last_update, 1), self.call_index

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from modiff_kernels import ops
-from modiff_kernels.ops import PackedWeight, Window
+from modiff_kernels.ops import PackedWeight
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import KPACK_V1
@@ -24,12 +24,12 @@ def moved(weight: PackedWeight, problem: Problem, backend: str, device: torch.de
     return ops.prepare_weight(there, problem.k, problem.window, ops.preferred_layout(problem, backend))
 
 
-def stack(weights: Sequence[PackedWeight], k: int, window: Window | None = None) -> PackedWeight:
-    """Weights of one k, format and layout as one, along the output channels."""
-    portable = [ops.prepare_weight(weight, k, window, KPACK_V1) for weight in weights]
+def stack(weights: Sequence[PackedWeight], k: int) -> PackedWeight:
+    """Weights of Linears of one k, format and layout as one, along the output channels."""
+    portable = [ops.prepare_weight(weight, k, None, KPACK_V1) for weight in weights]
     scale = torch.cat([weight.scale for weight in weights])
     packed = portable[0]._replace(packed=torch.cat([weight.packed for weight in portable]), scale=scale)
-    return ops.prepare_weight(packed, k, window, weights[0].layout)
+    return ops.prepare_weight(packed, k, None, weights[0].layout)
 
 
 def parts_of(stacked: PackedWeight, weights: Sequence[PackedWeight]) -> list[PackedWeight]:

@@ -45,14 +45,6 @@ class Selection(NamedTuple):
     traceable: bool
 
 
-class Row(NamedTuple):
-    """One cell of the table: `reason` says why `backend` has no `op` here, None if it has."""
-
-    op: str
-    backend: str
-    reason: str | None
-
-
 def _checked_name(name: str, what: str) -> str:
     if name not in (AUTO, *BACKENDS):
         raise ValueError(f"{what}={name!r} is not known; choose one of {', '.join((AUTO, *BACKENDS))}")
@@ -190,7 +182,10 @@ def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
 def prepare_weight(
     weight: PackedWeight, k: int, window: Window | None, layout: str, backend: str = AUTO
 ) -> PackedWeight:
-    """`weight` in `layout`, by the first backend that makes it; ValueError with every reason if none does."""
+    """A weight [n, k], of a convolution with this window, in `layout`: itself if it has that, else by the first backend
+    of the device (or `backend`) that makes it. ValueError with every reason if none does."""
+    if weight.layout == layout:
+        return weight
     rejected: Rejected = ()
     for name in candidates(weight.packed.device.type, backend):
         reason = why_unavailable(name) or f"it reads weights in layout {KPACK_V1!r} alone"
@@ -203,12 +198,10 @@ def prepare_weight(
     raise ValueError(f"no backend makes the weight layout {layout!r} of {weight.layout!r}: {_text(rejected)}")
 
 
-def table() -> list[Row]:
-    return [
-        Row(op, name, why_unavailable(name) or (None if hasattr(load(name), op) else f"it has no {op}"))
-        for op in OPS
-        for name in BACKENDS
-    ]
+def table(op: str) -> dict[str, str | None]:
+    """Why a backend does not have `op` here, None if it has, of each."""
+    lacks = "this backend does not have the op"
+    return {name: why_unavailable(name) or (None if hasattr(load(name), op) else lacks) for name in BACKENDS}
 
 
 def on_reset(forget: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable, Sequence
 from itertools import islice
 from operator import itemgetter
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .dispatch import torch_must_see
 from .problem import Problem
 
 P = ParamSpec("P")
-R = TypeVar("R", covariant=True)
+R = TypeVar("R")
 
 MAX_KEPT = 4096  # kernels per op; a run needs one per layer shape, so reaching this means shapes that never repeat
 
@@ -40,21 +40,6 @@ def is_about_values(error: RuntimeError) -> bool:
     """Whether `error`, of compiled code, is what ops called one by one raise as ValueError: NaN or Inf in x. Code that
     inductor calls from C++ tells the kernel alone, which has no other reason."""
     return "holds NaN or Inf" in str(error) or '("modiff_cpu::quantize"' in str(error)
-
-
-class Op(Protocol[P, R]):
-    """What `declare` makes of a declaration."""
-
-    __name__: str
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-    @property
-    def kernel_for(self) -> Callable[..., Callable[..., R]]:
-        """Check the arguments (all of them, by position) and give the selected backend's function, which takes them
-        without `backend`: for callers that repeat a call on tensors of the same formats and cannot afford the checks.
-        """
-        ...
 
 
 class _Arguments:
@@ -117,7 +102,7 @@ class _Arguments:
         return tuple(args)
 
 
-def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Op[P, R]]:
+def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated function as op `modiff::<its name>`; its schema is that of its signature.
 
     check: gives the problem of arguments, or raises. The function's body is the op's fake: it returns empty tensors of
@@ -125,9 +110,12 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
     selects a backend and calls it: directly in eager mode, through torch.ops where torch must see the op (compiling,
     fake tensors, dispatch modes). What was found for a combination of shapes, strides, dtypes, devices and other
     arguments is kept, so that a repeated call costs a lookup.
+
+    Its `kernel_for` checks arguments, all of them by position, and gives the selected backend's function, which takes
+    them without `backend`: for callers that repeat a call on tensors of the same formats and cannot afford the checks.
     """
 
-    def register(fn: Callable[P, R]) -> Op[P, R]:
+    def register(fn: Callable[P, R]) -> Callable[P, R]:
         name = fn.__name__
         arguments = _Arguments(fn)
         tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -185,8 +173,7 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
                 return inlined(*flat) if _inlining and torch.compiler.is_compiling() else op(*flat)
             return execute(bound)
 
-        result: Any = call
-        result.kernel_for = kernel_for
-        return result
+        call.kernel_for = kernel_for  # type: ignore[attr-defined]
+        return call
 
     return register

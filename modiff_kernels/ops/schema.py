@@ -160,7 +160,7 @@ def modulate(
 
 
 def modulate_kernel(*args):  # type: ignore[no-untyped-def]
-    """`modulate` for arguments of these formats, without checks and without `backend`; see `Op.kernel_for`."""
+    """`modulate` for arguments of these formats, without checks and without `backend`; see `declare`."""
     problem = check.modulate(*args[:-1])
     return _both_ops if problem.device_type == "meta" else dispatch.select(problem, args[-1]).fn
 
@@ -210,14 +210,3 @@ def pack_weight(weight_q: Tensor, weight_bits: int, backend: str = "auto") -> Te
 def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int, backend: str = "auto") -> Tensor:
     """The codes int8 [n, k] of a weight made by `pack_weight`: its exact inverse."""
     return weight_packed.new_empty((n, k), dtype=torch.int8)
-
-
-def prepare_weight(
-    weight: PackedWeight, k: int, window: Window | None, layout: str, backend: str = "auto"
-) -> PackedWeight:
-    """A weight [n, k] in another layout, by the first backend of the device (or `backend`) that has it.
-
-    window: of the convolution that the weight belongs to. Returns `weight` itself if it has the layout already. Raises
-    ValueError if no backend makes it.
-    """
-    return weight if weight.layout == layout else dispatch.prepare_weight(weight, k, window, layout, backend)

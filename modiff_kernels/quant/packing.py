@@ -13,7 +13,7 @@ Positions past K hold code 0.
 import torch
 from torch import Tensor
 
-from .spec import check_bits, quant_max, quant_min
+from .spec import quant_max, quant_min
 
 KPACK_V1 = "kpack_v1"
 
@@ -39,7 +39,6 @@ def misfit(codes: Tensor, bits: int) -> tuple[int, int] | None:
 
 def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
     """kpack_v1 storage of weight_q int8 [N, K]; a new tensor. Raises ValueError if a code does not fit."""
-    check_bits("pack_weight", "weight_bits", weight_bits)
     if (found := misfit(weight_q, weight_bits)) is not None:
         allowed = f"{weight_bits} bits hold {quant_min(weight_bits)} to {quant_max(weight_bits)}"
         raise ValueError(f"pack_weight: weight_q holds codes from {found[0]} to {found[1]}, but {allowed}")
@@ -53,7 +52,6 @@ def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
 
 def unpack(weight_packed: Tensor, weight_bits: int, k: int) -> Tensor:
     """Codes int8 [N, k] of a kpack_v1 weight; a new tensor."""
-    check_bits("unpack_weight", "weight_bits", weight_bits)
     if weight_bits == 8:
         return weight_packed.clone(memory_format=torch.contiguous_format)
     if weight_bits == 4:

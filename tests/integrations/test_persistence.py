@@ -20,9 +20,7 @@ from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
-from modiff_kernels.quant.affine import quantize_weight
-from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from tests.unets import FLOAT, outputs, unet2d, unet2d_condition
+from tests.unets import FLOAT, calibrated_layer, outputs, unet2d, unet2d_condition
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -82,21 +80,6 @@ def rewrite(folder, name, value):
     save_file(tensors, path, metadata=metadata)
 
 
-def calibrated(handle):
-    """For all low-bit layers of `handle`: 3-bit codes that are not the nearest, and all else that can be calibrated."""
-    layers = {}
-    for path, layer in handle.layers.items():
-        input_scale = torch.linspace(0.5, 2, layer.weight.shape[1])
-        scaled = layer.weight / input_scale.view((1, -1, 1, 1) if layer.weight.ndim == 4 else (-1,))
-        layers[path] = CalibratedLayer(
-            QuantizedWeight(*quantize_weight(scaled, 3, method="mse"), 3),
-            act_scale=torch.linspace(0.01, 0.02, STEPS),
-            input_scale=input_scale,
-            bias=None if layer.bias is None else layer.bias.detach() + 0.01,
-        )
-    return layers
-
-
 class TestRoundTrip:
     @pytest.mark.parametrize(
         ("make", "options"),
@@ -127,7 +110,8 @@ class TestRoundTrip:
         are those of the modulated layers of a plan: the others have dynamic ones, and keep what they were given."""
         config = mk.ModiffConfig(weight_bits=3, scale_mode="static", plan=plan)
         plain = mk.accelerate(unet2d(), mk.ModiffConfig(weight_bits=3))
-        result = mk.CalibrationResult("test", config, calibrated(plain))
+        layers = {path: calibrated_layer(layer, 3, (0.01, 0.02, STEPS)) for path, layer in plain.layers.items()}
+        result = mk.CalibrationResult("test", config, layers)
         handle = mk.accelerate(unet2d(), config, calibration=result, share_inputs=False)
         modes = {layer.mode: layer.input.scale_mode for layer in handle.layers.values()}
         assert modes == {"modulated": "static", **({"quantized": "dynamic"} if plan else {})}

@@ -19,8 +19,6 @@ from modiff_kernels.nn.blocks import (
 )
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
 from modiff_kernels.ops import dispatch
-from modiff_kernels.quant.affine import quantize_weight
-from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 from tests.unets import (
     NETWORKS,
     TOKENS,
@@ -29,6 +27,7 @@ from tests.unets import (
     assert_equal,
     assert_invariant,
     assert_same_run,
+    calibrated_layer,
     conditions_of,
     fused_blocks,
     lone,
@@ -274,19 +273,9 @@ class TestCalibrated:
     CONFIG = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static")
 
     def calibration(self, unet, bits=lambda path: 4, scaled=lambda path: False):
-        layers = {}
+        layers, scales = {}, (0.09, 0.03, self.CALLS)
         for path in low_bit_paths(unet):
-            module, input_scale = unet.get_submodule(path), None
-            weight = module.weight
-            if scaled(path):
-                input_scale = torch.linspace(0.5, 2.0, weight.shape[1])
-                weight = weight / input_scale.view((1, -1, 1, 1) if weight.ndim == 4 else (-1,))
-            layers[path] = CalibratedLayer(
-                QuantizedWeight(*quantize_weight(weight, bits(path), method="mse"), bits(path)),
-                act_scale=torch.linspace(0.09, 0.03, self.CALLS),
-                input_scale=input_scale,
-                bias=None if module.bias is None else module.bias + 0.05,
-            )
+            layers[path] = calibrated_layer(unet.get_submodule(path), bits(path), scales, scaled(path), 0.05)
         return mk.CalibrationResult("test", self.CONFIG, layers)
 
     def accelerated(self, **options):

@@ -80,7 +80,7 @@ OTHERS = [
     ("attention", "q", torch.randn(3, 10, 4).transpose(1, 2), VALUE, "contiguous rows"),
     ("attention", "v", torch.randn(3, 7, 10).double(), TYPE, r"v is torch\.float64"),
     ("attention", "score_scale", NAN, VALUE, "score_scale=nan is not allowed"),
-    ("pack unpack", "weight_bits", 2, VALUE, f"weight_bits=2 {ANY_BITS}"),
+    *[("pack unpack", "weight_bits", bits, VALUE, f"weight_bits={bits} {ANY_BITS}") for bits in (0, 2, 5, 16, True)],
     ("pack", "weight_q", torch.zeros(6, 10), TYPE, r"weight_q is torch\.float32; it must be torch\.int8"),
     ("pack", "weight_q", zeros(6, 2, 5, dtype=torch.int8), VALUE, r"expected \[N, K\]"),
     ("pack", "weight_q", torch.full((1, 2), 8, dtype=torch.int8), VALUE, "codes from 8 to 8, but 4 bits hold -8 to 7"),

@@ -23,5 +23,4 @@ _REASONS = {
 
 
 def why_not(problem: Any) -> str | None:
-    """Why the kernels cannot solve `problem`, None if they can."""
     return why_too_old(problem.capability) or _REASONS[problem.op](problem)

@@ -19,13 +19,11 @@ def why_not_loaded() -> str | None:
 
 
 def build_info() -> dict[str, str] | str:
-    """What the library was built with, or why that is not known. It needs no GPU."""
     return why_not_loaded() or library_build_info("modiff_cuda")
 
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
     if not torch.cuda.is_available():
         return why_not_loaded() or why_no_gpu()
     return why_no_gpu() or why_not_loaded()

@@ -15,7 +15,6 @@ BELOW = (9, 0)  # newer GPUs emulate 4-bit tensor cores, slower than bytes
 
 
 def why_not(problem: Any) -> str | None:
-    """Why this is not for `problem`, None if it is."""
     if not (problem.act_bits == problem.weight_bits == 4):
         return "codes and weights must have 4 bits: 3-bit ones are packed in planes, no nibbles"
     if problem.granularity == "per_block":
@@ -30,7 +29,6 @@ def why_not(problem: Any) -> str | None:
 def modulate(
     h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.modulate` of what `why_not` accepts."""
     codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, False, packed=True)
     out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
     return out, used, absmax

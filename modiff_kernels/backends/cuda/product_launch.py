@@ -47,7 +47,6 @@ def product(
 
 
 def why_not(problem: Any) -> str | None:
-    """Why `product` cannot solve `problem`, None if it can."""
     stride = (1, 1) if problem.window is None else problem.window.stride
     if problem.layout != KPACK_V1:
         return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"

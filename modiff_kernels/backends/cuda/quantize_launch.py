@@ -23,7 +23,6 @@ def quantize(
 
 
 def why_not(problem: Any) -> str | None:
-    """Why `quantize` cannot solve `problem`, None if it can."""
     if problem.m >= MAX_ROWS:
         return f"m={problem.m} rows; they are counted in 31 bits"
     if problem.m * problem.k >= MAX_ELEMENTS:

@@ -5,7 +5,7 @@ makes; else the kernels choose by an estimate (csrc/cuda/sm90/tiling.h, sm80/til
 """
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,11 +49,6 @@ def shape_of(geometry: Sequence[int], weight_bits: int, code_bits: int) -> Shape
     return Shape(samples * out_h * out_w, c_out, c_in, r * s, weight_bits, code_bits)
 
 
-@lru_cache(maxsize=4096)
-def _measured(shape: Shape, gpu_name: str) -> Tile | None:
-    return STORE.nearest(shape, gpu_name)
-
-
 @cache
 def _tuned_gpu(device: torch.device) -> str | None:
     """Name of the GPU, None if there are no choices for it, or for another kind of device."""
@@ -66,7 +61,7 @@ def _tuned_gpu(device: torch.device) -> str | None:
 def choose(geometry: Sequence[int], weight_bits: int, code_bits: int, device: torch.device) -> Tile | None:
     """The measured tile of a product on `device`; None: the kernels choose."""
     gpu_name = _tuned_gpu(device)
-    return None if gpu_name is None else _measured(shape_of(geometry, weight_bits, code_bits), gpu_name)
+    return None if gpu_name is None else STORE.nearest(shape_of(geometry, weight_bits, code_bits), gpu_name)
 
 
 def candidates(

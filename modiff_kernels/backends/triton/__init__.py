@@ -1,15 +1,12 @@
 """Triton kernels for NVIDIA GPUs from sm_80 (A100) on; no compiler is needed on the user's machine.
 
-Quantisation, integer products on the int8 tensor cores, and small Linears in one launch. Importing this package imports
-no triton and touches no GPU: `quantize`, `product` and `modulate` are imported at their first use, after
-`unavailable()` has said that they can run.
+Quantisation, and integer products on the int8 tensor cores. Importing this package imports no triton and touches no
+GPU: `quantize` and `product` are imported at their first use, after `unavailable()` has said that they can run.
 """
 
 import importlib
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
-
-import torch
 
 from ...quant.packing import KPACK_V1
 from .. import LEAST_CAPABILITY, why_no_gpu, why_no_sums, why_too_old
@@ -17,7 +14,7 @@ from . import quantize_tiling, tiles
 
 MAX_ROWS = 1 << 31
 
-_FUNCTIONS = {"quantize": ".quantize_launch", "product": ".product_launch", "modulate": ".modulate_linear"}
+_FUNCTIONS = {"quantize": ".quantize_launch", "product": ".product_launch"}
 
 
 def __getattr__(name: str) -> Any:
@@ -29,7 +26,6 @@ def __getattr__(name: str) -> Any:
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
-    """Why these kernels cannot run here, or None."""
     if (reason := why_no_gpu()) is not None:
         return reason
     try:
@@ -40,20 +36,15 @@ def unavailable() -> str | None:
 
 
 def why_not(problem: Any) -> str | None:
-    """Why the kernels cannot solve `problem`, None if they can."""
     return why_too_old(problem.capability) or _REASONS[problem.op](problem)
-
-
-def _shape_of(problem: Any) -> tiles.Shape:
-    groups = 1 if problem.window is None else problem.window.groups
-    weight = (problem.weight_bits, problem.group_size)
-    return tiles.Shape(problem.m, problem.n, problem.channels // groups, problem.taps, groups, *weight)
 
 
 def _product_why_not(problem: Any) -> str | None:
     if problem.layout != KPACK_V1:
         return f"it reads weights in layout {KPACK_V1!r}, not {problem.layout!r}"
-    shape = _shape_of(problem)
+    groups = 1 if problem.window is None else problem.window.groups
+    weight = (problem.weight_bits, problem.group_size)
+    shape = tiles.Shape(problem.m, problem.n, problem.channels // groups, problem.taps, groups, *weight)
     if shape.weight_bits != 8 and shape.taps > 1 and shape.channels % 8 != 0:
         wanted = "a tap must begin at a byte, so their number must be divisible by 8; use weight_bits=8"
         return f"{shape.weight_bits}-bit weights with {shape.channels} input channels per tap: {wanted}"
@@ -65,22 +56,4 @@ def _product_why_not(problem: Any) -> str | None:
     return why_no_sums(problem, grouped=True)
 
 
-def _modulate_why_not(problem: Any) -> str | None:
-    """Of the update in one launch, beside what is asked of its two parts."""
-    if problem.window is not None or problem.prologue != "identity":
-        return "one launch is for Linears whose input needs no prologue"
-    if not problem.scale_given and problem.granularity != "per_token":
-        return f"a dynamic scale {problem.granularity} needs all rows before the first code"
-    if not tiles.one_launch_pays(_shape_of(problem), _gpu_like(problem.capability)):
-        return "two launches are estimated to be faster"
-    return None
-
-
-@cache
-def _gpu_like(capability: tuple[int, int] | None) -> tiles.Gpu:
-    """A GPU of this machine with `capability`, else the one that the interpreter stands for."""
-    gpus = (tiles.gpu_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
-    return next((gpu for gpu in gpus if gpu.capability == capability), tiles.INTERPRETED_GPU)
-
-
-_REASONS = {"quantize": quantize_tiling.why_not, "product": _product_why_not, "modulate": _modulate_why_not}
+_REASONS = {"quantize": quantize_tiling.why_not, "product": _product_why_not}

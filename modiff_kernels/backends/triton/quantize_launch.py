@@ -29,7 +29,6 @@ def _make_ranges(tiling: Tiling, affine: bool, device: torch.device, zeroed: boo
 
 
 def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.quantize`, its arguments already checked."""
     kind, a, b, _, _, eps, silu = prologue
     like = x_hat if x_hat is not None else h
     if kind == "geglu" and x_hat is None:

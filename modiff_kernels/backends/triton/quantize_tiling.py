@@ -14,7 +14,6 @@ _ENOUGH_PROGRAMS = 264  # two per SM of an H100
 
 
 def why_not(problem: Any) -> str | None:
-    """Why the quantising kernels cannot solve `problem`, None if they can."""
     if problem.k <= MAX_ROW or not (problem.granularity == "per_token" or problem.prologue == "layer_norm"):
         return None
     return f"{problem.k} channels: rows are held in registers, of at most {MAX_ROW} channels"

@@ -53,7 +53,6 @@ INTERPRETED_GPU = Gpu("interpreter", (9, 0), 4)  # what Triton's interpreter, wh
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU that `device` names."""
     if device.type != "cuda":
         return INTERPRETED_GPU
     properties = torch.cuda.get_device_properties(device)
@@ -82,8 +81,6 @@ _MMA_TILES = (
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),
 )
-# modulate_linear.py: programs share out rows only, so few of them; wide, as rows are quantised per tile.
-ONE_LAUNCH = TileConfig(64, 128, 64, 8, 3)
 _MOST_GROUPED_SUMS = 128 * 64
 # What a program may use; the candidates are checked against it, compiled ones too (tools/aot_triton.py).
 SHARED_MEMORY_BYTES = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
@@ -113,8 +110,6 @@ _STEP_CYCLES = 40
 _PROGRAM_CYCLES = 1500
 _STATE_BYTES = 6  # y_hat read and written, out written, 2 bytes each
 _LAUNCH_CYCLES = 4000  # of a second kernel, about 2 us
-_CODES_PER_CYCLE = 16  # residuals quantised: about ten instructions each on 128 lanes
-_QUANTISE_BYTES = 7  # x and x_hat read, x_hat and the code written
 _MEMORY_BYTES_PER_CYCLE = 1500  # of the whole device
 _LEAST_STEPS = 4  # per split: the pipeline has to fill
 
@@ -134,24 +129,6 @@ def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
     if config.split_k > 1:
         cycles += _LAUNCH_CYCLES + 8 * config.split_k * shape.m * shape.n / _MEMORY_BYTES_PER_CYCLE
     return cycles
-
-
-@lru_cache(maxsize=4096)
-def one_launch_pays(shape: Shape, gpu: Gpu) -> bool:
-    """Whether the update of a Linear in one launch is estimated to be faster than quantising and multiplying in two."""
-    tile = ONE_LAUNCH
-    if not fits(tile, shape):
-        return False
-    steps = -(-shape.n // tile.block_n) * -(-shape.channels // tile.block_k)
-    products = tile.block_m * tile.block_n * tile.block_k / _PRODUCTS_PER_CYCLE[gpu.capability == WGMMA]
-    codes = tile.block_m * tile.block_k / _CODES_PER_CYCLE
-    loads = (tile.block_m * 4 + tile.block_n * shape.weight_bits / 8) * tile.block_k / _L2_BYTES_PER_CYCLE
-    program = _PROGRAM_CYCLES + steps * (max(products, loads) + codes + _STEP_CYCLES)
-    programs = -(-shape.m // tile.block_m)
-    one = -(-programs // gpu.multiprocessors) * program
-    quantise = _LAUNCH_CYCLES + shape.m * shape.channels * _QUANTISE_BYTES / _MEMORY_BYTES_PER_CYCLE
-    best = ranked(shape, gpu)
-    return bool(best) and one < quantise + estimated_cycles(best[0], shape, gpu)
 
 
 def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:

@@ -122,8 +122,7 @@ def layer_norm(norm: nn.LayerNorm) -> Prologue:
 
 
 def is_untouched(*modules: nn.Module) -> bool:
-    """No hooks and no other forward than it was written with, in `modules` or below: a fused block would not call
-    them."""
+    """No hooks, no other forward than it was written with, in `modules` or below: a fused block would not call them."""
     return all(has_no_hook(module) and is_as_written(type(module)) for top in modules for module in top.modules())
 
 
@@ -139,3 +138,9 @@ def is_as_written(kind: type) -> bool:
     """Whether the methods that compute are of the Python modules that the class and its bases are from."""
     methods = [(owner, vars(owner).get(name)) for owner in kind.__mro__ for name in COMPUTING]
     return all(method is None or getattr(method, "__module__", None) == owner.__module__ for owner, method in methods)
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether `module`, such as a LoRA of peft, stands around a layer, its `base_layer`, and adds to its output: by
+    weights of its own, times a number that may change at any time. peft itself is not imported."""
+    return "base_layer" in module._modules and type(module).__module__.startswith("peft.")

@@ -44,10 +44,8 @@ class FusedUpsample2D(FusedResample):
 
 
 class FusedDownsample2D(FusedResample):
-    """out = conv(x with a row of zeros below and a column of zeros at the right); x_hat without these zeros.
-
-    Other forms of diffusers' block pad in the convolution itself and have nothing to fuse.
-    """
+    """out = conv(x with a row of zeros below and a column of zeros at the right); x_hat without these zeros. Other
+    forms of diffusers' block pad in the convolution itself and have nothing to fuse."""
 
     @staticmethod
     def fits(block: nn.Module) -> bool:

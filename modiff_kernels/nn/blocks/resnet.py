@@ -13,11 +13,8 @@ from modiff_kernels.ops import IDENTITY
 
 
 class FusedResnetBlock2D(FusedBlock):
-    """out = conv2(silu(norm2(conv1(silu(norm1(x))) + time))) + (conv_shortcut(x) or x).
-
-    A 1x1 shortcut adds its product onto the same y_hat as the second convolution, because only the sum of the two
-    leaves the block: one state tensor less.
-    """
+    """out = conv2(silu(norm2(conv1(silu(norm1(x))) + time))) + (conv_shortcut(x) or x). A 1x1 shortcut adds
+    its product onto the y_hat of conv2, because only the sum of the two leaves the block: one state tensor less."""
 
     takes = "input_tensor"
     layers = ("conv1", "conv2", "conv_shortcut")

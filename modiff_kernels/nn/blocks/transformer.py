@@ -12,10 +12,8 @@ from modiff_kernels.ops import GEGLU, IDENTITY, Prologue
 
 
 class FusedFeedForward(FusedBlock):
-    """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)).
-
-    As a block of its own prologue and skip are nothing.
-    """
+    """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)). As a block of its own
+    prologue and skip are nothing."""
 
     layers = ("net.0.proj", "net.2")
 
@@ -47,10 +45,8 @@ class FusedFeedForward(FusedBlock):
 
 
 class FusedBasicTransformerBlock(FusedBlock):
-    """h = x + attn1(norm1(x)); h = h + attn2(norm2(h), encoder states); out = h + ff(norm3(h)).
-
-    Each LayerNorm is computed in the pass that quantises its residual, each addition in the epilogue of a projection.
-    """
+    """h = x + attn1(norm1(x)); h = h + attn2(norm2(h), encoder states); out = h + ff(norm3(h)). Each LayerNorm is
+    computed in the pass that quantises its residual, each addition in the epilogue of a projection."""
 
     parts = ("attn1", "attn2", "ff")
     layers = (

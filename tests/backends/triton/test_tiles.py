@@ -1,7 +1,5 @@
 """The choice of a tile: deterministic, fitting, tuned choices before estimates and only near their shape."""
 
-import json
-
 import pytest
 
 from modiff_kernels.backends.triton import tiles
@@ -67,16 +65,3 @@ def test_tuned_choices_come_first_and_serve_near_shapes(tmp_path):
     for other in (BIG._replace(m=32767), BIG._replace(n=640), BIG._replace(weight_bits=4), BIG._replace(taps=1)):
         assert tiles.choose(other, H200, store) == tiles.ranked(other, H200)[0]
     assert tiles.choose(BIG, A100, store) == tiles.ranked(BIG, A100)[0]
-
-
-def test_shipped_choices_are_readable_and_fit():
-    for path in tiles.STORE.folder.glob("*.json"):
-        name = json.loads(path.read_text())["gpu"]
-        assert tiles.STORE.path(name) == path
-        assert all(tiles.fits(config, shape) for shape, config in tiles.STORE.load(name).items())
-
-
-def test_one_launch_pays_where_launches_are_what_it_costs():
-    assert tiles.one_launch_pays(Shape(64, 128, 320), H200)
-    assert not tiles.one_launch_pays(Shape(4096, 10240, 1280), H200)
-    assert not tiles.one_launch_pays(Shape(64, 128, 320, 1, 1, 4, 48), H200), "no tile has steps of 48"
