@@ -46,8 +46,8 @@ columns:
 
 rows: float-contiguous, float-channels_last, float-compile; weight-only-w8 (quantised weights, float activations: the
   most that any treatment of activations can reach); plain-w8a8 ...; modulated-w8a4 ...; scheduled-w8a8 (modulated, and
-  most calls of the UNet forecast from the last ones instead of computed, or "no call left out"); planned-w8 (a mode for
-  every layer, with --plan). --rows takes names or their beginnings: "--rows float,modulated-w8a4"."""
+  most calls of the UNet forecast from the last ones instead of computed, or "no call left out"); plain-scheduled-w8a8;
+  planned-w8 (a mode for every layer, with --plan). --rows takes names or their beginnings: "float,modulated-w8a4"."""
 
 SAMPLE_HELP = """\
 Sample images. An image depends on its seed, the model and these options, --batch included, and not on how many

@@ -163,6 +163,8 @@ class StepSchedule:
             skipped = {i for i in inner if (i - self.first) % self.every != self.every - 1}
             return "".join(RULES[self.rule] if i in skipped else UPDATE for i in range(calls))
         pattern = _expanded(self.rule)
+        if calls == len(pattern):
+            return pattern
         if calls <= pattern.count(UPDATE):
             return UPDATE * calls
         ratio = (calls - 1) / (len(pattern) - 1)

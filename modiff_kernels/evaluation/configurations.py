@@ -51,7 +51,7 @@ def build_rows(
 ) -> list[Row]:
     """All rows for these bits; `act_bits` None takes 8, 4 for plain layers, 8, 4, 3 for modulated ones.
 
-    schedule: of more rows, modulated ones with `act_bits` (None: 8); None leaves them out. plan: of one more row for
+    schedule: of more rows, modulated and plain ones with `act_bits` (None: 8); None leaves them out. plan: of one more row for
     each of `weight_bits`; its modes bring their own bits.
     """
     rows = [
@@ -64,6 +64,7 @@ def build_rows(
         ("plain", "plain W{}A{}", "quantized", (8, 4), None),
         ("modulated", "modulated W{}A{}", "modulated", (8, 4, 3), None),
         ("scheduled", "modulated W{}A{} scheduled", "modulated", (8,), schedule),
+        ("plain-scheduled", "plain W{}A{} scheduled", "quantized", (8,), schedule),
     ]
     for key, name, mode, default, of_row in low_bit if schedule is not None else low_bit[:2]:
         for w, a in itertools.product(weight_bits, act_bits or default):

@@ -34,9 +34,13 @@ class StoredSchedule(NamedTuple):
 
     def difference(self, scheduler: Any, timesteps: Sequence[float]) -> str | None:
         """The first thing in which a run with these timesteps is not the one that was fitted, or None."""
+        return self.difference_of(run_of(scheduler, timesteps))
+
+    def difference_of(self, other: Mapping[str, Any]) -> str | None:
+        """The same for a run as `run_of`."""
         was, now = (
             {**run["sampler"], "calls": len(run["timesteps"]), "timesteps": run["timesteps"]}
-            for run in (self.run, run_of(scheduler, timesteps))
+            for run in (self.run, other)
         )
         name = next((name for name in {**was, **now} if was.get(name) != now.get(name)), None)
         return name and f"{name} {was.get(name)!r}, and this run has {now.get(name)!r}"
@@ -62,7 +66,8 @@ def best_of(
 ) -> StoredSchedule | None:
     """Of those for this run the one with so many evaluations; None: with the fewest that has ENOUGH_DB, or else the one
     that has most."""
-    fit = [found for found in stored if found.difference(scheduler, timesteps) is None]
+    run = run_of(scheduler, timesteps)
+    fit = [found for found in stored if found.difference_of(run) is None]
     if evaluations is not None:
         return next((found for found in fit if found.evaluations == evaluations), None)
 

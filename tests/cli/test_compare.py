@@ -44,7 +44,7 @@ def test_json_has_the_promised_fields(report):
     assert "--out" not in data["command"]
     assert data["versions"]["torch"] == torch.__version__
     modes = [row["mode"] for row in data["rows"]]
-    assert modes == ["float"] * 2 + ["weight_only"] + ["quantized"] * 2 + ["modulated"] * 4
+    assert modes == ["float"] * 2 + ["weight_only"] + ["quantized"] * 2 + ["modulated"] * 4 + ["quantized"]
 
 
 def test_distances_and_times(rows):
@@ -114,7 +114,7 @@ def test_markdown_and_grid(report):
     assert "| float32 eager contiguous | reference | 1 |" in text
     assert "Warm-up of 2 steps" in text
     grid = Image.open(report / "compare_grid.png")
-    assert grid.height == 9 * (64 + 4) + 4
+    assert grid.height == 10 * (64 + 4) + 4
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
