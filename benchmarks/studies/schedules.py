@@ -1,380 +1,351 @@
-"""What step schedules cost and what they lose, against fewer steps, better samplers and DeepCache.
+"""What step schedules cost and lose, against fewer steps, other samplers, DeepCache and published forecasts.
 
-    python -m benchmarks schedules --json benchmarks/results/pareto.json
+    python -m benchmarks schedules --data DATA --json benchmarks/results/pareto.json
 
-Every row samples the same noise with the shipped model (or --model). Its cost is counted in evaluations of the network,
-a part of one where only the shallow levels run, in multiply-accumulates of Conv2d and Linear for one picture (macs),
-and in seconds. Its error is the mean PSNR in dB against the same network and sampler computed at every call (own_db)
-and against the converged trajectory, DDIM with as many steps as the model was trained on, in float32 (converged_db).
-Samplers do not clip, so that all of them follow the same trajectory.
+Every row samples the same noise (seeds from 0 on) with the shipped model, in a network (float32, modulated W8A8, W8A4).
+Its cost is counted in evaluations of the network, of DeepCache in parts of their flops. Its error is the mean PSNR in
+dB to the same network and sampler with every call (own_db), and to the converged picture, of DDIM with as many steps as
+the model was trained on, in float32 (converged_db). Samplers do not clip, so that all follow one trajectory.
 
-Rows of the method "searched" take the schedules that `modiff_kernels.planning.search` finds, in float32 and from other
-noise than that of the rows, for as many computed calls as the uniform rules have; the report lists the searches.
-DeepCache rows need `pip install DeepCache`; without it they are left out, and the report says so.
+All forecasts are weights of past outputs, so one executor runs them: `StepSchedule(pattern, weights=...)`, on calls that
+are spread evenly, or with DeepCache's and TaylorSeer's habit of computing the first ones. TaylorSeer (2503.06923):
+finite differences per interval. HiCache (2508.16984): the same in scaled Hermite polynomials, sigma 0.5. Spectrum
+(2603.01623): Chebyshev polynomials of degree 4 through all outputs, no blend; its ridge is 1e-4 here, and the 0.1 that
+was published in rows of their own.
 
-The report is written after every row. `--resume` keeps the rows and searches that it has and measures only those
-that are missing.
+The fits of `modiff_kernels.fit_schedule` are made in float32 on seeds from 1000 on, and are kept in the report. Towards
+the converged picture they share the network's outputs on its trajectory (`recalled` of a fit counts those), so that
+only the first fit of a sampler shows what one costs. DeepCache needs `pip install DeepCache`.
+
+The report is written after every row, those that tell most first; --resume goes on with it, --budget ends it in time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from modiff_kernels.planning.search import search
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import modiff_kernels as mk
+from benchmarks import record
 from benchmarks import shared as models
 from benchmarks.baselines.deepcache import CachedUNet
+from benchmarks.runner import NOT_FINISHED
 from benchmarks.shared import Quantised, Row
+from benchmarks.studies.features import Features, frechet_distance
+from benchmarks.studies.pictures import OutOfTime
 from benchmarks.studies.report import Report
-from benchmarks.tables import loaded
-from modiff_kernels.config.schedule import UPDATE, StepSchedule
+from benchmarks.tables import loaded, shown
+from examples.cifar10 import load_cifar10
 from modiff_kernels.evaluation import markdown_table, psnr
+from modiff_kernels.planning.fit import Fit
+from modiff_kernels.planning.fit import pattern as pattern_of
 
-EVERY_CALL, FORECAST = "every call", "forecast"
-FEWER, ANY = "same sampler, fewer steps", "any sampler, fewer steps"
-COLUMNS = {
-    "hold": "hold",
-    "DeepCache": "DeepCache",
-    FORECAST: "the uniform forecasts",
-    "searched": "",
-    FEWER: "fewer steps of the same sampler",
-    ANY: "the best of all samplers",
-}
-"""Of the table, and in words what the searched schedules are compared with."""
-Found = dict[str, Any]
 NETWORKS = {
     "float32": Row("float32", "float32", "float"),
     "W8A8": Row("w8a8", "W8A8", "modulated", 8, 8),
     "W8A4": Row("w8a4", "W8A4", "modulated", 8, 4),
+    "plain W8A8": Row("plain", "plain W8A8", "quantized", 8, 8),
 }
-SCHEDULES = {
-    "hold": [f"hold every={n}" for n in (2, 3, 5)],
-    "forecast": [f"forecast every={n}{more}" for n in (2, 3) for more in ("", " axis=sigma")],
-    "auto": ["auto"],
-}
-DEEPCACHE_INTERVALS = (2, 3, 5)
-SEARCHED_EVERY = (2, 3, 5)  # schedules are searched for the number of calls that these uniform rules compute
-SEARCH_SEED = 1000  # the rows are measured on seeds from 0 on, the search sees others
+IMAGES, FITTING_SEED = 16, 1000
+FEW = (6, 8, 11, 14, 20, 25)  # steps with every call computed
+COUNTS = (6, 8, 11)  # evaluations of schedules
+KEY = ("network", "sampler", "steps", "method", "schedule", "evaluations", "batch")
+Table = list[list[float]]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by its name on the command line, the options of its scheduler, and the numbers of steps to try: with
-    schedules (the others stand for taking fewer steps), and with schedules that are searched for.
-    """
+    """By its name on the command line; steps: of the run whose calls are skipped."""
 
-    label: str
     name: str
-    steps: tuple[int, ...]
-    scheduled: tuple[int, ...]
-    searched: tuple[int, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 25
+    options: dict[str, Any] = field(default_factory=lambda: {"timestep_spacing": "linspace"})
 
 
-UNCLIPPED = {"clip_sample": False}
-LINSPACE = {"timestep_spacing": "linspace"}
-# Every number of steps that a schedule may cost, so that none is compared with a sampler that was given less.
-FEW = (*range(7, 30), 34, 38, 50)
-SAMPLERS = (
-    Sampler("DDIM", "ddim", (*FEW, 100), (20, 50, 100), (20, 50), UNCLIPPED),
-    Sampler("DPM-Solver++", "dpmsolver++", FEW, (20, 25, 50), (20, 25), LINSPACE),
-    Sampler("DPM-Solver++ Karras", "dpmsolver++", FEW, (20, 25), (20, 25), {**LINSPACE, "use_karras_sigmas": True}),
-    Sampler("DPM-Solver++ Lu", "dpmsolver++", FEW, (20, 25), (20, 25), {**LINSPACE, "use_lu_lambdas": True}),
-    Sampler("DPM-Solver++(3)", "dpmsolver++", FEW, (20, 25), (20, 25), {**LINSPACE, "solver_order": 3}),
-    Sampler("UniPC", "unipc", FEW, (20, 25), (20, 25), LINSPACE),
-    Sampler("DDPM (adds noise)", "ddpm", (50,), (50,)),
-)
+SAMPLERS = {
+    "DPM-Solver++": Sampler("dpmsolver++"),
+    "DPM-Solver++ Karras": Sampler("dpmsolver++", 25, {"timestep_spacing": "linspace", "use_karras_sigmas": True}),
+    "DPM-Solver++ Lu": Sampler("dpmsolver++", 25, {"timestep_spacing": "linspace", "use_lu_lambdas": True}),
+    "DDIM": Sampler("ddim", 50, {"clip_sample": False}),
+    "UniPC": Sampler("unipc"),
+    "DPM-Solver++(3)": Sampler("dpmsolver++", 25, {"timestep_spacing": "linspace", "solver_order": 3}),
+}
+FIRST = list(SAMPLERS)[:3]
 
 
-KEY = ("network", "sampler", "steps", "method", "schedule")
-"""What tells a row of the report from all others."""
+def differences(nodes: list[int], call: int, order: int, basis: Callable[[float], Sequence[float]]) -> np.ndarray:
+    """Weights of a forecast from finite differences per interval, times a basis in the place of k^m / m!."""
+    nodes = nodes[-order - 1 :]
+    interval, values, total = nodes[-1] - nodes[-2] if len(nodes) > 1 else 1, np.eye(len(nodes)), 0.0
+    for factor in basis(call - nodes[-1])[: len(nodes)]:
+        total = total + factor * values[-1]
+        values = np.diff(values, axis=0) / interval
+    return total[::-1]
+
+
+def chebyshev(nodes: list[int], call: int, calls: int, ridge: float, degree: int = 4) -> np.ndarray:
+    """Weights of a ridge regression on Chebyshev polynomials through all outputs."""
+    design, at = (
+        np.polynomial.chebyshev.chebvander(2 * np.asarray(x) / calls - 1, degree) for x in (nodes, [call])
+    )
+    return (at @ np.linalg.solve(design.T @ design + ridge * np.eye(degree + 1), design.T))[0][::-1]
+
+
+RULES: dict[str, Callable[[list[int], int, int], Any]] = {
+    "hold": lambda nodes, call, calls: [1.0],
+    "TaylorSeer 1": lambda nodes, call, calls: differences(nodes, call, 1, lambda k: [1, k]),
+    "TaylorSeer 2": lambda nodes, call, calls: differences(nodes, call, 2, lambda k: [1, k, k * k / 2]),
+    "HiCache": lambda nodes, call, calls: differences(nodes, call, 2, lambda k: [1, k / 2, (k * k - 2) / 8]),
+    "Spectrum": lambda nodes, call, calls: chebyshev(nodes, call, calls, 1e-4),
+    "Spectrum, ridge 0.1": lambda nodes, call, calls: chebyshev(nodes, call, calls, 0.1),
+}
+
+
+def ruled(computed: Sequence[int], calls: int, rule: Callable[[list[int], int, int], Any]) -> mk.StepSchedule:
+    """The schedule that computes these calls and forecasts the others by `rule`."""
+    rows = []
+    for call in range(calls):
+        nodes = [node for node in computed if node <= call]
+        rows.append([*([1.0] if nodes[-1] == call else map(float, rule(nodes, call, calls))), 0.0])
+    return mk.StepSchedule(pattern_of(tuple(computed), calls), weights=rows)
+
+
+def uniform(calls: int, count: int) -> list[list[int]]:
+    """Computed calls: evenly spread, and with the first three and the last computed."""
+    every = next(n for n in range(2, calls) if mk.StepSchedule.uniform(n).actions(calls).count("U") == count)
+    begun = mk.StepSchedule.uniform(every).actions(calls)
+    even = [round(k * (calls - 1) / (count - 1)) for k in range(count)]
+    return [even, [call for call in range(calls) if begun[call] == "U"]]
+
+
+class Recalled(torch.nn.Module):
+    """A network that keeps its outputs in `held`, while `keeps`, and gives them again for the same sample."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet, self.config, self.keeps, self.recalled = unet, unet.config, False, 0
+        self.held: dict[tuple[float, bytes], torch.Tensor] = {}
+
+    def forward(self, sample: torch.Tensor, timestep: Any, return_dict: bool = False) -> tuple[torch.Tensor]:
+        """The output in a tuple."""
+        if not self.keeps:
+            return self.unet(sample, timestep, return_dict=False)
+        key = float(timestep), sample.contiguous().numpy().tobytes()
+        self.recalled += key in self.held
+        if key not in self.held:
+            self.held[key] = self.unet(sample, timestep, return_dict=False)[0]
+        return (self.held[key].clone(),)
+
+
+class Study:
+    """Samples in every way. deadline: of time.monotonic()."""
+
+    def __init__(self, model: models.Model, report: Report, data: Path | None, deadline: float) -> None:
+        self.model, self.report, self.data, self.deadline = model, report, data, deadline
+        self.networks: dict[str, Quantised] = {}
+        self.references: dict[tuple[str, str], np.ndarray] = {}
+        self.recalling: dict[str, Recalled] = {}
+        longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
+        self.converged = self.sample("float32", "DDIM", longest)
+
+    def unet(self) -> Any:
+        """A copy that shares the weights."""
+        return models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
+
+    def sample(self, network: str, label: str, steps: int, schedule: Any = None, seeds=range(IMAGES)) -> np.ndarray:
+        """Pictures by a network and a schedule."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+        if network not in self.networks:
+            self.networks[network] = Quantised(self.unet(), NETWORKS[network])
+        own, sampler = self.networks[network], SAMPLERS[label]
+        own.handle.set_schedule(schedule)
+        options = {"scheduler_options": sampler.options, "run": own.sampling_run}
+        return models.sample_images(self.model, own.handle.unet, sampler.name, steps, seeds, **options)
+
+    def row(self, network: str, label: str, steps: int, method: str, schedule: Any = None, batch: int = IMAGES) -> None:
+        """Measure one row, unless the report has it."""
+        pattern = schedule and schedule.without_weights()
+        count = steps if schedule is None else schedule.actions(steps).count("U")
+        found = dict(zip(KEY, (network, label, steps, method, pattern, count, batch)))
+        if self.report.key_of(found) in self.report.known:
+            return
+        parts = [range(start, start + batch) for start in range(0, IMAGES, batch)]
+        pictures = np.concatenate([self.sample(network, label, steps, schedule, seeds) for seeds in parts])
+        self.judge(found, pictures)
+
+    def judge(self, found: dict[str, Any], pictures: np.ndarray) -> None:
+        """Add a row with its errors."""
+        own = found["network"], found["sampler"]
+        if own not in self.references:
+            self.references[own] = self.sample(*own, SAMPLERS[own[1]].steps)
+        errors = {"own_db": psnr(pictures, self.references[own]), "converged_db": psnr(pictures, self.converged)}
+        means = {name: round(float(np.minimum(values, 200).mean()), 3) for name, values in errors.items()}
+        if found["method"] == "every call" and found["steps"] == SAMPLERS[own[1]].steps:
+            means["own_db"] = None
+        self.report.add({**found, **means})
+
+    def fit(self, label: str, steps: int, count: int, towards: str, images: int = IMAGES, on: str = "float32") -> Any:
+        """A fit, made where the report has none: its schedule with all weights, and that of the states alone."""
+        about = {"sampler": label, "steps": steps, "evaluations": count, "towards": towards, "images": images, "on": on}
+        fits, sampler = self.report.content["fits"], SAMPLERS[label]
+        found = next((fit for fit in fits if about.items() <= fit.items()), None)
+        if found is None:
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
+            self.recalling = {label: self.recalling.get(label) or Recalled(self.unet())}  # of one sampler, for memory
+            unet = self.recalling[label] if on == "float32" else Recalled(Quantised(self.unet(), NETWORKS[on]).handle.unet)
+            unet.recalled, begun, end = 0, [], Fit.end
+
+            def pictures(seeds: Sequence[int], asked: int) -> np.ndarray:
+                if time.monotonic() > self.deadline:
+                    raise OutOfTime
+                unet.keeps = asked > 100
+                options = {"scheduler_options": sampler.options}
+                return models.sample_images(self.model, unet, sampler.name, asked, seeds, **options)
+
+            def seen(fit: Fit, computed: Any, rows: Table) -> Table:
+                begun.append(rows)  # at first those of the states
+                return end(fit, computed, rows)
+
+            options = {"towards": towards, "images": images, "steps": steps, "seed": FITTING_SEED, "quiet": True}
+            scheduler = models.make_scheduler(self.model, sampler.name, **sampler.options)
+            with mock.patch.object(Fit, "end", seen):
+                made = mk.fit_schedule(unet, count, scheduler=scheduler, sample=pictures, **options)
+            found = {**about, **made.notes, "recalled": unet.recalled, **made.schedule.fields(), "states": begun[0]}
+            fits.append(found)
+            self.report.write()
+        return [mk.StepSchedule(found["rule"], weights=found[name]) for name in ("weights", "states")]
+
+    def baselines(self, network: str, label: str) -> None:
+        """Rows of all that is not ours, and of uniform polynomials."""
+        steps = SAMPLERS[label].steps
+        for few in dict.fromkeys((*FEW, steps)):
+            self.row(network, label, few, "every call")
+        for count in COUNTS:
+            for computed in uniform(steps, count):
+                for method, rule in RULES.items():
+                    self.row(network, label, steps, method, ruled(computed, steps, rule))
+                self.row(network, label, steps, "polynomial", mk.StepSchedule(pattern_of(tuple(computed), steps)))
+        if network == "float32" and find_spec("DeepCache"):
+            for interval in (2, 3, 5):
+                self.deepcache(label, steps, interval)
+
+    def deepcache(self, label: str, steps: int, interval: int) -> None:
+        """A row of DeepCache."""
+        name, key = f"interval {interval}", ("float32", label, steps, "DeepCache")
+        if any(key == self.report.key_of(row)[:4] and row["schedule"] == name for row in self.report.rows):
+            return
+        sampler, unet, flops = SAMPLERS[label], self.unet(), []
+        options: dict[str, Any] = {"scheduler_options": sampler.options}
+        for count, run in ((1, contextlib.nullcontext), (steps, CachedUNet(unet, interval).run)):
+            with FlopCounterMode(display=False) as counter:
+                pictures = models.sample_images(self.model, unet, sampler.name, count, range(IMAGES), run=run, **options)
+            flops.append(counter.get_total_flops())
+        self.judge(dict(zip(KEY, (*key, name, round(flops[1] / flops[0], 2), IMAGES))), pictures)
+
+    def fits(self, network: str, label: str, counts: Sequence[int] = (8, 11)) -> None:
+        """Rows of the fits at these evaluations, and of fitted samplers of as many steps."""
+        steps = SAMPLERS[label].steps
+        for towards in ("own", "converged"):
+            for count in counts:
+                whole, states = self.fit(label, steps, count, towards)
+                self.row(network, label, steps, f"fit, {towards}", whole)
+                self.row(network, label, steps, f"fit of the states, {towards}", states)
+                self.row(network, label, steps, f"polynomial, calls of the fit, {towards}", mk.StepSchedule(whole.rule))
+        for count in counts:
+            self.row(network, label, count, "fitted sampler", self.fit(label, count, count, "converged")[0])
+
+    def distances(self, images: int = 256) -> None:
+        """Fréchet distances to the test images."""
+        if self.data is None:
+            return
+        features = Features(self.model.unet.config.sample_size)
+        tested = load_cifar10(self.data, "test", features.size)[0].permute(0, 2, 3, 1).float().div(255).numpy()
+        wanted: list[tuple[str, int, str, Any]] = [("DDIM", 50, "every call", None)]
+        for label in FIRST[:2]:
+            wanted.append((label, 25, "every call", None))
+            wanted += [(label, 25, f"fit, {to}", self.fit(label, 25, 8, to)[0]) for to in ("own", "converged")]
+        wanted += [(FIRST[2], 8, "every call", None)]
+        wanted += [(FIRST[2], 8, "fitted sampler", self.fit(FIRST[2], 8, 8, "converged")[0])]
+        known = self.report.content["distances"]
+        for label, steps, method, schedule in wanted:
+            about = {"sampler": label, "steps": steps, "method": method}
+            about["evaluations"] = steps if schedule is None else schedule.actions(steps).count("U")
+            if not any(about.items() <= other.items() for other in known):
+                parts = [range(start, start + IMAGES) for start in range(0, images, IMAGES)]
+                pictures = np.concatenate([self.sample("float32", label, steps, schedule, seeds) for seeds in parts])
+                distance = frechet_distance(features(pictures), features(tested))
+                known.append({**about, "images": images, "frechet_test": round(distance, 4)})
+                self.report.write()
+
+    def variations(self, images: Sequence[int]) -> None:
+        """More and fewer images of a fit."""
+        for count in images:
+            whole, _ = self.fit(FIRST[0], 25, 8, "own", count)
+            self.row("float32", FIRST[0], 25, f"fit of {count} images, own", whole)
+
+    def transfer(self) -> None:
+        """A fit on the quantised network, and pictures one by one."""
+        self.row("W8A8", FIRST[0], 25, "fit on plain W8A8, own", self.fit(FIRST[0], 25, 8, "own", on="plain W8A8")[0])
+        for network in ("float32", "W8A8"):
+            self.row(network, FIRST[0], 25, "every call", batch=1)
+            self.row(network, FIRST[0], 25, "fit, own", self.fit(FIRST[0], 25, 8, "own")[0], batch=1)
+
+    def parts(self) -> Iterator[Callable[[], Any]]:
+        """The work in order."""
+        for label in SAMPLERS:
+            if label == "DDIM":
+                yield self.distances
+            for network in ("float32", "W8A8"):
+                yield lambda label=label, network=network: self.baselines(network, label)
+                yield lambda label=label, network=network: self.fits(network, label)
+            if label == "DDIM":
+                yield lambda: self.variations((4, 8))
+                yield self.transfer
+        for label in SAMPLERS:
+            yield lambda label=label: self.baselines("W8A4", label)
+            yield lambda label=label: self.fits("W8A4", label)
+        for network in ("float32", "W8A8"):
+            for label in FIRST[:2]:
+                yield lambda label=label, network=network: self.fits(network, label, (6,))
+        yield lambda: self.variations((64,))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default=None, help="a UNet folder (default: the shipped model)")
-    add("--images", type=int, default=16, help="pictures, one batch (%(default)s)")
-    add("--networks", default=",".join(NETWORKS), help="of %(default)s")
-    add("--samplers", default="", help="parts of sampler names, separated by commas (default: all)")
+    add("--model", help="a UNet folder (default: the shipped model)")
+    add("--data", type=Path, help="folder of CIFAR-10 (examples/cifar10.py), for Fréchet distances")
     add("--threads", type=int, default=2)
+    add("--budget", type=float, metavar="SECONDS", help="end after this time, with what is done")
     add("--resume", action="store_true", help="keep what the report has and add what is missing")
     add("--json", type=Path, required=True, help="the report")
 
 
 def main(args: argparse.Namespace) -> int:
+    deadline = time.monotonic() + (args.budget or float("inf"))
     torch.set_num_threads(args.threads)
     models.quiet_libraries()
     model = models.load_model(args.model, None, torch.device("cpu"))
-    same = {"model": model.name, "images": args.images, "threads": args.threads, "torch": torch.__version__}
-    report = Report(args.json, args.resume, same, {"searches": [], "notes": []}, KEY)
-    study = Study(model, args.images, report.content["searches"])
-    report.content["macs_per_evaluation"] = per_evaluation = sum(study.macs.values())
-    if not study.has_deepcache and all(row["method"] != "DeepCache" for row in report.rows):
-        report.content["notes"] = ["DeepCache is not installed (pip install DeepCache): its rows are left out."]
-    wanted = [part for part in args.samplers.split(",") if part]
-    samplers = [s for s in SAMPLERS if not wanted or any(part in s.label for part in wanted)]
-    for name in tqdm(args.networks.split(","), desc="networks"):
-        for sampler in tqdm(samplers, desc=name, leave=False):
-            for row in study.rows(NETWORKS[name], sampler, report.known):
-                report.add({**row, "macs": round(row["evaluations"] * per_evaluation)})
-    report.write()
+    same = {"model": model.name, "images": IMAGES, "threads": args.threads, "torch": torch.__version__}
+    same["git_commit"] = record.environment()["git_commit"]
+    report = Report(args.json, args.resume, same, {"fits": [], "distances": []}, KEY)
+    try:
+        study = Study(model, report, args.data, deadline)
+        for part in tqdm(list(study.parts())):
+            part()
+    except OutOfTime:
+        return NOT_FINISHED
     return 0
-
-
-class Study:
-    """Samples one batch of `images` pictures in every way. searches: those made before, new ones are appended."""
-
-    def __init__(self, model: models.Model, images: int, searches: list[dict[str, Any]]) -> None:
-        self.model = model
-        self.seeds = range(images)
-        self.searches = searches
-        self.has_deepcache = find_spec("DeepCache") is not None
-        self.macs = _multiplications(model.unet)
-        longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
-        unet = models.share_copy(model.unet).to(memory_format=torch.channels_last)
-        self.converged = self._sample(unet, Sampler("", "ddim", (), (), (), UNCLIPPED), longest)
-
-    def rows(self, network: Row, sampler: Sampler, known: Container[tuple[Any, ...]] = ()) -> Iterator[dict[str, Any]]:
-        """All rows of one network and sampler but those whose KEY is known."""
-        for steps in sampler.steps:
-            dense = None
-            for method, text in self._trials(network, sampler, steps):
-                if (network.name, sampler.label, steps, method, text) in known:
-                    continue
-                if dense is None:
-                    dense, dense_row = self._scheduled(network, sampler, steps, None)
-                if method == EVERY_CALL:
-                    pictures, row = dense, dense_row
-                elif method == "DeepCache":
-                    pictures, row = self._deepcache(sampler, steps, text)
-                else:
-                    pictures, row = self._scheduled(network, sampler, steps, text)
-                own_db = None if pictures is dense else float(psnr(pictures, dense).mean())
-                common = {"network": network.name, "sampler": sampler.label, "steps": steps, "method": method}
-                yield {**common, **row, "own_db": own_db, "converged_db": float(psnr(pictures, self.converged).mean())}
-
-    def _trials(self, network: Row, sampler: Sampler, steps: int) -> Iterator[tuple[str, str | None]]:
-        """Method and schedule of every row with so many steps."""
-        yield EVERY_CALL, None
-        if steps not in sampler.scheduled:
-            return
-        for method, texts in SCHEDULES.items():
-            yield from ((method, text) for text in texts)
-        if network.mode == "float" and self.has_deepcache:
-            yield from (("DeepCache", f"interval {interval}") for interval in DEEPCACHE_INTERVALS)
-        if steps in sampler.searched:
-            yield from (("searched", found["schedule"]) for found in self._searched(sampler, steps))
-
-    def _searched(self, sampler: Sampler, steps: int) -> Iterator[dict[str, Any]]:
-        """The searches for one sampler, most computed calls first; made where they were not yet."""
-        about = {"sampler": sampler.label, "steps": steps}
-        made = {found["computed"]: found for found in self.searches if about.items() <= found.items()}
-        calls = self._calls(sampler, steps)
-        sizes = {StepSchedule.uniform(every).actions(calls).count(UPDATE) for every in SEARCHED_EVERY}
-        fidelity: Callable[[StepSchedule], float] | None = None
-        tried: dict[str, float] = {}
-        for computed in sorted(sizes, reverse=True):
-            if computed not in made:
-                fidelity = fidelity or self._fidelity_of_search(sampler, steps)
-                found = search(fidelity, calls, computed=computed, known=tried)
-                made[computed] = {**about, "computed": computed, "schedule": str(found.schedule)}
-                made[computed] |= {"search_db": found.fidelity_db, "tried": len(tried)}
-                self.searches.append(made[computed])
-            yield made[computed]
-
-    def _fidelity_of_search(self, sampler: Sampler, steps: int) -> Callable[[StepSchedule], float]:
-        """Mean PSNR of a schedule against every call, in float32 and on seeds that no row has."""
-        seeds = range(SEARCH_SEED, SEARCH_SEED + len(self.seeds))
-        unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
-        quantised = Quantised(unet, Row("search", "search", "float", schedule="forecast"))
-
-        def pictures(schedule: StepSchedule | None) -> np.ndarray:
-            quantised.handle.set_schedule(schedule)
-            return self._sample(unet, sampler, steps, quantised.sampling_run, seeds)
-
-        dense = pictures(None)
-        return lambda schedule: float(psnr(pictures(schedule), dense).mean())
-
-    def _scheduled(self, network: Row, sampler: Sampler, steps: int, text: str | None) -> tuple[np.ndarray, Found]:
-        stochastic = " stochastic=True" if text not in (None, "auto") and sampler.name == "ddpm" else ""
-        unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
-        if text is None and network.mode == "float":
-            return self._costed(unet, sampler, steps, text, contextlib.nullcontext, lambda path: 0)
-        row = dataclasses.replace(network, schedule=None if text is None else text + stochastic)
-        own = Quantised(unet, row)
-        return self._costed(unet, sampler, steps, text, own.sampling_run, lambda path: own.handle.skipped_calls())
-
-    def _deepcache(self, sampler: Sampler, steps: int, text: str) -> tuple[np.ndarray, Found]:
-        unet = models.share_copy(self.model.unet).to(memory_format=torch.channels_last)
-        done = dict.fromkeys(self.macs, 0)
-        for path in self.macs:
-            unet.get_submodule(path).register_forward_hook(lambda *_, p=path: done.update({p: done[p] + 1}))
-        run, calls = CachedUNet(unet, int(text.split()[1])).run, self._calls(sampler, steps)
-        return self._costed(unet, sampler, steps, text, run, lambda path: calls - done[path])
-
-    def _costed(self, unet, sampler, steps, text, run, skipped: Callable[[str], int]) -> tuple[np.ndarray, Found]:
-        """Pictures, and what they cost; skipped: how many calls left out the layer at a path."""
-        started = time.perf_counter()
-        pictures = self._sample(unet, sampler, steps, run)
-        seconds = time.perf_counter() - started
-        left_out = sum(macs * skipped(path) for path, macs in self.macs.items()) / sum(self.macs.values())
-        return pictures, {"schedule": text, "evaluations": self._calls(sampler, steps) - left_out, "time_s": seconds}
-
-    def _calls(self, sampler: Sampler, steps: int) -> int:
-        scheduler = models.make_scheduler(self.model, sampler.name, **sampler.options)
-        scheduler.set_timesteps(steps)
-        return len(scheduler.timesteps)
-
-    def _sample(self, unet, sampler: Sampler, steps: int, run=contextlib.nullcontext, seeds=None) -> np.ndarray:
-        options = {"scheduler_options": sampler.options, "run": run}
-        return models.sample_images(self.model, unet, sampler.name, steps, seeds or self.seeds, **options)
-
-
-def _multiplications(unet: nn.Module) -> dict[str, int]:
-    """Multiply-accumulates of each Conv2d and Linear in one call for one picture."""
-    counted: dict[str, int] = {}
-
-    def count(module: Any, output: torch.Tensor, path: str) -> None:
-        counted[path] = output.numel() // module.weight.shape[0] * module.weight.numel()
-
-    layers = {path: m for path, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    hooks = [m.register_forward_hook(lambda m, _, out, p=path: count(m, out, p)) for path, m in layers.items()]
-    with torch.inference_mode():
-        unet(torch.zeros(1, unet.config.in_channels, *[unet.config.sample_size] * 2), 0)
-    for hook in hooks:
-        hook.remove()
-    return counted
-
-
-Curve = list[tuple[float, float]]
-"""(Evaluations, dB to the converged trajectory), by rising cost."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One sampler and number of steps. every_call_db: what it reaches without schedule.
-
-    schedules: the best of every method at each of its costs. fewer_steps: the same sampler with every call computed,
-    the steps of the panel the last. any_sampler: the best of all samplers that compute every call, up to each cost.
-    """
-
-    sampler: str
-    steps: int
-    every_call_db: float
-    schedules: dict[str, Curve]
-    fewer_steps: Curve
-    any_sampler: Curve
-
-
-def panels(report: dict[str, Any], network: str) -> list[Panel]:
-    """Every sampler and number of steps that schedules were tried on, in the order of the rows.
-
-    Samplers that were run with one number of steps are left out: there is nothing to compare with.
-    """
-    rows = [row for row in report["rows"] if row["network"] == network]
-    plain = [row for row in rows if row["method"] == EVERY_CALL]
-    found = []
-    for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in rows):
-        own = [row for row in rows if (row["sampler"], row["steps"]) == (sampler, steps)]
-        methods = dict.fromkeys(row["method"] for row in own if row["method"] != EVERY_CALL)
-        fewer = _curve(row for row in plain if row["sampler"] == sampler and row["steps"] <= steps)
-        if not methods or len(fewer) < 2:
-            continue
-        schedules = {method: _curve(row for row in own if row["method"] == method) for method in methods}
-        others = _rising(_curve(row for row in plain if row["evaluations"] <= fewer[-1][0]))
-        found.append(Panel(sampler, steps, fewer[-1][1], schedules, fewer, others))
-    return found
-
-
-@dataclass(frozen=True)
-class Line:
-    """What is reached at one cost: dB to the converged trajectory by column, None where nothing costs so little.
-
-    That of a method is the best at no greater cost, that of DeepCache lies on the line between its intervals.
-    """
-
-    panel: Panel
-    evaluations: float
-    reached: dict[str, float | None]
-
-
-def lines(report: dict[str, Any], network: str) -> list[Line]:
-    """For every panel the costs of its uniform forecasts, the highest first."""
-    found = []
-    for panel in panels(report, network):
-        for cost, _ in reversed(panel.schedules[FORECAST]):
-            curves = {**panel.schedules, FEWER: panel.fewer_steps, ANY: panel.any_sampler}
-            reached = {name: best_db(curves.get(name, []), cost) for name in COLUMNS}
-            reached["DeepCache"] = between_db(panel.schedules.get("DeepCache", []), cost)
-            found.append(Line(panel, cost, reached))
-    return found
-
-
-def best_db(curve: Curve, evaluations: float) -> float | None:
-    """The most that `curve` reaches for no more than `evaluations`."""
-    return max((db for cost, db in curve if cost <= evaluations + 1e-9), default=None)
-
-
-def between_db(curve: Curve, evaluations: float) -> float | None:
-    """What `curve` reaches for just `evaluations`, on straight lines between its points; beyond the last, its value."""
-    if not curve or evaluations < curve[0][0]:
-        return None
-    for (low, low_db), (high, high_db) in itertools.pairwise(curve):
-        if evaluations <= high:
-            return low_db + (high_db - low_db) * (evaluations - low) / (high - low)
-    return curve[-1][1]
-
-
-def wins(pairs: Iterable[tuple[float | None, float | None]]) -> tuple[int, int]:
-    """How often the first is above the second, and of how many pairs that have both."""
-    both = [(first, second) for first, second in pairs if first is not None and second is not None]
-    return sum(first > second for first, second in both), len(both)
-
-
-def _curve(rows: Iterable[dict[str, Any]]) -> Curve:
-    """The best of `rows` at each cost."""
-    best: dict[float, float] = {}
-    for row in rows:
-        cost = row["evaluations"]
-        best[cost] = max(row["converged_db"], best.get(cost, row["converged_db"]))
-    return sorted(best.items())
-
-
-def _rising(curve: Sequence[tuple[float, float]]) -> Curve:
-    """The points of `curve` that are above all cheaper ones."""
-    return [(cost, db) for i, (cost, db) in enumerate(curve) if all(db > other for _, other in curve[:i])]
-
-
-def table(results: Path, network: str) -> str | None:
-    """What every method reaches at the costs of the uniform forecasts, and how often the searched schedules win."""
-    report = loaded(results / "pareto.json")
-    if report is None:
-        return None
-    found = lines(report, network)
-    shown = [name for name in COLUMNS if any(line.reached[name] is not None for line in found)]
-    cells = []
-    for line in found:
-        highest = max(db for db in line.reached.values() if db is not None)
-        texts = ["-" if line.reached[name] is None else f"{line.reached[name]:.1f}" for name in shown]
-        texts = [f"**{text}**" if text == f"{highest:.1f}" else text for text in texts]
-        name = f"{line.panel.sampler}, {line.panel.steps}"
-        cells.append([name, f"{line.evaluations:g}", *texts, f"{line.panel.every_call_db:.1f}"])
-    pairs = {name: [(line.reached["searched"], line.reached[name]) for line in found] for name in COLUMNS}
-    counted = {words: wins(pairs[name]) for name, words in COLUMNS.items() if words}
-    counts = ", ".join(f"{name} in {won} of {of}" for name, (won, of) in counted.items() if of)
-    notes = " ".join([f"The searched schedules are above {counts} lines." if counts else "", *report["notes"]]).strip()
-    caption = f"`{report['command']}`: {report['model']}, {network}, {report['images']} images. {notes}".rstrip()
-    return f"{markdown_table(('sampler, steps', 'evaluations', *shown, 'every call'), cells)}\n\n{caption}"
