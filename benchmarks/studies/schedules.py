@@ -7,9 +7,9 @@ Its cost is counted in evaluations of the network, of DeepCache in parts of thei
 dB to the same network and sampler with every call (own_db), and to the converged picture, of DDIM with as many steps as
 the model was trained on, in float32 (converged_db). Samplers do not clip, so that all follow one trajectory.
 
-All forecasts are weights of past outputs, so one executor runs them: `StepSchedule(pattern, weights=...)`, on calls that
-are spread evenly, or with DeepCache's and TaylorSeer's habit of computing the first ones. TaylorSeer (2503.06923):
-finite differences per interval. HiCache (2508.16984): the same in scaled Hermite polynomials, sigma 0.5. Spectrum
+All forecasts are weights of past outputs, so one executor runs them: `StepSchedule(pattern, weights=...)`, on calls
+that are spread evenly, or with the first three and the last computed. TaylorSeer (2503.06923): finite differences per
+interval. HiCache (2508.16984): the same in scaled Hermite polynomials, sigma 0.5. Spectrum
 (2603.01623): Chebyshev polynomials of degree 4 through all outputs, no blend; its ridge is 1e-4 here, and the 0.1 that
 was published in rows of their own.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,9 +98,7 @@ def differences(nodes: list[int], call: int, order: int, basis: Callable[[float]
 
 def chebyshev(nodes: list[int], call: int, calls: int, ridge: float, degree: int = 4) -> np.ndarray:
     """Weights of a ridge regression on Chebyshev polynomials through all outputs."""
-    design, at = (
-        np.polynomial.chebyshev.chebvander(2 * np.asarray(x) / calls - 1, degree) for x in (nodes, [call])
-    )
+    design, at = (np.polynomial.chebyshev.chebvander(2 * np.asarray(x) / calls - 1, degree) for x in (nodes, [call]))
     return (at @ np.linalg.solve(design.T @ design + ridge * np.eye(degree + 1), design.T))[0][::-1]
 
 
@@ -169,7 +168,8 @@ class Study:
         if time.monotonic() > self.deadline:
             raise OutOfTime
         if network not in self.networks:
-            self.networks[network] = Quantised(self.unet(), NETWORKS[network])
+            row = dataclasses.replace(NETWORKS[network], schedule="hold")  # of a float network, which has nothing else
+            self.networks[network] = Quantised(self.unet(), row)
         own, sampler = self.networks[network], SAMPLERS[label]
         own.handle.set_schedule(schedule)
         options = {"scheduler_options": sampler.options, "run": own.sampling_run}
@@ -206,8 +206,11 @@ class Study:
             if time.monotonic() > self.deadline:
                 raise OutOfTime
             self.recalling = {label: self.recalling.get(label) or Recalled(self.unet())}  # of one sampler, for memory
-            unet = self.recalling[label] if on == "float32" else Recalled(Quantised(self.unet(), NETWORKS[on]).handle.unet)
-            unet.recalled, begun, end = 0, [], Fit.end
+            unet = self.recalling[label]
+            if on != "float32":
+                unet = Recalled(Quantised(self.unet(), NETWORKS[on]).handle.unet)
+            begun: list[Table] = []
+            unet.recalled, end = 0, Fit.end
 
             def pictures(seeds: Sequence[int], asked: int) -> np.ndarray:
                 if time.monotonic() > self.deadline:
@@ -252,7 +255,9 @@ class Study:
         options: dict[str, Any] = {"scheduler_options": sampler.options}
         for count, run in ((1, contextlib.nullcontext), (steps, CachedUNet(unet, interval).run)):
             with FlopCounterMode(display=False) as counter:
-                pictures = models.sample_images(self.model, unet, sampler.name, count, range(IMAGES), run=run, **options)
+                pictures = models.sample_images(
+                    self.model, unet, sampler.name, count, range(IMAGES), run=run, **options
+                )
             flops.append(counter.get_total_flops())
         self.judge(dict(zip(KEY, (*key, name, round(flops[1] / flops[0], 2), IMAGES))), pictures)
 
@@ -340,8 +345,8 @@ def main(args: argparse.Namespace) -> int:
     models.quiet_libraries()
     model = models.load_model(args.model, None, torch.device("cpu"))
     same = {"model": model.name, "images": IMAGES, "threads": args.threads, "torch": torch.__version__}
-    same["git_commit"] = record.environment()["git_commit"]
-    report = Report(args.json, args.resume, same, {"fits": [], "distances": []}, KEY)
+    more = {"git_commit": record.environment()["git_commit"], "fits": [], "distances": []}
+    report = Report(args.json, args.resume, same, more, KEY)
     try:
         study = Study(model, report, args.data, deadline)
         for part in tqdm(list(study.parts())):
