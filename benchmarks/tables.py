@@ -8,7 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
     steps NETWORK [BATCH], runs NETWORK SAMPLER      op unet_step and sampling, every device; with BATCH the last device
     products                                         single layers
     compare [FILE]                                   FILE.json, as `modiff compare --json` writes it
-    schedules NETWORK, calibration SAMPLER           pareto.json and calibration.json
+    schedules own|converged|fits|distances [NETWORK], calibration SAMPLER      pareto.json and calibration.json
     quality FILE SAMPLER                             FILE.json, of the study `quality`
 
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.

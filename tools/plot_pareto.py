@@ -3,7 +3,7 @@
     python tools/plot_pareto.py            draw it (needs matplotlib, which the extra dev brings)
     python tools/plot_pareto.py --check    exit code 1 if it was drawn from other rows
 
-A panel per sampler: evaluations of the network against dB to the converged trajectory, a line per way to spend fewer.
+A panel per sampler: evaluations of the network against dB to the converged picture, a line per way to spend fewer.
 The picture carries a digest of what it shows.
 """
 
@@ -18,67 +18,59 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.studies.schedules import Panel, panels  # noqa: E402 (the path is set first)
+from benchmarks.studies.schedules import SAMPLERS, curve  # noqa: E402 (the path is set first)
 
-NETWORK, COLUMNS = "float32", 3
-SHOWN = {
-    "DDIM": (20, 50),
-    **dict.fromkeys((f"DPM-Solver++{kind}" for kind in ("", " Karras", " Lu")), (25,)),
-    "UniPC": (25,),
-}
-# What every line is called, and how it is drawn; the searched schedules are drawn last, over all others.
+SHOWN = ("DPM-Solver++", "DPM-Solver++ Karras", "DPM-Solver++ Lu")
+# Methods, what they are called, and how they are drawn; the fitted schedules last, over all others.
 LINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "any_sampler": ("any sampler, every call", {"color": "black", "linestyle": "--", "drawstyle": "steps-post"}),
-    "fewer_steps": ("same sampler, fewer steps", {"color": "grey", "marker": "."}),
+    "every call": ("every call, fewer steps", {"color": "black", "marker": "."}),
+    "hold": ("hold the last output", {"color": "tab:orange", "marker": "v"}),
     "DeepCache": ("DeepCache N=2, 3, 5", {"color": "tab:red", "marker": "s"}),
-    "hold": ("hold", {"color": "tab:orange", "marker": "v"}),
-    "forecast deep": ("forecast, deep levels", {"color": "tab:cyan", "marker": "^"}),
-    "forecast": ("forecast", {"color": "tab:blue", "marker": "o"}),
-    "searched": ("forecast, searched", {"color": "tab:green", "marker": "D", "linewidth": 2.2}),
+    "TaylorSeer 2": ("TaylorSeer, order 2", {"color": "tab:purple", "marker": "<"}),
+    "HiCache": ("HiCache", {"color": "tab:brown", "marker": ">"}),
+    "Spectrum": ("Spectrum, ridge 1e-4", {"color": "tab:cyan", "marker": "^"}),
+    "polynomial": ("polynomial", {"color": "tab:blue", "marker": "o"}),
+    "fitted sampler": ("fitted sampler, every call", {"color": "grey", "marker": "x", "linestyle": "--"}),
+    "fit, converged": ("fitted schedule (ours)", {"color": "tab:green", "marker": "D", "linewidth": 2.4}),
 }
 DIGEST = "Description"  # the text chunk of the picture that holds it
 
-
-def shown_panels(report: dict[str, Any]) -> list[Panel]:
-    """The panels of the picture, as far as the report has them."""
-    return [panel for panel in panels(report, NETWORK) if panel.steps in SHOWN.get(panel.sampler, ())]
+Panel = dict[str, list[tuple[float, float]]]
 
 
-def curves(panel: Panel) -> list[tuple[str, dict[str, Any], list[tuple[float, float]]]]:
-    """Label, style and points of every line of a panel."""
-    points = {"any_sampler": panel.any_sampler, "fewer_steps": panel.fewer_steps, **panel.schedules}
-    return [(label, style, points[name]) for name, (label, style) in LINES.items() if name in points]
+def panels(report: dict[str, Any]) -> dict[str, Panel]:
+    """By sampler, the points of every line."""
+    found = {}
+    for label in SHOWN:
+        lines = {name: curve(report, "float32", label, (name,), "converged_db") for name in LINES}
+        found[label] = {name: list(points.items()) for name, points in lines.items() if points}
+    return {label: lines for label, lines in found.items() if lines}
 
 
-def digest(found: list[Panel]) -> str:
+def digest(found: dict[str, Panel]) -> str:
     """Names the points that a picture shows."""
-    shown = [(panel.sampler, panel.steps, curves(panel)) for panel in found]
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([found, LINES]).encode()).hexdigest()
 
 
-def draw(found: list[Panel], path: Path) -> None:
+def draw(found: dict[str, Panel], path: Path) -> None:
     """Write the picture."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    rows = -(-len(found) // COLUMNS)
-    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(11, 3.3 * rows + 0.6), squeeze=False, layout="constrained")
-    lines: dict[str, Any] = {}
-    for axis, panel in zip(axes.flat, found):
-        for label, style, points in curves(panel):
-            (lines[label],) = axis.plot(*zip(*points), label=label, **{"markersize": 5, "linewidth": 1.3, **style})
-        axis.axhline(panel.every_call_db, color="grey", linestyle=":", linewidth=1)
-        axis.set_title(f"{panel.sampler}, {panel.steps} steps", fontsize=10)
+    figure, axes = pyplot.subplots(1, len(found), figsize=(11, 4.6), sharey=True, squeeze=False, layout="constrained")
+    handles: dict[str, Any] = {}
+    for axis, (label, lines) in zip(axes.flat, found.items()):
+        for name, points in lines.items():
+            text, style = LINES[name]
+            (handles[text],) = axis.plot(*zip(*points), label=text, **{"markersize": 5, "linewidth": 1.3, **style})
+        axis.axhline(lines["every call"][-1][1], color="black", linestyle=":", linewidth=1)
+        axis.set_title(f"{label}, {SAMPLERS[label].steps} steps", fontsize=10)
         axis.grid(alpha=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("evaluations of the network", fontsize=9)
-        axis.set_ylabel("dB to converged", fontsize=9)
-        axis.tick_params(labelsize=8)
-    order = [label for label, _ in LINES.values() if label in lines]
-    place = {"loc": "outside lower center", "ncols": 4, "fontsize": 9, "frameon": False}
-    figure.legend([lines[label] for label in order], order, **place)
+    axes[0, 0].set_ylabel("dB to the converged picture", fontsize=9)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.savefig(path, dpi=88, metadata={DIGEST: digest(found), "Software": None})
 
 
@@ -86,7 +78,7 @@ def main(argv: list[str]) -> int:
     from PIL import Image
 
     path = ROOT / "docs" / "schedules_pareto.png"
-    found = shown_panels(json.loads((ROOT / "benchmarks" / "results" / "pareto.json").read_text()))
+    found = panels(json.loads((ROOT / "benchmarks" / "results" / "pareto.json").read_text()))
     if "--check" not in argv:
         draw(found, path)
     with Image.open(path) as picture:
