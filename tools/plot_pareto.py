@@ -1,10 +1,7 @@
 """Draw docs/schedules_pareto.png from benchmarks/results/pareto.json, or check that it is up to date.
 
-    python tools/plot_pareto.py            draw it (needs matplotlib, which the extra dev brings)
-    python tools/plot_pareto.py --check    exit code 1 if it was drawn from other rows
-
-A panel per sampler: evaluations of the network against dB to the converged picture, a line per way to spend fewer.
-The picture carries a digest of what it shows.
+python tools/plot_pareto.py            draw it (needs matplotlib, which the extra dev brings)
+python tools/plot_pareto.py --check    exit code 1 if it was drawn from other rows, by the digest in the picture
 """
 
 from __future__ import annotations
@@ -18,42 +15,40 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.studies.schedules import SAMPLERS, curve  # noqa: E402 (the path is set first)
+from benchmarks.studies.schedules import KARRAS, LU, PLAIN, SAMPLERS, curve  # noqa: E402 (the path is set first)
 
-SHOWN = ("DPM-Solver++", "DPM-Solver++ Karras", "DPM-Solver++ Lu")
-# Methods, what they are called, and how they are drawn; the fitted schedules last, over all others.
-LINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "every call": ("every call, fewer steps", {"color": "black", "marker": "."}),
-    "hold": ("hold the last output", {"color": "tab:orange", "marker": "v"}),
-    "DeepCache": ("DeepCache N=2, 3, 5", {"color": "tab:red", "marker": "s"}),
-    "TaylorSeer 2": ("TaylorSeer, order 2", {"color": "tab:purple", "marker": "<"}),
-    "HiCache": ("HiCache", {"color": "tab:brown", "marker": ">"}),
-    "Spectrum": ("Spectrum, ridge 1e-4", {"color": "tab:cyan", "marker": "^"}),
-    "polynomial": ("polynomial", {"color": "tab:blue", "marker": "o"}),
-    "fitted sampler": ("fitted sampler, every call", {"color": "grey", "marker": "x", "linestyle": "--"}),
-    "fit, converged": ("fitted schedule (ours)", {"color": "tab:green", "marker": "D", "linewidth": 2.4}),
-}
+# Method, what its line is called, and how it is drawn; the fitted schedules last, over all others.
+LINES = (
+    ("every call", "every call, fewer steps", {"color": "black", "marker": "."}),
+    ("hold", "hold the last output", {"color": "tab:orange", "marker": "v"}),
+    ("DeepCache", "DeepCache N=2, 3, 5", {"color": "tab:red", "marker": "s"}),
+    ("TaylorSeer 2", "TaylorSeer, order 2", {"color": "tab:purple", "marker": "<"}),
+    ("HiCache", "HiCache", {"color": "tab:brown", "marker": ">"}),
+    ("Spectrum", "Spectrum, ridge 1e-4", {"color": "tab:cyan", "marker": "^"}),
+    ("polynomial", "polynomial", {"color": "tab:blue", "marker": "o"}),
+    ("fitted sampler", "fitted sampler, every call", {"color": "grey", "marker": "x", "linestyle": "--"}),
+    ("fit, converged", "fitted schedule (ours)", {"color": "tab:green", "marker": "D", "linewidth": 2.4}),
+)
 DIGEST = "Description"  # the text chunk of the picture that holds it
 
-Panel = dict[str, list[tuple[float, float]]]
+
+def panels(report: dict[str, Any]) -> dict[str, list[Any]]:
+    """By sampler, label, style and points of every line."""
+    curves = {
+        of: [(label, style, curve(report, "float32", of, (name,), "converged_db")) for name, label, style in LINES]
+        for of in (PLAIN, KARRAS, LU)
+    }
+    return {of: [(label, style, list(points.items())) for label, style, points in lines if points]
+            for of, lines in curves.items()}  # fmt: skip
 
 
-def panels(report: dict[str, Any]) -> dict[str, Panel]:
-    """By sampler, the points of every line."""
-    found = {}
-    for label in SHOWN:
-        lines = {name: curve(report, "float32", label, (name,), "converged_db") for name in LINES}
-        found[label] = {name: list(points.items()) for name, points in lines.items() if points}
-    return {label: lines for label, lines in found.items() if lines}
+def digest(found: dict[str, list[Any]]) -> str:
+    """Names what a picture shows."""
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def digest(found: dict[str, Panel]) -> str:
-    """Names the points that a picture shows."""
-    return hashlib.sha256(json.dumps([found, LINES]).encode()).hexdigest()
-
-
-def draw(found: dict[str, Panel], path: Path) -> None:
-    """Write the picture."""
+def draw(found: dict[str, list[Any]], path: Path) -> None:
+    """Write the picture: evaluations against dB to the converged picture."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -61,12 +56,11 @@ def draw(found: dict[str, Panel], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(found), figsize=(11, 4.6), sharey=True, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
-    for axis, (label, lines) in zip(axes.flat, found.items()):
-        for name, points in lines.items():
-            text, style = LINES[name]
-            (handles[text],) = axis.plot(*zip(*points), label=text, **{"markersize": 5, "linewidth": 1.3, **style})
-        axis.axhline(lines["every call"][-1][1], color="black", linestyle=":", linewidth=1)
-        axis.set_title(f"{label}, {SAMPLERS[label].steps} steps", fontsize=10)
+    for axis, (of, lines) in zip(axes.flat, found.items()):
+        for label, style, points in lines:
+            (handles[label],) = axis.plot(*zip(*points), **{"markersize": 5, "linewidth": 1.3, **style})
+        axis.axhline(lines[0][2][-1][1], color="black", linestyle=":", linewidth=1)
+        axis.set_title(f"{of}, {SAMPLERS[of][1]} steps", fontsize=10)
         axis.grid(alpha=0.3)
         axis.set_xlabel("evaluations of the network", fontsize=9)
     axes[0, 0].set_ylabel("dB to the converged picture", fontsize=9)

@@ -10,11 +10,12 @@ the model was trained on, in float32 (converged_db). Samplers do not clip, so th
 All forecasts are weights of past outputs, so one executor runs them: `StepSchedule(pattern, weights=...)`, on calls
 that are spread evenly, or with the first three and the last computed. TaylorSeer (2503.06923): finite differences per
 interval. HiCache (2508.16984): the same in scaled Hermite polynomials, sigma 0.5. Spectrum (2603.01623): Chebyshev
-polynomials of degree 4 through all outputs, no blend; its ridge is 1e-4 here, the published 0.1 has rows of its own.
+polynomials of degree 4 (lower where fewer are known) through all outputs, no blend; its ridge is 1e-4 here, the
+published 0.1 has rows of its own.
 
 Fits (`modiff_kernels.fit_schedule`) are made in float32 on seeds from 1000 on, and kept in the report. Those towards
 the converged picture share the network's outputs there (`recalled` of them): only the first shows what a fit costs. The
-report is written after every row, those that tell most first. DeepCache rows need the package of that name.
+report is written after every row, those that tell most first. DeepCache rows need its package.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def differences(nodes: list[int], call: int, basis: Callable[[int], list[float]]
     return total[: -len(factors) - 1 : -1]
 
 
-def chebyshev(nodes: list[int], call: int, calls: int, ridge: float, degree: int = 4) -> Any:
+def chebyshev(nodes: list[int], call: int, calls: int, ridge: float) -> Any:
     """Weights of a ridge regression on Chebyshev polynomials through all outputs."""
+    degree = min(4, len(nodes) - 1)
     rows = np.polynomial.chebyshev.chebvander(2 * np.array([call, *nodes]) / calls - 1, degree)
     return np.linalg.solve(rows[1:].T @ rows[1:] + ridge * np.eye(degree + 1), rows[0]) @ rows[:0:-1].T
 
