@@ -189,7 +189,7 @@ class Study:
             if self.recalling[0] != (kind := label + on):  # of one kind alone, for memory
                 unet = self.unet() if on == "float32" else Quantised(self.unet(), NETWORKS[on]).handle.unet
                 self.recalling = kind, Recalled(unet)
-            unet, end, begun = self.recalling[1], Fit.end, []
+            unet, jacobian, begun = self.recalling[1], Fit.jacobian, []
             unet.recalled = 0
 
             def pictures(seeds: Sequence[int], asked: int) -> Any:
@@ -197,12 +197,12 @@ class Study:
                 return self.pictures(unet, label, asked, seeds)
 
             def seen(fit: Fit, computed: Any, rows: Any) -> Any:
-                begun.append(rows)  # at first those of the states
-                return end(fit, computed, rows)
+                begun.append(rows)  # those of the states, from which the end fit sets out
+                return jacobian(fit, computed, rows)
 
             scheduler = models.make_scheduler(self.model, name, **options)
             more = {"steps": steps, "towards": towards, "images": images, "seed": FITTING_SEED, "quiet": True}
-            with mock.patch.object(Fit, "end", seen):
+            with mock.patch.object(Fit, "jacobian", seen):
                 made = mk.fit_schedule(unet, count, scheduler=scheduler, sample=pictures, **more)
             found = {**about, **made.notes, "recalled": unet.recalled, **made.schedule.fields(), "states": begun[0]}
             fits.append(found)
