@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -29,17 +32,14 @@ LINES = (
     ("fitted sampler", "fitted sampler, every call", {"color": "grey", "marker": "x", "linestyle": "--"}),
     ("fit, converged", "fitted schedule (ours)", {"color": "tab:green", "marker": "D", "linewidth": 2.4}),
 )
+SHOWN = (PLAIN, KARRAS, LU)
 DIGEST = "Description"  # the text chunk of the picture that holds it
 
 
 def panels(report: dict[str, Any]) -> dict[str, list[Any]]:
     """By sampler, label, style and points of every line."""
-    curves = {
-        of: [(label, style, curve(report, "float32", of, (name,), "converged_db")) for name, label, style in LINES]
-        for of in (PLAIN, KARRAS, LU)
-    }
-    return {of: [(label, style, list(points.items())) for label, style, points in lines if points]
-            for of, lines in curves.items()}  # fmt: skip
+    curves = {(of, name): curve(report, "float32", of, (name,), "converged_db") for of in SHOWN for name, *_ in LINES}
+    return {of: [(label, style, [*curves[of, name].items()]) for name, label, style in LINES] for of in SHOWN}
 
 
 def digest(found: dict[str, list[Any]]) -> str:
@@ -58,7 +58,7 @@ def draw(found: dict[str, list[Any]], path: Path) -> None:
     handles: dict[str, Any] = {}
     for axis, (of, lines) in zip(axes.flat, found.items()):
         for label, style, points in lines:
-            (handles[label],) = axis.plot(*zip(*points), **{"markersize": 5, "linewidth": 1.3, **style})
+            (handles[label],) = axis.plot(*np.reshape(points, (-1, 2)).T, **{"markersize": 5, **style})
         axis.axhline(lines[0][2][-1][1], color="black", linestyle=":", linewidth=1)
         axis.set_title(f"{of}, {SAMPLERS[of][1]} steps", fontsize=10)
         axis.grid(alpha=0.3)
@@ -68,18 +68,15 @@ def draw(found: dict[str, list[Any]], path: Path) -> None:
     figure.savefig(path, dpi=88, metadata={DIGEST: digest(found), "Software": None})
 
 
-def main(argv: list[str]) -> int:
-    from PIL import Image
-
+def main(argv: list[str]) -> str | None:
     path = ROOT / "docs" / "schedules_pareto.png"
     found = panels(json.loads((ROOT / "benchmarks" / "results" / "pareto.json").read_text()))
     if "--check" not in argv:
         draw(found, path)
     with Image.open(path) as picture:
         if picture.info.get(DIGEST) != digest(found):
-            print(f"{path.name} is out of date; run python tools/plot_pareto.py", file=sys.stderr)
-            return 1
-    return 0
+            return f"{path.name} is out of date; run python tools/plot_pareto.py"
+    return None
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
     python -m benchmarks schedules --data DATA --keep kept --json benchmarks/results/pareto.json
 
 Every row samples the same noise (seeds from 0 on) with the shipped model in a network (float32, modulated W8A8, W8A4).
-Its cost is counted in evaluations of the network, of DeepCache in parts of their flops; its error is the mean PSNR in
-dB to the same network and sampler with every call (own_db), and to the converged picture, of DDIM with as many steps as
-the model was trained on, in float32 (converged_db). Samplers do not clip, so that all follow one trajectory.
+Its cost is counted in evaluations, of DeepCache in parts by flops; its error is the mean PSNR in dB to the same network
+and sampler with every call (own_db), and to the picture of DDIM with as many steps as the model was trained on, in
+float32 (converged_db). Samplers do not clip, so that all follow one trajectory.
 
 All forecasts are weights of past outputs, so one executor runs them: `StepSchedule(pattern, weights=...)`, on calls
 that are spread evenly, or with the first three and the last computed. TaylorSeer (2503.06923): finite differences per
 interval. HiCache (2508.16984): the same in scaled Hermite polynomials, sigma 0.5. Spectrum (2603.01623): Chebyshev
-polynomials of degree 4 (lower where fewer are known) through all outputs, no blend; its ridge is 1e-4 here, the
-published 0.1 has rows of its own.
+polynomials of degree 4 (lower where fewer outputs are known), no blend, ridge 1e-4; the published 0.1 has own rows.
 
 Fits (`modiff_kernels.fit_schedule`) are made in float32 on seeds from 1000 on, and kept in the report. Those towards
 the converged picture share the network's outputs there (`recalled` of them): only the first shows what a fit costs. The
@@ -23,7 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ SAMPLERS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "UniPC": ("unipc", 25, LINSPACE),
     "DPM-Solver++(3)": ("dpmsolver++", 25, {**LINSPACE, "solver_order": 3}),
 }
-"""Names on the command line, calls of the run whose calls are skipped, and options."""
+"""Name on the command line, steps and options."""
 PLAIN, KARRAS, LU = list(SAMPLERS)[:3]
 IMAGES, FITTING_SEED, DISTANCE_IMAGES = 16, 1000, 256
 MOST_DB = 200.0
@@ -71,38 +71,39 @@ WHOLE, STATES, CALLS = "fit, {}", "fit of the states, {}", "polynomial, calls of
 KEY = ("network", "sampler", "steps", "method", "schedule", "evaluations", "batch")
 
 
-def differences(nodes: list[int], call: int, basis: Callable[[int], list[float]]) -> Any:
-    """Weights of the outputs at nodes, the newest first: finite differences per interval, times a basis as k^m / m!."""
-    factors = basis(call - nodes[-1])[: len(nodes)]
-    interval, values, total = (nodes[-1] - nodes[-2] if len(nodes) > 1 else 1), np.eye(len(nodes)), 0.0
-    for factor in factors:
+def differences(nodes: list[int], factors: list[float]) -> Any:
+    """Weights of the outputs at nodes, the newest first: finite differences per interval, times factors as k^m / m!."""
+    interval, values, total = np.diff([nodes[0] - 1, *nodes])[-1], np.eye(len(nodes)), 0.0
+    for factor in factors[: len(nodes)]:
         total, values = total + factor * values[-1], np.diff(values, axis=0) / interval
     return total[: -len(factors) - 1 : -1]
 
 
-def chebyshev(nodes: list[int], call: int, calls: int, ridge: float) -> Any:
+def chebyshev(nodes: list[int], k: int, calls: int, ridge: float) -> Any:
     """Weights of a ridge regression on Chebyshev polynomials through all outputs."""
     degree = min(4, len(nodes) - 1)
-    rows = np.polynomial.chebyshev.chebvander(2 * np.array([call, *nodes]) / calls - 1, degree)
+    rows = np.polynomial.chebyshev.chebvander(2 * np.array([nodes[-1] + k, *nodes]) / calls - 1, degree)
     return np.linalg.solve(rows[1:].T @ rows[1:] + ridge * np.eye(degree + 1), rows[0]) @ rows[:0:-1].T
 
 
-RULES: dict[str, Callable[[list[int], int, int], Any]] = {
-    "hold": lambda nodes, call, calls: [1.0],
-    "TaylorSeer 1": lambda nodes, call, calls: differences(nodes, call, lambda k: [1, k]),
-    "TaylorSeer 2": lambda nodes, call, calls: differences(nodes, call, lambda k: [1, k, k * k / 2]),
-    "HiCache": lambda nodes, call, calls: differences(nodes, call, lambda k: [1, k / 2, (k * k - 2) / 8]),
-    "Spectrum": lambda nodes, call, calls: chebyshev(nodes, call, calls, 1e-4),
-    "Spectrum, ridge 0.1": lambda nodes, call, calls: chebyshev(nodes, call, calls, 0.1),
+RULES: dict[str, Callable[..., Any]] = {
+    "hold": lambda nodes, k, calls: [1.0],
+    "TaylorSeer 1": lambda nodes, k, calls: differences(nodes, [1, k]),
+    "TaylorSeer 2": lambda nodes, k, calls: differences(nodes, [1, k, k * k / 2]),
+    "HiCache": lambda nodes, k, calls: differences(nodes, [1, k / 2, (k * k - 2) / 8]),
+    "Spectrum": lambda nodes, k, calls: chebyshev(nodes, k, calls, 1e-4),
+    "Spectrum, ridge 0.1": lambda nodes, k, calls: chebyshev(nodes, k, calls, 0.1),
 }
+"""Weights of past outputs, the newest first, from the calls they are of, the calls since the last, and all calls."""
 
 
-def ruled(computed: Sequence[int], calls: int, rule: Callable[[list[int], int, int], Any]) -> mk.StepSchedule:
+def ruled(computed: Sequence[int], calls: int, rule: Callable[..., Any]) -> mk.StepSchedule:
     """The schedule that computes these calls and forecasts the others by `rule`."""
-    nodes = [[node for node in computed if node <= call] for call in range(calls)]
-    rows = [
-        [1.0, 0.0] if call in computed else [*map(float, rule(nodes[call], call, calls)), 0.0] for call in range(calls)
-    ]
+    rows = []
+    for call in range(calls):
+        nodes = [node for node in computed if node <= call]
+        weights = [1.0] if nodes[-1] == call else rule(nodes, call - nodes[-1], calls)
+        rows.append([*map(float, weights), 0.0])
     return mk.StepSchedule(pattern(tuple(computed), calls), weights=rows)
 
 
@@ -124,13 +125,13 @@ class Recalled(torch.nn.Module):
 
     def forward(self, sample: torch.Tensor, timestep: Any, return_dict: bool = False) -> Any:
         """The output in a tuple."""
+        if not self.keeps:
+            return self.unet(sample, timestep, return_dict=False)
         key = float(timestep), sample.contiguous().numpy().tobytes()
-        known = self.held.get(key) if self.keeps else None
-        self.recalled += known is not None
-        output = self.unet(sample, timestep, return_dict=False) if known is None else known
-        if self.keeps:
-            self.held[key] = output
-        return output
+        self.recalled += key in self.held
+        if key not in self.held:
+            self.held[key] = self.unet(sample, timestep, return_dict=False)
+        return self.held[key]
 
 
 class Study:
@@ -140,7 +141,7 @@ class Study:
         self.model, self.report, self.data = model, report, data
         self.networks: dict[str, Quantised] = {}
         self.references: dict[Any, np.ndarray] = {}
-        self.recalling: tuple[str, Any] = ("", None)
+        self.recalling: dict[str, Recalled] = {}
         if not (kept := keep / "converged.npy").exists():
             longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
             np.save(kept, self.sample("float32", "DDIM", longest))
@@ -186,10 +187,10 @@ class Study:
         fits, (name, _, options) = self.report.content["fits"], SAMPLERS[label]
         found = next((fit for fit in fits if about.items() <= fit.items()), None)
         if found is None:
-            if self.recalling[0] != (kind := label + on):  # of one kind alone, for memory
-                unet = self.unet() if on == "float32" else Quantised(self.unet(), NETWORKS[on]).handle.unet
-                self.recalling = kind, Recalled(unet)
-            unet, jacobian, begun = self.recalling[1], Fit.jacobian, []
+            if on not in self.recalling:
+                plain = self.unet() if on == "float32" else Quantised(self.unet(), NETWORKS[on]).handle.unet
+                self.recalling[on] = Recalled(plain)
+            unet, jacobian, begun = self.recalling[on], Fit.jacobian, []
             unet.recalled = 0
 
             def pictures(seeds: Sequence[int], asked: int) -> Any:
@@ -221,29 +222,25 @@ class Study:
                 polynomial = mk.StepSchedule(pattern(tuple(computed), steps))
                 self.row(network, label, steps, "polynomial", schedule=polynomial)
         for interval in (2, 3, 5) if network == "float32" and find_spec("DeepCache") else ():
-            about = (network, label, steps, "DeepCache", f"interval {interval}")
+            about, unet, flops = (network, label, steps, "DeepCache", f"interval {interval}"), self.unet(), []
             if any(about == known[: len(about)] for known in self.report.known):
                 continue
-            unet, flops = self.unet(), []
             for calls, run in ((1, contextlib.nullcontext), (steps, CachedUNet(unet, interval).run)):
                 with FlopCounterMode(display=False) as counter:
                     pictures = self.pictures(unet, label, calls, range(IMAGES), run)
                 flops.append(counter.get_total_flops())
             self.judge((*about, round(flops[1] / flops[0], 2), IMAGES), pictures)
 
-    def fits(self, network: str, label: str, counts: Sequence[int] = COUNTS[1:]) -> None:
-        """Rows of the fits at these evaluations, and of fitted samplers of as many steps."""
+    def fits(self, network: str, label: str, count: int, to: str) -> None:
+        """Rows of a fit, and of a fitted sampler of as many steps."""
         steps = SAMPLERS[label][1]
         self.row(network, label, steps, "every call")
-        for count in counts:
-            for to in ("own", "converged"):
-                whole, states = self.fit(label, steps, count, to)
-                polynomial = mk.StepSchedule(whole.rule)
-                for method, schedule in ((WHOLE, whole), (STATES, states), (CALLS, polynomial)):
-                    self.row(network, label, steps, method.format(to), schedule=schedule)
-        for count in counts:
-            schedule = self.fit(label, count, count, "converged")[0]
+        if to == "converged":
+            schedule = self.fit(label, count, count, to)[0]
             self.row(network, label, count, "fitted sampler", schedule=schedule)
+        whole, states = self.fit(label, steps, count, to)
+        for method, schedule in ((WHOLE, whole), (STATES, states), (CALLS, mk.StepSchedule(whole.rule))):
+            self.row(network, label, steps, method.format(to), schedule=schedule)
 
     def distances(self) -> None:
         """Fréchet distances to the test images."""
@@ -272,21 +269,6 @@ class Study:
         for count in (4, 8, 64):
             self.row("float32", PLAIN, 25, f"fit of {count} images, own", schedule=self.fit(*about, count)[0])
 
-    def parts(self) -> Iterator[Callable[[], Any]]:
-        """The work in order."""
-        for label in SAMPLERS:
-            yield lambda label=label: self.baselines("float32", label)
-            yield lambda label=label: self.fits("float32", label)
-            yield lambda label=label: self.fits("W8A8", label)
-            if label == LU and self.data is not None:
-                yield self.distances
-        yield self.variations
-        for label in SAMPLERS:
-            yield lambda label=label: self.baselines("W8A8", label)
-            yield lambda label=label: self.fits("W8A4", label)
-        for label in (PLAIN, KARRAS):
-            yield lambda label=label: self.fits("float32", label, COUNTS[:1])
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -305,8 +287,23 @@ def main(args: argparse.Namespace) -> int:
     same = {"model": model.name, "images": IMAGES, "threads": args.threads, "torch": torch.__version__}
     more = {"git_commit": record.environment()["git_commit"], "fits": [], "distances": []}
     study = Study(model, Report(args.json, args.resume, same, more, KEY), args.keep, args.data)
-    for part in tqdm(list(study.parts())):
-        part()
+    first = [(PLAIN, 8, "own"), *((KARRAS, count, "converged") for count in (8, 11)), (PLAIN, 8, "converged")]
+    first += [(LU, 8, "converged"), (PLAIN, 11, "own"), (KARRAS, 8, "own")]
+    for labels in ([PLAIN, KARRAS, LU], ["DDIM"], list(SAMPLERS)[4:]):
+        for label in labels:
+            study.baselines("float32", label)
+        fits = [*first, *itertools.product(labels, COUNTS[1:], ("converged", "own"))]
+        for about, network in tqdm(list(itertools.product(fits, ("float32", "W8A8")))):
+            study.fits(network, *about)
+        if PLAIN in labels and args.data is not None:
+            study.distances()
+    study.variations()
+    for label in SAMPLERS:
+        study.baselines("W8A8", label)
+    for about in itertools.product(SAMPLERS, COUNTS[1:], ("converged", "own")):
+        study.fits("W8A4", *about)
+    for label in (PLAIN, KARRAS):
+        study.fits("float32", label, 6, "converged")
     return 0
 
 

@@ -11,60 +11,61 @@ import torch
 from benchmarks import record
 from benchmarks.studies import quality, schedules
 from benchmarks.studies.features import frechet_distance
-from benchmarks.studies.schedules import between_db, lines, panels, wins
 from tests.cifar10_files import write_packed
 
 
-def row(method, evaluations, db, sampler="DDIM", steps=20, network="float32"):
-    values = {"network": network, "sampler": sampler, "steps": steps, "method": method}
-    return {**values, "evaluations": evaluations, "converged_db": db}
+def row(method, evaluations, db, network="float32", batch=16):
+    values = {"network": network, "sampler": "DPM-Solver++", "steps": 25, "method": method, "batch": batch}
+    return {**values, "evaluations": evaluations, "own_db": None, "converged_db": db}
 
 
 REPORT = {
     "rows": [
-        row("every call", 9, 25.0, steps=9),
-        row("every call", 12, 24.0, steps=12),
-        row("every call", 20, 31.0),
-        row("every call", 50, 60.0, steps=50),
-        row("every call", 8, 26.0, sampler="other", steps=8),
-        row("every call", 10, 28.0, sampler="other", steps=10),
-        row("forecast", 12, 29.0),
-        row("forecast", 12, 30.0),
-        row("forecast", 9, 27.0),
-        row("hold", 10, 26.5),
-        row("DeepCache", 8.0, 20.0),
-        row("DeepCache", 10.0, 24.0),
-        row("searched", 12, 30.5),
-        row("forecast", 9, 99.0, network="W8A8"),
-        row("every call", 50, 10.0, sampler="noisy", steps=50),
-        row("forecast", 27, 11.0, sampler="noisy", steps=50),
-    ]
+        row("every call", 8, 25.0),
+        row("every call", 25, 38.0),
+        row("hold", 8, 29.0),
+        row("hold", 8, 30.0),
+        row("fit, converged", 8, 41.0),
+        row("fit, converged", 11, 45.5),
+        row("fit, converged", 8, 99.0, batch=1),
+        row("fit, converged", 8, 99.0, network="W8A8"),
+    ],
+    "fits": [{name: name for name in schedules.LISTS["fits"]}],
+    **dict.fromkeys(("model", "git_commit", "command"), "x"),
 }
 
 
-def test_schedules_compare_at_equal_cost():
-    (panel,) = panels(REPORT, "float32")  # a sampler with one number of steps has nothing beside it
-    assert (panel.sampler, panel.steps, panel.every_call_db) == ("DDIM", 20, 31.0)
-    assert panel.schedules["forecast"] == [(9, 27.0), (12, 30.0)], "the best at each cost"
-    assert panel.any_sampler == [(8, 26.0), (10, 28.0), (20, 31.0)], "only what rises"
-    high, low = lines(REPORT, "float32")
-    assert (high.evaluations, low.evaluations) == (12, 9)
-    assert (low.reached["forecast"], low.reached["hold"], low.reached["searched"]) == (27.0, None, None)
-    assert (high.reached["DeepCache"], low.reached["DeepCache"]) == (24.0, 22.0)
-    assert [high.reached[name] for name in (schedules.FEWER, schedules.ANY)] == [25.0, 28.0]
-    curve = [(10.0, 20.0), (20.0, 30.0)]
-    assert [between_db(curve, cost) for cost in (9.0, 12.5, 25.0)] == [None, 22.5, 30.0]
-    assert wins([(2.0, 1.0), (1.0, 1.0), (None, 1.0), (3.0, 4.0)]) == (1, 3)
+def test_published_forecasts_are_weights_of_past_outputs():
+    for name, nodes, call, expected in (
+        ("hold", [0, 2], 3, [1]),
+        ("TaylorSeer 1", [0, 2], 3, [1.5, -0.5]),
+        ("TaylorSeer 2", [0, 2, 4], 5, [1.5 + 0.125, -0.5 - 0.25, 0.125]),
+        ("HiCache", [0, 2, 4], 5, [1.25 - 1 / 32, -0.25 + 1 / 16, -1 / 32]),
+        ("Spectrum", [0, 5, 10], 15, [3, -3, 1]),  # nearly the polynomial through all
+    ):
+        schedule = schedules.ruled(nodes, call + 1, schedules.RULES[name])
+        assert schedule.weights[call] == pytest.approx([*expected, 0], abs=0.02), name
+        assert schedule.weights[nodes[-1]] == (1, 0)
+    assert schedules.uniform(25, 8) == [[0, 3, 7, 10, 14, 17, 21, 24], [0, 1, 2, 7, 12, 17, 22, 24]]
+
+
+def test_schedules_compare_at_equal_cost(tmp_path):
+    (tmp_path / "pareto.json").write_text(json.dumps(REPORT))
+    assert schedules.table(tmp_path, "own", "W8A4") is None
+    text = schedules.table(tmp_path, "converged")
+    assert "| DPM-Solver++, 25 | 8 | 25.0 | 30.0 | - | - | - | **41.0** | 38.0 |" in text
+    assert "| DPM-Solver++, 25 | 11 | - | - | - | - | - | **45.5** | 38.0 |" in text
+    assert "| held_out_db | polynomial_db |" in schedules.table(tmp_path, "fits")
 
 
 def test_the_plot_is_up_to_date(tmp_path):
     spec = importlib.util.spec_from_file_location("plot", record.ROOT / "tools" / "plot_pareto.py")
     plot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plot)
-    assert plot.main(["--check"]) == 0, "run python tools/plot_pareto.py"
+    assert plot.main(["--check"]) is None
     other = json.loads(json.dumps(REPORT))
-    other["rows"][12]["converged_db"] += 0.01
-    assert plot.digest(plot.shown_panels(other)) != plot.digest(plot.shown_panels(REPORT))
+    other["rows"][3]["converged_db"] += 0.01
+    assert plot.digest(plot.panels(other)) != plot.digest(plot.panels(REPORT))
 
 
 def test_quality_judges_by_the_float_images_of_the_same_noise(monkeypatch, tmp_path):
