@@ -19,12 +19,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.studies.schedules import KARRAS, LU, PLAIN, SAMPLERS, curve  # noqa: E402 (the path is set first)
 
-# Method, what its line is called, and how it is drawn; the fitted schedules last, over all others.
+# Methods, what their line is called, and how it is drawn; the fitted schedules last, over all others.
 LINES = (
     ("every call", "every call, fewer steps", {"color": "black", "marker": "."}),
     ("hold", "hold the last output", {"color": "tab:orange", "marker": "v"}),
     ("DeepCache", "DeepCache N=2, 3, 5", {"color": "tab:red", "marker": "s"}),
-    ("TaylorSeer 2", "TaylorSeer, order 2", {"color": "tab:purple", "marker": "<"}),
+    ("TaylorSeer 1/TaylorSeer 2", "TaylorSeer, order 1 or 2", {"color": "tab:purple", "marker": "<"}),
     ("HiCache", "HiCache", {"color": "tab:brown", "marker": ">"}),
     ("Spectrum", "Spectrum, ridge 1e-4", {"color": "tab:cyan", "marker": "^"}),
     ("polynomial", "polynomial", {"color": "tab:blue", "marker": "o"}),
@@ -37,8 +37,9 @@ SHOWS = "Description"  # the text chunk of the picture that holds its points
 
 def panels(report: dict[str, Any]) -> dict[str, list[Any]]:
     """By sampler, label, style and points of every line."""
-    curves = {(of, name): curve(report, "float32", of, (name,), "converged_db") for of in SHOWN for name, *_ in LINES}
-    return {of: [(label, style, [*curves[of, name].items()]) for name, label, style in LINES] for of in SHOWN}
+    return {
+        of: [(label, style, [*curve(report, of, by.split("/")).items()]) for by, label, style in LINES] for of in SHOWN
+    }
 
 
 def draw(found: dict[str, list[Any]], path: Path) -> None:

@@ -229,8 +229,7 @@ class Study:
         steps = SAMPLERS[label][1]
         self.row(network, label, steps, "every call")
         if to == "converged":
-            schedule = self.fit(label, count, count, to)[0]
-            self.row(network, label, count, "fitted sampler", schedule=schedule)
+            self.row(network, label, count, "fitted sampler", schedule=self.fit(label, count, count, to)[0])
         whole, states = self.fit(label, steps, count, to)
         for method, schedule in ((WHOLE, whole), (STATES, states), (CALLS, mk.StepSchedule(whole.rule))):
             self.row(network, label, steps, method.format(to), schedule=schedule)
@@ -255,8 +254,7 @@ class Study:
     def variations(self) -> None:
         """A fit on the quantised network, pictures one by one, and more and fewer images of a fit."""
         about, own = (PLAIN, 25, 8, "own"), self.fit(PLAIN, 25, 8, "own")[0]
-        quantised = self.fit(*about, on="plain W8A8")[0]
-        self.row("W8A8", PLAIN, 25, "fit on plain W8A8, own", schedule=quantised)
+        self.row("W8A8", PLAIN, 25, "fit on plain W8A8, own", schedule=self.fit(*about, on="plain W8A8")[0])
         for network in ("float32", "W8A8"):
             self.row(network, PLAIN, 25, WHOLE.format("own"), schedule=own, batch=1)
         for count in (4, 8, 64):
@@ -311,8 +309,10 @@ LISTS = {
 """Kinds of tables: of dB at equal evaluations, with the methods whose best a column shows, and of what is listed."""
 
 
-def curve(report: dict[str, Any], network: str, label: str, methods: Sequence[str], name: str) -> dict[float, float]:
-    """By evaluations, the most that these methods reach with a sampler. name: own_db or converged_db."""
+def curve(
+    report: Any, label: str, methods: Sequence[str], name="converged_db", network="float32"
+) -> dict[float, float]:
+    """By evaluations, the most that these methods reach with a sampler."""
     best: dict[float, float] = {}
     for row in report["rows"]:
         if (row["network"], row["sampler"], row["batch"]) == (network, label, IMAGES) and row["method"] in methods:
@@ -332,7 +332,7 @@ def table(results: Path, kind: str, network: str = "float32") -> str | None:
         columns = {**COLUMNS[kind], "fit of the states": (STATES.format(kind),), "fit": (WHOLE.format(kind),)}
         header, cells = ["sampler, steps", "evaluations", *columns, *["every call"] * (kind == "converged")], []
         for label, (_, steps, _) in SAMPLERS.items():
-            curves = [curve(report, network, label, methods, f"{kind}_db") for methods in columns.values()]
+            curves = [curve(report, label, methods, f"{kind}_db", network) for methods in columns.values()]
             for count in curves[-1]:
                 reached = [found.get(count) for found in curves]
                 most = max(db for db in reached if db is not None)
