@@ -45,9 +45,9 @@ from modiff_kernels.evaluation import markdown_table, psnr
 from modiff_kernels.planning.fit import Fit, pattern
 
 NETWORKS = {
-    "float32": Row("float32", "float32", "float", schedule="hold"),  # a network that has nothing else
-    "W8A8": Row("w8a8", "W8A8", "modulated", 8, 8),
-    "W8A4": Row("w8a4", "W8A4", "modulated", 8, 4),
+    "float32": Row("float32", "float32", "float", schedule="hold"),  # which rows change
+    "W8A8": Row("w8a8", "W8A8", "modulated", 8, 8, schedule="hold"),
+    "W8A4": Row("w8a4", "W8A4", "modulated", 8, 4, schedule="hold"),
     "plain W8A8": Row("plain", "plain W8A8", "quantized", 8, 8),
 }
 LINSPACE = {"timestep_spacing": "linspace"}
