@@ -240,7 +240,7 @@ def compare_table(results: Path, name: str = "compare") -> str | None:
     report = loaded(results / f"{name}.json")
     if report is None:
         return None
-    notes = " ".join(note for note in report["notes"] if not note.startswith("Warm-up"))
+    notes = "; ".join(note.removesuffix(".") for note in report["notes"] if not note.startswith("Warm-up"))
     table = markdown_table(COMPARE_HEADER, [compare_cells(row) for row in report["rows"]])
     return f"{table}\n\n`{report['command']}`: {notes}"
 

@@ -51,8 +51,8 @@ def build_rows(
 ) -> list[Row]:
     """All rows for these bits; `act_bits` None takes 8, 4 for plain layers, 8, 4, 3 for modulated ones.
 
-    schedule: of more rows, modulated and plain ones with `act_bits` (None: 8); None leaves them out. plan: of one more row for
-    each of `weight_bits`; its modes bring their own bits.
+    schedule: of more rows, modulated and plain ones with `act_bits` (None: 8); None leaves them out. plan: of one more
+    row for each of `weight_bits`; its modes bring their own bits.
     """
     rows = [
         Row("float-contiguous", "float32 eager contiguous", "float", channels_last=False),

@@ -128,7 +128,8 @@ class ScheduledUNet:
         chosen: Any = self._in_use if isinstance(self.schedule, str) else self.schedule
         text = str(self.schedule or "none") if chosen is None else chosen.describe()
         if isinstance(self.schedule, str) and chosen is not None:
-            text = f"{self.schedule}, last {f'from {self._found.path}: ' if self._found else ''}{text}"
+            path = self._found and self._found.path
+            text = f"{self.schedule}, last {f'from {path.parent.name}/{path.name}: ' if path else ''}{text}"
         text += f"; every call is computed, because {self._all_because}" if self._all_because else ""
         runs = [f"last run, context {name}: {run.describe()}" for name, run in self.state.trajectories.items()]
         return "\n  ".join([text, *runs])

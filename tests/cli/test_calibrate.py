@@ -34,7 +34,7 @@ def test_what_is_stored(fitted):
 
 def test_auto_takes_what_is_stored_beside_the_model(unet_folder, fitted, tmp_path, refused):
     folder = shutil.copytree(unet_folder, tmp_path / "model")
-    stored = shutil.copy(fitted, folder / "modiff_schedule.json")
+    shutil.copy(fitted, folder / "modiff_schedule.json")
     found = json.loads(fitted.read_text())[-1]
     other = refused("sample", "--model", folder, "--steps", "5", "--schedule", fitted, "--out", tmp_path / "x.png")
     assert "fitted to a run with calls 12, and this run has 5; fit one with `modiff calibrate" in other
@@ -49,7 +49,7 @@ def test_auto_takes_what_is_stored_beside_the_model(unet_folder, fitted, tmp_pat
     assert best["schedule"] in [one["schedule"] for one in json.loads(fitted.read_text())]
     report = compared("--steps", "12", "--schedule", "auto 6")
     assert report["rows"][0]["calls_computed"] == 6
-    assert f"auto 6, last from {stored}: {found['schedule']}" in " ".join(report["notes"])
+    assert f"auto 6, last from model/modiff_schedule.json: {found['schedule']}" in " ".join(report["notes"])
     for other in (["--steps", "4"], ["--steps", "8", "--scheduler", "unipc"]):
         report = compared(*other)
         assert report["rows"][0]["calls_computed"] == int(other[1]), "fewer than 12 calls are all computed"
