@@ -1,6 +1,6 @@
 """What step schedules cost and lose, against fewer steps, other samplers, DeepCache and published forecasts.
 
-    python -m benchmarks schedules --data DATA --keep kept --json benchmarks/results/pareto.json
+    python -m benchmarks schedules --data DATA --json benchmarks/results/pareto.json
 
 Every row samples the same noise (seeds from 0 on) with the shipped model in a network (float32, modulated W8A8, W8A4).
 Its cost is counted in evaluations, of DeepCache in parts by flops; its error is the mean PSNR in dB to the same network
@@ -132,18 +132,16 @@ class Recalled(torch.nn.Module):
 
 
 class Study:
-    """Samples in every way. keep: folder for the converged pictures. data: of CIFAR-10, or None."""
+    """Samples in every way. data: folder of CIFAR-10, or None."""
 
-    def __init__(self, model: models.Model, report: Report, keep: Path, data: Path | None) -> None:
+    def __init__(self, model: models.Model, report: Report, data: Path | None) -> None:
         self.model, self.report, self.data = model, report, data
         self.model.unet.to(memory_format=torch.channels_last)
         self.networks: dict[str, Quantised] = {}
         self.references: dict[Any, np.ndarray] = {}
         self.recalling: dict[str, Recalled] = {}
-        if not (kept := keep / "converged.npy").exists():
-            longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
-            np.save(kept, self.sample("float32", "DDIM", longest))
-        self.converged = np.load(kept)
+        longest = models.make_scheduler(model, "ddim").config.num_train_timesteps
+        self.converged = self.sample("float32", "DDIM", longest)
 
     def pictures(self, unet: Any, label: str, steps: int, seeds: Sequence[int], run=contextlib.nullcontext) -> Any:
         """Sampled at once."""
@@ -266,7 +264,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="a UNet folder (default: the shipped model)")
     add("--data", type=Path, help="folder of CIFAR-10 (examples/cifar10.py), for Fréchet distances")
     add("--threads", type=int, default=2)
-    add("--keep", type=Path, required=True, metavar="DIR", help="folder for the converged pictures")
     add("--resume", action="store_true", help="keep what the report has and add what is missing")
     add("--json", type=Path, required=True, help="the report")
 
@@ -277,7 +274,7 @@ def main(args: argparse.Namespace) -> int:
     model = models.load_model(args.model, None, torch.device("cpu"))
     same = {"model": model.name, "images": IMAGES, "threads": args.threads, "torch": torch.__version__}
     more = {"git_commit": record.environment()["git_commit"], "fits": [], "distances": []}
-    study = Study(model, Report(args.json, args.resume, same, more, KEY), args.keep, args.data)
+    study = Study(model, Report(args.json, args.resume, same, more, KEY), args.data)
     for labels in ((PLAIN, KARRAS, LU), ("DDIM",), list(SAMPLERS)[4:]):
         for label in labels:
             study.baselines("float32", label)
@@ -339,5 +336,6 @@ def table(results: Path, kind: str, network: str = "float32") -> str | None:
                 texts = [shown(db, "**{:.1f}**" if db == most else "{:.1f}") for db in reached]
                 texts += [shown(curves[0].get(steps), "{:.1f}")] * (kind == "converged")
                 cells.append([f"{label}, {steps}", f"{count:g}", *texts])
-    about = f"{report['model']}, {network}, {IMAGES} images; commit {report['git_commit']}, `{report['command']}`."
+    images = DISTANCE_IMAGES if kind == "distances" else IMAGES
+    about = f"{report['model']}, {network}, {images} images; commit {report['git_commit']}, `{report['command']}`."
     return f"{markdown_table(header, cells)}\n\n{about}" if cells else None
