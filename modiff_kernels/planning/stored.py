@@ -82,6 +82,8 @@ def read(path: Path) -> list[StoredSchedule]:
     keys."""
     try:
         stored = json.loads(path.read_text())
+        if stored == []:
+            raise ValueError("it has none")
         return [_read_entry(entry, path) for entry in (stored if isinstance(stored, list) else [stored])]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         wrong = f"{path} is no schedule of this version ({type(error).__name__}: {error})"

@@ -118,7 +118,7 @@ def test_what_cannot_be_taken_is_refused_by_name(tmp_path, changes, message):
 
 
 def test_files_of_something_else(tmp_path):
-    for text in ("{", "[1]", '{"schedule": "U3F"}'):
+    for text in ("{", "[]", "[1]", '{"schedule": "U3F"}'):
         (tmp_path / stored.FILE_NAME).write_text(text)
         with pytest.raises(ValueError, match="is no schedule of this version"):
             stored.beside(loaded_from(tmp_path))
