@@ -1,8 +1,4 @@
-"""The least time of a UNet step by its arithmetic and traffic (planning/roofline.py), to hold measured times against.
-
-Norms and attention count nothing, and passes that make codes only what they move in addition to the norm they are part
-of, as if every one was.
-"""
+"""The least time of a UNet step by its arithmetic and traffic (planning/cost.py), to hold measured times against."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import modiff_kernels as mk
 from benchmarks.shapes import Layer, layer_table
 from modiff_kernels.config.plan import Mode
 from modiff_kernels.integrations.plans import measured_machine
-from modiff_kernels.planning.roofline import LayerShape, Machine, seconds
+from modiff_kernels.planning.cost import LayerShape, Machine, Sizes, seconds
 
 PEAKS = {
     "H200": Machine(989e12, 1979e12, 4.8e12),
@@ -47,12 +43,12 @@ def measured(device: torch.device) -> dict[str, tuple[str, float]]:
 def bound_ms(network: str, batch: int, mode: str, machine: Machine, float_bytes: int, state_bytes: int) -> float:
     """Bound of one step with 8-bit weights in `mode`: "float", "weight_only" (the same), "quantized" or "modulated"."""
     layer_mode = Mode("float") if mode in ("float", "weight_only") else Mode(mode, 8)
-    sizes = {"float_bytes": float_bytes, "state_bytes": state_bytes, "weight_bits": 8, "fused": True}
-    table = layer_table(network).items()
-    return 1e3 * sum(n * seconds(_shape(layer, batch), layer_mode, machine, **sizes) for layer, n in table)
+    sizes, table = Sizes(float_bytes, state_bytes, 8), layer_table(network).items()
+    return 1e3 * sum(n * seconds(_shape(layer, batch), layer_mode, sizes, machine, True) for layer, n in table)
 
 
 def _shape(layer: Layer, batch: int) -> LayerShape:
     outputs = batch * layer.c_out * layer.h_out * layer.w_out
     summed = layer.c_in * layer.kernel**2
-    return LayerShape(batch * layer.c_in * layer.h * layer.w, outputs, layer.c_out * summed, outputs * summed)
+    inputs = batch * layer.c_in * layer.h * layer.w
+    return LayerShape(inputs, outputs, layer.c_out * summed, outputs * summed)

@@ -37,7 +37,7 @@ from benchmarks.timing import timer_of
 from modiff_kernels import ops
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.ops.problem import capability
-from modiff_kernels.planning.roofline import Machine
+from modiff_kernels.planning.cost import Machine
 from modiff_kernels.quant.affine import dequantize_weight, quantize_weight
 
 ACT_BITS = 8

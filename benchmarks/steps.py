@@ -34,7 +34,7 @@ from benchmarks.runner import Entrant, Measure, Row, Session, add_options
 from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
 from benchmarks.tables import show
 from modiff_kernels.evaluation import sqnr
-from modiff_kernels.planning.roofline import Machine
+from modiff_kernels.planning.cost import Machine
 
 LEAST_SQNR_DB = {"float": 80.0, "weight_only": 20.0, "quantized": 15.0, "modulated": 15.0}
 """Least SQNR of the last call of a run against eager contiguous, at 8 bits."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from modiff_kernels.config.check import is_int, not_allowed, read_json
-from modiff_kernels.config.plan import LayerPlan
+from modiff_kernels.config.plan import MODULATED, QUANTIZED, LayerPlan
 from modiff_kernels.config.schedule import AUTO, StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
@@ -82,9 +82,11 @@ class ModiffConfig:
     schedule: which calls of a run compute the network and what takes the place of the others: None (all do), a
         StepSchedule or its text, such as "forecast every=3" or "U3F2UF2U", or "auto": what `modiff calibrate` stored in
         the model's folder for this sampler and these timesteps, else by sampler and number of calls.
-    plan: a mode for every layer or block in the place of `mode` and `act_bits`: None, a LayerPlan, the path of one as
-        JSON, or "auto": the newest one that `make_plan` has stored for this device, model and configuration, else one
-        estimated from shapes, in which what would be slower in low bits stays float.
+    plan: a mode for every layer or block in the place of `mode` and `act_bits`: a LayerPlan, the path of one as JSON,
+        or "auto": the newest one that `make_plan` has stored for this device, model and configuration, else one
+        estimated from shapes, in which what would be slower in low bits stays float, and what loses no fidelity in
+        plain low bits has no state. None: "auto" on a GPU, elsewhere all layers are in `mode`. "modulated" or
+        "quantized": all layers in this mode, on a GPU too.
     max_state_bytes: with a plan: bytes that x_hat and y_hat may take; the units that gain least are not modulated.
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
@@ -120,11 +122,14 @@ class ModiffConfig:
                 raise _error(field, getattr(self, field), allowed)
         object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
         object.__setattr__(self, "plan", _checked_plan(self.plan))
+        if self.plan in (MODULATED, QUANTIZED):
+            object.__setattr__(self, "mode", self.plan)
         object.__setattr__(self, "skip_modules", tuple(self.skip_modules))
         object.__setattr__(self, "clip_ratio", float(self.clip_ratio))
         dynamic, unquantised = self.scale_mode == "dynamic", self.weight_bits is None
+        every_layer = self.plan in (None, MODULATED, QUANTIZED)
         for field, refused, allowed in (
-            ("max_state_bytes", self.plan is None, "None without a plan; plan='auto' or a plan says what to leave out"),
+            ("max_state_bytes", every_layer, "None; plan='auto' or a LayerPlan says what to leave out"),
             ("granularity", self.granularity == "per_block" and not dynamic, "another one, or scale_mode='dynamic'"),
             ("act_bits", unquantised, "None as long as weight_bits is None: integer kernels need quantised weights"),
         ):
@@ -202,5 +207,5 @@ def _checked_plan(plan: Any) -> LayerPlan | str | None:
     if isinstance(plan, Mapping):
         return LayerPlan.from_json(json.dumps(plan))
     if not isinstance(plan, (str, os.PathLike)) or not str(plan):
-        raise _error("plan", plan, "None, 'auto', a LayerPlan or the path of one as JSON")
+        raise _error("plan", plan, "None, 'auto', 'modulated', 'quantized', a LayerPlan or the path of one as JSON")
     return str(plan)

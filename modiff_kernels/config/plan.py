@@ -12,7 +12,7 @@ from modiff_kernels.config.check import read_json
 
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
 BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
-SOURCES = ("given", "roofline", "measured")
+SOURCES = ("given", "estimated", "measured")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class LayerPlan:
     """A mode for every unit of a UNet. Immutable; impossible values raise ValueError.
 
     units: layers of no unit take the mode of the ModiffConfig; where units overlap, the longest path decides.
-    key: what it was made for, None for a plan written by hand. source: "given", "roofline" (estimated) or "measured".
+    key: what it was made for, None for a plan written by hand. source: "given", "estimated" or "measured".
     candidates: whole plans that were timed against each other. summary: the decision in a sentence or two. max_loss_db:
     how far the PSNR was allowed to fall below that of the best single mode.
     """

@@ -298,7 +298,7 @@ class Handle:
         if limit is not None and needed > limit:
             text = f"about {needed:.0f} bytes of state; give a plan for this shape (make_plan), or a higher limit"
             raise ValueError(f"max_state_bytes={limit}: a sample {tuple(shape)} in {contexts} context(s) needs {text}")
-        if tuple(shape) != planned and self._seen is None:
+        if tuple(shape) != planned and self._seen is None and self.plan.source == "measured":
             text = "the layer plan was made for samples %s and is used for %s; make_plan() makes one for these"
             logger.warning(text, planned, tuple(shape))
         self._seen = shape, context

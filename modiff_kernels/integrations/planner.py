@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import LayerPlan, ModiffConfig
-from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, Mode, UnitPlan, noise_of
+from modiff_kernels.config.plan import FLOAT_MODE, UnitPlan, noise_of
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.accelerate import resolve
 from modiff_kernels.integrations.measurement import Bench, Sample, Subject, recorded
+from modiff_kernels.integrations.plans import low_bit_modes
 from modiff_kernels.planning import choice
 from modiff_kernels.planning.choice import Costs
 
@@ -69,7 +70,7 @@ def make_plan(
     if config is None:
         config = result.config if isinstance(result, CalibrationResult) else ModiffConfig()
     unet, pipe = resolve(target)
-    modes = _modes_to_compare(config)
+    modes = low_bit_modes(config)
     if not max_loss_db > 0 or rounds < 1:
         raise ValueError(f"make_plan: max_loss_db={max_loss_db!r}, rounds={rounds!r} are not allowed; give more than 0")
     if sample is None:
@@ -161,16 +162,6 @@ def _decided(
         summary += f"; not within the limits: {', '.join(listed)}"
     units = [UnitPlan(path, mode, bench.units[path], tuple(costs[path]), why) for path, (mode, why) in decided.items()]
     return LayerPlan(tuple(units), None, "measured", candidates, summary)
-
-
-def _modes_to_compare(config: ModiffConfig) -> tuple[Mode, ...]:
-    """The low-bit modes that a plan may take besides float, that of `config` last."""
-    if config.weight_bits is None or config.act_bits is None:
-        text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both"
-        raise ValueError(f"make_plan: weight_bits={config.weight_bits}, {text}")
-    if config.mode == QUANTIZED:
-        return (Mode(QUANTIZED, config.act_bits),)
-    return Mode(QUANTIZED, 8), Mode(MODULATED, config.act_bits)
 
 
 def _sampler_of(pipe: Any, options: dict[str, Any]) -> Sample:

@@ -18,37 +18,51 @@ from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZE
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.replacements import Replacements, replacements_of
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+from modiff_kernels.nn.blocks.base import ALONE
 from modiff_kernels.nn.blocks.resample import FusedResample, FusedUpsample2D
-from modiff_kernels.planning import choice, roofline
-from modiff_kernels.planning.roofline import LayerShape, Machine
+from modiff_kernels.nn.layer import has_int4_cores
+from modiff_kernels.planning import choice
+from modiff_kernels.planning import cost as cost_model
+from modiff_kernels.planning.cost import LayerShape, Machine, Sizes
 from modiff_kernels.quant.calibrated import CalibratedLayer
 
 logger = logging.getLogger("modiff_kernels")
 
+BATCH = 8  # of the UNet: four pictures with guidance. Modes hardly depend on it
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
 PROBE_ROWS, PROBE_FEATURES = 4096, 1024  # compute-bound on everything this runs on
 PROBE_IMAGE = (8, 256, 32, 32)  # the same, of a 3x3 convolution
 PROBE_BYTES = 2**26  # above the caches
 PROBE_REPEATS = 5
+GRAPH_LAUNCH = 1.5e-6  # seconds between two kernels of a CUDA graph: an assumption, nothing was measured
+LEAD_CYCLES = 100_000_000  # 50 ms or more: longer than the host takes for a call of a large UNet
 
 
 def plan_of(
     unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> LayerPlan | None:
-    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none. Logs where a given one was
-    made elsewhere. ValueError for a file that is no plan, and where nothing is stored and the shapes are not known.
-    """
-    plan = config.plan
-    if plan == "auto":
+    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none. On a GPU None is "auto":
+    modulating all layers moves more bytes there than float does. Logs where a given one was made elsewhere. ValueError
+    for a file that is no plan, and where nothing is stored and the shapes are not known."""
+    plan: Any = config.plan
+    by_default = plan is None and None not in (config.weight_bits, config.act_bits)
+    by_default = by_default and runs_on_gpu(unet)
+    if plan in (MODULATED, QUANTIZED):
+        return None
+    if by_default or plan == "auto":
         plan = plan_cache.newest(plan_cache.key_of(unet, config, ()))
-        if plan is None:
-            plan = estimated(unet, config, calibrated, share_inputs)
+        try:
+            plan = plan or estimated(unet, config, calibrated, share_inputs)
+        except ValueError as error:
+            if not by_default:
+                raise
+            logger.warning("all layers are %s, for modes could not be chosen by their cost: %s", config.mode, error)
     elif isinstance(plan, str):
         try:
             plan = LayerPlan.from_json(Path(plan).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"plan: {config.plan} cannot be read as a layer plan: {error}") from error
-    if plan is not None and plan.key is not None and config.plan != "auto":
+    if isinstance(plan, LayerPlan) and plan.key is not None and not (by_default or config.plan == "auto"):
         here, made = vars(plan_cache.key_of(unet, config, ())), vars(plan.key)
         others = {"device": f"device ({made['device']})", "model": "UNet", "versions": f"version ({made['versions']})"}
         if found := [text for name, text in others.items() if made[name] != here[name]]:
@@ -62,50 +76,80 @@ def plan_of(
     return choice.within_state(plan, config.max_state_bytes)
 
 
-def estimated(
-    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
-) -> LayerPlan:
-    """A plan from shapes at batch 1: units stay float whose low-bit form would be slower by the roofline of the UNet's
-    device, which takes about a second to measure. Fidelity is not looked at: the low-bit mode is that of `config`."""
+def runs_on_gpu(unet: nn.Module) -> bool:
+    return next(unet.parameters()).device.type == "cuda"
+
+
+def low_bit_modes(config: ModiffConfig) -> tuple[Mode, ...]:
+    """The low-bit modes that a plan may take besides float, that of `config` last. ValueError where it leaves none."""
     if config.weight_bits is None or config.act_bits is None:
-        text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both, or plan=None"
+        text = f"act_bits={config.act_bits} leave no low-bit mode to choose; give both, or no plan"
         raise ValueError(f"plan: weight_bits={config.weight_bits}, {text}")
+    if config.mode == QUANTIZED:
+        return (Mode(QUANTIZED, config.act_bits),)
+    return Mode(QUANTIZED, 8), Mode(MODULATED, config.act_bits)
+
+
+def estimated(
+    unet: nn.Module,
+    config: ModiffConfig,
+    calibrated: Mapping[str, CalibratedLayer],
+    share_inputs: bool,
+    machine: Machine | None = None,
+    batch: int = BATCH,
+) -> LayerPlan:
+    """A plan from shapes: of every unit the mode that is fastest by the cost model (planning/cost.py), after what its
+    errors weigh in the pictures. machine: None for the rates of the UNet's device, which take a second to measure."""
+    modes = (FLOAT_MODE, *low_bit_modes(config))
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, calibrated, share_inputs)
-    shape, shapes = traced_shapes(unet)
-    machine = measured_machine(next(unet.parameters()).device, config)
-    units = []
-    for path, layers in replaced.units().items():
-        costs = _estimated_costs(path, layers, replaced, shapes, own, machine)
-        best = min(costs, key=lambda cost: cost.time_us)
-        units.append(UnitPlan(path, best.mode, layers, costs, f"estimated: {choice.reason_of(costs, best.mode)}"))
-    low_bit = sum(unit.mode != FLOAT_MODE for unit in units)
-    summary = (
-        f"estimated from shapes, nothing was measured: {low_bit} of {len(units)} units in low bits; "
-        "make_plan() or `modiff calibrate --plan` measures"
-    )
-    return LayerPlan(tuple(units), plan_cache.key_of(unet, config, shape), "roofline", (), summary)
+    shape, shapes = traced_shapes(unet, batch)
+    machine = machine or measured_machine(next(unet.parameters()).device, config)
+    units, totals = [], dict.fromkeys(modes, 0.0)
+    grouped = replaced.units()
+    last = [".".join(path.split(".")[:2]) for path in grouped][-1]
+    for path, layers in grouped.items():
+        described = [_described(name, replaced, shapes[name]) for name in layers if name in shapes]
+        costs = [_cost(layers, described, mode, replaced, shapes, own, machine) for mode in modes]
+        windowed = any(layer.windowed for layer in described)
+        kind = "tokens" if not windowed else "last" if path.startswith(f"{last}.") else "images"
+        best = min(costs, key=lambda cost: cost.time_us * (1 + cost_model.weight_of_error(kind, cost.mode)))
+        fastest = min(costs, key=lambda cost: cost.time_us)
+        why = "fastest" if best is fastest else f"{fastest.mode} is faster, but its errors weigh more than that"
+        units.append(UnitPlan(path, best.mode, layers, tuple(costs), f"estimated: {why}"))
+        for cost in costs:
+            totals[cost.mode] += cost.time_us
+    took = sum(unit.cost(unit.mode).time_us for unit in units)
+    counts = ", ".join(f"{count} {mode}" for mode, count in Counter(str(unit.mode) for unit in units).items())
+    gain = f"{totals[FLOAT_MODE] / max(took, 1e-9):.2f}x as fast as float layers by the model"
+    text = f"estimated from shapes at batch {batch}, nothing was measured: {counts}; {gain}"
+    summary = f"{text}; make_plan() or `modiff calibrate --plan` measures"
+    return LayerPlan(tuple(units), plan_cache.key_of(unet, config, shape), "estimated", (), summary)
 
 
-def _estimated_costs(
-    path: str,
+def _described(name: str, replaced: Replacements, shape: LayerShape) -> LayerShape:
+    """`shape` with what is around the layer."""
+    layer, blocks = replaced.layers[name], [block for block in replaced.fused if name.startswith(f"{block}.")]
+    block = max(blocks, key=len, default=None)
+    role = ALONE if block is None else replaced.fused[block].layers.get(name[len(block) + 1 :], ALONE)
+    is_reader = layer.input is not None and layer.input.key != name
+    return shape._replace(role=role, is_reader=is_reader, is_constant=layer.mode == CONSTANT)
+
+
+def _cost(
     layers: Sequence[str],
+    described: Sequence[LayerShape],
+    mode: Mode,
     replaced: Replacements,
     shapes: Mapping[str, LayerShape],
     config: ModiffConfig,
     machine: Machine,
-) -> tuple[ModeCost, ModeCost]:
-    """Costs of a unit in float and in the mode of `config`. A layer without shape is not reached and costs nothing."""
+) -> ModeCost:
+    """What a unit costs in `mode`. A layer without shape is not reached and costs nothing."""
     weight = replaced.originals[layers[0]].weight
-    state_bytes = replaced.state.dtype_on(weight.device).itemsize
-    mode = Mode(config.mode, config.act_bits)
-    time_us = {FLOAT_MODE: 0.0, mode: 0.0}
-    sizes = {"float_bytes": weight.element_size(), "state_bytes": state_bytes, "weight_bits": config.weight_bits}
-    for name in layers:
-        for each in time_us if name in shapes else ():
-            time_us[each] += 1e6 * roofline.seconds(shapes[name], each, machine, **sizes, fused=path in replaced.fused)
-    state = state_bytes_of(layers, replaced, shapes) if mode.kind == MODULATED else 0
-    return ModeCost(FLOAT_MODE, time_us[FLOAT_MODE]), ModeCost(mode, time_us[mode], None, state)
+    sizes = Sizes(weight.element_size(), replaced.state.dtype_on(weight.device).itemsize, config.weight_bits)
+    time = sum(cost_model.seconds(layer, mode, sizes, machine) for layer in described)
+    return ModeCost(mode, 1e6 * time, None, state_bytes_of(layers, replaced, shapes) if mode.kind == MODULATED else 0)
 
 
 def state_bytes_of(layers: Iterable[str], replaced: Replacements, shapes: Mapping[str, LayerShape]) -> int:
@@ -141,7 +185,9 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
 
     def record(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight, outputs = module.weight, output.numel()
-        shapes[path] = LayerShape(inputs[0].numel(), outputs, weight.numel(), outputs * weight[0].numel())
+        windowed = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+        multiply_adds = outputs * weight[0].numel()
+        shapes[path] = LayerShape(inputs[0].numel(), outputs, weight.numel(), multiply_adds, windowed=windowed)
 
     for path, module in hollow.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -180,8 +226,10 @@ def _example_inputs(unet: nn.Module, batch: int) -> tuple[Tensor, dict[str, Any]
 
 
 class Timer(NamedTuple):
-    """Sets marks in the time of a device, and tells the seconds between two of them once `wait` was called."""
+    """Sets marks in the time of a device, and tells the seconds between two of them once `wait` was called. lead: keeps
+    the device busy while the host launches what is timed, so that kernels are and not the Python between them."""
 
+    lead: Callable[[], None]
     mark: Callable[[], Any]
     wait: Callable[[], None]
     seconds: Callable[[Any, Any], float]
@@ -191,14 +239,19 @@ def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> 
     """The timer of `device`, current or not: events in its current stream, set without waiting, or readings of `clock`
     in seconds, by default of the host, for a device that computes while the host waits."""
     if clock is not None or device.type != "cuda":
-        return Timer(clock or time.perf_counter, lambda: None, lambda start, end: end - start)
+        return Timer(lambda: None, clock or time.perf_counter, lambda: None, lambda start, end: end - start)
+
+    def lead() -> None:
+        with torch.cuda.device(device):
+            torch.cuda._sleep(LEAD_CYCLES)
 
     def mark() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
         return event
 
-    return Timer(mark, lambda: torch.cuda.synchronize(device), lambda start, end: start.elapsed_time(end) / 1e3)
+    wait = partial(torch.cuda.synchronize, device)
+    return Timer(lead, mark, wait, lambda start, end: start.elapsed_time(end) / 1e3)
 
 
 def measured_machine(device: torch.device, config: ModiffConfig) -> Machine:
@@ -222,6 +275,7 @@ def measured_machine(device: torch.device, config: ModiffConfig) -> Machine:
     def best(function: Callable[..., Any], *inputs: Tensor) -> float:
         seconds = []
         for _ in range(PROBE_REPEATS):
+            timer.lead()
             start = timer.mark()
             function(*inputs)
             end = timer.mark()
@@ -235,4 +289,6 @@ def measured_machine(device: torch.device, config: ModiffConfig) -> Machine:
 
     with torch.inference_mode():
         bandwidth = 2 * PROBE_BYTES / best(target.copy_, source)
-        return Machine(rate(linear, conv), rate(low_bit_linear, low_bit_conv), bandwidth)
+        rates = rate(linear, conv), rate(low_bit_linear, low_bit_conv)
+    int4_ops = 2 * rates[1] if has_int4_cores(device) else 0.0  # by data sheets
+    return Machine(*rates, bandwidth, GRAPH_LAUNCH if device.type == "cuda" else 0.0, int4_ops)

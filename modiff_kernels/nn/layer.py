@@ -68,9 +68,7 @@ class ModulatedLayer(nn.Module):
         self.weight_bits, self.act_bits = config.weight_bits, config.act_bits
         self.group_size = -1 if config.group_size is None else config.group_size
         self.backend = config.backend
-        self.granularity = config.layer_granularity
-        if self.granularity == "per_token" and self.window is not None and not self.window.is_pointwise:
-            self.granularity = "per_sample"
+        self.granularity = self._granularity(config)
         self.calibrated = calibrated
         self.kernels: dict[Any, Callable[..., Any]] = {}
         self._last_use: tuple[str, int] | None = None  # context and call
@@ -88,6 +86,18 @@ class ModulatedLayer(nn.Module):
                     self._set_static_scale(self.input)
         if self.mode == "modulated":
             self.add_onto(state.output_of(name))
+
+    def _granularity(self, config: ModiffConfig) -> str:
+        """How many scales the layer's input has. Where the config leaves it open, plain codes have one per token or
+        pixel, as far as those factor out of the sum, and 4-bit codes for 4-bit weights fit the cores that multiply
+        them (the weights' own error is larger than that of coarser scales)."""
+        pointwise = self.window is None or self.window.is_pointwise
+        granularity = config.layer_granularity
+        if config.granularity is None and self.mode == "quantized":
+            granularity = "per_token"
+        elif config.granularity is None and config.weight_bits == config.act_bits == 4:
+            granularity = "per_sample" if has_int4_cores(self.weight.device) else granularity
+        return granularity if pointwise or granularity != "per_token" else "per_sample"
 
     def add_onto(self, output: OutputState) -> None:
         """Add the products onto this y_hat, which other layers may add onto too."""
@@ -314,6 +324,11 @@ class ModulatedConv2d(ModulatedLayer):
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
         return cls(conv, config, state, name, *more, **options)
+
+
+def has_int4_cores(device: torch.device) -> bool:
+    """Whether the GPU multiplies 4-bit codes at twice the rate of 8-bit ones: sm_80 to sm_89."""
+    return device.type == "cuda" and (8, 0) <= (capability(device) or (0, 0)) < (9, 0)
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 from modiff_kernels.cli import main
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import plans
-from modiff_kernels.planning.roofline import Machine
+from modiff_kernels.planning.cost import Machine
 
 SAMPLING = ["--steps", "4", "--batch", "2", "--threads", "1", "--quiet"]
 
@@ -52,7 +52,7 @@ def test_explain_estimates_where_nothing_is_stored(unet_folder, capsys, monkeypa
     monkeypatch.setattr(plans, "measured_machine", lambda *_: Machine(1e12, 1e10, 1e12))
     assert main(["explain", "--model", str(unet_folder), "--quiet"]) == 0
     printed = capsys.readouterr().out
-    assert "plan (roofline): estimated from shapes" in printed
+    assert "plan (estimated): estimated from shapes" in printed
     assert "times are microseconds" not in printed
     for mode in ("float", "weight_only"):
         assert main(["explain", "--model", str(unet_folder), "--mode", mode]) == 0

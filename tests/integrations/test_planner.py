@@ -142,7 +142,7 @@ def psnr_db(unet, config, exact):
 def test_pictures_that_are_worse_than_allowed_are_not_taken(unet, monkeypatch):
     """Plain 3-bit layers are far worse than modulated ones, and here they take the least time."""
     plain3 = Mode("quantized", 3)
-    monkeypatch.setattr(planner, "_modes_to_compare", lambda config: (plain3, MODULATED))
+    monkeypatch.setattr(planner, "low_bit_modes", lambda config: (plain3, MODULATED))
     exact = sample(unet)
     best_db = psnr_db(unet, mk.ModiffConfig(fuse=False), exact)
     assert psnr_db(unet, mk.ModiffConfig(fuse=False, act_bits=3, mode="quantized"), exact) < best_db - 3

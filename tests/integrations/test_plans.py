@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import modiff_kernels as mk
 from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache, plans
 from modiff_kernels.nn.layer import ModulatedLayer
-from modiff_kernels.planning.roofline import Machine
+from modiff_kernels.planning.cost import Machine
 from tests.unets import SDXL, outputs, unet2d_condition
 
 FLOAT, PLAIN, MODULATED = Mode("float"), Mode("quantized", 8), Mode("modulated", 4)
@@ -95,15 +96,42 @@ def test_auto_takes_the_newest_stored_plan(unet, cache):
 def test_auto_estimates_where_nothing_is_stored(unet, monkeypatch):
     monkeypatch.setattr(plans, "measured_machine", lambda device, config: SLOW_INT8)
     handle = mk.accelerate(unet, mk.ModiffConfig(plan="auto"))
-    assert handle.plan.source == "roofline"
+    assert handle.plan.source == "estimated"
     assert handle.plan.is_float
-    assert "nothing was measured: 0 of" in handle.explain()
+    assert re.search(r"nothing was measured: \d+ float; 1.00x as fast", handle.explain())
     handle.remove()
+
+
+@pytest.mark.parametrize("plan", [None, "modulated", "quantized"])
+def test_modes_by_default_on_a_gpu(unet, monkeypatch, plan):
+    """Attention is plain, with scales per token; convolutions near the output are modulated, if they are not float."""
+    monkeypatch.setattr(plans, "runs_on_gpu", lambda unet: True)
     monkeypatch.setattr(plans, "measured_machine", lambda device, config: FAST_INT8)
-    handle = mk.accelerate(unet, mk.ModiffConfig(plan="auto"))
-    assert {unit.mode for unit in handle.plan.units} == {Mode("modulated", 8)}
-    run(unet, handle)
-    assert handle.state.nbytes() == 2 * handle.plan.state_bytes  # estimated at batch 1
+    exact = run(unet)
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
+    modes, granularities = modes_of(handle), {name: layer.granularity for name, layer in handle.layers.items()}
+    last, attention = "up_blocks.1.resnets.1.conv1", "mid_block.attentions.0.to_q"
+    assert handle.config.mode == (plan or "modulated")
+    assert modes[last] == (plan or "modulated")
+    assert modes[attention] == (plan or "quantized")
+    assert granularities[attention] == ("per_sample" if plan == "modulated" else "per_token")
+    assert granularities[last] == "per_sample"
+    if plan is None:
+        assert handle.plan.source == "estimated"
+        assert "its errors weigh more" in handle.explain()
+        out = run(unet, handle)
+        assert ((out - exact).square().sum() / exact.square().sum()).item() < 1e-3
+        held = sum(unit.cost(Mode("modulated", 8)).state_bytes for unit in handle.plan.units if unit.mode.act_bits)
+        assert 0 < handle.state.nbytes() < held  # less than if all of them were modulated
+    else:
+        assert handle.plan is None
+
+
+def test_shapes_that_are_not_known_on_a_gpu_are_told(monkeypatch, caplog):
+    monkeypatch.setattr(plans, "runs_on_gpu", lambda unet: True)
+    network = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    assert mk.accelerate(network).plan is None
+    assert "all layers are modulated, for modes could not be chosen by their cost: plan: the inputs of" in caplog.text
 
 
 def test_shapes_are_seen_without_computing(unet):

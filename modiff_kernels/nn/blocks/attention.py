@@ -1,6 +1,6 @@
 """Fused attention, self and cross."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from modiff_kernels import ops
 from modiff_kernels.backends.reference import apply_prologue
 from modiff_kernels.nn import step
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_as_written, is_untouched
+from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, Role, group_norm, is_as_written, is_untouched
 from modiff_kernels.nn.layer import LinearStack
 from modiff_kernels.ops import IDENTITY, Prologue
 
@@ -29,7 +29,7 @@ class FusedAttention(FusedBlock):
     not have, the original attention computes in float.
     """
 
-    layers = ("to_q", "to_k", "to_v", "to_out.0")
+    layers: ClassVar = {"to_q": Role("group_norm"), "to_k": ALONE, "to_v": ALONE, "to_out.0": Role(adds=True)}
 
     @staticmethod
     def fits(block: nn.Module) -> bool:

@@ -42,6 +42,18 @@ class Parts(NamedTuple):
         return form(self._replace(block=self.block.get_submodule(name), path=f"{self.path}.{name}"))
 
 
+class Role(NamedTuple):
+    """What a block does around a layer: the prologue of its input, with SiLU or not; whether it adds a skip connection
+    to its output; whether the output is values and gates, of which the prologue "geglu" makes one tensor."""
+
+    prologue: str = "identity"
+    silu: bool = False
+    adds: bool = False
+    is_gated: bool = False
+
+
+ALONE = Role()
+
 REMEDY = "use ModiffConfig(fuse=False), or change single modules before accelerate()"
 
 CHANGE = "call handle.remove(), make the change, then accelerate() again"
@@ -57,7 +69,7 @@ class FusedBlock(nn.Module):
     """
 
     takes: ClassVar[str] = "hidden_states"
-    layers: ClassVar[tuple[str, ...]]
+    layers: ClassVar[Mapping[str, Role]]
     left_out: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
     scalable: ClassVar[tuple[str, ...]] = ()

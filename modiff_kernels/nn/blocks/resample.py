@@ -1,13 +1,13 @@
 """Fused up- and down-sampling: what is done to the image before the convolution is done to its codes."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modiff_kernels.nn import step
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, is_untouched
+from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, is_untouched
 from modiff_kernels.nn.step import Spread
 from modiff_kernels.ops import IDENTITY
 
@@ -15,7 +15,7 @@ from modiff_kernels.ops import IDENTITY
 class FusedResample(FusedBlock):
     """A convolution of an image that is changed before."""
 
-    layers = ("conv",)
+    layers: ClassVar = {"conv": ALONE}
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         self.conv = parts.conv2d("conv")

@@ -1,13 +1,13 @@
 """Fused residual blocks."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modiff_kernels.nn import step
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, is_untouched
+from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, Role, group_norm, is_untouched
 from modiff_kernels.nn.blocks.time_projections import TimeProjections
 from modiff_kernels.ops import IDENTITY
 
@@ -17,7 +17,11 @@ class FusedResnetBlock2D(FusedBlock):
     its product onto the y_hat of conv2, because only the sum of the two leaves the block: one state tensor less."""
 
     takes = "input_tensor"
-    layers = ("conv1", "conv2", "conv_shortcut")
+    layers: ClassVar = {
+        "conv1": Role("group_norm", silu=True),
+        "conv2": Role("group_norm", silu=True, adds=True),
+        "conv_shortcut": ALONE,
+    }
     scalable = ("conv_shortcut",)
 
     @staticmethod

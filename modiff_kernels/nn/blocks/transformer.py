@@ -1,13 +1,13 @@
 """Fused blocks of transformers over the pixels of an image."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.attention import FusedAttention, is_plain_attention
-from modiff_kernels.nn.blocks.base import FusedBlock, Parts, group_norm, has_no_hook, is_untouched, layer_norm
+from modiff_kernels.nn.blocks.base import FusedBlock, Parts, Role, group_norm, has_no_hook, is_untouched, layer_norm
 from modiff_kernels.ops import GEGLU, IDENTITY, Prologue
 
 
@@ -15,7 +15,7 @@ class FusedFeedForward(FusedBlock):
     """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)). As a block of its own
     prologue and skip are nothing."""
 
-    layers = ("net.0.proj", "net.2")
+    layers: ClassVar = {"net.0.proj": Role(is_gated=True), "net.2": Role("geglu")}
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -49,10 +49,12 @@ class FusedBasicTransformerBlock(FusedBlock):
     computed in the pass that quantises its residual, each addition in the epilogue of a projection."""
 
     parts = ("attn1", "attn2", "ff")
-    layers = (
-        *[f"{attention}.{name}" for attention in ("attn1", "attn2") for name in FusedAttention.layers],
-        *[f"ff.{name}" for name in FusedFeedForward.layers],
-    )
+    layers: ClassVar = {
+        **{f"attn{i}.{name}": role for i in (1, 2) for name, role in FusedAttention.layers.items()},
+        **{f"attn{i}.to_q": Role("layer_norm") for i in (1, 2)},
+        "ff.net.0.proj": Role("layer_norm", is_gated=True),
+        "ff.net.2": Role("geglu", adds=True),
+    }
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -121,7 +123,7 @@ class FusedTransformer2DModel(FusedBlock):
     pixels become tokens without a copy. The blocks between have fused forms of their own, or none.
     """
 
-    layers = ("proj_in", "proj_out")
+    layers: ClassVar = {"proj_in": Role("group_norm"), "proj_out": Role(adds=True)}
     left_out = ("transformer_blocks",)
 
     @staticmethod
