@@ -16,6 +16,7 @@ COMMANDS = {
     "layers": "layers",
     "steps": "steps",
     "runs": "runs",
+    "traffic": "traffic",
     "schedules": "studies.schedules",
     "quality": "studies.quality",
     "calibration": "studies.calibration",
