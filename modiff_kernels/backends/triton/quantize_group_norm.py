@@ -149,7 +149,7 @@ def _merge_channels(
         group_mean = tl.div_rn(tl.sum(mean, axis=1), size)[:, None]
         distance = tl.where(mask, mean - group_mean, 0.0)
         variance = tl.div_rn(tl.sum(squares + count * distance * distance, axis=1), count * size)
-        a = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None] + tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
+        a = tl.rsqrt(variance + eps)[:, None] + tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
         if gamma_ptr is not None:
             a *= tl.load(gamma_ptr + col, mask=mask, other=0.0).to(tl.float32)
         b = (shift - group_mean) * a
@@ -195,7 +195,7 @@ def fold_group_norm(
         group_norm_kernel, (samples * row_blocks * columns,), h, shift, norm.gamma, norm.beta, partial,
         counters(h.device, samples * (1 + columns)), a, b, found,
         samples, rows, channels, 0 if shift is None else shift.stride(0), norm.num_groups, norm.eps,
-        SILU=norm.silu, AFFINE=affine, BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=backwards,
+        SILU=norm.silu, AFFINE=affine and found is not None, BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=backwards,
         **merge_tiles(row_blocks, block_c, norm.num_groups, channels // norm.num_groups), num_warps=num_warps,
     )  # fmt: skip
     return a, b
