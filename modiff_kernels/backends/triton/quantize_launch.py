@@ -40,7 +40,8 @@ def quantize(
             source = "folded"
         found = largest if source == "folded" else None
         a, b = fold_group_norm(h, prologue, tiling, found, affine, backwards=source != "reduced")
-    parts = block = None
+    parts: tuple[Tensor | None, Tensor | None] = None, None
+    block = None
     if not (per_token or source == "folded"):
         parts = scratch(ends * tiling.grid[0]), counters(h.device, granules)
     if tiling.granularity == "per_block":
@@ -52,12 +53,12 @@ def quantize(
     }  # fmt: skip
     if source == "reduced":
         launch(range_kernel, tiling.grid, h, x_hat, a, b, largest, *parts, block, *sizes, eps, **form)
-        parts = None
+        parts = None, None
     codes = torch.empty_like(like, dtype=torch.int8)
     used = torch.empty(granules, dtype=torch.float32, device=h.device)
     zero_point = scratch(granules) if x_hat is None else None
     launch(
-        quantize_kernel, tiling.grid, h, x_hat, a, b, given, largest, *(parts or (None, None)), block, codes, used,
+        quantize_kernel, tiling.grid, h, x_hat, a, b, given, largest, *parts, block, codes, used,
         zero_point, *sizes, 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio, float(1 << (bits - 1)),
         SOURCE=source, **form,
     )  # fmt: skip
