@@ -22,7 +22,7 @@ from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.operands import PackedWeight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-MUTATED = ("x_hat", "y_hat")
+MUTATED = ("x_hat", "y_hat", "last_absmax")
 
 
 def _per_token_of_a_window(problem: Problem) -> bool:

@@ -182,4 +182,6 @@ def _call_quantize(
         quantize(h, prologue, x_hat, None, 4, granularity, 1.0, False)
         if granularity in ("per_sample", "per_token"):
             quantize(h, prologue, x_hat, torch.empty(1), 4, granularity, 1.0, False)
+            granules = torch.empty(shape[0] if granularity == "per_sample" else x_hat.numel() // channels)
+            quantize(h, prologue, x_hat, None, 4, granularity, 1.0, False, granules)
             quantize(h, prologue, None, None, 8, granularity, 1.0, True)

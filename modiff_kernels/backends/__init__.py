@@ -2,7 +2,8 @@
 
 A backend has two functions and a reason, and its name stands in `BACKENDS`::
 
-    quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> (codes, scale, absmax or zero_point)
+    quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None)
+                                                                        -> (codes, scale, absmax or zero_point)
     product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> out
     why_not(problem) -> str | None                 why it cannot solve `problem` (of op "quantize", "product", ...)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quant.affine import residual_scale
 from ..quant.operands import PROLOGUE_VALUE, PackedWeight, Window, sizes_of
 from ..quant.packing import KPACK_V1, pack, unpack
 from ..quant.spec import GRANULARITY_VALUE
@@ -85,9 +86,14 @@ def _float32(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float32 else t.float()
 
 
-def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
+) -> tuple[Tensor, Tensor, Tensor]:
     kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    shift = None if shift is None else shift.contiguous()
     norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
+    if last_absmax is not None:
+        scale = residual_scale(last_absmax, bits, clip_ratio)
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
     try:
         codes, used, absmax, zero_point = torch.ops.modiff_cpu.quantize.default(
@@ -98,6 +104,8 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -
             raise
         text = "quantize: x holds NaN or Inf; check the model's input and weights, then start a new run"
         raise ValueError(text) from None
+    if last_absmax is not None:
+        last_absmax.copy_(absmax)
     return codes, used, zero_point if x_hat is None else absmax
 
 

@@ -24,12 +24,19 @@ def why_not(problem: Any) -> str | None:
 
 
 @torch.no_grad()
-def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, zero_points) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    h, prologue, x_hat, scale, bits, granularity, clip_ratio, zero_points, last_absmax=None
+) -> tuple[Tensor, Tensor, Tensor]:
     image = h.ndim == 4
     x = apply_prologue(h, prologue)
     if x_hat is None:
         return activation_codes(x, bits, granularity, zero_points, image)
-    return residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
+    if last_absmax is None:
+        return residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
+    scale = affine.residual_scale(last_absmax, bits, clip_ratio)
+    codes, used, absmax = residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
+    last_absmax.copy_(absmax)
+    return codes, used, absmax
 
 
 def apply_prologue(h: Tensor, prologue: Prologue) -> Tensor:

@@ -72,17 +72,17 @@ def run(
     source: Any = layer.input
     x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
     held = layer.output.current()
-    scale = source.scale()
+    scale, last_absmax = source.scale()
     args = (
         h, prologue, x_hat, scale, layer.packed, held.tensor, skip, layer.window, dtype, source.act_bits,
-        source.granularity, source.clip_ratio, write_out,
+        source.granularity, source.clip_ratio, write_out, last_absmax,
     )  # fmt: skip
     if torch_must_see(h):
         out, _, absmax = ops.modulate(*args, layer.backend)
     else:
-        kernel = held.kernels.get((layer.name, scale is None))
+        kernel = held.kernels.get((layer.name, last_absmax is None))
         if kernel is None:
-            kernel = held.kernels[layer.name, scale is None] = ops.modulate_kernel(*args, layer.backend)
+            kernel = held.kernels[layer.name, last_absmax is None] = ops.modulate_kernel(*args, layer.backend)
         out, _, absmax = kernel(*args)
     source.record(absmax)
     return out if write_out else held.tensor
@@ -94,14 +94,14 @@ def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dty
     source: Any = layer.input
     x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
     if layer.state.is_first:
-        args = (h, prologue, x_hat, None, FIRST_BITS, source.granularity, 1.0, True)
+        args = (h, prologue, x_hat, None, FIRST_BITS, source.granularity, 1.0, True, None)
         key = "first", prologue.shift is None, h.shape, h.dtype, h.device
         first = [_repeated(layer.kernels, key, ops.quantize, args, layer.backend) for _ in range(FIRST_UPDATES)]
         return tuple([(codes, used) for codes, used, _ in first])
-    scale = source.scale()
-    args = (h, prologue, x_hat, scale, source.act_bits, source.granularity, source.clip_ratio, True)
+    scale, last_absmax = source.scale()
+    args = (h, prologue, x_hat, scale, source.act_bits, source.granularity, source.clip_ratio, True, last_absmax)
     kernels = source.current().kernels
-    codes, used, absmax = _repeated(kernels, (layer.name, scale is None), ops.quantize, args, layer.backend)
+    codes, used, absmax = _repeated(kernels, (layer.name, last_absmax is None), ops.quantize, args, layer.backend)
     source.record(absmax)
     return ((codes, used),)
 
@@ -143,7 +143,7 @@ def plain_codes(layer: Layer, prologue: Prologue, h: Tensor) -> tuple[Tensor, Te
     if source.scale_mode == "static":
         codes = affine.static_codes(h, source.static_scale, source.static_zero_point, source.act_bits)
         return codes, source.static_scale, source.static_zero_point
-    args = (h, prologue, None, None, source.act_bits, source.granularity, 1.0, True)
+    args = (h, prologue, None, None, source.act_bits, source.granularity, 1.0, True, None)
     key = "quantize", prologue.shift is None, h.shape, h.dtype, h.device
     return _repeated(layer.kernels, key, ops.quantize, args, layer.backend)
 

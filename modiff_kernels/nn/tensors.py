@@ -13,7 +13,6 @@ from torch import Tensor
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.cache import KeptOutputs, TimeTable, tensor_version
 from modiff_kernels.nn.run import NEW_RUN, Run
-from modiff_kernels.quant.affine import residual_scale
 
 
 class ContextTensor:
@@ -22,7 +21,7 @@ class ContextTensor:
     written: whether this run has begun it. kernels: what the update calls of this run execute on it, by layer.
     Of an input whose scale is not dynamic: last_update, the call that updated it last; interval, the calls from the
     update before to that one; updated in this call; factor and absmax, of which its next scale is made; fixed_absmax,
-    where absmax lies if addresses must stay.
+    where absmax lies in every run.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -138,37 +137,35 @@ class InputState(StateTensor):
     def fill(self, tensor: Tensor) -> None:
         tensor.zero_()
 
-    def scale(self) -> Tensor | None:
-        """Scale of this call's residual: None (dynamic), or float32 [1] (static) or [granules] (delayed).
+    def scale(self) -> tuple[Tensor | None, Tensor | None]:
+        """`scale` and `last_absmax` of `ops.quantize` for this call's residual: both None (dynamic), the first float32
+        [1] (static), or the second [granules] (delayed).
 
         Where a schedule leaves calls out, the residual has grown over all of them: a static scale (of one call) is
         multiplied by the number of calls since the last update, a delayed one by the ratio of that number to the one
         before. The factor is a tensor: compiled code sees no number that changes.
         """
         if self.scale_mode == "dynamic":
-            return None
-        held = self.contexts[self.state.context_name]
-        factor = held.factor
-        if self.scale_mode == "static":
-            return self.static_scale if factor is None else self.static_scale * factor
-        if held.absmax is None:
-            return None
-        return residual_scale(held.absmax if factor is None else held.absmax * factor, self.act_bits, self.clip_ratio)
+            return None, None
+        held, static = self.contexts[self.state.context_name], self.scale_mode == "static"
+        given = self.static_scale if static else held.absmax
+        if given is not None and held.factor is not None:
+            given = given * held.factor
+        return (given, None) if static else (None, given)
 
     def record(self, absmax: Tensor) -> None:
-        """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one."""
+        """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one: where the op has
+        not left it there."""
         if self.scale_mode == "dynamic":
             return
         held = self.contexts[self.state.context_name]
         held.updated = True
+        if self.scale_mode == "delayed" and (held.absmax is None or held.factor is not None):
+            if held.fixed_absmax is None:
+                with torch.inference_mode(False):  # later calls may write it in any mode
+                    held.fixed_absmax = torch.empty_like(absmax)
+            held.absmax = held.fixed_absmax.copy_(absmax)
         held.factor = None  # of a second use in the same call
-        if self.scale_mode == "delayed":
-            if self.state.fixed_addresses:
-                if held.fixed_absmax is None:
-                    with torch.inference_mode(False):
-                        held.fixed_absmax = absmax.clone()
-                absmax = held.fixed_absmax.copy_(absmax)
-            held.absmax = absmax
 
     def set_static(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Take a calibrated scale, float32 [1] or [calls], and its zero point, int32. ValueError if another layer that

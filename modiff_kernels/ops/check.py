@@ -18,7 +18,7 @@ from .problem import Problem, capability
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> Problem:
+def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax) -> Problem:
     op = "quantize"
     shape, image = _quantized_shape(op, h, prologue)
     check_bits(op, "bits", bits)
@@ -28,18 +28,25 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -
     if x_hat is not None:
         _require_tensors(op, h, None, x_hat=x_hat)
         _require_shape(op, "x_hat", x_hat, shape, image)
-    elif scale is not None:
+    elif scale is not None or last_absmax is not None:
         raise ValueError(f"{op}: a scale is for residuals only; without x_hat leave it None (dynamic)")
     elif granularity == "per_block":
         raise ValueError(f"{op}: granularity='per_block' is for residuals only; choose 'per_sample'")
-    if scale is not None:
+    given = scale is not None or last_absmax is not None
+    if given:
         if granularity == "per_block":
             raise ValueError(f"{op}: granularity='per_block' finds its scales itself; leave scale None (dynamic)")
+        if scale is not None and last_absmax is not None:
+            raise ValueError(f"{op}: scale and last_absmax are given; a delayed scale is made of last_absmax alone")
         count = granule_count(shape, granularity, image)
-        must = f"of length {count} or 1 (granularity {granularity}, or one scale for all)"
-        _require_scale(op, h, scale, scale.numel() in (count, 1), must)
+        if scale is not None:
+            must = f"of length {count} or 1 (granularity {granularity}, or one scale for all)"
+            _require_scale(op, h, scale, scale.numel() in (count, 1), must)
+        else:
+            must = f"of length {count} (granularity {granularity})"
+            _require_scale(op, h, last_absmax, last_absmax.numel() == count, must, "last_absmax")
     problem = _problem(op, h, h.dtype, x_hat, m=row_count(shape, image), k=shape[1 if image else -1], act_bits=bits)
-    return replace(problem, granularity=granularity, prologue=prologue.kind, scale_given=scale is not None)
+    return replace(problem, granularity=granularity, prologue=prologue.kind, scale_given=given)
 
 
 def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[int], bool]:
@@ -65,8 +72,11 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     if kind == "group_norm":
         if num_groups < 1 or channels % num_groups != 0:
             raise ValueError(f"{op}: num_groups={num_groups} does not divide the {channels} channels of h")
-        if shift is not None and (tuple(shift.shape) != (h.shape[0], channels) or not shift.is_contiguous()):
-            raise ValueError(f"{op}: shift has {_text(shift)}; it must be contiguous {(h.shape[0], channels)}")
+        if shift is not None and (
+            tuple(shift.shape) != (h.shape[0], channels) or (channels > 1 and shift.stride(1) != 1)
+        ):
+            must = f"{(h.shape[0], channels)}, the values of a row one after the other"
+            raise ValueError(f"{op}: shift has {_text(shift)}; it must be {must}")
     elif shift is not None:
         raise ValueError(f"{op}: prologue {kind!r} takes no shift; only 'group_norm' does")
     return h.shape, image
@@ -89,10 +99,23 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
 
 
 def modulate(
-    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
+    h,
+    prologue,
+    x_hat,
+    scale,
+    weight,
+    y_hat,
+    skip,
+    window,
+    out_dtype,
+    bits,
+    granularity,
+    clip_ratio,
+    write_out,
+    last_absmax,
 ) -> Problem:
     op = "modulate"
-    codes = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
+    codes = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax)
     _require_activation(op, "x_hat", x_hat, window is not None)
     problem = _product(op, x_hat, weight, y_hat, skip, window, out_dtype, write_out)
     fields = {name: getattr(codes, name) for name in ("act_bits", "granularity", "prologue", "scale_given")}
@@ -216,10 +239,10 @@ def _require_vector(op: str, name: str, t: Tensor | None, length: int) -> None:
         raise ValueError(f"{op}: {name} has {_text(t)}; it must be a contiguous vector of length {length}")
 
 
-def _require_scale(op: str, x: Tensor, scale: Tensor, fits: bool, must: str) -> None:
-    _require_tensors(op, x, torch.float32, scale=scale)
+def _require_scale(op: str, x: Tensor, scale: Tensor, fits: bool, must: str, name: str = "scale") -> None:
+    _require_tensors(op, x, torch.float32, **{name: scale})
     if scale.ndim != 1 or not scale.is_contiguous() or not fits:
-        raise ValueError(f"{op}: scale has {_text(scale)}; it must be 1-D {must}")
+        raise ValueError(f"{op}: {name} has {_text(scale)}; it must be 1-D {must}")
 
 
 def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:

@@ -113,9 +113,10 @@ def _composed(name: str) -> Callable[..., Any]:
     quantize, product = load(name).quantize, load(name).product
 
     def modulate(
-        h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
-    ):
-        codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
+        h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
+        last_absmax=None,
+    ):  # fmt: skip
+        codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax)
         out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
         return out, used, absmax
 

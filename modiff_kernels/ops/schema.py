@@ -31,7 +31,7 @@ from .dispatch import torch_must_see
 from .registry import declare
 
 
-@declare(check.quantize, mutates=["x_hat"])
+@declare(check.quantize, mutates=["x_hat", "last_absmax"])
 def quantize(
     h: Tensor,
     prologue: Prologue = IDENTITY,
@@ -41,6 +41,7 @@ def quantize(
     granularity: str = "per_sample",
     clip_ratio: float = 1.0,
     affine: bool = True,
+    last_absmax: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise x = prologue(h): with x_hat its change since the last step, whose rounding error stays in x_hat and so
@@ -50,6 +51,7 @@ def quantize(
 
         with x_hat:    residual = x - float32(x_hat)             absmax = max|residual| over the granule
                        scale    = max(clip_ratio * absmax / (2^(b-1) - 0.5), 2^-100)      if scale is None (dynamic)
+                                    with last_absmax in the place of absmax, if that is given (delayed)
                        code     = clamp(rne(residual * (1 / scale)), -2^(b-1), 2^(b-1) - 1)
                        x_hat    = float32(x_hat) + scale * code, rounded to x_hat's dtype
         without:       lo, hi   = min(x, 0), max(x, 0) over the granule
@@ -61,10 +63,11 @@ def quantize(
     Args:
         h: an image [N, C, H, W] or [..., K]; [..., 2K] for the prologue "geglu".
         prologue: what stands between h and x, see `Prologue`. Its norms are computed in float32 and may differ between
-            backends in the last bits, and a code with it by one.
+            backends in the last bits, and a code with it by one. Without x_hat, the lo of a SiLU may be its bound,
+            -0.2785, where x comes below 0 (triton, per_sample): the step is larger then, by at most 0.2785 / (2^b - 1).
         x_hat: state of x's shape and memory format. **Mutated.**
-        scale: None, or the scales to use for the residual (static, delayed): positive and finite, one per granule, or
-            one for all.
+        scale: None, or the scales to use for the residual (static): positive and finite, one per granule, or one for
+            all.
         bits: b = 3, 4 or 8.
         granularity: "per_tensor", "per_sample", "per_token", or, for residuals with scale None, "per_block": codes are
             then code * multiplier with an integer multiplier per (sample, 16 consecutive rows, input channel), still
@@ -72,11 +75,12 @@ def quantize(
             a sample, it equals "per_sample".
         clip_ratio: factor on absmax, dynamic scales only; below 1 clips the largest residuals.
         affine: without x_hat: with zero point, or symmetric.
+        last_absmax: None, or the absmax of an earlier update, of which the scales are made (delayed), with scale None;
+            not with "per_block". **Mutated**: it is that of this update afterwards.
 
     Returns:
         codes int8, of x's shape and memory format; the scales used, float32, one per granule; and, one per granule,
-        with x_hat absmax float32 (without clip_ratio), from which `quant.affine.residual_scale` makes a delayed scale,
-        without x_hat the zero points int32.
+        with x_hat absmax float32 (without clip_ratio), without x_hat the zero points int32.
     """
     like = h if prologue.kind != "geglu" else h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
     image = h.ndim == 4 and prologue.kind in ("identity", "group_norm")
@@ -148,14 +152,18 @@ def modulate(
     granularity: str = "per_sample",
     clip_ratio: float = 1.0,
     write_out: bool = True,
+    last_absmax: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The update of one layer: `quantize` the residual of prologue(h), then `product` onto y_hat.
 
     Not an op of torch but the composition of two, which a backend may have in one piece for some problems. Arguments as
-    for the two; x_hat and y_hat are **mutated**. Returns out, the scales used, and absmax.
+    for the two; x_hat, y_hat and last_absmax are **mutated**. Returns out, the scales used, and absmax.
     """
-    args = (h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out)
+    args = (
+        h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
+        last_absmax,
+    )  # fmt: skip
     return _both_ops(*args, backend) if torch_must_see(h) else modulate_kernel(*args, backend)(*args)
 
 
@@ -167,9 +175,9 @@ def modulate_kernel(*args):  # type: ignore[no-untyped-def]
 
 def _both_ops(
     h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
-    backend="auto",
+    last_absmax, backend="auto",
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, backend)
+    codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax, backend)
     out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, backend)
     return out, used, absmax
 

@@ -38,11 +38,11 @@ class Layer:
         self.updates = 0
 
     def update(self, h, scale=None, bits=4, granularity="per_sample", clip_ratio=1.0, prologue=IDENTITY, skip=None,
-               write_out=True):  # fmt: skip
+               write_out=True, last_absmax=None):  # fmt: skip
         """out, scale, absmax, after the state was found consistent."""
         out, used, absmax = self.place.modulate(
             h, prologue, self.x_hat, scale, self.weight.packed, self.y_hat, skip, self.case.window, self.dtype, bits,
-            granularity, clip_ratio, write_out,
+            granularity, clip_ratio, write_out, last_absmax,
         )  # fmt: skip
         self.updates += 1
         cases.assert_invariant(self.case, self.x_hat, self.y_hat, self.weight.dense, self.bias, self.updates)
@@ -56,13 +56,17 @@ class Layer:
     def run(self, inputs, bits, granularity="per_sample", scale_mode="dynamic", **more):
         """The outputs of a run: its first call makes two updates of 8 bits."""
         self.begin()
-        outputs, scale = [], None
+        outputs, last = [], None
         for call, x in enumerate(inputs):
             for update_bits in [8, 8] if call == 0 else [bits]:
-                given = torch.full((1,), 0.05) if scale_mode == "static" and call > 0 else scale
-                out, _, absmax = self.update(x, given, update_bits, granularity, **more)
+                given = torch.full((1,), 0.05) if scale_mode == "static" and call > 0 else None
+                before = None if last is None else last.clone()
+                out, used, absmax = self.update(x, given, update_bits, granularity, last_absmax=last, **more)
+            if last is not None:
+                assert torch.equal(used, residual_scale(before, bits))
+                assert torch.equal(last, absmax)
             outputs.append(out)
-            scale = residual_scale(absmax, bits) if scale_mode == "delayed" else None
+            last = absmax if scale_mode == "delayed" else None
         return outputs
 
 
@@ -107,7 +111,8 @@ def test_runs_follow_the_method(place, bits):
 
 
 FORMS = [("per_tensor", "static"), ("per_sample", "static"), ("per_tensor", "dynamic"), ("per_sample", "dynamic"),
-         ("per_token", "dynamic"), ("per_block", "dynamic"), ("per_sample", "delayed")]  # fmt: skip
+         ("per_token", "dynamic"), ("per_block", "dynamic"), ("per_sample", "delayed"),
+         ("per_tensor", "delayed"), ("per_token", "delayed")]  # fmt: skip
 
 
 def test_forms_of_the_update(place):

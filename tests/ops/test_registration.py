@@ -34,7 +34,7 @@ def flat(form, dtype=None):
             values.append(value)
     torch_op = getattr(torch.ops.modiff, op).default
     if dtype is not None:
-        keep = ("scale", "weight_scale")
+        keep = ("scale", "weight_scale", "last_absmax")
         for i, (argument, value) in enumerate(zip(torch_op._schema.arguments, values)):
             if isinstance(value, torch.Tensor) and value.is_floating_point() and argument.name not in keep:
                 values[i] = value.to(dtype)
@@ -48,7 +48,7 @@ def test_schemas():
     for op in OPS_OF_TORCH:
         schema = getattr(torch.ops.modiff, op).default._schema
         written = {given.name for given in schema.arguments if given.alias_info and given.alias_info.is_write}
-        assert written == {"quantize": {"x_hat"}, "product": {"y_hat"}}.get(op, set())
+        assert written == {"quantize": {"x_hat", "last_absmax"}, "product": {"y_hat"}}.get(op, set())
         assert all(result.alias_info is None for result in schema.returns)
         assert getattr(ops, op).__doc__
         assert list(inspect.signature(getattr(ops, op)).parameters)[-1] == "backend"
@@ -143,7 +143,7 @@ def test_a_call_with_other_formats_is_checked_again():
 
 def test_kernel_for_gives_the_backend_function():
     x, x_hat = torch.randn(2, 8), torch.zeros(2, 8)
-    args = (x, ops.IDENTITY, x_hat, None, 8, "per_sample", 1.0, True)
+    args = (x, ops.IDENTITY, x_hat, None, 8, "per_sample", 1.0, True, None)
     assert ops.quantize.kernel_for(*args, "reference") is reference.quantize
     with pytest.raises(ValueError, match="x_hat has shape"):
         ops.quantize.kernel_for(x, ops.IDENTITY, x_hat[:1], *args[3:], "reference")

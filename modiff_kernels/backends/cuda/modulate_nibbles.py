@@ -27,8 +27,10 @@ def why_not(problem: Any) -> str | None:
 
 
 def modulate(
-    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
-) -> tuple[Tensor, Tensor, Tensor]:
-    codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, False, packed=True)
+    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
+    last_absmax=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    form = (bits, granularity, clip_ratio, False)
+    codes, used, absmax = quantize(h, prologue, x_hat, scale, *form, last_absmax, packed=True)
     out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
     return out, used, absmax

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...quant.affine import residual_scale
 from ...quant.operands import PROLOGUE_VALUE, sizes_of
 from ...quant.spec import GRANULARITY_VALUE
 from . import library
@@ -14,12 +15,19 @@ MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vect
 
 
 def quantize(
-    h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, packed: bool = False
+    h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked; with `packed` the codes of every row are in kpack_v1."""
-    kind, *norm = prologue
+    kind, gamma, beta, shift, *norm = prologue
+    shift = None if shift is None else shift.contiguous()
+    if last_absmax is not None:
+        scale = residual_scale(last_absmax, bits, clip_ratio)
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
-    return library.quantize_op()(h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, packed, *sizes_of(h, kind))
+    args = (h, PROLOGUE_VALUE[kind], gamma, beta, shift, *norm, x_hat, *form, scale, packed, *sizes_of(h, kind))
+    codes, used, third = library.quantize_op()(*args)
+    if last_absmax is not None:
+        last_absmax.copy_(third)
+    return codes, used, third
 
 
 def why_not(problem: Any) -> str | None:

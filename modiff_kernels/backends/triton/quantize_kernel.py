@@ -6,28 +6,34 @@ Operands (N samples, R rows of C channels per sample; an NHWC image has R = H * 
 h          [N, R, C]           float        input ("geglu": [N, R, 2C]); x = prologue(h)
 x_hat      [N, R, C]           float        state, read and written; None: the plain form, which quantises x itself
 a, b       [N, C] or [C]       float        "group_norm": folded norm, float32; "layer_norm": gamma and beta or None
-given      [1] or [granules]   float32      scales of the caller
+given      [1] or [granules]   float32      scales of the caller; "delayed": absmax of the last update, read and written
 range      [granules]          int32        bit patterns of absmax; it is the result absmax
            (affine: twice)                  affine: of -min(x, 0), then of max(x, 0)
-block      [N, ceil(R/16), C]  int32        "per_block": bit patterns of absmax per 16 rows of a channel; the last block
-                                            of a sample takes the rows that are left, and so the last two entries
+partial    [programs]          int32        scratch: what each program adds to the range
+           (affine: twice)
+counter    [granules]          int32        programs that have stored theirs: 0 before and after, see `arrive`
+block      [N, tiles, C]       int32        "per_block": bit patterns of absmax of a channel in the rows of a tile
 codes      [N, R, C]           int8
 scale      [granules]          float32      zero_point [granules] int32: plain form only
 ========== =================== ============ ========================================================================
 
 PROLOGUE: "identity" (x = h), "group_norm" (x = silu?(a * h + b), quantize_group_norm.py), "layer_norm" (x = (h - mean)
 / sqrt(var + eps) * a + b, statistics of the row in registers) or "geglu" (x = h[:C] * gelu(h[C:]), gelu with erf).
-SOURCE of the scale: "given" by the caller, "reduced" by the range pass, or of this "tile" (granularity "per_token").
+SOURCE of the scale: "given" by the caller, "delayed" (made here of the last absmax), "reduced" by the range pass (or in
+quantize_group_norm.py), or of this "tile" (granularity "per_token").
 
 Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops. A tile holds whole rows (of at most
 `quantize_tiling.MAX_ROW` channels) where a row must be reduced ("per_token" scales, "layer_norm"), and no more than the
-16 rows of a block with "per_block". Every tensor is read at most once per pass; the range pass runs from the last tile
-to the first, so that the second reading comes from the L2 cache as far as it reaches.
+16 rows of a block with "per_block", of which the last one of a sample takes the rows that are left. Every tensor is
+read at most once per pass; the range pass runs from the last tile to the first, so that the second reading comes from
+the L2 cache as far as it reaches.
+
+A range over many programs has no zeros to begin with and no atomic maximum: each stores its part, and the last one to
+arrive merges them. Parts are the bit patterns of non-negative float32 in int32: their maximum does not depend on the
+order, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
 
 The formulas (ops/schema.py, `quant/affine.py`) keep their order of float32 roundings, so that scales and codes come out
-bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`. Ranges are kept as the
-bit patterns of non-negative float32 in int32: their maximum does not depend on the order, so that `atomic_max` is
-deterministic, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
+bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`.
 """
 
 import triton
@@ -39,6 +45,7 @@ from .launch import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _BLOCK_ROWS = tl.constexpr(BLOCK_ROWS)
+_MERGED = tl.constexpr(1024)  # parts of a range that a program reads at a time
 _MIN_SCALE = tl.constexpr(2.0**-100)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -78,6 +85,22 @@ def tile_offsets(sample, first, rows, width, row, col):
 
 
 @triton.jit
+def arrive(counter_ptr, programs):
+    """Whether this program is the last of `programs` to come here. It then sees what the others stored before, where it
+    reads past the L1 cache (".cg"), and has set the counter back to 0 for the next launch."""
+    tl.debug_barrier()  # one thread counts for all, so the stores of all come first
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
 def load_activation(
     h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE: tl.constexpr, SILU: tl.constexpr
 ):
@@ -94,9 +117,9 @@ def load_activation(
         at = sample.to(tl.int64) * channels + col
         a = tl.load(a_ptr + at, mask=col < channels, other=0.0)
         b = tl.load(b_ptr + at, mask=col < channels, other=0.0)
-        x = x * a[None, :] + b[None, :]
+        x = tl.fma(x, a[None, :], b[None, :])  # as the range in quantize_group_norm.py
         if SILU:
-            x = x * tl.sigmoid(x)
+            x = silu(x)
     if PROLOGUE == "layer_norm":
         inside = (col < channels)[None, :]
         mean = tl.div_rn(tl.sum(x, axis=1), tl.cast(channels, tl.float32))
@@ -166,8 +189,18 @@ def round_to_code(scaled, low, high):
 
 
 @triton.jit
+def largest_of(partial_ptr, count):
+    """The maximum of `count` parts that other programs stored."""
+    largest = tl.zeros([_MERGED], tl.int32)
+    for start in range(0, count, _MERGED):
+        at = start + tl.arange(0, _MERGED)
+        largest = tl.maximum(largest, tl.load(partial_ptr + at, mask=at < count, other=0, cache_modifier=".cg"))
+    return tl.max(largest)
+
+
+@triton.jit
 def range_kernel(
-    h_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, block_ptr, rows, channels, granules, eps,
+    h_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, rows, channels, granules, eps,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -178,27 +211,33 @@ def range_kernel(
         offsets = tile_offsets(sample, first, rows, channels, row, col)
         value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     value = tl.where(mask, value, 0.0)
-    granule = sample
-    if GRANULARITY == "per_tensor":
-        granule = 0
+    part = partial_ptr + tl.program_id(0)
     if AFFINE:
-        tl.atomic_max(range_ptr + granule, tl.max(magnitude_below(value)), sem="relaxed")
-        tl.atomic_max(range_ptr + granules + granule, tl.max(magnitude_above(value)), sem="relaxed")
+        tl.store(part, tl.max(magnitude_below(value)))
+        tl.store(part + tl.num_programs(0), tl.max(magnitude_above(value)))
     elif GRANULARITY == "per_block":
         largest = tl.max(magnitude(value), axis=0)
-        at = (sample.to(tl.int64) * tl.cdiv(rows, _BLOCK_ROWS) + first // _BLOCK_ROWS) * channels + col
-        if BLOCK_R == _BLOCK_ROWS:
-            tl.store(block_ptr + at, largest, mask=col < channels)
-        else:  # several tiles of a block
-            tl.atomic_max(block_ptr + at, largest, mask=col < channels, sem="relaxed")
-        tl.atomic_max(range_ptr + granule, tl.max(largest), sem="relaxed")
+        at = (sample.to(tl.int64) * tl.cdiv(rows, BLOCK_R) + first // BLOCK_R) * channels + col
+        tl.store(block_ptr + at, largest, mask=col < channels)
+        tl.store(part, tl.max(largest))
     else:
-        tl.atomic_max(range_ptr + granule, tl.max(magnitude(value)), sem="relaxed")
+        tl.store(part, tl.max(magnitude(value)))
+
+    # Programs of a granule follow each other: the granules of the last to the first, as samples run backwards.
+    programs = tl.num_programs(0) // granules
+    place = tl.program_id(0) // programs
+    if arrive(counter_ptr + place, programs):
+        granule = granules - 1 - place
+        tl.store(range_ptr + granule, largest_of(partial_ptr + place * programs, programs))
+        if AFFINE:
+            above = largest_of(partial_ptr + tl.num_programs(0) + place * programs, programs)
+            tl.store(range_ptr + granules + granule, above)
 
 
 @triton.jit
 def quantize_kernel(
-    h_ptr, x_hat_ptr, a_ptr, b_ptr, given_ptr, range_ptr, block_ptr, codes_ptr, scale_ptr, zero_point_ptr,
+    h_ptr, x_hat_ptr, a_ptr, b_ptr, given_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, codes_ptr, scale_ptr,
+    zero_point_ptr,
     rows, channels, granules, given_stride, eps, clip_ratio, half,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -224,13 +263,19 @@ def quantize_kernel(
         owner = (first == 0) & (tl.program_id(0) % tl.cdiv(channels, BLOCK_C) == 0)
     zero_point = half * 0.0
 
-    if SOURCE == "given":
+    if SOURCE == "given" or SOURCE == "delayed":
         if GRANULARITY == "per_token":
             scale = tl.load(given_ptr + granule * given_stride, mask=owner, other=1.0)
-            tl.store(range_ptr + granule, tl.max(magnitude(value), axis=1), mask=owner)
+            largest = tl.max(magnitude(value), axis=1)
+            tl.store(range_ptr + granule, largest, mask=owner)
+            if SOURCE == "delayed":
+                tl.debug_barrier()  # several threads may have read a row's
+                tl.store(given_ptr + granule, largest.to(tl.float32, bitcast=True), mask=owner)
         else:
             scale = tl.load(given_ptr + granule * given_stride)
-            tl.atomic_max(range_ptr + granule, tl.max(magnitude(value)), sem="relaxed")
+            tl.store(partial_ptr + tl.program_id(0), tl.max(magnitude(value)))
+        if SOURCE == "delayed":
+            scale = symmetric_scale(scale, clip_ratio, half - 0.5)
     elif AFFINE:
         if SOURCE == "tile":
             below = tl.max(magnitude_below(value), axis=1)
@@ -258,12 +303,14 @@ def quantize_kernel(
     if GRANULARITY == "per_block":
         last = rows // _BLOCK_ROWS - 1
         block = tl.minimum(first // _BLOCK_ROWS, last)
-        at = (sample.to(tl.int64) * tl.cdiv(rows, _BLOCK_ROWS) + block) * channels + col
-        largest = tl.load(block_ptr + at, mask=col < channels, other=0)
-        # The rows that are left are the last block's, too; elsewhere the second load repeats the first.
-        beyond = tl.where(block == last, tl.cdiv(rows, _BLOCK_ROWS) - rows // _BLOCK_ROWS, 0) * channels
-        rest = tl.load(block_ptr + at + beyond, mask=col < channels, other=0)
-        largest = tl.maximum(largest, rest)
+        tiles = tl.cdiv(rows, BLOCK_R)
+        start = block * (_BLOCK_ROWS // BLOCK_R)
+        end = tl.where(block == last, tiles, start + _BLOCK_ROWS // BLOCK_R)
+        at = block_ptr + (sample.to(tl.int64) * tiles + start) * channels + col
+        largest = tl.zeros([BLOCK_C], tl.int32)
+        for i in tl.static_range(2 * _BLOCK_ROWS // BLOCK_R):  # the last block has up to 31 rows
+            most = tl.where(start + i < end, channels, 0)
+            largest = tl.maximum(largest, tl.load(at + i * channels, mask=col < most, other=0))
         multiplier = block_multiplier(largest.to(tl.float32, bitcast=True), scale, clip_ratio, half)
         code = round_to_code(value * tl.div_rn(1.0, scale * multiplier)[None, :], -half, half - 1.0)
         code = code * multiplier[None, :]
@@ -278,3 +325,12 @@ def quantize_kernel(
         updated = (old + scale * code).to(x_hat_ptr.dtype.element_ty)
         # x_hat is read again in the next step; the L2 cache is for the codes, which the product reads now.
         tl.store(x_hat_ptr + offsets, updated, mask=mask, eviction_policy="evict_first")
+    if partial_ptr is not None:
+        # After `given` was read by all programs of the granule, the last one may write it.
+        programs = tl.num_programs(0) // granules
+        place = tl.program_id(0) // programs
+        if arrive(counter_ptr + place, programs):
+            largest = largest_of(partial_ptr + place * programs, programs)
+            tl.store(range_ptr + place, largest)
+            if SOURCE == "delayed":
+                tl.store(given_ptr + place, largest.to(tl.float32, bitcast=True))

@@ -1,7 +1,7 @@
 """`quantize`: which kernels an activation takes (quantize_kernel.py), and their scratch.
 
-Launches: one with scales given (and one that clears absmax, unless they are per token) or per token; otherwise two, and
-one that clears the scratch. A group norm has two more (quantize_group_norm.py), which clear the scratch themselves.
+Launches: one with scales given, delayed or per token, otherwise two. A group norm has one more, except for the plain
+form with scales per sample, of which it finds the range (quantize_group_norm.py).
 """
 
 from typing import Any
@@ -9,52 +9,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...quant.spec import BLOCK_ROWS
-from .launch import launch
+from .launch import counters, launch
 from .quantize_group_norm import fold_group_norm
 from .quantize_kernel import quantize_kernel, range_kernel
-from .quantize_tiling import Tiling, tiling_of
+from .quantize_tiling import tiling_of
 
 
-def _make_ranges(tiling: Tiling, affine: bool, device: torch.device, zeroed: bool) -> tuple[Tensor, Tensor | None]:
-    """int32 scratch of the passes: `largest` [granules] (affine: twice) and `block` [N, ceil(R/16), C] or None. Not
-    `zeroed`: another kernel does that and saves a launch."""
-    make = torch.zeros if zeroed and tiling.granularity != "per_token" else torch.empty
-    largest = make(tiling.granules * (2 if affine else 1), dtype=torch.int32, device=device)
-    if tiling.granularity != "per_block":
-        return largest, None
-    blocks = (tiling.samples, -(-tiling.rows // BLOCK_ROWS), tiling.channels)
-    make = torch.empty if tiling.block_r == BLOCK_ROWS else torch.zeros
-    return largest, make(blocks, dtype=torch.int32, device=device)
-
-
-def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
+) -> tuple[Tensor, Tensor, Tensor]:
     kind, a, b, _, _, eps, silu = prologue
     like = x_hat if x_hat is not None else h
     if kind == "geglu" and x_hat is None:
         like = h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.int8)
     affine = affine and x_hat is None
     tiling = tiling_of(h, like, granularity, bits, kind)
-    source = "given" if scale is not None else "tile" if tiling.granularity == "per_token" else "reduced"
-    largest, block = _make_ranges(tiling, affine, h.device, zeroed=kind != "group_norm")
+    granules, per_token = tiling.granules, tiling.granularity == "per_token"
+    given = scale if last_absmax is None else last_absmax
+    source = (
+        "delayed" if last_absmax is not None else "given" if given is not None else "tile" if per_token else "reduced"
+    )
+
+    def scratch(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=h.device)
+
+    ends = 2 if affine else 1
+    largest = scratch(ends * granules)
     if kind == "group_norm":
-        clear = None if tiling.granularity == "per_token" else largest
-        a, b = fold_group_norm(h, prologue, tiling, clear, backwards=source != "reduced")
-    sizes = tiling.rows, tiling.channels, tiling.granules
+        if x_hat is None and tiling.granularity == "per_sample":
+            source = "folded"
+        found = largest if source == "folded" else None
+        a, b = fold_group_norm(h, prologue, tiling, found, affine, backwards=source != "reduced")
+    parts: tuple[Tensor | None, Tensor | None] = None, None
+    block = None
+    if not (per_token or source == "folded"):
+        parts = scratch(ends * tiling.grid[0]), counters(h.device, granules)
+    if tiling.granularity == "per_block":
+        block = scratch(tiling.samples, -(-tiling.rows // tiling.block_r), tiling.channels)
+    sizes = tiling.rows, tiling.channels, granules
     form: dict[str, Any] = {
         "PROLOGUE": kind, "SILU": silu, "GRANULARITY": tiling.granularity, "AFFINE": affine,
-        "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c,
+        "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "num_warps": tiling.num_warps,
     }  # fmt: skip
     if source == "reduced":
-        launch(
-            range_kernel, tiling.grid, h, x_hat, a, b, largest, block, *sizes, eps, **form, num_warps=tiling.num_warps
-        )
+        launch(range_kernel, tiling.grid, h, x_hat, a, b, largest, *parts, block, *sizes, eps, **form)
+        parts = None, None
     codes = torch.empty_like(like, dtype=torch.int8)
-    used = torch.empty(tiling.granules, dtype=torch.float32, device=h.device)
-    zero_point = torch.empty(tiling.granules, dtype=torch.int32, device=h.device) if x_hat is None else None
+    used = torch.empty(granules, dtype=torch.float32, device=h.device)
+    zero_point = scratch(granules) if x_hat is None else None
     launch(
-        quantize_kernel, tiling.grid, h, x_hat, a, b, scale, largest, block, codes, used, zero_point,
-        *sizes, 0 if scale is None or scale.shape[0] == 1 else 1, eps, clip_ratio, float(1 << (bits - 1)),
-        SOURCE=source, **form, num_warps=tiling.num_warps,
+        quantize_kernel, tiling.grid, h, x_hat, a, b, given, largest, *parts, block, codes, used,
+        zero_point, *sizes, 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio, float(1 << (bits - 1)),
+        SOURCE=source, **form,
     )  # fmt: skip
     return codes, used, largest.view(torch.float32) if zero_point is None else zero_point

@@ -74,4 +74,4 @@ class FusedResnetBlock2D(FusedBlock):
             shift = projection(temb if self.skip_time_act else F.silu(temb))
         else:
             shift = temb
-        return shift.expand(samples, -1).contiguous()
+        return shift.expand(samples, -1)
