@@ -196,7 +196,7 @@ std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, i
 
 // geometry: product.h; tile: empty, or a ProductTiling. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and
 // weight are aligned to 16 bytes.
-Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, const Tensor& weight,
+Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, std::optional<Tensor> tap_sums, const Tensor& weight,
                int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, std::optional<Tensor> y_hat,
                std::optional<Tensor> skip, bool write_out, ScalarType out_dtype, std::vector<int64_t> geometry,
                std::vector<int64_t> tile) {
@@ -213,6 +213,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   p.codes = static_cast<const int8_t*>(codes.const_data_ptr());
   p.scale = static_cast<const float*>(scale.const_data_ptr());
   p.zero_point = zero_point ? static_cast<const int32_t*>(zero_point->const_data_ptr()) : nullptr;
+  call.tap_sums = tap_sums ? static_cast<const int32_t*>(tap_sums->const_data_ptr()) : nullptr;
   p.weight = static_cast<const int8_t*>(weight.const_data_ptr());
   p.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
   p.y_hat = y_hat ? y_hat->mutable_data_ptr() : nullptr;
@@ -267,7 +268,7 @@ STABLE_TORCH_LIBRARY(modiff_cuda, m) {
       "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
       "bool packed, int samples, int rows, int channels) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor weight, int weight_bits, Tensor weight_scale, "
+      "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? tap_sums, Tensor weight, int weight_bits, Tensor weight_scale, "
       "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
       "int[] geometry, int[] tile) -> Tensor");
   m.def("tiles(int[] geometry, int weight_bits, int code_bits, int capability, int multiprocessors) -> int[]");

@@ -44,7 +44,7 @@ struct EpilogueArgs {
 
 inline bool aligned_to_vectors(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-inline EpilogueArgs epilogue_args(const ProductCall& call, const int32_t* tap_sums) {
+inline EpilogueArgs epilogue_args(const ProductCall& call) {
   const ProductProblem& p = call.problem;
   EpilogueArgs args{};
   args.rows = p.samples * p.out_h * p.out_w;
@@ -54,7 +54,7 @@ inline EpilogueArgs epilogue_args(const ProductCall& call, const int32_t* tap_su
   args.zero_point = p.zero_point;
   args.weight_scale = p.weight_scale;
   args.bias = call.bias;
-  args.tap_sums = tap_sums;
+  args.tap_sums = call.tap_sums;
   args.padded = p.pad_h != 0 || p.pad_w != 0;
   args.taps = args.padded ? static_cast<int>(p.kernel_h * p.kernel_w) : 1;
   args.kernel_w = static_cast<int>(p.kernel_w);

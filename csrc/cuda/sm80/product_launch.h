@@ -1,8 +1,7 @@
 // The kernels of one call in their order, for any way to launch them (cuda/common/quantize_launch.h):
 //
-//   [WeightSums], Product, [FinishSplits]      with zero points; with splits of K
+//   Product, [FinishSplits]      with splits of K
 #pragma once
-#include "cuda/common/weight_sums.h"
 #include "cuda/sm80/product_kernel.h"
 
 namespace modiff::cuda::sm80 {
@@ -12,7 +11,7 @@ struct Tiling {
   TileChoice choice;
   int64_t k;  // codes of a row of the weight
   int64_t partial_columns;
-  int64_t partial_at, bytes;  // of scratch: the weight's sums, then those of splits
+  int64_t bytes;  // of scratch: the sums of splits
 };
 
 inline Tiling tiling_of(const ProductCall& call, TileChoice choice) {
@@ -22,10 +21,8 @@ inline Tiling tiling_of(const ProductCall& call, TileChoice choice) {
   tiling.choice = choice;
   tiling.k = p.kernel_h * p.kernel_w * p.c_in;
   tiling.partial_columns = ceil_div(p.c_out, kVector) * kVector;
-  if (p.zero_point != nullptr) tiling.partial_at = ceil_div(p.c_out * tap_sum_count(p) * 4, 16) * 16;
-  tiling.bytes = tiling.partial_at;
   if (choice.splits > 1)
-    tiling.bytes += choice.splits * p.samples * p.out_h * p.out_w * tiling.partial_columns * int64_t{4};
+    tiling.bytes = choice.splits * p.samples * p.out_h * p.out_w * tiling.partial_columns * int64_t{4};
   return tiling;
 }
 
@@ -80,22 +77,16 @@ void launch_tile(int tile, int64_t blocks, const ProductArgs& args, Launch& laun
 
 template <class Launch>
 void multiply(const ProductCall& call, const Tiling& tiling, Launch& launch) {
-  char* scratch = static_cast<char*>(call.scratch);
-  int32_t* tap_sums = nullptr;
-  if (call.problem.zero_point != nullptr) {
-    tap_sums = reinterpret_cast<int32_t*>(scratch);
-    sum_weights(call, tap_sums, launch);
-  }
   const TileSize& tile = kTiles[tiling.choice.tile];
   ProductArgs args{};
   args.operands = operand_args(call, tiling);
-  args.epilogue = epilogue_args(call, tap_sums);
+  args.epilogue = epilogue_args(call);
   args.tiles_m = ceil_div(args.operands.rows, tile.m);
   args.tiles_n = ceil_div(args.operands.columns, tile.n);
   args.k_blocks = k_block_count(tiling.k, tiling.operands);
   args.splits = tiling.choice.splits;
   args.k_blocks_per_split = ceil_div(args.k_blocks, args.splits);
-  args.partial = reinterpret_cast<int32_t*>(scratch + tiling.partial_at);
+  args.partial = static_cast<int32_t*>(call.scratch);
   args.partial_columns = tiling.partial_columns;
   const int64_t blocks = static_cast<int64_t>(args.tiles_m) * args.tiles_n * args.splits;
   switch (tiling.operands) {

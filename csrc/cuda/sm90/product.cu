@@ -2,7 +2,6 @@
 #include <array>
 #include <utility>
 
-#include "cuda/common/weight_sums.h"
 #include "cuda/sm90/product.cuh"
 
 namespace modiff::cuda {
@@ -42,16 +41,13 @@ const sm90::Tiling& tiling_for(const ProductCall& call, const Device& device) {
 const char* product_sm90_limit(const ProductCall& call) { return sm90::limit_of(call); }
 
 int64_t product_sm90_scratch(const ProductCall& call, const Device& device) {
-  const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
-  return sm90::scratch_of(call, tiling_for(call, device), tap_sums).words * 4;
+  return sm90::scratch_of(tiling_for(call, device)).words * 4;
 }
 
 int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   if (sm90::limit_of(call) != nullptr) return cudaErrorInvalidValue;
   const sm90::Tiling& tiling = tiling_for(call, device);
-  const int64_t tap_sums = call.problem.c_out * tap_sum_count(call.problem);
-  const sm90::Scratch scratch = sm90::scratch_of(call, tiling, tap_sums);
-  const sm90::ProductArgs<sm90::TensorMap> plain = sm90::product_args(call, tiling, tap_sums);
+  const sm90::ProductArgs<sm90::TensorMap> plain = sm90::product_args(call, tiling);
   sm90::ProductArgs<CUtensorMap> args{};
   args.schedule = plain.schedule;
   args.window = plain.window;
@@ -64,11 +60,7 @@ int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   if (error == cudaSuccess && call.weight_bits == 3) error = sm90::encode(plain.high_plane, args.high_plane);
   const auto on = static_cast<cudaStream_t>(stream);
   if (error == cudaSuccess && tiling.schedule.splits > 1)
-    error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(scratch.tap_sums) * 4, on);
-  if (error == cudaSuccess && call.problem.zero_point != nullptr) {
-    int32_t* sums = static_cast<int32_t*>(call.scratch) + scratch.tap_sums;
-    error = static_cast<cudaError_t>(weight_tap_sums(call, sums, stream));
-  }
+    error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(sm90::scratch_of(tiling).words) * 4, on);
   if (error != cudaSuccess) return error;
   return call.weight_bits == 8 ? sm90::launch_8bit(tiling.tile, args, device, on)
                                : sm90::launch_packed(tiling.tile, call.weight_bits, args, device, on);

@@ -357,7 +357,7 @@ struct Product {
 };
 
 // Everything but the maps, and the maps as plain numbers.
-inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Tiling& tiling, int64_t tap_sum_words) {
+inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Tiling& tiling) {
   const ProductProblem& p = call.problem;
   const Tile tile = kTiles[tiling.tile];
   ProductArgs<TensorMap> args{};
@@ -367,9 +367,9 @@ inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Tiling
   args.schedule = tiling.schedule;
   args.window = tiling.window;
   args.image = image_of(p);
-  const Scratch scratch = scratch_of(call, tiling, tap_sum_words);
+  const Scratch scratch = scratch_of(tiling);
   auto* words = static_cast<int32_t*>(call.scratch);
-  args.epilogue = epilogue_args(call, p.zero_point == nullptr ? nullptr : words + scratch.tap_sums);
+  args.epilogue = epilogue_args(call);
   args.arrived = reinterpret_cast<uint32_t*>(words + scratch.arrived);
   args.sums = words + scratch.sums;
   return args;

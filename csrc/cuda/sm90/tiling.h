@@ -92,19 +92,18 @@ inline Tiling tiling_of(const ProductCall& call, int multiprocessors) {
 }
 
 // Scratch of a call, in words: with splits, how many of every tile have arrived, then the tiles' sums in the order of
-// registers; and the sums of the weight's codes, with zero points.
+// registers.
 struct Scratch {
-  int64_t arrived, sums, tap_sums, words;
+  int64_t arrived, sums, words;
 };
 
-inline Scratch scratch_of(const ProductCall& call, const Tiling& tiling, int64_t tap_sum_words) {
+inline Scratch scratch_of(const Tiling& tiling) {
   const Schedule& s = tiling.schedule;
   const int64_t tiles = int64_t{s.row_tiles} * s.column_tiles;
-  const bool split = s.splits > 1;
   Scratch scratch{};
-  scratch.sums = split ? ceil_div(tiles, 4) * 4 : 0;
-  scratch.tap_sums = scratch.sums + (split ? tiles * kTiles[tiling.tile].rows * kTiles[tiling.tile].columns : 0);
-  scratch.words = scratch.tap_sums + (call.problem.zero_point == nullptr ? 0 : tap_sum_words);
+  if (s.splits == 1) return scratch;
+  scratch.sums = ceil_div(tiles, 4) * 4;
+  scratch.words = scratch.sums + tiles * kTiles[tiling.tile].rows * kTiles[tiling.tile].columns;
   return scratch;
 }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...quant.operands import Window
 from ...quant.packing import KPACK_V1
+from ...quant.weight_sums import weight_sums
 from .. import why_no_sums
 from . import library
 from .tiles import Tile, choose
@@ -40,8 +41,12 @@ def product(
     geometry = geometry_of(codes, weight.n, window)
     if tile is None:
         tile = choose(geometry, weight.bits, 4 if codes.dtype == torch.uint8 else 8, codes.device)
+    sums = None
+    if zero_point is not None:
+        taps = 1 if window is None or window.padding == (0, 0) else window.kernel_size[0] * window.kernel_size[1]
+        sums = weight_sums(weight, geometry[3] * geometry[5] * geometry[6], taps)
     return library.product_op()(
-        _aligned(codes), scale, zero_point, _aligned(weight.packed), weight.bits, weight.scale, bias, y_hat, skip,
+        _aligned(codes), scale, zero_point, sums, _aligned(weight.packed), weight.bits, weight.scale, bias, y_hat, skip,
         write_out, out_dtype, geometry, tile or (),
     )  # fmt: skip
 

@@ -204,28 +204,3 @@ def finish_kernel(
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
         KERNEL_H, KERNEL_W, PADDED, GROUPED,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["n", "group_size", "scale_groups"])
-def weight_sums_kernel(
-    weight, weight_scale, sums, n, codes_per_sum, row_codes, row_bytes, group_size, scale_groups,
-    WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sums[n, t] of codes [t * codes_per_sum, (t + 1) * codes_per_sum) of each row, times their scale if grouped.
-    Program 0: BLOCK_N rows; program 1: t. codes_per_sum is a multiple of 8, or there is one sum."""
-    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.minimum(col, n - 1)
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_N,), tl.float32 if GROUPED else tl.int32)
-    for done in range(0, codes_per_sum, BLOCK_K):
-        first = tl.program_id(1) * codes_per_sum + done
-        tile = load_weight_tile(
-            weight, cols, row_codes, row_bytes, first, codes_per_sum - done, WEIGHT_BITS, BLOCK_K, False
-        )
-        inside = (k < codes_per_sum - done)[None, :]
-        part = tl.sum(tl.where(inside, tile.to(tl.int32), 0), axis=1)
-        if GROUPED:
-            total += part.to(tl.float32) * tl.load(weight_scale + cols * scale_groups + first // group_size)
-        else:
-            total += part
-    tl.store(sums + col * tl.num_programs(1) + tl.program_id(1), total, mask=col < n)

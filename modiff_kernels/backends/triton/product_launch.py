@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ...quant.operands import PackedWeight, Window
 from ...quant.packing import packed_width
+from ...quant.weight_sums import weight_sums
 from .launch import launch
-from .product_kernel import finish_kernel, product_kernel, weight_sums_kernel
+from .product_kernel import finish_kernel, product_kernel
 from .tiles import Shape, TileConfig, choose, gpu_of
 
 _FINISH_TILE = {"BLOCK_M": 32, "BLOCK_N": 64}  # 2048 sums in 4 warps: memory-bound, 16 bytes per thread and load
-_SUMS_ROWS = 64
 _NO_WINDOW = Window((1, 1))
 
 
@@ -47,20 +47,6 @@ def geometry_of(codes: Tensor, n: int, window: Window | None) -> Geometry:
     return Geometry(samples * p * q, channels // window.groups, channels, (height, width, p, q), out_shape, window)
 
 
-def weight_sums(weight: PackedWeight, geometry: Geometry, block_k: int) -> Tensor:
-    """Sums of the weight's codes that a zero point is multiplied with: [N, taps] with padding, else [N, 1]."""
-    k, taps = geometry.taps * geometry.channels, 1 if geometry.window.padding == (0, 0) else geometry.taps
-    grouped = weight.group_size != -1
-    sums = weight.packed.new_empty((weight.n, taps), dtype=torch.float32 if grouped else torch.int32)
-    launch(
-        weight_sums_kernel, (-(-weight.n // _SUMS_ROWS), taps),
-        weight.packed, weight.scale, sums, weight.n, k // taps, k, packed_width(weight.bits, k),
-        weight.group_size if grouped else k, weight.scale.shape[1] if grouped else 1,
-        WEIGHT_BITS=weight.bits, GROUPED=grouped, BLOCK_N=_SUMS_ROWS, BLOCK_K=block_k if grouped else 128, num_warps=4,
-    )  # fmt: skip
-    return sums
-
-
 def product(
     codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out, tile: TileConfig | None = None
 ) -> Tensor:
@@ -79,7 +65,7 @@ def product(
     steps_per_split = -(-steps // tile.split_k)
     splits = -(-steps // steps_per_split)
     tiles = -(-m // tile.block_m) * groups * -(-(n // groups) // tile.block_n)
-    sums = None if zero_point is None else weight_sums(weight, geometry, tile.block_k)
+    sums = None if zero_point is None else weight_sums(weight, k, geometry.taps if padding != (0, 0) else 1)
     partial = None
     if splits > 1:
         partial = codes.new_empty((splits, m, n), dtype=torch.float32 if grouped else torch.int32)

@@ -127,8 +127,8 @@ class ProductEmulator(Emulator):
         self.tile, self.splits = self.CHOOSE, 4
 
     def product(
-        self, codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-        geometry, tile,
+        self, codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out,
+        out_dtype, geometry, tile,
     ):  # fmt: skip
         out = _output(codes, geometry, out_dtype)
         code_bits = 4 if codes.dtype == torch.uint8 else 8
@@ -136,7 +136,7 @@ class ProductEmulator(Emulator):
             "29q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
             DTYPES[out_dtype], self.tile, self.splits, code_bits, write_out, self.falling, *(tile or (0, 0, 0, 0)),
         )  # fmt: skip
-        tensors = (codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip)
+        tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip)
         self.ask(head, tensors, (out if write_out else None, y_hat))
         return out if write_out else torch.empty(0, dtype=out_dtype)
 
@@ -153,7 +153,7 @@ class HopperEmulator(Emulator):
         self.prefetched, self.other = 0, other
 
     def product(self, *call):
-        (codes, scale, zero_point, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
+        (codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
          geometry, _) = call  # fmt: skip
         k = geometry[3] * geometry[5] * geometry[6]
         if self.other is not None and weight_bits == 3 and k % 128 != 0:
@@ -164,7 +164,7 @@ class HopperEmulator(Emulator):
             DTYPES[out_dtype], self.tile, self.splits, self.multiprocessors, self.seed,
         )  # fmt: skip
         prefetched = torch.zeros(1, dtype=torch.int64)
-        tensors = (codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out)
+        tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out)
         self.ask(head, tensors, (out, y_hat, prefetched))
         self.prefetched = int(prefetched)
         return torch.empty(0, dtype=out_dtype) if out is None else out

@@ -1,15 +1,12 @@
 // Runs whole calls of the product of csrc/cuda/sm90 on the host until the input ends.
-#include "cuda/common/weight_sums.h"
 #include "cuda/sm90/product_body.h"
 #include "hopper_cta.h"
-#include "host_cta.h"
 #include "wire.h"
 
 namespace {
 
 using namespace modiff;
 using namespace modiff::cuda;
-using SumsLaunch = HostLaunch<HostCta>;
 
 struct Request : ProductRequest {  // tile -1: as chosen
   int64_t multiprocessors, seed;
@@ -37,10 +34,10 @@ int64_t launch_tile(int bits, int tile, const sm90::ProductArgs<sm90::TensorMap>
   return launch<sm90::Product<3, 1, 64>>(args, r);
 }
 
-void answer(const Request& r, SumsLaunch& sums_launch) {
+void answer(const Request& r) {
   ProductBuffers buffers;
   ProductCall call = buffers.read(r);
-  auto& [codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch] = buffers;
+  auto& [codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out, scratch] = buffers;
   out.read();
   ProductProblem& p = call.problem;
   p.out = out.data();
@@ -49,14 +46,12 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
   if (r.tile >= 0)
     call.tiling = {90, sm90::kTiles[r.tile].rows, sm90::kTiles[r.tile].columns, static_cast<int>(r.splits)};
   const sm90::Tiling tiling = sm90::tiling_of(call, static_cast<int>(r.multiprocessors));
-  const int64_t tap_sums = p.c_out * tap_sum_count(p);
-  const sm90::Scratch words = sm90::scratch_of(call, tiling, tap_sums);
-  scratch.fill(words.words * 4);
+  const int64_t bytes = sm90::scratch_of(tiling).words * 4;
+  scratch.fill(bytes);
   call.scratch = scratch.data();
-  if (tiling.schedule.splits > 1) std::memset(scratch.data(), 0, static_cast<size_t>(words.tap_sums) * 4);
-  if (p.zero_point != nullptr) sum_weights(call, static_cast<int32_t*>(call.scratch) + words.tap_sums, sums_launch);
+  if (bytes > 0) std::memset(scratch.data(), 0, static_cast<size_t>(bytes));
 
-  const int64_t prefetched = launch_tile(call.weight_bits, tiling.tile, sm90::product_args(call, tiling, tap_sums), r);
+  const int64_t prefetched = launch_tile(call.weight_bits, tiling.tile, sm90::product_args(call, tiling), r);
   for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
   std::fwrite(&prefetched, sizeof(prefetched), 1, stdout);
   std::fflush(stdout);
@@ -65,6 +60,5 @@ void answer(const Request& r, SumsLaunch& sums_launch) {
 }  // namespace
 
 int main() {
-  SumsLaunch sums_launch;
-  for (Request request; std::fread(&request, sizeof(request), 1, stdin) == 1;) answer(request, sums_launch);
+  for (Request request; std::fread(&request, sizeof(request), 1, stdin) == 1;) answer(request);
 }

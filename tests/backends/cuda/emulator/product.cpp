@@ -17,7 +17,7 @@ struct Request : modiff::ProductRequest {
 
 void answer(const Request& r, Launch& launch) {
   modiff::ProductBuffers buffers;
-  auto& [codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch] = buffers;
+  auto& [codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out, scratch] = buffers;
   ProductCall call = buffers.read(r);
   modiff::ProductProblem& p = call.problem;
   if (r.write_out != 0) {

@@ -44,17 +44,19 @@ struct ProductRequest {
 };
 
 struct ProductBuffers {
-  Buffer codes, scale, zero_point, weight, weight_scale, bias, y_hat, skip, out, scratch;
+  Buffer codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out, scratch;
 
   // The call of a request, without `out` and `scratch`.
   cuda::ProductCall read(const ProductRequest& r) {
-    for (Buffer* buffer : {&codes, &scale, &zero_point, &weight, &weight_scale, &bias, &y_hat, &skip}) buffer->read();
+    for (Buffer* buffer : {&codes, &scale, &zero_point, &tap_sums, &weight, &weight_scale, &bias, &y_hat, &skip})
+      buffer->read();
     cuda::ProductCall call{};
     ProductProblem& p = call.problem;
     cuda::set_geometry(p, r.geometry);
     p.codes = static_cast<const int8_t*>(codes.data());
     p.scale = static_cast<const float*>(scale.data());
     p.zero_point = static_cast<const int32_t*>(zero_point.data());
+    call.tap_sums = static_cast<const int32_t*>(tap_sums.data());
     p.weight = static_cast<const int8_t*>(weight.data());
     p.weight_scale = static_cast<const float*>(weight_scale.data());
     p.y_hat = y_hat.data();
