@@ -16,7 +16,7 @@ COMMANDS = {
     "layers": "layers",
     "steps": "steps",
     "runs": "runs",
-    "traffic": "traffic",
+    "traffic": "studies.traffic",
     "schedules": "studies.schedules",
     "quality": "studies.quality",
     "calibration": "studies.calibration",

@@ -10,6 +10,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
     compare [FILE]                                   FILE.json, as `modiff compare --json` writes it
     schedules own|converged|fits|distances [NETWORK], calibration SAMPLER      pareto.json and calibration.json
     quality FILE SAMPLER                             FILE.json, of the study `quality`
+    traffic                                          traffic.json
 
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.
 """
@@ -32,7 +33,7 @@ from benchmarks import record
 from modiff_kernels.evaluation import markdown_table, text_table
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-DOCS = ("calibration", "performance", "quality", "schedules")
+DOCS = ("calibration", "layer_plan", "performance", "quality", "schedules")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 
 Row = Mapping[str, str]
@@ -260,6 +261,7 @@ MAKERS: dict[str, Callable[..., str | None]] = {
     "schedules": study("schedules"),
     "calibration": study("calibration"),
     "quality": study("quality"),
+    "traffic": study("traffic"),
 }  # fmt: skip
 
 

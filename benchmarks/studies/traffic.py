@@ -101,7 +101,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         if codes.ndim == 4:
             sizes = zip((height, width), window[:2], window[2:4], window[4:6])
             shape = (samples, n, *[(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes])
-        out = torch.empty(shape if write_out else (0,), dtype=dtype)
+        out = codes.new_empty(shape if write_out else (0,), dtype=dtype)
         if codes.ndim == 4 and write_out:
             out = out.contiguous(memory_format=torch.channels_last)
         tensors = (codes, scale, zero_point, sums, weight, weight_scale, bias, y_hat, y_hat, skip, out)
@@ -110,19 +110,20 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
 
     def attention(q: Any, k: Any, v: Any, *unused: Any, **options: Any) -> torch.Tensor:
         launches["attention"] += 1
-        return torch.empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), dtype=q.dtype).transpose(1, 2)
+        return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
 
     def problem(op: str, x: Any, dtype: Any, state: Any = None, **fields: Any) -> Problem:
         return Problem(op, "cuda", CAPABILITY, dtype, None if state is None else state.dtype, **fields)
 
     def pack(quantized: QuantizedWeight, *unused: Any) -> Any:
         n, k = quantized.codes.shape
-        packed = torch.empty((n, packed_width(quantized.bits, k)), dtype=packed_dtype(quantized.bits))
+        packed = quantized.codes.new_empty((n, packed_width(quantized.bits, k)), dtype=packed_dtype(quantized.bits))
         return weights.PackedWeight(packed, quantized.scale, quantized.bits, quantized.group_size)
 
     def rounded(weight: Any, bits: int, group_size: int) -> QuantizedWeight:
-        rows = weight.shape[0], weight[0].numel()
-        return QuantizedWeight(torch.empty(rows, dtype=torch.int8), torch.empty(rows[0]), bits, group_size)
+        n, k = weight.shape[0], weight[0].numel()
+        scale = weight.new_empty(n, dtype=torch.float32)
+        return QuantizedWeight(weight.new_empty((n, k), dtype=torch.int8), scale, bits, group_size)
 
     why_float, why_unavailable = replacements._why_float, dispatch.why_unavailable
     problem_of = ModulatedLayer.problem
@@ -138,6 +139,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
 
     patches: list[tuple[Any, str, Any]] = [
         (torch._C, "_len_torch_dispatch_stack", lambda: 0),  # the mode that counts must not reroute the ops
+        (torch, "is_autocast_enabled", lambda *device: False),  # which does not know the device
         (check, "_problem", problem),
         (dispatch, "why_unavailable", lambda name: reasons[name] if name in reasons else why_unavailable(name)),
         (launch, "record", triton),
@@ -157,7 +159,6 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
             undo.enter_context(mock.patch.object(*patch))
         undo.callback(dispatch.reset)
         dispatch.reset()
-        undo.enter_context(torch.device("meta"))
         undo.enter_context(torch.no_grad())
         yield launches, moved
 
@@ -176,7 +177,8 @@ def counted(network: str, batch: int, plan: mk.LayerPlan | str) -> dict[str, Any
     size, channels = unet.config.sample_size, unet.config.in_channels
     with pretended_gpu() as (launches, moved):
         handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan), calibration=None)
-        sample, keywords = torch.empty((batch, channels, size, size), dtype=torch.float16), conditions(unet, batch)
+        sample = torch.empty((batch, channels, size, size), dtype=torch.float16, device="meta")
+        keywords = conditions(unet, batch)
         for run in range(2):
             with handle.sampling_run(scheduler=scheduler):
                 for call, timestep in enumerate(scheduler.timesteps.tolist()):
