@@ -107,7 +107,8 @@ class QuantizeEmulator(Emulator):
             shift, row = shift[:1], 0
         head = struct.pack(
             "17q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
-            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling, eps, clip_ratio,
+            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling, eps,
+            clip_ratio,
         )  # fmt: skip
         like = x if x.ndim == 4 else x[..., :channels].contiguous()
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
