@@ -3,6 +3,7 @@
 A place takes tensors of the CPU and calls the public ops with its backend. `limits` says, apart from the backend, which
 products it may refuse, so that a backend that refuses more (or everything) fails."""
 
+import importlib
 import inspect
 import os
 import shutil
@@ -22,6 +23,7 @@ from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.operands import PackedWeight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_LAUNCH = "modiff_kernels.backends.triton.launch"  # which needs triton
 MUTATED = ("x_hat", "y_hat", "last_absmax")
 
 
@@ -152,6 +154,8 @@ class Place:
         torch.set_num_threads(self.threads)
         results = getattr(ops, op)(*moved, backend=self.backend)
         torch.set_num_threads(1)  # of the oracles
+        if self.backend == "triton":
+            assert not any(rows.any() for rows in importlib.import_module(_LAUNCH)._rows.values()), "a counter is left"
         if self.device == "cpu":
             return results
         for name, argument, there in zip(inspect.signature(getattr(ops, op)).parameters, given, moved):

@@ -92,6 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t prologu
   call.gamma = parameter(gamma);
   call.beta = parameter(beta);
   call.shift = parameter(shift);
+  call.shift_stride = shift ? shift->stride(0) : 0;
   p.num_groups = num_groups;
   p.eps = static_cast<float>(eps);
   p.silu = silu;

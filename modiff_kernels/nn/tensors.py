@@ -21,7 +21,7 @@ class ContextTensor:
     written: whether this run has begun it. kernels: what the update calls of this run execute on it, by layer.
     Of an input whose scale is not dynamic: last_update, the call that updated it last; interval, the calls from the
     update before to that one; updated in this call; factor and absmax, of which its next scale is made; fixed_absmax,
-    where absmax lies in every run.
+    where absmax lies if addresses must stay.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -161,10 +161,11 @@ class InputState(StateTensor):
         held = self.contexts[self.state.context_name]
         held.updated = True
         if self.scale_mode == "delayed" and (held.absmax is None or held.factor is not None):
-            if held.fixed_absmax is None:
+            place = held.fixed_absmax if self.state.fixed_addresses else None
+            if place is None:
                 with torch.inference_mode(False):  # later calls may write it in any mode
-                    held.fixed_absmax = torch.empty_like(absmax)
-            held.absmax = held.fixed_absmax.copy_(absmax)
+                    place = held.fixed_absmax = torch.empty_like(absmax)
+            held.absmax = place.copy_(absmax)
         held.factor = None  # of a second use in the same call
 
     def set_static(self, scale: Tensor, zero_point: Tensor | None = None) -> None:

@@ -234,6 +234,10 @@ def group_norm(shape, groups, dtype=torch.float32, silu=True, shift=True, affine
     h = (activation(shape, spread=spread) + mean).to(dtype).contiguous(memory_format=memory_format(shape))
     channels = shape[1 if len(shape) == 4 else -1]
     offset = torch.randn(shape[0], channels).to(dtype) if shift else None
+    if shift == "one row":
+        offset = offset[:1].expand(shape[0], -1)
+    elif shift == "columns of more":
+        offset = torch.cat([offset, offset], 1)[:, channels:]
     gamma, beta = ((torch.rand(channels) + 0.5).to(dtype), torch.randn(channels).to(dtype)) if affine else (None, None)
     first = (lambda t: t) if len(shape) == 4 else (lambda t: t.transpose(1, 2))  # channels second
     shifted = first(h.double())

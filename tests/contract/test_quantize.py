@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from modiff_kernels.backends import reference
 from modiff_kernels.quant.operands import IDENTITY
 from tests.contract import cases
 from tests.contract.cases import BITS, EPS32, GRANULARITIES, activation, granules, memory_format, over_granules
@@ -239,7 +240,8 @@ def test_prologues_of_residuals(place):
 
 
 def test_group_norm_options(place):
-    for silu, shift, affine in itertools.product([True, False], repeat=3):
+    shifts = ("one row", "columns of more", False)
+    for silu, shift, affine in itertools.product([True, False], shifts, [True, False]):
         for shape, groups in [((2, 24, 4, 4), 4), ((2, 5, 24), 1), ((2, 6, 3, 3), 6)][: 1 if place.few else 3]:
             given = cases.group_norm(shape, groups, silu=silu, shift=shift, affine=affine, eps=1e-3)
             check_prologue(place, given, activation(shape), bits=8)
@@ -271,9 +273,25 @@ def test_prologues_of_plain_codes(place):
         values = granules(x, granularity)
         low, high = np.minimum(values.min(1), 0), np.maximum(values.max(1), 0)
         wanted = (high - low) / (2**bits - 1) if affine else np.abs(values).max(1) / (2 ** (bits - 1) - 0.5)
-        np.testing.assert_allclose(scale.numpy(), wanted, rtol=4 * EPS32, atol=error.max().item())
+        largest = wanted
+        if prologue.silu and place.backend == "triton" and granularity == "per_sample":  # low may be silu's bound
+            low = np.where(low < 0, np.minimum(low, -0.27846455), low)
+            largest = (high - low) / (2**bits - 1) if affine else np.maximum(high, -low) / (2 ** (bits - 1) - 0.5)
+        assert (scale.numpy() >= wanted * (1 - 4 * EPS32) - error.max().item()).all()
+        assert (scale.numpy() <= largest * (1 + 4 * EPS32) + error.max().item()).all()
         step, zero = over_granules(scale, x), over_granules(zero_point, x)
         assert ((step * (codes.double() - zero) - x).abs() <= 0.5001 * step + error).all()
+
+
+def test_the_range_behind_a_silu(place):
+    """Of an image, all of whose channels come near silu's least value, it is that of its elements."""
+    for gamma in (1.0, -1.0):
+        given = cases.group_norm((2, 32, 16, 16), 4)
+        given = given._replace(prologue=given.prologue._replace(gamma=given.prologue.gamma * gamma))
+        scale, zero_point = place.quantize(given.h, given.prologue)[1:]
+        wanted = reference.quantize(given.h, given.prologue, None, None, 8, "per_sample", 1.0, True)[1:]
+        torch.testing.assert_close(scale, wanted[0], rtol=1e-5, atol=0)
+        assert (zero_point - wanted[1]).abs().max() <= 1
 
 
 @with_nan

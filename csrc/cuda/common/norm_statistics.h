@@ -28,6 +28,7 @@ struct NormArgs {
   float* statistics;
   float* coefficient;
   Parameter gamma, beta, shift;
+  int64_t shift_stride;
   int64_t num_groups;
   float eps;
   uint32_t* range;
@@ -36,6 +37,9 @@ struct NormArgs {
   // Rows of a tile: the last of a sample has what is left.
   MODIFF_HD float tile_rows(int64_t tile) const {
     return static_cast<float>(least<int64_t>(grid.rows(), rows - tile * grid.rows()));
+  }
+  MODIFF_HD float shift_at(int64_t sample, int64_t channel) const {
+    return parameter_at(shift, sample * shift_stride + channel, 0.0f);
   }
 };
 
@@ -138,8 +142,7 @@ struct Coefficients {
     for (uint32_t c = cta.thread(); c < per_group; c += kThreads) {
       const float factor = inverse * parameter_at(args.gamma, first + c, 1.0f);
       a[c] = factor;
-      b[c] = fma_rn(parameter_at(args.shift, sample * args.channels + first + c, 0.0f) - mean, factor,
-                    parameter_at(args.beta, first + c, 0.0f));
+      b[c] = fma_rn(args.shift_at(sample, first + c) - mean, factor, parameter_at(args.beta, first + c, 0.0f));
     }
     clear_ranges(cta, kThreads, args.range, args.range_count);
   }
@@ -152,8 +155,7 @@ struct Coefficients {
                    uint32_t i) {
       const int64_t tile = i / per_group, c = i % per_group;
       rows = args.tile_rows(tile);
-      mean =
-          statistics[tile * 2 * args.channels + c] + parameter_at(args.shift, sample * args.channels + first + c, 0.0f);
+      mean = statistics[tile * 2 * args.channels + c] + args.shift_at(sample, first + c);
       squares = statistics[(tile * 2 + 1) * args.channels + c];
     }
   };

@@ -66,6 +66,7 @@ void fold_group_norm(const QuantizeCall& call, const QuantizeTiling& tiling, con
   norm.gamma = call.gamma;
   norm.beta = call.beta;
   norm.shift = call.shift;
+  norm.shift_stride = call.shift_stride;
   norm.num_groups = call.problem.num_groups;
   norm.eps = args.eps;
   norm.range = args.range;

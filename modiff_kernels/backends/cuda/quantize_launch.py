@@ -18,12 +18,11 @@ def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked; with `packed` the codes of every row are in kpack_v1."""
-    kind, gamma, beta, shift, *norm = prologue
-    shift = None if shift is None else shift.contiguous()
+    kind, *norm = prologue
     if last_absmax is not None:
         scale = residual_scale(last_absmax, bits, clip_ratio)
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
-    args = (h, PROLOGUE_VALUE[kind], gamma, beta, shift, *norm, x_hat, *form, scale, packed, *sizes_of(h, kind))
+    args = (h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, packed, *sizes_of(h, kind))
     codes, used, third = library.quantize_op()(*args)
     if last_absmax is not None:
         last_absmax.copy_(third)

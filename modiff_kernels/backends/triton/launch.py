@@ -24,31 +24,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
             kernel[grid](*args, **keywords)
 
 
-_COUNTERS = 4096  # of a stream: 64 samples of a group norm over 4096 channels
+_COUNTERS = 4096  # of a stream: a group norm over 2560 channels of 372 samples
 _STREAMS = 64  # torch has 32 of its own for each of two priorities
 _rows: dict[torch.device, Tensor] = {}
-_row_of: dict[tuple[torch.device, int], Tensor] = {}
+_row_of: dict[tuple[torch.device, int], Tensor | None] = {}
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """int32 zeros by which the programs of a kernel count who has arrived; the kernel leaves them at zero.
+    """At least `count` int32 zeros, with which the programs of a kernel count who has arrived; it leaves them at zero.
 
-    Every stream has its own, as its kernels follow each other. CUDA graphs use those of the stream that they were
-    captured on: graphs captured on one stream must not be replayed at the same time (those of a network share their
-    memory anyway). They are made before a capture, which only records their zeroing; where they were not, or are not
-    enough, a launch gets new ones.
+    Every stream has its own: its kernels follow each other. A CUDA graph has those of the stream that it was captured
+    on, so graphs captured on one stream must not run at the same time (those of a network share their memory anyway).
+    All are zeroed at the first use of the device, as a capture would only record it; where that is too late, or they
+    are too few, a launch gets new ones.
     """
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    row = _row_of.get((device, stream))
-    if row is None:
-        if device not in _rows and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            with torch.inference_mode(False):
-                _rows[device] = torch.zeros((_STREAMS, _COUNTERS), dtype=torch.int32, device=device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # once: other streams use them, too
+    gpu = device.type == "cuda"
+    key = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0
+    row = _row_of.get(key)
+    if row is None and device not in _rows and not (gpu and torch.cuda.is_current_stream_capturing()):
+        with torch.inference_mode(False):
+            _rows[device] = torch.zeros((_STREAMS, _COUNTERS), dtype=torch.int32, device=device)
+        if gpu:
+            torch.cuda.synchronize(device)  # other streams use them, too
+    if row is None and device in _rows:
         taken = sum(known == device for known, _ in _row_of)
-        if device in _rows and taken < _STREAMS:
-            row = _row_of[device, stream] = _rows[device][taken]
-    if row is None or count > _COUNTERS:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    return row
+        row = _row_of[key] = _rows[device][taken] if taken < _STREAMS else None
+    return torch.zeros(count, dtype=torch.int32, device=device) if row is None or count > _COUNTERS else row

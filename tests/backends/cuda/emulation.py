@@ -102,9 +102,13 @@ class QuantizeEmulator(Emulator):
         self, x, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity, clip_ratio,
         scale, packed, samples, rows, channels,
     ):  # fmt: skip
+        row = channels
+        if shift is not None and shift.stride(0) == 0:
+            shift, row = shift[:1], 0
         head = struct.pack(
-            "16q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
-            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), self.falling, eps, clip_ratio,
+            "17q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
+            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling, eps,
+            clip_ratio,
         )  # fmt: skip
         like = x if x.ndim == 4 else x[..., :channels].contiguous()
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)

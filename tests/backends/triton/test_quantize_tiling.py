@@ -2,7 +2,7 @@
 
 import pytest
 
-from modiff_kernels.backends.triton.quantize_group_norm import merge_tile
+from modiff_kernels.backends.triton.quantize_group_norm import merge_tiles
 from modiff_kernels.backends.triton.quantize_tiling import tiling
 from modiff_kernels.quant.operands import PROLOGUES
 from modiff_kernels.quant.spec import GRANULARITIES
@@ -38,7 +38,7 @@ def test_one_image_of_the_first_level_fills_the_gpu():
 def test_the_tile_that_merges_statistics_is_bounded():
     for row_blocks in (1, 7, 64, 4096):
         for width in (1, 10, 40, 2560):
-            block_p, block_g, num_warps = merge_tile(row_blocks, width)
-            assert block_g >= width
-            assert block_p * block_g <= max(2048, block_g)
-            assert num_warps >= 4
+            found = merge_tiles(row_blocks, 128, 32, width)
+            assert found["BLOCK_W"] >= width
+            assert found["BLOCK_P"] * 128 <= 2048
+            assert found["BLOCK_G"] * found["BLOCK_W"] <= max(2048, found["BLOCK_W"])

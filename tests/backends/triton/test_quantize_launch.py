@@ -1,0 +1,73 @@
+"""Launches of the backend triton's `quantize`, and its counters."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modiff_kernels.backends.triton import launch
+from modiff_kernels.backends.triton.quantize_launch import quantize
+from modiff_kernels.quant.operands import GEGLU, IDENTITY, Prologue
+
+IMAGE, TOKENS, WIDE = (2, 64, 16, 16), (2, 128, 64), (2, 128, 128)
+NORM, LAYER_NORM = Prologue("group_norm", num_groups=8, silu=True), Prologue("layer_norm")
+# fmt: off
+FORMS = [  # h, prologue, has x_hat, granularity, source of the scale: kernels
+    (IMAGE, IDENTITY, False, "per_sample", None, "range quantize"),
+    (IMAGE, IDENTITY, True, "per_sample", None, "range quantize"),
+    (IMAGE, IDENTITY, True, "per_tensor", "given", "quantize"),
+    (IMAGE, IDENTITY, True, "per_sample", "delayed", "quantize"),
+    (IMAGE, NORM, False, "per_sample", None, "group_norm quantize"),
+    (IMAGE, NORM, False, "per_tensor", None, "group_norm range quantize"),
+    (IMAGE, NORM, False, "per_token", None, "group_norm quantize"),
+    (IMAGE, NORM, True, "per_sample", None, "group_norm range quantize"),
+    (IMAGE, NORM, True, "per_block", None, "group_norm range quantize"),
+    (IMAGE, NORM, True, "per_sample", "delayed", "group_norm quantize"),
+    (IMAGE, NORM, True, "per_token", "given", "group_norm quantize"),
+    (TOKENS, LAYER_NORM, False, "per_token", None, "quantize"),
+    (TOKENS, LAYER_NORM, True, "per_token", None, "quantize"),
+    (TOKENS, LAYER_NORM, True, "per_block", None, "range quantize"),
+    (WIDE, GEGLU, False, "per_token", None, "quantize"),
+    (WIDE, GEGLU, True, "per_token", "delayed", "quantize"),
+]
+# fmt: on
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("shape", "prologue", "residual", "granularity", "source", "kernels"), FORMS)
+def test_launches(monkeypatch, shape, prologue, residual, granularity, source, kernels):
+    """No other kernel runs: nothing is cleared, converted or made contiguous."""
+    launched = []
+    monkeypatch.setattr(launch, "record", lambda kernel, args, keywords: launched.append(kernel.__name__))
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    h = torch.empty(shape, dtype=torch.float16, device="meta", memory_format=order)
+    x_hat = torch.empty_like(h[..., : shape[-1] // 2] if prologue is GEGLU else h) if residual else None
+    rows = h.numel() // shape[1 if len(shape) == 4 else 2]
+    values = torch.empty({"per_sample": 2, "per_tensor": 1}.get(granularity, rows), device="meta")
+    if prologue is NORM:
+        shift = torch.empty(1, shape[1], device="meta").expand(2, -1)
+        prologue = prologue._replace(shift=shift)
+    scale, last_absmax = values if source == "given" else None, values if source == "delayed" else None
+    for _ in range(2):  # the counters are made once
+        launched.clear()
+        with Ops() as ops:
+            quantize(h, prologue, x_hat, scale, 4, granularity, 1.0, True, last_absmax)
+    assert launched == [f"{name}_kernel" for name in kernels.split()]
+    assert set(ops.names) <= {"empty", "new_empty", "empty_like"}
+
+
+def test_counters():
+    """Made once; a launch that needs more gets new ones."""
+    few, many = (launch.counters(torch.device("cpu"), count) for count in (3, 5000))
+    assert launch.counters(torch.device("cpu"), 5) is few
+    assert (few.shape, many.shape) == ((4096,), (5000,))
+    assert not torch.cat((few, many)).any()
