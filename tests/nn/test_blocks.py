@@ -10,6 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels import ops
+from modiff_kernels.nn import weight
 from modiff_kernels.nn.blocks import (
     FusedAttention,
     FusedBasicTransformerBlock,
@@ -104,6 +106,35 @@ class TestFusedEqualsLayers:
             assert_invariant(handle.layers.values(), 6)
             results.append(found)
         assert_same_run(*results)
+
+
+def test_geglu_in_the_epilogue_of_its_projection():
+    """Where mode and backend allow it; parameters, refreshed and moved weights, and the layer alone are as ever."""
+    options = {"mode": "quantized", "granularity": "per_token", "backend": "reference"}
+    unet, handle, fused = run("sd15", **options)
+    assert_same_run(fused, run("sd15", fuse=False, **options)[2], exact("sd15"))
+    layer, original = handle.layers[f"{BLOCK}.ff.net.0.proj"], NETWORKS["sd15"]()
+    assert layer.packed.geglu
+    assert not any(h.packed.geglu for h in handle.layers.values() if not h.feeds_geglu and h.packed is not None)
+    assert all(torch.equal(value, unet.state_dict()[name]) for name, value in original.state_dict().items())
+    problem = layer.problem("product", 16)
+    apart = weight.moved(layer.packed, problem, "reference", torch.device("cpu"))
+    assert torch.equal(ops.unpack_weight(apart.packed, 8, apart.n, problem.k), layer.stored().weight.codes)
+    assert torch.equal(weight.with_geglu(apart, problem, "reference").packed, layer.packed.packed)
+    assert not weight.with_geglu(apart, problem, "onednn").geglu
+    packed = layer.packed.packed
+    unet.load_state_dict({name: -value for name, value in original.state_dict().items()})
+    assert not torch.equal(layer.packed.packed, packed)
+    unet.load_state_dict(original.state_dict())
+    unet.to(torch.float32)
+    layer._move_weight(torch.device("cpu"))
+    assert torch.equal(layer.packed.packed, packed)
+    assert layer.packed.geglu
+    assert all(torch.equal(a, b) for a, b in zip(outputs(unet, handle), fused))
+    x, linear = torch.randn(2, 3, problem.k), original.get_submodule(layer.name)
+    assert relative_error(layer(x), linear(x)) < 0.02
+    assert not layer.packed.geglu
+    assert_same_run(outputs(unet, handle), fused, exact("sd15"))
 
 
 @pytest.mark.parametrize(
