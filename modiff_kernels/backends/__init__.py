@@ -67,7 +67,7 @@ def int8_products(capability: tuple[int, int]) -> str:
     """How products run on a GPU of this compute capability, in words (`modiff doctor`)."""
     if capability == (9, 0):
         return "cuda (wgmma under way while the next one is issued), then triton (waits for every wgmma)"
-    if capability[0] == 10:
+    if capability == (10, 0):
         return "triton (tcgen05), then cuda (mma.sync, the kernels of sm_80); neither was ever run there"
     four_bits = "" if capability > (9, 0) else "; modulated W4A4: cuda, on 4-bit tensor cores"
     return f"triton, then cuda, both with mma.sync{four_bits}"

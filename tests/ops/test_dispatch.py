@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modiff_kernels import ops
-from modiff_kernels.backends import reference
+from modiff_kernels.backends import int8_products, reference
 from modiff_kernels.ops import Problem, Window, dispatch
 from tests.ops.arguments import call, weight
 
@@ -213,6 +213,7 @@ def test_the_order_of_backends_on_gpus(monkeypatch, fresh_dispatch, op, capabili
     fields = {"device_type": "cuda", "capability": capability, "k": 9 * 64, "weight_bits": 4} | more
     problem = replace(PROBLEM, op=op, prologue="identity", window=None if op == "quantize" else WINDOW, **fields)
     assert dispatch.select(problem).backend == first.split()[-1]
+    assert op != "product" or more or int8_products(capability).startswith(first)
     if op == "modulate":
         out, used, _ = dispatch.select(problem).fn(*[None] * 13)
         assert (used, out[0] if type(out) is tuple else out) == (first.split()[0], first.split()[-1])
