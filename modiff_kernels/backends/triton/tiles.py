@@ -73,8 +73,8 @@ _WGMMA_TILES = (
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),  # weight groups of 32, and channels that pad 64 badly
 )
-# mma.sync (sm_80, 86, 89, and newer GPUs; sm_100 gets tcgen05 of the same tiles) holds both operands in registers as well: a K step of
-# 64 bounds them. Four stages of 128x64 are 48 KiB, so that two programs fit the 99 KiB of sm_86 and sm_89.
+# mma.sync (sm_80, 86, 89, and newer GPUs; sm_100 makes tcgen05 of the same tiles) holds both operands in registers as
+# well: a K step of 64 bounds them. Four stages of 128x64 are 48 KiB: two programs fit the 99 KiB of sm_86 and sm_89.
 _MMA_TILES = (
     TileConfig(128, 128, 64, 8, 3),
     TileConfig(128, 64, 64, 4, 4),
