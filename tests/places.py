@@ -33,8 +33,9 @@ def _per_token_of_a_window(problem: Problem) -> bool:
 
 
 def _cpu_limits(problem: Problem) -> bool:
-    product = problem.op != "quantize"
-    return product and (problem.group_size != -1 or _per_token_of_a_window(problem) or problem.k > 1 << 16)
+    if problem.op == "quantize":
+        return False
+    return problem.geglu or problem.group_size != -1 or _per_token_of_a_window(problem) or problem.k > 1 << 16
 
 
 def _onednn_limits(problem: Problem) -> bool:

@@ -85,6 +85,7 @@ class Form(NamedTuple):
     dtype: torch.dtype = torch.float16
     skip: bool = False
     split_k: int = 1
+    geglu: bool = False
 
 
 # What most time is spent in: for a fast check.
@@ -103,6 +104,7 @@ OTHER_FORMS = (
     Form("conv-w8-float32", state_dtype=torch.float32, dtype=torch.float32),
     Form("conv-w8-plain", state_dtype=None, skip=True),
     Form("linear-w8-plain", conv=False, state_dtype=None),
+    Form("linear-w8-geglu", conv=False, state_dtype=None, geglu=True),
     Form("linear-w4-group128-plain", conv=False, weight_bits=4, group_size=128, state_dtype=None),
 )
 
@@ -118,7 +120,7 @@ def _call_product(form: Form, tile: TileConfig) -> None:
         return rows.view(2, 16, 16, channels).permute(0, 3, 1, 2) if form.conv else rows
 
     weight = _weight(_COLUMNS, (9 if form.conv else 1) * form.channels, form.weight_bits, form.group_size)
-    plain = form.state_dtype is None
+    weight, plain = weight._replace(geglu=form.geglu), form.state_dtype is None
     product(
         empty(form.channels, torch.int8), torch.empty(2), torch.empty(2, dtype=torch.int32) if plain else None, weight,
         None if plain else empty(_COLUMNS, form.state_dtype),

@@ -197,10 +197,10 @@ std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, i
 
 // geometry: product.h; tile: empty, or a ProductTiling. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and
 // weight are aligned to 16 bytes.
-Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point, std::optional<Tensor> tap_sums, const Tensor& weight,
-               int64_t weight_bits, const Tensor& weight_scale, std::optional<Tensor> bias, std::optional<Tensor> y_hat,
-               std::optional<Tensor> skip, bool write_out, ScalarType out_dtype, std::vector<int64_t> geometry,
-               std::vector<int64_t> tile) {
+Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point,
+               std::optional<Tensor> tap_sums, const Tensor& weight, int64_t weight_bits, const Tensor& weight_scale,
+               std::optional<Tensor> bias, std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out,
+               ScalarType out_dtype, bool geglu, std::vector<int64_t> geometry, std::vector<int64_t> tile) {
   STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::product: ", kGeometry, " geometry values expected, got ",
                   geometry.size());
   ProductCall call{};
@@ -224,6 +224,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   p.out_dtype = dtype_of(out_dtype);
   call.bias = parameter(bias);
   call.weight_bits = static_cast<int>(weight_bits);
+  call.geglu = geglu;
   call.rows_per_scale = p.samples * p.out_h * p.out_w / scale.numel();
   call.tiling = tiling_from(tile);
 
@@ -239,7 +240,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
     if (sizes.size() == 4) {
       sizes = {p.samples, p.c_out, p.out_h, p.out_w};
     } else {
-      sizes.back() = p.c_out;
+      sizes.back() = geglu ? p.c_out / 2 : p.c_out;
     }
   }
   const int32_t dtype = p.out_dtype == DType::kFloat32   ? aoti_torch_dtype_float32()
@@ -269,8 +270,9 @@ STABLE_TORCH_LIBRARY(modiff_cuda, m) {
       "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
       "bool packed, int samples, int rows, int channels) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? tap_sums, Tensor weight, int weight_bits, Tensor weight_scale, "
-      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
+      "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? tap_sums, Tensor weight, int weight_bits, "
+      "Tensor weight_scale, "
+      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, bool geglu, "
       "int[] geometry, int[] tile) -> Tensor");
   m.def("tiles(int[] geometry, int weight_bits, int code_bits, int capability, int multiprocessors) -> int[]");
 }

@@ -23,6 +23,7 @@ struct ProductCall {
   Parameter bias;          // [c_out], here it keeps the model's dtype
   int weight_bits;         // 8, 4, 3
   int code_bits = 8;       // or 4, with 4-bit weights, by sm80 below capability 9.0: codes are packed like a weight
+  bool geglu = false;      // columns are pairs of a value and its gate: common/epilogue.h
   int64_t rows_per_scale;  // output pixels that share a scale and a zero point
   const int32_t* tap_sums = nullptr;  // of the weight's codes, with zero points: common/epilogue.h
   void* scratch;                      // aligned to 16

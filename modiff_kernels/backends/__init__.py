@@ -13,6 +13,7 @@ The arguments are those of `ops.schema`, which has their types, already checked.
     attention(q, k, v, heads, score_scale)         the op
     modulate(...)                                  `ops.modulate` in one piece: a private fusion, for problems of op
                                                    "modulate" that why_not accepts
+    goes_first(problem) -> bool                    whether it is asked before those that stand above it in `BACKENDS`
     preferred_layout(problem) -> str               the weight layout that suits the problem best, if it is not kpack_v1
     prepare_weight(weight, k, window, layout)      `weight` in another layout; ValueError if it knows not both
     TRACEABLE = True                               the functions consist of torch ops that have fakes, so that compiled
@@ -31,7 +32,7 @@ BACKENDS: dict[str, str | None] = {
     "cpu": "cpu",
     "onednn": "cpu",
     # Not measured yet: triton comes first because it needs no compiler and has group scales, groups and channels that
-    # are no multiple of 16. Measured rows shall decide.
+    # are no multiple of 16, but for what cuda is the faster one for by its machine code (`cuda.goes_first`).
     "triton": "cuda",
     "cuda": "cuda",
     "reference": None,
@@ -61,6 +62,16 @@ def why_too_old(capability: tuple[int, int] | None) -> str | None:
     if capability is None or capability >= LEAST_CAPABILITY:
         return None
     return f"compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
+
+
+def int8_products(capability: tuple[int, int]) -> str:
+    """How products run on a GPU of this compute capability, in words (`modiff doctor`)."""
+    if capability == (9, 0):
+        return "cuda (wgmma under way while the next one is issued), then triton (waits for every wgmma)"
+    if capability == (10, 0):
+        return "triton (tcgen05), then cuda (mma.sync, the kernels of sm_80); neither was ever run there"
+    four_bits = "" if capability > (9, 0) else "; modulated W4A4: cuda, on 4-bit tensor cores"
+    return f"triton, then cuda, both with mma.sync{four_bits}"
 
 
 def why_no_sums(problem: Any, grouped: bool = False) -> str | None:

@@ -59,6 +59,8 @@ def why_not(problem: Any) -> str | None:
         return f"the integer products need AVX-512 VNNI, this CPU has {isa()}"
     if problem.layout != VNNI_V1:
         return f"layout {problem.layout} is not {VNNI_V1}; prepare the weight with ops.prepare_weight"
+    if problem.geglu:
+        return "its epilogue has no GEGLU; it is a prologue of what reads the product"
     if problem.taps > _MAX_TAPS:
         return f"kernel_size {problem.window.kernel_size} has more than {_MAX_TAPS} taps"
     return why_no_sums(problem)

@@ -63,6 +63,8 @@ def why_not(problem: Any) -> str | None:
         return None
     if problem.layout != KPACK_V1:
         return f"layout {problem.layout} is not {KPACK_V1}; prepare the weight with ops.prepare_weight"
+    if problem.geglu:
+        return "its epilogue has no GEGLU; it is a prologue of what reads the product"
     if problem.window is not None:
         kernel_size, _, padding, dilation, _ = problem.window
         if any(p > (k - 1) * d for k, p, d in zip(kernel_size, padding, dilation)):

@@ -130,7 +130,11 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
     if late is scale and weight.group_size == -1:
         sums = sums.round()  # they are integers, but the algorithm of a GPU's convolution need not be exact
     sums = sums.to(torch.float32)
-    return finish(sums * (per_row(late, sums.shape, window) * factor), y_hat, bias, skip, window, out_dtype, write_out)
+    values = sums * (per_row(late, sums.shape, window) * factor)
+    if weight.geglu:
+        values = values if bias is None else values + bias.to(torch.float32)
+        return (values[..., ::2] * F.gelu(values[..., 1::2])).to(out_dtype)
+    return finish(values, y_hat, bias, skip, window, out_dtype, write_out)
 
 
 def in_shape_of(window: Window | None, rows: Tensor) -> Tensor:

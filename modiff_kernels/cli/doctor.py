@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from modiff_kernels import __version__, ops
-from modiff_kernels.backends import BACKENDS, source_hash
+from modiff_kernels.backends import BACKENDS, LEAST_CAPABILITY, int8_products, source_hash
 from modiff_kernels.config import BACKENDS as BACKEND_VALUES
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.evaluation import sqnr, text_table
@@ -78,6 +78,8 @@ def _devices() -> Items:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        if (major, minor) >= LEAST_CAPABILITY:
+            yield f"cuda:{index} products", int8_products((major, minor))
 
 
 def _backends() -> Items:

@@ -32,13 +32,16 @@ class ModulatedLayer(nn.Module):
     quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. No gradients.
 
     packed: the quantised weight, None in mode "float". float_weight: the dequantised one, in mode "float" alone.
-    bias_data: the bias that is computed with. input_scale: calibrated scale of every input channel, or None.
+    bias_data: the bias that is computed with, in the order of packed's rows. input_scale: calibrated scale of every
+    input channel, or None. feeds_geglu: see `fuse_geglu`.
     """
 
     memory_format: ClassVar[torch.memory_format]
     mirrored: ClassVar[tuple[str, ...]]  # attributes of the original that others may read
     window: Window | None = None
     stack: "LinearStack | None" = None
+    packed: PackedWeight | None = None
+    feeds_geglu = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if (kwargs and not args) or not all(isinstance(arg, nn.Module) for arg in args[:1]):
@@ -118,11 +121,11 @@ class ModulatedLayer(nn.Module):
     def refresh_weight(self) -> None:
         """Derive the quantised weight from `weight` again, as the network does by itself where it finds that `weight`
         has changed. Raises ValueError on weights that hold NaN or Inf."""
+        self.packed = None
         self.adopt_parameters()
         weight = self.weight.detach()
         self.kernels.clear()
         self.input_scale: Tensor | None = None
-        self.packed: PackedWeight | None = None
         self.float_weight: Tensor | None = None
         if self.weight_bits is None:
             self.float_weight = weight
@@ -138,6 +141,19 @@ class ModulatedLayer(nn.Module):
             return
         with self._named_errors():
             self.packed = weights.pack(quantized, self.problem("product", NOMINAL_ROWS), self.backend)
+        self.fuse_geglu(self.feeds_geglu)
+
+    def fuse_geglu(self, feeds_geglu: bool) -> None:
+        """Whether the columns, values and then gates, are wanted as value * gelu(gate). Where the mode is plain and the
+        backend computes that in the epilogue of its products, `packed.geglu` says that this layer gives it."""
+        self.feeds_geglu, packed = feeds_geglu, self.packed
+        if packed is not None and self.mode == "quantized":
+            problem = self.problem("product", NOMINAL_ROWS)
+            wanted = weights.with_geglu(packed, problem, self.backend) if feeds_geglu else weights.without_geglu(packed)
+            if wanted is not packed:
+                self.packed = wanted
+                self.kernels.clear()
+                self.adopt_parameters()
 
     def become_constant(self) -> None:
         self.state.drop_consumer(self.input)
@@ -183,7 +199,8 @@ class ModulatedLayer(nn.Module):
         formats = self.act_bits, self.weight_bits, self.group_size, self.granularity, "identity", False, layout
         kind = device.type, capability(device)
         update = Problem("modulate", *kind, dtype, state_dtype, rows, n, k, self.window, *formats)
-        return update if op == "modulate" else dispatch.parts_of(update)[1]
+        geglu = self.packed is not None and self.packed.geglu
+        return update if op == "modulate" else dataclasses.replace(dispatch.parts_of(update)[1], geglu=geglu)
 
     def backend_in_use(self) -> str:
         """Name of the backend that computes this layer at the shape of the last run (or a nominal one)."""
@@ -208,6 +225,8 @@ class ModulatedLayer(nn.Module):
             text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
             raise RuntimeError(f"layer '{self.name}' has no gradient but its input asks for one; {text}")
         try:
+            if self.feeds_geglu:
+                self.fuse_geglu(False)  # by itself; its block goes on with GEGLU as a prologue
             scaled = self.scaled(x)
             if self.mode == "float":
                 args = scaled, self.float_weight, self.bias_data
@@ -254,6 +273,9 @@ class ModulatedLayer(nn.Module):
         if (packed := self.packed) is not None:
             self.packed = None
             self.packed = weights.moved(packed, self.problem("product", NOMINAL_ROWS), self.backend, device)
+            if self.feeds_geglu:
+                self.adopt_parameters()
+                self.fuse_geglu(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         incoming = state_dict.get(f"{prefix}weight")
@@ -280,6 +302,8 @@ class ModulatedLayer(nn.Module):
         self.bias_data = None if self.bias is None else self.bias.detach()
         if self.calibrated.bias is not None:
             self.bias_data = self.calibrated.bias.to(self.weight.device, self.weight.dtype)
+        if self.packed is not None and self.packed.geglu and self.bias_data is not None:
+            self.bias_data = weights.interleaved(self.bias_data)
         if self.stack is not None:
             self.stack.refresh_weight()
 

@@ -1,11 +1,13 @@
 """Packed weights of layers: made from codes in the layout that the layer's backend likes best, alone or stacked."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from modiff_kernels import ops
-from modiff_kernels.ops import PackedWeight
+from modiff_kernels.ops import PackedWeight, dispatch
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import KPACK_V1
@@ -18,10 +20,32 @@ def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeigh
 
 
 def moved(weight: PackedWeight, problem: Problem, backend: str, device: torch.device) -> PackedWeight:
-    """`weight` on the `device` of products like `problem`."""
-    portable = ops.prepare_weight(weight, problem.k, problem.window, KPACK_V1)
+    """`weight` on the `device` of products like `problem`, without geglu."""
+    portable = ops.prepare_weight(without_geglu(weight), problem.k, problem.window, KPACK_V1)
     there = portable._replace(packed=portable.packed.to(device), scale=portable.scale.to(device))
     return ops.prepare_weight(there, problem.k, problem.window, ops.preferred_layout(problem, backend))
+
+
+def with_geglu(weight: PackedWeight, problem: Problem, backend: str) -> PackedWeight:
+    """`weight` of values and then gates with the two in turn and with `geglu`, if the backend of products like
+    `problem` has GEGLU in their epilogue; else itself."""
+    chosen = dispatch.select(replace(problem, geglu=False), backend).backend
+    if weight.geglu or dispatch.why_not(replace(problem, geglu=True), chosen) is not None:
+        return weight
+    return weight._replace(packed=interleaved(weight.packed), scale=interleaved(weight.scale), geglu=True)
+
+
+def without_geglu(weight: PackedWeight) -> PackedWeight:
+    """`weight` with values and then gates."""
+    if not weight.geglu:
+        return weight
+    apart = [torch.cat((rows[::2], rows[1::2])) for rows in (weight.packed, weight.scale)]
+    return weight._replace(packed=apart[0], scale=apart[1], geglu=False)
+
+
+def interleaved(rows: Tensor) -> Tensor:
+    """`rows`, values and then gates, in pairs of a value and its gate."""
+    return torch.stack(rows.chunk(2), dim=1).flatten(0, 1)
 
 
 def stack(weights: Sequence[PackedWeight], k: int) -> PackedWeight:

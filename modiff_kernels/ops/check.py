@@ -129,7 +129,11 @@ def _product(op, x, weight, y_hat, skip, window, out_dtype, write_out) -> Proble
         _require_window(op, window, x)
     k, n = summed(x.shape[1 if image else -1], window), weight.n
     _require_weight(op, x, weight, k)
-    shape = (*x.shape[:-1], n)
+    shape = (*x.shape[:-1], weight.outputs)
+    if weight.geglu and (image or n % 2 == 1 or y_hat is not None or skip is not None):
+        given = f"n={n}, {'a window, ' * image}y_hat {y_hat is not None}, skip {skip is not None}"
+        text = "is of a Linear, has an even n, and takes neither y_hat nor skip; leave geglu False"
+        raise ValueError(f"{op}: a weight with geglu {text} (given: {given})")
     if window is not None:
         shape = window.output_shape(x.shape, n)
         if shape[2] < 1 or shape[3] < 1:
@@ -147,7 +151,8 @@ def _product(op, x, weight, y_hat, skip, window, out_dtype, write_out) -> Proble
         _require_tensors(op, x, out_dtype, skip=skip)
         _require_shape(op, "skip", skip, shape, image)
     problem = _problem(op, x, out_dtype, y_hat, m=row_count(shape, image), n=n, k=k, window=window)
-    return replace(problem, weight_bits=weight.bits, group_size=weight.group_size, layout=weight.layout)
+    _, _, bits, group_size, layout, geglu = weight
+    return replace(problem, weight_bits=bits, group_size=group_size, layout=layout, geglu=geglu)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Problem:
@@ -267,7 +272,7 @@ def _require_window(op: str, window: Window, codes: Tensor) -> None:
 
 
 def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
-    packed, scale, bits, group_size, layout = weight
+    packed, scale, bits, group_size, layout, _ = weight
     check_bits(op, "weight.bits", bits)
     check_group_size(op, group_size)
     _require_tensors(op, x, packed.dtype, weight=packed)

@@ -108,9 +108,9 @@ def parts_of(whole: Problem) -> tuple[Problem, Problem]:
 
 
 @cache
-def _composed(name: str) -> Callable[..., Any]:
-    """`ops.modulate` of a backend as its two functions."""
-    quantize, product = load(name).quantize, load(name).product
+def _composed(quantizing: str, multiplying: str) -> Callable[..., Any]:
+    """`ops.modulate` as the functions of two backends."""
+    quantize, product = load(quantizing).quantize, load(multiplying).product
 
     def modulate(
         h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
@@ -123,28 +123,33 @@ def _composed(name: str) -> Callable[..., Any]:
     return modulate
 
 
-def _function(problem: Problem, name: str) -> Callable[..., Any]:
+def _function(problem: Problem, name: str, backend: str) -> Callable[..., Any]:
     module = load(name)
     if problem.op == "modulate" and not (hasattr(module, "modulate") and module.why_not(problem) is None):
-        return _composed(name)
+        return _composed(select(parts_of(problem)[0], backend).backend, name)
     return getattr(module, problem.op)
 
 
-def candidates(device_type: str, backend: str = AUTO) -> tuple[str, ...]:
-    """Backends to ask, in order, for a call with `backend` on `device_type`."""
+def candidates(device_type: str, backend: str = AUTO, problem: Problem | None = None) -> tuple[str, ...]:
+    """Backends to ask, in order, for a call with `backend` on `device_type`; for `problem`, those first that say so."""
     _checked_name(backend, "backend")
     forced = forced_backend()
     if forced is not None and backend not in (AUTO, forced):
         text = f"MODIFF_BACKEND={forced} forces another; unset it or pass 'auto'"
         raise BackendUnavailable(f"backend={backend!r} was asked for, but {text}")
     demanded = forced or backend
-    return (demanded,) if demanded != AUTO else tuple(name for name in BACKENDS if runs_on(name, device_type))
+    if demanded != AUTO:
+        return (demanded,)
+    names = [name for name in BACKENDS if runs_on(name, device_type)]
+    if problem is not None:
+        names.sort(key=lambda name: not getattr(load(name), "goes_first", lambda problem: False)(problem))
+    return tuple(names)
 
 
 @cache
 def select(problem: Problem, backend: str = AUTO) -> Selection:
     """The backend for `problem`. Raises BackendUnavailable with every reason if none, or not the demanded one, fits."""
-    names = candidates(problem.device_type, backend)
+    names = candidates(problem.device_type, backend, problem)
     if problem.op in REFERENCE_OPS and backend == AUTO and REFERENCE not in names:
         names += (REFERENCE,)  # MODIFF_BACKEND chooses the kernels; nobody means these with it
     rejected: Rejected = ()
@@ -153,7 +158,7 @@ def select(problem: Problem, backend: str = AUTO) -> Selection:
         if reason is None:
             if name == REFERENCE and problem.op not in REFERENCE_OPS and (forced_backend() or backend) == AUTO:
                 _warn_slow(problem.op, rejected)
-            return Selection(name, _function(problem, name), rejected, getattr(load(name), "TRACEABLE", False))
+            return Selection(name, _function(problem, name, backend), rejected, getattr(load(name), "TRACEABLE", False))
         rejected += ((name, reason),)
     raise BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {_text(rejected)}")
 
@@ -170,7 +175,7 @@ def _warn_slow(op: str, rejected: Rejected) -> None:
 
 def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
     """The layout that the backend for `problem` likes best; `problem.layout` is ignored. Raises like `select`."""
-    for name in candidates(problem.device_type, backend):
+    for name in candidates(problem.device_type, backend, problem):
         if why_unavailable(name) is None:
             likes = getattr(load(name), "preferred_layout", lambda problem: KPACK_V1)
             in_its_layout = replace(problem, layout=likes(problem))

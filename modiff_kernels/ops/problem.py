@@ -20,7 +20,7 @@ class Problem:
     dtype: of what is quantised, or of the output. state_dtype: of x_hat or y_hat, None without state.
     prologue: its kind, of ops that quantise. window: None for a Linear.
     granularity: of a product it is read from the number of scales. scale_given: of ops that quantise, whether the
-        scale is an argument (static, delayed).
+        scale is an argument (static, delayed). geglu: of a product, of its weight.
     """
 
     op: str
@@ -39,6 +39,7 @@ class Problem:
     prologue: str | None = None
     scale_given: bool = False
     layout: str | None = None
+    geglu: bool = False
 
     @property
     def channels(self) -> int:
@@ -65,7 +66,7 @@ class Problem:
         dtypes = [str(d).removeprefix("torch.") for d in (self.dtype, self.state_dtype) if d is not None]
         parts += ["".join(bits), f"group{self.group_size}" if self.group_size != -1 else None, "/".join(dtypes)]
         parts += [self.granularity, "given" * self.scale_given, self.prologue != "identity" and self.prologue]
-        return "-".join(part for part in (*parts, self.layout) if part)
+        return "-".join(part for part in (*parts, "gated" * self.geglu, self.layout) if part)
 
 
 @cache

@@ -111,6 +111,7 @@ def product(
         with y_hat:   y_hat = float32(y_hat) + sum, rounded to y_hat's dtype          out = y_hat + skip, in out_dtype
                                         (cpu adds skip before it rounds y_hat: one rounding less, in 16-bit states)
         without:                                                      out = sum + bias[col] + skip, in out_dtype
+        weight.geglu: with v = sum + bias      out[row, j] = v[row, 2j] * gelu(v[row, 2j + 1]), with erf, in out_dtype
 
     The integer sums are exact. Padding stands for x = 0, code = zero_point.
 
@@ -120,7 +121,7 @@ def product(
             Of an image: one for all, one per image, or one per pixel, which leaves the sum over K only for a pointwise
             window (for other windows the backend reference alone takes it).
         zero_point: int32, as many, or None for symmetric codes; not with y_hat.
-        weight: see `PackedWeight`.
+        weight: see `PackedWeight`; one with geglu is of a Linear and goes with neither y_hat nor skip.
         y_hat: state [..., N] or [N, n, P, Q]: the product is added onto it. **Mutated.**
         bias: float [N] or None; not with y_hat, which holds it from the beginning of a run.
         skip: of the output's shape, in out_dtype, or None.
@@ -128,12 +129,12 @@ def product(
         write_out: with y_hat, False if the reader takes y_hat itself; the result is an empty tensor then.
 
     Returns:
-        out [..., N], or [N, n, P, Q] channels_last, or a tensor of shape [0].
+        out [..., N] ([..., N / 2] with geglu), or [N, n, P, Q] channels_last, or a tensor of shape [0].
     """
     if not write_out:
         return codes.new_empty((0,), dtype=out_dtype)
     if window is None:
-        return codes.new_empty((*codes.shape[:-1], weight.n), dtype=out_dtype)
+        return codes.new_empty((*codes.shape[:-1], weight.outputs), dtype=out_dtype)
     shape = window.output_shape(codes.shape, weight.n)
     return torch.empty(shape, dtype=out_dtype, device=codes.device, memory_format=torch.channels_last)
 

@@ -84,14 +84,20 @@ def summed(channels: int, window: Window | None) -> int:
 class PackedWeight(NamedTuple):
     """A quantised weight [N, K]; of a convolution K = r * s * c_in / groups in (r, s, c) order. packed: storage in
     `layout`, "kpack_v1" as made by `pack_weight` or a backend's own by `prepare_weight`. scale: float32 [N] (group_size
-    -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8."""
+    -1) or [N, ceil(K / group_size)]. bits: 3, 4 or 8. geglu: of a Linear whose rows are in pairs, a value and its gate:
+    the product gives value * gelu(gate)."""
 
     packed: Tensor
     scale: Tensor
     bits: int
     group_size: int = -1
     layout: str = KPACK_V1
+    geglu: bool = False
 
     @property
     def n(self) -> int:
         return self.scale.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        return self.n // 2 if self.geglu else self.n

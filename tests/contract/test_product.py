@@ -10,6 +10,7 @@ from modiff_kernels import ops
 from modiff_kernels.quant.packing import pack
 from tests.contract import cases
 from tests.contract.cases import BITS, CONVS, EPS32, LAYERS, LINEARS, SMALL, Case, conv, weight_of
+from tests.places import LIMITS
 
 OP = "product"
 
@@ -162,6 +163,25 @@ def test_groups_of_weight_scales(place):
     for case, group_size in itertools.product([*SMALL, Case((3, 200), 33)], (4, 32, 33, 64, 2000)):
         solved += check_floats(place, case, draw, group_size)
     assert solved >= (0 if place.backend in ("cpu", "onednn", "cuda") else 3)
+
+
+def test_geglu_of_pairs_of_columns(place):
+    """value * gelu(gate) of neighbouring columns, with bias and zero points, at odd sizes, also with splits of K."""
+    gelu, draw = torch.nn.functional.gelu, random.Random(3).choice
+    for case in (Case((3, 64), 34), Case((2, 5, 320), 130), Case((65, 32), 66)):
+        weight = weight_of(place, case, draw(BITS), granularity="per_token")
+        codes, scale, zero = codes_of(case), torch.rand(case.rows) * 0.1, zero_points(case.rows)
+        bias, dtype = draw([None, torch.randn(case.n)]), draw(place.dtypes)
+        packed = weight.packed._replace(geglu=True)
+        if LIMITS[place.backend](place.problem("product", codes, scale, zero, packed)):
+            with pytest.raises(ops.BackendUnavailable, match="its epilogue has no GEGLU"):
+                place.product(codes, scale, zero, packed)
+            continue
+        out = place.product(codes, scale, zero, packed, bias=bias, out_dtype=dtype)
+        apart = place.product(codes, scale, zero, weight.packed, bias=bias).double()
+        value, gate = apart[..., ::2], apart[..., 1::2]
+        assert (out.dtype, out.shape) == (dtype, (*case.x_shape[:-1], case.n // 2))
+        cases.assert_close(out, value * gelu(gate), 4 * value.abs() * (1 + gate.abs()))
 
 
 def test_linear_scales_cover_consecutive_rows(place):

@@ -10,6 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels.nn import weight
 from modiff_kernels.nn.blocks import (
     FusedAttention,
     FusedBasicTransformerBlock,
@@ -73,6 +74,7 @@ class TestFusedEqualsLayers:
             ("unet2d", {"scale_mode": "delayed"}),
             ("unet2d", {"mode": "quantized", "granularity": "per_token"}),
             ("sd15", {"scale_mode": "static"}),
+            ("sd15", {"mode": "quantized", "granularity": "per_token", "backend": "reference"}),
             ("sd15", {"state_dtype": "float16", "granularity": "per_tensor"}),
             ("sd15", {"granularity": "per_token", "scale_mode": "delayed"}),
             ("sdxl", {}),
@@ -104,6 +106,27 @@ class TestFusedEqualsLayers:
             assert_invariant(handle.layers.values(), 6)
             results.append(found)
         assert_same_run(*results)
+
+
+def test_geglu_in_the_epilogue_of_its_projection():
+    """Where mode and backend allow it; parameters, refreshed and moved weights, and the layer alone are as ever."""
+    unet, handle, fused = run("sd15", mode="quantized", granularity="per_token", backend="reference")
+    layer, original = handle.layers[f"{BLOCK}.ff.net.0.proj"], NETWORKS["sd15"]()
+    problem, packed = layer.problem("product", 16), layer.packed
+    assert packed.geglu
+    assert all(torch.equal(value, unet.state_dict()[name]) for name, value in original.state_dict().items())
+    apart = weight.moved(packed, problem, "reference", torch.device("cpu"))
+    assert torch.equal(apart.packed, layer.stored().weight.codes)
+    assert not weight.with_geglu(apart, problem, "onednn").geglu
+    for sign in (-1, 1):
+        unet.load_state_dict({name: sign * value for name, value in original.state_dict().items()})
+    layer._move_weight(torch.device("cpu"))
+    assert torch.equal(layer.packed.packed, packed.packed)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(unet, handle), fused))
+    x, linear = torch.randn(2, 3, problem.k), original.get_submodule(layer.name)
+    assert relative_error(layer(x), linear(x)) < 0.02
+    assert not layer.packed.geglu
+    assert_same_run(outputs(unet, handle), fused, exact("sd15"))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ PRODUCT = [
     ("accumulate output update", "skip", torch.zeros(3, 4, 7), VALUE, rf"skip has shape \(3, 4, 7\); {Y_MUST}"),
     ("accumulate output update", "skip", zeros(3, 4, 6).half(), TYPE, r"skip is .*float16; .* torch\.float32"),
     ("output without-out update", "out_dtype", torch.int8, TYPE, r"out_dtype=torch\.int8 is not allowed"),
+    ("output accumulate output-image", "weight.geglu", True, VALUE, r"geglu is of a Linear.* leave geglu False"),
     ("output update", "weight.bits", 2, VALUE, f"weight.bits=2 {ANY_BITS}"),
     ("output update", "weight.group_size", 0, VALUE, r"group_size=0 is not allowed"),
     ("output update", "weight.group_size", 4, VALUE, r"group_size=4 with k=10 needs a contiguous \[N, 3\]"),

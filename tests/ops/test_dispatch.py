@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modiff_kernels import ops
-from modiff_kernels.backends import reference
+from modiff_kernels.backends import int8_products, reference
 from modiff_kernels.ops import Problem, Window, dispatch
 from tests.ops.arguments import call, weight
 
@@ -184,6 +184,26 @@ def test_an_update_is_a_composition_or_a_fusion(with_cpu):
         module.why_not = lambda problem, part=part: f"no {part}" if problem.op == part else None
         dispatch.reset()
         assert dispatch.select(update()).rejected == (("cpu", f"no {part}"),)
+
+
+ORDER = [("product", (8, 0), {}, "triton"), ("product", (9, 0), {}, "cuda"), ("product", (10, 0), {}, "triton"),
+         ("product", (9, 0), {"group_size": 64}, "triton"), ("quantize", (9, 0), {}, "triton"),
+         ("modulate", (8, 6), {}, "cuda"), ("modulate", (8, 6), {"granularity": "per_block"}, "triton"),
+         ("modulate", (9, 0), {}, "cuda"), ("modulate", (12, 0), {}, "triton")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "capability", "more", "first"), ORDER)
+def test_the_order_of_backends_on_gpus(monkeypatch, fresh_dispatch, op, capability, more, first):
+    for name in ("triton", "cuda"):
+        monkeypatch.setattr(dispatch.load(name), "unavailable", lambda: None)
+    fresh_dispatch.reset()
+    fields = {"device_type": "cuda", "capability": capability, "k": 9 * 64, "act_bits": 4, "weight_bits": 4} | more
+    selection = dispatch.select(replace(PROBLEM, op=op, prologue="identity", **fields))
+    assert selection.backend == first
+    assert op != "product" or more or int8_products(capability).startswith(first)
+    if op == "modulate":  # fused on 4-bit tensor cores; on sm_90 quantised by one backend and multiplied by the other
+        fused = dispatch.load("cuda").modulate
+        assert selection.fn is (fused if capability == (8, 6) and not more else dispatch._composed("triton", first))
 
 
 def test_a_new_backend_is_two_functions_a_reason_and_a_name(monkeypatch, fresh_dispatch):

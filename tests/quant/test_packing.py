@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from modiff_kernels.quant import weight_sums
+from modiff_kernels.quant.operands import PackedWeight
 from modiff_kernels.quant.packing import pack, packed_dtype, packed_width, unpack
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -53,3 +55,15 @@ def test_known_bytes():
     assert pack(codes, 3).tolist() == [[0b11001100, 0b00000010, 0b11110110]]
     assert pack(codes, 4).tolist() == [[0x3C, 0xF0, 0x02]]
     assert pack(codes, 8).tolist() == codes.tolist()
+
+
+def test_sums_live_as_long_as_the_weight():
+    """And are made again when it was written to; tests/contract has the products that need them."""
+    kept, weight = weight_sums._kept, PackedWeight(torch.ones(3, 8, dtype=torch.int8), torch.ones(3), 8)
+    before, sums = len(kept), weight_sums.weight_sums(weight, 8, 1)
+    assert weight_sums.weight_sums(weight, 8, 1) is sums
+    weight.packed[1] = 2
+    assert weight_sums.weight_sums(weight, 8, 1).tolist() == [[8], [16], [8]]
+    assert len(kept) == before + 1
+    del weight
+    assert len(kept) == before

@@ -77,8 +77,6 @@ MODIFF_HD float silu(float x) {
 #endif
 }
 
-MODIFF_HD float gelu(float x) { return mul_rn(mul_rn(0.5f, x), add_rn(1.0f, ::erff(mul_rn(x, 0.70710678118654752f)))); }
-
 // x of value i of a vector; mean and inverse deviation are of its row (layer norm).
 template <Prologue P, class In, class State>
 MODIFF_HD float activation(const Loaded<P, In, State>& loaded, int i, const Affine& f, float mean, float inverse,

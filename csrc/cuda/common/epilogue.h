@@ -5,6 +5,7 @@
 //
 //   with y_hat   y_hat += v              out = y_hat + skip, if there is an out
 //   without                              out = v + bias + skip
+//   GEGLU                                out[m, j] = (v + bias)[m, 2j] * gelu((v + bias)[m, 2j + 1])
 //
 // in float32; out is made from y_hat as it is stored. weights[m, n]: the sum of the weight's codes over the taps of the
 // kernel that lie inside the image for pixel m (padding stands for x = 0, a code equal to the zero point, while its
@@ -16,7 +17,7 @@
 //   bias                   [N]                     float32, float16 or bfloat16, or null
 //   tap_sums               [N, T]                  int32, with zero points only; T = kernel_h * kernel_w with padding,
 //                                                  else 1
-//   y_hat, skip, out       [M, N]                  float32, float16 or bfloat16, or null
+//   y_hat, skip, out       [M, N]                  float32, float16 or bfloat16, or null; GEGLU: out [M, N / 2] alone
 //
 // Bytes per output: 2t + s with a state of t and an output of s bytes, s more for skip.
 #pragma once
@@ -39,6 +40,7 @@ struct EpilogueArgs {
   const void* skip;
   void* out;
   DType y_hat_dtype, skip_dtype, out_dtype;
+  bool geglu;
   bool whole;  // all tensors are aligned to 16 bytes and columns is a multiple of eight
 };
 
@@ -68,6 +70,7 @@ inline EpilogueArgs epilogue_args(const ProductCall& call) {
   args.w = p.w;
   args.out_h = p.out_h;
   args.out_w = p.out_w;
+  args.geglu = call.geglu;
   args.y_hat = p.y_hat;
   args.skip = p.skip;
   args.out = p.out;
@@ -91,24 +94,25 @@ MODIFF_HD void load_row(const void* base, DType dtype, int64_t at, int count, bo
 }
 
 // Stores values and leaves in them what was stored, rounded.
-template <class T>
+template <int kValues, class T>
 MODIFF_HD void store_values(T* p, int count, bool whole, bool streaming, float (&values)[kVector]) {
   Raw<T> raw{};
-  MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
+  MODIFF_UNROLL for (int i = 0; i < kValues; ++i) {
     set_value(raw, i, values[i]);
     values[i] = value_of(raw, i);
   }
-  store_raw(p, raw, count, whole, streaming);
+  store_raw<kValues>(p, raw, count, whole, streaming);
 }
 
+template <int kValues = kVector>
 MODIFF_HD void store_row(void* base, DType dtype, int64_t at, int count, bool whole, bool streaming,
                          float (&values)[kVector]) {
   if (dtype == DType::kFloat32) {
-    store_values(static_cast<float*>(base) + at, count, whole, streaming, values);
+    store_values<kValues>(static_cast<float*>(base) + at, count, whole, streaming, values);
   } else if (dtype == DType::kFloat16) {
-    store_values(static_cast<Half*>(base) + at, count, whole, streaming, values);
+    store_values<kValues>(static_cast<Half*>(base) + at, count, whole, streaming, values);
   } else {
-    store_values(static_cast<BFloat16*>(base) + at, count, whole, streaming, values);
+    store_values<kValues>(static_cast<BFloat16*>(base) + at, count, whole, streaming, values);
   }
 }
 
@@ -157,6 +161,11 @@ MODIFF_HD void finish_vector(const EpilogueArgs& args, int64_t row, int64_t colu
     load_parameters(args.bias, column, count, 0.0f, other);
     MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
       value[i] = add_rn(value[i], other[i]);
+  }
+  if (args.geglu) {
+    MODIFF_UNROLL for (int i = 0; i < kVector / 2; ++i)
+      value[i] = mul_rn(value[2 * i], gelu(value[2 * i + 1]));
+    return store_row<kVector / 2>(args.out, args.out_dtype, at / 2, count / 2, whole, false, value);
   }
   if (args.y_hat != nullptr) {
     // The state is read again a step later; the L2 cache is for what the next op reads, which is y_hat without an out.

@@ -68,12 +68,14 @@ MODIFF_HD Raw<T> load_raw(const T* p, int count, bool whole) {
   return raw;
 }
 
-// `streaming`: it leaves the L2 cache first.
-template <class T>
+// The first kValues values. `streaming`: it leaves the L2 cache first.
+template <int kValues = kVector, class T>
 MODIFF_HD void store_raw(T* p, const Raw<T>& raw, int count, bool whole, [[maybe_unused]] bool streaming) {
+  constexpr int kWords = Raw<T>::kWords * kValues / kVector;
   if (whole) {
 #if defined(__CUDA_ARCH__)
-    MODIFF_UNROLL for (int i = 0; i < Raw<T>::kWords; i += 4) {
+    if constexpr (kWords == 2) *reinterpret_cast<uint2*>(p) = make_uint2(raw.word[0], raw.word[1]);
+    MODIFF_UNROLL for (int i = 0; i + 4 <= kWords; i += 4) {
       const uint4 part = make_uint4(raw.word[i], raw.word[i + 1], raw.word[i + 2], raw.word[i + 3]);
       if (streaming) {
         __stcs(reinterpret_cast<uint4*>(p) + i / 4, part);
@@ -82,11 +84,11 @@ MODIFF_HD void store_raw(T* p, const Raw<T>& raw, int count, bool whole, [[maybe
       }
     }
 #else
-    std::memcpy(p, raw.word, sizeof(raw.word));
+    std::memcpy(p, raw.word, kWords * sizeof(uint32_t));
 #endif
     return;
   }
-  MODIFF_UNROLL for (int i = 0; i < kVector; ++i) {
+  MODIFF_UNROLL for (int i = 0; i < kValues; ++i) {
     if (i < count) set_element(p + i, value_of(raw, i));
   }
 }
@@ -107,6 +109,9 @@ MODIFF_HD void store_codes(int8_t* p, const int8_t (&codes)[kVector], int count,
     if (i < count) p[i] = codes[i];
   }
 }
+
+// With erf.
+MODIFF_HD float gelu(float x) { return mul_rn(mul_rn(0.5f, x), add_rn(1.0f, ::erff(mul_rn(x, 0.70710678118654752f)))); }
 
 // A vector of parameters (gamma, beta, shift) in the dtype that the model has it in; null: not there.
 struct Parameter {

@@ -13,13 +13,22 @@ from .modulate_nibbles import modulate
 from .product_launch import product
 from .quantize_launch import quantize
 
-__all__ = ["build_info", "modulate", "product", "quantize", "unavailable", "why_not"]
+__all__ = ["build_info", "goes_first", "modulate", "product", "quantize", "unavailable", "why_not"]
 
 _REASONS = {
     "quantize": quantize_launch.why_not,
     "product": product_launch.why_not,
     "modulate": modulate_nibbles.why_not,
 }
+
+
+def goes_first(problem: Any) -> bool:
+    """On sm_90 for products: Triton compiles an int8 dot to a wgmma that it waits for before the next step is issued
+    (`warp_group_dot_wait {pendings = 0}`; dots with float sums alone are asynchronous), while these kernels keep one
+    under way. On sm_80 to sm_89 for updates that the 4-bit tensor cores compute."""
+    if problem.op in ("product", "modulate") and problem.capability == (9, 0):
+        return True
+    return problem.op == "modulate" and modulate_nibbles.why_not(problem) is None
 
 
 def why_not(problem: Any) -> str | None:

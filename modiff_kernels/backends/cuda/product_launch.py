@@ -47,7 +47,7 @@ def product(
         sums = weight_sums(weight, geometry[3] * geometry[5] * geometry[6], taps)
     return library.product_op()(
         _aligned(codes), scale, zero_point, sums, _aligned(weight.packed), weight.bits, weight.scale, bias, y_hat, skip,
-        write_out, out_dtype, geometry, tile or (),
+        write_out, out_dtype, weight.geglu, geometry, tile or (),
     )  # fmt: skip
 
 

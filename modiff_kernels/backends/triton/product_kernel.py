@@ -19,6 +19,7 @@ partial      [splits, M, N] with splits > 1             int32 (grouped: float32)
     v         = scale[m] * weight_scale[n] * (acc[m, n] - zero_point[m] * sum of weight_sums[n, t] over taps inside)
     with y_hat     y_hat += v              out = y_hat + skip
     without                                out = v + bias + skip
+    with GEGLU, u = v + bias               out[m, j] = u[m, 2j] * gelu(u[m, 2j + 1]), with erf; out is [M, N / 2]
 
 m counts output pixels (sample, p, q). Integers are exact; the rest is float32. With WINDOW off, what a window needs is
 not compiled.
@@ -38,6 +39,7 @@ import triton.language as tl
 
 from .weight_tiles import load_codes, load_weight_tile
 
+_SQRT_HALF = tl.constexpr(0.70710678118654752)
 # Extents on which no address alignment depends: their values must not lead to further compilations.
 _WINDOW = ["height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w"]
 _WINDOW += ["dilation_h", "dilation_w"]
@@ -63,14 +65,23 @@ def _pixel(rows, out_height, out_width, stride_h, stride_w, pad_h, pad_w):
 
 
 @triton.jit
+def _places(tile, first_column, m, n, column_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the elements of a tile of BLOCK_M rows lie in [m, n]: at start (64 bits) + at (32 bits, inside of the tile,
+    which saves a register per address), and which of them are there."""
+    row, col = tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+    start = (tile * BLOCK_M).to(tl.int64) * n
+    return start, row[:, None] * n + col[None, :], (row < m - tile * BLOCK_M)[:, None] & (col < column_end)[None, :]
+
+
+@triton.jit
 def _finish(
     acc, rows, cols, start, at, mask,
     scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
     rows_per_scale, height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
+    GEGLU: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of sums `acc` [rows, cols]; rows and cols may be read, `mask` says what may be written at start (64
-    bits) + at (32 bits, inside of the tile, which saves a register per address)."""
+    """The epilogue of sums `acc` [rows, cols]; rows and cols may be read; start, at, mask: `_places`, of out."""
     scale_at = rows // rows_per_scale
     row_scale = tl.load(scale + scale_at)
     if zero_point is not None:
@@ -91,6 +102,10 @@ def _finish(
         v = acc.to(tl.float32) * (row_scale[:, None] * tl.load(weight_scale + cols)[None, :])
     if bias is not None:
         v += tl.load(bias + cols).to(tl.float32)[None, :]
+    if GEGLU:  # a thread holds both of a pair, so that nothing moves between threads
+        pairs: tl.constexpr = (v.shape[0], v.shape[1] // 2, 2)
+        value, gate = tl.split(tl.reshape(v, pairs))
+        v = value * (0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF)))
     if y_hat is not None:
         v += tl.load(y_hat + start + at, mask=mask, other=0.0).to(tl.float32)
         stored = v.to(y_hat.dtype.element_ty)
@@ -109,7 +124,7 @@ def product_kernel(
     group_size, scale_groups,
     height, width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     WINDOW: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, EVEN_K: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr, GROUPED: tl.constexpr, GEGLU: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of the output, or of one split's sums; operands and mapping at the top of this file."""
@@ -119,7 +134,8 @@ def product_kernel(
     group = tile_n // tiles_in_group
     column_end = (group + 1) * group_columns
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = group * group_columns + tile_n % tiles_in_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = group * group_columns + tile_n % tiles_in_group * BLOCK_N
+    col = first_column + tl.arange(0, BLOCK_N)
     rows, cols = tl.minimum(row, m - 1), tl.minimum(col, column_end - 1)
 
     if WINDOW:
@@ -162,18 +178,18 @@ def product_kernel(
         else:
             acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
 
-    start = (tile_m * BLOCK_M).to(tl.int64) * n
-    at = tl.arange(0, BLOCK_M)[:, None] * n + col[None, :]
-    mask = (row < m)[:, None] & (col < column_end)[None, :]
+    start, at, mask = _places(tile_m, first_column, m, n, column_end, BLOCK_M, BLOCK_N)
     if partial is not None:
         tl.store(partial + tl.program_id(1).to(tl.int64) * m * n + start + at, acc, mask=mask)
     else:
+        if GEGLU:
+            start, at, mask = _places(tile_m, first_column // 2, m, n // 2, n // 2, BLOCK_M, BLOCK_N // 2)
         _finish(
             acc, rows, cols, start, at, mask,
             scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
             rows_per_scale, height, width, out_height, out_width,
             stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-            KERNEL_H, KERNEL_W, PADDED, GROUPED,
+            KERNEL_H, KERNEL_W, PADDED, GROUPED, GEGLU,
         )  # fmt: skip
 
 
@@ -183,24 +199,25 @@ def finish_kernel(
     m, n, rows_per_scale, height, width, out_height, out_width,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GEGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the sums of all splits, in order, and do the epilogue of one tile [BLOCK_M, BLOCK_N]."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, cols = tl.minimum(row, m - 1), tl.minimum(col, n - 1)
-    start = (tl.program_id(0) * BLOCK_M).to(tl.int64) * n
-    at = tl.arange(0, BLOCK_M)[:, None] * n + col[None, :]
-    mask = (row < m)[:, None] & (col < n)[None, :]
+    tile_m, first_column = tl.program_id(0), tl.program_id(1) * BLOCK_N
+    start, at, mask = _places(tile_m, first_column, m, n, n, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
     sums = partial + start + at
     for _ in range(splits):
         acc += tl.load(sums, mask=mask, other=0)
         sums += tl.cast(m, tl.int64) * n
+    if GEGLU:
+        start, at, mask = _places(tile_m, first_column // 2, m, n // 2, n // 2, BLOCK_M, BLOCK_N // 2)
     _finish(
         acc, rows, cols, start, at, mask,
         scale, zero_point, weight_sums, weight_scale, bias, y_hat, skip, out,
         rows_per_scale, height, width, out_height, out_width,
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-        KERNEL_H, KERNEL_W, PADDED, GROUPED,
+        KERNEL_H, KERNEL_W, PADDED, GROUPED, GEGLU,
     )  # fmt: skip

@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
 
 
 def geometry_of(codes: Tensor, n: int, window: Window | None) -> Geometry:
-    """Sizes of the product of `codes` with a weight of `n` rows."""
+    """Sizes of the product of `codes` with `n` outputs a row."""
     if window is None:
         k = codes.shape[-1]
         m = codes.numel() // k
@@ -52,7 +52,7 @@ def product(
 ) -> Tensor:
     """`ops.product`, its arguments already checked, in `tile` or the one that is chosen for its shape."""
     n, grouped = weight.n, weight.group_size != -1
-    geometry = geometry_of(codes, n, window)
+    geometry = geometry_of(codes, weight.outputs, window)
     k = geometry.taps * geometry.channels
     m, channels, channels_in, image, out_shape, (kernel, stride, padding, dilation, groups) = geometry
     tile = tile or choose(geometry.shape(weight), gpu_of(codes.device))
@@ -71,7 +71,8 @@ def product(
         partial = codes.new_empty((splits, m, n), dtype=torch.float32 if grouped else torch.int32)
     rows_per_scale = m // scale.shape[0]
     window_sizes = (*image, *stride, *padding, *dilation)
-    form = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "PADDED": padding != (0, 0), "GROUPED": grouped}
+    form = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "PADDED": padding != (0, 0)}
+    form |= {"GROUPED": grouped, "GEGLU": weight.geglu}
     launch(
         product_kernel, (tiles, splits),
         codes, weight.packed, scale, zero_point, sums, weight.scale, bias, y_hat, skip, out, partial,

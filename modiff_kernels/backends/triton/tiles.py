@@ -73,8 +73,8 @@ _WGMMA_TILES = (
     TileConfig(64, 64, 64, 4, 4),
     TileConfig(64, 64, 32, 4, 4),  # weight groups of 32, and channels that pad 64 badly
 )
-# mma.sync (sm_80, 86, 89, and newer GPUs through compatibility) holds both operands in registers as well: a K step of
-# 64 bounds them. Four stages of 128x64 are 48 KiB, so that two programs fit the 99 KiB of sm_86 and sm_89.
+# mma.sync (sm_80, 86, 89, and newer GPUs; sm_100 makes tcgen05 of the same tiles) holds both operands in registers as
+# well: a K step of 64 bounds them. Four stages of 128x64 are 48 KiB: two programs fit the 99 KiB of sm_86 and sm_89.
 _MMA_TILES = (
     TileConfig(128, 128, 64, 8, 3),
     TileConfig(128, 64, 64, 4, 4),
@@ -102,11 +102,22 @@ def fits(config: TileConfig, shape: Shape) -> bool:
     return shape.group_size % config.block_k == 0 and whole_steps
 
 
+def resident(config: TileConfig, capability: tuple[int, int]) -> int:
+    """Programs that a multiprocessor holds at once: by shared memory, and by the registers of compiled forms, which are
+    two for every sum of a thread and 32 more (tools/aot_triton.py), of 65536."""
+    threads = 32 * config.num_warps
+    registers = 65536 // (threads * min(32 + 2 * config.block_m * config.block_n // threads, 255))
+    staged = (config.block_m + config.block_n) * config.block_k * config.num_stages
+    return max(min(registers, SHARED_MEMORY_BYTES.get(capability, 99 << 10) // staged, 2048 // threads), 1)
+
+
 # Cycles of one multiprocessor, from published peaks: products per cycle, bytes per cycle from the L2 cache, and per
-# K step the latency that the pipeline does not hide. They rank tiles; they are no measurement.
+# K step its instructions, and with wgmma the wait until its products are done: no int8 dot of Triton is asynchronous,
+# and only other programs fill that gap. They rank tiles; they are no measurement.
 _PRODUCTS_PER_CYCLE = {True: 4096, False: 2048}
 _L2_BYTES_PER_CYCLE = 48
 _STEP_CYCLES = 40
+_WAIT_CYCLES = {True: 110, False: 0}
 _PROGRAM_CYCLES = 1500
 _STATE_BYTES = 6  # y_hat read and written, out written, 2 bytes each
 _LAUNCH_CYCLES = 4000  # of a second kernel, about 2 us
@@ -115,7 +126,7 @@ _LEAST_STEPS = 4  # per split: the pipeline has to fill
 
 
 def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
-    """Time of a product on an empty device, after the roofline of one multiprocessor."""
+    """Time of a product on an empty device: the longest chain of one program after the other, or the busiest unit."""
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     tiles = -(-shape.m // block_m) * -(-(shape.n // shape.groups) // block_n) * shape.groups
     steps = -(-shape.taps * -(-shape.channels // block_k) // config.split_k)
@@ -124,8 +135,11 @@ def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
     if shape.group_size != -1:  # conversion and multiplication of every sum, on the general cores
         products += block_m * block_n / 40
     epilogue = block_m * block_n * _STATE_BYTES / _L2_BYTES_PER_CYCLE
-    program = _PROGRAM_CYCLES + steps * (max(products, loads) + _STEP_CYCLES) + epilogue
-    cycles = -(-tiles * config.split_k // gpu.multiprocessors) * program
+    step = max(products + _WAIT_CYCLES[gpu.capability == WGMMA], loads) + _STEP_CYCLES
+    program = _PROGRAM_CYCLES + steps * step + epilogue
+    programs = -(-tiles * config.split_k // gpu.multiprocessors)  # of the busiest multiprocessor, some at once
+    waves = -(-programs // resident(config, gpu.capability))
+    cycles = max(waves * program, programs * max(steps * (products + _STEP_CYCLES), steps * loads + epilogue))
     if config.split_k > 1:
         cycles += _LAUNCH_CYCLES + 8 * config.split_k * shape.m * shape.n / _MEMORY_BYTES_PER_CYCLE
     return cycles

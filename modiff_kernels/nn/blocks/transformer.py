@@ -32,6 +32,7 @@ class FusedFeedForward(FusedBlock):
     def build(self, block: nn.Module, parts: Parts) -> None:
         geglu = nn.Module()
         geglu.proj = parts.linear("net.0.proj")
+        geglu.proj.fuse_geglu(True)
         self.net = nn.ModuleList([geglu, block.net[1], parts.linear("net.2"), *block.net[3:]])
 
     def run(self, x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
@@ -40,8 +41,9 @@ class FusedFeedForward(FusedBlock):
 
     def feed(self, prologue: Prologue, x: Tensor, skip: Tensor | None) -> Tensor:
         """The equation above: new tokens [N, L, C] of contiguous ones."""
-        h = step.run(self.net[0].proj, prologue, x, x.dtype, write_out=False)
-        return step.run(self.net[2], GEGLU, h, x.dtype, skip=skip)
+        proj = self.net[0].proj
+        h = step.run(proj, prologue, x, x.dtype, write_out=False)
+        return step.run(self.net[2], IDENTITY if proj.packed.geglu else GEGLU, h, x.dtype, skip=skip)
 
 
 class FusedBasicTransformerBlock(FusedBlock):

@@ -132,13 +132,14 @@ class ProductEmulator(Emulator):
 
     def product(
         self, codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out,
-        out_dtype, geometry, tile,
+        out_dtype, geglu, geometry, tile,
     ):  # fmt: skip
-        out = _output(codes, geometry, out_dtype)
+        out = _output(codes, geometry, out_dtype, geglu)
         code_bits = 4 if codes.dtype == torch.uint8 else 8
         head = struct.pack(
-            "29q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
-            DTYPES[out_dtype], self.tile, self.splits, code_bits, write_out, self.falling, *(tile or (0, 0, 0, 0)),
+            "30q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
+            DTYPES[out_dtype], geglu, self.tile, self.splits, code_bits, write_out, self.falling,
+            *(tile or (0, 0, 0, 0)),
         )  # fmt: skip
         tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip)
         self.ask(head, tensors, (out if write_out else None, y_hat))
@@ -158,14 +159,14 @@ class HopperEmulator(Emulator):
 
     def product(self, *call):
         (codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-         geometry, _) = call  # fmt: skip
+         geglu, geometry, _) = call  # fmt: skip
         k = geometry[3] * geometry[5] * geometry[6]
         if self.other is not None and weight_bits == 3 and k % 128 != 0:
             return self.other.product(*call)
-        out = _output(codes, geometry, out_dtype) if write_out else None
+        out = _output(codes, geometry, out_dtype, geglu) if write_out else None
         head = struct.pack(
-            "24q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
-            DTYPES[out_dtype], self.tile, self.splits, self.multiprocessors, self.seed,
+            "25q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
+            DTYPES[out_dtype], geglu, self.tile, self.splits, self.multiprocessors, self.seed,
         )  # fmt: skip
         prefetched = torch.zeros(1, dtype=torch.int64)
         tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out)
@@ -182,11 +183,11 @@ def stand_ins(quantize: QuantizeEmulator, product: Emulator) -> dict[tuple[Modul
     return {(library, "quantize_op"): lambda: quantize.quantize, (library, "product_op"): lambda: product.product}
 
 
-def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype, geglu: bool) -> torch.Tensor:
     if codes.ndim == 4:
         shape = (geometry[0], geometry[4], *_output_sides(geometry))
         return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-    return torch.empty((*codes.shape[:-1], geometry[4]), dtype=dtype)
+    return torch.empty((*codes.shape[:-1], geometry[4] // (2 if geglu else 1)), dtype=dtype)
 
 
 def _output_sides(geometry: Sequence[int]) -> Sequence[int]:

@@ -20,6 +20,12 @@ def test_candidates_fit_the_shared_memory(gpu):
         assert staged <= tiles.SHARED_MEMORY_BYTES[gpu.capability]
 
 
+def test_programs_of_a_multiprocessor():
+    """Of sm_90 and sm_89: as registers or shared memory allow."""
+    for tile, programs in (((128, 128, 64, 8, 3), [1, 1]), ((128, 64, 64, 4, 4), [3, 2]), ((64, 64, 32, 4, 4), [5, 5])):
+        assert [tiles.resident(TileConfig(*tile), gpu) for gpu in ((9, 0), (8, 9))] == programs
+
+
 def test_wgmma_needs_64_rows_per_four_warps():
     for config in tiles.candidates((9, 0)):
         assert (config.block_m % 64, config.num_warps % 4) == (0, 0)

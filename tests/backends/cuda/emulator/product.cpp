@@ -21,7 +21,7 @@ void answer(const Request& r, Launch& launch) {
   ProductCall call = buffers.read(r);
   modiff::ProductProblem& p = call.problem;
   if (r.write_out != 0) {
-    out.fill(p.samples * p.out_h * p.out_w * p.c_out * modiff::element_size(p.out_dtype));
+    out.fill(p.samples * p.out_h * p.out_w * p.c_out * modiff::element_size(p.out_dtype) / (call.geglu ? 2 : 1));
     p.out = out.data();
   }
   call.code_bits = static_cast<int>(r.code_bits);

@@ -40,7 +40,8 @@ struct Buffer {
 
 // What the requests of both products begin with, and their buffers.
 struct ProductRequest {
-  int64_t geometry[14], weight_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype, tile, splits;
+  int64_t geometry[14], weight_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype, geglu, tile,
+      splits;
 };
 
 struct ProductBuffers {
@@ -66,6 +67,7 @@ struct ProductBuffers {
     p.out_dtype = static_cast<DType>(r.out_dtype);
     call.bias = cuda::parameter_of(bias.data(), static_cast<DType>(r.bias_dtype));
     call.weight_bits = static_cast<int>(r.weight_bits);
+    call.geglu = r.geglu != 0;
     call.rows_per_scale = r.rows_per_scale;
     return call;
   }
