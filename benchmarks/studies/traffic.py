@@ -101,9 +101,9 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         if codes.ndim == 4:
             sizes = zip((height, width), window[:2], window[2:4], window[4:6])
             shape = (samples, n, *[(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes])
-        out = codes.new_empty(shape if write_out else (0,), dtype=dtype)
-        if codes.ndim == 4 and write_out:
-            out = out.contiguous(memory_format=torch.channels_last)
+        shape, layout = shape if write_out else (0,), torch.channels_last if codes.ndim == 4 else torch.contiguous_format
+        layout = layout if write_out else torch.contiguous_format
+        out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=layout)
         tensors = (codes, scale, zero_point, sums, weight, weight_scale, bias, y_hat, y_hat, skip, out)
         count("product (cuda)", _bytes(tensors))
         return out
@@ -145,6 +145,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         (launch, "record", triton),
         (product_launch, "gpu_of", lambda device: gpu),
         (cuda_product, "choose", lambda *unused: None),
+        (cuda_product, "_aligned", lambda tensor: tensor),  # what has no memory has no alignment
         (library, "product_op", lambda: product),
         (F, "scaled_dot_product_attention", attention),
         (replacements, "_why_float", loaded_weight),
