@@ -3,12 +3,22 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from modiff_kernels import ops
 from modiff_kernels.ops import PackedWeight
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import KPACK_V1
+
+
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What stands for a float weight of which there are codes alone: one value in memory."""
+    return torch.zeros((1,) * len(shape), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def is_placeholder(weight: Tensor) -> bool:
+    return weight.numel() > 1 and not any(step for step, size in zip(weight.stride(), weight.shape) if size > 1)
 
 
 def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeight:
@@ -22,6 +32,13 @@ def moved(weight: PackedWeight, problem: Problem, backend: str, device: torch.de
     portable = ops.prepare_weight(weight, problem.k, problem.window, KPACK_V1)
     there = portable._replace(packed=portable.packed.to(device), scale=portable.scale.to(device))
     return ops.prepare_weight(there, problem.k, problem.window, ops.preferred_layout(problem, backend))
+
+
+def codes_of(weight: PackedWeight, problem: Problem) -> QuantizedWeight:
+    """What `pack` made `weight` of."""
+    packed = ops.prepare_weight(weight, problem.k, problem.window, KPACK_V1).packed
+    codes = ops.unpack_weight(packed, weight.bits, problem.n, problem.k)
+    return QuantizedWeight(codes, weight.scale, weight.bits, weight.group_size)
 
 
 def stack(weights: Sequence[PackedWeight], k: int) -> PackedWeight:
