@@ -64,7 +64,7 @@ def accelerate(
     if not isinstance(config, ModiffConfig):
         raise TypeError(f"accelerate: config is a {type(config).__name__}; give a ModiffConfig, as from_dict() does")
     if config.cuda_graphs and (obstacle := obstacle_of(unet, "cuda")) is not None:
-        raise ValueError(f"ModiffConfig: cuda_graphs=True is not possible {obstacle}, or leave cuda_graphs out")
+        raise ValueError(f"ModiffConfig: cuda_graphs=True is {obstacle}, or leave cuda_graphs out")
     calibrated = calibrated_layers(config, result, static_scales or {})
     origin = "" if result is None else result.method
     if calibration == "auto" and not static_scales:

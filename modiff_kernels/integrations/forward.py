@@ -121,8 +121,9 @@ class UNetForward:
             if (addresses, self._signs) != self._seen:  # of float weights, which graphs read too
                 state.relocations += 1
                 self._seen = addresses, self._signs
-            graphs.set_obstacle(obstacle_of(unet, graphs.device_type))
+            graphs.obstacle = obstacle_of(unet, graphs.device_type)
         if graphs.obstacle is not None:
+            graphs.warn(graphs.obstacle)
             return None
         state.fixed_addresses = True
         return graphs
@@ -213,19 +214,22 @@ class HostTimesteps:
 
 
 def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
-    """What stands against graphs of `unet` on such a device, which run none of its Python; to follow "not possible"."""
+    """What stands against graphs of `unet` on such a device, which run none of its Python."""
     for path, module in unet.named_modules():
         own, processor = module.__dict__, getattr(module, "processor", None)
         if is_adapter(module):
-            return "with a LoRA, whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
+            text = "whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
+            return f"not possible with a LoRA, {text}"
         hooked = not isinstance(own.get("forward"), Wrapper | None) or own.keys() & {"_hf_hook", "_diffusers_hook"}
         if path and (hooked or module._forward_hooks or module._forward_pre_hooks):
-            return f"with a hook or a forward of its own on '{path}', which has to see every call; take it away"
+            return (
+                f"not possible with a hook or a forward of its own on '{path}', which has to see every call; remove it"
+            )
         if processor is not None and (type(processor).__module__ != PROCESSORS or isinstance(processor, nn.Module)):
-            name = f"{type(processor).__name__} of '{path}'"
-            return f"with the attention processor {name}, whose Python may change; call set_default_attn_processor()"
+            text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
+            return f"not possible with the attention processor {text}"
     if (device := next(unet.parameters()).device).type != device_type:
-        return f"for a UNet on {device}; move it to a GPU before accelerate()"
+        return f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
     return None
 
 

@@ -87,18 +87,16 @@ class Calls:
     """What there is for calls with inputs of one format; graphs and numbers of warm-up calls by kind of call."""
 
     inputs: list[_Input]
-    device: torch.device
     warm_ups: collections.Counter[Hashable] = dataclasses.field(default_factory=collections.Counter)
     graphs: dict[Hashable, _Graph] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class _Shape:
-    """What there is for samples of one shape. weights, moves: of the state, for which the graphs are. shelf: where its
-    tensors are while samples of another shape are computed."""
+    """What there is for samples of one shape. stamp: of the state that the graphs are for. shelf: where its tensors are
+    while samples of another shape are computed."""
 
-    weights: tuple[int, int]
-    moves: int
+    stamp: tuple[int, ...]
     formats: dict[Hashable, Calls] = dataclasses.field(default_factory=dict)
     shelf: Shelf | None = None
 
@@ -117,11 +115,6 @@ class GraphedCalls:
         self._shapes: dict[str, dict[Hashable, _Shape]] = {}  # by context; the last used last
         self._warned: set[str] = set()
 
-    def set_obstacle(self, obstacle: str | None) -> None:
-        self.obstacle = obstacle
-        if obstacle is not None:
-            self._warn(f"CUDA graphs are not possible {obstacle}; calls run as they are")
-
     def static(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
     ) -> tuple[tuple[Any, ...], dict[str, Any], Calls | None]:
@@ -136,12 +129,12 @@ class GraphedCalls:
             formats = self._shape_of(form).formats
             calls = formats.pop(key, None)
         except TypeError:  # of a key that cannot be hashed
-            self._warn("CUDA graphs: calls with arguments that cannot be hashed run as they are")
+            self.warn("not possible for calls with arguments that cannot be hashed")
             return args, kwargs, None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if calls is None:
             with torch.inference_mode(False):
-                calls = Calls([_Input(torch.empty_like(tensor, device=device)) for tensor in tensors], device)
+                calls = Calls([_Input(torch.empty_like(tensor, device=device)) for tensor in tensors])
         formats[key] = calls
         if len(formats) > MOST_FORMATS:
             del formats[next(iter(formats))]
@@ -155,16 +148,16 @@ class GraphedCalls:
         """step(*args, **kwargs), which `static` gave: by itself at first, then captured, then replayed."""
         state = self._state
         shape = next(reversed(self._shapes[state.context_name].values()))
-        if not self._stands(shape):  # what the graphs read and write has moved
+        if shape.stamp != self._stamp():  # what the graphs read and write has moved
             for each in shape.formats.values():
                 each.graphs.clear()
                 each.warm_ups.clear()
-            shape.weights, shape.moves = self._now()
+            shape.stamp = self._stamp()
         kind = state.kind_of_call()
         graph = calls.graphs.get(kind)
         if graph is None:
             if calls.warm_ups[kind] >= WARM_UP_CALLS and self.error is None:
-                graph = self._captured(lambda: step(*args, **kwargs), calls.device)
+                graph = self._captured(lambda: step(*args, **kwargs), calls.inputs[0].place.device)
             if graph is None:
                 calls.warm_ups[kind] += 1
                 self.eager += 1
@@ -177,11 +170,8 @@ class GraphedCalls:
         return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, graph.outputs)
 
     def describe(self) -> str:
-        text = (
-            f"CUDA graphs: {self.captured} captured, {self.replayed} calls replayed, {self.eager} calls run as they are"
-        )
-        reasons = [self.obstacle and f"not possible {self.obstacle}", self.error and f"no more, after {self.error}"]
-        return "; ".join([text, *filter(None, reasons)])
+        reason = f"; {self.obstacle or self.error}" if self.obstacle or self.error else ""
+        return f"CUDA graphs: {self.captured} captured, {self.replayed} calls replayed, {self.eager} others{reason}"
 
     def _captured(self, step: Callable[[], Any], device: torch.device) -> _Graph | None:
         state, caches = self._state, torch.is_autocast_cache_enabled()
@@ -190,8 +180,8 @@ class GraphedCalls:
             with state.undone_on_error():
                 replay, outputs = self._capture(step, device)
         except Exception as error:
-            self.error = f"an error in a capture ({type(error).__name__}: {error})"
-            self._warn(f"CUDA graphs: {self.error}; calls that have none yet run as they are")
+            self.error = f"no more, after an error in a capture ({type(error).__name__}: {error})"
+            self.warn(self.error)
             return None
         finally:
             torch.set_autocast_cache_enabled(caches)
@@ -208,13 +198,13 @@ class GraphedCalls:
             return shapes[form]
         if shapes:
             last, old = shapes.popitem()
-            if begins and self._stands(old) and any(calls.graphs for calls in old.formats.values()):
+            if begins and old.stamp == self._stamp() and any(calls.graphs for calls in old.formats.values()):
                 old.shelf = state.set_aside(context)
                 shapes[last] = old
         found = shapes.pop(form, None)
         if found is None or not (begins and state.put_back(context, found.shelf)):
-            found = _Shape(*self._now())
-        found.shelf, found.moves = None, state.moves[context]
+            found = _Shape(self._stamp())
+        found.shelf, found.stamp = None, (*found.stamp[:-1], state.moves[context])
         shapes[form] = found
         while len(shapes) > self.most_shapes:
             del shapes[next(iter(shapes))]
@@ -222,17 +212,15 @@ class GraphedCalls:
         state.shelves = [shelf for shelf in state.shelves if id(shelf) in shelves]
         return found
 
-    def _now(self) -> tuple[tuple[int, int], int]:
+    def _stamp(self) -> tuple[int, ...]:
         state = self._state
-        return (state.relocations, state.weight_changes), state.moves[state.context_name]
+        return state.relocations, state.weight_changes, state.moves[state.context_name]
 
-    def _stands(self, shape: _Shape) -> bool:
-        return self._now() == (shape.weights, shape.moves)
-
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say once that calls run as they are."""
         if text not in self._warned:
             self._warned.add(text)
-            logger.warning("%s", text)
+            logger.warning("CUDA graphs: %s; calls run as they are", text)
 
 
 def _format(leaf: Any) -> Hashable:

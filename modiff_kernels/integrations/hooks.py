@@ -114,8 +114,8 @@ COMPILES = "torch.compile() of an accelerated UNet is not possible; use it as it
 
 def refuse_methods(unet: nn.Module, undo: contextlib.ExitStack, may_save: bool) -> None:
     """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes, or the run's
-    bookkeeping would be compiled, or float weights that are not there be saved. torch.compile(unet) takes the instance's
-    `__call__`; its calls that of the class."""
+    bookkeeping would be compiled, or files lack weights. torch.compile(unet) takes the instance's `__call__`; its calls
+    that of the class."""
 
     def refuse(text: str, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(text)

@@ -164,7 +164,7 @@ class ModulatedLayer(nn.Module):
         self.calibrated = dataclasses.replace(self.calibrated, weight=codes, is_optional=False)
         self._like = self.weight.detach().new_empty(0)
         self.weight = self.original.weight = None
-        self.original.forward = self._compute_by_codes
+        self.original.forward = lambda x: self._in_float(x, self._dequantized(), self.bias)
 
     def restore_original(self) -> None:
         """Give the original what the codes stand for, if its float weight was let go of."""
@@ -180,8 +180,7 @@ class ModulatedLayer(nn.Module):
             values = values * known.input_scale.view((1, -1, 1, 1) if values.ndim == 4 else (-1,))
         return values.to(self.like.dtype)
 
-    def _compute_by_codes(self, x: Tensor) -> Tensor:
-        args = x, self._dequantized(), self.bias
+    def _in_float(self, *args: Any) -> Tensor:
         return F.linear(*args) if self.window is None else F.conv2d(*args, *self.window[1:])
 
     @contextlib.contextmanager
@@ -247,8 +246,7 @@ class ModulatedLayer(nn.Module):
         try:
             scaled = self.scaled(x)
             if self.mode == "float":
-                args = scaled, self.float_weight, self.bias_data
-                return F.linear(*args) if self.window is None else F.conv2d(*args, *self.window[1:])
+                return self._in_float(scaled, self.float_weight, self.bias_data)
             canonical = self.canonical(scaled)
             if self.mode == "constant" or self._is_used_again():
                 out = step.run_once(self, canonical)
@@ -304,10 +302,8 @@ class ModulatedLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         incoming = state_dict.get(f"{prefix}weight")
         if incoming is not None and self.weight is None:
-            text = "for its own one is not kept (keep_original=False); load the whole model again, then accelerate it"
-            raise ValueError(
-                f"layer '{self.name}': a float weight was given, which low-bit codes cannot follow, {text}"
-            )
+            text = "but its own is not kept (keep_original=False); load the whole model again, then accelerate it"
+            raise ValueError(f"layer '{self.name}': a float weight was given, {text}")
         if self.calibrated.weight is not None and incoming is not None and incoming.shape == self.weight.shape:
             old = self.weight.detach()
             if not torch.equal(old, incoming.detach().to(old.device, old.dtype)) and not self.give_up_codes():

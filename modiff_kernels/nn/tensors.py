@@ -231,8 +231,8 @@ class ModulationState(Run):
     trajectories: by context, what a schedule remembers of this run; they have `nbytes()` and `forget()`.
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
-    relocations: grows whenever weights have moved, or anything else but tensors of contexts that calls read; moves counts
-    these. weight_changes: when weights change or move. shelves: what is set aside. serial: grows with every call.
+    relocations: grows whenever weights move, or anything else that calls read; moves: tensors of a context.
+    weight_changes: when weights change or move. shelves: what is set aside. serial: grows with every call.
     """
 
     def __init__(self, state_dtype: torch.dtype | str | None = None) -> None:

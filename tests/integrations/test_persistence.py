@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -208,9 +207,7 @@ class TestLoadedUNet:
             loaded.unet.to(torch.float16)
         assert mk.accelerate(loaded.unet) is loaded
         assert torch.equal(sample(loaded), saved_once[1])
-        with pytest.raises(
-            ValueError, match=r"a float weight was given, .* \(keep_original=False\); load the whole model again"
-        ):
+        with pytest.raises(ValueError, match=r"a float weight was given, but .*; load the whole model again"):
             loaded.unet.load_state_dict(unet2d().state_dict())
 
     def test_back_to_full_precision(self, tmp_path, saved_once):
@@ -258,11 +255,7 @@ class TestWithoutOriginals:
             (handle.refresh, RuntimeError, "the float weights are not there"),
             (unet.fuse_lora, RuntimeError, "changes layers of a UNet that is accelerated"),
             (lambda: unet.save_pretrained(tmp_path), RuntimeError, r"call handle.save_pretrained\(\)"),
-            (
-                lambda: unet.load_state_dict(kept.unet.state_dict()),
-                ValueError,
-                "a float weight was given, which low-bit",
-            ),
+            (lambda: unet.load_state_dict(kept.unet.state_dict()), ValueError, "a float weight was given, but its own"),
         ):
             with pytest.raises(error, match=message):
                 do()
@@ -277,27 +270,19 @@ class TestWithoutOriginals:
             each.set_attn_processor(processor())
         torch.testing.assert_close(sample(handle), sample(kept), atol=0.05, rtol=0.05)
 
-    @pytest.mark.parametrize("when", ["before", "after"])
     @pytest.mark.parametrize("keep_original", [True, False])
-    def test_offload_and_moves_quantise_nothing(self, when, keep_original, monkeypatch):
-        unet, rounded = unet2d_condition(), QuantizedWeight.rounded
-        calls = []
-        monkeypatch.setattr(QuantizedWeight, "rounded", lambda *args: calls.append(1) or rounded(*args))
-        hook = cpu_offload_with_hook(unet, torch.device("cpu"))[1] if when == "before" else None
-        handle = mk.accelerate(unet, keep_original=keep_original)
-        hook = hook or cpu_offload_with_hook(unet, torch.device("cpu"))[1]
-        expected, count = sample(handle), len(calls)
-        relocations = handle.state.relocations
-        hook.offload()
-        unet.to("cpu")
+    def test_moves_quantise_nothing(self, keep_original, monkeypatch):
+        handle = mk.accelerate(unet2d_condition(), keep_original=keep_original)
+        expected, relocations = sample(handle), handle.state.relocations
+        monkeypatch.setattr(QuantizedWeight, "rounded", None)
+        handle.unet.to("cpu")
         assert handle.state.relocations == relocations  # nothing has moved
-        layer = next(layer for layer in handle.layers.values() if layer.window is not None)
-        layer._move_weight(torch.float32, torch.device("cpu"))
+        for layer in handle.layers.values():
+            layer._move_weight(torch.float32, torch.device("cpu"))
         assert torch.equal(sample(handle), expected)
-        assert len(calls) == count
         if not keep_original:
-            unet.to(torch.float64).to(torch.float32)
-            assert len(calls) == count
+            handle.unet.to(torch.float64).to(torch.float32)
+            assert torch.equal(sample(handle), expected)
 
     def test_memory(self, tmp_path):
         """At 8 bits of float16: no float weights of low-bit layers, when loaded nor later."""
