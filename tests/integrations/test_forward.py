@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -266,19 +267,21 @@ class TestGraphs:
         assert len({tensor.data_ptr() for tensor in got}) == CALLS  # later calls do not write onto them
 
     @pytest.mark.parametrize("at", [1, 2])
-    @pytest.mark.parametrize("options", [*PLAIN[1:3], SCHEDULED[1]], ids=str)
+    @pytest.mark.parametrize("options", [*PLAIN[1:3], SCHEDULED[1], {"fuse": False}], ids=str)
     def test_an_error_in_a_capture(self, at, options, caplog):
-        """The same call runs as it is, though half of its Python has run before, and nothing is captured after it."""
+        """The same call runs as it is, though half of its Python has run before, and nothing is captured after it: with
+        layers by themselves, between the readers of a shared input."""
         runs = {"calls": 20, "encoder": text()} if "schedule" in options else {"encoder": text()}
         plain = accelerated(**options)
         expected = [run(*plain, **runs) for _ in range(4)]
         net, handle, graphs = graphed(**options)
-        capture, tried = graphs._capture, []
+        capture, tried, reader = graphs._capture, [], "transformer.transformer_blocks.0.attn1.to_k"
 
         def failing(step, device):
             tried.append(device)
             if len(tried) == at:
-                capture(lambda: [step(), dispatch.missing], device)
+                with mock.patch.object(handle.layers[reader], "forward", None):
+                    capture(lambda: [step(), 1 / 0], device)
             return capture(step, device)
 
         graphs._capture = failing
@@ -286,7 +289,7 @@ class TestGraphs:
             assert_equal(run(net, handle, **runs), wanted)
         assert (graphs.captured, len(tried)) in ((at - 1, at), (1, 1))
         if len(tried) == at:
-            assert "no more, after an error in a capture (AttributeError: module" in handle.explain()
+            assert "no more, after an error in a capture (" in handle.explain()
             assert caplog.text.count("an error in a capture") == 1
 
     def test_shapes_in_turn_keep_graphs_and_state(self):
