@@ -147,12 +147,6 @@ class Handle:
 
         save(self, directory, max_shard_size)
 
-    def restore_originals(self) -> None:
-        """Give the original modules the weights that the codes stand for, where theirs were not kept."""
-        for layer in self.layers.values():
-            layer.restore_original()
-        self.keep_original = True
-
     def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
         """Let `accelerate` return this handle for its UNet, until `remove`, which calls `on_remove` with the UNet."""
         self.is_loaded = True

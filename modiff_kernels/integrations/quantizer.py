@@ -107,7 +107,9 @@ class ModiffQuantizer(DiffusersQuantizer):
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         """`handle.remove()`: the UNet in full precision, with the weights that the codes stand for."""
-        self.handle.restore_originals()
+        for layer in self.handle.layers.values():
+            layer.restore_original()
+        self.handle.keep_original = True
         self.handle.remove()
         return model
 

@@ -99,6 +99,10 @@ SCHEDULED = [
     {"scale_mode": "static", "schedule": SCHEDULE, "table": 2 * CALLS},
     {"scale_mode": "delayed", "schedule": SCHEDULE},
 ]
+WEIGHTS = {
+    "moved weights": lambda net: net.to(torch.float64).to(torch.float32),
+    "loaded weights": lambda net: net.load_state_dict({key: value * 1.1 for key, value in net.state_dict().items()}),
+}
 
 
 def kinds_of(options):
@@ -246,18 +250,6 @@ class TestGraphs:
         assert_equal(passes(net, handle), passes(*accelerated()))
         assert graphs.captured == 2
 
-    def test_another_batch_and_loaded_weights_are_captured_again(self):
-        def runs(net, handle):
-            weights = {key: value * 1.1 for key, value in net.state_dict().items()}
-            found = run(net, handle) + run(net, handle, batch=3) + run(net, handle)
-            assert_equal(found[-CALLS:], found[:CALLS])
-            net.load_state_dict(weights)
-            return found + run(net, handle)
-
-        net, handle, graphs = graphed()
-        assert_equal(runs(net, handle), runs(*accelerated()))
-        assert graphs.captured == 3  # the second shape comes back to its graph; the weights have moved
-
     @pytest.mark.parametrize("form", [float, lambda call: torch.tensor(float(call))])
     def test_timesteps_in_any_form_and_outputs_of_their_own(self, form):
         net, handle, graphs = graphed()
@@ -311,7 +303,7 @@ class TestGraphs:
         assert (handle.state.nbytes(), handle.state.shelves) == (0, [])
         assert_equal(runs(net, handle, [2])[0], runs(*accelerated(), [2])[0])
 
-    @pytest.mark.parametrize("during", ["halved", "autocast", "offload before", "offload after", "moved", "keywords"])
+    @pytest.mark.parametrize("during", ["halved", "autocast", "offload before", "offload after", *WEIGHTS])
     def test_what_pipelines_do(self, during):
         """A callback halves the batch; weights move between runs; arguments come in any order."""
 
@@ -334,14 +326,13 @@ class TestGraphs:
                         found.append(net(timestep=torch.tensor(500 - call), **rest)[0])
                 for hook in hooks:
                     hook.offload()
-                if during == "moved":
-                    net.to(torch.float64).to(torch.float32)
+                WEIGHTS.get(during, id)(net)
             return found, graphs
 
         expected, _ = outputs(lambda handle: None)
         got, graphs = outputs(capture_calls)
         assert_equal(got, expected)
-        assert graphs.captured == {"halved": 2, "autocast": 2, "moved": 3}.get(during, 1)
+        assert graphs.captured == {"halved": 2, "autocast": 2, **dict.fromkeys(WEIGHTS, 3)}.get(during, 1)
 
     @pytest.mark.parametrize(
         ("obstacle", "reason"),
@@ -354,12 +345,12 @@ class TestGraphs:
     def test_obstacles(self, obstacle, reason, caplog, capsys):
         net, handle, graphs = graphed(fuse=False)
         run(net, handle)
-        captured = graphs.replayed
+        replayed = graphs.replayed
         obstacle(net)
-        with contextlib.suppress(TypeError):
-            run(net, handle)
-            run(net, handle)
-        assert graphs.replayed == captured > 0
+        for _ in range(2):
+            with contextlib.suppress(TypeError):
+                run(net, handle)
+        assert graphs.replayed == replayed > 0
         assert reason in handle.explain()
         assert caplog.text.count(reason) == 1
 
