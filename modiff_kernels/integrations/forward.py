@@ -54,6 +54,7 @@ class UNetForward:
         self.uncompiled = 0  # calls
         self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
+        self._owners = [module._parameters for module in unet.modules() if module._parameters]
         self._attention: list[Any] = []
         self._signs: Any = None  # of other Python than in the call before
         self._seen: Any = None  # with addresses of weights
@@ -81,7 +82,7 @@ class UNetForward:
         inline_kernels()
         if not options.keys() & {"backend", "mode", "options"}:
             asked = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-            on_cpu = next(self._unet.parameters()).device.type == "cpu"
+            on_cpu = device_of(self._unet).type == "cpu"
             options["options"] = {**asked, "cpp_wrapper": True} if on_cpu and torch.__version__ >= (2, 13) else asked
         if options.get("mode") in MAKES_GRAPHS or "triton.cudagraphs" in options.get("options", {}):
             self.graphs = None  # torch makes its own
@@ -100,7 +101,7 @@ class UNetForward:
         args, kwargs = _with_tensor_timestep(args, kwargs)
         calls = None
         if graphs is not None:
-            args, kwargs, calls = graphs.static(args, kwargs, next(self._unet.parameters()).device)
+            args, kwargs, calls = graphs.static(args, kwargs, self._device())
         if self._is_first(args, kwargs):
             output = original(*args, **kwargs)
             self._relocations = self.state.relocations
@@ -108,10 +109,18 @@ class UNetForward:
         step = original if self._compiled is None else self._call_compiled
         return step(*args, **kwargs) if graphs is None or calls is None else graphs.call(step, args, kwargs, calls)
 
+    def _device(self) -> torch.device:
+        """`device_of` the UNet, without a walk over it."""
+        for owner in self._owners:
+            for parameter in owner.values():
+                if parameter is not None:
+                    return parameter.device
+        return torch.device("meta")
+
     def _graphs_now(self) -> GraphedCalls | None:
         """The graphs, if this call may be one."""
         graphs, unet, state = self.graphs, self._unet, self.state
-        if graphs is None or next(unet.parameters()).device.type != graphs.device_type:
+        if graphs is None or self._device().type != graphs.device_type:
             return None
         signs = [RemovableHandle.next_id, unet.training, *[module.processor for module in self._attention]]
         if state.is_first or signs != self._signs:
@@ -129,7 +138,7 @@ class UNetForward:
         return graphs
 
     def describe_graphs(self) -> str:
-        device = next(self._unet.parameters()).device
+        device = self._device()
         if self.graphs is None or device.type == "cpu" != self.graphs.device_type:
             return ""
         return self.graphs.describe() if device.type == self.graphs.device_type else f"CUDA graphs: off on {device}"
@@ -213,6 +222,11 @@ class HostTimesteps:
         return self._values[index] if rest == 0 and 0 <= index < len(self._values) else None
 
 
+def device_of(unet: nn.Module) -> torch.device:
+    """That of its first parameter; meta, on which nothing runs, where it has none."""
+    return next((parameter.device for parameter in unet.parameters()), torch.device("meta"))
+
+
 def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
     """What stands against graphs of `unet` on such a device, which run none of its Python."""
     for path, module in unet.named_modules():
@@ -228,7 +242,7 @@ def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
         if processor is not None and (type(processor).__module__ != PROCESSORS or isinstance(processor, nn.Module)):
             text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
             return f"not possible with the attention processor {text}"
-    if (device := next(unet.parameters()).device).type != device_type:
+    if (device := device_of(unet)).type != device_type:
         return f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
     return None
 

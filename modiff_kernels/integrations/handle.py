@@ -66,7 +66,8 @@ class Handle:
         self._pipes: list[Any] = []  # whose schedulers begin runs
         self._wrappers: list[hooks.Wrapper] = []
         self._own_runs: list[tuple[int | None, Any]] = []
-        graphs = None if config.cuda_graphs is False else GraphedCalls(self.state, CudaCapture())
+        wanted = torch.cuda.is_available() if config.cuda_graphs is None else config.cuda_graphs
+        graphs = GraphedCalls(self.state, CudaCapture()) if wanted else None
         if graphs is not None and config.max_state_bytes is not None:
             graphs.most_shapes = 1
         self._forward = UNetForward(unet, self.state, graphs)
