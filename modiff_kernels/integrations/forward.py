@@ -82,7 +82,7 @@ class UNetForward:
         inline_kernels()
         if not options.keys() & {"backend", "mode", "options"}:
             asked = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-            on_cpu = device_of(self._unet).type == "cpu"
+            on_cpu = device_of(self._owners).type == "cpu"
             options["options"] = {**asked, "cpp_wrapper": True} if on_cpu and torch.__version__ >= (2, 13) else asked
         if options.get("mode") in MAKES_GRAPHS or "triton.cudagraphs" in options.get("options", {}):
             self.graphs = None  # torch makes its own
@@ -101,7 +101,7 @@ class UNetForward:
         args, kwargs = _with_tensor_timestep(args, kwargs)
         calls = None
         if graphs is not None:
-            args, kwargs, calls = graphs.static(args, kwargs, self._device())
+            args, kwargs, calls = graphs.static(args, kwargs, device_of(self._owners))
         if self._is_first(args, kwargs):
             output = original(*args, **kwargs)
             self._relocations = self.state.relocations
@@ -109,18 +109,10 @@ class UNetForward:
         step = original if self._compiled is None else self._call_compiled
         return step(*args, **kwargs) if graphs is None or calls is None else graphs.call(step, args, kwargs, calls)
 
-    def _device(self) -> torch.device:
-        """`device_of` the UNet, without a walk over it."""
-        for owner in self._owners:
-            for parameter in owner.values():
-                if parameter is not None:
-                    return parameter.device
-        return torch.device("meta")
-
     def _graphs_now(self) -> GraphedCalls | None:
         """The graphs, if this call may be one."""
         graphs, unet, state = self.graphs, self._unet, self.state
-        if graphs is None or self._device().type != graphs.device_type:
+        if graphs is None or device_of(self._owners).type != graphs.device_type:
             return None
         signs = [RemovableHandle.next_id, unet.training, *[module.processor for module in self._attention]]
         if state.is_first or signs != self._signs:
@@ -138,7 +130,7 @@ class UNetForward:
         return graphs
 
     def describe_graphs(self) -> str:
-        device = self._device()
+        device = device_of(self._owners)
         if self.graphs is None or device.type == "cpu" != self.graphs.device_type:
             return ""
         return self.graphs.describe() if device.type == self.graphs.device_type else f"CUDA graphs: off on {device}"
@@ -222,9 +214,10 @@ class HostTimesteps:
         return self._values[index] if rest == 0 and 0 <= index < len(self._values) else None
 
 
-def device_of(unet: nn.Module) -> torch.device:
-    """That of its first parameter; meta, on which nothing runs, where it has none."""
-    return next((parameter.device for parameter in unet.parameters()), torch.device("meta"))
+def device_of(owners: list[dict[str, Any]]) -> torch.device:
+    """That of the first parameter, or meta, on which nothing runs; owners: the `_parameters` of modules."""
+    found = (tensor.device for owner in owners for tensor in owner.values() if tensor is not None)
+    return next(found, torch.device("meta"))
 
 
 def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
@@ -242,7 +235,8 @@ def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
         if processor is not None and (type(processor).__module__ != PROCESSORS or isinstance(processor, nn.Module)):
             text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
             return f"not possible with the attention processor {text}"
-    if (device := device_of(unet)).type != device_type:
+    device = device_of([module._parameters for module in unet.modules()])
+    if device.type != device_type:
         return f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
     return None
 
