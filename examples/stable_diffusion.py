@@ -82,7 +82,8 @@ def parse_args(argv: list[str] | None, model: str) -> argparse.Namespace:
     add("--act-bits", type=int, choices=(3, 4, 8), default=8, help="of the change of activations (%(default)s)")
     add("--schedule", help='calls of the UNet to forecast: auto, "forecast every=3", ... (docs/schedules.md)')
     add("--compile", action="store_true", help="compile the UNet with torch.compile; with --compare, both")
-    add("--cuda-graphs", action="store_true", help="run the calls of the UNet as CUDA graphs; needs a GPU")
+    graphs = argparse.BooleanOptionalAction
+    add("--cuda-graphs", action=graphs, help="run the calls of the UNet as CUDA graphs (default: on a GPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample (%(default)s)")
     add("--compare", action="store_true", help="sample in full precision too: a table, and both pictures in one PNG")
     add("--explain", action="store_true", help="print what became of every layer, and why")
@@ -195,7 +196,7 @@ def comparison(
     made = ", compiled" if args.compile else ""
     full = f"{'float16' if args.device == 'cuda' else 'float32'} channels_last{made}"
     name = f"modulated W{args.weight_bits}A{args.act_bits}{made}"
-    name += ", CUDA graphs" * args.cuda_graphs + f", {args.schedule}" * bool(args.schedule)
+    name += ", CUDA graphs" * bool(args.cuda_graphs) + f", {args.schedule}" * bool(args.schedule)
     psnr_db = psnr(ours[0][None], reference[0][None])[0]
     return text_table(
         ("configuration", "s/image", "speed-up", "PSNR dB", "state MB"),

@@ -38,7 +38,7 @@ CHECKS: dict[str, Check] = {
     "backend": _one_of(*BACKENDS),
     "state_dtype": _one_of("float32", "float16", "bfloat16", None),
     "fuse": _one_of(True, False),
-    "cuda_graphs": _one_of(True, False),
+    "cuda_graphs": _one_of(True, False, None),
     "group_size": (lambda v: v is None or is_int(v, 1), "a positive number, or None for one scale per output channel"),
     "max_state_bytes": (lambda v: v is None or is_int(v, 0), "a number of bytes, 0 or more, or None for no limit"),
     "clip_ratio": (lambda v: isinstance(v, (int, float)) and v is not True and 0 < v <= 1, "above 0 and up to 1"),
@@ -90,7 +90,9 @@ class ModiffConfig:
     max_state_bytes: with a plan: bytes that x_hat and y_hat may take; the units that gain least are not modulated.
     fuse: replace whole blocks where a fused form (normalisation, activation, residual quantisation in one pass)
         exists.
-    cuda_graphs: run the calls of a UNet on a GPU as CUDA graphs, after two warm-up calls of each kind.
+    cuda_graphs: whether the calls of a UNet on a GPU run as CUDA graphs, after two warm-up calls of each kind. None: if
+        nothing stands against it (a LoRA, hooks, attention processors of others; `explain` says so). True: it is an
+        error then. State of three shapes of samples is kept; with max_state_bytes of one.
     """
 
     weight_bits: int | None = 8
@@ -107,7 +109,7 @@ class ModiffConfig:
     schedule: StepSchedule | str | None = None
     plan: LayerPlan | str | None = None
     max_state_bytes: int | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     first_step_bits: dataclasses.InitVar[int | None] = None  # gone; refused with the reason
 
     quant_method: ClassVar[QuantizationMethod] = QuantizationMethod.MODIFF

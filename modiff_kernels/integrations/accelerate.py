@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.integrations.handle import HANDLE, Handle, check_graphs
+from modiff_kernels.integrations.forward import obstacle_of
+from modiff_kernels.integrations.handle import HANDLE, Handle
 from modiff_kernels.integrations.plans import plan_of
 from modiff_kernels.integrations.replacements import calibrated_beside, calibrated_layers, replacements_of
 from modiff_kernels.nn.layer import ModulatedLayer
@@ -24,6 +25,7 @@ def accelerate(
     calibration: CalibrationResult | str | Path | None = "auto",
     static_scales: Mapping[str, Tensor | float] | None = None,
     share_inputs: bool = True,
+    keep_original: bool | None = None,
 ) -> Handle:
     """Replace the Linear and Conv2d layers of a UNet in place; returns the handle that explains and removes it all.
 
@@ -34,6 +36,9 @@ def accelerate(
     `modiff_calibration` beside the model, if there is one for these weights, layers and weight_bits; None: round.
     static_scales: scale per layer path for scale_mode "static", without a calibration.
     share_inputs: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
+    keep_original: whether the float weights of low-bit layers stay in memory beside their codes. Without them, the
+    state_dict has none, `remove()`, `refresh()` and other weights are refused, and attention processors other than the
+    UNet's compute with what the codes stand for. None is True; a UNet that is loaded in low bits keeps none.
 
     A UNet that diffusers loaded in low bits (`from_pretrained` of a saved folder, or with a ModiffConfig as
     quantization_config) is accelerated already: its handle is returned, and the scheduler of the pipeline begins the
@@ -47,7 +52,7 @@ def accelerate(
     unet, pipe = resolve(target, allow_loaded=True)
     loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:
-        if (config, calibration, static_scales) != (None, "auto", None) or not share_inputs:
+        if (config, calibration, static_scales, keep_original) != (None, "auto", None, None) or not share_inputs:
             text = "it was saved or loaded with; leave out the other arguments, or call remove() on the handle before"
             raise ValueError(f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config {text}")
         if pipe is not None:
@@ -58,8 +63,8 @@ def accelerate(
         config = ModiffConfig() if result is None else result.config
     if not isinstance(config, ModiffConfig):
         raise TypeError(f"accelerate: config is a {type(config).__name__}; give a ModiffConfig, as from_dict() does")
-    if config.cuda_graphs:
-        check_graphs(unet)
+    if config.cuda_graphs and (obstacle := obstacle_of(unet, "cuda")) is not None:
+        raise ValueError(f"ModiffConfig: cuda_graphs=True is {obstacle}, or leave cuda_graphs out")
     calibrated = calibrated_layers(config, result, static_scales or {})
     origin = "" if result is None else result.method
     if calibration == "auto" and not static_scales:
@@ -70,7 +75,7 @@ def accelerate(
     if missing:
         text = f"({result.method}); name them in skip_modules, or calibrate with the skip_modules that are used here"
         raise ValueError(f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated {text}")
-    handle = Handle(unet, pipe, config, replaced)
+    handle = Handle(unet, pipe, config, replaced, keep_original is not False)
     handle.calibration = origin
     handle.install()
     return handle

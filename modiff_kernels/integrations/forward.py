@@ -1,14 +1,16 @@
 """How the calls of an accelerated UNet are run: its forward as it is, compiled, or as CUDA graphs.
 
-It stands below a step schedule, so calls that are held or forecast do not come here. Calls whose Python does what later
-ones rely on stay as they are: the first one of a run, which allocates state, those with other encoder states than the
-call before, which compute constants, and, where others are compiled, the first with other weights, which stacks them.
+It stands below a step schedule, so calls that are held or forecast do not come here. Graphs are the default on a GPU,
+unless something may do otherwise at the next call (`obstacle_of`). Calls whose Python does what later ones rely on stay
+as they are: the first one of a run, which allocates state, those with other encoder states than the call before, which
+compute constants, and, where others are compiled, the first with other weights, which stacks them.
 Calls that run as they are take what follows from the timestep alone from a table (`nn.cache.TimeTable`); a graph is
 captured, and code compiled, for all timesteps.
 """
 
 import contextlib
 import functools
+import itertools
 import logging
 import weakref
 from collections.abc import Callable
@@ -16,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from modiff_kernels.integrations.graphs import GraphedCalls
-from modiff_kernels.integrations.hooks import set_attribute, wrap_forward
+from modiff_kernels.integrations.hooks import Wrapper, set_attribute, wrap_forward
 from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.blocks.base import is_adapter
 from modiff_kernels.nn.cache import TimeTable, tensor_version
 from modiff_kernels.ops.dispatch import torch_must_see
 from modiff_kernels.ops.registry import inline_kernels, is_about_values
@@ -28,6 +32,9 @@ from modiff_kernels.planning import clock
 logger = logging.getLogger("modiff_kernels")
 
 MORE_SIZES = "calls with more sizes than torch.compile keeps code for are not compiled"
+PROCESSORS = "diffusers.models.attention_processor"
+MAKES_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile."""
 OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedding": ("TimestepEmbedding",)}
 """Modules of a UNet whose outputs follow from the timestep alone if they are of these classes of diffusers."""
 
@@ -40,16 +47,20 @@ class UNetForward:
         self.graphs = graphs
         self.timesteps = HostTimesteps()
         self._unet = unet
-        self._plain = unet.forward
+        # Hooks of Hugging Face's accelerate, which move the weights of the whole UNet, stay outside.
+        self._name = "_old_forward" if "_hf_hook" in unet.__dict__ and hasattr(unet, "_old_forward") else "forward"
+        self._plain = getattr(unet, self._name)
         self._compiled: Callable[..., Any] | None = None
         self.uncompiled = 0  # calls
         self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
+        self._owners = [module._parameters for module in unet.modules() if module._parameters]
+        self._attention: list[Any] = []
+        self._signs: Any = None  # of other Python than in the call before
+        self._seen: Any = None  # with addresses of weights
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        if self.graphs is not None:
-            self.state.fixed_addresses = True
-        wrap_forward(self._unet, self._forward, undo)
+        wrap_forward(self._unet, self._forward, undo, self._name)
         for name in ("enable_freeu", "disable_freeu"):
             if callable(method := getattr(self._unet, name, None)):
                 set_attribute(self._unet, name, functools.partial(self._then_capture_again, method), undo)
@@ -71,8 +82,10 @@ class UNetForward:
         inline_kernels()
         if not options.keys() & {"backend", "mode", "options"}:
             asked = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-            on_cpu = next(self._unet.parameters()).device.type == "cpu"
+            on_cpu = device_of(self._owners).type == "cpu"
             options["options"] = {**asked, "cpp_wrapper": True} if on_cpu and torch.__version__ >= (2, 13) else asked
+        if options.get("mode") in MAKES_GRAPHS or "triton.cudagraphs" in options.get("options", {}):
+            self.graphs = None  # torch makes its own
         self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
 
     def _then_capture_again(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -82,18 +95,45 @@ class UNetForward:
         self.state.begin_anew()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._compiled is None and self.graphs is None:
+        graphs = self._graphs_now()
+        if self._compiled is None and graphs is None:
             return self._with_time_table(original, args, kwargs)
         args, kwargs = _with_tensor_timestep(args, kwargs)
-        inputs = None
-        if self.graphs is not None:
-            args, kwargs, inputs = self.graphs.static(args, kwargs)
+        calls = None
+        if graphs is not None:
+            args, kwargs, calls = graphs.static(args, kwargs, device_of(self._owners))
         if self._is_first(args, kwargs):
             output = original(*args, **kwargs)
             self._relocations = self.state.relocations
             return output
         step = original if self._compiled is None else self._call_compiled
-        return step(*args, **kwargs) if self.graphs is None else self.graphs.call(step, args, kwargs, inputs)
+        return step(*args, **kwargs) if graphs is None or calls is None else graphs.call(step, args, kwargs, calls)
+
+    def _graphs_now(self) -> GraphedCalls | None:
+        """The graphs, if this call may be one."""
+        graphs, unet, state = self.graphs, self._unet, self.state
+        if graphs is None or device_of(self._owners).type != graphs.device_type:
+            return None
+        signs = [RemovableHandle.next_id, unet.training, *[module.processor for module in self._attention]]
+        if state.is_first or signs != self._signs:
+            self._attention = [module for module in unet.modules() if hasattr(module, "processor")]
+            addresses = [tensor.data_ptr() for tensor in itertools.chain(unet.parameters(), unet.buffers())]
+            self._signs = [*signs[:2], *[module.processor for module in self._attention]]
+            if (addresses, self._signs) != self._seen:  # of float weights, which graphs read too
+                state.relocations += 1
+                self._seen = addresses, self._signs
+            graphs.obstacle = obstacle_of(unet, graphs.device_type)
+        if graphs.obstacle is not None:
+            graphs.warn(graphs.obstacle)
+            return None
+        state.fixed_addresses = True
+        return graphs
+
+    def describe_graphs(self) -> str:
+        device = device_of(self._owners)
+        if self.graphs is None or device.type == "cpu" != self.graphs.device_type:
+            return ""
+        return self.graphs.describe() if device.type == self.graphs.device_type else f"CUDA graphs: off on {device}"
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -172,6 +212,33 @@ class HostTimesteps:
             return None
         index, rest = divmod(timestep.storage_offset() - schedule.storage_offset(), schedule.stride(0))
         return self._values[index] if rest == 0 and 0 <= index < len(self._values) else None
+
+
+def device_of(owners: list[dict[str, Any]]) -> torch.device:
+    """That of the first parameter, or meta, on which nothing runs; owners: the `_parameters` of modules."""
+    found = (tensor.device for owner in owners for tensor in owner.values() if tensor is not None)
+    return next(found, torch.device("meta"))
+
+
+def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
+    """What stands against graphs of `unet` on such a device, which run none of its Python."""
+    for path, module in unet.named_modules():
+        own, processor = module.__dict__, getattr(module, "processor", None)
+        if is_adapter(module):
+            text = "whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
+            return f"not possible with a LoRA, {text}"
+        hooked = not isinstance(own.get("forward"), Wrapper | None) or own.keys() & {"_hf_hook", "_diffusers_hook"}
+        if path and (hooked or module._forward_hooks or module._forward_pre_hooks):
+            return (
+                f"not possible with a hook or a forward of its own on '{path}', which has to see every call; remove it"
+            )
+        if processor is not None and (type(processor).__module__ != PROCESSORS or isinstance(processor, nn.Module)):
+            text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
+            return f"not possible with the attention processor {text}"
+    device = device_of([module._parameters for module in unet.modules()])
+    if device.type != device_type:
+        return f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
+    return None
 
 
 def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -23,7 +23,6 @@ from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.integrations.watch import Watch
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks import covering
-from modiff_kernels.nn.blocks.base import is_adapter
 from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
 
@@ -48,11 +47,15 @@ class LayerRow:
 class Handle:
     """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
     path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
-    is_loaded: whether diffusers loaded the UNet in low bits."""
+    is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether the float weights of low-bit layers
+    are kept."""
 
     calibration = ""
 
-    def __init__(self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements) -> None:
+    def __init__(
+        self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements, keep_original: bool = True
+    ) -> None:
+        self.keep_original = keep_original
         self.unet, self.pipe, self.config, self.replaced = unet, pipe, config, replaced
         self.state, self.layers = replaced.state, replaced.layers
         self.plan, self.share_inputs = replaced.plan, replaced.share_inputs
@@ -63,7 +66,10 @@ class Handle:
         self._pipes: list[Any] = []  # whose schedulers begin runs
         self._wrappers: list[hooks.Wrapper] = []
         self._own_runs: list[tuple[int | None, Any]] = []
-        graphs = GraphedCalls(self.state, CudaCapture()) if config.cuda_graphs else None
+        wanted = torch.cuda.is_available() if config.cuda_graphs is None else config.cuda_graphs
+        graphs = GraphedCalls(self.state, CudaCapture()) if wanted else None
+        if graphs is not None and config.max_state_bytes is not None:
+            graphs.most_shapes = 1
         self._forward = UNetForward(unet, self.state, graphs)
         self._steps: Steps | None = None
         self._scheduled: ScheduledUNet | None = None
@@ -102,8 +108,16 @@ class Handle:
         self.attach(pipe)
 
     def remove(self) -> None:
-        """Put the original modules and scheduler methods back and free the state; the second call does nothing."""
+        """Put the original modules and scheduler methods back and free the state; the second call does nothing.
+        RuntimeError where their float weights were not kept."""
         if self._undo is not None:
+            if not self.keep_original:
+                text = (
+                    "load it again; unet.dequantize() of one that was loaded in low bits gives what its codes stand for"
+                )
+                raise RuntimeError(
+                    f"remove: the float weights of this UNet were not kept (keep_original=False); {text}"
+                )
             self.state.release()
             for layer in self.layers.values():
                 layer.original._parameters.update(layer._parameters)  # which a user may have set
@@ -112,8 +126,12 @@ class Handle:
 
     def refresh(self) -> None:
         """Make the codes of all weights again, but for those of a calibration that you gave, and all else that is kept
-        of weights. Needed only after changes of single values through `.data`: others are noticed and followed."""
+        of weights. Needed only after changes of single values through `.data`: others are noticed and followed.
+        RuntimeError where the float weights were not kept."""
         self._require_active()
+        if not self.keep_original:
+            text = "(keep_original=False); load the UNet again, change it, then accelerate it"
+            raise RuntimeError(f"refresh: the float weights are not there to make codes of {text}")
         self._watch.follow(asked=True)
 
     def save_pretrained(self, directory: str | os.PathLike[str], max_shard_size: int | str = "10GB") -> None:
@@ -133,6 +151,7 @@ class Handle:
     def mark_as_loaded(self, on_remove: Callable[[nn.Module], None]) -> None:
         """Let `accelerate` return this handle for its UNet, until `remove`, which calls `on_remove` with the UNet."""
         self.is_loaded = True
+        self.unet.__dict__.pop("save_pretrained", None)  # which knows low bits there
         self._undo.callback(on_remove, self.unet)
 
     def compile(self, **options: Any) -> None:
@@ -163,14 +182,14 @@ class Handle:
             state += f", time table {self.state.time_table.nbytes() / 2**20:.1f} MiB"
         summary = [f"{type(self.unet).__name__}: {state}"]
         if self.calibration:
-            learnt = sum(layer.calibrated.weight is not None for layer in self.layers.values())
+            learnt = sum(layer.has_learnt_codes for layer in self.layers.values())
             summary.append(f"codes of {learnt} layers from a calibration: {self.calibration}")
         if self._scheduled is not None:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
             summary.append(f"{self.plan.describe()}\n")
-        if self._forward.graphs is not None:
-            summary.append(self._forward.graphs.describe())
+        if graphs := self._forward.describe_graphs():
+            summary.append(graphs)
         if self._forward.uncompiled:
             summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
         return "\n".join([*summary, *lines])
@@ -221,7 +240,7 @@ class Handle:
             undo.callback(unet.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(unet.register_forward_hook(self._leave, always_call=True).remove)
             hooks.set_attribute(unet, "_reset_stateful_cache", lambda *_, **__: self.state.reset_after_pipeline(), undo)
-            hooks.refuse_methods(unet, undo)
+            hooks.refuse_methods(unet, undo, self.keep_original)
             self._forward.install(undo)
             hooks.answer_dtype_quickly(unet, undo)
             if not self._untouched:
@@ -231,6 +250,9 @@ class Handle:
             undo.callback(self._detach)
             if self.pipe is not None:
                 self.attach(self.pipe)
+            if not self.keep_original:
+                for layer in self.layers.values():
+                    layer.free_original()
             self._watch = Watch(unet, self.replaced)
             self._undo = undo.pop_all()
 
@@ -304,13 +326,14 @@ class Handle:
         self._seen = shape, context
 
     def _row(self, path: str, module: nn.Module) -> LayerRow:
-        groups = getattr(module, "groups", 1)
-        kind, shape = "Linear", f"{module.weight.shape[1] * groups}->{module.weight.shape[0]}"
+        groups, layer = getattr(module, "groups", 1), self.layers.get(path)
+        n, k = (module.weight.shape if layer is None else layer.weight_shape)[:2]
+        kind, shape = "Linear", f"{k * groups}->{n}"
         if isinstance(module, nn.Conv2d):
             kind = f"Conv2d {module.kernel_size[0]}x{module.kernel_size[1]}"
             shape += f" /{module.stride[0]}" if module.stride != (1, 1) else ""
             shape += f" groups {groups}" if groups != 1 else ""
-        layer, reason = self.layers.get(path), self.replaced.reasons.get(path)
+        reason = self.replaced.reasons.get(path)
         if layer is not None:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
             reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
@@ -320,16 +343,6 @@ class Handle:
         bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
         reason = f"part of the fused block {covering(path, self.replaced.fused)}"
         return LayerRow(path, kind, shape, "fused", bits, self.config.backend, reason)
-
-
-def check_graphs(unet: nn.Module) -> None:
-    device, obstacle = next(unet.parameters()).device, None
-    if any(is_adapter(module) for module in unet.modules()):
-        obstacle = "with a LoRA, whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
-    elif device.type != "cuda":
-        obstacle = f"for a UNet on {device}; move it to a GPU before accelerate()"
-    if obstacle is not None:
-        raise ValueError(f"ModiffConfig: cuda_graphs=True is not possible {obstacle}, or leave cuda_graphs out")
 
 
 def channels_last(value: Any) -> Any:

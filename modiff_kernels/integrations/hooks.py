@@ -90,9 +90,11 @@ def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack)
     attributes[name] = value
 
 
-def wrap_forward(module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack) -> None:
-    """Let `replacement(original forward, ...)` stand for the module's forward until `undo`."""
-    undo.callback(Wrapper(module, "forward", replacement).restore)
+def wrap_forward(
+    module: nn.Module, replacement: Callable[..., Any], undo: contextlib.ExitStack, name: str = "forward"
+) -> None:
+    """Let `replacement(original forward, ...)` stand for the module's forward, which has this name, until `undo`."""
+    undo.callback(Wrapper(module, name, replacement).restore)
 
 
 REFUSED = ("load_lora_adapter", "add_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "fuse_qkv_projections")
@@ -106,12 +108,14 @@ CHANGES = (
     "{0}() changes layers of a UNet that is accelerated, and their low-bit form would not follow; call "
     "handle.remove(), then {0}(), then accelerate() again"
 )
+SAVES = "{0}() would write a file without the float weights, which were not kept; call handle.save_pretrained()"
 COMPILES = "torch.compile() of an accelerated UNet is not possible; use it as it is and call handle.compile()"
 
 
-def refuse_methods(unet: nn.Module, undo: contextlib.ExitStack) -> None:
+def refuse_methods(unet: nn.Module, undo: contextlib.ExitStack, may_save: bool) -> None:
     """Let such methods of `unet` raise until `undo`: low-bit layers would be dropped, or keep old codes, or the run's
-    bookkeeping would be compiled. torch.compile(unet) takes the instance's `__call__`; its calls that of the class."""
+    bookkeeping would be compiled, or files lack weights. torch.compile(unet) takes the instance's `__call__`; its calls
+    that of the class."""
 
     def refuse(text: str, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(text)
@@ -121,6 +125,7 @@ def refuse_methods(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     methods = [(unet, name, CHANGES) for name in REFUSED + REFUSED_IF_MERGED * merged]
     methods += [(adapter, name, CHANGES) for adapter in adapters for name in REFUSED_BY_ADAPTERS]
     methods += [(unet, name, COMPILES) for name in COMPILING]
+    methods += [] if may_save else [(unet, "save_pretrained", SAVES)]
     for owner, name, text in methods:
         if callable(getattr(owner, name, None)):
             set_attribute(owner, name, functools.partial(refuse, text.format(name)), undo)

@@ -3,7 +3,9 @@ their tensors to files. To import this module puts it into diffusers' tables.
 
 diffusers' `from_pretrained` calls the methods of `ModiffQuantizer` in this order: validate_environment;
 maybe_update_loaded_keys and _process_model_before_weight_loading (the model is on the meta device: here the files are
-compared with it); maybe_update_state_dict with the tensors of every file; _process_model_after_weight_loading. Its
+compared with it); maybe_update_state_dict with the tensors of every file; check_if_quantized_param and
+create_quantized_param with each of the parameters; _process_model_after_weight_loading. Float weights of low-bit layers
+are never made, and not kept where files have them: a `placeholder` stands for them. Its
 `save_pretrained` calls get_state_dict_and_metadata. The format is that of `quant.checkpoint`.
 """
 
@@ -18,6 +20,7 @@ from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.accelerate import accelerate
 from modiff_kernels.integrations.handle import Handle
+from modiff_kernels.nn.weight import placeholder
 from modiff_kernels.quant.checkpoint import WEIGHT, Checkpoint, encode
 
 
@@ -58,6 +61,17 @@ class ModiffQuantizer(DiffusersQuantizer):
         """The tensors of one file as part of the state_dict of the UNet; ValueError for damaged ones."""
         return state_dict if self._checkpoint is None else self._checkpoint.decode(state_dict)
 
+    def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Whether codes stand for it."""
+        return param_value.is_meta
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        path, _, name = param_name.rpartition(".")
+        weight = placeholder(param_value.shape, param_value.dtype, target_device)
+        model.get_submodule(path).register_parameter(name, nn.Parameter(weight))
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self._checkpoint is not None:
             config = self.quantization_config
@@ -67,16 +81,16 @@ class ModiffQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config, stored, self._checkpoint = self.quantization_config, self._checkpoint, None
         if stored is None:
-            self.handle = accelerate(model, config)
+            self.handle = accelerate(model, config, keep_original=False)
         else:
+            options: dict[str, Any] = {"share_inputs": stored.share_inputs, "keep_original": False}
             saved = CalibrationResult("saved", config, stored.layers)
             try:
-                self.handle = accelerate(model, config, calibration=saved, share_inputs=stored.share_inputs)
+                self.handle = accelerate(model, config, calibration=saved, **options)
             except ValueError as error:
                 raise ValueError(f"the quantization_config of config.json does not fit the files: {error}") from error
             unused = set(stored.layers) - set(self.handle.layers)
             if unused:
-                self.handle.remove()
                 text = "for the quantization_config of config.json (look at skip_modules); give that of the files"
                 raise ValueError(f"{min(unused) + WEIGHT!r} is low-bit in the files, but not so {text}")
         self.handle.mark_as_loaded(_forget_quantization)
@@ -93,6 +107,9 @@ class ModiffQuantizer(DiffusersQuantizer):
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         """`handle.remove()`: the UNet in full precision, with the weights that the codes stand for."""
+        for layer in self.handle.layers.values():
+            layer.restore_original()
+        self.handle.keep_original = True
         self.handle.remove()
         return model
 

@@ -38,7 +38,7 @@ def save(handle: Any, directory: str | os.PathLike[str], max_shard_size: int | s
         unet.hf_quantizer = quantizer(saved, handle)
         unet.register_to_config(quantization_config=saved)
     try:
-        unet.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+        type(unet).save_pretrained(unet, folder, safe_serialization=True, max_shard_size=max_shard_size)
     finally:
         if accelerated_in_place:
             unet._internal_dict = plain

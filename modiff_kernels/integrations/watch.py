@@ -117,7 +117,7 @@ class Watch:
 
     def _finds_write(self) -> bool:
         """Whether the first layer has other values: on the CPU, outside of runs, whose beginnings look at all."""
-        if self._state.needs_run or not self._samples or not self._layers:
+        if self._state.needs_run or not self._samples or not self._layers or self._layers[0].weight is None:
             return False
         view, known, (address, dtype) = self._views[0][0], self._first_sample, self._formats[0]
         if view.device.type != "cpu":

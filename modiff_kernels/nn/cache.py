@@ -6,6 +6,7 @@ A run calls the network at the timesteps of a schedule, and the next run mostly 
 timestep and the weights, so they are a table over the schedule, filled as it is walked through.
 """
 
+import collections
 import dataclasses
 import functools
 import threading
@@ -51,11 +52,13 @@ class KeptOutputs:
     A tensor is the same if it is the same object, unchanged in place since (torch counts that). Those made in
     torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet under torch.no_grad().
 
-    losses: grows whenever something kept is forgotten. ends: of runs, which forget all.
+    losses: grows whenever something kept is forgotten. ends: of runs, which forget all. moves: how often a value was
+    not kept at an old address, by context.
     """
 
     def __init__(self) -> None:
         self.losses = self.ends = 0
+        self.moves: collections.Counter[str] = collections.Counter()
         self._kept: dict[tuple[str, str], _Kept] = {}
 
     def find(self, context: str, layer: str, source: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -76,9 +79,11 @@ class KeptOutputs:
         form = value.shape, value.dtype, value.device
         if kept is not None and form == (kept.value.shape, kept.value.dtype, kept.value.device):
             value = kept.value.copy_(value)
-        elif value.is_inference():
-            with torch.inference_mode(False):
-                value = value.clone()  # later calls may write it
+        else:
+            self.moves[context] += 1
+            if value.is_inference():
+                with torch.inference_mode(False):
+                    value = value.clone()  # later calls may write it
         known = None if source.is_inference() else source
         self._kept[context, layer] = _Kept(known, tensor_version(source), weight, value)
         return value
@@ -96,6 +101,14 @@ class KeptOutputs:
         self.ends += 1
         for kept in self._kept.values():
             kept.source = None
+
+    def take(self, context: str) -> dict[tuple[str, str], _Kept]:
+        """Take out what belongs to `context`."""
+        return {key: self._kept.pop(key) for key in [*self._kept] if key[0] == context}
+
+    def put_back(self, taken: dict[tuple[str, str], _Kept]) -> None:
+        """Put back what `take` gave: memory for new values, which belong to no tensor."""
+        self._kept.update({key: dataclasses.replace(kept, source=None) for key, kept in taken.items()})
 
     def release(self) -> None:
         self._kept.clear()

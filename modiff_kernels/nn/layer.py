@@ -31,13 +31,16 @@ class ModulatedLayer(nn.Module):
     `weight` and `bias` are the parameters of the module in `original`, so the state_dict keeps its keys and values; the
     quantised weight is derived from them again after load_state_dict, `.to(...)` and the like. No gradients.
 
-    packed: the quantised weight, None in mode "float". float_weight: the dequantised one, in mode "float" alone.
+    packed: the quantised weight, None in mode "float". float_weight: the dequantised one, in mode "float" alone. Where
+    `free_original` was called, or the original's weight is a `weight.placeholder`, they are all that is kept: `weight`
+    is None. weight_shape: its shape even then. like: a tensor of its dtype and device.
     bias_data: the bias that is computed with, in the order of packed's rows. input_scale: calibrated scale of every
     input channel, or None. feeds_geglu: see `fuse_geglu`.
     """
 
     memory_format: ClassVar[torch.memory_format]
     mirrored: ClassVar[tuple[str, ...]]  # attributes of the original that others may read
+    weight: Any
     window: Window | None = None
     stack: "LinearStack | None" = None
     packed: PackedWeight | None = None
@@ -63,6 +66,8 @@ class ModulatedLayer(nn.Module):
         if isinstance(original, nn.Conv2d):
             self.window = window_of(original)
         self.register_parameter("weight", original.weight)
+        self.weight_shape: torch.Size = original.weight.shape
+        self._like: Tensor | None = None
         self.register_parameter("bias", original.bias)
         for attribute in ("training", *self.mirrored):
             setattr(self, attribute, getattr(original, attribute))
@@ -74,9 +79,10 @@ class ModulatedLayer(nn.Module):
         self.granularity = self._granularity(config)
         self.calibrated = calibrated
         self.kernels: dict[Any, Callable[..., Any]] = {}
-        self._last_use: tuple[str, int] | None = None  # context and call
+        self._last_use = 0  # call
+        self.has_learnt_codes = calibrated.weight is not None
         with self._named_errors():
-            calibrated.check(self.weight.shape, self.bias is not None)
+            calibrated.check(self.weight_shape, self.bias is not None)
             if calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
                 raise ValueError("a convolution with groups takes no input_scale; calibrate again")
         self.refresh_weight()
@@ -113,16 +119,23 @@ class ModulatedLayer(nn.Module):
         n = self.packed.n
         return (*x_shape[:-1], n) if self.window is None else self.window.output_shape(x_shape, n)
 
+    @property
+    def like(self) -> Tensor:
+        return self.weight if self._like is None else self._like
+
     def canonical(self, x: Tensor) -> Tensor:
         """`x` as the ops take it, [N, K], [N, L, K] or an image in its memory format; `x` itself where it is so."""
         tokens = x.flatten(1, -2) if self.window is None and x.ndim > 3 else x
         return tokens.contiguous(memory_format=self.memory_format)
 
     def refresh_weight(self) -> None:
-        """Derive the quantised weight from `weight` again, as the network does by itself where it finds that `weight`
-        has changed. Raises ValueError on weights that hold NaN or Inf."""
-        self.packed = None
+        """Derive the quantised weight from `weight`, if it is kept, again, as the network does by itself where it finds
+        that `weight` has changed. Raises ValueError on weights that hold NaN or Inf."""
+        if self.weight is not None:
+            self.packed = None
         self.adopt_parameters()
+        if self.weight is None:
+            return
         weight = self.weight.detach()
         self.kernels.clear()
         self.input_scale: Tensor | None = None
@@ -162,7 +175,40 @@ class ModulatedLayer(nn.Module):
 
     def stored(self) -> CalibratedLayer:
         """What this layer computes with: `calibrated`, and the codes of its weight where calibration gave none."""
-        return dataclasses.replace(self.calibrated, weight=self._quantized_weight(self.weight.detach()))
+        codes = self.calibrated.weight
+        if self.weight is not None:
+            codes = self._quantized_weight(self.weight.detach())
+        elif codes is None:
+            codes = weights.codes_of(self.packed, self.problem("product", NOMINAL_ROWS))
+        return dataclasses.replace(self.calibrated, weight=codes)
+
+    def free_original(self) -> None:
+        """Let go of the float weight, here and in the original, which computes with dequantised codes from now on."""
+        if self.weight_bits is None or self.weight is None:
+            return
+        # Without a packed form the codes are all that a file can be made of.
+        codes = None if self.packed is not None else self.stored().weight
+        self.calibrated = dataclasses.replace(self.calibrated, weight=codes, is_optional=False)
+        self._like = self.weight.detach().new_empty(0)
+        self.weight = self.original.weight = None
+        self.original.forward = lambda x: self._in_float(x, self._dequantized(), self.bias)
+
+    def restore_original(self) -> None:
+        """Give the original what the codes stand for, if its float weight was let go of."""
+        if self.weight is None:
+            self.weight = self.original.weight = nn.Parameter(self._dequantized())
+            self._like = None
+            del self.original.forward
+
+    def _dequantized(self) -> Tensor:
+        known = self.stored()
+        values = known.weight.dequantized(self.weight_shape)
+        if known.input_scale is not None:
+            values = values * known.input_scale.view((1, -1, 1, 1) if values.ndim == 4 else (-1,))
+        return values.to(self.like.dtype)
+
+    def _in_float(self, *args: Any) -> Tensor:
+        return F.linear(*args) if self.window is None else F.conv2d(*args, *self.window[1:])
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -173,7 +219,7 @@ class ModulatedLayer(nn.Module):
             raise type(error)(f"layer '{self.name}': {error}") from error
 
     def _set_static_scale(self, state: InputState) -> None:
-        scale, zero_point, device = self.calibrated.act_scale, self.calibrated.act_zero_point, self.weight.device
+        scale, zero_point, device = self.calibrated.act_scale, self.calibrated.act_zero_point, self.like.device
         if scale is None and state.static_scale is None:
             text = f"calibrate with it or pass static_scales[{self.name!r}], or use scale_mode='dynamic' or 'delayed'"
             raise ValueError(f"scale_mode='static' needs a calibrated scale for its input and none was given; {text}")
@@ -187,13 +233,14 @@ class ModulatedLayer(nn.Module):
             if self.calibrated.weight is None:
                 return QuantizedWeight.rounded(scaled, self.weight_bits, self.group_size)
             quantized = self.calibrated.weight.to(weight.device)
-            quantized.check_belongs(scaled)
+            if not weights.is_placeholder(weight):
+                quantized.check_belongs(scaled)
             return quantized
 
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulate" or "product") with `rows` output rows."""
-        dtype, n, k = self.weight.dtype, self.weight.shape[0], self.weight[0].numel()
-        device = (self.weight if self.packed is None else self.packed.packed).device  # the weight may be offloaded
+        dtype, n, k = self.like.dtype, self.weight_shape[0], self.weight_shape[1:].numel()
+        device = (self.like if self.packed is None else self.packed.packed).device  # the weight may be offloaded
         state_dtype = self.state.dtype_on(device) if self.mode == "modulated" else None
         layout = None if self.packed is None else self.packed.layout
         formats = self.act_bits, self.weight_bits, self.group_size, self.granularity, "identity", False, layout
@@ -229,8 +276,7 @@ class ModulatedLayer(nn.Module):
                 self.fuse_geglu(False)  # by itself; its block goes on with GEGLU as a prologue
             scaled = self.scaled(x)
             if self.mode == "float":
-                args = scaled, self.float_weight, self.bias_data
-                return F.linear(*args) if self.window is None else F.conv2d(*args, *self.window[1:])
+                return self._in_float(scaled, self.float_weight, self.bias_data)
             canonical = self.canonical(scaled)
             if self.mode == "constant" or self._is_used_again():
                 out = step.run_once(self, canonical)
@@ -247,7 +293,7 @@ class ModulatedLayer(nn.Module):
         if self.output is None or torch.compiler.is_compiling():
             return False
         held = self.output.contexts.get(self.state.context_name)
-        before, self._last_use = self._last_use, (self.state.context_name, self.state.call_index)
+        before, self._last_use = self._last_use, self.state.serial
         return held is not None and held.written and before == self._last_use
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -255,21 +301,30 @@ class ModulatedLayer(nn.Module):
         return x if self.input_scale is None else x * self.input_scale
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ModulatedLayer":
-        dtype, device = self.weight.dtype, self.weight.device
+        before = [self.like.dtype, self.like.device, *self._addresses()]
         super()._apply(fn, recurse)
+        if self._like is not None:
+            self._like = fn(self._like)
+        dtype, device = self.like.dtype, self.like.device
+        if before == [dtype, device, *self._addresses()]:
+            return self
         self.adopt_parameters()
-        if self.weight.dtype != dtype:
+        if before[0] != dtype and self.weight is not None:
             self.refresh_weight()
-        elif self.weight.device != device:
-            self._move_weight(self.weight.device)
-        if self.weight.device != device and self.input is not None:
-            self.input.move_static(self.weight.device)
+        elif before[:2] != [dtype, device]:
+            self._move_weight(dtype, device)
+        if before[1] != device and self.input is not None:
+            self.input.move_static(device)
         return self
 
-    def _move_weight(self, device: torch.device) -> None:
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._parameters.values() if tensor is not None]
+
+    def _move_weight(self, dtype: torch.dtype, device: torch.device) -> None:
         """Bring what was made of the weight to `device`: codes in the layout that is liked there, not made again."""
         held = self.float_weight, self.input_scale
-        self.float_weight, self.input_scale = (None if tensor is None else tensor.to(device) for tensor in held)
+        self.float_weight, self.input_scale = (None if tensor is None else tensor.to(device, dtype) for tensor in held)
+        self.kernels.clear()
         if (packed := self.packed) is not None:
             self.packed = None
             self.packed = weights.moved(packed, self.problem("product", NOMINAL_ROWS), self.backend, device)
@@ -279,6 +334,9 @@ class ModulatedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         incoming = state_dict.get(f"{prefix}weight")
+        if incoming is not None and self.weight is None:
+            text = "but its own is not kept (keep_original=False); load the whole model again, then accelerate it"
+            raise ValueError(f"layer '{self.name}': a float weight was given, {text}")
         if self.calibrated.weight is not None and incoming is not None and incoming.shape == self.weight.shape:
             old = self.weight.detach()
             if not torch.equal(old, incoming.detach().to(old.device, old.dtype)) and not self.give_up_codes():
@@ -291,7 +349,7 @@ class ModulatedLayer(nn.Module):
     def give_up_codes(self) -> bool:
         """Round the weight from now on, if the calibrated codes are optional; whether they are."""
         if is_optional := self.calibrated.is_optional:
-            self.calibrated = dataclasses.replace(self.calibrated, weight=None, bias=None)
+            self.calibrated, self.has_learnt_codes = dataclasses.replace(self.calibrated, weight=None, bias=None), False
         return is_optional
 
     def adopt_parameters(self) -> None:
@@ -301,7 +359,7 @@ class ModulatedLayer(nn.Module):
         self.original.weight, self.original.bias = self.weight, self.bias
         self.bias_data = None if self.bias is None else self.bias.detach()
         if self.calibrated.bias is not None:
-            self.bias_data = self.calibrated.bias.to(self.weight.device, self.weight.dtype)
+            self.bias_data = self.calibrated.bias.to(self.like.device, self.like.dtype)
         if self.packed is not None and self.packed.geglu and self.bias_data is not None:
             self.bias_data = weights.interleaved(self.bias_data)
         if self.stack is not None:
@@ -385,13 +443,13 @@ class LinearStack:
         channels of their input do not read one tensor."""
         if any(layer.input_scale is not None or layer.packed is None for layer in layers):
             return False
-        formats = {(layer.packed[2:], layer.weight.shape[1], layer.weight.dtype) for layer in layers}
+        formats = {(layer.packed[2:], layer.weight_shape[1], layer.like.dtype) for layer in layers}
         return len(formats) == 1 and len({(layer.input, layer.mode, layer.backend) for layer in layers}) == 1
 
     def __init__(self, layers: Sequence[ModulatedLayer]) -> None:
         first = layers[0]
         self.layers = tuple(layers)
-        self.widths = [layer.weight.shape[0] for layer in layers]
+        self.widths = [layer.weight_shape[0] for layer in layers]
         self.name = "+".join([first.name, *(layer.name.rpartition(".")[2] for layer in layers[1:])])
         self.state, self.mode, self.input = first.state, first.mode, first.input
         self.backend, self.memory_format = first.backend, first.memory_format
@@ -411,7 +469,7 @@ class LinearStack:
     def packed(self) -> PackedWeight:
         if self._packed is None:
             parts = [layer.packed for layer in self.layers]
-            self._packed = weights.stack(parts, self.layers[0].weight.shape[1])
+            self._packed = weights.stack(parts, self.layers[0].weight_shape[1])
             for layer, part in zip(self.layers, weights.parts_of(self._packed, parts)):
                 layer.packed = part
             biases = [layer.bias_data for layer in self.layers]

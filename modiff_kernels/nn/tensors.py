@@ -4,7 +4,10 @@ Tensors are allocated at the first call of a run when shape, dtype or device cha
 A run begins with x_hat = 0 and y_hat = bias, which is written at the first use in its first call.
 """
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -77,7 +80,7 @@ class StateTensor:
             with torch.inference_mode(False):  # later runs may write it in any mode
                 tensor = torch.empty(shape, dtype=state_dtype, device=device, memory_format=memory_format)
             held = self.contexts[state.context_name] = ContextTensor(tensor)
-            state.relocations += 1
+            state.moves[state.context_name] += 1
         held.begin(dtype, state.call_index)
         self.fill(held.tensor)
         return held.tensor
@@ -211,6 +214,14 @@ class InputState(StateTensor):
         raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
 
 
+@dataclasses.dataclass(eq=False)
+class Shelf:
+    """The tensors of a context for calls of one shape, while those of another run: they keep their addresses."""
+
+    held: list[tuple[StateTensor, ContextTensor]]
+    kept: dict[Any, Any]
+
+
 class ModulationState(Run):
     """Owner of the state of one accelerated network. Layers hold an `InputState` and an `OutputState`, never a tensor.
 
@@ -218,7 +229,8 @@ class ModulationState(Run):
     trajectories: by context, what a schedule remembers of this run; they have `nbytes()` and `forget()`.
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
-    relocations: grows whenever a tensor that calls read has moved. weight_changes: when weights change or move.
+    relocations: grows whenever weights move, or anything else that calls read; moves: tensors of a context.
+    weight_changes: when weights change or move. shelves: what is set aside. serial: grows with every call.
     """
 
     def __init__(self, state_dtype: torch.dtype | str | None = None) -> None:
@@ -230,7 +242,9 @@ class ModulationState(Run):
         self.trajectories: dict[str, Any] = {}
         self.time_table: TimeTable | None = None
         self.fixed_addresses = False
-        self.relocations = self.weight_changes = 0
+        self.relocations = self.weight_changes = self.serial = 0
+        self.moves: Counter[str] = self.kept.moves
+        self.shelves: list[Shelf] = []
         self._factors: dict[tuple[float, torch.device], Tensor] = {}
         self._factors_in_use: frozenset[float] = frozenset()
 
@@ -279,7 +293,40 @@ class ModulationState(Run):
 
     def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:
         self.kept.expire()
+        self.serial += 1
         super().begin_call(look)
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """What is done inside launches nothing: if it fails, the call begins again."""
+        held = [tensor for _, tensor in self._inputs_with_given_scales()]
+        before = [(tensor.updated, tensor.factor, tensor.absmax) for tensor in held]
+        try:
+            yield
+        except Exception:
+            for tensor, values in zip(held, before):
+                tensor.updated, tensor.factor, tensor.absmax = values
+            self._stop_sharing()
+            self.serial += 1
+            raise
+
+    def set_aside(self, context: str) -> Shelf:
+        """Take the tensors of `context` out, for calls of another shape."""
+        pairs = [(holder, holder.contexts.pop(context, None)) for holder in self._holders()]
+        held = [(holder, tensor) for holder, tensor in pairs if tensor is not None]
+        self.shelves.append(Shelf(held, self.kept.take(context)))
+        return self.shelves[-1]
+
+    def put_back(self, context: str, shelf: Shelf) -> bool:
+        """Bring them back for calls that begin anew; whether they are still there."""
+        if shelf not in self.shelves:
+            return False
+        self.shelves.remove(shelf)
+        for holder, tensor in shelf.held:
+            tensor.written = False
+            holder.contexts[context] = tensor
+        self.kept.put_back(shelf.kept)
+        return True
 
     def begin_anew(self, context: str | None = None) -> None:
         super().begin_anew(context)
@@ -294,8 +341,10 @@ class ModulationState(Run):
         return {name for holder in self._holders() for name in holder.contexts}
 
     def nbytes(self) -> int:
-        """Bytes of all x_hat, y_hat and kept outputs of all contexts, and of the values that a schedule keeps."""
+        """Bytes of all x_hat, y_hat and kept outputs of all contexts and shapes, and of what a schedule keeps."""
         tensors = [held.tensor for holder in self._holders() for held in holder.contexts.values()]
+        tensors += [held.tensor for shelf in self.shelves for _, held in shelf.held]
+        tensors += [kept.value for shelf in self.shelves for kept in shelf.kept.values()]
         others = [self.kept, *self.trajectories.values()]
         return sum(tensor.nbytes for tensor in tensors) + sum(other.nbytes() for other in others)
 
@@ -304,6 +353,7 @@ class ModulationState(Run):
             self.invalidate("the state was released")
             self.trajectories = {}
             self.kept.release()
+            self.shelves.clear()
             if self.time_table is not None:
                 self.time_table.release()
             for holder in self._holders():
@@ -323,13 +373,16 @@ class ModulationState(Run):
             self._take_static_values()
 
     def _on_leave_call(self, ended: bool) -> None:
-        for source in self.inputs.values():
-            if source.uses:
-                source.uses, source._shared = 0, None
+        self._stop_sharing()
         for _, held in self._inputs_with_given_scales() if ended and self.scheduled else ():
             if held.updated:
                 held.interval, held.last_update = max(self.call_index - held.last_update, 1), self.call_index
                 held.updated = False
+
+    def _stop_sharing(self) -> None:
+        for source in self.inputs.values():
+            if source.uses:
+                source.uses, source._shared = 0, None
 
     def _inputs_with_given_scales(self) -> list[tuple[InputState, ContextTensor]]:
         """Inputs with a static or delayed scale, and their tensors in this run."""

@@ -13,9 +13,19 @@ from modiff_kernels.quant.calibrated import QuantizedWeight
 from modiff_kernels.quant.packing import KPACK_V1
 
 
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What stands for a float weight of which there are codes alone: one value in memory."""
+    return torch.zeros((1,) * len(shape), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def is_placeholder(weight: Tensor) -> bool:
+    return weight.numel() > 1 and not any(step for step, size in zip(weight.stride(), weight.shape) if size > 1)
+
+
 def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeight:
     """The storage of `weight` for products like `problem`. Raises BackendUnavailable if nothing solves them."""
-    packed = PackedWeight(ops.pack_weight(weight.codes, weight.bits), weight.scale, weight.bits, weight.group_size)
+    codes = weight.codes if weight.bits == 8 else ops.pack_weight(weight.codes, weight.bits)  # the same at 8 bits
+    packed = PackedWeight(codes, weight.scale, weight.bits, weight.group_size)
     return ops.prepare_weight(packed, problem.k, problem.window, ops.preferred_layout(problem, backend))
 
 
@@ -46,6 +56,14 @@ def without_geglu(weight: PackedWeight) -> PackedWeight:
 def interleaved(rows: Tensor) -> Tensor:
     """`rows`, values and then gates, in pairs of a value and its gate."""
     return torch.stack(rows.chunk(2), dim=1).flatten(0, 1)
+
+
+def codes_of(weight: PackedWeight, problem: Problem) -> QuantizedWeight:
+    """What `pack` made `weight` of."""
+    weight = without_geglu(weight)
+    packed = ops.prepare_weight(weight, problem.k, problem.window, KPACK_V1).packed
+    codes = ops.unpack_weight(packed, weight.bits, problem.n, problem.k)
+    return QuantizedWeight(codes, weight.scale, weight.bits, weight.group_size)
 
 
 def stack(weights: Sequence[PackedWeight], k: int) -> PackedWeight:

@@ -57,7 +57,7 @@ def encode(
     the same bits and group size. The tensors are contiguous, and share memory with the state_dict if they can."""
     tensors = dict(state_dict)
     for path, layer in layers.items():
-        del tensors[path + WEIGHT]
+        tensors.pop(path + WEIGHT, None)
         tensors.update(encoded_layer(path, layer))
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     sums = json.dumps({key: crc32(tensor) for key, tensor in tensors.items()}, sort_keys=True)
@@ -139,9 +139,9 @@ class Checkpoint:
     def decode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part of the state_dict that the tensors of one file stand for, after `check`.
 
-        Weights of low-bit layers are what their codes stand for, weight_scale * code * input_scale, in float32; a layer
-        whose tensors are spread over files comes with the last of them. Layers go into `layers`. Raises ValueError,
-        naming file and key, where the bytes of a tensor are not those that were saved.
+        Weights of low-bit layers are on device meta, and their codes go into `layers`; a layer whose tensors are spread
+        over files comes with the last of them. Raises ValueError, naming file and key, where the bytes of a tensor are
+        not those that were saved.
         """
         state_dict = {}
         for key, tensor in tensors.items():
@@ -157,19 +157,16 @@ class Checkpoint:
             parts = [suffix for suffix in _OF_LAYER if stem + suffix in self._stored]
             if all(stem + suffix in self._waiting for suffix in parts):
                 own = {suffix: self._waiting.pop(stem + suffix) for suffix in parts}
-                state_dict[stem + WEIGHT] = self._decode_layer(stem, own)
+                self.layers[stem] = self._decode_layer(stem, own)
+                state_dict[stem + WEIGHT] = torch.empty(tuple(self._shapes[stem + WEIGHT]), device="meta")
         return state_dict
 
-    def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
-        shape = tuple(self._shapes[path + WEIGHT])
-        codes = unpack(parts[WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
+    def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> CalibratedLayer:
+        k = math.prod(self._shapes[path + WEIGHT][1:])
+        codes = unpack(parts[WEIGHT_PACKED], self._weight_bits, k)
         weight = QuantizedWeight(codes, parts[WEIGHT_SCALE], self._weight_bits, self._group_size)
         optional: dict[str, Any] = {field: parts.get(suffix) for field, suffix in _OPTIONAL.items()}
-        layer = self.layers[path] = CalibratedLayer(weight, **optional)
-        values = weight.dequantized(shape)
-        if layer.input_scale is not None:
-            values = values * layer.input_scale.view((1, -1, 1, 1) if len(shape) == 4 else (-1,))
-        return values.contiguous()
+        return CalibratedLayer(weight, **optional)
 
     def _read_header(self, file: str) -> None:
         try:

@@ -9,8 +9,7 @@ from modiff_kernels.integrations.graphs import GraphedCalls
 
 def capture_calls(handle):
     """Let the calls of `handle` be captured and replayed by the stand-in; returns the GraphedCalls."""
-    handle._forward.graphs = GraphedCalls(handle.state, FakeCapture(handle.state))
-    handle.state.fixed_addresses = True
+    handle._forward.graphs = GraphedCalls(handle.state, FakeCapture(handle.state), "cpu")
     return handle._forward.graphs
 
 
@@ -24,10 +23,12 @@ class FakeCapture:
     def __call__(self, step, device):
         assert device.type == "cpu"
         before = [(tensor, tensor.clone()) for tensor in self._state_tensors()]
-        with Tape() as tape:
-            outputs = step()
-        for tensor, value in before:  # as if nothing had run
-            tensor.copy_(value)
+        try:
+            with Tape() as tape:
+                outputs = step()
+        finally:
+            for tensor, value in before:  # as if nothing had run
+                tensor.copy_(value)
         for tensor in pytree.tree_leaves(outputs):
             tensor.fill_(float("nan"))
         return tape.replay, outputs

@@ -30,7 +30,7 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(("synchronize", device)))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
-    for name in ("graph", "device"):
+    for name in ("graph", "device", "stream"):
         monkeypatch.setattr(torch.cuda, name, functools.partial(enter, name))
     return asked
 
@@ -42,8 +42,10 @@ def test_captures_are_on_the_device_of_the_call(log):
         replay, outputs = capture(lambda: log.append(("step",)) or 7, device)
         assert outputs == 7
         assert log[0] == ("device", device, {})
-        assert [entry[0] for entry in log] == ["device", "graph", "step"]
-        assert log[1][-1] == {"pool": "pool", "stream": f"stream of {device}"}
+        assert [entry[0] for entry in log] == ["device", "stream", "graph", "step"]
+        assert log[1][1] == f"current stream of {device}"  # which is that again after an error
+        options = {"pool": "pool", "stream": f"stream of {device}", "capture_error_mode": "thread_local"}
+        assert log[2][-1] == options
     replay()
     assert log[-1] == ("replay",)
 

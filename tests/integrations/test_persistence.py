@@ -1,5 +1,6 @@
 """Low-bit models in files: saved and loaded bit by bit, within pipelines too; what is damaged or does not fit."""
 
+import gc
 import json
 import logging
 import os
@@ -7,11 +8,20 @@ import shutil
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PipelineQuantizationConfig, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +30,7 @@ from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
+from modiff_kernels.quant.calibrated import QuantizedWeight
 from tests.unets import FLOAT, calibrated_layer, outputs, unet2d, unet2d_condition
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,19 +207,17 @@ class TestLoadedUNet:
             loaded.unet.to(torch.float16)
         assert mk.accelerate(loaded.unet) is loaded
         assert torch.equal(sample(loaded), saved_once[1])
-        with pytest.raises(ValueError, match="other weights were given, but its codes are calibrated"):
+        with pytest.raises(ValueError, match=r"a float weight was given, but .*; load the whole model again"):
             loaded.unet.load_state_dict(unet2d().state_dict())
 
-    @pytest.mark.parametrize("way", ["remove", "dequantize"])
-    def test_back_to_full_precision(self, tmp_path, saved_once, way):
+    def test_back_to_full_precision(self, tmp_path, saved_once):
         """The weights are scale * code, and diffusers takes the UNet for one in full precision."""
         unet = unet2d()
         loaded = load(saved_once[0])
         assert loaded.unet.is_quantized
-        if way == "remove":
+        with pytest.raises(RuntimeError, match=r"not kept \(keep_original=False\); load it again; unet.dequantize\(\)"):
             loaded.remove()
-        else:
-            assert loaded.unet.dequantize() is loaded.unet
+        assert loaded.unet.dequantize() is loaded.unet
         loaded.unet.save_pretrained(tmp_path / "float")
         assert "quantization_config" not in json.loads((tmp_path / "float/config.json").read_text())
         plain = UNet2DModel.from_pretrained(tmp_path / "float").state_dict()
@@ -218,6 +227,78 @@ class TestLoadedUNet:
         torch.testing.assert_close(plain["mid_block.resnets.0.conv1.weight"], scale * torch.round(weight / scale))
         assert torch.equal(plain["conv_in.weight"], unet.conv_in.weight)
         loaded.unet.to(torch.float64)
+
+
+def live_bytes():
+    """Of all tensors there are."""
+    gc.collect()
+    with warnings.catch_warnings(action="ignore"):
+        storages = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.device.type == "cpu"}.values())
+
+
+class TestWithoutOriginals:
+    """accelerate(keep_original=False)."""
+
+    CONFIGS = ({}, {"fuse": False}, {"mode": "quantized"}, {"act_bits": None}, {"weight_bits": 4, "group_size": 16})
+
+    @pytest.mark.parametrize("config", CONFIGS, ids=str)
+    def test_a_run_and_what_is_refused(self, config, tmp_path):
+        config = mk.ModiffConfig(**config)
+        kept = mk.accelerate(unet2d_condition(), config)
+        handle = mk.accelerate(unet2d_condition(), config, keep_original=False)
+        unet, expected = handle.unet, sample(kept)
+        assert torch.equal(sample(handle), expected)
+        assert (unet.dtype, unet.device, handle.rows()) == (kept.unet.dtype, kept.unet.device, kept.rows())
+        for do, error, message in (
+            (handle.remove, RuntimeError, r"not kept \(keep_original=False\); load it again"),
+            (handle.refresh, RuntimeError, "the float weights are not there"),
+            (unet.fuse_lora, RuntimeError, "changes layers of a UNet that is accelerated"),
+            (lambda: unet.save_pretrained(tmp_path), RuntimeError, r"call handle.save_pretrained\(\)"),
+            (lambda: unet.load_state_dict(kept.unet.state_dict()), ValueError, "a float weight was given, but its own"),
+        ):
+            with pytest.raises(error, match=message):
+                do()
+        missing = {f"{path}.weight" for path in handle.layers}
+        assert unet.state_dict().keys() == kept.unet.state_dict().keys() - missing
+        unet.load_state_dict(unet.state_dict())
+        assert torch.equal(sample(handle), expected)
+        handle.save_pretrained(tmp_path)
+        assert torch.equal(sample(load(tmp_path, type(unet))), expected)
+        processor = type("Other", (AttnProcessor2_0,), {})  # for which fused attention is that of diffusers
+        for each in (unet, kept.unet):
+            each.set_attn_processor(processor())
+        torch.testing.assert_close(sample(handle), sample(kept), atol=0.05, rtol=0.05)
+
+    @pytest.mark.parametrize("keep_original", [True, False])
+    def test_moves_quantise_nothing(self, keep_original, monkeypatch):
+        handle = mk.accelerate(unet2d_condition(), keep_original=keep_original)
+        expected, relocations = sample(handle), handle.state.relocations
+        monkeypatch.setattr(QuantizedWeight, "rounded", None)
+        handle.unet.to("cpu")
+        assert handle.state.relocations == relocations  # nothing has moved
+        for layer in handle.layers.values():
+            layer._move_weight(torch.float32, torch.device("cpu"))
+        assert torch.equal(sample(handle), expected)
+        if not keep_original:
+            handle.unet.to(torch.float64).to(torch.float32)
+            assert torch.equal(sample(handle), expected)
+
+    def test_memory(self, tmp_path):
+        """At 8 bits of float16: no float weights of low-bit layers, when loaded nor later."""
+        options = {"block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+        unet = unet2d_condition(**options, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).half()
+        everything, before = sum(p.nbytes for p in unet.parameters()), live_bytes()
+        handle = mk.accelerate(unet, mk.ModiffConfig(backend="reference"), keep_original=False)
+        low_bit = sum(layer.weight_shape.numel() for layer in handle.layers.values())
+        expected = everything - low_bit  # one byte instead of two
+        assert live_bytes() - before + everything < 1.1 * expected
+        handle.save_pretrained(tmp_path)
+        del unet, handle
+        before = live_bytes()
+        loaded = load(tmp_path, UNet2DConditionModel, torch_dtype=torch.float16)
+        assert live_bytes() - before < 1.1 * expected
+        assert loaded.unet.dtype is torch.float16
 
 
 def pictures(pipe):
