@@ -23,8 +23,7 @@ from modiff_kernels.calibration.data import CalibrationData
 from modiff_kernels.calibration.fake import FakeLayer, fake_quantized, remember
 from modiff_kernels.calibration.job import Job, Layers, Split, Tensors, number
 from modiff_kernels.calibration.static import StaticOptions, find_scale, histograms, with_scales
-from modiff_kernels.calibration.weights import calibrated_weights
-from modiff_kernels.quant.calibrated import CalibratedLayer
+from modiff_kernels.calibration.weights import layers_with_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def reconstruct_blocks(
         for index, (block, paths) in enumerate(job.bar(list(blocks.items()), part, unit="block")):
             own = {path: layers[path] for path in paths}
             compute = functools.partial(_reconstruct, job, (seen, wanted, cosine_weight), block, above, own, name)
-            above = above | job.layers_once(f"{part}-{index}", own, compute)
+            above = above | job.layers_once(f"{part}-{index}", compute)
         return above
 
     if job.weights is not None:
@@ -70,8 +69,7 @@ def reconstruct_blocks(
     else:
         if job.options.split:
             job.splits = shortcut_splits(job, data)
-        weights = calibrated_weights(job, data)
-        layers = {path: CalibratedLayer(weights[path], input_scale=job.input_scale(path)) for path in job.layers}
+        layers = layers_with_codes(job, data)
         layers |= block_by_block(layers, "block", "variable")
         if job.options.network_iterations:
             layers = reconstruction.learn_network(job, data, layers)
