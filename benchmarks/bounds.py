@@ -4,8 +4,6 @@ Norms and attention count nothing, and passes that make codes only what they mov
 of, as if every one was.
 """
 
-from __future__ import annotations
-
 import torch
 
 import modiff_kernels as mk

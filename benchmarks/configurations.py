@@ -3,8 +3,6 @@
 A layer of ours that is asked for from a named backend has that name behind its key: "modulated-w8a8.cuda".
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -16,8 +16,6 @@ networks have it, those with the largest share of a network's step first. The fi
 against the backend reference, sums in float64, before a form is timed.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools
@@ -228,7 +226,7 @@ class Tensors:
             self._prepared[backend] = prepared(self.packed, self.weight_q.shape[1], self.window, backend)
         return self._prepared[backend]
 
-    def some(self, samples: list[int]) -> Tensors:
+    def some(self, samples: list[int]) -> "Tensors":
         """Tensors of these samples alone, with a state of their own."""
         part = copy.copy(self)
 

@@ -6,8 +6,6 @@ many samples as there are images. All other networks are sampled by DDPMPipeline
 of LDM-8 are taken as they are.
 """
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ A row says what was measured, on what, with which versions and commit, and by wh
 written: `append` refuses a row whose `verified` is not true.
 """
 
-from __future__ import annotations
-
 import csv
 import datetime
 import os

@@ -5,8 +5,6 @@ one, each is built, verified, timed and dropped before the next: for a GPU, wher
 side by side, where compiling takes minutes and what was measured must not be lost, and where times spread little.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -17,8 +17,6 @@ full_calls is how many calls of the UNet compute all of it; in the others nothin
 levels do (DeepCache, deep levels). On a CPU outside_unet is the time of a step in the pipeline and the scheduler.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -4,8 +4,6 @@ A network is a diffusers UNet (`build_unet`); its layer table is read off the ne
 shape is written down twice.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

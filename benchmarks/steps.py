@@ -19,8 +19,6 @@ or make_plan() on this device, adds the rows "planned". Bound: benchmarks/bounds
 on CUDA only, and counts the weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time

@@ -14,8 +14,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -2,8 +2,6 @@
 one is kept per shape, and each has a row, the chosen one and its neighbours.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import statistics

@@ -19,8 +19,6 @@ Where the sources have no .git, MODIFF_COMMIT tells the rows their commit (ENVS.
 Exit code 0: every part passed. 1: some failed. 2: bad input, or no GPU. 3: none failed, but time was over first.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The parts of tools/gpu_campaign.py, in the order in which they matter, with their time limits on an H200."""
 
-from __future__ import annotations
-
 import dataclasses
 
 BOUNDED = ("--device", "cuda", "--record", "--skip-recorded", "--budget", "{budget}", "--quiet")

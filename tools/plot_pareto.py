@@ -4,8 +4,6 @@ python tools/plot_pareto.py            draw it (needs matplotlib, which the extr
 python tools/plot_pareto.py --check    exit code 1 if it was drawn from other rows, by what the picture holds
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

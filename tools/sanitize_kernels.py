@@ -13,8 +13,6 @@ are made on the CPU, so that hardly a kernel of torch runs beside those that are
 context ends; give each backend a run of its own, so that it does not take the other one with it.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -8,8 +8,6 @@ not exact is refused and never timed. Layers with the largest share of a network
 written as soon as it is there. Choices for other shapes are kept.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ int8 is what users of OpenVINO do: `nncf.quantize` with its defaults, static sca
 and activations of convolutions and products. Needs the packages openvino and nncf.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

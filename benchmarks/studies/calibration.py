@@ -17,8 +17,6 @@ The report is written after every row. `--resume` keeps the rows that it has, `-
 other activation bits with the same codes.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib

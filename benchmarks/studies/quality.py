@@ -21,8 +21,6 @@ The report is written after every row, those that tell most first. `--resume` ke
 the float images and the codes; `--budget SECONDS` ends the study in time. A row that fails is named in the report.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

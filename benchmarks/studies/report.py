@@ -1,7 +1,5 @@
 """The JSON report of a study: written after every row, gone on with by --resume."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -67,11 +67,11 @@ def fit_schedule(
         pictures = sampler(steps).run(seeds)
         return pictures if target is unet else pictures[0]
 
-    unet, kind = sampler(steps).unet, type(sampler(steps).scheduler)
+    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     if hasattr(unet, HANDLE):
         raise ValueError("fit_schedule: the UNet is accelerated; call remove() on its handle before")
-    if clock.is_stochastic(sampler(steps).scheduler):
-        raise ValueError(f"fit_schedule: {kind.__name__} adds noise at its steps; choose another sampler")
+    if clock.is_stochastic(own := sampler(steps).scheduler):
+        raise ValueError(f"fit_schedule: {type(own).__name__} adds noise at its steps; choose another sampler")
     started = time.perf_counter()
     run, log_snr = _described(sampler(steps))
     with tqdm(desc="fit", unit="run", disable=quiet, leave=False, mininterval=1) as bar, torch.no_grad():
@@ -81,7 +81,7 @@ def fit_schedule(
             passes = _Passes(unet, functools.partial(sampled, seeds, steps), len(log_snr))
             wanted = Target(*passes.states(), log_snr)
             if towards == "converged":
-                longest = getattr(sampler(steps).scheduler.config, "num_train_timesteps", 1000)
+                longest = getattr(own.config, "num_train_timesteps", 1000)
                 fine = min(longest, max(CONVERGED, 10 * steps))
                 fine_snr = _described(sampler(fine))[1]
                 finer = _Passes(unet, functools.partial(sampled, seeds, fine), len(fine_snr))

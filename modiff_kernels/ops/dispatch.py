@@ -108,15 +108,15 @@ def parts_of(whole: Problem) -> tuple[Problem, Problem]:
 
 
 @cache
-def _composed(name: str) -> Callable[..., Any]:
-    """`ops.modulate` of a backend as its two functions."""
-    quantize, product = load(name).quantize, load(name).product
+def composed(quantize: Callable[..., Any], product: Callable[..., Any]) -> Callable[..., Any]:
+    """`ops.modulate` as these two functions, of a backend, or of all, which also take the name of one."""
 
     def modulate(
-        h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out
-    ):
-        codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True)
-        out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
+        h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
+        *backend,
+    ):  # fmt: skip
+        codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, *backend)
+        out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, *backend)
         return out, used, absmax
 
     return modulate
@@ -125,7 +125,7 @@ def _composed(name: str) -> Callable[..., Any]:
 def _function(problem: Problem, name: str) -> Callable[..., Any]:
     module = load(name)
     if problem.op == "modulate" and not (hasattr(module, "modulate") and module.why_not(problem) is None):
-        return _composed(name)
+        return composed(module.quantize, module.product)
     return getattr(module, problem.op)
 
 
@@ -215,5 +215,5 @@ def reset() -> None:
 
 
 _forgetters: list[Callable[[], None]] = [
-    c.cache_clear for c in (forced_backend, load, why_unavailable, _composed, select, _warn_slow)
+    c.cache_clear for c in (forced_backend, load, why_unavailable, select, _warn_slow)
 ]

@@ -80,10 +80,7 @@ class Fit:
     called after each run of the sampler."""
 
     def __init__(
-        self,
-        sample: Callable[[Answer], Tensor],
-        target: Target,
-        on_run: Callable[[], Any] = lambda: None,
+        self, sample: Callable[[Answer], Tensor], target: Target, on_run: Callable[[], Any] = lambda: None
     ) -> None:
         self.calls = len(target.states)
         self._sample, self._target, self._on_run = sample, target, on_run
@@ -333,11 +330,7 @@ def fitted(
 
 
 def _finished(
-    fitting: Fit,
-    validation: Fit,
-    computed: Computed,
-    known: MutableMapping[str, Any],
-    on_pattern: Callable[[], Any],
+    fitting: Fit, validation: Fit, computed: Computed, known: MutableMapping[str, Any], on_pattern: Callable[[], Any]
 ) -> Fitted:
     """End fits as long as they gain on other pictures."""
     text = pattern(computed, fitting.calls)

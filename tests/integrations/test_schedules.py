@@ -202,10 +202,7 @@ def test_scales_cope_with_the_gap(mode):
 class TestRefusals:
     @pytest.mark.parametrize(
         ("schedule", "calls", "match"),
-        [
-            ("hold", (), r"number of calls .* is not known"),
-            ("auto", (20,), r"sampling_run\(scheduler="),
-        ],
+        [("hold", (), r"number of calls .* is not known"), ("auto", (20,), r"sampling_run\(scheduler=")],
     )
     def test_what_must_be_known(self, schedule, calls, match):
         unet = unet2d()

@@ -8,8 +8,6 @@ minute of one core and 3.5 GB. One library per kernel, named after a hash of its
 compiled again, so that the folder can be carried to another machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os
