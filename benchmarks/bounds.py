@@ -22,7 +22,6 @@ PEAKS = {
 
 
 def peaks_of(gpu_name: str) -> Machine | None:
-    """Peaks of a GPU, None if they are not in the table."""
     return next((peaks for part, peaks in PEAKS.items() if part in gpu_name), None)
 
 

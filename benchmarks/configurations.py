@@ -46,7 +46,6 @@ class Network:
 
     @property
     def backend(self) -> str:
-        """Of the low-bit layers."""
         return self.quantised.backend if self.quantised else "torch"
 
     def run(self, scheduler: Any = None) -> contextlib.AbstractContextManager[Any]:
@@ -254,7 +253,6 @@ has to be compiled for minutes behind what has not. Ratios to a baseline that co
 
 
 def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
-    """`rows` in `order`, those that are not in it behind."""
     return sorted(rows, key=lambda row: [*order, key].index(key) if (key := row.key.partition(".")[0]) else 0)
 
 

@@ -50,7 +50,6 @@ def name_of(device: torch.device) -> str:
 
 
 def file_stem(device: str) -> str:
-    """`device` as a file is named after it."""
     return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-")
 
 
@@ -103,7 +102,6 @@ def environment() -> dict[str, Any]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile and number of `values`."""
     if len(values) == 1:
         return {"p50": values[0], "p20": values[0], "p80": values[0], "n": 1}
     tenths = statistics.quantiles(values, n=10, method="inclusive")

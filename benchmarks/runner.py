@@ -52,12 +52,10 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds that are left, below 0 if more than all were taken."""
         return self._end - self._clock()
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left."""
         return self.left <= 0
 
     @contextlib.contextmanager
@@ -136,7 +134,6 @@ class Entrant:
 
     @property
     def median(self) -> float:
-        """Of the times."""
         return statistics.median(self.times)
 
 
@@ -229,7 +226,6 @@ def reserved_bytes(peak: bool = False) -> int:
 
 
 def reset_peak() -> None:
-    """Begin to look for the peak anew."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -293,13 +289,10 @@ class Session:
 
     @property
     def exit_code(self) -> int:
-        """Of the command."""
         return FAILED if self.failed else NOT_FINISHED if self.left else 0
 
 
 class _Run:
-    """The configurations of one case."""
-
     def __init__(self, session: Session, name: str, case: Case, known: Sequence[Entrant], rounds: int) -> None:
         self.session, self.name, self.case, self.rounds = session, name, case, rounds
         self.scores = Scores(case.baselines, known)
@@ -383,12 +376,10 @@ def is_wanted(key: str, names: str) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What networks are sampled in on `device`."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The options that all benchmarks share."""
     add = parser.add_argument
     add("--rounds", type=int, default=rounds, help="how often each configuration is timed (%(default)s)")
     add("--threads", type=int, default=2)

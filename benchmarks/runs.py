@@ -52,8 +52,6 @@ BASELINES = {
 
 
 class Run:
-    """The runs of one workload."""
-
     baselines = BASELINES
 
     def __init__(self, workload: Workload, networks: Networks) -> None:
@@ -93,7 +91,6 @@ class Run:
         return found
 
     def timed(self, entrant: Entrant) -> list[float]:
-        """Of one run."""
         return [self._seconds(entrant.subject)]
 
     def _seconds(self, network: Network) -> float:
@@ -113,7 +110,6 @@ class Run:
         return contextlib.nullcontext() if network.quantised else network.run(network.pipe.scheduler)
 
     def _outside_unet_s(self, network: Network) -> float:
-        """Seconds of a step in the pipeline and the scheduler."""
         marks: list[float] = []
         hooks = [
             network.unet.register_forward_pre_hook(lambda *_: marks.append(-time.perf_counter()), prepend=True),
@@ -155,7 +151,6 @@ def problem(workload: Workload, key: str) -> str:
 
 
 def least_sqnr_db(config: Any, dtype: torch.dtype) -> float:
-    """Below which the result of a configuration is wrong."""
     exact = config.mode == "float" and config.act_bits == 32 and config.schedule is None
     if exact and config.key not in DEEPCACHE:
         return LEAST_SQNR_DB[str(dtype).removeprefix("torch.")]

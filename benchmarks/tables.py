@@ -39,7 +39,6 @@ Cell = Callable[[Cells], str]
 
 
 def shown(value: float | None, form: str) -> str:
-    """A number as tables show it."""
     return "-" if value is None else form.format(value)
 
 
@@ -211,7 +210,6 @@ def steps_table(results: Path, network: str, batch: str | None = None) -> str | 
 
 
 def runs_title(network: str, sampler: str) -> str:
-    """Head of a table of runs."""
     from benchmarks.pipelines import SAMPLERS
 
     return f"{network}, {SAMPLERS[sampler].label}:"
@@ -232,7 +230,6 @@ def loaded(path: Path) -> dict[str, Any] | None:
 
 
 def compare_table(results: Path, name: str = "compare") -> str | None:
-    """The report of `modiff compare`."""
     from benchmarks.shared import COMPARE_HEADER, compare_cells
 
     report = loaded(results / f"{name}.json")

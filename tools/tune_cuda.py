@@ -56,7 +56,6 @@ class CudaProducts:
 
 
 def products_on(device: torch.device) -> CudaProducts:
-    """The products of this GPU."""
     properties = torch.cuda.get_device_properties(device)
     return CudaProducts((properties.major, properties.minor), properties.multi_processor_count)
 

@@ -78,8 +78,6 @@ def all_specs(samplers: list[str], bits: list[str]) -> list[Spec]:
 
 
 class Study(Pictures):
-    """Samples and judges the rows."""
-
     def __init__(self, args: argparse.Namespace, model: models.Model, features: Features, deadline: float) -> None:
         super().__init__(model, args.images, args.batch, SAMPLERS, features, deadline)
         self.args = args

@@ -53,11 +53,9 @@ class Report:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Rows so far."""
         return self.content["rows"]
 
     def key_of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What tells a row from all others."""
         return tuple(row[name] for name in self.key)
 
     def add(self, row: Mapping[str, Any]) -> None:
