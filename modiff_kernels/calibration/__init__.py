@@ -36,7 +36,7 @@ METHODS = {
     "distill": Method(static.static, static.StaticOptions, {"network_iterations": 1200}),
     "qdiffusion": Method(qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions),
     "accuquant": Method(accuquant.accuquant, accuquant.AccuQuantOptions, {"network_iterations": 600}),
-    "sampling_aware": Method(sampling_aware.sampling_aware, sampling_aware.SamplingAwareOptions),
+    "sampling_aware": Method(sampling_aware.sampling_aware, qdiffusion.QDiffusionOptions, {"split": False}),
 }
 
 

@@ -198,8 +198,6 @@ def test_bad_requests(pipe):
         ({"method": "accuquant", "gradient": "none"}, "gradient='none' is not allowed; choose one of 'identity'"),
         ({"method": "accuquant", "group_steps": 0}, "group_steps=0 is not allowed"),
         ({"method": "accuquant", "table": False}, "table=False is not allowed"),
-        ({"method": "sampling_aware", "direction": "both"}, "direction='both' is not allowed; choose one of 'midpoint"),
-        ({"method": "sampling_aware", "cosine_weight": -1.0}, "cosine_weight=-1.0 is not allowed"),
         ({"call_kwargs": {"prompt": "a cat"}}, "DDPMPipeline takes no prompt; it takes batch_size"),
     ):
         with pytest.raises(ValueError, match=message):
