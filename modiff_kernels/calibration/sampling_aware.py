@@ -77,7 +77,7 @@ class Solver:
     def run(
         self, network: Callable[[Tensor, Tensor], Tensor], sample: Tensor
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """(u_j, s_j) for every interval of the time steps, and the sample at the end, from the one at their beginning."""
+        """(u_j, s_j) for every interval of the time steps, and the sample at the end; sample: at their beginning."""
 
         def eps(sample: Tensor, timestep: Tensor) -> Tensor:
             return self.direction(network(sample, timestep), sample, timestep)
