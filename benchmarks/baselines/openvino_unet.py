@@ -39,12 +39,8 @@ class OpenVinoUNet(nn.Module):
         if in_int8:
             calls = nncf.Dataset([_arrays(*call) for call in shown])
             model = nncf.quantize(model, calls, subset_size=len(shown))
-        options = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         self._request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:

@@ -126,17 +126,12 @@ class Study(Pictures):
         if not folder.is_dir():
             folder = self.args.keep / f"codes-{self.args.codes}-w{weight_bits}-{self.weights}"
         if not (folder / "calibration.json").exists():
-            mk.calibrate(
-                self.unet,
-                self.args.codes,
-                mk.ModiffConfig(weight_bits),
-                steps=steps,
-                samples=self.args.samples,
-                folder=folder,
-                quiet=self.args.quiet,
-                scheduler=models.make_scheduler(self.model, name),
-                sample=lambda seeds: models.sample_images(self.model, self.unet, name, steps, seeds),
-            )
+            sampler = {
+                "scheduler": models.make_scheduler(self.model, name),
+                "sample": lambda seeds: models.sample_images(self.model, self.unet, name, steps, seeds),
+            }
+            options = {"steps": steps, "samples": self.args.samples, "folder": folder, "quiet": self.args.quiet}
+            mk.calibrate(self.unet, self.args.codes, mk.ModiffConfig(weight_bits), **sampler, **options)
         return mk.CalibrationResult.load(folder)
 
 
