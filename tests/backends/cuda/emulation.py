@@ -20,8 +20,8 @@ from modiff_kernels.quant.spec import GRANULARITIES, granule_count
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).parent / "emulator"
-# Null pointers stop the address sanitizer, too; looking for them twice makes compiling slower.
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all")
+# Null pointers and those past the end stop the address sanitizer, too; looking for them twice makes compiling slower.
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize=null,pointer-overflow", "-fno-sanitize-recover=all")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/problem.h
 
 
