@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import itertools
 import warnings
 
@@ -332,8 +331,6 @@ class TestSchedulers:
         "scheduler",
         [
             DDIMScheduler,
-            functools.partial(DDIMScheduler, prediction_type="v_prediction"),
-            functools.partial(DDIMScheduler, prediction_type="sample"),
             PNDMScheduler,
             DPMSolverMultistepScheduler,
             UniPCMultistepScheduler,
