@@ -204,16 +204,12 @@ def table(op: str) -> dict[str, str | None]:
     return {name: why_unavailable(name) or (None if hasattr(load(name), op) else lacks) for name in BACKENDS}
 
 
-def on_reset(forget: Callable[[], None]) -> None:
-    _forgetters.append(forget)
-
-
 def reset() -> None:
     """Forget all choices and read MODIFF_BACKEND again at the next one."""
-    for forget in _forgetters:
+    for forget in forgetters:
         forget()
 
 
-_forgetters: list[Callable[[], None]] = [
+forgetters: list[Callable[[], None]] = [
     c.cache_clear for c in (forced_backend, load, why_unavailable, select, _warn_slow)
 ]

@@ -42,7 +42,7 @@ def with_cpu(monkeypatch, fresh_dispatch):
         monkeypatch.setattr(dispatch, "load", load)
         fresh_dispatch.reset()
 
-    monkeypatch.setattr(dispatch, "_forgetters", [f for f in dispatch._forgetters if f != dispatch.load.cache_clear])
+    monkeypatch.setattr(dispatch, "forgetters", [f for f in dispatch.forgetters if f != dispatch.load.cache_clear])
     return install
 
 
