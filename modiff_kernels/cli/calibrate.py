@@ -39,16 +39,12 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
         if args.mode == "weight_only":
             config = dataclasses.replace(config, mode="modulated")
         config = dataclasses.replace(config, scale_mode=args.scale_mode, group_size=args.group_size)
-        result = mk.calibrate(
-            model.unet,
-            args.method,
-            config,
-            folder=folder,
-            **{name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")},
-            scheduler=networks.make_scheduler(model, args.scheduler),
-            sample=lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
-            **options,
-        )
+        sampler = {
+            "scheduler": networks.make_scheduler(model, args.scheduler),
+            "sample": lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
+        }
+        options |= {name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")}
+        result = mk.calibrate(model.unet, args.method, config, folder=folder, **sampler, **options)
         result.metadata["command"] = command_line(args.argv)
         result.save(folder)
     if not args.quiet:

@@ -76,7 +76,7 @@ def fit_schedule(
     run, log_snr = _described(sampler(steps))
     with tqdm(desc="fit", unit="run", disable=quiet, leave=False, mininterval=1) as bar, torch.no_grad():
 
-        def fit_on(first: int, count: int) -> Fit:
+        def fit_on(first: int, count: int, *more: Any) -> Fit:
             seeds = range(seed + first, seed + first + count)
             passes = _Passes(unet, functools.partial(sampled, seeds, steps), len(log_snr))
             wanted = Target(*passes.states(), log_snr)
@@ -86,10 +86,10 @@ def fit_schedule(
                 fine_snr = _described(sampler(fine))[1]
                 finer = _Passes(unet, functools.partial(sampled, seeds, fine), len(fine_snr))
                 wanted = _between(finer, fine_snr, log_snr)
-            return Fit(passes, wanted, bar.update)
+            return Fit(passes, wanted, bar.update, *more)
 
-        fitting, validation = fit_on(0, images), fit_on(images, max(1, images // 2))
-        found = fitted(fitting, validation, evaluations, budget_db, known, on_progress)
+        fitting, validation = fit_on(0, images, known, on_progress), fit_on(images, max(1, images // 2))
+        found = fitted(fitting, validation, evaluations, budget_db)
         held_out = fit_on(images + max(1, images // 2), images)
         held_out_db, polynomial_db = held_out.fidelity(found.computed, found.rows), held_out.fidelity(found.computed)
     values = {"fitting_db": found.fitting_db, "held_out_db": held_out_db, "polynomial_db": polynomial_db}
