@@ -27,9 +27,10 @@ def test_the_command_line_knows_every_method():
     assert tuple(METHODS) == CLI_METHODS
 
 
-LEARNT = {"weight_iterations": 2, "act_iterations": 2, "learn_batch": 2}
+FEW = {"samples": 2, "act_iterations": 2}
+LEARNT = {**FEW, "weight_iterations": 2, "learn_batch": 2}
 SHORT = {"distill": {"network_iterations": 2}, "qdiffusion": LEARNT, "sampling_aware": LEARNT}
-SHORT["accuquant"] = {"network_iterations": 0, "group_steps": 2, "group_iterations": 2, "act_iterations": 2}
+SHORT["accuquant"] = {**FEW, "network_iterations": 0, "group_steps": 2, "group_iterations": 2}
 STOPPED = {"qdiffusion": (reconstruction, "learn", 7), "accuquant": (reconstruction, "learn", 3)}
 STOPPED["sampling_aware"] = sampling_aware, "reconstruct_blocks", 1
 
