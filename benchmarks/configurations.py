@@ -55,7 +55,6 @@ class Network:
         return self.cached.run(scheduler) if self.cached else contextlib.nullcontext()
 
     def remove(self) -> None:
-        """Free the state; the row is not needed any more."""
         if self.quantised:
             self.quantised.handle.remove()
 

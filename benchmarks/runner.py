@@ -109,7 +109,6 @@ def attempt(name: str, step: Callable[[], T], budget: Budget) -> T | None:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

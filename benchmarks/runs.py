@@ -60,7 +60,6 @@ class Run:
         self.expected = self._result(self.make(Configuration("reference", "full precision", "float")))
 
     def make(self, config: Any) -> Network:
-        """The network in a pipeline of its own."""
         pipes: list[Any] = []
 
         def pipe_of(unet: torch.nn.Module) -> Any:

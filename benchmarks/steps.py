@@ -128,7 +128,6 @@ class Step:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, if it works by itself."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -225,7 +225,6 @@ PRODUCT_COLUMNS: dict[str, Cell] = {
 
 
 def loaded(path: Path) -> dict[str, Any] | None:
-    """A report, None where there is none."""
     return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -116,7 +116,6 @@ def read_instructions(report: Report, opcodes: Counter[str]) -> Report:
 
 
 def broken_rules(report: Report) -> list[str]:
-    """What is wrong with the machine code, in words."""
     from modiff_kernels.backends.triton.tiles import SHARED_MEMORY_BYTES
 
     failures = []

@@ -141,7 +141,6 @@ class Campaign:
         scratch.replace(self.state_file)
 
     def exit_code(self) -> int:
-        """0, 1 or 3, as the module says."""
         statuses = {self.outcomes[part.name].status for part in self.parts}
         if statuses & {FAILED, SKIPPED}:
             return 1

@@ -41,7 +41,6 @@ def panels(report: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def draw(found: dict[str, list[Any]], path: Path) -> None:
-    """Write the picture: evaluations against dB to the converged picture."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -59,7 +59,6 @@ class Report:
         return tuple(row[name] for name in self.key)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a row, on the disk too."""
         self.rows.append(dict(row))
         self.known.add(self.key_of(row))
         self.write()
