@@ -3,8 +3,6 @@
 Exit code 0: everything was measured. 1: something was wrong or could not be. 2: bad input. 3: --budget was spent first.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

@@ -1,7 +1,5 @@
 """The least time of a UNet step by its arithmetic and traffic (planning/cost.py), to hold measured times against."""
 
-from __future__ import annotations
-
 import torch
 
 import modiff_kernels as mk
@@ -20,7 +18,6 @@ PEAKS = {
 
 
 def peaks_of(gpu_name: str) -> Machine | None:
-    """Peaks of a GPU, None if they are not in the table."""
     return next((peaks for part, peaks in PEAKS.items() if part in gpu_name), None)
 
 

@@ -3,8 +3,6 @@
 A layer of ours that is asked for from a named backend has that name behind its key: "modulated-w8a8.cuda".
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -48,7 +46,6 @@ class Network:
 
     @property
     def backend(self) -> str:
-        """Of the low-bit layers."""
         return self.quantised.backend if self.quantised else "torch"
 
     def run(self, scheduler: Any = None) -> contextlib.AbstractContextManager[Any]:
@@ -58,7 +55,6 @@ class Network:
         return self.cached.run(scheduler) if self.cached else contextlib.nullcontext()
 
     def remove(self) -> None:
-        """Free the state; the row is not needed any more."""
         if self.quantised:
             self.quantised.handle.remove()
 
@@ -256,7 +252,6 @@ has to be compiled for minutes behind what has not. Ratios to a baseline that co
 
 
 def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
-    """`rows` in `order`, those that are not in it behind."""
     return sorted(rows, key=lambda row: [*order, key].index(key) if (key := row.key.partition(".")[0]) else 0)
 
 

@@ -16,8 +16,6 @@ networks have it, those with the largest share of a network's step first. The fi
 against the backend reference, sums in float64, before a form is timed.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools
@@ -71,8 +69,6 @@ class Form:
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer at a batch."""
-
     layer: Layer
     batch: int
 
@@ -111,12 +107,10 @@ def is_matrix(layer: Layer) -> bool:
 
 
 def outputs_of(layer: Layer, batch: int) -> int:
-    """Elements of the output."""
     return batch * layer.h_out * layer.w_out * layer.c_out
 
 
 def operations(layer: Layer, batch: int) -> int:
-    """Multiplications and additions of the product."""
     return 2 * outputs_of(layer, batch) * layer.c_in * layer.kernel**2
 
 
@@ -214,11 +208,9 @@ class Tensors:
         self._prepared: dict[str, Any] = {}
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
-        """The weight of the float operator."""
         return self.dequantised.to(dtype).contiguous(memory_format=self.memory_format)
 
     def float_operator(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer in floating point."""
         stride, padding = self.layer.stride, self.layer.padding
         return F.linear(x, weight) if self.linear else F.conv2d(x, weight, None, stride, padding)
 
@@ -228,7 +220,7 @@ class Tensors:
             self._prepared[backend] = prepared(self.packed, self.weight_q.shape[1], self.window, backend)
         return self._prepared[backend]
 
-    def some(self, samples: list[int]) -> Tensors:
+    def some(self, samples: list[int]) -> "Tensors":
         """Tensors of these samples alone, with a state of their own."""
         part = copy.copy(self)
 

@@ -6,8 +6,6 @@ many samples as there are images. All other networks are sampled by DDPMPipeline
 of LDM-8 are taken as they are.
 """
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +52,6 @@ class Workload:
         self._text = _embeddings(network, unet, images) if network in GUIDED else {}
 
     def pipe(self, unet: torch.nn.Module) -> Any:
-        """A pipeline with `unet` and a scheduler of its own."""
         import diffusers
 
         clipped = {} if self.in_pixels or self.sampler.name != "ddim" else {"clip_sample": False}

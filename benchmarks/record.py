@@ -4,8 +4,6 @@ A row says what was measured, on what, with which versions and commit, and by wh
 written: `append` refuses a row whose `verified` is not true.
 """
 
-from __future__ import annotations
-
 import csv
 import datetime
 import os
@@ -52,7 +50,6 @@ def name_of(device: torch.device) -> str:
 
 
 def file_stem(device: str) -> str:
-    """`device` as a file is named after it."""
     return re.sub(r"[^a-z0-9.]+", "-", device.lower()).strip("-")
 
 
@@ -105,7 +102,6 @@ def environment() -> dict[str, Any]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile and number of `values`."""
     if len(values) == 1:
         return {"p50": values[0], "p20": values[0], "p80": values[0], "n": 1}
     tenths = statistics.quantiles(values, n=10, method="inclusive")

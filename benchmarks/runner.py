@@ -5,8 +5,6 @@ one, each is built, verified, timed and dropped before the next: for a GPU, wher
 side by side, where compiling takes minutes and what was measured must not be lost, and where times spread little.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -54,12 +52,10 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds that are left, below 0 if more than all were taken."""
         return self._end - self._clock()
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left."""
         return self.left <= 0
 
     @contextlib.contextmanager
@@ -113,7 +109,6 @@ def attempt(name: str, step: Callable[[], T], budget: Budget) -> T | None:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -138,7 +133,6 @@ class Entrant:
 
     @property
     def median(self) -> float:
-        """Of the times."""
         return statistics.median(self.times)
 
 
@@ -231,7 +225,6 @@ def reserved_bytes(peak: bool = False) -> int:
 
 
 def reset_peak() -> None:
-    """Begin to look for the peak anew."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -295,13 +288,10 @@ class Session:
 
     @property
     def exit_code(self) -> int:
-        """Of the command."""
         return FAILED if self.failed else NOT_FINISHED if self.left else 0
 
 
 class _Run:
-    """The configurations of one case."""
-
     def __init__(self, session: Session, name: str, case: Case, known: Sequence[Entrant], rounds: int) -> None:
         self.session, self.name, self.case, self.rounds = session, name, case, rounds
         self.scores = Scores(case.baselines, known)
@@ -385,12 +375,10 @@ def is_wanted(key: str, names: str) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What networks are sampled in on `device`."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The options that all benchmarks share."""
     add = parser.add_argument
     add("--rounds", type=int, default=rounds, help="how often each configuration is timed (%(default)s)")
     add("--threads", type=int, default=2)

@@ -17,8 +17,6 @@ full_calls is how many calls of the UNet compute all of it; in the others nothin
 levels do (DeepCache, deep levels). On a CPU outside_unet is the time of a step in the pipeline and the scheduler.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -54,8 +52,6 @@ BASELINES = {
 
 
 class Run:
-    """The runs of one workload."""
-
     baselines = BASELINES
 
     def __init__(self, workload: Workload, networks: Networks) -> None:
@@ -64,7 +60,6 @@ class Run:
         self.expected = self._result(self.make(Configuration("reference", "full precision", "float")))
 
     def make(self, config: Any) -> Network:
-        """The network in a pipeline of its own."""
         pipes: list[Any] = []
 
         def pipe_of(unet: torch.nn.Module) -> Any:
@@ -95,7 +90,6 @@ class Run:
         return found
 
     def timed(self, entrant: Entrant) -> list[float]:
-        """Of one run."""
         return [self._seconds(entrant.subject)]
 
     def _seconds(self, network: Network) -> float:
@@ -115,7 +109,6 @@ class Run:
         return contextlib.nullcontext() if network.quantised else network.run(network.pipe.scheduler)
 
     def _outside_unet_s(self, network: Network) -> float:
-        """Seconds of a step in the pipeline and the scheduler."""
         marks: list[float] = []
         hooks = [
             network.unet.register_forward_pre_hook(lambda *_: marks.append(-time.perf_counter()), prepend=True),
@@ -157,7 +150,6 @@ def problem(workload: Workload, key: str) -> str:
 
 
 def least_sqnr_db(config: Any, dtype: torch.dtype) -> float:
-    """Below which the result of a configuration is wrong."""
     exact = config.mode == "float" and config.act_bits == 32 and config.schedule is None
     if exact and config.key not in DEEPCACHE:
         return LEAST_SQNR_DB[str(dtype).removeprefix("torch.")]

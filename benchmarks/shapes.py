@@ -4,8 +4,6 @@ A network is a diffusers UNet (`build_unet`); its layer table is read off the ne
 shape is written down twice.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -43,12 +41,10 @@ class Layer:
 
     @property
     def h_out(self) -> int:
-        """Height of the output."""
         return (self.h + 2 * self.padding - self.kernel) // self.stride + 1
 
     @property
     def w_out(self) -> int:
-        """Width of the output."""
         return (self.w + 2 * self.padding - self.kernel) // self.stride + 1
 
     def __str__(self) -> str:

@@ -19,8 +19,6 @@ or make_plan() on this device, adds the rows "planned". Bound: benchmarks/bounds
 on CUDA only, and counts the weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time
@@ -63,8 +61,6 @@ def trajectory(size: int, batch: int, calls: int, channels: int = 3) -> list[tup
 
 
 class Step:
-    """The calls of one network at one batch."""
-
     baselines = BASELINES
 
     def __init__(self, network: str, batch: int, networks: Networks, calls: int, machine: Machine):
@@ -90,7 +86,6 @@ class Step:
         return found if found >= least else f"{found:.1f} dB to full precision, at least {least} expected"
 
     def timed(self, entrant: Entrant) -> list[float]:
-        """Of the later calls of one run."""
         with entrant.subject.run():
             seconds = [self._call(entrant.subject, x, t)[1] for x, t in self.inputs]
         entrant.more.setdefault("first", []).append(seconds[0])
@@ -133,7 +128,6 @@ class Step:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, if it works by itself."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -144,7 +138,6 @@ def problem(network: str, unet: torch.nn.Module, batch: int, config: Any) -> str
 
 
 def least_sqnr_db(config: Any, dtype: torch.dtype) -> float:
-    """Below which the result of a configuration is wrong."""
     if min(config.act_bits, config.weight_bits) < 8:
         return 0.0 if config.mode == "quantized" else 10.0
     if config.mode == "float" and config.weight_bits == 8:

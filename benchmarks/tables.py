@@ -15,8 +15,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -42,7 +40,6 @@ Cell = Callable[[Cells], str]
 
 
 def shown(value: float | None, form: str) -> str:
-    """A number as tables show it."""
     return "-" if value is None else form.format(value)
 
 
@@ -214,7 +211,6 @@ def steps_table(results: Path, network: str, batch: str | None = None) -> str | 
 
 
 def runs_title(network: str, sampler: str) -> str:
-    """Head of a table of runs."""
     from benchmarks.pipelines import SAMPLERS
 
     return f"{network}, {SAMPLERS[sampler].label}:"
@@ -230,12 +226,10 @@ PRODUCT_COLUMNS: dict[str, Cell] = {
 
 
 def loaded(path: Path) -> dict[str, Any] | None:
-    """A report, None where there is none."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def compare_table(results: Path, name: str = "compare") -> str | None:
-    """The report of `modiff compare`."""
     from benchmarks.shared import COMPARE_HEADER, compare_cells
 
     report = loaded(results / f"{name}.json")

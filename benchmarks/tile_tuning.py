@@ -2,8 +2,6 @@
 one is kept per shape, and each has a row, the chosen one and its neighbours.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import statistics
@@ -133,7 +131,6 @@ class TileCase(Case):
         return [self.row(entrant.config.key, "time", "us", times)]
 
     def row(self, backend: str, metric: str, unit: str, values: list[float]) -> Row:
-        """A row of results."""
         return record.row(OP, self.problem, backend, metric, unit, values, sqnr_db=float("inf"), **ColdTimer.columns)
 
 

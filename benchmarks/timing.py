@@ -1,7 +1,5 @@
 """Times of calls: on a GPU of the device's work alone with a cold L2 cache, on a CPU of single calls."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

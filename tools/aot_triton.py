@@ -7,8 +7,6 @@ local memory, no LDL or STL), and the shared memory fits. Prints a row per compi
 The disassemblers come with triton; its compile cache is not used.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -65,7 +63,7 @@ class Report:
 
 
 @cache
-def variants(capability: int, few: bool) -> list[tuple[str, Variant]]:
+def variants(capability: int, few: bool) -> list[tuple[str, "Variant"]]:
     """(name, variant) of all kernels of the backend. Not to be changed."""
     from tools.triton_forms import product_variants, quantize_variants
 
@@ -79,7 +77,7 @@ def variants(capability: int, few: bool) -> list[tuple[str, Variant]]:
     return found
 
 
-def compile_variant(name: str, variant: Variant, capability: int) -> tuple[Report, bytes]:
+def compile_variant(name: str, variant: "Variant", capability: int) -> tuple[Report, bytes]:
     """Compile one form; a report without instructions, and the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -118,7 +116,6 @@ def read_instructions(report: Report, opcodes: Counter[str]) -> Report:
 
 
 def broken_rules(report: Report) -> list[str]:
-    """What is wrong with the machine code, in words."""
     from modiff_kernels.backends.triton.tiles import SHARED_MEMORY_BYTES
 
     failures = []

@@ -19,8 +19,6 @@ Where the sources have no .git, MODIFF_COMMIT tells the rows their commit (ENVS.
 Exit code 0: every part passed. 1: some failed. 2: bad input, or no GPU. 3: none failed, but time was over first.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -143,7 +141,6 @@ class Campaign:
         scratch.replace(self.state_file)
 
     def exit_code(self) -> int:
-        """0, 1 or 3, as the module says."""
         statuses = {self.outcomes[part.name].status for part in self.parts}
         if statuses & {FAILED, SKIPPED}:
             return 1

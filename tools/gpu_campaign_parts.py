@@ -1,7 +1,5 @@
 """The parts of tools/gpu_campaign.py, in the order in which they matter, with their time limits on an H200."""
 
-from __future__ import annotations
-
 import dataclasses
 
 BOUNDED = ("--device", "cuda", "--record", "--skip-recorded", "--budget", "{budget}", "--quiet")
@@ -58,6 +56,11 @@ def _families(backend: str, seconds: int) -> Part:
     return Part(f"families_{backend}", purpose, words, seconds, variables=(("OMP_NUM_THREADS", "1"),))
 
 
+def _tuned(backend: str) -> Part:
+    words = ("{python}", f"tools/tune_{backend}.py", *TWELVE, *BOUNDED)
+    return Part(f"tune_{backend}", f"tiles of the products of {backend}, measured", words, 120)
+
+
 def _sanitized(tool: str, purpose: str, seconds: int, *arguments: str) -> Part:
     only_ours = () if tool == "memcheck" else ("--kernel-name", "kns=modiff")
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only_ours)
@@ -70,15 +73,8 @@ def _sanitized(tool: str, purpose: str, seconds: int, *arguments: str) -> Part:
 FLOATS, GRAPHS = "float-channels_last,float-compile-default-graphs", "modulated-w8a8-graphs"
 PARTS = (
     Part("environment", "GPU, driver, versions", ("nvidia-smi",), 20, needs=()),
-    Part(
-        "build",
-        "compiled kernels for this CPU and GPU",
-        ("{python}", "setup.py", "build_ext", "--inplace"),
-        120,
-        needs=(),
-        every_time=True,
-        variables=(("MODIFF_CUDA", "ON"),),
-    ),
+    Part("build", "compiled kernels for this CPU and GPU", ("{python}", "setup.py", "build_ext", "--inplace"), 120,
+         needs=(), every_time=True, variables=(("MODIFF_CUDA", "ON"),)),
     _tests("tests_cuda", "tests of the CUDA kernels", 90, "tests/backends/cuda"),
     _tests("tests", "all other tests that need a GPU", 120, "tests", "--ignore", "tests/backends/cuda"),
     _products("products_cuda", 50, "twelve layers by cuda", "--backend", "cuda", "--rows", "product,modulate"),
@@ -96,29 +92,15 @@ PARTS = (
     _sanitized("memcheck", "the families of cuda under compute-sanitizer: addresses", 60),
     _sanitized("racecheck", "the same: races in shared memory", 60),
     _sanitized("initcheck", "the same: reads of memory that nothing has written", 60, "--match", "quantize"),
-    *(
-        Part(
-            f"tune_{backend}",
-            f"tiles of the products of {backend}, measured",
-            ("{python}", f"tools/tune_{backend}.py", *TWELVE, *BOUNDED),
-            120,
-        )
-        for backend in ("cuda", "triton")
-    ),
-    Part(
-        "cutlass",
-        "CUTLASS's int8 kernels, a baseline; what is carried in build/cutlass_int8 is not compiled again",
-        ("{python}", "-m", "benchmarks.baselines.cutlass_int8.build"),
-        240,
-        needs=(),
-        every_time=True,
-        program="nvcc",
-    ),
+    _tuned("cuda"),
+    _tuned("triton"),
+    Part("cutlass", "CUTLASS's int8 kernels, a baseline; what is carried in build/cutlass_int8 is not compiled again",
+         ("{python}", "-m", "benchmarks.baselines.cutlass_int8.build"), 240, needs=(), every_time=True, program="nvcc"),
     _steps("sdxl", "8", "cuda", 120, GRAPHS),
     _steps("sdxl", "8", "float", 180, FLOATS),
     _bench("runs_sd15", "whole runs of sd15", 240, "runs", "--network", "sd15", "--images", "4", "--backend", "cuda"),
     _bench("runs_shipped", "whole runs of the shipped model, which is trained", 120, "runs", "--images", "64"),
-)
+)  # fmt: skip
 
 
 def _until(first: str, last: str) -> tuple[str, ...]:

@@ -4,8 +4,6 @@ python tools/plot_pareto.py            draw it (needs matplotlib, which the extr
 python tools/plot_pareto.py --check    exit code 1 if it was drawn from other rows, by what the picture holds
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -43,7 +41,6 @@ def panels(report: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def draw(found: dict[str, list[Any]], path: Path) -> None:
-    """Write the picture: evaluations against dB to the converged picture."""
     import matplotlib
 
     matplotlib.use("agg")

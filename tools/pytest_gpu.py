@@ -6,8 +6,6 @@ xdist puts a new one in its place; so does one whose test takes longer than --te
 A run in which nothing passed has failed: all tests skip themselves where a backend does not load.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import threading

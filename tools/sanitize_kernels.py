@@ -13,8 +13,6 @@ are made on the CPU, so that hardly a kernel of torch runs beside those that are
 context ends; give each backend a run of its own, so that it does not take the other one with it.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys
@@ -257,7 +255,6 @@ def check_all(chosen: Sequence[Call], backends: Sequence[str]) -> int | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", nargs="+", default=GPU_BACKENDS, choices=dispatch.BACKENDS)
     parser.add_argument("--match", default="", help="only families whose name contains this")

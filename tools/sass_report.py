@@ -75,7 +75,6 @@ def disassembler(name: str) -> str:
 
 
 def lines(*command: str, folder: str | None = None) -> Iterator[str]:
-    """Output of a command, run in `folder`."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
         assert process.stdout is not None
         yield from process.stdout

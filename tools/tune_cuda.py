@@ -8,8 +8,6 @@ not exact is refused and never timed. Layers with the largest share of a network
 written as soon as it is there. Choices for other shapes are kept.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +56,6 @@ class CudaProducts:
 
 
 def products_on(device: torch.device) -> CudaProducts:
-    """The products of this GPU."""
     properties = torch.cuda.get_device_properties(device)
     return CudaProducts((properties.major, properties.minor), properties.multi_processor_count)
 

@@ -7,8 +7,6 @@ touched; a tile whose sums are not exact is refused and never timed. Layers with
 come first, and every choice is written as soon as it is there. Choices for other shapes are kept.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

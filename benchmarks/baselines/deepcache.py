@@ -6,8 +6,6 @@ concatenations in. So there is a second form that is as fast as it can be: the t
 number, each is compiled for itself, and on a GPU each is a CUDA graph.
 """
 
-from __future__ import annotations
-
 import contextlib
 import types
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ int8 is what users of OpenVINO do: `nncf.quantize` with its defaults, static sca
 and activations of convolutions and products. Needs the packages openvino and nncf.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,12 +39,8 @@ class OpenVinoUNet(nn.Module):
         if in_int8:
             calls = nncf.Dataset([_arrays(*call) for call in shown])
             model = nncf.quantize(model, calls, subset_size=len(shown))
-        options = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         self._request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:

@@ -17,8 +17,6 @@ The report is written after every row. `--resume` keeps the rows that it has, `-
 other activation bits with the same codes.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib
@@ -38,25 +36,12 @@ from tqdm import tqdm
 import modiff_kernels as mk
 from benchmarks import shared as models
 from benchmarks.shared import METHODS
-from benchmarks.studies.features import frechet_distance
 from benchmarks.studies.pictures import Pictures
 from benchmarks.studies.report import Report
 from benchmarks.tables import loaded
-from examples.cifar10 import load_cifar10
-from modiff_kernels.evaluation import SCHEDULERS, markdown_table
-from modiff_kernels.evaluation.networks import OWN_OPTIONS
+from modiff_kernels.evaluation import markdown_table
 
 SAMPLERS = {"DDIM-100": ("ddim", 100), "DDIM-20": ("ddim", 20), "DPM-Solver++-20": ("dpmsolver++", 20)}
-SCHEDULERS |= {"2S": "DPMSolverSinglestepScheduler"} | dict.fromkeys(("1", "2M"), "DPMSolverMultistepScheduler")
-KARRAS = {"use_karras_sigmas": True, "timestep_spacing": "linspace"}
-OWN_OPTIONS |= {"2S": {**KARRAS, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "2M": KARRAS}
-OWN_OPTIONS["1"] = {**KARRAS, "solver_order": 1}
-FEW = {
-    f"{name}-{n}": (own, n) for name, own in (("DPM-Solver-2", "2S"), ("DPM-Solver++(2M)", "2M")) for n in (6, 8, 10)
-}
-FEW["DPM-Solver-1-8"] = ("1", 8)
-CALIBRATED_ON = ("2M", 8)  # for all of FEW
-FLOAT = "full precision"  # the method of rows of its own
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W4A3": (4, 3), "W3A8": (3, 8)}
 WAYS = ("float", "plain", "modulated")
 
@@ -77,36 +62,26 @@ class Study(Pictures):
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         model = models.load_model(args.model, None, torch.device("cpu"))
-        super().__init__(model, args.images, args.batch, SAMPLERS | FEW, features_of(args.features))
+        super().__init__(model, args.images, args.batch, SAMPLERS, features_of(args.features))
         self.args, self.folder = args, folder
-        if args.data is not None:
-            real = load_cifar10(args.data, "test", model.unet.config.sample_size)[0]
-            self.test = self.features(real.permute(0, 2, 3, 1).float().div(255).numpy())
         self.unet = self.model.unet.to(memory_format=torch.channels_last)
 
     def row(self, sampler: str, method: str, bits: str, way: str) -> dict[str, Any]:
-        """One row of the report."""
-        full = self.full_precision(sampler)
-        if method == FLOAT:
-            row = {"sampler": sampler, "method": method, "bits": "float", "way": way}
-            return row | {"frechet_test": frechet_distance(self.features(full), self.test)}
         weight_bits, act_bits = BITS[bits]
         result = self._calibrated(sampler, method, weight_bits, act_bits if way == "plain" else 8)
         config = {"modulated": mk.ModiffConfig(weight_bits, act_bits), "float": mk.ModiffConfig(weight_bits, None)}
         handle = mk.accelerate(self.unet, config.get(way, result.config), calibration=result)
         images = self.sampled(sampler, self.unet, lambda scheduler: handle.sampling_run(scheduler=scheduler))
         handle.remove()
-        scores = self.scores(images, full)
+        scores = self.scores(images, self.full_precision(sampler))
         row = {"sampler": sampler, "method": method, "bits": f"W{weight_bits}" if way == "float" else bits, "way": way}
         row |= {"psnr_db": scores["psnr_db"], "ssim": scores["ssim"], "frechet": scores["frechet_full"]}
         row |= {"features": self.args.features, "options": result.metadata["options"]}
-        if self.args.data is not None:
-            row["frechet_test"] = frechet_distance(self.features(images), self.test)
         return row | {"calibration_cpu_s": result.metadata["cpu_s"]}
 
     def _calibrated(self, sampler: str, method: str, weight_bits: int, act_bits: int) -> mk.CalibrationResult:
         """The calibration with static scales; codes are learnt with 8-bit activations and kept for others."""
-        name, steps = SAMPLERS.get(sampler, CALIBRATED_ON)
+        name, steps = SAMPLERS[sampler]
         own, *settings = method.split(":")
         options = {key: _value(text) for key, _, text in (setting.partition("=") for setting in settings)}
         kind = hashlib.sha256(repr((method, self.args.model, self.args.samples)).encode()).hexdigest()[:8]
@@ -145,11 +120,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=64, help="pictures of a row (%(default)s)")
     add("--batch", type=int, default=16, help="pictures at once (%(default)s)")
     add("--samples", type=int, default=64, help="trajectories to calibrate on (%(default)s)")
-    add("--methods", nargs="+", default=[*METHODS], help=f"NAME[:OPTION=VALUE...], or '{FLOAT}' (default: all)")
-    add("--samplers", default=",".join(SAMPLERS), help=f"of %(default)s,{','.join(FEW)}")
+    add("--methods", nargs="+", default=[*METHODS], help="NAME[:OPTION=VALUE...] (default: all)")
+    add("--samplers", default=",".join(SAMPLERS), help="of %(default)s")
     add("--bits", default=",".join(BITS), help="of %(default)s")
     add("--ways", default=",".join(WAYS), help="of %(default)s; without plain, activation scales are not calibrated")
-    add("--data", type=Path, help="folder of CIFAR-10 (examples/cifar10.py), for distances to its test images")
     add("--features", default="pool4", help="of the Fréchet distance (%(default)s)")
     add("--threads", type=int, default=2)
     add("--resume", action="store_true", help="keep what the report has and add what is missing")
@@ -167,7 +141,7 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(args, args.keep or Path(folder))
         for sampler, method, bit, way in tqdm(wanted, desc="rows"):
-            own = "float" if method == FLOAT else bit.partition("A")[0] if way == "float" else bit
+            own = bit.partition("A")[0] if way == "float" else bit
             if (sampler, method, own, way) not in report.known:
                 report.add(study.row(sampler, method, bit, way))
     return 0
@@ -179,25 +153,11 @@ HEADER = (
 )
 
 
-def _few_steps(report: dict[str, Any]) -> str:
-    """A row per method: Fréchet distance to test images and PSNR with every sampler of FEW."""
-    rows = {(row["method"], row["sampler"]): row for row in report["rows"]}
-    cells = []
-    for name in dict.fromkeys(row["method"] for row in report["rows"]):
-        own = [rows[name, sampler] for sampler in FEW]
-        decibels = (f", {row['psnr_db']:.1f} dB" if "psnr_db" in row else "" for row in own)
-        cells.append([name, *(f"{row['frechet_test']:.2f}{more}" for row, more in zip(own, decibels))])
-    text = f"{report['images']} images, calibrated on {report['samples']} trajectories; torch {report['torch']}"
-    return f"{markdown_table(('calibration', *FEW), cells)}\n\n{text}. `{'`; `'.join(report['commands'])}`"
-
-
 def table(results: Path, sampler: str) -> str | None:
     """A row per bits and method with `sampler`: float activations with these codes, plain, modulated."""
-    report = loaded(results / ("few_steps.json" if sampler == "few_steps" else "calibration.json"))
+    report = loaded(results / "calibration.json")
     if report is None:
         return None
-    if sampler == "few_steps":
-        return _few_steps(report)
     rows = {(row["bits"], row["method"], row["way"]): row for row in report["rows"] if row["sampler"] == sampler}
     cells = []
     for bits, method in itertools.product(BITS, METHODS):

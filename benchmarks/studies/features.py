@@ -7,8 +7,6 @@ it, a script of commit 051b914. InceptionV3, the network of the FID, is for imag
 more than a thousand images can place; distances here are not FIDs.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

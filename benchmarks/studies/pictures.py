@@ -1,7 +1,5 @@
 """What the studies of pictures share: sampling the same noise in several ways, and judging it by full precision."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable

@@ -21,8 +21,6 @@ The report is written after every row, those that tell most first. `--resume` ke
 the float images and the codes; `--budget SECONDS` ends the study in time. A row that fails is named in the report.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -80,8 +78,6 @@ def all_specs(samplers: list[str], bits: list[str]) -> list[Spec]:
 
 
 class Study(Pictures):
-    """Samples and judges the rows."""
-
     def __init__(self, args: argparse.Namespace, model: models.Model, features: Features, deadline: float) -> None:
         super().__init__(model, args.images, args.batch, SAMPLERS, features, deadline)
         self.args = args
@@ -130,17 +126,12 @@ class Study(Pictures):
         if not folder.is_dir():
             folder = self.args.keep / f"codes-{self.args.codes}-w{weight_bits}-{self.weights}"
         if not (folder / "calibration.json").exists():
-            mk.calibrate(
-                self.unet,
-                self.args.codes,
-                mk.ModiffConfig(weight_bits),
-                steps=steps,
-                samples=self.args.samples,
-                folder=folder,
-                quiet=self.args.quiet,
-                scheduler=models.make_scheduler(self.model, name),
-                sample=lambda seeds: models.sample_images(self.model, self.unet, name, steps, seeds),
-            )
+            sampler = {
+                "scheduler": models.make_scheduler(self.model, name),
+                "sample": lambda seeds: models.sample_images(self.model, self.unet, name, steps, seeds),
+            }
+            options = {"steps": steps, "samples": self.args.samples, "folder": folder, "quiet": self.args.quiet}
+            mk.calibrate(self.unet, self.args.codes, mk.ModiffConfig(weight_bits), **sampler, **options)
         return mk.CalibrationResult.load(folder)
 
 

@@ -1,7 +1,5 @@
 """The JSON report of a study: written after every row, gone on with by --resume."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -55,15 +53,12 @@ class Report:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Rows so far."""
         return self.content["rows"]
 
     def key_of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What tells a row from all others."""
         return tuple(row[name] for name in self.key)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a row, on the disk too."""
         self.rows.append(dict(row))
         self.known.add(self.key_of(row))
         self.write()

@@ -33,7 +33,8 @@ from benchmarks import record
 from benchmarks.bounds import PEAKS
 from benchmarks.shapes import NETWORKS, build_unet, conditions
 from benchmarks.tables import loaded
-from modiff_kernels.backends.cuda import library, product_launch as cuda_product
+from modiff_kernels.backends.cuda import library
+from modiff_kernels.backends.cuda import product_launch as cuda_product
 from modiff_kernels.backends.triton import launch, product_launch, tiles
 from modiff_kernels.config.plan import FLOAT_MODE
 from modiff_kernels.evaluation import markdown_table, to_json
@@ -101,7 +102,10 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         if codes.ndim == 4:
             sizes = zip((height, width), window[:2], window[2:4], window[4:6])
             shape = (samples, n, *[(size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes])
-        shape, layout = shape if write_out else (0,), torch.channels_last if codes.ndim == 4 else torch.contiguous_format
+        shape, layout = (
+            shape if write_out else (0,),
+            torch.channels_last if codes.ndim == 4 else torch.contiguous_format,
+        )
         layout = layout if write_out else torch.contiguous_format
         out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=layout)
         tensors = (codes, scale, zero_point, sums, weight, weight_scale, bias, y_hat, y_hat, skip, out)

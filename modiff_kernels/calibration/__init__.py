@@ -10,7 +10,7 @@ from torch import nn
 
 from modiff_kernels.calibration import accuquant, qdiffusion, sampling_aware, static
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
-from modiff_kernels.calibration.data import Sampler, pipeline_sampler
+from modiff_kernels.calibration.data import sampler_of
 from modiff_kernels.calibration.job import Job, Layers, Options, check_choice, layers_of
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
@@ -36,7 +36,7 @@ METHODS = {
     "distill": Method(static.static, static.StaticOptions, {"network_iterations": 1200}),
     "qdiffusion": Method(qdiffusion.qdiffusion, qdiffusion.QDiffusionOptions),
     "accuquant": Method(accuquant.accuquant, accuquant.AccuQuantOptions, {"network_iterations": 600}),
-    "sampling_aware": Method(sampling_aware.sampling_aware, sampling_aware.SamplingAwareOptions),
+    "sampling_aware": Method(sampling_aware.sampling_aware, qdiffusion.QDiffusionOptions, {"split": False}),
 }
 
 
@@ -84,7 +84,7 @@ def calibrate(
     for name, value in (("steps", steps), ("samples", samples), ("batch", batch)):
         if not (isinstance(value, int) and value > 0):
             raise ValueError(f"calibrate: {name}={value!r} is not allowed; give a positive number")
-    sampler = _sampler(target, steps, scheduler, sample, call_kwargs or {})
+    sampler = sampler_of("calibrate", target, steps, scheduler, sample, call_kwargs or {})
     unet = sampler.unet
     if any(isinstance(module, ModulatedLayer) for module in unet.modules()):
         raise ValueError("calibrate: the UNet is accelerated; call remove() on its handle before")
@@ -121,15 +121,3 @@ def _weights_of(result: CalibrationResult, config: ModiffConfig, layers: Mapping
     for path, module in layers.items():
         known[path].check(module.weight.shape, module.bias is not None)
     return {path: known[path] for path in layers}
-
-
-def _sampler(target: Any, steps: int, scheduler: Any, sample: Any, call_kwargs: Mapping[str, Any]) -> Sampler:
-    if isinstance(target, nn.Module):
-        if scheduler is None or sample is None:
-            raise ValueError("calibrate: a bare UNet does not sample; give scheduler= and sample=, or its pipeline")
-        return Sampler(target, scheduler, steps, sample)
-    if not isinstance(getattr(target, "unet", None), nn.Module):
-        raise TypeError(f"calibrate: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")
-    if scheduler is not None or sample is not None:
-        raise ValueError("calibrate: a pipeline has a scheduler and samples by itself; leave scheduler and sample out")
-    return pipeline_sampler(target, steps, call_kwargs)

@@ -29,7 +29,7 @@ from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData, Sampler
 from modiff_kernels.calibration.fake import FakeLayer, remember
 from modiff_kernels.calibration.job import Job, Layers, choice, number
-from modiff_kernels.calibration.static import StaticOptions, layers_with_codes, with_scales
+from modiff_kernels.calibration.static import StaticOptions, learnt_layers, with_scales
 
 GRADIENTS = ("identity", "scheduler-coefficients", "exact")
 STATELESS = ("DDIMScheduler", "DDPMScheduler")  # a step of theirs is known by its time; others have set_begin_index
@@ -67,23 +67,17 @@ class Groups(NamedTuple):
 
 
 def accuquant(job: Job) -> Layers:
-    check_sampler(job.sampler)
+    scheduler, options = job.sampler.scheduler, job.options
+    if not (hasattr(scheduler, "set_begin_index") or (name := type(scheduler).__name__) in STATELESS):
+        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; use DDIMScheduler")
+    job.sampler.check_input("accuquant")
     data = job.data()
     groups = collect_groups(job)
-    layers = layers_with_codes(job, data)
-    options = job.options
+    layers = learnt_layers(job, data)
     if job.weights is None and options.group_iterations:
         rate = (options.group_iterations, options.group_lr)
         layers = _learn(job, "codes", groups, layers, reconstruction.WEIGHTS, None, *rate)
     return _group_scales(job, data, groups, layers) if job.needs_scales else layers
-
-
-def check_sampler(sampler: Sampler) -> None:
-    """Raise ValueError unless runs of the sampler's scheduler can start at any call, from the input of the UNet."""
-    name = type(sampler.scheduler).__name__
-    if not (hasattr(sampler.scheduler, "set_begin_index") or name in STATELESS):
-        raise ValueError(f"calibrate: accuquant starts in the middle of a run, which {name} cannot; use DDIMScheduler")
-    sampler.check_input("accuquant")
 
 
 def scheduler_at(sampler: Sampler, call: int) -> Any:
@@ -201,7 +195,7 @@ def _learn(
         return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
 
     settings = (job, part, layers, names, loss_of, groups.data, job.samples, *rate)
-    return job.layers_once(part, layers, functools.partial(reconstruction.learn, *settings))
+    return job.layers_once(part, functools.partial(reconstruction.learn, *settings))
 
 
 def _group_scales(job: Job, data: CalibrationData, groups: Groups, layers: Layers) -> Layers:

@@ -41,6 +41,21 @@ class Sampler:
             raise ValueError(f"calibrate: {method} steps from {what}; use DDIMScheduler or DPMSolverMultistepScheduler")
 
 
+def sampler_of(
+    where: str, target: Any, steps: int, scheduler: Any, sample: Any, call_kwargs: Mapping[str, Any]
+) -> Sampler:
+    """The sampler of a pipeline, or of a UNet with `scheduler` and sample(seeds)."""
+    if isinstance(target, nn.Module):
+        if scheduler is None or sample is None:
+            raise ValueError(f"{where}: a bare UNet does not sample; give scheduler= and sample=, or its pipeline")
+        return Sampler(target, scheduler, steps, sample)
+    if not isinstance(getattr(target, "unet", None), nn.Module):
+        raise TypeError(f"{where}: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")
+    if scheduler is not None or sample is not None:
+        raise ValueError(f"{where}: a pipeline has a scheduler and samples by itself; leave scheduler and sample out")
+    return pipeline_sampler(target, steps, call_kwargs)
+
+
 def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> Sampler:
     """The sampler of a diffusers pipeline. call_kwargs: more arguments of its call, the same for all images."""
     accepted = inspect.signature(pipe.__call__).parameters

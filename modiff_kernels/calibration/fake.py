@@ -38,11 +38,6 @@ def rounding(logits: Tensor) -> Tensor:
     return (torch.sigmoid(logits) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW).clamp(0, 1)
 
 
-def rounding_logits(part: Tensor) -> Tensor:
-    """V with h(V) = part, in 0..1: the inverse of `rounding`."""
-    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (part - STRETCH_LOW) - 1)
-
-
 def rounding_penalty(up: Tensor, progress: float) -> Tensor:
     """sum(1 - |2 h - 1|^beta), which draws h to 0 or 1: 0 in the first fifth, then beta falls from 20 to 2."""
     if progress < 0.2:
@@ -85,7 +80,8 @@ class FakeLayer(nn.Module):
         distance = weight_rows(float_weight) / self._steps() - codes
         if rounding == "adaround":
             self.low = torch.where(distance > 0, codes, codes - 1).clamp(self.low, self.high - 1)
-            self.variable = _parameter(rounding_logits((codes - self.low).clamp(START, 1 - START)))
+            part = (codes - self.low).clamp(START, 1 - START)  # which h of the variable is at the start
+            self.variable = _parameter(-torch.log((STRETCH_HIGH - STRETCH_LOW) / (part - STRETCH_LOW) - 1))
         else:
             self.variable = _parameter(codes + distance.clamp(-LEAN, LEAN))
         self.act_scale = _parameter(known.act_scale)

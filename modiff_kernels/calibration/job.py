@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modiff_kernels.calibration.data import TIME_STEPS, CalibrationData, Sampler, collect, ndtc_calls, uniform_calls
-from modiff_kernels.calibration.result import replace_file
+from modiff_kernels.calibration.result import DESCRIPTION, CalibrationResult, replace_file
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.layer import why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
@@ -28,7 +28,6 @@ from modiff_kernels.quant.calibrated import CalibratedLayer
 T = TypeVar("T")
 Layers = dict[str, CalibratedLayer]
 Tensors = dict[str, Tensor]
-LEARNT = ("act_scale", "bias")  # what methods learn besides codes and their scales
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -128,21 +127,14 @@ class Job:
         replace_file(path, lambda new: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new))
         return tensors
 
-    def layers_once(self, name: str, start: Mapping[str, CalibratedLayer], compute: Callable[[], Layers]) -> Layers:
-        """compute(), kept like `once`: `start` with other codes, weight scales, act_scale and bias."""
-
-        def tensors_of() -> Tensors:
-            tensors: dict[str, Tensor | None] = {}
-            for path, layer in compute().items():
-                tensors |= {f"{path}/codes": layer.weight.codes, f"{path}/scale": layer.weight.scale}
-                tensors |= {f"{path}/{name}": getattr(layer, name) for name in LEARNT}
-            return {key: value for key, value in tensors.items() if value is not None}
-
-        tensors, layers = self.once(name, tensors_of), {}
-        for path, layer in start.items():
-            weight = dataclasses.replace(layer.weight, codes=tensors[f"{path}/codes"], scale=tensors[f"{path}/scale"])
-            found = {name: tensors.get(f"{path}/{name}") for name in LEARNT}
-            layers[path] = dataclasses.replace(layer, weight=weight, **found)
+    def layers_once(self, name: str, compute: Callable[[], Layers]) -> Layers:
+        """compute(), kept like `once`."""
+        folder = None if self._parts is None else self._parts / name
+        if folder is not None and (folder / DESCRIPTION).is_file():
+            return CalibrationResult.load(folder).layers
+        layers = compute()
+        if folder is not None:
+            CalibrationResult(name, self.config, layers).save(folder)
         return layers
 
     def clear(self) -> None:

@@ -23,8 +23,7 @@ from modiff_kernels.calibration.data import CalibrationData
 from modiff_kernels.calibration.fake import FakeLayer, fake_quantized, remember
 from modiff_kernels.calibration.job import Job, Layers, Split, Tensors, number
 from modiff_kernels.calibration.static import StaticOptions, find_scale, histograms, with_scales
-from modiff_kernels.calibration.weights import calibrated_weights
-from modiff_kernels.quant.calibrated import CalibratedLayer
+from modiff_kernels.calibration.weights import layers_with_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,23 +45,19 @@ class QDiffusionOptions(StaticOptions):
 
 def qdiffusion(job: Job) -> Layers:
     data = job.data()
-    return reconstruct_blocks(job, data, data, data)
+    return reconstruct_blocks(job, data, data)
 
 
-def reconstruct_blocks(
-    job: Job, data: CalibrationData, seen: CalibrationData, wanted: CalibrationData, cosine_weight: float = 0.0
-) -> Layers:
-    """Codes and step sizes by reconstruction, started from those of layer-wise methods on `data`. Quantised blocks are
-    at `seen`, their target is what the float ones give at `wanted`, as many points. cosine_weight: of 1 - cosine of
-    both outputs, mean over points."""
+def reconstruct_blocks(job: Job, data: CalibrationData, points: CalibrationData) -> Layers:
+    """Codes and step sizes by reconstruction at `points`, started from those of layer-wise methods on `data`."""
     blocks = reconstruction.blocks_of(job.unet, job.layers, data)
 
     def block_by_block(layers: Layers, part: str, name: str) -> Layers:
         above: Layers = {}
         for index, (block, paths) in enumerate(job.bar(list(blocks.items()), part, unit="block")):
             own = {path: layers[path] for path in paths}
-            compute = functools.partial(_reconstruct, job, (seen, wanted, cosine_weight), block, above, own, name)
-            above = above | job.layers_once(f"{part}-{index}", own, compute)
+            compute = functools.partial(_reconstruct, job, points, block, above, own, name)
+            above = above | job.layers_once(f"{part}-{index}", compute)
         return above
 
     if job.weights is not None:
@@ -70,8 +65,7 @@ def reconstruct_blocks(
     else:
         if job.options.split:
             job.splits = shortcut_splits(job, data)
-        weights = calibrated_weights(job, data)
-        layers = {path: CalibratedLayer(weights[path], input_scale=job.input_scale(path)) for path in job.layers}
+        layers = layers_with_codes(job, data)
         layers |= block_by_block(layers, "block", "variable")
         if job.options.network_iterations:
             layers = reconstruction.learn_network(job, data, layers)
@@ -81,41 +75,32 @@ def reconstruct_blocks(
     return layers
 
 
-def _reconstruct(
-    job: Job, points: tuple[CalibrationData, CalibrationData, float], block: str, above: Layers, own: Layers, name: str
-) -> Layers:
+def _reconstruct(job: Job, data: CalibrationData, block: str, above: Layers, own: Layers, name: str) -> Layers:
     """The layers `own` of `block` after learning `name` of them, behind the layers `above` with their codes."""
-    options, mode, (seen, wanted, cosine_weight) = job.options, job.config.mode, points
-    weights = name == "variable"
-    batches = torch.arange(len(seen)).split(job.batch)
+    options, mode, weights = job.options, job.config.mode, name == "variable"
+    batches = torch.arange(len(data)).split(job.batch)
     before = {path: dataclasses.replace(layer, act_scale=None) for path, layer in above.items()}
     with tempfile.TemporaryDirectory(prefix="modiff-calibration-") as folder:
 
-        def record(data: CalibrationData, what: str) -> reconstruction.Recording:
+        def record(what: str) -> reconstruction.Recording:
             return reconstruction.record(job.unet, block, data, batches, Path(folder, what), what)
 
-        target = record(wanted, "output")
+        target = record("output")
         with fake_quantized(job.unet, before, mode, None) as fakes:
             for fake in fakes.values():
                 fake.hard = True
-            inputs = record(seen, "input")
-            previous = inputs if weights or mode == "quantized" else record(seen, "previous")
+            inputs = record("input")
+            previous = inputs if weights or mode == "quantized" else record("previous")
 
         def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
             module = job.unet.get_submodule(block)  # one of the fakes, where the block is a layer
             remember(fakes, lambda: reconstruction.call(module, previous.read(drawn)))
             output, goal = reconstruction.call(module, inputs.read(drawn)), target.read(drawn)[0]
-            loss = (output - goal).abs().pow(2.0 if weights else options.p).mean()
-            return loss + cosine_weight * cosine_distance(output, goal) if cosine_weight else loss
+            return (output - goal).abs().pow(2.0 if weights else options.p).mean()
 
         rate = (options.weight_iterations, options.weight_lr) if weights else (options.act_iterations, options.act_lr)
-        settings = (loss_of, seen, len(seen), *rate, options.rounding_weight)
+        settings = (loss_of, data, len(data), *rate, options.rounding_weight)
         return reconstruction.learn(job, f"{block}-{name}", own, (name,), *settings)
-
-
-def cosine_distance(output: Tensor, target: Tensor) -> Tensor:
-    """1 - <output, target> / (|output| |target|), mean over the first dimension."""
-    return 1 - nn.functional.cosine_similarity(output.flatten(1), target.flatten(1)).mean()
 
 
 def split_sites(unet: nn.Module) -> dict[str, int]:

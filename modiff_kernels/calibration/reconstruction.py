@@ -174,4 +174,4 @@ def learn_network(job: Job, data: CalibrationData, layers: Layers) -> Layers:
         settings = (data, len(data), options.network_iterations, options.network_lr)
         return learn(job, "network", layers, WEIGHTS, loss_of, *settings)
 
-    return job.layers_once("network", layers, compute)
+    return job.layers_once("network", compute)

@@ -1,4 +1,5 @@
-"""Method "sampling_aware": mixed-order trajectory alignment (MOTA; Zeng et al., Sampling-Aware Quantization, 2026).
+"""Method "sampling_aware": reconstruction where a second-order sampler evaluates the network, after mixed-order
+trajectory alignment (MOTA; Zeng et al., Sampling-Aware Quantization, 2026).
 
 A second-order solver (DPM-Solver-2; Lu et al., NeurIPS 2022, Algorithm 1) runs on the time steps t_j of the sampler,
 with lambda = log(alpha / sigma)::
@@ -7,14 +8,9 @@ with lambda = log(alpha / sigma)::
     x_{t_{j+1}} = alpha_{j+1} / alpha_j x_{t_j} - sigma_{j+1} (e^h - 1) eps(u_j, s_j)
     h = lambda_{j+1} - lambda_j, and s_j the time in the middle: lambda_s = (lambda_j + lambda_{j+1}) / 2
 
-A first-order one would take eps(x_{t_j}, t_j) in the second line. Every module f is reconstructed (`qdiffusion`)::
-
-    min sum_j |f'(p_j) - f(q_j)|^2 + cosine_weight (1 - cos(f'(p_j), f(q_j)))
-
-f' is quantised, behind modules that are. The paper's equations have p_j = (u_j, s_j) and q_j = (x_{t_j}, t_j), its text
-the opposite, and its solvers have trajectories of their own from one noise, which was worse in all measurements: both
-points are those of the second-order solver here. What is best by far is p_j = q_j = (u_j, s_j): option `direction`.
-Every row of the UNet's batch is a trajectory of its own, without guidance.
+Blocks are reconstructed as in `qdiffusion`, at (u_j, s_j). The paper aligns a quantised module at one point of an
+interval, (u_j, s_j) or (x_{t_j}, t_j), with the float one at the other, with a cosine in the loss; that lost its study
+(docs/calibration.md). Every row of the UNet's batch is a trajectory of its own, without guidance.
 """
 
 import dataclasses
@@ -26,38 +22,16 @@ import torch
 from torch import Tensor
 
 from modiff_kernels.calibration.data import CalibrationData, Sampler, uniform_calls
-from modiff_kernels.calibration.job import Job, Layers, Tensors, choice, number
-from modiff_kernels.calibration.qdiffusion import QDiffusionOptions, reconstruct_blocks
+from modiff_kernels.calibration.job import Job, Layers, Tensors
+from modiff_kernels.calibration.qdiffusion import reconstruct_blocks
 
-DIRECTIONS = ("midpoint", "midpoint_to_first", "first_to_midpoint")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingAwareOptions(QDiffusionOptions):
-    """Options of "sampling_aware", besides those of "qdiffusion".
-
-    direction: where the quantised modules and where the float ones are evaluated, of DIRECTIONS: "midpoint" both there,
-    "midpoint_to_first" as the paper's equations have it, "first_to_midpoint" as its text says. cosine_weight: of the
-    cosine term, 0 for none (the paper: none at 8 bits, 1 at 4).
-    """
-
-    split: bool = False
-    direction: str = choice("midpoint", DIRECTIONS)
-    cosine_weight: float = number(0.0, least=0)
 
 
 def sampling_aware(job: Job) -> Layers:
     Solver(job.sampler)  # refuses schedulers
     data = job.data()
-    whole = job.once("trajectories", lambda: _run(job))
-    first, middle = (
-        CalibrationData.from_tensors({key[len(at) :]: value for key, value in whole.items() if key.startswith(at)})
-        for at in ("first/", "middle/")
-    )
-    seen = first if job.options.direction == "first_to_midpoint" else middle
-    wanted = first if job.options.direction == "midpoint_to_first" else middle
-    return reconstruct_blocks(job, data, seen, wanted, job.options.cosine_weight)
+    return reconstruct_blocks(job, data, CalibrationData.from_tensors(job.once("trajectories", lambda: _run(job))))
 
 
 class Solver:
@@ -100,20 +74,21 @@ class Solver:
         return output if self.prediction == "epsilon" else (sample - alpha * output) / sigma
 
     @torch.no_grad()
-    def run(self, network: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> tuple[list[Any], list[Any]]:
-        """(x_{t_j}, t_j) and (u_j, s_j) for every interval of the time steps."""
+    def run(
+        self, network: Callable[[Tensor, Tensor], Tensor], sample: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """(u_j, s_j) for every interval of the time steps, and the sample at the end; sample: at their beginning."""
 
         def eps(sample: Tensor, timestep: Tensor) -> Tensor:
             return self.direction(network(sample, timestep), sample, timestep)
 
-        first, middle = [], []
+        states = []
         for call, (start, stop) in enumerate(zip(self.timesteps, self.timesteps[1:])):
             half = self.middle(call)
-            between = self.move(noise, eps(noise, start), start, half)
-            first.append((noise, start))
-            middle.append((between, half))
-            noise = self.move(noise, eps(between, half), start, stop)
-        return first, middle
+            between = self.move(sample, eps(sample, start), start, half)
+            states.append((between, half))
+            sample = self.move(sample, eps(between, half), start, stop)
+        return states, sample
 
 
 def _run(job: Job) -> Tensors:
@@ -123,22 +98,17 @@ def _run(job: Job) -> Tensors:
         raise ValueError(f"calibrate: sampling_aware needs at least 3 time steps, the sampler has {intervals + 1}")
     noise = job.collected("noise", torch.zeros(job.samples, 1, dtype=torch.int64), "noise")
     calls = uniform_calls(intervals, min(job.options.calls_per_sample, intervals - 1), 1)[0].tolist()
-    parts: dict[str, list[Tensors]] = {"first": [], "middle": []}
+    parts: list[Tensors] = []
     for points in job.batches(noise, "trajectories"):
         (sample, _), conditions = noise.arguments(points)
 
         def network(sample: Tensor, timestep: Tensor, conditions: dict[str, Any] = conditions) -> Tensor:
             return job.unet(sample, timestep.expand(len(sample)), **conditions, return_dict=False)[0]
 
-        for found, states in zip(parts.values(), solver.run(network, sample)):
-            for call in calls:
-                part = {"call": torch.full((len(points),), call), "row": noise.row[points]}
-                for at, (state, timestep) in (("", states[call]), ("previous_", states[call - 1])):
-                    part |= {f"{at}sample": state, f"{at}timestep": timestep.expand(len(points))}
-                found.append(part)
-    whole: Tensors = {}
-    for name, found in parts.items():
-        joined = {key: torch.cat([part[key] for part in found]) for key in found[0]}
-        data = dataclasses.replace(noise, **joined)
-        whole |= {f"{name}/{key}": value.clone() for key, value in data.tensors().items()}  # files share nothing
-    return whole
+        states, _ = solver.run(network, sample)
+        for call in calls:
+            part = {"call": torch.full((len(points),), call), "row": noise.row[points]}
+            for at, (state, timestep) in (("", states[call]), ("previous_", states[call - 1])):
+                part |= {f"{at}sample": state, f"{at}timestep": timestep.expand(len(points))}
+            parts.append(part)
+    return dataclasses.replace(noise, **{key: torch.cat([part[key] for part in parts]) for key in parts[0]}).tensors()

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from modiff_kernels.calibration.data import CalibrationData, stream
 from modiff_kernels.calibration.job import Job, Layers, Options, Tensors, choice, number
 from modiff_kernels.calibration.reconstruction import learn_network
-from modiff_kernels.calibration.weights import WEIGHT_METHODS, calibrated_weights
+from modiff_kernels.calibration.weights import WEIGHT_METHODS, layers_with_codes
 from modiff_kernels.quant.affine import affine_range, dequantize, quantize, residual_scale
-from modiff_kernels.quant.calibrated import CalibratedLayer
 
 Key = TypeVar("Key", bound=Hashable)
 Parts = Callable[[str, Tensor, Tensor], Iterable[tuple[Key, Tensor]]]
@@ -51,15 +50,15 @@ class StaticOptions(Options):
 
 def static(job: Job) -> Layers:
     data = job.data()
-    layers = layers_with_codes(job, data)
+    layers = learnt_layers(job, data)
     return with_scales(job, data, layers) if job.needs_scales else layers
 
 
-def layers_with_codes(job: Job, data: CalibrationData) -> Layers:
+def learnt_layers(job: Job, data: CalibrationData) -> Layers:
     """The layers with the codes that are to be kept, or those of weight_method, learnt on where the options say so."""
     if job.weights is not None:
         return dict(job.weights)
-    layers = {path: CalibratedLayer(weight) for path, weight in calibrated_weights(job, data).items()}
+    layers = layers_with_codes(job, data)
     return learn_network(job, data, layers) if job.options.network_iterations else layers
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.calibration.data import CalibrationData, stream
-from modiff_kernels.calibration.job import Job, Tensors
+from modiff_kernels.calibration.job import Job, Layers, Tensors
 from modiff_kernels.nn.layer import window_of
 from modiff_kernels.quant.affine import expand_weight_scale, quantize_weight, weight_rows
-from modiff_kernels.quant.calibrated import QuantizedWeight
+from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 from modiff_kernels.quant.spec import quant_max, quant_min
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3)
@@ -92,30 +92,26 @@ mse = functools.partial(rtn, scale="mse")
 WEIGHT_METHODS: dict[str, Callable[..., QuantizedWeight]] = {"rtn": rtn, "mse": mse, "gptq": gptq}
 
 
-def calibrated_weights(job: Job, data: CalibrationData) -> dict[str, QuantizedWeight]:
-    """Codes of every layer by the option weight_method, "auto": rounding loses nothing at 8 bits and 20 dB at 4."""
+def layers_with_codes(job: Job, data: CalibrationData) -> Layers:
+    """All layers with codes by the option weight_method, "auto": rounding loses nothing at 8 bits and 20 dB at 4."""
     bits, name = job.config.weight_bits, job.options.weight_method
     if name == "auto":
         name = "rtn" if bits == 8 else "gptq"
     whole = -1 if job.config.group_size is None else job.config.group_size
     group_sizes = {path: job.splits[path].group_size if path in job.splits else whole for path in job.layers}
 
-    def compute(paths: Sequence[str]) -> Tensors:
-        hessians = second_moments(job, data, paths) if name == "gptq" else {}
-        tensors: Tensors = {}
+    def compute(paths: Sequence[str]) -> Layers:
+        hessians, layers = second_moments(job, data, paths) if name == "gptq" else {}, {}
         for path in job.bar(paths, name, unit="layer"):
             scale, hessian = job.input_scale(path), hessians.pop(path, None)
             weight = quantize_layer(job.layers[path], hessian, name, bits, group_sizes[path], scale)
-            tensors |= {f"{path}/codes": weight.codes, f"{path}/scale": weight.scale}
-        return tensors
+            layers[path] = CalibratedLayer(weight, input_scale=scale)
+        return layers
 
-    tensors: Tensors = {}
+    layers: Layers = {}
     for number, paths in enumerate(_memory_groups(job.layers) if name == "gptq" else [list(job.layers)]):
-        tensors |= job.once(f"weights-{name}-{number}", functools.partial(compute, paths))
-    return {
-        path: QuantizedWeight(tensors[f"{path}/codes"], tensors[f"{path}/scale"], bits, size)
-        for path, size in group_sizes.items()
-    }
+        layers |= job.layers_once(f"weights-{name}-{number}", functools.partial(compute, paths))
+    return layers
 
 
 def quantize_layer(

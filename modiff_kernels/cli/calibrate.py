@@ -39,16 +39,12 @@ def _calibrate_layers(args: argparse.Namespace, folder: Path) -> int:
         if args.mode == "weight_only":
             config = dataclasses.replace(config, mode="modulated")
         config = dataclasses.replace(config, scale_mode=args.scale_mode, group_size=args.group_size)
-        result = mk.calibrate(
-            model.unet,
-            args.method,
-            config,
-            folder=folder,
-            **{name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")},
-            scheduler=networks.make_scheduler(model, args.scheduler),
-            sample=lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
-            **options,
-        )
+        sampler = {
+            "scheduler": networks.make_scheduler(model, args.scheduler),
+            "sample": lambda seeds: networks.sample_images(model, model.unet, args.scheduler, args.steps, seeds),
+        }
+        options |= {name: getattr(args, name) for name in ("steps", "samples", "batch", "seed", "weights", "quiet")}
+        result = mk.calibrate(model.unet, args.method, config, folder=folder, **sampler, **options)
         result.metadata["command"] = command_line(args.argv)
         result.save(folder)
     if not args.quiet:
@@ -75,16 +71,15 @@ def _measure_plan(args: argparse.Namespace, out: Path) -> int:
     model = networks.open_model(args)
     seeds = range(args.seed, args.seed + args.batch)
     limited = None if args.max_state_bytes is None else "auto"  # a limit stands beside a plan
+
+    def sample(unet: Any) -> Any:
+        return networks.sample_images(model, unet, args.scheduler, args.steps, seeds)
+
     with user_errors():
-        plan = mk.make_plan(
-            model.unet,
-            config_of_row(row_of(args, "plan", plan=limited), args.backend, args.granularity, args.max_state_bytes),
-            sample=lambda candidate: networks.sample_images(model, candidate, args.scheduler, args.steps, seeds),
-            max_loss_db=args.max_loss_db,
-            rounds=args.rounds,
-            use_cache=False,
-            progress=not args.quiet,
-        )
+        row = row_of(args, "plan", plan=limited)
+        config = config_of_row(row, args.backend, args.granularity, args.max_state_bytes)
+        options = {"max_loss_db": args.max_loss_db, "rounds": args.rounds, "progress": not args.quiet}
+        plan = mk.make_plan(model.unet, config, sample=sample, use_cache=False, **options)
     print(plan.describe())
     replace_file(out, lambda new: new.write_text(plan.to_json() + "\n"))
     try:
@@ -111,15 +106,10 @@ def _fit_schedule(args: argparse.Namespace, out: Path) -> int:
         with user_errors(f"--speedup {args.speedup:g}: "):
             evaluations = computed_for_speedup(model.calls, args.speedup, **times)
     with user_errors():
-        found = mk.fit_schedule(
-            model.unet,
-            evaluations,
-            scheduler=networks.make_scheduler(model, args.scheduler),
-            sample=pictures,
-            known=known.values,
-            on_progress=known.save,
-            **{name: getattr(args, name) for name in ("budget_db", "steps", "towards", "images", "seed", "quiet")},
-        )
+        options = {name: getattr(args, name) for name in ("budget_db", "steps", "towards", "images", "seed", "quiet")}
+        options |= {"scheduler": networks.make_scheduler(model, args.scheduler), "sample": pictures}
+        options |= {"known": known.values, "on_progress": known.save}
+        found = mk.fit_schedule(model.unet, evaluations, **options)
         about = {"model": model.name, "scheduler": args.scheduler, "steps": args.steps, **times}
         notes = {**about, **found.notes, "command": command_line(args.argv)}
         text = stored.add(out, found._replace(notes=notes))

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     for repeat, start, configuration in (bar := tqdm(turns, "sample", unit="run", disable=args.quiet, leave=False)):
         bar.set_postfix_str(configuration.row.key)
         configuration.measure(start, keep=repeat == 0)
-    report = _report(args, model, reference, configurations, notes)
+    report = _report(reference, configurations, notes)
     cells = [table_cells(row) for row in report["rows"]]
     print(text_table(HEADER, cells))
     if not args.quiet:
@@ -141,13 +141,8 @@ def _warm_up(args: argparse.Namespace, made: Sequence[Configuration]) -> tuple[l
     return kept, [*notes, f"Warm-up of {steps} steps a row, compilation included, {taken}"]
 
 
-def _report(
-    args: argparse.Namespace,
-    model: networks.Model,
-    reference: Configuration,
-    configurations: Sequence[Configuration],
-    notes: Sequence[str],
-) -> dict[str, Any]:
+def _report(reference: Configuration, configurations: Sequence[Configuration], notes: Sequence[str]) -> dict[str, Any]:
+    args, model = reference.args, reference.model
     floats = {c.row.name: statistics.median(c.seconds) for c in configurations if c.row.mode == "float"}
     best = min(floats, key=lambda name: floats[name], default=None)
     fastest = f"against {best}, the fastest full-precision row" if best else "none, for there is no full-precision row"

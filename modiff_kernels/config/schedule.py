@@ -21,12 +21,6 @@ AUTO = re.compile(r"auto(?: [1-9]\d*)?")  # with the number of evaluations
 _error = functools.partial(not_allowed, "StepSchedule")
 _PATTERN = re.compile(r"(?:[UHF]\d*)+")
 _PART = re.compile(r"([UHF])(\d*)")
-GONE = {
-    "level": "None: skipping deep levels alone is gone; at equal cost it was worse than skipping whole calls",
-    "tolerance": "None: the adaptive mode is gone; it read the device at every forecast, and was no better",
-    "order": "None: polynomials have degree 2; fitted weights (`modiff calibrate --schedule`) are better than any",
-    "axis": "None: polynomials are in the root of sigma; fitted weights (`modiff calibrate --schedule`) are better",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +43,8 @@ class StepSchedule:
     last: int = 1
     stochastic: bool = False
     weights: Sequence[Sequence[float]] | None = None
-    level: dataclasses.InitVar[Any] = None  # gone, as those below; refused with the reason
-    tolerance: dataclasses.InitVar[Any] = None
-    order: dataclasses.InitVar[Any] = None
-    axis: dataclasses.InitVar[Any] = None
 
-    def __post_init__(self, level: Any, tolerance: Any, order: Any, axis: Any) -> None:
-        for field, value in (("level", level), ("tolerance", tolerance), ("order", order), ("axis", axis)):
-            if value is not None:
-                raise _error(field, value, GONE[field])
-        if isinstance(self.rule, str) and self.rule.startswith("deep-"):
-            raise _error("rule", self.rule, GONE["level"].removeprefix("None: "))
+    def __post_init__(self) -> None:
         if not isinstance(self.rule, str) or (self.rule not in RULES and not _PATTERN.fullmatch(self.rule)):
             raise _error("rule", self.rule, f"{', '.join(RULES)}, or a pattern of U, F and H such as 'U3F2UF2U'")
         if self.rule not in RULES:
@@ -113,12 +98,12 @@ class StepSchedule:
         options: dict[str, Any] = {}
         for word in words:
             name, _, value = word.partition("=")
-            if not value or name not in (*names, *GONE):
+            if not value or name not in names:
                 allowed = ", ".join(f"{name}=" for name in names)
                 raise ValueError(f"StepSchedule: {word!r} in {text!r} is not allowed; give {allowed} without spaces")
             try:
                 options[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):  # a word, such as the name of an axis
+            except (ValueError, SyntaxError):  # a word
                 options[name] = value
         return cls(rule, **options)
 
@@ -141,17 +126,19 @@ class StepSchedule:
 
     @classmethod
     def from_json(cls, text: str) -> "StepSchedule":
-        """Read what `to_json` wrote; ValueError on anything else."""
+        """Read what `to_json` wrote, with null for fields of earlier versions; ValueError on anything else."""
         values = read_json("StepSchedule", text)
         names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= {*names, *GONE}:
+        if isinstance(values, Mapping):
+            values = {name: value for name, value in values.items() if value is not None}
+        if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= set(names):
             raise ValueError(f"StepSchedule: {text!r} is not an object with a rule; the fields are {', '.join(names)}")
         return cls(**values)
 
     @property
     def needs_axis(self) -> bool:
         """Whether some calls are forecast."""
-        return self.weights is not None or FORECAST in self._letters()
+        return self.weights is not None or FORECAST in (RULES.get(self.rule) or _expanded(self.rule))
 
     def actions(self, calls: int) -> str:
         """A letter for each of the `calls` calls of a run, the first of them U. A pattern keeps its computed calls at
@@ -179,9 +166,6 @@ class StepSchedule:
         how = how if self.weights is None else ", forecast with fitted weights"
         count = "" if calls is None else f"; {self.actions(calls).count(UPDATE)} of {calls} calls are computed"
         return f"{self.without_weights()}: skips calls{how}{count}"
-
-    def _letters(self) -> set[str]:
-        return set(RULES.get(self.rule) or _expanded(self.rule))
 
 
 def _expanded(pattern: str) -> str:

@@ -21,7 +21,7 @@ from modiff_kernels.evaluation.folders import look_into, read_config
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.stored import best_of
+from modiff_kernels.planning.stored import best_of, run_of
 
 MULTISTEP = {"algorithm_type": "dpmsolver++"}
 OWN_OPTIONS: dict[str, Any] = {
@@ -171,7 +171,7 @@ def _stored_schedule(model: Model, scheduler: str, steps: int, stored: Sequence[
     timesteps = host_timesteps(own)
     if (found := best_of(stored, own, timesteps)) is None:
         last = stored[-1]
-        text = f"it was fitted to a run with {last.difference(own, timesteps)}"
+        text = f"it was fitted to a run with {last.difference(run_of(own, timesteps))}"
         advice = f"fit one with `modiff calibrate --schedule`, or give --schedule {last.schedule.without_weights()!r}"
         raise UserError(f"--schedule {last.path}: {text}; {advice}")
     return found.schedule

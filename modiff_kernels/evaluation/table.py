@@ -43,19 +43,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], f"| --- |{' ---: |' * (len(header) - 1)}", *lines[1:]])
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def to_json(report: Mapping) -> str:
     """`report` as standard JSON text; inf and NaN, which JSON lacks, become null."""
-    return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
+    plain = json.loads(json.dumps(report, default=np.generic.item), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=1) + "\n"
 
 
 def command_line(argv: Sequence[str]) -> str:

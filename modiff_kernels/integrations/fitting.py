@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modiff_kernels.calibration.data import pipeline_sampler
+from modiff_kernels.calibration.data import Sampler, sampler_of
 from modiff_kernels.integrations.handle import HANDLE
 from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.integrations.scheduled import in_form, sample_of
@@ -58,41 +58,44 @@ def fit_schedule(
         raise ValueError("fit_schedule: give exactly one of evaluations and budget_db")
     if towards not in TARGETS:
         raise ValueError(f"fit_schedule: towards={towards!r} is not allowed; give one of {', '.join(TARGETS)}")
-    unet, scheduler, sampled = _parts(target, scheduler, sample, call_kwargs or {})
+
+    def sampler(steps: int) -> Sampler:
+        of_steps = sample and (lambda seeds: sample(seeds, steps))
+        return sampler_of("fit_schedule", target, steps, scheduler, of_steps, call_kwargs or {})
+
+    def sampled(seeds: Sequence[int], steps: int) -> Any:
+        pictures = sampler(steps).run(seeds)
+        return pictures if target is unet else pictures[0]
+
+    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
     if hasattr(unet, HANDLE):
         raise ValueError("fit_schedule: the UNet is accelerated; call remove() on its handle before")
-    if clock.is_stochastic(scheduler):
-        raise ValueError(f"fit_schedule: {type(scheduler).__name__} adds noise at its steps; choose another sampler")
+    if clock.is_stochastic(own := sampler(steps).scheduler):
+        raise ValueError(f"fit_schedule: {type(own).__name__} adds noise at its steps; choose another sampler")
     started = time.perf_counter()
-    run, log_snr = _described(scheduler, steps)
+    run, log_snr = _described(sampler(steps))
     with tqdm(desc="fit", unit="run", disable=quiet, leave=False, mininterval=1) as bar, torch.no_grad():
 
-        def fit_on(first: int, count: int) -> Fit:
+        def fit_on(first: int, count: int, *more: Any) -> Fit:
             seeds = range(seed + first, seed + first + count)
             passes = _Passes(unet, functools.partial(sampled, seeds, steps), len(log_snr))
             wanted = Target(*passes.states(), log_snr)
             if towards == "converged":
-                longest = getattr(scheduler.config, "num_train_timesteps", 1000)
+                longest = getattr(own.config, "num_train_timesteps", 1000)
                 fine = min(longest, max(CONVERGED, 10 * steps))
-                fine_snr = _described(scheduler, fine)[1]
+                fine_snr = _described(sampler(fine))[1]
                 finer = _Passes(unet, functools.partial(sampled, seeds, fine), len(fine_snr))
                 wanted = _between(finer, fine_snr, log_snr)
-            return Fit(passes, wanted, bar.update)
+            return Fit(passes, wanted, bar.update, *more)
 
-        fitting, validation = fit_on(0, images), fit_on(images, max(1, images // 2))
-        found = fitted(fitting, validation, evaluations, budget_db, known, on_progress)
+        fitting, validation = fit_on(0, images, known, on_progress), fit_on(images, max(1, images // 2))
+        found = fitted(fitting, validation, evaluations, budget_db)
         held_out = fit_on(images + max(1, images // 2), images)
         held_out_db, polynomial_db = held_out.fidelity(found.computed, found.rows), held_out.fidelity(found.computed)
-    notes = {
-        "evaluations": len(found.computed),
-        "towards": towards,
-        "images": images,
-        "seed": seed,
-        "fitting_db": round(found.fitting_db, 2),
-        "held_out_db": round(held_out_db, 2),
-        "polynomial_db": round(polynomial_db, 2),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    values = {"fitting_db": found.fitting_db, "held_out_db": held_out_db, "polynomial_db": polynomial_db}
+    notes = {"evaluations": len(found.computed), "towards": towards, "images": images, "seed": seed}
+    notes |= {name: round(db, 2) for name, db in values.items()}
+    notes["seconds"] = round(time.perf_counter() - started, 1)
     return stored.StoredSchedule(found.schedule, run, None, notes)
 
 
@@ -147,26 +150,9 @@ class _Passes:
         return picture if isinstance(picture, Tensor) else torch.as_tensor(np.asarray(picture))
 
 
-def _parts(
-    target: Any, scheduler: Any, sample: Any, call_kwargs: Mapping[str, Any]
-) -> tuple[nn.Module, Any, Callable[[Sequence[int], int], Any]]:
-    if isinstance(target, nn.Module):
-        if scheduler is None or sample is None:
-            raise ValueError("fit_schedule: a bare UNet does not sample; give scheduler= and sample=, or its pipeline")
-        return target, scheduler, sample
-    if not isinstance(getattr(target, "unet", None), nn.Module):
-        raise TypeError(f"fit_schedule: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")
-    return (
-        target.unet,
-        target.scheduler,
-        lambda seeds, steps: pipeline_sampler(target, steps, call_kwargs).run(seeds)[0],
-    )
-
-
-def _described(scheduler: Any, steps: int) -> tuple[dict[str, Any], list[float]]:
+def _described(sampler: Sampler) -> tuple[dict[str, Any], list[float]]:
     """What a stored schedule says of its run, and the log-SNR of its calls."""
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(steps)
+    own = sampler.new_scheduler()
     timesteps = clock.host_timesteps(own)
     if (log_snr := clock.log_snr(timesteps, own)) is None:
         raise ValueError(f"fit_schedule: {type(own).__name__} does not tell its noise levels; choose another sampler")

@@ -108,16 +108,17 @@ def parts_of(whole: Problem) -> tuple[Problem, Problem]:
 
 
 @cache
-def _composed(quantizing: str, multiplying: str) -> Callable[..., Any]:
-    """`ops.modulate` as the functions of two backends."""
-    quantize, product = load(quantizing).quantize, load(multiplying).product
+def composed(quantize: Callable[..., Any], product: Callable[..., Any]) -> Callable[..., Any]:
+    """`ops.modulate` as these two functions, of backends, or of all, which also take the name of one."""
 
     def modulate(
         h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
-        last_absmax=None,
+        last_absmax=None, *backend,
     ):  # fmt: skip
-        codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax)
-        out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out)
+        codes, used, absmax = quantize(
+            h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax, *backend
+        )
+        out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, *backend)
         return out, used, absmax
 
     return modulate
@@ -126,7 +127,8 @@ def _composed(quantizing: str, multiplying: str) -> Callable[..., Any]:
 def _function(problem: Problem, name: str, backend: str) -> Callable[..., Any]:
     module = load(name)
     if problem.op == "modulate" and not (hasattr(module, "modulate") and module.why_not(problem) is None):
-        return _composed(select(parts_of(problem)[0], backend).backend, name)
+        quantizing = select(parts_of(problem)[0], backend).backend
+        return composed(load(quantizing).quantize, module.product)
     return getattr(module, problem.op)
 
 
@@ -210,16 +212,12 @@ def table(op: str) -> dict[str, str | None]:
     return {name: why_unavailable(name) or (None if hasattr(load(name), op) else lacks) for name in BACKENDS}
 
 
-def on_reset(forget: Callable[[], None]) -> None:
-    _forgetters.append(forget)
-
-
 def reset() -> None:
     """Forget all choices and read MODIFF_BACKEND again at the next one."""
-    for forget in _forgetters:
+    for forget in forgetters:
         forget()
 
 
-_forgetters: list[Callable[[], None]] = [
-    c.cache_clear for c in (forced_backend, load, why_unavailable, _composed, select, _warn_slow)
+forgetters: list[Callable[[], None]] = [
+    c.cache_clear for c in (forced_backend, load, why_unavailable, select, _warn_slow)
 ]

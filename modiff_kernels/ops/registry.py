@@ -126,7 +126,7 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
         others_of = itemgetter(*[i for i, tensor in enumerate(is_tensor) if not tensor], -1)
         empty_results: Callable[..., Any] = fn
         kept: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        dispatch.on_reset(kept.clear)
+        dispatch.forgetters.append(kept.clear)
 
         def kernel_for(*args: Any) -> Callable[..., Any]:
             problem = check(*args[:-1])

@@ -174,13 +174,7 @@ def modulate_kernel(*args):  # type: ignore[no-untyped-def]
     return _both_ops if problem.device_type == "meta" else dispatch.select(problem, args[-1]).fn
 
 
-def _both_ops(
-    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
-    last_absmax, backend="auto",
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    codes, used, absmax = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax, backend)
-    out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, backend)
-    return out, used, absmax
+_both_ops = dispatch.composed(quantize, product)
 
 
 @declare(check.attention)

@@ -18,6 +18,7 @@ ratio per step, all calls computed), bespoke solvers (Shaul et al. 2024: a sampl
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from bisect import bisect_right
@@ -77,14 +78,13 @@ class _Reached(Exception):
 class Fit:
     """The fits on some pictures. sample(answer): samples them; in the place of pass p of call i of the network on a
     sample x, answer(i, p, x, compute) gives the output, with compute() for that of the network. on_run:
-    called after each run of the sampler."""
+    called after each run of the sampler. known: what an interrupted fit has found, added to; on_known: called then."""
 
     def __init__(
-        self,
-        sample: Callable[[Answer], Tensor],
-        target: Target,
-        on_run: Callable[[], Any] = lambda: None,
-    ) -> None:
+        self, sample: Callable[[Answer], Tensor], target: Target, on_run: Callable[[], Any] = lambda: None,
+        known: MutableMapping[str, Any] | None = None, on_known: Callable[[], Any] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.known, self._on_known = {} if known is None else known, on_known
         self.calls = len(target.states)
         self._sample, self._target, self._on_run = sample, target, on_run
         self._places = [math.exp(-snr / 4) for snr in target.log_snr]
@@ -96,6 +96,13 @@ class Fit:
         self._gram = torch.stack([torch.stack([row @ other for other in both]) for row in both])
         self._spans: dict[Computed, Rows] = {}  # by the computed calls up to the span's end
         self._outputs: dict[Computed, Outputs] = {}  # by those up to the call
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """compute(), or what is known under this name."""
+        if name not in self.known:
+            self.known[name] = compute()
+            self._on_known()
+        return self.known[name]
 
     def states(self, computed: Computed) -> tuple[Rows, Outputs]:
         """The fit of the spans, one after the other, and the outputs of the computed calls. Beginnings that were fitted
@@ -257,24 +264,17 @@ def _solved(normal: Tensor, right: Tensor, damping: float) -> list[float]:
     return list(torch.linalg.solve(normal + damping * normal.diag().clamp_min(1e-12).diag(), right).tolist())
 
 
-def search(
-    fit: Fit,
-    evaluations: int,
-    known: MutableMapping[str, Any],
-    on_pattern: Callable[[], Any] = lambda: None,
-    least_db: float = -math.inf,
-) -> Computed | None:
+def search(fit: Fit, evaluations: int, least_db: float = -math.inf) -> Computed | None:
     """The computed calls whose fit of the states is best: from the promising ones on, each is moved by one call as long
-    as that helps. known: fidelities by pattern, read and added to: an interrupted search goes on. None where the
-    promising ones are so bad that nothing of it can reach least_db."""
+    as that helps. Fidelities are known by pattern: an interrupted search goes on. None where the promising ones are so
+    bad that nothing of it can reach least_db."""
 
     def score(computed: Computed) -> float:
-        text = pattern(computed, fit.calls)
-        if text not in known:
+        def compute() -> float:
             rows, outputs = fit.states(computed)
-            known[text] = fit.fidelity(computed, rows, outputs)
-            on_pattern()
-        return float(known[text])
+            return fit.fidelity(computed, rows, outputs)
+
+        return float(fit.once(pattern(computed, fit.calls), compute))
 
     best = max(fit.promising(evaluations), key=score)
     if score(best) < least_db - QUICK_DB:
@@ -299,29 +299,22 @@ def _neighbours(computed: Computed, calls: int) -> Iterator[Computed]:
                 yield moved
 
 
-def fitted(
-    fitting: Fit,
-    validation: Fit,
-    evaluations: int | None,
-    budget_db: float | None = None,
-    known: MutableMapping[str, Any] | None = None,
-    on_pattern: Callable[[], Any] = lambda: None,
-) -> Fitted:
+def fitted(fitting: Fit, validation: Fit, evaluations: int | None, budget_db: float | None = None) -> Fitted:
     """The best schedule of so many computed calls, or the one of the fewest whose fidelity is budget_db. Deterministic
     if sampling is. ValueError where there is none, or it is worse than the polynomial on the pictures of `validation`.
     """
-    calls, known = fitting.calls, {} if known is None else known
+    calls = fitting.calls
     if evaluations is not None and not 2 <= evaluations <= calls:
         raise ValueError(f"evaluations={evaluations} is not allowed; give 2 to {calls} for runs of {calls} calls")
     found = None
     for count in range(2, calls) if evaluations is None else (evaluations,):
         least_db = -math.inf if budget_db is None else budget_db
-        if (computed := search(fitting, count, known, on_pattern, least_db)) is not None:
-            found = _finished(fitting, validation, computed, known, on_pattern)
+        if (computed := search(fitting, count, least_db)) is not None:
+            found = _finished(fitting, validation, computed)
             if found.validation_db >= least_db:
                 break
     else:
-        most = max(db for db in known.values() if isinstance(db, float))
+        most = max(db for db in fitting.known.values() if isinstance(db, float))
         text = (
             f"the most that was found with up to {calls - 1} computed calls is {most:.1f} dB; give less, or more steps"
         )
@@ -332,27 +325,21 @@ def fitted(
     return found
 
 
-def _finished(
-    fitting: Fit,
-    validation: Fit,
-    computed: Computed,
-    known: MutableMapping[str, Any],
-    on_pattern: Callable[[], Any],
-) -> Fitted:
+def _finished(fitting: Fit, validation: Fit, computed: Computed) -> Fitted:
     """End fits as long as they gain on other pictures."""
-    text = pattern(computed, fitting.calls)
-    rows = fitting.states(computed)[0]
+    start = rows = fitting.states(computed)[0]
     best_db = validation.fidelity(computed, rows)
-    columns: list[Tensor] = []
+    columns = functools.cache(lambda: fitting.jacobian(computed, start))
+
+    def moved(rows: Rows) -> Rows:
+        return fitting.end(computed, rows, columns())
+
     for step in range(END_STEPS):
-        name = f"{text} end {step}"
-        if name not in known:
-            columns = columns or fitting.jacobian(computed, fitting.states(computed)[0])
-            known[name] = fitting.end(computed, rows, columns)
-            on_pattern()
-        if (db := validation.fidelity(computed, known[name])) <= best_db:
+        name = f"{pattern(computed, fitting.calls)} end {step}"
+        new = fitting.once(name, functools.partial(moved, rows))
+        if (db := validation.fidelity(computed, new)) <= best_db:
             break
-        rows, best_db = known[name], db
+        rows, best_db = new, db
     rows = [[round(weight, 7) for weight in row] for row in rows]
     return Fitted(computed, rows, fitting.fidelity(computed, rows), best_db, validation.fidelity(computed))
 

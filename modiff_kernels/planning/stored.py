@@ -32,12 +32,8 @@ class StoredSchedule(NamedTuple):
         """Computed calls of a run."""
         return self.schedule.actions(len(self.run["timesteps"])).count(UPDATE)
 
-    def difference(self, scheduler: Any, timesteps: Sequence[float]) -> str | None:
-        """The first thing in which a run with these timesteps is not the one that was fitted, or None."""
-        return self.difference_of(run_of(scheduler, timesteps))
-
-    def difference_of(self, other: Mapping[str, Any]) -> str | None:
-        """The same for a run as `run_of`."""
+    def difference(self, other: Mapping[str, Any]) -> str | None:
+        """The first thing in which a run, as `run_of`, is not the one that was fitted, or None."""
         was, now = (
             {**run["sampler"], "calls": len(run["timesteps"]), "timesteps": run["timesteps"]}
             for run in (self.run, other)
@@ -67,7 +63,7 @@ def best_of(
     """Of those for this run the one with so many evaluations; None: with the fewest that has ENOUGH_DB, or else the one
     that has most."""
     run = run_of(scheduler, timesteps)
-    fit = [found for found in stored if found.difference_of(run) is None]
+    fit = [found for found in stored if found.difference(run) is None]
     if evaluations is not None:
         return next((found for found in fit if found.evaluations == evaluations), None)
 

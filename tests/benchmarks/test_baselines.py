@@ -9,8 +9,8 @@ from benchmarks.baselines import deepcache
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS
 from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, run_rows, step_rows
-from benchmarks.shapes import build_unet
 from benchmarks.steps import BASELINES, least_sqnr_db
+from tests.unets import unet2d
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -60,14 +60,14 @@ def test_both_forms_of_deepcache_compute_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "DeepCache", types.SimpleNamespace(DeepCacheSDHelper=Helper))
     monkeypatch.setattr(deepcache.torch, "compile", lambda function, dynamic: function)
     scheduler = types.SimpleNamespace(timesteps=torch.tensor([900, 700, 500, 300, 200, 100, 50]))
-    inputs = torch.randn(7, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(7, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     samples = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     with torch.no_grad():
-        unet = build_unet("cifar10_small16").to(memory_format=torch.channels_last)
+        unet = unet2d().to(memory_format=torch.channels_last)
         dense = [unet(x, t).sample for x, t in zip(samples, scheduler.timesteps)]
         expected = None
         for options, times in (({}, 1), ({"compiled": True}, 2), ({"compiled": True, "capture": capture}, 3)):
-            unet = build_unet("cifar10_small16").to(memory_format=torch.channels_last)
+            unet = unet2d().to(memory_format=torch.channels_last)
             cached = CachedUNet(unet, 3, **options)
             for _ in range(times):
                 with cached.run(scheduler):

@@ -27,9 +27,10 @@ def test_the_command_line_knows_every_method():
     assert tuple(METHODS) == CLI_METHODS
 
 
-LEARNT = {"weight_iterations": 2, "act_iterations": 2, "learn_batch": 2}
+FEW = {"samples": 2, "act_iterations": 2}
+LEARNT = {**FEW, "weight_iterations": 2, "learn_batch": 2}
 SHORT = {"distill": {"network_iterations": 2}, "qdiffusion": LEARNT, "sampling_aware": LEARNT}
-SHORT["accuquant"] = {"network_iterations": 0, "group_steps": 2, "group_iterations": 2, "act_iterations": 2}
+SHORT["accuquant"] = {**FEW, "network_iterations": 0, "group_steps": 2, "group_iterations": 2}
 STOPPED = {"qdiffusion": (reconstruction, "learn", 7), "accuquant": (reconstruction, "learn", 3)}
 STOPPED["sampling_aware"] = sampling_aware, "reconstruct_blocks", 1
 
@@ -198,8 +199,6 @@ def test_bad_requests(pipe):
         ({"method": "accuquant", "gradient": "none"}, "gradient='none' is not allowed; choose one of 'identity'"),
         ({"method": "accuquant", "group_steps": 0}, "group_steps=0 is not allowed"),
         ({"method": "accuquant", "table": False}, "table=False is not allowed"),
-        ({"method": "sampling_aware", "direction": "both"}, "direction='both' is not allowed; choose one of 'midpoint"),
-        ({"method": "sampling_aware", "cosine_weight": -1.0}, "cosine_weight=-1.0 is not allowed"),
         ({"call_kwargs": {"prompt": "a cat"}}, "DDPMPipeline takes no prompt; it takes batch_size"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -104,7 +104,8 @@ def test_what_needs_no_torch_is_answered_without():
 
 @pytest.mark.parametrize("command", ["sample --out OUT/a.png", "sample --out OUT", "compare --rows plain --out OUT"])
 def test_a_full_disk(unet_folder, tmp_path, capsys, command):
-    words = f"{command} --model {unet_folder} --batch 2 --threads 1 --quiet".replace("OUT", f"{tmp_path}/out").split()
+    words = f"{command} --model {unet_folder} --images 2 --batch 2 --steps 3 --threads 1 --quiet"
+    words = words.replace("OUT", f"{tmp_path}/out").split()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import itertools
 import warnings
 
@@ -202,10 +201,7 @@ def test_scales_cope_with_the_gap(mode):
 class TestRefusals:
     @pytest.mark.parametrize(
         ("schedule", "calls", "match"),
-        [
-            ("hold", (), r"number of calls .* is not known"),
-            ("auto", (20,), r"sampling_run\(scheduler="),
-        ],
+        [("hold", (), r"number of calls .* is not known"), ("auto", (20,), r"sampling_run\(scheduler=")],
     )
     def test_what_must_be_known(self, schedule, calls, match):
         unet = unet2d()
@@ -335,8 +331,6 @@ class TestSchedulers:
         "scheduler",
         [
             DDIMScheduler,
-            functools.partial(DDIMScheduler, prediction_type="v_prediction"),
-            functools.partial(DDIMScheduler, prediction_type="sample"),
             PNDMScheduler,
             DPMSolverMultistepScheduler,
             UniPCMultistepScheduler,

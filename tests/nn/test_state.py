@@ -118,19 +118,6 @@ def test_layer_that_the_first_call_left_out(state):
         call(state, second, torch.randn(2, 8))
 
 
-def test_skipped_layers_may_come_back(state):
-    """A layer that is left out of some update calls only sees a larger residual."""
-    always, sometimes = linear(state, "always"), linear(state, "sometimes")
-    x = torch.randn(2, 8)
-    state.begin_run()
-    for step in range(12):
-        with state.call():
-            always(x)
-            if step % 2 == 0:
-                out = sometimes(x)
-    torch.testing.assert_close(out.double(), operator(sometimes, x)[0], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(("calibrated", "advice"), [(False, "num_calls=2: give as many"), (True, "calibrate one for")])
 def test_more_calls_than_announced(state, calibrated, advice):
     layer = linear(state)

@@ -42,7 +42,7 @@ def with_cpu(monkeypatch, fresh_dispatch):
         monkeypatch.setattr(dispatch, "load", load)
         fresh_dispatch.reset()
 
-    monkeypatch.setattr(dispatch, "_forgetters", [f for f in dispatch._forgetters if f != dispatch.load.cache_clear])
+    monkeypatch.setattr(dispatch, "forgetters", [f for f in dispatch.forgetters if f != dispatch.load.cache_clear])
     return install
 
 
@@ -203,7 +203,8 @@ def test_the_order_of_backends_on_gpus(monkeypatch, fresh_dispatch, op, capabili
     assert op != "product" or more or int8_products(capability).startswith(first)
     if op == "modulate":  # fused on 4-bit tensor cores; on sm_90 quantised by one backend and multiplied by the other
         fused = dispatch.load("cuda").modulate
-        assert selection.fn is (fused if capability == (8, 6) and not more else dispatch._composed("triton", first))
+        parts = dispatch.load("triton").quantize, dispatch.load(first).product
+        assert selection.fn is (fused if capability == (8, 6) and not more else dispatch.composed(*parts))
 
 
 def test_a_new_backend_is_two_functions_a_reason_and_a_name(monkeypatch, fresh_dispatch):

@@ -15,9 +15,13 @@ def scheduler_of(steps=8, kind=DDIMScheduler, **options):
     return made
 
 
+def run_of(scheduler, first=0):
+    return stored.run_of(scheduler, host_timesteps(scheduler)[first:])
+
+
 def write(folder, **changes):
     scheduler = scheduler_of()
-    entries = {"schedule": "U3FUF3", **stored.run_of(scheduler, host_timesteps(scheduler)), **changes}
+    entries = {"schedule": "U3FUF3", **run_of(scheduler), **changes}
     (folder / stored.FILE_NAME).write_text(json.dumps(entries))
     return folder / stored.FILE_NAME
 
@@ -31,13 +35,13 @@ def test_it_fits_the_run_that_was_searched(tmp_path):
     assert str(found.schedule) == "U3FUF3"
     assert found.evaluations == 4
     same = scheduler_of()
-    assert found.difference(same, host_timesteps(same)) is None
+    assert found.difference(run_of(same)) is None
     longer, free = scheduler_of(steps=9), scheduler_of(clip_sample=False)
-    assert found.difference(longer, host_timesteps(longer)) == "calls 8, and this run has 9"
-    assert found.difference(free, host_timesteps(free)) == "clip_sample True, and this run has False"
+    assert found.difference(run_of(longer)) == "calls 8, and this run has 9"
+    assert found.difference(run_of(free)) == "clip_sample True, and this run has False"
     from_another = DDIMScheduler.from_config({**DDPMScheduler().config, "variance_type": "fixed_large"})
     from_another.set_timesteps(8)
-    assert found.difference(from_another, host_timesteps(from_another)) is None, "settings of another class say nothing"
+    assert found.difference(run_of(from_another)) is None, "settings of another class say nothing"
 
 
 @pytest.mark.parametrize(
@@ -54,15 +58,15 @@ def test_it_fits_the_run_that_was_searched(tmp_path):
 )
 def test_it_does_not_fit_others(tmp_path, other):
     (found,) = stored.read(write(tmp_path))
-    assert found.difference(other, host_timesteps(other))
+    assert found.difference(run_of(other))
     longer = scheduler_of(steps=16)  # a part of it is another run
-    assert found.difference(longer, host_timesteps(longer)[8:])
+    assert found.difference(run_of(longer, 8))
 
 
 def test_the_best_of_several(tmp_path):
     """Fewest evaluations that have enough dB; else most dB; a new one takes the place of its like."""
     scheduler, path = scheduler_of(), tmp_path / stored.FILE_NAME
-    run = stored.run_of(scheduler, host_timesteps(scheduler))
+    run = run_of(scheduler)
 
     def add(pattern, db, **more):
         weights = [[0.5] + [0.0] * min(4, pattern[: call + 1].count("U")) for call in range(8)]

@@ -51,11 +51,11 @@ def test_of_the_host(emulated): raise SystemExit("not to be run")
 """
 
 
-def status_of_tests(tmp_path, which):
+def status_of_tests(tmp_path, which, processes):
     """Of the campaign's command for GPU tests, on a small file of tests."""
     (tmp_path / "test_it.py").write_text(TESTS)
     real = _tests("tests", "", 60, str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path))
-    changed = {"14": "1", "not emulated and not interpreter": f"not emulated and not interpreter and ({which})"}
+    changed = {"14": processes, "not emulated and not interpreter": f"not emulated and not interpreter and ({which})"}
     words = [changed.get(word, word) for word in real.command]
     config = ("-c", os.devnull, "-o", "markers=gpu", "-W", "ignore")
     campaign = Campaign([Part("tests", "", (*words, *config), 60, needs=())], tmp_path / "work", 100)
@@ -64,9 +64,9 @@ def status_of_tests(tmp_path, which):
 
 
 def test_a_part_with_only_skipped_tests_has_not_passed(tmp_path):
-    assert status_of_tests(tmp_path, "skips") == FAILED
+    assert status_of_tests(tmp_path, "skips", "0") == FAILED
     (tmp_path / "other").mkdir()
-    assert status_of_tests(tmp_path / "other", "skips or passes") == PASSED
+    assert status_of_tests(tmp_path / "other", "skips or passes", "1") == PASSED
 
 
 def test_parts_fit_and_stand_behind_what_they_need():

@@ -8,8 +8,6 @@ minute of one core and 3.5 GB. One library per kernel, named after a hash of its
 compiled again, so that the folder can be carried to another machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os
@@ -39,17 +37,16 @@ class Kernel(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Source, tile, and what else tells it from others."""
         rest = [f"c{value}" if key == "CLUSTER_M" else str(value) for key, value in self.macros]
         return "-".join([self.source, "x".join(map(str, self.tile)), *rest])
 
     def library(self, folder: Path = FOLDER) -> Path:
         """Where it is built: another file whenever source or flags change."""
-        text = [(SOURCES / f"{self.source}.cu").read_text(), *FLAGS, *self.defines(), VERSION]
+        sources = [(SOURCES / name).read_text() for name in (f"{self.source}.cu", "entry.h")]
+        text = [*sources, *FLAGS, *self.defines(), VERSION]
         return folder / f"{self.name}-{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:10]}.so"
 
     def defines(self) -> list[str]:
-        """Options of the compiler."""
         sides = [f"-DTILE_{letter}={side}" for letter, side in zip("MNK", self.tile)]
         return sides + [f"-D{key}={value}" for key, value in self.macros]
 
@@ -91,7 +88,6 @@ def headers(folder: Path | None) -> Path | None:
 
 
 def command(kernel: Kernel, cutlass: Path, output: Path) -> list[str]:
-    """The compiler's command line."""
     includes = [f"-I{cutlass / 'include'}", f"-I{cutlass / 'tools' / 'util' / 'include'}"]
     return ["nvcc", *FLAGS, *includes, *kernel.defines(), str(SOURCES / f"{kernel.source}.cu"), "-o", str(output)]
 

@@ -26,11 +26,11 @@ using Kernel = typename cutlass::conv::kernel::DefaultConv2dFpropWithBroadcast<
     cutlass::gemm::GemmShape<16, 8, 32>, Scaled, cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, STAGES,
     cutlass::arch::OpMultiplyAddSaturate, cutlass::conv::IteratorAlgorithm::kOptimized,
     cutlass::conv::StrideSupport::kStrided>::Kernel;
-using Conv = cutlass::conv::device::ImplicitGemmConvolution<Kernel>;
+using Device = cutlass::conv::device::ImplicitGemmConvolution<Kernel>;
 
 // sizes: n, h, w, c, k, kernel (square), stride, padding.
-Conv::Arguments arguments(const void* codes, const void* weight, const float* scale, const float* column_scale,
-                          void* out, const int64_t* sizes) {
+Device::Arguments arguments(const void* codes, const void* weight, const float* scale, const float* column_scale,
+                            void* out, const int64_t* sizes) {
   const int n = static_cast<int>(sizes[0]), h = static_cast<int>(sizes[1]), w = static_cast<int>(sizes[2]);
   const int c = static_cast<int>(sizes[3]), k = static_cast<int>(sizes[4]), kernel = static_cast<int>(sizes[5]);
   const int stride = static_cast<int>(sizes[6]), padding = static_cast<int>(sizes[7]);
@@ -57,17 +57,4 @@ Conv::Arguments arguments(const void* codes, const void* weight, const float* sc
 
 }  // namespace
 
-// Bytes of workspace, -1 if this kernel does not take the sizes.
-extern "C" int64_t workspace_bytes(const int64_t* sizes) {
-  const Conv::Arguments args = arguments(nullptr, nullptr, nullptr, nullptr, nullptr, sizes);
-  if (Conv::can_implement(args) != cutlass::Status::kSuccess) return -1;
-  return static_cast<int64_t>(Conv::get_workspace_size(args));
-}
-
-// Returns cutlass::Status: 0 is success.
-extern "C" int run(const void* codes, const void* weight, const float* scale, const float* column_scale, void* out,
-                   const int64_t* sizes, void* workspace, void* stream) {
-  Conv conv;
-  return static_cast<int>(
-      conv(arguments(codes, weight, scale, column_scale, out, sizes), workspace, static_cast<cudaStream_t>(stream)));
-}
+#include "entry.h"

@@ -46,22 +46,22 @@ using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
     cutlass::conv::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
     cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
 using Problem = cutlass::conv::ConvProblemShape<kForward, Mainloop::DispatchPolicy::NumSpatialDimensions>;
-using Conv =
+using Device =
     cutlass::conv::device::ConvUniversalAdapter<cutlass::conv::kernel::ConvUniversal<Problem, Mainloop, Epilogue>>;
 
 // sizes: n, h, w, c, k, kernel (square), stride, padding.
-Conv::Arguments arguments(const void* codes, const void* weight, const float* scale, const float* column_scale,
-                          void* out, const int64_t* sizes) {
+Device::Arguments arguments(const void* codes, const void* weight, const float* scale, const float* column_scale,
+                            void* out, const int64_t* sizes) {
   const int n = static_cast<int>(sizes[0]), h = static_cast<int>(sizes[1]), w = static_cast<int>(sizes[2]);
   const int c = static_cast<int>(sizes[3]), k = static_cast<int>(sizes[4]), kernel = static_cast<int>(sizes[5]);
   const int stride = static_cast<int>(sizes[6]), padding = static_cast<int>(sizes[7]);
   const Problem problem(cutlass::conv::Mode::kCrossCorrelation, {n, h, w, c}, {k, kernel, kernel, c},
                         {padding, padding}, {padding, padding}, {stride, stride}, {1, 1}, 1);
-  using StrideD = typename Conv::ConvKernel::StrideD;
+  using StrideD = typename Device::ConvKernel::StrideD;
   StrideD stride_d{};
   for_each(make_seq<rank<0>(StrideD{})>{},
            [&](auto i) { get<0, i>(stride_d) = problem.stride_C[Problem::RankT - 2 - i]; });
-  Conv::Arguments args{};
+  Device::Arguments args{};
   args.problem_shape = problem;
   args.mainloop = {static_cast<const int8_t*>(codes), static_cast<const int8_t*>(weight)};
   args.epilogue.thread = {{{0.0f}, {scale}, {}}, {{column_scale, 0.0f, {}}, {}, {}}, {}};
@@ -73,19 +73,4 @@ Conv::Arguments arguments(const void* codes, const void* weight, const float* sc
 
 }  // namespace
 
-// Bytes of workspace, -1 if this kernel does not take the sizes.
-extern "C" int64_t workspace_bytes(const int64_t* sizes) {
-  const Conv::Arguments args = arguments(nullptr, nullptr, nullptr, nullptr, nullptr, sizes);
-  if (Conv::can_implement(args) != cutlass::Status::kSuccess) return -1;
-  return static_cast<int64_t>(Conv::get_workspace_size(args));
-}
-
-// Returns cutlass::Status: 0 is success.
-extern "C" int run(const void* codes, const void* weight, const float* scale, const float* column_scale, void* out,
-                   const int64_t* sizes, void* workspace, void* stream) {
-  Conv conv;
-  const auto on = static_cast<cudaStream_t>(stream);
-  const cutlass::Status status =
-      conv.initialize(arguments(codes, weight, scale, column_scale, out, sizes), workspace, on);
-  return static_cast<int>(status == cutlass::Status::kSuccess ? conv.run(on) : status);
-}
+#include "entry.h"

@@ -50,24 +50,24 @@ using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     Arch, TensorCores, int8_t, RowMajor, 16, int8_t, ColumnMajor, 16, int32_t, Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
     cutlass::gemm::JOINED(KernelTmaWarpSpecialized, SCHEDULE)>::CollectiveOp;
-using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
+using Device = cutlass::gemm::device::GemmUniversalAdapter<
     cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, cutlass::gemm::SCHEDULER>>;
 
 // sizes: m, n, k.
-Gemm::Arguments arguments(const void* codes, const void* weight, const float* row_scale, const float* column_scale,
-                          void* out, const int64_t* sizes) {
+Device::Arguments arguments(const void* codes, const void* weight, const float* row_scale, const float* column_scale,
+                            void* out, const int64_t* sizes) {
   const int m = static_cast<int>(sizes[0]), n = static_cast<int>(sizes[1]), k = static_cast<int>(sizes[2]);
   static const int multiprocessors = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(0);
-  Gemm::Arguments args{};
+  Device::Arguments args{};
   args.mode = cutlass::gemm::GemmUniversalMode::kGemm;
   args.problem_shape = {m, n, k, 1};
   args.mainloop = {
-      static_cast<const int8_t*>(codes), cutlass::make_cute_packed_stride(Gemm::GemmKernel::StrideA{}, {m, k, 1}),
-      static_cast<const int8_t*>(weight), cutlass::make_cute_packed_stride(Gemm::GemmKernel::StrideB{}, {n, k, 1})};
+      static_cast<const int8_t*>(codes), cutlass::make_cute_packed_stride(Device::GemmKernel::StrideA{}, {m, k, 1}),
+      static_cast<const int8_t*>(weight), cutlass::make_cute_packed_stride(Device::GemmKernel::StrideB{}, {n, k, 1})};
   args.epilogue.thread = {{row_scale, 0.0f, {}}, {{column_scale, 0.0f, {}}, {}, {}}, {}};
   args.epilogue.ptr_C = nullptr;
   args.epilogue.ptr_D = static_cast<cutlass::half_t*>(out);
-  args.epilogue.dD = cutlass::make_cute_packed_stride(Gemm::GemmKernel::StrideD{}, {m, n, 1});
+  args.epilogue.dD = cutlass::make_cute_packed_stride(Device::GemmKernel::StrideD{}, {m, n, 1});
   args.hw_info.device_id = 0;
   args.hw_info.sm_count = multiprocessors;
   return args;
@@ -75,17 +75,4 @@ Gemm::Arguments arguments(const void* codes, const void* weight, const float* ro
 
 }  // namespace
 
-// Bytes of workspace, -1 if this kernel does not take the sizes.
-extern "C" int64_t workspace_bytes(const int64_t* sizes) {
-  const Gemm::Arguments args = arguments(nullptr, nullptr, nullptr, nullptr, nullptr, sizes);
-  if (Gemm::can_implement(args) != cutlass::Status::kSuccess) return -1;
-  return static_cast<int64_t>(Gemm::get_workspace_size(args));
-}
-
-// Returns cutlass::Status: 0 is success.
-extern "C" int run(const void* codes, const void* weight, const float* row_scale, const float* column_scale, void* out,
-                   const int64_t* sizes, void* workspace, void* stream) {
-  Gemm gemm;
-  return static_cast<int>(gemm.run(arguments(codes, weight, row_scale, column_scale, out, sizes), workspace,
-                                   static_cast<cudaStream_t>(stream)));
-}
+#include "entry.h"

@@ -7,8 +7,6 @@ schedule that CUTLASS 4.2 has for it (sm90) and by mma.sync (sm80, without split
 convolutions are matrices.
 """
 
-from __future__ import annotations
-
 import ctypes
 import statistics
 import sys

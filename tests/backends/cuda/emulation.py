@@ -20,8 +20,8 @@ from modiff_kernels.quant.spec import GRANULARITIES, granule_count
 
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).parent / "emulator"
-# Null pointers stop the address sanitizer, too; looking for them twice makes compiling slower.
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all")
+# Null pointers and those past the end stop the address sanitizer, too; looking for them twice makes compiling slower.
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize=null,pointer-overflow", "-fno-sanitize-recover=all")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/problem.h
 
 
@@ -51,14 +51,14 @@ def compile_source(compiler: str, source: Path, out: Path, *flags: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def compile_module(compiler: str, name: str, folder: Path, pybind11_include: str) -> ModuleType:
-    """The pybind11 module emulator/<name>.cpp; what is undefined in it ends the process with a message."""
-    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+def compile_module(compiler: str, folder: Path, pybind11_include: str) -> ModuleType:
+    """The pybind11 module emulator/host.cpp; what is undefined in it ends the process with a message."""
+    library = folder / f"host{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     for include in (pybind11_include, sysconfig.get_path("include")):
         flags += ["-isystem", include]
-    compile_source(compiler, EMULATOR / f"{name}.cpp", library, *flags)
-    spec = importlib.util.spec_from_file_location(name, library)
+    compile_source(compiler, EMULATOR / "host.cpp", library, *flags)
+    spec = importlib.util.spec_from_file_location("host", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

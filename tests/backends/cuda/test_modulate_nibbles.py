@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from modiff_kernels.backends import cuda
-from modiff_kernels.backends.cuda import modulate_nibbles
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.operands import IDENTITY, Prologue
 from tests.backends.cuda.emulation import stand_ins
@@ -41,6 +40,6 @@ def test_it_is_the_composition(emulators, monkeypatch, case, prologue, poisoned_
     quantized = cuda.quantize(h, prologue, x_hat, None, 4, "per_sample", 0.9, True)
     out = cuda.product(*quantized[:2], None, weight, y_hat, None, None, case.window, torch.float16, True)
     tail = (None, case.window, torch.float16, 4, "per_sample", 0.9, True)
-    found = modulate_nibbles.modulate(h, prologue, states[0], None, weight, states[1], *tail)
+    found = cuda.modulate(h, prologue, states[0], None, weight, states[1], *tail)
     for got, wanted in zip((*found, *states), (out, *quantized[1:], x_hat, y_hat), strict=True):
         assert torch.equal(got, wanted)

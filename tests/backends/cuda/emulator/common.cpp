@@ -8,7 +8,7 @@
 namespace py = pybind11;
 using namespace modiff;
 
-namespace {
+namespace common {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -89,9 +89,7 @@ Array<int8_t> unpack_planes(const Array<uint16_t>& low, const Array<uint8_t>& hi
   return codes;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(common, m) {
+void define(py::module_ m) {
   m.def("half_bits_to_float", py::vectorize(half_bits_to_float));
   m.def("float_to_half_bits", py::vectorize(float_to_half_bits));
   m.def("bfloat16_bits_to_float", py::vectorize(bfloat16_bits_to_float));
@@ -107,3 +105,5 @@ PYBIND11_MODULE(common, m) {
   m.def("unpack_words", unpack_words);
   m.def("unpack_planes", unpack_planes);
 }
+
+}  // namespace common

@@ -11,7 +11,7 @@ using namespace pybind11::literals;
 using namespace modiff;
 using namespace modiff::cuda;
 
-namespace {
+namespace hopper_maps {
 
 using Geometry = std::array<int64_t, kGeometry>;
 
@@ -125,9 +125,7 @@ const char* problem_of_maps(const Geometry& geometry, int bits) {
   return nullptr;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(hopper_maps, m) {
+void define(py::module_ m) {
   m.def("kernels", kernels);
   m.def("works", works);
   m.def("boxes", boxes);
@@ -139,3 +137,5 @@ PYBIND11_MODULE(hopper_maps, m) {
   m.def("problem_of_maps", problem_of_maps);
   m.def("why_not_tiling", why_not_tiling);
 }
+
+}  // namespace hopper_maps

@@ -10,7 +10,7 @@ using namespace pybind11::literals;
 using namespace modiff;
 using namespace modiff::cuda;
 
-namespace {
+namespace maps {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -162,9 +162,7 @@ double cycles(int tile, int splits, int64_t rows, int64_t columns, int64_t k, in
                                 multiprocessors);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(maps, m) {
+void define(py::module_ m) {
   m.def("multiply", multiply, "a"_a, "b"_a, "nibbles"_a);
   m.def("load_matrices", load_matrices);
   m.def("swizzled", sm80::swizzled);
@@ -174,3 +172,5 @@ PYBIND11_MODULE(maps, m) {
   m.def("told", told);
   m.def("cycles", cycles);
 }
+
+}  // namespace maps
