@@ -156,7 +156,7 @@ class Place:
         results = getattr(ops, op)(*moved, backend=self.backend)
         torch.set_num_threads(1)  # of the oracles
         if self.backend == "triton":
-            assert not any(rows.any() for rows in importlib.import_module(_LAUNCH)._rows.values()), "a counter is left"
+            assert not importlib.import_module(_LAUNCH).counters(moved[0].device, 0).any(), "a counter is left"
         if self.device == "cpu":
             return results
         for name, argument, there in zip(inspect.signature(getattr(ops, op)).parameters, given, moved):

@@ -31,11 +31,11 @@ def quantize(
     x = apply_prologue(h, prologue)
     if x_hat is None:
         return activation_codes(x, bits, granularity, zero_points, image)
-    if last_absmax is None:
-        return residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
-    scale = affine.residual_scale(last_absmax, bits, clip_ratio)
+    if last_absmax is not None:
+        scale = affine.residual_scale(last_absmax, bits, clip_ratio)
     codes, used, absmax = residual_codes(x, x_hat, scale, bits, granularity, clip_ratio, image)
-    last_absmax.copy_(absmax)
+    if last_absmax is not None:
+        last_absmax.copy_(absmax)
     return codes, used, absmax
 
 

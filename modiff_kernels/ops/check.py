@@ -32,21 +32,19 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, l
         raise ValueError(f"{op}: a scale is for residuals only; without x_hat leave it None (dynamic)")
     elif granularity == "per_block":
         raise ValueError(f"{op}: granularity='per_block' is for residuals only; choose 'per_sample'")
-    given = scale is not None or last_absmax is not None
-    if given:
+    given = scale if last_absmax is None else last_absmax
+    if given is not None:
         if granularity == "per_block":
             raise ValueError(f"{op}: granularity='per_block' finds its scales itself; leave scale None (dynamic)")
         if scale is not None and last_absmax is not None:
             raise ValueError(f"{op}: scale and last_absmax are given; a delayed scale is made of last_absmax alone")
         count = granule_count(shape, granularity, image)
-        if scale is not None:
-            must = f"of length {count} or 1 (granularity {granularity}, or one scale for all)"
-            _require_scale(op, h, scale, scale.numel() in (count, 1), must)
-        else:
-            must = f"of length {count} (granularity {granularity})"
-            _require_scale(op, h, last_absmax, last_absmax.numel() == count, must, "last_absmax")
+        must, name, lengths = f"of length {count} (granularity {granularity})", "last_absmax", (count,)
+        if last_absmax is None:
+            must, name, lengths = f"{must}, or 1 (for all)", "scale", (count, 1)
+        _require_scale(op, h, given, given.numel() in lengths, must, name)
     problem = _problem(op, h, h.dtype, x_hat, m=row_count(shape, image), k=shape[1 if image else -1], act_bits=bits)
-    return replace(problem, granularity=granularity, prologue=prologue.kind, scale_given=given)
+    return replace(problem, granularity=granularity, prologue=prologue.kind, scale_given=given is not None)
 
 
 def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[int], bool]:
@@ -72,11 +70,10 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     if kind == "group_norm":
         if num_groups < 1 or channels % num_groups != 0:
             raise ValueError(f"{op}: num_groups={num_groups} does not divide the {channels} channels of h")
-        if shift is not None and (
-            tuple(shift.shape) != (h.shape[0], channels) or (channels > 1 and shift.stride(1) != 1)
-        ):
-            must = f"{(h.shape[0], channels)}, the values of a row one after the other"
-            raise ValueError(f"{op}: shift has {_text(shift)}; it must be {must}")
+        samples = h.shape[0]
+        if shift is not None and (tuple(shift.shape) != (samples, channels) or not shift[0].is_contiguous()):
+            text = f"it must be {(samples, channels)} with contiguous rows"
+            raise ValueError(f"{op}: shift has {_text(shift)}; {text}")
     elif shift is not None:
         raise ValueError(f"{op}: prologue {kind!r} takes no shift; only 'group_norm' does")
     return h.shape, image
@@ -99,21 +96,9 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
 
 
 def modulate(
-    h,
-    prologue,
-    x_hat,
-    scale,
-    weight,
-    y_hat,
-    skip,
-    window,
-    out_dtype,
-    bits,
-    granularity,
-    clip_ratio,
-    write_out,
+    h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
     last_absmax,
-) -> Problem:
+) -> Problem:  # fmt: skip
     op = "modulate"
     codes = quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax)
     _require_activation(op, "x_hat", x_hat, window is not None)

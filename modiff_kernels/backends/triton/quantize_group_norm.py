@@ -9,16 +9,17 @@ Operands (N samples, R rows of C channels, G groups; an NHWC image has R = H * W
 - counter [N + N * ceil(C/BLOCK_C)] int32: see `arrive`.
 
 Programs: one tile of BLOCK_R rows x BLOCK_C channels each: m = mean of the rows, q = sum (h - m)^2. The last one of a
-column of tiles merges their rows, the last one of a sample the channels of its groups. Means and squares are merged as
-in Chan et al., so that a mean far from 0 does not cancel the variance::
+column of tiles merges their rows, about the mean m_0c of the first tile, the last one of a sample the channels of its
+groups. Means and squares are merged as in Chan et al., so that a mean far from 0 does not cancel the variance::
 
-    m_c = sum_p n_p m_pc / R                                q_c = sum_p (q_pc + n_p (m_pc - m_c)^2)
+    d_pc = m_pc - m_0c        m_c = m_0c + sum_p n_p d_pc / R        q_c = sum_p (q_pc + n_p d_pc^2) - R (m_c - m_0c)^2
     mean = sum_c (m_c + shift_c) / (C/G)                    var = sum_c (q_c + R (m_c + shift_c - mean)^2) / (R C/G)
     a_c  = gamma_c / sqrt(var + eps)                        b_c = beta_c + (shift_c - mean) a_c
 
 The range of x needs no second pass over h: a * h + b is monotone in h, also rounded. silu falls as far as _SILU_AT and
 rises from there, so over an interval it is greatest at an end, and least at an end or, if the interval holds _SILU_AT,
-above _SILU_LEAST, which is then taken: the upper end of the range is exact, the lower one at most 0.2785 too low.
+above _SILU_LEAST, which is then taken: the upper end of the range is exact, the lower one at most 0.2785 too low (with
+the shipped model 1e-6, docs/triton_kernels.md).
 """
 
 from functools import lru_cache
@@ -39,6 +40,12 @@ _SILU_LEAST = tl.constexpr(-0.27846455)
 
 
 @triton.jit
+def _read(partial_ptr, mask):
+    """What other programs stored: past the L1 cache."""
+    return tl.load(partial_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def group_norm_kernel(
     h_ptr, shift_ptr, gamma_ptr, beta_ptr, partial_ptr, counter_ptr, a_ptr, b_ptr, range_ptr,
     samples, rows, channels, shift_stride, num_groups, eps, SILU: tl.constexpr, AFFINE: tl.constexpr,
@@ -51,124 +58,90 @@ def group_norm_kernel(
     h = tl.load(h_ptr + tile_offsets(sample, first, rows, channels, row, col), mask=mask, other=0.0).to(tl.float32)
     mean = tl.div_rn(tl.sum(h, axis=0), tl.minimum(rows - first, BLOCK_R).to(tl.float32))
     distance = tl.where(mask, h - mean[None, :], 0.0)
-    blocks = tl.cdiv(rows, BLOCK_R)
-    planes = 2 if range_ptr is None else 4
-    partial_ptr += sample.to(tl.int64) * (blocks + 1) * planes * channels
-    at = partial_ptr + first // BLOCK_R * planes * channels + col
+    blocks, columns = tl.cdiv(rows, BLOCK_R), tl.cdiv(channels, BLOCK_C)
+    stride = channels * (2 if range_ptr is None else 4)
+    partial_ptr += sample.to(tl.int64) * (blocks + 1) * stride
+    merged_ptr = partial_ptr + blocks * stride
+    at = partial_ptr + first // BLOCK_R * stride + col
     tl.store(at, mean, mask=inside)
     tl.store(at + channels, tl.sum(distance * distance, axis=0), mask=inside)
     if range_ptr is not None:
         tl.store(at + 2 * channels, tl.min(tl.where(mask, h, float("inf")), axis=0), mask=inside)
         tl.store(at + 3 * channels, tl.max(tl.where(mask, h, -float("inf")), axis=0), mask=inside)
-
-    columns = tl.cdiv(channels, BLOCK_C)
     place = tl.program_id(0) // (blocks * columns)
-    if arrive(counter_ptr + samples + place * columns + tl.program_id(0) % columns, blocks):
-        merged_ptr = partial_ptr + blocks * planes * channels
-        _merge_rows(
-            partial_ptr, merged_ptr, rows, channels, planes, col, range_ptr is not None, BLOCK_R, BLOCK_C, BLOCK_P
-        )
-        if arrive(counter_ptr + place, columns):
-            if shift_ptr is not None:
-                shift_ptr += sample.to(tl.int64) * shift_stride
-            a_ptr += sample.to(tl.int64) * channels
-            b_ptr += sample.to(tl.int64) * channels
-            below, above = _merge_channels(
-                merged_ptr, shift_ptr, gamma_ptr, beta_ptr, a_ptr, b_ptr,
-                rows, channels, num_groups, eps, SILU, range_ptr is not None, BLOCK_G, BLOCK_W,
-            )  # fmt: skip
-            if range_ptr is not None:
-                if AFFINE:
-                    tl.store(range_ptr + sample, below)
-                    tl.store(range_ptr + samples + sample, above)
-                else:
-                    tl.store(range_ptr + sample, tl.maximum(below, above))
+    if not arrive(counter_ptr + samples + place * columns + tl.program_id(0) % columns, blocks):
+        return
 
-
-@triton.jit
-def _merge_rows(
-    partial_ptr, merged_ptr, rows, channels, planes, col, RANGE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    inside = col < channels
-    blocks = tl.cdiv(rows, BLOCK_R)
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(0, blocks, BLOCK_P):
-        block = start + tl.arange(0, BLOCK_P)
-        mask = (block < blocks)[:, None] & inside[None, :]
-        count = tl.minimum(rows - block * BLOCK_R, BLOCK_R).to(tl.float32)
-        at = partial_ptr + block[:, None] * planes * channels + col[None, :]
-        mean = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-        total += tl.where(mask, count[:, None] * mean, 0.0)
-    merged = tl.div_rn(tl.sum(total, axis=0), tl.cast(rows, tl.float32))
-    tl.store(merged_ptr + col, merged, mask=inside)
-
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    pivot = _read(partial_ptr + col, inside)
+    moved = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     low = tl.full([BLOCK_C], float("inf"), tl.float32)
     high = -low
     for start in range(0, blocks, BLOCK_P):
         block = start + tl.arange(0, BLOCK_P)
-        mask = (block < blocks)[:, None] & inside[None, :]
-        count = tl.minimum(rows - block * BLOCK_R, BLOCK_R).to(tl.float32)
-        at = partial_ptr + block[:, None] * planes * channels + col[None, :]
-        distance = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg") - merged[None, :]
-        squares = tl.load(at + channels, mask=mask, other=0.0, cache_modifier=".cg")
-        total += tl.where(mask, squares + count[:, None] * distance * distance, 0.0)
-        if RANGE:
-            least = tl.load(at + 2 * channels, mask=mask, other=float("inf"), cache_modifier=".cg")
-            most = tl.load(at + 3 * channels, mask=mask, other=-float("inf"), cache_modifier=".cg")
-            low = tl.minimum(low, tl.min(least, axis=0))
-            high = tl.maximum(high, tl.max(most, axis=0))
-    tl.store(merged_ptr + channels + col, tl.sum(total, axis=0), mask=inside)
-    if RANGE:
+        valid = (block < blocks)[:, None] & inside[None, :]
+        count = tl.where(valid, tl.minimum(rows - block * BLOCK_R, BLOCK_R).to(tl.float32)[:, None], 0.0)
+        tile = partial_ptr + block[:, None] * stride + col[None, :]
+        moved_by = _read(tile, valid) - pivot[None, :]
+        moved += count * moved_by
+        squares += _read(tile + channels, valid) + count * moved_by * moved_by
+        if range_ptr is not None:
+            low = tl.minimum(low, tl.min(tl.where(valid, _read(tile + 2 * channels, valid), float("inf")), axis=0))
+            high = tl.maximum(high, tl.max(tl.where(valid, _read(tile + 3 * channels, valid), -float("inf")), axis=0))
+    all_rows = tl.cast(rows, tl.float32)
+    distance = tl.div_rn(tl.sum(moved, axis=0), all_rows)
+    tl.store(merged_ptr + col, pivot + distance, mask=inside)
+    square = tl.maximum(tl.sum(squares, axis=0) - all_rows * distance * distance, 0.0)
+    tl.store(merged_ptr + channels + col, square, mask=inside)
+    if range_ptr is not None:
         tl.store(merged_ptr + 2 * channels + col, low, mask=inside)
         tl.store(merged_ptr + 3 * channels + col, high, mask=inside)
+    if not arrive(counter_ptr + place, columns):
+        return
 
-
-@triton.jit
-def _merge_channels(
-    merged_ptr, shift_ptr, gamma_ptr, beta_ptr, a_ptr, b_ptr, rows, channels, num_groups, eps,
-    SILU: tl.constexpr, RANGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """a and b of a sample; max(-min(x, 0)) and max(max(x, 0)) as ordered integers."""
     width = channels // num_groups
     lane = tl.arange(0, BLOCK_W)
-    count = tl.cast(rows, tl.float32)
     size = tl.cast(width, tl.float32)
+    start_of_sample = sample.to(tl.int64) * channels
     below = tl.zeros([BLOCK_G, BLOCK_W], tl.int32)
     above = tl.zeros([BLOCK_G, BLOCK_W], tl.int32)
     for start in range(0, num_groups, BLOCK_G):
         group = start + tl.arange(0, BLOCK_G)
-        mask = (group < num_groups)[:, None] & (lane < width)[None, :]
-        col = group[:, None] * width + lane[None, :]
+        there = (group < num_groups)[:, None] & (lane < width)[None, :]
+        channel = group[:, None] * width + lane[None, :]
         shift = tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
         if shift_ptr is not None:
-            shift = tl.load(shift_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(merged_ptr + col, mask=mask, other=0.0, cache_modifier=".cg") + shift
-        squares = tl.load(merged_ptr + channels + col, mask=mask, other=0.0, cache_modifier=".cg")
-        group_mean = tl.div_rn(tl.sum(mean, axis=1), size)[:, None]
-        distance = tl.where(mask, mean - group_mean, 0.0)
-        variance = tl.div_rn(tl.sum(squares + count * distance * distance, axis=1), count * size)
+            row_ptr = shift_ptr + sample.to(tl.int64) * shift_stride
+            shift = tl.load(row_ptr + channel, mask=there, other=0.0).to(tl.float32)
+        center = _read(merged_ptr + channel, there) + shift
+        square_sum = _read(merged_ptr + channels + channel, there)
+        group_mean = tl.div_rn(tl.sum(center, axis=1), size)[:, None]
+        apart = tl.where(there, center - group_mean, 0.0)
+        variance = tl.div_rn(tl.sum(square_sum + all_rows * apart * apart, axis=1), all_rows * size)
         a = tl.rsqrt(variance + eps)[:, None] + tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
         if gamma_ptr is not None:
-            a *= tl.load(gamma_ptr + col, mask=mask, other=0.0).to(tl.float32)
+            a *= tl.load(gamma_ptr + channel, mask=there, other=0.0).to(tl.float32)
         b = (shift - group_mean) * a
         if beta_ptr is not None:
-            b += tl.load(beta_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        tl.store(a_ptr + col, a, mask=mask)
-        tl.store(b_ptr + col, b, mask=mask)
-        if RANGE:
-            low = tl.fma(tl.load(merged_ptr + 2 * channels + col, mask=mask, other=0.0, cache_modifier=".cg"), a, b)
-            high = tl.fma(tl.load(merged_ptr + 3 * channels + col, mask=mask, other=0.0, cache_modifier=".cg"), a, b)
-            least, most = tl.minimum(low, high), tl.maximum(low, high)
+            b += tl.load(beta_ptr + channel, mask=there, other=0.0).to(tl.float32)
+        tl.store(a_ptr + start_of_sample + channel, a, mask=there)
+        tl.store(b_ptr + start_of_sample + channel, b, mask=there)
+        if range_ptr is not None:
+            x_0 = tl.fma(_read(merged_ptr + 2 * channels + channel, there), a, b)
+            x_1 = tl.fma(_read(merged_ptr + 3 * channels + channel, there), a, b)
+            least = tl.minimum(x_0, x_1)
             if SILU:
-                holds_least = (least <= _SILU_AT) & (most >= _SILU_AT)
-                low, high = silu(least), silu(most)
-                least = tl.where(holds_least, _SILU_LEAST, tl.minimum(low, high))
-                most = tl.maximum(low, high)
-            below = tl.maximum(below, tl.where(mask, magnitude_below(least), 0))
-            above = tl.maximum(above, tl.where(mask, magnitude_above(most), 0))
-    return tl.max(below), tl.max(above)
+                holds_least = (least <= _SILU_AT) & (tl.maximum(x_0, x_1) >= _SILU_AT)
+                x_0, x_1 = silu(x_0), silu(x_1)
+                least = tl.where(holds_least, _SILU_LEAST, tl.minimum(x_0, x_1))
+            below = tl.maximum(below, tl.where(there, magnitude_below(least), 0))
+            above = tl.maximum(above, tl.where(there, magnitude_above(tl.maximum(x_0, x_1)), 0))
+    if range_ptr is not None:
+        if AFFINE:
+            tl.store(range_ptr + sample, tl.max(below))
+            tl.store(range_ptr + samples + sample, tl.max(above))
+        else:
+            tl.store(range_ptr + sample, tl.max(tl.maximum(below, above)))
 
 
 @lru_cache(maxsize=1024)

@@ -199,6 +199,26 @@ def largest_of(partial_ptr, count):
 
 
 @triton.jit
+def merge_range(largest, above, partial_ptr, counter_ptr, range_ptr, copy_ptr, granule, granules, AFFINE: tl.constexpr):
+    """range[granule] (affine: range[granules + granule], too): the largest of all programs of this granule. They follow
+    each other, so that their numbers say which parts are theirs."""
+    programs = tl.num_programs(0) // granules
+    place = tl.program_id(0) // programs
+    partial_ptr += place * programs
+    tl.store(partial_ptr + tl.program_id(0) % programs, largest)
+    if AFFINE:
+        above_ptr = partial_ptr + tl.num_programs(0)
+        tl.store(above_ptr + tl.program_id(0) % programs, above)
+    if arrive(counter_ptr + place, programs):
+        largest = largest_of(partial_ptr, programs)
+        tl.store(range_ptr + granule, largest)
+        if AFFINE:
+            tl.store(range_ptr + granules + granule, largest_of(above_ptr, programs))
+        if copy_ptr is not None:
+            tl.store(copy_ptr + granule, largest.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def range_kernel(
     h_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, rows, channels, granules, eps,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, AFFINE: tl.constexpr,
@@ -211,27 +231,20 @@ def range_kernel(
         offsets = tile_offsets(sample, first, rows, channels, row, col)
         value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     value = tl.where(mask, value, 0.0)
-    part = partial_ptr + tl.program_id(0)
+    above = 0
     if AFFINE:
-        tl.store(part, tl.max(magnitude_below(value)))
-        tl.store(part + tl.num_programs(0), tl.max(magnitude_above(value)))
+        largest, above = tl.max(magnitude_below(value)), tl.max(magnitude_above(value))
     elif GRANULARITY == "per_block":
         largest = tl.max(magnitude(value), axis=0)
         at = (sample.to(tl.int64) * tl.cdiv(rows, BLOCK_R) + first // BLOCK_R) * channels + col
         tl.store(block_ptr + at, largest, mask=col < channels)
-        tl.store(part, tl.max(largest))
+        largest = tl.max(largest)
     else:
-        tl.store(part, tl.max(magnitude(value)))
-
-    # Programs of a granule follow each other: the granules of the last to the first, as samples run backwards.
-    programs = tl.num_programs(0) // granules
-    place = tl.program_id(0) // programs
-    if arrive(counter_ptr + place, programs):
-        granule = granules - 1 - place
-        tl.store(range_ptr + granule, largest_of(partial_ptr + place * programs, programs))
-        if AFFINE:
-            above = largest_of(partial_ptr + tl.num_programs(0) + place * programs, programs)
-            tl.store(range_ptr + granules + granule, above)
+        largest = tl.max(magnitude(value))
+    granule = sample
+    if GRANULARITY == "per_tensor":
+        granule = 0
+    merge_range(largest, above, partial_ptr, counter_ptr, range_ptr, None, granule, granules, AFFINE)
 
 
 @triton.jit
@@ -273,7 +286,6 @@ def quantize_kernel(
                 tl.store(given_ptr + granule, largest.to(tl.float32, bitcast=True), mask=owner)
         else:
             scale = tl.load(given_ptr + granule * given_stride)
-            tl.store(partial_ptr + tl.program_id(0), tl.max(magnitude(value)))
         if SOURCE == "delayed":
             scale = symmetric_scale(scale, clip_ratio, half - 0.5)
     elif AFFINE:
@@ -326,11 +338,8 @@ def quantize_kernel(
         # x_hat is read again in the next step; the L2 cache is for the codes, which the product reads now.
         tl.store(x_hat_ptr + offsets, updated, mask=mask, eviction_policy="evict_first")
     if partial_ptr is not None:
-        # After `given` was read by all programs of the granule, the last one may write it.
-        programs = tl.num_programs(0) // granules
-        place = tl.program_id(0) // programs
-        if arrive(counter_ptr + place, programs):
-            largest = largest_of(partial_ptr + place * programs, programs)
-            tl.store(range_ptr + place, largest)
-            if SOURCE == "delayed":
-                tl.store(given_ptr + place, largest.to(tl.float32, bitcast=True))
+        largest = tl.max(magnitude(value))
+        if SOURCE == "delayed":  # all programs of the granule have read `given`
+            merge_range(largest, 0, partial_ptr, counter_ptr, range_ptr, given_ptr, granule, granules, False)
+        else:
+            merge_range(largest, 0, partial_ptr, counter_ptr, range_ptr, None, granule, granules, False)
