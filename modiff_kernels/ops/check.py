@@ -70,10 +70,9 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     if kind == "group_norm":
         if num_groups < 1 or channels % num_groups != 0:
             raise ValueError(f"{op}: num_groups={num_groups} does not divide the {channels} channels of h")
-        samples = h.shape[0]
-        if shift is not None and (tuple(shift.shape) != (samples, channels) or not shift[0].is_contiguous()):
-            text = f"it must be {(samples, channels)} with contiguous rows"
-            raise ValueError(f"{op}: shift has {_text(shift)}; {text}")
+        wanted = (h.shape[0], channels)
+        if shift is not None and (tuple(shift.shape) != wanted or (shift.stride(1) != 1 and channels > 1)):
+            raise ValueError(f"{op}: shift has {_text(shift)}; it must be {wanted} with contiguous rows")
     elif shift is not None:
         raise ValueError(f"{op}: prologue {kind!r} takes no shift; only 'group_norm' does")
     return h.shape, image
