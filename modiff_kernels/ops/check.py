@@ -39,10 +39,10 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, l
         if scale is not None and last_absmax is not None:
             raise ValueError(f"{op}: scale and last_absmax are given; a delayed scale is made of last_absmax alone")
         count = granule_count(shape, granularity, image)
-        must, name, lengths = f"of length {count} (granularity {granularity})", "last_absmax", (count,)
+        must, name = f"of length {count} (granularity {granularity})", "last_absmax"
         if last_absmax is None:
-            must, name, lengths = f"{must}, or 1 (for all)", "scale", (count, 1)
-        _require_scale(op, h, given, given.numel() in lengths, must, name)
+            must, name = f"{must}, or 1 (for all)", "scale"
+        _require_scale(op, h, given, given.numel() == count or (name == "scale" and given.numel() == 1), must, name)
     problem = _problem(op, h, h.dtype, x_hat, m=row_count(shape, image), k=shape[1 if image else -1], act_bits=bits)
     return replace(problem, granularity=granularity, prologue=prologue.kind, scale_given=given is not None)
 
@@ -70,10 +70,9 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     if kind == "group_norm":
         if num_groups < 1 or channels % num_groups != 0:
             raise ValueError(f"{op}: num_groups={num_groups} does not divide the {channels} channels of h")
-        samples = h.shape[0]
-        if shift is not None and (tuple(shift.shape) != (samples, channels) or not shift[0].is_contiguous()):
-            text = f"it must be {(samples, channels)} with contiguous rows"
-            raise ValueError(f"{op}: shift has {_text(shift)}; {text}")
+        wanted = (h.shape[0], channels)
+        if shift is not None and (tuple(shift.shape) != wanted or (shift.stride(1) != 1 and channels > 1)):
+            raise ValueError(f"{op}: shift has {_text(shift)}; it must be {wanted} with contiguous rows")
     elif shift is not None:
         raise ValueError(f"{op}: prologue {kind!r} takes no shift; only 'group_norm' does")
     return h.shape, image

@@ -34,7 +34,6 @@ from .launch import counters, launch
 from .quantize_kernel import arrive, magnitude_above, magnitude_below, silu, tile_of_program, tile_offsets
 from .quantize_tiling import Tiling, next_power_of_2, tile
 
-_MERGED = 2048  # elements of partial results that a program merges at a time
 _SILU_AT = tl.constexpr(-1.2784645)
 _SILU_LEAST = tl.constexpr(-0.27846455)
 
@@ -103,8 +102,7 @@ def group_norm_kernel(
     lane = tl.arange(0, BLOCK_W)
     size = tl.cast(width, tl.float32)
     start_of_sample = sample.to(tl.int64) * channels
-    below = tl.zeros([BLOCK_G, BLOCK_W], tl.int32)
-    above = tl.zeros([BLOCK_G, BLOCK_W], tl.int32)
+    below, above = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
     for start in range(0, num_groups, BLOCK_G):
         group = start + tl.arange(0, BLOCK_G)
         there = (group < num_groups)[:, None] & (lane < width)[None, :]
@@ -134,22 +132,23 @@ def group_norm_kernel(
                 holds_least = (least <= _SILU_AT) & (tl.maximum(x_0, x_1) >= _SILU_AT)
                 x_0, x_1 = silu(x_0), silu(x_1)
                 least = tl.where(holds_least, _SILU_LEAST, tl.minimum(x_0, x_1))
-            below = tl.maximum(below, tl.where(there, magnitude_below(least), 0))
-            above = tl.maximum(above, tl.where(there, magnitude_above(tl.maximum(x_0, x_1)), 0))
+            below = tl.maximum(below, tl.max(tl.where(there, magnitude_below(least), 0)))
+            above = tl.maximum(above, tl.max(tl.where(there, magnitude_above(tl.maximum(x_0, x_1)), 0)))
     if range_ptr is not None:
         if AFFINE:
-            tl.store(range_ptr + sample, tl.max(below))
-            tl.store(range_ptr + samples + sample, tl.max(above))
+            tl.store(range_ptr + sample, below)
+            tl.store(range_ptr + samples + sample, above)
         else:
-            tl.store(range_ptr + sample, tl.max(tl.maximum(below, above)))
+            tl.store(range_ptr + sample, tl.maximum(below, above))
 
 
 @lru_cache(maxsize=1024)
-def merge_tiles(row_blocks: int, block_c: int, groups: int, width: int) -> dict[str, int]:
-    """BLOCK_P, of rows that are merged at a time, and BLOCK_G x BLOCK_W, of groups and their channels."""
+def merge_tiles(row_blocks: int, block_c: int, planes: int, groups: int, width: int) -> dict[str, int]:
+    """BLOCK_P, of rows that are merged at a time, and BLOCK_G x BLOCK_W, of groups and their channels: as many values
+    as the registers of 4 warps hold."""
     block_w = next_power_of_2(width)
-    block_p = min(next_power_of_2(row_blocks), max(1, _MERGED // block_c))
-    return {"BLOCK_P": block_p, "BLOCK_G": min(next_power_of_2(groups), max(1, _MERGED // block_w)), "BLOCK_W": block_w}
+    block_p = min(next_power_of_2(row_blocks), max(1, 4096 // planes // block_c))
+    return {"BLOCK_P": block_p, "BLOCK_G": min(next_power_of_2(groups), max(1, 1024 // block_w)), "BLOCK_W": block_w}
 
 
 def fold_group_norm(
@@ -169,6 +168,6 @@ def fold_group_norm(
         counters(h.device, samples * (1 + columns)), a, b, found,
         samples, rows, channels, 0 if shift is None else shift.stride(0), norm.num_groups, norm.eps,
         SILU=norm.silu, AFFINE=affine and found is not None, BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=backwards,
-        **merge_tiles(row_blocks, block_c, norm.num_groups, channels // norm.num_groups), num_warps=num_warps,
+        **merge_tiles(row_blocks, block_c, planes, norm.num_groups, channels // norm.num_groups), num_warps=num_warps,
     )  # fmt: skip
     return a, b

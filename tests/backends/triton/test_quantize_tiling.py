@@ -38,7 +38,7 @@ def test_one_image_of_the_first_level_fills_the_gpu():
 def test_the_tile_that_merges_statistics_is_bounded():
     for row_blocks in (1, 7, 64, 4096):
         for width in (1, 10, 40, 2560):
-            found = merge_tiles(row_blocks, 128, 32, width)
+            found = merge_tiles(row_blocks, 128, 2, 32, width)
             assert found["BLOCK_W"] >= width
             assert found["BLOCK_P"] * 128 <= 2048
-            assert found["BLOCK_G"] * found["BLOCK_W"] <= max(2048, found["BLOCK_W"])
+            assert found["BLOCK_G"] * found["BLOCK_W"] <= max(1024, found["BLOCK_W"])
