@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
-from modiff_kernels.integrations.replacements import Replacements, replacements_of
+from modiff_kernels.integrations.replacements import Replacements, has_delayed_scales, replacements_of, runs_on_gpu
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.nn.blocks.base import ALONE
 from modiff_kernels.nn.blocks.resample import FusedResample, FusedUpsample2D
@@ -76,10 +76,6 @@ def plan_of(
     return choice.within_state(plan, config.max_state_bytes)
 
 
-def runs_on_gpu(unet: nn.Module) -> bool:
-    return next(unet.parameters()).device.type == "cuda"
-
-
 def low_bit_modes(config: ModiffConfig) -> tuple[Mode, ...]:
     """The low-bit modes that a plan may take besides float, that of `config` last. ValueError where it leaves none."""
     if config.weight_bits is None or config.act_bits is None:
@@ -104,13 +100,20 @@ def estimated(
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, calibrated, share_inputs)
     shape, shapes = traced_shapes(unet, batch)
-    machine = machine or measured_machine(next(unet.parameters()).device, config)
+    parameter = next(unet.parameters())
+    machine = machine or measured_machine(parameter.device, config)
+    state_bytes = replaced.state.dtype_on(parameter.device).itemsize
+    sizes = Sizes(parameter.element_size(), state_bytes, config.weight_bits, has_delayed_scales(unet, own))
     units, totals = [], dict.fromkeys(modes, 0.0)
     grouped = replaced.units()
     last = [".".join(path.split(".")[:2]) for path in grouped][-1]
     for path, layers in grouped.items():
         described = [_described(name, replaced, shapes[name]) for name in layers if name in shapes]
-        costs = [_cost(layers, described, mode, replaced, shapes, own, machine) for mode in modes]
+        costs = []
+        for mode in modes:
+            time_us = 1e6 * sum(cost_model.seconds(layer, mode, sizes, machine) for layer in described)
+            state = state_bytes_of(layers, replaced, shapes) if mode.kind == MODULATED else 0
+            costs.append(ModeCost(mode, time_us, None, state))
         windowed = any(layer.windowed for layer in described)
         kind = "tokens" if not windowed else "last" if path.startswith(f"{last}.") else "images"
         best = min(costs, key=lambda cost: cost.time_us * (1 + cost_model.weight_of_error(kind, cost.mode)))
@@ -134,22 +137,6 @@ def _described(name: str, replaced: Replacements, shape: LayerShape) -> LayerSha
     role = ALONE if block is None else replaced.fused[block].layers.get(name[len(block) + 1 :], ALONE)
     is_reader = layer.input is not None and layer.input.key != name
     return shape._replace(role=role, is_reader=is_reader, is_constant=layer.mode == CONSTANT)
-
-
-def _cost(
-    layers: Sequence[str],
-    described: Sequence[LayerShape],
-    mode: Mode,
-    replaced: Replacements,
-    shapes: Mapping[str, LayerShape],
-    config: ModiffConfig,
-    machine: Machine,
-) -> ModeCost:
-    """What a unit costs in `mode`. A layer without shape is not reached and costs nothing."""
-    weight = replaced.originals[layers[0]].weight
-    sizes = Sizes(weight.element_size(), replaced.state.dtype_on(weight.device).itemsize, config.weight_bits)
-    time = sum(cost_model.seconds(layer, mode, sizes, machine) for layer in described)
-    return ModeCost(mode, 1e6 * time, None, state_bytes_of(layers, replaced, shapes) if mode.kind == MODULATED else 0)
 
 
 def state_bytes_of(layers: Iterable[str], replaced: Replacements, shapes: Mapping[str, LayerShape]) -> int:

@@ -99,6 +99,8 @@ def replacements_of(
     may_fuse = config.fuse and importlib.util.find_spec("diffusers") is not None
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
+        if plan is not None and plan.source == "estimated" and has_delayed_scales(unet, own):
+            own = dataclasses.replace(own, scale_mode="delayed")
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
         static_codes = own.mode == "quantized" and own.scale_mode == "static"  # no fused pass makes them
         fuse = may_fuse and own.act_bits is not None and not static_codes
@@ -121,6 +123,16 @@ def replacements_of(
     layers = {layer.name: layer for layer in inner}
     layers.update({path: module for path, module in replacements.items() if isinstance(module, ModulatedLayer)})
     return Replacements(state, originals, replacements, layers, fused, reasons, plan, share_inputs)
+
+
+def runs_on_gpu(unet: nn.Module) -> bool:
+    return next(unet.parameters()).device.type == "cuda"
+
+
+def has_delayed_scales(unet: nn.Module, config: ModiffConfig) -> bool:
+    """Whether plans that are estimated give delayed scales where `config` has dynamic ones: on a GPU, where finding the
+    range takes a pass of its own, for 8-bit residuals, which have bits to spare for a margin (`nn.tensors`)."""
+    return (config.mode, config.act_bits, config.scale_mode) == (MODULATED, 8, "dynamic") and runs_on_gpu(unet)
 
 
 def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:

@@ -72,10 +72,10 @@ def run(
     source: Any = layer.input
     x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
     held = layer.output.current()
-    scale, last_absmax = source.scale()
+    scale, last_absmax, ratio = source.scale()
     args = (
         h, prologue, x_hat, scale, layer.packed, held.tensor, skip, layer.window, dtype, source.act_bits,
-        source.granularity, source.clip_ratio, write_out, last_absmax,
+        source.granularity, ratio, write_out, last_absmax,
     )  # fmt: skip
     if torch_must_see(h):
         out, _, absmax = ops.modulate(*args, layer.backend)
@@ -98,8 +98,8 @@ def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dty
         key = "first", prologue.shift is None, h.shape, h.dtype, h.device
         first = [_repeated(layer.kernels, key, ops.quantize, args, layer.backend) for _ in range(FIRST_UPDATES)]
         return tuple([(codes, used) for codes, used, _ in first])
-    scale, last_absmax = source.scale()
-    args = (h, prologue, x_hat, scale, source.act_bits, source.granularity, source.clip_ratio, True, last_absmax)
+    scale, last_absmax, ratio = source.scale()
+    args = (h, prologue, x_hat, scale, source.act_bits, source.granularity, ratio, True, last_absmax)
     kernels = source.current().kernels
     codes, used, absmax = _repeated(kernels, (layer.name, last_absmax is None), ops.quantize, args, layer.backend)
     source.record(absmax)

@@ -39,11 +39,13 @@ class LayerShape(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Bytes of an element of the activations and of x_hat and y_hat; bits of a weight in low-bit modes."""
+    """Bytes of an element of the activations and of x_hat and y_hat; bits of a weight in low-bit modes; whether the
+    scales of residuals are delayed, so that their range is not needed before."""
 
     float_bytes: int
     state_bytes: int
     weight_bits: int
+    delayed: bool = False
 
 
 class Pass(NamedTuple):
@@ -68,7 +70,7 @@ def passes(layer: LayerShape, mode: Mode, sizes: Sizes, compiled: bool = False) 
         if prologue == "group_norm":
             found.append(Pass(number * inputs))  # statistics, and the range of plain codes
         read = number * inputs * (2 if prologue == "geglu" and modulated else 1)
-        if modulated or (prologue == "identity" and layer.windowed):
+        if not sizes.delayed if modulated else (prologue == "identity" and layer.windowed):
             found.append(Pass(read + (state * inputs if modulated else 0)))  # the range of what is quantised
         found.append(Pass(read + inputs + (2 * state * inputs if modulated else 0)))
     moved = layer.weights * sizes.weight_bits / 8 + (0 if layer.is_reader else inputs)

@@ -9,7 +9,7 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
-from modiff_kernels.integrations import plan_cache, plans
+from modiff_kernels.integrations import plan_cache, plans, replacements
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.planning.cost import Machine
 from tests.unets import SDXL, outputs, unet2d_condition
@@ -105,7 +105,8 @@ def test_auto_estimates_where_nothing_is_stored(unet, monkeypatch):
 @pytest.mark.parametrize("plan", [None, "modulated", "quantized"])
 def test_modes_by_default_on_a_gpu(unet, monkeypatch, plan):
     """Attention is plain, with scales per token; convolutions near the output are modulated, if they are not float."""
-    monkeypatch.setattr(plans, "runs_on_gpu", lambda unet: True)
+    for module in (plans, replacements):
+        monkeypatch.setattr(module, "runs_on_gpu", lambda unet: True)
     monkeypatch.setattr(plans, "measured_machine", lambda device, config: FAST_INT8)
     exact = run(unet)
     handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
@@ -118,6 +119,7 @@ def test_modes_by_default_on_a_gpu(unet, monkeypatch, plan):
     assert granularities[last] == "per_sample"
     if plan is None:
         assert handle.plan.source == "estimated"
+        assert handle.layers[last].input.scale_mode == "delayed"
         assert "its errors weigh more" in handle.explain()
         out = run(unet, handle)
         assert ((out - exact).square().sum() / exact.square().sum()).item() < 1e-3

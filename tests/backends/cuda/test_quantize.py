@@ -62,7 +62,7 @@ def test_packed_codes_are_the_codes_in_kpack_v1(emulator, shape, granularity, bi
     h, x_hat = (torch.randn(shape) if len(shape) == 3 else image(shape) for _ in range(2))
     states = x_hat.clone(), x_hat.clone()
     plain, packed = (
-        quantize(h, IDENTITY, state, None, bits, granularity, 1.0, True, packed)
+        quantize(h, IDENTITY, state, None, bits, granularity, 1.0, True, packed=packed)
         for state, packed in zip(states, (False, True))
     )
     assert torch.equal(packed[0], pack_channels(plain[0], bits))

@@ -92,7 +92,7 @@ py::dict tiling(const Geometry& geometry, int bits, int multiprocessors) {
   const sm90::Tile tile = sm90::kTiles[tiling.tile];
   return py::dict("rows"_a = int{tile.rows}, "columns"_a = int{tile.columns}, "row_tiles"_a = int{s.row_tiles},
                   "column_tiles"_a = int{s.column_tiles}, "splits"_a = int{s.splits}, "k_blocks"_a = int{s.k_blocks},
-                  "scratch"_a = sm90::scratch_of(call, tiling, 0).words * 4);
+                  "scratch"_a = sm90::scratch_of(tiling).words * 4);
 }
 
 using TilingFields = std::tuple<int, int, int, int>;  // csrc/cuda/product.h ProductTiling
@@ -117,7 +117,7 @@ const char* limit(const Geometry& geometry, int bits, int codes_offset, int weig
 const char* problem_of_maps(const Geometry& geometry, int bits) {
   const ProductCall call = call_of(geometry, bits);
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
-    const auto args = sm90::product_args(call, sm90::tiling_of_tile(call, tile, 1), 0);
+    const auto args = sm90::product_args(call, sm90::tiling_of_tile(call, tile, 1));
     for (const sm90::TensorMap* map : {&args.codes, &args.weight, bits == 3 ? &args.high_plane : &args.weight}) {
       if (const char* problem = sm90::map_problem(*map)) return problem;
     }
