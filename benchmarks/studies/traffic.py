@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -91,9 +92,9 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         moved[name] += size
 
     def triton(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        named = [(parameter.name, value) for parameter, value in zip(kernel.params, args)]
+        named = list(zip(inspect.signature(kernel.fn).parameters, args))
         twice = [value for name, value in named if name in UPDATED]
-        count(kernel.__name__, _bytes(value for _, value in named) + _bytes(twice))
+        count(kernel.fn.__name__, _bytes(value for _, value in named) + _bytes(twice))
 
     def product(codes, scale, zero_point, sums, weight, bits, weight_scale, bias, y_hat, skip, *rest):  # type: ignore[no-untyped-def]
         write_out, dtype, geglu, geometry, _ = rest

@@ -336,7 +336,8 @@ class Handle:
         reason = self.replaced.reasons.get(path)
         if layer is not None:
             bits = f"w{layer.weight_bits}a{layer.act_bits if layer.act_bits is not None else '-'}"
-            reason = "act_bits is None: dequantised weights" if layer.mode == "float" else ""
+            why = "act_bits is None" if self.config.act_bits is None else "plan: float, beside codes that were learnt"
+            reason = f"{why}: dequantised weights" if layer.mode == "float" else ""
             return LayerRow(path, kind, shape, layer.mode, bits, layer.backend_in_use(), reason)
         if reason is not None:
             return LayerRow(path, kind, shape, "float", "-", "torch", reason)

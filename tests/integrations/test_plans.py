@@ -50,6 +50,25 @@ def test_modes_of_a_mixed_plan(unet, fuse):
     assert torch.equal(run(unet), exact)
 
 
+def test_float_units_among_learnt_codes_take_their_own(unet):
+    path = "mid_block.resnets.0.conv1"
+    handle = mk.accelerate(unet, mk.ModiffConfig())
+    config, layers = handle.config, {name: layer.stored() for name, layer in handle.layers.items()}
+    handle.remove()
+    exact, weight = run(unet), unet.get_submodule(path).weight.detach().clone()
+    result = mk.CalibrationResult("given", config, layers)
+    handle = mk.accelerate(unet, mk.ModiffConfig(plan=LayerPlan.of({"mid_block": "float"})), calibration=result)
+    layer, codes = handle.layers[path], layers[path].weight
+    assert torch.equal(layer.float_weight, codes.dequantized(weight.shape))
+    assert {row.name: row.reason for row in handle.rows()}[path].startswith(
+        "plan: float, beside codes that were learnt"
+    )
+    assert 0 < (run(unet, handle) - exact).square().mean() / exact.square().mean() < 2e-3
+    handle.remove()
+    everything = LayerPlan.of(dict.fromkeys(("down_blocks", "mid_block", "up_blocks"), "float"))
+    assert not mk.accelerate(unet, mk.ModiffConfig(plan=everything), calibration=result).layers
+
+
 def test_an_all_float_plan_leaves_the_unet_alone(unet):
     exact = run(unet)
     units = ("down_blocks", "mid_block", "up_blocks")
