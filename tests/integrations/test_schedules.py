@@ -194,8 +194,8 @@ def test_scales_cope_with_the_gap(mode):
         handle.remove()
         return float(error / step.abs().max())
 
-    assert clipped("U2HU2H3U") < 0.05
-    assert clipped("U2H6U") < 0.05
+    assert clipped("U2HU2H3U") < 0.06  # half a step of a delayed scale, with its margin, over a residual of 7 steps
+    assert clipped("U2H6U") < 0.06
 
 
 class TestRefusals:
