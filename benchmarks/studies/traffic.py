@@ -40,8 +40,8 @@ from modiff_kernels.backends.triton import launch, product_launch, tiles
 from modiff_kernels.config.plan import FLOAT_MODE
 from modiff_kernels.evaluation import markdown_table, to_json
 from modiff_kernels.integrations import plans, replacements
+from modiff_kernels.nn import layer as layer_module
 from modiff_kernels.nn import weight as weights
-from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.nn.tensors import ModulationState
 from modiff_kernels.ops import check, dispatch
 from modiff_kernels.ops.problem import Problem
@@ -131,7 +131,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         return QuantizedWeight(weight.new_empty((n, k), dtype=torch.int8), scale, bits, group_size)
 
     why_float, why_unavailable = replacements._why_float, dispatch.why_unavailable
-    problem_of = ModulatedLayer.problem
+    problem_of = layer_module.ModulatedLayer.problem
     reasons = {"triton": None, "cuda": None}
     gpu = tiles.Gpu("a GPU of sm_90", CAPABILITY, PROCESSORS)
 
@@ -139,7 +139,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         reason = why_float(*args)
         return None if reason is not None and "meta device" in reason else reason
 
-    def on_gpu(layer: ModulatedLayer, op: str, rows: int) -> Problem:
+    def on_gpu(layer: layer_module.ModulatedLayer, op: str, rows: int) -> Problem:
         return dataclasses.replace(problem_of(layer, op, rows), device_type="cuda", capability=CAPABILITY)
 
     patches: list[tuple[Any, str, Any]] = [
@@ -155,7 +155,8 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         (F, "scaled_dot_product_attention", attention),
         (replacements, "_why_float", loaded_weight),
         (replacements, "runs_on_gpu", lambda unet: True),
-        (ModulatedLayer, "problem", on_gpu),
+        (layer_module, "is_gpu", lambda device: True),
+        (layer_module.ModulatedLayer, "problem", on_gpu),
         (ModulationState, "dtype_on", lambda state, device: state.state_dtype or torch.float16),
         (QuantizedWeight, "rounded", staticmethod(rounded)),
         (weights, "pack", pack),

@@ -18,7 +18,7 @@ from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState,
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.blocks.base import is_adapter, is_as_written
 from modiff_kernels.nn.cache import sample_of
-from modiff_kernels.nn.layer import ModulatedLayer, why_not_conv2d
+from modiff_kernels.nn.layer import ModulatedLayer, is_gpu, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
 from modiff_kernels.planning.stored import place_beside
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
@@ -127,7 +127,7 @@ def replacements_of(
 
 
 def runs_on_gpu(unet: nn.Module) -> bool:
-    return next(unet.parameters()).device.type == "cuda"
+    return is_gpu(next(unet.parameters()).device)
 
 
 def has_delayed_scales(unet: nn.Module, config: ModiffConfig) -> bool:

@@ -12,6 +12,7 @@ from benchmarks.studies import traffic
 from modiff_kernels.config.plan import Mode
 from modiff_kernels.evaluation import psnr
 from modiff_kernels.integrations import plans, replacements
+from modiff_kernels.nn import layer
 from modiff_kernels.planning import cost
 
 COMPILED_GB, MODULATED_GB = 30.3, 58.5
@@ -69,6 +70,7 @@ def test_pictures_of_the_default_plan(monkeypatch, calibration, least_db):
     """The plan of an H100 for the shipped model, computed here: the same codes."""
     for module in (plans, replacements):
         monkeypatch.setattr(module, "runs_on_gpu", lambda unet: True)
+    monkeypatch.setattr(layer, "is_gpu", lambda device: True)
     model = shared.load_model(None, None, torch.device("cpu"))
     plan = plans.estimated(model.unet, mk.ModiffConfig(), {}, True, traffic.rates("H100"))
     exact = shared.sample_images(model, model.unet, "ddim", 50, range(4))

@@ -10,6 +10,7 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache, plans, replacements
+from modiff_kernels.nn import layer
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.planning.cost import Machine
 from tests.unets import SDXL, outputs, unet2d_condition
@@ -126,6 +127,7 @@ def test_modes_by_default_on_a_gpu(unet, monkeypatch, plan):
     """Attention is plain, with scales per token; convolutions near the output are modulated, if they are not float."""
     for module in (plans, replacements):
         monkeypatch.setattr(module, "runs_on_gpu", lambda unet: True)
+    monkeypatch.setattr(layer, "is_gpu", lambda device: True)
     monkeypatch.setattr(plans, "measured_machine", lambda device, config: FAST_INT8)
     exact = run(unet)
     handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
