@@ -39,8 +39,8 @@ from tools.gpu_campaign_parts import PARTS, SETS, WHEELS, Part
 
 ROOT = Path(__file__).resolve().parent.parent
 
-RESULTS = ("benchmarks/results/**/*", "modiff_kernels/backends/*/tiles/*.json")
-"""Where parts write, beside the working folder: patterns from the root of the repository."""
+RESULTS = "benchmarks/results/**/*"
+"""Where parts write, beside the working folder: a pattern from the root of the repository."""
 
 NOT_FINISHED = 3
 """Exit code of a part that ended in its time with work left: it goes on when the campaign does."""
@@ -192,7 +192,7 @@ def pack(work: Path, since: float, out: Path, most_bytes: int) -> list[str]:
     `out`/results-1.zip, -2, ... of at most `most_bytes` each, the paths those from the root of the repository; returns
     what is larger than that.
     """
-    found = {path for pattern in RESULTS for path in ROOT.glob(pattern) if path.stat().st_mtime >= since}
+    found = {path for path in ROOT.glob(RESULTS) if path.stat().st_mtime >= since}
     found |= {path for path in work.rglob("*") if "site" not in path.relative_to(work).parts[:1]}
     for old in out.glob("results-*.zip"):
         old.unlink()

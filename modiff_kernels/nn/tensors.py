@@ -17,9 +17,9 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.cache import KeptOutputs, TimeTable, tensor_version
 from modiff_kernels.nn.run import NEW_RUN, Run
 
-# Of delayed 8-bit scales over the last absmax: clipping a residual that has grown loses far more than a bit does. Shipped
-# model, DDIM-50, learnt codes: 56.7 dB at 1, 62.2 at 1.5, 62.8 at 2, 63.2 with dynamic scales. 4-bit codes lose by a
-# margin (50.0 dB at 1, 49.2 at 1.25).
+# Of delayed 8-bit scales over the last absmax: clipping a residual that has grown loses far more than a bit does.
+# Shipped model, DDIM-50, learnt codes: 56.7 dB at 1, 62.2 at 1.5, 62.8 at 2, 63.2 with dynamic scales. 4-bit codes lose
+# by a margin (50.0 dB at 1, 49.2 at 1.25).
 DELAYED_MARGIN = 2.0
 
 

@@ -1,4 +1,4 @@
-"""`Problem`: the one key by which ops are chosen, tuned and reported."""
+"""`Problem`: the one key by which ops are chosen and reported."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -1,13 +1,9 @@
-"""Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU, which
-`tools/tune_triton.py` writes to `tiles/<gpu>.json`."""
+"""Which tile a product gets: candidates with their reasons, and a model that ranks them."""
 
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from ...tuned import Store
 
 
 class TileConfig(NamedTuple):
@@ -155,14 +151,9 @@ def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
     return sorted(found, key=lambda config: estimated_cycles(config, shape, gpu))
 
 
-STORE = Store(Path(__file__).resolve().parent / "tiles", Shape, TileConfig)
-
-
 @lru_cache(maxsize=4096)
-def choose(shape: Shape, gpu: Gpu, store: Store[Shape, TileConfig] = STORE) -> TileConfig:
-    """The tile for `shape`: tuned if this or a near shape was, else the best estimate. ValueError if none fits."""
-    if (config := store.nearest(shape, gpu.name)) is not None:
-        return config
+def choose(shape: Shape, gpu: Gpu) -> TileConfig:
+    """The tile for `shape`: the one with the best estimate. ValueError if none fits."""
     if found := ranked(shape, gpu):
         return found[0]
     raise ValueError(f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv")
