@@ -16,8 +16,7 @@ the repository: `unzip -o results-1.zip` there puts them in place.
 
 Where the sources have no .git, MODIFF_COMMIT tells the rows their commit (ENVS.md).
 
-Exit code 0: every part passed. 1: some failed. 2: bad input, or no GPU. 3: none failed, but time was over first.
-"""
+Exit code 0: every part passed. 1: some failed. 2: bad input, or no GPU. 3: none failed, but time was over first."""
 
 import argparse
 import dataclasses
@@ -66,8 +65,7 @@ class Outcome:
 class Campaign:
     """Runs parts within a deadline and keeps their outcomes in `work`/campaign.json.
 
-    clock: seconds that only rise, time.monotonic but in tests.
-    """
+    clock: seconds that only rise, time.monotonic but in tests."""
 
     def __init__(
         self,
@@ -190,8 +188,7 @@ def _end(process: subprocess.Popen) -> None:
 def pack(work: Path, since: float, out: Path, most_bytes: int) -> list[str]:
     """Write what lies below `work`, and files of RESULTS written after `since` (seconds of time.time), into
     `out`/results-1.zip, -2, ... of at most `most_bytes` each, the paths those from the root of the repository; returns
-    what is larger than that.
-    """
+    what is larger than that."""
     found = {path for path in ROOT.glob(RESULTS) if path.stat().st_mtime >= since}
     found |= {path for path in work.rglob("*") if "site" not in path.relative_to(work).parts[:1]}
     for old in out.glob("results-*.zip"):

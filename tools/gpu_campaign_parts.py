@@ -14,8 +14,7 @@ class Part:
     command: words in which {python}, {work} (the campaign's folder) and {budget} (seconds it may use) are filled in.
     seconds: after which it is stopped; a command with {budget} ends itself `margin_seconds` before.
     needs: parts that must have passed. every_time: run again although it has passed, since what it makes is no result.
-    program: one that must be found.
-    """
+    program: one that must be found."""
 
     name: str
     purpose: str

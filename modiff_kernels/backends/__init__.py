@@ -20,8 +20,7 @@ The arguments are those of `ops.schema`, which has their types, already checked.
                                                    code can call these and not the op
     build_info() -> dict[str, str] | str           what its library was built with, or why that is not known
 
-A backend may import `reference` and the formats in `quant`, and nothing else of the package.
-"""
+A backend may import `reference` and the formats in `quant`, and nothing else of the package."""
 
 import hashlib
 import json

@@ -5,8 +5,7 @@ unless something may do otherwise at the next call (`obstacle_of`). Calls whose 
 as they are: the first one of a run, which allocates state, those with other encoder states than the call before, which
 compute constants, and, where others are compiled, the first with other weights, which stacks them.
 Calls that run as they are take what follows from the timestep alone from a table (`nn.cache.TimeTable`); a graph is
-captured, and code compiled, for all timesteps.
-"""
+captured, and code compiled, for all timesteps."""
 
 import contextlib
 import functools

@@ -5,8 +5,7 @@ the same objects as in the call before stay), outputs are cloned, state has fixe
 of an update leaves to the next one is done here. The first calls of a kind run as they are: steps of a run like any
 other, which warm up what may not happen while a graph is captured (compiling kernels, choosing algorithms). Capturing
 runs nothing, so the captured call is done by the first replay, and no state is updated twice; after an error in a
-capture the call runs as it is, and nothing is captured any more.
-"""
+capture the call runs as it is, and nothing is captured any more."""
 
 import collections
 import dataclasses

@@ -85,8 +85,7 @@ class Handle:
 
         num_calls: more of them raise. scheduler: the one that samples; a step schedule reads its timesteps and noise
         levels at the first call, so `set_timesteps` may come inside. On a GPU, set them before: the embeddings of
-        timesteps that are known when the run begins are kept from run to run.
-        """
+        timesteps that are known when the run begins are kept from run to run."""
         self._require_active()
         return self._own_run(num_calls, scheduler)
 
@@ -141,8 +140,7 @@ class Handle:
         safetensors files. More than `max_shard_size` (bytes, or text such as "5GB") goes into several of them. Files of
         an earlier save there are replaced. The state of a run is not saved.
 
-        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
-        """
+        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError."""
         self._require_active()
         from modiff_kernels.integrations.saving import save  # which imports diffusers
 
@@ -160,8 +158,7 @@ class Handle:
         In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
         first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
         between updates: pass timesteps in any form, and the same tensor of encoder states at every call. Where neither
-        backend, mode nor options are given, inductor gets options that save time on the host.
-        """
+        backend, mode nor options are given, inductor gets options that save time on the host."""
         self._require_active()
         self._forward.compile(**options)
 

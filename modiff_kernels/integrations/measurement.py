@@ -6,8 +6,7 @@ sampling in float.
 Time of a unit: that of its forward pass within whole UNet calls, so that the caches hold what the rest of the call
 leaves there and shared work is counted once; the copies take turns at every call, those that initialise do not count.
 The host is ahead of a GPU then, so that kernels are timed as they run in a CUDA graph, and no Python.
-Fidelity of a unit: SQNR of its output against float, both fed with the float trajectory.
-"""
+Fidelity of a unit: SQNR of its output against float, both fed with the float trajectory."""
 
 import contextlib
 import copy
@@ -53,8 +52,7 @@ class Subject:
 
     handle, modes: of its low-bit layers and units, none in float. in_channels_last: convert inputs as `accelerate`
     does. psnr_db, state_bytes (x_hat and y_hat): known after `Bench.sample_with`. steps, units: seconds of the calls
-    that counted in the last `Bench.time`, in order: of the whole UNet, and by unit.
-    """
+    that counted in the last `Bench.time`, in order: of the whole UNet, and by unit."""
 
     name: str
     unet: nn.Module
@@ -88,8 +86,7 @@ class Bench:
 
     unet: the original. modes: the low-bit modes, a copy for each. sample: gives pictures, calls: its UNet calls,
     pictures: its result in float. clock: gives seconds in the place of the device's own. on_run: called after every
-    trajectory that was computed. units: paths of the units, with their layers. float, subjects: the copies, by mode.
-    """
+    trajectory that was computed. units: paths of the units, with their layers. float, subjects: the copies, by mode."""
 
     unet: nn.Module
     config: ModiffConfig

@@ -32,8 +32,7 @@ class Replacements:
 
     state: that of all new layers. originals: every Linear and Conv2d. replacements: the modules to put in, layers or
     whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: the fused blocks.
-    reasons: why a layer stays as it is. plan, share_inputs: what they were made for.
-    """
+    reasons: why a layer stays as it is. plan, share_inputs: what they were made for."""
 
     state: ModulationState
     originals: dict[str, nn.Module]

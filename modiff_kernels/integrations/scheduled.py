@@ -1,8 +1,7 @@
 """Carries a `StepSchedule` out: takes the place of a UNet's `forward`.
 
 A call that is held or forecast never enters the UNet: its layers keep their x_hat and y_hat, which stay consistent, and
-see a larger residual next time.
-"""
+see a larger residual next time."""
 
 import contextlib
 import inspect
@@ -45,8 +44,7 @@ class Trajectory:
 
     done: a letter per call so far. computed: steps whose outputs still hold. instead: how many calls were computed that
     are planned to be skipped, and why. values: the last computed outputs, copied, with their steps and positions.
-    forms: the last outputs as returned, by `return_dict`.
-    """
+    forms: the last outputs as returned, by `return_dict`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

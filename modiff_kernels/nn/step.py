@@ -6,8 +6,7 @@ equations in `run`::
 - mode "modulated": an update of x_hat and y_hat, `ops.modulate`; in the first call of a run two of 8 bits, the second
   on what the first left over, which together are as good as a float first call.
 - mode "quantized": the plain quantiser and the product.
-- mode "constant": computed when the input is another tensor than in the call before.
-"""
+- mode "constant": computed when the input is another tensor than in the call before."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -63,8 +62,7 @@ def run(
     """layer(spread(prologue(h))) + skip, in `dtype`, that of the activations around; mutates the layer's state.
 
     h may have another dtype: that of a y_hat. write_out False: the reader takes any float dtype and changes nothing, so
-    in mode "modulated" y_hat itself is returned.
-    """
+    in mode "modulated" y_hat itself is returned."""
     if layer.mode == "quantized":
         return plain_product(layer, plain_codes(layer, prologue, h), skip, dtype, spread)
     if layer.state.is_first or spread is not None:

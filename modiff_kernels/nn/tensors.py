@@ -1,8 +1,7 @@
 """The state of one accelerated network: x_hat of the tensors that layers read, y_hat of the layers, and their owner.
 
 Tensors are allocated at the first call of a run when shape, dtype or device changed, else used again: addresses stay.
-A run begins with x_hat = 0 and y_hat = bias, which is written at the first use in its first call.
-"""
+A run begins with x_hat = 0 and y_hat = bias, which is written at the first use in its first call."""
 
 import contextlib
 import dataclasses
@@ -29,8 +28,7 @@ class ContextTensor:
     written: whether this run has begun it. kernels: what the update calls of this run execute on it, by layer.
     Of an input whose scale is not dynamic: last_update, the call that updated it last; interval, the calls from the
     update before to that one; updated in this call; factor and absmax, of which its next scale is made; fixed_absmax,
-    where absmax lies if addresses must stay.
-    """
+    where absmax lies if addresses must stay."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -64,8 +62,7 @@ class StateTensor:
 
         In the first call of a run it is allocated where anything differs from what is there, and filled at its first
         use; later the arguments must be those of the first call. Raises RuntimeError outside a call, for a layer that
-        the first call of the run left out, and on a change.
-        """
+        the first call of the run left out, and on a change."""
         state = self.state
         held = self.contexts.get(state.context_name)
         if held is not None and held.written:
@@ -152,8 +149,7 @@ class InputState(StateTensor):
 
         Where a schedule leaves calls out, the residual has grown over all of them: a static scale (of one call) is
         multiplied by the number of calls since the last update, a delayed one by the ratio of that number to the one
-        before. The factor is a tensor: compiled code sees no number that changes.
-        """
+        before. The factor is a tensor: compiled code sees no number that changes."""
         if self.scale_mode == "dynamic":
             return None, None, self.clip_ratio
         held, static = self.contexts[self.state.context_name], self.scale_mode == "static"
@@ -238,8 +234,7 @@ class ModulationState(Run):
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
     relocations: grows whenever weights move, or anything else that calls read; moves: tensors of a context.
-    weight_changes: when weights change or move. shelves: what is set aside. serial: grows with every call.
-    """
+    weight_changes: when weights change or move. shelves: what is set aside. serial: grows with every call."""
 
     def __init__(self, state_dtype: torch.dtype | str | None = None) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """Which backend solves which problem: one table, asked with `select` and printed with `table`.
 
 `backend="auto"` walks `backends.BACKENDS`; a named backend is a demand and never falls back. The environment variable
-MODIFF_BACKEND, read once, puts one backend in the place of "auto". One that fails to load stays with its reason.
-"""
+MODIFF_BACKEND, read once, puts one backend in the place of "auto". One that fails to load stays with its reason."""
 
 import importlib
 import logging

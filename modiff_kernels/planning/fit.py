@@ -14,8 +14,7 @@ share what is added to them; these few numbers per span are fitted in two ways:
     end      all spans together, to the final picture, by Gauss-Newton steps as long as other pictures gain from them.
 
 Published relatives fit other things: LTC-Accel and L2P (weights of past outputs, to the next output), DC-Solver (one
-ratio per step, all calls computed), bespoke solvers (Shaul et al. 2024: a sampler of their own).
-"""
+ratio per step, all calls computed), bespoke solvers (Shaul et al. 2024: a sampler of their own)."""
 
 import contextlib
 import functools

@@ -1,8 +1,7 @@
 """`quantize`: which kernels an activation takes (quantize_kernel.py), and their scratch.
 
 Launches: one with scales given, delayed or per token, otherwise two. A group norm has one more, except for the plain
-form with scales per sample, of which it finds the range (quantize_group_norm.py).
-"""
+form with scales per sample, of which it finds the range (quantize_group_norm.py)."""
 
 from typing import Any
 

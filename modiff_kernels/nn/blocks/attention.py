@@ -26,8 +26,7 @@ class FusedAttention(FusedBlock):
     q, k and v of self-attention read one quantised residual and are one product where their weights can be stacked. k
     and v of cross-attention have mode "constant": computed from float activations, and kept as long as the encoder
     states are the same tensor (`nn.cache`). With another processor than those of this equation, or inputs that it does
-    not have, the original attention computes in float.
-    """
+    not have, the original attention computes in float."""
 
     layers: ClassVar = {"to_q": Role("group_norm"), "to_k": ALONE, "to_v": ALONE, "to_out.0": Role(adds=True)}
 
@@ -111,8 +110,7 @@ class FusedAttention(FusedBlock):
         """to_out of the attention, plus `skip`: new tokens [N, L, C].
 
         x: tokens [N, L, C], contiguous. encoder_hidden_states: [N, S, K], for cross-attention alone. attention_mask,
-        others: as for diffusers' `Attention`.
-        """
+        others: as for diffusers' `Attention`."""
         dtype = x.dtype
         given = encoder_hidden_states is not None and not self.is_cross_attention
         if given or self.original.processor is not self.fused_for:
