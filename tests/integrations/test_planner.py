@@ -187,7 +187,7 @@ def test_bad_input(unet):
         ({"sample": lambda unet: sample(unet, steps=1)}, "called the UNet 1 times"),
         ({"sample": lambda unet: sample(unet, seed=time.perf_counter_ns())}, "begin from the same noise"),
     ):
-        with pytest.raises(ValueError, match=f"make_plan: .*{message}"):
+        with pytest.raises(ValueError, match=f"plan: .*{message}"):
             plan_for(unet, **options)
     mk.accelerate(unet, mk.ModiffConfig())
     with pytest.raises(RuntimeError, match="accelerated already"):

@@ -120,7 +120,7 @@ def test_geglu_in_the_epilogue_of_its_projection():
     assert not weight.with_geglu(apart, problem, "onednn").geglu
     for sign in (-1, 1):
         unet.load_state_dict({name: sign * value for name, value in original.state_dict().items()})
-    layer._move_weight(torch.device("cpu"))
+    layer._move_weight(torch.float32, torch.device("cpu"))
     assert torch.equal(layer.packed.packed, packed.packed)
     assert all(torch.equal(a, b) for a, b in zip(outputs(unet, handle), fused))
     x, linear = torch.randn(2, 3, problem.k), original.get_submodule(layer.name)
