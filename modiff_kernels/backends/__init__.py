@@ -38,7 +38,6 @@ BACKENDS: dict[str, str | None] = {
 }
 """Every backend and the device type it is for (None: all), in the order in which they are asked."""
 
-
 LEAST_CAPABILITY = (8, 0)  # of a GPU, for both backends that run there
 MAX_K = 1 << 16  # 255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32
 

@@ -109,19 +109,16 @@ class Handle:
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing.
         RuntimeError where their float weights were not kept."""
-        if self._undo is not None:
-            if not self.keep_original:
-                text = (
-                    "load it again; unet.dequantize() of one that was loaded in low bits gives what its codes stand for"
-                )
-                raise RuntimeError(
-                    f"remove: the float weights of this UNet were not kept (keep_original=False); {text}"
-                )
-            self.state.release()
-            for layer in self.layers.values():
-                layer.original._parameters.update(layer._parameters)  # which a user may have set
-            undo, self._undo = self._undo, None
-            undo.close()
+        if self._undo is None:
+            return
+        if not self.keep_original:
+            text = "load it again; unet.dequantize() of one that was loaded in low bits gives what its codes stand for"
+            raise RuntimeError(f"remove: the float weights of this UNet were not kept (keep_original=False); {text}")
+        self.state.release()
+        for layer in self.layers.values():
+            layer.original._parameters.update(layer._parameters)  # which a user may have set
+        undo, self._undo = self._undo, None
+        undo.close()
 
     def refresh(self) -> None:
         """Make the codes of all weights again, but for those of a calibration that you gave, and all else that is kept

@@ -30,6 +30,7 @@ from modiff_kernels.integrations.accelerate import accelerate
 from modiff_kernels.integrations.handle import Handle, channels_last
 from modiff_kernels.integrations.plans import timer_of
 from modiff_kernels.integrations.replacements import config_of
+from modiff_kernels.integrations.scheduled import sample_of
 from modiff_kernels.metrics import psnr
 from modiff_kernels.nn import ModulationState
 
@@ -110,9 +111,8 @@ class Bench:
         }
         fused = handles[self.modes[0]].replaced.fused
         # (unit, path of a module whose output belongs to it): a fused block, or the layers
-        self._modules = [
-            (path, name) for path, layers in self.units.items() for name in ([path] if path in fused else layers)
-        ]
+        own = {path: (path,) if path in fused else layers for path, layers in self.units.items()}
+        self._modules = [(path, name) for path, names in own.items() for name in names]
 
     def _accelerated(self, config: ModiffConfig) -> Handle:
         scales = self.static_scales if config.scale_mode == "static" else {}
@@ -162,9 +162,9 @@ class Bench:
         sums: dict[tuple[str, Mode], Any] = {}
 
         def compare(path: str, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            exact = _tensor_of(output).double()
+            exact = sample_of(output).double()
             for mode, subject in self.subjects.items():
-                out = _tensor_of(subject.unet.get_submodule(name)(*args, **kwargs))
+                out = sample_of(subject.unet.get_submodule(name)(*args, **kwargs))
                 noise, signal = sums.get((path, mode), (0.0, 0.0))
                 sums[path, mode] = noise + (out - exact).square().sum(), signal + exact.square().sum()
 
@@ -257,9 +257,3 @@ def _sqnr_db(noise: float, signal: float) -> float:
     if noise <= 0.0:
         return MAX_SQNR_DB
     return 10 * math.log10(signal / noise) if signal > 0 else 0.0
-
-
-def _tensor_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample

@@ -16,7 +16,7 @@ from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
-from modiff_kernels.nn.blocks.base import is_adapter, is_as_written
+from modiff_kernels.nn.blocks.base import Calibrated, is_adapter, is_as_written
 from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
@@ -59,11 +59,7 @@ class Replacements:
 
 
 def replacements_of(
-    unet: nn.Module,
-    config: ModiffConfig,
-    calibrated: Mapping[str, CalibratedLayer],
-    share_inputs: bool,
-    plan: LayerPlan | None = None,
+    unet: nn.Module, config: ModiffConfig, calibrated: Calibrated, share_inputs: bool, plan: LayerPlan | None = None
 ) -> Replacements:
     """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for. The UNet
     is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does not fit;
@@ -235,9 +231,7 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
     return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
 
 
-def _shared_inputs(
-    modules: Mapping[str, nn.Module], left: Set[str], calibrated: Mapping[str, CalibratedLayer]
-) -> dict[str, str]:
+def _shared_inputs(modules: Mapping[str, nn.Module], left: Set[str], calibrated: Calibrated) -> dict[str, str]:
     """Key of the shared input of the attention projections that read one tensor. left: paths that share nothing, as do
     layers that scale their input channels before it is quantised."""
     shared: dict[str, str] = {}

@@ -281,9 +281,8 @@ class ModulationState(Run):
     def kind_of_call(self) -> tuple[Any, ...]:
         """What else but the inputs decides which kernels this call runs: whether it is the first, the factors of
         scales, and whether a delayed scale is yet to come (the first update is dynamic)."""
-        pending = any(
-            state.scale_mode == "delayed" and held.absmax is None for state, held in self._inputs_with_given_scales()
-        )
+        given = self._inputs_with_given_scales()
+        pending = any(state.scale_mode == "delayed" and held.absmax is None for state, held in given)
         return self.is_first, self._factors_in_use, pending
 
     def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:

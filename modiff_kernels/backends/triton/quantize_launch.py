@@ -24,10 +24,9 @@ def quantize(
     affine = affine and x_hat is None
     tiling = tiling_of(h, like, granularity, bits, kind)
     granules, per_token = tiling.granules, tiling.granularity == "per_token"
-    given = scale if last_absmax is None else last_absmax
-    source = (
-        "delayed" if last_absmax is not None else "given" if given is not None else "tile" if per_token else "reduced"
-    )
+    given, source = scale, "given" if scale is not None else "tile" if per_token else "reduced"
+    if last_absmax is not None:
+        given, source = last_absmax, "delayed"
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=h.device)

@@ -77,17 +77,13 @@ class FusedAttention(FusedBlock):
             super().__setattr__(name, value)
 
     def run(
-        self,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **others: Any,
+        self, x: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
     ) -> Tensor:
         if self.group_norm is None:  # a part of a block, which has computed its prologue
-            return self.attend(IDENTITY, x.contiguous(), None, encoder_hidden_states, attention_mask, others)
+            return self.attend(IDENTITY, x.contiguous(), None, encoder_hidden_states, attention_mask, more)
         given = encoder_hidden_states is not None or attention_mask is not None
         if given or self.original.processor is not self.fused_for:
-            return self.original(x, encoder_hidden_states, attention_mask, **others)
+            return self.original(x, encoder_hidden_states, attention_mask, **more)
         prologue = group_norm(self.group_norm, silu=False)
         if x.ndim == 3:
             x = x.contiguous()
