@@ -141,19 +141,15 @@ def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
     return cycles
 
 
-def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
-    """All candidates for `shape`, with their splits, best estimate first; empty if no candidate fits."""
+@lru_cache(maxsize=4096)
+def choose(shape: Shape, gpu: Gpu) -> TileConfig:
+    """The tile for `shape` with the best estimate, and its split. ValueError if none fits."""
     found = []
     for config in candidates(gpu.capability):
         if fits(config, shape):
             most = shape.taps * -(-shape.channels // config.block_k) // _LEAST_STEPS
             found += [config._replace(split_k=splits) for splits in (1, 2, 4, 8, 16) if splits <= max(most, 1)]
-    return sorted(found, key=lambda config: estimated_cycles(config, shape, gpu))
-
-
-@lru_cache(maxsize=4096)
-def choose(shape: Shape, gpu: Gpu) -> TileConfig:
-    """The tile for `shape`: the one with the best estimate. ValueError if none fits."""
-    if found := ranked(shape, gpu):
-        return found[0]
-    raise ValueError(f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv")
+    if not found:
+        text = "group_size must be a multiple of 32, and divide channels in a conv"
+        raise ValueError(f"no tile computes {shape}: {text}")
+    return min(found, key=lambda config: estimated_cycles(config, shape, gpu))
