@@ -63,20 +63,13 @@ class Outcome:
 
 
 class Campaign:
-    """Runs parts within a deadline and keeps their outcomes in `work`/campaign.json.
-
-    clock: seconds that only rise, time.monotonic but in tests."""
+    """Runs parts within a deadline and keeps their outcomes in `work`/campaign.json."""
 
     def __init__(
-        self,
-        parts: Sequence[Part],
-        work: Path,
-        seconds: float,
-        variables: dict[str, str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, parts: Sequence[Part], work: Path, seconds: float, variables: dict[str, str] | None = None
     ) -> None:
-        self.parts, self.work, self.clock = list(parts), work, clock
-        self.deadline = clock() + seconds - TAIL_SECONDS
+        self.parts, self.work = list(parts), work
+        self.deadline = time.monotonic() + seconds - TAIL_SECONDS
         self.variables = variables or {}
         self.logs = work / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -107,22 +100,22 @@ class Campaign:
         for program in filter(None, (part.program, part.command[0])):
             if program != "{python}" and shutil.which(program) is None:
                 return Outcome(SKIPPED, reason=f"{program} was not found on the PATH")
-        if self.deadline - self.clock() < LEAST_SECONDS:
+        if self.deadline - time.monotonic() < LEAST_SECONDS:
             return Outcome(WAITING, reason="no time left")
         return None
 
     def _executed(self, part: Part) -> Outcome:
-        limit = min(part.seconds, self.deadline - self.clock())
+        limit = min(part.seconds, self.deadline - time.monotonic())
         budget = max(limit - part.margin_seconds, 1)
         values = {"python": sys.executable, "work": self.work, "budget": int(budget)}
         command = [word.format(**values) for word in part.command]
         print(f"campaign: {part.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
-        begun = self.clock()
+        begun = time.monotonic()
         with (self.logs / f"{part.name}.log").open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
             returncode = _run(command, log, limit, {**self.variables, **dict(part.variables)})
-        seconds = self.clock() - begun
+        seconds = time.monotonic() - begun
         if returncode is None:
             outcome = Outcome(STOPPED, seconds, reason=f"stopped after {seconds:.0f} s")
         elif returncode == NOT_FINISHED:
