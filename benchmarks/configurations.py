@@ -1,7 +1,6 @@
 """What whole steps and runs are timed with: full precision, its peers, and ours, as UNets that share weights.
 
-A layer of ours that is asked for from a named backend has that name behind its key: "modulated-w8a8.cuda".
-"""
+A layer of ours that is asked for from a named backend has that name behind its key: "modulated-w8a8.cuda"."""
 
 import contextlib
 import copy
@@ -76,8 +75,7 @@ class InBfloat16(torch.nn.Module):
 class Networks:
     """Makes the UNets of rows; all share the weights of `unet`, but for its memory format and for those of peers.
 
-    shown: calls that peers may calibrate with, (sample, timestep) each; set it before their rows are made.
-    """
+    shown: calls that peers may calibrate with, (sample, timestep) each; set it before their rows are made."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         self.unet = unet
@@ -130,8 +128,7 @@ def compile_calls(unet: torch.nn.Module, options: dict[str, Any]) -> None:
     """Compile the calls of `unet`, for samples in channels_last and timesteps on its device.
 
     A pipeline may hand over samples in another format at the first call, which would be compiled for itself, and
-    timesteps on the CPU, with which torch makes no CUDA graphs.
-    """
+    timesteps on the CPU, with which torch makes no CUDA graphs."""
     compiled = torch.compile(unet.forward, dynamic=False, **options)
 
     def forward(sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,8 +168,7 @@ def label(network: str, unet: torch.nn.Module) -> str:
 def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: str | None = None) -> list[Row]:
     """The rows of whole steps, as tables show them: those of `modiff compare` with weights in 8 bits, and more.
 
-    plan: of the rows "planned", which are left out without one.
-    """
+    plan: of the rows "planned", which are left out without one."""
     rows = {row.key: row for row in build_rows((8,), None, compiled)}
     ours, on_cuda = rows["modulated-w8a8"], device.type == "cuda"
 
@@ -257,8 +253,7 @@ def telling_first(rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
 
 def chosen(rows: Sequence[Row], session: Session, order: Sequence[str]) -> list[Row]:
     """`rows` as the options of `session` ask for them, without those of packages that are not installed, which stderr
-    is told.
-    """
+    is told."""
     rows = [row for row in with_backends(rows, session.args.backend) if is_wanted(row.key, session.args.rows)]
     needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
     needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}

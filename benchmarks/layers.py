@@ -13,8 +13,7 @@ on a CPU float32, and the backend onednn, whose product is oneDNN's own in int8.
 On a GPU one process should have one of our backends: a kernel that loses the CUDA context takes with it what the
 process would have timed. --machine records the rates of plain torch instead. Every problem is timed once, however many
 networks have it, those with the largest share of a network's step first. The first and the last sample are verified
-against the backend reference, sums in float64, before a form is timed.
-"""
+against the backend reference, sums in float64, before a form is timed."""
 
 import argparse
 import copy
@@ -80,8 +79,7 @@ class Problem:
 
 def problems_by_share(networks: Sequence[str], batches: Sequence[int], machine: Machine) -> list[Problem]:
     """Every problem of `networks` once, in an order in which the first ones, however many, cover about the same part of
-    a step of each network at each batch: a problem's place is the share of the larger ones of the step it leads in.
-    """
+    a step of each network at each batch: a problem's place is the share of the larger ones of the step it leads in."""
     places: dict[Problem, float] = {}
     shares: dict[Problem, float] = {}
     for network, batch in itertools.product(networks, batches):
@@ -136,8 +134,7 @@ def bound_us(
     form: str, layer: Layer, batch: int, weight_bits: int, machine: Machine, float_bytes: int = 2
 ) -> float:  # fmt: skip
     """The least time of `form` on `machine`: its bytes or its operations, whichever takes longer; for "modulate" the
-    sum over its two passes.
-    """
+    sum over its two passes."""
     if form == "modulate":
         return sum(bound_us(part, layer, batch, weight_bits, machine, float_bytes) for part in ("quantize", "product"))
     memory = bytes_moved(form, layer, batch, weight_bits, float_bytes) / machine.bandwidth
@@ -151,8 +148,7 @@ def forms_of(
     layer: Layer, batch: int, weight_bits: int, backends: Sequence[str], on_cuda: bool, has_cutlass: bool
 ) -> list[Form]:  # fmt: skip
     """The forms that `layer` has: torch._int_mm multiplies int8 matrices, of more than 16 rows and in multiples of 8;
-    CUTLASS int8 weights, in multiples of 16; ours once for each of `backends`.
-    """
+    CUTLASS int8 weights, in multiples of 16; ours once for each of `backends`."""
     rows = outputs_of(layer, batch) // layer.c_out
     int_mm = is_matrix(layer) and weight_bits == 8 and rows > 16 and layer.c_in % 8 == layer.c_out % 8 == 0
     cutlass = has_cutlass and weight_bits == 8 and layer.c_in % 16 == 0 and layer.c_out % 8 == 0
@@ -294,8 +290,7 @@ def prepared(weight: ops.PackedWeight, k: int, window: ops.Window | None, backen
 
 class Check:
     """What the next call of `form` has to give for the first and the last sample, which lie at both ends of all
-    tensors, by the backend reference.
-    """
+    tensors, by the backend reference."""
 
     def __init__(self, form: str, tensors: Tensors) -> None:
         self._form, self._tensors = form, tensors
@@ -305,8 +300,7 @@ class Check:
 
     def sqnr_db(self, call: Callable[[], Tensor]) -> float:
         """SQNR in dB of `call`. AssertionError where it is too low, where a value of any sample is not finite, where
-        integers differ, and where the state is not that of the reference.
-        """
+        integers differ, and where the state is not that of the reference."""
         form, samples = self._form, self._samples
         whole = call()
         by_sample = whole.unflatten(0, (self._tensors.codes.shape[0], -1)) if form == "int_mm" else whole

@@ -3,8 +3,7 @@
 Text encoders and VAE are left out, since no configuration changes them: Stable Diffusion gets random embeddings and
 gives latents. Its guidance is that of the pipeline's own scale, both passes in one batch, so the UNet sees twice as
 many samples as there are images. All other networks are sampled by DDPMPipeline with the scheduler put in; the latents
-of LDM-8 are taken as they are.
-"""
+of LDM-8 are taken as they are."""
 
 import inspect
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ SAMPLERS = {
 class Workload:
     """What is sampled: `images` pictures, or latents, of `network` from the noise of seeds 0, 1, ... in one batch.
 
-    unet: gives sizes, dtype and device.
-    """
+    unet: gives sizes, dtype and device."""
 
     def __init__(self, network: str, unet: torch.nn.Module, sampler: Sampler, images: int) -> None:
         self.network, self.label = network, label(network, unet)

@@ -1,8 +1,7 @@
 """One row format for all results: benchmarks/results/<device>.csv, one row per measurement, appended only.
 
 A row says what was measured, on what, with which versions and commit, and by which command. Only verified results are
-written: `append` refuses a row whose `verified` is not true.
-"""
+written: `append` refuses a row whose `verified` is not true."""
 
 import csv
 import datetime

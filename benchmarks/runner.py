@@ -2,8 +2,7 @@
 
 In turns, all are built first and each round begins with another one, so that ratios pair times of one round. One by
 one, each is built, verified, timed and dropped before the next: for a GPU, where state and graphs of several do not fit
-side by side, where compiling takes minutes and what was measured must not be lost, and where times spread little.
-"""
+side by side, where compiling takes minutes and what was measured must not be lost, and where times spread little."""
 
 import argparse
 import contextlib
@@ -120,8 +119,7 @@ class Entrant:
 
     subject: what the case made of it, None where its rows were recorded before. times: seconds of its runs, or calls.
     peak_bytes: of a GPU, while it was timed alone, with its weights; 0: not known. turn: entrants with the same one
-    took turns, and their times pair. more: what else was found.
-    """
+    took turns, and their times pair. more: what else was found."""
 
     config: Any
     subject: Any = None
@@ -142,8 +140,7 @@ class Case(Protocol):
     make gives the subject of a configuration, whose `remove` is called at the end, and whose `shared_bytes` count with
     its peak; verify runs it and gives its SQNR in dB, or a text that says why it is not to be timed; timed gives the
     seconds of one round, by `timer` where the subject is a call; rows are those of a timed entrant while its subject is
-    there, ratio_rows those of how many times faster it is than the baseline of `metric`.
-    """
+    there, ratio_rows those of how many times faster it is than the baseline of `metric`."""
 
     baselines: Mapping[str, Sequence[str]] = {}
     timer: Callable[[Callable[[], object]], list[float]]

@@ -14,8 +14,7 @@ count as baselines: full precision compiled with max-autotune and CUDA graphs, a
 compiled, with CUDA graphs (benchmarks/baselines/deepcache.py).
 
 full_calls is how many calls of the UNet compute all of it; in the others nothing runs (schedules), or its shallow
-levels do (DeepCache, deep levels). On a CPU outside_unet is the time of a step in the pipeline and the scheduler.
-"""
+levels do (DeepCache, deep levels). On a CPU outside_unet is the time of a step in the pipeline and the scheduler."""
 
 import argparse
 import contextlib

@@ -1,8 +1,7 @@
 """Named networks and layers that benchmarks run on, each with the number of times it occurs in one UNet call.
 
 A network is a diffusers UNet (`build_unet`); its layer table is read off the network itself (`layer_table`), so that no
-shape is written down twice.
-"""
+shape is written down twice."""
 
 import json
 from collections import Counter

@@ -16,8 +16,7 @@ Baselines: eager in both memory formats; torch.compile, on CUDA with max-autotun
 its default mode with graphs (on the CPU max-autotune and freezing took the same time within 3 % and are left out);
 torchao's dynamic int8, OpenVINO and bfloat16 where they are installed. --plan FILE, made by `modiff calibrate --plan`
 or make_plan() on this device, adds the rows "planned". Bound: benchmarks/bounds.py. Peak memory is known
-on CUDA only, and counts the weights.
-"""
+on CUDA only, and counts the weights."""
 
 import argparse
 import functools

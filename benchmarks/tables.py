@@ -73,8 +73,7 @@ class Pivot:
     that tell cells of a line apart. needed: cells without which there is no line.
 
     configurations: module:function that gives the configurations of a device; their key is the last group. every: all
-    devices, not only the one that was measured last.
-    """
+    devices, not only the one that was measured last."""
 
     op: str
     problem: str

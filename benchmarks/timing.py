@@ -30,8 +30,7 @@ class ColdTimer:
 
     Before every call a buffer larger than the L2 cache is written, then the device waits until the host has issued the
     call (1.5 times as long as that took in the warm-up): what is timed is the device's work, without gaps in which it
-    waits for Python. In a network that runs eagerly such gaps exist; in a CUDA graph they do not.
-    """
+    waits for Python. In a network that runs eagerly such gaps exist; in a CUDA graph they do not."""
 
     columns = {"cache": "cold", "timer": "cuda_event"}  # noqa: RUF012 (of result rows)
 

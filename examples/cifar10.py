@@ -24,8 +24,7 @@ def load_cifar10(
     cifar10_train_*.npz and cifar10_test.npz: `jpeg`, uint8, the bytes of all images one after another, image i from
     offsets[i] to offsets[i + 1]; `offsets`, int64 [N + 1]; `labels`, uint8 [N]. Another size is made by averaging over
     boxes of pixels. quiet: no progress bar. FileNotFoundError where there are no such files, ValueError for files that
-    cannot be read.
-    """
+    cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} not found; give the folder of the CIFAR-10 files")

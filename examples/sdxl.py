@@ -1,7 +1,6 @@
 """Sample Stable Diffusion XL with low-bit layers; the code is that of examples/stable_diffusion.py.
 
-python examples/sdxl.py --prompt "a lighthouse in a storm" --steps 30 --compare --out both.png
-"""
+python examples/sdxl.py --prompt "a lighthouse in a storm" --steps 30 --compare --out both.png"""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ With plain diffusers this is the same program without three lines, which are mar
     print(handle.explain())                                                          # 3, if you want to know
 
 `--compare` samples in full precision first, from the same seed, and shows both pictures side by side, with time and
-PSNR. The full precision of a CPU is float32, that of a GPU float16.
-"""
+PSNR. The full precision of a CPU is float32, that of a GPU float16."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ On a GPU, where the data stay on the device and bf16 and ``torch.compile`` are u
         --lr 4e-4 --ema 0.9995 --checkpoint-dir checkpoints
 
 ``--minutes`` ends training, counted from the start of the program and over resumed runs; the learning rate reaches zero
-with it.  The last checkpoint, the test loss and the samples come after it and take some seconds on a GPU.
-"""
+with it.  The last checkpoint, the test loss and the samples come after it and take some seconds on a GPU."""
 
 from __future__ import annotations
 
@@ -158,8 +157,7 @@ def lr_factor(step: int, steps: int, elapsed: float = 0.0, begun: float = 0.0) -
     """Linear warm-up over the first 5 % of the steps (500 at most), then cosine decay to zero.
 
     elapsed: the part of a time limit that is over; where it is ahead of the steps, the decay follows it, and the
-    warm-up what has passed since `begun`, the part that was over at the first step.
-    """
+    warm-up what has passed since `begun`, the part that was over at the first step."""
     warmup = max(1, min(500, steps // 20))
     warm = max((step + 1) / warmup, 20 * (elapsed - begun))
     if step < warmup and warm < 1:

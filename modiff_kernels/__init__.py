@@ -1,8 +1,7 @@
 """Low-bit kernels with fused modulation and error compensation, as drop-in layers for diffusion UNets.
 
 Public names are imported on first use: `import modiff_kernels` needs neither diffusers nor the compiled library.
-diffusers learns the quantization method "modiff" when it is imported.
-"""
+diffusers learns the quantization method "modiff" when it is imported."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

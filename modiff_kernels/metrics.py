@@ -29,8 +29,7 @@ def _image_pairs(images, reference) -> list[tuple[np.ndarray, np.ndarray]]:
 def psnr(images, reference) -> np.ndarray:
     """Peak signal-to-noise ratio of each image in dB: 10 log10(1 / mean squared error).
 
-    images, reference: float arrays [N, H, W, C] with values in 0..1, else ValueError. float64 [N]; inf where equal.
-    """
+    images, reference: float arrays [N, H, W, C] with values in 0..1, else ValueError. float64 [N]; inf where equal."""
     from skimage.metrics import peak_signal_noise_ratio
 
     with np.errstate(divide="ignore"):
@@ -41,8 +40,7 @@ def ssim(images, reference) -> np.ndarray:
     """Structural similarity of each image, 1 where two images are equal.
 
     images, reference: float arrays [N, H, W, C] with values in 0..1, H and W at least 3, else ValueError. float64 [N].
-    The window is 7 pixels wide, or the largest odd number that fits a smaller image.
-    """
+    The window is 7 pixels wide, or the largest odd number that fits a smaller image."""
     from skimage.metrics import structural_similarity
 
     pairs = _image_pairs(images, reference)
@@ -56,8 +54,7 @@ def ssim(images, reference) -> np.ndarray:
 def sqnr(x: torch.Tensor, reference: torch.Tensor) -> float:
     """Signal-to-quantisation-noise ratio in dB: 10 log10(sum(reference^2) / sum((x - reference)^2)), in float64.
 
-    x, reference: tensors of one shape (else ValueError), any dtype. inf where both are equal.
-    """
+    x, reference: tensors of one shape (else ValueError), any dtype. inf where both are equal."""
     _check_shapes(x, reference)
     reference = reference.detach().double()
     noise = (x.detach().double() - reference).square().sum()

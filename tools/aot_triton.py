@@ -4,8 +4,7 @@ python tools/aot_triton.py [--few] [--capability 80 90] [--match TEXT] [--json F
 
 Checked: int8 products became tensor core instructions (IGMMA on sm_90, IMMA on sm_80), nothing spills (no stack, no
 local memory, no LDL or STL), and the shared memory fits. Prints a row per compiled form; exit code 1 if a check fails.
-The disassemblers come with triton; its compile cache is not used.
-"""
+The disassemblers come with triton; its compile cache is not used."""
 
 import argparse
 import json
@@ -38,8 +37,7 @@ COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
 class Report:
     """What the machine code of one form says; `failures` are the broken rules.
 
-    constants, types: of the kernel's parameters. ptx: how often each instruction of it occurs, with its modifiers.
-    """
+    constants, types: of the kernel's parameters. ptx: how often each instruction of it occurs, with its modifiers."""
 
     name: str
     kernel: str

@@ -16,8 +16,7 @@ the repository: `unzip -o results-1.zip` there puts them in place.
 
 Where the sources have no .git, MODIFF_COMMIT tells the rows their commit (ENVS.md).
 
-Exit code 0: every part passed. 1: some failed. 2: bad input, or no GPU. 3: none failed, but time was over first.
-"""
+Exit code 0: every part passed. 1: some failed. 2: bad input, or no GPU. 3: none failed, but time was over first."""
 
 import argparse
 import dataclasses
@@ -39,8 +38,8 @@ from tools.gpu_campaign_parts import PARTS, SETS, WHEELS, Part
 
 ROOT = Path(__file__).resolve().parent.parent
 
-RESULTS = ("benchmarks/results/**/*", "modiff_kernels/backends/*/tiles/*.json")
-"""Where parts write, beside the working folder: patterns from the root of the repository."""
+RESULTS = "benchmarks/results/**/*"
+"""Where parts write, beside the working folder: a pattern from the root of the repository."""
 
 NOT_FINISHED = 3
 """Exit code of a part that ended in its time with work left: it goes on when the campaign does."""
@@ -64,21 +63,13 @@ class Outcome:
 
 
 class Campaign:
-    """Runs parts within a deadline and keeps their outcomes in `work`/campaign.json.
-
-    clock: seconds that only rise, time.monotonic but in tests.
-    """
+    """Runs parts within a deadline and keeps their outcomes in `work`/campaign.json."""
 
     def __init__(
-        self,
-        parts: Sequence[Part],
-        work: Path,
-        seconds: float,
-        variables: dict[str, str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, parts: Sequence[Part], work: Path, seconds: float, variables: dict[str, str] | None = None
     ) -> None:
-        self.parts, self.work, self.clock = list(parts), work, clock
-        self.deadline = clock() + seconds - TAIL_SECONDS
+        self.parts, self.work = list(parts), work
+        self.deadline = time.monotonic() + seconds - TAIL_SECONDS
         self.variables = variables or {}
         self.logs = work / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -109,22 +100,22 @@ class Campaign:
         for program in filter(None, (part.program, part.command[0])):
             if program != "{python}" and shutil.which(program) is None:
                 return Outcome(SKIPPED, reason=f"{program} was not found on the PATH")
-        if self.deadline - self.clock() < LEAST_SECONDS:
+        if self.deadline - time.monotonic() < LEAST_SECONDS:
             return Outcome(WAITING, reason="no time left")
         return None
 
     def _executed(self, part: Part) -> Outcome:
-        limit = min(part.seconds, self.deadline - self.clock())
+        limit = min(part.seconds, self.deadline - time.monotonic())
         budget = max(limit - part.margin_seconds, 1)
         values = {"python": sys.executable, "work": self.work, "budget": int(budget)}
         command = [word.format(**values) for word in part.command]
         print(f"campaign: {part.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
-        begun = self.clock()
+        begun = time.monotonic()
         with (self.logs / f"{part.name}.log").open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
             returncode = _run(command, log, limit, {**self.variables, **dict(part.variables)})
-        seconds = self.clock() - begun
+        seconds = time.monotonic() - begun
         if returncode is None:
             outcome = Outcome(STOPPED, seconds, reason=f"stopped after {seconds:.0f} s")
         elif returncode == NOT_FINISHED:
@@ -190,9 +181,8 @@ def _end(process: subprocess.Popen) -> None:
 def pack(work: Path, since: float, out: Path, most_bytes: int) -> list[str]:
     """Write what lies below `work`, and files of RESULTS written after `since` (seconds of time.time), into
     `out`/results-1.zip, -2, ... of at most `most_bytes` each, the paths those from the root of the repository; returns
-    what is larger than that.
-    """
-    found = {path for pattern in RESULTS for path in ROOT.glob(pattern) if path.stat().st_mtime >= since}
+    what is larger than that."""
+    found = {path for path in ROOT.glob(RESULTS) if path.stat().st_mtime >= since}
     found |= {path for path in work.rglob("*") if "site" not in path.relative_to(work).parts[:1]}
     for old in out.glob("results-*.zip"):
         old.unlink()

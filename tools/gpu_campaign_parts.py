@@ -14,8 +14,7 @@ class Part:
     command: words in which {python}, {work} (the campaign's folder) and {budget} (seconds it may use) are filled in.
     seconds: after which it is stopped; a command with {budget} ends itself `margin_seconds` before.
     needs: parts that must have passed. every_time: run again although it has passed, since what it makes is no result.
-    program: one that must be found.
-    """
+    program: one that must be found."""
 
     name: str
     purpose: str
@@ -56,11 +55,6 @@ def _families(backend: str, seconds: int) -> Part:
     return Part(f"families_{backend}", purpose, words, seconds, variables=(("OMP_NUM_THREADS", "1"),))
 
 
-def _tuned(backend: str) -> Part:
-    words = ("{python}", f"tools/tune_{backend}.py", *TWELVE, *BOUNDED)
-    return Part(f"tune_{backend}", f"tiles of the products of {backend}, measured", words, 120)
-
-
 def _sanitized(tool: str, purpose: str, seconds: int, *arguments: str) -> Part:
     only_ours = () if tool == "memcheck" else ("--kernel-name", "kns=modiff")
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only_ours)
@@ -92,8 +86,6 @@ PARTS = (
     _sanitized("memcheck", "the families of cuda under compute-sanitizer: addresses", 60),
     _sanitized("racecheck", "the same: races in shared memory", 60),
     _sanitized("initcheck", "the same: reads of memory that nothing has written", 60, "--match", "quantize"),
-    _tuned("cuda"),
-    _tuned("triton"),
     Part("cutlass", "CUTLASS's int8 kernels, a baseline; what is carried in build/cutlass_int8 is not compiled again",
          ("{python}", "-m", "benchmarks.baselines.cutlass_int8.build"), 240, needs=(), every_time=True, program="nvcc"),
     _steps("sdxl", "8", "cuda", 120, GRAPHS),
@@ -111,7 +103,7 @@ def _until(first: str, last: str) -> tuple[str, ...]:
 SETS = {
     "first": _until("environment", "machine"),
     "checks": ("tests_cuda", "tests", *_until("families_cuda", "initcheck")),
-    "kernels": ("products_cuda", "products_triton", "products_torch", "tune_cuda", "tune_triton"),
+    "kernels": ("products_cuda", "products_triton", "products_torch"),
     "sampling": _until("step_sdxl_cuda", "runs_shipped"),
     "all": _until(PARTS[0].name, PARTS[-1].name),
 }

@@ -1,8 +1,7 @@
 """Draw docs/schedules_pareto.png from benchmarks/results/pareto.json, or check that it is up to date.
 
 python tools/plot_pareto.py            draw it (needs matplotlib, which the extra dev brings)
-python tools/plot_pareto.py --check    exit code 1 if it was drawn from other rows, by what the picture holds
-"""
+python tools/plot_pareto.py --check    exit code 1 if it was drawn from other rows, by what the picture holds"""
 
 import json
 import sys

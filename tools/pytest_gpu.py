@@ -3,8 +3,7 @@
 --failures FILE gets every failure with its whole traceback as soon as it is there, so that a run which is stopped loses
 none. A process of xdist whose CUDA context is lost (an address out of bounds: from then on every call fails) ends, and
 xdist puts a new one in its place; so does one whose test takes longer than --test-seconds, after telling where it was.
-A run in which nothing passed has failed: all tests skip themselves where a backend does not load.
-"""
+A run in which nothing passed has failed: all tests skip themselves where a backend does not load."""
 
 import faulthandler
 import os

@@ -10,8 +10,7 @@ compute-sanitizer --tool racecheck --kernel-name kns=modiff python tools/sanitiz
 Prints a line per family: ok, what differs, or why the backend leaves it out. Exit code 1 if something differs. Inputs
 are made on the CPU, so that hardly a kernel of torch runs beside those that are looked at. Backend cpu runs everywhere.
 --jobs deals the families out to so many processes, as Triton compiles some for each. A process that has lost its CUDA
-context ends; give each backend a run of its own, so that it does not take the other one with it.
-"""
+context ends; give each backend a run of its own, so that it does not take the other one with it."""
 
 import argparse
 import subprocess
@@ -208,8 +207,7 @@ def calls() -> Iterator[Call]:
 
 def difference(got: list[Tensor], wanted: list[Tensor], tie: int) -> str | None:
     """What is wrong with results, in words. Codes are equal, or some of them off by up to `tie`; the rest is equal up
-    to roundings, but for the state where codes are off.
-    """
+    to roundings, but for the state where codes are off."""
     off = None
     for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
         if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):

@@ -14,8 +14,7 @@ is broken, or applies to no kernel. RULES (default: sass_rules.json beside this 
   registers_exactly                        the only value allowed
   kernels      how many of an architecture the rule applies to, if that is known
 
-The disassemblers come with triton, or are those on PATH.
-"""
+The disassemblers come with triton, or are those on PATH."""
 
 import argparse
 import bisect

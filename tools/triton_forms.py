@@ -133,8 +133,7 @@ def _call_product(form: Form, tile: TileConfig) -> None:
 def product_variants(capability: tuple[int, int], few: bool = False) -> list[tuple[str, Variant]]:
     """(name, variant) of every tile that a device of `capability` may get, in every form that it fits; each once.
 
-    few: forms that little time is spent in have one tile: on sm_90 the last that fits, elsewhere the first.
-    """
+    few: forms that little time is spent in have one tile: on sm_90 the last that fits, elsewhere the first."""
     named: dict[str, tuple[str, Variant]] = {}
     for form in MAIN_FORMS + OTHER_FORMS:
         shape = Shape(512, _COLUMNS, form.channels, 9 if form.conv else 1, 1, form.weight_bits, form.group_size)

@@ -3,8 +3,7 @@
 Which modules a call in between leaves out is decided by the package `DeepCache` of the authors (cache_branch_id 0, the
 fastest). As it is, it reads the timestep from the device at every call, cannot be compiled and leaves skipped
 concatenations in. So there is a second form that is as fast as it can be: the two kinds of calls are known by their
-number, each is compiled for itself, and on a GPU each is a CUDA graph.
-"""
+number, each is compiled for itself, and on a GPU each is a CUDA graph."""
 
 import contextlib
 import types
@@ -23,8 +22,7 @@ FULL, SHALLOW = 0, 1
 class CachedUNet:
     """Installs DeepCache on `unet` inside `run`; outside, the UNet is as it was.
 
-    compiled: the second form, by torch.compile with `options`. capture: makes CUDA graphs of its calls, or None.
-    """
+    compiled: the second form, by torch.compile with `options`. capture: makes CUDA graphs of its calls, or None."""
 
     def __init__(
         self,

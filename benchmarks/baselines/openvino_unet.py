@@ -1,8 +1,7 @@
 """UNets in OpenVINO, the CPU's strongest peer outside of torch: in float32, in bfloat16, and in int8 by NNCF.
 
 int8 is what users of OpenVINO do: `nncf.quantize` with its defaults, static scales from calls that it is shown, weights
-and activations of convolutions and products. Needs the packages openvino and nncf.
-"""
+and activations of convolutions and products. Needs the packages openvino and nncf."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +21,7 @@ PRECISIONS = {
 class OpenVinoUNet(nn.Module):
     """`unet` in OpenVINO, for calls like those in `shown`: (sample, timestep) pairs of one shape, without conditions.
 
-    It has as many threads as torch has when it is made. Outputs are float32.
-    """
+    It has as many threads as torch has when it is made. Outputs are float32."""
 
     def __init__(self, unet: nn.Module, key: str, shown: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()

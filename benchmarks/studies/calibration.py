@@ -14,8 +14,7 @@ the images of both (FID2FP32 of AccuQuant's paper), on the features of --feature
 pixel and channel a feature), or module:function, which takes images float [N, H, W, C] in 0..1 and gives [N, F].
 
 The report is written after every row. `--resume` keeps the rows that it has, `--keep DIR` the calibrations, for rows of
-other activation bits with the same codes.
-"""
+other activation bits with the same codes."""
 
 import argparse
 import dataclasses

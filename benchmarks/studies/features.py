@@ -4,8 +4,7 @@ A ResNet of three stages (He et al., 2016; two blocks each, global average pooli
 pixels that the last, linear layer reads. `benchmarks/features/cifar10_resnet_SIZE.safetensors` has the weights in fp16
 with batch norm folded in, `.json` the accuracy on the test images, of these very weights, and the command that trained
 it, a script of commit 051b914. InceptionV3, the network of the FID, is for images of 299 pixels and has 2048 features,
-more than a thousand images can place; distances here are not FIDs.
-"""
+more than a thousand images can place; distances here are not FIDs."""
 
 import json
 from pathlib import Path
@@ -61,8 +60,7 @@ class FeatureNetwork(nn.Module):
 class Features:
     """A stored network as a function of images: float [N, H, W, C] in 0..1 to float32 features [N, F].
 
-    size: side of the images. name: of reports, with the accuracy of the classifier.
-    """
+    size: side of the images. name: of reports, with the accuracy of the classifier."""
 
     def __init__(self, size: int, folder: Path = FOLDER, device: torch.device | str = "cpu") -> None:
         stem = folder / f"cifar10_resnet_{size}"
@@ -95,8 +93,7 @@ def frechet_distance(features, reference) -> float:
 
     features, reference: float arrays [N, F] and [M, F], N and M at least 2. With features of InceptionV3 and many
     images it is the FID; numbers of other networks, or of few images, are not comparable with it. In float64; equal
-    sets have 0 up to rounding. ValueError on other shapes.
-    """
+    sets have 0 up to rounding. ValueError on other shapes."""
     a, b = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features {a.shape} and reference {b.shape} must be [N, F] and [M, F] with N, M >= 2")

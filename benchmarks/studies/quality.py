@@ -18,8 +18,7 @@ classifier of benchmarks/studies/features.py: to all test images, and to the flo
 and the yardsticks of the report (as many training images, as many test images) have the same number. None is a FID.
 
 The report is written after every row, those that tell most first. `--resume` keeps the rows that it has, `--keep DIR`
-the float images and the codes; `--budget SECONDS` ends the study in time. A row that fails is named in the report.
-"""
+the float images and the codes; `--budget SECONDS` ends the study in time. A row that fails is named in the report."""
 
 import argparse
 import sys

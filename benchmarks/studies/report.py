@@ -28,8 +28,7 @@ def command(arguments: Sequence[str]) -> str:
 class Report:
     """The report at `path`: `same` and `more` fields, the commands it was made by, and rows, told apart by `key`.
 
-    resume: goes on with the one that is there. SystemExit if a field of `same` is another one in it.
-    """
+    resume: goes on with the one that is there. SystemExit if a field of `same` is another one in it."""
 
     def __init__(
         self, path: Path, resume: bool, same: Mapping[str, Any], more: Mapping[str, Any], key: Sequence[str]

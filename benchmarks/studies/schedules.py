@@ -13,8 +13,7 @@ interval. HiCache (2508.16984): the same in scaled Hermite polynomials, sigma 0.
 polynomials of degree 4 (lower where fewer outputs are known), no blend, ridge 1e-4; the published 0.1 has own rows.
 
 Fits (`modiff_kernels.fit_schedule`) are made in float32 on seeds from 1000 on, and kept in the report. Those towards
-the converged picture share the network's outputs there (`recalled` of them): only the first shows what a fit costs.
-"""
+the converged picture share the network's outputs there (`recalled` of them): only the first shows what a fit costs."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ The arguments are those of `ops.schema`, which has their types, already checked.
                                                    code can call these and not the op
     build_info() -> dict[str, str] | str           what its library was built with, or why that is not known
 
-A backend may import `reference` and the formats in `quant`, and nothing else of the package.
-"""
+A backend may import `reference` and the formats in `quant`, and nothing else of the package."""
 
 import hashlib
 import json
@@ -38,7 +37,6 @@ BACKENDS: dict[str, str | None] = {
     "reference": None,
 }
 """Every backend and the device type it is for (None: all), in the order in which they are asked."""
-
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU, for both backends that run there
 MAX_K = 1 << 16  # 255 * 128 * MAX_K < 2^31: no sum of codes minus a zero point leaves int32

@@ -1,8 +1,7 @@
 """Compiled CPU kernels (csrc/cpu): fused quantisation and integer products on AVX-512 VNNI.
 
 The library holds raw kernels in the private namespace `modiff_cpu`; this file gives them the shape of the ops.
-`quantize` runs on any CPU (AVX-512, AVX2 or plain, chosen at run time); `product` needs AVX-512 VNNI.
-"""
+`quantize` runs on any CPU (AVX-512, AVX2 or plain, chosen at run time); `product` needs AVX-512 VNNI."""
 
 from functools import lru_cache
 from pathlib import Path

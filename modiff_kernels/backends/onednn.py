@@ -1,8 +1,7 @@
 """Integer products by the oneDNN int8 ops of torch: the portable fall-back where the compiled backend has none.
 
 oneDNN takes uint8 activations, so codes are shifted by 128 with zero point 128; unit scales make its float32 output the
-int32 sums, exact up to 2^24 and within one rounding beyond. Every call unpacks weights and packs them for oneDNN.
-"""
+int32 sums, exact up to 2^24 and within one rounding beyond. Every call unpacks weights and packs them for oneDNN."""
 
 from functools import lru_cache
 from typing import Any

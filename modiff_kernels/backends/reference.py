@@ -1,8 +1,7 @@
 """All ops in plain torch on any device: slow, and the definition of correct.
 
 Norms and state are computed in float32, codes by `quant.affine`. Integer sums are done in float64, which is exact:
-|code * weight code| <= 2^14, so 2^39 terms fit into its 53 bits.
-"""
+|code * weight code| <= 2^14, so 2^39 terms fit into its 53 bits."""
 
 from collections.abc import Sequence
 from typing import Any

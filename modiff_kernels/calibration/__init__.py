@@ -69,8 +69,7 @@ def calibrate(
     the method, see METHODS[method].options.
 
     The same arguments give the same result. ValueError for what is not allowed, before anything is sampled; TypeError
-    for a target that is neither.
-    """
+    for a target that is neither."""
     check_choice("method", method, METHODS)
     chosen = METHODS[method]
     config = ModiffConfig() if config is None else config

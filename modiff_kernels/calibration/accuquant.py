@@ -12,8 +12,7 @@ steps before the end is the option `gradient`; the paper approximates it from th
     scheduler-coefficients    g_k = (dstep_k/dx)^T g_{k+1}, the network's output held fixed
     exact                     also through the network: what back-propagation through all steps gives
 
-The paper does not say what it learns, nor with which norm, M and numbers of iterations.
-"""
+The paper does not say what it learns, nor with which norm, M and numbers of iterations."""
 
 import copy
 import dataclasses
@@ -41,8 +40,7 @@ class AccuQuantOptions(StaticOptions):
 
     group_steps: M, calls of a group. gradient: of GRADIENTS. group_iterations: steps of Adam on all codes, weight
     scales and biases, 0 for none; group_lr: its first rate, in code steps. act_iterations, act_lr: on the activation
-    scales, of every group (see `reconstruction.learn`). table: always True.
-    """
+    scales, of every group (see `reconstruction.learn`). table: always True."""
 
     table: bool = choice(True, (True,))
     group_steps: int = number(4)
@@ -57,8 +55,7 @@ class Groups(NamedTuple):
     """Starts of all groups on float trajectories.
 
     calls: of every group. data: their first calls. points: for every group int64 [samples], its points in the data.
-    target: float [P, C, H, W], where the float network is after the group of each point.
-    """
+    target: float [P, C, H, W], where the float network is after the group of each point."""
 
     calls: list[range]
     data: CalibrationData

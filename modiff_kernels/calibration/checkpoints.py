@@ -10,8 +10,7 @@ A checkpoint is the `state_dict` of their QuantModel. By layer path P (in the ne
 
 Codes here are signed and have no zero point: code - zero_point as it stands. Where that does not fit `bits` (a
 channel's zero point is not 2^(b-1)), the layer is stored in 8 bits; its values stay those of the checkpoint. Only
-channels of 8-bit checkpoints can fail to fit 8 bits: they are rounded again, and counted in the metadata.
-"""
+channels of 8-bit checkpoints can fail to fit 8 bits: they are rounded again, and counted in the metadata."""
 
 import math
 from collections.abc import Mapping
@@ -42,8 +41,7 @@ def import_qdiffusion(
     names do not matter and q, k, v may be one tensor there and three here. Activation scales are not read: modulation
     quantises residuals, which the checkpoint knows nothing of.
 
-    Raises ValueError on a file that is no such checkpoint, and names the layers whose weights are not in it.
-    """
+    Raises ValueError on a file that is no such checkpoint, and names the layers whose weights are not in it."""
     config = ModiffConfig(weight_bits=bits, act_bits=None) if config is None else config
     check_choice("bits", bits, (config.weight_bits,))
     tensors = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)

@@ -101,8 +101,7 @@ def ndtc_calls(
         t ~ Normal(mean * T, std * T),    t_i = clamp(floor(t), 0, T - 1),    the call with the time step nearest to t_i
 
     T = train_steps; t = 0 is the image, so a mean below 0.5 prefers steps close to it, as the paper wants (its released
-    code counts from the noise instead). Every draw of the paper has a noise of its own: per_sample 1.
-    """
+    code counts from the noise instead). Every draw of the paper has a noise of its own: per_sample 1."""
     if not (0 <= mean <= 1 and std > 0):
         raise ValueError(f"mean={mean}, std={std} are not allowed; give 0 <= mean <= 1 and std > 0")
     drawn = torch.randn(samples, per_sample, generator=generator, dtype=torch.float64) * std + mean

@@ -4,8 +4,7 @@
 passes the gradient on (straight-through); with it the gradient of a scale is that of LSQ (Esser et al., ICLR 2020)::
 
     Q(x) = s * clamp(rne(x / s) + z, qmin, qmax) - s * z
-    dQ/ds = rne(x / s) - x / s  inside the range, qmin - z or qmax - z outside;    dQ/dx = 1 inside, 0 outside
-"""
+    dQ/ds = rne(x / s) - x / s  inside the range, qmin - z or qmax - z outside;    dQ/dx = 1 inside, 0 outside"""
 
 import contextlib
 import dataclasses
@@ -56,8 +55,7 @@ class FakeLayer(nn.Module):
     Parameters (requires_grad False until a method sets it): `variable` [N, K], of the codes; `weight_scale`;
     `act_scale`; `bias`. rounding says what a code is: "adaround": low + h(variable), with `low` and low + 1 the given
     code and its neighbour towards the weight, and a step at 0 instead of h once `hard` is set; "straight_through": the
-    integer nearest to `variable`, any of the range.
-    """
+    integer nearest to `variable`, any of the range."""
 
     def __init__(
         self, original: nn.Module, known: CalibratedLayer, mode: str, act_bits: int | None, rounding: str = "adaround"

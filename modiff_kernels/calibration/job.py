@@ -1,8 +1,7 @@
 """What every calibration method gets, and the options that all of them have.
 
 A method is a function `(job: Job) -> dict[str, CalibratedLayer]` with options in a frozen dataclass; `METHODS` of the
-package has them by name.
-"""
+package has them by name."""
 
 import dataclasses
 import hashlib
@@ -57,8 +56,7 @@ class Options:
 
     time_steps: which calls of a run give data: "uniform" (equally spaced) or "ndtc" (PTQ4DM's clipped normal
         distribution, see `ndtc_calls`). mean, std: of "ndtc", in parts of all training steps.
-    calls_per_sample: calls that every trajectory gives.
-    """
+    calls_per_sample: calls that every trajectory gives."""
 
     time_steps: str = choice("uniform", TIME_STEPS)
     calls_per_sample: int = number(16)
@@ -87,8 +85,7 @@ class Job:
     request: JSON values that decide the result. folder: finished parts are kept in its `partial`, so that the same
     request goes on where it was interrupted; those of another one are thrown away. None: nothing is kept.
     layers: to calibrate, by path. splits: those that are quantised in parts. weights: layers of an earlier calibration
-    whose codes are to be kept, or None.
-    """
+    whose codes are to be kept, or None."""
 
     unet: nn.Module
     sampler: Sampler

@@ -5,8 +5,7 @@
    of the two activation scales before it is quantised: that is the same as two quantisers.
 2. *Weights*: AdaRound, block after block, from inputs that the blocks before give with their codes, towards the output
    of the float network. It starts at the codes of `weight_method`. `network_iterations` may learn on, beyond the paper.
-3. *Activations* (scale_mode "static"): step sizes by gradient (LSQ), block after block, the codes fixed.
-"""
+3. *Activations* (scale_mode "static"): step sizes by gradient (LSQ), block after block, the codes fixed."""
 
 import dataclasses
 import functools
@@ -32,8 +31,7 @@ class QDiffusionOptions(StaticOptions):
 
     split: shortcut split. weight_iterations, act_iterations: of a block (the paper: 20000 and 5000).
     weight_lr, act_lr: first rates of Adam (the released code, with its numbers of iterations: 1e-3 and 4e-4, the latter
-    absolute; see `reconstruction.learn`). rounding_weight: of AdaRound's penalty, in parts of the first loss.
-    """
+    absolute; see `reconstruction.learn`). rounding_weight: of AdaRound's penalty, in parts of the first loss."""
 
     split: bool = True
     weight_iterations: int = number(400)

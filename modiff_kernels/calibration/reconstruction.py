@@ -1,8 +1,7 @@
 """Reconstruction: learn rounding, scales and biases so that a block, or the whole network, gives its float output.
 
 BRECQ (Li et al., ICLR 2021) as Q-Diffusion uses it: block after block in the order of computation, from inputs that the
-blocks before give with their codes in place, towards the outputs of the float network.
-"""
+blocks before give with their codes in place, towards the outputs of the float network."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,8 +124,7 @@ def learn(
     part: names the random numbers. loss_of(drawn, fakes): of learn_batch of so many points (int64), with the FakeLayers
     in the network; those that read one tensor of a call at `data` have one act_scale. lr: of "variable"; scales and
     biases, which differ in size from layer to layer, take RELATIVE_RATE * lr of their mean size. rounding_weight: of
-    AdaRound's penalty on variables, in parts of the first loss; None: straight-through rounding.
-    """
+    AdaRound's penalty on variables, in parts of the first loss; None: straight-through rounding."""
     kind = "straight_through" if rounding_weight is None else "adaround"
     same = shared_inputs(job.unet, layers, data) if "act_scale" in names else {}
     with fake_quantized(job.unet, layers, job.config.mode, job.config.act_bits, kind) as fakes:

@@ -26,8 +26,7 @@ class CalibrationResult:
     """Calibrated layers by path, and how they came about.
 
     method: name of the method. config: what was calibrated for; `accelerate` takes its weight_bits, act_bits, mode and
-    group_size from here. metadata: JSON values: sampler, steps, samples, seed, options, seconds.
-    """
+    group_size from here. metadata: JSON values: sampler, steps, samples, seed, options, seconds."""
 
     method: str
     config: ModiffConfig

@@ -10,8 +10,7 @@ with lambda = log(alpha / sigma)::
 
 Blocks are reconstructed as in `qdiffusion`, at (u_j, s_j). The paper aligns a quantised module at one point of an
 interval, (u_j, s_j) or (x_{t_j}, t_j), with the float one at the other, with a cosine in the loss; that lost its study
-(docs/calibration.md). Every row of the UNet's batch is a trajectory of its own, without guidance.
-"""
+(docs/calibration.md). Every row of the UNet's batch is a trajectory of its own, without guidance."""
 
 import dataclasses
 from collections.abc import Callable

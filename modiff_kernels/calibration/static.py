@@ -2,8 +2,7 @@
 
 Weight codes come from `weights`. Activation scales are searched on histograms of the layer's input in mode "quantized",
 of its change since the call before (MoDiff's residual) in mode "modulated": min-max, percentile, or the least L_p error
-(PTQ4DM: p = 2.4).
-"""
+(PTQ4DM: p = 2.4)."""
 
 import dataclasses
 import math
@@ -35,8 +34,7 @@ class StaticOptions(Options):
     scale with the least L_p error) or "percentile". p: of "mse". percentile: per cent of the values that are not
     clipped. table: one scale per call of the run instead of one per layer; between the calls that gave data it is
     interpolated. network_iterations: steps of learning the codes of the whole network at once (`learn_network`), 0 for
-    none. network_lr: first rate of Adam, in code steps. learn_batch: points of an iteration.
-    """
+    none. network_lr: first rate of Adam, in code steps. learn_batch: points of an iteration."""
 
     weight_method: str = choice("auto", ("auto", *WEIGHT_METHODS))
     scale_search: str = choice("mse", SEARCHES)
@@ -155,8 +153,7 @@ def find_scale(histogram: Histogram, options: StaticOptions, bits: int, affine: 
 
     affine: all 2^bits codes between both ends (`affine_range`); else they lie around 0 (`residual_scale`) and the
     zero point is 0. "minmax" covers all values, "percentile" so many per cent; "mse" takes the part of the whole range,
-    out of RATIOS, with the least sum |x - Q(x)|^p.
-    """
+    out of RATIOS, with the least sum |x - Q(x)|^p."""
     percentile = options.scale_search == "percentile"
     low, high = histogram.inside(options.percentile) if percentile else (histogram.low, histogram.high)
     ratios = RATIOS.float() if options.scale_search == "mse" else torch.ones(1)

@@ -4,8 +4,7 @@ GPTQ minimises the error of the layer's output on its inputs X, which depends on
 
     sum over rows of X of |x W^T - x W_q^T|^2  =  tr((W - W_q) H (W - W_q)^T),    H = X^T X   (im2col for convolutions)
 
-so H, summed over a stream of batches, is all the data that it needs.
-"""
+so H, summed over a stream of batches, is all the data that it needs."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -21,8 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `modiff` with `argv` (default: that of the process) and return its exit code.
 
     0: done; 1: `doctor` found a backend that disagrees with the reference; 2: bad input, or a file that cannot be read
-    or written, one line on stderr says what; 130: interrupted; 141: nobody reads the output any more.
-    """
+    or written, one line on stderr says what; 130: interrupted; 141: nobody reads the output any more."""
     name = "modiff"
     try:
         try:

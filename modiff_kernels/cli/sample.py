@@ -1,8 +1,7 @@
 """`modiff sample`: images in one configuration.
 
 Batches have a fixed composition, `--batch` consecutive seeds, and are dealt out to processes as a whole: a network may
-round otherwise for another batch size (its kernels are chosen by shape), and scales per tensor see the whole batch.
-"""
+round otherwise for another batch size (its kernels are chosen by shape), and scales per tensor see the whole batch."""
 
 import argparse
 import contextlib

@@ -94,8 +94,7 @@ class ModiffConfig:
         exists.
     cuda_graphs: whether the calls of a UNet on a GPU run as CUDA graphs, after two warm-up calls of each kind. None: if
         nothing stands against it (a LoRA, hooks, attention processors of others; `explain` says so). True: it is an
-        error then. State of three shapes of samples is kept; with max_state_bytes of one.
-    """
+        error then. State of three shapes of samples is kept; with max_state_bytes of one."""
 
     weight_bits: int | None = 8
     act_bits: int | None = 8

@@ -87,8 +87,7 @@ class PlanKey:
 
     device: name, with the number of threads on a CPU. model: hash of the UNet's configuration and of the shapes and
     dtypes of its weights (not of their values). shape: of the UNet's sample, batch first. config: hash of the
-    ModiffConfig, and of the loss and state that were allowed. versions: of modiff_kernels and torch.
-    """
+    ModiffConfig, and of the loss and state that were allowed. versions: of modiff_kernels and torch."""
 
     device: str
     model: str
@@ -122,8 +121,7 @@ class LayerPlan:
     units: layers of no unit take the mode of the ModiffConfig; where units overlap, the longest path decides.
     key: what it was made for, None for a plan written by hand. source: "given", "estimated" or "measured".
     candidates: whole plans that were timed against each other. summary: the decision in a sentence or two. max_loss_db:
-    how far the PSNR was allowed to fall below that of the best single mode.
-    """
+    how far the PSNR was allowed to fall below that of the best single mode."""
 
     units: tuple[UnitPlan, ...]
     key: PlanKey | None = None

@@ -34,8 +34,7 @@ class StepSchedule:
     weights: of what every call of the pattern returns, a row of numbers for each: of the last computed outputs, the
         newest first (its own where it is computed), then of the sample. `fit_schedule` makes them; they hold for runs
         with as many calls. None: the polynomial, and the network's output where it is computed.
-    stochastic: says that skipping with a sampler that adds noise is meant, and keeps the warning away.
-    """
+    stochastic: says that skipping with a sampler that adds noise is meant, and keeps the warning away."""
 
     rule: str
     every: int = 2

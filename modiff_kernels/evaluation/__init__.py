@@ -1,7 +1,6 @@
 """What the command line and the benchmarks share: networks, configurations, fidelity, tables and images.
 
-Nothing here loads torch: bad options of a command are answered at once.
-"""
+Nothing here loads torch: bad options of a command are answered at once."""
 
 import contextlib
 from collections.abc import Iterator

@@ -52,8 +52,7 @@ def build_rows(
     """All rows for these bits; `act_bits` None takes 8, 4 for plain layers, 8, 4, 3 for modulated ones.
 
     schedule: of more rows, modulated and plain ones with `act_bits` (None: 8); None leaves them out. plan: of one more
-    row for each of `weight_bits`; its modes bring their own bits.
-    """
+    row for each of `weight_bits`; its modes bring their own bits."""
     rows = [
         Row("float-contiguous", "float32 eager contiguous", "float", channels_last=False),
         Row("float-channels_last", "float32 eager channels_last", "float"),

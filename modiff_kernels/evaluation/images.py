@@ -69,8 +69,7 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64,
     """Write a PNG with one labelled row of images per entry of `rows`.
 
     rows: label -> float array [N, H, W, C], values in 0..1, C = 1 or 3. The first `columns` images of each row are
-    shown, small ones enlarged to at least `cell` pixels by a whole factor (nearest neighbour), others as they are.
-    """
+    shown, small ones enlarged to at least `cell` pixels by a whole factor (nearest neighbour), others as they are."""
     font = ImageFont.load_default(size=14)
     pad, label_width = 4, 8 + math.ceil(max(font.getlength(label) for label in rows))
     height, width = next(iter(rows.values())).shape[1:3]

@@ -1,7 +1,6 @@
 """`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out.
 
-`set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces the number of UNet calls.
-"""
+`set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces the number of UNet calls."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +46,7 @@ def accelerate(
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
     to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
-    UNet is accelerated already, BackendUnavailable if config.backend cannot do it.
-    """
+    UNet is accelerated already, BackendUnavailable if config.backend cannot do it."""
     unet, pipe = resolve(target, allow_loaded=True)
     loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:

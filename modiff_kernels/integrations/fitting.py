@@ -52,8 +52,7 @@ def fit_schedule(
     of the noise of the first. call_kwargs: more arguments of the pipeline's call, such as a prompt. known: what an
     interrupted fit has found, read and added to; on_progress: called when something was added.
 
-    The same arguments give the same fit. ValueError for what is not allowed, and where no schedule is found.
-    """
+    The same arguments give the same fit. ValueError for what is not allowed, and where no schedule is found."""
     if (evaluations is None) == (budget_db is None):
         raise ValueError("fit_schedule: give exactly one of evaluations and budget_db")
     if towards not in TARGETS:

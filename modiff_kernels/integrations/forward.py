@@ -5,8 +5,7 @@ unless something may do otherwise at the next call (`obstacle_of`). Calls whose 
 as they are: the first one of a run, which allocates state, those with other encoder states than the call before, which
 compute constants, and, where others are compiled, the first with other weights, which stacks them.
 Calls that run as they are take what follows from the timestep alone from a table (`nn.cache.TimeTable`); a graph is
-captured, and code compiled, for all timesteps.
-"""
+captured, and code compiled, for all timesteps."""
 
 import contextlib
 import functools
@@ -23,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from modiff_kernels.integrations.graphs import GraphedCalls
 from modiff_kernels.integrations.hooks import Wrapper, set_attribute, wrap_forward
 from modiff_kernels.nn import ModulationState
+from modiff_kernels.nn.blocks.attention import PROCESSORS
 from modiff_kernels.nn.blocks.base import is_adapter
 from modiff_kernels.nn.cache import TimeTable, tensor_version
 from modiff_kernels.ops.dispatch import torch_must_see
@@ -32,7 +32,6 @@ from modiff_kernels.planning import clock
 logger = logging.getLogger("modiff_kernels")
 
 MORE_SIZES = "calls with more sizes than torch.compile keeps code for are not compiled"
-PROCESSORS = "diffusers.models.attention_processor"
 MAKES_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile."""
 OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedding": ("TimestepEmbedding",)}
@@ -229,10 +228,9 @@ def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
             return f"not possible with a LoRA, {text}"
         hooked = not isinstance(own.get("forward"), Wrapper | None) or own.keys() & {"_hf_hook", "_diffusers_hook"}
         if path and (hooked or module._forward_hooks or module._forward_pre_hooks):
-            return (
-                f"not possible with a hook or a forward of its own on '{path}', which has to see every call; remove it"
-            )
-        if processor is not None and (type(processor).__module__ != PROCESSORS or isinstance(processor, nn.Module)):
+            text = f"on '{path}', which has to see every call; remove it"
+            return f"not possible with a hook or a forward of its own {text}"
+        if processor is not None and (type(processor).__module__ != PROCESSORS[0] or isinstance(processor, nn.Module)):
             text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
             return f"not possible with the attention processor {text}"
     device = device_of([module._parameters for module in unet.modules()])

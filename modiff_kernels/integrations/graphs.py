@@ -5,8 +5,7 @@ the same objects as in the call before stay), outputs are cloned, state has fixe
 of an update leaves to the next one is done here. The first calls of a kind run as they are: steps of a run like any
 other, which warm up what may not happen while a graph is captured (compiling kernels, choosing algorithms). Capturing
 runs nothing, so the captured call is done by the first replay, and no state is updated twice; after an error in a
-capture the call runs as it is, and nothing is captured any more.
-"""
+capture the call runs as it is, and nothing is captured any more."""
 
 import collections
 import dataclasses
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.tensors import ContextTensor, Shelf
+from modiff_kernels.nn.tensors import ContextTensor
 from modiff_kernels.planning import clock
 
 logger = logging.getLogger("modiff_kernels")
@@ -93,12 +92,10 @@ class Calls:
 
 @dataclasses.dataclass
 class _Shape:
-    """What there is for samples of one shape. stamp: of the state that the graphs are for. shelf: where its tensors are
-    while samples of another shape are computed."""
+    """What there is for samples of one shape. stamp: of the state that the graphs are for."""
 
     stamp: tuple[int, ...]
     formats: dict[Hashable, Calls] = dataclasses.field(default_factory=dict)
-    shelf: Shelf | None = None
 
 
 class GraphedCalls:
@@ -199,17 +196,17 @@ class GraphedCalls:
         if shapes:
             last, old = shapes.popitem()
             if begins and old.stamp == self._stamp() and any(calls.graphs for calls in old.formats.values()):
-                old.shelf = state.set_aside(context)
+                state.set_aside(context, last)
                 shapes[last] = old
         found = shapes.pop(form, None)
-        if found is None or not (begins and state.put_back(context, found.shelf)):
+        if found is None or not (begins and state.put_back(context, form)):
+            state.shelves.pop((context, form), None)
             found = _Shape(self._stamp())
-        found.shelf, found.stamp = None, (*found.stamp[:-1], state.moves[context])
+        found.stamp = (*found.stamp[:-1], state.moves[context])
         shapes[form] = found
-        while len(shapes) > self.most_shapes:
-            del shapes[next(iter(shapes))]
-        shelves = {id(shape.shelf) for each in self._shapes.values() for shape in each.values()}
-        state.shelves = [shelf for shelf in state.shelves if id(shelf) in shelves]
+        for oldest in [*shapes][: -self.most_shapes]:
+            del shapes[oldest]
+            state.shelves.pop((context, oldest), None)
         return found
 
     def _stamp(self) -> tuple[int, ...]:

@@ -85,8 +85,7 @@ class Handle:
 
         num_calls: more of them raise. scheduler: the one that samples; a step schedule reads its timesteps and noise
         levels at the first call, so `set_timesteps` may come inside. On a GPU, set them before: the embeddings of
-        timesteps that are known when the run begins are kept from run to run.
-        """
+        timesteps that are known when the run begins are kept from run to run."""
         self._require_active()
         return self._own_run(num_calls, scheduler)
 
@@ -110,19 +109,16 @@ class Handle:
     def remove(self) -> None:
         """Put the original modules and scheduler methods back and free the state; the second call does nothing.
         RuntimeError where their float weights were not kept."""
-        if self._undo is not None:
-            if not self.keep_original:
-                text = (
-                    "load it again; unet.dequantize() of one that was loaded in low bits gives what its codes stand for"
-                )
-                raise RuntimeError(
-                    f"remove: the float weights of this UNet were not kept (keep_original=False); {text}"
-                )
-            self.state.release()
-            for layer in self.layers.values():
-                layer.original._parameters.update(layer._parameters)  # which a user may have set
-            undo, self._undo = self._undo, None
-            undo.close()
+        if self._undo is None:
+            return
+        if not self.keep_original:
+            text = "load it again; unet.dequantize() of one that was loaded in low bits gives what its codes stand for"
+            raise RuntimeError(f"remove: the float weights of this UNet were not kept (keep_original=False); {text}")
+        self.state.release()
+        for layer in self.layers.values():
+            layer.original._parameters.update(layer._parameters)  # which a user may have set
+        undo, self._undo = self._undo, None
+        undo.close()
 
     def refresh(self) -> None:
         """Make the codes of all weights again, but for those of a calibration that you gave, and all else that is kept
@@ -141,8 +137,7 @@ class Handle:
         safetensors files. More than `max_shard_size` (bytes, or text such as "5GB") goes into several of them. Files of
         an earlier save there are replaced. The state of a run is not saved.
 
-        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError.
-        """
+        TypeError for a UNet that is no diffusers model, ValueError where nothing is low-bit, NotADirectoryError."""
         self._require_active()
         from modiff_kernels.integrations.saving import save  # which imports diffusers
 
@@ -160,8 +155,7 @@ class Handle:
         In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
         first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
         between updates: pass timesteps in any form, and the same tensor of encoder states at every call. Where neither
-        backend, mode nor options are given, inductor gets options that save time on the host.
-        """
+        backend, mode nor options are given, inductor gets options that save time on the host."""
         self._require_active()
         self._forward.compile(**options)
 

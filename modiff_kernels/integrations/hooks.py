@@ -137,8 +137,7 @@ def answer_dtype_quickly(unet: nn.Module, undo: contextlib.ExitStack) -> None:
     diffusers' property first looks at every module, whether a hook changes the dtype, and UNets ask at every call,
     which small ones feel. A property belongs to a class, so the UNet is of a subclass of its own, but only within
     calls: pipelines look at its type (`from_pipe` takes over components of the very class it asks for). UNets that
-    have such hooks, or modules kept in float32, keep the property.
-    """
+    have such hooks, or modules kept in float32, keep the property."""
     plain: Any = type(unet)
     if not isinstance(getattr(plain, "dtype", None), property) or getattr(unet, "_keep_in_fp32_modules", None):
         return

@@ -6,8 +6,7 @@ sampling in float.
 Time of a unit: that of its forward pass within whole UNet calls, so that the caches hold what the rest of the call
 leaves there and shared work is counted once; the copies take turns at every call, those that initialise do not count.
 The host is ahead of a GPU then, so that kernels are timed as they run in a CUDA graph, and no Python.
-Fidelity of a unit: SQNR of its output against float, both fed with the float trajectory.
-"""
+Fidelity of a unit: SQNR of its output against float, both fed with the float trajectory."""
 
 import contextlib
 import copy
@@ -31,6 +30,7 @@ from modiff_kernels.integrations.accelerate import accelerate
 from modiff_kernels.integrations.handle import Handle, channels_last
 from modiff_kernels.integrations.plans import timer_of
 from modiff_kernels.integrations.replacements import config_of
+from modiff_kernels.integrations.scheduled import sample_of
 from modiff_kernels.metrics import psnr
 from modiff_kernels.nn import ModulationState
 
@@ -53,8 +53,7 @@ class Subject:
 
     handle, modes: of its low-bit layers and units, none in float. in_channels_last: convert inputs as `accelerate`
     does. psnr_db, state_bytes (x_hat and y_hat): known after `Bench.sample_with`. steps, units: seconds of the calls
-    that counted in the last `Bench.time`, in order: of the whole UNet, and by unit.
-    """
+    that counted in the last `Bench.time`, in order: of the whole UNet, and by unit."""
 
     name: str
     unet: nn.Module
@@ -88,8 +87,7 @@ class Bench:
 
     unet: the original. modes: the low-bit modes, a copy for each. sample: gives pictures, calls: its UNet calls,
     pictures: its result in float. clock: gives seconds in the place of the device's own. on_run: called after every
-    trajectory that was computed. units: paths of the units, with their layers. float, subjects: the copies, by mode.
-    """
+    trajectory that was computed. units: paths of the units, with their layers. float, subjects: the copies, by mode."""
 
     unet: nn.Module
     config: ModiffConfig
@@ -113,9 +111,8 @@ class Bench:
         }
         fused = handles[self.modes[0]].replaced.fused
         # (unit, path of a module whose output belongs to it): a fused block, or the layers
-        self._modules = [
-            (path, name) for path, layers in self.units.items() for name in ([path] if path in fused else layers)
-        ]
+        own = {path: (path,) if path in fused else layers for path, layers in self.units.items()}
+        self._modules = [(path, name) for path, names in own.items() for name in names]
 
     def _accelerated(self, config: ModiffConfig) -> Handle:
         scales = self.static_scales if config.scale_mode == "static" else {}
@@ -165,9 +162,9 @@ class Bench:
         sums: dict[tuple[str, Mode], Any] = {}
 
         def compare(path: str, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            exact = _tensor_of(output).double()
+            exact = sample_of(output).double()
             for mode, subject in self.subjects.items():
-                out = _tensor_of(subject.unet.get_submodule(name)(*args, **kwargs))
+                out = sample_of(subject.unet.get_submodule(name)(*args, **kwargs))
                 noise, signal = sums.get((path, mode), (0.0, 0.0))
                 sums[path, mode] = noise + (out - exact).square().sum(), signal + exact.square().sum()
 
@@ -260,9 +257,3 @@ def _sqnr_db(noise: float, signal: float) -> float:
     if noise <= 0.0:
         return MAX_SQNR_DB
     return 10 * math.log10(signal / noise) if signal > 0 else 0.0
-
-
-def _tensor_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample

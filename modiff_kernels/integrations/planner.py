@@ -2,8 +2,7 @@
 
 How a unit is measured stands in measurement.py. Plans are chosen by the sums of their units' times and errors, which
 are estimates; so what a plan does to whole calls and to the pictures is measured before it is taken, against float and
-against all units in one mode.
-"""
+against all units in one mode."""
 
 import dataclasses
 import logging
@@ -64,8 +63,7 @@ def make_plan(
 
     The plan is all float where nothing is faster than the best float form by 2 %. Errors: TypeError for a target
     without a UNet; ValueError for a UNet without a layer that can be replaced, a missing `sample`, one that gives other
-    pictures every time, and impossible values; RuntimeError if the UNet is accelerated.
-    """
+    pictures every time, and impossible values; RuntimeError if the UNet is accelerated."""
     result = calibration if calibration in (None, "auto") else read_result(calibration)
     if config is None:
         config = result.config if isinstance(result, CalibrationResult) else ModiffConfig()

@@ -6,8 +6,7 @@ maybe_update_loaded_keys and _process_model_before_weight_loading (the model is 
 compared with it); maybe_update_state_dict with the tensors of every file; check_if_quantized_param and
 create_quantized_param with each of the parameters; _process_model_after_weight_loading. Float weights of low-bit layers
 are never made, and not kept where files have them: a `placeholder` stands for them. Its
-`save_pretrained` calls get_state_dict_and_metadata. The format is that of `quant.checkpoint`.
-"""
+`save_pretrained` calls get_state_dict_and_metadata. The format is that of `quant.checkpoint`."""
 
 import importlib.util
 from typing import Any

@@ -1,8 +1,7 @@
 """Makes diffusers know the quantization method "modiff", without importing it: as soon as diffusers is imported.
 
 diffusers has no entry point for quantization methods; two dicts in `diffusers.quantizers.auto` are what there is. This
-module needs the standard library alone, because `import modiff_kernels` runs it.
-"""
+module needs the standard library alone, because `import modiff_kernels` runs it."""
 
 import importlib
 import importlib.util

@@ -16,7 +16,7 @@ from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
-from modiff_kernels.nn.blocks.base import is_adapter, is_as_written
+from modiff_kernels.nn.blocks.base import Calibrated, is_adapter, is_as_written
 from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer, is_gpu, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
@@ -32,8 +32,7 @@ class Replacements:
 
     state: that of all new layers. originals: every Linear and Conv2d. replacements: the modules to put in, layers or
     whole fused blocks. layers: the low-bit layers, those inside fused blocks too. fused: the fused blocks.
-    reasons: why a layer stays as it is. plan, share_inputs: what they were made for.
-    """
+    reasons: why a layer stays as it is. plan, share_inputs: what they were made for."""
 
     state: ModulationState
     originals: dict[str, nn.Module]
@@ -60,11 +59,7 @@ class Replacements:
 
 
 def replacements_of(
-    unet: nn.Module,
-    config: ModiffConfig,
-    calibrated: Mapping[str, CalibratedLayer],
-    share_inputs: bool,
-    plan: LayerPlan | None = None,
+    unet: nn.Module, config: ModiffConfig, calibrated: Calibrated, share_inputs: bool, plan: LayerPlan | None = None
 ) -> Replacements:
     """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for. The UNet
     is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does not fit;
@@ -243,9 +238,7 @@ def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None
     return why_not_conv2d(module) if isinstance(module, nn.Conv2d) else None
 
 
-def _shared_inputs(
-    modules: Mapping[str, nn.Module], left: Set[str], calibrated: Mapping[str, CalibratedLayer]
-) -> dict[str, str]:
+def _shared_inputs(modules: Mapping[str, nn.Module], left: Set[str], calibrated: Calibrated) -> dict[str, str]:
     """Key of the shared input of the attention projections that read one tensor. left: paths that share nothing, as do
     layers that scale their input channels before it is quantised."""
     shared: dict[str, str] = {}

@@ -1,8 +1,7 @@
 """Carries a `StepSchedule` out: takes the place of a UNet's `forward`.
 
 A call that is held or forecast never enters the UNet: its layers keep their x_hat and y_hat, which stay consistent, and
-see a larger residual next time.
-"""
+see a larger residual next time."""
 
 import contextlib
 import inspect
@@ -26,7 +25,6 @@ WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
 JUST_BEGUN = "too little was computed since the context, or what it is conditioned on, began"
 MANY_COMPUTED = 10  # calls for this reason, after which it is worth a warning
 
-
 PART = StepSchedule("forecast", every=3)  # of runs that are the end of a fitted one
 
 
@@ -45,8 +43,7 @@ class Trajectory:
 
     done: a letter per call so far. computed: steps whose outputs still hold. instead: how many calls were computed that
     are planned to be skipped, and why. values: the last computed outputs, copied, with their steps and positions.
-    forms: the last outputs as returned, by `return_dict`.
-    """
+    forms: the last outputs as returned, by `return_dict`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -207,8 +204,7 @@ class ScheduledUNet:
         if not steps.first:
             return _fitted_plan(chosen, calls, places)
         # What a fit gives late in a run makes up for errors of before, which the part of a run does not make.
-        text = f"it was fitted to whole runs; from call {steps.first} on it is {str(PART)!r} instead"
-        self._warn(text)
+        self._warn(f"it was fitted to whole runs; from call {steps.first} on it is {str(PART)!r} instead")
         return Plan(PART.actions(calls), places)
 
     def _compute_all(self, reason: str) -> None:
@@ -227,8 +223,8 @@ class ScheduledUNet:
 def _fitted_plan(schedule: StepSchedule, calls: int, places: Sequence[float]) -> Plan:
     rows: Any = schedule.weights
     if calls != len(rows):
-        text = "fit one for this run with `modiff calibrate --schedule`, or give its pattern alone"
-        text = f"{text}: {schedule.without_weights()!r}"
+        text = "fit one for this run with `modiff calibrate --schedule`, or give its pattern alone:"
+        text = f"{text} {schedule.without_weights()!r}"
         raise ValueError(f"schedule: it was fitted to runs of {len(rows)} calls, and this one has {calls}; {text}")
     letters = schedule.actions(calls)
     computed = [call for call, letter in enumerate(letters) if letter == UPDATE]

@@ -2,8 +2,7 @@
 
 Pipelines call a UNet several times per step: for guidance, for a corrector, for the views of a panorama. Each of these
 passes is a trajectory of its own. They are told apart by what they are conditioned on, and else by their order; calls
-are of one step if their timestep is the same. All of it is known on the host: nothing reads a device.
-"""
+are of one step if their timestep is the same. All of it is known on the host: nothing reads a device."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -28,8 +28,7 @@ class Watch:
     in place as torch counts it; before the first of a run also at some values, since writes to `.data` are not counted,
     and at all modules that fused blocks do not call. Other weights are followed. Refused are a hook and the like on
     such a module, and other parts, attributes and methods than low-bit layers and blocks were made from. On CUDA a
-    later call finds the verdict on the values (never run on a GPU).
-    """
+    later call finds the verdict on the values (never run on a GPU)."""
 
     def __init__(self, unet: nn.Module, replaced: Replacements) -> None:
         self._unet, self._state = unet, replaced.state

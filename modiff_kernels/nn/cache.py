@@ -3,8 +3,7 @@ network derives from the timestep alone (`TimeTable`).
 
 A run calls the network at the timesteps of a schedule, and the next run mostly at the same ones. Features
 (`time_proj`), embedding (`time_embedding`) and the embedding's projections in the residual blocks follow from the
-timestep and the weights, so they are a table over the schedule, filled as it is walked through.
-"""
+timestep and the weights, so they are a table over the schedule, filled as it is walked through."""
 
 import collections
 import dataclasses
@@ -53,8 +52,7 @@ class KeptOutputs:
     torch.inference_mode() do not count their changes, so nothing is kept for them: call the UNet under torch.no_grad().
 
     losses: grows whenever something kept is forgotten. ends: of runs, which forget all. moves: how often a value was
-    not kept at an old address, by context.
-    """
+    not kept at an old address, by context."""
 
     def __init__(self) -> None:
         self.losses = self.ends = 0
@@ -156,8 +154,7 @@ class TimeTable:
     A call of the UNet with a known timestep stands between `begin_call` and `end_call`; all others compute as ever, as
     do compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
     the weights stay, as `state` counts it. is_active: whether there are entries at all; for one who sees that a hook or
-    an adapter is on the modules or below.
-    """
+    an adapter is on the modules or below."""
 
     def __init__(self, state: Any, time_proj: nn.Module, time_embedding: nn.Module) -> None:
         self.modules = time_proj, time_embedding

@@ -35,8 +35,7 @@ class ModulatedLayer(nn.Module):
     `free_original` was called, or the original's weight is a `weight.placeholder`, they are all that is kept: `weight`
     is None. weight_shape: its shape even then. like: a tensor of its dtype and device.
     bias_data: the bias that is computed with, in the order of packed's rows. input_scale: calibrated scale of every
-    input channel, or None. feeds_geglu: see `fuse_geglu`.
-    """
+    input channel, or None. feeds_geglu: see `fuse_geglu`."""
 
     memory_format: ClassVar[torch.memory_format]
     mirrored: ClassVar[tuple[str, ...]]  # attributes of the original that others may read
@@ -266,8 +265,7 @@ class ModulatedLayer(nn.Module):
         some attention processors make, are computed like a first call, without state. LoRA-compatible layers say
         hidden_states and add a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
         shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them
-        name the layer.
-        """
+        name the layer."""
         x: Any = hidden_states if input is None else input
         if x.requires_grad and torch.is_grad_enabled() and self.mode != "float":
             text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
@@ -385,8 +383,7 @@ class ModulatedLinear(ModulatedLayer):
         name: the path of the layer, unique in `state`. more: shared_input, key of the tensor it reads (layers that
         always get the very same tensor share one; None: a tensor of its own), and calibrated: codes, scales and bias.
         Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on a calibration
-        of another layer.
-        """
+        of another layer."""
         return cls(linear, config, state, name, *more, **options)
 
 

@@ -3,8 +3,7 @@ picture.
 
 A *run* is one sampling trajectory. In its first call the layers begin their state anew, so beginning it touches no
 memory. A *context* is an independent trajectory inside a run, two for classifier-free guidance in two passes, which can
-begin anew as well. Everything here is decided on the host; nothing reads the device.
-"""
+begin anew as well. Everything here is decided on the host; nothing reads the device."""
 
 import contextlib
 import threading
@@ -34,8 +33,7 @@ class Run:
     One thread samples at a time: the one that began the run. Every misuse raises RuntimeError; after a failed or
     interrupted call the run is over, because its layers hold a mix of two steps.
 
-    Owners of state override `needs_run` and the methods that begin with `_on_`.
-    """
+    Owners of state override `needs_run` and the methods that begin with `_on_`."""
 
     def __init__(self) -> None:
         self.action: str | None = None

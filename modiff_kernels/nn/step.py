@@ -6,8 +6,7 @@ equations in `run`::
 - mode "modulated": an update of x_hat and y_hat, `ops.modulate`; in the first call of a run two of 8 bits, the second
   on what the first left over, which together are as good as a float first call.
 - mode "quantized": the plain quantiser and the product.
-- mode "constant": computed when the input is another tensor than in the call before.
-"""
+- mode "constant": computed when the input is another tensor than in the call before."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +22,7 @@ from modiff_kernels.ops.naive import FIRST_BITS, FIRST_UPDATES
 from modiff_kernels.quant import affine
 
 Codes = tuple[Tensor, Tensor]  # of a residual, and their scales
+PlainCodes = tuple[Tensor, Tensor, Tensor]  # of an input itself, with zero points
 
 
 class Layer(Protocol):
@@ -63,8 +63,7 @@ def run(
     """layer(spread(prologue(h))) + skip, in `dtype`, that of the activations around; mutates the layer's state.
 
     h may have another dtype: that of a y_hat. write_out False: the reader takes any float dtype and changes nothing, so
-    in mode "modulated" y_hat itself is returned.
-    """
+    in mode "modulated" y_hat itself is returned."""
     if layer.mode == "quantized":
         return plain_product(layer, plain_codes(layer, prologue, h), skip, dtype, spread)
     if layer.state.is_first or spread is not None:
@@ -120,7 +119,7 @@ def accumulate(
     out_shape = layer.output_shape(shape if spread is None else spread.shape(shape))
     output: Any = layer.output
     y_hat = output.ensure(out_shape, dtype, updates[0][0].device, layer.memory_format)
-    kernels = output.current().kernels
+    key: tuple[Any, ...]
     out = y_hat
     for i, (codes, scale) in enumerate(updates):
         last = i == len(updates) - 1
@@ -129,15 +128,14 @@ def accumulate(
             codes, scale, None, layer.packed, y_hat, None, skip if last else None, layer.window, dtype,
             write_out and last,
         )  # fmt: skip
+        kernels, key = output.current().kernels, (layer.name, "product")
         if layer.state.is_first:
-            key: Any = "first product", skip is None, last, shape, dtype, codes.device, write_out
-            out = _repeated(layer.kernels, key, ops.product, args, layer.backend)
-        else:
-            out = _repeated(kernels, (layer.name, "product"), ops.product, args, layer.backend)
+            kernels, key = layer.kernels, ("first product", skip is None, last, shape, dtype, codes.device, write_out)
+        out = _repeated(kernels, key, ops.product, args, layer.backend)
     return out if write_out else y_hat
 
 
-def plain_codes(layer: Layer, prologue: Prologue, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_codes(layer: Layer, prologue: Prologue, h: Tensor) -> PlainCodes:
     """Codes, scale and zero point of prologue(h) for a layer in mode "quantized"."""
     source: Any = layer.input
     if source.scale_mode == "static":
@@ -149,11 +147,7 @@ def plain_codes(layer: Layer, prologue: Prologue, h: Tensor) -> tuple[Tensor, Te
 
 
 def plain_product(
-    layer: Layer,
-    codes: tuple[Tensor, Tensor, Tensor],
-    skip: Tensor | None,
-    dtype: torch.dtype,
-    spread: Spread | None = None,
+    layer: Layer, codes: PlainCodes, skip: Tensor | None, dtype: torch.dtype, spread: Spread | None = None
 ) -> Tensor:
     values, scale, zero_point = codes
     values = values if spread is None else spread.codes(values)
@@ -202,9 +196,8 @@ def run_once(layer: Layer, x: Tensor) -> Tensor:
     out = y_hat
     for _ in range(FIRST_UPDATES):
         codes, scale, _ = ops.quantize(x, IDENTITY, x_hat, None, FIRST_BITS, "per_sample", backend=layer.backend)
-        out = ops.product(
-            codes, scale, None, layer.packed, y_hat, window=layer.window, out_dtype=x.dtype, backend=layer.backend
-        )
+        args = codes, scale, None, layer.packed, y_hat, None, None, layer.window, x.dtype
+        out = ops.product(*args, backend=layer.backend)
     return out
 
 

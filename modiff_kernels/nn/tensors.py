@@ -1,13 +1,11 @@
 """The state of one accelerated network: x_hat of the tensors that layers read, y_hat of the layers, and their owner.
 
 Tensors are allocated at the first call of a run when shape, dtype or device changed, else used again: addresses stay.
-A run begins with x_hat = 0 and y_hat = bias, which is written at the first use in its first call.
-"""
+A run begins with x_hat = 0 and y_hat = bias, which is written at the first use in its first call."""
 
 import contextlib
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -29,8 +27,7 @@ class ContextTensor:
     written: whether this run has begun it. kernels: what the update calls of this run execute on it, by layer.
     Of an input whose scale is not dynamic: last_update, the call that updated it last; interval, the calls from the
     update before to that one; updated in this call; factor and absmax, of which its next scale is made; fixed_absmax,
-    where absmax lies if addresses must stay.
-    """
+    where absmax lies if addresses must stay."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -64,8 +61,7 @@ class StateTensor:
 
         In the first call of a run it is allocated where anything differs from what is there, and filled at its first
         use; later the arguments must be those of the first call. Raises RuntimeError outside a call, for a layer that
-        the first call of the run left out, and on a change.
-        """
+        the first call of the run left out, and on a change."""
         state = self.state
         held = self.contexts.get(state.context_name)
         if held is not None and held.written:
@@ -152,8 +148,7 @@ class InputState(StateTensor):
 
         Where a schedule leaves calls out, the residual has grown over all of them: a static scale (of one call) is
         multiplied by the number of calls since the last update, a delayed one by the ratio of that number to the one
-        before. The factor is a tensor: compiled code sees no number that changes.
-        """
+        before. The factor is a tensor: compiled code sees no number that changes."""
         if self.scale_mode == "dynamic":
             return None, None, self.clip_ratio
         held, static = self.contexts[self.state.context_name], self.scale_mode == "static"
@@ -222,14 +217,6 @@ class InputState(StateTensor):
         raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
 
 
-@dataclasses.dataclass(eq=False)
-class Shelf:
-    """The tensors of a context for calls of one shape, while those of another run: they keep their addresses."""
-
-    held: list[tuple[StateTensor, ContextTensor]]
-    kept: dict[Any, Any]
-
-
 class ModulationState(Run):
     """Owner of the state of one accelerated network. Layers hold an `InputState` and an `OutputState`, never a tensor.
 
@@ -238,8 +225,8 @@ class ModulationState(Run):
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
     relocations: grows whenever weights move, or anything else that calls read; moves: tensors of a context.
-    weight_changes: when weights change or move. shelves: what is set aside. serial: grows with every call.
-    """
+    weight_changes: when weights change or move. shelves: by context and shape, what is set aside.
+    serial: grows with every call."""
 
     def __init__(self, state_dtype: torch.dtype | str | None = None) -> None:
         super().__init__()
@@ -252,7 +239,7 @@ class ModulationState(Run):
         self.fixed_addresses = False
         self.relocations = self.weight_changes = self.serial = 0
         self.moves: Counter[str] = self.kept.moves
-        self.shelves: list[Shelf] = []
+        self.shelves: dict[tuple[str, Hashable], tuple[dict[StateTensor, ContextTensor], dict[Any, Any]]] = {}
         self._factors: dict[tuple[float, torch.device], Tensor] = {}
         self._factors_in_use: frozenset[float] = frozenset()
 
@@ -294,9 +281,8 @@ class ModulationState(Run):
     def kind_of_call(self) -> tuple[Any, ...]:
         """What else but the inputs decides which kernels this call runs: whether it is the first, the factors of
         scales, and whether a delayed scale is yet to come (the first update is dynamic)."""
-        pending = any(
-            state.scale_mode == "delayed" and held.absmax is None for state, held in self._inputs_with_given_scales()
-        )
+        given = self._inputs_with_given_scales()
+        pending = any(state.scale_mode == "delayed" and held.absmax is None for state, held in given)
         return self.is_first, self._factors_in_use, pending
 
     def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:
@@ -318,23 +304,20 @@ class ModulationState(Run):
             self.serial += 1
             raise
 
-    def set_aside(self, context: str) -> Shelf:
-        """Take the tensors of `context` out, for calls of another shape."""
-        pairs = [(holder, holder.contexts.pop(context, None)) for holder in self._holders()]
-        held = [(holder, tensor) for holder, tensor in pairs if tensor is not None]
-        self.shelves.append(Shelf(held, self.kept.take(context)))
-        return self.shelves[-1]
+    def set_aside(self, context: str, shape: Hashable) -> None:
+        """Take the tensors of `context`, for calls of `shape`, out while those of another run: they keep their
+        addresses."""
+        held = {holder: holder.contexts.pop(context) for holder in self._holders() if context in holder.contexts}
+        self.shelves[context, shape] = held, self.kept.take(context)
 
-    def put_back(self, context: str, shelf: Shelf) -> bool:
+    def put_back(self, context: str, shape: Hashable) -> bool:
         """Bring them back for calls that begin anew; whether they are still there."""
-        if shelf not in self.shelves:
-            return False
-        self.shelves.remove(shelf)
-        for holder, tensor in shelf.held:
+        held, kept = self.shelves.pop((context, shape), (None, {}))
+        for holder, tensor in (held or {}).items():
             tensor.written = False
             holder.contexts[context] = tensor
-        self.kept.put_back(shelf.kept)
-        return True
+        self.kept.put_back(kept)
+        return held is not None
 
     def begin_anew(self, context: str | None = None) -> None:
         super().begin_anew(context)
@@ -351,8 +334,8 @@ class ModulationState(Run):
     def nbytes(self) -> int:
         """Bytes of all x_hat, y_hat and kept outputs of all contexts and shapes, and of what a schedule keeps."""
         tensors = [held.tensor for holder in self._holders() for held in holder.contexts.values()]
-        tensors += [held.tensor for shelf in self.shelves for _, held in shelf.held]
-        tensors += [kept.value for shelf in self.shelves for kept in shelf.kept.values()]
+        for shelf, kept in self.shelves.values():
+            tensors += [*(held.tensor for held in shelf.values()), *(each.value for each in kept.values())]
         others = [self.kept, *self.trajectories.values()]
         return sum(tensor.nbytes for tensor in tensors) + sum(other.nbytes() for other in others)
 

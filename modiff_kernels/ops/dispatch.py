@@ -1,8 +1,7 @@
 """Which backend solves which problem: one table, asked with `select` and printed with `table`.
 
 `backend="auto"` walks `backends.BACKENDS`; a named backend is a demand and never falls back. The environment variable
-MODIFF_BACKEND, read once, puts one backend in the place of "auto". One that fails to load stays with its reason.
-"""
+MODIFF_BACKEND, read once, puts one backend in the place of "auto". One that fails to load stays with its reason."""
 
 import importlib
 import logging
@@ -115,9 +114,8 @@ def composed(quantize: Callable[..., Any], product: Callable[..., Any]) -> Calla
         h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
         last_absmax=None, *backend,
     ):  # fmt: skip
-        codes, used, absmax = quantize(
-            h, prologue, x_hat, scale, bits, granularity, clip_ratio, True, last_absmax, *backend
-        )
+        form = bits, granularity, clip_ratio, True
+        codes, used, absmax = quantize(h, prologue, x_hat, scale, *form, last_absmax, *backend)
         out = product(codes, used, None, weight, y_hat, None, skip, window, out_dtype, write_out, *backend)
         return out, used, absmax
 
@@ -218,6 +216,5 @@ def reset() -> None:
         forget()
 
 
-forgetters: list[Callable[[], None]] = [
-    c.cache_clear for c in (forced_backend, load, why_unavailable, select, _warn_slow)
-]
+_CACHED = (forced_backend, load, why_unavailable, select, _warn_slow)
+forgetters: list[Callable[[], None]] = [function.cache_clear for function in _CACHED]

@@ -1,8 +1,7 @@
 """The method in forty executable lines, as the papers write it, in float64: what every backend is tested against.
 
 MoDiff (Gao et al., ICML 2025), eqs. 8-17. A linear operator `apply` (a Linear or a convolution without bias) is called
-on x_0, x_1, ... along one run; `scale` is per sample.
-"""
+on x_0, x_1, ... along one run; `scale` is per sample."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""`Problem`: the one key by which ops are chosen, tuned and reported."""
+"""`Problem`: the one key by which ops are chosen and reported."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +20,7 @@ class Problem:
     dtype: of what is quantised, or of the output. state_dtype: of x_hat or y_hat, None without state.
     prologue: its kind, of ops that quantise. window: None for a Linear.
     granularity: of a product it is read from the number of scales. scale_given: of ops that quantise, whether the
-        scale is an argument (static, delayed). geglu: of a product, of its weight.
-    """
+        scale is an argument (static, delayed). geglu: of a product, of its weight."""
 
     op: str
     device_type: str

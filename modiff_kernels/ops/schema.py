@@ -17,8 +17,7 @@ For all ops:
 - Raises ValueError or TypeError for arguments that do not fit, `dispatch.BackendUnavailable` if no backend can do it;
   nothing is mutated then. NaN or Inf in what is to be quantised raises ValueError on the backends reference, before any
   state changes, and cpu, before that of the granule that holds it changes (so begin a new run). Backends for CUDA read
-  no value on the host and raise nothing: there NaN and Inf show in absmax and in dynamic scales, and NaN in x_hat.
-"""
+  no value on the host and raise nothing: there NaN and Inf show in absmax and in dynamic scales, and NaN in x_hat."""
 
 import torch
 from torch import Tensor
@@ -80,8 +79,7 @@ def quantize(
 
     Returns:
         codes int8, of x's shape and memory format; the scales used, float32, one per granule; and, one per granule,
-        with x_hat absmax float32 (without clip_ratio), without x_hat the zero points int32.
-    """
+        with x_hat absmax float32 (without clip_ratio), without x_hat the zero points int32."""
     like = h if prologue.kind != "geglu" else h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
     image = h.ndim == 4 and prologue.kind in ("identity", "group_norm")
     used = h.new_empty((granule_count(like.shape, granularity, image),), dtype=torch.float32)
@@ -129,8 +127,7 @@ def product(
         write_out: with y_hat, False if the reader takes y_hat itself; the result is an empty tensor then.
 
     Returns:
-        out [..., N] ([..., N / 2] with geglu), or [N, n, P, Q] channels_last, or a tensor of shape [0].
-    """
+        out [..., N] ([..., N / 2] with geglu), or [N, n, P, Q] channels_last, or a tensor of shape [0]."""
     if not write_out:
         return codes.new_empty((0,), dtype=out_dtype)
     if window is None:
@@ -159,8 +156,7 @@ def modulate(
     """The update of one layer: `quantize` the residual of prologue(h), then `product` onto y_hat.
 
     Not an op of torch but the composition of two, which a backend may have in one piece for some problems. Arguments as
-    for the two; x_hat, y_hat and last_absmax are **mutated**. Returns out, the scales used, and absmax.
-    """
+    for the two; x_hat, y_hat and last_absmax are **mutated**. Returns out, the scales used, and absmax."""
     args = (
         h, prologue, x_hat, scale, weight, y_hat, skip, window, out_dtype, bits, granularity, clip_ratio, write_out,
         last_absmax,
@@ -192,8 +188,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float, b
 
     Returns:
         out [N, L, heads * width], contiguous, in q's dtype. Raises ValueError on shapes that do not fit. Backend
-        reference is torch's scaled_dot_product_attention.
-    """
+        reference is torch's scaled_dot_product_attention."""
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -203,8 +198,7 @@ def pack_weight(weight_q: Tensor, weight_bits: int, backend: str = "auto") -> Te
 
     weight_q int8 [N, K], codes in -2^(b-1) .. 2^(b-1)-1; for a convolution K = r * s * c_in / groups in (r, s, c)
     order, that is `weight.permute(0, 2, 3, 1).reshape(N, -1)`. Returns int8 [N, K] (8 bits), uint8 [N, ceil(K/2)] (4
-    bits) or uint8 [N, ceil(K/4) + ceil(K/8)] (3 bits). Raises ValueError for codes out of range.
-    """
+    bits) or uint8 [N, ceil(K/4) + ceil(K/8)] (3 bits). Raises ValueError for codes out of range."""
     n, k = weight_q.shape
     return weight_q.new_empty((n, packed_width(weight_bits, k)), dtype=packed_dtype(weight_bits))
 

@@ -1,8 +1,7 @@
 """Choosing the modes of a plan: the least time within a limit on the error and one on the state.
 
 Errors add: that of the pictures is taken as the sum over the units of noise_of(SQNR) times a gain per mode, which comes
-from whole runs in which every unit has that mode. It is an estimate; who uses it checks the plan it gives.
-"""
+from whole runs in which every unit has that mode. It is an estimate; who uses it checks the plan it gives."""
 
 import dataclasses
 import math

@@ -14,8 +14,7 @@ share what is added to them; these few numbers per span are fitted in two ways:
     end      all spans together, to the final picture, by Gauss-Newton steps as long as other pictures gain from them.
 
 Published relatives fit other things: LTC-Accel and L2P (weights of past outputs, to the next output), DC-Solver (one
-ratio per step, all calls computed), bespoke solvers (Shaul et al. 2024: a sampler of their own).
-"""
+ratio per step, all calls computed), bespoke solvers (Shaul et al. 2024: a sampler of their own)."""
 
 import contextlib
 import functools
@@ -137,11 +136,11 @@ class Fit:
             columns.append(((picture - start) / PROBE).flatten())
         return columns
 
-    def end(self, computed: Computed, rows: Rows, columns: Sequence[Tensor]) -> Rows:
-        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best. columns: the Jacobian there
-        or near."""
+    def end(self, computed: Computed, rows: Rows, columns: Callable[[], Sequence[Tensor]]) -> Rows:
+        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best. columns: give the
+        Jacobian there or near."""
         left = (self._target.picture - self._run(computed, rows, {})).flatten()
-        steps = [_least_squares(columns, left, damping) for damping in DAMPINGS]
+        steps = [_least_squares(columns(), left, damping) for damping in DAMPINGS]
         changes = [[size * change for change in step] for step in steps for size in (1.0, 0.5)]
         tried = [self._changed(computed, rows, change) for change in changes]
         return max(tried, key=lambda new: self.fidelity(computed, new))
@@ -191,10 +190,8 @@ class Fit:
         output at `begins` and the output at `before` (index 0: none) that is nearest to it; inf where impossible."""
         calls, gram = self.calls, self._gram
         left = torch.full((calls + 1, calls, calls), math.inf, dtype=torch.float64)
-        triples = [
-            (b, c, d) for c in range(calls) for d in range(c, calls) for b in range(-1, c) if d > c or d == calls - 1
-        ]
-        b, c, d = torch.tensor(triples).T
+        spans = [(c, d) for c in range(calls) for d in range(c, calls) if d > c or d == calls - 1]
+        b, c, d = torch.tensor([(b, c, d) for c, d in spans for b in range(-1, c)]).T
         for has, count in ((b < 0, 2), (b >= 0, 3)):
             terms = torch.stack([c, calls + c, calls + b][:count], 1)[has]
             normal, right = gram[terms[:, :, None], terms[:, None]], gram[terms, d[has, None]]
@@ -270,11 +267,8 @@ def search(fit: Fit, evaluations: int, least_db: float = -math.inf) -> Computed 
     bad that nothing of it can reach least_db."""
 
     def score(computed: Computed) -> float:
-        def compute() -> float:
-            rows, outputs = fit.states(computed)
-            return fit.fidelity(computed, rows, outputs)
-
-        return float(fit.once(pattern(computed, fit.calls), compute))
+        name = pattern(computed, fit.calls)
+        return float(fit.once(name, lambda: fit.fidelity(computed, *fit.states(computed))))
 
     best = max(fit.promising(evaluations), key=score)
     if score(best) < least_db - QUICK_DB:
@@ -315,10 +309,8 @@ def fitted(fitting: Fit, validation: Fit, evaluations: int | None, budget_db: fl
                 break
     else:
         most = max(db for db in fitting.known.values() if isinstance(db, float))
-        text = (
-            f"the most that was found with up to {calls - 1} computed calls is {most:.1f} dB; give less, or more steps"
-        )
-        raise ValueError(f"no schedule of {calls} calls has {budget_db:g} dB: {text}")
+        text = f"with up to {calls - 1} computed calls is {most:.1f} dB; give less, or more steps"
+        raise ValueError(f"no schedule of {calls} calls has {budget_db:g} dB: the most that was found {text}")
     if found.validation_db <= found.polynomial_db:
         text = f"{found.validation_db:.1f} dB on other pictures, and the polynomial reaches {found.polynomial_db:.1f}"
         raise ValueError(f"the fit reaches {text}: it is of no use; give more images")
@@ -330,13 +322,9 @@ def _finished(fitting: Fit, validation: Fit, computed: Computed) -> Fitted:
     start = rows = fitting.states(computed)[0]
     best_db = validation.fidelity(computed, rows)
     columns = functools.cache(lambda: fitting.jacobian(computed, start))
-
-    def moved(rows: Rows) -> Rows:
-        return fitting.end(computed, rows, columns())
-
     for step in range(END_STEPS):
         name = f"{pattern(computed, fitting.calls)} end {step}"
-        new = fitting.once(name, functools.partial(moved, rows))
+        new = fitting.once(name, functools.partial(fitting.end, computed, rows, columns))
         if (db := validation.fidelity(computed, new)) <= best_db:
             break
         rows, best_db = new, db

@@ -66,11 +66,8 @@ def best_of(
     fit = [found for found in stored if found.difference(run) is None]
     if evaluations is not None:
         return next((found for found in fit if found.evaluations == evaluations), None)
-
-    def fidelity(found: StoredSchedule) -> float:
-        return min(found.notes.get("held_out_db") or 0.0, ENOUGH_DB)
-
-    return max(fit, key=lambda found: (fidelity(found), -found.evaluations), default=None)
+    fit.sort(key=lambda one: (min(one.notes.get("held_out_db") or 0.0, ENOUGH_DB), -one.evaluations), reverse=True)
+    return next(iter(fit), None)
 
 
 def read(path: Path) -> list[StoredSchedule]:

@@ -8,8 +8,7 @@ Rounding contract, the same on every backend::
     x         ~= scale * (code - zero_point)
 
 `rne` rounds half to even; `zero_point` is 0 for residuals and weights. All functions here take *granules*: a float32
-tensor [granules, elements] whose rows share a scale (`granules` makes that view), with scales float32 [granules].
-"""
+tensor [granules, elements] whose rows share a scale (`granules` makes that view), with scales float32 [granules]."""
 
 import torch
 from torch import Tensor
@@ -46,8 +45,7 @@ def block_multipliers(absmax: Tensor, bits: int, clip_ratio: float = 1.0) -> tup
         multiplier = clamp(ceil(clip_ratio * absmax_bc / (reach * scale)), 1, most)
 
     All float32. This is the per-channel scale of MoDiff's paper ("LCQ") on small blocks, in a form that an integer
-    product can take. Why 13/16, and not the half step of `residual_scale`: docs/cpu_kernels.md.
-    """
+    product can take. Why 13/16, and not the half step of `residual_scale`: docs/cpu_kernels.md."""
     reach, most = 2 ** (bits - 1) - 13 / 16, 2 ** (8 - bits)
     levels = torch.full_like(absmax[:, 0, 0], reach * most)
     scale = torch.clamp_min(absmax.amax((1, 2)) * clip_ratio / levels, MIN_SCALE)
@@ -136,8 +134,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str
 
     method "absmax": scale = absmax / (2^(bits-1) - 1), no weight is clipped. "mse": the scale out of 81 between 0.2 and
     1.0 times that with the smallest squared error of its granule; it never has a larger error than "absmax". Raises
-    ValueError on bits, group_size, method or shape that are not allowed and on NaN or Inf.
-    """
+    ValueError on bits, group_size, method or shape that are not allowed and on NaN or Inf."""
     where = "quantize_weight"
     check_bits(where, "bits", bits)
     check_group_size(where, group_size)

@@ -76,8 +76,7 @@ class CalibratedLayer:
     input_scale: float32 [C]: the layer's input channels are multiplied by it before they are quantised.
     bias: float32 [N], in place of the layer's own.
     weight_sample: some values of the float weight that the codes are for, see `nn.cache.sample_of`.
-    is_optional: where the weight changes, codes and bias are given up instead of refusing it: nobody asked for them.
-    """
+    is_optional: where the weight changes, codes and bias are given up instead of refusing it: nobody asked for them."""
 
     weight: QuantizedWeight | None = None
     act_scale: Tensor | None = None

@@ -9,8 +9,7 @@ A file holds the state_dict of the UNet; a low-bit layer at `path` has there, in
 
 The metadata of every file says `modiff_format` (a version), `modiff_layout`, `modiff_share_edges` (the argument
 share_inputs of `accelerate`), and `modiff_crc32`: as a JSON object, the CRC-32 of the bytes of every tensor, little
-endian and row-major. Files hold tensors and text only: nothing in them is run.
-"""
+endian and row-major. Files hold tensors and text only: nothing in them is run."""
 
 import json
 import math
@@ -82,8 +81,7 @@ class Checkpoint:
     share_inputs: the argument of `accelerate` it was saved with. layers: those decoded so far, by path.
 
     ValueError, naming file and key, for files that are no safetensors, are cut off, were not written by
-    `handle.save_pretrained` or by a version with another format.
-    """
+    `handle.save_pretrained` or by a version with another format."""
 
     def __init__(self, files: Iterable[Any]) -> None:
         self.layers: dict[str, CalibratedLayer] = {}
@@ -141,8 +139,7 @@ class Checkpoint:
 
         Weights of low-bit layers are on device meta, and their codes go into `layers`; a layer whose tensors are spread
         over files comes with the last of them. Raises ValueError, naming file and key, where the bytes of a tensor are
-        not those that were saved.
-        """
+        not those that were saved."""
         state_dict = {}
         for key, tensor in tensors.items():
             found, stored = crc32(tensor.contiguous()), self._stored[key]

@@ -17,8 +17,7 @@ class Prologue(NamedTuple):
         [N, C, H, W] or tokens [N, L, C], normalised over the rows and the channels of one of `num_groups` groups.
     gamma, beta: [C] scale and offset of the norm, or None. eps: added to the (biased) variance.
     shift: [N, C] added to every pixel before a group norm (the time embedding), or None; rows are contiguous, with any
-        stride between them (0: one row for all).
-    """
+        stride between them (0: one row for all)."""
 
     kind: str = "identity"
     gamma: Tensor | None = None

@@ -7,8 +7,7 @@ kpack_v1, codes [N, K], every row on its own, K the fast dimension:
 - 3 bits: uint8 [N, ceil(K/4) + ceil(K/8)] of u = code + 4 in two planes. First plane: the low two bits of u, k = 4i+j
   in bits 2j and 2j+1 of byte i. Second plane: bit 2 of u, k = 8i+j in bit j of byte i.
 
-Positions past K hold code 0.
-"""
+Positions past K hold code 0."""
 
 import torch
 from torch import Tensor

@@ -4,8 +4,7 @@ A *granule* is the set of elements that share one scale, in memory order (row ma
 an image) one consecutive block: with per_tensor the whole tensor, batch included; with per_sample everything at one
 index of dimension 0; with per_token one row of a Linear input, or one pixel. per_block is per_sample with an integer
 multiplier on top for every block of 16 consecutive rows of one channel of one sample: a code of few bits times its
-multiplier still fits int8, so an integer product takes it without knowing (`affine.block_multipliers`).
-"""
+multiplier still fits int8, so an integer product takes it without knowing (`affine.block_multipliers`)."""
 
 from collections.abc import Sequence
 from math import prod

@@ -2,15 +2,10 @@
 
 import functools
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.integrations import fitting
@@ -89,7 +84,7 @@ def test_towards_the_converged_picture(monkeypatch):
 
 
 def test_a_sampler_that_calls_twice_a_step_has_twice_as_many_calls():
-    unet, scheduler = unet2d_condition(levels=1), HeunDiscreteScheduler()
+    unet, scheduler = unet2d_condition(levels=1), diffusers.HeunDiscreteScheduler()
     sample = functools.partial(loop, unet, scheduler)
     found = mk.fit_schedule(unet, **FIT | {"steps": 6}, scheduler=scheduler, sample=sample)
     assert len(found.schedule.weights) == 11

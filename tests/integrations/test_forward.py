@@ -300,7 +300,7 @@ class TestGraphs:
         runs(net, handle, [4])
         assert (place(), len(handle.state.shelves)) == (None, 2)
         handle.state.release()
-        assert (handle.state.nbytes(), handle.state.shelves) == (0, [])
+        assert (handle.state.nbytes(), handle.state.shelves) == (0, {})
         assert_equal(runs(net, handle, [2])[0], runs(*accelerated(), [2])[0])
 
     @pytest.mark.parametrize("during", ["halved", "autocast", "offload before", "offload after", *WEIGHTS])

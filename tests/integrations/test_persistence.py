@@ -11,16 +11,10 @@ import types
 import warnings
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMPipeline,
-    DDIMScheduler,
-    DiffusionPipeline,
-    PipelineQuantizationConfig,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PipelineQuantizationConfig, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -296,7 +290,7 @@ class TestWithoutOriginals:
         handle.save_pretrained(tmp_path)
         del unet, handle
         before = live_bytes()
-        loaded = load(tmp_path, UNet2DConditionModel, torch_dtype=torch.float16)
+        loaded = load(tmp_path, diffusers.UNet2DConditionModel, torch_dtype=torch.float16)
         assert live_bytes() - before < 1.1 * expected
         assert loaded.unet.dtype is torch.float16
 

@@ -5,35 +5,17 @@ import contextlib
 import itertools
 import warnings
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels.nn.blocks import FusedBlock, covering
 from modiff_kernels.nn.layer import ModulatedLayer
-from tests.unets import (
-    FLOAT,
-    assert_invariant,
-    noise,
-    pipeline,
-    sample,
-    snapshot,
-    text,
-    unet2d,
-    unet2d_condition,
-    x_hat_of,
-)
+from tests import unets
+from tests.unets import FLOAT, assert_invariant, noise, pipeline, sample, snapshot, text, unet2d, unet2d_condition
 
 # diffusers' Heun and KDPM2 schedulers hand tensors to NumPy functions, and NumPy 2 wants more of them than torch has.
 pytestmark = [
@@ -184,18 +166,17 @@ def test_scales_cope_with_the_gap(mode):
         unet = OneConv()
         step = torch.randn(1, 4, 8, 8)
         scales = {"conv": float(step.abs().max() / 127)} if mode == "static" else None
-        handle = mk.accelerate(
-            unet, mk.ModiffConfig(scale_mode=mode, schedule=schedule, backend="reference"), static_scales=scales
-        )
+        config = mk.ModiffConfig(scale_mode=mode, schedule=schedule, backend="reference")
+        handle = mk.accelerate(unet, config, static_scales=scales)
         with handle.sampling_run(9):
             for call in range(9):
                 unet(step * call, 9 - call)
-        error = (x_hat_of(handle.layers["conv"]) - step * 8).abs().max()
+        error = (unets.x_hat_of(handle.layers["conv"]) - step * 8).abs().max()
         handle.remove()
         return float(error / step.abs().max())
 
-    assert clipped("U2HU2H3U") < 0.06  # half a step of a delayed scale, with its margin, over a residual of 7 steps
-    assert clipped("U2H6U") < 0.06
+    assert clipped("U2HU2H3U") < 0.05
+    assert clipped("U2H6U") < 0.06  # delayed: half a step of 8 bits over twice a residual of 7 steps
 
 
 class TestRefusals:
@@ -333,10 +314,10 @@ class TestSchedulers:
             DDIMScheduler,
             PNDMScheduler,
             DPMSolverMultistepScheduler,
-            UniPCMultistepScheduler,
+            diffusers.UniPCMultistepScheduler,
             EulerDiscreteScheduler,
-            HeunDiscreteScheduler,
-            KDPM2DiscreteScheduler,
+            diffusers.HeunDiscreteScheduler,
+            diffusers.KDPM2DiscreteScheduler,
         ],
     )
     def test_every_scheduler(self, scheduler):

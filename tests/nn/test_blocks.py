@@ -20,30 +20,8 @@ from modiff_kernels.nn.blocks import (
 )
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
 from modiff_kernels.ops import dispatch
-from tests.unets import (
-    NETWORKS,
-    TOKENS,
-    WIDTH,
-    FloatProducts,
-    assert_equal,
-    assert_invariant,
-    assert_same_run,
-    calibrated_layer,
-    conditions_of,
-    fused_blocks,
-    lone,
-    low_bit_paths,
-    operator,
-    outputs,
-    relative_error,
-    static_scales,
-    text,
-    trajectory,
-    unet2d,
-    unet2d_condition,
-    x_hat_of,
-    y_hat_of,
-)
+from tests import unets
+from tests.unets import NETWORKS, assert_invariant, assert_same_run, fused_blocks, outputs, relative_error, text, unet2d
 
 WITH_SHORTCUT, WITHOUT_SHORTCUT = "up_blocks.0.resnets.0", "mid_block.resnets.0"
 ATTENTION, UPSAMPLE = "mid_block.attentions.0", "up_blocks.0.upsamplers.0"
@@ -56,7 +34,7 @@ def run(network, change=None, dtype=torch.float32, keywords=None, unet_options=N
     unet = NETWORKS[network](**(unet_options or {})).to(dtype)
     if change is not None:
         change(unet)
-    scales = static_scales(unet) if config.get("scale_mode") == "static" else None
+    scales = unets.static_scales(unet) if config.get("scale_mode") == "static" else None
     handle = mk.accelerate(unet, mk.ModiffConfig(**config), static_scales=scales)
     return unet, handle, outputs(unet, handle, **(keywords or {}))
 
@@ -89,7 +67,7 @@ class TestFusedEqualsLayers:
         assert_same_run(fused, single, exact(network))
 
     def test_attention_masks(self):
-        mask = torch.ones(2, TOKENS)
+        mask = torch.ones(2, unets.TOKENS)
         mask[0, 3:] = 0
         results = [
             run("sd15", keywords={"encoder_attention_mask": mask}, **options)[2]
@@ -148,7 +126,8 @@ def test_the_invariant_of_all_layers(network, scale_mode, state_dtype):
     checked = assert_invariant(handle.layers.values(), 13)
     assert checked == len(handle.layers) - len(shared) - len(constant)
     conv = unet.get_submodule(UPSAMPLE).conv
-    assert (x_hat_of(conv).shape, y_hat_of(conv).shape) == ((2, 32, 4, 4), (2, 32, 8, 8))  # kept at the low resolution
+    assert unets.x_hat_of(conv).shape == (2, 32, 4, 4)  # kept at the low resolution
+    assert unets.y_hat_of(conv).shape == (2, 32, 8, 8)
 
 
 def with_resnet(**options):
@@ -241,8 +220,8 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
     handle = mk.accelerate(unet, mk.ModiffConfig(mode=mode))
     has_attention = dispatch.why_unavailable("cpu") is None and torch.ops.modiff_cpu.isa() >= 2
     with handle.sampling_run():
-        for x, t in zip(trajectory((2, 3, 8, 8), 3), (900, 800, 700)):
-            with FloatProducts() as products:
+        for x, t in zip(unets.trajectory((2, 3, 8, 8), 3), (900, 800, 700)):
+            with unets.FloatProducts() as products:
                 unet(x, t)
             names = [name for name in products.seen if "attention" not in name]
             # conv_in, conv_out; time embedding, and its projections for all blocks at once
@@ -259,8 +238,8 @@ class TestAround:
         handle.state.begin_run()
         unet.load_state_dict(other.state_dict())
         with pytest.raises(RuntimeError, match="weights were loaded"):
-            unet(torch.ones(1, unet.config.in_channels, 8, 8), 5, **conditions_of(unet, 1))
-        assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
+            unet(torch.ones(1, unet.config.in_channels, 8, 8), 5, **unets.conditions_of(unet, 1))
+        unets.assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
 
     def test_attention_takes_other_inputs_in_float(self):
         unet, mask = unet2d(), torch.zeros(2, 16, 16)
@@ -274,7 +253,7 @@ class TestAround:
 
 def test_projections_of_one_input_are_one_product():
     """With one y_hat, and nothing stored twice where the layout allows it."""
-    net = lone(BasicTransformerBlock(32, 2, 16, cross_attention_dim=WIDTH))
+    net = unets.lone(BasicTransformerBlock(32, 2, 16, cross_attention_dim=unets.WIDTH))
     net.block.attn1.to_k.bias = nn.Parameter(torch.ones(32))
     handle = mk.accelerate(net, mk.ModiffConfig(backend="reference"))
     with handle.sampling_run():
@@ -297,12 +276,12 @@ class TestCalibrated:
 
     def calibration(self, unet, bits=lambda path: 4, scaled=lambda path: False):
         layers, scales = {}, (0.09, 0.03, self.CALLS)
-        for path in low_bit_paths(unet):
-            layers[path] = calibrated_layer(unet.get_submodule(path), bits(path), scales, scaled(path), 0.05)
+        for path in unets.low_bit_paths(unet):
+            layers[path] = unets.calibrated_layer(unet.get_submodule(path), bits(path), scales, scaled(path), 0.05)
         return mk.CalibrationResult("test", self.CONFIG, layers)
 
     def accelerated(self, **options):
-        unet = unet2d_condition()
+        unet = unets.unet2d_condition()
         result = self.calibration(unet, **options)
         handle = mk.accelerate(unet, calibration=result)
         outputs(unet, handle, calls=self.CALLS)
@@ -322,7 +301,7 @@ class TestCalibrated:
             layer = handle.layers[f"{BLOCK}.attn2.{name}"]
             assert layer.mode == "constant"
             # two updates of 8 bits leave 1/255^2 of the encoder states
-            torch.testing.assert_close(layer(text()).double(), operator(layer, text())[0], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(layer(text()).double(), unets.operator(layer, text())[0], rtol=1e-3, atol=1e-3)
 
     def test_split_shortcut_stays_fused(self):
         """The residual of a shortcut is taken after its channels were scaled: conv2(x_hat2) + conv_shortcut(x_hat)."""
@@ -339,6 +318,6 @@ class TestCalibrated:
         assert any(isinstance(block, FusedBasicTransformerBlock) for block in fused.values())
         layers = [handle.layers[f"{BLOCK}.attn1.{name}"] for name in ("to_q", "to_k", "to_v")]
         assert len({layer.input.key for layer in layers}) == 3
-        q, k = (x_hat_of(layer) for layer in layers[:2])
+        q, k = (unets.x_hat_of(layer) for layer in layers[:2])
         scale = result.layers[layers[0].name].input_scale
         assert ((q - k * scale).abs() <= 0.03 * 0.51 * (1 + scale)).all()  # both within half a step of the last scale

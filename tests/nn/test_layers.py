@@ -20,7 +20,6 @@ LAYERS = {
     "conv-same": (lambda: nn.Conv2d(3, 4, 3, padding="same", dilation=2), (1, 3, 6, 6)),
     "conv-valid": (lambda: nn.Conv2d(3, 4, 2, padding="valid"), (1, 3, 4, 5)),
 }
-both_kinds = pytest.mark.parametrize("kind", ["linear", "conv3x3"])
 
 
 def make(module, calibrated=NOT_CALIBRATED, state=None, name="block.layer", shared_input=None, **options):

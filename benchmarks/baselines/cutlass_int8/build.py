@@ -5,8 +5,7 @@
 
 FOLDER holds CUTLASS's `include`, or is the unpacked wheel. Needs nvcc and no GPU; a kernel of sm_90 takes about a
 minute of one core and 3.5 GB. One library per kernel, named after a hash of its source and flags: what is there is not
-compiled again, so that the folder can be carried to another machine.
-"""
+compiled again, so that the folder can be carried to another machine."""
 
 import argparse
 import hashlib

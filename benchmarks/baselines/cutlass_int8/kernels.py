@@ -4,8 +4,7 @@ tiles. `build.py` compiles them, once; what is not built is left out.
 What they compute is less than what ours do: no zero points, and one scale per convolution, because a scale per image is
 no epilogue that CUTLASS has for convolutions. Convolutions with a window have two kinds of kernels, by wgmma in the one
 schedule that CUTLASS 4.2 has for it (sm90) and by mma.sync (sm80, without splits of K); the faster one counts. 1x1
-convolutions are matrices.
-"""
+convolutions are matrices."""
 
 import ctypes
 import statistics

@@ -1,8 +1,7 @@
 """Compiled CUDA kernels (csrc/cuda) for NVIDIA GPUs from sm_80 (A100) on: quantisation and integer products.
 
 The library holds raw kernels in the private namespace `modiff_cuda`; this package gives them the shape of the ops. It
-is built where nvcc is found and loads with any torch, also one without CUDA.
-"""
+is built where nvcc is found and loads with any torch, also one without CUDA."""
 
 from typing import Any
 

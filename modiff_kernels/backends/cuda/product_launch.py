@@ -1,6 +1,6 @@
 """`product`: csrc/cuda/product.h in the shape of the op. Nothing here reads the device."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +10,21 @@ from ...quant.packing import KPACK_V1
 from ...quant.weight_sums import weight_sums
 from .. import why_no_sums
 from . import library
-from .tiles import Tile, choose
 
 _ALIGNMENT = 16
 CHANNEL_MULTIPLE = 16  # codes are copied in chunks of 16 bytes, each inside one tap
 PACKED_MULTIPLE = 32  # 4- and 3-bit weights in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes
 MAX_ROWS = 1 << 30  # of the output, times the stride: 31 bits hold them, a border and a tile's rows past the end
 MAX_OUTPUTS = 1 << 39  # 2^31 blocks of 64 x 64 outputs, with K in 16 splits
+
+
+class Tile(NamedTuple):
+    """csrc/cuda/product.h Tiling: tiles of rows x columns outputs by the kernels of sm_90 or sm_80; splits of K."""
+
+    architecture: int
+    rows: int
+    columns: int
+    splits: int
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -36,11 +44,9 @@ def geometry_of(codes: Tensor, n: int, window: Window | None) -> tuple[int, ...]
 def product(
     codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out, tile: Tile | None = None
 ) -> Tensor:
-    """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: as measured on this GPU, else
-    the kernels choose."""
+    """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: the kernels choose by an
+    estimate (csrc/cuda/sm90/tiling.h, sm80/tile_config.h); `library.tiles_op` lists what may be asked for."""
     geometry = geometry_of(codes, weight.n, window)
-    if tile is None:
-        tile = choose(geometry, weight.bits, 4 if codes.dtype == torch.uint8 else 8, codes.device)
     sums = None
     if zero_point is not None:
         taps = 1 if window is None or window.padding == (0, 0) else window.kernel_size[0] * window.kernel_size[1]

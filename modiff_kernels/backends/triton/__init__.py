@@ -1,8 +1,7 @@
 """Triton kernels for NVIDIA GPUs from sm_80 (A100) on; no compiler is needed on the user's machine.
 
 Quantisation, and integer products on the int8 tensor cores. Importing this package imports no triton and touches no
-GPU: `quantize` and `product` are imported at their first use, after `unavailable()` has said that they can run.
-"""
+GPU: `quantize` and `product` are imported at their first use, after `unavailable()` has said that they can run."""
 
 import importlib
 from functools import lru_cache

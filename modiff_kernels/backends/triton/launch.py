@@ -36,8 +36,7 @@ def counters(device: torch.device, count: int) -> Tensor:
     Every stream has its own: its kernels follow each other. A CUDA graph has those of the stream that it was captured
     on, so graphs captured on one stream must not run at the same time (those of a network share their memory anyway).
     All are zeroed at the first use of the device, as a capture would only record it; where that is too late, or they
-    are too few, a launch gets new ones.
-    """
+    are too few, a launch gets new ones."""
     gpu = device.type == "cuda"
     key = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0
     row = _row_of.get(key)

@@ -31,8 +31,7 @@ scales. Rows and columns past the end read the last one instead of a mask and ar
 tiles than multiprocessors) every split writes its sums to `partial`, and `finish_kernel` adds them in order.
 
 Limits: k <= 65536, so that no sum of 8-bit products, also minus the zero point, leaves int32; groups of weight scales
-are multiples of BLOCK_K.
-"""
+are multiples of BLOCK_K."""
 
 import triton
 import triton.language as tl

@@ -19,8 +19,7 @@ groups. Means and squares are merged as in Chan et al., so that a mean far from 
 The range of x needs no second pass over h: a * h + b is monotone in h, also rounded. silu falls as far as _SILU_AT and
 rises from there, so over an interval it is greatest at an end, and least at an end or, if the interval holds _SILU_AT,
 above _SILU_LEAST, which is then taken: the upper end of the range is exact, the lower one at most 0.2785 too low (with
-the shipped model 1e-6, docs/triton_kernels.md).
-"""
+the shipped model 1e-6, docs/triton_kernels.md)."""
 
 from functools import lru_cache
 

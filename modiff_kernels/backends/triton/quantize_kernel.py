@@ -33,8 +33,7 @@ arrive merges them. Parts are the bit patterns of non-negative float32 in int32:
 order, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
 
 The formulas (ops/schema.py, `quant/affine.py`) keep their order of float32 roundings, so that scales and codes come out
-bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`.
-"""
+bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`."""
 
 import triton
 import triton.language as tl
@@ -64,8 +63,7 @@ def tile_of_program(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
     """sample, first row, row numbers [BLOCK_R] and channels [BLOCK_C] of this program's tile. Blocks of channels follow
     each other, so that programs that run together read whole rows.
 
-    BACKWARDS: the last tile first, to begin with what the pass before read last, which is in the L2 cache.
-    """
+    BACKWARDS: the last tile first, to begin with what the pass before read last, which is in the L2 cache."""
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     row_blocks = tl.cdiv(rows, BLOCK_R)
     program = tl.program_id(0)

@@ -1,8 +1,7 @@
 """`quantize`: which kernels an activation takes (quantize_kernel.py), and their scratch.
 
 Launches: one with scales given, delayed or per token, otherwise two. A group norm has one more, except for the plain
-form with scales per sample, of which it finds the range (quantize_group_norm.py).
-"""
+form with scales per sample, of which it finds the range (quantize_group_norm.py)."""
 
 from typing import Any
 
@@ -25,10 +24,9 @@ def quantize(
     affine = affine and x_hat is None
     tiling = tiling_of(h, like, granularity, bits, kind)
     granules, per_token = tiling.granules, tiling.granularity == "per_token"
-    given = scale if last_absmax is None else last_absmax
-    source = (
-        "delayed" if last_absmax is not None else "given" if given is not None else "tile" if per_token else "reduced"
-    )
+    given, source = scale, "given" if scale is not None else "tile" if per_token else "reduced"
+    if last_absmax is not None:
+        given, source = last_absmax, "delayed"
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=h.device)

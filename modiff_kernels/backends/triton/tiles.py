@@ -1,13 +1,9 @@
-"""Which tile a product gets: candidates with their reasons, a model that ranks them, and choices tuned per GPU, which
-`tools/tune_triton.py` writes to `tiles/<gpu>.json`."""
+"""Which tile a product gets: candidates with their reasons, and a model that ranks them."""
 
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-from ...tuned import Store
 
 
 class TileConfig(NamedTuple):
@@ -145,24 +141,15 @@ def estimated_cycles(config: TileConfig, shape: Shape, gpu: Gpu) -> float:
     return cycles
 
 
-def ranked(shape: Shape, gpu: Gpu) -> list[TileConfig]:
-    """All candidates for `shape`, with their splits, best estimate first; empty if no candidate fits."""
+@lru_cache(maxsize=4096)
+def choose(shape: Shape, gpu: Gpu) -> TileConfig:
+    """The tile for `shape` with the best estimate, and its split. ValueError if none fits."""
     found = []
     for config in candidates(gpu.capability):
         if fits(config, shape):
             most = shape.taps * -(-shape.channels // config.block_k) // _LEAST_STEPS
             found += [config._replace(split_k=splits) for splits in (1, 2, 4, 8, 16) if splits <= max(most, 1)]
-    return sorted(found, key=lambda config: estimated_cycles(config, shape, gpu))
-
-
-STORE = Store(Path(__file__).resolve().parent / "tiles", Shape, TileConfig)
-
-
-@lru_cache(maxsize=4096)
-def choose(shape: Shape, gpu: Gpu, store: Store[Shape, TileConfig] = STORE) -> TileConfig:
-    """The tile for `shape`: tuned if this or a near shape was, else the best estimate. ValueError if none fits."""
-    if (config := store.nearest(shape, gpu.name)) is not None:
-        return config
-    if found := ranked(shape, gpu):
-        return found[0]
-    raise ValueError(f"no tile computes {shape}: group_size must be a multiple of 32, and divide channels in a conv")
+    if not found:
+        text = "group_size must be a multiple of 32, and divide channels in a conv"
+        raise ValueError(f"no tile computes {shape}: {text}")
+    return min(found, key=lambda config: estimated_cycles(config, shape, gpu))

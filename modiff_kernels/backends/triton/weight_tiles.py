@@ -12,8 +12,7 @@ A tile is [BLOCK_N, BLOCK_K] with K fast, as int8 tensor cores want it. Neighbou
 unpacks what it loaded itself: joining the parts of a byte along a new fastest dimension and folding it into K moves
 nothing between threads. Compiled, four bytes are unpacked at once in a register (PTX below); the interpreter has none.
 
-A tile starts at a multiple of 8. Codes past the end of a row are arbitrary: the other operand must be 0 there.
-"""
+A tile starts at a multiple of 8. Codes past the end of a row are arbitrary: the other operand must be 0 there."""
 
 import triton
 import triton.language as tl

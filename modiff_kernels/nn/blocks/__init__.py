@@ -2,8 +2,7 @@
 
 `fuse` finds the blocks that have exactly the form that the fused ones compute; every other block stays as it is, with
 single layers replaced. Results equal those of the single layers up to float rounding. docs/fused_blocks.md has the
-passes.
-"""
+passes."""
 
 from collections.abc import Container
 

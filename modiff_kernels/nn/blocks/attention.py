@@ -26,8 +26,7 @@ class FusedAttention(FusedBlock):
     q, k and v of self-attention read one quantised residual and are one product where their weights can be stacked. k
     and v of cross-attention have mode "constant": computed from float activations, and kept as long as the encoder
     states are the same tensor (`nn.cache`). With another processor than those of this equation, or inputs that it does
-    not have, the original attention computes in float.
-    """
+    not have, the original attention computes in float."""
 
     layers: ClassVar = {"to_q": Role("group_norm"), "to_k": ALONE, "to_v": ALONE, "to_out.0": Role(adds=True)}
 
@@ -78,17 +77,13 @@ class FusedAttention(FusedBlock):
             super().__setattr__(name, value)
 
     def run(
-        self,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **others: Any,
+        self, x: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any
     ) -> Tensor:
         if self.group_norm is None:  # a part of a block, which has computed its prologue
-            return self.attend(IDENTITY, x.contiguous(), None, encoder_hidden_states, attention_mask, others)
+            return self.attend(IDENTITY, x.contiguous(), None, encoder_hidden_states, attention_mask, more)
         given = encoder_hidden_states is not None or attention_mask is not None
         if given or self.original.processor is not self.fused_for:
-            return self.original(x, encoder_hidden_states, attention_mask, **others)
+            return self.original(x, encoder_hidden_states, attention_mask, **more)
         prologue = group_norm(self.group_norm, silu=False)
         if x.ndim == 3:
             x = x.contiguous()
@@ -111,8 +106,7 @@ class FusedAttention(FusedBlock):
         """to_out of the attention, plus `skip`: new tokens [N, L, C].
 
         x: tokens [N, L, C], contiguous. encoder_hidden_states: [N, S, K], for cross-attention alone. attention_mask,
-        others: as for diffusers' `Attention`.
-        """
+        others: as for diffusers' `Attention`."""
         dtype = x.dtype
         given = encoder_hidden_states is not None and not self.is_cross_attention
         if given or self.original.processor is not self.fused_for:

@@ -65,8 +65,7 @@ class FusedBlock(nn.Module):
     takes: the name of its input. layers: names of the layers that are computed in low bits, where the block has them.
     left_out: children that stay as they are, and whose layers are replaced by themselves. parts: children that are
     called as they are where something was put on them, such as a hook. scalable: names of layers whose input is
-    quantised as it is, so that its channels may be scaled before (`ModulatedLayer.scaled`).
-    """
+    quantised as it is, so that its channels may be scaled before (`ModulatedLayer.scaled`)."""
 
     takes: ClassVar[str] = "hidden_states"
     layers: ClassVar[Mapping[str, Role]]

@@ -122,8 +122,7 @@ class FusedTransformer2DModel(FusedBlock):
     """out = proj_out(blocks(proj_in(norm(x)))) + x over the pixels of an image, proj_* Linear or 1x1 convolutions.
 
     GroupNorm is computed in the pass that quantises the residual of proj_in, the addition in the epilogue of proj_out;
-    pixels become tokens without a copy. The blocks between have fused forms of their own, or none.
-    """
+    pixels become tokens without a copy. The blocks between have fused forms of their own, or none."""
 
     layers: ClassVar = {"proj_in": Role("group_norm"), "proj_out": Role(adds=True)}
     left_out = ("transformer_blocks",)

@@ -63,6 +63,17 @@ def test_reasons_of_product():
         assert found is None if words is None else re.search(words, found)
 
 
+def test_the_library_lists_the_tiles_that_may_be_asked_for():
+    """What the list holds: test_hopper_maps.py. It needs no GPU."""
+    if (why_not := library.why_not_loaded()) is not None:
+        pytest.skip(why_not)
+    values = library.tiles_op()([2, 16, 16, 640, 1280, 3, 3, 1, 1, 1, 1, 1, 1, 1], 8, 8, 90, 132)
+    assert values[0] == 90
+    assert set(values[::4]) == {90, 80}
+    with pytest.raises(RuntimeError, match="14 geometry values expected, got 2"):
+        library.tiles_op()([1, 2], 8, 8, 90, 132)
+
+
 def test_unavailable(monkeypatch):
     ask = cuda.unavailable.__wrapped__
     monkeypatch.setattr(library, "why_not_loaded", lambda: None)

@@ -5,15 +5,13 @@ its kernels, bit for bit with the reference. (Agreement of everything else with 
 import pytest
 import torch
 
-from benchmarks import shapes
-from benchmarks.tile_tuning import Scratch
 from modiff_kernels import ops
+from modiff_kernels.backends.cuda import library, product_launch
 from modiff_kernels.ops import dispatch
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.operands import IDENTITY, PackedWeight, Prologue, Window
 from modiff_kernels.quant.packing import pack
 from tests.backends.exact_product import DOWN, POINT, THREE, ExactProduct
-from tools import tune_cuda
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 GRANULARITIES = ["per_tensor", "per_sample", "per_token", "per_block"]
@@ -144,13 +142,10 @@ class Layer:
         self.scale = torch.rand(n, device="cuda") * 0.01 + 0.001
         self.y_hat, self.skip = (random(window.output_shape(codes.shape, c_out)) for _ in range(2))
 
-    def update(self, y_hat, backend):
-        rest = (None, self.skip, self.window, torch.float16)
-        return ops.product(self.codes, self.scale, None, self.weight, y_hat, *rest, backend=backend)
-
-    def results(self, backend):
+    def results(self, backend, *tile):
         y_hat = self.y_hat.clone()
-        return self.update(y_hat, backend), y_hat
+        args = (self.codes, self.scale, None, self.weight, y_hat, None, self.skip, self.window, torch.float16)
+        return product_launch.product(*args, True, *tile) if tile else ops.product(*args, backend=backend), y_hat
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -160,16 +155,17 @@ def test_layers_of_unets(hopper, layer):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
-@pytest.mark.parametrize(
-    "layer", [shapes.Layer("conv", 128, 328, 17, 17, 3, 1, 1), shapes.Layer("linear", 1280, 328, 77, 1, 1)], ids=str
-)
+@pytest.mark.parametrize("layer", [(3, 17, 128, 328, THREE), (3, 9, 1280, 328, POINT)], ids=str)
 def test_every_tile_is_exact(hopper, layer, bits):
-    """All tiles and splits of sm_90 and sm_80 that tools/tune_cuda.py may measure."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    tunable, scratch = tune_cuda.products_on(device), Scratch(layer, 3, bits, device)
-    tiles = tunable.candidates(scratch)
+    """All tiles and splits of sm_90 and sm_80 that may be asked for."""
+    layer = Layer(*layer, bits)
+    geometry = product_launch.geometry_of(layer.codes, layer.weight.n, layer.window)
+    values = library.tiles_op()(geometry, bits, 8, 90, torch.cuda.get_device_properties(0).multi_processor_count)
+    tiles = [product_launch.Tile(*values[i : i + 4]) for i in range(0, len(values), 4)]
+    wanted = layer.results("reference")
     assert {tile.architecture for tile in tiles} == {90, 80}
-    assert [tile for tile in tiles if not scratch.is_exact(tunable.update(scratch, tile))] == []
+    for tile in tiles:
+        assert_equal(layer.results("cuda", tile), wanted)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[5], LAYERS[6], LAYERS[10], LAYERS[12]], ids=str)

@@ -1,18 +1,14 @@
 """The insides of `product` of the backend cuda on csrc/cuda/sm80, emulated: every tile and split, the order of threads,
-windows, nibbles, what lies beside the tensors, and the tuner's way to them."""
+windows, nibbles, and what lies beside the tensors."""
 
 import pytest
 import torch
 
-from benchmarks.shapes import Layer
-from benchmarks.tile_tuning import Scratch, shortlist
 from modiff_kernels.backends import MAX_K
 from modiff_kernels.backends.cuda import library
-from modiff_kernels.backends.cuda.product_launch import product
-from modiff_kernels.backends.cuda.tiles import Tile
+from modiff_kernels.backends.cuda.product_launch import Tile, product
 from tests.backends.cuda.emulation import pack_channels
 from tests.backends.exact_product import DOWN, THREE, ExactProduct, check_largest_sum
-from tools.tune_cuda import CudaProducts
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 LARGE, NARROW, SMALL = range(3)  # csrc/cuda/sm80/tile_config.h kTiles
@@ -89,24 +85,3 @@ def test_tensors_on_addresses_that_are_not_aligned(emulator):
     ones = torch.ones(1)
     out = product(shifted, ones, None, weight._replace(packed=packed), y_hat, None, None, None, torch.float32, True)
     assert torch.equal(out.double(), codes.double() @ weight.packed.double().T + 2)
-
-
-TUNED = {8: Layer("conv", 32, 72, 5, 4, 3, 2, 1), 4: Layer("linear", 320, 40, 16, 1, 1)}
-
-
-@pytest.mark.parametrize("weight_bits", TUNED)
-def test_what_the_tuner_measures_is_exact(emulator, weight_bits):
-    if (reason := library.why_not_loaded()) is not None:
-        pytest.skip(reason)
-    tunable, scratch = CudaProducts((8, 0), 4), Scratch(TUNED[weight_bits], 2, weight_bits, torch.device("cpu"))
-    found = shortlist(tunable.candidates(scratch), tunable.tile)
-    assert {tile[:3] for tile in found} == {(80, 128, 128), (80, 128, 64), (80, 64, 64)}
-    assert all(scratch.is_exact(tunable.update(scratch, tile)) for tile in found)
-    scratch.y_hat[-1].fill_(torch.nan)
-    assert not scratch.is_exact(lambda: scratch.y_hat[-1].add_(1))
-
-
-def test_sizes_that_the_kernels_do_not_take_have_no_candidates():
-    tunable = CudaProducts((9, 0), 132)
-    for layer, bits in ((Layer("conv", 24, 32, 4, 4, 3, 1, 1), 8), (Layer("linear", 48, 32, 4, 1, 1), 4)):
-        assert tunable.candidates(Scratch(layer, 1, bits, torch.device("cpu"))) == []

@@ -1,14 +1,11 @@
-"""The insides of `product` of the backend triton: tiles, splits, the order of tiles, and the tuner's way to them."""
+"""The insides of `product` of the backend triton: tiles, splits, the order of tiles, and what chooses one."""
 
 import pytest
 import torch
 
-from benchmarks.shapes import Layer
-from benchmarks.tile_tuning import Scratch
-from modiff_kernels.backends.triton import product_launch, tiles
+from modiff_kernels.backends.triton import product_launch
 from modiff_kernels.backends.triton.tiles import Shape, TileConfig
 from tests.backends.exact_product import THREE, ExactProduct, check_largest_sum
-from tools.tune_triton import TritonProducts
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 SMALL = TileConfig(64, 64, 32, 4, 2)
@@ -57,29 +54,8 @@ def test_the_largest_sums_do_not_leave_int32(product):
     check_largest_sum(product, 65536, tile=TileConfig(64, 64, 128, 4, 2, split_k=4))
 
 
-LAYERS = [Layer("conv", 32, 24, 4, 4, 3, 1, 1), Layer("linear", 64, 40, 16, 1, 1)]
-TUNED = [TileConfig(64, 64, 32, 4, 2), TileConfig(64, 64, 32, 4, 2, split_k=2)]
-
-
-@pytest.mark.parametrize(("layer", "weight_bits"), zip(LAYERS, (8, 4)), ids=str)
-def test_what_the_tuner_measures_is_exact(device, layer, weight_bits):
-    tunable, scratch = TritonProducts(device), Scratch(layer, 2, weight_bits, device)
-    for tile in TUNED:
-        assert scratch.is_exact(tunable.update(scratch, tile))
-    taps = 9 if layer.kind == "conv" else 1
-    shape = Shape(32, layer.c_out, layer.c_in, taps, 1, weight_bits, -1)
-    assert tunable.shape(scratch) == shape
-    assert tunable.candidates(scratch) == tiles.ranked(shape, tunable.gpu)
-    assert [tunable.tile(tile) for tile in TUNED] == [(TUNED[0], 1), (TUNED[0], 2)]
-
-
-def test_the_tuner_finds_a_wrong_tile(device, monkeypatch):
-    tunable, scratch = TritonProducts(device), Scratch(LAYERS[0], 1, 8, device)
-    right = product_launch.product
-
-    def wrong(*arguments):
-        right(*arguments)
-        arguments[4][0, 0, 0, 0] += 1
-
-    monkeypatch.setattr(product_launch, "product", wrong)
-    assert not scratch.is_exact(tunable.update(scratch, TUNED[0]))
+@pytest.mark.parametrize(("x_shape", "n", "window", "taps"), [((2, 16, 64), 9, None, 1), ((2, 64, 4, 4), 9, THREE, 9)])
+def test_what_the_choice_of_a_tile_depends_on(x_shape, n, window, taps):
+    codes, weight = ExactProduct(x_shape, n, window, 4).draw()
+    found = product_launch.geometry_of(codes, n, window).shape(weight)
+    assert found == Shape(32, 9, 64, taps, 1, weight_bits=4, group_size=-1)

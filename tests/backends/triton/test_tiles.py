@@ -1,16 +1,14 @@
-"""The choice of a tile: deterministic, fitting, tuned choices before estimates and only near their shape."""
+"""The choice of a tile: deterministic and fitting."""
 
 import pytest
 
 from modiff_kernels.backends.triton import tiles
 from modiff_kernels.backends.triton.tiles import Gpu, Shape, TileConfig
-from modiff_kernels.tuned import Store
 
 H200 = Gpu("NVIDIA H200", (9, 0), 132)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108)
 GPUS = [H200, A100, Gpu("NVIDIA RTX A6000", (8, 6), 84), Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)]
 BIG = Shape(65536, 320, 320, 9)
-TILE = TileConfig(64, 64, 64, 4, 2, split_k=2)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
@@ -61,13 +59,3 @@ def test_a_group_size_that_fits_no_tile_is_refused():
         tiles.choose(Shape(4096, 640, 640, 1, 1, 4, 48), H200)
     with pytest.raises(ValueError, match="no tile computes m4096-n640-channels48"):
         tiles.choose(Shape(4096, 640, 48, 9, 1, 4, 32), H200)
-
-
-def test_tuned_choices_come_first_and_serve_near_shapes(tmp_path):
-    store = Store(tmp_path, Shape, TileConfig)
-    store.save({BIG: TILE}, H200.name, {})
-    for m in (65536, 32768, 131072):
-        assert tiles.choose(BIG._replace(m=m), H200, store) == TILE
-    for other in (BIG._replace(m=32767), BIG._replace(n=640), BIG._replace(weight_bits=4), BIG._replace(taps=1)):
-        assert tiles.choose(other, H200, store) == tiles.ranked(other, H200)[0]
-    assert tiles.choose(BIG, A100, store) == tiles.ranked(BIG, A100)[0]
