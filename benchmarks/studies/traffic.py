@@ -149,7 +149,6 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         (dispatch, "why_unavailable", lambda name: reasons[name] if name in reasons else why_unavailable(name)),
         (launch, "record", triton),
         (product_launch, "gpu_of", lambda device: gpu),
-        (cuda_product, "choose", lambda *unused: None),
         (cuda_product, "_aligned", lambda tensor: tensor),  # what has no memory has no alignment
         (library, "product_op", lambda: product),
         (F, "scaled_dot_product_attention", attention),
