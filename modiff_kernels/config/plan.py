@@ -44,12 +44,13 @@ FLOAT_MODE = Mode(FLOAT)
 @dataclasses.dataclass(frozen=True)
 class ModeCost:
     """What one unit costs in one mode (None: not measured): time of a call, within the whole step; SQNR of the unit's
-    output against float, None for float itself; bytes of x_hat and y_hat."""
+    output against float, None for float itself; bytes of x_hat and y_hat; bytes that a call moves by the cost model."""
 
     mode: Mode
     time_us: float | None = None
     sqnr_db: float | None = None
     state_bytes: int = 0
+    moved_bytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class UnitPlan:
         if not isinstance(self.path, str) or not self.path:
             raise ValueError(f"LayerPlan: path {self.path!r} is not allowed; give a module path such as 'mid_block'")
         for cost in self.costs:
-            for name in ("time_us", "sqnr_db", "state_bytes"):
+            for name in ("time_us", "sqnr_db", "state_bytes", "moved_bytes"):
                 value = getattr(cost, name)
                 if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                     raise ValueError(f"LayerPlan: {name}={value!r} of {self.path!r} is no number")
@@ -198,9 +199,11 @@ class LayerPlan:
             raise ValueError(f"LayerPlan: not a plan as to_json() writes it ({error!r})") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and rows of cells: for each unit its mode, the time of every mode, speed-up, SQNR, state, reason."""
+        """Header and rows of cells: for each unit its mode, the time of every mode, what follows of the one it has, and
+        the reason."""
         modes = list(dict.fromkeys(cost.mode for unit in self.units for cost in unit.costs))
-        header = ("unit", "mode", *(f"{mode} us" for mode in modes), "speed-up", "SQNR dB", "state kB", "reason")
+        times_of_modes = [f"{mode} us" for mode in modes]
+        header = ("unit", "mode", *times_of_modes, "speed-up", "SQNR dB", "state kB", "moved kB", "reason")
         rows = []
         for unit in self.units:
             times = {cost.mode: cost.time_us for cost in unit.costs}
@@ -209,6 +212,8 @@ class LayerPlan:
             cells.append(_shown(plain / own if own and plain else None, ".2f", "x"))
             cells.append(_shown(chosen.sqnr_db if chosen else None, ".1f"))
             cells.append(_shown(chosen.state_bytes / 1e3 if chosen else None, ".1f"))
+            moved = None if chosen is None else chosen.moved_bytes
+            cells.append(_shown(None if moved is None else moved / 1e3, ".1f"))
             rows.append((unit.path, str(unit.mode), *cells, unit.reason))
         return header, rows
 

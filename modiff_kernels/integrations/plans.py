@@ -113,7 +113,8 @@ def estimated(
         for mode in modes:
             time_us = 1e6 * sum(cost_model.seconds(layer, mode, sizes, machine) for layer in described)
             state = state_bytes_of(layers, replaced, shapes) if mode.kind == MODULATED else 0
-            costs.append(ModeCost(mode, time_us, None, state))
+            moved = sum(each.bytes for layer in described for each in cost_model.passes(layer, mode, sizes))
+            costs.append(ModeCost(mode, time_us, None, state, moved))
         windowed = any(layer.windowed for layer in described)
         kind = "tokens" if not windowed else "last" if path.startswith(f"{last}.") else "images"
         best = min(costs, key=lambda cost: cost.time_us * (1 + cost_model.weight_of_error(kind, cost.mode)))

@@ -9,7 +9,7 @@ UNIT = UnitPlan(
     "mid_block.resnets.0",
     MODULATED,
     ("mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"),
-    (ModeCost(FLOAT, 300.5), ModeCost(PLAIN, 120.25, 40.5), ModeCost(MODULATED, 125.0, 51.0, 4096)),
+    (ModeCost(FLOAT, 300.5), ModeCost(PLAIN, 120.25, 40.5), ModeCost(MODULATED, 125.0, 51.0, 4096, 8192.0)),
     "quantized 8 is faster, but fidelity would leave the limits",
 )
 KEY = PlanKey("a CPU, 2 threads", "0123", (8, 3, 16, 16), "4567", "modiff_kernels 0, torch 0")
@@ -101,8 +101,8 @@ def test_what_fits_the_network():
 def test_table():
     header, rows = PLAN.table()
     assert header[:5] == ("unit", "mode", "float us", "quantized 8 us", "modulated 4 us")
-    assert rows[0][2:] == ("300", "120", "125", "2.40x", "51.0", "4.1", UNIT.reason)
-    assert rows[1][1:] == ("float", "-", "-", "-", "-", "-", "-", "")
+    assert rows[0][2:] == ("300", "120", "125", "2.40x", "51.0", "4.1", "8.2", UNIT.reason)
+    assert rows[1][1:] == ("float", *"-------", "")
 
 
 def test_the_key_tells_everything_but_the_shape_apart():
