@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import modiff_kernels as mk
+from modiff_kernels.config.plan import MODULATED, QUANTIZED
 from modiff_kernels.evaluation import UserError, user_errors
 from modiff_kernels.quant.spec import BLOCK_ROWS
 
@@ -93,7 +94,7 @@ def config_of_row(
         backend=backend,
         granularity=None if mode == "quantized" and granularity == "per_block" else granularity,
         schedule=row.schedule,
-        plan=row.plan,
+        plan=row.plan or (row.mode if row.mode in (MODULATED, QUANTIZED) else None),  # on a GPU None has others, too
         cuda_graphs=row.cuda_graphs,
         max_state_bytes=max_state_bytes,
     )
@@ -113,8 +114,8 @@ class Quantised:
             config = config_of_row(row, *of_config, **more)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)
             if result is not None:
-                own = {name: getattr(config, name) for name in ("backend", "schedule", "plan", "max_state_bytes")}
-                config = dataclasses.replace(result.config, **own)
+                own = {name: getattr(config, name) for name in ("backend", "schedule", "max_state_bytes")}
+                config = dataclasses.replace(result.config, **own, plan=row.plan or result.config.mode)
             self.handle = mk.accelerate(unet, config, calibration=result or "auto")
 
     @classmethod

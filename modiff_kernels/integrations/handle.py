@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.config.plan import MODULATED
 from modiff_kernels.config.schedule import ACTION_NAMES, UPDATE, StepSchedule
 from modiff_kernels.integrations import hooks
 from modiff_kernels.integrations.forward import MORE_SIZES, UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
-from modiff_kernels.integrations.replacements import Replacements
+from modiff_kernels.integrations.replacements import Replacements, runs_on_gpu
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.integrations.watch import Watch
@@ -27,6 +28,11 @@ from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
 
 logger = logging.getLogger("modiff_kernels")
+
+MOVED = (
+    "the UNet was accelerated before it came to the GPU, so all of its layers are modulated, which moves more bytes "
+    "there than float does; call accelerate() after .to('cuda'), or give a plan ('modulated' says that this is meant)"
+)
 
 HANDLE = "_modiff_handle"  # attribute of a UNet: the handle that is alive for it
 
@@ -63,6 +69,8 @@ class Handle:
         self._planned_shape = None if self.plan is None or self.plan.key is None else self.plan.key.shape
         self.is_loaded = False
         self._seen: tuple[torch.Size, str] | None = None
+        by_default = config.plan is None and config.mode == MODULATED and bool(self.layers)
+        self._is_for_cpu = by_default and not runs_on_gpu(unet)  # all layers modulated, which no GPU has by default
         self._pipes: list[Any] = []  # whose schedulers begin runs
         self._wrappers: list[hooks.Wrapper] = []
         self._own_runs: list[tuple[int | None, Any]] = []
@@ -300,8 +308,12 @@ class Handle:
                 timesteps = self._forward.timesteps
                 self._steps = Steps(state, timesteps, *[(None, timesteps.scheduler), *self._own_runs][-1])
             context = self._steps.place(args, kwargs)
+        sample = args[0] if args else kwargs.get("sample")
+        if self._is_for_cpu and getattr(sample, "is_cuda", False):
+            self._is_for_cpu = False
+            logger.warning(MOVED)
         if self._planned_shape is not None:
-            self._look_at_shape((args[0] if args else kwargs["sample"]).shape, context)
+            self._look_at_shape(sample.shape, context)
         return context
 
     def _look_at_shape(self, shape: torch.Size, context: str) -> None:

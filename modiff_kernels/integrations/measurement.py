@@ -102,7 +102,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.timer = timer_of(next(self.unet.parameters()).device, self.clock)
-        handles = {mode: self._accelerated(config_of(self.config, mode)) for mode in self.modes}
+        configs = {mode: dataclasses.replace(config_of(self.config, mode), plan=mode.kind) for mode in self.modes}
+        handles = {mode: self._accelerated(config) for mode, config in configs.items()}
         self.units = handles[self.modes[-1]].replaced.units()
         self.float = Subject("float channels_last", share_copy(self.unet))
         self.subjects = {

@@ -97,9 +97,9 @@ class ModulatedLayer(nn.Module):
 
     def _granularity(self, config: ModiffConfig) -> str:
         """How many scales the layer's input has. Where the config leaves it open, plain codes on a GPU have one per
-        token or pixel, as far as those factor out of the sum: it spares a pass for the range there, and a tenth of the
-        speed on a CPU. 4-bit codes for 4-bit weights fit the cores that multiply them (the weights' own error is larger
-        than that of coarser scales)."""
+        token or pixel, as far as those factor out of the sum: it spares a pass for the range there, and costs up to a
+        tenth of the speed on a CPU. 4-bit codes for 4-bit weights fit the cores that multiply them (the weights' own
+        error is larger than that of coarser scales)."""
         pointwise = self.window is None or self.window.is_pointwise
         granularity = config.layer_granularity
         if config.granularity is None and self.mode == "quantized" and is_gpu(self.like.device):

@@ -4,12 +4,15 @@ import dataclasses
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import modiff_kernels as mk
 from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
+from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.integrations import plan_cache, plans, replacements
+from modiff_kernels.integrations.measurement import Bench
 from modiff_kernels.nn import layer
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.planning.cost import Machine
@@ -148,6 +151,36 @@ def test_modes_by_default_on_a_gpu(unet, monkeypatch, plan):
         assert 0 < handle.state.nbytes() < held  # less than if all of them were modulated
     else:
         assert handle.plan is None
+
+
+def test_what_is_in_one_mode_is_so_on_a_gpu(unet, monkeypatch):
+    """Rows of a report, and the single modes that make_plan compares."""
+    monkeypatch.setattr(plans, "runs_on_gpu", lambda unet: True)
+    monkeypatch.setattr(plans, "estimated", None)  # not called
+    for mode in ("modulated", "quantized"):
+        handle = Quantised(unet, Row(mode, mode, mode, 8, 8)).handle
+        assert handle.plan is None
+        assert {layer.mode for layer in handle.layers.values()} == {mode}
+        handle.remove()
+    modes, zeros = (PLAIN, Mode("modulated", 8)), np.zeros((1, 8, 8, 3))
+    bench = Bench(unet, mk.ModiffConfig(), modes, None, {}, None, [], zeros, None, lambda: None)
+    found = [{layer.mode for layer in subject.handle.layers.values()} for subject in bench.subjects.values()]
+    assert found == [{"quantized"}, {"modulated"}]
+
+
+def test_a_unet_that_comes_to_a_gpu_later_is_told(unet, caplog):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    sample = torch.randn(2, 3, 8, 8)
+    for plan, told in ((None, 1), ("modulated", 1)):  # once, and not where it is meant
+        handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan))
+        handle._look_at_call((sample,), {})
+        for _ in range(2):
+            with handle.sampling_run():
+                handle._look_at_call((sample.as_subclass(OnGpu), 5), {})
+        assert caplog.text.count("accelerated before it came to the GPU") == told
+        handle.remove()
 
 
 def test_shapes_that_are_not_known_on_a_gpu_are_told(monkeypatch, caplog):
