@@ -59,7 +59,7 @@ inline Tiling tiling_of_tile(const ProductCall& call, int tile, int splits) {
   const ProductProblem& p = call.problem;
   Tiling tiling{};
   tiling.tile = tile;
-  tiling.window = window_of(p, call.weight_bits);
+  tiling.window = window_of(p);
   tiling.schedule.row_tiles = static_cast<int>(ceil_div(p.samples * p.out_h * p.out_w, kTiles[tile].rows));
   tiling.schedule.column_tiles = static_cast<int>(ceil_div(p.c_out, kTiles[tile].columns));
   tiling.schedule.k_blocks = k_block_count(tiling.window);

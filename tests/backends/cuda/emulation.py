@@ -150,12 +150,12 @@ class HopperEmulator(Emulator):
     """emulator/hopper.cpp, the kernels of csrc/cuda/sm90 on a model of TMA, barriers and wgmma; `product` as above.
 
     `tile`: index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own. `seed`: of the order of threads and loads.
-    `prefetched`: bytes that the last call asked for ahead of its epilogue. `other`: takes what these kernels do not."""
+    `other`: takes what these kernels do not."""
 
     def __init__(self, program: Path, other: ProductEmulator | None = None):
         super().__init__(program)
         self.tile, self.splits, self.multiprocessors, self.seed = -1, 1, 3, 0
-        self.prefetched, self.other = 0, other
+        self.other = other
 
     def product(self, *call):
         (codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
@@ -168,10 +168,8 @@ class HopperEmulator(Emulator):
             "25q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
             DTYPES[out_dtype], geglu, self.tile, self.splits, self.multiprocessors, self.seed,
         )  # fmt: skip
-        prefetched = torch.zeros(1, dtype=torch.int64)
         tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out)
-        self.ask(head, tensors, (out, y_hat, prefetched))
-        self.prefetched = int(prefetched)
+        self.ask(head, tensors, (out, y_hat))
         return torch.empty(0, dtype=out_dtype) if out is None else out
 
 
