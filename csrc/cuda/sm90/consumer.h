@@ -14,7 +14,7 @@ struct Consumer {
   static MODIFF_HD void consume(Cta& cta, Shared& shared, const ProductArgs<Map>& args, int consumer) {
     const bool leader = cta.thread() % kWarp == 0;
     Ring<P::kStages> ring;
-    for (int index = static_cast<int>(cta.block()); index < work_count(args.schedule); index += cta.blocks()) {
+    for (int index = cta.uniform(static_cast<int>(cta.block())); index < work_count(args.schedule); index += cta.blocks()) {
       const Work work = work_of(args.schedule, index);
       Sums sums;
       int before = 0;  // the stage whose release is due
@@ -84,7 +84,7 @@ struct Consumer {
   template <class Cta, class Map>
   static MODIFF_HD bool reduce_splits(Cta& cta, Shared& shared, const ProductArgs<Map>& args, const Work& work,
                                       int consumer, int32_t (&sums)[kBlocks][kSums]) {
-    const int thread = held(cta.thread() % kWarpgroup);
+    const int thread = held(cta.thread()) % kWarpgroup;
     const int64_t rows = args.epilogue.rows - (int64_t{work.row_tile} * P::kRows + consumer * kBlocks * kMmaRows);
     const int64_t block = (int64_t{work.tile} * P::kConsumers + consumer) * kBlocks;
     int32_t* mine = args.sums + block * kSums * kWarpgroup + thread;
@@ -132,7 +132,7 @@ struct Consumer {
   template <class Cta>
   static MODIFF_HD void finish_any(Cta& cta, const EpilogueArgs& args, const Work& work, int consumer,
                                const int32_t (&sums)[kBlocks][kSums]) {
-    const int thread = held(cta.thread() % kWarpgroup), lane = thread % kWarp;
+    const int thread = held(cta.thread()) % kWarpgroup, lane = thread % kWarp;
     const int64_t first_row = int64_t{work.row_tile} * P::kRows + consumer * kBlocks * kMmaRows + sum_row(thread, 0);
     const int64_t first_column = int64_t{work.column_tile} * P::kColumns + lane % 4 * kVector;
     MODIFF_NO_UNROLL for (int fragment = 0; fragment < kFragments; ++fragment) {

@@ -81,21 +81,21 @@ MODIFF_HD void load_pair(const T* p, float (&pair)[2]) {
   pair[1] = value_of(raw, 1);
 }
 
-// Of the slice that begins `first` columns into the tensor, of which `left` are behind; what is read past the end is not
+// Of a slice of which `left` columns are inside; `first` is this thread's first one. What is read past the end is not
 // used.
 template <class Policy>
-MODIFF_HD Columns load_columns(const EpilogueArgs& args, const float* scale, int64_t first, int left) {
+MODIFF_HD Columns load_columns(const EpilogueArgs& args, uint32_t first, int left) {
   Columns columns;
   MODIFF_UNROLL for (int group = 0; group < kSlice / 8; ++group) {
-    const int at = group * 8 < left ? group * 8 : 0;
-    load_pair(scale + at, columns.scale[group]);
+    const uint32_t at = group * 8 < left ? first + static_cast<uint32_t>(group * 8) : first;
+    load_pair(args.weight_scale + at, columns.scale[group]);
     if constexpr (!Policy::kState) {
       columns.bias[group][0] = columns.bias[group][1] = 0.0f;
       if (args.bias.data == nullptr) continue;
       if (args.bias.dtype == DType::kFloat32) {
-        load_pair(static_cast<const float*>(args.bias.data) + first + at, columns.bias[group]);
+        load_pair(static_cast<const float*>(args.bias.data) + at, columns.bias[group]);
       } else {
-        load_pair(static_cast<const typename Policy::Out*>(args.bias.data) + first + at, columns.bias[group]);
+        load_pair(static_cast<const typename Policy::Out*>(args.bias.data) + at, columns.bias[group]);
       }
     }
   }
@@ -110,11 +110,10 @@ struct SliceEpilogue {
 
   static MODIFF_HD void finish(Cta& cta, typename P::Shared& shared, const EpilogueArgs& args, const Work& work,
                                int consumer, const int32_t (&sums)[kBlocks][P::kSums], Ring<P::kStages>& ring) {
-    const int thread = held(cta.thread() % kWarpgroup), lane = thread % kWarp;
+    const int thread = held(cta.thread()) % kWarpgroup, lane = thread % kWarp;
     const int tile_row = consumer * kBlocks * kMmaRows + thread / kWarp * 16;  // the warp's first one
     const int first_row = work.row_tile * P::kRows + tile_row + lane / 4, rows = static_cast<int>(args.rows);
-    const int first_column = work.column_tile * P::kColumns + lane % 4 * kVector;
-    const int rows_left = rows - first_row, columns_left = static_cast<int>(args.columns) - first_column;
+    const int first_column = work.column_tile * P::kColumns + lane % 4 * kVector, rows_left = rows - first_row;
     float scale[kBlocks][2];
     MODIFF_UNROLL for (int i = 0; i < kBlocks * 2; ++i) {
       const int row = least(first_row + row_of(i), rows - 1);
@@ -128,18 +127,17 @@ struct SliceEpilogue {
     // Bytes in a slice: of this lane's row of matrices (the next 16 columns are 32 away, XORed), and of its vector.
     const uint32_t matrix = swizzled(static_cast<uint32_t>((tile_row + lane % 16) * 64 + lane / 16 * 16), 64);
     const uint32_t vector = swizzled(static_cast<uint32_t>((tile_row + lane / 4) * 64 + lane % 4 * 16), 64);
-    const int first_pair = work.column_tile * P::kColumns + lane % 4 * 2;
-    const int pairs_left = static_cast<int>(args.columns) - first_pair;
-    const float* const weight_scale = args.weight_scale + first_pair;
-    Columns columns = load_columns<Policy>(args, weight_scale, first_pair, pairs_left);
+    const auto first_pair = static_cast<uint32_t>(work.column_tile * P::kColumns + lane % 4 * 2);
+    const int inside = static_cast<int>(args.columns) - work.column_tile * P::kColumns;
+    Columns columns = load_columns<Policy>(args, first_pair, inside);
     MODIFF_UNROLL for (int slice = 0; slice < P::kSlices; ++slice) {
       const int place = slice * kParts % P::kStageSlices, next = (slice + 1) * kSlice;
       if (place == 0) cta.wait(&shared.full[ring.stage], ring.parity);
       uint8_t* state = shared.codes[ring.stage] + place * P::kSliceBytes;
       uint8_t* out = state + (kParts - 1) * P::kSliceBytes;
       make_slice(cta, state, out, matrix, columns, scale, slice, sums);
-      if (slice + 1 < P::kSlices && next < pairs_left)
-        columns = load_columns<Policy>(args, weight_scale + next, first_pair + next, pairs_left - next);
+      if (slice + 1 < P::kSlices && next < inside)
+        columns = load_columns<Policy>(args, first_pair + static_cast<uint32_t>(next), inside - next);
       cta.warp_sync();
       Raw<State> states[kBlocks * 2];
       Raw<Out> outs[kBlocks * 2];
@@ -156,7 +154,7 @@ struct SliceEpilogue {
       }
       MODIFF_UNROLL for (int i = 0; i < kBlocks * 2; ++i) {
         const uint32_t to = static_cast<uint32_t>(row_of(i)) * columns32;
-        if (row_of(i) >= rows_left || slice * kSlice >= columns_left) continue;
+        if (row_of(i) >= rows_left || lane % 4 * kVector >= inside - slice * kSlice) continue;
         // The state is read again a step later; the L2 cache is for what the next op reads.
         if constexpr (Policy::kState) store_raw(y_hat_at + to + slice * kSlice, states[i], kVector, true, true);
         if constexpr (Policy::kOut) {
@@ -175,37 +173,37 @@ struct SliceEpilogue {
   static MODIFF_HD void make_slice(Cta& cta, uint8_t* state, uint8_t* out, uint32_t matrix, const Columns& columns,
                                    const float (&scale)[kBlocks][2], int slice,
                                    const int32_t (&sums)[kBlocks][P::kSums]) {
-    Raw<State> old[kBlocks][kPairs];
-    Raw<Out> other[kBlocks][kPairs];
-    MODIFF_UNROLL for (int i = 0; i < kBlocks * kPairs; ++i) {
-      const int block = i / kPairs, pair = i % kPairs;
-      if (Policy::kState) cta.load_matrices(old[block][pair].word, state + place_of(matrix, block, pair));
-      if (Policy::kSkip) cta.load_matrices(other[block][pair].word, out + place_of(matrix, block, pair));
-    }
-    MODIFF_UNROLL for (int i = 0; i < kBlocks * kPairs; ++i) {
-      const int block = i / kPairs, pair = i % kPairs;
-      MODIFF_UNROLL for (int m = 0; m < 4; ++m) {  // rows m % 2 * 8, columns m / 2 * 8
-        const int group = pair * 2 + m / 2, sum = slice * kSlice / 2 + group * 4 + m % 2 * 2;
-        float value[2];
-        MODIFF_UNROLL for (int j = 0; j < 2; ++j) {
-          value[j] = mul_rn(static_cast<float>(sums[block][sum + j]),
-                            mul_rn(scale[block][m % 2], columns.scale[group][j]));
-          value[j] = Policy::kState ? add_rn(value_of(old[block][pair], m * 2 + j), value[j])
-                                    : add_rn(value[j], columns.bias[group][j]);
-        }
-        if constexpr (Policy::kState) {
-          set_pair(old[block][pair], m, value[0], value[1]);
-          MODIFF_UNROLL for (int j = 0; j < 2; ++j)
-            value[j] = value_of(old[block][pair], m * 2 + j);
-        }
-        if constexpr (Policy::kSkip) {
-          MODIFF_UNROLL for (int j = 0; j < 2; ++j)
-            value[j] = add_rn(value[j], value_of(other[block][pair], m * 2 + j));
-        }
-        if constexpr (Policy::kOut) set_pair(other[block][pair], m, value[0], value[1]);
+    MODIFF_UNROLL for (int block = 0; block < kBlocks; ++block) {
+      Raw<State> old[kPairs];
+      Raw<Out> other[kPairs];
+      MODIFF_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+        if (Policy::kState) cta.load_matrices(old[pair].word, state + place_of(matrix, block, pair));
+        if (Policy::kSkip) cta.load_matrices(other[pair].word, out + place_of(matrix, block, pair));
       }
-      if (Policy::kState) cta.store_matrices(state + place_of(matrix, block, pair), old[block][pair].word);
-      if (Policy::kOut) cta.store_matrices(out + place_of(matrix, block, pair), other[block][pair].word);
+      MODIFF_UNROLL for (int pair = 0; pair < kPairs; ++pair) {
+        MODIFF_UNROLL for (int m = 0; m < 4; ++m) {  // rows m % 2 * 8, columns m / 2 * 8
+          const int group = pair * 2 + m / 2, sum = slice * kSlice / 2 + group * 4 + m % 2 * 2;
+          float value[2];
+          MODIFF_UNROLL for (int j = 0; j < 2; ++j) {
+            value[j] = mul_rn(static_cast<float>(sums[block][sum + j]),
+                              mul_rn(scale[block][m % 2], columns.scale[group][j]));
+            value[j] = Policy::kState ? add_rn(value_of(old[pair], m * 2 + j), value[j])
+                                      : add_rn(value[j], columns.bias[group][j]);
+          }
+          if constexpr (Policy::kState) {
+            set_pair(old[pair], m, value[0], value[1]);
+            MODIFF_UNROLL for (int j = 0; j < 2; ++j)
+              value[j] = value_of(old[pair], m * 2 + j);
+          }
+          if constexpr (Policy::kSkip) {
+            MODIFF_UNROLL for (int j = 0; j < 2; ++j)
+              value[j] = add_rn(value[j], value_of(other[pair], m * 2 + j));
+          }
+          if constexpr (Policy::kOut) set_pair(other[pair], m, value[0], value[1]);
+        }
+        if (Policy::kState) cta.store_matrices(state + place_of(matrix, block, pair), old[pair].word);
+        if (Policy::kOut) cta.store_matrices(out + place_of(matrix, block, pair), other[pair].word);
+      }
     }
   }
 

@@ -37,22 +37,19 @@ MODIFF_HD void produce(Cta& cta, typename P::Shared& shared, const ProductArgs<M
       walk.advance(args.window);
       ring.advance();
     }
-    const int parts = args.slice.parts;
-    MODIFF_NO_UNROLL for (int slice = 0; slice < P::kSlices * parts; slice += P::kStageSlices) {
+    const int halves = args.slice.parts / 2, slices = P::kSlices * args.slice.parts;
+    MODIFF_NO_UNROLL for (int slice = 0; slice < slices; slice += P::kStageSlices) {
       cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
       uint64_t* full = &shared.full[ring.stage];
       if (P::kPacked) cta.arrive(&shared.packed_full[ring.stage]);
-      int loads = 0;
-      MODIFF_UNROLL for (int i = 0; i < P::kStageSlices; ++i)
-        loads += slice + i < P::kSlices * parts && args.slice.loaded[i % parts];
-      cta.arrive_expecting(full, loads * P::kSliceBytes);
-      MODIFF_UNROLL for (int i = 0; i < P::kStageSlices; ++i) {
-        const int part = parts == 2 ? i : 0, columns = (slice + i) / parts * kSlice;
-        if (columns < P::kColumns && args.slice.loaded[part]) {
-          cta.load_matrix(args.slices[part], shared.codes[ring.stage] + i * P::kSliceBytes, full,
-                          (column + columns) * 2, row);
-        }
-      }
+      const bool first = args.slice.loaded[0], second = args.slice.loaded[halves] && slice + 1 < slices;
+      cta.arrive_expecting(full, (first + second) * P::kSliceBytes);
+      uint8_t* to = shared.codes[ring.stage];
+      const int x = (column + (slice >> halves) * kSlice) * 2;  // a stage has y_hat and skip, or two of one
+      if (first) cta.load_matrix(args.slices[0], to, full, x, row);
+      to += P::kSliceBytes;
+      if (second && halves == 0) cta.load_matrix(args.slices[0], to, full, x + kSlice * 2, row);
+      if (second && halves == 1) cta.load_matrix(args.slices[1], to, full, x, row);
       ring.advance();
     }
   }
