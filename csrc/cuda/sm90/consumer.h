@@ -141,7 +141,7 @@ struct Consumer {
       gather_vector(cta, lane, pairs);
       int32_t vector[kVector];
       MODIFF_UNROLL for (int i = 0; i < kVector; ++i)
-        vector[i] = pairs[i / 2][i % 2];
+        vector[i] = pairs[i / 2][i % 2] >> P::kRaised;
       finish_vector(args, first_row + fragment / 2 / kSlices * kMmaRows + fragment % 2 * 8,
                     first_column + fragment / 2 % kSlices * kSlice, vector);
     }

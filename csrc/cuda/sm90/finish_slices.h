@@ -76,28 +76,33 @@ MODIFF_HD void load_pair(const float* p, float (&pair)[2]) {
 template <class T>
 MODIFF_HD void load_pair(const T* p, float (&pair)[2]) {
   Raw<T> raw;
+#if defined(__CUDA_ARCH__)
+  raw.word[0] = *reinterpret_cast<const uint32_t*>(p);
+#else
   std::memcpy(raw.word, p, 4);
+#endif
   pair[0] = value_of(raw, 0);
   pair[1] = value_of(raw, 1);
 }
 
 // Of a slice of which `left` columns are inside; `first` is this thread's first one. What is read past the end is not
 // used.
+template <class T>
+MODIFF_HD void load_pairs(const void* base, uint32_t first, int left, float (&pairs)[kSlice / 8][2]) {
+  MODIFF_UNROLL for (int group = 0; group < kSlice / 8; ++group) {
+    load_pair(static_cast<const T*>(base) + (group * 8 < left ? first + static_cast<uint32_t>(group * 8) : first),
+              pairs[group]);
+  }
+}
+
 template <class Policy>
 MODIFF_HD Columns load_columns(const EpilogueArgs& args, uint32_t first, int left) {
-  Columns columns;
-  MODIFF_UNROLL for (int group = 0; group < kSlice / 8; ++group) {
-    const uint32_t at = group * 8 < left ? first + static_cast<uint32_t>(group * 8) : first;
-    load_pair(args.weight_scale + at, columns.scale[group]);
-    if constexpr (!Policy::kState) {
-      columns.bias[group][0] = columns.bias[group][1] = 0.0f;
-      if (args.bias.data == nullptr) continue;
-      if (args.bias.dtype == DType::kFloat32) {
-        load_pair(static_cast<const float*>(args.bias.data) + at, columns.bias[group]);
-      } else {
-        load_pair(static_cast<const typename Policy::Out*>(args.bias.data) + at, columns.bias[group]);
-      }
-    }
+  Columns columns{};
+  load_pairs<float>(args.weight_scale, first, left, columns.scale);
+  if constexpr (!Policy::kState) {
+    const bool there = args.bias.data != nullptr, wide = args.bias.dtype == DType::kFloat32;
+    if (there && wide) load_pairs<float>(args.bias.data, first, left, columns.bias);
+    if (there && !wide) load_pairs<typename Policy::Out>(args.bias.data, first, left, columns.bias);
   }
   return columns;
 }
@@ -117,7 +122,7 @@ struct SliceEpilogue {
     float scale[kBlocks][2];
     MODIFF_UNROLL for (int i = 0; i < kBlocks * 2; ++i) {
       const int row = least(first_row + row_of(i), rows - 1);
-      scale[i / 2][i % 2] = args.scale[quotient(row, args.rows_per_scale)];
+      scale[i / 2][i % 2] = mul_rn(args.scale[quotient(row, args.rows_per_scale)], 1.0f / (1 << P::kRaised));
     }
     const int64_t at = int64_t{first_row} * args.columns + first_column;
     State* const y_hat_at = held(static_cast<State*>(args.y_hat) + at);

@@ -65,6 +65,7 @@ template <int bits, int blocks, int columns>
 struct ProductTile {
   static constexpr int kBits = bits, kBlocks = blocks, kColumns = columns;
   static constexpr bool kPacked = kBits != 8;
+  static constexpr int kRaised = kBits == 4 ? 4 : kBits == 3 ? 5 : 0;  // sums are those of the codes times 2^kRaised
   static constexpr int kConsumers = 2, kWarpgroupWarps = kWarpgroup / kWarp;
   static constexpr int kRows = kConsumers * kBlocks * kMmaRows;
   static constexpr int kFirstConsumer = kPacked ? 2 : 1;  // warpgroup

@@ -1,4 +1,5 @@
-// The unpackers: a warpgroup that turns the packed rows of a stage into swizzled int8.
+// The unpackers: a warpgroup that turns the packed rows of a stage into swizzled int8, 2^kRaised times as large as the
+// codes, which saves the extension of signs; so are the sums until the epilogue.
 #pragma once
 #include "cuda/sm90/product_tile.h"
 
@@ -44,11 +45,11 @@ MODIFF_HD void unpack_stage(Cta& cta, const uint8_t* packed, uint8_t* weight) {
     MODIFF_UNROLL for (int i = 0; i < kAhead; ++i) {
       uint32_t words[4];
       if constexpr (P::kBits == 4) {
-        unpack_eight_nibbles(low[i][0], words[0], words[1]);
-        unpack_eight_nibbles(low[i][1], words[2], words[3]);
+        raise_eight_nibbles(low[i][0], words[0], words[1]);
+        raise_eight_nibbles(low[i][1], words[2], words[3]);
       } else {
-        unpack_eight_planes(low[i][0] & 0xFFFFu, high[i][0] & 0xFFu, words[0], words[1]);
-        unpack_eight_planes(low[i][0] >> 16, static_cast<uint32_t>(high[i][0]) >> 8, words[2], words[3]);
+        raise_eight_planes(low[i][0], high[i][0], words[0], words[1]);
+        raise_eight_planes(low[i][0] >> 16, static_cast<uint32_t>(high[i][0]) >> 8, words[2], words[3]);
       }
       const int chunk = (first + i) * kWarpgroup + thread;
       cta.shared_store(weight + swizzled(static_cast<uint32_t>(chunk) * 16, kBlockK), words);
