@@ -17,6 +17,14 @@
 // With splits > 1 consumers add their sums to scratch; the block that comes last to a tile takes them back and runs the
 // epilogue. Sums are integers, so their order does not matter. Limits: limit_of in tensor_map.h.
 //
+// Words, and those of CUTLASS and others:
+//   codes, weight; sums       operands A and B, both K-major; accumulators C
+//   k-block, stage            K tile (BLOCK_K = 128) and the place of one in shared memory
+//   work item, split          output tile of a persistent kernel (its CTA tile), split-K
+//   slice                     epilogue subtile
+//   swizzle 128, 64           SWIZZLE_128B, _64B; eight rows of it are a swizzle atom
+//   producer, consumers       the load warp, the math warpgroups ("cooperative" schedule)
+//
 // The context is that of common/cta.h, and (hopper_cta.cuh on a GPU, hopper_cta.h of the emulator):
 //   blocks(), shared_address(p), exchange(values, mask), warp_sync(), consumers_sync(), uniform(value), elect()
 //   barrier_init, arrive, arrive_expecting(bytes), wait(parity), barriers_ready()
