@@ -52,6 +52,7 @@ OTHER_LATENCY = 25
 # What goes through the load and store unit: 128 bytes a clock for the four schedulers of a multiprocessor, so that an
 # instruction of w bytes a thread takes w clocks of one scheduler's share.
 MEMORY = re.compile(r"LDG|STG|LDS|STS|LDSM|STSM")
+WIDTHS = {"M88.4": 16, ".128": 16, ".64": 8, "16": 2, "8": 1}
 
 
 class Instruction(NamedTuple):
@@ -72,8 +73,7 @@ class Instruction(NamedTuple):
         """Clocks of a scheduler's share of the load and store unit."""
         if not MEMORY.fullmatch(self.name):
             return 0
-        width = re.search(r"\.(128|64|U?S?16|U?S?8)\b", self.opcode.replace("M88.4", "128"))
-        return 4 if width is None else max(1, int(re.sub(r"\D", "", width[1])) // 8)
+        return next((clocks for mark, clocks in WIDTHS.items() if mark in self.opcode), 4)
 
 
 def clocks_of(code: Sequence[Instruction], warps: int = 1) -> int:
