@@ -20,7 +20,8 @@ struct ProductArgs {
   Map codes;
   Map weight;      // packed: whole rows, or low planes
   Map high_plane;  // of 3 bits
-  Map slices[2];   // by parts
+  Map slices[2];   // by parts, as they are read
+  Map y_hat, out;  // as they are written, 16 rows of a slice to a box
   Schedule schedule;
   Window window;
   Image image;
@@ -51,14 +52,6 @@ MODIFF_HD int32_t held(int32_t value) {
 #endif
   return value;
 }
-template <class T>
-MODIFF_HD T* held(T* value) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+l"(value));
-#endif
-  return value;
-}
-
 constexpr int kSharedBytes = 227 << 10;  // of a thread block, with capability 9.0
 
 template <int bits, int blocks, int columns>
