@@ -88,7 +88,7 @@ struct Consumer {
     const int thread = held(cta.thread()) % kWarpgroup;
     const int64_t rows = args.epilogue.rows - (int64_t{work.row_tile} * P::kRows + consumer * kBlocks * kMmaRows);
     const int64_t block = (int64_t{work.tile} * P::kConsumers + consumer) * kBlocks;
-    int32_t* mine = args.sums + block * kSums * kWarpgroup + thread;
+    int32_t* mine = held(args.sums + block * kSums * kWarpgroup + thread);
     MODIFF_UNROLL for (int i = 0; i < kBlocks * kSums; ++i) {
       if (i / kSums * kMmaRows + sum_row(thread, i % kSums) < rows) {
         cta.add(mine + i * kWarpgroup, sums[i / kSums][i % kSums]);

@@ -46,12 +46,18 @@ struct Ring {
 
 // A value of which the compiler does not know where it is from: what is computed from it stays where it is needed, and
 // takes no registers meanwhile.
-MODIFF_HD int32_t held(int32_t value) {
+template <class T>
+MODIFF_HD T held(T value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
 #endif
   return value;
 }
+
 constexpr int kSharedBytes = 227 << 10;  // of a thread block, with capability 9.0
 
 template <int bits, int blocks, int columns>
