@@ -29,7 +29,8 @@ _MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     library = Path(__file__).resolve().parent.parent / "_lib" / "libmodiff_cpu.so"
-    reason = load_library(library, "MODIFF_SKIP_BUILD=1; install again without it, with a C++ compiler")
+    advice = "install a wheel that has it, or the source again with a C++ compiler (Debian, Ubuntu: apt install g++)"
+    reason = load_library(library, f"this is the Python part alone; for the fast kernels {advice}")
     for name, fake in _FAKES.items() if reason is None else ():
         torch.library.register_fake(f"modiff_cpu::{name}", fake)
     return reason
