@@ -14,7 +14,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell f
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help setup demo test lint style bench wheel clean
+.PHONY: help setup demo test lint style bench wheel docs clean
 
 help:
 	@echo "make setup   virtual environment ($(VENV)) with pinned dependencies and the compiled kernels"
@@ -23,6 +23,7 @@ help:
 	@echo "make style   fix what the formatters can fix"
 	@echo "make bench   time of one UNet call on this machine (BENCH_ARGS=--record keeps the rows)"
 	@echo "make wheel   source distribution and manylinux wheel in dist/, with the CUDA kernels where nvcc is"
+	@echo "make docs    the documentation as a web site in build/site"
 	@echo "make clean   remove the environment, the build, the wheel and the demo output"
 
 setup: $(STAMP)
@@ -47,7 +48,7 @@ lint: setup
 	$(BIN)/mypy
 	$(CXX_SOURCES) -exec $(BIN)/clang-format --dry-run -Werror {} +
 
-test: lint wheel
+test: lint wheel docs
 	$(BIN)/python tools/check_wheel.py
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -61,11 +62,16 @@ bench: setup
 
 # torch brings its libraries: they are no part of the wheel. cibuildwheel would do the same in a container of an older Linux.
 wheel: setup
-	@rm -rf dist build/lib build/wheel
-	CXX=$(CXX) MODIFF_SKIP_BUILD=0 $(BIN)/python -m build --no-isolation --sdist --outdir dist . >/dev/null
-	CXX=$(CXX) MODIFF_SKIP_BUILD=0 $(BIN)/python -m build --no-isolation --wheel --outdir build/wheel . >/dev/null
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	@rm -rf dist build/lib build/wheel && mkdir -p build
+	@CXX=$(CXX) MODIFF_SKIP_BUILD=0 sh -e -c ' \
+	  $(BIN)/python -m build --no-isolation --sdist --outdir dist .; \
+	  $(BIN)/python -m build --no-isolation --wheel --outdir build/wheel .; \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl \
+	' >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	$(BIN)/twine check --strict dist/*
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 clean:
 	rm -rf $(VENV) build dist demo modiff_kernels/_lib

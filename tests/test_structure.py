@@ -268,5 +268,7 @@ def test_public_names_are_listed_and_unknown_ones_refused():
     assert set(mk.__all__) <= set(dir(mk))
     for name in mk.__all__:
         assert getattr(mk, name) is not None
+    entries = set(re.findall(r"^::: modiff_kernels\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    assert entries == set(mk.__all__) - {"__version__"}, "docs/api.md has an entry for every public name"
     with pytest.raises(AttributeError, match=r"public names: .*ModiffConfig"):
         mk.no_such_name  # noqa: B018 (the access is what is tested)
