@@ -1,6 +1,7 @@
 """Launches of kernels."""
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -49,3 +50,41 @@ def counters(device: torch.device, count: int) -> Tensor:
         taken = sum(known == device for known, _ in _row_of)
         row = _row_of[key] = _rows[device][taken] if taken < _STREAMS else None
     return torch.zeros(count, dtype=torch.int32, device=device) if row is None or count > _COUNTERS else row
+
+
+class _Scratch(threading.local):
+    """Of a thread, whose launches on a stream follow each other: the memory of every stream, and its parts so far."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[torch.device, int], tuple[Tensor, dict[Any, tuple[Tensor, ...]]]] = {}
+
+
+_scratch = _Scratch()
+_MOST_PARTS = 1024
+Parts = tuple[tuple[int, torch.dtype], ...]
+"""Elements and a dtype of 4 bytes of each."""
+
+
+def scratch(device: torch.device, parts: Parts) -> tuple[Tensor, ...]:
+    """Vectors for what the kernels of one op leave to each other; the next op of the thread on this stream overwrites
+    them. What is captured gets its own, which live as long as the graph."""
+    gpu = device.type == "cuda"
+    if gpu and torch.cuda.is_current_stream_capturing():
+        return _divided(None, device, parts)[1]
+    key = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0
+    memory, known = _scratch.held.get(key, (None, {}))
+    if (found := known.get(parts)) is None:
+        held, found = _divided(memory if len(known) < _MOST_PARTS else None, device, parts)
+        if held is not memory:
+            _scratch.held[key] = held, known = held, {}
+        known[parts] = found
+    return found
+
+
+def _divided(memory: Tensor | None, device: torch.device, parts: Parts) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`memory`, or new one where it is too small, and its parts, aligned as allocations are."""
+    sizes = [-(-count // 128) * 128 for count, _ in parts]
+    if memory is None or memory.shape[0] < sum(sizes):
+        memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    pieces = memory[: sum(sizes)].split(sizes)
+    return memory, tuple([piece[:count].view(dtype) for piece, (count, dtype) in zip(pieces, parts)])

@@ -22,8 +22,8 @@ above _SILU_LEAST, which is then taken: the upper end of the range is exact, the
 the shipped model 1e-6, docs/triton_kernels.md)."""
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -150,23 +150,38 @@ def merge_tiles(row_blocks: int, block_c: int, planes: int, groups: int, width: 
     return {"BLOCK_P": block_p, "BLOCK_G": min(next_power_of_2(groups), max(1, 1024 // block_w)), "BLOCK_W": block_w}
 
 
-def fold_group_norm(
-    h: Tensor, norm: Prologue, tiling: Tiling, found: Tensor | None, affine: bool, backwards: bool
-) -> tuple[Tensor, Tensor]:
-    """a and b [N, C]; found: where the range of x per sample goes, or None. backwards: the last tile first, for a pass
-    that runs the other way afterwards."""
+class NormForm(NamedTuple):
+    """What the launch of a fold has in common with all of its formats: elements of `partial`, counters, arguments."""
+
+    grid: tuple[int]
+    partial: int
+    counters: int
+    sizes: tuple[int, int, int]
+    keywords: dict[str, Any]
+
+
+def norm_form(
+    tiling: Tiling, bytes_read: int, num_groups: int, silu: bool, ranged: bool, affine: bool, backwards: bool
+) -> NormForm:
+    """ranged: the range of x per sample is wanted. backwards: the last tile first, for a pass that runs the other way
+    afterwards."""
     samples, rows, channels = tiling.samples, tiling.rows, tiling.channels
-    block_r, block_c, num_warps = tile(samples, rows, channels, False, h.element_size())
+    block_r, block_c, num_warps = tile(samples, rows, channels, False, bytes_read)
     row_blocks, columns = -(-rows // block_r), -(-channels // block_c)
-    planes = 2 if found is None else 4
-    partial = torch.empty((samples, row_blocks + 1, planes, channels), dtype=torch.float32, device=h.device)
-    a, b = torch.empty((2, samples, channels), dtype=torch.float32, device=h.device)
-    shift = norm.shift
+    planes = 4 if ranged else 2
+    keywords = {"SILU": silu, "AFFINE": affine and ranged, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    keywords |= merge_tiles(row_blocks, block_c, planes, num_groups, channels // num_groups)
+    keywords |= {"BACKWARDS": backwards, "num_warps": num_warps}
+    partial, programs = samples * (row_blocks + 1) * planes * channels, (samples * row_blocks * columns,)
+    return NormForm(programs, partial, samples * (1 + columns), (samples, rows, channels), keywords)
+
+
+def fold_group_norm(
+    h: Tensor, norm: Prologue, form: NormForm, partial: Tensor, a: Tensor, b: Tensor, found: Tensor | None
+) -> None:
+    """Fills a and b, and where the range of x per sample is wanted, `found`."""
+    _, gamma, beta, shift, num_groups, eps, _ = norm
     launch(
-        group_norm_kernel, (samples * row_blocks * columns,), h, shift, norm.gamma, norm.beta, partial,
-        counters(h.device, samples * (1 + columns)), a, b, found,
-        samples, rows, channels, 0 if shift is None else shift.stride(0), norm.num_groups, norm.eps,
-        SILU=norm.silu, AFFINE=affine and found is not None, BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=backwards,
-        **merge_tiles(row_blocks, block_c, planes, norm.num_groups, channels // norm.num_groups), num_warps=num_warps,
+        group_norm_kernel, form.grid, h, shift, gamma, beta, partial, counters(h.device, form.counters), a, b, found,
+        *form.sizes, 0 if shift is None else shift.stride(0), num_groups, eps, **form.keywords,
     )  # fmt: skip
-    return a, b
