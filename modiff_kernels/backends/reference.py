@@ -173,8 +173,9 @@ def finish(values: Tensor, y_hat, bias, skip, window, out_dtype, write_out) -> T
 
 @torch.no_grad()
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
-    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=score_scale).transpose(1, 2).flatten(2).contiguous()
+    samples, tokens, channels = q.shape
+    q, k, v = [t.view(samples, -1, heads, channels // heads).transpose(1, 2) for t in (q, k, v)]
+    return F.scaled_dot_product_attention(q, k, v, scale=score_scale).transpose(1, 2).reshape(samples, tokens, channels)
 
 
 @torch.no_grad()

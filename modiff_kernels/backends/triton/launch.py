@@ -56,35 +56,37 @@ class _Scratch(threading.local):
     """Of a thread, whose launches on a stream follow each other: the memory of every stream, and its parts so far."""
 
     def __init__(self) -> None:
-        self.held: dict[tuple[torch.device, int], tuple[Tensor, dict[Any, tuple[Tensor, ...]]]] = {}
+        self.held: dict[tuple[torch.device, int], tuple[Tensor, dict[Any, list[Tensor]]]] = {}
 
 
 _scratch = _Scratch()
 _MOST_PARTS = 1024
-Parts = tuple[tuple[int, torch.dtype], ...]
-"""Elements and a dtype of 4 bytes of each."""
 
 
-def scratch(device: torch.device, parts: Parts) -> tuple[Tensor, ...]:
-    """Vectors for what the kernels of one op leave to each other; the next op of the thread on this stream overwrites
-    them. What is captured gets its own, which live as long as the graph."""
+def scratch(device: torch.device, integers: tuple[int, ...], floats: tuple[int, ...], count: int) -> list[Tensor]:
+    """Vectors of so many int32 and float32 for what the kernels of one op leave to each other, and its `counters`; the
+    next op of the thread on this stream overwrites them. What is captured gets its own, which live with the graph."""
     gpu = device.type == "cuda"
     if gpu and torch.cuda.is_current_stream_capturing():
-        return _divided(None, device, parts)[1]
-    key = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0
-    memory, known = _scratch.held.get(key, (None, {}))
-    if (found := known.get(parts)) is None:
-        held, found = _divided(memory if len(known) < _MOST_PARTS else None, device, parts)
+        return [*_divided(None, device, integers, floats)[1], counters(device, count)]
+    stream = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0
+    memory, known = _scratch.held.get(stream, (None, {}))
+    key = integers, floats, count
+    if (found := known.get(key)) is None:
+        held, parts = _divided(memory if len(known) < _MOST_PARTS else None, device, integers, floats)
         if held is not memory:
-            _scratch.held[key] = held, known = held, {}
-        known[parts] = found
+            _scratch.held[stream] = _, known = held, {}
+        found = known[key] = [*parts, counters(device, count)]
     return found
 
 
-def _divided(memory: Tensor | None, device: torch.device, parts: Parts) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _divided(
+    memory: Tensor | None, device: torch.device, integers: tuple[int, ...], floats: tuple[int, ...]
+) -> tuple[Tensor, list[Tensor]]:
     """`memory`, or new one where it is too small, and its parts, aligned as allocations are."""
-    sizes = [-(-count // 128) * 128 for count, _ in parts]
+    counts = integers + floats
+    sizes = [-(-count // 128) * 128 for count in counts]
     if memory is None or memory.shape[0] < sum(sizes):
         memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    pieces = memory[: sum(sizes)].split(sizes)
-    return memory, tuple([piece[:count].view(dtype) for piece, (count, dtype) in zip(pieces, parts)])
+    parts = [part[:count] for part, count in zip(memory[: sum(sizes)].split(sizes), counts)]
+    return memory, parts[: len(integers)] + [part.view(torch.float32) for part in parts[len(integers) :]]

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant.operands import Prologue
-from .launch import counters, launch
+from .launch import launch
 from .quantize_kernel import arrive, magnitude_above, magnitude_below, silu, tile_of_program, tile_offsets
 from .quantize_tiling import Tiling, next_power_of_2, tile
 
@@ -177,11 +177,18 @@ def norm_form(
 
 
 def fold_group_norm(
-    h: Tensor, norm: Prologue, form: NormForm, partial: Tensor, a: Tensor, b: Tensor, found: Tensor | None
+    h: Tensor,
+    norm: Prologue,
+    form: NormForm,
+    counters: Tensor,
+    partial: Tensor,
+    a: Tensor,
+    b: Tensor,
+    found: Tensor | None,
 ) -> None:
     """Fills a and b, and where the range of x per sample is wanted, `found`."""
     _, gamma, beta, shift, num_groups, eps, _ = norm
     launch(
-        group_norm_kernel, form.grid, h, shift, gamma, beta, partial, counters(h.device, form.counters), a, b, found,
+        group_norm_kernel, form.grid, h, shift, gamma, beta, partial, counters, a, b, found,
         *form.sizes, 0 if shift is None else shift.stride(0), num_groups, eps, **form.keywords,
     )  # fmt: skip

@@ -10,22 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Parts, counters, launch, scratch
+from .launch import launch, scratch
 from .quantize_group_norm import NormForm, fold_group_norm, norm_form
 from .quantize_kernel import quantize_kernel, range_kernel
 from .quantize_tiling import tiling
 
-_NONE = (0, torch.int32)
-
 
 class _Form(NamedTuple):
-    """What calls with the same formats have in common; scratch: range, partial, block, and partial, a and b of a norm;
-    those of no elements are not used."""
+    """What calls with the same formats have in common. integers: elements of range, partial and block, 0 where one is
+    not used; floats: of partial, a and b of a norm; counters: of all kernels, at most."""
 
     grid: tuple[int]
     sizes: tuple[int, int, int]
     source: str
-    scratch: Parts
+    integers: tuple[int, int, int]
+    floats: tuple[int, ...]
+    counters: int
     norm: NormForm | None
     keywords: dict[str, Any]
 
@@ -47,18 +47,17 @@ def _form(
         source = "tile" if per_token else "reduced"
         if kind == "group_norm" and plain and granularity == "per_sample":
             source = "folded"
-    norm, programs, ends = None, tiles.grid[0], 2 if affine else 1
-    parts = [(ends * granules if plain else 0, torch.int32), _NONE, _NONE]
-    if not (per_token or source == "folded"):
-        parts[1] = ends * programs, torch.int32
-    if granularity == "per_block":
-        parts[2] = samples * -(-rows // block_r) * channels, torch.int32
+    norm, floats, ends = None, (), 2 if affine else 1
+    merged = 0 if per_token or source == "folded" else ends * tiles.grid[0]
+    blocks = samples * -(-rows // block_r) * channels if granularity == "per_block" else 0
     if kind == "group_norm":
         norm = norm_form(tiles, dtype.itemsize, num_groups, silu, source == "folded", affine, source != "reduced")
-        parts += [(count, torch.float32) for count in (norm.partial, samples * channels, samples * channels)]
+        floats = norm.partial, samples * channels, samples * channels
+    counted = max(granules if merged else 0, norm.counters if norm else 0)
     keywords = {"PROLOGUE": kind, "SILU": silu, "GRANULARITY": granularity, "AFFINE": affine}
     keywords |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": num_warps}
-    return _Form(tiles.grid, (rows, channels, granules), source, tuple(parts), norm, keywords)
+    integers = ends * granules if plain else 0, merged, blocks
+    return _Form(tiles.grid, (rows, channels, granules), source, integers, floats, counted, norm, keywords)
 
 
 def quantize(
@@ -71,16 +70,16 @@ def quantize(
         h.shape, h.dtype, None if plain else x_hat.dtype, granularity, bits, affine and plain,
         "" if given is None else source, kind, num_groups, silu,
     )  # fmt: skip
-    grid, sizes, source, parts, norm, keywords = form
+    grid, sizes, source, integers, floats, counted, norm, keywords = form
+    largest, partial, block, *of_norm, counters = scratch(device, integers, floats, counted)
     granules = sizes[2]
-    largest, partial, block, *of_norm = scratch(device, parts)
     third = torch.empty(granules, dtype=torch.int32, device=device)
     largest = largest if plain else third
     if norm is not None:
-        fold_group_norm(h, prologue, norm, *of_norm, largest if source == "folded" else None)
+        fold_group_norm(h, prologue, norm, counters, *of_norm, largest if source == "folded" else None)
         _, a, b = of_norm
-    merged = (partial, counters(device, granules)) if parts[1][0] else (None, None)
-    block = block if parts[2][0] else None
+    merged = (partial, counters) if integers[1] else (None, None)
+    block = block if integers[2] else None
     if source == "reduced":
         launch(range_kernel, grid, h, x_hat, a, b, largest, *merged, block, *sizes, eps, **keywords)
         merged = None, None
