@@ -52,41 +52,26 @@ def counters(device: torch.device, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device) if row is None or count > _COUNTERS else row
 
 
-class _Scratch(threading.local):
-    """Of a thread, whose launches on a stream follow each other: the memory of every stream, and its parts so far."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[torch.device, int], tuple[Tensor, dict[Any, list[Tensor]]]] = {}
-
-
-_scratch = _Scratch()
 _MOST_PARTS = 1024
+_scratch: dict[Any, tuple[Tensor, dict[Any, list[Any]]]] = {}
 
 
-def scratch(device: torch.device, integers: tuple[int, ...], floats: tuple[int, ...], count: int) -> list[Tensor]:
-    """Vectors of so many int32 and float32 for what the kernels of one op leave to each other, and its `counters`; the
-    next op of the thread on this stream overwrites them. What is captured gets its own, which live with the graph."""
+def scratch(device: torch.device, integers: tuple[int, ...], floats: tuple[int, ...], count: int) -> list[Any]:
+    """Vectors of so many int32 and float32 (None of none) for what the kernels of one op leave to each other, and its
+    `counters`. The next op of this thread on this stream overwrites them; what is captured gets its own."""
     gpu = device.type == "cuda"
-    if gpu and torch.cuda.is_current_stream_capturing():
-        return [*_divided(None, device, integers, floats)[1], counters(device, count)]
-    stream = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0
-    memory, known = _scratch.held.get(stream, (None, {}))
-    key = integers, floats, count
+    place, key = None, (integers, floats, count)
+    if not (gpu and torch.cuda.is_current_stream_capturing()):
+        place = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0, threading.get_ident()
+    memory, known = _scratch.get(place, (None, {}))
     if (found := known.get(key)) is None:
-        held, parts = _divided(memory if len(known) < _MOST_PARTS else None, device, integers, floats)
-        if held is not memory:
-            _scratch.held[stream] = _, known = held, {}
-        found = known[key] = [*parts, counters(device, count)]
+        sizes = [-(-size // 128) * 128 for size in integers + floats]  # aligned as allocations are
+        if memory is None or memory.shape[0] < sum(sizes) or len(known) == _MOST_PARTS:
+            memory, known = torch.empty(sum(sizes), dtype=torch.int32, device=device), {}
+            if place is not None:
+                _scratch[place] = memory, known
+        dtypes = [torch.int32] * len(integers) + [torch.float32] * len(floats)
+        parts = zip(memory[: sum(sizes)].split(sizes), integers + floats, dtypes)
+        found = known[key] = [part[:size].view(dtype) if size else None for part, size, dtype in parts]
+        found.append(counters(device, count))
     return found
-
-
-def _divided(
-    memory: Tensor | None, device: torch.device, integers: tuple[int, ...], floats: tuple[int, ...]
-) -> tuple[Tensor, list[Tensor]]:
-    """`memory`, or new one where it is too small, and its parts, aligned as allocations are."""
-    counts = integers + floats
-    sizes = [-(-count // 128) * 128 for count in counts]
-    if memory is None or memory.shape[0] < sum(sizes):
-        memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    parts = [part[:count] for part, count in zip(memory[: sum(sizes)].split(sizes), counts)]
-    return memory, parts[: len(integers)] + [part.view(torch.float32) for part in parts[len(integers) :]]

@@ -22,14 +22,11 @@ above _SILU_LEAST, which is then taken: the upper end of the range is exact, the
 the shipped model 1e-6, docs/triton_kernels.md)."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...quant.operands import Prologue
-from .launch import launch
 from .quantize_kernel import arrive, magnitude_above, magnitude_below, silu, tile_of_program, tile_offsets
 from .quantize_tiling import Tiling, next_power_of_2, tile
 
@@ -150,45 +147,16 @@ def merge_tiles(row_blocks: int, block_c: int, planes: int, groups: int, width: 
     return {"BLOCK_P": block_p, "BLOCK_G": min(next_power_of_2(groups), max(1, 1024 // block_w)), "BLOCK_W": block_w}
 
 
-class NormForm(NamedTuple):
-    """What the launch of a fold has in common with all of its formats: elements of `partial`, counters, arguments."""
-
-    grid: tuple[int]
-    partial: int
-    counters: int
-    sizes: tuple[int, int, int]
-    keywords: dict[str, Any]
-
-
-def norm_form(
+def fold_form(
     tiling: Tiling, bytes_read: int, num_groups: int, silu: bool, ranged: bool, affine: bool, backwards: bool
-) -> NormForm:
-    """ranged: the range of x per sample is wanted. backwards: the last tile first, for a pass that runs the other way
-    afterwards."""
+) -> tuple[int, int, tuple[int], dict[str, Any]]:
+    """Elements of `partial` and counters, grid and form of a launch. ranged: the range of x per sample is wanted.
+    backwards: the last tile first, for a pass that runs the other way afterwards."""
     samples, rows, channels = tiling.samples, tiling.rows, tiling.channels
     block_r, block_c, num_warps = tile(samples, rows, channels, False, bytes_read)
     row_blocks, columns = -(-rows // block_r), -(-channels // block_c)
     planes = 4 if ranged else 2
-    keywords = {"SILU": silu, "AFFINE": affine and ranged, "BLOCK_R": block_r, "BLOCK_C": block_c}
-    keywords |= merge_tiles(row_blocks, block_c, planes, num_groups, channels // num_groups)
-    keywords |= {"BACKWARDS": backwards, "num_warps": num_warps}
-    partial, programs = samples * (row_blocks + 1) * planes * channels, (samples * row_blocks * columns,)
-    return NormForm(programs, partial, samples * (1 + columns), (samples, rows, channels), keywords)
-
-
-def fold_group_norm(
-    h: Tensor,
-    norm: Prologue,
-    form: NormForm,
-    counters: Tensor,
-    partial: Tensor,
-    a: Tensor,
-    b: Tensor,
-    found: Tensor | None,
-) -> None:
-    """Fills a and b, and where the range of x per sample is wanted, `found`."""
-    _, gamma, beta, shift, num_groups, eps, _ = norm
-    launch(
-        group_norm_kernel, form.grid, h, shift, gamma, beta, partial, counters, a, b, found,
-        *form.sizes, 0 if shift is None else shift.stride(0), num_groups, eps, **form.keywords,
-    )  # fmt: skip
+    form = {"SILU": silu, "AFFINE": affine and ranged, "BLOCK_R": block_r, "BLOCK_C": block_c, "BACKWARDS": backwards}
+    form |= merge_tiles(row_blocks, block_c, planes, num_groups, channels // num_groups) | {"num_warps": num_warps}
+    partial = samples * (row_blocks + 1) * planes * channels
+    return partial, samples * (1 + columns), (samples * row_blocks * columns,), form

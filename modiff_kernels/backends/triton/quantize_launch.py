@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .launch import launch, scratch
-from .quantize_group_norm import NormForm, fold_group_norm, norm_form
+from .quantize_group_norm import fold_form, group_norm_kernel
 from .quantize_kernel import quantize_kernel, range_kernel
 from .quantize_tiling import tiling
 
@@ -21,13 +21,14 @@ class _Form(NamedTuple):
     not used; floats: of partial, a and b of a norm; counters: of all kernels, at most."""
 
     grid: tuple[int]
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int, int, int]
     source: str
     integers: tuple[int, int, int]
-    floats: tuple[int, ...]
+    floats: tuple[int, int, int]
     counters: int
-    norm: NormForm | None
-    keywords: dict[str, Any]
+    form: dict[str, Any]
+    norm_grid: tuple[int]
+    norm_form: dict[str, Any]
 
 
 @lru_cache(maxsize=4096)
@@ -47,41 +48,44 @@ def _form(
         source = "tile" if per_token else "reduced"
         if kind == "group_norm" and plain and granularity == "per_sample":
             source = "folded"
-    norm, floats, ends = None, (), 2 if affine else 1
+    norm: Any = (0,), {}
+    ends, floats, counted = 2 if affine else 1, (0, 0, 0), 0
     merged = 0 if per_token or source == "folded" else ends * tiles.grid[0]
     blocks = samples * -(-rows // block_r) * channels if granularity == "per_block" else 0
     if kind == "group_norm":
-        norm = norm_form(tiles, dtype.itemsize, num_groups, silu, source == "folded", affine, source != "reduced")
-        floats = norm.partial, samples * channels, samples * channels
-    counted = max(granules if merged else 0, norm.counters if norm else 0)
-    keywords = {"PROLOGUE": kind, "SILU": silu, "GRANULARITY": granularity, "AFFINE": affine}
-    keywords |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": num_warps}
-    integers = ends * granules if plain else 0, merged, blocks
-    return _Form(tiles.grid, (rows, channels, granules), source, integers, floats, counted, norm, keywords)
+        folded = source == "folded"
+        parts, counted, *norm = fold_form(tiles, dtype.itemsize, num_groups, silu, folded, affine, source != "reduced")
+        floats = parts, samples * channels, samples * channels
+    integers, counted = (ends * granules if plain else 0, merged, blocks), max(granules if merged else 0, counted)
+    form = {"PROLOGUE": kind, "SILU": silu, "GRANULARITY": granularity, "AFFINE": affine}
+    form |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": num_warps}
+    return _Form(tiles.grid, (samples, rows, channels, granules), source, integers, floats, counted, form, *norm)
 
 
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, a, b, _, num_groups, eps, silu = prologue
+    kind, a, b, shift, num_groups, eps, silu = prologue
     device, plain = h.device, x_hat is None
     given, source = (scale, "given") if last_absmax is None else (last_absmax, "delayed")
-    form = _form(
+    grid, sizes, source, integers, floats, counted, form, norm_grid, norm_form = _form(
         h.shape, h.dtype, None if plain else x_hat.dtype, granularity, bits, affine and plain,
         "" if given is None else source, kind, num_groups, silu,
     )  # fmt: skip
-    grid, sizes, source, integers, floats, counted, norm, keywords = form
-    largest, partial, block, *of_norm, counters = scratch(device, integers, floats, counted)
-    granules = sizes[2]
+    largest, partial, block, norm_partial, norm_a, norm_b, counters = scratch(device, integers, floats, counted)
+    granules = sizes[3]
     third = torch.empty(granules, dtype=torch.int32, device=device)
     largest = largest if plain else third
-    if norm is not None:
-        fold_group_norm(h, prologue, norm, counters, *of_norm, largest if source == "folded" else None)
-        _, a, b = of_norm
-    merged = (partial, counters) if integers[1] else (None, None)
-    block = block if integers[2] else None
+    if kind == "group_norm":
+        launch(
+            group_norm_kernel, norm_grid, h, shift, a, b, norm_partial, counters, norm_a, norm_b,
+            largest if source == "folded" else None, *sizes[:3], 0 if shift is None else shift.stride(0), num_groups,
+            eps, **norm_form,
+        )  # fmt: skip
+        a, b = norm_a, norm_b
+    merged = partial, None if partial is None else counters
     if source == "reduced":
-        launch(range_kernel, grid, h, x_hat, a, b, largest, *merged, block, *sizes, eps, **keywords)
+        launch(range_kernel, grid, h, x_hat, a, b, largest, *merged, block, *sizes[1:], eps, **form)
         merged = None, None
     if plain and kind == "geglu":
         codes = h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.int8)
@@ -89,8 +93,8 @@ def quantize(
         codes = torch.empty_like(h if plain else x_hat, dtype=torch.int8)
     used = torch.empty(granules, dtype=torch.float32, device=device)
     launch(
-        quantize_kernel, grid, h, x_hat, a, b, given, largest, *merged, block, codes, used,
-        third if plain else None, *sizes, 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio,
-        float(1 << (bits - 1)), SOURCE=source, **keywords,
+        quantize_kernel, grid, h, x_hat, a, b, given, largest, *merged, block, codes, used, third if plain else None,
+        *sizes[1:], 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio,
+        float(1 << (bits - 1)), SOURCE=source, **form,
     )  # fmt: skip
     return codes, used, third if plain else third.view(torch.float32)
