@@ -2,7 +2,8 @@
 
 Operands (N samples, R rows of C channels, G groups; an NHWC image has R = H * W), all row major:
 
-- h [N, R, C], shift [N, C] (any stride between its rows) or None, float; the results a and b [N, C], float32,
+- h [N, R, C]; shift [N, C], gamma and beta [C] or [N, C] (any stride between rows), or None, float; the results a and
+  b [N, C], float32,
 - partial [N, P + 1, S, C] float32, scratch: mean and sum of squares around it, per channel and block of BLOCK_R rows;
   at P of all rows. With `range` also the least and the greatest h (S = 4, else 2),
 - range [N] or [2, N] int32, or None: the range of x, as `range_kernel` gives it,
@@ -43,7 +44,7 @@ def _read(partial_ptr, mask):
 @triton.jit
 def group_norm_kernel(
     h_ptr, shift_ptr, gamma_ptr, beta_ptr, partial_ptr, counter_ptr, a_ptr, b_ptr, range_ptr,
-    samples, rows, channels, shift_stride, num_groups, eps, SILU: tl.constexpr, AFFINE: tl.constexpr,
+    samples, rows, channels, shift_stride, norm_stride, num_groups, eps, SILU: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
     BACKWARDS: tl.constexpr,
 ):  # fmt: skip
@@ -114,10 +115,10 @@ def group_norm_kernel(
         variance = tl.div_rn(tl.sum(square_sum + all_rows * apart * apart, axis=1), all_rows * size)
         a = tl.rsqrt(variance + eps)[:, None] + tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
         if gamma_ptr is not None:
-            a *= tl.load(gamma_ptr + channel, mask=there, other=0.0).to(tl.float32)
+            a *= tl.load(gamma_ptr + sample.to(tl.int64) * norm_stride + channel, mask=there, other=0.0).to(tl.float32)
         b = (shift - group_mean) * a
         if beta_ptr is not None:
-            b += tl.load(beta_ptr + channel, mask=there, other=0.0).to(tl.float32)
+            b += tl.load(beta_ptr + sample.to(tl.int64) * norm_stride + channel, mask=there, other=0.0).to(tl.float32)
         tl.store(a_ptr + start_of_sample + channel, a, mask=there)
         tl.store(b_ptr + start_of_sample + channel, b, mask=there)
         if range_ptr is not None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...quant.operands import norm_stride
 from .launch import launch, scratch
 from .quantize_group_norm import fold_form, group_norm_kernel
 from .quantize_kernel import quantize_kernel, range_kernel
@@ -65,7 +66,8 @@ def _form(
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, a, b, shift, num_groups, eps, silu = prologue
+    kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    a, b = gamma, beta
     device, plain = h.device, x_hat is None
     given, source = (scale, "given") if last_absmax is None else (last_absmax, "delayed")
     grid, sizes, source, integers, floats, counted, form, norm_grid, norm_form = _form(
@@ -78,9 +80,9 @@ def quantize(
     largest = largest if plain else third
     if kind == "group_norm":
         launch(
-            group_norm_kernel, norm_grid, h, shift, a, b, norm_partial, counters, norm_a, norm_b,
-            largest if source == "folded" else None, *sizes[:3], 0 if shift is None else shift.stride(0), num_groups,
-            eps, **norm_form,
+            group_norm_kernel, norm_grid, h, shift, gamma, beta, norm_partial, counters, norm_a, norm_b,
+            largest if source == "folded" else None, *sizes[:3], 0 if shift is None else shift.stride(0),
+            norm_stride(gamma), num_groups, eps, **norm_form,
         )  # fmt: skip
         a, b = norm_a, norm_b
     merged = partial, None if partial is None else counters
