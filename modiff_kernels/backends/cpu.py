@@ -85,14 +85,13 @@ def prepare_weight(weight: PackedWeight, k: int, window: Window | None, layout: 
 
 
 def _float32(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.dtype == torch.float32 else t.float()
+    return t if t is None else t.float().contiguous()
 
 
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, gamma, beta, shift, num_groups, eps, silu = prologue
-    shift = None if shift is None else shift.contiguous()
     norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
     if last_absmax is not None:
         scale = residual_scale(last_absmax, bits, clip_ratio)
