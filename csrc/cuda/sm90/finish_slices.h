@@ -51,7 +51,10 @@ inline SlicePolicy slice_policy(const EpilogueArgs& args) {
   const bool narrow = out != DType::kFloat32 && !(state && args.y_hat_dtype == DType::kFloat32);
   const bool bias = !state && args.bias.data != nullptr;
   if (bias && (!args.bias.whole || args.bias.dtype != out)) return {};
-  if (!args.whole || args.geglu || args.zero_point != nullptr || !narrow || (skip && args.skip_dtype != out)) return {};
+  // One sum of the weight's codes for all pixels of a column.
+  const bool zero_points = args.zero_point != nullptr;
+  if (zero_points && (state || args.padded || !aligned_to_vectors(args.tap_sums))) return {};
+  if (!args.whole || args.geglu || !narrow || (skip && args.skip_dtype != out)) return {};
   const bool half = out == DType::kFloat16, state_is_out = state && args.y_hat_dtype == out;
   if (state && half && !state_is_out) return {};
   const int pair = state_is_out ? (half ? 0 : 1) : state ? 2 : half ? 3 : 4;
@@ -64,18 +67,20 @@ template <class Out>
 struct Columns {
   float scale[kSlice / 8][2];
   Raw<Out> bias;
+  int32_t tap_sums[kSlice / 8][2];  // with zero points
 };
 
 // Of a slice of which `left` columns are inside; `first` is this thread's first one. What is read past the end is not
 // used.
-template <class Out, bool bias>
+template <class Out, bool plain>
 MODIFF_HD Columns<Out> load_columns(const EpilogueArgs& args, uint32_t first, int left) {
   Columns<Out> columns{};
   MODIFF_UNROLL for (int group = 0; group < kSlice / 8; ++group) {
     const uint32_t at = group * 8 < left ? first + static_cast<uint32_t>(group * 8) : first;
     load_aligned(args.weight_scale + at, columns.scale[group]);
-    if (bias && args.bias.data != nullptr)
+    if (plain && args.bias.data != nullptr)
       load_aligned(static_cast<const Out*>(args.bias.data) + at, columns.bias.word[group]);
+    if (plain && args.zero_point != nullptr) load_aligned(args.tap_sums + at, columns.tap_sums[group]);
   }
   return columns;
 }
@@ -92,11 +97,14 @@ struct SliceEpilogue {
     const int thread = held(cta.thread()) % kWarpgroup, lane = thread % kWarp;
     const int tile_row = consumer * kBlocks * kMmaRows + thread / kWarp * 16;  // the warp's first one
     const int first_row = work.row_tile * P::kRows + tile_row, rows = static_cast<int>(args.epilogue.rows);
-    float scale[kBlocks][2];
+    Rows own;
     MODIFF_UNROLL for (int i = 0; i < kBlocks * 2; ++i) {
       const int row = least(first_row + lane / 4 + i / 2 * kMmaRows + i % 2 * 8, rows - 1);
-      scale[i / 2][i % 2] =
-          mul_rn(args.epilogue.scale[quotient(row, args.epilogue.rows_per_scale)], 1.0f / (1 << P::kRaised));
+      const int64_t granule = quotient(row, args.epilogue.rows_per_scale);
+      own.scale[i / 2][i % 2] = mul_rn(args.epilogue.scale[granule], 1.0f / (1 << P::kRaised));
+      own.zero_point[i / 2][i % 2] = 0;
+      if (!Policy::kState && args.epilogue.zero_point != nullptr)
+        own.zero_point[i / 2][i % 2] = args.epilogue.zero_point[granule] * (1 << P::kRaised);
     }
     // Bytes in a slice of this lane's row of matrices; the next 16 columns are 32 away, XORed.
     const uint32_t matrix = swizzled(static_cast<uint32_t>((tile_row + lane % 16) * 64 + lane / 16 * 16), 64);
@@ -110,7 +118,7 @@ struct SliceEpilogue {
       if (place == 0) cta.wait(&shared.full[ring.stage], ring.parity);
       uint8_t* state = shared.codes[ring.stage] + place * P::kSliceBytes;
       uint8_t* out = state + (kParts - 1) * P::kSliceBytes;
-      make_slice(cta, state, out, matrix, columns, scale, slice, sums);
+      make_slice(cta, state, out, matrix, columns, own, slice, sums);
       if (slice + 1 < P::kSlices && next < inside)
         columns =
             load_columns<Out, !Policy::kState>(args.epilogue, first_pair + static_cast<uint32_t>(next), inside - next);
@@ -145,10 +153,15 @@ struct SliceEpilogue {
   }
 
  private:
+  // Of this thread's rows; sums are 2^kRaised times as large.
+  struct Rows {
+    float scale[kBlocks][2];
+    int32_t zero_point[kBlocks][2];
+  };
+
   // y_hat and `out` of the warp's rows of a slice, in shared memory.
   static MODIFF_HD void make_slice(Cta& cta, uint8_t* state, uint8_t* out, uint32_t matrix, const Columns<Out>& columns,
-                                   const float (&scale)[kBlocks][2], int slice,
-                                   const int32_t (&sums)[kBlocks][P::kSums]) {
+                                   const Rows& own, int slice, const int32_t (&sums)[kBlocks][P::kSums]) {
     MODIFF_UNROLL for (int block = 0; block < kBlocks; ++block) {
       Raw<State> old[kPairs];
       Raw<Out> other[kPairs];
@@ -161,8 +174,9 @@ struct SliceEpilogue {
           const int group = pair * 2 + m / 2, sum = slice * kSlice / 2 + group * 4 + m % 2 * 2;
           float value[2];
           MODIFF_UNROLL for (int j = 0; j < 2; ++j) {
-            value[j] =
-                mul_rn(static_cast<float>(sums[block][sum + j]), mul_rn(scale[block][m % 2], columns.scale[group][j]));
+            int32_t whole = sums[block][sum + j];
+            if (!Policy::kState) whole -= own.zero_point[block][m % 2] * columns.tap_sums[group][j];
+            value[j] = mul_rn(static_cast<float>(whole), mul_rn(own.scale[block][m % 2], columns.scale[group][j]));
             value[j] = Policy::kState ? add_rn(value_of(old[pair], m * 2 + j), value[j])
                                       : add_rn(value[j], value_of(columns.bias, group * 2 + j));
           }
