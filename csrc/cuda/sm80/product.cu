@@ -19,7 +19,7 @@ int64_t product_sm80_scratch(const ProductCall& call, const Device& device) {
 int product_sm80(const ProductCall& call, const Device& device, Stream stream) {
   const sm80::Tiling tiling = sm80::tiling_of(call, device.multiprocessors);
   if (tiling.operands == sm80::Operands::kNibbles && device.capability >= 90) return cudaErrorNotSupported;
-  sm80::TensorLaunch launch{{static_cast<cudaStream_t>(stream)}};
+  sm80::TensorLaunch launch{{static_cast<cudaStream_t>(stream)}, device.index};
   sm80::multiply(call, tiling, launch);
   return launch.error;
 }

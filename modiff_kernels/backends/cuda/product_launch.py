@@ -1,17 +1,19 @@
 """`product`: csrc/cuda/product.h in the shape of the op. Nothing here reads the device."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...quant.operands import Window
+from ...quant.operands import Window, summed
 from ...quant.packing import KPACK_V1
 from ...quant.weight_sums import weight_sums
 from .. import why_no_sums
 from . import library
 
 _ALIGNMENT = 16
+_DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/problem.h
 CHANNEL_MULTIPLE = 16  # codes are copied in chunks of 16 bytes, each inside one tap
 PACKED_MULTIPLE = 32  # 4- and 3-bit weights in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes
 MAX_ROWS = 1 << 30  # of the output, times the stride: 31 bits hold them, a border and a tile's rows past the end
@@ -32,13 +34,19 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone()
 
 
-def geometry_of(codes: Tensor, n: int, window: Window | None) -> tuple[int, ...]:
+def geometry_of(shape: torch.Size, dtype: torch.dtype, n: int, window: Window | None) -> tuple[int, ...]:
     """Sizes as in csrc/cuda/product.h; a Linear is a 1x1 convolution of width 1. Codes in uint8 are two to a byte."""
-    per_element = 2 if codes.dtype == torch.uint8 else 1
+    per_element = 2 if dtype == torch.uint8 else 1
     if window is None:
-        return (1, codes.shape[:-1].numel(), 1, codes.shape[-1] * per_element, n, 1, 1, 1, 1, 0, 0, 1, 1, 1)
-    samples, channels, height, width = codes.shape
+        return (1, shape[:-1].numel(), 1, shape[-1] * per_element, n, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+    samples, channels, height, width = shape
     return (samples, height, width, channels * per_element, n, *window.to_ints())
+
+
+@lru_cache(maxsize=4096)
+def _form(shape, dtype, n, window, bits, geglu, write_out, out_dtype, tile) -> Tensor:
+    kind = bits, geglu, write_out, _DTYPE[out_dtype]
+    return library.form(*geometry_of(shape, dtype, n, window), *kind, *(tile or (0, 0, 0, 0)))
 
 
 def product(
@@ -46,15 +54,13 @@ def product(
 ) -> Tensor:
     """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: the kernels choose by an
     estimate (csrc/cuda/sm90/tiling.h, sm80/tile_config.h); `library.tiles_op` lists what may be asked for."""
-    geometry = geometry_of(codes, weight.n, window)
     sums = None
     if zero_point is not None:
         taps = 1 if window is None or window.padding == (0, 0) else window.kernel_size[0] * window.kernel_size[1]
-        sums = weight_sums(weight, geometry[3] * geometry[5] * geometry[6], taps)
-    return library.product_op()(
-        _aligned(codes), scale, zero_point, sums, _aligned(weight.packed), weight.bits, weight.scale, bias, y_hat, skip,
-        write_out, out_dtype, weight.geglu, geometry, tile or (),
-    )  # fmt: skip
+        sums = weight_sums(weight, summed(codes.shape[-1 if window is None else 1], window), taps)
+    form = _form(codes.shape, codes.dtype, weight.n, window, weight.bits, weight.geglu, write_out, out_dtype, tile)
+    tensors = (_aligned(codes), scale, zero_point, sums, _aligned(weight.packed), weight.scale, bias, y_hat, skip)
+    return library.product_op()(*tensors, form)
 
 
 def why_not(problem: Any) -> str | None:

@@ -98,10 +98,10 @@ class Emulator:
 class QuantizeEmulator(Emulator):
     """emulator/quantize.cpp; `quantize` has the arguments and results of the op."""
 
-    def quantize(
-        self, x, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity, clip_ratio,
-        scale, packed, samples, rows, channels,
-    ):  # fmt: skip
+    def quantize(self, x, gamma, beta, shift, x_hat, scale, form):
+        *values, eps, clip_ratio = form.tolist()
+        (prologue, samples, rows, channels, num_groups, silu, affine, act_bits, granularity,
+         packed) = map(int, values)  # fmt: skip
         row = channels
         if shift is not None and shift.stride(0) == 0:
             shift, row = shift[:1], 0
@@ -130,16 +130,14 @@ class ProductEmulator(Emulator):
         super().__init__(program)
         self.tile, self.splits = self.CHOOSE, 4
 
-    def product(
-        self, codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out,
-        out_dtype, geglu, geometry, tile,
-    ):  # fmt: skip
+    def product(self, codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, form):
+        geometry, weight_bits, geglu, write_out, out_dtype, tile = parts_of(form)
         out = _output(codes, geometry, out_dtype, geglu)
         code_bits = 4 if codes.dtype == torch.uint8 else 8
         head = struct.pack(
             "30q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
             DTYPES[out_dtype], geglu, self.tile, self.splits, code_bits, write_out, self.falling,
-            *(tile or (0, 0, 0, 0)),
+            *tile,
         )  # fmt: skip
         tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip)
         self.ask(head, tensors, (out if write_out else None, y_hat))
@@ -158,8 +156,9 @@ class HopperEmulator(Emulator):
         self.prefetched, self.other = 0, other
 
     def product(self, *call):
-        (codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-         geglu, geometry, _) = call  # fmt: skip
+        *tensors, form = call
+        codes, scale, _, _, _, _, bias, y_hat, skip = tensors
+        geometry, weight_bits, geglu, write_out, out_dtype, _ = parts_of(form)
         k = geometry[3] * geometry[5] * geometry[6]
         if self.other is not None and weight_bits == 3 and k % 128 != 0:
             return self.other.product(*call)
@@ -169,8 +168,7 @@ class HopperEmulator(Emulator):
             DTYPES[out_dtype], geglu, self.tile, self.splits, self.multiprocessors, self.seed,
         )  # fmt: skip
         prefetched = torch.zeros(1, dtype=torch.int64)
-        tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out)
-        self.ask(head, tensors, (out, y_hat, prefetched))
+        self.ask(head, (*tensors, out), (out, y_hat, prefetched))
         self.prefetched = int(prefetched)
         return torch.empty(0, dtype=out_dtype) if out is None else out
 
@@ -181,6 +179,12 @@ PROGRAMS = {"quantize": QuantizeEmulator, "product": ProductEmulator, "hopper": 
 def stand_ins(quantize: QuantizeEmulator, product: Emulator) -> dict[tuple[ModuleType, str], Callable[[], Callable]]:
     """(module, attribute) and value that put the emulation behind the backend cuda, for tensors of the CPU."""
     return {(library, "quantize_op"): lambda: quantize.quantize, (library, "product_op"): lambda: product.product}
+
+
+def parts_of(form: torch.Tensor) -> tuple:
+    """Of a product: geometry, weight_bits, geglu, write_out, dtype of the output, tile."""
+    *geometry, weight_bits, geglu, write_out, out_dtype, a, b, c, d = map(int, form.tolist())
+    return geometry, weight_bits, geglu, write_out, list(DTYPES)[out_dtype], (a, b, c, d)
 
 
 def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype, geglu: bool) -> torch.Tensor:
