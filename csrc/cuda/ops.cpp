@@ -86,12 +86,12 @@ int launch(const QuantizeCall& call, Stream stream) {
 }
 
 // Codes, scales, and absmax (residual form) or zero points (plain form). form: prologue, samples, rows, channels,
-// num_groups, silu, affine, act_bits, granularity, packed, eps, clip_ratio.
+// num_groups, silu, affine, act_bits, granularity, packed, delayed, eps, clip_ratio.
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<Tensor> gamma,
                                             std::optional<Tensor> beta, std::optional<Tensor> shift,
                                             std::optional<Tensor> x_hat, std::optional<Tensor> scale,
                                             const Tensor& form) {
-  const double* value = form_of<12>(form, "quantize");
+  const double* value = form_of<13>(form, "quantize");
   QuantizeCall call{};
   QuantizeProblem& p = call.problem;
   p.prologue = static_cast<Prologue>(value[0]);
@@ -104,8 +104,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<T
   p.act_bits = static_cast<int>(value[7]);
   p.granularity = static_cast<Granularity>(value[8]);
   p.packed = value[9] != 0;
-  p.eps = static_cast<float>(value[10]);
-  p.clip_ratio = static_cast<float>(value[11]);
+  call.delayed = value[10] != 0;
+  p.eps = static_cast<float>(value[11]);
+  p.clip_ratio = static_cast<float>(value[12]);
   p.input = input.const_data_ptr();
   p.input_dtype = dtype_of(input.scalar_type());
   call.gamma = parameter(gamma);

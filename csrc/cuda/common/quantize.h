@@ -10,6 +10,7 @@ struct QuantizeCall {
   QuantizeProblem problem;       // gamma, beta and shift stay null in it:
   Parameter gamma, beta, shift;  // here they keep the model's dtype, as a conversion would be a launch of its own
   int64_t shift_stride;          // elements between the rows of shift [samples, channels]; 0: one row for all
+  bool delayed;                  // given_scale is the absmax of an earlier call, of which the scales are made
   void* scratch;                 // scratch_of(problem, tiling_of(problem)).bytes, aligned to 16
 };
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...quant.affine import residual_scale
 from ...quant.operands import PROLOGUE_VALUE, sizes_of
 from ...quant.spec import GRANULARITY_VALUE
 from . import library
@@ -16,9 +15,9 @@ MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vect
 
 
 @lru_cache(maxsize=4096)
-def _form(shape, kind, num_groups, silu, affine, bits, granularity, packed, eps, clip_ratio) -> Tensor:
+def _form(shape, kind, num_groups, silu, affine, bits, granularity, packed, delayed, eps, clip_ratio) -> Tensor:
     sizes = PROLOGUE_VALUE[kind], *sizes_of(shape, kind), num_groups
-    return library.form(*sizes, silu, affine, bits, GRANULARITY_VALUE[granularity], packed, eps, clip_ratio)
+    return library.form(*sizes, silu, affine, bits, GRANULARITY_VALUE[granularity], packed, delayed, eps, clip_ratio)
 
 
 def quantize(
@@ -26,12 +25,11 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked; with `packed` the codes of every row are in kpack_v1."""
     kind, gamma, beta, shift, num_groups, eps, silu = prologue
-    if last_absmax is not None:
-        scale = residual_scale(last_absmax, bits, clip_ratio)
-    affine = affine and x_hat is None
-    form = _form(h.shape, kind, num_groups, silu, affine, bits, granularity, packed, eps, clip_ratio)
-    codes, used, third = library.quantize_op()(h, gamma, beta, shift, x_hat, scale, form)
-    if last_absmax is not None:
+    affine, delayed = affine and x_hat is None, last_absmax is not None
+    form = _form(h.shape, kind, num_groups, silu, affine, bits, granularity, packed, delayed, eps, clip_ratio)
+    given = last_absmax if delayed else scale
+    codes, used, third = library.quantize_op()(h, gamma, beta, shift, x_hat, given, form)
+    if delayed:
         last_absmax.copy_(third)
     return codes, used, third
 

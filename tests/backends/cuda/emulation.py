@@ -100,14 +100,14 @@ class QuantizeEmulator(Emulator):
 
     def quantize(self, x, gamma, beta, shift, x_hat, scale, form):
         *values, eps, clip_ratio = form.tolist()
-        (prologue, samples, rows, channels, num_groups, silu, affine, act_bits, granularity,
-         packed) = map(int, values)  # fmt: skip
+        (prologue, samples, rows, channels, num_groups, silu, affine, act_bits, granularity, packed,
+         delayed) = map(int, values)  # fmt: skip
         row = channels
         if shift is not None and shift.stride(0) == 0:
             shift, row = shift[:1], 0
         head = struct.pack(
-            "17q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
-            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling, eps,
+            "18q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
+            act_bits, granularity, packed, delayed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling, eps,
             clip_ratio,
         )  # fmt: skip
         like = x if x.ndim == 4 else x[..., :channels].contiguous()

@@ -15,7 +15,7 @@ from tests.backends.cuda.emulation import DTYPES, EMULATOR, compile_source
 
 # The values of the lines of `calls`.
 QUANTIZE = """samples rows channels input input_dtype gamma gamma_dtype beta shift shift_stride groups eps silu x_hat
-    x_hat_dtype affine bits granularity clip given given_count packed codes scale absmax zero_point"""
+    x_hat_dtype affine bits granularity clip given given_count delayed packed codes scale absmax zero_point"""
 NAMES = dict.fromkeys(("identity", "group_norm", "layer_norm", "geglu"), QUANTIZE)
 NAMES["product"] = """samples h w c_in c_out out_h out_w codes scale zero_point sums weight weight_scale bias bias_dtype
     y_hat y_hat_dtype skip skip_dtype out out_dtype weight_bits code_bits geglu rows_per_scale scratch"""
@@ -122,13 +122,26 @@ def test_quantisations_arrive(calls):
     codes, scale, zero_point = quantize(h, GEGLU, None, given, 8, "per_tensor", 1.0, True)
     assert (codes.shape, codes.dtype, zero_point.dtype) == ((3, 5, 64), torch.int8, torch.int32)
     quantize(h, IDENTITY, None, None, 8, "per_token", 1.0, False)
-    quantize(h, Prologue("layer_norm", eps=1e-5), h, None, 8, "per_token", 1.0, True)
-    (first, found), (second, _), (third, last) = calls()
+    last = torch.ones(15)
+    quantize(h, Prologue("layer_norm", eps=1e-5), h, None, 8, "per_token", 1.0, True, last)
+    (first, found), (second, _), (third, normed) = calls()
     assert (first, second, third) == ("geglu", "identity", "layer_norm")
     arrived(
         found, samples=3, rows=5, channels=64, affine=1, given=given, given_count=1, zero_point=zero_point, absmax=0
     )
-    arrived(last, x_hat=h, gamma=None, shift=None, channels=128, affine=0, granularity=2, eps=10)
+    arrived(
+        normed,
+        given=last,
+        given_count=15,
+        delayed=1,
+        x_hat=h,
+        gamma=None,
+        shift=None,
+        channels=128,
+        affine=0,
+        granularity=2,
+        eps=10,
+    )
 
 
 def test_a_map_is_encoded_once_for_its_tensor_and_shape(calls):

@@ -116,7 +116,7 @@ Array<int64_t> gather(const Geometry& geometry, int row, int k_blocks) {
   call.weight_bits = call.code_bits = 8;
   std::vector<uint8_t> image(1), tile(kRows * sm80::kBlockKBytes);
   call.problem.codes = reinterpret_cast<const int8_t*>(image.data());
-  const sm80::Tiling tiling = sm80::tiling_of(call, sm80::TileChoice{2, 1});
+  const sm80::Tiling tiling = sm80::tiling_of(call, sm80::TileChoice{3, 1});
   const sm80::OperandArgs args = sm80::operand_args(call, tiling);
   Array<int64_t> sources({k_blocks, kRows, static_cast<int>(sm80::kChunks)});
   std::fill_n(sources.mutable_data(), sources.size(), kUnwritten);

@@ -61,7 +61,7 @@ int note_quantize(const char* name, const cuda::QuantizeCall& call) {
   return note(name, p.samples, p.rows, p.channels, p.input, p.input_dtype, call.gamma.data, call.gamma.dtype,
               call.beta.data, call.shift.data, call.shift_stride, p.num_groups, std::lround(p.eps * 1e6), p.silu,
               p.x_hat, p.x_hat_dtype, p.affine, p.act_bits, p.granularity, std::lround(p.clip_ratio * 1e3),
-              p.given_scale, p.given_scale_count, p.packed, p.codes, p.scale, p.absmax, p.zero_point);
+              p.given_scale, p.given_scale_count, call.delayed, p.packed, p.codes, p.scale, p.absmax, p.zero_point);
 }
 
 // Maps that can be told apart: the address, the bit that drivers up to 13.1 set wrongly, the number of the map.
