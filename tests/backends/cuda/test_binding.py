@@ -147,17 +147,17 @@ def test_quantisations_arrive(calls):
 def test_a_map_is_encoded_once_for_its_tensor_and_shape(calls):
     """All arguments of the driver's functions, as it documents them: extents and strides from the innermost on, w
     before h, corners -padding and padding - (kernel - 1) * dilation."""
-    codes, weight, y_hat = image(2, 192, 96, 8, torch.int8), weight_of(160, 1728, 8), image(2, 160, 48, 8, HALF)
+    codes, weight = image(2, 256, 96, 8, torch.int8), weight_of(160, 2304, 8)
 
     def run(codes):
-        product(codes, torch.ones(2), None, weight, y_hat, None, None, WINDOW, HALF, True)
+        product(codes, torch.ones(2), None, weight, None, None, None, WINDOW, HALF, True)
         return [*calls()]
 
     pixels, matrix, clear, (_, launched) = run(codes)
     rows, columns = pixels[1][15], matrix[1][7]  # of the tile
-    extents = [192, 8, 96, 2, 192, 192 * 8, 192 * 8 * 96]
-    assert pixels == ("im2col", [0, 4, codes.data_ptr(), *extents, -2, -1, -2, -1, 64, rows, 1, 1, 2, 1, 2, 0])
-    assert matrix == ("tiled", [0, 2, weight.packed.data_ptr(), 1728, 160, 1728, 64, columns, 1, 1, 2, 0])
+    extents = [256, 8, 96, 2, 256, 256 * 8, 256 * 8 * 96]
+    assert pixels == ("im2col", [0, 4, codes.data_ptr(), *extents, -2, -1, -2, -1, 128, rows, 1, 1, 2, 1, 3, 0])
+    assert matrix == ("tiled", [0, 2, weight.packed.data_ptr(), 2304, 160, 2304, 128, columns, 1, 1, 3, 0])
     arrived(launched, codes=codes, weight=weight.packed, bits=8, codes_bit=1, weight_bit=1, high_plane=0)
     assert launched["splits"] > 1  # their sums are cleared
     assert run(codes) == [clear, ("launch", launched)]
