@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <array>
 #include <mutex>
 #include <optional>
@@ -34,9 +33,8 @@ DType dtype_of(ScalarType t) {
 }
 
 // What is no tensor comes as a float64 tensor of the CPU, made once per kind of call: torch takes about a quarter of a
-// microsecond to convert a number, and as long for a whole tensor. Integers below 2^53 are exact.
-template <size_t count>
-const double* form_of(const Tensor& form, const char* op) {
+// microsecond to convert a number, and less for a whole tensor.
+const double* form_of(const Tensor& form, int count, const char* op) {
   STD_TORCH_CHECK(form.numel() == count && form.scalar_type() == ScalarType::Double && form.is_cpu(),
                   "modiff_cuda::", op, ": ", count, " values in a float64 tensor of the CPU expected as the form, got ",
                   form.numel());
@@ -85,28 +83,14 @@ int launch(const QuantizeCall& call, Stream stream) {
   return cudaErrorInvalidValue;
 }
 
-// Codes, scales, and absmax (residual form) or zero points (plain form). form: prologue, samples, rows, channels,
-// num_groups, silu, affine, act_bits, granularity, packed, delayed, eps, clip_ratio.
+// Codes, scales, and absmax (residual form) or zero points (plain form).
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<Tensor> gamma,
                                             std::optional<Tensor> beta, std::optional<Tensor> shift,
                                             std::optional<Tensor> x_hat, std::optional<Tensor> scale,
                                             const Tensor& form) {
-  const double* value = form_of<13>(form, "quantize");
   QuantizeCall call{};
   QuantizeProblem& p = call.problem;
-  p.prologue = static_cast<Prologue>(value[0]);
-  p.samples = static_cast<int64_t>(value[1]);
-  p.rows = static_cast<int64_t>(value[2]);
-  p.channels = static_cast<int64_t>(value[3]);
-  p.num_groups = static_cast<int64_t>(value[4]);
-  p.silu = value[5] != 0;
-  p.affine = value[6] != 0;
-  p.act_bits = static_cast<int>(value[7]);
-  p.granularity = static_cast<Granularity>(value[8]);
-  p.packed = value[9] != 0;
-  call.delayed = value[10] != 0;
-  p.eps = static_cast<float>(value[11]);
-  p.clip_ratio = static_cast<float>(value[12]);
+  set_form(call, form_of(form, kQuantizeForm, "quantize"));
   p.input = input.const_data_ptr();
   p.input_dtype = dtype_of(input.scalar_type());
   call.gamma = parameter(gamma);
@@ -196,25 +180,14 @@ std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, i
   return values;
 }
 
-// form: the geometry (product.h), weight_bits, geglu, write_out, the dtype of the output, then the four values of a
-// ProductTiling. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are aligned to 16 bytes.
+// Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are aligned to 16 bytes.
 Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point,
                std::optional<Tensor> tap_sums, const Tensor& weight, const Tensor& weight_scale,
                std::optional<Tensor> bias, std::optional<Tensor> y_hat, std::optional<Tensor> skip,
                const Tensor& form) {
-  constexpr size_t kForm = kGeometry + 8;
-  std::array<int64_t, kForm> value;
-  std::copy_n(form_of<kForm>(form, "product"), kForm, value.begin());
-  const int64_t* more = value.data() + kGeometry;
   ProductCall call{};
   ProductProblem& p = call.problem;
-  set_geometry(p, value.data());
-  call.weight_bits = static_cast<int>(more[0]);
-  call.geglu = more[1] != 0;
-  const bool write_out = more[2] != 0;
-  p.out_dtype = static_cast<DType>(more[3]);
-  call.tiling = {static_cast<int>(more[4]), static_cast<int>(more[5]), static_cast<int>(more[6]),
-                 static_cast<int>(more[7])};
+  const bool write_out = set_form(call, form_of(form, kProductForm, "product"));
   call.code_bits = codes.scalar_type() == ScalarType::Byte ? 4 : 8;
   STD_TORCH_CHECK(codes.numel() * 8 == p.samples * p.h * p.w * p.c_in * call.code_bits,
                   "modiff_cuda::product: ", codes.numel(), " codes do not match the geometry");
