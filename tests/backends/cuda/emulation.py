@@ -3,6 +3,7 @@ ops `modiff_cuda::quantize` and `modiff_cuda::product` (`stand_ins`); builds its
 """
 
 import importlib.util
+import os
 import struct
 import subprocess
 import sysconfig
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 from modiff_kernels.backends.cuda import library
@@ -48,6 +50,14 @@ def compile_source(compiler: str, source: Path, out: Path, *flags: str) -> None:
     command = [compiler, *common, *flags, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def cuda_includes() -> list[str]:
+    """Flags for the headers of CUDA; without them the test is skipped."""
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+    if not (folder / "cuda_runtime_api.h").is_file():
+        pytest.skip(f"the headers of CUDA were not found in {folder}; set CUDA_HOME")
+    return [f"-isystem{folder}", f"-isystem{folder / 'cccl'}"]
 
 
 def compile_module(compiler: str, folder: Path, pybind11_include: str) -> ModuleType:

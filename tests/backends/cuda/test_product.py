@@ -6,7 +6,7 @@ import torch
 
 from modiff_kernels.backends import MAX_K
 from modiff_kernels.backends.cuda import library
-from modiff_kernels.backends.cuda.product_launch import Tile, product
+from modiff_kernels.backends.cuda.product_launch import product
 from tests.backends.cuda.emulation import pack_channels
 from tests.backends.exact_product import DOWN, THREE, ExactProduct, check_largest_sum
 
@@ -57,11 +57,6 @@ def test_splits_of_k(emulator, case, splits):
     """320 codes are five k-blocks, so that three splits have two, two and one; 288 are four and a half."""
     emulator.splits = splits
     case.check(product)
-
-
-@pytest.mark.parametrize("tile", [(80, 128, 256, 1), (80, 128, 128, 1), (80, 128, 64, 2), (80, 64, 64, 3)], ids=str)
-def test_the_caller_may_name_the_tile(emulator, tile):
-    TILED[1].check(product, tile=Tile(*tile))
 
 
 NIBBLES = [

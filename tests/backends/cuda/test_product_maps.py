@@ -144,7 +144,3 @@ class TestChoice:
         assert tile in tiles
         whole = [maps.cycles(other, 1, *sizes, weight_bits, multiprocessors) for other in tiles]
         assert maps.cycles(tile, splits, *sizes, weight_bits, multiprocessors) <= min(whole)
-
-    def test_a_call_that_is_told_its_tiling_gets_it(self, maps):
-        geometry = (2, 16, 16, 640, 320, 3, 3, 1, 1, 1, 1, 1, 1, 1)
-        assert [maps.told(geometry, 8, *size, 3) for size in self.TILES] == [(i, 3) for i in range(4)]

@@ -11,15 +11,9 @@
 
 #include "cuda/stream.h"
 
-namespace torch::stable::accelerator {
-struct NoGuard {
-  explicit NoGuard(int32_t) {}
-};
-}  // namespace torch::stable::accelerator
-
 #define modiff_cuda modiff_stubs
 #define CUDA CPU
-#define DeviceGuard NoGuard
+#define DeviceGuard DeviceIndex
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define current_stream(device, stream) (device) >= 0
 #define get_device_index() get_device_index() + 1  // a tensor of the CPU has -1
@@ -33,19 +27,10 @@ using namespace modiff;
 
 std::ostringstream notes;
 
-template <class T>
-int64_t number(T value) {
-  if constexpr (std::is_pointer_v<T>) {
-    return reinterpret_cast<int64_t>(value);
-  } else {
-    return static_cast<int64_t>(value);
-  }
-}
-
 template <class... T>
 int note(const char* name, T... values) {
   notes << name;
-  ((notes << ' ' << number(values)), ...);
+  ((notes << ' ' << (int64_t)values), ...);
   notes << '\n';
   return 0;
 }
@@ -56,18 +41,10 @@ std::string calls() {
   return all;
 }
 
-int note_quantize(const char* name, const cuda::QuantizeCall& call) {
-  const QuantizeProblem& p = call.problem;
-  return note(name, p.samples, p.rows, p.channels, p.input, p.input_dtype, call.gamma.data, call.gamma.dtype,
-              call.beta.data, call.shift.data, call.shift_stride, p.num_groups, std::lround(p.eps * 1e6), p.silu,
-              p.x_hat, p.x_hat_dtype, p.affine, p.act_bits, p.granularity, std::lround(p.clip_ratio * 1e3),
-              p.given_scale, p.given_scale_count, call.delayed, p.packed, p.codes, p.scale, p.absmax, p.zero_point);
-}
-
 // Maps that can be told apart: the address, the bit that drivers up to 13.1 set wrongly, the number of the map.
 CUresult fill(CUtensorMap* map, const void* base) {
   static cuuint64_t encoded = 0;
-  map->opaque[0] = static_cast<cuuint64_t>(number(base));
+  map->opaque[0] = reinterpret_cast<cuuint64_t>(base);
   map->opaque[1] = cuuint64_t{1} << 21;
   map->opaque[2] = ++encoded;
   return CUDA_SUCCESS;
@@ -108,10 +85,19 @@ int product_sm80(const ProductCall& call, const Device&, Stream) {
               p.skip_dtype, p.out, p.out_dtype, call.weight_bits, call.code_bits, call.geglu, call.rows_per_scale,
               call.scratch != nullptr);
 }
-int quantize_identity(const QuantizeCall& call, Stream) { return note_quantize("identity", call); }
-int quantize_group_norm(const QuantizeCall& call, Stream) { return note_quantize("group_norm", call); }
-int quantize_layer_norm(const QuantizeCall& call, Stream) { return note_quantize("layer_norm", call); }
-int quantize_geglu(const QuantizeCall& call, Stream) { return note_quantize("geglu", call); }
+
+#define NOTE_QUANTIZE(name)                                                                                            \
+  int quantize_##name(const QuantizeCall& call, Stream) {                                                              \
+    const QuantizeProblem& p = call.problem;                                                                           \
+    return note(#name, p.samples, p.rows, p.channels, p.input, p.input_dtype, call.gamma.data, call.gamma.dtype,       \
+                call.beta.data, call.shift.data, call.shift_stride, p.num_groups, std::lround(p.eps * 1e6), p.silu,    \
+                p.x_hat, p.x_hat_dtype, p.affine, p.act_bits, p.granularity, std::lround(p.clip_ratio * 1e3),          \
+                p.given_scale, p.given_scale_count, call.delayed, p.packed, p.codes, p.scale, p.absmax, p.zero_point); \
+  }
+NOTE_QUANTIZE(identity)
+NOTE_QUANTIZE(group_norm)
+NOTE_QUANTIZE(layer_norm)
+NOTE_QUANTIZE(geglu)
 
 namespace sm90 {
 cudaError_t launch_8bit(int, const ProductArgs<CUtensorMap>& args, const Device&, cudaStream_t) {
