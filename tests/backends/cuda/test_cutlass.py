@@ -1,5 +1,5 @@
-"""csrc/cuda/sm90 beside CUTLASS, where its headers are: `pip install --no-deps nvidia-cutlass`. No extra has it: what it
-needs besides is large."""
+"""csrc/cuda/sm90 beside CUTLASS, where its headers are: `pip install --no-deps nvidia-cutlass`. No extra has it: what
+it needs besides is large."""
 
 import re
 import subprocess
