@@ -104,19 +104,25 @@ class Emulator:
         return torch.frombuffer(bytearray(data), dtype=like.dtype).view(_in_memory_order(like).shape)
 
 
+def _rows(t):
+    """What is to be sent of a parameter [C] or [N, C], and the stride between rows there."""
+    if t is None or t.ndim == 1:
+        return t, 0
+    return (t[:1], 0) if t.stride(0) == 0 else (t, t.shape[1])
+
+
 class QuantizeEmulator(Emulator):
     """emulator/quantize.cpp; `quantize` has the arguments and results of the op."""
 
     def quantize(self, x, gamma, beta, shift, x_hat, scale, form):
         channels, _, _, _, act_bits, granularity, packed = map(int, form.tolist()[3:10])
-        row = channels
-        if shift is not None and shift.stride(0) == 0:
-            shift, row = shift[:1], 0
+        shift, row = _rows(shift)
+        (gamma, norm_row), beta = _rows(gamma), _rows(beta)[0]
         like = x if x.ndim == 4 else x[..., :channels].contiguous()
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
         used = torch.empty(granule_count(like.shape, GRANULARITIES[granularity], x.ndim == 4))
         third = torch.empty_like(used, dtype=torch.int32 if x_hat is None else torch.float32)
-        head = form.numpy().tobytes() + struct.pack("2q", row, self.falling)
+        head = form.numpy().tobytes() + struct.pack("3q", row, norm_row, self.falling)
         self.ask(head, (x, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
         return codes, used, third
 

@@ -13,8 +13,8 @@ from modiff_kernels.quant.operands import GEGLU, IDENTITY, PackedWeight, Prologu
 from tests.backends.cuda.emulation import DTYPES, EMULATOR, compile_source, cuda_includes
 
 # The values of the lines of `calls`.
-QUANTIZE = """samples rows channels input input_dtype gamma gamma_dtype beta shift shift_stride groups eps silu x_hat
-    x_hat_dtype affine bits granularity clip given given_count delayed packed codes scale absmax zero_point"""
+QUANTIZE = """samples rows channels input input_dtype gamma gamma_dtype beta norm_stride shift shift_stride groups eps silu
+    x_hat x_hat_dtype affine bits granularity clip given given_count delayed packed codes scale absmax zero_point"""
 NAMES = dict.fromkeys(("identity", "group_norm", "layer_norm", "geglu"), QUANTIZE)
 NAMES["product"] = """samples h w c_in c_out out_h out_w codes scale zero_point sums weight weight_scale bias bias_dtype
     y_hat y_hat_dtype skip skip_dtype out out_dtype weight_bits code_bits geglu rows_per_scale scratch"""
@@ -100,15 +100,18 @@ def test_products_arrive(calls, state):
 
 def test_quantisations_arrive(calls):
     h, x_hat = image(2, 64, 9, 7, HALF), image(2, 64, 9, 7, BFLOAT)
-    gamma, beta, shift = torch.ones(64), torch.ones(64), torch.ones(1, 64, dtype=HALF).expand(2, 64)
+    gamma, beta, shift = torch.ones(2, 64), torch.ones(2, 64), torch.ones(1, 64, dtype=HALF).expand(2, 64)
     norm = Prologue("group_norm", gamma, beta, shift, 8, 3e-6, True)
     codes, scale, absmax = quantize(h, norm, x_hat, None, 4, "per_sample", 0.9, True, packed=True)
     assert (codes.shape, codes.dtype, codes.stride()) == ((2, 32, 9, 7), torch.uint8, (2016, 1, 224, 32))
     assert (scale.shape, absmax.shape, absmax.dtype) == ((2,), (2,), FLOAT)
     (call,) = calls()
     arrived(call, samples=2, rows=63, channels=64, input=h, input_dtype=1, gamma=gamma, gamma_dtype=0, beta=beta)
+
     arrived(call, shift=shift, shift_stride=0, groups=8, eps=3, silu=1, x_hat=x_hat, x_hat_dtype=2, affine=0, bits=4)
-    arrived(call, granularity=1, clip=900, given=None, packed=1, codes=codes, scale=scale, absmax=absmax)
+    arrived(
+        call, norm_stride=64, granularity=1, clip=900, given=None, packed=1, codes=codes, scale=scale, absmax=absmax
+    )
 
     h, given, last = torch.zeros(3, 5, 128), torch.ones(1), torch.ones(15)
     codes, scale, zero_point = quantize(h, GEGLU, None, given, 8, "per_tensor", 1.0, True)

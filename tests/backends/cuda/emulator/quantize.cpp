@@ -12,7 +12,7 @@ using Launch = modiff::HostLaunch<modiff::HostCta>;
 
 struct Request {
   double form[kQuantizeForm];
-  int64_t shift_stride, falling;
+  int64_t shift_stride, norm_stride, falling;
 };
 
 void quantize(const QuantizeCall& call, Launch& launch) {
@@ -39,6 +39,7 @@ void answer(const Request& r, Launch& launch) {
   call.beta = beta.parameter();
   call.shift = shift.parameter();
   call.shift_stride = r.shift_stride;
+  p.norm_stride = r.norm_stride;
 
   const QuantizeTiling tiling = tiling_of(p);
   codes.fill(p.samples * p.rows * (p.packed ? modiff::packed_width(p.act_bits, p.channels) : p.channels));

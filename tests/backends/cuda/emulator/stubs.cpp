@@ -86,13 +86,14 @@ int product_sm80(const ProductCall& call, const Device&, Stream) {
               call.scratch != nullptr);
 }
 
-#define NOTE_QUANTIZE(name)                                                                                            \
-  int quantize_##name(const QuantizeCall& call, Stream) {                                                              \
-    const QuantizeProblem& p = call.problem;                                                                           \
-    return note(#name, p.samples, p.rows, p.channels, p.input, p.input_dtype, call.gamma.data, call.gamma.dtype,       \
-                call.beta.data, call.shift.data, call.shift_stride, p.num_groups, std::lround(p.eps * 1e6), p.silu,    \
-                p.x_hat, p.x_hat_dtype, p.affine, p.act_bits, p.granularity, std::lround(p.clip_ratio * 1e3),          \
-                p.given_scale, p.given_scale_count, call.delayed, p.packed, p.codes, p.scale, p.absmax, p.zero_point); \
+#define NOTE_QUANTIZE(name)                                                                                           \
+  int quantize_##name(const QuantizeCall& call, Stream) {                                                             \
+    const QuantizeProblem& p = call.problem;                                                                          \
+    return note(#name, p.samples, p.rows, p.channels, p.input, p.input_dtype, call.gamma.data, call.gamma.dtype,      \
+                call.beta.data, p.norm_stride, call.shift.data, call.shift_stride, p.num_groups,                      \
+                std::lround(p.eps * 1e6), p.silu, p.x_hat, p.x_hat_dtype, p.affine, p.act_bits, p.granularity,        \
+                std::lround(p.clip_ratio * 1e3), p.given_scale, p.given_scale_count, call.delayed, p.packed, p.codes, \
+                p.scale, p.absmax, p.zero_point);                                                                     \
   }
 NOTE_QUANTIZE(identity)
 NOTE_QUANTIZE(group_norm)
