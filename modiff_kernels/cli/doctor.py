@@ -14,9 +14,10 @@ import torch
 
 from modiff_kernels import __version__, ops
 from modiff_kernels.backends import BACKENDS, LEAST_CAPABILITY, int8_products, source_hash
+from modiff_kernels.backends.cpu import ISAS
 from modiff_kernels.config import BACKENDS as BACKEND_VALUES
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.evaluation import sqnr, text_table
+from modiff_kernels.evaluation import sqnr, text_table, user_errors
 from modiff_kernels.integrations.plan_cache import device_name
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.ops import dispatch
@@ -25,6 +26,7 @@ OPTIONAL = {"diffusers": "diffusers", "accelerate": "accelerate", "skimage": "sc
 OPTIONAL |= {"triton": "triton"}
 # Those of ENVS.md, with the values that are allowed; none: any.
 VARIABLES: dict[str, tuple[str, ...]] = {"MODIFF_BACKEND": BACKEND_VALUES, "MODIFF_CUDA": ("AUTO", "ON", "OFF", "")}
+VARIABLES |= {"MODIFF_CPU_ISA": (*ISAS, "")}
 VARIABLES |= {"MODIFF_COMMIT": (), "MODIFF_CACHE": (), "MODIFF_SKIP_BUILD": ("0", "1", "")}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 LEAST_SQNR_DB = 60.0
@@ -33,6 +35,8 @@ Items = Iterator[tuple[str, str]]
 
 
 def run(args: argparse.Namespace) -> int:
+    with user_errors():  # of an instruction set that is not here
+        dispatch.why_unavailable("cpu")
     for title, part in PARTS.items():
         _print(title, part())
     print(f"ops: which backend has which\n{_dispatch()}\n")

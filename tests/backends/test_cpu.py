@@ -44,16 +44,29 @@ def test_reasons():
 
 
 def test_an_older_cpu_keeps_quantize(monkeypatch):
-    monkeypatch.setattr(torch.ops.modiff_cpu, "isa", lambda: 1)
+    monkeypatch.setattr(cpu, "_isa", 0)
     assert cpu.why_not(replace(PROBLEM, op="quantize")) is None
-    assert "AVX-512 VNNI" in cpu.why_not(PROBLEM)
-    assert "AVX-512" in cpu.why_not(replace(PROBLEM, op="attention"))
+    assert all("need AVX2" in cpu.why_not(replace(PROBLEM, op=op)) for op in ("product", "attention"))
 
 
-def test_an_instruction_set_that_is_missing_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "_AUTO_ISA", 9)
-    with pytest.raises(RuntimeError, match="instruction set 9 is not available"):
-        ops.quantize(torch.zeros(1, 1), backend="cpu")
+def test_the_instruction_set_is_the_best_or_the_one_asked_for(monkeypatch):
+    for asked, available, chosen in (("", [0, 1, 3], "avx_vnni"), ("avx2", [0, 1, 3], "avx2"), ("plain", [0], "plain")):
+        monkeypatch.setenv("MODIFF_CPU_ISA", asked)
+        assert cpu.ISAS[cpu._chosen_isa(available)] == chosen
+    for asked in ("avx512", "sse"):
+        monkeypatch.setenv("MODIFF_CPU_ISA", asked)
+        with pytest.raises(ValueError, match=f"MODIFF_CPU_ISA={asked} is not .* this CPU; choose of plain, avx2$"):
+            cpu._chosen_isa([0, 1])
+
+
+@pytest.mark.parametrize("isa", [0, 9])
+def test_an_instruction_set_that_is_missing_is_refused(monkeypatch, isa):
+    weight = PackedWeight(pack(torch.ones(16, 4, dtype=torch.int8), 8), torch.ones(16), 8)
+    weight = ops.prepare_weight(weight, 4, None, cpu.VNNI_V1, "cpu")
+    monkeypatch.setattr(cpu, "_isa", isa)
+    with pytest.raises(RuntimeError, match=f"instruction set {isa} is not available"):
+        cpu.product(torch.zeros(1, 4, dtype=torch.int8), torch.ones(1), None, weight, None, None, None, None,
+                    torch.float32, True)  # fmt: skip
 
 
 def every(dtype):
