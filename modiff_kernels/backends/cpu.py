@@ -53,6 +53,11 @@ def isa() -> str:
     return ISAS[_isa]
 
 
+def has_vnni() -> bool:
+    """Whether products of 8-bit codes are as fast as those of fewer bits; also where these kernels do not run."""
+    return unavailable() is not None or isa() not in ("avx2", "avx512")
+
+
 def build_info() -> dict[str, str] | str:
     return unavailable() or library_build_info("modiff_cpu")
 
