@@ -191,9 +191,9 @@ PLACES = (
     Place("reference", "reference", ("quantize", "product", "modulate", "attention")),
     Place("cpu", "cpu", ("quantize", "product", "modulate", "attention")),
     Place("cpu-2-threads", "cpu", ("quantize", "product", "attention"), threads=2),  # other tiles of the work
-    Place("cpu-avx512", "cpu", ("product", "modulate"), isa="avx512"),
-    Place("cpu-avx-vnni", "cpu", ("product", "modulate"), isa="avx_vnni"),
-    Place("cpu-avx2", "cpu", ("quantize", "product", "modulate", "attention"), isa="avx2"),
+    Place("cpu-avx512", "cpu", _PRODUCT, isa="avx512"),
+    Place("cpu-avx-vnni", "cpu", _PRODUCT, isa="avx_vnni"),
+    Place("cpu-avx2", "cpu", ("quantize", "product", "modulate"), isa="avx2"),
     Place("cpu-plain", "cpu", _QUANTIZE, isa="plain"),
     Place("onednn", "onednn", _PRODUCT),  # it quantises with the reference
     Place("sm80-emulated", "cuda", stand_in="sm80", **_STAND_IN),

@@ -1,4 +1,4 @@
-// Attention over tokens in float32.
+// Attention over tokens in float32 on AVX-512.
 #pragma once
 #include "common/problem.h"
 
@@ -10,7 +10,6 @@ constexpr int64_t kAttentionRows = 48;
 constexpr int64_t kAttentionKeys = 2048;
 
 #if defined(__x86_64__)
-void attention_avx2(const AttentionProblem&);
 void attention_avx512(const AttentionProblem&);
 #endif
 

@@ -256,8 +256,8 @@ Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, st
 }
 
 // q [samples, queries, heads * width], k and v [samples, keys, heads * width]: float32, rows contiguous.
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, int64_t isa) {
-  check_isa(isa, kAvx2, "attention");
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
+  STD_TORCH_CHECK(isas() >> kAvx512 & 1, "modiff_cpu::attention needs AVX-512");
   for (const Tensor* t : {&q, &k, &v})
     STD_TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == ScalarType::Float,
                     "modiff_cpu::attention: float32 [samples, tokens, heads * width] with contiguous rows expected");
@@ -282,7 +282,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t head
   Tensor out = empty({p.samples, p.queries, q.size(2)}, ScalarType::Float);
   p.out = static_cast<float*>(out.mutable_data_ptr());
 #if defined(__x86_64__)
-  (isa == kAvx512 || isa == kAvx512Vnni ? attention_avx512 : attention_avx2)(p);
+  attention_avx512(p);
 #endif
   return out;
 }
@@ -336,7 +336,7 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
       "product(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
       "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, int[] geometry, "
       "int weight_bits, int isa) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale, int isa) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
   m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
 }

@@ -1,7 +1,7 @@
 """Compiled CPU kernels (csrc/cpu): fused quantisation, integer products and attention.
 
-The library holds raw kernels in the private namespace `modiff_cpu`; this file gives them the shape of the ops. The best
-instruction set of the machine is taken, or the one that MODIFF_CPU_ISA names; without AVX2 `quantize` alone runs."""
+The library holds raw kernels in the private namespace `modiff_cpu`; this file gives them the shape of the ops. They use
+the best instruction set of the machine, or the one that MODIFF_CPU_ISA names; without AVX2 `quantize` alone runs."""
 
 import os
 from functools import lru_cache
@@ -65,13 +65,15 @@ def build_info() -> dict[str, str] | str:
 def why_not(problem: Any) -> str | None:
     if problem.op == "quantize":
         return None
-    if isa() == "plain":
-        return "the kernels for products and attention need AVX2"
     if problem.op == "attention":
+        if "avx512" not in isa():
+            return f"attention needs AVX-512, the instruction set here is {isa()}; torch's own is as fast with AVX2"
         if problem.dtype != torch.float32:
             return f"attention is computed in float32 only, got {problem.dtype}"
         too_many = f"attention over {problem.n} keys; at most {_MAX_KEYS} fit into the cache"
         return too_many if problem.n > _MAX_KEYS else None
+    if isa() == "plain":
+        return "the integer products need AVX2"
     if problem.layout != VNNI_V1:
         return f"layout {problem.layout} is not {VNNI_V1}; prepare the weight with ops.prepare_weight"
     if problem.geglu:
@@ -144,7 +146,7 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
-    return torch.ops.modiff_cpu.attention.default(q, k, v, heads, score_scale, _isa)
+    return torch.ops.modiff_cpu.attention.default(q, k, v, heads, score_scale)
 
 
 def _quantize_fake(
@@ -174,6 +176,6 @@ def _product_fake(
 _FAKES: dict[str, Any] = {
     "quantize": _quantize_fake,
     "product": _product_fake,
-    "attention": lambda q, k, v, heads, scale, isa: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+    "attention": lambda q, k, v, heads, scale: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 }
 """Results without values, of the ops of the library that compiled code may call."""

@@ -2,7 +2,10 @@
 
 import math
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +49,8 @@ def test_reasons():
 def test_an_older_cpu_keeps_quantize(monkeypatch):
     monkeypatch.setattr(cpu, "_isa", 0)
     assert cpu.why_not(replace(PROBLEM, op="quantize")) is None
-    assert all("need AVX2" in cpu.why_not(replace(PROBLEM, op=op)) for op in ("product", "attention"))
+    assert "need AVX2" in cpu.why_not(PROBLEM)
+    assert "needs AVX-512" in cpu.why_not(replace(PROBLEM, op="attention"))
 
 
 def test_the_instruction_set_is_the_best_or_the_one_asked_for(monkeypatch):
@@ -133,3 +137,28 @@ def test_a_weight_of_another_shape_is_refused():
                     backend="cpu")  # fmt: skip
     with pytest.raises(ValueError, match=r"'vnni_v1' to 'other'; the layouts known here"):
         cpu.prepare_weight(weight, 64, None, "other")
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump was not found")
+@pytest.mark.skipif("GNU" not in str(cpu.build_info()), reason="the loops were counted in GCC's code")
+def test_loops_of_16_registers_have_the_instructions_that_were_counted():
+    """By micro-kernel, for 12 sums, with 2 loads of weights and 6 broadcasts; vpdpbusd also in its form of AVX-VNNI."""
+    counted = [{"vpdpbusd": 12}, {"vpmaddubsw": 12, "vpaddw": 12}, {"vpmaddubsw": 12, "vpmaddwd": 12, "vpaddd": 12}]
+    counted.append({"vpmaddwd": 12, "vpaddd": 12})
+    library = Path(cpu.__file__).parent.parent / "_lib" / "libmodiff_cpu.so"
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True)
+    functions = re.findall(r"<\w+multiply\w+ArithmeticE(\d)ELi6ELi1E\w*>:\n(.*?)\n\n", code.stdout, re.S)
+    seen = set()
+    for kernel, body in functions:
+        rows = re.findall(r"^ *(\w+):\t([^\n]*)", body, re.M)
+        index = {address: i for i, (address, _) in enumerate(rows)}
+        jumps = [(index.get(row.split()[1], i), i) for i, (_, row) in enumerate(rows) if row.startswith("j")]
+        loops = ([row for _, row in rows[first:last]] for first, last in jumps if first < last)
+        loop = min((rows for rows in loops if any("vpm" in row or "vpd" in row for row in rows)), key=len)
+        if not any("%ymm" in row for row in loop):
+            continue
+        for name, count in counted[int(kernel)].items():
+            assert sum(name in row for row in loop) == count, (kernel, loop)
+        assert len(loop) <= sum(counted[int(kernel)].values()) + 2 + 6 + 6, (kernel, loop)
+        seen.add((kernel, any("{vex}" in row for row in loop)))
+    assert seen >= {("0", True), ("0", False), ("1", False), ("2", False), ("3", False)}

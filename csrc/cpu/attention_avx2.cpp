@@ -1,7 +1,0 @@
-#include "cpu/attention_kernels.h"
-
-namespace modiff::cpu {
-
-void attention_avx2(const AttentionProblem& problem) { run(problem); }
-
-}  // namespace modiff::cpu
