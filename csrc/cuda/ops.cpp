@@ -91,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t prologu
   p.input_dtype = dtype_of(input.scalar_type());
   call.gamma = parameter(gamma);
   call.beta = parameter(beta);
+  p.norm_stride = gamma && gamma->dim() == 2 ? gamma->stride(0) : 0;
   call.shift = parameter(shift);
   call.shift_stride = shift ? shift->stride(0) : 0;
   p.num_groups = num_groups;

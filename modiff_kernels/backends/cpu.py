@@ -31,7 +31,8 @@ _MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     library = Path(__file__).resolve().parent.parent / "_lib" / "libmodiff_cpu.so"
-    reason = load_library(library, "MODIFF_SKIP_BUILD=1; install again without it, with a C++ compiler")
+    advice = "install a wheel that has it, or the source again with a C++ compiler (Debian, Ubuntu: apt install g++)"
+    reason = load_library(library, f"this is the Python part alone; for the fast kernels {advice}")
     if reason is None:
         global _isa
         _isa = _chosen_isa([i for i in range(len(ISAS)) if torch.ops.modiff_cpu.isas() >> i & 1])
@@ -102,14 +103,13 @@ def prepare_weight(weight: PackedWeight, k: int, window: Window | None, layout: 
 
 
 def _float32(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.dtype == torch.float32 else t.float()
+    return t if t is None else t.float().contiguous()
 
 
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, gamma, beta, shift, num_groups, eps, silu = prologue
-    shift = None if shift is None else shift.contiguous()
     norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
     if last_absmax is not None:
         scale = residual_scale(last_absmax, bits, clip_ratio)

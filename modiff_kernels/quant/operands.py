@@ -15,9 +15,10 @@ class Prologue(NamedTuple):
     kind: "identity": x = h. "layer_norm": over the last dimension of h [..., K]. "geglu": x = h[..., :K] *
         gelu(h[..., K:]) of h [..., 2K], with erf. "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image
         [N, C, H, W] or tokens [N, L, C], normalised over the rows and the channels of one of `num_groups` groups.
-    gamma, beta: [C] scale and offset of the norm, or None. eps: added to the (biased) variance.
-    shift: [N, C] added to every pixel before a group norm (the time embedding), or None; rows are contiguous, with any
-        stride between them (0: one row for all)."""
+    gamma, beta: [C] scale and offset of the norm, or None; of a group norm also both [N, C], for every sample (a time
+        embedding of kind "scale_shift"). eps: added to the (biased) variance.
+    shift: [N, C] added to every pixel before a group norm (the time embedding), or None. What is [N, C] has contiguous
+        rows with any stride between them (0: one row for all), gamma and beta the same."""
 
     kind: str = "identity"
     gamma: Tensor | None = None
@@ -26,6 +27,11 @@ class Prologue(NamedTuple):
     num_groups: int = 0
     eps: float = 0.0
     silu: bool = False
+
+
+def norm_stride(gamma: Tensor | None) -> int:
+    """Elements between the rows of gamma and beta; 0 for one row."""
+    return gamma.stride(0) if gamma is not None and gamma.ndim == 2 else 0
 
 
 PROLOGUE_VALUE = {"identity": 0, "group_norm": 1, "layer_norm": 2, "geglu": 3}  # csrc/common/problem.h

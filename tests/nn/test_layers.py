@@ -105,7 +105,7 @@ def test_per_token_of_a_wide_kernel_is_per_sample():
 
 
 @pytest.mark.parametrize(
-    "vnni, bits, granularity",
+    ("vnni", "bits", "granularity"),
     [(True, (8, 4), "per_block"), (False, (8, 4), "per_sample"), (False, (4, 4), "per_block")],
 )
 def test_few_bits_stay_few_on_a_cpu_without_vnni(monkeypatch, vnni, bits, granularity):
