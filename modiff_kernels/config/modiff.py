@@ -17,8 +17,9 @@ from modiff_kernels.quant.spec import BITS, GRANULARITIES
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
 FIRST, LAST, TIME, MODULATION = ": the first layer", ": the last layer", ": of the timestep", ": modulation"
 DEFAULT_SKIP_MODULES = {
-    **dict.fromkeys(("conv_in", "init_conv"), FIRST),
-    **dict.fromkeys(("conv_out", "^proj_out", "^out", "final_"), LAST),
+    **dict.fromkeys(("conv_in", "init_conv", "x_embedder", "img_in", "patch_embed"), FIRST),
+    **dict.fromkeys(("^pos_embed", "^proj_in", "^embed", "^embedding"), FIRST),
+    **dict.fromkeys(("conv_out", "out_conv", "^proj_out", "^out", "final_", "^clf", "^mlm_layer"), LAST),
     **dict.fromkeys(("time", "temb", "t_embedder", "emb_layers", "map_layer", "affine", "guidance"), TIME),
     **dict.fromkeys(("norm.linear", "adaln", "modulation", "img_mod", "txt_mod", "mapper"), MODULATION),
 }

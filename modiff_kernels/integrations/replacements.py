@@ -130,7 +130,8 @@ def for_kind(unet: nn.Module, config: ModiffConfig) -> tuple[ModiffConfig, str]:
     convolution but of patches and single channels."""
     if config.plan is not None or (config.mode, config.act_bits, config.scale_mode) != (MODULATED, 8, "dynamic"):
         return config, ""
-    attends = any(word in type(module).__name__.lower() for module in unet.modules() for word in ("attention", "attn"))
+    names = " ".join(f"{path} {type(each).__name__}" for path, each in unet.named_modules()).lower()
+    attends = "attention" in names or "attn" in names
     convs = [each for path, each in unet.named_modules() if isinstance(each, nn.Conv2d) and not config.skips(path)]
     if not attends or any(conv.groups == 1 and conv.kernel_size > conv.stride for conv in convs):
         return config, ""
