@@ -96,9 +96,8 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         twice = [value for name, value in named if name in UPDATED]
         count(kernel.fn.__name__, _bytes(value for _, value in named) + _bytes(twice))
 
-    def product(codes, scale, zero_point, sums, weight, bits, weight_scale, bias, y_hat, skip, *rest):  # type: ignore[no-untyped-def]
-        write_out, dtype, geglu, geometry, _ = rest
-        samples, height, width, _, n, *window = geometry
+    def product(codes, scale, zero_point, sums, weight, weight_scale, bias, y_hat, skip, form):  # type: ignore[no-untyped-def]
+        samples, height, width, _, n, *window, _, geglu, write_out, dtype = map(int, form.tolist()[:18])
         shape: tuple[int, ...] = (*codes.shape[:-1], n // 2 if geglu else n)
         if codes.ndim == 4:
             sizes = zip((height, width), window[:2], window[2:4], window[4:6])
@@ -108,7 +107,8 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
             torch.channels_last if codes.ndim == 4 else torch.contiguous_format,
         )
         layout = layout if write_out else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=layout)
+        dtypes = (torch.float32, torch.float16, torch.bfloat16)  # csrc/common/problem.h
+        out = torch.empty(shape, dtype=dtypes[dtype], device=codes.device, memory_format=layout)
         tensors = (codes, scale, zero_point, sums, weight, weight_scale, bias, y_hat, y_hat, skip, out)
         count("product (cuda)", _bytes(tensors))
         return out
@@ -154,6 +154,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         (F, "scaled_dot_product_attention", attention),
         (replacements, "_why_float", loaded_weight),
         (replacements, "runs_on_gpu", lambda unet: True),
+        (plans, "runs_on_gpu", lambda unet: True),
         (layer_module, "is_gpu", lambda device: True),
         (layer_module.ModulatedLayer, "problem", on_gpu),
         (ModulationState, "dtype_on", lambda state, device: state.state_dtype or torch.float16),
@@ -248,13 +249,18 @@ def table(results: Path) -> str | None:
     header = ["network, batch", "launches, all modulated", "by default", "GB, all modulated", "by default"]
     for gpu in GPUS:
         header += [f"{gpu}: float16 compiled ms", "by default ms", "ratio"]
-    cells = []
+    cells, ratios = [], []
     for row in report["rows"]:
         line = [f"{row['network']}, {row['batch']}"]
         for key, form in (("launches", "{:d}"), ("gigabytes", "{:.1f}")):
             line += [form.format(row[f"{n}_{key}"]) if f"{n}_{key}" in row else "-" for n in ("modulated", "plan")]
         for gpu in GPUS:
-            times = [row["models"][gpu][f"{name}_ms"] for name in ("compiled", "plan")]
-            line += [*map("{:.2f}".format, times), f"{times[0] / times[1]:.2f}x"]
+            compiled, plan = [row["models"][gpu][f"{name}_ms"] for name in ("compiled", "plan")]
+            line += [f"{compiled:.2f}", f"{plan:.2f}", f"{compiled / plan:.2f}x"]
+            if row["models"][gpu]["modes"].count(",") == 0:
+                line[-2:] = "all float", "-"
+            else:
+                ratios.append((compiled / plan, f"{line[0]} on the {gpu}"))
         cells.append(line)
-    return f"{markdown_table(header, cells)}\n\nCommit {report['git_commit']}, `{report['command']}`."
+    least = "Least ratio of a network that is not all float: {:.2f}x, {}.".format(*min(ratios))
+    return f"{markdown_table(header, cells)}\n\n{least} Commit {report['git_commit']}, `{report['command']}`."

@@ -29,6 +29,7 @@ struct QuantizeProblem {
   // Group and layer norm.
   const float* gamma;  // [channels] or null (ones)
   const float* beta;   // [channels] or null (zeros)
+  int64_t norm_stride;  // between the rows of gamma and beta [samples, channels] of a group norm; 0: one row for all
   const float* shift;  // [samples, channels], added before group norm, or null
   int64_t num_groups;
   float eps;
@@ -64,6 +65,7 @@ struct ProductProblem {
   Granularity granularity;    // of scale and zero_point, over output rows (kPerToken: 1x1, stride 1 only)
   const int32_t* zero_point;  // null: zero
   const int8_t* weight;       // layout vnni_v1
+  int weight_bits;            // of its codes
   const float* weight_scale;  // [c_out]
   const float* bias;          // [c_out] or null; without y_hat only
   void* y_hat;                // [samples, out_h, out_w, c_out], or null

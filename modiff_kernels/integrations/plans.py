@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,10 @@ logger = logging.getLogger("modiff_kernels")
 
 BATCH = 8  # of the UNet: four pictures with guidance. Modes hardly depend on it
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
+COMPARED_AT = 1, 64  # where launches weigh most, and where products do
+COMPILE = (
+    "compile the UNet itself, measure your batch with make_plan(), or give plan='modulated' for low bits all the same"
+)
 PROBE_ROWS, PROBE_FEATURES = 4096, 1024  # compute-bound on everything this runs on
 PROBE_IMAGE = (8, 256, 32, 32)  # the same, of a 3x3 convolution
 PROBE_BYTES = 2**26  # above the caches
@@ -93,9 +97,11 @@ def estimated(
     share_inputs: bool,
     machine: Machine | None = None,
     batch: int = BATCH,
+    compared_at: Sequence[int] = COMPARED_AT,
 ) -> LayerPlan:
     """A plan from shapes: of every unit the mode that is fastest by the cost model (planning/cost.py), after what its
-    errors weigh in the pictures. machine: None for the rates of the UNet's device, which take a second to measure."""
+    errors weigh in the pictures. machine: None for the rates of the UNet's device, which take a second to measure.
+    compared_at: all stays float if on a GPU the plan loses to the compiled float network at one of these batches."""
     modes = (FLOAT_MODE, *low_bit_modes(config))
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, calibrated, share_inputs)
@@ -104,11 +110,12 @@ def estimated(
     machine = machine or measured_machine(parameter.device, config)
     state_bytes = replaced.state.dtype_on(parameter.device).itemsize
     sizes = Sizes(parameter.element_size(), state_bytes, config.weight_bits, has_delayed_scales(unet, own))
-    units, totals = [], dict.fromkeys(modes, 0.0)
+    units, shapes_of, totals = [], [], dict.fromkeys(modes, 0.0)
     grouped = replaced.units()
     last = [".".join(path.split(".")[:2]) for path in grouped][-1]
     for path, layers in grouped.items():
         described = [_described(name, replaced, shapes[name]) for name in layers if name in shapes]
+        shapes_of.append(described)
         costs = []
         for mode in modes:
             time_us = 1e6 * sum(cost_model.seconds(layer, mode, sizes, machine) for layer in described)
@@ -123,9 +130,18 @@ def estimated(
         units.append(UnitPlan(path, best.mode, layers, tuple(costs), f"estimated: {why}"))
         for cost in costs:
             totals[cost.mode] += cost.time_us
+    gains, gain = {}, ""
+    for count in compared_at if runs_on_gpu(unet) and {unit.mode for unit in units} != {FLOAT_MODE} else ():
+        pairs = [(unit, shape.scaled(count / batch)) for unit, held in zip(units, shapes_of) for shape in held]
+        compiled = sum(cost_model.seconds(shape, FLOAT_MODE, sizes, machine, compiled=True) for _, shape in pairs)
+        gains[compiled / sum(cost_model.seconds(shape, unit.mode, sizes, machine) for unit, shape in pairs)] = count
+    if gains and min(gains) < 1:
+        gain = f"low bits are {min(gains):.2f}x as fast as the compiled float network at batch {gains[min(gains)]}"
+        logger.warning("all layers stay float: by the model %s; %s", gain, COMPILE)
+        units = [dataclasses.replace(unit, mode=FLOAT_MODE, reason=f"estimated: {gain}") for unit in units]
     took = sum(unit.cost(unit.mode).time_us for unit in units)
     counts = ", ".join(f"{count} {mode}" for mode, count in Counter(str(unit.mode) for unit in units).items())
-    gain = f"{totals[FLOAT_MODE] / max(took, 1e-9):.2f}x as fast as float layers by the model"
+    gain = gain or f"{totals[FLOAT_MODE] / max(took, 1e-9):.2f}x as fast as float layers by the model"
     text = f"estimated from shapes at batch {batch}, nothing was measured: {counts}; {gain}"
     summary = f"{text}; make_plan() or `modiff calibrate --plan` measures"
     return LayerPlan(tuple(units), plan_cache.key_of(unet, config, shape), "estimated", (), summary)

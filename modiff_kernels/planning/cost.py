@@ -37,6 +37,11 @@ class LayerShape(NamedTuple):
     is_reader: bool = False
     is_constant: bool = False
 
+    def scaled(self, factor: float) -> "LayerShape":
+        """That of `factor` times as many samples."""
+        inputs, outputs, multiply_adds = (round(n * factor) for n in (self.inputs, self.outputs, self.multiply_adds))
+        return self._replace(inputs=inputs, outputs=outputs, multiply_adds=multiply_adds)
+
 
 class Sizes(NamedTuple):
     """Bytes of an element of the activations and of x_hat and y_hat; bits of a weight in low-bit modes; whether the

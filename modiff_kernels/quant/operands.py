@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from .packing import KPACK_V1
 
@@ -15,9 +15,10 @@ class Prologue(NamedTuple):
     kind: "identity": x = h. "layer_norm": over the last dimension of h [..., K]. "geglu": x = h[..., :K] *
         gelu(h[..., K:]) of h [..., 2K], with erf. "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image
         [N, C, H, W] or tokens [N, L, C], normalised over the rows and the channels of one of `num_groups` groups.
-    gamma, beta: [C] scale and offset of the norm, or None. eps: added to the (biased) variance.
-    shift: [N, C] added to every pixel before a group norm (the time embedding), or None; rows are contiguous, with any
-        stride between them (0: one row for all)."""
+    gamma, beta: [C] scale and offset of the norm, or None; of a group norm also both [N, C], for every sample (a time
+        embedding of kind "scale_shift"). eps: added to the (biased) variance.
+    shift: [N, C] added to every pixel before a group norm (the time embedding), or None. What is [N, C] has contiguous
+        rows with any stride between them (0: one row for all), gamma and beta the same."""
 
     kind: str = "identity"
     gamma: Tensor | None = None
@@ -26,6 +27,11 @@ class Prologue(NamedTuple):
     num_groups: int = 0
     eps: float = 0.0
     silu: bool = False
+
+
+def norm_stride(gamma: Tensor | None) -> int:
+    """Elements between the rows of gamma and beta; 0 for one row."""
+    return gamma.stride(0) if gamma is not None and gamma.ndim == 2 else 0
 
 
 PROLOGUE_VALUE = {"identity": 0, "group_norm": 1, "layer_norm": 2, "geglu": 3}  # csrc/common/problem.h
@@ -65,12 +71,12 @@ class Window(NamedTuple):
         return cls((a, b), (c, d), (e, f), (g, h), groups)
 
 
-def sizes_of(h: Tensor, kind: str) -> tuple[int, int, int]:
-    """Samples, rows (pixels) per sample and channels of x = prologue(h)."""
-    if h.ndim == 4:
-        samples, channels, height, width = h.shape
+def sizes_of(shape: Size, kind: str) -> tuple[int, int, int]:
+    """Samples, rows (pixels) per sample and channels of x = prologue(h), by the shape of h."""
+    if len(shape) == 4:
+        samples, channels, height, width = shape
         return samples, height * width, channels
-    return h.shape[0], h.shape[1:-1].numel(), h.shape[-1] // (2 if kind == "geglu" else 1)
+    return shape[0], shape[1:-1].numel(), shape[-1] // (2 if kind == "geglu" else 1)
 
 
 def summed(channels: int, window: Window | None) -> int:

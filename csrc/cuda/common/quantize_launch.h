@@ -39,6 +39,7 @@ inline QuantizeArgs quantize_args(const QuantizeCall& call, const QuantizeTiling
   args.affine = p.affine;
   args.given = p.given_scale;
   args.one_given = p.given_scale_count == 1;
+  args.delayed = call.delayed;
   args.range =
       p.x_hat != nullptr ? reinterpret_cast<uint32_t*>(p.absmax) : reinterpret_cast<uint32_t*>(scratch + at.range);
   args.range_count = tiling.granularity == Granularity::kPerToken ? 0 : tiling.granules * (p.affine ? 2 : 1);
@@ -67,6 +68,7 @@ void fold_group_norm(const QuantizeCall& call, const QuantizeTiling& tiling, con
   norm.beta = call.beta;
   norm.shift = call.shift;
   norm.shift_stride = call.shift_stride;
+  norm.norm_stride = call.problem.norm_stride;
   norm.num_groups = call.problem.num_groups;
   norm.eps = args.eps;
   norm.range = args.range;

@@ -3,61 +3,100 @@
 Launches: one with scales given, delayed or per token, otherwise two. A group norm has one more, except for the plain
 form with scales per sample, of which it finds the range (quantize_group_norm.py)."""
 
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import counters, launch
-from .quantize_group_norm import fold_group_norm
+from ...quant.operands import norm_stride
+from .launch import launch, scratch
+from .quantize_group_norm import fold_form, group_norm_kernel
 from .quantize_kernel import quantize_kernel, range_kernel
-from .quantize_tiling import tiling_of
+from .quantize_tiling import tiling
+
+
+class _Form(NamedTuple):
+    """What calls with the same formats have in common. integers: elements of range, partial and block, 0 where one is
+    not used; floats: of partial, a and b of a norm; counters: of all kernels, at most."""
+
+    grid: tuple[int]
+    sizes: tuple[int, int, int, int]
+    source: str
+    integers: tuple[int, int, int]
+    floats: tuple[int, int, int]
+    counters: int
+    form: dict[str, Any]
+    norm_grid: tuple[int]
+    norm_form: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _form(
+    shape: Sequence[int], dtype: torch.dtype, state_dtype: torch.dtype | None, granularity: str, bits: int,
+    affine: bool, source: str, kind: str, num_groups: int, silu: bool,
+) -> _Form:  # fmt: skip
+    """source: "given", "delayed", or "" where the scale is to be found. shape: of h."""
+    image, pair = len(shape) == 4, 2 if kind == "geglu" else 1
+    rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
+    read = max(dtype.itemsize, 0 if state_dtype is None else state_dtype.itemsize)
+    channels = shape[1] if image else shape[-1] // pair
+    tiles = tiling(shape[0], rows, channels, granularity, bits, kind, read * pair)
+    samples, rows, channels, granularity, granules, block_r, block_c, num_warps = tiles
+    plain, per_token = state_dtype is None, granularity == "per_token"
+    if not source:
+        source = "tile" if per_token else "reduced"
+        if kind == "group_norm" and plain and granularity == "per_sample":
+            source = "folded"
+    norm: Any = (0,), {}
+    ends, floats, counted = 2 if affine else 1, (0, 0, 0), 0
+    merged = 0 if per_token or source == "folded" else ends * tiles.grid[0]
+    blocks = samples * -(-rows // block_r) * channels if granularity == "per_block" else 0
+    if kind == "group_norm":
+        folded = source == "folded"
+        parts, counted, *norm = fold_form(tiles, dtype.itemsize, num_groups, silu, folded, affine, source != "reduced")
+        floats = parts, samples * channels, samples * channels
+    integers, counted = (ends * granules if plain else 0, merged, blocks), max(granules if merged else 0, counted)
+    form = {"PROLOGUE": kind, "SILU": silu, "GRANULARITY": granularity, "AFFINE": affine}
+    form |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": num_warps}
+    return _Form(tiles.grid, (samples, rows, channels, granules), source, integers, floats, counted, form, *norm)
 
 
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, a, b, _, _, eps, silu = prologue
-    like = x_hat if x_hat is not None else h
-    if kind == "geglu" and x_hat is None:
-        like = h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.int8)
-    affine = affine and x_hat is None
-    tiling = tiling_of(h, like, granularity, bits, kind)
-    granules, per_token = tiling.granules, tiling.granularity == "per_token"
-    given, source = scale, "given" if scale is not None else "tile" if per_token else "reduced"
-    if last_absmax is not None:
-        given, source = last_absmax, "delayed"
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=h.device)
-
-    ends = 2 if affine else 1
-    largest = scratch(ends * granules)
-    if kind == "group_norm":
-        if x_hat is None and tiling.granularity == "per_sample":
-            source = "folded"
-        found = largest if source == "folded" else None
-        a, b = fold_group_norm(h, prologue, tiling, found, affine, backwards=source != "reduced")
-    parts: tuple[Tensor | None, Tensor | None] = None, None
-    block = None
-    if not (per_token or source == "folded"):
-        parts = scratch(ends * tiling.grid[0]), counters(h.device, granules)
-    if tiling.granularity == "per_block":
-        block = scratch(tiling.samples, -(-tiling.rows // tiling.block_r), tiling.channels)
-    sizes = tiling.rows, tiling.channels, granules
-    form: dict[str, Any] = {
-        "PROLOGUE": kind, "SILU": silu, "GRANULARITY": tiling.granularity, "AFFINE": affine,
-        "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "num_warps": tiling.num_warps,
-    }  # fmt: skip
-    if source == "reduced":
-        launch(range_kernel, tiling.grid, h, x_hat, a, b, largest, *parts, block, *sizes, eps, **form)
-        parts = None, None
-    codes = torch.empty_like(like, dtype=torch.int8)
-    used = torch.empty(granules, dtype=torch.float32, device=h.device)
-    zero_point = scratch(granules) if x_hat is None else None
-    launch(
-        quantize_kernel, tiling.grid, h, x_hat, a, b, given, largest, *parts, block, codes, used,
-        zero_point, *sizes, 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio, float(1 << (bits - 1)),
-        SOURCE=source, **form,
+    kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    a, b = gamma, beta
+    device, plain = h.device, x_hat is None
+    given, source = (scale, "given") if last_absmax is None else (last_absmax, "delayed")
+    grid, sizes, source, integers, floats, counted, form, norm_grid, norm_form = _form(
+        h.shape, h.dtype, None if plain else x_hat.dtype, granularity, bits, affine and plain,
+        "" if given is None else source, kind, num_groups, silu,
     )  # fmt: skip
-    return codes, used, largest.view(torch.float32) if zero_point is None else zero_point
+    largest, partial, block, norm_partial, norm_a, norm_b, counters = scratch(device, integers, floats, counted)
+    granules = sizes[3]
+    third = torch.empty(granules, dtype=torch.int32, device=device)
+    largest = largest if plain else third
+    if kind == "group_norm":
+        launch(
+            group_norm_kernel, norm_grid, h, shift, gamma, beta, norm_partial, counters, norm_a, norm_b,
+            largest if source == "folded" else None, *sizes[:3], 0 if shift is None else shift.stride(0),
+            norm_stride(gamma), num_groups, eps, **norm_form,
+        )  # fmt: skip
+        a, b = norm_a, norm_b
+    merged = partial, None if partial is None else counters
+    if source == "reduced":
+        launch(range_kernel, grid, h, x_hat, a, b, largest, *merged, block, *sizes[1:], eps, **form)
+        merged = None, None
+    if plain and kind == "geglu":
+        codes = h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.int8)
+    else:
+        codes = torch.empty_like(h if plain else x_hat, dtype=torch.int8)
+    used = torch.empty(granules, dtype=torch.float32, device=device)
+    launch(
+        quantize_kernel, grid, h, x_hat, a, b, given, largest, *merged, block, codes, used, third if plain else None,
+        *sizes[1:], 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio,
+        float(1 << (bits - 1)), SOURCE=source, **form,
+    )  # fmt: skip
+    return codes, used, third if plain else third.view(torch.float32)

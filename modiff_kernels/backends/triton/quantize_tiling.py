@@ -3,8 +3,6 @@
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ...quant.spec import BLOCK_ROWS, block_count
 
 MAX_ROW = 8192  # 16 float32 values per thread of 16 warps, of two inputs (GEGLU) and x_hat at the same time
@@ -35,16 +33,6 @@ class Tiling(NamedTuple):
     def grid(self) -> tuple[int]:
         """One program per tile."""
         return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
-
-
-def tiling_of(h: Tensor, like: Tensor, granularity: str, bits: int, prologue: str) -> Tiling:
-    """`tiling` for the input h and a result of the shape and (x_hat) dtype of `like`, an image, [N, L, K] or [M, K]."""
-    shape = like.shape
-    image = len(shape) == 4
-    rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
-    channels = shape[1] if image else shape[-1]
-    bytes_read = max(h.element_size(), like.element_size()) * (2 if prologue == "geglu" else 1)
-    return tiling(shape[0], rows, channels, granularity, bits, prologue, bytes_read)
 
 
 @lru_cache(maxsize=4096)

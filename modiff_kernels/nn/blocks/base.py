@@ -129,7 +129,8 @@ def group_norm(norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None) -> P
 
 def layer_norm(norm: nn.LayerNorm) -> Prologue:
     """norm(h) with the parameters that `norm` has now."""
-    return Prologue("layer_norm", norm.weight, norm.bias, eps=norm.eps)
+    held = norm._parameters
+    return Prologue("layer_norm", held["weight"], held["bias"], eps=norm.eps)
 
 
 def is_untouched(*modules: nn.Module) -> bool:
