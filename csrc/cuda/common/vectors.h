@@ -35,6 +35,18 @@ MODIFF_HD void set_value(Raw<BFloat16>& raw, int i, float value) {
   set_half_word(raw.word[i / 2], i, float_to_bfloat16_bits(value));
 }
 
+// Values 2i and 2i + 1.
+MODIFF_HD void set_pair(Raw<float>& raw, int i, float first, float second) {
+  set_value(raw, 2 * i, first);
+  set_value(raw, 2 * i + 1, second);
+}
+MODIFF_HD void set_pair(Raw<Half>& raw, int i, float first, float second) {
+  raw.word[i] = floats_to_half_pair(first, second);
+}
+MODIFF_HD void set_pair(Raw<BFloat16>& raw, int i, float first, float second) {
+  raw.word[i] = floats_to_bfloat16_pair(first, second);
+}
+
 MODIFF_HD float element(const float* p) { return *p; }
 MODIFF_HD float element(const Half* p) { return half_bits_to_float(p->bits); }
 MODIFF_HD float element(const BFloat16* p) { return bfloat16_bits_to_float(p->bits); }
@@ -80,7 +92,7 @@ MODIFF_HD void store_raw(T* p, const Raw<T>& raw, int count, bool whole, [[maybe
       if (streaming) {
         __stcs(reinterpret_cast<uint4*>(p) + i / 4, part);
       } else {
-        reinterpret_cast<uint4*>(p)[i / 4] = part;
+        __stwb(reinterpret_cast<uint4*>(p) + i / 4, part);  // an assignment may become four stores
       }
     }
 #else

@@ -13,8 +13,9 @@ from modiff_kernels.quant.operands import GEGLU, IDENTITY, PackedWeight, Prologu
 from tests.backends.cuda.emulation import DTYPES, EMULATOR, compile_source, cuda_includes
 
 # The values of the lines of `calls`.
-QUANTIZE = """samples rows channels input input_dtype gamma gamma_dtype beta norm_stride shift shift_stride groups eps silu
-    x_hat x_hat_dtype affine bits granularity clip given given_count delayed packed codes scale absmax zero_point"""
+QUANTIZE = """samples rows channels input input_dtype gamma gamma_dtype beta norm_stride shift shift_stride groups eps
+    silu x_hat x_hat_dtype affine bits granularity clip given given_count delayed packed codes scale absmax
+    zero_point"""
 NAMES = dict.fromkeys(("identity", "group_norm", "layer_norm", "geglu"), QUANTIZE)
 NAMES["product"] = """samples h w c_in c_out out_h out_w codes scale zero_point sums weight weight_scale bias bias_dtype
     y_hat y_hat_dtype skip skip_dtype out out_dtype weight_bits code_bits geglu rows_per_scale scratch"""

@@ -52,16 +52,18 @@ std::vector<std::array<int, 5>> works(int row_tiles, int column_tiles, int split
   return found;
 }
 
-// The codes of a box, and of every box of the k-blocks its channel, the offset of its tap and its first code.
-std::pair<int, std::vector<std::array<int64_t, 4>>> boxes(const Geometry& geometry, int bits) {
-  const sm90::Window window = sm90::window_of(call_of(geometry, bits).problem, bits);
-  const int64_t count = sm90::k_block_count(window) * (sm90::kBlockK / window.swizzle);
-  std::vector<std::array<int64_t, 4>> found;
-  for (int i = 0; i < count; ++i) {
-    const sm90::Box box = sm90::box_of(window, i);
-    found.push_back({box.channel, box.offset_h, box.offset_w, box.code});
+// Of the box of every k-block its channel, the offset of its tap and its first code; the walk begins again at every
+// `again`-th one. Whether the second half of a tap's last box is zeros.
+std::pair<bool, std::vector<std::array<int, 4>>> boxes(const Geometry& geometry, int again) {
+  const sm90::Window window = sm90::window_of(call_of(geometry, 8).problem);
+  std::vector<std::array<int, 4>> found;
+  sm90::Walk walk = sm90::Walk::begin(window, 0);
+  for (int i = 0; i < sm90::k_block_count(window); ++i) {
+    if (i % again == 0) walk = sm90::Walk::begin(window, i);
+    found.push_back({walk.channel, walk.offset_h, walk.offset_w, walk.code});
+    walk.advance(window);
   }
-  return {window.swizzle, found};
+  return {window.last_half, found};
 }
 
 // w, h, n of every output pixel.
