@@ -87,8 +87,7 @@ MODIFF_HD uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) {
 #else
   const uint64_t both = a | static_cast<uint64_t>(b) << 32;
   uint32_t word = 0;
-  for (int i = 0; i < 4; ++i)
-    word |= static_cast<uint32_t>(both >> (8 * (order >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(both >> (8 * (order >> (4 * i) & 7)) & 0xFF) << (8 * i);
   return word;
 #endif
 }

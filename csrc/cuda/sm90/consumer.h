@@ -14,7 +14,8 @@ struct Consumer {
   static MODIFF_HD void consume(Cta& cta, Shared& shared, const ProductArgs<Map>& args, int consumer) {
     const bool leader = cta.thread() % kWarp == 0;
     Ring<P::kStages> ring;
-    for (int index = cta.uniform(static_cast<int>(cta.block())); index < work_count(args.schedule); index += cta.blocks()) {
+    for (int index = cta.uniform(static_cast<int>(cta.block())); index < work_count(args.schedule);
+         index += cta.blocks()) {
       const Work work = work_of(args.schedule, index);
       Sums sums;
       int before = 0;  // the stage whose release is due
@@ -65,7 +66,7 @@ struct Consumer {
                                const Sums& sums, Ring<P::kStages>& ring) {
     if (args.slice.policy == 0) return finish_any(cta, args.epilogue, work, consumer, sums);
     with_policy(args.slice, [&](auto policy) {
-      SliceEpilogue<P, decltype(policy), Cta>::finish(cta, shared, args.epilogue, work, consumer, sums, ring);
+      SliceEpilogue<P, decltype(policy), Cta>::finish(cta, shared, args, work, consumer, sums, ring);
     });
   }
 
@@ -87,7 +88,7 @@ struct Consumer {
     const int thread = held(cta.thread()) % kWarpgroup;
     const int64_t rows = args.epilogue.rows - (int64_t{work.row_tile} * P::kRows + consumer * kBlocks * kMmaRows);
     const int64_t block = (int64_t{work.tile} * P::kConsumers + consumer) * kBlocks;
-    int32_t* mine = args.sums + block * kSums * kWarpgroup + thread;
+    int32_t* mine = held(args.sums + block * kSums * kWarpgroup + thread);
     MODIFF_UNROLL for (int i = 0; i < kBlocks * kSums; ++i) {
       if (i / kSums * kMmaRows + sum_row(thread, i % kSums) < rows) {
         cta.add(mine + i * kWarpgroup, sums[i / kSums][i % kSums]);
@@ -131,7 +132,7 @@ struct Consumer {
   // epilogue's code is there once.
   template <class Cta>
   static MODIFF_HD void finish_any(Cta& cta, const EpilogueArgs& args, const Work& work, int consumer,
-                               const int32_t (&sums)[kBlocks][kSums]) {
+                                   const int32_t (&sums)[kBlocks][kSums]) {
     const int thread = held(cta.thread()) % kWarpgroup, lane = thread % kWarp;
     const int64_t first_row = int64_t{work.row_tile} * P::kRows + consumer * kBlocks * kMmaRows + sum_row(thread, 0);
     const int64_t first_column = int64_t{work.column_tile} * P::kColumns + lane % 4 * kVector;

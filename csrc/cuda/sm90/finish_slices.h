@@ -3,7 +3,8 @@
 //
 // A stage holds two slices of kRows rows of 64 bytes, with 64B swizzling, in the order of columns, and for the same
 // columns y_hat before `out`. A warp works on its own 16 rows of every slice: ldmatrix gives a thread the values that
-// wgmma gives it the sums of, stmatrix puts the results in their place, and from there they leave by 16 bytes a thread.
+// wgmma gives it the sums of, stmatrix puts the results in their place, and from there TMA stores them, a box of 16 rows
+// at a time; what is past the end of the tensor it leaves out. A stage is given back when TMA has read it.
 #pragma once
 #include <type_traits>
 
@@ -49,8 +50,11 @@ inline SlicePolicy slice_policy(const EpilogueArgs& args) {
   const DType out = args.out == nullptr ? args.y_hat_dtype : args.out_dtype;
   const bool narrow = out != DType::kFloat32 && !(state && args.y_hat_dtype == DType::kFloat32);
   const bool bias = !state && args.bias.data != nullptr;
-  if (bias && (!args.bias.whole || (args.bias.dtype != DType::kFloat32 && args.bias.dtype != out))) return {};
-  if (args.columns >= 1 << 24 || !args.whole || args.geglu || args.zero_point != nullptr || !narrow || (skip && args.skip_dtype != out)) return {};
+  if (bias && (!args.bias.whole || args.bias.dtype != out)) return {};
+  // One sum of the weight's codes for all pixels of a column.
+  const bool zero_points = args.zero_point != nullptr;
+  if (zero_points && (state || args.padded || !aligned_to_vectors(args.tap_sums))) return {};
+  if (!args.whole || args.geglu || !narrow || (skip && args.skip_dtype != out)) return {};
   const bool half = out == DType::kFloat16, state_is_out = state && args.y_hat_dtype == out;
   if (state && half && !state_is_out) return {};
   const int pair = state_is_out ? (half ? 0 : 1) : state ? 2 : half ? 3 : 4;
@@ -59,50 +63,24 @@ inline SlicePolicy slice_policy(const EpilogueArgs& args) {
 }
 
 // Pairs of neighbouring columns of a slice, those of a thread of a warp: group * 8 + lane % 4 * 2.
+template <class Out>
 struct Columns {
-  float scale[kSlice / 8][2], bias[kSlice / 8][2];
+  float scale[kSlice / 8][2];
+  Raw<Out> bias;
+  int32_t tap_sums[kSlice / 8][2];  // with zero points
 };
-
-// A pair of float32, which is aligned, and one of 2-byte values.
-MODIFF_HD void load_pair(const float* p, float (&pair)[2]) {
-#if defined(__CUDA_ARCH__)
-  const float2 both = *reinterpret_cast<const float2*>(p);
-  pair[0] = both.x;
-  pair[1] = both.y;
-#else
-  std::memcpy(pair, p, sizeof(pair));
-#endif
-}
-template <class T>
-MODIFF_HD void load_pair(const T* p, float (&pair)[2]) {
-  Raw<T> raw;
-#if defined(__CUDA_ARCH__)
-  raw.word[0] = *reinterpret_cast<const uint32_t*>(p);
-#else
-  std::memcpy(raw.word, p, 4);
-#endif
-  pair[0] = value_of(raw, 0);
-  pair[1] = value_of(raw, 1);
-}
 
 // Of a slice of which `left` columns are inside; `first` is this thread's first one. What is read past the end is not
 // used.
-template <class T>
-MODIFF_HD void load_pairs(const void* base, uint32_t first, int left, float (&pairs)[kSlice / 8][2]) {
+template <class Out, bool plain>
+MODIFF_HD Columns<Out> load_columns(const EpilogueArgs& args, uint32_t first, int left) {
+  Columns<Out> columns{};
   MODIFF_UNROLL for (int group = 0; group < kSlice / 8; ++group) {
-    load_pair(static_cast<const T*>(base) + (group * 8 < left ? first + static_cast<uint32_t>(group * 8) : first),
-              pairs[group]);
-  }
-}
-
-template <class Policy>
-MODIFF_HD Columns load_columns(const EpilogueArgs& args, uint32_t first, int left) {
-  Columns columns{};
-  load_pairs<float>(args.weight_scale, first, left, columns.scale);
-  if constexpr (!Policy::kState) {
-    const bool there = args.bias.data != nullptr, wide = args.bias.dtype == DType::kFloat32;
-    if (there && wide) load_pairs<float>(args.bias.data, first, left, columns.bias);
-    if (there && !wide) load_pairs<typename Policy::Out>(args.bias.data, first, left, columns.bias);
+    const uint32_t at = group * 8 < left ? first + static_cast<uint32_t>(group * 8) : first;
+    load_aligned(args.weight_scale + at, columns.scale[group]);
+    if (plain && args.bias.data != nullptr)
+      load_aligned(static_cast<const Out*>(args.bias.data) + at, columns.bias.word[group]);
+    if (plain && args.zero_point != nullptr) load_aligned(args.tap_sums + at, columns.tap_sums[group]);
   }
   return columns;
 }
@@ -113,71 +91,77 @@ struct SliceEpilogue {
   using Out = typename Policy::Out;
   static constexpr int kBlocks = P::kBlocks, kParts = Policy::kParts, kPairs = kSlice / 16;
 
-  static MODIFF_HD void finish(Cta& cta, typename P::Shared& shared, const EpilogueArgs& args, const Work& work,
+  template <class Map>
+  static MODIFF_HD void finish(Cta& cta, typename P::Shared& shared, const ProductArgs<Map>& args, const Work& work,
                                int consumer, const int32_t (&sums)[kBlocks][P::kSums], Ring<P::kStages>& ring) {
     const int thread = held(cta.thread()) % kWarpgroup, lane = thread % kWarp;
     const int tile_row = consumer * kBlocks * kMmaRows + thread / kWarp * 16;  // the warp's first one
-    const int first_row = work.row_tile * P::kRows + tile_row + lane / 4, rows = static_cast<int>(args.rows);
-    const int first_column = work.column_tile * P::kColumns + lane % 4 * kVector, rows_left = rows - first_row;
-    float scale[kBlocks][2];
+    const int first_row = work.row_tile * P::kRows + tile_row, rows = static_cast<int>(args.epilogue.rows);
+    Rows own;
     MODIFF_UNROLL for (int i = 0; i < kBlocks * 2; ++i) {
-      const int row = least(first_row + row_of(i), rows - 1);
-      scale[i / 2][i % 2] = mul_rn(args.scale[quotient(row, args.rows_per_scale)], 1.0f / (1 << P::kRaised));
+      const int row = least(first_row + lane / 4 + i / 2 * kMmaRows + i % 2 * 8, rows - 1);
+      const int64_t granule = quotient(row, args.epilogue.rows_per_scale);
+      own.scale[i / 2][i % 2] = mul_rn(args.epilogue.scale[granule], 1.0f / (1 << P::kRaised));
+      own.zero_point[i / 2][i % 2] = 0;
+      if (!Policy::kState && args.epilogue.zero_point != nullptr)
+        own.zero_point[i / 2][i % 2] = args.epilogue.zero_point[granule] * (1 << P::kRaised);
     }
-    const int64_t at = int64_t{first_row} * args.columns + first_column;
-    State* const y_hat_at = held(static_cast<State*>(args.y_hat) + at);
-    // Without an `out` y_hat is stored twice.
-    Out* const out_at = held(static_cast<Out*>(args.out == nullptr ? args.y_hat : args.out) + at);
-    const uint32_t columns32 = static_cast<uint32_t>(args.columns);
-    // Bytes in a slice: of this lane's row of matrices (the next 16 columns are 32 away, XORed), and of its vector.
+    // Bytes in a slice of this lane's row of matrices; the next 16 columns are 32 away, XORed.
     const uint32_t matrix = swizzled(static_cast<uint32_t>((tile_row + lane % 16) * 64 + lane / 16 * 16), 64);
-    const uint32_t vector = swizzled(static_cast<uint32_t>((tile_row + lane / 4) * 64 + lane % 4 * 16), 64);
     const auto first_pair = static_cast<uint32_t>(work.column_tile * P::kColumns + lane % 4 * 2);
-    const int inside = static_cast<int>(args.columns) - work.column_tile * P::kColumns;
-    Columns columns = load_columns<Policy>(args, first_pair, inside);
+    const int inside = static_cast<int>(args.epilogue.columns) - work.column_tile * P::kColumns;
+    Columns<Out> columns = load_columns<Out, !Policy::kState>(args.epilogue, first_pair, inside);
+    const bool leader = cta.elect();
+    int before = 0;  // the stage whose release is due
     MODIFF_UNROLL for (int slice = 0; slice < P::kSlices; ++slice) {
       const int place = slice * kParts % P::kStageSlices, next = (slice + 1) * kSlice;
       if (place == 0) cta.wait(&shared.full[ring.stage], ring.parity);
       uint8_t* state = shared.codes[ring.stage] + place * P::kSliceBytes;
       uint8_t* out = state + (kParts - 1) * P::kSliceBytes;
-      make_slice(cta, state, out, matrix, columns, scale, slice, sums);
+      make_slice(cta, state, out, matrix, columns, own, slice, sums);
       if (slice + 1 < P::kSlices && next < inside)
-        columns = load_columns<Policy>(args, first_pair + static_cast<uint32_t>(next), inside - next);
+        columns =
+            load_columns<Out, !Policy::kState>(args.epilogue, first_pair + static_cast<uint32_t>(next), inside - next);
+      cta.publish_stores();
       cta.warp_sync();
-      Raw<State> states[kBlocks * 2];
-      Raw<Out> outs[kBlocks * 2];
-      MODIFF_UNROLL for (int i = 0; i < kBlocks * 2; ++i) {
-        const uint32_t bytes = vector + static_cast<uint32_t>(row_of(i) * 64);
-        if (Policy::kState) states[i] = load_raw(reinterpret_cast<const State*>(state + bytes), kVector, true);
-        if (Policy::kOut) outs[i] = load_raw(reinterpret_cast<const Out*>(out + bytes), kVector, true);
-      }
-      if (place + kParts == P::kStageSlices || slice + 1 == P::kSlices) {
-        cta.publish_stores();  // before TMA writes here again
-        cta.warp_sync();
-        if (lane == 0) cta.arrive(&shared.empty[ring.stage]);
-        ring.advance();
-      }
-      MODIFF_UNROLL for (int i = 0; i < kBlocks * 2; ++i) {
-        const uint32_t to = static_cast<uint32_t>(row_of(i)) * columns32;
-        if (row_of(i) >= rows_left || lane % 4 * kVector >= inside - slice * kSlice) continue;
-        // The state is read again a step later; the L2 cache is for what the next op reads.
-        if constexpr (Policy::kState) store_raw(y_hat_at + to + slice * kSlice, states[i], kVector, true, true);
-        if constexpr (Policy::kOut) {
-          store_raw(out_at + to + slice * kSlice, outs[i], kVector, true, false);
-        } else {
-          store_raw(reinterpret_cast<State*>(out_at) + to + slice * kSlice, states[i], kVector, true, false);
+      const int x = (work.column_tile * P::kColumns + slice * kSlice) * 2;
+      const bool last = place + kParts == P::kStageSlices || slice + 1 == P::kSlices;
+      if (leader) {
+        MODIFF_UNROLL for (int block = 0; block < kBlocks; ++block) {
+          const int down = tile_row + block * kMmaRows, y = first_row + block * kMmaRows;
+          if (Policy::kState) cta.store_matrix(args.y_hat, state + down * 64, x, y);
+          if (Policy::kOut || args.epilogue.out != nullptr) cta.store_matrix(args.out, out + down * 64, x, y);
+        }
+        if (last) {
+          cta.store_commit();
+          if (slice * kParts >= P::kStageSlices) {
+            cta.template store_wait<1>();
+            cta.arrive(&shared.empty[before]);
+          }
         }
       }
+      if (last) {
+        before = ring.stage;
+        ring.advance();
+      }
     }
+    if (leader) {
+      cta.template store_wait<0>();
+      cta.arrive(&shared.empty[before]);
+    }
+    cta.warp_sync();
   }
 
  private:
-  static MODIFF_HD constexpr int row_of(int i) { return i / 2 * kMmaRows + i % 2 * 8; }
+  // Of this thread's rows; sums are 2^kRaised times as large.
+  struct Rows {
+    float scale[kBlocks][2];
+    int32_t zero_point[kBlocks][2];
+  };
 
   // y_hat and `out` of the warp's rows of a slice, in shared memory.
-  static MODIFF_HD void make_slice(Cta& cta, uint8_t* state, uint8_t* out, uint32_t matrix, const Columns& columns,
-                                   const float (&scale)[kBlocks][2], int slice,
-                                   const int32_t (&sums)[kBlocks][P::kSums]) {
+  static MODIFF_HD void make_slice(Cta& cta, uint8_t* state, uint8_t* out, uint32_t matrix, const Columns<Out>& columns,
+                                   const Rows& own, int slice, const int32_t (&sums)[kBlocks][P::kSums]) {
     MODIFF_UNROLL for (int block = 0; block < kBlocks; ++block) {
       Raw<State> old[kPairs];
       Raw<Out> other[kPairs];
@@ -190,10 +174,11 @@ struct SliceEpilogue {
           const int group = pair * 2 + m / 2, sum = slice * kSlice / 2 + group * 4 + m % 2 * 2;
           float value[2];
           MODIFF_UNROLL for (int j = 0; j < 2; ++j) {
-            value[j] = mul_rn(static_cast<float>(sums[block][sum + j]),
-                              mul_rn(scale[block][m % 2], columns.scale[group][j]));
+            int32_t whole = sums[block][sum + j];
+            if (!Policy::kState) whole -= own.zero_point[block][m % 2] * columns.tap_sums[group][j];
+            value[j] = mul_rn(static_cast<float>(whole), mul_rn(own.scale[block][m % 2], columns.scale[group][j]));
             value[j] = Policy::kState ? add_rn(value_of(old[pair], m * 2 + j), value[j])
-                                      : add_rn(value[j], columns.bias[group][j]);
+                                      : add_rn(value[j], value_of(columns.bias, group * 2 + j));
           }
           if constexpr (Policy::kState) {
             set_pair(old[pair], m, value[0], value[1]);

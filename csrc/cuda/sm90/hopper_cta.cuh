@@ -23,8 +23,8 @@ struct HopperCta : DeviceCta {
   // True in one thread of a warp.
   __device__ __forceinline__ bool elect() const {
     uint32_t elected;
-    asm volatile(
-        "{\n.reg .pred elected;\nelect.sync _|elected, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, elected;\n}\n" : "=r"(elected));
+    asm volatile("{\n.reg .pred elected;\nelect.sync _|elected, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, elected;\n}\n"
+                 : "=r"(elected));
     return elected != 0;
   }
   __device__ __forceinline__ void consumers_sync() const { asm volatile("bar.sync 1, 256;" ::: "memory"); }
@@ -80,6 +80,18 @@ struct HopperCta : DeviceCta {
         "l"(&map), "r"(channel), "r"(corner.w), "r"(corner.h), "r"(corner.n), "r"(shared_address(barrier)),
         "h"(static_cast<uint16_t>(offset_w)), "h"(static_cast<uint16_t>(offset_h))
         : "memory");
+  }
+
+  // Of one thread, which alone can wait: until TMA has read the sources of all groups of stores but `pending`.
+  __device__ __forceinline__ void store_matrix(const CUtensorMap& map, const void* from, int x, int y) const {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x),
+                 "r"(y), "r"(shared_address(from))
+                 : "memory");
+  }
+  __device__ __forceinline__ void store_commit() const { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+  template <int pending>
+  __device__ __forceinline__ void store_wait() const {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
   }
 
   __device__ __forceinline__ void shared_store(uint8_t* p, const uint32_t (&words)[4]) const {

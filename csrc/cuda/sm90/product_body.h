@@ -28,7 +28,8 @@
 // The context is that of common/cta.h, and (hopper_cta.cuh on a GPU, hopper_cta.h of the emulator):
 //   blocks(), shared_address(p), exchange(values, mask), warp_sync(), consumers_sync(), uniform(value), elect()
 //   barrier_init, arrive, arrive_expecting(bytes), wait(parity), barriers_ready()
-//   load_matrix, load_pixels                            TMA
+//   load_matrix, load_pixels                            TMA, and of the thread that stores
+//   store_matrix, store_commit, store_wait<pending>
 //   load_matrices, store_matrices                       ldmatrix, stmatrix
 //   shared_store(p, 16 bytes), publish_stores()         shared memory for wgmma and TMA
 //   mma<N>, mma_begin, mma_commit, mma_wait<pending>    wgmma
@@ -90,6 +91,10 @@ inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Tiling
     if (args.slice.loaded[i])
       args.slices[i] = slices_map(read[i], args.epilogue.rows, args.epilogue.columns, tile.rows);
   }
+  if (args.slice.policy != 0 && p.y_hat != nullptr)
+    args.y_hat = slices_map(p.y_hat, args.epilogue.rows, args.epilogue.columns, kStoreRows);
+  if (args.slice.policy != 0 && p.out != nullptr)
+    args.out = slices_map(p.out, args.epilogue.rows, args.epilogue.columns, kStoreRows);
   args.arrived = reinterpret_cast<uint32_t*>(words + scratch.arrived);
   args.sums = words + scratch.sums;
   return args;

@@ -20,7 +20,8 @@ struct ProductArgs {
   Map codes;
   Map weight;      // packed: whole rows, or low planes
   Map high_plane;  // of 3 bits
-  Map slices[2];   // by parts
+  Map slices[2];   // by parts, as they are read
+  Map y_hat, out;  // as they are written, 16 rows of a slice to a box
   Schedule schedule;
   Window window;
   Image image;
@@ -45,16 +46,14 @@ struct Ring {
 
 // A value of which the compiler does not know where it is from: what is computed from it stays where it is needed, and
 // takes no registers meanwhile.
-MODIFF_HD int32_t held(int32_t value) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
 template <class T>
-MODIFF_HD T* held(T* value) {
+MODIFF_HD T held(T value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" : "+l"(value));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
 #endif
   return value;
 }

@@ -79,17 +79,19 @@ inline TensorMap weight_map(const ProductCall& call, int columns, Plane plane) {
   const int64_t k = p.kernel_h * p.kernel_w * p.c_in, pitch = k * call.weight_bits / 8;
   const int64_t first = plane == Plane::kHigh ? k / 4 : 0;
   const int64_t bytes = plane == Plane::kLow ? k / 4 : plane == Plane::kHigh ? k / 8 : pitch;
-  TensorMap map = matrix_map(reinterpret_cast<const char*>(p.weight) + first, bytes, p.c_out,
-                             plane_bytes(kBlockK, call.weight_bits, plane), columns, call.weight_bits == 8 ? kBlockK : 0);
+  TensorMap map =
+      matrix_map(reinterpret_cast<const char*>(p.weight) + first, bytes, p.c_out,
+                 plane_bytes(kBlockK, call.weight_bits, plane), columns, call.weight_bits == 8 ? kBlockK : 0);
   map.strides[0] = pitch;
   return map;
 }
 
-// y_hat or skip of 2-byte values, a slice of a tile to a box.
-constexpr int kSlice = 32;  // columns that the epilogue takes at a time
+// y_hat or skip of 2-byte values, rows of a slice of a tile to a box.
+constexpr int kSlice = 32;      // columns that the epilogue takes at a time
+constexpr int kStoreRows = 16;  // of a box that it writes
 
-inline TensorMap slices_map(const void* base, int64_t rows, int64_t columns, int tile_rows) {
-  return matrix_map(base, columns * 2, rows, kSlice * 2, tile_rows, kSlice * 2);
+inline TensorMap slices_map(const void* base, int64_t rows, int64_t columns, int box_rows) {
+  return matrix_map(base, columns * 2, rows, kSlice * 2, box_rows, kSlice * 2);
 }
 
 // Why these kernels cannot run a call, or null. The limits are those of TMA and of 32-bit coordinates; sm80 has none.

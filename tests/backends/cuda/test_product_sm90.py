@@ -132,8 +132,9 @@ class TestEpilogues:
         ],
     )  # fmt: skip
     def test_dtypes(self, hopper, tile, state, out, bias, skip):
-        """Rows and columns that end within a tile, scales that change within a warp's rows; two tiles to a block."""
-        case = Case(5, 11, 10, 64, 168, state=state or HALF, out=out, bias=bias, skip=skip)
+        """Rows and columns that end within a tile, scales that change within a warp's rows; two tiles to a block. Zero
+        points where there is a bias."""
+        case = Case(5, 11, 10, 64, 168, state=state or HALF, out=out, bias=bias, skip=skip, zero_point=bias is not None)
         case.check(hopper, Launch(tile, multiprocessors=2, seed=tile), with_state=state is not None)
 
     @pytest.mark.parametrize("bits", [8, 4])

@@ -9,6 +9,7 @@
 //   wgmma      operands are read as late as allowed, when a thread waits for the group, or with odd seeds as early,
 //              when it issues it; operands that ordinary stores wrote must have been published. All threads of a
 //              warpgroup must issue the same operations
+//              stores read their boxes as late as allowed, or with odd seeds as early
 //   blocks     of a launch run together
 #pragma once
 #include <cstring>
@@ -80,6 +81,7 @@ class HopperCta {
     require(loads_.empty(), "a load is under way at the end of the block");
     for (const auto& [address, barrier] : barriers_) require(barrier.bytes == 0, "bytes are missing at the end");
     for (const auto& groups : groups_) require(groups.empty(), "a wgmma is under way at the end of its thread");
+    for (const auto& [thread, groups] : store_groups_) require(groups.empty(), "a store is under way at the end");
   }
 
   int thread() const { return fibers_.current() - first_fiber_; }
@@ -146,6 +148,26 @@ class HopperCta {
   void shared_store(uint8_t* p, const uint32_t (&words)[4]) {
     std::memcpy(p, words, sizeof(words));
     note_store(p);
+  }
+
+  // Stores by TMA are as late as allowed, when their thread waits for the group, or as early.
+  void store_matrix(const TensorMap& map, const uint8_t* from, int x, int y) {
+    if (const char* problem = map_problem(map)) fail(problem);
+    const uint32_t address = shared_address(from);
+    require(!map.im2col && address % static_cast<uint32_t>(8 * most(16, map.swizzle)) == 0, "TMA: source");
+    require_published(address - kBase, map.box[0] * map.box[1], "TMA reads what was not published");
+    stores_[thread()].push_back({&map, address, x, y});
+    if (early_) write(stores_[thread()].back());
+  }
+  void store_commit() { store_groups_[thread()].push_back(std::move(stores_[thread()])); }
+  template <size_t pending>
+  void store_wait() {
+    fibers_.wait(nullptr);
+    auto& groups = store_groups_[thread()];
+    for (; groups.size() > pending; groups.erase(groups.begin())) {
+      for (const Store& store : groups.front())
+        if (!early_) write(store);
+    }
   }
 
   // Lane i has of matrix m the pair i % 4 of the row that lane 8 * m + i / 4 names.
@@ -246,6 +268,11 @@ class HopperCta {
     Corner corner;
     int offset_w, offset_h;
   };
+  struct Store {
+    const TensorMap* map;
+    uint32_t address;
+    int x, y;
+  };
   struct Mma {
     uint64_t codes, weight;
     bool accumulate;
@@ -304,8 +331,7 @@ class HopperCta {
     require(address % 128 == 0 && address % static_cast<uint32_t>(8 * most(16, map.swizzle)) == 0, "TMA: destination");
     const auto bytes = static_cast<size_t>(map.box[0]) * static_cast<size_t>(map.box[1]);
     require(address - kBase + bytes <= size_, "TMA: a box reaches past shared memory");
-    for (size_t i = 0; i < bytes; ++i)
-      require(unpublished_[address - kBase + i] == 0, "TMA writes where stores were not published");
+    require_published(address - kBase, map.box[0] * map.box[1], "TMA writes where stores were not published");
     std::memset(to, 0x5A, bytes);
     return Load{&map, to, barrier, 0, 0, {}, 0, 0};
   }
@@ -344,6 +370,20 @@ class HopperCta {
         const uint32_t address = to + static_cast<uint32_t>(row * map.box[0] + i);
         shared_[permuted(address, map.swizzle) - kBase] = byte;
       }
+    }
+  }
+
+  void require_published(uint32_t offset, int bytes, const char* what) const {
+    for (int i = 0; i < bytes; ++i) require(unpublished_[offset + static_cast<uint32_t>(i)] == 0, what);
+  }
+
+  MODIFF_HOT void write(const Store& store) const {
+    const TensorMap& map = *store.map;
+    auto* base = static_cast<uint8_t*>(const_cast<void*>(map.base));
+    for (int i = 0; i < map.box[0] * map.box[1]; ++i) {
+      const int64_t x = store.x + i % map.box[0], y = store.y + i / map.box[0];
+      if (x < 0 || x >= map.dims[0] || y < 0 || y >= map.dims[1]) continue;
+      base[y * map.strides[0] + x] = shared_[permuted(store.address + static_cast<uint32_t>(i), map.swizzle) - kBase];
     }
   }
 
@@ -407,6 +447,8 @@ class HopperCta {
   std::map<int, std::vector<uint32_t>> stored_;
   std::map<int, int64_t> counts_;
   std::map<int, std::vector<Mma>> open_;
+  std::map<int, std::vector<Store>> stores_;
+  std::map<int, std::vector<std::vector<Store>>> store_groups_;
   std::vector<std::vector<std::vector<Mma>>> groups_;
   std::vector<std::vector<Issued>> issued_;
   bool early_;

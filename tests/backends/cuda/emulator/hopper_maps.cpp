@@ -115,12 +115,18 @@ const char* limit(const Geometry& geometry, int bits, int codes_offset, int weig
   return sm90::limit_of(call);
 }
 
-// What TMA does not allow in the maps of a call, with any tile, or null.
+// What TMA does not allow in the maps of a call with float16 state, skip and output, with any tile, or null.
 const char* problem_of_maps(const Geometry& geometry, int bits) {
-  const ProductCall call = call_of(geometry, bits);
+  ProductCall call = call_of(geometry, bits);
+  ProductProblem& p = call.problem;
+  p.y_hat = p.out = reinterpret_cast<void*>(uintptr_t{8192});
+  p.skip = p.y_hat;
+  p.y_hat_dtype = p.skip_dtype = p.out_dtype = DType::kFloat16;
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
     const auto args = sm90::product_args(call, sm90::tiling_of_tile(call, tile, 1));
-    for (const sm90::TensorMap* map : {&args.codes, &args.weight, bits == 3 ? &args.high_plane : &args.weight}) {
+    for (const sm90::TensorMap* map :
+         {&args.codes, &args.weight, &args.high_plane, &args.slices[0], &args.slices[1], &args.y_hat, &args.out}) {
+      if (map->base == nullptr) continue;
       if (const char* problem = sm90::map_problem(*map)) return problem;
     }
   }
