@@ -145,14 +145,13 @@ class ProductEmulator(Emulator):
         head = form.numpy().tobytes() + struct.pack("4q", self.tile, self.splits, code_bits, self.falling)
         return self.answer(head, tensors, form)
 
-    def answer(self, head, tensors, form, *more):
-        """The request's; more: what is answered besides out and y_hat."""
+    def answer(self, head, tensors, form):
         codes, y_hat = tensors[0], tensors[7]
         *geometry, _, geglu, write_out, out_dtype = map(int, form.tolist()[:18])
         out = None
         if write_out:
             out = _output(codes, geometry, list(DTYPES)[out_dtype], geglu)
-        self.ask(head, tensors, (out, y_hat, *more))
+        self.ask(head, tensors, (out, y_hat))
         return torch.empty(0, dtype=list(DTYPES)[out_dtype]) if out is None else out
 
 
