@@ -94,7 +94,7 @@ struct HopperCta : DeviceCta {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
   }
 
-  __device__ __forceinline__ void shared_store(uint8_t* p, const uint32_t (&words)[4]) const {
+  __device__ __forceinline__ void shared_store(uint8_t* p, const uint32_t* words) const {
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
   }
   // Four matrices of 8 x 8 two-byte values between shared memory and registers: lane i names row i % 8 of matrix i / 8,

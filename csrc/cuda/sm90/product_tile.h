@@ -58,13 +58,22 @@ MODIFF_HD T held(T value) {
   return value;
 }
 
+// A constant that stays in a register of its own: the assembler does not know that no lane's number reaches 32, and would
+// make it anew for each use.
+MODIFF_HD uint32_t in_register(uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  asm("{\n.reg .u32 zero;\nmov.u32 zero, %%laneid;\nshr.u32 zero, zero, 5;\nadd.u32 %0, %0, zero;\n}\n" : "+r"(value));
+#endif
+  return value;
+}
+
 constexpr int kSharedBytes = 227 << 10;  // of a thread block, with capability 9.0
 
 template <int bits, int blocks, int columns>
 struct ProductTile {
   static constexpr int kBits = bits, kBlocks = blocks, kColumns = columns;
   static constexpr bool kPacked = kBits != 8;
-  static constexpr int kRaised = kBits == 4 ? 4 : kBits == 3 ? 5 : 0;  // sums are those of the codes times 2^kRaised
+  static constexpr int kRaised = kBits == 4 ? 4 : 0;  // sums are those of the codes times 2^kRaised
   static constexpr int kConsumers = 2, kWarpgroupWarps = kWarpgroup / kWarp;
   static constexpr int kRows = kConsumers * kBlocks * kMmaRows;
   static constexpr int kFirstConsumer = kPacked ? 2 : 1;  // warpgroup

@@ -145,8 +145,8 @@ class HopperCta {
     loads_.push_back(load);
   }
 
-  void shared_store(uint8_t* p, const uint32_t (&words)[4]) {
-    std::memcpy(p, words, sizeof(words));
+  void shared_store(uint8_t* p, const uint32_t* words) {
+    std::memcpy(p, words, 16);
     note_store(p);
   }
 
