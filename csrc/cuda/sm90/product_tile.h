@@ -98,11 +98,17 @@ struct ProductTile {
     uint8_t weight[kStages][kWeightBytes];
     uint8_t packed[kPacked ? kStages : 1][kPacked ? kPackedBytes : 16];
     uint64_t full[kStages], empty[kStages], packed_full[kStages];
-    uint32_t last;  // whether this block is the last one of a tile
+    uint64_t peer_empty[kStages];  // that of the cluster's other block, for sums
+    uint32_t last;                 // whether this block is the last one of a tile
   };
   static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
   static_assert(kStages >= 3 && kColumns % kSlice == 0 && kCodesBytes % 1024 == 0 && kWeightBytes % 1024 == 0, "tile");
   static_assert(kStageSlices == 2 && kSliceBytes % 1024 == 0, "slices");
+
+  // Half of a tile's sums, those of a consumer, pass from one block of a cluster to the other through stages.
+  static constexpr int kStageSums = kCodesBytes / (kWarpgroup * 4);  // of a thread
+  static constexpr int kSumStages = (kBlocks * kSums + kStageSums - 1) / kStageSums;
+  static MODIFF_HD int sum_stages(const Schedule& schedule) { return in_clusters(schedule) ? kSumStages : 0; }
 
   // How many stages the slices of a tile take.
   static MODIFF_HD int slice_stages(int parts) { return ceil_div(kSlices * parts, kStageSlices); }

@@ -53,16 +53,16 @@ MODIFF_HD void unpack_stage(Cta& cta, const uint8_t* packed, uint8_t* weight, co
 
 template <class P, class Cta, class Map>
 MODIFF_HD void unpack(Cta& cta, typename P::Shared& shared, const ProductArgs<Map>& args) {
-  const int slices = P::slice_stages(args.slice.parts);
+  const int others = P::sum_stages(args.schedule) + P::slice_stages(args.slice.parts);
   const PlaneConstants constants = {in_register(PlaneConstants{}.negative), in_register(PlaneConstants{}.mask)};
   Ring<P::kStages> ring;
   for (int index = static_cast<int>(cta.block()); index < work_count(args.schedule); index += cta.blocks()) {
     const Work work = work_of(args.schedule, index);
-    const int stages = work.end_k_block - work.first_k_block + slices;
+    const int stages = work.end_k_block - work.first_k_block + others;
     MODIFF_NO_UNROLL for (int i = 0; i < stages; ++i) {
       // The producer filled the packed rows after the stage was empty, so the place for int8 is empty too.
       cta.wait(&shared.packed_full[ring.stage], ring.parity);
-      if (i < stages - slices) {
+      if (i < stages - others) {
         unpack_stage<P>(cta, shared.packed[ring.stage], shared.weight[ring.stage], constants);
         cta.publish_stores();
       }
