@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # so that type checkers see what __getattr__ gives
     from modiff_kernels.integrations.handle import Handle
     from modiff_kernels.integrations.planner import make_plan
     from modiff_kernels.models import load_shipped
-    from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+    from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, sampling_run
 
 _NAMES = {
     "calibration": ("calibrate",),
@@ -28,13 +28,13 @@ _NAMES = {
     "integrations.handle": ("Handle",),
     "integrations.planner": ("make_plan",),
     "models": ("load_shipped",),
-    "nn": ("ModulatedConv2d", "ModulatedLinear", "ModulationState"),
+    "nn": ("ModulatedConv2d", "ModulatedLinear", "ModulationState", "sampling_run"),
 }
 _HOME_OF = {name: f"modiff_kernels.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = ["CalibrationResult", "Handle", "LayerPlan", "ModiffConfig", "ModulatedConv2d", "ModulatedLinear"]
 __all__ += ["ModulationState", "StepSchedule", "__version__", "accelerate", "calibrate", "fit_schedule"]
-__all__ += ["load_shipped", "make_plan"]
+__all__ += ["load_shipped", "make_plan", "sampling_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -121,7 +121,7 @@ def quantize(
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
     try:
         codes, used, absmax, zero_point = torch.ops.modiff_cpu.quantize.default(
-            h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes_of(h, kind), _isa
+            h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes_of(h.shape, kind), _isa
         )
     except RuntimeError as error:
         if "holds NaN or Inf" not in str(error):

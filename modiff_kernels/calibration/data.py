@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modiff_kernels.nn.call import CallForm, denoiser_of
+
 TIME_STEPS = ("uniform", "ndtc")
 CONDITIONS = "conditions."  # before the names of conditions among other tensors
 
@@ -49,8 +51,7 @@ def sampler_of(
         if scheduler is None or sample is None:
             raise ValueError(f"{where}: a bare UNet does not sample; give scheduler= and sample=, or its pipeline")
         return Sampler(target, scheduler, steps, sample)
-    if not isinstance(getattr(target, "unet", None), nn.Module):
-        raise TypeError(f"{where}: got {type(target).__name__}; give a pipeline with a `unet`, or a UNet")
+    denoiser_of(where, target)
     if scheduler is not None or sample is not None:
         raise ValueError(f"{where}: a pipeline has a scheduler and samples by itself; leave scheduler and sample out")
     return pipeline_sampler(target, steps, call_kwargs)
@@ -64,7 +65,8 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
     if "prompt" in accepted and not {"prompt", "prompt_embeds"} & set(call_kwargs):
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
     options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
-    return Sampler(pipe.unet, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options))
+    denoiser = denoiser_of("calibrate", pipe)
+    return Sampler(denoiser, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options))
 
 
 def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[str, Any]) -> Any:
@@ -145,7 +147,7 @@ class CalibrationData:
     def run(self, unet: nn.Module, points: Tensor, previous: bool = False) -> Any:
         """What `unet` gives at `points`, or at the calls before them; its [0] is the output."""
         args, kwargs = self.arguments(points, previous)
-        return unet(*args, **kwargs)
+        return CallForm(unet).adapted(unet)(*args, **kwargs)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as one flat dict, for `from_tensors`."""
@@ -183,14 +185,16 @@ def collect(
 
 def _run(sampler: Sampler, chosen: Tensor, seeds: Sequence[int]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """The points that one run gives at each of its calls, `chosen` (int64 [images, k]) alone, and its conditions."""
-    signature = inspect.signature(sampler.unet.forward)
+    signature, form = inspect.signature(sampler.unet.forward), CallForm(sampler.unet)
     points: list[dict[str, Tensor]] = []
     conditions: dict[str, Tensor] = {}
     previous: dict[str, Tensor] = {}
 
     def keep(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal conditions, previous
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        args, kwargs = form.as_unet(args, kwargs)
+        names = signature.parameters if form.timestep is None else ("sample", "timestep")
+        arguments = dict(zip(names, args)) | kwargs
         sample = arguments.pop("sample").detach().clone()
         timestep = torch.as_tensor(arguments.pop("timestep"), dtype=torch.float32).detach().cpu()
         current = {"sample": sample, "timestep": timestep.reshape(-1).expand(len(sample))}

@@ -15,7 +15,16 @@ from modiff_kernels.config.schedule import AUTO, StepSchedule
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
-DEFAULT_SKIP_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj")
+FIRST, LAST, TIME, MODULATION = ": the first layer", ": the last layer", ": of the timestep", ": modulation"
+DEFAULT_SKIP_MODULES = {
+    **dict.fromkeys(("conv_in", "init_conv", "x_embedder", "img_in", "patch_embed"), FIRST),
+    **dict.fromkeys(("^pos_embed", "^proj_in", "^embed", "^embedding"), FIRST),
+    **dict.fromkeys(("conv_out", "out_conv", "^proj_out", "^out", "final_", "^clf", "^mlm_layer"), LAST),
+    **dict.fromkeys(("time", "temb", "t_embedder", "emb_layers", "map_layer", "affine", "guidance"), TIME),
+    **dict.fromkeys(("norm.linear", "adaln", "modulation", "img_mod", "txt_mod", "mapper"), MODULATION),
+}
+"""With what they stand for: the names of diffusers, guided-diffusion, LDM, EDM and DiT for layers that are small, or
+compute one row per sample, and whose errors are in all that follows."""
 FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
 
 log = logging.getLogger(__name__)
@@ -76,7 +85,9 @@ class ModiffConfig:
     state_dtype: "float32", "float16", "bfloat16" or the torch dtype; None is float32 on the CPU, float16 on CUDA.
     group_size: None for one weight scale per output channel, else the number of weights along K that share one.
     skip_modules: parts of module paths that stay float. A part "a.b" fits a path with consecutive names that
-        contain "a" and "b"; a number must be equal ("down_blocks.1" does not fit "down_blocks.10").
+        contain "a" and "b"; a number must be equal ("down_blocks.1" does not fit "down_blocks.10"). "^a" fits a path
+        whose first name is "a", or "a" and a number ("^proj_out" fits "proj_out_1"). The default names first, last,
+        timestep and modulation layers.
     backend: "auto", or a backend by name, which then never falls back.
     mode: "modulated", or "quantized" (plain low-bit layers without state: clip_ratio and state_dtype are not
         used, and scale_mode "delayed" is "dynamic").
@@ -102,7 +113,7 @@ class ModiffConfig:
     scale_mode: str = "dynamic"
     state_dtype: str | None = None
     group_size: int | None = None
-    skip_modules: tuple[str, ...] = DEFAULT_SKIP_MODULES
+    skip_modules: tuple[str, ...] = tuple(DEFAULT_SKIP_MODULES)
     backend: str = "auto"
     mode: str = "modulated"
     clip_ratio: float = 1.0
@@ -184,8 +195,11 @@ class ModiffConfig:
     def skips(self, path: str) -> str | None:
         """The first of `skip_modules` that fits the dotted module path, or None."""
         names = path.split(".")
+        first = f"^{names[0].rstrip('_0123456789')}"
         for pattern in self.skip_modules:
             parts = pattern.split(".")
+            if pattern == first:
+                return pattern
             for start in range(len(names) - len(parts) + 1):
                 pairs = zip(parts, names[start:])
                 if all(part == name if part.isdigit() else part in name for part, name in pairs):

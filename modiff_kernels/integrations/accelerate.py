@@ -1,19 +1,21 @@
-"""`accelerate`: puts low-bit layers into a diffusers UNet in place; its `Handle` explains them and takes them out.
+"""`accelerate`: puts low-bit layers into a denoiser in place; its `Handle` explains them and takes them out.
 
-`set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces the number of UNet calls."""
+`set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces the number of calls."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.forward import obstacle_of
-from modiff_kernels.integrations.handle import HANDLE, Handle
+from modiff_kernels.integrations.handle import HANDLE, Handle, Handles
 from modiff_kernels.integrations.plans import plan_of
-from modiff_kernels.integrations.replacements import calibrated_beside, calibrated_layers, replacements_of
+from modiff_kernels.integrations.replacements import calibrated_beside, calibrated_layers, for_kind, replacements_of
+from modiff_kernels.nn.call import denoiser_of, denoisers_of
 from modiff_kernels.nn.layer import ModulatedLayer
 
 
@@ -26,12 +28,13 @@ def accelerate(
     share_inputs: bool = True,
     keep_original: bool | None = None,
 ) -> Handle:
-    """Replace the Linear and Conv2d layers of a UNet in place; returns the handle that explains and removes it all.
+    """Replace the Linear and Conv2d layers of a denoiser in place; returns the handle that explains and removes it all.
 
-    target: a pipeline with a `unet` and a `scheduler` (whose `set_timesteps` then begins the runs), or a UNet
-    (UNet2DModel, UNet2DConditionModel or another module with a 4-D sample as first argument; runs are opened with
-    `with handle.sampling_run():`). calibration: a CalibrationResult or its folder: weight codes and, for scale_mode
-    "static", activation scales; config None is then the one it was calibrated for. "auto": the one in the folder
+    target: a pipeline of diffusers with a `unet` or `transformer`, whose scheduler's `set_timesteps` then begins the
+    runs; of one with several denoisers the handle is one for all. Or any network (torch.nn.Module) that is called with
+    the sample first, and with a timestep; runs are opened with `with handle.sampling_run():`. Errors and texts call
+    every denoiser a UNet. calibration: a CalibrationResult or its folder: weight codes and, for scale_mode "static",
+    activation scales; config None is then the one it was calibrated for. "auto": the one in the folder
     `modiff_calibration` beside the model, if there is one for these weights, layers and weight_bits; None: round.
     static_scales: scale per layer path for scale_mode "static", without a calibration.
     share_inputs: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
@@ -47,6 +50,20 @@ def accelerate(
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
     to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
     UNet is accelerated already, BackendUnavailable if config.backend cannot do it."""
+    if not isinstance(target, nn.Module) and len(several := denoisers_of(target)) > 1:
+        if static_scales or calibration not in (None, "auto"):
+            raise ValueError(
+                f"accelerate: scales and calibration are of one denoiser; give {' or '.join(several)} alone"
+            )
+        options: Any = {"share_inputs": share_inputs, "keep_original": keep_original, "calibration": calibration}
+        handles = {}
+        with contextlib.ExitStack() as undo:
+            for name, denoiser in several.items():
+                handles[name] = accelerate(denoiser, config, **options)
+                undo.callback(handles[name].remove)
+                handles[name].attach(target)
+            undo.pop_all()
+        return cast(Handle, Handles(handles))
     unet, pipe = resolve(target, allow_loaded=True)
     loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:
@@ -67,6 +84,7 @@ def accelerate(
     origin = "" if result is None else result.method
     if calibration == "auto" and not static_scales:
         calibrated, origin = calibrated_beside(config, unet, pipe)
+    config, by_kind = (config, "") if result is not None else for_kind(unet, config)
     plan = plan_of(unet, config, calibrated, share_inputs)
     replaced = replacements_of(unet, config, calibrated, share_inputs, plan)
     missing = [] if result is None else [path for path in replaced.layers if path not in result.layers]
@@ -74,18 +92,15 @@ def accelerate(
         text = f"({result.method}); name them in skip_modules, or calibrate with the skip_modules that are used here"
         raise ValueError(f"accelerate: {', '.join(map(repr, missing[:5]))} were not calibrated {text}")
     handle = Handle(unet, pipe, config, replaced, keep_original is not False)
-    handle.calibration = origin
+    handle.calibration, handle.by_kind = origin, by_kind
     handle.install()
     return handle
 
 
 def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:
-    """The UNet of `target`, and the pipeline around it or None. TypeError for anything else, RuntimeError for a UNet
+    """The denoiser of `target`, and the pipeline around it or None. TypeError for anything else, RuntimeError for one
     that is accelerated already; `allow_loaded` lets those pass that diffusers loaded in low bits."""
-    unet, pipe = (target, None) if isinstance(target, nn.Module) else (getattr(target, "unet", None), target)
-    if not isinstance(unet, nn.Module):
-        text = "or a pipeline with a `unet`; pipelines built on a transformer are not supported"
-        raise TypeError(f"accelerate: got {type(target).__name__}; give a UNet (torch.nn.Module) {text}")
+    unet, pipe = denoiser_of("accelerate", target), None if isinstance(target, nn.Module) else target
     single = isinstance(unet, (nn.Linear, nn.Conv2d))
     if single or getattr(unet.forward, "__func__", None) is nn.Module.forward:
         what = f"{type(unet).__name__} is a {'single layer' if single else 'container without a forward'}"

@@ -16,6 +16,7 @@ from modiff_kernels.calibration.data import Sampler, sampler_of
 from modiff_kernels.integrations.handle import HANDLE
 from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.integrations.scheduled import in_form, sample_of
+from modiff_kernels.nn.call import CallForm, denoiser_of
 from modiff_kernels.planning import clock, stored
 from modiff_kernels.planning.fit import Answer, Fit, Target, fitted
 from modiff_kernels.planning.forecast import combine, polynomial
@@ -66,7 +67,7 @@ def fit_schedule(
         pictures = sampler(steps).run(seeds)
         return pictures if target is unet else pictures[0]
 
-    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
+    unet = denoiser_of("fit_schedule", target)
     if hasattr(unet, HANDLE):
         raise ValueError("fit_schedule: the UNet is accelerated; call remove() on its handle before")
     if clock.is_stochastic(own := sampler(steps).scheduler):
@@ -130,7 +131,7 @@ class _Passes:
         return [states[call * self._passes] for call in kept], [outputs[call * self._passes] for call in kept], picture
 
     def __call__(self, answer: Answer) -> Tensor:
-        number = itertools.count()
+        number, form = itertools.count(), CallForm(self._unet)
 
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             call, part = divmod(next(number), self._passes)
@@ -140,7 +141,8 @@ class _Passes:
                 self._forms[asked] = original(*args, **kwargs)
                 return sample_of(self._forms[asked])
 
-            output = answer(call, part, args[0] if args else kwargs["sample"], compute)
+            sample = next(iter(form.as_unet(args, kwargs)[0]), kwargs.get("sample"))
+            output = answer(call, part, sample, compute)
             return in_form(self._forms[asked], output)
 
         with contextlib.ExitStack() as undo:

@@ -22,9 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from modiff_kernels.integrations.graphs import GraphedCalls
 from modiff_kernels.integrations.hooks import Wrapper, set_attribute, wrap_forward
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.blocks.attention import PROCESSORS
 from modiff_kernels.nn.blocks.base import is_adapter
 from modiff_kernels.nn.cache import TimeTable, tensor_version
+from modiff_kernels.nn.call import CallForm
 from modiff_kernels.ops.dispatch import torch_must_see
 from modiff_kernels.ops.registry import inline_kernels, is_about_values
 from modiff_kernels.planning import clock
@@ -41,14 +41,14 @@ OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedd
 class UNetForward:
     """Takes the place of the forward of `unet`. graphs: for CUDA graphs, or None. timesteps: reads those of calls."""
 
-    def __init__(self, unet: nn.Module, state: ModulationState, graphs: GraphedCalls | None) -> None:
+    def __init__(self, unet: nn.Module, form: CallForm, state: ModulationState, graphs: GraphedCalls | None) -> None:
         self.state = state
         self.graphs = graphs
         self.timesteps = HostTimesteps()
-        self._unet = unet
+        self._unet, self._form = unet, form
         # Hooks of Hugging Face's accelerate, which move the weights of the whole UNet, stay outside.
         self._name = "_old_forward" if "_hf_hook" in unet.__dict__ and hasattr(unet, "_old_forward") else "forward"
-        self._plain = getattr(unet, self._name)
+        self._plain = form.adapted(getattr(unet, self._name))
         self._compiled: Callable[..., Any] | None = None
         self.uncompiled = 0  # calls
         self._relocations = -1  # of the state, after the last call that was run as it is
@@ -59,6 +59,8 @@ class UNetForward:
         self._seen: Any = None  # with addresses of weights
 
     def install(self, undo: contextlib.ExitStack) -> None:
+        if self._form.timestep is not None:
+            wrap_forward(self._unet, lambda _, *args, **kwargs: self._plain(*args, **kwargs), undo, self._name)
         wrap_forward(self._unet, self._forward, undo, self._name)
         for name in ("enable_freeu", "disable_freeu"):
             if callable(method := getattr(self._unet, name, None)):
@@ -230,7 +232,8 @@ def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
         if path and (hooked or module._forward_hooks or module._forward_pre_hooks):
             text = f"on '{path}', which has to see every call; remove it"
             return f"not possible with a hook or a forward of its own {text}"
-        if processor is not None and (type(processor).__module__ != PROCESSORS[0] or isinstance(processor, nn.Module)):
+        of_diffusers = type(processor).__module__.startswith("diffusers.models.")
+        if processor is not None and (not of_diffusers or isinstance(processor, nn.Module)):
             text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
             return f"not possible with the attention processor {text}"
     device = device_of([module._parameters for module in unet.modules()])

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.integrations.watch import Watch
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks import covering
+from modiff_kernels.nn.call import CallForm
 from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
 
@@ -34,6 +36,7 @@ MOVED = (
     "there than float does; call accelerate() after .to('cuda'), or give a plan ('modulated' says that this is meant)"
 )
 
+OTHERS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)
 HANDLE = "_modiff_handle"  # attribute of a UNet: the handle that is alive for it
 
 
@@ -53,10 +56,11 @@ class LayerRow:
 class Handle:
     """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
     path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
+    by_kind: what the kind of network has changed in the config that was asked for, and why.
     is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether the float weights of low-bit layers
     are kept."""
 
-    calibration = ""
+    calibration = by_kind = ""
 
     def __init__(
         self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements, keep_original: bool = True
@@ -78,7 +82,8 @@ class Handle:
         graphs = GraphedCalls(self.state, CudaCapture()) if wanted else None
         if graphs is not None and config.max_state_bytes is not None:
             graphs.most_shapes = 1
-        self._forward = UNetForward(unet, self.state, graphs)
+        self._form = CallForm(unet)
+        self._forward = UNetForward(unet, self._form, self.state, graphs)
         self._steps: Steps | None = None
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
@@ -190,6 +195,12 @@ class Handle:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
             summary.append(f"{self.plan.describe()}\n")
+        if self.by_kind:
+            summary.append(self.by_kind)
+        others = Counter(type(module).__name__ for module in self.unet.modules() if isinstance(module, OTHERS))
+        if others:
+            listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
+            summary.append(f"float besides: {listed}, for which there are no low-bit kernels")
         if graphs := self._forward.describe_graphs():
             summary.append(graphs)
         if self._forward.uncompiled:
@@ -279,6 +290,7 @@ class Handle:
 
     def _enter(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         self._watch.look()
+        args, kwargs = self._form.as_unet(args, kwargs)
         replaced = not all(self._is_wrapped(pipe.scheduler) for pipe in self._pipes)
         if replaced and self.state.needs_run and not self._own_runs:
             text = "call handle.wrap_scheduler() once after the change, before set_timesteps()"
@@ -350,6 +362,21 @@ class Handle:
         bits = f"w{self.config.weight_bits}a{self.config.act_bits}"
         reason = f"part of the fused block {covering(path, self.replaced.fused)}"
         return LayerRow(path, kind, shape, "fused", bits, self.config.backend, reason)
+
+
+class Handles:
+    """The handles of a pipeline with several denoisers, by their names there. What is called here is called on each,
+    and gives the results by name, `explain` in one text."""
+
+    def __init__(self, handles: dict[str, Handle]) -> None:
+        self.handles = handles
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = {key: getattr(handle, name)(*args, **kwargs) for key, handle in self.handles.items()}
+            return "\n\n".join(map("{0[0]}: {0[1]}".format, found.items())) if name == "explain" else found
+
+        return call
 
 
 def channels_last(value: Any) -> Any:

@@ -24,6 +24,7 @@ from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.accelerate import resolve
 from modiff_kernels.integrations.measurement import Bench, Sample, Subject, recorded
 from modiff_kernels.integrations.plans import low_bit_modes
+from modiff_kernels.nn.call import CallForm, denoisers_of
 from modiff_kernels.planning import choice
 from modiff_kernels.planning.choice import Costs
 
@@ -79,6 +80,7 @@ def make_plan(
     with tqdm(desc="plan", unit="run", disable=not progress, leave=False) as bar, torch.no_grad():
         calls, pictures = recorded(unet, sample)
         args, kwargs = calls[0]
+        args = CallForm(unet).as_unet(args, kwargs)[0]
         key = plan_cache.key_of(unet, config, (args[0] if args else kwargs["sample"]).shape)
         known = plan_cache.stored(key) if use_cache else None
         if known is not None and known.source == "measured" and known.max_loss_db == max_loss_db:
@@ -166,11 +168,12 @@ def _sampler_of(pipe: Any, options: dict[str, Any]) -> Sample:
     """Pictures of a pipeline with another UNet in it, always from the same noise."""
 
     def sample(unet: nn.Module) -> Any:
-        own, pipe.unet = pipe.unet, unet
+        [(name, own)] = denoisers_of(pipe).items()
+        setattr(pipe, name, unet)
         try:
             generator = torch.Generator().manual_seed(0)
             return pipe(**{"generator": generator, "output_type": "np", **options}).images
         finally:
-            pipe.unet = own
+            setattr(pipe, name, own)
 
     return sample

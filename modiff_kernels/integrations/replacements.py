@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from modiff_kernels.calibration.job import layers_of
 from modiff_kernels.calibration.result import FOLDER_NAME, CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
-from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, LayerPlan, Mode
+from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.blocks.base import Calibrated, is_adapter, is_as_written
@@ -125,6 +125,21 @@ def runs_on_gpu(unet: nn.Module) -> bool:
     return is_gpu(next(unet.parameters()).device)
 
 
+def for_kind(unet: nn.Module, config: ModiffConfig) -> tuple[ModiffConfig, str]:
+    """`config` as its defaults are meant for this network, and what that changes. A transformer has attention, and no
+    convolution but of patches and single channels."""
+    if config.plan is not None or (config.mode, config.act_bits, config.scale_mode) != (MODULATED, 8, "dynamic"):
+        return config, ""
+    names = " ".join(f"{path} {type(each).__name__}" for path, each in unet.named_modules()).lower()
+    attends = "attention" in names or "attn" in names
+    convs = [each for path, each in unet.named_modules() if isinstance(each, nn.Conv2d) and not config.skips(path)]
+    if not attends or any(conv.groups == 1 and conv.kernel_size > conv.stride for conv in convs):
+        return config, ""
+    text = "modulating them moves more bytes than it saves; plan='modulated' modulates them"
+    config = dataclasses.replace(config, mode=QUANTIZED, granularity=config.granularity or "per_token")
+    return config, f"8-bit layers of a transformer are plain, with a scale per token: {text}"
+
+
 def has_delayed_scales(unet: nn.Module, config: ModiffConfig) -> bool:
     """Whether plans that are estimated give delayed scales where `config` has dynamic ones: on a GPU, where finding the
     range takes a pass of its own, for 8-bit residuals, which have bits to spare for a margin (`nn.tensors`)."""
@@ -213,7 +228,7 @@ def _reasons_around(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def _why_float(path: str, module: nn.Module, config: ModiffConfig) -> str | None:
     if (pattern := config.skips(path)) is not None:
-        return f"skip_modules has {pattern!r}"
+        return f"skip_modules has {pattern!r}{DEFAULT_SKIP_MODULES.get(pattern, '')}"
     if config.weight_bits is None:
         return "weight_bits is None"
     plain = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear

@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -233,9 +233,13 @@ def _fitted_plan(schedule: StepSchedule, calls: int, places: Sequence[float]) ->
 
 
 def sample_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample
+    """What a network returns: a tensor, or the first entry of a tuple or output object. ValueError for another."""
+    found = output if isinstance(output, Tensor) or not hasattr(output, "__getitem__") else output[0]
+    found = getattr(found, "sample", found)
+    if not isinstance(found, Tensor):
+        text = "which are not one tensor for all of the batch; leave out the schedule"
+        raise ValueError(f"schedule: the network returns {type(output).__name__} of {type(found).__name__}, {text}")
+    return found
 
 
 def in_form(form: Any, sample: Tensor) -> Any:
@@ -244,4 +248,5 @@ def in_form(form: Any, sample: Tensor) -> Any:
         return sample
     if isinstance(form, tuple):
         return (sample, *form[1:])
-    return type(form)(sample=sample)
+    name = next(iter(form), "sample") if isinstance(form, Mapping) else "sample"
+    return type(form)(**{**(form if isinstance(form, Mapping) else {}), name: sample})

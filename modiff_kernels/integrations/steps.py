@@ -88,7 +88,7 @@ class Steps:
         if index is None:
             if value is None and state.scheduled and self.announced:
                 value = clock.host_timestep(self._held)  # read once a run
-            found = None if value is None else self._find(value, 0)
+            found = None if value is None else self._find_in_units(value)
             self.announced = [] if found is None else self.announced
             self._index = self.first = found or 0
             self._start = self._at if found is None else None
@@ -96,7 +96,7 @@ class Steps:
             return
         found = index + 1
         if self.announced and not same and value is not None:
-            found = self._find(value, found)
+            found = self._find(self._scale * value + self._offset, found)
         if found is None and index == self.first:  # one of other timesteps was an announced one by chance
             found, self.announced, self._start = index + len(self.announced) + MOST_AHEAD, [], self._at
         if found is None:
@@ -110,6 +110,15 @@ class Steps:
             state.begin_anew()  # another picture, or another part of this one
         self._index, state.step_index = found, found - self.first
 
+    def _find_in_units(self, value: float) -> int | None:
+        """`_find` of the first call, whose network may get the timestep as part of all, of noise or of signal."""
+        whole = float(getattr(getattr(self.scheduler, "config", None), "num_train_timesteps", None) or 1)
+        forms = [(1.0, 0.0), (whole, 0.0), (-whole, whole)]
+        for self._scale, self._offset in forms if value > 1 else [*forms[1:], forms[0]]:
+            if (found := self._find(self._scale * value + self._offset, 0)) is not None:
+                return found
+        return None
+
     def _find(self, value: float, start: int) -> int | None:
         """Index of the announced timestep nearest to `value`, if near: from `start` on, or before it."""
         announced = self.announced
@@ -117,7 +126,9 @@ class Steps:
             return start
         order = [*range(start, len(announced)), *range(min(start, len(announced)))]
         found = min(order, key=lambda index: abs(announced[index] - value), default=None)
-        return None if found is None or abs(announced[found] - value) > NEAR * max(announced) else found
+        dtype = getattr(self._held, "dtype", None)
+        near = torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else NEAR
+        return None if found is None or abs(announced[found] - value) > near * max(announced) else found
 
 
 def _conditions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, int]]:

@@ -44,7 +44,7 @@ class ModulatedLayer(nn.Module):
     window: Window | None = None
     stack: "LinearStack | None" = None
     packed: PackedWeight | None = None
-    feeds_geglu = False
+    feeds_geglu = has_more_uses = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if (kwargs and not args) or not all(isinstance(arg, nn.Module) for arg in args[:1]):
@@ -56,7 +56,7 @@ class ModulatedLayer(nn.Module):
         self,
         original: nn.Module,
         config: ModiffConfig,
-        state: ModulationState,
+        state: ModulationState | None,
         name: str,
         shared_input: str | None = None,
         calibrated: CalibratedLayer = NOT_CALIBRATED,
@@ -71,7 +71,8 @@ class ModulatedLayer(nn.Module):
         self.register_parameter("bias", original.bias)
         for attribute in ("training", *self.mirrored):
             setattr(self, attribute, getattr(original, attribute))
-        self.name, self.state = name, state
+        self.owns_state = state is None
+        self.name, self.state = name, (state := state or ModulationState(config.state_dtype))
         self.mode = "float" if config.act_bits is None else config.mode
         self.weight_bits, self.act_bits = config.weight_bits, config.act_bits
         self.group_size = -1 if config.group_size is None else config.group_size
@@ -267,6 +268,9 @@ class ModulatedLayer(nn.Module):
         shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them
         name the layer."""
         x: Any = hidden_states if input is None else input
+        if self.owns_state and self.state.action is None:
+            with self.state.call():
+                return self.forward(x)
         if x.requires_grad and torch.is_grad_enabled() and self.mode != "float":
             text = "call the UNet inside `with torch.no_grad():`, or handle.remove() first to train or differentiate"
             raise RuntimeError(f"layer '{self.name}' has no gradient but its input asks for one; {text}")
@@ -288,12 +292,15 @@ class ModulatedLayer(nn.Module):
         return out if canonical.ndim == x.ndim else out.view(*x.shape[:-1], -1)
 
     def _is_used_again(self) -> bool:
-        """Whether this call has used the layer before, so that the state is that of another tensor."""
+        """Whether this call has used the layer before, so that the state is that of another tensor. Code is compiled
+        for all uses of a layer; where the first call of the run, which is not, had several, none has the state."""
         if self.output is None or torch.compiler.is_compiling():
-            return False
+            return self.has_more_uses
         held = self.output.contexts.get(self.state.context_name)
         before, self._last_use = self._last_use, self.state.serial
-        return held is not None and held.written and before == self._last_use
+        again = held is not None and held.written and before == self._last_use
+        self.has_more_uses = self.has_more_uses or again
+        return again
 
     def scaled(self, x: Tensor) -> Tensor:
         """`x` times the calibrated scale of every input channel; `x` itself where there is none."""
@@ -376,15 +383,23 @@ class ModulatedLinear(ModulatedLayer):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, config: ModiffConfig, state: ModulationState, name: str, *more: Any, **options: Any
+        cls,
+        linear: nn.Linear,
+        config: ModiffConfig | None = None,
+        state: ModulationState | None = None,
+        name: str = "linear",
+        *more: Any,
+        **options: Any,
     ) -> "ModulatedLinear":
         """The low-bit form of `linear`, which is kept inside and not changed.
 
-        name: the path of the layer, unique in `state`. more: shared_input, key of the tensor it reads (layers that
-        always get the very same tensor share one; None: a tensor of its own), and calibrated: codes, scales and bias.
+        config: None for ModiffConfig(). state: None for one of its own: every forward is then a call of the run that
+        `sampling_run` has begun. name: the path of the layer, unique in `state`. more: shared_input, key of the tensor
+        it reads (layers that always get the very same tensor share one; None: a tensor of its own), and calibrated:
+        codes, scales and bias.
         Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on a calibration
         of another layer."""
-        return cls(linear, config, state, name, *more, **options)
+        return cls(linear, config or ModiffConfig(), state, name, *more, **options)
 
 
 class ModulatedConv2d(ModulatedLayer):
@@ -396,14 +411,30 @@ class ModulatedConv2d(ModulatedLayer):
 
     @classmethod
     def from_conv2d(
-        cls, conv: nn.Conv2d, config: ModiffConfig, state: ModulationState, name: str, *more: Any, **options: Any
+        cls,
+        conv: nn.Conv2d,
+        config: ModiffConfig | None = None,
+        state: ModulationState | None = None,
+        name: str = "conv2d",
+        *more: Any,
+        **options: Any,
     ) -> "ModulatedConv2d":
         """The low-bit form of `conv`, from the arguments of `ModulatedLinear.from_linear`. Raises ValueError also on
         padding that is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
-        return cls(conv, config, state, name, *more, **options)
+        return cls(conv, config or ModiffConfig(), state, name, *more, **options)
+
+
+@contextlib.contextmanager
+def sampling_run(network: nn.Module) -> Iterator[None]:
+    """One run of the layers in `network` that have a state of their own: each forward is a call."""
+    with contextlib.ExitStack() as runs:
+        for module in network.modules():
+            if isinstance(module, ModulatedLayer) and module.owns_state:
+                runs.enter_context(module.state.sampling_run())
+        yield
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ R = TypeVar("R", bound="Run")
 
 NEW_RUN = (
     "begin a new run (scheduler.set_timesteps() of an accelerated pipeline, or of another one after "
-    "handle.wrap_scheduler(pipe), or `with handle.sampling_run():`)"
+    "handle.wrap_scheduler(pipe), `with handle.sampling_run():`, of layers alone `with mk.sampling_run(network):`)"
 )
 
 

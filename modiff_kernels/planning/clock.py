@@ -32,9 +32,12 @@ def host_timesteps(scheduler: Any) -> list[float]:
 
 def log_snr(timesteps: Sequence[float], scheduler: Any) -> list[float] | None:
     """Logarithm of signal over noise variance at `timesteps`; None where the scheduler does not tell it."""
+    least = LEAST_ALPHA**0.5
+    if is_flow(scheduler):  # x = (1 - sigma) image + sigma noise
+        parts = [min(max(float(sigma), least), 1 - least) for sigma in scheduler.sigmas[: len(timesteps)]]
+        return [2 * math.log((1 - sigma) / sigma) for sigma in parts]
     alphas, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):  # timesteps of Karras spacing are rounded
-        least = LEAST_ALPHA**0.5
         return [-2 * math.log(min(max(float(sigma), least), 1 / least)) for sigma in sigmas[: len(timesteps)]]
     if alphas is None:
         return None
@@ -45,9 +48,17 @@ def log_snr(timesteps: Sequence[float], scheduler: Any) -> list[float] | None:
 
 def positions(timesteps: Sequence[float], scheduler: Any) -> list[float]:
     """Where `timesteps` lie on the axis of polynomials: the root of sigma (noise over signal), which is best of what
-    was compared; or the timesteps themselves where the scheduler does not tell its noise levels."""
-    known = log_snr(timesteps, scheduler)
+    was compared; or the timesteps themselves where the scheduler does not tell its noise levels, and of flows, whose
+    velocity hardly changes along them."""
+    known = None if is_flow(scheduler) else log_snr(timesteps, scheduler)
     return list(timesteps) if known is None else [math.exp(-ratio / 4) for ratio in known]
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the network gives the velocity of a flow, from noise straight to the image."""
+    config = getattr(scheduler, "config", None)
+    asked = getattr(config, "use_flow_sigmas", False) or getattr(config, "prediction_type", "") == "flow_prediction"
+    return bool(asked) or "FlowMatch" in type(scheduler).__name__
 
 
 def is_stochastic(scheduler: Any) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from .packing import KPACK_V1
 
@@ -71,12 +71,12 @@ class Window(NamedTuple):
         return cls((a, b), (c, d), (e, f), (g, h), groups)
 
 
-def sizes_of(h: Tensor, kind: str) -> tuple[int, int, int]:
-    """Samples, rows (pixels) per sample and channels of x = prologue(h)."""
-    if h.ndim == 4:
-        samples, channels, height, width = h.shape
+def sizes_of(shape: Size, kind: str) -> tuple[int, int, int]:
+    """Samples, rows (pixels) per sample and channels of x = prologue(h), by the shape of h."""
+    if len(shape) == 4:
+        samples, channels, height, width = shape
         return samples, height * width, channels
-    return h.shape[0], h.shape[1:-1].numel(), h.shape[-1] // (2 if kind == "geglu" else 1)
+    return shape[0], shape[1:-1].numel(), shape[-1] // (2 if kind == "geglu" else 1)
 
 
 def summed(channels: int, window: Window | None) -> int:

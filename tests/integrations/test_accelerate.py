@@ -65,8 +65,8 @@ class TestReplacement:
     @pytest.mark.parametrize(
         ("target", "error", "text"),
         [
-            (lambda: None, TypeError, "got NoneType; give a UNet"),
-            (lambda: types.SimpleNamespace(transformer=nn.Linear(1, 1)), TypeError, "pipeline with a `unet`"),
+            (lambda: None, TypeError, "got NoneType, which has no denoiser; give one .torch.nn.Module., or a pipeline"),
+            (lambda: types.SimpleNamespace(transformer=nn.Linear(1, 1)), TypeError, "pipeline with a `unet` or `trans"),
             (lambda: nn.Sequential(nn.GroupNorm(1, 4)), ValueError, "holds no Linear and no Conv2d"),
             (lambda: nn.Sequential(OrderedDict(conv_in=nn.Conv2d(3, 4, 1))), ValueError, "none of the 1 .* 'conv_in'"),
             (lambda: nn.Linear(4, 4), TypeError, "Linear is a single layer; give the network around it"),
@@ -199,7 +199,7 @@ class TestExplain:
         assert (row.kind, row.shape, row.mode) == ("Conv2d 3x3", "16->16", "modulated")
         assert (row.bits, row.backend) == ("w8a4", "reference")
         row = rows["conv_in"]
-        assert (row.mode, row.bits, row.reason) == ("float", "-", "skip_modules has 'conv_in'")
+        assert (row.mode, row.bits, row.reason) == ("float", "-", "skip_modules has 'conv_in': the first layer")
 
     def test_skipped_and_constant_layers(self, caplog):
         config = mk.ModiffConfig(skip_modules=("conv_in", "mid_block", "no_such"))

@@ -96,7 +96,7 @@ def test_what_is_refused():
     given = {"scheduler": DDIMScheduler(), "sample": lambda seeds, steps: noise()}
     for target, options, message in (
         (unet, {}, "a bare UNet does not sample"),
-        (object(), {}, "got object; give a pipeline"),
+        (object(), {}, "got object, which has no denoiser"),
         (pipe, {"towards": "best"}, "towards='best' is not allowed; give one of own, converged"),
         (pipe, {"budget_db": 30.0}, "exactly one of evaluations and budget_db"),
         (unet, given, "called 0 times in a run of 7 timesteps"),

@@ -6,7 +6,7 @@ from torch import nn
 
 from modiff_kernels.backends import cpu
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
+from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, sampling_run
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer, QuantizedWeight
 from tests.unets import assert_invariant, operator, trajectory, x_hat_of
 
@@ -51,6 +51,21 @@ def run(layer, inputs):
 def on(layer, x):
     """What the layer's weight gives for x."""
     return operator(layer, layer.scaled(x))[0].to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv3x3"])
+def test_with_a_state_of_its_own(kind):
+    """Every forward is a call, within a run of the network around; the same as in a state that is given."""
+    module, shape = LAYERS[kind][0]().requires_grad_(False), LAYERS[kind][1]
+    form = ModulatedConv2d.from_conv2d if kind == "conv3x3" else ModulatedLinear.from_linear
+    alone, given, xs = form(module), make(module), trajectory(shape, 3)
+    with pytest.raises(RuntimeError, match=r"outside a run .*mk.sampling_run.network."):
+        alone(xs[0])
+    for _ in range(2):  # the second run begins anew
+        with sampling_run(nn.Sequential(nn.Identity(), alone)):
+            outs = [alone(x) for x in xs]
+        assert torch.equal(outs[-1], run(given, xs))
+    assert_invariant([alone], 4)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -1,39 +1,26 @@
 // The products of capability 9.0 as csrc/cuda/product.h declares them.
-#include <array>
-#include <utility>
-
-#include "cuda/sm90/product.cuh"
+#include "cuda/sm90/product_launch.h"
 
 namespace modiff::cuda {
 namespace {
 
-// tiling_of takes microseconds, twice in a call, and the calls of a network have few different tilings: the last one of
-// every place of a table is kept.
+// tiling_of takes microseconds, twice in a call.
 const sm90::Tiling& tiling_for(const ProductCall& call, const Device& device) {
-  using Key = std::array<int64_t, 13>;  // all that a tiling depends on
   const ProductProblem& p = call.problem;
-  const Key key = {p.samples * p.out_h * p.out_w,
-                   p.c_in,
-                   p.c_out,
-                   p.kernel_h,
-                   p.kernel_w,
-                   p.dilation_h,
-                   p.dilation_w,
-                   call.weight_bits,
-                   device.multiprocessors,
-                   call.tiling.architecture,
-                   call.tiling.rows,
-                   call.tiling.columns,
-                   call.tiling.splits};
-  uint64_t hash = 0;
-  for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9E3779B97F4A7C15u;
-  thread_local std::array<std::pair<Key, sm90::Tiling>, 256> table{};  // no call has a key of zeros
-  auto& [kept, tiling] = table[hash >> 56];
-  if (kept != key) {
-    kept = key;
-    tiling = sm90::tiling_of(call, device.multiprocessors);
-  }
-  return tiling;
+  const std::array<int64_t, 13> key = {p.samples * p.out_h * p.out_w,  // all that a tiling depends on
+                                       p.c_in,
+                                       p.c_out,
+                                       p.kernel_h,
+                                       p.kernel_w,
+                                       p.dilation_h,
+                                       p.dilation_w,
+                                       call.weight_bits,
+                                       device.multiprocessors,
+                                       call.tiling.architecture,
+                                       call.tiling.rows,
+                                       call.tiling.columns,
+                                       call.tiling.splits};
+  return kept<sm90::Tiling>(key, [&] { return sm90::tiling_of(call, device.multiprocessors); });
 }
 
 }  // namespace
@@ -52,12 +39,17 @@ int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   args.schedule = plain.schedule;
   args.window = plain.window;
   args.image = plain.image;
+  args.slice = plain.slice;
   args.epilogue = plain.epilogue;
   args.arrived = plain.arrived;
   args.sums = plain.sums;
   cudaError_t error = sm90::encode(plain.codes, args.codes);
   if (error == cudaSuccess) error = sm90::encode(plain.weight, args.weight);
   if (error == cudaSuccess && call.weight_bits == 3) error = sm90::encode(plain.high_plane, args.high_plane);
+  for (int i = 0; i < 2; ++i)
+    if (error == cudaSuccess && args.slice.loaded[i]) error = sm90::encode(plain.slices[i], args.slices[i]);
+  if (error == cudaSuccess && plain.y_hat.base != nullptr) error = sm90::encode(plain.y_hat, args.y_hat);
+  if (error == cudaSuccess && plain.out.base != nullptr) error = sm90::encode(plain.out, args.out);
   const auto on = static_cast<cudaStream_t>(stream);
   if (error == cudaSuccess && tiling.schedule.splits > 1)
     error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(sm90::scratch_of(tiling).words) * 4, on);

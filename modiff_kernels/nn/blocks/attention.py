@@ -148,7 +148,8 @@ class FusedAttention(FusedBlock):
 
 def is_plain_attention(block: nn.Module) -> bool:
     """Whether diffusers' `Attention` is nothing but projections and softmax, with an optional GroupNorm."""
-    linears = [block.to_q, block.to_k, block.to_v, block.to_out[0] if block.to_out is not None else None]
+    last = block.to_out[0] if isinstance(block.to_out, nn.ModuleList) else None
+    linears = [block.to_q, block.to_k, block.to_v, last]
     kind = type(block.processor)
     return (
         kind.__module__ == PROCESSORS[0]

@@ -1,13 +1,10 @@
 """The maps of csrc/cuda/sm80, on all of their arguments where there are few: fragments, places in shared memory, order
-of tiles, im2col, and the choice of a tile."""
+of tiles, and the choice of a tile."""
 
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-
-from modiff_kernels.quant.operands import Window
 
 CHUNK, K_BLOCK = 16, 64
 
@@ -89,39 +86,13 @@ def test_tiles_are_a_permutation_in_bands(maps, tiles_m, tiles_n):
     assert places == expected
 
 
-def test_chunks_come_from_where_the_window_meets_them(maps):
-    """Against F.unfold of an image of the numbers of its own chunks, from 1 on, as 0 stands for padding."""
-    for x_shape, window in (
-        ((2, 16, 5, 7), Window((3, 3), padding=(1, 1))),
-        ((2, 48, 7, 5), Window((3, 3), (2, 2), (1, 1))),
-        ((1, 80, 6, 6), Window((3, 3))),
-        ((3, 16, 4, 9), Window((1, 3), (2, 1), (0, 2), (1, 2))),
-        ((1, 32, 9, 8), Window((5, 4), (2, 3), (3, 1), (2, 1))),
-        ((2, 32, 3, 3), Window((1, 1), padding=(1, 1))),
-    ):
-        samples, channels, h, w = x_shape
-        chunks = channels // CHUNK
-        image = torch.arange(1.0, samples * h * w * chunks + 1).view(samples, h, w, chunks).permute(0, 3, 1, 2)
-        columns = F.unfold(image.double(), window.kernel_size, window.dilation, window.padding, window.stride)
-        taps = window.kernel_size[0] * window.kernel_size[1]
-        rows = columns.view(samples, chunks, taps, -1).permute(0, 3, 2, 1).reshape(-1, taps * chunks)
-        k_blocks = -(-taps * channels // K_BLOCK) + 1  # one more: past the end of K
-        wanted = torch.zeros(-(-len(rows) // 64) * 64, k_blocks * 4)
-        wanted[: len(rows), : rows.shape[1]] = rows
-        geometry = (samples, h, w, channels, 1, *window.to_ints())
-        for first in range(0, len(wanted), 64):
-            sources = torch.from_numpy(maps.gather(geometry, first, k_blocks))
-            found = sources.transpose(0, 1).reshape(64, k_blocks * 4)
-            assert torch.equal(torch.where(found < 0, found + 1, found // CHUNK + 1), wanted[first : first + 64].long())
-            assert ((found % CHUNK == 0) | (found == -1)).all()
-
-
 class TestChoice:
-    TILES = ((128, 128), (128, 64), (64, 64))
+    TILES = ((128, 256), (128, 128), (128, 64), (64, 64))
 
-    def test_many_rows_get_the_large_tile_whole(self, maps):
-        """640 channels at 32x32, batch 8: 320 large tiles, no split."""
-        assert maps.choose(8 * 1024, 640, 9 * 640, weight_bits=8, multiprocessors=108) == (0, 1)
+    def test_many_rows_get_a_large_tile_whole(self, maps):
+        """640 channels at 32x32, batch 8, in 320 large tiles; 1280 in 320 wide ones; no splits."""
+        for channels, tile in ((640, 1), (1280, 0)):
+            assert maps.choose(8 * 1024, channels, 9 * channels, weight_bits=8, multiprocessors=108) == (tile, 1)
 
     def test_few_rows_are_split(self, maps):
         """1280 channels at 8x8, batch 1: one row of tiles, for 108 multiprocessors."""
@@ -139,9 +110,7 @@ class TestChoice:
         share = -(-k_blocks // splits)
         assert (splits - 1) * share < k_blocks
         assert splits == 1 or share >= 4
-        whole = [maps.cycles(other, 1, *sizes, weight_bits, multiprocessors) for other in range(3)]
+        tiles = range(0 if weight_bits == 8 else 1, 4)  # the wide one does not unpack
+        assert tile in tiles
+        whole = [maps.cycles(other, 1, *sizes, weight_bits, multiprocessors) for other in tiles]
         assert maps.cycles(tile, splits, *sizes, weight_bits, multiprocessors) <= min(whole)
-
-    def test_a_call_that_is_told_its_tiling_gets_it(self, maps):
-        geometry = (2, 16, 16, 640, 320, 3, 3, 1, 1, 1, 1, 1, 1, 1)
-        assert [maps.told(geometry, 8, *size, 3) for size in self.TILES] == [(0, 3), (1, 3), (2, 3)]
