@@ -136,8 +136,8 @@ def check(capabilities: Iterable[int], few: bool, match: str = "") -> Iterator[R
             for capability in capabilities:
                 forms = [(capability, few, i) for i, (name, _) in enumerate(variants(capability, few)) if match in name]
                 found = list(pool.map(_compile_form, forms, chunksize=4))
-                opcodes = sass_report.opcodes([code for _, code in found], CUBIN[capability])
-                yield from map(read_instructions, [report for report, _ in found], opcodes)
+                read = sass_report.instructions([code for _, code in found], CUBIN[capability])
+                yield from map(read_instructions, [report for report, _ in found], map(sass_report.opcodes, read))
 
 
 def _compile_form(form: tuple[int, bool, int]) -> tuple[Report, bytes]:

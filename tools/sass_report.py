@@ -13,6 +13,13 @@ is broken, or applies to no kernel. RULES (default: sass_rules.json beside this 
   registers, stack_bytes, shared_bytes     largest value allowed
   registers_exactly                        the only value allowed
   kernels      how many of an architecture the rule applies to, if that is known
+  most         how often instructions may occur: {regular expression: count}
+  region       "loop X": the smallest loop around the first instruction X; "stretch X": every run of code without
+               unconditional jumps that has an X. Of each region:
+  clocks       the most that it may take by `clocks_of`, with `warps` (default 1) of it on a scheduler
+  region_never instructions that do not occur in it
+
+--clocks prints the regions of such rules as a table instead, and the share of the peak that they add up to.
 
 The disassemblers come with triton, or are those on PATH."""
 
@@ -27,17 +34,86 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RULES = Path(__file__).with_name("sass_rules.json")
-INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)(?: (?:U?P\w+, )?0x([0-9a-f]+) ;)?")
 COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
-KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", *LIMITS}
+REGION = ("region", "clocks", "warps", "region_never")
+KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", "most", *LIMITS, *REGION}
+# Clocks from issue to result of what has no fixed latency: guesses, after published microbenchmarks of Hopper.
+LATENCY = {"LDG": 300, "LDC": 30, "SYNCS": 30, "LDS": 30, "LDSM": 33, "S2R": 26, "S2UR": 26, "R2UR": 12, "UTMALDG": 20}
+OTHER_LATENCY = 25
+# What goes through the load and store unit: 128 bytes a clock for the four schedulers of a multiprocessor, so that an
+# instruction of w bytes a thread takes w clocks of one scheduler's share.
+MEMORY = re.compile(r"LDG|STG|LDS|STS|LDSM|STSM")
+WIDTHS = {"M88.4": 16, ".128": 16, ".64": 8, "16": 2, "8": 1}
+
+
+class Instruction(NamedTuple):
+    """`jump`: where to, -1 if it is none; `control`: stall, scoreboards, as the machine code has them (16 bits)."""
+
+    address: int
+    opcode: str
+    guarded: bool
+    jump: int
+    control: int
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def share(self) -> int:
+        """Clocks of a scheduler's share of the load and store unit."""
+        if not MEMORY.fullmatch(self.name):
+            return 0
+        return next((clocks for mark, clocks in WIDTHS.items() if mark in self.opcode), 4)
+
+
+def clocks_of(code: Sequence[Instruction], warps: int = 1) -> int:
+    """Of `warps` warps of a scheduler that run `code` in order, branches not taken: a model. An instruction is issued
+    when its stall and scoreboards allow it, one a clock; memory is a queue; results come after LATENCY."""
+    at, ready, clock, queue = [0] * warps, [0] * warps, 0, 0
+    boards = [[0] * 6 for _ in range(warps)]
+
+    def earliest(w: int) -> int:
+        waits = code[at[w]].control >> 11
+        return max([ready[w], *(boards[w][i] for i in range(6) if waits >> i & 1)])
+
+    while left := [w for w in range(warps) if at[w] < len(code)]:
+        w = min(left, key=earliest)
+        start, now = max(clock, earliest(w)), code[at[w]]
+        latency = LATENCY.get(now.name, OTHER_LATENCY)
+        done = start
+        if now.share:
+            done = queue = max(queue, start) + now.share
+        for board, after in ((now.control >> 5 & 7, latency), (now.control >> 8 & 7, min(latency, 20))):
+            if board < 6:
+                boards[w][board] = max(boards[w][board], done + after)
+        ready[w], clock = start + max(now.control & 15, 1), start + 1
+        at[w] += 1
+    return max([queue, *ready])
+
+
+def regions(code: Sequence[Instruction], kind: str) -> list[Sequence[Instruction]]:
+    """Those of a rule's `region`."""
+    kind, pattern = kind.split(maxsplit=1)
+    hits = [i for i, instruction in enumerate(code) if re.match(pattern, instruction.opcode)]
+    if not hits:
+        return []
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    if kind == "loop":
+        loops = [(index[b.jump], i) for i, b in enumerate(code) if index.get(b.jump, i + 1) <= hits[0] <= i]
+        return [code[first : last + 1] for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0])[:1]]
+    ends = [i for i, b in enumerate(code) if re.match("BRA|BRX|EXIT|RET", b.opcode) and not b.guarded]
+    starts = sorted({ends[k - 1] + 1 if (k := bisect.bisect_left(ends, hit)) else 0 for hit in hits})
+    return [code[start : ends[bisect.bisect_left(ends, start)]] for start in starts]
 
 
 @dataclass
@@ -50,6 +126,7 @@ class Row:
     stack_bytes: int = 0
     shared_bytes: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
+    code: list[Instruction] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         totals: Counter[str] = Counter()
@@ -119,17 +196,26 @@ def machine_code(cubin: bytes) -> dict[str, bytes]:
     return found
 
 
-def opcodes(codes: Sequence[bytes], arch: str) -> list[Counter[str]]:
+def instructions(codes: Sequence[bytes], arch: str) -> list[list[Instruction]]:
     """Those of kernels, read in one call of nvdisasm, which takes longer to begin than for a kernel."""
     ends = list(itertools.accumulate(map(len, codes)))
-    counts: list[Counter[str]] = [Counter() for _ in codes]
+    found: list[list[Instruction]] = [[] for _ in codes]
+    everything = b"".join(codes)
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(codes))
+        file.write(everything)
         file.flush()
         for line in lines(disassembler("nvdisasm"), "-b", arch.replace("sm_", "SM"), file.name):
-            if found := INSTRUCTION.match(line):
-                counts[bisect.bisect_right(ends, int(found[1], 16))][found[2]] += 1
-    return counts
+            if match := INSTRUCTION.match(line):
+                at = int(match[1], 16)
+                jump = int(match[4], 16) if match[4] and match[3].startswith("BRA") else -1
+                control = int.from_bytes(everything[at + 8 : at + 16], "little") >> 41
+                instruction = Instruction(at, match[3], match[2] is not None, jump, control & 0x1FFFF)
+                found[bisect.bisect_right(ends, at)].append(instruction)
+    return found
+
+
+def opcodes(code: Iterable[Instruction]) -> Counter[str]:
+    return Counter(instruction.opcode for instruction in code)
 
 
 def report(library: Path, archs: list[str] | None = None) -> list[Row]:
@@ -143,8 +229,8 @@ def report(library: Path, archs: list[str] | None = None) -> list[Row]:
     read = []
     for arch, kernels in code.items():
         if archs is None or arch in archs:
-            for kernel, found in zip(kernels, opcodes(list(kernels.values()), arch), strict=True):
-                rows[arch, kernel].opcodes = found
+            for kernel, found in zip(kernels, instructions(list(kernels.values()), arch), strict=True):
+                rows[arch, kernel].code, rows[arch, kernel].opcodes = found, opcodes(found)
                 read.append(rows[arch, kernel])
     for row, name in zip(read, demangled([row.kernel for row in read]), strict=True):
         row.kernel = name
@@ -177,6 +263,12 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
         for pattern in rule.get("never", ()):
             if found := [opcode for opcode in row.opcodes if re.match(pattern, opcode)]:
                 reasons.append(f"{row.arch} {row.kernel}: {', '.join(found)}")
+        for pattern, most in rule.get("most", {}).items():
+            count = sum(n for opcode, n in row.opcodes.items() if re.fullmatch(pattern, opcode))
+            if count > most:
+                reasons.append(f"{row.arch} {row.kernel}: {count} times {pattern}, at most {most}")
+        if "region" in rule:
+            reasons += (f"{row.arch} {row.kernel}: {reason}" for reason in broken_regions(rule, row.code))
         for limit in LIMITS:
             if getattr(row, limit) > rule.get(limit, sys.maxsize):
                 reasons.append(f"{row.arch} {row.kernel}: {limit} {getattr(row, limit)}, at most {rule[limit]}")
@@ -185,17 +277,64 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
     return reasons
 
 
+def broken_regions(rule: dict[str, Any], code: Sequence[Instruction]) -> Iterator[str]:
+    found = regions(code, rule["region"])
+    if not found:
+        yield f"no {rule['region']}"
+    for region in found:
+        clocks = clocks_of(region, rule.get("warps", 1))
+        if clocks > rule.get("clocks", clocks):
+            yield f"{rule['region']}: {clocks} clocks, at most {rule['clocks']}"
+        names = sorted(o for o in opcodes(region) if any(re.match(p, o) for p in rule.get("region_never", ())))
+        if names:
+            yield f"{rule['region']}: {', '.join(names)}"
+
+
+# Rows, columns, channels and taps of layers in tiles of 256 x 160 on 132 multiprocessors.
+LAYERS = {
+    "3 x 3, 640 @ 32, batch 8": (8 * 32 * 32, 640, 640, 9),
+    "3 x 3, 320 @ 64, batch 8": (8 * 64 * 64, 320, 320, 9),
+    "3 x 3, 1280 @ 16, batch 16": (16 * 16 * 16, 1280, 1280, 9),
+    "Linear 4096 x 1280 x 1280": (4096, 1280, 1280, 1),
+}
+
+
+def clock_table(rows: Sequence[Row], rules: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Regions of rules as Markdown, and what they add up to with 1500 clocks to fill the pipeline, without the launch.
+    Memory: an H100's, 3.35 TB/s at 1.755 GHz, for codes, weight, y_hat twice, skip and out."""
+    yield "| kernel | region | instructions | clocks | at most |\n|---|---|---:|---:|---:|"
+    epilogue = 0
+    for rule in (r for r in rules if "clocks" in r):
+        for row in (r for r in rows if re.search(rule["kernel"], r.kernel)):
+            found = [(clocks_of(r, rule.get("warps", 1)), len(r)) for r in regions(row.code, rule["region"])]
+            clocks, instructions = max(found, default=(0, 0))
+            if row.kernel.endswith("Product<8, 2, 160>") and "stretch" in rule["region"]:
+                epilogue = clocks
+            yield f"| `{row.kernel}` | `{rule['region']}` | {instructions} | {clocks:,} | {rule['clocks']:,} |"
+    yield "\n| layer | tiles, waves | clocks | share of the peak | memory's clocks |\n|---|---:|---:|---:|---:|"
+    for name, (m, n, c, taps) in LAYERS.items():
+        tiles = -(-m // 256) * -(-n // 160)
+        main, waves = taps * -(-c // 64) * 640, -(-tiles // 132)
+        clocks, ideal = waves * (main + epilogue) + 1500, m * n * c * taps / 4096 / 132
+        memory = (m * c + n * c * taps + 8 * m * n) / (3.35e12 / 1.755e9)
+        yield f"| {name} | {tiles}, {waves} | {clocks:,} | {ideal / clocks:.0%} | {memory:,.0f} |"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path)
     parser.add_argument("rules", type=Path, nargs="?", default=RULES)
     parser.add_argument("--arch", nargs="+", help="only these architectures; reading all takes half a minute")
     parser.add_argument("--match", default="", help="print only kernels whose name contains this")
+    parser.add_argument("--clocks", action="store_true", help="print the table of regions alone")
     args = parser.parse_args(arguments)
     if not args.library.is_file():
         parser.error(f"{args.library} is not a file; build the library first: python setup.py build_ext --inplace")
     rules = load_rules(args.rules)
     rows = report(args.library, args.arch)
+    if args.clocks:
+        print(*clock_table(rows, rules), sep="\n")
+        return 0
     for row in rows:
         if args.match in row.kernel:
             print(row)

@@ -80,6 +80,18 @@ MODIFF_HD int32_t to_int(float x) {
 #endif
 }
 
+// The bytes of a (0 to 3) and b (4 to 7) that the nibbles of `order` name, the lowest first.
+MODIFF_HD uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, order);
+#else
+  const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(both >> (8 * (order >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  return word;
+#endif
+}
+
 template <class T>
 MODIFF_HD T least(T a, T b) {
   return b < a ? b : a;

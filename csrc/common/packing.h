@@ -80,4 +80,22 @@ MODIFF_HD void unpack_eight_planes(uint32_t low, uint32_t high, uint32_t& first,
   second = join_planes((low >> 8) & 0xFFu, (high >> 4) & 0xFu);
 }
 
+// The same eight codes as int8 in the upper bits of a byte, where no signs need to be extended: times 16, and times 32.
+MODIFF_HD void raise_eight_nibbles(uint32_t word, uint32_t& first, uint32_t& second) {
+  const uint32_t even = (word << 4) & 0xF0F0F0F0u, odd = word & 0xF0F0F0F0u;
+  first = permute_bytes(even, odd, 0x5140);
+  second = permute_bytes(even, odd, 0x7362);
+}
+
+// A factor is the sum of the shifts that bring every pair, or bit, to its byte; what they bring elsewhere is masked.
+MODIFF_HD uint32_t raise_planes(uint32_t byte, uint32_t nibble) {
+  const uint32_t pairs = (byte & 0x0Fu) * (1u << 5 | 1u << 11) + (byte & 0xF0u) * (1u << 17 | 1u << 23);
+  const uint32_t bits = nibble * (1u << 7 | 1u << 14 | 1u << 21 | 1u << 28);
+  return (pairs & 0x60606060u) | (~bits & 0x80808080u);
+}
+MODIFF_HD void raise_eight_planes(uint32_t low, uint32_t high, uint32_t& first, uint32_t& second) {
+  first = raise_planes(low, high & 0xFu);
+  second = raise_planes(low >> 8, (high >> 4) & 0xFu);
+}
+
 }  // namespace modiff

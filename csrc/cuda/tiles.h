@@ -21,7 +21,7 @@ inline const char* tiling_problem(const ProductCall& call, int capability) {
     if (call.code_bits != 8) return "the kernels of sm_90 read codes of 8 bits";
     if (const char* limit = sm90::limit_of(call)) return limit;
     if (sm90::tile_of_size(tiling.rows, tiling.columns, call.weight_bits) < 0) return "sm_90 has no such tile";
-    if (tiling.splits > sm90::k_block_count(sm90::window_of(p, call.weight_bits))) return "more splits than k-blocks";
+    if (tiling.splits > sm90::k_block_count(sm90::window_of(p))) return "more splits than k-blocks";
     return nullptr;
   }
   if (tiling.architecture != 80) return "there are kernels of sm_90 and sm_80";

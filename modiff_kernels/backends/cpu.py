@@ -54,9 +54,14 @@ def isa() -> str:
     return ISAS[_isa]
 
 
+def why_slow() -> str | None:
+    """Why low bits are slower than float on this CPU, where other backends serve, which fuse nothing, or None."""
+    return unavailable() or ("the kernels for integer products need AVX2" if isa() == "plain" else None)
+
+
 def has_vnni() -> bool:
     """Whether products of 8-bit codes are as fast as those of fewer bits; also where these kernels do not run."""
-    return unavailable() is not None or isa() not in ("avx2", "avx512")
+    return why_slow() is not None or isa() not in ("avx2", "avx512")
 
 
 def build_info() -> dict[str, str] | str:
@@ -73,8 +78,8 @@ def why_not(problem: Any) -> str | None:
             return f"attention is computed in float32 only, got {problem.dtype}"
         too_many = f"attention over {problem.n} keys; at most {_MAX_KEYS} fit into the cache"
         return too_many if problem.n > _MAX_KEYS else None
-    if isa() == "plain":
-        return "the integer products need AVX2"
+    if (reason := why_slow()) is not None:
+        return reason
     if problem.layout != VNNI_V1:
         return f"layout {problem.layout} is not {VNNI_V1}; prepare the weight with ops.prepare_weight"
     if problem.geglu:

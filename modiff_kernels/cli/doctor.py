@@ -90,6 +90,8 @@ def _backends() -> Items:
         reason, module = dispatch.why_unavailable(name), dispatch.load(name)
         detail = f" ({module.isa()})" if reason is None and hasattr(module, "isa") else ""
         yield name, f"not available: {reason}" if reason else f"available{detail}"
+    if (slow := cpu.why_slow()) is not None:
+        yield "slow CPU", f"layers stay float on it by default: {slow}"
     if not cpu.has_vnni():
         yield "no VNNI", "codes of 4 bits multiply nearly twice as fast as of 8, so blocks have no scales by default"
     orders = {device: [name for name in BACKENDS if dispatch.runs_on(name, device)] for device in ("cpu", "cuda")}

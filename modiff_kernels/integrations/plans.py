@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from modiff_kernels.backends import cpu
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
@@ -21,6 +22,7 @@ from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.nn.blocks.base import ALONE
 from modiff_kernels.nn.blocks.resample import FusedResample, FusedUpsample2D
 from modiff_kernels.nn.layer import has_int4_cores
+from modiff_kernels.ops import dispatch
 from modiff_kernels.planning import choice
 from modiff_kernels.planning import cost as cost_model
 from modiff_kernels.planning.cost import LayerShape, Machine, Sizes
@@ -45,12 +47,12 @@ LEAD_CYCLES = 100_000_000  # 50 ms or more: longer than the host takes for a cal
 def plan_of(
     unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool
 ) -> LayerPlan | None:
-    """The plan that `config` asks for, within its max_state_bytes; None if it asks for none. On a GPU None is "auto":
-    modulating all layers moves more bytes there than float does. Logs where a given one was made elsewhere. ValueError
-    for a file that is no plan, and where nothing is stored and the shapes are not known."""
+    """The plan that `config` asks for, within its max_state_bytes, or None. plan=None is "auto" on a GPU, where
+    modulating all layers moves more bytes than float does, and on a CPU where low bits are slow. Logs where a given one
+    was made elsewhere. ValueError for a file that is no plan, and where nothing is stored and shapes are not known."""
     plan: Any = config.plan
     by_default = plan is None and None not in (config.weight_bits, config.act_bits)
-    by_default = by_default and runs_on_gpu(unet)
+    by_default = by_default and (runs_on_gpu(unet) or why_slow(unet, config) is not None)
     if plan in (MODULATED, QUANTIZED):
         return None
     if by_default or plan == "auto":
@@ -78,6 +80,12 @@ def plan_of(
         text = "the plan does not say for which shape it is; give one of make_plan() or `modiff calibrate --plan`"
         raise ValueError(f"max_state_bytes={config.max_state_bytes}: {text}")
     return choice.within_state(plan, config.max_state_bytes)
+
+
+def why_slow(unet: nn.Module, config: ModiffConfig) -> str | None:
+    """Why low bits do not pay on the CPU of `unet`, where no backend is named."""
+    named = config.backend != dispatch.AUTO or dispatch.forced_backend() is not None
+    return None if named or next(unet.parameters()).device.type != "cpu" else cpu.why_slow()
 
 
 def low_bit_modes(config: ModiffConfig) -> tuple[Mode, ...]:
@@ -138,6 +146,10 @@ def estimated(
     if gains and min(gains) < 1:
         gain = f"low bits are {min(gains):.2f}x as fast as the compiled float network at batch {gains[min(gains)]}"
         logger.warning("all layers stay float: by the model %s; %s", gain, COMPILE)
+    elif (slow := why_slow(unet, config)) is not None:
+        gain = f"low bits are slower than float without the kernels of this package: {slow}"
+        logger.warning("all layers stay float, for %s; plan='modulated' has low bits nevertheless", gain)
+    if gain:
         units = [dataclasses.replace(unit, mode=FLOAT_MODE, reason=f"estimated: {gain}") for unit in units]
     took = sum(unit.cost(unit.mode).time_us for unit in units)
     counts = ", ".join(f"{count} {mode}" for mode, count in Counter(str(unit.mode) for unit in units).items())

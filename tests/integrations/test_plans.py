@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import modiff_kernels as mk
+from modiff_kernels.backends import cpu
 from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.integrations import plan_cache, plans, replacements
@@ -123,6 +124,20 @@ def test_auto_estimates_where_nothing_is_stored(unet, monkeypatch):
     assert handle.plan.is_float
     assert re.search(r"nothing was measured: \d+ float; 1.00x as fast", handle.explain())
     handle.remove()
+
+
+@pytest.mark.parametrize(("option", "is_float"), [({}, True), ({"plan": "auto"}, True), ({"plan": "modulated"}, False),
+                                                  ({"backend": "reference"}, False)])  # fmt: skip
+def test_layers_stay_float_by_default_without_the_kernels_for_this_cpu(unet, monkeypatch, caplog, option, is_float):
+    monkeypatch.setattr(cpu, "why_slow", lambda: "no kernels here")
+    monkeypatch.setattr(plans, "measured_machine", lambda device, config: FAST_INT8)
+    monkeypatch.delenv("MODIFF_BACKEND", raising=False)
+    exact = run(unet)
+    handle = mk.accelerate(unet, mk.ModiffConfig(**option))
+    assert (set(modes_of(handle).values()) == {"float"}) == is_float
+    assert ("slower than float without the kernels of this package: no kernels here" in handle.explain()) == is_float
+    assert caplog.text.count("all layers stay float") == is_float
+    assert torch.equal(run(unet, handle), exact) == is_float
 
 
 @pytest.mark.parametrize("plan", [None, "modulated", "quantized"])

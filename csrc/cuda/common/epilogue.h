@@ -97,10 +97,10 @@ MODIFF_HD void load_row(const void* base, DType dtype, int64_t at, int count, bo
 template <int kValues, class T>
 MODIFF_HD void store_values(T* p, int count, bool whole, bool streaming, float (&values)[kVector]) {
   Raw<T> raw{};
-  MODIFF_UNROLL for (int i = 0; i < kValues; ++i) {
-    set_value(raw, i, values[i]);
+  MODIFF_UNROLL for (int i = 0; i < kValues / 2; ++i)
+    set_pair(raw, i, values[2 * i], values[2 * i + 1]);
+  MODIFF_UNROLL for (int i = 0; i < kValues; ++i)
     values[i] = value_of(raw, i);
-  }
   store_raw<kValues>(p, raw, count, whole, streaming);
 }
 

@@ -1,6 +1,8 @@
 // Eight consecutive values of a row: what a thread loads and stores at a time. 16 bytes of a 2-byte dtype, twice that
 // of float32, 8 bytes of codes. Where rows are no multiple of eight values, single elements, the missing ones 0.
 #pragma once
+#include <type_traits>
+
 #include "common/dtype.h"
 #include "common/problem.h"
 
@@ -35,12 +37,36 @@ MODIFF_HD void set_value(Raw<BFloat16>& raw, int i, float value) {
   set_half_word(raw.word[i / 2], i, float_to_bfloat16_bits(value));
 }
 
+// Values 2i and 2i + 1.
+MODIFF_HD void set_pair(Raw<float>& raw, int i, float first, float second) {
+  set_value(raw, 2 * i, first);
+  set_value(raw, 2 * i + 1, second);
+}
+MODIFF_HD void set_pair(Raw<Half>& raw, int i, float first, float second) {
+  raw.word[i] = floats_to_half_pair(first, second);
+}
+MODIFF_HD void set_pair(Raw<BFloat16>& raw, int i, float first, float second) {
+  raw.word[i] = floats_to_bfloat16_pair(first, second);
+}
+
 MODIFF_HD float element(const float* p) { return *p; }
 MODIFF_HD float element(const Half* p) { return half_bits_to_float(p->bits); }
 MODIFF_HD float element(const BFloat16* p) { return bfloat16_bits_to_float(p->bits); }
 MODIFF_HD void set_element(float* p, float value) { *p = value; }
 MODIFF_HD void set_element(Half* p, float value) { p->bits = float_to_half_bits(value); }
 MODIFF_HD void set_element(BFloat16* p, float value) { p->bits = float_to_bfloat16_bits(value); }
+
+// As many values of T as `to` holds, of 4 or 8 bytes, to which p is aligned.
+template <class T, class To>
+MODIFF_HD void load_aligned(const T* p, To& to) {
+#if defined(__CUDA_ARCH__)
+  using Word = std::conditional_t<sizeof(To) == 8, uint2, uint32_t>;
+  const Word word = *reinterpret_cast<const Word*>(p);
+  std::memcpy(&to, &word, sizeof(To));
+#else
+  std::memcpy(&to, p, sizeof(To));
+#endif
+}
 
 // `whole`: p is aligned to 16 bytes and all eight values are there. Otherwise the first `count` are.
 template <class T>
@@ -80,7 +106,7 @@ MODIFF_HD void store_raw(T* p, const Raw<T>& raw, int count, bool whole, [[maybe
       if (streaming) {
         __stcs(reinterpret_cast<uint4*>(p) + i / 4, part);
       } else {
-        reinterpret_cast<uint4*>(p)[i / 4] = part;
+        __stwb(reinterpret_cast<uint4*>(p) + i / 4, part);  // an assignment may become four stores
       }
     }
 #else

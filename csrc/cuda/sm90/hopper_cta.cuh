@@ -18,6 +18,15 @@ struct HopperCta : DeviceCta {
       values[i] = __shfl_xor_sync(0xFFFFFFFFu, values[i], mask);
   }
   __device__ __forceinline__ void warp_sync() const { __syncwarp(); }
+  // A value that all threads of a warp have, as the compiler's uniform registers know it.
+  __device__ __forceinline__ int uniform(int value) const { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+  // True in one thread of a warp.
+  __device__ __forceinline__ bool elect() const {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred elected;\nelect.sync _|elected, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, elected;\n}\n"
+                 : "=r"(elected));
+    return elected != 0;
+  }
   __device__ __forceinline__ void consumers_sync() const { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
   // Barriers that count arrivals and bytes.
@@ -73,10 +82,35 @@ struct HopperCta : DeviceCta {
         : "memory");
   }
 
+  // Of one thread, which alone can wait: until TMA has read the sources of all groups of stores but `pending`.
+  __device__ __forceinline__ void store_matrix(const CUtensorMap& map, const void* from, int x, int y) const {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x),
+                 "r"(y), "r"(shared_address(from))
+                 : "memory");
+  }
+  __device__ __forceinline__ void store_commit() const { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+  template <int pending>
+  __device__ __forceinline__ void store_wait() const {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
+  }
+
   __device__ __forceinline__ void shared_store(uint8_t* p, const uint32_t (&words)[4]) const {
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
   }
-  // The tensor cores read through another proxy than the stores above wrote.
+  // Four matrices of 8 x 8 two-byte values between shared memory and registers: lane i names row i % 8 of matrix i / 8,
+  // and holds of every matrix the pair of columns 2 * (i % 4) of row i / 4.
+  __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint8_t* row) const {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+  __device__ __forceinline__ void store_matrices(uint8_t* row, const uint32_t (&words)[4]) const {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  }
+  // TMA and the tensor cores use another proxy than the stores above.
   __device__ __forceinline__ void publish_stores() const {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
@@ -111,11 +145,6 @@ struct HopperCta : DeviceCta {
     return before;
   }
   __device__ __forceinline__ int32_t load_sum(const int32_t* p) const { return __ldcg(p); }
-
-  // Multiples of 16 bytes, into the L2 cache.
-  __device__ __forceinline__ void prefetch(const void* p, int bytes) const {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)), "r"(bytes));
-  }
 
   // A warpgroup gives back registers, or takes those that others gave back.
   template <int registers>

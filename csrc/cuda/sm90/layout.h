@@ -1,9 +1,8 @@
 // Where TMA and wgmma have the bytes of an operand in shared memory, and where wgmma has the sums in registers.
 //
-// A pipeline stage holds a k-block: 128 codes of K for every row of a tile, as one box of rows of 128 bytes or two
-// boxes of rows of 64 (`swizzle`: the bytes of a row, which are the reach of the permutation). In a box the 16-byte
-// chunks of a row are permuted by the bits of the row above them in the address (PTX ISA, "Shared memory matrix
-// layout", 128B and 64B swizzling), so that eight rows meet no bank twice.
+// A pipeline stage holds a k-block: 128 codes of K for every row of a tile, a box of rows of 128 bytes. In a box the
+// 16-byte chunks of a row are permuted by the bits of the row above them in the address (PTX ISA, "Shared memory matrix
+// layout", 128B swizzling), so that eight rows meet no bank twice. The epilogue's boxes have rows of 64 bytes.
 #pragma once
 #include "common/hd.h"
 
@@ -19,17 +18,10 @@ MODIFF_HD uint32_t swizzled(uint32_t address, int swizzle) {
   return address ^ ((address >> 3) & (swizzle == 128 ? 0x70u : 0x30u));
 }
 
-// Bytes from the beginning of an operand of `rows` rows in a stage to those of the i-th wgmma, i < kBlockK / kMmaDepth.
-MODIFF_HD uint32_t depth_offset(int i, int rows, int swizzle) {
-  const int at = i * kMmaDepth;
-  return static_cast<uint32_t>(at / swizzle * rows * swizzle + at % swizzle);
-}
-
-// The matrix descriptor of an operand at `address` of shared memory: K-major, groups of eight rows 8 * span bytes
-// apart. The offset between groups of columns is not read with these layouts; 1 is its customary value.
-MODIFF_HD uint64_t descriptor(uint32_t address, int swizzle) {
-  const uint64_t layout = swizzle == 128 ? 1 : 2;
-  return (address & 0x3FFFFu) >> 4 | uint64_t{1} << 16 | static_cast<uint64_t>(swizzle / 2) << 32 | layout << 62;
+// The matrix descriptor of an operand at `address` of shared memory: K-major, 128B swizzling, groups of eight rows 1024
+// bytes apart. The offset between groups of columns is not read with this layout; 1 is its customary value.
+MODIFF_HD uint64_t descriptor(uint32_t address) {
+  return (address & 0x3FFFFu) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 
 // Register i of the sums that a thread of a warpgroup holds of a [64, N] result.

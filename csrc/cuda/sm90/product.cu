@@ -39,12 +39,17 @@ int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   args.schedule = plain.schedule;
   args.window = plain.window;
   args.image = plain.image;
+  args.slice = plain.slice;
   args.epilogue = plain.epilogue;
   args.arrived = plain.arrived;
   args.sums = plain.sums;
   cudaError_t error = sm90::encode(plain.codes, args.codes);
   if (error == cudaSuccess) error = sm90::encode(plain.weight, args.weight);
   if (error == cudaSuccess && call.weight_bits == 3) error = sm90::encode(plain.high_plane, args.high_plane);
+  for (int i = 0; i < 2; ++i)
+    if (error == cudaSuccess && args.slice.loaded[i]) error = sm90::encode(plain.slices[i], args.slices[i]);
+  if (error == cudaSuccess && plain.y_hat.base != nullptr) error = sm90::encode(plain.y_hat, args.y_hat);
+  if (error == cudaSuccess && plain.out.base != nullptr) error = sm90::encode(plain.out, args.out);
   const auto on = static_cast<cudaStream_t>(stream);
   if (error == cudaSuccess && tiling.schedule.splits > 1)
     error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(sm90::scratch_of(tiling).words) * 4, on);

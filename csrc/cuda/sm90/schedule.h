@@ -38,52 +38,60 @@ MODIFF_HD Work work_of(const Schedule& s, int index) {
   return work;
 }
 
-// K is walked in boxes of `swizzle` codes of one tap, kBlockK / swizzle of them to a k-block. The last box of a tap may
-// reach past its channels, and the last k-block past the last tap: the codes there are 0, because TMA fills with 0 what
-// lies outside the image's channels, whatever the weight's bytes are.
+// A k-block is a box of kBlockK codes of one tap. The last box of a tap may reach past its channels: the codes there are
+// 0, because TMA fills with 0 what lies outside the image's channels, whatever the weight's bytes are; and of a box whose
+// second half is all zeros the first half alone is multiplied. So 320 channels are two whole k-blocks and one half.
 struct Window {
   int channels;  // of a tap
   int taps, kernel_w, dilation_h, dilation_w;
-  int swizzle;
-  int boxes;  // of a tap
+  int boxes;       // of a tap
+  bool last_half;  // of the last box of a tap the second half is zeros
 };
 
-struct Box {
-  int channel;             // first one in the image, past the end in the padding
-  int offset_h, offset_w;  // of the tap
-  int code;                // first one in the weight's row
-};
+// The boxes in order, by additions.
+struct Walk {
+  int box, tap_w;                   // of the tap, of the line of taps
+  int channel, offset_h, offset_w;  // first one in the image; of the tap
+  int code;                         // first one in the weight's row
 
-MODIFF_HD Box box_of(const Window& w, int index) {
-  int tap = index / w.boxes, channel = index % w.boxes * w.swizzle;
-  if (tap >= w.taps) {
-    tap = 0;
-    channel = w.boxes * w.swizzle;
+  MODIFF_HD static Walk begin(const Window& w, int k_block) {
+    const int tap = k_block / w.boxes, tap_h = tap / w.kernel_w;
+    Walk walk;
+    walk.box = k_block - tap * w.boxes;
+    walk.tap_w = tap - tap_h * w.kernel_w;
+    walk.channel = walk.box * kBlockK;
+    walk.offset_h = tap_h * w.dilation_h;
+    walk.offset_w = walk.tap_w * w.dilation_w;
+    walk.code = tap * w.channels + walk.channel;
+    return walk;
   }
-  Box box;
-  box.channel = channel;
-  box.offset_h = tap / w.kernel_w * w.dilation_h;
-  box.offset_w = tap % w.kernel_w * w.dilation_w;
-  box.code = channel < w.channels ? tap * w.channels + channel : 0;
-  return box;
-}
 
-// One box of 128 codes unless two of 64 have fewer zeros past a tap's channels (320 = 5 * 64). Planes of 3 bits need
-// boxes of 128: a box of a plane has 16 bytes at least.
-inline Window window_of(const ProductProblem& p, int weight_bits) {
+  MODIFF_HD void advance(const Window& w) {
+    channel += kBlockK;
+    code += kBlockK;
+    if (++box < w.boxes) return;
+    code += w.channels - channel;
+    box = channel = 0;
+    offset_w += w.dilation_w;
+    if (++tap_w < w.kernel_w) return;
+    tap_w = offset_w = 0;
+    offset_h += w.dilation_h;
+  }
+};
+
+inline Window window_of(const ProductProblem& p) {
   Window w{};
   w.channels = static_cast<int>(p.c_in);
   w.taps = static_cast<int>(p.kernel_h * p.kernel_w);
   w.kernel_w = static_cast<int>(p.kernel_w);
   w.dilation_h = static_cast<int>(p.dilation_h);
   w.dilation_w = static_cast<int>(p.dilation_w);
-  const bool narrow = weight_bits != 3 && ceil_div(w.channels, 64) % 2 == 1 && w.taps > 1;
-  w.swizzle = narrow ? 64 : 128;
-  w.boxes = ceil_div(w.channels, w.swizzle);
+  w.boxes = ceil_div(w.channels, kBlockK);
+  w.last_half = w.channels - (w.boxes - 1) * kBlockK <= kBlockK / 2;
   return w;
 }
 
-MODIFF_HD int k_block_count(const Window& w) { return ceil_div(w.taps * w.boxes, kBlockK / w.swizzle); }
+MODIFF_HD int k_block_count(const Window& w) { return w.taps * w.boxes; }
 
 // Rows of the result are the output pixels of all samples in order. A pixel's window begins here in the input.
 struct Image {

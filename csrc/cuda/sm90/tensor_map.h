@@ -42,8 +42,8 @@ inline TensorMap matrix_map(const void* base, int64_t bytes, int64_t rows, int b
 }
 
 // The codes, `rows` rows of a tile to a box.
-inline TensorMap codes_map(const ProductProblem& p, const Window& window, int rows) {
-  if (is_matrix(p)) return matrix_map(p.codes, p.c_in, p.samples * p.h * p.w, window.swizzle, rows, window.swizzle);
+inline TensorMap codes_map(const ProductProblem& p, int rows) {
+  if (is_matrix(p)) return matrix_map(p.codes, p.c_in, p.samples * p.h * p.w, kBlockK, rows, kBlockK);
   TensorMap map{};
   map.base = p.codes;
   map.im2col = 1;
@@ -52,7 +52,7 @@ inline TensorMap codes_map(const ProductProblem& p, const Window& window, int ro
   map.strides[0] = p.c_in;
   map.strides[1] = p.c_in * p.w;
   map.strides[2] = p.c_in * p.w * p.h;
-  map.box[0] = window.swizzle;
+  map.box[0] = kBlockK;
   map.box[1] = rows;
   map.lower[0] = static_cast<int>(-p.pad_w);
   map.lower[1] = static_cast<int>(-p.pad_h);
@@ -60,7 +60,7 @@ inline TensorMap codes_map(const ProductProblem& p, const Window& window, int ro
   map.upper[1] = static_cast<int>(p.pad_h - (p.kernel_h - 1) * p.dilation_h);
   map.element_strides[0] = static_cast<int>(p.stride_w);
   map.element_strides[1] = static_cast<int>(p.stride_h);
-  map.swizzle = window.swizzle;
+  map.swizzle = kBlockK;
   return map;
 }
 
@@ -74,16 +74,24 @@ MODIFF_HD constexpr int plane_bytes(int codes, int bits, Plane plane) {
 
 // The weight, `columns` output channels to a box. Both planes of 3 bits stand in one row: the map of the high one
 // begins at the first row's high plane, and reaches past the last row's end no more than the low one.
-inline TensorMap weight_map(const ProductCall& call, const Window& window, int columns, Plane plane) {
+inline TensorMap weight_map(const ProductCall& call, int columns, Plane plane) {
   const ProductProblem& p = call.problem;
   const int64_t k = p.kernel_h * p.kernel_w * p.c_in, pitch = k * call.weight_bits / 8;
   const int64_t first = plane == Plane::kHigh ? k / 4 : 0;
   const int64_t bytes = plane == Plane::kLow ? k / 4 : plane == Plane::kHigh ? k / 8 : pitch;
-  TensorMap map = matrix_map(reinterpret_cast<const char*>(p.weight) + first, bytes, p.c_out,
-                             plane_bytes(window.swizzle, call.weight_bits, plane), columns,
-                             call.weight_bits == 8 ? window.swizzle : 0);
+  TensorMap map =
+      matrix_map(reinterpret_cast<const char*>(p.weight) + first, bytes, p.c_out,
+                 plane_bytes(kBlockK, call.weight_bits, plane), columns, call.weight_bits == 8 ? kBlockK : 0);
   map.strides[0] = pitch;
   return map;
+}
+
+// y_hat or skip of 2-byte values, rows of a slice of a tile to a box.
+constexpr int kSlice = 32;      // columns that the epilogue takes at a time
+constexpr int kStoreRows = 16;  // of a box that it writes
+
+inline TensorMap slices_map(const void* base, int64_t rows, int64_t columns, int box_rows) {
+  return matrix_map(base, columns * 2, rows, kSlice * 2, box_rows, kSlice * 2);
 }
 
 // Why these kernels cannot run a call, or null. The limits are those of TMA and of 32-bit coordinates; sm80 has none.

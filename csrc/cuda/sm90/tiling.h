@@ -34,22 +34,26 @@ struct Tiling {
   Schedule schedule;
 };
 
-// Estimated clocks of a multiprocessor; only their order matters, and none of them is measured yet.
+// Estimated clocks of a multiprocessor; only their order matters, and none of them is measured yet. Those of the epilogue
+// are read from the machine code (docs/cuda_kernels.md, "Clocks").
 //   per k-block     multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
-//   per work item   1500 to fill the pipeline, and the sums: read, add and write 6 bytes each, or, with splits, an
-//                   addition of 4 in the L2 cache at half that rate
-//   per call        with splits: 3000 to clear the sums beforehand
-constexpr int64_t kMultiplications = 4096, kLoads = 32, kFill = 1500, kClear = 3000;
+//   per work item   the epilogue: a clock for kEpilogue sums, by all splits in turn or by one; with splits before it an
+//                   addition of 4 bytes in the L2 cache at half that rate
+//   per call        1500 to fill the pipeline, which later work items find full; with splits 3000 to clear the sums
+constexpr int64_t kMultiplications = 4096, kLoads = 32, kEpilogue = 6, kFill = 1500, kClear = 3000;
 
 inline int64_t estimated_clocks(const Tiling& tiling, int weight_bits, int multiprocessors) {
   const Tile tile = kTiles[tiling.tile];
   const Schedule& s = tiling.schedule;
   const int64_t sums = int64_t{tile.rows} * tile.columns;
-  const int64_t loaded = int64_t{kBlockK} * (tile.rows + tile.columns * weight_bits / 8);
-  const int64_t k_block = most(sums * kBlockK / kMultiplications, loaded / kLoads);
+  const int64_t loaded = int64_t{kBlockK} * (tile.rows + tile.columns * weight_bits / 8) / kLoads;
+  const int64_t multiplied = sums * kBlockK / kMultiplications;
+  // Half a k-block is loaded as a whole one; the pipeline evens out loads over a tap.
+  const Window& w = tiling.window;
+  const int64_t tap = most(loaded * w.boxes, multiplied * w.boxes - (w.last_half ? multiplied / 2 : 0));
   const int64_t added = s.splits > 1 ? sums * 4 * 2 / kLoads : 0;
-  const int64_t work = ceil_div(s.k_blocks, s.splits) * k_block + kFill + sums * 6 / kLoads / s.splits + added;
-  return ceil_div(work_count(s), multiprocessors) * work + (s.splits > 1 ? kClear : 0);
+  const int64_t work = ceil_div(tap * ceil_div(s.k_blocks, s.splits), w.boxes) + sums / kEpilogue / s.splits + added;
+  return ceil_div(work_count(s), multiprocessors) * work + kFill + (s.splits > 1 ? kClear : 0);
 }
 
 // More splits than this, or splits of fewer k-blocks, only add to each other's sums.
@@ -59,7 +63,7 @@ inline Tiling tiling_of_tile(const ProductCall& call, int tile, int splits) {
   const ProductProblem& p = call.problem;
   Tiling tiling{};
   tiling.tile = tile;
-  tiling.window = window_of(p, call.weight_bits);
+  tiling.window = window_of(p);
   tiling.schedule.row_tiles = static_cast<int>(ceil_div(p.samples * p.out_h * p.out_w, kTiles[tile].rows));
   tiling.schedule.column_tiles = static_cast<int>(ceil_div(p.c_out, kTiles[tile].columns));
   tiling.schedule.k_blocks = k_block_count(tiling.window);

@@ -145,14 +145,13 @@ class ProductEmulator(Emulator):
         head = form.numpy().tobytes() + struct.pack("4q", self.tile, self.splits, code_bits, self.falling)
         return self.answer(head, tensors, form)
 
-    def answer(self, head, tensors, form, *more):
-        """The request's; more: what is answered besides out and y_hat."""
+    def answer(self, head, tensors, form):
         codes, y_hat = tensors[0], tensors[7]
         *geometry, _, geglu, write_out, out_dtype = map(int, form.tolist()[:18])
         out = None
         if write_out:
             out = _output(codes, geometry, list(DTYPES)[out_dtype], geglu)
-        self.ask(head, tensors, (out, y_hat, *more))
+        self.ask(head, tensors, (out, y_hat))
         return torch.empty(0, dtype=list(DTYPES)[out_dtype]) if out is None else out
 
 
@@ -160,12 +159,12 @@ class HopperEmulator(ProductEmulator):
     """emulator/hopper.cpp, the kernels of csrc/cuda/sm90 on a model of TMA, barriers and wgmma; `product` as above.
 
     `tile`: index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own. `seed`: of the order of threads and loads.
-    `prefetched`: bytes that the last call asked for ahead of its epilogue. `other`: takes what these kernels do not."""
+    `other`: takes what these kernels do not."""
 
     def __init__(self, program: Path, other: ProductEmulator | None = None):
         super().__init__(program)
         self.splits, self.multiprocessors, self.seed = 1, 3, 0
-        self.prefetched, self.other = 0, other
+        self.other = other
 
     def product(self, *call):
         *tensors, form = call
@@ -173,10 +172,7 @@ class HopperEmulator(ProductEmulator):
         if self.other is not None and weight_bits == 3 and int(form[3] * form[5] * form[6]) % 128 != 0:
             return self.other.product(*call)
         launch = self.tile, self.splits, 8, self.multiprocessors, self.seed
-        prefetched = torch.zeros(1, dtype=torch.int64)
-        out = self.answer(form.numpy().tobytes() + struct.pack("5q", *launch), tensors, form, prefetched)
-        self.prefetched = int(prefetched)
-        return out
+        return self.answer(form.numpy().tobytes() + struct.pack("5q", *launch), tensors, form)
 
 
 PROGRAMS = {"quantize": QuantizeEmulator, "product": ProductEmulator, "hopper": HopperEmulator}

@@ -134,7 +134,7 @@ def test_a_map_is_encoded_once_for_its_tensor_and_shape(calls):
     codes, weight = image(2, 256, 96, 8, torch.int8), weight_of(160, 2304, 8)
 
     def run(codes, weight=weight, window=WINDOW):
-        product(codes, torch.ones(1), None, weight, None, None, None, window, HALF, True)
+        product(codes, torch.ones(1), None, weight, None, None, None, window, FLOAT, True)
         return [*calls()]
 
     pixels, matrix, clear, launched = run(codes)

@@ -12,7 +12,7 @@ import pytest
 
 from modiff_kernels.backends.cuda import library
 from tools import sass_report
-from tools.sass_report import Row
+from tools.sass_report import Instruction, Row
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 ARCHS = ["sm_80", "sm_90a"]  # sm_86 and sm_89 are made of the same PTX as sm_80
@@ -59,14 +59,15 @@ def test_processors_newer_than_hopper(arch, tmp_path):
 @pytest.mark.slow
 def test_wgmma_is_not_serialised(rows):
     """Where ptxas cannot keep a wgmma under way it waits after each one and says so in a remark (C7510) that nvcc
-    cannot make an error. Then there are more arrivals and waits than the sources have: one, and two."""
+    cannot make an error. Then there are more arrivals and waits than the sources have: two (whole and half k-blocks),
+    and two."""
     products = [row for row in rows if row.kernel.startswith("sm90::Product<")]
     assert len(products) == 8
     for row in products:
         _, blocks, columns = (int(number) for number in re.findall(r"\d+", row.kernel.split("<")[1]))
         wgmma = {name: count for name, count in row.opcodes.items() if name.startswith("IGMMA")}
-        assert wgmma == {f"IGMMA.64x{columns}x32.S8.S8": 4 * blocks}
-        assert (row.opcodes["WARPGROUP.ARRIVE"], row.opcodes["WARPGROUP.DEPBAR.LE"]) == (1, 2)
+        assert wgmma == {f"IGMMA.64x{columns}x32.S8.S8": (4 + 2) * blocks}
+        assert (row.opcodes["WARPGROUP.ARRIVE"], row.opcodes["WARPGROUP.DEPBAR.LE"]) == (2, 2)
 
 
 def test_the_library_has_every_architecture(built):
@@ -78,8 +79,50 @@ def test_the_library_has_every_architecture(built):
     assert found == {f"{a}.cubin" if a.startswith("sm_") else f"{a.replace('compute', 'sm')}.ptx" for a in said}
 
 
+def code(*texts):
+    """Instructions of (opcode, stall, board it holds, boards it waits for). "BRA 2": to the third; "@": guarded."""
+    found = []
+    for i, (text, *control) in enumerate(texts):
+        opcode, _, jump = text.lstrip("@").partition(" ")
+        stall, write, waits = (*control, *(1, 7, 0)[len(control) :])
+        word = stall | write << 5 | 7 << 8 | waits << 11
+        found.append(Instruction(16 * i, opcode, text[0] == "@", 16 * int(jump) if jump else -1, word))
+    return found
+
+
 ROW = Row("sm_90a", "TilePass<float>", 96, 0, 1040, Counter({"LDG.E.128": 4, "STG.E": 2, "FADD": 9}))
+ROW.code = code(("FADD", 4), ("@BRA 0", 1))
 RULE = {"why": "w", "arch": "sm_90a", "kernel": "^Tile"}
+
+
+class TestClocks:
+    def test_by_hand(self):
+        """Stalls add up; a result is waited for; two warps hide each other's waits, not the queue of memory."""
+        fixed = code(("FADD", 4), ("FMUL", 2), ("FADD", 1))
+        loaded = code(("LDS.128", 1, 0), ("FADD", 4, 7, 1))
+        for region, warps, clocks in (
+            (fixed, 1, 7),
+            (fixed, 2, 8),
+            (loaded, 1, 16 + 30 + 4),
+            (loaded, 2, 16 + 16 + 30 + 4),
+            (code(*[("STG.E.128",)] * 5), 1, 80),
+            (code(("LDG.E", 2, 3), ("FADD", 1, 7, 0)), 1, 4),
+        ):
+            assert sass_report.clocks_of(region, warps) == clocks
+
+    def test_regions(self):
+        kernel = code(
+            ("MOV",), ("SYNCS",), ("UTMALDG.2D",), ("@BRA 2",), ("@BRA 1",), ("BRA 7",),
+            ("STSM.16",), ("FADD",), ("@BRA 1",), ("STSM.16",), ("EXIT",), ("STSM.16",), ("BRX",),
+        )  # fmt: skip
+        for region, spans in (
+            ("loop UTMALDG", [(2, 4)]),
+            ("loop SYNCS", [(1, 5)]),
+            ("loop MOV", []),
+            ("stretch STSM", [(6, 10), (11, 12)]),
+            ("stretch LDSM", []),
+        ):
+            assert sass_report.regions(kernel, region) == [kernel[first:end] for first, end in spans]
 
 
 def test_a_broken_rule_says_how():
@@ -96,6 +139,12 @@ def test_a_broken_rule_says_how():
         ({"kernels": 2}, "sm_90a: applies to 1 kernels, 2 are expected"),
         ({"arch": "sm_90"}, "applies to no kernel"),
         ({"kernel": "RowPass"}, "applies to no kernel"),
+        ({"most": {r"LDG\.E\.128": 4}}, None),
+        ({"most": {r"STG\.E": 1}}, "sm_90a TilePass<float>: 2 times STG\\.E, at most 1"),
+        ({"region": "loop FADD", "clocks": 5}, None),
+        ({"region": "loop FADD", "clocks": 4}, "sm_90a TilePass<float>: loop FADD: 5 clocks, at most 4"),
+        ({"region": "loop FADD", "region_never": ["BR"]}, "sm_90a TilePass<float>: loop FADD: BRA"),
+        ({"region": "loop MUFU"}, "sm_90a TilePass<float>: no loop MUFU"),
     ):
         assert sass_report.broken({**RULE, **changes}, [ROW]) == ([] if reason is None else [reason])
 

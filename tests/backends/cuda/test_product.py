@@ -7,6 +7,7 @@ import torch
 from modiff_kernels.backends import MAX_K
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.product_launch import product
+from modiff_kernels.quant.operands import Window
 from tests.backends.cuda.emulation import pack_channels
 from tests.backends.exact_product import DOWN, THREE, ExactProduct, check_largest_sum
 
@@ -28,6 +29,8 @@ TILED = [
     ExactProduct((2, 48, 9, 8), 65, THREE),
     ExactProduct((130, 320), 130, bits=4),
     ExactProduct((1, 32, 12, 12), 136, THREE, bits=3),
+    ExactProduct((2, 32, 9, 8), 24, Window((5, 4), (2, 3), (3, 1), (2, 1))),
+    ExactProduct((3, 16, 4, 9), 24, Window((1, 3), (2, 1), (0, 2), (1, 2))),
 ]
 
 

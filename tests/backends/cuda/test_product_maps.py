@@ -1,13 +1,10 @@
 """The maps of csrc/cuda/sm80, on all of their arguments where there are few: fragments, places in shared memory, order
-of tiles, im2col, and the choice of a tile."""
+of tiles, and the choice of a tile."""
 
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-
-from modiff_kernels.quant.operands import Window
 
 CHUNK, K_BLOCK = 16, 64
 
@@ -87,33 +84,6 @@ def test_tiles_are_a_permutation_in_bands(maps, tiles_m, tiles_n):
         (m, n) for band in range(0, tiles_m, 8) for n in range(tiles_n) for m in range(band, min(band + 8, tiles_m))
     ]
     assert places == expected
-
-
-def test_chunks_come_from_where_the_window_meets_them(maps):
-    """Against F.unfold of an image of the numbers of its own chunks, from 1 on, as 0 stands for padding."""
-    for x_shape, window in (
-        ((2, 16, 5, 7), Window((3, 3), padding=(1, 1))),
-        ((2, 48, 7, 5), Window((3, 3), (2, 2), (1, 1))),
-        ((1, 80, 6, 6), Window((3, 3))),
-        ((3, 16, 4, 9), Window((1, 3), (2, 1), (0, 2), (1, 2))),
-        ((1, 32, 9, 8), Window((5, 4), (2, 3), (3, 1), (2, 1))),
-        ((2, 32, 3, 3), Window((1, 1), padding=(1, 1))),
-    ):
-        samples, channels, h, w = x_shape
-        chunks = channels // CHUNK
-        image = torch.arange(1.0, samples * h * w * chunks + 1).view(samples, h, w, chunks).permute(0, 3, 1, 2)
-        columns = F.unfold(image.double(), window.kernel_size, window.dilation, window.padding, window.stride)
-        taps = window.kernel_size[0] * window.kernel_size[1]
-        rows = columns.view(samples, chunks, taps, -1).permute(0, 3, 2, 1).reshape(-1, taps * chunks)
-        k_blocks = -(-taps * channels // K_BLOCK) + 1  # one more: past the end of K
-        wanted = torch.zeros(-(-len(rows) // 64) * 64, k_blocks * 4)
-        wanted[: len(rows), : rows.shape[1]] = rows
-        geometry = (samples, h, w, channels, 1, *window.to_ints())
-        for first in range(0, len(wanted), 64):
-            sources = torch.from_numpy(maps.gather(geometry, first, k_blocks))
-            found = sources.transpose(0, 1).reshape(64, k_blocks * 4)
-            assert torch.equal(torch.where(found < 0, found + 1, found // CHUNK + 1), wanted[first : first + 64].long())
-            assert ((found % CHUNK == 0) | (found == -1)).all()
 
 
 class TestChoice:

@@ -14,6 +14,7 @@ from modiff_kernels.quant.packing import pack
 from modiff_kernels.quant.spec import quant_max, quant_min
 from tests.backends.exact_product import DOWN, POINT, THREE
 
+HALF, BFLOAT = torch.float16, torch.bfloat16
 TILES = {8: (0, 1, 2, 3), 4: (0, 3), 3: (0, 3)}  # csrc/cuda/sm90/tiling.h
 ALL_TILES = [(bits, tile) for bits, tiles in TILES.items() for tile in tiles]
 
@@ -64,7 +65,6 @@ class Case:
         self.bias = None if bias is None else torch.randn(c_out, generator=draw).to(bias)
 
     def check(self, hopper, launch, with_state=True, write_out=True):
-        """Returns the bytes that were prefetched for the epilogue."""
         hopper.tile, hopper.splits, hopper.multiprocessors, hopper.seed = launch
         states = [self.y_hat.clone() if with_state else None for _ in range(2)]
         outs = [
@@ -77,7 +77,6 @@ class Case:
         assert torch.equal(*outs)
         if with_state:
             assert torch.equal(*states)
-        return hopper.prefetched
 
 
 class TestTiles:
@@ -91,7 +90,7 @@ class TestTiles:
     @pytest.mark.parametrize("window", [THREE, DOWN], ids=["stride 1", "stride 2"])
     @pytest.mark.parametrize(("bits", "tile"), ALL_TILES)
     def test_convolution(self, hopper, bits, tile, window):
-        """Boxes of pixels that cross lines and images; two boxes of 64 codes to a k-block except with 3 bits."""
+        """Boxes of pixels that cross lines and images; a k-block of half a box except with 3 bits."""
         case = Case(3, 13, 11, 128 if bits == 3 else 64, 72, window, bits)
         case.check(hopper, Launch(tile, multiprocessors=2, seed=window.stride[0]))
 
@@ -119,10 +118,28 @@ class TestOrders:
 
 
 class TestEpilogues:
-    @pytest.mark.parametrize(("splits", "all_of_it"), [(1, True), (2, False)])
+    """Those that are known at compile time (csrc/cuda/sm90/finish_slices.h), and their neighbours that are not."""
+
+    @pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
     @pytest.mark.parametrize("tile", [0, 3])
-    @pytest.mark.parametrize("skip", [False, True])
-    def test_what_the_epilogue_reads_is_asked_for_once_and_whole(self, hopper, tile, splits, all_of_it, skip):
-        case = Case(3, 11, 10, 256, 168, state=torch.float32, skip=skip)
-        asked = case.check(hopper, Launch(tile, splits=splits))
-        assert asked == (case.y_hat.numel() * (6 if skip else 4) if all_of_it else 0)
+    @pytest.mark.parametrize(
+        ("state", "out", "bias"),
+        [
+            (HALF, HALF, None), (BFLOAT, BFLOAT, None), (HALF, BFLOAT, None), (BFLOAT, HALF, None),
+            (torch.float32, HALF, None), (HALF, torch.float32, None),
+            (None, HALF, None), (None, HALF, HALF), (None, BFLOAT, torch.float32), (None, BFLOAT, BFLOAT),
+            (None, HALF, BFLOAT),
+        ],
+    )  # fmt: skip
+    def test_dtypes(self, hopper, tile, state, out, bias, skip):
+        """Rows and columns that end within a tile, scales that change within a warp's rows; two tiles to a block. Zero
+        points where there is a bias."""
+        case = Case(5, 11, 10, 64, 168, state=state or HALF, out=out, bias=bias, skip=skip, zero_point=bias is not None)
+        case.check(hopper, Launch(tile, multiprocessors=2, seed=tile), with_state=state is not None)
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_state_alone(self, hopper, bits, splits):
+        """Nothing but y_hat is written; with splits all blocks give back its slices, and one finishes them."""
+        case = Case(2, 9, 9, 512, 72, bits=bits, skip=False)
+        case.check(hopper, Launch(0, splits=splits, multiprocessors=2), write_out=False)

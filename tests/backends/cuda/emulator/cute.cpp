@@ -12,16 +12,16 @@
 using namespace cute;
 namespace sm90 = modiff::cuda::sm90;
 
-void descriptors(int swizzle, SM90::GMMA::LayoutType layout) {
+void descriptors() {
   int count = 0, differ = 0;
   for (uint32_t address = 0; address < 227u << 10; address += 16, ++count) {
     GmmaDescriptor d;
-    d.bitfield.layout_type_ = static_cast<uint8_t>(layout);
+    d.bitfield.layout_type_ = static_cast<uint8_t>(SM90::GMMA::LayoutType::B128);
     d.bitfield.start_address_ = static_cast<uint16_t>(address >> 4);
     d.bitfield.base_offset_ = 0;
-    d.bitfield.stride_byte_offset_ = static_cast<uint16_t>(8 * swizzle / 16);
+    d.bitfield.stride_byte_offset_ = 64;
     d.bitfield.leading_byte_offset_ = 1;
-    differ += d.desc_ != sm90::descriptor(address, swizzle);
+    differ += d.desc_ != sm90::descriptor(address);
   }
   std::printf("descriptors %d %d\n", count, differ);
 }
@@ -37,7 +37,7 @@ void fragments() {
   std::printf("fragments %d %d\n", 64 * columns, differ);
 }
 
-// Places of the codes of a stage, and where the operands of the wgmmas along K begin.
+// Places of the codes of a stage.
 template <int rows, class Atom>
 void tiles(Atom atom, int swizzle) {
   const auto layout = tile_to_shape(atom, make_shape(Int<rows>{}, Int<sm90::kBlockK>{}));
@@ -47,8 +47,6 @@ void tiles(Atom atom, int swizzle) {
     const int plain = k / swizzle * rows * swizzle + row * swizzle + k % swizzle;
     differ += layout(row, k) != static_cast<int>(sm90::swizzled(static_cast<uint32_t>(plain), swizzle));
   }
-  for (int i = 0; i < sm90::kBlockK / sm90::kMmaDepth; ++i)
-    differ += layout(0, i * sm90::kMmaDepth) != static_cast<int>(sm90::depth_offset(i, rows, swizzle));
   std::printf("tiles %d %d\n", rows * sm90::kBlockK, differ);
 }
 
@@ -60,7 +58,6 @@ void compare() {
 }
 
 int main() {
-  descriptors(128, SM90::GMMA::LayoutType::B128);
-  descriptors(64, SM90::GMMA::LayoutType::B64);
+  descriptors();
   compare<64, 128, 160, 256>();
 }

@@ -9,6 +9,7 @@
 //   wgmma      operands are read as late as allowed, when a thread waits for the group, or with odd seeds as early,
 //              when it issues it; operands that ordinary stores wrote must have been published. All threads of a
 //              warpgroup must issue the same operations
+//              stores read their boxes as late as allowed, or with odd seeds as early
 //   blocks     of a launch run together
 #pragma once
 #include <cstring>
@@ -80,9 +81,8 @@ class HopperCta {
     require(loads_.empty(), "a load is under way at the end of the block");
     for (const auto& [address, barrier] : barriers_) require(barrier.bytes == 0, "bytes are missing at the end");
     for (const auto& groups : groups_) require(groups.empty(), "a wgmma is under way at the end of its thread");
+    for (const auto& [thread, groups] : store_groups_) require(groups.empty(), "a store is under way at the end");
   }
-
-  int64_t prefetched() const { return prefetched_; }
 
   int thread() const { return fibers_.current() - first_fiber_; }
   int64_t block() const { return block_; }
@@ -90,6 +90,8 @@ class HopperCta {
   void sync() { meet(all_); }
   void warp_sync() { meet(warps_[static_cast<size_t>(thread() / kWarp)]); }
   void consumers_sync() { meet(consumers_); }
+  int uniform(int value) const { return value; }
+  bool elect() const { return thread() % kWarp == 31; }  // any one
 
   void exchange(uint32_t (&values)[4], int mask) {
     Meeting& warp = warps_[static_cast<size_t>(thread() / kWarp)];
@@ -144,11 +146,41 @@ class HopperCta {
   }
 
   void shared_store(uint8_t* p, const uint32_t (&words)[4]) {
-    const uint32_t offset = shared_address(p) - kBase;
-    require(offset % 16 == 0, "a store of 16 bytes is not aligned");
     std::memcpy(p, words, sizeof(words));
-    std::fill_n(unpublished_.begin() + offset, sizeof(words), static_cast<uint16_t>(thread() + 1));
-    stored_[thread()].push_back(offset);
+    note_store(p);
+  }
+
+  // Stores by TMA are as late as allowed, when their thread waits for the group, or as early.
+  void store_matrix(const TensorMap& map, const uint8_t* from, int x, int y) {
+    if (const char* problem = map_problem(map)) fail(problem);
+    const uint32_t address = shared_address(from);
+    require(!map.im2col && address % static_cast<uint32_t>(8 * most(16, map.swizzle)) == 0, "TMA: source");
+    require_published(address - kBase, map.box[0] * map.box[1], "TMA reads what was not published");
+    stores_[thread()].push_back({&map, address, x, y});
+    if (early_) write(stores_[thread()].back());
+  }
+  void store_commit() { store_groups_[thread()].push_back(std::move(stores_[thread()])); }
+  template <size_t pending>
+  void store_wait() {
+    fibers_.wait(nullptr);
+    auto& groups = store_groups_[thread()];
+    for (; groups.size() > pending; groups.erase(groups.begin())) {
+      for (const Store& store : groups.front())
+        if (!early_) write(store);
+    }
+  }
+
+  // Lane i has of matrix m the pair i % 4 of the row that lane 8 * m + i / 4 names.
+  void load_matrices(uint32_t (&words)[4], const uint8_t* row) {
+    uint32_t* const rows = exchange_rows(row);
+    for (int m = 0; m < 4; ++m) std::memcpy(&words[m], pair_of(rows, m), 4);
+    warp_sync();
+  }
+  void store_matrices(uint8_t* row, const uint32_t (&words)[4]) {
+    uint32_t* const rows = exchange_rows(row);
+    for (int m = 0; m < 4; ++m) std::memcpy(pair_of(rows, m), &words[m], 4);
+    note_store(row);
+    warp_sync();
   }
   void publish_stores() {
     for (const uint32_t offset : stored_[thread()]) {
@@ -193,14 +225,6 @@ class HopperCta {
   uint32_t count_arrival(uint32_t* p) { return (*p)++; }
   int32_t load_sum(const int32_t* p) { return *p; }
 
-  // Touches the bytes, so that the sanitizers see them.
-  void prefetch(const void* p, int bytes) {
-    require(reinterpret_cast<uintptr_t>(p) % 16 == 0 && bytes % 16 == 0 && bytes > 0, "prefetch: alignment");
-    std::vector<uint8_t> copy(static_cast<size_t>(bytes));
-    std::memcpy(copy.data(), p, copy.size());
-    prefetched_ += bytes;
-  }
-
   // Fills some boxes that are under way, or all; false if none is.
   bool deliver(bool all) {
     if (loads_.empty()) return false;
@@ -234,7 +258,7 @@ class HopperCta {
     explicit Meeting(int count) : members(count) {}
     int members, there = 0;
     uint64_t generation = 0;
-    uint32_t values[kWarp][4];
+    uint32_t values[kWarp][4], rows[kWarp];
   };
   struct Load {
     const TensorMap* map;
@@ -243,6 +267,11 @@ class HopperCta {
     int x, y;
     Corner corner;
     int offset_w, offset_h;
+  };
+  struct Store {
+    const TensorMap* map;
+    uint32_t address;
+    int x, y;
   };
   struct Mma {
     uint64_t codes, weight;
@@ -254,6 +283,27 @@ class HopperCta {
     uint64_t codes, weight;
     bool accumulate;
   };
+
+  // Bytes that TMA and wgmma do not see before they are published.
+  void note_store(const uint8_t* p) {
+    const uint32_t offset = shared_address(p) - kBase;
+    require(offset % 16 == 0, "a store of 16 bytes is not aligned");
+    std::fill_n(unpublished_.begin() + offset, 16, static_cast<uint16_t>(thread() + 1));
+    stored_[thread()].push_back(offset);
+  }
+
+  // Where the 32 rows of four matrices are in shared memory, as every lane named one.
+  uint32_t* exchange_rows(const uint8_t* row) {
+    Meeting& warp = warps_[static_cast<size_t>(thread() / kWarp)];
+    warp.rows[thread() % kWarp] = shared_address(row) - kBase;
+    require(warp.rows[thread() % kWarp] % 16 == 0, "a row of a matrix is not aligned");
+    meet(warp);
+    return warp.rows;
+  }
+  uint8_t* pair_of(const uint32_t* rows, int m) {
+    const int lane = thread() % kWarp;
+    return shared_ + rows[8 * m + lane / 4] + lane % 4 * 4;
+  }
 
   void meet(Meeting& meeting) {
     const uint64_t generation = meeting.generation;
@@ -281,6 +331,7 @@ class HopperCta {
     require(address % 128 == 0 && address % static_cast<uint32_t>(8 * most(16, map.swizzle)) == 0, "TMA: destination");
     const auto bytes = static_cast<size_t>(map.box[0]) * static_cast<size_t>(map.box[1]);
     require(address - kBase + bytes <= size_, "TMA: a box reaches past shared memory");
+    require_published(address - kBase, map.box[0] * map.box[1], "TMA writes where stores were not published");
     std::memset(to, 0x5A, bytes);
     return Load{&map, to, barrier, 0, 0, {}, 0, 0};
   }
@@ -319,6 +370,20 @@ class HopperCta {
         const uint32_t address = to + static_cast<uint32_t>(row * map.box[0] + i);
         shared_[permuted(address, map.swizzle) - kBase] = byte;
       }
+    }
+  }
+
+  void require_published(uint32_t offset, int bytes, const char* what) const {
+    for (int i = 0; i < bytes; ++i) require(unpublished_[offset + static_cast<uint32_t>(i)] == 0, what);
+  }
+
+  MODIFF_HOT void write(const Store& store) const {
+    const TensorMap& map = *store.map;
+    auto* base = static_cast<uint8_t*>(const_cast<void*>(map.base));
+    for (int i = 0; i < map.box[0] * map.box[1]; ++i) {
+      const int64_t x = store.x + i % map.box[0], y = store.y + i / map.box[0];
+      if (x < 0 || x >= map.dims[0] || y < 0 || y >= map.dims[1]) continue;
+      base[y * map.strides[0] + x] = shared_[permuted(store.address + static_cast<uint32_t>(i), map.swizzle) - kBase];
     }
   }
 
@@ -382,16 +447,17 @@ class HopperCta {
   std::map<int, std::vector<uint32_t>> stored_;
   std::map<int, int64_t> counts_;
   std::map<int, std::vector<Mma>> open_;
+  std::map<int, std::vector<Store>> stores_;
+  std::map<int, std::vector<std::vector<Store>>> store_groups_;
   std::vector<std::vector<std::vector<Mma>>> groups_;
   std::vector<std::vector<Issued>> issued_;
   bool early_;
   std::mt19937 random_;
-  int64_t prefetched_ = 0;
 };
 
-// Runs all blocks of a launch. Returns the bytes that they prefetched.
+// Runs all blocks of a launch.
 template <class Body, class Args>
-int64_t launch_on_host(const Args& args, int blocks, uint32_t seed) {
+void launch_on_host(const Args& args, int blocks, uint32_t seed) {
   using Shared = typename Body::Shared;
   WaitingFibers fibers(blocks * Body::kThreads);
   std::vector<std::unique_ptr<Shared>> shared;
@@ -413,12 +479,7 @@ int64_t launch_on_host(const Args& args, int blocks, uint32_t seed) {
     return any;
   };
   fibers.run(body, deliver, seed);
-  int64_t prefetched = 0;
-  for (const auto& cta : ctas) {
-    cta->require_finished();
-    prefetched += cta->prefetched();
-  }
-  return prefetched;
+  for (const auto& cta : ctas) cta->require_finished();
 }
 
 }  // namespace modiff::cuda::sm90

@@ -52,16 +52,18 @@ std::vector<std::array<int, 5>> works(int row_tiles, int column_tiles, int split
   return found;
 }
 
-// The codes of a box, and of every box of the k-blocks its channel, the offset of its tap and its first code.
-std::pair<int, std::vector<std::array<int64_t, 4>>> boxes(const Geometry& geometry, int bits) {
-  const sm90::Window window = sm90::window_of(call_of(geometry, bits).problem, bits);
-  const int64_t count = sm90::k_block_count(window) * (sm90::kBlockK / window.swizzle);
-  std::vector<std::array<int64_t, 4>> found;
-  for (int i = 0; i < count; ++i) {
-    const sm90::Box box = sm90::box_of(window, i);
-    found.push_back({box.channel, box.offset_h, box.offset_w, box.code});
+// Of the box of every k-block its channel, the offset of its tap and its first code; the walk begins again at every
+// `again`-th one. Whether the second half of a tap's last box is zeros.
+std::pair<bool, std::vector<std::array<int, 4>>> boxes(const Geometry& geometry, int again) {
+  const sm90::Window window = sm90::window_of(call_of(geometry, 8).problem);
+  std::vector<std::array<int, 4>> found;
+  sm90::Walk walk = sm90::Walk::begin(window, 0);
+  for (int i = 0; i < sm90::k_block_count(window); ++i) {
+    if (i % again == 0) walk = sm90::Walk::begin(window, i);
+    found.push_back({walk.channel, walk.offset_h, walk.offset_w, walk.code});
+    walk.advance(window);
   }
-  return {window.swizzle, found};
+  return {window.last_half, found};
 }
 
 // w, h, n of every output pixel.
@@ -113,12 +115,18 @@ const char* limit(const Geometry& geometry, int bits, int codes_offset, int weig
   return sm90::limit_of(call);
 }
 
-// What TMA does not allow in the maps of a call, with any tile, or null.
+// What TMA does not allow in the maps of a call with float16 state, skip and output, with any tile, or null.
 const char* problem_of_maps(const Geometry& geometry, int bits) {
-  const ProductCall call = call_of(geometry, bits);
+  ProductCall call = call_of(geometry, bits);
+  ProductProblem& p = call.problem;
+  p.y_hat = p.out = reinterpret_cast<void*>(uintptr_t{8192});
+  p.skip = p.y_hat;
+  p.y_hat_dtype = p.skip_dtype = p.out_dtype = DType::kFloat16;
   for (int tile = 0; tile < sm90::kTileCount; ++tile) {
     const auto args = sm90::product_args(call, sm90::tiling_of_tile(call, tile, 1));
-    for (const sm90::TensorMap* map : {&args.codes, &args.weight, bits == 3 ? &args.high_plane : &args.weight}) {
+    for (const sm90::TensorMap* map :
+         {&args.codes, &args.weight, &args.high_plane, &args.slices[0], &args.slices[1], &args.y_hat, &args.out}) {
+      if (map->base == nullptr) continue;
       if (const char* problem = sm90::map_problem(*map)) return problem;
     }
   }

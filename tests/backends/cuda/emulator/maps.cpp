@@ -14,9 +14,6 @@ namespace maps {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-using Geometry = std::array<int64_t, kGeometry>;
-
-constexpr int64_t kUnwritten = -7;
 
 // One warp that does what `Work` says with one argument.
 template <class Work>
@@ -66,18 +63,6 @@ struct LoadMatrices {
   }
 };
 
-// Notes down where copies come from instead of copying: offsets from `base`, or -1.
-struct Recorder {
-  const uint8_t* base;
-  uint8_t* tile;
-  int64_t* sources;  // by chunk of the tile
-
-  template <int kBytes>
-  void copy_async(void* to, const void* from, bool there) {
-    sources[(static_cast<uint8_t*>(to) - tile) / kBytes] = there ? static_cast<const uint8_t*>(from) - base : -1;
-  }
-};
-
 void check_lanes(const py::array& of, py::ssize_t values) {
   if (of.ndim() != 2 || of.shape(0) != kWarp || of.shape(1) != values) throw py::value_error("not a row for each lane");
 }
@@ -108,34 +93,6 @@ std::pair<int, int> tile_place(int tile, int tiles_m, int tiles_n) {
   return {place.m, place.n};
 }
 
-// Where in the image the chunks of the tile at `row` come from: [k-blocks, 64 rows, 4 chunks].
-Array<int64_t> gather(const Geometry& geometry, int row, int k_blocks) {
-  constexpr int kThreads = 128, kRows = 64, kTileChunks = kRows * sm80::kChunks;
-  ProductCall call{};
-  set_geometry(call.problem, geometry.data());
-  call.weight_bits = call.code_bits = 8;
-  std::vector<uint8_t> image(1), tile(kRows * sm80::kBlockKBytes);
-  call.problem.codes = reinterpret_cast<const int8_t*>(image.data());
-  const sm80::Tiling tiling = sm80::tiling_of(call, sm80::TileChoice{3, 1});
-  const sm80::OperandArgs args = sm80::operand_args(call, tiling);
-  Array<int64_t> sources({k_blocks, kRows, static_cast<int>(sm80::kChunks)});
-  std::fill_n(sources.mutable_data(), sources.size(), kUnwritten);
-  std::vector<int64_t> swizzled(kTileChunks);
-  for (int thread = 0; thread < kThreads; ++thread) {
-    sm80::CodesLoader<kThreads, kRows> loader(args, thread, row, 0);
-    Recorder recorder{args.codes, tile.data(), swizzled.data()};
-    for (int k_block = 0; k_block < k_blocks; ++k_block) {
-      std::fill(swizzled.begin(), swizzled.end(), kUnwritten);
-      loader.load(recorder, args, thread, tile.data());
-      for (int i = thread / sm80::kChunks; i < kRows; i += kThreads / sm80::kChunks) {
-        const int chunk = thread % sm80::kChunks;
-        sources.mutable_at(k_block, i, chunk) = swizzled[static_cast<size_t>(sm80::swizzled(i, chunk) / sm80::kChunk)];
-      }
-    }
-  }
-  return sources;
-}
-
 sm80::Operands operands_of(int weight_bits) {
   return weight_bits == 8 ? sm80::Operands::kBytes : sm80::Operands::kUnpacked;
 }
@@ -157,7 +114,6 @@ void define(py::module_ m) {
   m.def("load_matrices", load_matrices);
   m.def("swizzled", sm80::swizzled);
   m.def("tile_place", tile_place);
-  m.def("gather", gather);
   m.def("choose", choose, "rows"_a, "columns"_a, "k"_a, "weight_bits"_a, "multiprocessors"_a);
   m.def("cycles", cycles);
 }

@@ -1,0 +1,58 @@
+// The producer: one thread, which waits for an empty stage and lets TMA fill it. A work item's k-blocks come first, then
+// the slices that its epilogue reads, in the same ring. So those are there when the sums are, and the k-blocks of the
+// next work item while the epilogue runs.
+#pragma once
+#include "cuda/sm90/product_tile.h"
+
+namespace modiff::cuda::sm90 {
+
+template <class P, class Cta, class Map>
+MODIFF_HD void produce(Cta& cta, typename P::Shared& shared, const ProductArgs<Map>& args) {
+  Ring<P::kStages> ring;
+  for (int index = static_cast<int>(cta.block()); index < work_count(args.schedule); index += cta.blocks()) {
+    const Work work = work_of(args.schedule, index);
+    const int row = work.row_tile * P::kRows, column = work.column_tile * P::kColumns;
+    const Corner corner = corner_of(args.image, row);
+    Walk walk = Walk::begin(args.window, work.first_k_block);
+    MODIFF_NO_UNROLL for (int k_block = work.first_k_block; k_block < work.end_k_block; ++k_block) {
+      cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      uint64_t* full = &shared.full[ring.stage];
+      cta.arrive_expecting(full, P::kCodesBytes + (P::kPacked ? 0 : P::kWeightBytes));
+      if (args.image.tiled) {
+        cta.load_matrix(args.codes, shared.codes[ring.stage], full, walk.channel, row);
+      } else {
+        cta.load_pixels(args.codes, shared.codes[ring.stage], full, walk.channel, corner, walk.offset_w, walk.offset_h);
+      }
+      if constexpr (P::kPacked) {
+        uint64_t* packed_full = &shared.packed_full[ring.stage];
+        uint8_t* packed = shared.packed[ring.stage];
+        cta.arrive_expecting(packed_full, P::kPackedBytes);
+        cta.load_matrix(args.weight, packed, packed_full, walk.code / (P::kBits == 4 ? 2 : 4), column);
+        if (P::kBits == 3) {
+          cta.load_matrix(args.high_plane, packed + P::kLowBytes, packed_full, walk.code / 8, column);
+        }
+      } else {
+        cta.load_matrix(args.weight, shared.weight[ring.stage], full, walk.code, column);
+      }
+      walk.advance(args.window);
+      ring.advance();
+    }
+    const int halves = args.slice.parts / 2, slices = P::kSlices * args.slice.parts;
+    MODIFF_NO_UNROLL for (int slice = 0; slice < slices; slice += P::kStageSlices) {
+      cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      uint64_t* full = &shared.full[ring.stage];
+      if (P::kPacked) cta.arrive(&shared.packed_full[ring.stage]);
+      const bool first = args.slice.loaded[0], second = args.slice.loaded[halves] && slice + 1 < slices;
+      cta.arrive_expecting(full, (first + second) * P::kSliceBytes);
+      uint8_t* to = shared.codes[ring.stage];
+      const int x = (column + (slice >> halves) * kSlice) * 2;  // a stage has y_hat and skip, or two of one
+      if (first) cta.load_matrix(args.slices[0], to, full, x, row);
+      to += P::kSliceBytes;
+      if (second && halves == 0) cta.load_matrix(args.slices[0], to, full, x + kSlice * 2, row);
+      if (second && halves == 1) cta.load_matrix(args.slices[1], to, full, x, row);
+      ring.advance();
+    }
+  }
+}
+
+}  // namespace modiff::cuda::sm90
