@@ -75,12 +75,12 @@ int launch(const QuantizeCall& call, Stream stream) {
 }
 
 // Codes, scales, and absmax (residual form) or zero points (plain form).
-std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t prologue, std::optional<Tensor> gamma,
-                                            std::optional<Tensor> beta, std::optional<Tensor> shift, int64_t num_groups,
-                                            double eps, bool silu, std::optional<Tensor> x_hat, bool affine,
-                                            int64_t act_bits, int64_t granularity, double clip_ratio,
-                                            std::optional<Tensor> scale, bool packed, int64_t samples, int64_t rows,
-                                            int64_t channels) {
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<Tensor> further, int64_t prologue,
+                                            std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                                            std::optional<Tensor> shift, int64_t num_groups, double eps, bool silu,
+                                            std::optional<Tensor> x_hat, bool affine, int64_t act_bits,
+                                            int64_t granularity, double clip_ratio, std::optional<Tensor> scale,
+                                            bool packed, int64_t samples, int64_t rows, int64_t channels) {
   QuantizeCall call{};
   QuantizeProblem& p = call.problem;
   p.prologue = static_cast<Prologue>(prologue);
@@ -89,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t prologu
   p.channels = channels;
   p.input = input.const_data_ptr();
   p.input_dtype = dtype_of(input.scalar_type());
+  call.further = further ? further->const_data_ptr() : nullptr;
+  call.own = channels - (further ? further->size(1) : 0);
   call.gamma = parameter(gamma);
   call.beta = parameter(beta);
   call.shift = parameter(shift);
@@ -266,7 +268,8 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
 STABLE_TORCH_LIBRARY(modiff_cuda, m) {
   m.def("build_info() -> str");
   m.def(
-      "quantize(Tensor input, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int num_groups, float eps, "
+      "quantize(Tensor input, Tensor? further, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int "
+      "num_groups, float eps, "
       "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
       "bool packed, int samples, int rows, int channels) -> (Tensor, Tensor, Tensor)");
   m.def(

@@ -11,6 +11,7 @@ from . import library
 
 MAX_ROW = 8192  # channels of a row in registers of a block: csrc/cuda/common/quantize_tiling.h kMostRowChannels
 MAX_ROWS = 1 << 31
+VECTOR = 8  # channels that a thread reads at once, out of one tensor: csrc/cuda/common/vectors.h kVector
 MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vectors
 
 
@@ -18,11 +19,13 @@ def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked; with `packed` the codes of every row are in kpack_v1."""
-    kind, *norm = prologue
+    if prologue.further is not None and h.shape[1] % VECTOR != 0:
+        h, prologue = prologue.joined(h), prologue._replace(further=None)
+    kind, *norm, further = prologue
     if last_absmax is not None:
         scale = residual_scale(last_absmax, bits, clip_ratio)
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
-    args = (h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, packed, *sizes_of(h, kind))
+    args = (h, further, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, packed, *sizes_of(prologue.shape(h)))
     codes, used, third = library.quantize_op()(*args)
     if last_absmax is not None:
         last_absmax.copy_(third)

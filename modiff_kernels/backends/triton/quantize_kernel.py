@@ -4,6 +4,7 @@ Operands (N samples, R rows of C channels per sample; an NHWC image has R = H * 
 
 ========== =================== ============ ========================================================================
 h          [N, R, C]           float        input ("geglu": [N, R, 2C]); x = prologue(h)
+further    [N, R, C - own]     float        or None; then h is [N, R, own], and these are the channels from `own` on
 x_hat      [N, R, C]           float        state, read and written; None: the plain form, which quantises x itself
 a, b       [N, C] or [C]       float        "group_norm": folded norm, float32; "layer_norm": gamma and beta or None
 given      [1] or [granules]   float32      scales of the caller; "delayed": absmax of the last update, read and written
@@ -83,6 +84,22 @@ def tile_offsets(sample, first, rows, width, row, col):
 
 
 @triton.jit
+def load_channels(h_ptr, further_ptr, own, sample, first, rows, channels, row, col, mask):
+    """A tile of h in float32, the channels from `own` on out of `further`. A warp that has none of a tensor reads none:
+    both loads are masked, and `own` may lie inside of a tile."""
+    if further_ptr is None:
+        offsets = tile_offsets(sample, first, rows, channels, row, col)
+        h = tl.load(h_ptr + offsets, mask=mask, other=0.0)
+    else:
+        is_own = (col < own)[None, :]
+        offsets = tile_offsets(sample, first, rows, own, row, col)
+        h = tl.load(h_ptr + offsets, mask=mask & is_own, other=0.0)
+        offsets = tile_offsets(sample, first, rows, channels - own, row, col - own)
+        h = tl.where(is_own, h, tl.load(further_ptr + offsets, mask=mask & (col >= own)[None, :], other=0.0))
+    return h.to(tl.float32)
+
+
+@triton.jit
 def arrive(counter_ptr, programs):
     """Whether this program is the last of `programs` to come here. It then sees what the others stored before, where it
     reads past the L1 cache (".cg"), and has set the counter back to 0 for the next launch."""
@@ -100,8 +117,9 @@ def silu(x):
 
 @triton.jit
 def load_activation(
-    h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE: tl.constexpr, SILU: tl.constexpr
-):
+    h_ptr, further_ptr, own, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
     """x in float32 [BLOCK_R, BLOCK_C]; a "layer_norm" tile holds whole rows. Undefined outside `mask`."""
     if PROLOGUE == "geglu":
         offsets = tile_offsets(sample, first, rows, 2 * channels, row, col)
@@ -109,8 +127,7 @@ def load_activation(
         gate = tl.load(h_ptr + offsets + channels, mask=mask, other=0.0).to(tl.float32)
         x = x * (0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF)))
     else:
-        offsets = tile_offsets(sample, first, rows, channels, row, col)
-        x = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = load_channels(h_ptr, further_ptr, own, sample, first, rows, channels, row, col, mask)
     if PROLOGUE == "group_norm":
         at = sample.to(tl.int64) * channels + col
         a = tl.load(a_ptr + at, mask=col < channels, other=0.0)
@@ -218,13 +235,16 @@ def merge_range(largest, above, partial_ptr, counter_ptr, range_ptr, copy_ptr, g
 
 @triton.jit
 def range_kernel(
-    h_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, rows, channels, granules, eps,
+    h_ptr, further_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr,
+    own, rows, channels, granules, eps,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, True)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
-    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    value = load_activation(
+        h_ptr, further_ptr, own, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+    )
     if x_hat_ptr is not None:
         offsets = tile_offsets(sample, first, rows, channels, row, col)
         value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -247,16 +267,18 @@ def range_kernel(
 
 @triton.jit
 def quantize_kernel(
-    h_ptr, x_hat_ptr, a_ptr, b_ptr, given_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, codes_ptr, scale_ptr,
-    zero_point_ptr,
-    rows, channels, granules, given_stride, eps, clip_ratio, half,
+    h_ptr, further_ptr, x_hat_ptr, a_ptr, b_ptr, given_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, codes_ptr,
+    scale_ptr, zero_point_ptr,
+    own, rows, channels, granules, given_stride, eps, clip_ratio, half,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, False)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
     offsets = tile_offsets(sample, first, rows, channels, row, col)
-    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    value = load_activation(
+        h_ptr, further_ptr, own, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+    )
     if x_hat_ptr is not None:
         old = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value - old

@@ -17,10 +17,9 @@ from .quantize_tiling import tiling_of
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, a, b, _, _, eps, silu = prologue
-    like = x_hat if x_hat is not None else h
-    if kind == "geglu" and x_hat is None:
-        like = h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.int8)
+    kind, a, b, _, _, eps, silu, further = prologue
+    codes = prologue.empty_codes(h)
+    like = codes if x_hat is None else x_hat
     affine = affine and x_hat is None
     tiling = tiling_of(h, like, granularity, bits, kind)
     granules, per_token = tiling.granules, tiling.granularity == "per_token"
@@ -44,19 +43,18 @@ def quantize(
         parts = scratch(ends * tiling.grid[0]), counters(h.device, granules)
     if tiling.granularity == "per_block":
         block = scratch(tiling.samples, -(-tiling.rows // tiling.block_r), tiling.channels)
-    sizes = tiling.rows, tiling.channels, granules
+    sizes = h.shape[1 if h.ndim == 4 else -1], tiling.rows, tiling.channels, granules
     form: dict[str, Any] = {
         "PROLOGUE": kind, "SILU": silu, "GRANULARITY": tiling.granularity, "AFFINE": affine,
         "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "num_warps": tiling.num_warps,
     }  # fmt: skip
     if source == "reduced":
-        launch(range_kernel, tiling.grid, h, x_hat, a, b, largest, *parts, block, *sizes, eps, **form)
+        launch(range_kernel, tiling.grid, h, further, x_hat, a, b, largest, *parts, block, *sizes, eps, **form)
         parts = None, None
-    codes = torch.empty_like(like, dtype=torch.int8)
     used = torch.empty(granules, dtype=torch.float32, device=h.device)
     zero_point = scratch(granules) if x_hat is None else None
     launch(
-        quantize_kernel, tiling.grid, h, x_hat, a, b, given, largest, *parts, block, codes, used,
+        quantize_kernel, tiling.grid, h, further, x_hat, a, b, given, largest, *parts, block, codes, used,
         zero_point, *sizes, 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio, float(1 << (bits - 1)),
         SOURCE=source, **form,
     )  # fmt: skip

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, Role, group_norm, is_untouched
+from modiff_kernels.nn.blocks.concatenation import Concatenation
 from modiff_kernels.nn.blocks.time_projections import TimeProjections
-from modiff_kernels.ops import IDENTITY
+from modiff_kernels.ops import IDENTITY, Prologue
 
 
 class FusedResnetBlock2D(FusedBlock):
@@ -51,18 +52,24 @@ class FusedResnetBlock2D(FusedBlock):
                 self.conv_shortcut.add_onto(self.conv2.output)
 
     def run(self, x: Tensor, temb: Tensor | None = None, *unused: Any, **unused_too: Any) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        dtype = x.dtype
+        dtype, further, read = x.dtype, None, IDENTITY
         conv1, conv2, shortcut = self.conv1, self.conv2, self.conv_shortcut
-        h = step.run(conv1, group_norm(self.norm1, True), x, dtype, write_out=False)
+        if type(x) is Concatenation:
+            if shortcut is None or shortcut.input_scale is not None:
+                x = x.whole()
+            else:
+                x, further = x.parts
+                read = Prologue(further=further)
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = step.run(conv1, group_norm(self.norm1, True, None, further), x, dtype, write_out=False)
         prologue = group_norm(self.norm2, True, self._time_shift(temb, x.shape[0]))
         if shortcut is None:
             return step.run(conv2, prologue, h, dtype, skip=x)
         if conv2.mode == "quantized":
-            skip = step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
+            skip = step.run(shortcut, read, shortcut.scaled(x), dtype)
             return step.run(conv2, prologue, h, dtype, skip=skip)
         step.run(conv2, prologue, h, dtype, write_out=False)
-        return step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
+        return step.run(shortcut, read, shortcut.scaled(x), dtype)
 
     def _time_shift(self, temb: Tensor | None, samples: int) -> Tensor | None:
         if temb is None:

@@ -99,22 +99,24 @@ class QuantizeEmulator(Emulator):
     """emulator/quantize.cpp; `quantize` has the arguments and results of the op."""
 
     def quantize(
-        self, x, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity, clip_ratio,
-        scale, packed, samples, rows, channels,
+        self, x, further, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity,
+        clip_ratio, scale, packed, samples, rows, channels,
     ):  # fmt: skip
         row = channels
         if shift is not None and shift.stride(0) == 0:
             shift, row = shift[:1], 0
         head = struct.pack(
-            "17q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
-            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling, eps,
-            clip_ratio,
+            "18q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
+            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling,
+            channels - (0 if further is None else further.shape[1]), eps, clip_ratio,
         )  # fmt: skip
-        like = x if x.ndim == 4 else x[..., :channels].contiguous()
+        like = x[..., :channels].contiguous()
+        if x.ndim == 4:
+            like = torch.empty((len(x), channels, *x.shape[2:])).contiguous(memory_format=torch.channels_last)
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
         used = torch.empty(granule_count(like.shape, GRANULARITIES[granularity], x.ndim == 4))
         third = torch.empty_like(used, dtype=torch.int32 if x_hat is None else torch.float32)
-        self.ask(head, (x, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
+        self.ask(head, (x, further, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
         return codes, used, third
 
 

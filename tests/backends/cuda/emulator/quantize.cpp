@@ -12,7 +12,7 @@ using Launch = modiff::HostLaunch<modiff::HostCta>;
 
 struct Request {
   int64_t prologue, samples, rows, channels, input_dtype, num_groups, silu, x_hat_dtype, affine, act_bits, granularity,
-      packed, gamma_dtype, beta_dtype, shift_dtype, shift_stride, falling;
+      packed, gamma_dtype, beta_dtype, shift_dtype, shift_stride, falling, own;
   double eps, clip_ratio;
 };
 
@@ -25,8 +25,8 @@ void quantize(const QuantizeCall& call, Launch& launch) {
 }
 
 void answer(const Request& r, Launch& launch) {
-  Buffer input, x_hat, gamma, beta, shift, given, codes, scale, third, scratch;
-  for (Buffer* buffer : {&input, &x_hat, &gamma, &beta, &shift, &given}) buffer->read();
+  Buffer input, further, x_hat, gamma, beta, shift, given, codes, scale, third, scratch;
+  for (Buffer* buffer : {&input, &further, &x_hat, &gamma, &beta, &shift, &given}) buffer->read();
   QuantizeCall call{};
   modiff::QuantizeProblem& p = call.problem;
   p.prologue = static_cast<modiff::Prologue>(r.prologue);
@@ -47,6 +47,8 @@ void answer(const Request& r, Launch& launch) {
   p.given_scale = static_cast<const float*>(given.data());
   p.given_scale_count = static_cast<int64_t>(given.bytes.size() / 4);
   p.packed = r.packed != 0;
+  call.further = further.data();
+  call.own = r.own;
   call.gamma = parameter_of(gamma.data(), static_cast<DType>(r.gamma_dtype));
   call.beta = parameter_of(beta.data(), static_cast<DType>(r.beta_dtype));
   call.shift = parameter_of(shift.data(), static_cast<DType>(r.shift_dtype));
