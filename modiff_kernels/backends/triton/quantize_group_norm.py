@@ -51,7 +51,7 @@ def group_norm_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
     BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, BACKWARDS)
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, BLOCK_C, BACKWARDS)
     inside = col < channels
     mask = (row < rows)[:, None] & inside[None, :]
     h = load_channels(h_ptr, further_ptr, own, sample, first, rows, channels, row, col, mask)
