@@ -14,7 +14,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell f
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help setup demo test lint style bench clean
+.PHONY: help setup demo test lint style bench wheel docs clean
 
 help:
 	@echo "make setup   virtual environment ($(VENV)) with pinned dependencies and the compiled kernels"
@@ -22,7 +22,9 @@ help:
 	@echo "make test    style checks and tests        (PYTEST_ARGS='-k linear' narrows them)"
 	@echo "make style   fix what the formatters can fix"
 	@echo "make bench   time of one UNet call on this machine (BENCH_ARGS=--record keeps the rows)"
-	@echo "make clean   remove the environment, the build and the demo output"
+	@echo "make wheel   source distribution and manylinux wheel in dist/, with the CUDA kernels where nvcc is"
+	@echo "make docs    the documentation as a web site in build/site"
+	@echo "make clean   remove the environment, the build, the wheel and the demo output"
 
 setup: $(STAMP)
 
@@ -33,7 +35,7 @@ $(STAMP): $(BUILD_INPUTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv"; exit 1; }
 	@echo "setup: installing the pinned dependencies and building the kernels in $(VENV); this takes minutes the first time"
 	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=70.1,<82" cmake ninja torch
-	CXX=$(CXX) $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	CXX=$(CXX) MODIFF_SKIP_BUILD=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
 demo: setup
@@ -46,7 +48,8 @@ lint: setup
 	$(BIN)/mypy
 	$(CXX_SOURCES) -exec $(BIN)/clang-format --dry-run -Werror {} +
 
-test: lint
+test: lint wheel docs
+	$(BIN)/python tools/check_wheel.py
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 style: setup
@@ -57,5 +60,18 @@ style: setup
 bench: setup
 	$(BIN)/python -m benchmarks steps $(BENCH_ARGS)
 
+# torch brings its libraries: they are no part of the wheel. cibuildwheel would do the same in a container of an older Linux.
+wheel: setup
+	@rm -rf dist build/lib build/wheel && mkdir -p build
+	@CXX=$(CXX) MODIFF_SKIP_BUILD=0 sh -e -c ' \
+	  $(BIN)/python -m build --no-isolation --sdist --outdir dist .; \
+	  $(BIN)/python -m build --no-isolation --wheel --outdir build/wheel .; \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl \
+	' >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	$(BIN)/twine check --strict dist/*
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
 clean:
-	rm -rf $(VENV) build demo modiff_kernels/_lib
+	rm -rf $(VENV) build dist demo modiff_kernels/_lib

@@ -5,9 +5,9 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a maker of `MAKERS` below and its options:
 
-    steps NETWORK [BATCH], runs NETWORK SAMPLER      op unet_step and sampling, every device; with BATCH the last device
+    steps NETWORK, runs NETWORK SAMPLER              op unet_step and sampling, every device
     products                                         single layers
-    compare [FILE]                                   FILE.json, as `modiff compare --json` writes it
+    compare [FILE [ROW ...]]                         FILE.json, as `modiff compare --json` writes it; ROW: keys, all
     schedules own|converged|fits|distances [NETWORK], calibration SAMPLER      pareto.json and calibration.json
     quality FILE SAMPLER                             FILE.json, of the study `quality`
     traffic                                          traffic.json
@@ -192,21 +192,6 @@ RUN_COLUMNS = {
     "peak MB": value("peak_memory", form="{:.0f}", scale=1e-6),
     "outside UNet ms": value("outside_unet"),
 }
-SHORT = {
-    "ms per call": value("update_time", form="{:.1f}"),
-    "20-80 %": spread("update_time", form="{p20:.1f}-{p80:.1f}"),
-    **{name: STEP_COLUMNS[name] for name in STEP_COLUMNS if name.startswith(("vs", "over", "SQNR", "state"))},
-}
-
-
-def steps_table(results: Path, network: str, batch: str | None = None) -> str | None:
-    """Configurations of a network at every batch, or at one, in short."""
-    more: dict[str, Any] = {"needed": ("update_time",), "configurations": "step_rows"}
-    if batch is None:
-        pivot = Pivot("unet_step", r"{0}-b(\d+)-(.+)", "configuration, batch", STEP_COLUMNS, every=True,
-                      label="{name}, {0}", **more)  # fmt: skip
-        return pivot(results, network)
-    return Pivot("unet_step", r"{0}-b{1}-(.+)", "configuration", SHORT, label="{name}", **more)(results, network, batch)
 
 
 def runs_title(network: str, sampler: str) -> str:
@@ -228,14 +213,16 @@ def loaded(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def compare_table(results: Path, name: str = "compare") -> str | None:
+def compare_table(results: Path, name: str = "compare", *keys: str) -> str | None:
     from benchmarks.shared import COMPARE_HEADER, compare_cells
 
     report = loaded(results / f"{name}.json")
     if report is None:
         return None
-    notes = "; ".join(note.removesuffix(".") for note in report["notes"] if not note.startswith("Warm-up"))
-    table = markdown_table(COMPARE_HEADER, [compare_cells(row) for row in report["rows"]])
+    rows = [row for row in report["rows"] if not keys or row["key"] in keys]
+    unsaid = ("Warm-up", *(f"{row['name']}:" for row in report["rows"] if row not in rows))
+    notes = "; ".join(note.removesuffix(".") for note in report["notes"] if not note.startswith(unsaid))
+    table = markdown_table(COMPARE_HEADER, [compare_cells(row) for row in rows])
     return f"{table}\n\n`{report['command']}`: {notes}"
 
 
@@ -245,7 +232,8 @@ def study(module: str) -> Callable[..., str | None]:
 
 
 MAKERS: dict[str, Callable[..., str | None]] = {
-    "steps": steps_table,
+    "steps": Pivot("unet_step", r"{0}-b(\d+)-(.+)", "configuration, batch", STEP_COLUMNS, every=True,
+                   needed=("update_time",), configurations="step_rows", label="{name}, {0}"),
     "runs": Pivot("sampling", r"{0}-{1}-n(\d+)-(.+)", "configuration, images", RUN_COLUMNS, every=True,
                   needed=("run_time",), configurations="run_rows", label="{name}, {0}", title=runs_title),
     "products": Pivot("(bf16|fp16|int_mm|cutlass_int8|product|modulate|quantize)", r"(.+-b\d+)-w\d+", "layer, batch",

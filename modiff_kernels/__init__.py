@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # so that type checkers see what __getattr__ gives
     from modiff_kernels.integrations.fitting import fit_schedule
     from modiff_kernels.integrations.handle import Handle
     from modiff_kernels.integrations.planner import make_plan
+    from modiff_kernels.models import load_shipped
     from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 
 _NAMES = {
@@ -26,12 +27,14 @@ _NAMES = {
     "integrations.fitting": ("fit_schedule",),
     "integrations.handle": ("Handle",),
     "integrations.planner": ("make_plan",),
+    "models": ("load_shipped",),
     "nn": ("ModulatedConv2d", "ModulatedLinear", "ModulationState"),
 }
 _HOME_OF = {name: f"modiff_kernels.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = ["CalibrationResult", "Handle", "LayerPlan", "ModiffConfig", "ModulatedConv2d", "ModulatedLinear"]
-__all__ += ["ModulationState", "StepSchedule", "__version__", "accelerate", "calibrate", "fit_schedule", "make_plan"]
+__all__ += ["ModulationState", "StepSchedule", "__version__", "accelerate", "calibrate", "fit_schedule"]
+__all__ += ["load_shipped", "make_plan"]
 
 
 def __getattr__(name: str) -> Any:

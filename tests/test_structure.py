@@ -217,11 +217,17 @@ importlib.util.find_spec = lambda name, *more: None if name == "torch" else find
 sysconfig.get_path = lambda key, *more, **named: "/none" if key.endswith("lib") else get_path(key, *more, **named)
 """
 KERNELS = "import runpy, sys; sys.argv[1:] = ['build_ext']; runpy.run_path('setup.py')"
-BUILDS = {  # code, and the end of its output
-    "sdist": (NO_TORCH + "assert not build.get_requires_for_build_sdist(); print(build.build_sdist('.'))", "tar.gz"),
-    "wheel": (NO_TORCH + "build.prepare_metadata_for_build_wheel('.')", "no torch in .*MODIFF_SKIP_BUILD=1 .*"),
-    "kernels": (KERNELS, "could not be built, .*_SKIP_BUILD=1 .*"),
-    "without a compiler": (f"import os; os.environ['CXX'] = '/none'\n{KERNELS}", "/none of .* found.*_SKIP_BUILD=1 .*"),
+SDIST = "assert not build.get_requires_for_build_sdist(); print(build.build_sdist('.'))"
+WHEEL = "import setuptools.build_meta as build; print(build.build_wheel('.'))"
+ALONE = "the Python part alone is built, without the fast kernels: "
+BUILDS = {  # code, variables, and the end of its output and errors; sys.executable is a compiler that nobody calls
+    "sdist": (NO_TORCH + SDIST, {}, "tar.gz"),
+    "no torch": (NO_TORCH + WHEEL, {"CXX": sys.executable, "PATH": "/none"}, f"{ALONE}no torch .*py3-none-any.whl"),
+    "no compiler": (WHEEL, {"CXX": "/none"}, f"{ALONE}no C.. compiler /none: install .*py3-none-any.whl"),
+    "not wanted": (WHEEL, {"MODIFF_SKIP_BUILD": "1"}, f"{ALONE}MODIFF_SKIP_BUILD=1\n.*py3-none-any.whl"),
+    "demanded": (WHEEL, {"CXX": "/none", "MODIFF_SKIP_BUILD": "0"}, "cannot be compiled: no C.. compiler /none: .*"),
+    "broken": (KERNELS, {"CXX": "false"}, "could not be built, see above; MODIFF_SKIP_BUILD=1 .*"),
+    "kernels": (KERNELS, {"CXX": "/none"}, "cannot be compiled: no C.. compiler .*"),
 }
 
 
@@ -230,16 +236,21 @@ def test_builds_without_torch_and_without_a_compiler(tmp_path, what):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.24)\nproject(none LANGUAGES CXX)\n")
-    env, (code, last) = {**os.environ, "CXX": "false", "MODIFF_SKIP_BUILD": ""}, BUILDS[what]
+    code, variables, last = BUILDS[what]
+    env = {"MODIFF_SKIP_BUILD": "", "PATH": os.environ["PATH"], **variables}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert re.search(f"{last}$", (done.stdout if what == "sdist" else done.stderr).strip()), done.stderr
+    output = done.stderr + done.stdout
+    assert re.search(f"{last}$", output.strip(), re.DOTALL), output
+    assert "Traceback" not in output
 
 
-def test_messages_name_packages_that_an_index_has():
-    words = re.findall(r"pip install ([^`;\"\n]*)", "".join(path.read_text() for path in PACKAGE.rglob("*.py")))
-    names = set(re.findall(r"[a-z][\w.-]*", " ".join(words)))
-    assert {"diffusers", "triton"} <= names <= set(re.findall(r"[\w.-]+", (ROOT / "pyproject.toml").read_text()))
-    assert not any("modiff" in name for name in names)
+def test_messages_name_extras_that_the_package_has():
+    """An installed package brings its own extras, so that no index needs to have it."""
+    texts = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    extras = set(re.findall(r"pip install 'modiff-kernels\[(\w+)\]'", texts))
+    assert extras == {"all", "diffusers", "triton"}
+    assert not re.search(r"pip install (?!'modiff-kernels\[)", texts)
+    assert extras <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
 
 
 def test_import_is_fast_and_does_not_load_torch():
@@ -257,5 +268,7 @@ def test_public_names_are_listed_and_unknown_ones_refused():
     assert set(mk.__all__) <= set(dir(mk))
     for name in mk.__all__:
         assert getattr(mk, name) is not None
+    entries = set(re.findall(r"^::: modiff_kernels\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    assert entries == set(mk.__all__) - {"__version__"}, "docs/api.md has an entry for every public name"
     with pytest.raises(AttributeError, match=r"public names: .*ModiffConfig"):
         mk.no_such_name  # noqa: B018 (the access is what is tested)

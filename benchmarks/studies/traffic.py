@@ -157,6 +157,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         (F, "scaled_dot_product_attention", attention),
         (replacements, "_why_float", loaded_weight),
         (replacements, "runs_on_gpu", lambda unet: True),
+        (plans, "runs_on_gpu", lambda unet: True),
         (layer_module, "is_gpu", lambda device: True),
         (layer_module.ModulatedLayer, "problem", on_gpu),
         (ModulationState, "dtype_on", lambda state, device: state.state_dtype or torch.float16),
@@ -251,13 +252,18 @@ def table(results: Path) -> str | None:
     header = ["network, batch", "launches, all modulated", "by default", "GB, all modulated", "by default"]
     for gpu in GPUS:
         header += [f"{gpu}: float16 compiled ms", "by default ms", "ratio"]
-    cells = []
+    cells, ratios = [], []
     for row in report["rows"]:
         line = [f"{row['network']}, {row['batch']}"]
         for key, form in (("launches", "{:d}"), ("gigabytes", "{:.1f}")):
             line += [form.format(row[f"{n}_{key}"]) if f"{n}_{key}" in row else "-" for n in ("modulated", "plan")]
         for gpu in GPUS:
-            times = [row["models"][gpu][f"{name}_ms"] for name in ("compiled", "plan")]
-            line += [*map("{:.2f}".format, times), f"{times[0] / times[1]:.2f}x"]
+            compiled, plan = [row["models"][gpu][f"{name}_ms"] for name in ("compiled", "plan")]
+            line += [f"{compiled:.2f}", f"{plan:.2f}", f"{compiled / plan:.2f}x"]
+            if row["models"][gpu]["modes"].count(",") == 0:
+                line[-2:] = "all float", "-"
+            else:
+                ratios.append((compiled / plan, f"{line[0]} on the {gpu}"))
         cells.append(line)
-    return f"{markdown_table(header, cells)}\n\nCommit {report['git_commit']}, `{report['command']}`."
+    least = "Least ratio of a network that is not all float: {:.2f}x, {}.".format(*min(ratios))
+    return f"{markdown_table(header, cells)}\n\n{least} Commit {report['git_commit']}, `{report['command']}`."

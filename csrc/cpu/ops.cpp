@@ -139,6 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t
   p.input_dtype = dtype_of(input.scalar_type());
   p.gamma = floats(gamma);
   p.beta = floats(beta);
+  p.norm_stride = gamma && gamma->dim() == 2 ? channels : 0;
   p.shift = floats(shift);
   p.num_groups = num_groups;
   p.eps = static_cast<float>(eps);

@@ -255,13 +255,14 @@ class Quantizer {
     if (p_.shift)
       for (int64_t i = 0; i < c; ++i) b[i] = fma_(p_.shift[n * c + i], a[i], b[i]);
     if (p_.gamma) {
+      const float* __restrict gamma = p_.gamma + n * p_.norm_stride;
       for (int64_t i = 0; i < c; ++i) {
-        a[i] *= p_.gamma[i];
-        b[i] *= p_.gamma[i];
+        a[i] *= gamma[i];
+        b[i] *= gamma[i];
       }
     }
     if (p_.beta)
-      for (int64_t i = 0; i < c; ++i) b[i] += p_.beta[i];
+      for (int64_t i = 0; i < c; ++i) b[i] += p_.beta[n * p_.norm_stride + i];
   }
 
   // Mean and 1 / sqrt(variance + eps) of `count` rows of a layer norm, from row l of all samples.

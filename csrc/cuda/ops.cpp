@@ -93,6 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<T
   call.own = channels - (further ? further->size(1) : 0);
   call.gamma = parameter(gamma);
   call.beta = parameter(beta);
+  p.norm_stride = gamma && gamma->dim() == 2 ? gamma->stride(0) : 0;
   call.shift = parameter(shift);
   call.shift_stride = shift ? shift->stride(0) : 0;
   p.num_groups = num_groups;

@@ -29,7 +29,8 @@ _MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     library = Path(__file__).resolve().parent.parent / "_lib" / "libmodiff_cpu.so"
-    reason = load_library(library, "MODIFF_SKIP_BUILD=1; install again without it, with a C++ compiler")
+    advice = "install a wheel that has it, or the source again with a C++ compiler (Debian, Ubuntu: apt install g++)"
+    reason = load_library(library, f"this is the Python part alone; for the fast kernels {advice}")
     for name, fake in _FAKES.items() if reason is None else ():
         torch.library.register_fake(f"modiff_cpu::{name}", fake)
     return reason
@@ -84,7 +85,7 @@ def prepare_weight(weight: PackedWeight, k: int, window: Window | None, layout: 
 
 
 def _float32(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.dtype == torch.float32 else t.float()
+    return t if t is None else t.float().contiguous()
 
 
 def quantize(
@@ -92,7 +93,6 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, gamma, beta, shift, num_groups, eps, silu, _ = prologue
     sizes = sizes_of(prologue.shape(h))
-    shift = None if shift is None else shift.contiguous()
     norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
     if last_absmax is not None:
         scale = residual_scale(last_absmax, bits, clip_ratio)

@@ -48,7 +48,11 @@ def apply_prologue(h: Tensor, prologue: Prologue) -> Tensor:
             x = x.transpose(1, 2)
         if shift is not None:
             x = x + shift.to(torch.float32).reshape(*shift.shape, *[1] * (x.ndim - 2))
-        x = torch.group_norm(x.contiguous(), num_groups, gamma, beta, eps)
+        if gamma is None or beta is None or gamma.ndim == 1:
+            x = torch.group_norm(x.contiguous(), num_groups, gamma, beta, eps)
+        else:
+            factor, term = (t.reshape(*t.shape, *[1] * (x.ndim - 2)) for t in (gamma, beta))
+            x = torch.group_norm(x.contiguous(), num_groups, None, None, eps) * factor + term
         x = F.silu(x) if silu else x
         x = x.transpose(1, 2) if h.ndim == 3 else x
     elif kind == "layer_norm":
@@ -173,8 +177,9 @@ def finish(values: Tensor, y_hat, bias, skip, window, out_dtype, write_out) -> T
 
 @torch.no_grad()
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
-    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=score_scale).transpose(1, 2).flatten(2).contiguous()
+    samples, tokens, channels = q.shape
+    q, k, v = [t.view(samples, -1, heads, channels // heads).transpose(1, 2) for t in (q, k, v)]
+    return F.scaled_dot_product_attention(q, k, v, scale=score_scale).transpose(1, 2).reshape(samples, tokens, channels)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from modiff_kernels.cli.arguments import build_parser, check
 from modiff_kernels.evaluation import UserError
 
-INSTALL = "`pip install diffusers accelerate scikit-image pillow` installs what the commands need"
+INSTALL = "pip install 'modiff-kernels[all]' installs what the commands need"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from modiff_kernels.backends.triton.quantize_tiling import tiling, tiling_by_groups
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
@@ -30,12 +31,19 @@ logger = logging.getLogger("modiff_kernels")
 
 BATCH = 8  # of the UNet: four pictures with guidance. Modes hardly depend on it
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
+COMPARED_AT = 1, 64  # where launches weigh most, and where products do
+COMPILE = (
+    "compile the UNet itself, measure your batch with make_plan(), or give plan='modulated' for low bits all the same"
+)
 PROBE_ROWS, PROBE_FEATURES = 4096, 1024  # compute-bound on everything this runs on
 PROBE_IMAGE = (8, 256, 32, 32)  # the same, of a 3x3 convolution
 PROBE_BYTES = 2**26  # above the caches
 PROBE_REPEATS = 5
 GRAPH_LAUNCH = 1.5e-6  # seconds between two kernels of a CUDA graph: an assumption, nothing was measured
 LEAD_CYCLES = 100_000_000  # 50 ms or more: longer than the host takes for a call of a large UNet
+
+
+NORMS = {"conv1": "norm1", "conv2": "norm2"}  # before the layers of a residual block
 
 
 def plan_of(
@@ -93,9 +101,11 @@ def estimated(
     share_inputs: bool,
     machine: Machine | None = None,
     batch: int = BATCH,
+    compared_at: Sequence[int] = COMPARED_AT,
 ) -> LayerPlan:
     """A plan from shapes: of every unit the mode that is fastest by the cost model (planning/cost.py), after what its
-    errors weigh in the pictures. machine: None for the rates of the UNet's device, which take a second to measure."""
+    errors weigh in the pictures. machine: None for the rates of the UNet's device, which take a second to measure.
+    compared_at: all stays float if on a GPU the plan loses to the compiled float network at one of these batches."""
     modes = (FLOAT_MODE, *low_bit_modes(config))
     own = dataclasses.replace(config, schedule=None, plan=None, max_state_bytes=None)
     replaced = replacements_of(unet, own, calibrated, share_inputs)
@@ -104,11 +114,12 @@ def estimated(
     machine = machine or measured_machine(parameter.device, config)
     state_bytes = replaced.state.dtype_on(parameter.device).itemsize
     sizes = Sizes(parameter.element_size(), state_bytes, config.weight_bits, has_delayed_scales(unet, own))
-    units, totals = [], dict.fromkeys(modes, 0.0)
+    units, shapes_of, totals = [], [], dict.fromkeys(modes, 0.0)
     grouped = replaced.units()
     last = [".".join(path.split(".")[:2]) for path in grouped][-1]
     for path, layers in grouped.items():
         described = [_described(name, replaced, shapes[name]) for name in layers if name in shapes]
+        shapes_of.append(described)
         costs = []
         for mode in modes:
             time_us = 1e6 * sum(cost_model.seconds(layer, mode, sizes, machine) for layer in described)
@@ -123,9 +134,18 @@ def estimated(
         units.append(UnitPlan(path, best.mode, layers, tuple(costs), f"estimated: {why}"))
         for cost in costs:
             totals[cost.mode] += cost.time_us
+    gains, gain = {}, ""
+    for count in compared_at if runs_on_gpu(unet) and {unit.mode for unit in units} != {FLOAT_MODE} else ():
+        pairs = [(unit, shape.scaled(count / batch)) for unit, held in zip(units, shapes_of) for shape in held]
+        compiled = sum(cost_model.seconds(shape, FLOAT_MODE, sizes, machine, compiled=True) for _, shape in pairs)
+        gains[compiled / sum(cost_model.seconds(shape, unit.mode, sizes, machine) for unit, shape in pairs)] = count
+    if gains and min(gains) < 1:
+        gain = f"low bits are {min(gains):.2f}x as fast as the compiled float network at batch {gains[min(gains)]}"
+        logger.warning("all layers stay float: by the model %s; %s", gain, COMPILE)
+        units = [dataclasses.replace(unit, mode=FLOAT_MODE, reason=f"estimated: {gain}") for unit in units]
     took = sum(unit.cost(unit.mode).time_us for unit in units)
     counts = ", ".join(f"{count} {mode}" for mode, count in Counter(str(unit.mode) for unit in units).items())
-    gain = f"{totals[FLOAT_MODE] / max(took, 1e-9):.2f}x as fast as float layers by the model"
+    gain = gain or f"{totals[FLOAT_MODE] / max(took, 1e-9):.2f}x as fast as float layers by the model"
     text = f"estimated from shapes at batch {batch}, nothing was measured: {counts}; {gain}"
     summary = f"{text}; make_plan() or `modiff calibrate --plan` measures"
     return LayerPlan(tuple(units), plan_cache.key_of(unet, config, shape), "estimated", (), summary)
@@ -137,7 +157,12 @@ def _described(name: str, replaced: Replacements, shape: LayerShape) -> LayerSha
     block = max(blocks, key=len, default=None)
     role = ALONE if block is None else replaced.fused[block].layers.get(name[len(block) + 1 :], ALONE)
     is_reader = layer.input is not None and layer.input.key != name
-    return shape._replace(role=role, is_reader=is_reader, is_constant=layer.mode == CONSTANT)
+    norm: Any = getattr(replaced.fused.get(block or ""), NORMS.get(name.rpartition(".")[2], ""), None)
+    fits = False
+    if norm is not None:
+        tiles = tiling(1, shape.rows, norm.num_channels, "per_sample", 8, "group_norm", torch.half.itemsize)
+        fits = tiling_by_groups(tiles, norm.num_groups, torch.half.itemsize).width > 0
+    return shape._replace(role=role, is_reader=is_reader, is_constant=layer.mode == CONSTANT, norm_fits=fits)
 
 
 def state_bytes_of(layers: Iterable[str], replaced: Replacements, shapes: Mapping[str, LayerShape]) -> int:
@@ -175,7 +200,9 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
         weight, outputs = module.weight, output.numel()
         windowed = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
         multiply_adds = outputs * weight[0].numel()
-        shapes[path] = LayerShape(inputs[0].numel(), outputs, weight.numel(), multiply_adds, windowed=windowed)
+        rows = inputs[0][:, 0].numel() // len(inputs[0]) if inputs[0].ndim == 4 else inputs[0][0, ..., 0].numel()
+        sizes = inputs[0].numel(), outputs, weight.numel(), multiply_adds
+        shapes[path] = LayerShape(*sizes, windowed=windowed, rows=rows)
 
     for path, module in hollow.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -39,7 +39,7 @@ class ModiffQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """ImportError without Hugging Face accelerate, which diffusers loads with; ValueError for several devices."""
         if importlib.util.find_spec("accelerate") is None:
-            raise ImportError("diffusers needs the package accelerate to load low-bit models; pip install accelerate")
+            raise ImportError("diffusers loads low-bit models by accelerate: pip install 'modiff-kernels[diffusers]'")
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         if isinstance(device_map, str) or len(set(devices)) > 1 or "disk" in devices:
             text = "which has its state on one device; give one, such as {'': 'cuda'}, or none and use .to()"

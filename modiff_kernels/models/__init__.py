@@ -1,8 +1,9 @@
 """The small models shipped inside the package."""
 
 import pathlib
+from typing import Any
 
-__all__ = ["SHIPPED", "shipped_model_path"]
+__all__ = ["SHIPPED", "load_shipped", "shipped_model_path"]
 
 SHIPPED = "cifar10_small16"
 """Name of the shipped model: a DDPM UNet for CIFAR-10 at 16x16."""
@@ -12,3 +13,17 @@ def shipped_model_path() -> pathlib.Path:
     """Folder of the shipped model, for `UNet2DModel.from_pretrained`; it also holds the noise schedule, for
     `DDIMScheduler.from_pretrained(path, subfolder="scheduler")`."""
     return pathlib.Path(__file__).resolve().parent / SHIPPED
+
+
+def load_shipped(**kwargs: Any) -> Any:
+    """The shipped model as a diffusers pipeline: `DDIMPipeline`, with its trained scheduler. Needs no network.
+
+    kwargs: those of `UNet2DModel.from_pretrained`. ImportError without diffusers."""
+    try:
+        from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    except ImportError as error:
+        text = f"the shipped model is one of diffusers ({error}): pip install 'modiff-kernels[diffusers]'"
+        raise ImportError(text) from error
+    path = shipped_model_path()
+    scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
+    return DDIMPipeline(UNet2DModel.from_pretrained(path, **kwargs), scheduler)

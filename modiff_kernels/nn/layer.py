@@ -487,7 +487,7 @@ class LinearStack:
         return self._bias if self.packed is not None else None
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
-        return out.split(self.widths, dim=-1)
+        return out.split_with_sizes(self.widths, -1)
 
     def refresh_weight(self) -> None:
         self._packed = None

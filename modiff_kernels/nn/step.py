@@ -95,12 +95,12 @@ def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dty
     if layer.state.is_first:
         args = (h, prologue, x_hat, None, FIRST_BITS, source.granularity, 1.0, True, None)
         key = "first", prologue.shift is None, h.shape, h.dtype, h.device
-        first = [_repeated(layer.kernels, key, ops.quantize, args, layer.backend) for _ in range(FIRST_UPDATES)]
+        first = [repeated(layer.kernels, key, ops.quantize, args, layer.backend) for _ in range(FIRST_UPDATES)]
         return tuple([(codes, used) for codes, used, _ in first])
     scale, last_absmax, ratio = source.scale()
     args = (h, prologue, x_hat, scale, source.act_bits, source.granularity, ratio, True, last_absmax)
     kernels = source.current().kernels
-    codes, used, absmax = _repeated(kernels, (layer.name, last_absmax is None), ops.quantize, args, layer.backend)
+    codes, used, absmax = repeated(kernels, (layer.name, last_absmax is None), ops.quantize, args, layer.backend)
     source.record(absmax)
     return ((codes, used),)
 
@@ -131,7 +131,7 @@ def accumulate(
         kernels, key = output.current().kernels, (layer.name, "product")
         if layer.state.is_first:
             kernels, key = layer.kernels, ("first product", skip is None, last, shape, dtype, codes.device, write_out)
-        out = _repeated(kernels, key, ops.product, args, layer.backend)
+        out = repeated(kernels, key, ops.product, args, layer.backend)
     return out if write_out else y_hat
 
 
@@ -143,7 +143,7 @@ def plain_codes(layer: Layer, prologue: Prologue, h: Tensor) -> PlainCodes:
         return codes, source.static_scale, source.static_zero_point
     args = (h, prologue, None, None, source.act_bits, source.granularity, 1.0, True, None)
     key = "quantize", prologue.shift is None, h.shape, h.dtype, h.device
-    return _repeated(layer.kernels, key, ops.quantize, args, layer.backend)
+    return repeated(layer.kernels, key, ops.quantize, args, layer.backend)
 
 
 def plain_product(
@@ -153,7 +153,7 @@ def plain_product(
     values = values if spread is None else spread.codes(values)
     args = (values, scale, zero_point, layer.packed, None, layer.bias_data, skip, layer.window, dtype, True)
     key = "product", skip is None, values.shape, dtype, values.device, scale.shape
-    return _repeated(layer.kernels, key, ops.product, args, layer.backend)
+    return repeated(layer.kernels, key, ops.product, args, layer.backend)
 
 
 def run_each(
@@ -212,7 +212,7 @@ def constant(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
     return value
 
 
-def _repeated(kernels: dict[Any, Callable[..., Any]], key: Any, op: Any, args: tuple[Any, ...], backend: str) -> Any:
+def repeated(kernels: dict[Any, Callable[..., Any]], key: Any, op: Any, args: tuple[Any, ...], backend: str) -> Any:
     """op(*args, backend), checked and given a kernel once per `key`, whose calls have tensors of the same formats."""
     if torch_must_see(args[0]):
         return op(*args, backend)

@@ -66,16 +66,20 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     if kind == "geglu" and channels % 2 != 0:
         raise ValueError(f"{op}: h has {_text(h)}; expected [..., 2K]: values first, gates second")
     if kind in ("group_norm", "layer_norm"):
-        _require_vector(op, "gamma", gamma, channels)
-        _require_vector(op, "beta", beta, channels)
+        if kind == "group_norm" and gamma is not None and beta is not None and gamma.ndim == 2:
+            _require_rows(op, "gamma", gamma, h.shape[0], channels)
+            _require_rows(op, "beta", beta, h.shape[0], channels)
+            if gamma.stride(0) != beta.stride(0):
+                raise ValueError(f"{op}: gamma has {_text(gamma)}, beta {_text(beta)}; give them the same strides")
+        else:
+            _require_vector(op, "gamma", gamma, channels)
+            _require_vector(op, "beta", beta, channels)
         if not (isfinite(eps) and eps >= 0):
             raise ValueError(f"{op}: eps={eps!r} is not allowed; give a finite number of at least 0")
     if kind == "group_norm":
         if num_groups < 1 or channels % num_groups != 0:
             raise ValueError(f"{op}: num_groups={num_groups} does not divide the {channels} channels of h")
-        wanted = (h.shape[0], channels)
-        if shift is not None and (tuple(shift.shape) != wanted or (shift.stride(1) != 1 and channels > 1)):
-            raise ValueError(f"{op}: shift has {_text(shift)}; it must be {wanted} with contiguous rows")
+        _require_rows(op, "shift", shift, h.shape[0], channels)
     elif shift is not None:
         raise ValueError(f"{op}: prologue {kind!r} takes no shift; only 'group_norm' does")
     return prologue.shape(h), image
@@ -229,6 +233,11 @@ def _require_shape(op: str, name: str, t: Tensor, shape: Sequence[int], image: b
 def _require_vector(op: str, name: str, t: Tensor | None, length: int) -> None:
     if t is not None and (tuple(t.shape) != (length,) or not t.is_contiguous()):
         raise ValueError(f"{op}: {name} has {_text(t)}; it must be a contiguous vector of length {length}")
+
+
+def _require_rows(op: str, name: str, t: Tensor | None, rows: int, channels: int) -> None:
+    if t is not None and (tuple(t.shape) != (rows, channels) or (t.stride(1) != 1 and channels > 1)):
+        raise ValueError(f"{op}: {name} has {_text(t)}; it must be {(rows, channels)} with contiguous rows")
 
 
 def _require_scale(op: str, x: Tensor, scale: Tensor, fits: bool, must: str, name: str = "scale") -> None:

@@ -156,8 +156,8 @@ def select(problem: Problem, backend: str = AUTO) -> Selection:
     for name in names:
         reason = why_not(problem, name)
         if reason is None:
-            if name == REFERENCE and problem.op not in REFERENCE_OPS and (forced_backend() or backend) == AUTO:
-                _warn_slow(problem.op, rejected)
+            if problem.op not in REFERENCE_OPS and (forced_backend() or backend) == AUTO:
+                _warn_slow(problem.op, name, rejected)
             return Selection(name, _function(problem, name, backend), rejected, getattr(load(name), "TRACEABLE", False))
         rejected += ((name, reason),)
     raise BackendUnavailable(f"no backend for {problem} (backend={backend!r}): {_text(rejected)}")
@@ -167,10 +167,16 @@ def _text(rejected: Rejected) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in rejected)
 
 
-@cache
-def _warn_slow(op: str, rejected: Rejected) -> None:
+def _warn_slow(op: str, taken: str, rejected: Rejected) -> None:
+    """Say once which faster backends this machine does not have, and what else the reference computes."""
     for name, reason in rejected:
-        logger.warning("%s runs on the slow backend 'reference', not on '%s': %s", op, name, reason)
+        absent = reason == why_unavailable(name)
+        if taken == REFERENCE or (absent and BACKENDS[name] == "cpu"):
+            what = "layers run" if absent else f"{op} runs"
+            _warn(f"{what} on the slower backend {taken!r}, not on {name!r}: {reason}")
+
+
+_warn = cache(logger.warning)
 
 
 def preferred_layout(problem: Problem, backend: str = AUTO) -> str:
@@ -216,5 +222,5 @@ def reset() -> None:
         forget()
 
 
-_CACHED = (forced_backend, load, why_unavailable, select, _warn_slow)
+_CACHED = (forced_backend, load, why_unavailable, select, _warn)
 forgetters: list[Callable[[], None]] = [function.cache_clear for function in _CACHED]

@@ -16,9 +16,10 @@ class Prologue(NamedTuple):
     kind: "identity": x = h. "layer_norm": over the last dimension of h [..., K]. "geglu": x = h[..., :K] *
         gelu(h[..., K:]) of h [..., 2K], with erf. "group_norm": x = norm(h + shift), then SiLU if `silu`; h is an image
         [N, C, H, W] or tokens [N, L, C], normalised over the rows and the channels of one of `num_groups` groups.
-    gamma, beta: [C] scale and offset of the norm, or None. eps: added to the (biased) variance.
-    shift: [N, C] added to every pixel before a group norm (the time embedding), or None; rows are contiguous, with any
-        stride between them (0: one row for all).
+    gamma, beta: [C] scale and offset of the norm, or None; of a group norm also both [N, C], for every sample (a time
+        embedding of kind "scale_shift"). eps: added to the (biased) variance.
+    shift: [N, C] added to every pixel before a group norm (the time embedding), or None. What is [N, C] has contiguous
+        rows with any stride between them (0: one row for all), gamma and beta the same.
     further: an image [N, C', H, W] in h's dtype, whose channels follow those of h, as if the two were concatenated
         before all else, or None; of the kinds "identity" and "group_norm"."""
 
@@ -48,6 +49,11 @@ class Prologue(NamedTuple):
             return torch.empty_like(h, dtype=torch.int8)
         memory_format = torch.channels_last if h.ndim == 4 else torch.contiguous_format
         return torch.empty(self.shape(h), dtype=torch.int8, device=h.device, memory_format=memory_format)
+
+
+def norm_stride(gamma: Tensor | None) -> int:
+    """Elements between the rows of gamma and beta; 0 for one row."""
+    return gamma.stride(0) if gamma is not None and gamma.ndim == 2 else 0
 
 
 PROLOGUE_VALUE = {"identity": 0, "group_norm": 1, "layer_norm": 2, "geglu": 3}  # csrc/common/problem.h

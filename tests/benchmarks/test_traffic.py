@@ -34,7 +34,7 @@ def test_sd15_moves_less_than_a_compiler(sd15_plan):
 
 def test_launches_of_sd15(sd15_plan):
     plan, modulated = (traffic.counted("sd15", 2, modes)["launches"] for modes in (sd15_plan, "modulated"))
-    assert plan <= 490  # of 944 before they were counted
+    assert plan <= 451  # of 944 before they were counted
     assert modulated <= 680
 
 
@@ -58,11 +58,10 @@ def test_the_model_counts_what_is_launched():
 
 @pytest.mark.parametrize("gpu", traffic.GPUS)
 def test_the_default_is_not_slower_than_a_compiler_by_the_model(gpu):
-    least = {("sd15", 1): 1.25, ("sd15", 64): 1.4, ("ddpm_cifar10", 64): 1.08}
-    least["ddpm_cifar10", 1] = 0.95  # where launches are all there is
+    least = {("sd15", 1): 1.25, ("sd15", 64): 1.4, ("ldm8_churches", 1): 1.05, ("ddpm_cifar10", 1): 1.0}
     for (network, batch), ratio in least.items():
         found = traffic.modelled(network, batch, gpu)
-        assert found["compiled_ms"] / found["plan_ms"] >= ratio
+        assert found["compiled_ms"] / found["plan_ms"] >= ratio or set(found["modes"].split()[1::2]) == {"float"}
 
 
 @pytest.mark.parametrize(("calibration", "least_db"), [(None, 49.5), ("auto", 55.0)])
@@ -72,7 +71,7 @@ def test_pictures_of_the_default_plan(monkeypatch, calibration, least_db):
         monkeypatch.setattr(module, "runs_on_gpu", lambda unet: True)
     monkeypatch.setattr(layer, "is_gpu", lambda device: True)
     model = shared.load_model(None, None, torch.device("cpu"))
-    plan = plans.estimated(model.unet, mk.ModiffConfig(), {}, True, traffic.rates("H100"))
+    plan = plans.estimated(model.unet, mk.ModiffConfig(), {}, True, traffic.rates("H100"), compared_at=())
     exact = shared.sample_images(model, model.unet, "ddim", 50, range(4))
     config = mk.ModiffConfig(plan=dataclasses.replace(plan, key=None))
     handle = mk.accelerate(model.unet, config, calibration=calibration)

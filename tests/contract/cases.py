@@ -239,6 +239,8 @@ def group_norm(shape, groups, dtype=torch.float32, silu=True, shift=True, affine
     elif shift == "columns of more":
         offset = torch.cat([offset, offset], 1)[:, channels:]
     gamma, beta = ((torch.rand(channels) + 0.5).to(dtype), torch.randn(channels).to(dtype)) if affine else (None, None)
+    if affine == "by sample":
+        gamma, beta = torch.rand(shape[0], 2 * channels).to(dtype).add(0.5).chunk(2, 1)
     first = (lambda t: t) if len(shape) == 4 else (lambda t: t.transpose(1, 2))  # channels second
     shifted = first(h.double())
     if shift:
@@ -253,7 +255,7 @@ def group_norm(shape, groups, dtype=torch.float32, silu=True, shift=True, affine
     # The sums of a group are in any order: roundings at random.
     error = EPS32 * (4 * large + (16 + grouped.shape[2] ** 0.5) * (1 + z.abs()))
     if affine:
-        factor, term = (t.double().view(-1, *[1] * (len(shape) - 2)) for t in (gamma, beta))
+        factor, term = (t.double().reshape(-1, channels, *[1] * (len(shape) - 2)) for t in (gamma, beta))
         error, z = error * factor + 2 * EPS32 * term.abs(), z * factor + term
     if silu:  # its slope stays below 1.1; exp and the reciprocal add 3e-7 of the value each
         error, z = 1.1 * error + 6e-7 * z.abs(), z * z.sigmoid()

@@ -153,6 +153,18 @@ def test_modes_by_default_on_a_gpu(unet, monkeypatch, plan):
         assert handle.plan is None
 
 
+def test_a_network_stays_float_where_the_compiled_one_is_faster(unet, monkeypatch, caplog):
+    """Launches alone count here: low bits have fewer than float layers, and more than compiled ones."""
+    monkeypatch.setattr(plans, "runs_on_gpu", lambda unet: True)
+    machine = Machine(float_ops=1e12, int8_ops=1e12, bandwidth=1e12, launch=1e-3)
+    assert not plans.estimated(unet, mk.ModiffConfig(), {}, True, machine, compared_at=()).is_float
+    assert not caplog.text
+    plan = plans.estimated(unet, mk.ModiffConfig(), {}, True, machine)
+    assert plan.is_float
+    assert re.search(r"float; low bits are 0\.9\dx as fast as the compiled float network at batch 1;", plan.summary)
+    assert caplog.text.count("all layers stay float") == 1
+
+
 def test_what_is_in_one_mode_is_so_on_a_gpu(unet, monkeypatch):
     """Rows of a report, and the single modes that make_plan compares."""
     monkeypatch.setattr(plans, "runs_on_gpu", lambda unet: True)

@@ -23,12 +23,13 @@ from modiff_kernels.nn.blocks import (
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
 from modiff_kernels.ops import dispatch
 from tests import unets
-from tests.unets import NETWORKS, assert_invariant, assert_same_run, fused_blocks, outputs, relative_error, text, unet2d
+from tests.unets import assert_invariant, assert_same_run, fused_blocks, outputs, relative_error, text, unet2d
 
 WITH_SHORTCUT, WITHOUT_SHORTCUT = "up_blocks.0.resnets.0", "mid_block.resnets.0"
 ATTENTION, UPSAMPLE = "mid_block.attentions.0", "up_blocks.0.upsamplers.0"
 MODEL = "down_blocks.0.attentions.0"
 BLOCK = f"{MODEL}.transformer_blocks.0"
+NETWORKS = {**unets.NETWORKS, "scale-shift": functools.partial(unet2d, resnet_time_scale_shift="scale_shift")}
 
 
 def run(network, change=None, dtype=torch.float32, keywords=None, unet_options=None, **config):
@@ -58,12 +59,14 @@ class TestFusedEqualsLayers:
             ("sd15", {"state_dtype": "float16", "granularity": "per_tensor"}),
             ("sd15", {"granularity": "per_token", "scale_mode": "delayed"}),
             ("sdxl", {}),
+            ("scale-shift", {}),
+            ("scale-shift", {"mode": "quantized"}),
         ],
         ids=str,
     )
     def test_configurations(self, network, options):
         unet, _, fused = run(network, **options)
-        assert fused_blocks(unet)
+        assert fused_blocks(unet, FusedResnetBlock2D)
         unet, _, single = run(network, fuse=False, **options)
         assert not fused_blocks(unet)
         assert_same_run(fused, single, exact(network))
@@ -155,7 +158,6 @@ HOOK = "register_forward_hook", lambda *_: None
 NOT_FUSED = {
     "output-scale": ("unet2d", WITHOUT_SHORTCUT, with_resnet(output_scale_factor=2.0)),
     "gelu": ("unet2d", WITHOUT_SHORTCUT, with_resnet(non_linearity="gelu")),
-    "scale-shift": ("unet2d", WITHOUT_SHORTCUT, with_resnet(time_embedding_norm="scale_shift")),
     "hook": ("unet2d", WITHOUT_SHORTCUT, calling(WITHOUT_SHORTCUT, *HOOK)),
     "pre-hook": ("unet2d", WITHOUT_SHORTCUT, calling(WITHOUT_SHORTCUT, "register_forward_pre_hook", HOOK[1])),
     "layer-hook": ("unet2d", WITHOUT_SHORTCUT, calling(f"{WITHOUT_SHORTCUT}.conv2", *HOOK)),

@@ -30,7 +30,7 @@ struct NormArgs {
   float* statistics;
   float* coefficient;
   Parameter gamma, beta, shift;
-  int64_t shift_stride;
+  int64_t shift_stride, norm_stride;
   int64_t num_groups;
   float eps;
   uint32_t* range;
@@ -141,9 +141,10 @@ struct Coefficients {
     float* a = args.coefficient + sample * args.channels + first;
     float* b = a + args.samples * args.channels;
     for (uint32_t c = cta.thread(); c < per_group; c += kThreads) {
-      const float factor = inverse * parameter_at(args.gamma, first + c, 1.0f);
+      const float factor = inverse * parameter_at(args.gamma, sample * args.norm_stride + first + c, 1.0f);
       a[c] = factor;
-      b[c] = fma_rn(args.shift_at(sample, first + c) - mean, factor, parameter_at(args.beta, first + c, 0.0f));
+      const float term = parameter_at(args.beta, sample * args.norm_stride + first + c, 0.0f);
+      b[c] = fma_rn(args.shift_at(sample, first + c) - mean, factor, term);
     }
     clear_ranges(cta, kThreads, args.range, args.range_count);
   }

@@ -72,6 +72,7 @@ void fold_group_norm(const QuantizeCall& call, const QuantizeTiling& tiling, con
   norm.beta = call.beta;
   norm.shift = call.shift;
   norm.shift_stride = call.shift_stride;
+  norm.norm_stride = call.problem.norm_stride;
   norm.num_groups = call.problem.num_groups;
   norm.eps = args.eps;
   norm.range = args.range;

@@ -1,5 +1,6 @@
 """`product`: csrc/cuda/product.h in the shape of the op. Nothing here reads the device."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from .. import why_no_sums
 from . import library
 
 _ALIGNMENT = 16
+_POINT = Window((1, 1)).to_ints()
 CHANNEL_MULTIPLE = 16  # codes are copied in chunks of 16 bytes, each inside one tap
 PACKED_MULTIPLE = 32  # 4- and 3-bit weights in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes
 MAX_ROWS = 1 << 30  # of the output, times the stride: 31 bits hold them, a border and a tile's rows past the end
@@ -32,13 +34,17 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone()
 
 
-def geometry_of(codes: Tensor, n: int, window: Window | None) -> tuple[int, ...]:
-    """Sizes as in csrc/cuda/product.h; a Linear is a 1x1 convolution of width 1. Codes in uint8 are two to a byte."""
-    per_element = 2 if codes.dtype == torch.uint8 else 1
-    if window is None:
-        return (1, codes.shape[:-1].numel(), 1, codes.shape[-1] * per_element, n, 1, 1, 1, 1, 0, 0, 1, 1, 1)
-    samples, channels, height, width = codes.shape
-    return (samples, height, width, channels * per_element, n, *window.to_ints())
+@lru_cache(maxsize=4096)
+def geometry_of(shape: torch.Size, is_packed: bool, n: int, window: Window | None) -> tuple[tuple[int, ...], int, int]:
+    """Sizes as in csrc/cuda/product.h for codes of this shape, two to a byte where packed; a Linear is a 1x1
+    convolution of width 1. Also K, and the taps that weights' sums are kept for."""
+    samples, height, width, channels, sizes = 1, shape[:-1].numel(), 1, shape[-1], _POINT
+    if window is not None:
+        samples, channels, height, width = shape
+        sizes = window.to_ints()
+    channels *= 2 if is_packed else 1
+    taps = sizes[0] * sizes[1]
+    return (samples, height, width, channels, n, *sizes), channels * taps, taps if sizes[4:6] != [0, 0] else 1
 
 
 def product(
@@ -46,14 +52,12 @@ def product(
 ) -> Tensor:
     """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: the kernels choose by an
     estimate (csrc/cuda/sm90/tiling.h, sm80/tile_config.h); `library.tiles_op` lists what may be asked for."""
-    geometry = geometry_of(codes, weight.n, window)
-    sums = None
-    if zero_point is not None:
-        taps = 1 if window is None or window.padding == (0, 0) else window.kernel_size[0] * window.kernel_size[1]
-        sums = weight_sums(weight, geometry[3] * geometry[5] * geometry[6], taps)
+    packed, weight_scale, bits, _, _, geglu = weight
+    geometry, k, taps = geometry_of(codes.shape, codes.dtype is torch.uint8, weight_scale.shape[0], window)
+    sums = None if zero_point is None else weight_sums(weight, k, taps)
     return library.product_op()(
-        _aligned(codes), scale, zero_point, sums, _aligned(weight.packed), weight.bits, weight.scale, bias, y_hat, skip,
-        write_out, out_dtype, weight.geglu, geometry, tile or (),
+        _aligned(codes), scale, zero_point, sums, _aligned(packed), bits, weight_scale, bias, y_hat, skip,
+        write_out, out_dtype, geglu, geometry, tile or (),
     )  # fmt: skip
 
 

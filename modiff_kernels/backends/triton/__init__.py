@@ -30,7 +30,7 @@ def unavailable() -> str | None:
     try:
         import triton  # noqa: F401 (whether it loads is the question)
     except ImportError as error:
-        return f"triton does not load ({error}); install it with: pip install 'triton>=3.6'"
+        return f"triton does not load ({error}); install it with: pip install 'modiff-kernels[triton]'"
     return None
 
 

@@ -1,6 +1,7 @@
 """Launches of kernels."""
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -49,3 +50,28 @@ def counters(device: torch.device, count: int) -> Tensor:
         taken = sum(known == device for known, _ in _row_of)
         row = _row_of[key] = _rows[device][taken] if taken < _STREAMS else None
     return torch.zeros(count, dtype=torch.int32, device=device) if row is None or count > _COUNTERS else row
+
+
+_MOST_PARTS = 1024
+_scratch: dict[Any, tuple[Tensor, dict[Any, list[Any]]]] = {}
+
+
+def scratch(device: torch.device, integers: tuple[int, ...], floats: tuple[int, ...], count: int) -> list[Any]:
+    """Vectors of so many int32 and float32 (None of none) for what the kernels of one op leave to each other, and its
+    `counters`. The next op of this thread on this stream overwrites them; what is captured gets its own."""
+    gpu = device.type == "cuda"
+    place, key = None, (integers, floats, count)
+    if not (gpu and torch.cuda.is_current_stream_capturing()):
+        place = device, torch._C._cuda_getCurrentRawStream(device.index) if gpu else 0, threading.get_ident()
+    memory, known = _scratch.get(place, (None, {}))
+    if (found := known.get(key)) is None:
+        sizes = [-(-size // 128) * 128 for size in integers + floats]  # aligned as allocations are
+        if memory is None or memory.shape[0] < sum(sizes) or len(known) == _MOST_PARTS:
+            memory, known = torch.empty(sum(sizes), dtype=torch.int32, device=device), {}
+            if place is not None:
+                _scratch[place] = memory, known
+        dtypes = [torch.int32] * len(integers) + [torch.float32] * len(floats)
+        parts = zip(memory[: sum(sizes)].split(sizes), integers + floats, dtypes)
+        found = known[key] = [part[:size].view(dtype) if size else None for part, size, dtype in parts]
+        found.append(counters(device, count))
+    return found

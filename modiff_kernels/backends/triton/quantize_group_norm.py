@@ -2,8 +2,8 @@
 
 Operands (N samples, R rows of C channels, G groups; an NHWC image has R = H * W), all row major:
 
-- h [N, R, C] (or [N, R, own] and further, as in quantize_kernel.py), shift [N, C] (any stride between its rows) or
-  None, float; the results a and b [N, C], float32,
+- h [N, R, C] (or [N, R, own] and further, as in quantize_kernel.py); shift [N, C], gamma and beta [C] or [N, C] (any
+  stride between rows), or None, float; the results a and b [N, C], float32,
 - partial [N, P + 1, S, C] float32, scratch: mean and sum of squares around it, per channel and block of BLOCK_R rows;
   at P of all rows. With `range` also the least and the greatest h (S = 4, else 2),
 - range [N] or [2, N] int32, or None: the range of x, as `range_kernel` gives it,
@@ -23,14 +23,11 @@ above _SILU_LEAST, which is then taken: the upper end of the range is exact, the
 the shipped model 1e-6, docs/triton_kernels.md)."""
 
 from functools import lru_cache
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...quant.operands import Prologue
-from .launch import counters, launch
 from .quantize_kernel import arrive, load_channels, magnitude_above, magnitude_below, silu, tile_of_program
 from .quantize_tiling import Tiling, next_power_of_2, tile
 
@@ -47,7 +44,7 @@ def _read(partial_ptr, mask):
 @triton.jit
 def group_norm_kernel(
     h_ptr, further_ptr, shift_ptr, gamma_ptr, beta_ptr, partial_ptr, counter_ptr, a_ptr, b_ptr, range_ptr,
-    own, samples, rows, channels, shift_stride, num_groups, eps, SILU: tl.constexpr, AFFINE: tl.constexpr,
+    own, samples, rows, channels, shift_stride, norm_stride, num_groups, eps, SILU: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
     BACKWARDS: tl.constexpr,
 ):  # fmt: skip
@@ -118,10 +115,10 @@ def group_norm_kernel(
         variance = tl.div_rn(tl.sum(square_sum + all_rows * apart * apart, axis=1), all_rows * size)
         a = tl.rsqrt(variance + eps)[:, None] + tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
         if gamma_ptr is not None:
-            a *= tl.load(gamma_ptr + channel, mask=there, other=0.0).to(tl.float32)
+            a *= tl.load(gamma_ptr + sample.to(tl.int64) * norm_stride + channel, mask=there, other=0.0).to(tl.float32)
         b = (shift - group_mean) * a
         if beta_ptr is not None:
-            b += tl.load(beta_ptr + channel, mask=there, other=0.0).to(tl.float32)
+            b += tl.load(beta_ptr + sample.to(tl.int64) * norm_stride + channel, mask=there, other=0.0).to(tl.float32)
         tl.store(a_ptr + start_of_sample + channel, a, mask=there)
         tl.store(b_ptr + start_of_sample + channel, b, mask=there)
         if range_ptr is not None:
@@ -151,24 +148,16 @@ def merge_tiles(row_blocks: int, block_c: int, planes: int, groups: int, width: 
     return {"BLOCK_P": block_p, "BLOCK_G": min(next_power_of_2(groups), max(1, 1024 // block_w)), "BLOCK_W": block_w}
 
 
-def fold_group_norm(
-    h: Tensor, norm: Prologue, tiling: Tiling, found: Tensor | None, affine: bool, backwards: bool
-) -> tuple[Tensor, Tensor]:
-    """a and b [N, C]; found: where the range of x per sample goes, or None. backwards: the last tile first, for a pass
-    that runs the other way afterwards."""
+def fold_form(
+    tiling: Tiling, bytes_read: int, num_groups: int, silu: bool, ranged: bool, affine: bool, backwards: bool
+) -> tuple[int, int, tuple[int], dict[str, Any]]:
+    """Elements of `partial` and counters, grid and form of a launch. ranged: the range of x per sample is wanted.
+    backwards: the last tile first, for a pass that runs the other way afterwards."""
     samples, rows, channels = tiling.samples, tiling.rows, tiling.channels
-    block_r, block_c, num_warps = tile(samples, rows, channels, False, h.element_size())
+    block_r, block_c, num_warps = tile(samples, rows, channels, False, bytes_read)
     row_blocks, columns = -(-rows // block_r), -(-channels // block_c)
-    planes = 2 if found is None else 4
-    partial = torch.empty((samples, row_blocks + 1, planes, channels), dtype=torch.float32, device=h.device)
-    a, b = torch.empty((2, samples, channels), dtype=torch.float32, device=h.device)
-    shift = norm.shift
-    launch(
-        group_norm_kernel, (samples * row_blocks * columns,), h, norm.further, shift, norm.gamma, norm.beta, partial,
-        counters(h.device, samples * (1 + columns)), a, b, found,
-        h.shape[-1 if h.ndim == 3 else 1], samples, rows, channels, 0 if shift is None else shift.stride(0),
-        norm.num_groups, norm.eps,
-        SILU=norm.silu, AFFINE=affine and found is not None, BLOCK_R=block_r, BLOCK_C=block_c, BACKWARDS=backwards,
-        **merge_tiles(row_blocks, block_c, planes, norm.num_groups, channels // norm.num_groups), num_warps=num_warps,
-    )  # fmt: skip
-    return a, b
+    planes = 4 if ranged else 2
+    form = {"SILU": silu, "AFFINE": affine and ranged, "BLOCK_R": block_r, "BLOCK_C": block_c, "BACKWARDS": backwards}
+    form |= merge_tiles(row_blocks, block_c, planes, num_groups, channels // num_groups) | {"num_warps": num_warps}
+    partial = samples * (row_blocks + 1) * planes * channels
+    return partial, samples * (1 + columns), (samples * row_blocks * columns,), form

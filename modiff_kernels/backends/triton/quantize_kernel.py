@@ -182,8 +182,8 @@ def load_groups(
 
 @triton.jit
 def load_normalised(
-    h_ptr, further_ptr, own, a_ptr, b_ptr, shift_ptr, shift_stride, sample, first, rows, channels, eps, row, col,
-    inside, SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+    h_ptr, further_ptr, own, a_ptr, b_ptr, shift_ptr, shift_stride, norm_stride, sample, first, rows, channels, eps,
+    row, col, inside, SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """x of the prologue "groups". Where others share the rows of its groups with this program it reads theirs, too."""
     h, count, mean, squares = load_groups(
@@ -201,10 +201,11 @@ def load_normalised(
         count += more
         mean += distance * tl.div_rn(more, count)
     x = (h - mean[None, :]) * tl.rsqrt(tl.div_rn(squares, count) + eps)[None, :]
+    at = sample.to(tl.int64) * norm_stride + col
     if a_ptr is not None:
-        x *= tl.load(a_ptr + col, mask=inside, other=0.0).to(tl.float32)[None, :]
+        x *= tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)[None, :]
     if b_ptr is not None:
-        x += tl.load(b_ptr + col, mask=inside, other=0.0).to(tl.float32)[None, :]
+        x += tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)[None, :]
     if SILU:
         x = silu(x)
     return x
@@ -331,7 +332,7 @@ def range_kernel(
 def quantize_kernel(
     h_ptr, further_ptr, x_hat_ptr, a_ptr, b_ptr, shift_ptr, given_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr,
     codes_ptr, scale_ptr, zero_point_ptr,
-    own, rows, channels, granules, shift_stride, given_stride, eps, clip_ratio, half,
+    own, rows, channels, granules, shift_stride, norm_stride, given_stride, eps, clip_ratio, half,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -347,8 +348,8 @@ def quantize_kernel(
     offsets = tile_offsets(sample, first, rows, channels, row, col)
     if PROLOGUE == "groups":
         value = load_normalised(
-            h_ptr, further_ptr, own, a_ptr, b_ptr, shift_ptr, shift_stride, sample, first, rows, channels, eps, row,
-            col, inside, SILU, WIDTH, BLOCK_R,
+            h_ptr, further_ptr, own, a_ptr, b_ptr, shift_ptr, shift_stride, norm_stride, sample, first, rows,
+            channels, eps, row, col, inside, SILU, WIDTH, BLOCK_R,
         )  # fmt: skip
     else:
         value = load_activation(

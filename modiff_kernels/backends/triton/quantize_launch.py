@@ -4,65 +4,105 @@ Launches: one with scales given, delayed or per token, otherwise two. A group no
 form with scales per sample, of which it finds the range (quantize_group_norm.py), and given or delayed scales where
 groups fit into the registers of a few programs."""
 
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import counters, launch
-from .quantize_group_norm import fold_group_norm
+from ...quant.operands import norm_stride
+from .launch import launch, scratch
+from .quantize_group_norm import fold_form, group_norm_kernel
 from .quantize_kernel import quantize_kernel, range_kernel
-from .quantize_tiling import tiling_by_groups, tiling_of
+from .quantize_tiling import tiling, tiling_by_groups
+
+
+class _Form(NamedTuple):
+    """What calls with the same formats have in common. integers: elements of range, partial and block, 0 where one is
+    not used; floats: of partial, a and b of a norm; counters: of all kernels, at most. groups: of a tile, and
+    channels of one."""
+
+    grid: tuple[int]
+    sizes: tuple[int, int, int, int]
+    source: str
+    integers: tuple[int, int, int]
+    floats: tuple[int, int, int]
+    counters: int
+    form: dict[str, Any]
+    groups: dict[str, int]
+    norm_grid: tuple[int]
+    norm_form: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _form(
+    shape: Sequence[int], dtype: torch.dtype, state_dtype: torch.dtype | None, granularity: str, bits: int,
+    affine: bool, source: str, kind: str, num_groups: int, silu: bool,
+) -> _Form:  # fmt: skip
+    """source: "given", "delayed", or "" where the scale is to be found. shape: of x."""
+    image, pair = len(shape) == 4, 2 if kind == "geglu" else 1
+    rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
+    read = max(dtype.itemsize, 0 if state_dtype is None else state_dtype.itemsize)
+    channels = shape[1] if image else shape[-1]
+    tiles = tiling(shape[0], rows, channels, granularity, bits, kind, read * pair)
+    if kind == "group_norm" and source and tiles.granularity != "per_token":
+        tiles = tiling_by_groups(tiles, num_groups, dtype.itemsize)
+        kind = "groups" if tiles.width else kind
+    samples, rows, channels, granularity, granules, block_r, block_c, num_warps, width, groups = tiles
+    plain, per_token = state_dtype is None, granularity == "per_token"
+    if not source:
+        source = "tile" if per_token else "reduced"
+        if kind == "group_norm" and plain and granularity == "per_sample":
+            source = "folded"
+    norm: Any = (0,), {}
+    ends, floats, counted = 2 if affine else 1, (0, 0, 0), 0
+    merged = 0 if per_token or source == "folded" else ends * tiles.grid[0]
+    blocks = samples * -(-rows // block_r) * channels if granularity == "per_block" else 0
+    if kind == "group_norm":
+        folded = source == "folded"
+        parts, counted, *norm = fold_form(tiles, dtype.itemsize, num_groups, silu, folded, affine, source != "reduced")
+        floats = parts, samples * channels, samples * channels
+    integers, counted = (ends * granules if plain else 0, merged, blocks), max(granules if merged else 0, counted)
+    form = {"PROLOGUE": kind, "SILU": silu, "GRANULARITY": granularity, "AFFINE": affine}
+    form |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": num_warps}
+    sizes, whole = (samples, rows, channels, granules), {"WIDTH": width, "GROUPS": groups}
+    return _Form(tiles.grid, sizes, source, integers, floats, counted, form, whole, *norm)
 
 
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, a, b, shift, _, eps, silu, further = prologue
-    codes = prologue.empty_codes(h)
-    like = codes if x_hat is None else x_hat
-    affine = affine and x_hat is None
-    tiling = tiling_of(h, like, granularity, bits, kind)
-    granules, per_token = tiling.granules, tiling.granularity == "per_token"
-    given, source = scale, "given" if scale is not None else "tile" if per_token else "reduced"
-    if last_absmax is not None:
-        given, source = last_absmax, "delayed"
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=h.device)
-
-    ends = 2 if affine else 1
-    largest = scratch(ends * granules)
-    whole = None
-    if kind == "group_norm" and source in ("given", "delayed") and not per_token:
-        whole = tiling_by_groups(tiling, prologue.num_groups, h.element_size())
-    if whole is not None:
-        tiling, kind = whole, "groups"
-    elif kind == "group_norm":
-        if x_hat is None and tiling.granularity == "per_sample":
-            source = "folded"
-        found = largest if source == "folded" else None
-        a, b = fold_group_norm(h, prologue, tiling, found, affine, backwards=source != "reduced")
-    parts: tuple[Tensor | None, Tensor | None] = None, None
-    block = None
-    if not (per_token or source == "folded"):
-        parts = scratch(ends * tiling.grid[0]), counters(h.device, granules)
-    if tiling.granularity == "per_block":
-        block = scratch(tiling.samples, -(-tiling.rows // tiling.block_r), tiling.channels)
-    sizes = h.shape[1 if h.ndim == 4 else -1], tiling.rows, tiling.channels, granules
-    form: dict[str, Any] = {
-        "PROLOGUE": kind, "SILU": silu, "GRANULARITY": tiling.granularity, "AFFINE": affine,
-        "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c, "num_warps": tiling.num_warps,
-    }  # fmt: skip
-    if source == "reduced":
-        launch(range_kernel, tiling.grid, h, further, x_hat, a, b, largest, *parts, block, *sizes, eps, **form)
-        parts = None, None
-    used = torch.empty(granules, dtype=torch.float32, device=h.device)
-    zero_point = scratch(granules) if x_hat is None else None
-    launch(
-        quantize_kernel, tiling.grid, h, further, x_hat, a, b, shift, given, largest, *parts, block, codes, used,
-        zero_point, *sizes, 0 if shift is None else shift.stride(0), 0 if given is None or given.shape[0] == 1 else 1,
-        eps, clip_ratio, float(1 << (bits - 1)),
-        SOURCE=source, WIDTH=tiling.width, GROUPS=tiling.groups, **form,
+    kind, gamma, beta, shift, num_groups, eps, silu, further = prologue
+    device, plain = h.device, x_hat is None
+    given, source = (scale, "given") if last_absmax is None else (last_absmax, "delayed")
+    grid, sizes, source, integers, floats, counted, form, groups, norm_grid, norm_form = _form(
+        prologue.shape(h), h.dtype, None if plain else x_hat.dtype, granularity, bits, affine and plain,
+        "" if given is None else source, kind, num_groups, silu,
     )  # fmt: skip
-    return codes, used, largest.view(torch.float32) if zero_point is None else zero_point
+    largest, partial, block, norm_partial, norm_a, norm_b, counters = scratch(device, integers, floats, counted)
+    granules = sizes[3]
+    third = torch.empty(granules, dtype=torch.int32, device=device)
+    largest = largest if plain else third
+    own = 0 if further is None else h.shape[1]
+    strides = 0 if shift is None else shift.stride(0), norm_stride(gamma)
+    if form["PROLOGUE"] == "group_norm":
+        launch(
+            group_norm_kernel, norm_grid, h, further, shift, gamma, beta, norm_partial, counters, norm_a, norm_b,
+            largest if source == "folded" else None, own, *sizes[:3], *strides, num_groups, eps, **norm_form,
+        )  # fmt: skip
+        gamma, beta, shift, strides = norm_a, norm_b, None, (0, 0)
+    merged = partial, None if partial is None else counters
+    if source == "reduced":
+        launch(
+            range_kernel, grid, h, further, x_hat, gamma, beta, largest, *merged, block, own, *sizes[1:], eps, **form
+        )
+        merged = None, None
+    codes = prologue.empty_codes(h) if plain else torch.empty_like(x_hat, dtype=torch.int8)
+    used = torch.empty(granules, dtype=torch.float32, device=device)
+    launch(
+        quantize_kernel, grid, h, further, x_hat, gamma, beta, shift, given, largest, *merged, block, codes, used,
+        third if plain else None, own, *sizes[1:], *strides, 0 if given is None or given.shape[0] == 1 else 1, eps,
+        clip_ratio, float(1 << (bits - 1)), SOURCE=source, **groups, **form,
+    )  # fmt: skip
+    return codes, used, third if plain else third.view(torch.float32)

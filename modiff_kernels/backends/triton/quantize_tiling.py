@@ -3,8 +3,6 @@
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ...quant.spec import BLOCK_ROWS, block_count
 
 MAX_ROW = 8192  # 16 float32 values per thread of 16 warps, of two inputs (GEGLU) and x_hat at the same time
@@ -46,16 +44,6 @@ class Tiling(NamedTuple):
         return self.width * self.groups or self.block_c
 
 
-def tiling_of(h: Tensor, like: Tensor, granularity: str, bits: int, prologue: str) -> Tiling:
-    """`tiling` for the input h and a result of the shape and (x_hat) dtype of `like`, an image, [N, L, K] or [M, K]."""
-    shape = like.shape
-    image = len(shape) == 4
-    rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
-    channels = shape[1] if image else shape[-1]
-    bytes_read = max(h.element_size(), like.element_size()) * (2 if prologue == "geglu" else 1)
-    return tiling(shape[0], rows, channels, granularity, bits, prologue, bytes_read)
-
-
 @lru_cache(maxsize=4096)
 def tiling(
     samples: int, rows: int, channels: int, granularity: str, bits: int, prologue: str, bytes_read: int
@@ -74,8 +62,8 @@ def tiling(
 
 
 @lru_cache(maxsize=4096)
-def tiling_by_groups(tiling: Tiling, num_groups: int, bytes_read: int) -> Tiling | None:
-    """That of a group norm whose programs find the statistics of their groups themselves, or None where these are too
+def tiling_by_groups(tiling: Tiling, num_groups: int, bytes_read: int) -> Tiling:
+    """That of a group norm whose programs find the statistics of their groups themselves; `tiling` where these are too
     large. Enough groups for a sector of 32 bytes; four programs at most share the rows of a group, for each reads them
     all, from the L2 cache."""
     width = tiling.channels // num_groups
@@ -85,7 +73,7 @@ def tiling_by_groups(tiling: Tiling, num_groups: int, bytes_read: int) -> Tiling
     block_c = groups * next_power_of_2(width)
     block_r = min(next_power_of_2(tiling.rows), _MOST_IN_REGISTERS // block_c)
     if block_r * _MOST_READERS < tiling.rows or groups * width * bytes_read < _SECTOR_BYTES:
-        return None
+        return tiling
     num_warps = max(4, block_r * block_c // 1024)
     return tiling._replace(block_r=block_r, block_c=block_c, num_warps=num_warps, width=width, groups=groups)
 

@@ -12,6 +12,7 @@ from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, Role, group_norm, is_as_written, is_untouched
 from modiff_kernels.nn.layer import LinearStack
 from modiff_kernels.ops import IDENTITY, Prologue
+from modiff_kernels.ops.dispatch import AUTO
 
 PROCESSORS = "diffusers.models.attention_processor", ("AttnProcessor", "AttnProcessor2_0")
 NEVER = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj")  # parts of other attentions
@@ -135,7 +136,8 @@ class FusedAttention(FusedBlock):
         if type(self.original.processor).__name__ == "AttnProcessor":
             scale = self.scale
         if mask is None:
-            return ops.attention(q, k, v, self.heads, scale)
+            key = "attention", q.shape, k.shape, q.dtype, q.device
+            return step.repeated(self.to_q.kernels, key, ops.attention, (q, k, v, self.heads, scale), AUTO)
         samples = q.shape[0]
         mask = self.original.prepare_attention_mask(mask, k.shape[1], samples)
         mask = mask.view(samples, self.heads, -1, mask.shape[-1])

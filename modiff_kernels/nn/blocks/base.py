@@ -121,15 +121,16 @@ class FusedBlock(nn.Module):
         raise NotImplementedError
 
 
-def group_norm(norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None, further: Tensor | None = None) -> Prologue:
-    """silu?(norm(h + shift)) with the parameters that `norm` has now; h has the channels of `further`, too."""
+def group_norm(norm: nn.GroupNorm, silu: bool, further: Tensor | None = None) -> Prologue:
+    """silu?(norm(h)) with the parameters that `norm` has now; h has the channels of `further`, too."""
     held = norm._parameters  # torch looks there last, after half a microsecond
-    return Prologue("group_norm", held["weight"], held["bias"], shift, norm.num_groups, norm.eps, silu, further)
+    return Prologue("group_norm", held["weight"], held["bias"], None, norm.num_groups, norm.eps, silu, further)
 
 
 def layer_norm(norm: nn.LayerNorm) -> Prologue:
     """norm(h) with the parameters that `norm` has now."""
-    return Prologue("layer_norm", norm.weight, norm.bias, eps=norm.eps)
+    held = norm._parameters
+    return Prologue("layer_norm", held["weight"], held["bias"], eps=norm.eps)
 
 
 def is_untouched(*modules: nn.Module) -> bool:

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, Role, group_norm, is_untouched
 from modiff_kernels.nn.blocks.concatenation import Concatenation
-from modiff_kernels.nn.blocks.time_projections import TimeProjections
+from modiff_kernels.nn.blocks.time_projections import TimeProjections, scaled_norm
 from modiff_kernels.ops import IDENTITY, Prologue
 
 
 class FusedResnetBlock2D(FusedBlock):
-    """out = conv2(silu(norm2(conv1(silu(norm1(x))) + time))) + (conv_shortcut(x) or x). A 1x1 shortcut adds
-    its product onto the y_hat of conv2, because only the sum of the two leaves the block: one state tensor less."""
+    """out = conv2(silu(norm2(conv1(silu(norm1(x))) + time))) + (conv_shortcut(x) or x), or with norm2(conv1(...)) *
+    (1 + scale) + time: a gamma and a beta for every sample. A 1x1 shortcut adds its product onto the y_hat of conv2,
+    because only the sum of the two leaves the block: one state tensor less."""
 
     takes = "input_tensor"
     layers: ClassVar = {
@@ -30,7 +31,8 @@ class FusedResnetBlock2D(FusedBlock):
         return (
             type(block.norm1) is type(block.norm2) is nn.GroupNorm
             and isinstance(block.nonlinearity, nn.SiLU)
-            and block.time_embedding_norm == "default"
+            and block.time_embedding_norm in ("default", "scale_shift")
+            and block.norm2.affine
             and block.upsample is block.downsample is None
             and block.output_scale_factor == 1.0
             and not (block.training and block.dropout.p > 0)
@@ -44,7 +46,7 @@ class FusedResnetBlock2D(FusedBlock):
         self.norm2 = block.norm2
         self.conv2 = parts.conv2d("conv2")
         self.conv_shortcut = None
-        self.skip_time_act = block.skip_time_act
+        self.skip_time_act, self.scale_shift = block.skip_time_act, block.time_embedding_norm == "scale_shift"
         self.time_projections: TimeProjections | None = None
         if block.conv_shortcut is not None:
             self.conv_shortcut = parts.conv2d("conv_shortcut")
@@ -61,8 +63,8 @@ class FusedResnetBlock2D(FusedBlock):
                 x, further = x.parts
                 read = Prologue(further=further)
         x = x.contiguous(memory_format=torch.channels_last)
-        h = step.run(conv1, group_norm(self.norm1, True, None, further), x, dtype, write_out=False)
-        prologue = group_norm(self.norm2, True, self._time_shift(temb, x.shape[0]))
+        h = step.run(conv1, group_norm(self.norm1, True, further), x, dtype, write_out=False)
+        prologue = self._second_norm(temb, x.shape[0])
         if shortcut is None:
             return step.run(conv2, prologue, h, dtype, skip=x)
         if conv2.mode == "quantized":
@@ -71,14 +73,17 @@ class FusedResnetBlock2D(FusedBlock):
         step.run(conv2, prologue, h, dtype, write_out=False)
         return step.run(shortcut, read, shortcut.scaled(x), dtype)
 
-    def _time_shift(self, temb: Tensor | None, samples: int) -> Tensor | None:
+    def _second_norm(self, temb: Tensor | None, samples: int) -> Prologue:
+        norm = group_norm(self.norm2, True)
         if temb is None:
-            return None
+            if self.scale_shift:
+                raise ValueError("time_embedding_norm='scale_shift' needs a time embedding, but temb is None; pass one")
+            return norm
         shared, projection = self.time_projections, self.time_emb_proj
         if shared is not None and shared.covers(projection) and not torch.compiler.is_compiling():
-            shift = shared.of(projection, temb)
-        elif projection is not None:
-            shift = projection(temb if self.skip_time_act else F.silu(temb))
+            parts = shared.of(projection, temb)
         else:
-            shift = temb
-        return shift.expand(samples, -1)
+            time = temb if projection is None else projection(temb if self.skip_time_act else F.silu(temb))
+            parts = scaled_norm(time, norm.gamma, norm.beta) if self.scale_shift else [time]
+        rows = [part.expand(samples, -1) for part in parts]
+        return norm._replace(gamma=rows[0], beta=rows[1]) if self.scale_shift else norm._replace(shift=rows[0])

@@ -95,6 +95,13 @@ class Emulator:
         return torch.frombuffer(bytearray(data), dtype=like.dtype).view(_in_memory_order(like).shape)
 
 
+def _rows(t):
+    """What is to be sent of a parameter [C] or [N, C], and the stride between rows there."""
+    if t is None or t.ndim == 1:
+        return t, 0
+    return (t[:1], 0) if t.stride(0) == 0 else (t, t.shape[1])
+
+
 class QuantizeEmulator(Emulator):
     """emulator/quantize.cpp; `quantize` has the arguments and results of the op."""
 
@@ -102,12 +109,11 @@ class QuantizeEmulator(Emulator):
         self, x, further, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity,
         clip_ratio, scale, packed, samples, rows, channels,
     ):  # fmt: skip
-        row = channels
-        if shift is not None and shift.stride(0) == 0:
-            shift, row = shift[:1], 0
+        shift, row = _rows(shift)
+        (gamma, norm_row), beta = _rows(gamma), _rows(beta)[0]
         head = struct.pack(
-            "18q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
-            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, self.falling,
+            "19q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
+            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, norm_row, self.falling,
             channels - (0 if further is None else further.shape[1]), eps, clip_ratio,
         )  # fmt: skip
         like = x[..., :channels].contiguous()

@@ -55,7 +55,7 @@ def test_unavailable(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (9, 0))[index])
     assert ask() is None
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "pip install 'triton>=3.6'" in ask()
+    assert "pip install 'modiff-kernels[triton]'" in ask()
 
 
 def test_the_package_needs_triton_only_for_its_kernels():

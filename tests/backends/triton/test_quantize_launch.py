@@ -1,5 +1,7 @@
 """Launches of the backend triton's `quantize`, and its counters."""
 
+import threading
+
 import pytest
 import torch
 
@@ -48,6 +50,25 @@ def test_launches(monkeypatch, shape, prologue, residual, granularity, source, k
     assert launched == [f"{name}_kernel" for name in kernels.split()]
     names = {func.__name__.split(".")[0] for func, *_ in tape.kernels if not func.is_view}
     assert names <= {"empty", "new_empty", "empty_like"}
+
+
+def test_scratch_is_one_memory_of_a_thread():
+    def take(*sizes):
+        return launch.scratch(torch.device("cpu"), (5, 0, sizes[0]), sizes[1:], 3)
+
+    first, nothing, second, real, _ = take(200, 7)
+    for i, part in enumerate((first, second, real)):
+        part.fill_(i)
+    assert [set(part.tolist()) for part in (first, second, real)] == [{0}, {1}, {2.0}]
+    assert (nothing, real.dtype, (second.data_ptr() - first.data_ptr()) % 512) == (None, torch.float32, 0)
+    assert take(200, 7)[0] is first
+    assert take(9, 7)[0].data_ptr() == first.data_ptr()
+    assert take(100_000, 7)[0].data_ptr() != first.data_ptr()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(take(9, 7)[0].data_ptr()))
+    thread.start()
+    thread.join()
+    assert found[0] != take(9, 7)[0].data_ptr()
 
 
 def test_counters():

@@ -12,7 +12,7 @@ using Launch = modiff::HostLaunch<modiff::HostCta>;
 
 struct Request {
   int64_t prologue, samples, rows, channels, input_dtype, num_groups, silu, x_hat_dtype, affine, act_bits, granularity,
-      packed, gamma_dtype, beta_dtype, shift_dtype, shift_stride, falling, own;
+      packed, gamma_dtype, beta_dtype, shift_dtype, shift_stride, norm_stride, falling, own;
   double eps, clip_ratio;
 };
 
@@ -53,6 +53,7 @@ void answer(const Request& r, Launch& launch) {
   call.beta = parameter_of(beta.data(), static_cast<DType>(r.beta_dtype));
   call.shift = parameter_of(shift.data(), static_cast<DType>(r.shift_dtype));
   call.shift_stride = r.shift_stride;
+  p.norm_stride = r.norm_stride;
 
   const QuantizeTiling tiling = tiling_of(p);
   codes.fill(p.samples * p.rows * (p.packed ? modiff::packed_width(p.act_bits, p.channels) : p.channels));

@@ -1,0 +1,65 @@
+"""Install the wheel of dist/ into a fresh environment outside the tree and use it there, as a user would.
+
+    python tools/check_wheel.py [dist]      after `make wheel`; exit code 1 and a line where something is not right
+
+The environment sees the packages of this interpreter (torch, diffusers) behind its own, so that nothing is downloaded.
+"""
+
+import os
+import site
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+CARD = "modiff_kernels/models/cifar10_small16/README.md"
+IN_WHEEL = (CARD, "modiff_kernels/py.typed", "modiff_kernels/_lib/libmodiff_cpu.so", ".dist-info/licenses/LICENSE")
+IN_SDIST = (CARD, "CHANGELOG.md", "CMakeLists.txt", "csrc/cpu/ops.cpp", "docs/method.md", "tests/conftest.py",
+            "examples/sdxl.py", "docs/compare_grid.png")  # fmt: skip
+USE = """
+import pathlib, sys, torch, modiff_kernels as mk
+from modiff_kernels import ops
+assert pathlib.Path(mk.__file__).is_relative_to(sys.prefix), mk.__file__
+torch.set_num_threads(1)
+pipe = mk.load_shipped()
+pipe.set_progress_bar_config(disable=True)
+handle = mk.accelerate(pipe, mk.ModiffConfig(weight_bits=8, act_bits=4))
+pipe(num_inference_steps=3, generator=torch.manual_seed(0))
+assert ops.dispatch.why_unavailable("cpu") is None, ops.dispatch.why_unavailable("cpu")
+print(handle.explain().splitlines()[0])
+"""
+
+
+def lacks(names: list[str], needed: tuple[str, ...], where: Path) -> None:
+    if absent := [name for name in needed if not any(found.endswith(name) for found in names)]:
+        raise SystemExit(f"check_wheel: {where.name} lacks {', '.join(absent)}")
+
+
+def main(dist: Path) -> None:
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    if "-py3-none-manylinux" not in wheel.name:
+        raise SystemExit(f"check_wheel: {wheel.name} is not tagged py3-none-manylinux...; make it with `make wheel`")
+    lacks(zipfile.ZipFile(wheel).namelist(), IN_WHEEL, wheel)
+    with tarfile.open(sdist) as files:
+        lacks(files.getnames(), IN_SDIST, sdist)
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, symlinks=True)
+        python, own = f"{folder}/bin/python", next(Path(folder).glob("lib/python3*/site-packages"))
+        pip = (sys.executable, "-m", "pip", f"--python={python}", "--quiet", "--disable-pip-version-check", "install")
+        (own / "behind.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MODIFF_"))}
+        for command in (
+            (*pip, "--no-deps", "--no-index", "--ignore-installed", str(wheel.resolve())),
+            (*pip, "--no-index", "modiff-kernels[diffusers]"),  # as errors advise: of what is installed, no index asked
+            (python, "-c", USE),
+            (f"{folder}/bin/modiff", "sample", "--steps", "2", "--images", "1", "--out", "a.png", "--quiet"),
+        ):
+            subprocess.run(command, cwd=folder, env=clean, check=True)
+    print(f"check_wheel: {wheel.name} works in a fresh environment")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "dist"))
