@@ -62,7 +62,7 @@ bench: setup
 
 # torch brings its libraries: they are no part of the wheel. cibuildwheel would do the same in a container of an older Linux.
 wheel: setup
-	@rm -rf dist build/lib build/wheel && mkdir -p build
+	@rm -rf dist build/lib* build/bdist* build/wheel && mkdir -p build
 	@CXX=$(CXX) MODIFF_SKIP_BUILD=0 sh -e -c ' \
 	  $(BIN)/python -m build --no-isolation --sdist --outdir dist .; \
 	  $(BIN)/python -m build --no-isolation --wheel --outdir build/wheel .; \

@@ -79,7 +79,7 @@ class Place:
     own: tuple[str, ...] = ("quantize", "product", "modulate")
     device: str = "cpu"
     threads: int = 1
-    isa: int | None = None
+    isa: str | None = None
     few: bool = False
     raises: bool = True
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -105,8 +105,8 @@ class Place:
         if (reason := dispatch.why_unavailable(self.backend)) is not None:
             return reason
         if self.backend == "cpu":
-            best = torch.ops.modiff_cpu.isa()
-            if best < max(self.isa or 0, 3 if "product" in self.own else 0):
+            isa = cpu.isa() if self.isa is None else self.isa
+            if not torch.ops.modiff_cpu.isas() >> cpu.ISAS.index(isa) & 1 or (isa == "plain" and self.own != _QUANTIZE):
                 return f"this CPU has {cpu.isa()}"
         return None
 
@@ -117,7 +117,7 @@ class Place:
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("MODIFF_BACKEND", raising=False)
             if self.isa is not None:
-                patch.setattr(cpu, "_AUTO_ISA", self.isa)
+                patch.setattr(cpu, "_isa", cpu.ISAS.index(self.isa))
             if self.stand_in is not None:
                 patch.setitem(dispatch.BACKENDS, self.backend, "cpu")
                 patch.setattr(dispatch.load(self.backend), "unavailable", lambda: None)
@@ -191,8 +191,10 @@ PLACES = (
     Place("reference", "reference", ("quantize", "product", "modulate", "attention")),
     Place("cpu", "cpu", ("quantize", "product", "modulate", "attention")),
     Place("cpu-2-threads", "cpu", ("quantize", "product", "attention"), threads=2),  # other tiles of the work
-    Place("cpu-avx2", "cpu", _QUANTIZE, isa=1),
-    Place("cpu-plain", "cpu", _QUANTIZE, isa=0),
+    Place("cpu-avx512", "cpu", _PRODUCT, isa="avx512"),
+    Place("cpu-avx-vnni", "cpu", _PRODUCT, isa="avx_vnni"),
+    Place("cpu-avx2", "cpu", ("quantize", "product", "modulate"), isa="avx2"),
+    Place("cpu-plain", "cpu", _QUANTIZE, isa="plain"),
     Place("onednn", "onednn", _PRODUCT),  # it quantises with the reference
     Place("sm80-emulated", "cuda", stand_in="sm80", **_STAND_IN),
     Place("sm90-emulated", "cuda", ("product",), stand_in="sm90", **_STAND_IN),  # one code quantises on both

@@ -33,18 +33,13 @@ print(handle.explain().splitlines()[0])
 """
 
 
-def lacks(names: list[str], needed: tuple[str, ...], where: Path) -> None:
-    if absent := [name for name in needed if not any(found.endswith(name) for found in names)]:
-        raise SystemExit(f"check_wheel: {where.name} lacks {', '.join(absent)}")
-
-
 def main(dist: Path) -> None:
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
-    if "-py3-none-manylinux" not in wheel.name:
-        raise SystemExit(f"check_wheel: {wheel.name} is not tagged py3-none-manylinux...; make it with `make wheel`")
-    lacks(zipfile.ZipFile(wheel).namelist(), IN_WHEEL, wheel)
+    assert "-py3-none-manylinux" in wheel.name, f"{wheel.name}: make it with `make wheel`"
     with tarfile.open(sdist) as files:
-        lacks(files.getnames(), IN_SDIST, sdist)
+        contents = ((zipfile.ZipFile(wheel).namelist(), IN_WHEEL), (files.getnames(), IN_SDIST))
+    absent = [name for names, needed in contents for name in needed if not any(n.endswith(name) for n in names)]
+    assert not absent, f"{wheel.name} or {sdist.name} lacks {', '.join(absent)}"
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, symlinks=True)
         python, own = f"{folder}/bin/python", next(Path(folder).glob("lib/python3*/site-packages"))

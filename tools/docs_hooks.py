@@ -1,6 +1,7 @@
 """Hooks of mkdocs: pages that stand elsewhere in the repository, or that the parsers of `modiff` give."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mkdocs.structure.files import File
 
 from modiff_kernels.cli.arguments import build_parser
 
+os.environ["COLUMNS"] = "102"  # argparse fills lines of 100
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "modiff_kernels/models/cifar10_small16"
 ELSEWHERE = {"CONTRIBUTING.md": "contributing.md", "ENVS.md": "environment.md", "CHANGELOG.md": "changelog.md"}
@@ -22,22 +24,13 @@ def command_line() -> str:
     parser = build_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     pages = {"modiff": parser, **{f"modiff {name}": command for name, command in commands.choices.items()}}
-    texts = []
-    for title, page in pages.items():
-        page.formatter_class = _wide(page.formatter_class)
-        texts.append(f"## {title}\n\n```text\n{page.format_help()}```\n")
+    texts = [f"## {title}\n\n```text\n{page.format_help()}```\n" for title, page in pages.items()]
     return "# Command line\n\n`modiff`, or `python -m modiff_kernels`.\n\n" + "\n".join(texts)
-
-
-def _wide(formatter: Any) -> Any:
-    return lambda prog: formatter(prog, width=100)
 
 
 def on_files(files: Any, config: Any) -> Any:
     for source, page in ELSEWHERE.items():
-        path = ROOT / source
-        content = path.read_bytes() if path.suffix == ".png" else path.read_text()
-        files.append(File.generated(config, page, content=content))
+        files.append(File.generated(config, page, content=(ROOT / source).read_bytes()))
     files.append(File.generated(config, "command_line.md", content=command_line()))
     return files
 

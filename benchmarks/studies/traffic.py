@@ -99,9 +99,8 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         twice = [value for name, value in named if name in UPDATED]
         count(kernel.fn.__name__, _bytes(value for _, value in named) + _bytes(twice))
 
-    def product(codes, scale, zero_point, sums, weight, bits, weight_scale, bias, y_hat, skip, *rest):  # type: ignore[no-untyped-def]
-        write_out, dtype, geglu, geometry, _ = rest
-        samples, height, width, _, n, *window = geometry
+    def product(codes, scale, zero_point, sums, weight, weight_scale, bias, y_hat, skip, form):  # type: ignore[no-untyped-def]
+        samples, height, width, _, n, *window, _, geglu, write_out, dtype = map(int, form.tolist()[:18])
         shape: tuple[int, ...] = (*codes.shape[:-1], n // 2 if geglu else n)
         if codes.ndim == 4:
             sizes = zip((height, width), window[:2], window[2:4], window[4:6])
@@ -111,7 +110,8 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
             torch.channels_last if codes.ndim == 4 else torch.contiguous_format,
         )
         layout = layout if write_out else torch.contiguous_format
-        out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=layout)
+        dtypes = (torch.float32, torch.float16, torch.bfloat16)  # csrc/common/problem.h
+        out = torch.empty(shape, dtype=dtypes[dtype], device=codes.device, memory_format=layout)
         tensors = (codes, scale, zero_point, sums, weight, weight_scale, bias, y_hat, y_hat, skip, out)
         count("product (cuda)", _bytes(tensors))
         return out

@@ -65,6 +65,7 @@ struct ProductProblem {
   Granularity granularity;    // of scale and zero_point, over output rows (kPerToken: 1x1, stride 1 only)
   const int32_t* zero_point;  // null: zero
   const int8_t* weight;       // layout vnni_v1
+  int weight_bits;            // of its codes
   const float* weight_scale;  // [c_out]
   const float* bias;          // [c_out] or null; without y_hat only
   void* y_hat;                // [samples, out_h, out_w, c_out], or null

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -52,33 +56,64 @@ void* thread_scratch(int index, int64_t bytes) {
 
 namespace {
 
-// Instruction sets, in rising order; kVnni is what the integer product needs.
-enum Isa : int64_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
-
-Isa detect_isa() {
 #if defined(__x86_64__)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512vnni")) return kAvx512Vnni;
-  if (avx512) return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+// Whether vpdpbusd has its form without AVX-512 here. Not of __builtin_cpu_supports: Clang learned the name late.
+bool avx_vnni() {
+#if MODIFF_AVX_VNNI
+  unsigned eax, ebx, ecx, edx;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+#else
+  return false;
 #endif
-  return kPlain;
 }
+#endif
 
-int64_t isa() {
-  static const Isa detected = detect_isa();
-  return detected;
-}
+// Instruction sets in rising order of preference; the names in modiff_kernels/backends/cpu.py follow it.
+enum Isa : int64_t { kPlain, kAvx2, kAvx512, kAvxVnni, kAvx512Vnni };
 
-QuantizeFn quantize_for(int64_t requested) {
-  const int64_t chosen = requested < 0 ? isa() : requested;
-  STD_TORCH_CHECK(chosen <= isa(), "modiff_cpu: instruction set ", chosen, " is not available here (", isa(), ")");
+// Bit i: instruction set i is available here.
+int64_t isas() {
+  static const int64_t available = [] {
+    int64_t found = 1 << kPlain;
 #if defined(__x86_64__)
-  if (chosen >= kAvx512) return &quantize_avx512;
-  if (chosen >= kAvx2) return &quantize_avx2;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (avx2) found |= 1 << kAvx2;
+    if (avx512) found |= 1 << kAvx512;
+    if (avx_vnni() || vnni) found |= 1 << kAvxVnni;
+    if (vnni) found |= 1 << kAvx512Vnni;
+#endif
+    return found;
+  }();
+  return available;
+}
+
+void check_isa(int64_t isa, int64_t least, const char* op) {
+  STD_TORCH_CHECK(isa >= least && isa < 63 && (isas() >> isa & 1), "modiff_cpu::", op, ": instruction set ", isa,
+                  " is not available here (bits ", isas(), "; from ", least, ")");
+}
+
+QuantizeFn quantize_for(int64_t isa) {
+  check_isa(isa, kPlain, "quantize");
+#if defined(__x86_64__)
+  if (isa == kAvx512 || isa == kAvx512Vnni) return &quantize_avx512;
+  if (isa != kPlain) return &quantize_avx2;
 #endif
   return &quantize_plain;
+}
+
+void run_product(const ProductProblem& p, int64_t isa) {
+#if defined(__x86_64__)
+  if (isa == kAvx2) return product_avx2(p);
+  if (isa == kAvx512) return product_avx512(p);
+  if (isa == kAvx512Vnni) return product_avx512_vnni(p);
+#if MODIFF_AVX_VNNI
+  if (avx_vnni()) return product_avx_vnni(p);
+#endif
+  product_avx512vl_vnni(p);
+#endif
 }
 
 DType dtype_of(ScalarType t) {
@@ -128,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t
                                                     int64_t num_groups, double eps, bool silu,
                                                     std::optional<Tensor> x_hat, bool affine, int64_t act_bits,
                                                     int64_t granularity, double clip_ratio, std::optional<Tensor> scale,
-                                                    int64_t samples, int64_t rows, int64_t channels,
-                                                    int64_t requested_isa) {
+                                                    int64_t samples, int64_t rows, int64_t channels, int64_t isa) {
   QuantizeProblem p{};
   p.prologue = static_cast<Prologue>(prologue);
   p.samples = samples;
@@ -165,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t
   p.scale = static_cast<float*>(scale_out.mutable_data_ptr());
   p.absmax = static_cast<float*>(absmax.mutable_data_ptr());
   p.zero_point = x_hat ? nullptr : static_cast<int32_t*>(zero_point.mutable_data_ptr());
-  const bool finite = input.numel() == 0 || quantize_for(requested_isa)(p);
+  const bool finite = input.numel() == 0 || quantize_for(isa)(p);
   STD_TORCH_CHECK(finite, "holds NaN or Inf");
   return {codes, scale_out, absmax, zero_point};
 }
@@ -175,8 +209,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& input, int64_t
 Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, std::optional<Tensor> zero_point,
                const Tensor& weight, const Tensor& weight_scale, std::optional<Tensor> bias,
                std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out, ScalarType out_dtype,
-               std::vector<int64_t> geometry) {
-  STD_TORCH_CHECK(isa() >= kAvx512Vnni, "modiff_cpu::product needs AVX-512 VNNI");
+               std::vector<int64_t> geometry, int64_t weight_bits, int64_t isa) {
+  check_isa(isa, kAvx2, "product");
   STD_TORCH_CHECK(geometry.size() == 14, "modiff_cpu::product: 14 geometry values expected, got ", geometry.size());
   ProductProblem p{};
   int64_t* fields[] = {&p.samples,  &p.h,        &p.w,     &p.c_in,  &p.c_out,      &p.kernel_h,   &p.kernel_w,
@@ -196,6 +230,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, st
   p.granularity = static_cast<Granularity>(granularity);
   p.zero_point = zero_point ? static_cast<const int32_t*>(zero_point->const_data_ptr()) : nullptr;
   p.weight = static_cast<const int8_t*>(weight.const_data_ptr());
+  p.weight_bits = static_cast<int>(weight_bits);
   p.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
   p.bias = floats(bias);
   p.y_hat = y_hat ? y_hat->mutable_data_ptr() : nullptr;
@@ -217,15 +252,13 @@ Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, st
   } else {
     out = empty_vector(0, out_dtype);
   }
-#if defined(__x86_64__)
-  if (codes.numel() > 0) product_avx512(p);
-#endif
+  if (codes.numel() > 0) run_product(p, isa);
   return out;
 }
 
 // q [samples, queries, heads * width], k and v [samples, keys, heads * width]: float32, rows contiguous.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
-  STD_TORCH_CHECK(isa() >= kAvx512, "modiff_cpu::attention needs AVX-512");
+  STD_TORCH_CHECK(isas() >> kAvx512 & 1, "modiff_cpu::attention needs AVX-512");
   for (const Tensor* t : {&q, &k, &v})
     STD_TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == ScalarType::Float,
                     "modiff_cpu::attention: float32 [samples, tokens, heads * width] with contiguous rows expected");
@@ -294,7 +327,7 @@ Tensor unpack(const Tensor& packed, std::vector<int64_t> sizes, int64_t groups) 
 }  // namespace modiff::cpu
 
 STABLE_TORCH_LIBRARY(modiff_cpu, m) {
-  m.def("isa() -> int");
+  m.def("isas() -> int");
   m.def("build_info() -> str");
   m.def(
       "quantize(Tensor input, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int num_groups, float eps, "
@@ -302,14 +335,15 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
       "int samples, int rows, int channels, int isa) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "product(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
-      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, int[] geometry) -> Tensor");
+      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, int[] geometry, "
+      "int weight_bits, int isa) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
   m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&modiff::cpu::isa));
+  m.impl("isas", TORCH_BOX(&modiff::cpu::isas));
   m.impl("build_info", TORCH_BOX(&modiff::build_info));
 }
 

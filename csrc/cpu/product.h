@@ -1,4 +1,4 @@
-// Integer products (convolution and GEMM) on AVX-512 VNNI, weights in layout "vnni_v1".
+// Integer products (convolution and GEMM), weights in layout "vnni_v1".
 #pragma once
 #include "common/problem.h"
 
@@ -32,7 +32,11 @@ void pack_vnni(const int8_t* weight_q, const VnniLayout& layout, int8_t* packed)
 void unpack_vnni(const int8_t* packed, const VnniLayout& layout, int8_t* weight_q);
 
 #if defined(__x86_64__)
+void product_avx2(const ProductProblem&);
 void product_avx512(const ProductProblem&);
+void product_avx_vnni(const ProductProblem&);
+void product_avx512vl_vnni(const ProductProblem&);
+void product_avx512_vnni(const ProductProblem&);
 #endif
 
 }  // namespace modiff::cpu

@@ -32,6 +32,15 @@ DType dtype_of(ScalarType t) {
   return t == ScalarType::Float ? DType::kFloat32 : t == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
+// What is no tensor comes as a float64 tensor of the CPU, made once per kind of call: torch takes about a quarter of a
+// microsecond to convert a number, and less for a whole tensor.
+const double* form_of(const Tensor& form, int count, const char* op) {
+  STD_TORCH_CHECK(form.numel() == count && form.scalar_type() == ScalarType::Double && form.is_cpu(),
+                  "modiff_cuda::", op, ": ", count, " values in a float64 tensor of the CPU expected as the form, got ",
+                  form.numel());
+  return static_cast<const double*>(form.const_data_ptr());
+}
+
 Parameter parameter(const std::optional<Tensor>& t) {
   return t ? parameter_of(t->const_data_ptr(), dtype_of(t->scalar_type())) : Parameter{};
 }
@@ -75,47 +84,34 @@ int launch(const QuantizeCall& call, Stream stream) {
 }
 
 // Codes, scales, and absmax (residual form) or zero points (plain form).
-std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<Tensor> further, int64_t prologue,
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<Tensor> further,
                                             std::optional<Tensor> gamma, std::optional<Tensor> beta,
-                                            std::optional<Tensor> shift, int64_t num_groups, double eps, bool silu,
-                                            std::optional<Tensor> x_hat, bool affine, int64_t act_bits,
-                                            int64_t granularity, double clip_ratio, std::optional<Tensor> scale,
-                                            bool packed, int64_t samples, int64_t rows, int64_t channels) {
+                                            std::optional<Tensor> shift, std::optional<Tensor> x_hat,
+                                            std::optional<Tensor> scale, const Tensor& form) {
   QuantizeCall call{};
   QuantizeProblem& p = call.problem;
-  p.prologue = static_cast<Prologue>(prologue);
-  p.samples = samples;
-  p.rows = rows;
-  p.channels = channels;
+  set_form(call, form_of(form, kQuantizeForm, "quantize"));
   p.input = input.const_data_ptr();
   p.input_dtype = dtype_of(input.scalar_type());
   call.further = further ? further->const_data_ptr() : nullptr;
-  call.own = channels - (further ? further->size(1) : 0);
+  call.own = p.channels - (further ? further->size(1) : 0);
   call.gamma = parameter(gamma);
   call.beta = parameter(beta);
   p.norm_stride = gamma && gamma->dim() == 2 ? gamma->stride(0) : 0;
   call.shift = parameter(shift);
   call.shift_stride = shift ? shift->stride(0) : 0;
-  p.num_groups = num_groups;
-  p.eps = static_cast<float>(eps);
-  p.silu = silu;
   p.x_hat = x_hat ? x_hat->mutable_data_ptr() : nullptr;
   p.x_hat_dtype = x_hat ? dtype_of(x_hat->scalar_type()) : DType::kFloat32;
-  p.affine = affine;
-  p.act_bits = static_cast<int>(act_bits);
-  p.granularity = static_cast<Granularity>(granularity);
-  p.clip_ratio = static_cast<float>(clip_ratio);
   p.given_scale = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
   p.given_scale_count = scale ? scale->numel() : 0;
-  p.packed = packed;
 
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const QuantizeTiling tiling = tiling_of(p);
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   int64_t& width = sizes.size() == 4 ? sizes[1] : sizes.back();
-  width = packed ? packed_width(p.act_bits, channels) : channels;
-  Tensor codes = empty(sizes, packed ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8(), device);
+  width = p.packed ? packed_width(p.act_bits, p.channels) : p.channels;
+  Tensor codes = empty(sizes, p.packed ? aoti_torch_dtype_uint8() : aoti_torch_dtype_int8(), device);
   Tensor scale_out = empty({tiling.granules}, aoti_torch_dtype_float32(), device);
   Tensor third = empty({tiling.granules}, x_hat ? aoti_torch_dtype_float32() : aoti_torch_dtype_int32(), device);
   p.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
@@ -130,8 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<T
 
   Stream stream = stream_of(device);
   const auto error = static_cast<cudaError_t>(launch(call, stream));
-  STD_TORCH_CHECK(error == cudaSuccess, "modiff_cuda::quantize (prologue ", prologue, ", ", samples, " samples of ",
-                  rows, " rows of ", channels, " channels) on cuda:", device, ": ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, "modiff_cuda::quantize (prologue ", static_cast<int>(p.prologue), ", ",
+                  p.samples, " samples of ", p.rows, " rows of ", p.channels, " channels) on cuda:", device, ": ",
+                  cudaGetErrorString(error));
   return {codes, scale_out, third};
 }
 
@@ -171,18 +168,6 @@ Kernels kernels_of(const ProductCall& call, const Device& device) {
   return {product_sm80, product_sm80_scratch(call, device)};
 }
 
-// The values of a tiling in the order of its fields, for Python.
-constexpr size_t kTiling = 4;
-
-ProductTiling tiling_from(const std::vector<int64_t>& values) {
-  STD_TORCH_CHECK(values.empty() || values.size() == kTiling,
-                  "modiff_cuda: a tiling has 4 values (architecture, rows, columns, splits) or none, got ",
-                  values.size());
-  if (values.empty()) return ProductTiling{};
-  return {static_cast<int>(values[0]), static_cast<int>(values[1]), static_cast<int>(values[2]),
-          static_cast<int>(values[3])};
-}
-
 // All tilings of a call as tilings_of orders them, one after the other. A tensor has no part in it, nor has a GPU.
 std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, int64_t code_bits, int64_t capability,
                            int64_t multiprocessors) {
@@ -198,17 +183,14 @@ std::vector<int64_t> tiles(std::vector<int64_t> geometry, int64_t weight_bits, i
   return values;
 }
 
-// geometry: product.h; tile: empty, or a ProductTiling. Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and
-// weight are aligned to 16 bytes.
+// Codes are int8, or uint8: 4-bit codes in kpack_v1. Codes and weight are aligned to 16 bytes.
 Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> zero_point,
-               std::optional<Tensor> tap_sums, const Tensor& weight, int64_t weight_bits, const Tensor& weight_scale,
-               std::optional<Tensor> bias, std::optional<Tensor> y_hat, std::optional<Tensor> skip, bool write_out,
-               ScalarType out_dtype, bool geglu, std::vector<int64_t> geometry, std::vector<int64_t> tile) {
-  STD_TORCH_CHECK(geometry.size() == kGeometry, "modiff_cuda::product: ", kGeometry, " geometry values expected, got ",
-                  geometry.size());
+               std::optional<Tensor> tap_sums, const Tensor& weight, const Tensor& weight_scale,
+               std::optional<Tensor> bias, std::optional<Tensor> y_hat, std::optional<Tensor> skip,
+               const Tensor& form) {
   ProductCall call{};
   ProductProblem& p = call.problem;
-  set_geometry(p, geometry.data());
+  const bool write_out = set_form(call, form_of(form, kProductForm, "product"));
   call.code_bits = codes.scalar_type() == ScalarType::Byte ? 4 : 8;
   STD_TORCH_CHECK(codes.numel() * 8 == p.samples * p.h * p.w * p.c_in * call.code_bits,
                   "modiff_cuda::product: ", codes.numel(), " codes do not match the geometry");
@@ -224,12 +206,8 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   p.y_hat_dtype = y_hat ? dtype_of(y_hat->scalar_type()) : DType::kFloat32;
   p.skip = skip ? skip->const_data_ptr() : nullptr;
   p.skip_dtype = skip ? dtype_of(skip->scalar_type()) : DType::kFloat32;
-  p.out_dtype = dtype_of(out_dtype);
   call.bias = parameter(bias);
-  call.weight_bits = static_cast<int>(weight_bits);
-  call.geglu = geglu;
   call.rows_per_scale = p.samples * p.out_h * p.out_w / scale.numel();
-  call.tiling = tiling_from(tile);
 
   const int32_t device = codes.get_device_index();
   const char* problem = tiling_problem(call, device_of(device).capability);
@@ -243,7 +221,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
     if (sizes.size() == 4) {
       sizes = {p.samples, p.c_out, p.out_h, p.out_w};
     } else {
-      sizes.back() = geglu ? p.c_out / 2 : p.c_out;
+      sizes.back() = call.geglu ? p.c_out / 2 : p.c_out;
     }
   }
   const int32_t dtype = p.out_dtype == DType::kFloat32   ? aoti_torch_dtype_float32()
@@ -259,7 +237,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
   }
   const auto error = static_cast<cudaError_t>(kernels.run(call, device_of(device), stream_of(device)));
   STD_TORCH_CHECK(error == cudaSuccess, "modiff_cuda::product (", p.samples, " x ", p.h, " x ", p.w, " x ", p.c_in,
-                  " codes, ", p.c_out, " columns, kernel ", p.kernel_h, " x ", p.kernel_w, ", ", weight_bits,
+                  " codes, ", p.c_out, " columns, kernel ", p.kernel_h, " x ", p.kernel_w, ", ", call.weight_bits,
                   "-bit weights, ", call.code_bits, "-bit codes) on cuda:", device, ": ", cudaGetErrorString(error));
   return out;
 }
@@ -269,15 +247,11 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
 STABLE_TORCH_LIBRARY(modiff_cuda, m) {
   m.def("build_info() -> str");
   m.def(
-      "quantize(Tensor input, Tensor? further, int prologue, Tensor? gamma, Tensor? beta, Tensor? shift, int "
-      "num_groups, float eps, "
-      "bool silu, Tensor(a!)? x_hat, bool affine, int act_bits, int granularity, float clip_ratio, Tensor? scale, "
-      "bool packed, int samples, int rows, int channels) -> (Tensor, Tensor, Tensor)");
+      "quantize(Tensor input, Tensor? further, Tensor? gamma, Tensor? beta, Tensor? shift, Tensor(a!)? x_hat, "
+      "Tensor? scale, Tensor form) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? tap_sums, Tensor weight, int weight_bits, "
-      "Tensor weight_scale, "
-      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, bool geglu, "
-      "int[] geometry, int[] tile) -> Tensor");
+      "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? tap_sums, Tensor weight, Tensor weight_scale, "
+      "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, Tensor form) -> Tensor");
   m.def("tiles(int[] geometry, int weight_bits, int code_bits, int capability, int multiprocessors) -> int[]");
 }
 

@@ -44,6 +44,24 @@ inline void set_geometry(ProductProblem& p, const int64_t* values) {
   p.out_w = (p.w + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
 }
 
+// What a call is told besides tensors, as numbers, of which integers below 2^53 are exact: the geometry, weight_bits,
+// geglu, whether out is wanted, its dtype, and the fields of a ProductTiling.
+constexpr int kProductForm = kGeometry + 8;
+
+// Sets all of it but whether out is wanted, and returns that.
+inline bool set_form(ProductCall& call, const double* form) {
+  int64_t value[kProductForm];
+  for (int i = 0; i < kProductForm; ++i) value[i] = static_cast<int64_t>(form[i]);
+  set_geometry(call.problem, value);
+  const int64_t* more = value + kGeometry;
+  call.weight_bits = static_cast<int>(more[0]);
+  call.geglu = more[1] != 0;
+  call.problem.out_dtype = static_cast<DType>(more[3]);
+  call.tiling = {static_cast<int>(more[4]), static_cast<int>(more[5]), static_cast<int>(more[6]),
+                 static_cast<int>(more[7])};
+  return more[2] != 0;
+}
+
 // What a call needs to know of the GPU.
 struct Device {
   int index;

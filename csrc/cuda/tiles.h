@@ -26,9 +26,9 @@ inline const char* tiling_problem(const ProductCall& call, int capability) {
   }
   if (tiling.architecture != 80) return "there are kernels of sm_90 and sm_80";
   if (call.code_bits == 4 && capability >= 90) return "capability 9.0 and newer have no tensor cores for 4 bits";
-  if (sm80::tile_of_size(tiling.rows, tiling.columns) < 0) return "sm_80 has no such tile";
-  const int k_blocks =
-      sm80::k_block_count(p.kernel_h * p.kernel_w * p.c_in, sm80::operands_of(call.code_bits, call.weight_bits));
+  const sm80::Operands operands = sm80::operands_of(call.code_bits, call.weight_bits);
+  if (sm80::tile_of_size(tiling.rows, tiling.columns, operands) < 0) return "sm_80 has no such tile";
+  const int k_blocks = sm80::k_block_count(p.kernel_h * p.kernel_w * p.c_in, operands);
   if (sm80::used_splits(k_blocks, tiling.splits) != tiling.splits) return "some splits would have no k-blocks";
   return nullptr;
 }

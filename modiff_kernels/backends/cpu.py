@@ -1,8 +1,9 @@
-"""Compiled CPU kernels (csrc/cpu): fused quantisation and integer products on AVX-512 VNNI.
+"""Compiled CPU kernels (csrc/cpu): fused quantisation, integer products and attention.
 
-The library holds raw kernels in the private namespace `modiff_cpu`; this file gives them the shape of the ops.
-`quantize` runs on any CPU (AVX-512, AVX2 or plain, chosen at run time); `product` needs AVX-512 VNNI."""
+The library holds raw kernels in the private namespace `modiff_cpu`; this file gives them the shape of the ops. They use
+the best instruction set of the machine, or the one that MODIFF_CPU_ISA names; without AVX2 `quantize` alone runs."""
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from . import library_build_info, load_library, why_no_sums
 TRACEABLE = True
 VNNI_V1 = "vnni_v1"
 
-_ISA_NAMES = ("plain", "AVX2", "AVX-512", "AVX-512 VNNI")
-_AVX512, _AVX512_VNNI = 2, 3
-_AUTO_ISA = -1
+ISAS = ("plain", "avx2", "avx512", "avx_vnni", "avx512_vnni")
+"""Instruction sets in rising order of preference: those of csrc/cpu/ops.cpp."""
+
+_isa = 0  # of the kernels; unavailable() chooses it
 _MAX_TAPS = 49
 _MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
 
@@ -31,14 +33,30 @@ def unavailable() -> str | None:
     library = Path(__file__).resolve().parent.parent / "_lib" / "libmodiff_cpu.so"
     advice = "install a wheel that has it, or the source again with a C++ compiler (Debian, Ubuntu: apt install g++)"
     reason = load_library(library, f"this is the Python part alone; for the fast kernels {advice}")
-    for name, fake in _FAKES.items() if reason is None else ():
-        torch.library.register_fake(f"modiff_cpu::{name}", fake)
+    if reason is None:
+        global _isa
+        _isa = _chosen_isa([i for i in range(len(ISAS)) if torch.ops.modiff_cpu.isas() >> i & 1])
+        for name, fake in _FAKES.items():
+            torch.library.register_fake(f"modiff_cpu::{name}", fake)
     return reason
 
 
+def _chosen_isa(available: list[int]) -> int:
+    names = [ISAS[i] for i in available]
+    name = os.environ.get("MODIFF_CPU_ISA") or names[-1]
+    if name not in names:
+        raise ValueError(f"MODIFF_CPU_ISA={name} is not an instruction set of this CPU; choose of {', '.join(names)}")
+    return ISAS.index(name)
+
+
 def isa() -> str:
-    """The instruction set that the kernels use on this machine."""
-    return _ISA_NAMES[torch.ops.modiff_cpu.isa()]
+    """The instruction set that the kernels use."""
+    return ISAS[_isa]
+
+
+def has_vnni() -> bool:
+    """Whether products of 8-bit codes are as fast as those of fewer bits; also where these kernels do not run."""
+    return unavailable() is not None or isa() not in ("avx2", "avx512")
 
 
 def build_info() -> dict[str, str] | str:
@@ -49,14 +67,14 @@ def why_not(problem: Any) -> str | None:
     if problem.op == "quantize":
         return None
     if problem.op == "attention":
-        if torch.ops.modiff_cpu.isa() < _AVX512:
-            return f"attention needs AVX-512, this CPU has {isa()}"
+        if "avx512" not in isa():
+            return f"attention needs AVX-512, the instruction set here is {isa()}; torch's own is as fast with AVX2"
         if problem.dtype != torch.float32:
             return f"attention is computed in float32 only, got {problem.dtype}"
         too_many = f"attention over {problem.n} keys; at most {_MAX_KEYS} fit into the cache"
         return too_many if problem.n > _MAX_KEYS else None
-    if torch.ops.modiff_cpu.isa() < _AVX512_VNNI:
-        return f"the integer products need AVX-512 VNNI, this CPU has {isa()}"
+    if isa() == "plain":
+        return "the integer products need AVX2"
     if problem.layout != VNNI_V1:
         return f"layout {problem.layout} is not {VNNI_V1}; prepare the weight with ops.prepare_weight"
     if problem.geglu:
@@ -99,7 +117,7 @@ def quantize(
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
     try:
         codes, used, absmax, zero_point = torch.ops.modiff_cpu.quantize.default(
-            prologue.joined(h), PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes, _AUTO_ISA
+            prologue.joined(h), PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes, _isa
         )
     except RuntimeError as error:
         if "holds NaN or Inf" not in str(error):
@@ -124,7 +142,8 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
         geometry = [samples, height, width, channels, n, *window.to_ints()]
     granularity = 0 if granules == 1 else 1 if granules == samples else 2
     factors = (codes, scale, granularity, zero_point, weight.packed, weight.scale)
-    return torch.ops.modiff_cpu.product.default(*factors, _float32(bias), y_hat, skip, write_out, out_dtype, geometry)
+    results = (_float32(bias), y_hat, skip, write_out, out_dtype)
+    return torch.ops.modiff_cpu.product.default(*factors, *results, geometry, weight.bits, _isa)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
@@ -145,7 +164,7 @@ def _quantize_fake(
 
 def _product_fake(
     codes, scale, granularity, zero_point, weight_packed, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-    geometry,
+    geometry, weight_bits, isa,
 ):  # fmt: skip
     if not write_out:
         return codes.new_empty(0, dtype=out_dtype)

@@ -38,7 +38,8 @@ def device_name(device: torch.device) -> str:
 def key_of(unet: nn.Module, config: ModiffConfig, shape: Sequence[int]) -> PlanKey:
     """What a plan for `unet` (not accelerated), `config` and samples of `shape` is kept under."""
     device = next(unet.parameters()).device
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    isa = os.environ.get("MODIFF_CPU_ISA", "")
+    threads = f", {torch.get_num_threads()} threads {isa}".rstrip() if device.type == "cpu" else ""
     weights = [(name, list(value.shape), str(value.dtype)) for name, value in unet.named_parameters()]
     own: Any = getattr(unet, "config", None)
     not_own = ("_", "quantization_config")  # where it was loaded from, by which version, and how

@@ -16,14 +16,11 @@ def shipped_model_path() -> pathlib.Path:
 
 
 def load_shipped(**kwargs: Any) -> Any:
-    """The shipped model as a diffusers pipeline: `DDIMPipeline`, with its trained scheduler. Needs no network.
-
-    kwargs: those of `UNet2DModel.from_pretrained`. ImportError without diffusers."""
+    """The shipped model as a `DDIMPipeline` of diffusers; kwargs: those of `UNet2DModel.from_pretrained`."""
     try:
         from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
     except ImportError as error:
-        text = f"the shipped model is one of diffusers ({error}): pip install 'modiff-kernels[diffusers]'"
-        raise ImportError(text) from error
+        raise ImportError(f"{error}; the shipped model needs it: pip install 'modiff-kernels[diffusers]'") from error
     path = shipped_model_path()
     scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
     return DDIMPipeline(UNet2DModel.from_pretrained(path, **kwargs), scheduler)

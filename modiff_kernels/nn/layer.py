@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modiff_kernels.backends import cpu
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn import step
 from modiff_kernels.nn import weight as weights
@@ -98,14 +99,13 @@ class ModulatedLayer(nn.Module):
     def _granularity(self, config: ModiffConfig) -> str:
         """How many scales the layer's input has. Where the config leaves it open, plain codes on a GPU have one per
         token or pixel, as far as those factor out of the sum: it spares a pass for the range there, and costs up to a
-        tenth of the speed on a CPU. 4-bit codes for 4-bit weights fit the cores that multiply them (the weights' own
-        error is larger than that of coarser scales)."""
+        tenth of the speed on a CPU. Where codes of few bits multiply faster, they are not made 8-bit ones by blocks."""
         pointwise = self.window is None or self.window.is_pointwise
         granularity = config.layer_granularity
         if config.granularity is None and self.mode == "quantized" and is_gpu(self.like.device):
             granularity = "per_token"
-        elif config.granularity is None and config.weight_bits == config.act_bits == 4:
-            granularity = "per_sample" if has_int4_cores(self.like.device) else granularity
+        elif config.granularity is None and few_bits_pay(self.like.device, config):
+            granularity = "per_sample"
         return granularity if pointwise or granularity != "per_token" else "per_sample"
 
     def add_onto(self, output: OutputState) -> None:
@@ -413,6 +413,15 @@ def is_gpu(device: torch.device) -> bool:
 def has_int4_cores(device: torch.device) -> bool:
     """Whether the GPU multiplies 4-bit codes at twice the rate of 8-bit ones: sm_80 to sm_89."""
     return is_gpu(device) and (8, 0) <= (capability(device) or (0, 0)) < (9, 0)
+
+
+def few_bits_pay(device: torch.device, config: ModiffConfig) -> bool:
+    """Whether codes of few bits multiply faster than the 8-bit ones that per_block makes of them: on 4-bit cores, with
+    4-bit weights (whose own error is larger than that of coarser scales), and on CPUs without VNNI, with 8-bit weights
+    (W8A4 is 1.4 times as fast there for 9 dB, docs/cpu_kernels.md; for 4-bit weights, codes need not be small)."""
+    if is_gpu(device):
+        return config.weight_bits == config.act_bits == 4 and has_int4_cores(device)
+    return config.weight_bits == 8 and not cpu.has_vnni()
 
 
 def why_not_conv2d(conv: nn.Conv2d) -> str | None:

@@ -2,7 +2,10 @@
 
 import math
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,16 +47,30 @@ def test_reasons():
 
 
 def test_an_older_cpu_keeps_quantize(monkeypatch):
-    monkeypatch.setattr(torch.ops.modiff_cpu, "isa", lambda: 1)
+    monkeypatch.setattr(cpu, "_isa", 0)
     assert cpu.why_not(replace(PROBLEM, op="quantize")) is None
-    assert "AVX-512 VNNI" in cpu.why_not(PROBLEM)
-    assert "AVX-512" in cpu.why_not(replace(PROBLEM, op="attention"))
+    assert "need AVX2" in cpu.why_not(PROBLEM)
+    assert "needs AVX-512" in cpu.why_not(replace(PROBLEM, op="attention"))
 
 
-def test_an_instruction_set_that_is_missing_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "_AUTO_ISA", 9)
-    with pytest.raises(RuntimeError, match="instruction set 9 is not available"):
-        ops.quantize(torch.zeros(1, 1), backend="cpu")
+def test_the_instruction_set_is_the_best_or_the_one_asked_for(monkeypatch):
+    for asked, available, chosen in (("", [0, 1, 3], "avx_vnni"), ("avx2", [0, 1, 3], "avx2"), ("plain", [0], "plain")):
+        monkeypatch.setenv("MODIFF_CPU_ISA", asked)
+        assert cpu.ISAS[cpu._chosen_isa(available)] == chosen
+    for asked in ("avx512", "sse"):
+        monkeypatch.setenv("MODIFF_CPU_ISA", asked)
+        with pytest.raises(ValueError, match=f"MODIFF_CPU_ISA={asked} is not .* this CPU; choose of plain, avx2$"):
+            cpu._chosen_isa([0, 1])
+
+
+@pytest.mark.parametrize("isa", [0, 9])
+def test_an_instruction_set_that_is_missing_is_refused(monkeypatch, isa):
+    weight = PackedWeight(pack(torch.ones(16, 4, dtype=torch.int8), 8), torch.ones(16), 8)
+    weight = ops.prepare_weight(weight, 4, None, cpu.VNNI_V1, "cpu")
+    monkeypatch.setattr(cpu, "_isa", isa)
+    with pytest.raises(RuntimeError, match=f"instruction set {isa} is not available"):
+        cpu.product(torch.zeros(1, 4, dtype=torch.int8), torch.ones(1), None, weight, None, None, None, None,
+                    torch.float32, True)  # fmt: skip
 
 
 def every(dtype):
@@ -120,3 +137,28 @@ def test_a_weight_of_another_shape_is_refused():
                     backend="cpu")  # fmt: skip
     with pytest.raises(ValueError, match=r"'vnni_v1' to 'other'; the layouts known here"):
         cpu.prepare_weight(weight, 64, None, "other")
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump was not found")
+@pytest.mark.skipif("GNU" not in str(cpu.build_info()), reason="the loops were counted in GCC's code")
+def test_loops_of_16_registers_have_the_instructions_that_were_counted():
+    """By micro-kernel, for 12 sums, with 2 loads of weights and 6 broadcasts; vpdpbusd also in its form of AVX-VNNI."""
+    counted = [{"vpdpbusd": 12}, {"vpmaddubsw": 12, "vpaddw": 12}, {"vpmaddubsw": 12, "vpmaddwd": 12, "vpaddd": 12}]
+    counted.append({"vpmaddwd": 12, "vpaddd": 12})
+    library = Path(cpu.__file__).parent.parent / "_lib" / "libmodiff_cpu.so"
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True)
+    functions = re.findall(r"<\w+multiply\w+ArithmeticE(\d)ELi6ELi1E\w*>:\n(.*?)\n\n", code.stdout, re.S)
+    seen = set()
+    for kernel, body in functions:
+        rows = re.findall(r"^ *(\w+):\t([^\n]*)", body, re.M)
+        index = {address: i for i, (address, _) in enumerate(rows)}
+        jumps = [(index.get(row.split()[1], i), i) for i, (_, row) in enumerate(rows) if row.startswith("j")]
+        loops = ([row for _, row in rows[first:last]] for first, last in jumps if first < last)
+        loop = min((rows for rows in loops if any("vpm" in row or "vpd" in row for row in rows)), key=len)
+        if not any("%ymm" in row for row in loop):
+            continue
+        for name, count in counted[int(kernel)].items():
+            assert sum(name in row for row in loop) == count, (kernel, loop)
+        assert len(loop) <= sum(counted[int(kernel)].values()) + 2 + 6 + 6, (kernel, loop)
+        seen.add((kernel, any("{vex}" in row for row in loop)))
+    assert seen >= {("0", True), ("0", False), ("1", False), ("2", False), ("3", False)}

@@ -93,6 +93,20 @@ def test_largest_sums_do_not_saturate(place):
             assert torch.equal(out, case.apply(codes.double() - (zero or 0), weight.dense).float())
 
 
+def test_sums_of_few_bits_do_not_saturate(place):
+    """Codes at both ends of every range and weights at the ends of theirs: int16 sums of a kernel hold so many."""
+    case = conv((1, 64 if place.few else 512, 3, 3), 16)
+    for bits, weight_bits in itertools.product((4,) if place.few else range(2, 9), (8,) if place.few else BITS):
+        ends = torch.tensor([-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1], dtype=torch.int8)
+        rows = ends[torch.arange(16) % 2].view(16, 1, 1, 1).expand(case.weight_shape).contiguous()
+        weight = weight_of(place, case, weight_bits, unit=True, codes=rows)
+        codes = torch.full(case.x_shape, 2 ** (bits - 1) - 1, dtype=torch.int8)
+        codes[..., 0] = -(2 ** (bits - 1))
+        codes = codes.contiguous(memory_format=torch.channels_last)
+        out = place.product(codes, torch.ones(1), None, weight.packed, window=case.window)
+        assert torch.equal(out, case.apply(codes.double(), weight.dense).float()), f"{bits} bits, W{weight_bits}"
+
+
 def check_floats(place, case, draw, group_size=-1):
     """Scales, state, bias, skip and dtypes drawn at random; within the roundings of the epilogue. False: not solved."""
     granularity, bits, with_state = draw(granularities(case)), draw(BITS), draw([True, False])

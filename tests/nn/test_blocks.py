@@ -11,6 +11,7 @@ from torch import nn
 
 import modiff_kernels as mk
 from modiff_kernels import ops
+from modiff_kernels.backends import cpu
 from modiff_kernels.nn import weight
 from modiff_kernels.nn.blocks import (
     FusedAttention,
@@ -222,7 +223,7 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
     """Neither in the first call nor later; where the attention kernel is missing, torch's own runs."""
     unet = unet2d()
     handle = mk.accelerate(unet, mk.ModiffConfig(mode=mode))
-    has_attention = dispatch.why_unavailable("cpu") is None and torch.ops.modiff_cpu.isa() >= 2
+    has_attention = dispatch.why_unavailable("cpu") is None and "avx512" in cpu.isa()
     with handle.sampling_run():
         for x, t in zip(unets.trajectory((2, 3, 8, 8), 3), (900, 800, 700)):
             with unets.FloatProducts() as products:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from modiff_kernels.backends import cpu
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer, QuantizedWeight
@@ -101,6 +102,18 @@ def test_delayed_scales_begin_dynamic():
 def test_per_token_of_a_wide_kernel_is_per_sample():
     assert build("conv3x3", granularity="per_token")[0].input.granularity == "per_sample"
     assert build("conv1x1-no-bias", granularity="per_token")[0].input.granularity == "per_token"
+
+
+@pytest.mark.parametrize(
+    ("vnni", "bits", "granularity"),
+    [(True, (8, 4), "per_block"), (False, (8, 4), "per_sample"), (False, (4, 4), "per_block")],
+)
+def test_few_bits_stay_few_on_a_cpu_without_vnni(monkeypatch, vnni, bits, granularity):
+    monkeypatch.setattr(cpu, "has_vnni", lambda: vnni)
+    weight_bits, act_bits = bits
+    of_linear = {"weight_bits": weight_bits, "act_bits": act_bits}
+    assert build("linear", **of_linear)[0].granularity == granularity
+    assert build("linear", granularity="per_block", **of_linear)[0].granularity == "per_block"
 
 
 def test_static_scales_are_checked():

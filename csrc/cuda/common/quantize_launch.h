@@ -42,6 +42,7 @@ inline QuantizeArgs quantize_args(const QuantizeCall& call, const QuantizeTiling
   args.affine = p.affine;
   args.given = p.given_scale;
   args.one_given = p.given_scale_count == 1;
+  args.delayed = call.delayed;
   args.range =
       p.x_hat != nullptr ? reinterpret_cast<uint32_t*>(p.absmax) : reinterpret_cast<uint32_t*>(scratch + at.range);
   args.range_count = tiling.granularity == Granularity::kPerToken ? 0 : tiling.granules * (p.affine ? 2 : 1);

@@ -162,7 +162,7 @@ struct RowPass {
     float scale, zero_point = 0.0f;
     const float absmax = bits_to_float(largest);
     if (args.given != nullptr) {
-      scale = args.given[args.one_given ? 0 : granule];
+      scale = given_scale(args, granule);
     } else if (args.affine) {
       scale = affine_scale(bits_to_float(below), absmax, args.half);
       zero_point = affine_zero_point(bits_to_float(below), scale, args.half);

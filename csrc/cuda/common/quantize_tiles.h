@@ -158,7 +158,7 @@ struct TilePass {
     const int64_t granule = tile_granule(args, place);
     float scale, zero_point = 0.0f;
     if (args.given != nullptr) {
-      scale = args.given[args.one_given ? 0 : granule];
+      scale = given_scale(args, granule);
       uint32_t largest = 0;
       MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
         MODIFF_UNROLL for (int i = 0; i < kVector; ++i)

@@ -52,6 +52,7 @@ struct QuantizeArgs {
   bool silu, affine;
   const float* given;  // null: dynamic
   bool one_given;
+  bool delayed;     // given is the absmax of an earlier call, of which the scales are made
   uint32_t* range;  // [granules]: absmax; affine: [2, granules]: below, above
   int64_t range_count;
   uint32_t* block_range;  // [samples, ceil(rows / 16), channels], per_block only
@@ -60,6 +61,11 @@ struct QuantizeArgs {
   float* scale;
   int32_t* zero_point;
 };
+
+MODIFF_HD float given_scale(const QuantizeArgs& args, int64_t granule) {
+  const float given = args.given[args.one_given ? 0 : granule];
+  return args.delayed ? residual_scale(given, args.clip_ratio, args.half) : given;
+}
 
 struct QuantizeTiling {
   int64_t samples, rows, channels;

@@ -2,14 +2,16 @@
 // Linear is an image of one column with a 1x1 window.
 //
 // Operands: A the codes, B the weight (operands.h), accumulators int32 `sums` in registers, epilogue.h for the rest.
+// Fragments of the operands come from shared memory one step of 32 bytes of K before they are multiplied, also across
+// k-blocks, where a tile says so (kReadAhead).
 // Block: one tile of the output, or of one split of K of it. Warp: kWarpM x kWarpN of the tile, by mma.sync of 16 x 8.
 // Shared memory: kStages stages of one k-block of A and B each, filled by cp.async kStages - 1 k-blocks ahead; weights
 // of 4 and 3 bits have a place for packed bytes in every stage, and two unpacked k-blocks beside them. A k-block:
 //
-//   wait for its own copies | unpack own weights | barrier | start the copies of k-block + kStages - 1 | multiply
+//   wait for its own copies | unpack own weights | barrier | start the copies of k-block + kStages - 1 | read, multiply
 //
-// One barrier per k-block is enough: it makes its bytes visible to all, and whoever has passed it has finished the
-// k-block before, whose stage the new copies take. Unpacked weights alternate between two places for the same reason.
+// One barrier per k-block is enough: it makes its bytes visible to all, and whoever has passed it has read the k-block
+// before, whose stage the new copies take. Unpacked weights alternate between two places for the same reason.
 //
 // Sums leave through shared memory, a warp at a time and 32 rows at once, so that a thread gets eight neighbours of a
 // row for the epilogue (cuda/common/epilogue.h), or stores them as the sums of its split.
@@ -59,7 +61,7 @@ struct Product {
 
   static constexpr int kPassRows = 32, kPassMma = kPassRows / 16;
   static constexpr int kPitch = T::kWarpN + 8;  // of a staged row: pairs of sums of four rows lie in different banks
-  static_assert(kMmaM % kPassMma == 0 && T::kWarpN == 32, "passes of 32 x 32 sums");
+  static_assert(kMmaM % kPassMma == 0 && kMmaN % 2 == 0, "passes of 32 rows, ldmatrix of two columns of mma");
 
   struct Ring {
     alignas(128) uint8_t codes[kStages][kTileM];
@@ -74,6 +76,9 @@ struct Product {
   };
 
   using Sums = int32_t[kMmaM][kMmaN][4];
+  struct Fragments {
+    uint32_t a[kMmaM][4], b[kMmaN][2];
+  };
 
   template <class Cta>
   static MODIFF_HD void run(Cta& cta, Shared& shared, const Args& args) {
@@ -116,6 +121,7 @@ struct Product {
     MODIFF_UNROLL for (int k_block = 0; k_block < kStages - 1; ++k_block)
       load(k_block, k_block < k_blocks);
     int stage = 0;
+    Fragments fragments[2];
     MODIFF_NO_UNROLL for (int k_block = 0; k_block < k_blocks; ++k_block) {
       const uint8_t* tile_n = ring.weights + stage * kPlaceN;
       cta.template wait<kStages - 2>();
@@ -126,29 +132,37 @@ struct Product {
       }
       cta.sync();
       load(stage == 0 ? kStages - 1 : stage - 1, k_block + kStages - 1 < k_blocks);
-      multiply_k_block(cta, ring.codes[stage], tile_n, sums);
+      MODIFF_UNROLL for (int step = 0; step < kSteps; ++step) {
+        read(cta, ring.codes[stage], tile_n, step, fragments[T::kReadAhead ? step % 2 : 0]);
+        if (!T::kReadAhead || step > 0 || k_block > 0)
+          multiply(cta, fragments[T::kReadAhead ? (step + 1) % 2 : 0], sums);
+      }
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
+    if (T::kReadAhead) multiply(cta, fragments[(kSteps + 1) % 2], sums);
     cta.template wait<0>();  // of the empty groups alone
   }
 
+  static constexpr int kSteps = kChunks / 2;  // of 32 bytes of K
+
   template <class Cta>
-  static MODIFF_HD void multiply_k_block(Cta& cta, const uint8_t* tile_m, const uint8_t* tile_n, Sums& sums) {
-    const int thread = cta.thread(), lane = thread % kWarp;
+  static MODIFF_HD void read(Cta& cta, const uint8_t* tile_m, const uint8_t* tile_n, int step, Fragments& to) {
+    const int thread = cta.thread(), lane = thread % kWarp, chunk = 2 * step;
     const int row = warp_row(thread) + lane % 16, column = warp_column(thread) + lane % 8 + lane / 16 * 8;
-    MODIFF_UNROLL for (int chunk = 0; chunk < kChunks; chunk += 2) {
-      uint32_t a[kMmaM][4], b[kMmaN][2];
-      MODIFF_UNROLL for (int m = 0; m < kMmaM; ++m) {
-        cta.load_matrices(tile_m + swizzled(row + m * 16, chunk + lane / 16), a[m]);
-      }
-      MODIFF_UNROLL for (int n = 0; n < kMmaN; n += 2) {
-        uint32_t two[4];
-        cta.load_matrices(tile_n + swizzled(column + n * 8, chunk + lane / 8 % 2), two);
-        MODIFF_UNROLL for (int i = 0; i < 4; ++i)
-          b[n + i / 2][i % 2] = two[i];
-      }
-      cta.template multiply<kS4>(sums, a, b);
+    MODIFF_UNROLL for (int m = 0; m < kMmaM; ++m) {
+      cta.load_matrices(tile_m + swizzled(row + m * 16, chunk + lane / 16), to.a[m]);
     }
+    MODIFF_UNROLL for (int n = 0; n < kMmaN; n += 2) {
+      uint32_t two[4];
+      cta.load_matrices(tile_n + swizzled(column + n * 8, chunk + lane / 8 % 2), two);
+      MODIFF_UNROLL for (int i = 0; i < 4; ++i)
+        to.b[n + i / 2][i % 2] = two[i];
+    }
+  }
+
+  template <class Cta>
+  static MODIFF_HD void multiply(Cta& cta, const Fragments& of, Sums& sums) {
+    cta.template multiply<kS4>(sums, of.a, of.b);
   }
 
   template <class Cta>

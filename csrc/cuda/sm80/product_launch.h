@@ -28,7 +28,9 @@ inline Tiling tiling_of(const ProductCall& call, TileChoice choice) {
 
 inline Tiling tiling_of(const ProductCall& call, int multiprocessors) {
   if (call.tiling.architecture == 80)
-    return tiling_of(call, TileChoice{tile_of_size(call.tiling.rows, call.tiling.columns), call.tiling.splits});
+    return tiling_of(call, TileChoice{tile_of_size(call.tiling.rows, call.tiling.columns,
+                                                   operands_of(call.code_bits, call.weight_bits)),
+                                      call.tiling.splits});
   const ProductProblem& p = call.problem;
   const Tiling any = tiling_of(call, TileChoice{0, 1});
   return tiling_of(call, choose_tile(p.samples * p.out_h * p.out_w, p.c_out, any.k, call.weight_bits, any.operands,
@@ -67,8 +69,11 @@ template <Operands kOperands, class Launch>
 void launch_tile(int tile, int64_t blocks, const ProductArgs& args, Launch& launch) {
   switch (tile) {
     case 0:
-      return launch.template run<Product<Large, kOperands>>(blocks, args);
+      if constexpr (has_tile(0, kOperands)) return launch.template run<Product<Wide, kOperands>>(blocks, args);
+      return;
     case 1:
+      return launch.template run<Product<Large, kOperands>>(blocks, args);
+    case 2:
       return launch.template run<Product<Narrow, kOperands>>(blocks, args);
     default:
       return launch.template run<Product<Small, kOperands>>(blocks, args);

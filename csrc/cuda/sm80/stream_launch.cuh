@@ -29,6 +29,8 @@ template <class Body>
 constexpr bool kOnTensorCores<Body, std::void_t<decltype(Body::kResident)>> = true;
 
 struct TensorLaunch : StreamLaunch {
+  int device;
+
   template <class Body>
   void run(int64_t blocks, const typename Body::Args& args) {
     if constexpr (!kOnTensorCores<Body>) {
@@ -37,8 +39,7 @@ struct TensorLaunch : StreamLaunch {
       constexpr int kBytes = sizeof(typename Body::Shared);
       static_assert(kBytes <= 99 << 10, "what a block may have on sm_86 and sm_89");
       if (error == cudaSuccess && blocks > INT_MAX) error = cudaErrorInvalidConfiguration;
-      if (error == cudaSuccess && kBytes > 48 << 10)
-        error = cudaFuncSetAttribute(tensor_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      if (error == cudaSuccess && kBytes > 48 << 10) error = allow_shared<Body>(tensor_kernel<Body>, kBytes, device);
       if (error != cudaSuccess) return;
       tensor_kernel<Body><<<static_cast<unsigned>(blocks), Body::kThreads, kBytes, stream>>>(args);
       error = cudaGetLastError();

@@ -17,28 +17,35 @@ enum class Operands {
 // already fill what a block may have of sm_86.
 constexpr int kBlockKBytes = 64;
 
-// kM x kN outputs of a block, in warps of kWarpM x 32; kStages k-blocks are in shared memory. Sums are int32
-// registers: 64 rows of a warp are 64 of them per thread, and with operands and addresses 128 is the budget.
-template <int kM_, int kN_, int kWarpM_, int kStages_, int kResident_>
+// kM x kN outputs of a block, in warps of kWarpM x kWarpN; kStages k-blocks are in shared memory. Sums are int32
+// registers: a warp of 64 x 32 has 64 of them per thread, and with operands and addresses 128 is the budget.
+template <int kM_, int kN_, int kWarpM_, int kWarpN_, int kStages_, int kResident_, bool kReadAhead_ = true>
 struct Tile {
-  static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = 32, kStages = kStages_;
+  static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = kWarpN_, kStages = kStages_;
   static constexpr int kThreads = kM / kWarpM * (kN / kWarpN) * 32;
-  static constexpr int kResident = kResident_;  // blocks of a multiprocessor that registers are limited for
+  static constexpr int kResident = kResident_;     // blocks of a multiprocessor that registers are limited for
+  static constexpr bool kReadAhead = kReadAhead_;  // fragments of the next step are read before one is multiplied
 };
 
-// Each operand byte in shared memory is read kN / 32 or kM / kWarpM times by ldmatrix.
-using Large = Tile<128, 128, 64, 3, 2>;  // 48 KiB of bytes, so that two blocks fit the 99 KiB of sm_86 and sm_89
-using Narrow = Tile<128, 64, 64, 4, 3>;  // 320 columns are 5 of these and 3 (384) of the large one
-using Small = Tile<64, 64, 32, 4, 4>;    // few rows: most blocks, 32 KiB each
+// Each operand byte in shared memory is read kN / kWarpN or kM / kWarpM times by ldmatrix. The large tile reads and
+// writes 64 KiB there for a k-block of 512 cycles of the tensor cores, all of an A100's 128 bytes a cycle; the wide one
+// 88 KiB for 1024 cycles.
+using Wide = Tile<128, 256, 64, 64, 4, 1>;  // 96 KiB; weights as they are in memory alone
+// Large: 48 KiB of bytes, so that two blocks fit the 99 KiB of sm_86 and sm_89, and hide each other's reads; for
+// fragments ahead their 128 registers are too few.
+using Large = Tile<128, 128, 64, 32, 3, 2, false>;
+using Narrow = Tile<128, 64, 64, 32, 4, 3>;  // 320 columns are 5 of these and 3 (384) of the large one
+using Small = Tile<64, 64, 32, 32, 4, 4>;    // few rows: most blocks, 32 KiB each
 
 struct TileSize {
   int m, n, threads;
 };
 
-constexpr TileSize kTiles[] = {{Large::kM, Large::kN, Large::kThreads},
+constexpr TileSize kTiles[] = {{Wide::kM, Wide::kN, Wide::kThreads},
+                               {Large::kM, Large::kN, Large::kThreads},
                                {Narrow::kM, Narrow::kN, Narrow::kThreads},
                                {Small::kM, Small::kN, Small::kThreads}};
-constexpr int kTileCount = 3;
+constexpr int kTileCount = 4;
 
 struct TileChoice {
   int tile;    // index into kTiles
@@ -49,10 +56,12 @@ inline Operands operands_of(int code_bits, int weight_bits) {
   return code_bits == 4 ? Operands::kNibbles : weight_bits == 8 ? Operands::kBytes : Operands::kUnpacked;
 }
 
+constexpr bool has_tile(int tile, Operands operands) { return tile != 0 || operands != Operands::kUnpacked; }
+
 // Index of the tile of this size, -1 if there is none.
-inline int tile_of_size(int rows, int columns) {
+inline int tile_of_size(int rows, int columns, Operands operands) {
   for (int tile = 0; tile < kTileCount; ++tile)
-    if (kTiles[tile].m == rows && kTiles[tile].n == columns) return tile;
+    if (kTiles[tile].m == rows && kTiles[tile].n == columns && has_tile(tile, operands)) return tile;
   return -1;
 }
 
@@ -97,14 +106,15 @@ inline double estimated_cycles(const TileChoice& choice, int64_t rows, int64_t c
 // The choice with the least estimate; among equals the larger tile and fewer splits.
 inline TileChoice choose_tile(int64_t rows, int64_t columns, int64_t k, int weight_bits, Operands operands,
                               int multiprocessors) {
-  TileChoice best{0, 1};
+  TileChoice best{0, 0};
   double least_cycles = 0;
   const int k_blocks = k_block_count(k, operands);
   for (int tile = 0; tile < kTileCount; ++tile) {
+    if (!has_tile(tile, operands)) continue;
     for (int splits = 1; splits <= kMostSplits && (splits == 1 || k_blocks / splits >= kLeastKBlocks); ++splits) {
       const TileChoice choice{tile, used_splits(k_blocks, splits)};
       const double cycles = estimated_cycles(choice, rows, columns, k, weight_bits, operands, multiprocessors);
-      if ((tile == 0 && splits == 1) || cycles < least_cycles) {
+      if (best.splits == 0 || cycles < least_cycles) {
         best = choice;
         least_cycles = cycles;
       }

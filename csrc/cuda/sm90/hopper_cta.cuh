@@ -38,7 +38,14 @@ struct HopperCta : DeviceCta {
   __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) const {
     const uint32_t address = shared_address(barrier);
     uint32_t passed;
+#if MODIFF_BOUNDED_SPIN
+    // For first runs on a GPU: a barrier that nobody completes ends the kernel with an error after so many clocks (< 2^32).
+    const uint32_t begin = static_cast<uint32_t>(clock());
+#endif
     do {
+#if MODIFF_BOUNDED_SPIN
+      if (static_cast<uint32_t>(clock()) - begin > MODIFF_BOUNDED_SPIN) __trap();
+#endif
       asm volatile(
           "{\n.reg .pred passed;\nmbarrier.try_wait.parity.shared::cta.b64 passed, [%1], %2;\n"
           "selp.u32 %0, 1, 0, passed;\n}\n"

@@ -1,39 +1,26 @@
 // The products of capability 9.0 as csrc/cuda/product.h declares them.
-#include <array>
-#include <utility>
-
-#include "cuda/sm90/product.cuh"
+#include "cuda/sm90/product_launch.h"
 
 namespace modiff::cuda {
 namespace {
 
-// tiling_of takes microseconds, twice in a call, and the calls of a network have few different tilings: the last one of
-// every place of a table is kept.
+// tiling_of takes microseconds, twice in a call.
 const sm90::Tiling& tiling_for(const ProductCall& call, const Device& device) {
-  using Key = std::array<int64_t, 13>;  // all that a tiling depends on
   const ProductProblem& p = call.problem;
-  const Key key = {p.samples * p.out_h * p.out_w,
-                   p.c_in,
-                   p.c_out,
-                   p.kernel_h,
-                   p.kernel_w,
-                   p.dilation_h,
-                   p.dilation_w,
-                   call.weight_bits,
-                   device.multiprocessors,
-                   call.tiling.architecture,
-                   call.tiling.rows,
-                   call.tiling.columns,
-                   call.tiling.splits};
-  uint64_t hash = 0;
-  for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9E3779B97F4A7C15u;
-  thread_local std::array<std::pair<Key, sm90::Tiling>, 256> table{};  // no call has a key of zeros
-  auto& [kept, tiling] = table[hash >> 56];
-  if (kept != key) {
-    kept = key;
-    tiling = sm90::tiling_of(call, device.multiprocessors);
-  }
-  return tiling;
+  const std::array<int64_t, 13> key = {p.samples * p.out_h * p.out_w,  // all that a tiling depends on
+                                       p.c_in,
+                                       p.c_out,
+                                       p.kernel_h,
+                                       p.kernel_w,
+                                       p.dilation_h,
+                                       p.dilation_w,
+                                       call.weight_bits,
+                                       device.multiprocessors,
+                                       call.tiling.architecture,
+                                       call.tiling.rows,
+                                       call.tiling.columns,
+                                       call.tiling.splits};
+  return kept<sm90::Tiling>(key, [&] { return sm90::tiling_of(call, device.multiprocessors); });
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ inline const MapEncoder& map_encoder() {
   return encoder;
 }
 
-inline cudaError_t encode(const TensorMap& map, CUtensorMap& encoded) {
+inline cudaError_t encode_anew(const TensorMap& map, CUtensorMap& encoded) {
   const MapEncoder& encoder = map_encoder();
   if (encoder.tiled == nullptr || encoder.im2col == nullptr) return cudaErrorNotSupported;
   const cuuint32_t rank = map.im2col ? 4 : 2;
@@ -65,6 +65,18 @@ inline cudaError_t encode(const TensorMap& map, CUtensorMap& encoded) {
   const int64_t bytes = map.strides[rank - 2] * map.dims[rank - 1];
   if (encoder.misread && bytes < 131072) encoded.opaque[1] &= ~(cuuint64_t{1} << 21);
   return cudaSuccess;
+}
+
+// The layers of a network come back with the same tensors, so a map is encoded once.
+inline cudaError_t encode(const TensorMap& map, CUtensorMap& encoded) {
+  using Encoded = std::pair<cudaError_t, CUtensorMap>;
+  const Encoded& found = kept<Encoded>(key_of(map), [&] {
+    Encoded made{};
+    made.first = encode_anew(map, made.second);
+    return made;
+  });
+  encoded = found.second;
+  return found.first;
 }
 
 }  // namespace modiff::cuda::sm90

@@ -1,6 +1,10 @@
 // What TMA is told about a tensor, as plain numbers: encoded for the driver by tensor_map.cuh, and read by the tests'
 // model of TMA. Elements are bytes.
 #pragma once
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/kept.h"
 #include "cuda/product.h"
 #include "cuda/sm90/schedule.h"
 
@@ -8,14 +12,22 @@ namespace modiff::cuda::sm90 {
 
 struct TensorMap {
   const void* base;
-  bool im2col;
   int64_t dims[4];     // innermost first: {bytes, rows}, or {c, w, h, n} with im2col
   int64_t strides[3];  // in bytes, of dims[1] on
   int box[2];          // bytes and rows (pixels, with im2col) of a box
   // im2col: the first pixel of windows is walked over [lower, extent + upper) of w and h, element_strides apart.
   int lower[2], upper[2], element_strides[2];
   int swizzle;  // bytes of a row that it permutes, 0: none
+  int im2col;   // 0 or 1
 };
+
+// The bytes of a map, all of which have a meaning.
+inline std::array<int64_t, sizeof(TensorMap) / 8> key_of(const TensorMap& map) {
+  static_assert(std::has_unique_object_representations_v<TensorMap>, "padding is not the same in equal maps");
+  std::array<int64_t, sizeof(TensorMap) / 8> key;
+  std::memcpy(key.data(), &map, sizeof(map));
+  return key;
+}
 
 inline TensorMap matrix_map(const void* base, int64_t bytes, int64_t rows, int box_bytes, int box_rows, int swizzle) {
   TensorMap map{};
@@ -34,7 +46,7 @@ inline TensorMap codes_map(const ProductProblem& p, const Window& window, int ro
   if (is_matrix(p)) return matrix_map(p.codes, p.c_in, p.samples * p.h * p.w, window.swizzle, rows, window.swizzle);
   TensorMap map{};
   map.base = p.codes;
-  map.im2col = true;
+  map.im2col = 1;
   const int64_t dims[4] = {p.c_in, p.w, p.h, p.samples};
   for (int i = 0; i < 4; ++i) map.dims[i] = dims[i];
   map.strides[0] = p.c_in;

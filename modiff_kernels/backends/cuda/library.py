@@ -40,3 +40,8 @@ def product_op() -> Any:
 
 def tiles_op() -> Any:
     return torch.ops.modiff_cuda.tiles.default
+
+
+def form(*values: float) -> torch.Tensor:
+    """What an op is told besides tensors of data (csrc/cuda/ops.cpp)."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

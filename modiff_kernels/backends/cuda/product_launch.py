@@ -13,6 +13,7 @@ from .. import why_no_sums
 from . import library
 
 _ALIGNMENT = 16
+_DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/problem.h
 _POINT = Window((1, 1)).to_ints()
 CHANNEL_MULTIPLE = 16  # codes are copied in chunks of 16 bytes, each inside one tap
 PACKED_MULTIPLE = 32  # 4- and 3-bit weights in chunks of 32 codes, which begin at multiples of 16 and of 4 bytes
@@ -34,17 +35,23 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % _ALIGNMENT == 0 else t.clone()
 
 
-@lru_cache(maxsize=4096)
-def geometry_of(shape: torch.Size, is_packed: bool, n: int, window: Window | None) -> tuple[tuple[int, ...], int, int]:
+def geometry_of(shape: torch.Size, is_packed: bool, n: int, window: Window | None) -> tuple[int, ...]:
     """Sizes as in csrc/cuda/product.h for codes of this shape, two to a byte where packed; a Linear is a 1x1
-    convolution of width 1. Also K, and the taps that weights' sums are kept for."""
+    convolution of width 1."""
     samples, height, width, channels, sizes = 1, shape[:-1].numel(), 1, shape[-1], _POINT
     if window is not None:
         samples, channels, height, width = shape
         sizes = window.to_ints()
-    channels *= 2 if is_packed else 1
-    taps = sizes[0] * sizes[1]
-    return (samples, height, width, channels, n, *sizes), channels * taps, taps if sizes[4:6] != [0, 0] else 1
+    return (samples, height, width, channels * (2 if is_packed else 1), n, *sizes)
+
+
+@lru_cache(maxsize=4096)
+def _form(shape, is_packed, n, window, bits, geglu, write_out, out_dtype, tile) -> tuple[Tensor, int, int]:
+    """`library.form` of a call; K, and the taps that weights' sums are kept for."""
+    geometry = geometry_of(shape, is_packed, n, window)
+    form = library.form(*geometry, bits, geglu, write_out, _DTYPE[out_dtype], *(tile or (0, 0, 0, 0)))
+    taps = geometry[5] * geometry[6]
+    return form, geometry[3] * taps, taps if geometry[9:11] != (0, 0) else 1
 
 
 def product(
@@ -53,12 +60,12 @@ def product(
     """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: the kernels choose by an
     estimate (csrc/cuda/sm90/tiling.h, sm80/tile_config.h); `library.tiles_op` lists what may be asked for."""
     packed, weight_scale, bits, _, _, geglu = weight
-    geometry, k, taps = geometry_of(codes.shape, codes.dtype is torch.uint8, weight_scale.shape[0], window)
+    is_packed, n = codes.dtype is torch.uint8, weight_scale.shape[0]
+    form, k, taps = _form(codes.shape, is_packed, n, window, bits, geglu, write_out, out_dtype, tile)
     sums = None if zero_point is None else weight_sums(weight, k, taps)
     return library.product_op()(
-        _aligned(codes), scale, zero_point, sums, _aligned(packed), bits, weight_scale, bias, y_hat, skip,
-        write_out, out_dtype, geglu, geometry, tile or (),
-    )  # fmt: skip
+        _aligned(codes), scale, zero_point, sums, _aligned(packed), weight_scale, bias, y_hat, skip, form
+    )
 
 
 def why_not(problem: Any) -> str | None:

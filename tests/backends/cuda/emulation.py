@@ -3,7 +3,7 @@ ops `modiff_cuda::quantize` and `modiff_cuda::product` (`stand_ins`); builds its
 """
 
 import importlib.util
-import math
+import os
 import struct
 import subprocess
 import sysconfig
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 from modiff_kernels.backends.cuda import library
@@ -49,6 +50,14 @@ def compile_source(compiler: str, source: Path, out: Path, *flags: str) -> None:
     command = [compiler, *common, *flags, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def cuda_includes() -> list[str]:
+    """Flags for the headers of CUDA; without them the test is skipped."""
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+    if not (folder / "cuda_runtime_api.h").is_file():
+        pytest.skip(f"the headers of CUDA were not found in {folder}; set CUDA_HOME")
+    return [f"-isystem{folder}", f"-isystem{folder / 'cccl'}"]
 
 
 def compile_module(compiler: str, folder: Path, pybind11_include: str) -> ModuleType:
@@ -105,23 +114,18 @@ def _rows(t):
 class QuantizeEmulator(Emulator):
     """emulator/quantize.cpp; `quantize` has the arguments and results of the op."""
 
-    def quantize(
-        self, x, further, prologue, gamma, beta, shift, num_groups, eps, silu, x_hat, affine, act_bits, granularity,
-        clip_ratio, scale, packed, samples, rows, channels,
-    ):  # fmt: skip
+    def quantize(self, x, further, gamma, beta, shift, x_hat, scale, form):
+        channels, _, _, _, act_bits, granularity, packed = map(int, form.tolist()[3:10])
         shift, row = _rows(shift)
         (gamma, norm_row), beta = _rows(gamma), _rows(beta)[0]
-        head = struct.pack(
-            "19q2d", prologue, samples, rows, channels, DTYPES[x.dtype], num_groups, silu, _dtype(x_hat), affine,
-            act_bits, granularity, packed, _dtype(gamma), _dtype(beta), _dtype(shift), row, norm_row, self.falling,
-            channels - (0 if further is None else further.shape[1]), eps, clip_ratio,
-        )  # fmt: skip
         like = x[..., :channels].contiguous()
         if x.ndim == 4:
             like = torch.empty((len(x), channels, *x.shape[2:])).contiguous(memory_format=torch.channels_last)
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
         used = torch.empty(granule_count(like.shape, GRANULARITIES[granularity], x.ndim == 4))
         third = torch.empty_like(used, dtype=torch.int32 if x_hat is None else torch.float32)
+        own = channels - (0 if further is None else further.shape[1])
+        head = form.numpy().tobytes() + struct.pack("4q", row, norm_row, self.falling, own)
         self.ask(head, (x, further, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
         return codes, used, third
 
@@ -138,23 +142,24 @@ class ProductEmulator(Emulator):
         super().__init__(program)
         self.tile, self.splits = self.CHOOSE, 4
 
-    def product(
-        self, codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out,
-        out_dtype, geglu, geometry, tile,
-    ):  # fmt: skip
-        out = _output(codes, geometry, out_dtype, geglu)
-        code_bits = 4 if codes.dtype == torch.uint8 else 8
-        head = struct.pack(
-            "30q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
-            DTYPES[out_dtype], geglu, self.tile, self.splits, code_bits, write_out, self.falling,
-            *(tile or (0, 0, 0, 0)),
-        )  # fmt: skip
-        tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip)
-        self.ask(head, tensors, (out if write_out else None, y_hat))
-        return out if write_out else torch.empty(0, dtype=out_dtype)
+    def product(self, *call):
+        *tensors, form = call
+        code_bits = 4 if tensors[0].dtype == torch.uint8 else 8
+        head = form.numpy().tobytes() + struct.pack("4q", self.tile, self.splits, code_bits, self.falling)
+        return self.answer(head, tensors, form)
+
+    def answer(self, head, tensors, form, *more):
+        """The request's; more: what is answered besides out and y_hat."""
+        codes, y_hat = tensors[0], tensors[7]
+        *geometry, _, geglu, write_out, out_dtype = map(int, form.tolist()[:18])
+        out = None
+        if write_out:
+            out = _output(codes, geometry, list(DTYPES)[out_dtype], geglu)
+        self.ask(head, tensors, (out, y_hat, *more))
+        return torch.empty(0, dtype=list(DTYPES)[out_dtype]) if out is None else out
 
 
-class HopperEmulator(Emulator):
+class HopperEmulator(ProductEmulator):
     """emulator/hopper.cpp, the kernels of csrc/cuda/sm90 on a model of TMA, barriers and wgmma; `product` as above.
 
     `tile`: index in csrc/cuda/sm90/tiling.h, -1 for the tiling's own. `seed`: of the order of threads and loads.
@@ -162,25 +167,19 @@ class HopperEmulator(Emulator):
 
     def __init__(self, program: Path, other: ProductEmulator | None = None):
         super().__init__(program)
-        self.tile, self.splits, self.multiprocessors, self.seed = -1, 1, 3, 0
+        self.splits, self.multiprocessors, self.seed = 1, 3, 0
         self.prefetched, self.other = 0, other
 
     def product(self, *call):
-        (codes, scale, zero_point, tap_sums, weight, weight_bits, weight_scale, bias, y_hat, skip, write_out, out_dtype,
-         geglu, geometry, _) = call  # fmt: skip
-        k = geometry[3] * geometry[5] * geometry[6]
-        if self.other is not None and weight_bits == 3 and k % 128 != 0:
+        *tensors, form = call
+        weight_bits = int(form[14])
+        if self.other is not None and weight_bits == 3 and int(form[3] * form[5] * form[6]) % 128 != 0:
             return self.other.product(*call)
-        out = _output(codes, geometry, out_dtype, geglu) if write_out else None
-        head = struct.pack(
-            "25q", *geometry, weight_bits, _rows_per_scale(geometry, scale), _dtype(bias), _dtype(y_hat), _dtype(skip),
-            DTYPES[out_dtype], geglu, self.tile, self.splits, self.multiprocessors, self.seed,
-        )  # fmt: skip
+        launch = self.tile, self.splits, 8, self.multiprocessors, self.seed
         prefetched = torch.zeros(1, dtype=torch.int64)
-        tensors = (codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out)
-        self.ask(head, tensors, (out, y_hat, prefetched))
+        out = self.answer(form.numpy().tobytes() + struct.pack("5q", *launch), tensors, form, prefetched)
         self.prefetched = int(prefetched)
-        return torch.empty(0, dtype=out_dtype) if out is None else out
+        return out
 
 
 PROGRAMS = {"quantize": QuantizeEmulator, "product": ProductEmulator, "hopper": HopperEmulator}
@@ -193,22 +192,10 @@ def stand_ins(quantize: QuantizeEmulator, product: Emulator) -> dict[tuple[Modul
 
 def _output(codes: torch.Tensor, geometry: Sequence[int], dtype: torch.dtype, geglu: bool) -> torch.Tensor:
     if codes.ndim == 4:
-        shape = (geometry[0], geometry[4], *_output_sides(geometry))
+        n, h, w, c_in, c_out, *window = geometry
+        shape = Window.from_ints(window).output_shape((n, c_in, h, w), c_out)
         return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
     return torch.empty((*codes.shape[:-1], geometry[4] // (2 if geglu else 1)), dtype=dtype)
-
-
-def _output_sides(geometry: Sequence[int]) -> Sequence[int]:
-    n, h, w, c_in, c_out, *window = geometry
-    return Window.from_ints(window).output_shape((n, c_in, h, w), c_out)[2:]
-
-
-def _rows_per_scale(geometry: Sequence[int], scale: torch.Tensor) -> int:
-    return geometry[0] * math.prod(_output_sides(geometry)) // len(scale)
-
-
-def _dtype(t: torch.Tensor | None) -> int:
-    return 0 if t is None else DTYPES[t.dtype]
 
 
 def _in_memory_order(t: torch.Tensor) -> torch.Tensor:
@@ -216,8 +203,8 @@ def _in_memory_order(t: torch.Tensor) -> torch.Tensor:
 
 
 def _buffer(t: torch.Tensor | None) -> bytes:
-    """Size and bytes of a tensor, -1 for None."""
+    """Size (-1 for None), dtype (of floats) and bytes of a tensor."""
     if t is None:
-        return struct.pack("q", -1)
+        return struct.pack("2q", -1, 0)
     data = _in_memory_order(t).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return struct.pack("q", len(data)) + data
+    return struct.pack("2q", len(data), DTYPES.get(t.dtype, 0)) + data

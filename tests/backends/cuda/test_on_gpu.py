@@ -159,7 +159,7 @@ def test_layers_of_unets(hopper, layer):
 def test_every_tile_is_exact(hopper, layer, bits):
     """All tiles and splits of sm_90 and sm_80 that may be asked for."""
     layer = Layer(*layer, bits)
-    geometry = product_launch.geometry_of(layer.codes.shape, False, layer.weight.n, layer.window)[0]
+    geometry = product_launch.geometry_of(layer.codes.shape, False, layer.weight.n, layer.window)
     values = library.tiles_op()(geometry, bits, 8, 90, torch.cuda.get_device_properties(0).multi_processor_count)
     tiles = [product_launch.Tile(*values[i : i + 4]) for i in range(0, len(values), 4)]
     wanted = layer.results("reference")

@@ -6,12 +6,12 @@ import torch
 
 from modiff_kernels.backends import MAX_K
 from modiff_kernels.backends.cuda import library
-from modiff_kernels.backends.cuda.product_launch import Tile, product
+from modiff_kernels.backends.cuda.product_launch import product
 from tests.backends.cuda.emulation import pack_channels
 from tests.backends.exact_product import DOWN, THREE, ExactProduct, check_largest_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-LARGE, NARROW, SMALL = range(3)  # csrc/cuda/sm80/tile_config.h kTiles
+WIDE, LARGE, NARROW, SMALL = range(4)  # csrc/cuda/sm80/tile_config.h kTiles
 
 
 @pytest.fixture
@@ -39,6 +39,15 @@ def test_tiles_and_orders_of_threads(emulator, case, tile, falling):
     case.check(product)
 
 
+@pytest.mark.parametrize(
+    ("case", "falling"), [(TILED[0], True), (ExactProduct((2, 48, 9, 8), 265, THREE), False)], ids=str
+)
+def test_the_wide_tile(emulator, case, falling):
+    """It has weights of 8 bits and nibbles alone."""
+    emulator.tile, emulator.falling = WIDE, falling
+    case.check(product)
+
+
 SPLIT = [ExactProduct((5, 320), 33), ExactProduct((5, 320), 33, bits=4), ExactProduct((1, 32, 4, 4), 65, THREE)]
 
 
@@ -50,11 +59,6 @@ def test_splits_of_k(emulator, case, splits):
     case.check(product)
 
 
-@pytest.mark.parametrize("tile", [(80, 128, 128, 1), (80, 128, 64, 2), (80, 64, 64, 3)], ids=str)
-def test_the_caller_may_name_the_tile(emulator, tile):
-    TILED[1].check(product, tile=Tile(*tile))
-
-
 NIBBLES = [
     ExactProduct((3, 32), 9, bits=4, code_bits=4),
     ExactProduct((65, 160), 72, bits=4, code_bits=4),
@@ -63,7 +67,7 @@ NIBBLES = [
 ]
 
 
-@pytest.mark.parametrize(("tile", "splits"), [(SMALL, 1), (SMALL, 2), (NARROW, 1), (LARGE, 1)])
+@pytest.mark.parametrize(("tile", "splits"), [(SMALL, 1), (SMALL, 2), (NARROW, 1), (LARGE, 1), (WIDE, 1)])
 @pytest.mark.parametrize("case", NIBBLES, ids=str)
 def test_packed_codes_are_multiplied_as_they_are(emulator, case, tile, splits):
     emulator.tile, emulator.splits, emulator.falling = tile, splits, splits == 2

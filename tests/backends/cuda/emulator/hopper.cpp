@@ -38,9 +38,6 @@ void answer(const Request& r) {
   ProductBuffers buffers;
   ProductCall call = buffers.read(r);
   auto& [codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out, scratch] = buffers;
-  out.read();
-  ProductProblem& p = call.problem;
-  p.out = out.data();
   if (const char* limit = sm90::limit_of(call)) sm90::fail(limit);
 
   if (r.tile >= 0)

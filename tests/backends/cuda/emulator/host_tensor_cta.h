@@ -12,7 +12,7 @@ namespace modiff {
 
 // What the threads of a warp pass on to each other in a collective operation.
 struct Message {
-  std::array<uintptr_t, 24> words;
+  std::array<uintptr_t, 32> words;
 };
 
 // The word of a warp's fragments that holds bytes 4 * quad to + 3 of a row of a, or of a column of b; whose and which.
@@ -86,7 +86,7 @@ class HostTensorCta : public HostCta {
 
   template <bool kS4, int kM, int kN>
   void multiply(int32_t (&sums)[kM][kN][4], const uint32_t (&a)[kM][4], const uint32_t (&b)[kN][2]) {
-    static_assert(kM * 4 + kN * 2 <= 24, "fragments fit into a message");
+    static_assert(kM * 4 + kN * 2 <= 32, "fragments fit into a message");
     Message message{};
     for (int m = 0; m < kM; ++m) std::copy(a[m], a[m] + 4, &message.words[static_cast<size_t>(m * 4)]);
     for (int n = 0; n < kN; ++n) std::copy(b[n], b[n] + 2, &message.words[static_cast<size_t>(kM * 4 + n * 2)]);

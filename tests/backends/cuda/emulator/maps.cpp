@@ -116,7 +116,7 @@ Array<int64_t> gather(const Geometry& geometry, int row, int k_blocks) {
   call.weight_bits = call.code_bits = 8;
   std::vector<uint8_t> image(1), tile(kRows * sm80::kBlockKBytes);
   call.problem.codes = reinterpret_cast<const int8_t*>(image.data());
-  const sm80::Tiling tiling = sm80::tiling_of(call, sm80::TileChoice{2, 1});
+  const sm80::Tiling tiling = sm80::tiling_of(call, sm80::TileChoice{3, 1});
   const sm80::OperandArgs args = sm80::operand_args(call, tiling);
   Array<int64_t> sources({k_blocks, kRows, static_cast<int>(sm80::kChunks)});
   std::fill_n(sources.mutable_data(), sources.size(), kUnwritten);
@@ -147,16 +147,6 @@ std::pair<int, int> choose(int64_t rows, int64_t columns, int64_t k, int weight_
   return {best.tile, best.splits};
 }
 
-// The same of a call that is told its tiling.
-std::pair<int, int> told(const Geometry& geometry, int weight_bits, int rows, int columns, int splits) {
-  ProductCall call{};
-  set_geometry(call.problem, geometry.data());
-  call.weight_bits = weight_bits;
-  call.tiling = {80, rows, columns, splits};
-  const sm80::Tiling tiling = sm80::tiling_of(call, 108);
-  return {tiling.choice.tile, tiling.choice.splits};
-}
-
 double cycles(int tile, int splits, int64_t rows, int64_t columns, int64_t k, int weight_bits, int multiprocessors) {
   return sm80::estimated_cycles({tile, splits}, rows, columns, k, weight_bits, operands_of(weight_bits),
                                 multiprocessors);
@@ -169,7 +159,6 @@ void define(py::module_ m) {
   m.def("tile_place", tile_place);
   m.def("gather", gather);
   m.def("choose", choose, "rows"_a, "columns"_a, "k"_a, "weight_bits"_a, "multiprocessors"_a);
-  m.def("told", told);
   m.def("cycles", cycles);
 }
 

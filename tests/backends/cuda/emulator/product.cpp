@@ -11,28 +11,17 @@ using namespace modiff::cuda;
 using Launch = modiff::HostLaunch<modiff::HostTensorCta>;
 
 struct Request : modiff::ProductRequest {
-  int64_t code_bits, write_out, falling;
-  int64_t tiling[4];  // csrc/cuda/product.h, as the binding is told
+  int64_t falling;
 };
 
 void answer(const Request& r, Launch& launch) {
   modiff::ProductBuffers buffers;
   auto& [codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out, scratch] = buffers;
   ProductCall call = buffers.read(r);
-  modiff::ProductProblem& p = call.problem;
-  if (r.write_out != 0) {
-    out.fill(p.samples * p.out_h * p.out_w * p.c_out * modiff::element_size(p.out_dtype) / (call.geglu ? 2 : 1));
-    p.out = out.data();
-  }
-  call.code_bits = static_cast<int>(r.code_bits);
-
   // A tile below 0: what is chosen for a GPU of as many multiprocessors as there are splits.
   const auto splits = static_cast<int>(r.splits);
-  if (r.tile >= 0) call.tiling = {80, sm80::kTiles[r.tile].m, sm80::kTiles[r.tile].n, splits};
-  if (r.tiling[0] != 0) {
-    call.tiling = {static_cast<int>(r.tiling[0]), static_cast<int>(r.tiling[1]), static_cast<int>(r.tiling[2]),
-                   static_cast<int>(r.tiling[3])};
-  }
+  if (r.tile >= 0 && call.tiling.architecture == 0)
+    call.tiling = {80, sm80::kTiles[r.tile].m, sm80::kTiles[r.tile].n, splits};
   const sm80::Tiling tiling = sm80::tiling_of(call, splits);
   scratch.fill(tiling.bytes);
   call.scratch = scratch.data();

@@ -11,9 +11,8 @@ using namespace modiff::cuda;
 using Launch = modiff::HostLaunch<modiff::HostCta>;
 
 struct Request {
-  int64_t prologue, samples, rows, channels, input_dtype, num_groups, silu, x_hat_dtype, affine, act_bits, granularity,
-      packed, gamma_dtype, beta_dtype, shift_dtype, shift_stride, norm_stride, falling, own;
-  double eps, clip_ratio;
+  double form[kQuantizeForm];
+  int64_t shift_stride, norm_stride, falling, own;
 };
 
 void quantize(const QuantizeCall& call, Launch& launch) {
@@ -29,29 +28,18 @@ void answer(const Request& r, Launch& launch) {
   for (Buffer* buffer : {&input, &further, &x_hat, &gamma, &beta, &shift, &given}) buffer->read();
   QuantizeCall call{};
   modiff::QuantizeProblem& p = call.problem;
-  p.prologue = static_cast<modiff::Prologue>(r.prologue);
-  p.samples = r.samples;
-  p.rows = r.rows;
-  p.channels = r.channels;
+  set_form(call, r.form);
   p.input = input.data();
-  p.input_dtype = static_cast<DType>(r.input_dtype);
-  p.num_groups = r.num_groups;
-  p.eps = static_cast<float>(r.eps);
-  p.silu = r.silu != 0;
+  p.input_dtype = input.dtype;
   p.x_hat = x_hat.data();
-  p.x_hat_dtype = static_cast<DType>(r.x_hat_dtype);
-  p.affine = r.affine != 0;
-  p.act_bits = static_cast<int>(r.act_bits);
-  p.granularity = static_cast<modiff::Granularity>(r.granularity);
-  p.clip_ratio = static_cast<float>(r.clip_ratio);
+  p.x_hat_dtype = x_hat.dtype;
   p.given_scale = static_cast<const float*>(given.data());
   p.given_scale_count = static_cast<int64_t>(given.bytes.size() / 4);
-  p.packed = r.packed != 0;
   call.further = further.data();
   call.own = r.own;
-  call.gamma = parameter_of(gamma.data(), static_cast<DType>(r.gamma_dtype));
-  call.beta = parameter_of(beta.data(), static_cast<DType>(r.beta_dtype));
-  call.shift = parameter_of(shift.data(), static_cast<DType>(r.shift_dtype));
+  call.gamma = gamma.parameter();
+  call.beta = beta.parameter();
+  call.shift = shift.parameter();
   call.shift_stride = r.shift_stride;
   p.norm_stride = r.norm_stride;
 

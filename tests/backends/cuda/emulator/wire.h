@@ -15,18 +15,20 @@ inline void read_exactly(void* data, size_t size) {
   if (std::fread(data, 1, size, stdin) != size) std::abort();
 }
 
-// A buffer as the request has it: its size (-1: null), then its bytes.
+// A buffer as the request has it: its size (-1: null) and dtype, then its bytes.
 struct Buffer {
   std::vector<char> bytes;
+  DType dtype;
   bool there = false;
 
   void read() {
-    int64_t size = 0;
-    read_exactly(&size, sizeof(size));
-    there = size >= 0;
+    int64_t head[2];
+    read_exactly(head, sizeof(head));
+    there = head[0] >= 0;
+    dtype = static_cast<DType>(head[1]);
     if (!there) return;
-    bytes = std::vector<char>(static_cast<size_t>(size));
-    if (size > 0) read_exactly(bytes.data(), bytes.size());
+    bytes = std::vector<char>(static_cast<size_t>(head[0]));
+    if (head[0] > 0) read_exactly(bytes.data(), bytes.size());
   }
   void fill(int64_t size) {
     bytes.assign(static_cast<size_t>(size), static_cast<char>(0xFF));
@@ -36,24 +38,25 @@ struct Buffer {
     if (!bytes.empty()) std::fwrite(bytes.data(), 1, bytes.size(), stdout);
   }
   void* data() { return there ? bytes.data() : nullptr; }
+  cuda::Parameter parameter() { return cuda::parameter_of(data(), dtype); }
 };
 
 // What the requests of both products begin with, and their buffers.
 struct ProductRequest {
-  int64_t geometry[14], weight_bits, rows_per_scale, bias_dtype, y_hat_dtype, skip_dtype, out_dtype, geglu, tile,
-      splits;
+  double form[cuda::kProductForm];
+  int64_t tile, splits, code_bits;
 };
 
 struct ProductBuffers {
   Buffer codes, scale, zero_point, tap_sums, weight, weight_scale, bias, y_hat, skip, out, scratch;
 
-  // The call of a request, without `out` and `scratch`.
+  // The call of a request, without `scratch`.
   cuda::ProductCall read(const ProductRequest& r) {
     for (Buffer* buffer : {&codes, &scale, &zero_point, &tap_sums, &weight, &weight_scale, &bias, &y_hat, &skip})
       buffer->read();
     cuda::ProductCall call{};
     ProductProblem& p = call.problem;
-    cuda::set_geometry(p, r.geometry);
+    const bool write_out = cuda::set_form(call, r.form);
     p.codes = static_cast<const int8_t*>(codes.data());
     p.scale = static_cast<const float*>(scale.data());
     p.zero_point = static_cast<const int32_t*>(zero_point.data());
@@ -61,14 +64,15 @@ struct ProductBuffers {
     p.weight = static_cast<const int8_t*>(weight.data());
     p.weight_scale = static_cast<const float*>(weight_scale.data());
     p.y_hat = y_hat.data();
-    p.y_hat_dtype = static_cast<DType>(r.y_hat_dtype);
+    p.y_hat_dtype = y_hat.dtype;
     p.skip = skip.data();
-    p.skip_dtype = static_cast<DType>(r.skip_dtype);
-    p.out_dtype = static_cast<DType>(r.out_dtype);
-    call.bias = cuda::parameter_of(bias.data(), static_cast<DType>(r.bias_dtype));
-    call.weight_bits = static_cast<int>(r.weight_bits);
-    call.geglu = r.geglu != 0;
-    call.rows_per_scale = r.rows_per_scale;
+    p.skip_dtype = skip.dtype;
+    call.bias = bias.parameter();
+    call.code_bits = static_cast<int>(r.code_bits);
+    const int64_t rows = p.samples * p.out_h * p.out_w;
+    call.rows_per_scale = rows * 4 / static_cast<int64_t>(scale.bytes.size());
+    if (write_out) out.fill(rows * p.c_out * element_size(p.out_dtype) / (call.geglu ? 2 : 1));
+    p.out = out.data();
     return call;
   }
 };
