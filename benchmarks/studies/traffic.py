@@ -75,7 +75,10 @@ class _Aten(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (name := func.__name__.split(".")[0]) not in FREE:
             self.counts[f"aten {name}"] += 1
-        return func(*args, **kwargs or {})
+        result = func(*args, **kwargs or {})
+        if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            result = result.contiguous(memory_format=torch.channels_last)  # as on a GPU; meta does not know the format
+        return result
 
 
 def _bytes(tensors: Any) -> int:

@@ -114,14 +114,15 @@ def _float32(t: Tensor | None) -> Tensor | None:
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    kind, gamma, beta, shift, num_groups, eps, silu, _ = prologue
+    sizes = sizes_of(prologue.shape(h))
     norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
     if last_absmax is not None:
         scale = residual_scale(last_absmax, bits, clip_ratio)
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
     try:
         codes, used, absmax, zero_point = torch.ops.modiff_cpu.quantize.default(
-            h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes_of(h.shape, kind), _isa
+            prologue.joined(h), PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes, _isa
         )
     except RuntimeError as error:
         if "holds NaN or Inf" not in str(error):

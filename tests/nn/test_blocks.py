@@ -10,6 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels import ops
 from modiff_kernels.backends import cpu
 from modiff_kernels.nn import weight
 from modiff_kernels.nn.blocks import (
@@ -18,6 +19,7 @@ from modiff_kernels.nn.blocks import (
     FusedDownsample2D,
     FusedResnetBlock2D,
     FusedUpsample2D,
+    concatenation,
 )
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
 from modiff_kernels.ops import dispatch
@@ -230,6 +232,34 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
             # conv_in, conv_out; time embedding, and its projections for all blocks at once
             assert sorted(names) == ["addmm"] * 3 + ["convolution"] * 2
             assert len(products.seen) - len(names) == (0 if has_attention else 4)
+
+
+HOOKED = calling(WITH_SHORTCUT, "register_forward_pre_hook", lambda _, inputs: (inputs[0] * 2, *inputs[1:]))
+IN_PARTS = {  # network, what is done to it before, whether a residual block needs the whole
+    "unet2d": ("unet2d", None, False),
+    "sdxl": ("sdxl", None, False),
+    "freeu": ("sd15", lambda unet: unet.enable_freeu(0.2, 0.2, 1.5, 1.6), False),
+    "hook": ("sd15", HOOKED, True),
+    "own-forward": ("sd15", lambda unet: setattr(unet.up_blocks[1], "forward", unet.up_blocks[1].forward), False),
+}
+
+
+@pytest.mark.parametrize("case", IN_PARTS)
+def test_up_blocks_do_not_concatenate(case, monkeypatch):
+    network, change, needs_whole = IN_PARTS[case]
+    wanted = run(network, change)[2]
+    monkeypatch.setattr(concatenation, "CONCATENATE_ON", ())
+    made, whole = [], concatenation.Concatenation.whole
+    monkeypatch.setattr(concatenation.Concatenation, "whole", lambda parts: made.append(0) or whole(parts))
+    in_parts, joined = [], ops.Prologue.joined
+    given = lambda self, h: in_parts.append(self.further is not None) or joined(self, h)  # noqa: E731
+    monkeypatch.setattr(ops.Prologue, "joined", given)
+    unet, handle, found = run(network, change)
+    assert any(in_parts)
+    assert all(map(torch.equal, found, wanted))
+    assert bool(made) == needs_whole
+    handle.remove()
+    assert "forward" not in unet.up_blocks[0].__dict__
 
 
 class TestAround:

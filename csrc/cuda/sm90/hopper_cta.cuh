@@ -84,7 +84,7 @@ struct HopperCta : DeviceCta {
 
   // Of one thread, which alone can wait: until TMA has read the sources of all groups of stores but `pending`.
   __device__ __forceinline__ void store_matrix(const CUtensorMap& map, const void* from, int x, int y) const {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x),
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x),
                  "r"(y), "r"(shared_address(from))
                  : "memory");
   }
@@ -100,13 +100,13 @@ struct HopperCta : DeviceCta {
   // Four matrices of 8 x 8 two-byte values between shared memory and registers: lane i names row i % 8 of matrix i / 8,
   // and holds of every matrix the pair of columns 2 * (i % 4) of row i / 4.
   __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint8_t* row) const {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(shared_address(row))
                  : "memory");
   }
   __device__ __forceinline__ void store_matrices(uint8_t* row, const uint32_t (&words)[4]) const {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+    asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                  "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
   }

@@ -154,3 +154,10 @@ def test_a_map_is_encoded_once_for_its_tensor_and_shape(calls):
     low = weight.packed.data_ptr()
     assert [(name, v[2:4], v[5]) for name, v in maps] == [("tiled", [low, 32], 48), ("tiled", [low + 32, 16], 48)]
     arrived(launched, codes=codes, weight=low, bits=3, codes_bit=0, weight_bit=0, high_plane=low + 32)
+
+    # State and output of 2 bytes: read by tiles, written by warps.
+    y_hat, weight = torch.zeros(4, 64, dtype=HALF), weight_of(64, 128, 8)
+    out = product(codes, torch.ones(1), None, weight, y_hat, None, None, None, HALF, True)
+    state, result = y_hat.data_ptr(), out.data_ptr()
+    maps = [(v[2], *v[3:8], v[10]) for name, v in calls() if name == "tiled" and v[2] in (state, result)]
+    assert maps == [(t, 128, 4, 128, 64, rows, 2) for t, rows in ((state, 128), (state, 16), (result, 16))]

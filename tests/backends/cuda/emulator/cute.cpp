@@ -19,7 +19,7 @@ void descriptors() {
     d.bitfield.layout_type_ = static_cast<uint8_t>(SM90::GMMA::LayoutType::B128);
     d.bitfield.start_address_ = static_cast<uint16_t>(address >> 4);
     d.bitfield.base_offset_ = 0;
-    d.bitfield.stride_byte_offset_ = 64;
+    d.bitfield.stride_byte_offset_ = 8 * 128 / 16;
     d.bitfield.leading_byte_offset_ = 1;
     differ += d.desc_ != sm90::descriptor(address);
   }
@@ -37,7 +37,8 @@ void fragments() {
   std::printf("fragments %d %d\n", 64 * columns, differ);
 }
 
-// Places of the codes of a stage.
+// Places of the codes of a stage, and of the bytes of slices in rows of 64. The operand of the i-th wgmma along K begins
+// 32 i bytes behind that of the first.
 template <int rows, class Atom>
 void tiles(Atom atom, int swizzle) {
   const auto layout = tile_to_shape(atom, make_shape(Int<rows>{}, Int<sm90::kBlockK>{}));
@@ -50,6 +51,13 @@ void tiles(Atom atom, int swizzle) {
   std::printf("tiles %d %d\n", rows * sm90::kBlockK, differ);
 }
 
+void depths() {
+  const auto layout = tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<int8_t>{}, Shape<_64, Int<sm90::kBlockK>>{});
+  int differ = 0;
+  for (int k = 0; k < sm90::kBlockK; k += sm90::kMmaDepth) differ += layout(0, k) != k;
+  std::printf("depths 4096 %d\n", differ);
+}
+
 template <int... sizes>
 void compare() {
   (fragments<sizes>(), ...);
@@ -59,5 +67,6 @@ void compare() {
 
 int main() {
   descriptors();
+  depths();
   compare<64, 128, 160, 256>();
 }
