@@ -148,7 +148,8 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
     granularity = 0 if granules == 1 else 1 if granules == samples else 2
     factors = (codes, scale, granularity, zero_point, weight.packed, weight.scale)
     results = (_float32(bias), y_hat, skip, write_out, out_dtype)
-    return torch.ops.modiff_cpu.product.default(*factors, *results, geometry, weight.bits, _isa)
+    op = torch.ops.modiff_cpu.product_plain if y_hat is None else torch.ops.modiff_cpu.product
+    return op.default(*factors, *results, geometry, weight.bits, _isa)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
@@ -182,6 +183,7 @@ def _product_fake(
 _FAKES: dict[str, Any] = {
     "quantize": _quantize_fake,
     "product": _product_fake,
+    "product_plain": _product_fake,
     "attention": lambda q, k, v, heads, scale: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 }
 """Results without values, of the ops of the library that compiled code may call."""
