@@ -288,7 +288,7 @@ def test_projections_of_one_input_are_one_product():
     """With one y_hat, and nothing stored twice where the layout allows it."""
     net = unets.lone(BasicTransformerBlock(32, 2, 16, cross_attention_dim=unets.WIDTH))
     net.block.attn1.to_k.bias = nn.Parameter(torch.ones(32))
-    handle = mk.accelerate(net, mk.ModiffConfig(backend="reference"))
+    handle = mk.accelerate(net, mk.ModiffConfig(backend="reference", plan="modulated"))
     with handle.sampling_run():
         net(torch.randn(2, 9, 32), text())
     stack = net.block.attn1.stacked
