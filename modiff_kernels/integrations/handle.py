@@ -57,10 +57,12 @@ class Handle:
     """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
     path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
     by_kind: what the kind of network has changed in the config that was asked for, and why.
+    vae: the handle of the decoder of the pipeline's VAE, or None where that is float.
     is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether the float weights of low-bit layers
     are kept."""
 
     calibration = by_kind = ""
+    vae: "Handle | None" = None
 
     def __init__(
         self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements, keep_original: bool = True
@@ -132,6 +134,8 @@ class Handle:
             layer.original._parameters.update(layer._parameters)  # which a user may have set
         undo, self._undo = self._undo, None
         undo.close()
+        if self.vae is not None:
+            self.vae.remove()
 
     def refresh(self) -> None:
         """Make the codes of all weights again, but for those of a calibration that you gave, and all else that is kept
@@ -205,7 +209,8 @@ class Handle:
             summary.append(graphs)
         if self._forward.uncompiled:
             summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
-        return "\n".join([*summary, *lines])
+        vae = [] if self.vae is None else [f"\nVAE, {self.vae.explain()}"]
+        return "\n".join([*summary, *lines, *vae])
 
     def set_schedule(self, schedule: StepSchedule | str | None) -> None:
         """Take another schedule, "auto" or None from the next run on. RuntimeError if `accelerate` got none."""

@@ -31,7 +31,6 @@ class FusedResnetBlock2D(FusedBlock):
         return (
             type(block.norm1) is type(block.norm2) is nn.GroupNorm
             and isinstance(block.nonlinearity, nn.SiLU)
-            and block.time_embedding_norm in ("default", "scale_shift")
             and block.norm2.affine
             and block.upsample is block.downsample is None
             and block.output_scale_factor == 1.0
@@ -47,6 +46,7 @@ class FusedResnetBlock2D(FusedBlock):
         self.conv2 = parts.conv2d("conv2")
         self.conv_shortcut = None
         self.skip_time_act, self.scale_shift = block.skip_time_act, block.time_embedding_norm == "scale_shift"
+        self.takes_time = self.scale_shift or block.time_embedding_norm == "default"  # a VAE has "group"
         self.time_projections: TimeProjections | None = None
         if block.conv_shortcut is not None:
             self.conv_shortcut = parts.conv2d("conv_shortcut")
@@ -64,7 +64,7 @@ class FusedResnetBlock2D(FusedBlock):
                 read = Prologue(further=further)
         x = x.contiguous(memory_format=torch.channels_last)
         h = step.run(conv1, group_norm(self.norm1, True, further), x, dtype, write_out=False)
-        prologue = self._second_norm(temb, x.shape[0])
+        prologue = self._second_norm(temb if self.takes_time else None, x.shape[0])
         if shortcut is None:
             return step.run(conv2, prologue, h, dtype, skip=x)
         if conv2.mode == "quantized":
