@@ -66,12 +66,12 @@ struct HopperCta : DeviceCta {
 
   // The two blocks of a cluster. What the other one is told, and what is waited for of it, is visible to both.
   __device__ __forceinline__ void cluster_sync() const {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
   }
   __device__ __forceinline__ uint32_t peer_address(const void* p) const {
-    uint32_t address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(blockIdx.x % 2 ^ 1));
-    return address;
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(blockIdx.x % 2 ^ 1));
+    return remote;
   }
   __device__ __forceinline__ void arrive_at_peer(uint64_t* barrier) const {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_address(barrier))
@@ -79,10 +79,11 @@ struct HopperCta : DeviceCta {
   }
   __device__ __forceinline__ void wait_for_peer(uint64_t* barrier, uint32_t parity) const {
     wait(barrier, parity);
-    // Once more for what the other block did before: a fence would wait for all of this thread's stores.
+    // Once more for what the other block did before; a fence would wait for all of this thread's stores.
+    const uint32_t address = shared_address(barrier);
     asm volatile(
-        "{\n.reg .pred passed;\nmbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 passed, [%0], %1;\n}\n" ::"r"(
-            shared_address(barrier)),
+        "{\n.reg .pred passed;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 passed, [%0], %1;\n}\n" ::"r"(address),
         "r"(parity)
         : "memory");
   }

@@ -39,9 +39,10 @@ struct Tiling {
 //   per k-block     multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
 //   per work item   the epilogue: a clock for kEpilogue sums, by all splits in turn or by one; with splits before it an
 //                   addition of 4 bytes in the L2 cache at half that rate. In a cluster one consumer of each block runs
-//                   it for its rows, hardly faster than two for all of them, and half of the sums move at kLoads
+//                   it for its rows, hardly faster than two for all of them, and half of the sums go to the other
+//                   block, kSent bytes a clock
 //   per call        1500 to fill the pipeline, which later work items find full; with splits 3000 to clear the sums
-constexpr int64_t kMultiplications = 4096, kLoads = 32, kEpilogue = 6, kFill = 1500, kClear = 3000;
+constexpr int64_t kMultiplications = 4096, kLoads = 32, kEpilogue = 6, kFill = 1500, kClear = 3000, kSent = 14;
 
 inline int64_t estimated_clocks(const Tiling& tiling, int weight_bits, int multiprocessors) {
   const Tile tile = kTiles[tiling.tile];
@@ -55,7 +56,7 @@ inline int64_t estimated_clocks(const Tiling& tiling, int weight_bits, int multi
   const bool added = s.splits > 1 && !in_clusters(s);
   const int64_t finished = added           ? sums / kEpilogue / s.splits + sums * 4 * 2 / kLoads
                            : s.splits == 1 ? sums / kEpilogue
-                                           : sums / kEpilogue + sums / 2 * 4 / kLoads;
+                                           : sums / kEpilogue + sums / 2 * 4 / kSent;
   const int64_t work = ceil_div(tap * ceil_div(s.k_blocks, s.splits), w.boxes) + finished;
   return ceil_div(work_count(s), block_count(s, multiprocessors)) * work + kFill + (added ? kClear : 0);
 }

@@ -90,7 +90,7 @@ class HopperCta {
   // Two neighbours are a cluster.
   void join(HopperCta& peer) { peer_ = &peer; }
   void leave() { ++left_; }
-  void cluster_sync() { meet(peer_ == nullptr ? all_ : block_ % 2 == 0 ? pair_ : peer_->pair_); }
+  void cluster_sync() { meet(cluster()); }
   void arrive_at_peer(uint64_t* barrier) { peer().arrive(at_peer(barrier)); }
   void wait_for_peer(uint64_t* barrier, uint32_t parity) { wait(barrier, parity); }
   void send(uint8_t* to, uint64_t* barrier, const int32_t* words) {
@@ -327,8 +327,10 @@ class HopperCta {
     bool accumulate;
   };
 
+  Meeting& cluster() { return peer_ == nullptr ? all_ : block_ % 2 == 0 ? pair_ : peer_->pair_; }
   HopperCta& peer() {
-    require(peer_ != nullptr && peer_->left_ < threads_, "there is no other block in the cluster, or it has ended");
+    require(peer_ != nullptr && cluster().generation > 0, "the cluster has no other block, or it may not have begun");
+    require(peer_->left_ < threads_, "the other block has ended");
     return *peer_;
   }
   template <class T>
