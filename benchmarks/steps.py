@@ -69,7 +69,7 @@ class Step:
         inputs = trajectory(unet.config.sample_size, batch, calls, unet.config.in_channels)
         self.inputs = [(x.to(unet.device, unet.dtype), t.to(unet.device)) for x, t in inputs]
         networks.shown = self.inputs
-        self.keywords = conditions(unet, batch)
+        self.keywords = networks.conditions = conditions(unet, batch)
         self.expected = unet(*self.inputs[-1], **self.keywords, return_dict=False)[0]
 
     def make(self, config: Any) -> Network:
