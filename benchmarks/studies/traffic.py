@@ -258,11 +258,14 @@ def host(network: str, batch: int, plan: mk.LayerPlan | str, calls: int = 40) ->
                 kept[key] = product(codes, *operands)
             return kept[key]
 
-        undo.enter_context(mock.patch.object(launch, "record", lambda *args: None))
-        undo.enter_context(mock.patch.object(library, "product_op", lambda: one_product))
-        undo.enter_context(mock.patch.object(concatenation, "CONCATENATE_ON", ()))
-        for name in ("conv2d", "group_norm", "silu", "interpolate", "scaled_dot_product_attention"):
-            undo.enter_context(mock.patch.object(F, name, stand_in(name, getattr(F, name))))
+        patches: list[tuple[Any, str, Any]] = [
+            (launch, "record", lambda *args: None),
+            (library, "product_op", lambda: one_product),
+            (concatenation, "CONCATENATE_ON", ()),
+        ]
+        names = "conv2d", "group_norm", "silu", "interpolate", "scaled_dot_product_attention"
+        for patch in [*patches, *[(F, name, stand_in(name, getattr(F, name))) for name in names]]:
+            undo.enter_context(mock.patch.object(*patch))
         handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan, cuda_graphs=False), calibration=None)
         sample = torch.zeros((batch, unet.config.in_channels, 8, 8), dtype=torch.float16)
         keywords = {name: value.new_zeros(value.shape, device="cpu") for name, value in conditions(unet, batch).items()}
