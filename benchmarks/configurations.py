@@ -75,11 +75,13 @@ class InBfloat16(torch.nn.Module):
 class Networks:
     """Makes the UNets of rows; all share the weights of `unet`, but for its memory format and for those of peers.
 
-    shown: calls that peers may calibrate with, (sample, timestep) each; set it before their rows are made."""
+    shown: calls that peers may calibrate with, (sample, timestep) each, and conditions: what they have besides; set
+    both before their rows are made."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         self.unet = unet
         self.shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+        self.conditions: dict[str, Any] = {}
         self.channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
         self._own = {tensor.data_ptr() for net in (unet, self.channels_last) for tensor in _tensors(net)}
 
@@ -87,7 +89,7 @@ class Networks:
         """The UNet of `row`. pipe_of: makes the pipeline around it that is to begin its runs."""
         on_cuda = self.unet.device.type == "cuda"
         if row.key in PRECISIONS:
-            return Network(row, OpenVinoUNet(self.unet, row.key, self.shown))
+            return Network(row, OpenVinoUNet(self.unet, row.key, self.shown, self.conditions))
         if row.key == BFLOAT16:
             return Network(row, InBfloat16(self.unet))
         unet = share_copy(self.channels_last if row.channels_last else self.unet)
@@ -189,7 +191,7 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: st
             rows[BFLOAT16] = Row(BFLOAT16, "bfloat16 torch.compile channels_last", "float", 16, 16, compiled=True)
         for key, (precision, in_int8) in PRECISIONS.items():
             bits = 8 if in_int8 else 16 if precision == "bf16" else 32
-            name = key.replace("openvino-", "OpenVINO ").replace("int8-", "int8, ")
+            name = key.replace("openvino-", "OpenVINO ").replace("-bf", ", bf")
             rows[key] = Row(key, name, "float", bits, bits, channels_last=False)
     if on_cuda:
         add("modulated-w8a8-graphs", ours, "modulated W8A8, CUDA graphs", cuda_graphs=True)

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ NETWORKS = (*SMALL_NETWORKS, "ldm8_churches", "sd15", "sdxl")
 """ldm8_churches: after latent diffusion's LDM-8 for LSUN Churches (256x256), with heads of one width at all levels as
 diffusers builds them. sd15, sdxl: the UNets of Stable Diffusion 1.5 (512x512) and XL (1024x1024). All but the shipped
 model have random weights."""
+
+VAE_DECODER = "sd_vae_decoder"
+"""That of Stable Diffusion's AutoencoderKL with random weights, for whole steps, as a network that gets a timestep."""
 
 CONFIGS: dict[str, Any] = json.loads(Path(__file__).with_name("networks.json").read_text())
 """Of those: class and configuration of the UNet in diffusers, and the noise schedule that it is trained on."""
@@ -52,11 +56,25 @@ class Layer:
         return f"conv{self.kernel}x{self.kernel}-{self.c_in}-{self.c_out}@{self.h}x{self.w}-s{self.stride}"
 
 
+class TimedDecoder(torch.nn.Module):
+    """The decoder of `vae`, called like a UNet."""
+
+    device, dtype = property(lambda self: next(self.parameters()).device), torch.float32
+
+    def __init__(self, vae: torch.nn.Module) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+        self.config = SimpleNamespace(sample_size=vae.config.sample_size, in_channels=vae.config.latent_channels)
+
+    def forward(self, sample: torch.Tensor, timestep: Any, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (self.decoder(sample),)
+
+
 def build_unet(network: str, device: str | torch.device = "cpu") -> torch.nn.Module:
     """The network in float32, eval, on `device`; random weights are those of seed 0 (none on device meta)."""
     import diffusers
 
-    if network not in NETWORKS:
+    if network not in (*NETWORKS, VAE_DECODER):
         raise ValueError(f"network {network!r} is unknown; allowed: {', '.join(NETWORKS)}")
     if network == "cifar10_small16":
         from modiff_kernels.models import shipped_model_path
@@ -65,7 +83,8 @@ def build_unet(network: str, device: str | torch.device = "cpu") -> torch.nn.Mod
         return unet.float().to(device).eval().requires_grad_(False)
     torch.manual_seed(0)
     with torch.device(device):
-        return getattr(diffusers, CONFIGS[network]["class"])(**CONFIGS[network]["unet"]).eval().requires_grad_(False)
+        unet = getattr(diffusers, CONFIGS[network]["class"])(**CONFIGS[network]["unet"]).eval().requires_grad_(False)
+    return TimedDecoder(unet).eval() if network == VAE_DECODER else unet
 
 
 def conditions(unet: torch.nn.Module, batch: int) -> dict[str, Any]:

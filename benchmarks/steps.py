@@ -28,7 +28,7 @@ import torch
 from benchmarks import bounds, record
 from benchmarks.configurations import QUICK, STEP_ORDER, Network, Networks, chosen, label, step_rows
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
-from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, build_unet, conditions
+from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, VAE_DECODER, build_unet, conditions
 from benchmarks.tables import show
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.planning.cost import Machine
@@ -69,7 +69,7 @@ class Step:
         inputs = trajectory(unet.config.sample_size, batch, calls, unet.config.in_channels)
         self.inputs = [(x.to(unet.device, unet.dtype), t.to(unet.device)) for x, t in inputs]
         networks.shown = self.inputs
-        self.keywords = conditions(unet, batch)
+        self.keywords = networks.conditions = conditions(unet, batch)
         self.expected = unet(*self.inputs[-1], **self.keywords, return_dict=False)[0]
 
     def make(self, config: Any) -> Network:
@@ -149,9 +149,10 @@ def least_sqnr_db(config: Any, dtype: torch.dtype) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--network", nargs="+", default=list(SMALL_NETWORKS), choices=NETWORKS, help="default: %(default)s")
+    known = (*NETWORKS, VAE_DECODER)
+    add("--network", nargs="+", default=list(SMALL_NETWORKS), choices=known, help="default: %(default)s")
     add("--batch", type=int, nargs="+", default=[8], help="one or several (%(default)s)")
-    add("--calls", type=int, default=12, choices=range(4, 51), metavar="4-50", help="of a run (%(default)s)")
+    add("--calls", type=int, default=12, choices=range(2, 51), metavar="2-50", help="of a run (%(default)s)")
     add_options(parser, rounds=3)
 
 

@@ -3,6 +3,8 @@
 `set_timesteps` of `pipe.scheduler` (that instance) begins a run and announces the number of calls."""
 
 import contextlib
+import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +15,12 @@ from modiff_kernels.calibration.result import CalibrationResult, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.forward import obstacle_of
 from modiff_kernels.integrations.handle import HANDLE, Handle, Handles
-from modiff_kernels.integrations.plans import plan_of
+from modiff_kernels.integrations.plans import plan_of, why_slow
 from modiff_kernels.integrations.replacements import calibrated_beside, calibrated_layers, for_kind, replacements_of
 from modiff_kernels.nn.call import denoiser_of, denoisers_of
 from modiff_kernels.nn.layer import ModulatedLayer
+
+logger = logging.getLogger("modiff_kernels")
 
 
 def accelerate(
@@ -27,6 +31,7 @@ def accelerate(
     static_scales: Mapping[str, Tensor | float] | None = None,
     share_inputs: bool = True,
     keep_original: bool | None = None,
+    vae: bool = False,
 ) -> Handle:
     """Replace the Linear and Conv2d layers of a denoiser in place; returns the handle that explains and removes it all.
 
@@ -41,6 +46,8 @@ def accelerate(
     keep_original: whether the float weights of low-bit layers stay in memory beside their codes. Without them, the
     state_dict has none, `remove()`, `refresh()` and other weights are refused, and attention processors other than the
     UNet's compute with what the codes stand for. None is True; a UNet that is loaded in low bits keeps none.
+    vae: of a pipeline: whether the decoder of its VAE gets plain W8A8 layers too, all but the first and the last. Its
+    handle is `handle.vae`, which `explain()` and `remove()` of the other include; its float weights are kept.
 
     A UNet that diffusers loaded in low bits (`from_pretrained` of a saved folder, or with a ModiffConfig as
     quantization_config) is accelerated already: its handle is returned, and the scheduler of the pipeline begins the
@@ -50,12 +57,21 @@ def accelerate(
     stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
     to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
     UNet is accelerated already, BackendUnavailable if config.backend cannot do it."""
+    options: Any = {"share_inputs": share_inputs, "keep_original": keep_original, "calibration": calibration}
+    if vae:
+        with contextlib.ExitStack() as undo:
+            if (decoder := _decoder_of(target, config)) is not None:
+                undo.callback(decoder.remove)
+            handle = accelerate(target, config, static_scales=static_scales, **options)
+            undo.pop_all()
+        first = next(iter(handle.handles.values())) if isinstance(handle, Handles) else handle
+        first.vae = decoder
+        return handle
     if not isinstance(target, nn.Module) and len(several := denoisers_of(target)) > 1:
         if static_scales or calibration not in (None, "auto"):
             raise ValueError(
                 f"accelerate: scales and calibration are of one denoiser; give {' or '.join(several)} alone"
             )
-        options: Any = {"share_inputs": share_inputs, "keep_original": keep_original, "calibration": calibration}
         handles = {}
         with contextlib.ExitStack() as undo:
             for name, denoiser in several.items():
@@ -95,6 +111,23 @@ def accelerate(
     handle.calibration, handle.by_kind = origin, by_kind
     handle.install()
     return handle
+
+
+def _decoder_of(pipe: Any, config: ModiffConfig | None) -> Handle | None:
+    """Put plain W8A8 layers into the decoder of the pipeline's VAE; None where they are slower than float."""
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
+    if not isinstance(decoder, nn.Module):
+        text = "give a pipeline whose `vae` has a `decoder`, or leave vae out"
+        raise TypeError(f"accelerate: vae=True is not possible, {type(pipe).__name__} has none to decode with; {text}")
+    like = config if isinstance(config, ModiffConfig) else ModiffConfig()
+    own = ModiffConfig(mode="quantized", cuda_graphs=False, backend=like.backend, fuse=like.fuse)
+    if (slow := why_slow(decoder, own)) is not None:
+        logger.warning("vae=True: the decoder stays float, for %s", slow)
+        return None
+    convs = [path for path, module in decoder.named_modules() if isinstance(module, nn.Conv2d)]
+    ends = convs[:1] + convs[-1:]  # which other decoders than AutoencoderKL's do not call conv_in and conv_out
+    own = dataclasses.replace(own, plan="quantized", skip_modules=(*own.skip_modules, *ends))
+    return accelerate(decoder, own, calibration=None)
 
 
 def resolve(target: Any, allow_loaded: bool = False) -> tuple[nn.Module, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.config.plan import MODULATED
+from modiff_kernels.config.plan import MODULATED, QUANTIZED
 from modiff_kernels.config.schedule import ACTION_NAMES, UPDATE, StepSchedule
 from modiff_kernels.integrations import hooks
 from modiff_kernels.integrations.forward import MORE_SIZES, UNetForward
@@ -37,6 +37,11 @@ MOVED = (
 )
 
 OTHERS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)
+FEW_CALLS = 4
+FEW = (
+    f"runs of up to {FEW_CALLS} calls are plain W8A8: the first call costs two updates, and too few follow; "
+    "plan='modulated' modulates them"
+)
 HANDLE = "_modiff_handle"  # attribute of a UNet: the handle that is alive for it
 
 
@@ -57,10 +62,12 @@ class Handle:
     """What `accelerate` did to one UNet. plan: what config.plan stands for, or None. layers: the low-bit layers by
     path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
     by_kind: what the kind of network has changed in the config that was asked for, and why.
+    vae: the handle of the decoder of the pipeline's VAE, or None where that is float.
     is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether the float weights of low-bit layers
     are kept."""
 
     calibration = by_kind = ""
+    vae: "Handle | None" = None
 
     def __init__(
         self, unet: nn.Module, pipe: Any, config: ModiffConfig, replaced: Replacements, keep_original: bool = True
@@ -75,6 +82,10 @@ class Handle:
         self._seen: tuple[torch.Size, str] | None = None
         by_default = config.plan is None and config.mode == MODULATED and bool(self.layers)
         self._is_for_cpu = by_default and not runs_on_gpu(unet)  # all layers modulated, which no GPU has by default
+        free = self._is_for_cpu and (config.act_bits, config.scale_mode) == (8, "dynamic")
+        modulated = [layer for layer in self.layers.values() if free and layer.mode == MODULATED]
+        self._by_calls: set[Any] = {*modulated, *[layer.stack for layer in modulated if layer.stack is not None]}
+        self._told_of_few = False
         self._pipes: list[Any] = []  # whose schedulers begin runs
         self._wrappers: list[hooks.Wrapper] = []
         self._own_runs: list[tuple[int | None, Any]] = []
@@ -132,6 +143,8 @@ class Handle:
             layer.original._parameters.update(layer._parameters)  # which a user may have set
         undo, self._undo = self._undo, None
         undo.close()
+        if self.vae is not None:
+            self.vae.remove()
 
     def refresh(self) -> None:
         """Make the codes of all weights again, but for those of a calibration that you gave, and all else that is kept
@@ -195,8 +208,7 @@ class Handle:
             summary.append(f"schedule: {self.explain_schedule()}")
         if self.plan is not None:
             summary.append(f"{self.plan.describe()}\n")
-        if self.by_kind:
-            summary.append(self.by_kind)
+        summary += [text for text in (self.by_kind, FEW * self._told_of_few) if text]
         others = Counter(type(module).__name__ for module in self.unet.modules() if isinstance(module, OTHERS))
         if others:
             listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
@@ -205,7 +217,8 @@ class Handle:
             summary.append(graphs)
         if self._forward.uncompiled:
             summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
-        return "\n".join([*summary, *lines])
+        vae = [] if self.vae is None else [f"\nVAE, {self.vae.explain()}"]
+        return "\n".join([*summary, *lines, *vae])
 
     def set_schedule(self, schedule: StepSchedule | str | None) -> None:
         """Take another schedule, "auto" or None from the next run on. RuntimeError if `accelerate` got none."""
@@ -279,7 +292,18 @@ class Handle:
 
     def _wrapped(self, scheduler: Any) -> list[hooks.Wrapper]:
         tell = self._scheduled.hear_of_noise if self._scheduled is not None else lambda _: None
-        return hooks.wrap_scheduler(scheduler, self.state, self._forward.timesteps.announce, tell)
+        return hooks.wrap_scheduler(scheduler, self.state, self._announce, tell)
+
+    def _announce(self, scheduler: Any) -> None:
+        """Take note of the calls that a scheduler has set, whose number decides the mode of layers that are free."""
+        calls = len(self._forward.timesteps.announce(scheduler))
+        mode = QUANTIZED if 0 < calls <= FEW_CALLS else MODULATED
+        if mode == QUANTIZED and self._by_calls and not self._told_of_few:
+            self._told_of_few = True
+            logger.warning("%s", FEW)
+        for layer in self._by_calls:
+            self.state.relocations += layer.mode != mode
+            layer.mode = mode
 
     def _is_wrapped(self, scheduler: Any) -> bool:
         return any(wrapper.owner is scheduler for wrapper in self._wrappers)

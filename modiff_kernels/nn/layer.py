@@ -44,6 +44,7 @@ class ModulatedLayer(nn.Module):
     window: Window | None = None
     stack: "LinearStack | None" = None
     packed: PackedWeight | None = None
+    output: OutputState | None = None
     feeds_geglu = has_more_uses = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +89,6 @@ class ModulatedLayer(nn.Module):
                 raise ValueError("a convolution with groups takes no input_scale; calibrate again")
         self.refresh_weight()
         self.input: InputState | None = None
-        self.output: OutputState | None = None
         if self.mode != "float":
             self.input = state.input_of(shared_input or name, config, self.granularity)
             if self.input.scale_mode == "static":
@@ -161,7 +161,7 @@ class ModulatedLayer(nn.Module):
         """Whether the columns, values and then gates, are wanted as value * gelu(gate). Where the mode is plain and the
         backend computes that in the epilogue of its products, `packed.geglu` says that this layer gives it."""
         self.feeds_geglu, packed = feeds_geglu, self.packed
-        if packed is not None and self.mode == "quantized":
+        if packed is not None and self.mode == "quantized" and self.output is None:
             problem = self.problem("product", NOMINAL_ROWS)
             wanted = weights.with_geglu(packed, problem, self.backend) if feeds_geglu else weights.without_geglu(packed)
             if wanted is not packed:

@@ -85,7 +85,8 @@ def test_the_strongest_baselines_are_there(monkeypatch):
     peers = {BFLOAT16, *PRECISIONS}
     assert peers | {"float-compile"} <= set(steps)
     least = {key: least_sqnr_db(steps[key], torch.float32) for key in peers}
-    assert least == {key: 80 if key == "openvino-float32" else 15 if "int8" in key else 25 for key in peers}
+    in_int8 = {key for key, (_, what) in PRECISIONS.items() if what}
+    assert least == {key: 80 if key == "openvino-float32" else 15 if key in in_int8 else 25 for key in peers}
     on_gpu = {row.key for row in step_rows(GPU, torch.bfloat16, compiled=True)}
     assert {"float-compile", "float-compile-graphs", QUICK, TORCHAO} <= on_gpu
     assert not peers & (on_gpu | {row.key for row in run_rows(CPU, torch.float32, compiled=True)})

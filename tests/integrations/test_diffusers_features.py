@@ -161,11 +161,11 @@ def test_attention_guidance(name, kind, options, fuse):
         return pipe(**prompts, **{name: scale}, num_inference_steps=4, output_type="latent").images
 
     expected = [latents(scale) for scale in (3.0, 0.0)]
-    handle = mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))
+    handle = mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse, plan="modulated"))
     assert all(sqnr(latents(scale), wanted) > FIDELITY_DB for scale, wanted in zip((3.0, 0.0), expected))
     if kind is diffusers.StableDiffusionSAGPipeline:  # whose hook has to see every call
         handle.remove()
-        mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse, schedule="UF3"))
+        mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse, plan="modulated", schedule="UF3"))
         with pytest.warns(UserWarning, match="because hooks are on modules"):
             assert sqnr(latents(3.0), expected[0]) > FIDELITY_DB
 

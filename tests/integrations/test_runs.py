@@ -15,6 +15,8 @@ import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
 from tests.unets import both_ways, noise, pipeline, sample, stable_diffusion, text, trajectory, unet2d, unet2d_condition
 
+KINDS = {"plain": "quantized", "modulated": "modulated"}
+
 
 class TestRuns:
     @pytest.mark.parametrize(
@@ -36,6 +38,25 @@ class TestRuns:
         with pytest.raises(RuntimeError, match=rf"outside a run \(.*{reason}"):
             pipe.unet(noise(), 1)
         assert torch.equal(sample(pipe), fresh)
+
+    def test_runs_of_few_calls_are_plain(self, caplog):
+        def samples(plan, *steps):
+            pipe = stable_diffusion(DDIMScheduler(clip_sample=False))
+            prompts = {"prompt_embeds": text(1), "negative_prompt_embeds": text(1, 3), "output_type": "latent"}
+            handle = mk.accelerate(pipe, mk.ModiffConfig(plan=plan))
+            for count in steps:
+                generator = torch.Generator().manual_seed(1)
+                yield pipe(num_inference_steps=count, generator=generator, **prompts).images, handle
+
+        modes = ("plain", 1), ("modulated", 5), ("plain", 4), ("modulated", 5), ("plain", 2)
+        known = {kind: dict(zip((1, 2, 4, 5), samples(plan, 1, 2, 4, 5))) for kind, plan in KINDS.items()}
+        for (image, handle), (kind, steps) in zip(samples(None, *(steps for _, steps in modes)), modes, strict=True):
+            assert torch.equal(image, known[kind][steps][0]), (kind, steps)
+            assert {row.mode for row in handle.rows()} & set(KINDS.values()) == {KINDS[kind]}
+            has_state = handle.state.nbytes() > known["plain"][1][1].state.nbytes()
+            assert has_state == (steps > 1), "the first run with updates takes it"
+            assert "runs of up to 4 calls are plain W8A8" in handle.explain()
+        assert caplog.text.count("runs of up to 4 calls are plain W8A8") == 1
 
     @both_ways
     def test_nan_names_the_layer(self, fuse):
@@ -200,6 +221,6 @@ class TestGuidance:
             return torch.from_numpy(pipe(num_inference_steps=4, generator=generator, output_type="np").images)
 
         reference = picture()
-        handle = mk.accelerate(pipe)
+        handle = mk.accelerate(pipe, mk.ModiffConfig(plan="modulated"))
         assert sqnr(picture(), reference) > 25
         assert handle.state.contexts() == {"default", "default/1"}

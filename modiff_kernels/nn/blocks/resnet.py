@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, Role, group_norm, is_untouched
+from modiff_kernels.nn.blocks.concatenation import Concatenation
 from modiff_kernels.nn.blocks.time_projections import TimeProjections, scaled_norm
 from modiff_kernels.ops import IDENTITY, Prologue
 
@@ -30,7 +31,6 @@ class FusedResnetBlock2D(FusedBlock):
         return (
             type(block.norm1) is type(block.norm2) is nn.GroupNorm
             and isinstance(block.nonlinearity, nn.SiLU)
-            and block.time_embedding_norm in ("default", "scale_shift")
             and block.norm2.affine
             and block.upsample is block.downsample is None
             and block.output_scale_factor == 1.0
@@ -46,6 +46,7 @@ class FusedResnetBlock2D(FusedBlock):
         self.conv2 = parts.conv2d("conv2")
         self.conv_shortcut = None
         self.skip_time_act, self.scale_shift = block.skip_time_act, block.time_embedding_norm == "scale_shift"
+        self.takes_time = self.scale_shift or block.time_embedding_norm == "default"  # a VAE has "group"
         self.time_projections: TimeProjections | None = None
         if block.conv_shortcut is not None:
             self.conv_shortcut = parts.conv2d("conv_shortcut")
@@ -53,18 +54,24 @@ class FusedResnetBlock2D(FusedBlock):
                 self.conv_shortcut.add_onto(self.conv2.output)
 
     def run(self, x: Tensor, temb: Tensor | None = None, *unused: Any, **unused_too: Any) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        dtype = x.dtype
+        dtype, further, read = x.dtype, None, IDENTITY
         conv1, conv2, shortcut = self.conv1, self.conv2, self.conv_shortcut
-        h = step.run(conv1, group_norm(self.norm1, True), x, dtype, write_out=False)
-        prologue = self._second_norm(temb, x.shape[0])
+        if type(x) is Concatenation:
+            if shortcut is None or shortcut.input_scale is not None:
+                x = x.whole()
+            else:
+                x, further = x.parts
+                read = Prologue(further=further)
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = step.run(conv1, group_norm(self.norm1, True, further), x, dtype, write_out=False)
+        prologue = self._second_norm(temb if self.takes_time else None, x.shape[0])
         if shortcut is None:
             return step.run(conv2, prologue, h, dtype, skip=x)
         if conv2.mode == "quantized":
-            skip = step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
+            skip = step.run(shortcut, read, shortcut.scaled(x), dtype)
             return step.run(conv2, prologue, h, dtype, skip=skip)
         step.run(conv2, prologue, h, dtype, write_out=False)
-        return step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
+        return step.run(shortcut, read, shortcut.scaled(x), dtype)
 
     def _second_norm(self, temb: Tensor | None, samples: int) -> Prologue:
         norm = group_norm(self.norm2, True)

@@ -97,8 +97,8 @@ class TestTiles:
     @pytest.mark.parametrize("splits", [2, 3])
     @pytest.mark.parametrize(("bits", "tile"), ALL_TILES)
     def test_splits_of_k(self, hopper, bits, tile, splits):
-        """More work items than blocks: a block takes splits of several tiles. Of three splits it is sometimes the last to
-        a tile; two are a cluster's, whose blocks have 4 and 5 k-blocks of each tile."""
+        """More work items than blocks: a block takes splits of several tiles. Of three splits it is sometimes the last
+        to a tile; two are a cluster's, whose blocks have 4 and 5 k-blocks of each tile."""
         case = Case(2, 9, 9, 128, 72, THREE, bits)
         case.check(hopper, Launch(tile, splits=splits, multiprocessors=2, seed=tile))
 
