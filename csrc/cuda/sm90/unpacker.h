@@ -19,32 +19,34 @@ MODIFF_HD void read_shared(uint32_t* words, const uint8_t* p) {
 }
 
 // 32 codes of a row to a thread at a time: neighbouring threads read neighbouring bytes, and eight of them write the even
-// 16-byte chunks of two rows, which swizzling puts into different banks, then the odd ones. All loads are under way at
-// once.
+// 16-byte chunks of two rows, which swizzling puts into different banks, then the odd ones. The next codes are read
+// while those before are unpacked; with more of them, registers of stores were waited for.
 template <class P, class Cta>
 MODIFF_HD void unpack_stage(Cta& cta, const uint8_t* packed, uint8_t* weight, const PlaneConstants& constants) {
   constexpr int kCodes = 32, kPasses = P::kColumns * kBlockK / kCodes / kWarpgroup;
   const int thread = cta.thread() % kWarpgroup;
-  uint32_t read[kPasses][P::kBits];
-  MODIFF_UNROLL for (int i = 0; i < kPasses; ++i) {
-    const int unit = i * kWarpgroup + thread;  // in the order of rows, codes
-    if constexpr (P::kBits == 4) {
-      read_shared<4>(read[i], packed + unit * 16);
-    } else {
-      read_shared<2>(read[i], packed + unit * 8);
-      read_shared<1>(read[i] + 2, packed + P::kLowBytes + unit * 4);
-    }
-  }
   // Rows of later passes have the same places in their spans of 1024 bytes.
   const uint32_t to = swizzled(static_cast<uint32_t>(thread * kCodes), kBlockK);
   static_assert(kWarpgroup * kCodes % 1024 == 0, "passes");
+  uint32_t read[2][P::kBits];
+  const auto load = [&](int i) {
+    const int unit = i * kWarpgroup + thread;  // in the order of rows, codes
+    if constexpr (P::kBits == 4) {
+      read_shared<4>(read[i % 2], packed + unit * 16);
+    } else {
+      read_shared<2>(read[i % 2], packed + unit * 8);
+      read_shared<1>(read[i % 2] + 2, packed + P::kLowBytes + unit * 4);
+    }
+  };
+  load(0);
   MODIFF_UNROLL for (int i = 0; i < kPasses; ++i) {
+    if (i + 1 < kPasses) load(i + 1);
     uint32_t words[8];
     if constexpr (P::kBits == 4) {
       MODIFF_UNROLL for (int j = 0; j < 4; ++j)
-        raise_eight_nibbles(read[i][j], words[2 * j], words[2 * j + 1]);
+        raise_eight_nibbles(read[i % 2][j], words[2 * j], words[2 * j + 1]);
     } else {
-      unpack_planes({read[i][0], read[i][1]}, read[i][2], words, constants);
+      unpack_planes({read[i % 2][0], read[i % 2][1]}, read[i % 2][2], words, constants);
     }
     cta.shared_store(weight + i * kWarpgroup * kCodes + to, words);
     cta.shared_store(weight + i * kWarpgroup * kCodes + (to ^ 16), words + 4);
