@@ -109,7 +109,7 @@ LAYERS = [
     (1, 1, 128, 64, POINT, 8),  # the simplest: one k-block of one tile
     (2, 8, 128, 160, POINT, 8),
     (2, 8, 64, 64, THREE, 8),  # boxes of 64 codes
-    (2, 64, 320, 320, THREE, 8),
+    (2, 64, 320, 320, THREE, 8),  # two splits of K, in clusters
     (2, 64, 320, 320, DOWN, 8),
     (8, 32, 640, 640, THREE, 8),  # 256 x 160
     (2, 16, 1280, 1280, THREE, 8),  # splits of K
