@@ -1,11 +1,17 @@
 """Denoisers as research code writes them, in its names and ways, accelerated without a change::
 
-    python examples/research_networks.py            a line for each: low-bit layers, and dB to the float network
+    python examples/research_networks.py           a line for each: low-bit layers, and dB to the float network
+    python examples/research_networks.py --time    a DiT of the shape S/2 at batch 8, in turn: CPU time of a call
 
 The four UNets have the layers of guided-diffusion, of EDM and NCSN++, of CompVis' latent diffusion and DDPM, and of
 denoising-diffusion-pytorch, at the places where these have them; the DiT is that of facebookresearch/DiT."""
 
+import contextlib
+import copy
 import math
+import statistics
+import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -169,6 +175,42 @@ def main():
         print(f"{name:30} {sum(low)} of {len(low)} layers W8A4, {sqnr(out, exact):.1f} dB to float")
 
 
+def time_modes(calls=9):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    base = DiT(384, 12, 32).eval().requires_grad_(False)
+    for parameter in base.parameters():
+        if parameter.ndim < 2:
+            parameter += 0.1 * torch.randn_like(parameter)
+    modes = {
+        "float32": None,
+        "float32, torch.compile": None,
+        "plain W8A8 per token (default)": mk.ModiffConfig(),
+        "modulated W8A8": mk.ModiffConfig(plan="modulated"),
+        "modulated W8A4": mk.ModiffConfig(act_bits=4),
+    }
+    networks = {name: (copy.deepcopy(base), config) for name, config in modes.items()}
+    handles = {name: mk.accelerate(net, config) for name, (net, config) in networks.items() if config is not None}
+    forwards = {name: torch.compile(net) if "compile" in name else net for name, (net, _) in networks.items()}
+    start, end = torch.randn(2, 8, 4, 32, 32)
+    seconds = {name: [] for name in modes}
+    with contextlib.ExitStack() as runs:
+        for handle in handles.values():
+            runs.enter_context(handle.sampling_run())
+        for i in range(3 + calls):
+            call = torch.lerp(start, end, i / 50), torch.full((8,), 500 - 20 * i), torch.arange(8)
+            outs = {}
+            for name, forward in forwards.items():
+                began = time.thread_time()
+                outs[name] = forward(*call)
+                seconds[name].append(time.thread_time() - began)
+        medians = {name: statistics.median(each[3:]) for name, each in seconds.items()}
+        for name, median in medians.items():
+            state = handles[name].state.nbytes() / 2**20 if name in handles else 0
+            near = f"{sqnr(outs[name], outs['float32']):.1f} dB" if name in handles else ""
+            print(f"{name:32} {1e3 * median:7.0f} ms {medians['float32'] / median:5.2f}x {state:5.0f} MiB  {near}")
+
+
 if __name__ == "__main__":
     with torch.no_grad():
-        main()
+        time_modes() if "--time" in sys.argv[1:] else main()

@@ -27,6 +27,7 @@ _WINDOW = Window((3, 3), padding=(1, 1))
 _IMAGES, _TOKENS = ("identity", "group_norm"), ("identity", "layer_norm", "geglu")  # prologues
 _FIRST_IMAGE, _FIRST_TOKENS = (2, 320, 64, 64), (2, 4096, 320)
 _OTHER_SHAPES = ((2, 640, 32, 32), (2, 1280, 8, 8), (2, 1024, 640), (2, 64, 1280), (2, 77, 768))
+_WITH_GROUPS = ((2, 320, 32, 32), (2, 2560, 16, 16))  # which programs hold, the first with most registers
 _OTHER_DTYPES = ((torch.bfloat16, torch.float16), (torch.float32, torch.float32))
 
 
@@ -157,6 +158,8 @@ def quantize_variants() -> list[Variant]:
         for granularity in GRANULARITIES:
             _call_quantize(_FIRST_IMAGE, half, _IMAGES, granularity)
             _call_quantize(_FIRST_TOKENS, half, _TOKENS[1:], granularity)
+        for shape in _WITH_GROUPS:
+            _call_quantize(shape, half, ("group_norm",), "per_sample")
         for dtypes in _OTHER_DTYPES:
             _call_quantize(_FIRST_IMAGE, dtypes, _IMAGES, "per_block")
             _call_quantize(_FIRST_TOKENS, dtypes, _TOKENS, "per_block")

@@ -9,7 +9,8 @@ everything. What runs in the float layers of a plan is counted as torch runs it,
 
 Times are no measurement: the cost model (planning/cost.py) at the rates below, for the layers of the network, by the
 plan for 8-bit weights and activations that is the default on a GPU; beside the same layers in float16 as a fusing
-compiler runs them, in a CUDA graph. What both have in common is in neither.
+compiler runs them, in a CUDA graph. What both have in common is in neither. With --host, what is measured is the Python
+of an eager call, on the processor that this runs on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import statistics
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +45,7 @@ from modiff_kernels.evaluation import markdown_table, to_json
 from modiff_kernels.integrations import plans, replacements
 from modiff_kernels.nn import layer as layer_module
 from modiff_kernels.nn import weight as weights
+from modiff_kernels.nn.blocks import concatenation
 from modiff_kernels.nn.tensors import ModulationState
 from modiff_kernels.ops import check, dispatch
 from modiff_kernels.ops.problem import Problem
@@ -75,7 +79,10 @@ class _Aten(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (name := func.__name__.split(".")[0]) not in FREE:
             self.counts[f"aten {name}"] += 1
-        return func(*args, **kwargs or {})
+        result = func(*args, **kwargs or {})
+        if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            result = result.contiguous(memory_format=torch.channels_last)  # as on a GPU; meta does not know the format
+        return result
 
 
 def _bytes(tensors: Any) -> int:
@@ -216,6 +223,61 @@ def modelled(network: str, batch: int, gpu: str) -> dict[str, Any]:
                 sums[f"{name}_gigabytes"] += sum(p.bytes for p in cost.passes(layer, mode, sizes, compiled)) / 1e9
     counts = Counter(mode.kind for mode in modes.values())
     return {**sums, "modes": ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))}
+
+
+def host(network: str, batch: int, plan: mk.LayerPlan | str, calls: int = 40) -> dict[str, Any]:
+    """Milliseconds that the host takes for an eager call, the median of a run: processor time of this thread for all
+    but the kernels. Those are stood in for, torch's too, by functions that give what they gave at the first call. The
+    tensors between them are allocated, of images of 8 x 8: larger ones would take the host's allocator to the system,
+    where that of a GPU keeps its memory."""
+    from diffusers import DDIMScheduler
+
+    unet = build_unet(network, "meta").half().to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.zero_()
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(calls, device="cpu")
+    kept: dict[Any, Any] = {}
+
+    def stand_in(name: str, real: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            key = name, *[arg.shape for arg in args if isinstance(arg, torch.Tensor)], more.get("form")
+            if key not in kept:
+                kept[key] = real(*args, **more)
+            return kept[key]
+
+        return call
+
+    with pretended_gpu(), contextlib.ExitStack() as undo:
+        product = library.product_op()
+
+        def one_product(codes, *operands):  # type: ignore[no-untyped-def]
+            key = codes.shape, id(operands[-1])  # the form is kept by who calls
+            if key not in kept:
+                kept[key] = product(codes, *operands)
+            return kept[key]
+
+        patches: list[tuple[Any, str, Any]] = [
+            (launch, "record", lambda *args: None),
+            (library, "product_op", lambda: one_product),
+            (concatenation, "CONCATENATE_ON", ()),
+        ]
+        names = "conv2d", "group_norm", "silu", "interpolate", "scaled_dot_product_attention"
+        for patch in [*patches, *[(F, name, stand_in(name, getattr(F, name))) for name in names]]:
+            undo.enter_context(mock.patch.object(*patch))
+        handle = mk.accelerate(unet, mk.ModiffConfig(plan=plan, cuda_graphs=False), calibration=None)
+        sample = torch.zeros((batch, unet.config.in_channels, 8, 8), dtype=torch.float16)
+        keywords = {name: value.new_zeros(value.shape, device="cpu") for name, value in conditions(unet, batch).items()}
+        for _ in range(2):
+            taken = []
+            with handle.sampling_run(scheduler=scheduler):
+                for timestep in scheduler.timesteps.tolist():
+                    start = time.thread_time()
+                    unet(sample, timestep, **keywords)
+                    taken.append(1e3 * (time.thread_time() - start))
+        handle.remove()
+    return {"host_ms": statistics.median(taken[3:]), "host_least_ms": min(taken)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -80,10 +80,12 @@ MODIFF_HD int32_t to_int(float x) {
 #endif
 }
 
-// The bytes of a (0 to 3) and b (4 to 7) that the nibbles of `order` name, the lowest first.
+// The bytes of a (0 to 3) and b (4 to 7) that the lower four nibbles of `order`, 7 at most, name, the lowest first.
 MODIFF_HD uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(a, b, order);
+  uint32_t word;  // __byte_perm would mask the nibbles once more
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(order));
+  return word;
 #else
   const uint64_t both = a | static_cast<uint64_t>(b) << 32;
   uint32_t word = 0;

@@ -60,42 +60,35 @@ MODIFF_HD void unpack_eight_nibbles(uint32_t word, uint32_t& first, uint32_t& se
   second = extend_nibbles(spread_nibbles(word >> 16));
 }
 
-// Four 3-bit codes, their low two bits in a byte and bit 2 in a nibble, to four int8: pairs and bits are spread to
-// bytes; u ^ 4 is the code in three bits, whose signs are extended at once.
-MODIFF_HD uint32_t spread_pairs(uint32_t byte) {
-  const uint32_t two = (byte | (byte << 12)) & 0x000F000Fu;
-  return (two | (two << 6)) & 0x03030303u;
+// 32 3-bit codes in order, four int8 to a word: two words of the low plane, one of the high one. A nibble gets the three
+// bits of a code, those of even codes in a word of their own; four nibbles at once pick bytes from the table of all codes.
+// The constants are arguments for callers that hold them in registers.
+struct PlaneConstants {
+  uint32_t negative = 0xFFFEFDFCu, mask = 0x33333333u;
+};
+MODIFF_HD void unpack_planes(const uint32_t (&low)[2], uint32_t high, uint32_t (&words)[8],
+                             const PlaneConstants& constants = {}) {
+  constexpr uint32_t positive = 0x03020100u;
+  const auto& [negative, mask] = constants;
+  MODIFF_UNROLL for (int i = 0; i < 2; ++i) {
+    // Bits 0 and 2 of a byte's lower nibble go to bits 2 and 6, bits 1 and 3 to the same of another word.
+    const uint32_t nibbles = permute_bytes(high, high >> 4, i == 0 ? 0x5140 : 0x7362);
+    const uint32_t even = (low[i] & mask) | ((nibbles & 0x05050505u) * (1u << 2 | 1u << 4) & ~mask);
+    const uint32_t odd = (low[i] >> 2 & mask) | ((nibbles & 0x0A0A0A0Au) * (1u << 1 | 1u << 3) & ~mask);
+    MODIFF_UNROLL for (int j = 0; j < 2; ++j) {
+      const uint32_t evens = permute_bytes(negative, positive, even >> (16 * j));
+      const uint32_t odds = permute_bytes(negative, positive, odd >> (16 * j));
+      words[4 * i + 2 * j] = permute_bytes(evens, odds, 0x5140);
+      words[4 * i + 2 * j + 1] = permute_bytes(evens, odds, 0x7362);
+    }
+  }
 }
 
-MODIFF_HD uint32_t spread_bits(uint32_t nibble) { return (nibble * 0x00204081u) & 0x01010101u; }
-
-MODIFF_HD uint32_t join_planes(uint32_t byte, uint32_t nibble) {
-  const uint32_t codes = spread_pairs(byte) | ((spread_bits(nibble) ^ 0x01010101u) << 2);
-  return codes | ((codes & 0x04040404u) * 0x3Eu);
-}
-
-// Eight 3-bit codes in order: 16 bits of the low plane, 8 bits of the high one.
-MODIFF_HD void unpack_eight_planes(uint32_t low, uint32_t high, uint32_t& first, uint32_t& second) {
-  first = join_planes(low & 0xFFu, high & 0xFu);
-  second = join_planes((low >> 8) & 0xFFu, (high >> 4) & 0xFu);
-}
-
-// The same eight codes as int8 in the upper bits of a byte, where no signs need to be extended: times 16, and times 32.
+// Eight 4-bit codes as int8 in the upper bits of a byte, 16 times as large, where no signs need to be extended.
 MODIFF_HD void raise_eight_nibbles(uint32_t word, uint32_t& first, uint32_t& second) {
   const uint32_t even = (word << 4) & 0xF0F0F0F0u, odd = word & 0xF0F0F0F0u;
   first = permute_bytes(even, odd, 0x5140);
   second = permute_bytes(even, odd, 0x7362);
-}
-
-// A factor is the sum of the shifts that bring every pair, or bit, to its byte; what they bring elsewhere is masked.
-MODIFF_HD uint32_t raise_planes(uint32_t byte, uint32_t nibble) {
-  const uint32_t pairs = (byte & 0x0Fu) * (1u << 5 | 1u << 11) + (byte & 0xF0u) * (1u << 17 | 1u << 23);
-  const uint32_t bits = nibble * (1u << 7 | 1u << 14 | 1u << 21 | 1u << 28);
-  return (pairs & 0x60606060u) | (~bits & 0x80808080u);
-}
-MODIFF_HD void raise_eight_planes(uint32_t low, uint32_t high, uint32_t& first, uint32_t& second) {
-  first = raise_planes(low, high & 0xFu);
-  second = raise_planes(low >> 8, (high >> 4) & 0xFu);
 }
 
 }  // namespace modiff

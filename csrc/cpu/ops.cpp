@@ -337,6 +337,11 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
       "product(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, Tensor weight_scale, "
       "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, int[] geometry, "
       "int weight_bits, int isa) -> Tensor");
+  // product without y_hat: inductor fails on the one result of an op that could mutate and does not (torch 2.13).
+  m.def(
+      "product_plain(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, "
+      "Tensor weight_scale, Tensor? bias, Tensor? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
+      "int[] geometry, int weight_bits, int isa) -> Tensor");
   m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
   m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
@@ -350,6 +355,7 @@ STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(modiff_cpu, CPU, m) {
   m.impl("quantize", TORCH_BOX(&modiff::cpu::quantize));
   m.impl("product", TORCH_BOX(&modiff::cpu::product));
+  m.impl("product_plain", TORCH_BOX(&modiff::cpu::product));
   m.impl("attention", TORCH_BOX(&modiff::cpu::attention));
   m.impl("pack_vnni", TORCH_BOX(&modiff::cpu::pack));
   m.impl("unpack_vnni", TORCH_BOX(&modiff::cpu::unpack));

@@ -84,15 +84,17 @@ int launch(const QuantizeCall& call, Stream stream) {
 }
 
 // Codes, scales, and absmax (residual form) or zero points (plain form).
-std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<Tensor> gamma,
-                                            std::optional<Tensor> beta, std::optional<Tensor> shift,
-                                            std::optional<Tensor> x_hat, std::optional<Tensor> scale,
-                                            const Tensor& form) {
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& input, std::optional<Tensor> further,
+                                            std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                                            std::optional<Tensor> shift, std::optional<Tensor> x_hat,
+                                            std::optional<Tensor> scale, const Tensor& form) {
   QuantizeCall call{};
   QuantizeProblem& p = call.problem;
   set_form(call, form_of(form, kQuantizeForm, "quantize"));
   p.input = input.const_data_ptr();
   p.input_dtype = dtype_of(input.scalar_type());
+  call.further = further ? further->const_data_ptr() : nullptr;
+  call.own = p.channels - (further ? further->size(1) : 0);
   call.gamma = parameter(gamma);
   call.beta = parameter(beta);
   p.norm_stride = gamma && gamma->dim() == 2 ? gamma->stride(0) : 0;
@@ -245,9 +247,8 @@ Tensor product(const Tensor& codes, const Tensor& scale, std::optional<Tensor> z
 STABLE_TORCH_LIBRARY(modiff_cuda, m) {
   m.def("build_info() -> str");
   m.def(
-      "quantize(Tensor input, Tensor? gamma, Tensor? beta, Tensor? shift, Tensor(a!)? x_hat, Tensor? scale, Tensor "
-      "form) "
-      "-> (Tensor, Tensor, Tensor)");
+      "quantize(Tensor input, Tensor? further, Tensor? gamma, Tensor? beta, Tensor? shift, Tensor(a!)? x_hat, "
+      "Tensor? scale, Tensor form) -> (Tensor, Tensor, Tensor)");
   m.def(
       "product(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? tap_sums, Tensor weight, Tensor weight_scale, "
       "Tensor? bias, Tensor(a!)? y_hat, Tensor? skip, Tensor form) -> Tensor");

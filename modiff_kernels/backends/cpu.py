@@ -114,14 +114,15 @@ def _float32(t: Tensor | None) -> Tensor | None:
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    kind, gamma, beta, shift, num_groups, eps, silu, _ = prologue
+    sizes = sizes_of(prologue.shape(h))
     norm = (_float32(gamma), _float32(beta), _float32(shift), num_groups, eps, silu)
     if last_absmax is not None:
         scale = residual_scale(last_absmax, bits, clip_ratio)
     form = (affine and x_hat is None, bits, GRANULARITY_VALUE[granularity], clip_ratio)
     try:
         codes, used, absmax, zero_point = torch.ops.modiff_cpu.quantize.default(
-            h, PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes_of(h.shape, kind), _isa
+            prologue.joined(h), PROLOGUE_VALUE[kind], *norm, x_hat, *form, scale, *sizes, _isa
         )
     except RuntimeError as error:
         if "holds NaN or Inf" not in str(error):
@@ -147,7 +148,8 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
     granularity = 0 if granules == 1 else 1 if granules == samples else 2
     factors = (codes, scale, granularity, zero_point, weight.packed, weight.scale)
     results = (_float32(bias), y_hat, skip, write_out, out_dtype)
-    return torch.ops.modiff_cpu.product.default(*factors, *results, geometry, weight.bits, _isa)
+    op = torch.ops.modiff_cpu.product_plain if y_hat is None else torch.ops.modiff_cpu.product
+    return op.default(*factors, *results, geometry, weight.bits, _isa)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
@@ -181,6 +183,7 @@ def _product_fake(
 _FAKES: dict[str, Any] = {
     "quantize": _quantize_fake,
     "product": _product_fake,
+    "product_plain": _product_fake,
     "attention": lambda q, k, v, heads, scale: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 }
 """Results without values, of the ops of the library that compiled code may call."""

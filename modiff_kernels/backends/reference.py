@@ -40,9 +40,9 @@ def quantize(
 
 def apply_prologue(h: Tensor, prologue: Prologue) -> Tensor:
     """x in float32, in the memory format of the ops."""
-    kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    kind, gamma, beta, shift, num_groups, eps, silu, _ = prologue
     gamma, beta = (None if t is None else t.to(torch.float32) for t in (gamma, beta))
-    x = h.to(torch.float32)
+    x = prologue.joined(h).to(torch.float32)
     if kind == "group_norm":
         if h.ndim == 3:
             x = x.transpose(1, 2)

@@ -32,19 +32,26 @@ PARTS = ("weight_quantizer", "weight_quantizer_0")
 
 
 def import_qdiffusion(
-    checkpoint: str | Path | Mapping[str, Tensor], unet: nn.Module, bits: int, config: ModiffConfig | None = None
+    checkpoint: str | Path | Mapping[str, Tensor],
+    unet: nn.Module,
+    bits: int,
+    config: ModiffConfig | None = None,
+    load_weights: bool = False,
 ) -> CalibrationResult:
-    """Weight codes of a Q-Diffusion checkpoint for the layers of a diffusers `unet` with the same float weights.
+    """Weight codes of a Q-Diffusion checkpoint for the layers of a `unet` with the same float weights.
 
     bits: of the weights, which the file does not say (its name does: cifar_w4a8_ckpt.pth). config: with weight_bits
     `bits`; default: float activations. Layers are found by their weights, output channel by output channel, so that
     names do not matter and q, k, v may be one tensor there and three here. Activation scales are not read: modulation
-    quantises residuals, which the checkpoint knows nothing of.
+    quantises residuals, which the checkpoint knows nothing of. load_weights: put its float weights into the network of
+    research code that it was made from (CompVis' LDM, ddpm_cifar10), whose names it has after a prefix as `model.`.
 
     Raises ValueError on a file that is no such checkpoint, and names the layers whose weights are not in it."""
     config = ModiffConfig(weight_bits=bits, act_bits=None) if config is None else config
     check_choice("bits", bits, (config.weight_bits,))
     tensors = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
+    if load_weights:
+        _load(tensors, unet)
     channels = _channels(tensors, bits)
     layers: dict[str, CalibratedLayer] = {}
     missing: list[str] = []
@@ -69,6 +76,17 @@ def _read(path: str | Path) -> Mapping[str, Tensor]:
     except Exception as error:
         raise ValueError(f"import_qdiffusion: cannot read {path} as a PyTorch checkpoint ({error})") from error
     return tensors.get("state_dict", tensors)
+
+
+def _load(tensors: Mapping[str, Tensor], network: nn.Module) -> None:
+    own = list(network.state_dict())
+    prefixes = [name.removesuffix(own[0]) for name in tensors if name.endswith(own[0])] or ["model."]
+    missing = {prefix: [name for name in own if prefix + name not in tensors] for prefix in prefixes}
+    prefix = min(prefixes, key=lambda prefix: len(missing[prefix]))
+    if missing[prefix]:
+        text = f"has no {prefix + missing[prefix][0]!r}; give the network that it was made from, in its own code"
+        raise ValueError(f"import_qdiffusion: the checkpoint {text}")
+    network.load_state_dict({name: tensors[prefix + name] for name in own})
 
 
 class Channel(NamedTuple):

@@ -78,7 +78,8 @@ def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[s
     if isinstance(more.get("prompt"), str):
         more["prompt"] = [more["prompt"]] * len(seeds)
     elif isinstance(more.get("prompt_embeds"), Tensor) and len(more["prompt_embeds"]) == 1:
-        more["num_images_per_prompt"] = len(seeds)
+        ones = {name: value for name, value in more.items() if isinstance(value, Tensor) and len(value) == 1}
+        more |= {name: value.repeat_interleave(len(seeds), 0) for name, value in ones.items()}
     elif "batch_size" in accepted:
         more["batch_size"] = len(seeds)
     elif "class_labels" in accepted:

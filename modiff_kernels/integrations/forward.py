@@ -23,6 +23,7 @@ from modiff_kernels.integrations.graphs import GraphedCalls
 from modiff_kernels.integrations.hooks import Wrapper, set_attribute, wrap_forward
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks.base import is_adapter
+from modiff_kernels.nn.blocks.concatenation import forward_without_concatenation
 from modiff_kernels.nn.cache import TimeTable, tensor_version
 from modiff_kernels.nn.call import CallForm
 from modiff_kernels.ops.dispatch import torch_must_see
@@ -62,6 +63,9 @@ class UNetForward:
         if self._form.timestep is not None:
             wrap_forward(self._unet, lambda _, *args, **kwargs: self._plain(*args, **kwargs), undo, self._name)
         wrap_forward(self._unet, self._forward, undo, self._name)
+        for block in self._unet.modules():
+            if (forward := forward_without_concatenation(block)) is not None:
+                wrap_forward(block, functools.partial(_unless_compiling, forward), undo)
         for name in ("enable_freeu", "disable_freeu"):
             if callable(method := getattr(self._unet, name, None)):
                 set_attribute(self._unet, name, functools.partial(self._then_capture_again, method), undo)
@@ -240,6 +244,10 @@ def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
     if device.type != device_type:
         return f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
     return None
+
+
+def _unless_compiling(forward: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (original if torch.compiler.is_compiling() else forward)(*args, **kwargs)
 
 
 def _with_tensor_timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

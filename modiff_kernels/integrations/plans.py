@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.backends import cpu
+from modiff_kernels.backends.triton.quantize_tiling import tiling, tiling_by_groups
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
@@ -42,6 +43,9 @@ PROBE_BYTES = 2**26  # above the caches
 PROBE_REPEATS = 5
 GRAPH_LAUNCH = 1.5e-6  # seconds between two kernels of a CUDA graph: an assumption, nothing was measured
 LEAD_CYCLES = 100_000_000  # 50 ms or more: longer than the host takes for a call of a large UNet
+
+
+NORMS = {"conv1": "norm1", "conv2": "norm2"}  # before the layers of a residual block
 
 
 def plan_of(
@@ -165,7 +169,12 @@ def _described(name: str, replaced: Replacements, shape: LayerShape) -> LayerSha
     block = max(blocks, key=len, default=None)
     role = ALONE if block is None else replaced.fused[block].layers.get(name[len(block) + 1 :], ALONE)
     is_reader = layer.input is not None and layer.input.key != name
-    return shape._replace(role=role, is_reader=is_reader, is_constant=layer.mode == CONSTANT)
+    norm: Any = getattr(replaced.fused.get(block or ""), NORMS.get(name.rpartition(".")[2], ""), None)
+    fits = False
+    if norm is not None:
+        tiles = tiling(1, shape.rows, norm.num_channels, "per_sample", 8, "group_norm", torch.half.itemsize)
+        fits = tiling_by_groups(tiles, norm.num_groups, torch.half.itemsize).width > 0
+    return shape._replace(role=role, is_reader=is_reader, is_constant=layer.mode == CONSTANT, norm_fits=fits)
 
 
 def state_bytes_of(layers: Iterable[str], replaced: Replacements, shapes: Mapping[str, LayerShape]) -> int:
@@ -203,7 +212,9 @@ def traced_shapes(unet: nn.Module, batch: int = 1) -> tuple[tuple[int, ...], dic
         weight, outputs = module.weight, output.numel()
         windowed = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
         multiply_adds = outputs * weight[0].numel()
-        shapes[path] = LayerShape(inputs[0].numel(), outputs, weight.numel(), multiply_adds, windowed=windowed)
+        rows = inputs[0][:, 0].numel() // len(inputs[0]) if inputs[0].ndim == 4 else inputs[0][0, ..., 0].numel()
+        sizes = inputs[0].numel(), outputs, weight.numel(), multiply_adds
+        shapes[path] = LayerShape(*sizes, windowed=windowed, rows=rows)
 
     for path, module in hollow.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -69,7 +69,7 @@ def run(
     if layer.state.is_first or spread is not None:
         return accumulate(layer, residual_codes(layer, prologue, h, dtype), skip, dtype, write_out, spread)
     source: Any = layer.input
-    x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
+    x_hat = source.ensure(prologue.shape(h), dtype, h.device, layer.memory_format)
     held = layer.output.current()
     scale, last_absmax, ratio = source.scale()
     args = (
@@ -91,7 +91,7 @@ def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dty
     """Codes of the residual of prologue(h), for the input of `layer`: of one update, or those of a first call. Updates
     x_hat."""
     source: Any = layer.input
-    x_hat = source.ensure(quantized_shape(prologue, h), dtype, h.device, layer.memory_format)
+    x_hat = source.ensure(prologue.shape(h), dtype, h.device, layer.memory_format)
     if layer.state.is_first:
         args = (h, prologue, x_hat, None, FIRST_BITS, source.granularity, 1.0, True, None)
         key = "first", prologue.shift is None, h.shape, h.dtype, h.device
@@ -210,10 +210,6 @@ def constant(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
         value = run_once(layer, source.to(dtype).contiguous())
         value = state.kept.keep(state.context_name, layer.name, source, weight, value)
     return value
-
-
-def quantized_shape(prologue: Prologue, h: Tensor) -> Sequence[int]:
-    return (*h.shape[:-1], h.shape[-1] // 2) if prologue.kind == "geglu" else h.shape
 
 
 def repeated(kernels: dict[Any, Callable[..., Any]], key: Any, op: Any, args: tuple[Any, ...], backend: str) -> Any:

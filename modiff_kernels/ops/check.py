@@ -49,7 +49,7 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, l
 
 def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[int], bool]:
     """Shape of x = prologue(h), and whether it is an image; checks h and the prologue."""
-    kind, gamma, beta, shift, num_groups, eps, _ = prologue
+    kind, gamma, beta, shift, num_groups, eps, _, further = prologue
     if kind not in PROLOGUES:
         raise ValueError(f"{op}: prologue {kind!r} is not known; choose one of {', '.join(map(repr, PROLOGUES))}")
     _require_tensors(op, h, None, h=h, shift=shift, gamma=gamma, beta=beta)
@@ -57,11 +57,14 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
     if kind == "group_norm" and h.ndim not in (3, 4):
         raise ValueError(f"{op}: h has {_text(h)}; expected an image [N, C, H, W] or tokens [N, L, C]")
     _require_activation(op, "h", h, image)
-    channels = h.shape[1 if image else -1]
-    if kind == "geglu":
-        if channels % 2 != 0:
-            raise ValueError(f"{op}: h has {_text(h)}; expected [..., 2K]: values first, gates second")
-        return (*h.shape[:-1], channels // 2), image
+    if further is not None:
+        if not image:
+            raise ValueError(f"{op}: prologue {kind!r} of {h.ndim} dimensions takes no further channels; leave it None")
+        _require_tensors(op, h, h.dtype, further=further)
+        _require_shape(op, "further", further, (h.shape[0], *further.shape[1:2], *h.shape[2:]), image)
+    channels = prologue.shape(h)[1] if image else h.shape[-1]
+    if kind == "geglu" and channels % 2 != 0:
+        raise ValueError(f"{op}: h has {_text(h)}; expected [..., 2K]: values first, gates second")
     if kind in ("group_norm", "layer_norm"):
         if kind == "group_norm" and gamma is not None and beta is not None and gamma.ndim == 2:
             _require_rows(op, "gamma", gamma, h.shape[0], channels)
@@ -79,7 +82,7 @@ def _quantized_shape(op: str, h: Tensor, prologue: Prologue) -> tuple[Sequence[i
         _require_rows(op, "shift", shift, h.shape[0], channels)
     elif shift is not None:
         raise ValueError(f"{op}: prologue {kind!r} takes no shift; only 'group_norm' does")
-    return h.shape, image
+    return prologue.shape(h), image
 
 
 def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dtype, write_out) -> Problem:

@@ -121,6 +121,15 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
         tags = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
         _library.define(name + arguments.schema(mutates), tags=tags)
         op = getattr(torch.ops.modiff, name).default
+        mutable = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None]
+        plain = op
+        if mutable and len(op._schema.returns) == 1:  # inductor fails on it where nothing is mutated (torch 2.13)
+            _library.define(f"{name}_plain{arguments.schema(())}", tags=tags)
+            plain = getattr(torch.ops.modiff, f"{name}_plain").default
+
+        def op_of(flat: Sequence[Any]) -> Any:
+            return plain if torch.compiler.is_compiling() and all(flat[i] is None for i in mutable) else op
+
         is_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
         tensors_of = itemgetter(*[i for i, tensor in enumerate(is_tensor) if tensor], 0)
         others_of = itemgetter(*[i for i, tensor in enumerate(is_tensor) if not tensor], -1)
@@ -150,10 +159,10 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
         def inlined(*flat: Any) -> Any:
             sizes = [size for tensor in tensors_of(flat) if tensor is not None for size in tensor.shape]
             if any(isinstance(size, torch.SymInt) for size in sizes):  # no backend can be chosen for unknown sizes
-                return op(*flat)
+                return op_of(flat)(*flat)
             args = arguments.nested(flat)
             selection = dispatch.select(check(*args[:-1]), args[-1])
-            return selection.fn(*args[:-1]) if selection.traceable else op(*flat)
+            return selection.fn(*args[:-1]) if selection.traceable else op_of(flat)(*flat)
 
         def fake(*flat: Any) -> Any:
             args = arguments.nested(flat)
@@ -161,16 +170,17 @@ def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Calla
             return empty_results(*args)
 
         _inlined.append(inlined)
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, lambda *flat: execute(arguments.nested(flat)), device)
-        torch.library.register_fake(f"modiff::{name}", fake, lib=_library)
+        for each in {op, plain}:
+            for device in ("CPU", "CUDA"):
+                _library.impl(each.name(), lambda *flat: execute(arguments.nested(flat)), device)
+            torch.library.register_fake(each.name(), fake, lib=_library)
 
         @functools.wraps(fn)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = arguments.bind(args, kwargs)
             if torch_must_see(bound[0]):
                 flat = arguments.flat(bound)
-                return inlined(*flat) if _inlining and torch.compiler.is_compiling() else op(*flat)
+                return inlined(*flat) if _inlining and torch.compiler.is_compiling() else op_of(flat)(*flat)
             return execute(bound)
 
         call.kernel_for = kernel_for  # type: ignore[attr-defined]

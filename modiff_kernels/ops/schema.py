@@ -80,11 +80,10 @@ def quantize(
     Returns:
         codes int8, of x's shape and memory format; the scales used, float32, one per granule; and, one per granule,
         with x_hat absmax float32 (without clip_ratio), without x_hat the zero points int32."""
-    like = h if prologue.kind != "geglu" else h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
     image = h.ndim == 4 and prologue.kind in ("identity", "group_norm")
-    used = h.new_empty((granule_count(like.shape, granularity, image),), dtype=torch.float32)
+    used = h.new_empty((granule_count(prologue.shape(h), granularity, image),), dtype=torch.float32)
     third = torch.empty_like(used, dtype=torch.int32 if x_hat is None else torch.float32)
-    return torch.empty_like(like, dtype=torch.int8), used, third
+    return prologue.empty_codes(h), used, third
 
 
 @declare(check.product, mutates=["y_hat"])

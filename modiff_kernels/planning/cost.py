@@ -26,7 +26,8 @@ class LayerShape(NamedTuple):
     """A Linear or Conv2d: elements of its input, output and weight, and multiply-adds, each for the whole batch.
 
     role: what its block does around it. windowed: a convolution of more than single pixels. is_reader: its input is
-    quantised by another layer, in whose product it takes part. is_constant: in low bits computed once a run."""
+    quantised by another layer, in whose product it takes part. is_constant: in low bits computed once a run. rows:
+    pixels or tokens of a sample. norm_fits: with delayed scales, its group norm needs no pass for the statistics."""
 
     inputs: int
     outputs: int
@@ -36,6 +37,8 @@ class LayerShape(NamedTuple):
     windowed: bool = False
     is_reader: bool = False
     is_constant: bool = False
+    rows: int = 0
+    norm_fits: bool = False
 
     def scaled(self, factor: float) -> "LayerShape":
         """That of `factor` times as many samples."""
@@ -72,7 +75,7 @@ def passes(layer: LayerShape, mode: Mode, sizes: Sizes, compiled: bool = False) 
     modulated = mode.kind != QUANTIZED
     found = []
     if not layer.is_reader:
-        if prologue == "group_norm":
+        if prologue == "group_norm" and not (modulated and sizes.delayed and layer.norm_fits):
             found.append(Pass(number * inputs))  # statistics, and the range of plain codes
         read = number * inputs * (2 if prologue == "geglu" and modulated else 1)
         if not sizes.delayed if modulated else (prologue == "identity" and layer.windowed):

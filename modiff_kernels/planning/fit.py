@@ -90,7 +90,7 @@ class Fit:
         self._takes_sample = target.states[0].shape[1] >= target.outputs[0].shape[1]
         low, high = float(target.picture.min()), float(target.picture.max())
         self._range = 1.0 if low >= 0 and high <= 1 else high - low
-        channels = target.outputs[0].shape[1]
+        channels = min(target.outputs[0].shape[1], target.states[0].shape[1])  # a learnt variance is not sampled with
         both = [row[:, :channels].double().flatten() for row in (*target.states, *target.outputs)]
         self._gram = torch.stack([torch.stack([row @ other for other in both]) for row in both])
         self._spans: dict[Computed, Rows] = {}  # by the computed calls up to the span's end

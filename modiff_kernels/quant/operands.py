@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Size, Tensor
+import torch
+from torch import Tensor
 
 from .packing import KPACK_V1
 
@@ -18,7 +19,9 @@ class Prologue(NamedTuple):
     gamma, beta: [C] scale and offset of the norm, or None; of a group norm also both [N, C], for every sample (a time
         embedding of kind "scale_shift"). eps: added to the (biased) variance.
     shift: [N, C] added to every pixel before a group norm (the time embedding), or None. What is [N, C] has contiguous
-        rows with any stride between them (0: one row for all), gamma and beta the same."""
+        rows with any stride between them (0: one row for all), gamma and beta the same.
+    further: an image [N, C', H, W] in h's dtype, whose channels follow those of h, as if the two were concatenated
+        before all else, or None; of the kinds "identity" and "group_norm"."""
 
     kind: str = "identity"
     gamma: Tensor | None = None
@@ -27,6 +30,25 @@ class Prologue(NamedTuple):
     num_groups: int = 0
     eps: float = 0.0
     silu: bool = False
+    further: Tensor | None = None
+
+    def shape(self, h: Tensor) -> Sequence[int]:
+        """That of x."""
+        if self.further is not None:
+            samples, channels, *size = h.shape
+            return samples, channels + self.further.shape[1], *size
+        return (*h.shape[:-1], h.shape[-1] // 2) if self.kind == "geglu" else h.shape
+
+    def joined(self, h: Tensor) -> Tensor:
+        """`h` with the further channels, for kernels that read one tensor."""
+        return h if self.further is None else torch.cat([h, self.further], 1)
+
+    def empty_codes(self, h: Tensor) -> Tensor:
+        """An int8 tensor of x's shape and memory format."""
+        if self.kind != "geglu" and self.further is None:
+            return torch.empty_like(h, dtype=torch.int8)
+        memory_format = torch.channels_last if h.ndim == 4 else torch.contiguous_format
+        return torch.empty(self.shape(h), dtype=torch.int8, device=h.device, memory_format=memory_format)
 
 
 def norm_stride(gamma: Tensor | None) -> int:
@@ -71,12 +93,12 @@ class Window(NamedTuple):
         return cls((a, b), (c, d), (e, f), (g, h), groups)
 
 
-def sizes_of(shape: Size, kind: str) -> tuple[int, int, int]:
-    """Samples, rows (pixels) per sample and channels of x = prologue(h), by the shape of h."""
+def sizes_of(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Samples, rows (pixels) per sample and channels of a tensor of this shape that is quantised."""
     if len(shape) == 4:
         samples, channels, height, width = shape
         return samples, height * width, channels
-    return shape[0], shape[1:-1].numel(), shape[-1] // (2 if kind == "geglu" else 1)
+    return shape[0], shape[1] if len(shape) == 3 else 1, shape[-1]
 
 
 def summed(channels: int, window: Window | None) -> int:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import modiff_kernels as mk
+from examples.research_networks import RESEARCH, ResearchUNet
 from modiff_kernels.calibration.checkpoints import import_qdiffusion
 
 
@@ -68,6 +69,29 @@ def test_weights_are_exactly_those_of_the_checkpoint(pipe, tmp_path, bits):
     layer = handle.layers["mid_block.attentions.0.to_k"]
     assert torch.equal(layer.float_weight, expected["mid_block.attentions.0.to_k"])
     handle.remove()
+
+
+def test_network_of_research_code_gets_the_weights_too():
+    torch.manual_seed(0)
+    names = RESEARCH["CompVis LDM, DDPM"]
+    theirs, mine = ResearchUNet(names), ResearchUNet(names).requires_grad_(False)
+    tensors = {f"model.{name}": tensor.clone() for name, tensor in theirs.state_dict().items()}
+    for path, module in theirs.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            values, given = quantiser(module.weight.detach(), 4)
+            tensors.update({f"model.{path}.weight_quantizer.{key}": value for key, value in values.items()})
+            if not mk.ModiffConfig().skips(path):
+                module.weight.data = given
+    with pytest.raises(ValueError, match="does not hold the weights of"):
+        import_qdiffusion(tensors, mine, 4)
+    result = import_qdiffusion(tensors, mine, 4, load_weights=True)
+    call = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
+    with torch.no_grad():
+        mk.accelerate(mine, calibration=result)
+        assert torch.allclose(mine(*call), theirs(*call), atol=1e-4)
+    del tensors["model.conv_in.bias"]
+    with pytest.raises(ValueError, match=r"has no 'model.conv_in.bias'; give the network"):
+        import_qdiffusion(tensors, ResearchUNet(names), 4, load_weights=True)
 
 
 def test_channels_of_eight_bits_that_do_not_fit_are_rounded_again(pipe):

@@ -257,6 +257,8 @@ def test_norms_of_values_far_from_zero(place):
         check_prologue(place, given, torch.zeros_like(given.h), bits=8)
     given = cases.group_norm((2, 64, 5, 7), 8, mean=-1e3, spread=1e-2)
     check_prologue(place, given, torch.zeros_like(given.h), bits=8)
+    given = cases.group_norm((1, 64, 40, 24), 2, mean=-300.0)  # triton: four programs share the rows of a group
+    check_prologue(place, given, torch.zeros_like(given.h), torch.full((1,), 0.05), bits=8)
     given = cases.layer_norm((3, 5, 64), mean=1e3)
     check_prologue(place, given, torch.zeros_like(given.h), bits=8, granularity="per_token")
 
@@ -291,6 +293,31 @@ def test_the_range_behind_a_silu(place):
         prologue = prologue._replace(gamma=prologue.gamma * sign)
         wanted = reference.quantize(h, prologue, None, None, 8, "per_sample", 1.0, True)[1]
         torch.testing.assert_close(place.quantize(h, prologue)[1], wanted, rtol=1e-5, atol=0)
+
+
+def test_further_channels(place):
+    """Two tensors give what their concatenation gives, bit for bit; the border lies anywhere in a tile."""
+    draw = random.Random(4).choice
+    for (shape, groups, own), dtype in itertools.product(
+        [((2, 96, 5, 7), 8, 64), ((1, 40, 13, 5), 5, 24), ((2, 15, 3, 3), 3, 7)], place.dtypes
+    ):
+        h, norm, x, _ = cases.group_norm(shape, groups, dtype)
+        parts = [part.contiguous(memory_format=torch.channels_last) for part in (h[:, :own], h[:, own:])]
+        for prologue, granularity in itertools.product((norm, IDENTITY), (*GRANULARITIES, "per_block")):
+            scale, last = None, None
+            if granularity == "per_sample":
+                scale = draw([None, torch.ones(1)])
+                last = draw([None, torch.ones(len(h))]) if scale is None else None
+            found = []
+            for of, further in ((h, None), parts):
+                x_hat = x.to(dtype).contiguous(memory_format=torch.channels_last) * 0.9
+                args = of, prologue._replace(further=further)
+                last_absmax = None if last is None else last.clone()
+                found.append([*place.quantize(*args, x_hat, scale, 4, granularity, last_absmax=last_absmax), x_hat])
+                if granularity != "per_block":
+                    found[-1] += place.quantize(*args, granularity=granularity)
+            assert all(map(torch.equal, *found))
+            assert found[1][0].is_contiguous(memory_format=torch.channels_last)
 
 
 @with_nan

@@ -10,6 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import modiff_kernels as mk
+from modiff_kernels import ops
 from modiff_kernels.backends import cpu
 from modiff_kernels.nn import weight
 from modiff_kernels.nn.blocks import (
@@ -18,6 +19,7 @@ from modiff_kernels.nn.blocks import (
     FusedDownsample2D,
     FusedResnetBlock2D,
     FusedUpsample2D,
+    concatenation,
 )
 from modiff_kernels.nn.layer import LinearStack, ModulatedLayer
 from modiff_kernels.ops import dispatch
@@ -232,6 +234,34 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
             assert len(products.seen) - len(names) == (0 if has_attention else 4)
 
 
+HOOKED = calling(WITH_SHORTCUT, "register_forward_pre_hook", lambda _, inputs: (inputs[0] * 2, *inputs[1:]))
+IN_PARTS = {  # network, what is done to it before, whether a residual block needs the whole
+    "unet2d": ("unet2d", None, False),
+    "sdxl": ("sdxl", None, False),
+    "freeu": ("sd15", lambda unet: unet.enable_freeu(0.2, 0.2, 1.5, 1.6), False),
+    "hook": ("sd15", HOOKED, True),
+    "own-forward": ("sd15", lambda unet: setattr(unet.up_blocks[1], "forward", unet.up_blocks[1].forward), False),
+}
+
+
+@pytest.mark.parametrize("case", IN_PARTS)
+def test_up_blocks_do_not_concatenate(case, monkeypatch):
+    network, change, needs_whole = IN_PARTS[case]
+    wanted = run(network, change)[2]
+    monkeypatch.setattr(concatenation, "CONCATENATE_ON", ())
+    made, whole = [], concatenation.Concatenation.whole
+    monkeypatch.setattr(concatenation.Concatenation, "whole", lambda parts: made.append(0) or whole(parts))
+    in_parts, joined = [], ops.Prologue.joined
+    given = lambda self, h: in_parts.append(self.further is not None) or joined(self, h)  # noqa: E731
+    monkeypatch.setattr(ops.Prologue, "joined", given)
+    unet, handle, found = run(network, change)
+    assert any(in_parts)
+    assert all(map(torch.equal, found, wanted))
+    assert bool(made) == needs_whole
+    handle.remove()
+    assert "forward" not in unet.up_blocks[0].__dict__
+
+
 class TestAround:
     @pytest.mark.parametrize("network", ["unet2d", "sd15"])
     def test_loaded_weights_are_used_and_stacked_again(self, network):
@@ -258,7 +288,7 @@ def test_projections_of_one_input_are_one_product():
     """With one y_hat, and nothing stored twice where the layout allows it."""
     net = unets.lone(BasicTransformerBlock(32, 2, 16, cross_attention_dim=unets.WIDTH))
     net.block.attn1.to_k.bias = nn.Parameter(torch.ones(32))
-    handle = mk.accelerate(net, mk.ModiffConfig(backend="reference"))
+    handle = mk.accelerate(net, mk.ModiffConfig(backend="reference", plan="modulated"))
     with handle.sampling_run():
         net(torch.randn(2, 9, 32), text())
     stack = net.block.attn1.stacked

@@ -34,7 +34,7 @@ def computed(monkeypatch):
 def accelerated(**config):
     torch.manual_seed(0)
     net = Net().eval()
-    return net, mk.accelerate(net, mk.ModiffConfig(**config))
+    return net, mk.accelerate(net, mk.ModiffConfig(**{"plan": "modulated", **config}))
 
 
 def tokens(seed=0, batch=2):

@@ -39,6 +39,8 @@ def calls():
         "residual-image": ("quantize", {**pixels_in, "x_hat": zeros(2, 4, 5, 5), "scale": torch.ones(2), "bits": 4}),
         "residual-group_norm": ("quantize", {"h": x, "prologue": group_norm, "x_hat": zeros(3, 4, 10), "bits": 4,
                                              "last_absmax": torch.ones(3)}),
+        "residual-further": ("quantize", {**pixels_in, "prologue": Prologue(further=image(2, 3, 5, 5)),
+                                          "x_hat": zeros(2, 7, 5, 5)}),
         "residual-layer_norm": ("quantize", {"h": x, "prologue": layer_norm, "x_hat": zeros(3, 4, 10)}),
         "residual-geglu": ("quantize", {"h": torch.randn(3, 4, 20), "prologue": ops.GEGLU, "x_hat": zeros(3, 4, 10)}),
         "plain": ("quantize", {"h": x, "bits": 4}),

@@ -43,6 +43,9 @@ QUANTIZE = [
     ("residual-group_norm", "prologue.shift", torch.ones(3, 7), VALUE, r"shift has .*\(3, 7\).*\(3, 10\)"),
     ("residual-group_norm", "prologue.shift", torch.ones(10, 3).T, VALUE, r"shift has .*contiguous rows"),
     ("residual-layer_norm", "prologue.shift", torch.ones(3, 10), VALUE, r"'layer_norm' takes no shift"),
+    ("residual-further", "prologue.further", torch.ones(2, 3, 5, 4), VALUE, r"further has .*must be \(2, 3, 5, 5\)"),
+    ("residual-further", "prologue.further", torch.ones(2, 3, 5, 5).half(), TYPE, r"further is .*float16; it must be"),
+    ("residual-layer_norm", "prologue.further", torch.ones(3, 4, 3), VALUE, r"takes no further channels"),
     ("residual-layer_norm", "prologue.eps", -1e-5, VALUE, r"eps=-1e-05 is not allowed"),
 ]
 Y_MUST = r"it must be \(3, 4, 6\)"

@@ -49,7 +49,7 @@ def test_schemas():
     rest = ["y_hat", "bias", "skip", "window", "out_dtype", "write_out", "backend"]
     assert names == ["codes", "scale", "zero_point", *weight, *rest]
     names = [argument.name for argument in torch.ops.modiff.quantize.default._schema.arguments]
-    assert names[:9] == ["h", *(f"prologue_{field}" for field in ops.Prologue._fields), "x_hat"]
+    assert names[:10] == ["h", *(f"prologue_{field}" for field in ops.Prologue._fields), "x_hat"]
     for fields in ((3, 3, 1, 2, 0, 1, 2, 1, 4), ()):
         window = Window.from_ints(fields)
         assert window is None if not fields else tuple(window.to_ints()) == fields

@@ -46,6 +46,12 @@ def test_passes(role, more, mode, expected):
     assert sum(each.launches for each in found) == len(expected) - (more.get("is_reader", False) and mode != FLOAT)
 
 
+def test_one_launch_of_a_norm_and_codes():
+    for fits, expected in ((False, [200, 700, 308]), (True, [700, 308])):
+        found = passes(layer(NORMED, windowed=True, norm_fits=fits), MODULATED, HALF._replace(delayed=True))
+        assert [each.bytes for each in found] == expected
+
+
 def test_what_a_compiler_fuses():
     compiled = [each.bytes for each in passes(layer(ADDING, windowed=True), FLOAT, HALF, compiled=True)]
     assert compiled == [200, 400, 316, 200]

@@ -29,13 +29,29 @@ struct Loaded {
   Raw<State> old;
 };
 
+// Where a vector of row `row` (of all samples) begins, and the next row is: in one tensor or the other.
+template <class In>
+struct Source {
+  const In* at;
+  int64_t stride;
+
+  template <class Args>
+  MODIFF_HD Source(const Args& args, int64_t row, int64_t column) {
+    const bool is_own = column < args.own;
+    stride = is_own ? args.own : args.channels - args.own;
+    at = static_cast<const In*>(is_own ? args.input : args.further) + row * stride +
+         (is_own ? column : column - args.own);
+  }
+};
+
 // `count` values from channel `column` of row `row` (of all samples) on. Loads only: nothing waits here.
 template <Prologue P, class In, class State>
 MODIFF_HD Loaded<P, In, State> load_vector(const QuantizeArgs& args, int64_t row, int64_t column, int count) {
   const bool whole = args.whole && count == kVector;
   const int64_t offset = row * args.channels + column;
-  const In* input =
-      static_cast<const In*>(args.input) + (P == Prologue::kGeglu ? offset + row * args.channels : offset);
+  const In* input = static_cast<const In*>(args.input) + offset;
+  if constexpr (P == Prologue::kGeglu) input += row * args.channels;
+  if constexpr (P == Prologue::kIdentity || P == Prologue::kGroupNorm) input = Source<In>(args, row, column).at;
   Loaded<P, In, State> loaded;
   loaded.h = load_raw(input, count, whole);
   if constexpr (P == Prologue::kGeglu) loaded.gate = load_raw(input + args.channels, count, whole);

@@ -1,7 +1,7 @@
 // Group norm in front of a quantiser: x = silu?(group_norm(h + shift)), folded into x = silu?(a[n, c] * h + b[n, c]).
 //
 // Operands (N samples, R rows of C channels, G groups), row major:
-//   input        [N, R, C]        float      read
+//   input        [N, R, C]        float      read; or [N, R, own] and further [N, R, C - own]
 //   statistics   [N, P, 2, C]     float32    scratch: per tile of rows and channel, mean and sum of squares around it;
 //                                            P = ceil(R / rows of a tile)
 //   coefficient  [2, N, C]        float32    scratch: a, then b
@@ -25,6 +25,8 @@ struct NormArgs {
   TileGrid grid;
   bool whole, backwards;
   const void* input;
+  const void* further;
+  int64_t own;
   float* statistics;
   float* coefficient;
   Parameter gamma, beta, shift;
@@ -54,14 +56,13 @@ struct TileStatistics {
   template <class Cta>
   static MODIFF_HD void run(Cta& cta, Shared& shared, const Args& args) {
     const TilePlace place = tile_place(cta, args.grid, args.channels, args.backwards);
-    const In* input =
-        static_cast<const In*>(args.input) + (place.sample * args.rows + place.row) * args.channels + place.column;
+    const Source<In> source(args, place.sample * args.rows + place.row, place.column);
     const bool whole = args.whole && place.count == kVector;
     Raw<In> raw[kThreadVectors];
     bool inside[kThreadVectors];
     MODIFF_UNROLL for (int j = 0; j < kThreadVectors; ++j) {
       inside[j] = place.row + j < args.rows;
-      raw[j] = load_raw(input + j * args.channels, inside[j] ? place.count : 0, inside[j] && whole);
+      raw[j] = load_raw(source.at + j * source.stride, inside[j] ? place.count : 0, inside[j] && whole);
     }
     const float rows = args.tile_rows(place.tile);
     float mean[kVector], squares[kVector];

@@ -9,6 +9,8 @@ namespace modiff::cuda {
 struct QuantizeCall {
   QuantizeProblem problem;       // gamma, beta and shift stay null in it:
   Parameter gamma, beta, shift;  // here they keep the model's dtype, as a conversion would be a launch of its own
+  const void* further;           // channels from `own` on, then input is [samples, rows, own]; or null
+  int64_t own;                   // a multiple of kVector, or all channels
   int64_t shift_stride;          // elements between the rows of shift [samples, channels]; 0: one row for all
   bool delayed;                  // given_scale is the absmax of an earlier call, of which the scales are made
   void* scratch;                 // scratch_of(problem, tiling_of(problem)).bytes, aligned to 16

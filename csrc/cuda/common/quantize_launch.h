@@ -25,8 +25,11 @@ inline QuantizeArgs quantize_args(const QuantizeCall& call, const QuantizeTiling
   args.granules = tiling.granules;
   args.grid = tiling.grid;
   args.row_width = tiling.row_width;
-  args.whole = p.channels % kVector == 0 && aligned(p.input, 16) && aligned(p.x_hat, 16) && aligned(p.codes, kVector);
+  args.whole = p.channels % kVector == 0 && aligned(p.input, 16) && aligned(call.further, 16) && aligned(p.x_hat, 16) &&
+               aligned(p.codes, kVector);
   args.input = p.input;
+  args.further = call.further != nullptr ? call.further : p.input;
+  args.own = call.own;
   args.x_hat = p.x_hat;
   args.mean = reinterpret_cast<float*>(scratch + at.mean);
   args.coefficient = reinterpret_cast<float*>(scratch + at.coefficient);
@@ -62,6 +65,8 @@ void fold_group_norm(const QuantizeCall& call, const QuantizeTiling& tiling, con
   norm.whole = args.whole;
   norm.backwards = !tiling.range_pass;  // against the pass that follows
   norm.input = args.input;
+  norm.further = args.further;
+  norm.own = args.own;
   norm.statistics = reinterpret_cast<float*>(static_cast<char*>(call.scratch) + at.statistics);
   norm.coefficient = args.coefficient;
   norm.gamma = call.gamma;

@@ -2,7 +2,7 @@
 // scale that is given or found by the range pass). Equations: modiff_kernels/ops/schema.py.
 //
 // Operands (N samples, R rows of C channels each; an NHWC image has R = H * W), row major:
-//   input        [N, R, C] (GEGLU: 2C)    float      read
+//   input        [N, R, C] (GEGLU: 2C)    float      read; or [N, R, own] and further [N, R, C - own]
 //   x_hat        [N, R, C]                float      read by both, written by TilePass; null: plain form
 //   range        [granules]               bits       absmax: atomic maximum, cleared before; affine: [2, granules]
 //   block_range  [N, ceil(R / 16), C]     bits       per_block: absmax of 16 rows of a channel; the last block of a

@@ -42,6 +42,8 @@ struct QuantizeArgs {
   bool
       backwards;  // the last block first: a pass begins with what the one before it read last, which is in the L2 cache
   const void* input;
+  const void* further;  // of the channels from `own` on
+  int64_t own;
   void* x_hat;         // null: plain form
   float* mean;         // [rows of all samples, 2]: mean and 1 / deviation of rows (layer norm in tiles)
   float* coefficient;  // [2, samples, channels]: a, then b of x = a * h + b (group norm)

@@ -145,9 +145,7 @@ struct PackedLoader {
       MODIFF_UNROLL for (int i = 0; i < 4; ++i)
         unpack_eight_nibbles(packed[i], bytes[2 * i], bytes[2 * i + 1]);
     } else {
-      MODIFF_UNROLL for (int i = 0; i < 4; ++i) {
-        unpack_eight_planes(packed[i / 2] >> (16 * (i % 2)), packed[2] >> (8 * i), bytes[2 * i], bytes[2 * i + 1]);
-      }
+      unpack_planes({packed[0], packed[1]}, packed[2], bytes);
     }
     MODIFF_UNROLL for (int i = 0; i < 2; ++i) {
       store_words(tile + swizzled(thread / 2, thread % 2 * 2 + i), bytes + 4 * i);

@@ -14,6 +14,7 @@ struct Consumer {
   static MODIFF_HD void consume(Cta& cta, Shared& shared, const ProductArgs<Map>& args, int consumer) {
     const bool leader = cta.thread() % kWarp == 0;
     Ring<P::kStages> ring;
+    Peer peer;
     for (int index = cta.uniform(static_cast<int>(cta.block())); index < work_count(args.schedule);
          index += cta.blocks()) {
       const Work work = work_of(args.schedule, index);
@@ -38,7 +39,9 @@ struct Consumer {
       }
       cta.template mma_wait<0>(sums);
       if (leader) cta.arrive(&shared.empty[before]);
-      if (args.schedule.splits == 1 || reduce_splits(cta, shared, args, work, consumer, sums)) {
+      const Schedule& s = args.schedule;
+      if (s.splits == 1 || (in_clusters(s) ? exchange_sums(cta, shared, s.k_blocks % 2, consumer, sums, ring, peer)
+                                           : reduce_splits(cta, shared, args, work, consumer, sums))) {
         finish(cta, shared, args, work, consumer, sums, ring);
       } else {
         pass_slices(cta, shared, args.slice, ring);
@@ -68,6 +71,48 @@ struct Consumer {
     with_policy(args.slice, [&](auto policy) {
       SliceEpilogue<P, decltype(policy), Cta>::finish(cta, shared, args, work, consumer, sums, ring);
     });
+  }
+
+  // Of the cluster's other block: how many stages it is ahead of this one (its split may have a k-block more), and the
+  // parities of `peer_empty`, a bit each.
+  struct Peer {
+    int ahead = 0;
+    uint32_t parities = 0;
+  };
+
+  // Block 0 of a cluster finishes the rows of consumer 0, block 1 those of consumer 1: the other consumer sends its sums
+  // to the block that has the other split. True in the consumer that finishes; it has the whole sums.
+  // odd: how many k-blocks more the second split has.
+  template <class Cta>
+  static MODIFF_HD bool exchange_sums(Cta& cta, Shared& shared, int odd, int consumer, Sums& sums,
+                                      Ring<P::kStages>& ring, Peer& peer) {
+    const int thread = held(cta.thread()) % kWarpgroup, block = static_cast<int>(cta.block() % 2);
+    peer.ahead = (peer.ahead + P::kStages + (block == 0 ? odd : -odd)) % P::kStages;
+    MODIFF_UNROLL for (int first = 0; first < kBlocks * kSums; first += P::kStageSums) {
+      const int end = least(first + P::kStageSums, kBlocks * kSums);
+      if (consumer != block) {
+        const int stage = (ring.stage + peer.ahead) % P::kStages;
+        cta.wait_for_peer(&shared.peer_empty[stage], peer.parities >> stage & 1);
+        peer.parities ^= 1u << stage;
+        MODIFF_UNROLL for (int i = first; i < end; i += 4)
+          cta.send(shared.codes[stage] + ((i - first) / 4 * kWarpgroup + thread) * 16, &shared.full[stage],
+                   &sums[i / kSums][i % kSums]);
+      }
+      cta.wait_for_peer(&shared.full[ring.stage], ring.parity);
+      if (consumer == block) {
+        MODIFF_UNROLL for (int i = first; i < end; i += 4) {
+          int32_t others[4];
+          cta.load_received(others, shared.codes[ring.stage] + ((i - first) / 4 * kWarpgroup + thread) * 16);
+          MODIFF_UNROLL for (int j = 0; j < 4; ++j)
+            sums[i / kSums][i % kSums + j] += others[j];
+        }
+        cta.publish_stores();  // before TMA writes there
+      }
+      cta.warp_sync();
+      if (cta.thread() % kWarp == 0) cta.arrive(&shared.empty[ring.stage]);
+      ring.advance();
+    }
+    return consumer == block;
   }
 
   // Gives back what the producer read for an epilogue that another block runs.

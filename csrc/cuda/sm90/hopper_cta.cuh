@@ -64,6 +64,45 @@ struct HopperCta : DeviceCta {
     } while (passed == 0);
   }
 
+  // The two blocks of a cluster. What the other one is told, and what is waited for of it, is visible to both.
+  __device__ __forceinline__ void cluster_sync() const {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  }
+  __device__ __forceinline__ uint32_t peer_address(const void* p) const {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(blockIdx.x % 2 ^ 1));
+    return remote;
+  }
+  __device__ __forceinline__ void arrive_at_peer(uint64_t* barrier) const {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_address(barrier))
+                 : "memory");
+  }
+  __device__ __forceinline__ void wait_for_peer(uint64_t* barrier, uint32_t parity) const {
+    wait(barrier, parity);
+    // Once more for what the other block did before; a fence would wait for all of this thread's stores.
+    const uint32_t address = shared_address(barrier);
+    asm volatile(
+        "{\n.reg .pred passed;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 passed, [%0], %1;\n}\n" ::"r"(address),
+        "r"(parity)
+        : "memory");
+  }
+  // Four words to the same place in the other block, whose barrier counts their bytes when they are there.
+  __device__ __forceinline__ void send(void* to, uint64_t* barrier, const int32_t* words) const {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            peer_address(to)),
+        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(peer_address(barrier))
+        : "memory");
+  }
+  __device__ __forceinline__ void load_received(int32_t (&words)[4], const uint8_t* p) const {
+    const int4 four = *reinterpret_cast<const int4*>(p);
+    words[0] = four.x;
+    words[1] = four.y;
+    words[2] = four.z;
+    words[3] = four.w;
+  }
+
   // TMA. x, y: the first byte and row of the box; channel, corner: the first pixel's, before the tap's offsets.
   __device__ __forceinline__ void load_matrix(const CUtensorMap& map, void* to, uint64_t* barrier, int x, int y) const {
     asm volatile(
@@ -94,7 +133,7 @@ struct HopperCta : DeviceCta {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
   }
 
-  __device__ __forceinline__ void shared_store(uint8_t* p, const uint32_t (&words)[4]) const {
+  __device__ __forceinline__ void shared_store(uint8_t* p, const uint32_t* words) const {
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
   }
   // Four matrices of 8 x 8 two-byte values between shared memory and registers: lane i names row i % 8 of matrix i / 8,

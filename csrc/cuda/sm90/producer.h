@@ -1,5 +1,5 @@
 // The producer: one thread, which waits for an empty stage and lets TMA fill it. A work item's k-blocks come first, then
-// the slices that its epilogue reads, in the same ring. So those are there when the sums are, and the k-blocks of the
+// the sums of the cluster's other block, then the slices that its epilogue reads, in the same ring. So those are there when the sums are, and the k-blocks of the
 // next work item while the epilogue runs.
 #pragma once
 #include "cuda/sm90/product_tile.h"
@@ -35,6 +35,14 @@ MODIFF_HD void produce(Cta& cta, typename P::Shared& shared, const ProductArgs<M
         cta.load_matrix(args.weight, shared.weight[ring.stage], full, walk.code, column);
       }
       walk.advance(args.window);
+      ring.advance();
+    }
+    MODIFF_NO_UNROLL for (int i = 0; i < P::sum_stages(args.schedule); ++i) {
+      cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      if (P::kPacked) cta.arrive(&shared.packed_full[ring.stage]);
+      const int sums = least(P::kStageSums, P::kBlocks * P::kSums - i * P::kStageSums);
+      cta.arrive_expecting(&shared.full[ring.stage], sums * kWarpgroup * 4);
+      cta.arrive_at_peer(&shared.peer_empty[ring.stage]);
       ring.advance();
     }
     const int halves = args.slice.parts / 2, slices = P::kSlices * args.slice.parts;

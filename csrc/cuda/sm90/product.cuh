@@ -12,9 +12,17 @@ cudaError_t launch(const ProductArgs<CUtensorMap>& args, const Device& device, c
   constexpr int kBytes = static_cast<int>(sizeof(typename Body::Shared));
   const cudaError_t allowed = allow_shared<Body>(product_kernel<Body>, kBytes, device.index);
   if (allowed != cudaSuccess) return allowed;
-  const int blocks = least(work_count(args.schedule), device.multiprocessors);
-  product_kernel<Body><<<static_cast<unsigned>(blocks), Body::kThreads, kBytes, stream>>>(args);
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {in_clusters(args.schedule) ? 2u : 1u, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(block_count(args.schedule, device.multiprocessors));
+  config.blockDim = Body::kThreads;
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, product_kernel<Body>, args);
 }
 
 }  // namespace modiff::cuda::sm90

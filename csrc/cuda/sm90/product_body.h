@@ -8,14 +8,16 @@
 // Roles, a file each:
 //
 //   producer    one thread: waits for an `empty` stage, and lets TMA fill it with a k-block of the codes and the weight,
-//               or with slices of y_hat and skip
+//               or with slices of y_hat and skip; in a cluster it tells the other block which stages are for its sums
 //   unpackers   4 and 3 bits: a warpgroup turns packed rows of a stage into swizzled int8
 //   consumers   two warpgroups: wait for a `full` stage, multiply 64 kBlocks rows each by all columns, release the one
 //               before; after the last k-block the epilogue (finish_slices.h, or epilogue.h), while the producer fills
 //               stages for the next work item
 //
-// With splits > 1 consumers add their sums to scratch; the block that comes last to a tile takes them back and runs the
-// epilogue. Sums are integers, so their order does not matter. Limits: limit_of in tensor_map.h.
+// Two splits are computed by the two blocks of a cluster: each sends half of its sums to the other, into stages of the
+// pipeline, and finishes half of the rows. With more splits consumers add their sums to scratch; the block that comes
+// last to a tile takes them back and runs the epilogue. Sums are integers, so their order does not matter. Limits:
+// limit_of in tensor_map.h.
 //
 // Words, and those of CUTLASS and others:
 //   codes, weight; sums       operands A and B, both K-major; accumulators C
@@ -31,6 +33,7 @@
 //   load_matrix, load_pixels                            TMA, and of the thread that stores
 //   store_matrix, store_commit, store_wait<pending>
 //   load_matrices, store_matrices                       ldmatrix, stmatrix
+//   cluster_sync(), arrive_at_peer, wait_for_peer, send, load_received   the other block of a cluster, or none
 //   shared_store(p, 16 bytes), publish_stores()         shared memory for wgmma and TMA
 //   mma<N>, mma_begin, mma_commit, mma_wait<pending>    wgmma
 //   add, count_arrival, add_is_visible, load_sum        scratch in global memory
@@ -53,10 +56,11 @@ struct Product : ProductTile<bits, blocks, columns> {
         cta.barrier_init(&shared.full[stage], P::kPacked ? 1 + P::kWarpgroupWarps : 1);
         cta.barrier_init(&shared.packed_full[stage], 1);
         cta.barrier_init(&shared.empty[stage], P::kConsumers * P::kWarpgroupWarps);
+        cta.barrier_init(&shared.peer_empty[stage], 1);
       }
       cta.barriers_ready();
     }
-    cta.sync();
+    cta.cluster_sync();
     const int warp = cta.uniform(cta.thread() / kWarp), warpgroup = warp / P::kWarpgroupWarps;
     if (warpgroup >= P::kFirstConsumer) {
       cta.template claim_registers<P::kConsumerRegisters>();

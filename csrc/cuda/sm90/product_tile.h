@@ -58,13 +58,22 @@ MODIFF_HD T held(T value) {
   return value;
 }
 
+// A constant that stays in a register of its own: the assembler does not know that no lane's number reaches 32, and would
+// make it anew for each use.
+MODIFF_HD uint32_t in_register(uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  asm("{\n.reg .u32 zero;\nmov.u32 zero, %%laneid;\nshr.u32 zero, zero, 5;\nadd.u32 %0, %0, zero;\n}\n" : "+r"(value));
+#endif
+  return value;
+}
+
 constexpr int kSharedBytes = 227 << 10;  // of a thread block, with capability 9.0
 
 template <int bits, int blocks, int columns>
 struct ProductTile {
   static constexpr int kBits = bits, kBlocks = blocks, kColumns = columns;
   static constexpr bool kPacked = kBits != 8;
-  static constexpr int kRaised = kBits == 4 ? 4 : kBits == 3 ? 5 : 0;  // sums are those of the codes times 2^kRaised
+  static constexpr int kRaised = kBits == 4 ? 4 : 0;  // sums are those of the codes times 2^kRaised
   static constexpr int kConsumers = 2, kWarpgroupWarps = kWarpgroup / kWarp;
   static constexpr int kRows = kConsumers * kBlocks * kMmaRows;
   static constexpr int kFirstConsumer = kPacked ? 2 : 1;  // warpgroup
@@ -89,11 +98,17 @@ struct ProductTile {
     uint8_t weight[kStages][kWeightBytes];
     uint8_t packed[kPacked ? kStages : 1][kPacked ? kPackedBytes : 16];
     uint64_t full[kStages], empty[kStages], packed_full[kStages];
-    uint32_t last;  // whether this block is the last one of a tile
+    uint64_t peer_empty[kStages];  // that of the cluster's other block, for sums
+    uint32_t last;                 // whether this block is the last one of a tile
   };
   static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
   static_assert(kStages >= 3 && kColumns % kSlice == 0 && kCodesBytes % 1024 == 0 && kWeightBytes % 1024 == 0, "tile");
   static_assert(kStageSlices == 2 && kSliceBytes % 1024 == 0, "slices");
+
+  // Half of a tile's sums, those of a consumer, pass from one block of a cluster to the other through stages.
+  static constexpr int kStageSums = kCodesBytes / (kWarpgroup * 4);  // of a thread
+  static constexpr int kSumStages = (kBlocks * kSums + kStageSums - 1) / kStageSums;
+  static MODIFF_HD int sum_stages(const Schedule& schedule) { return in_clusters(schedule) ? kSumStages : 0; }
 
   // How many stages the slices of a tile take.
   static MODIFF_HD int slice_stages(int parts) { return ceil_div(kSlices * parts, kStageSlices); }

@@ -18,7 +18,16 @@ struct Work {
   int tile;  // row_tile * column_tiles + column_tile
 };
 
+// Two splits of a tile are computed at the same time by the two blocks of a cluster: work item i by block i % 2 of it.
+MODIFF_HD bool in_clusters(const Schedule& s) { return s.splits == 2; }
+
 MODIFF_HD int work_count(const Schedule& s) { return s.row_tiles * s.column_tiles * s.splits; }
+
+// At most one block for each multiprocessor, in clusters an even number.
+MODIFF_HD int block_count(const Schedule& s, int multiprocessors) {
+  const int blocks = least(work_count(s), multiprocessors);
+  return in_clusters(s) ? most(2, blocks / 2 * 2) : blocks;
+}
 
 // Blocks take the work items block, block + blocks, ... at about the same time. Splits of a tile are neighbours; tiles
 // go down kBand tiles of rows before they go to the next column, so that the work items of a wave share rows and

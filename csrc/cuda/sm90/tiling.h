@@ -38,9 +38,11 @@ struct Tiling {
 // are read from the machine code (docs/cuda_kernels.md, "Clocks").
 //   per k-block     multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
 //   per work item   the epilogue: a clock for kEpilogue sums, by all splits in turn or by one; with splits before it an
-//                   addition of 4 bytes in the L2 cache at half that rate
+//                   addition of 4 bytes in the L2 cache at half that rate. In a cluster one consumer of each block runs
+//                   it for its rows, hardly faster than two for all of them, and half of the sums go to the other
+//                   block, kSent bytes a clock
 //   per call        1500 to fill the pipeline, which later work items find full; with splits 3000 to clear the sums
-constexpr int64_t kMultiplications = 4096, kLoads = 32, kEpilogue = 6, kFill = 1500, kClear = 3000;
+constexpr int64_t kMultiplications = 4096, kLoads = 32, kEpilogue = 6, kFill = 1500, kClear = 3000, kSent = 14;
 
 inline int64_t estimated_clocks(const Tiling& tiling, int weight_bits, int multiprocessors) {
   const Tile tile = kTiles[tiling.tile];
@@ -51,9 +53,12 @@ inline int64_t estimated_clocks(const Tiling& tiling, int weight_bits, int multi
   // Half a k-block is loaded as a whole one; the pipeline evens out loads over a tap.
   const Window& w = tiling.window;
   const int64_t tap = most(loaded * w.boxes, multiplied * w.boxes - (w.last_half ? multiplied / 2 : 0));
-  const int64_t added = s.splits > 1 ? sums * 4 * 2 / kLoads : 0;
-  const int64_t work = ceil_div(tap * ceil_div(s.k_blocks, s.splits), w.boxes) + sums / kEpilogue / s.splits + added;
-  return ceil_div(work_count(s), multiprocessors) * work + kFill + (s.splits > 1 ? kClear : 0);
+  const bool added = s.splits > 1 && !in_clusters(s);
+  const int64_t finished = added           ? sums / kEpilogue / s.splits + sums * 4 * 2 / kLoads
+                           : s.splits == 1 ? sums / kEpilogue
+                                           : sums / kEpilogue + sums / 2 * 4 / kSent;
+  const int64_t work = ceil_div(tap * ceil_div(s.k_blocks, s.splits), w.boxes) + finished;
+  return ceil_div(work_count(s), block_count(s, multiprocessors)) * work + kFill + (added ? kClear : 0);
 }
 
 // More splits than this, or splits of fewer k-blocks, only add to each other's sums.
@@ -95,7 +100,7 @@ inline Tiling tiling_of(const ProductCall& call, int multiprocessors) {
   return best;
 }
 
-// Scratch of a call, in words: with splits, how many of every tile have arrived, then the tiles' sums in the order of
+// Scratch of a call, in words: with splits outside of clusters, how many of every tile have arrived, then the tiles' sums in the order of
 // registers.
 struct Scratch {
   int64_t arrived, sums, words;
@@ -105,7 +110,7 @@ inline Scratch scratch_of(const Tiling& tiling) {
   const Schedule& s = tiling.schedule;
   const int64_t tiles = int64_t{s.row_tiles} * s.column_tiles;
   Scratch scratch{};
-  if (s.splits == 1) return scratch;
+  if (s.splits == 1 || in_clusters(s)) return scratch;
   scratch.sums = ceil_div(tiles, 4) * 4;
   scratch.words = scratch.sums + tiles * kTiles[tiling.tile].rows * kTiles[tiling.tile].columns;
   return scratch;

@@ -11,12 +11,13 @@ from . import library
 
 MAX_ROW = 8192  # channels of a row in registers of a block: csrc/cuda/common/quantize_tiling.h kMostRowChannels
 MAX_ROWS = 1 << 31
+VECTOR = 8  # channels that a thread reads at once, out of one tensor: csrc/cuda/common/vectors.h kVector
 MAX_ELEMENTS = 1 << 36  # 2^31 blocks of at least 32 elements: one row of 4 vectors
 
 
 @lru_cache(maxsize=4096)
 def _form(shape, kind, num_groups, silu, affine, bits, granularity, packed, delayed, eps, clip_ratio) -> Tensor:
-    sizes = PROLOGUE_VALUE[kind], *sizes_of(shape, kind), num_groups
+    sizes = PROLOGUE_VALUE[kind], *sizes_of(shape), num_groups
     return library.form(*sizes, silu, affine, bits, GRANULARITY_VALUE[granularity], packed, delayed, eps, clip_ratio)
 
 
@@ -24,11 +25,14 @@ def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None, packed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.quantize`, its arguments already checked; with `packed` the codes of every row are in kpack_v1."""
-    kind, gamma, beta, shift, num_groups, eps, silu = prologue
+    if prologue.further is not None and h.shape[1] % VECTOR != 0:
+        h, prologue = prologue.joined(h), prologue._replace(further=None)
+    kind, gamma, beta, shift, num_groups, eps, silu, further = prologue
     affine, delayed = affine and x_hat is None, last_absmax is not None
-    form = _form(h.shape, kind, num_groups, silu, affine, bits, granularity, packed, delayed, eps, clip_ratio)
+    shape = prologue.shape(h)
+    form = _form(shape, kind, num_groups, silu, affine, bits, granularity, packed, delayed, eps, clip_ratio)
     given = last_absmax if delayed else scale
-    codes, used, third = library.quantize_op()(h, gamma, beta, shift, x_hat, given, form)
+    codes, used, third = library.quantize_op()(h, further, gamma, beta, shift, x_hat, given, form)
     if delayed:
         last_absmax.copy_(third)
     return codes, used, third

@@ -2,8 +2,8 @@
 
 Operands (N samples, R rows of C channels, G groups; an NHWC image has R = H * W), all row major:
 
-- h [N, R, C]; shift [N, C], gamma and beta [C] or [N, C] (any stride between rows), or None, float; the results a and
-  b [N, C], float32,
+- h [N, R, C] (or [N, R, own] and further, as in quantize_kernel.py); shift [N, C], gamma and beta [C] or [N, C] (any
+  stride between rows), or None, float; the results a and b [N, C], float32,
 - partial [N, P + 1, S, C] float32, scratch: mean and sum of squares around it, per channel and block of BLOCK_R rows;
   at P of all rows. With `range` also the least and the greatest h (S = 4, else 2),
 - range [N] or [2, N] int32, or None: the range of x, as `range_kernel` gives it,
@@ -28,7 +28,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .quantize_kernel import arrive, magnitude_above, magnitude_below, silu, tile_of_program, tile_offsets
+from .quantize_kernel import arrive, load_channels, magnitude_above, magnitude_below, silu, tile_of_program
 from .quantize_tiling import Tiling, next_power_of_2, tile
 
 _SILU_AT = tl.constexpr(-1.2784645)
@@ -43,15 +43,15 @@ def _read(partial_ptr, mask):
 
 @triton.jit
 def group_norm_kernel(
-    h_ptr, shift_ptr, gamma_ptr, beta_ptr, partial_ptr, counter_ptr, a_ptr, b_ptr, range_ptr,
-    samples, rows, channels, shift_stride, norm_stride, num_groups, eps, SILU: tl.constexpr, AFFINE: tl.constexpr,
+    h_ptr, further_ptr, shift_ptr, gamma_ptr, beta_ptr, partial_ptr, counter_ptr, a_ptr, b_ptr, range_ptr,
+    own, samples, rows, channels, shift_stride, norm_stride, num_groups, eps, SILU: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
     BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, BACKWARDS)
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, BLOCK_C, BACKWARDS)
     inside = col < channels
     mask = (row < rows)[:, None] & inside[None, :]
-    h = tl.load(h_ptr + tile_offsets(sample, first, rows, channels, row, col), mask=mask, other=0.0).to(tl.float32)
+    h = load_channels(h_ptr, further_ptr, own, sample, first, rows, channels, row, col, mask)
     mean = tl.div_rn(tl.sum(h, axis=0), tl.minimum(rows - first, BLOCK_R).to(tl.float32))
     distance = tl.where(mask, h - mean[None, :], 0.0)
     blocks, columns = tl.cdiv(rows, BLOCK_R), tl.cdiv(channels, BLOCK_C)

@@ -4,8 +4,10 @@ Operands (N samples, R rows of C channels per sample; an NHWC image has R = H * 
 
 ========== =================== ============ ========================================================================
 h          [N, R, C]           float        input ("geglu": [N, R, 2C]); x = prologue(h)
+further    [N, R, C - own]     float        or None; then h is [N, R, own], and these are the channels from `own` on
 x_hat      [N, R, C]           float        state, read and written; None: the plain form, which quantises x itself
-a, b       [N, C] or [C]       float        "group_norm": folded norm, float32; "layer_norm": gamma and beta or None
+a, b       [N, C] or [C]       float        "group_norm": folded norm, float32; "layer_norm" and "groups": gamma and
+                                            beta, or None
 given      [1] or [granules]   float32      scales of the caller; "delayed": absmax of the last update, read and written
 range      [granules]          int32        bit patterns of absmax; it is the result absmax
            (affine: twice)                  affine: of -min(x, 0), then of max(x, 0)
@@ -18,13 +20,16 @@ scale      [granules]          float32      zero_point [granules] int32: plain f
 ========== =================== ============ ========================================================================
 
 PROLOGUE: "identity" (x = h), "group_norm" (x = silu?(a * h + b), quantize_group_norm.py), "layer_norm" (x = (h - mean)
-/ sqrt(var + eps) * a + b, statistics of the row in registers) or "geglu" (x = h[:C] * gelu(h[C:]), gelu with erf).
+/ sqrt(var + eps) * a + b, statistics of the row in registers), "groups" (x = silu?((h + shift - mean) / sqrt(var + eps)
+* a + b), statistics of a group in registers) or "geglu" (x = h[:C] * gelu(h[C:]), gelu with erf).
 SOURCE of the scale: "given" by the caller, "delayed" (made here of the last absmax), "reduced" by the range pass (or in
 quantize_group_norm.py), or of this "tile" (granularity "per_token").
 
 Programs: one tile of BLOCK_R rows x BLOCK_C channels of one sample each, no loops. A tile holds whole rows (of at most
 `quantize_tiling.MAX_ROW` channels) where a row must be reduced ("per_token" scales, "layer_norm"), and no more than the
-16 rows of a block with "per_block", of which the last one of a sample takes the rows that are left. Every tensor is
+16 rows of a block with "per_block", of which the last one of a sample takes the rows that are left. With "groups" it
+holds GROUPS groups of WIDTH channels, each in the next power of two of lanes; where programs share the rows of a group,
+each reads all of them. Otherwise every tensor is
 read at most once per pass; the range pass runs from the last tile to the first, so that the second reading comes from
 the L2 cache as far as it reaches.
 
@@ -59,17 +64,19 @@ def rne(x):
 
 
 @triton.jit
-def tile_of_program(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
-    """sample, first row, row numbers [BLOCK_R] and channels [BLOCK_C] of this program's tile. Blocks of channels follow
-    each other, so that programs that run together read whole rows.
+def tile_of_program(
+    rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STEP: tl.constexpr, BACKWARDS: tl.constexpr
+):
+    """sample, first row, row numbers [BLOCK_R] and channels [BLOCK_C] of this program's tile, STEP after those of the
+    one before. Blocks of channels follow each other, so that programs that run together read whole rows.
 
     BACKWARDS: the last tile first, to begin with what the pass before read last, which is in the L2 cache."""
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    channel_blocks = tl.cdiv(channels, STEP)
     row_blocks = tl.cdiv(rows, BLOCK_R)
     program = tl.program_id(0)
     if BACKWARDS:
         program = tl.num_programs(0) - 1 - program
-    col = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    col = (program % channel_blocks) * STEP + tl.arange(0, BLOCK_C)
     block = program // channel_blocks
     first = (block % row_blocks) * BLOCK_R
     return block // row_blocks, first, first + tl.arange(0, BLOCK_R), col
@@ -80,6 +87,22 @@ def tile_offsets(sample, first, rows, width, row, col):
     """Where a tile lies in a tensor of `width` elements per row; only the start is in 64 bits."""
     start = (sample.to(tl.int64) * rows + first) * width
     return start + ((row - first)[:, None] * width + col[None, :])
+
+
+@triton.jit
+def load_channels(h_ptr, further_ptr, own, sample, first, rows, channels, row, col, mask):
+    """A tile of h in float32, the channels from `own` on out of `further`. A warp that has none of a tensor reads none:
+    both loads are masked, and `own` may lie inside of a tile."""
+    if further_ptr is None:
+        offsets = tile_offsets(sample, first, rows, channels, row, col)
+        h = tl.load(h_ptr + offsets, mask=mask, other=0.0)
+    else:
+        is_own = (col < own)[None, :]
+        offsets = tile_offsets(sample, first, rows, own, row, col)
+        h = tl.load(h_ptr + offsets, mask=mask & is_own, other=0.0)
+        offsets = tile_offsets(sample, first, rows, channels - own, row, col - own)
+        h = tl.where(is_own, h, tl.load(further_ptr + offsets, mask=mask & (col >= own)[None, :], other=0.0))
+    return h.to(tl.float32)
 
 
 @triton.jit
@@ -100,8 +123,9 @@ def silu(x):
 
 @triton.jit
 def load_activation(
-    h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE: tl.constexpr, SILU: tl.constexpr
-):
+    h_ptr, further_ptr, own, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
     """x in float32 [BLOCK_R, BLOCK_C]; a "layer_norm" tile holds whole rows. Undefined outside `mask`."""
     if PROLOGUE == "geglu":
         offsets = tile_offsets(sample, first, rows, 2 * channels, row, col)
@@ -109,8 +133,7 @@ def load_activation(
         gate = tl.load(h_ptr + offsets + channels, mask=mask, other=0.0).to(tl.float32)
         x = x * (0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF)))
     else:
-        offsets = tile_offsets(sample, first, rows, channels, row, col)
-        x = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = load_channels(h_ptr, further_ptr, own, sample, first, rows, channels, row, col, mask)
     if PROLOGUE == "group_norm":
         at = sample.to(tl.int64) * channels + col
         a = tl.load(a_ptr + at, mask=col < channels, other=0.0)
@@ -128,6 +151,63 @@ def load_activation(
             x = x * tl.load(a_ptr + col, mask=col < channels, other=0.0).to(tl.float32)[None, :]
         if b_ptr is not None:
             x = x + tl.load(b_ptr + col, mask=col < channels, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def over_groups(x, WIDTH: tl.constexpr):
+    """Sums of a tile over its rows and the lanes of each group, in every lane of the group."""
+    LANES: tl.constexpr = triton.next_power_of_2(WIDTH)
+    sums = tl.reshape(tl.sum(x, axis=0), (x.shape[1] // LANES, LANES))
+    return tl.reshape(tl.broadcast_to(tl.sum(sums, axis=1)[:, None], sums.shape), (x.shape[1],))
+
+
+@triton.jit
+def load_groups(
+    h_ptr, further_ptr, own, shift_ptr, shift_stride, sample, first, rows, channels, row, col, inside,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """h + shift in float32; and of whole groups, by lanes, how many values a tile has of one, mean, and the sum of the
+    squares around it."""
+    mask = (row < rows)[:, None] & inside[None, :]
+    h = load_channels(h_ptr, further_ptr, own, sample, first, rows, channels, row, col, mask)
+    if shift_ptr is not None:
+        shift = tl.load(shift_ptr + sample.to(tl.int64) * shift_stride + col, mask=inside, other=0.0)
+        h += shift.to(tl.float32)[None, :]
+    count = (tl.minimum(rows - first, BLOCK_R) * WIDTH).to(tl.float32)
+    mean = tl.div_rn(over_groups(tl.where(mask, h, 0.0), WIDTH), count)
+    distance = tl.where(mask, h - mean[None, :], 0.0)
+    return h, count, mean, over_groups(distance * distance, WIDTH)
+
+
+@triton.jit
+def load_normalised(
+    h_ptr, further_ptr, own, a_ptr, b_ptr, shift_ptr, shift_stride, norm_stride, sample, first, rows, channels, eps,
+    row, col, inside, SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """x of the prologue "groups". Where others share the rows of its groups with this program it reads theirs, too."""
+    h, count, mean, squares = load_groups(
+        h_ptr, further_ptr, own, shift_ptr, shift_stride, sample, first, rows, channels, row, col, inside, WIDTH,
+        BLOCK_R,
+    )  # fmt: skip
+    for i in range(1, tl.cdiv(rows, BLOCK_R)):
+        start = (first + i * BLOCK_R) % (tl.cdiv(rows, BLOCK_R) * BLOCK_R)
+        _, more, other, apart = load_groups(
+            h_ptr, further_ptr, own, shift_ptr, shift_stride, sample, start, rows, channels, start + row - first, col,
+            inside, WIDTH, BLOCK_R,
+        )  # fmt: skip
+        distance = other - mean
+        squares += apart + distance * distance * tl.div_rn(count * more, count + more)
+        count += more
+        mean += distance * tl.div_rn(more, count)
+    x = (h - mean[None, :]) * tl.rsqrt(tl.div_rn(squares, count) + eps)[None, :]
+    at = sample.to(tl.int64) * norm_stride + col
+    if a_ptr is not None:
+        x *= tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if b_ptr is not None:
+        x += tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        x = silu(x)
     return x
 
 
@@ -218,13 +298,16 @@ def merge_range(largest, above, partial_ptr, counter_ptr, range_ptr, copy_ptr, g
 
 @triton.jit
 def range_kernel(
-    h_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, rows, channels, granules, eps,
+    h_ptr, further_ptr, x_hat_ptr, a_ptr, b_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr,
+    own, rows, channels, granules, eps,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, True)
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, BLOCK_C, True)
     mask = (row < rows)[:, None] & (col < channels)[None, :]
-    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    value = load_activation(
+        h_ptr, further_ptr, own, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+    )
     if x_hat_ptr is not None:
         offsets = tile_offsets(sample, first, rows, channels, row, col)
         value = value - tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -247,16 +330,31 @@ def range_kernel(
 
 @triton.jit
 def quantize_kernel(
-    h_ptr, x_hat_ptr, a_ptr, b_ptr, given_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr, codes_ptr, scale_ptr,
-    zero_point_ptr,
-    rows, channels, granules, given_stride, eps, clip_ratio, half,
+    h_ptr, further_ptr, x_hat_ptr, a_ptr, b_ptr, shift_ptr, given_ptr, range_ptr, partial_ptr, counter_ptr, block_ptr,
+    codes_ptr, scale_ptr, zero_point_ptr,
+    own, rows, channels, granules, shift_stride, norm_stride, given_stride, eps, clip_ratio, half,
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, AFFINE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, False)
-    mask = (row < rows)[:, None] & (col < channels)[None, :]
+    STEP: tl.constexpr = WIDTH * GROUPS if PROLOGUE == "groups" else BLOCK_C
+    sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, STEP, False)
+    inside = col < channels
+    if PROLOGUE == "groups":
+        LANES: tl.constexpr = BLOCK_C // GROUPS
+        lane = tl.arange(0, BLOCK_C)
+        col += lane // LANES * (WIDTH - LANES)
+        inside = lane % LANES < WIDTH
+    mask = (row < rows)[:, None] & inside[None, :]
     offsets = tile_offsets(sample, first, rows, channels, row, col)
-    value = load_activation(h_ptr, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU)
+    if PROLOGUE == "groups":
+        value = load_normalised(
+            h_ptr, further_ptr, own, a_ptr, b_ptr, shift_ptr, shift_stride, norm_stride, sample, first, rows,
+            channels, eps, row, col, inside, SILU, WIDTH, BLOCK_R,
+        )  # fmt: skip
+    else:
+        value = load_activation(
+            h_ptr, further_ptr, own, a_ptr, b_ptr, sample, first, rows, channels, eps, row, col, mask, PROLOGUE, SILU
+        )
     if x_hat_ptr is not None:
         old = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value - old
@@ -271,7 +369,7 @@ def quantize_kernel(
         owner = tl.program_id(0) == 0
     else:
         granule = sample
-        owner = (first == 0) & (tl.program_id(0) % tl.cdiv(channels, BLOCK_C) == 0)
+        owner = (first == 0) & (tl.program_id(0) % tl.cdiv(channels, STEP) == 0)
     zero_point = half * 0.0
 
     if SOURCE == "given" or SOURCE == "delayed":

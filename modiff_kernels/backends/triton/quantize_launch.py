@@ -1,7 +1,8 @@
 """`quantize`: which kernels an activation takes (quantize_kernel.py), and their scratch.
 
 Launches: one with scales given, delayed or per token, otherwise two. A group norm has one more, except for the plain
-form with scales per sample, of which it finds the range (quantize_group_norm.py)."""
+form with scales per sample, of which it finds the range (quantize_group_norm.py), and given or delayed scales where
+groups fit into the registers of a few programs."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,12 +15,13 @@ from ...quant.operands import norm_stride
 from .launch import launch, scratch
 from .quantize_group_norm import fold_form, group_norm_kernel
 from .quantize_kernel import quantize_kernel, range_kernel
-from .quantize_tiling import tiling
+from .quantize_tiling import tiling, tiling_by_groups
 
 
 class _Form(NamedTuple):
     """What calls with the same formats have in common. integers: elements of range, partial and block, 0 where one is
-    not used; floats: of partial, a and b of a norm; counters: of all kernels, at most."""
+    not used; floats: of partial, a and b of a norm; counters: of all kernels, at most. groups: of a tile, and
+    channels of one."""
 
     grid: tuple[int]
     sizes: tuple[int, int, int, int]
@@ -28,6 +30,7 @@ class _Form(NamedTuple):
     floats: tuple[int, int, int]
     counters: int
     form: dict[str, Any]
+    groups: dict[str, int]
     norm_grid: tuple[int]
     norm_form: dict[str, Any]
 
@@ -37,13 +40,16 @@ def _form(
     shape: Sequence[int], dtype: torch.dtype, state_dtype: torch.dtype | None, granularity: str, bits: int,
     affine: bool, source: str, kind: str, num_groups: int, silu: bool,
 ) -> _Form:  # fmt: skip
-    """source: "given", "delayed", or "" where the scale is to be found. shape: of h."""
+    """source: "given", "delayed", or "" where the scale is to be found. shape: of x."""
     image, pair = len(shape) == 4, 2 if kind == "geglu" else 1
     rows = shape[2] * shape[3] if image else shape[1] if len(shape) == 3 else 1
     read = max(dtype.itemsize, 0 if state_dtype is None else state_dtype.itemsize)
-    channels = shape[1] if image else shape[-1] // pair
+    channels = shape[1] if image else shape[-1]
     tiles = tiling(shape[0], rows, channels, granularity, bits, kind, read * pair)
-    samples, rows, channels, granularity, granules, block_r, block_c, num_warps = tiles
+    if kind == "group_norm" and source and tiles.granularity != "per_token":
+        tiles = tiling_by_groups(tiles, num_groups, dtype.itemsize)
+        kind = "groups" if tiles.width else kind
+    samples, rows, channels, granularity, granules, block_r, block_c, num_warps, width, groups = tiles
     plain, per_token = state_dtype is None, granularity == "per_token"
     if not source:
         source = "tile" if per_token else "reduced"
@@ -60,43 +66,43 @@ def _form(
     integers, counted = (ends * granules if plain else 0, merged, blocks), max(granules if merged else 0, counted)
     form = {"PROLOGUE": kind, "SILU": silu, "GRANULARITY": granularity, "AFFINE": affine}
     form |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": num_warps}
-    return _Form(tiles.grid, (samples, rows, channels, granules), source, integers, floats, counted, form, *norm)
+    sizes, whole = (samples, rows, channels, granules), {"WIDTH": width, "GROUPS": groups}
+    return _Form(tiles.grid, sizes, source, integers, floats, counted, form, whole, *norm)
 
 
 def quantize(
     h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind, gamma, beta, shift, num_groups, eps, silu = prologue
-    a, b = gamma, beta
+    kind, gamma, beta, shift, num_groups, eps, silu, further = prologue
     device, plain = h.device, x_hat is None
     given, source = (scale, "given") if last_absmax is None else (last_absmax, "delayed")
-    grid, sizes, source, integers, floats, counted, form, norm_grid, norm_form = _form(
-        h.shape, h.dtype, None if plain else x_hat.dtype, granularity, bits, affine and plain,
+    grid, sizes, source, integers, floats, counted, form, groups, norm_grid, norm_form = _form(
+        prologue.shape(h), h.dtype, None if plain else x_hat.dtype, granularity, bits, affine and plain,
         "" if given is None else source, kind, num_groups, silu,
     )  # fmt: skip
     largest, partial, block, norm_partial, norm_a, norm_b, counters = scratch(device, integers, floats, counted)
     granules = sizes[3]
     third = torch.empty(granules, dtype=torch.int32, device=device)
     largest = largest if plain else third
-    if kind == "group_norm":
+    own = 0 if further is None else h.shape[1]
+    strides = 0 if shift is None else shift.stride(0), norm_stride(gamma)
+    if form["PROLOGUE"] == "group_norm":
         launch(
-            group_norm_kernel, norm_grid, h, shift, gamma, beta, norm_partial, counters, norm_a, norm_b,
-            largest if source == "folded" else None, *sizes[:3], 0 if shift is None else shift.stride(0),
-            norm_stride(gamma), num_groups, eps, **norm_form,
+            group_norm_kernel, norm_grid, h, further, shift, gamma, beta, norm_partial, counters, norm_a, norm_b,
+            largest if source == "folded" else None, own, *sizes[:3], *strides, num_groups, eps, **norm_form,
         )  # fmt: skip
-        a, b = norm_a, norm_b
+        gamma, beta, shift, strides = norm_a, norm_b, None, (0, 0)
     merged = partial, None if partial is None else counters
     if source == "reduced":
-        launch(range_kernel, grid, h, x_hat, a, b, largest, *merged, block, *sizes[1:], eps, **form)
+        launch(
+            range_kernel, grid, h, further, x_hat, gamma, beta, largest, *merged, block, own, *sizes[1:], eps, **form
+        )
         merged = None, None
-    if plain and kind == "geglu":
-        codes = h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.int8)
-    else:
-        codes = torch.empty_like(h if plain else x_hat, dtype=torch.int8)
+    codes = prologue.empty_codes(h) if plain else torch.empty_like(x_hat, dtype=torch.int8)
     used = torch.empty(granules, dtype=torch.float32, device=device)
     launch(
-        quantize_kernel, grid, h, x_hat, a, b, given, largest, *merged, block, codes, used, third if plain else None,
-        *sizes[1:], 0 if given is None or given.shape[0] == 1 else 1, eps, clip_ratio,
-        float(1 << (bits - 1)), SOURCE=source, **form,
+        quantize_kernel, grid, h, further, x_hat, gamma, beta, shift, given, largest, *merged, block, codes, used,
+        third if plain else None, own, *sizes[1:], *strides, 0 if given is None or given.shape[0] == 1 else 1, eps,
+        clip_ratio, float(1 << (bits - 1)), SOURCE=source, **groups, **form,
     )  # fmt: skip
     return codes, used, third if plain else third.view(torch.float32)

@@ -8,6 +8,8 @@ from ...quant.spec import BLOCK_ROWS, block_count
 MAX_ROW = 8192  # 16 float32 values per thread of 16 warps, of two inputs (GEGLU) and x_hat at the same time
 _TILE_BYTES = 8192  # of h or x_hat, the wider: four 16-byte loads per thread of 4 warps in flight, below 150 registers
 _LEAST_TILE = 1024  # elements: 8 per thread, which is one 16-byte load of a 2-byte tensor
+_SECTOR_BYTES = 32  # read and written as one
+_MOST_IN_REGISTERS, _MOST_READERS = 1 << 13, 4  # values, 32 in a thread of 8 warps; programs that share rows of a group
 _ENOUGH_PROGRAMS = 264  # two per SM of an H100
 
 
@@ -28,11 +30,18 @@ class Tiling(NamedTuple):
     block_r: int
     block_c: int
     num_warps: int
+    width: int = 0  # of whole groups of channels in a tile, or 0
+    groups: int = 0
 
     @property
     def grid(self) -> tuple[int]:
         """One program per tile."""
-        return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.block_c),)
+        return (self.samples * -(-self.rows // self.block_r) * -(-self.channels // self.columns),)
+
+    @property
+    def columns(self) -> int:
+        """Channels of a tile."""
+        return self.width * self.groups or self.block_c
 
 
 @lru_cache(maxsize=4096)
@@ -50,6 +59,23 @@ def tiling(
     whole_rows = granularity == "per_token" or prologue == "layer_norm"
     blocks = tile(samples, rows, channels, whole_rows, bytes_read, granularity == "per_block")
     return Tiling(samples, rows, channels, granularity, granules, *blocks)
+
+
+@lru_cache(maxsize=4096)
+def tiling_by_groups(tiling: Tiling, num_groups: int, bytes_read: int) -> Tiling:
+    """That of a group norm whose programs find the statistics of their groups themselves; `tiling` where these are too
+    large. Enough groups for a sector of 32 bytes; four programs at most share the rows of a group, for each reads them
+    all, from the L2 cache."""
+    width = tiling.channels // num_groups
+    groups = 1
+    while groups * width * bytes_read < _SECTOR_BYTES and num_groups % (2 * groups) == 0:
+        groups *= 2
+    block_c = groups * next_power_of_2(width)
+    block_r = min(next_power_of_2(tiling.rows), _MOST_IN_REGISTERS // block_c)
+    if block_r * _MOST_READERS < tiling.rows or groups * width * bytes_read < _SECTOR_BYTES:
+        return tiling
+    num_warps = max(4, block_r * block_c // 1024)
+    return tiling._replace(block_r=block_r, block_c=block_c, num_warps=num_warps, width=width, groups=groups)
 
 
 @lru_cache(maxsize=4096)

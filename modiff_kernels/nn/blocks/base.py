@@ -121,10 +121,10 @@ class FusedBlock(nn.Module):
         raise NotImplementedError
 
 
-def group_norm(norm: nn.GroupNorm, silu: bool, shift: Tensor | None = None) -> Prologue:
-    """silu?(norm(h + shift)) with the parameters that `norm` has now."""
+def group_norm(norm: nn.GroupNorm, silu: bool, further: Tensor | None = None) -> Prologue:
+    """silu?(norm(h)) with the parameters that `norm` has now; h has the channels of `further`, too."""
     held = norm._parameters  # torch looks there last, after half a microsecond
-    return Prologue("group_norm", held["weight"], held["bias"], shift, norm.num_groups, norm.eps, silu)
+    return Prologue("group_norm", held["weight"], held["bias"], None, norm.num_groups, norm.eps, silu, further)
 
 
 def layer_norm(norm: nn.LayerNorm) -> Prologue:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modiff_kernels.nn import step
 from modiff_kernels.nn.blocks.base import ALONE, FusedBlock, Parts, Role, group_norm, is_untouched
+from modiff_kernels.nn.blocks.concatenation import Concatenation
 from modiff_kernels.nn.blocks.time_projections import TimeProjections, scaled_norm
 from modiff_kernels.ops import IDENTITY, Prologue
 
@@ -53,18 +54,24 @@ class FusedResnetBlock2D(FusedBlock):
                 self.conv_shortcut.add_onto(self.conv2.output)
 
     def run(self, x: Tensor, temb: Tensor | None = None, *unused: Any, **unused_too: Any) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        dtype = x.dtype
+        dtype, further, read = x.dtype, None, IDENTITY
         conv1, conv2, shortcut = self.conv1, self.conv2, self.conv_shortcut
-        h = step.run(conv1, group_norm(self.norm1, True), x, dtype, write_out=False)
+        if type(x) is Concatenation:
+            if shortcut is None or shortcut.input_scale is not None:
+                x = x.whole()
+            else:
+                x, further = x.parts
+                read = Prologue(further=further)
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = step.run(conv1, group_norm(self.norm1, True, further), x, dtype, write_out=False)
         prologue = self._second_norm(temb if self.takes_time else None, x.shape[0])
         if shortcut is None:
             return step.run(conv2, prologue, h, dtype, skip=x)
         if conv2.mode == "quantized":
-            skip = step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
+            skip = step.run(shortcut, read, shortcut.scaled(x), dtype)
             return step.run(conv2, prologue, h, dtype, skip=skip)
         step.run(conv2, prologue, h, dtype, write_out=False)
-        return step.run(shortcut, IDENTITY, shortcut.scaled(x), dtype)
+        return step.run(shortcut, read, shortcut.scaled(x), dtype)
 
     def _second_norm(self, temb: Tensor | None, samples: int) -> Prologue:
         norm = group_norm(self.norm2, True)

@@ -114,16 +114,19 @@ def _rows(t):
 class QuantizeEmulator(Emulator):
     """emulator/quantize.cpp; `quantize` has the arguments and results of the op."""
 
-    def quantize(self, x, gamma, beta, shift, x_hat, scale, form):
+    def quantize(self, x, further, gamma, beta, shift, x_hat, scale, form):
         channels, _, _, _, act_bits, granularity, packed = map(int, form.tolist()[3:10])
         shift, row = _rows(shift)
         (gamma, norm_row), beta = _rows(gamma), _rows(beta)[0]
-        like = x if x.ndim == 4 else x[..., :channels].contiguous()
+        like = x[..., :channels].contiguous()
+        if x.ndim == 4:
+            like = torch.empty((len(x), channels, *x.shape[2:])).contiguous(memory_format=torch.channels_last)
         codes = empty_packed(like, act_bits) if packed else torch.empty_like(like, dtype=torch.int8)
         used = torch.empty(granule_count(like.shape, GRANULARITIES[granularity], x.ndim == 4))
         third = torch.empty_like(used, dtype=torch.int32 if x_hat is None else torch.float32)
-        head = form.numpy().tobytes() + struct.pack("3q", row, norm_row, self.falling)
-        self.ask(head, (x, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
+        own = channels - (0 if further is None else further.shape[1])
+        head = form.numpy().tobytes() + struct.pack("4q", row, norm_row, self.falling, own)
+        self.ask(head, (x, further, x_hat, gamma, beta, shift, scale), (codes, used, third, x_hat))
         return codes, used, third
 
 

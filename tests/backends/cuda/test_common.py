@@ -112,9 +112,8 @@ class TestPacking:
         assert torch.equal(from_numpy(common.unpack_words(words)), wanted)
 
     def test_planes_unpack(self, common):
-        """All low planes with one high plane, all high planes with one low plane, and random pairs."""
-        low = torch.cat((torch.arange(1 << 16), torch.full((256,), 0x1BE4), torch.randint(1 << 16, (4096,))))
-        high = torch.cat((torch.full((1 << 16,), 0xA6), torch.arange(256), torch.randint(256, (4096,))))
-        low, high = low.to(torch.uint16), high.to(torch.uint8)
-        packed = torch.cat((low.view(torch.uint8).view(-1, 2), high[:, None]), 1)
-        assert torch.equal(from_numpy(common.unpack_planes(low, high)), packing.unpack(packed, 3, 8))
+        """Every code in every place among each other code, and random rows."""
+        places = torch.eye(32, dtype=torch.bool)
+        one = [torch.where(places, value, other) for value, other in itertools.product(range(-4, 4), repeat=2)]
+        codes = torch.cat((*one, torch.randint(-4, 4, (4096, 32)))).to(torch.int8)
+        assert torch.equal(from_numpy(common.unpack_planes(packing.pack(codes, 3))), codes)

@@ -94,11 +94,13 @@ class TestTiles:
         case = Case(3, 13, 11, 128 if bits == 3 else 64, 72, window, bits)
         case.check(hopper, Launch(tile, multiprocessors=2, seed=window.stride[0]))
 
+    @pytest.mark.parametrize("splits", [2, 3])
     @pytest.mark.parametrize(("bits", "tile"), ALL_TILES)
-    def test_splits_of_k(self, hopper, bits, tile):
-        """More work items than blocks: a block takes splits of several tiles, and is sometimes the last to a tile."""
+    def test_splits_of_k(self, hopper, bits, tile, splits):
+        """More work items than blocks: a block takes splits of several tiles. Of three splits it is sometimes the last
+        to a tile; two are a cluster's, whose blocks have 4 and 5 k-blocks of each tile."""
         case = Case(2, 9, 9, 128, 72, THREE, bits)
-        case.check(hopper, Launch(tile, splits=3, multiprocessors=2))
+        case.check(hopper, Launch(tile, splits=splits, multiprocessors=2, seed=tile))
 
 
 class TestOrders:
@@ -107,9 +109,10 @@ class TestOrders:
     @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("bits", [8, 4])
     def test_seeds(self, hopper, bits, seed):
-        """15 k-blocks in splits of 7 and 8, through 7 and 8 stages, by a block that stays for four work items."""
+        """18 k-blocks of which every other one is half, in two and in three splits, through 8 and 9 stages, by a block
+        that stays for four work items."""
         case = Case(2, 9, 8, 192, 72, THREE, bits, seed=seed)
-        case.check(hopper, Launch(3, splits=2, multiprocessors=1 + seed % 2, seed=seed))
+        case.check(hopper, Launch(3, splits=2 + seed // 2, multiprocessors=1 + seed % 2, seed=seed))
 
     @pytest.mark.parametrize("seed", [6, 7])
     def test_stages_are_used_again_and_again(self, hopper, seed):
@@ -138,8 +141,8 @@ class TestEpilogues:
         case.check(hopper, Launch(tile, multiprocessors=2, seed=tile), with_state=state is not None)
 
     @pytest.mark.parametrize("bits", [8, 4])
-    @pytest.mark.parametrize("splits", [1, 2])
+    @pytest.mark.parametrize("splits", [1, 2, 3])
     def test_state_alone(self, hopper, bits, splits):
-        """Nothing but y_hat is written; with splits all blocks give back its slices, and one finishes them."""
+        """Nothing but y_hat is written; with splits all blocks give back its slices, and one or two finish them."""
         case = Case(2, 9, 9, 512, 72, bits=bits, skip=False)
         case.check(hopper, Launch(0, splits=splits, multiprocessors=2), write_out=False)

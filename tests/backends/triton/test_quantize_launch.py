@@ -10,7 +10,7 @@ from modiff_kernels.backends.triton.quantize_launch import quantize
 from modiff_kernels.quant.operands import GEGLU, IDENTITY, Prologue
 from tests.integrations.fake_capture import Tape
 
-IMAGE, TOKENS, WIDE = (2, 64, 16, 16), (2, 128, 64), (2, 128, 128)
+IMAGE, LARGE, TOKENS, WIDE = (2, 64, 16, 16), (2, 64, 64, 64), (2, 128, 64), (2, 128, 128)
 SHIFT = torch.empty(1, 64, device="meta").expand(2, -1)
 NORM, LAYER_NORM = Prologue("group_norm", shift=SHIFT, num_groups=8, silu=True), Prologue("layer_norm")
 # fmt: off
@@ -22,7 +22,8 @@ FORMS = [  # h, prologue, has x_hat, granularity, source of the scale: kernels
     (IMAGE, NORM, False, "per_tensor", None, "group_norm range quantize"),
     (IMAGE, NORM, False, "per_token", None, "group_norm quantize"),
     (IMAGE, NORM, True, "per_sample", None, "group_norm range quantize"),
-    (IMAGE, NORM, True, "per_sample", "delayed", "group_norm quantize"),
+    (IMAGE, NORM, True, "per_sample", "delayed", "quantize"),
+    (LARGE, NORM, True, "per_sample", "delayed", "group_norm quantize"),
     (IMAGE, NORM, True, "per_token", "given", "group_norm quantize"),
     (TOKENS, LAYER_NORM, True, "per_token", None, "quantize"),
     (TOKENS, LAYER_NORM, True, "per_block", None, "range quantize"),

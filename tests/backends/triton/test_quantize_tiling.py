@@ -3,7 +3,7 @@
 import pytest
 
 from modiff_kernels.backends.triton.quantize_group_norm import merge_tiles
-from modiff_kernels.backends.triton.quantize_tiling import tiling
+from modiff_kernels.backends.triton.quantize_tiling import tiling, tiling_by_groups
 from modiff_kernels.quant.operands import PROLOGUES
 from modiff_kernels.quant.spec import GRANULARITIES
 
@@ -33,6 +33,20 @@ def test_tiles_cover_everything_in_powers_of_two(granularity, prologue):
 def test_one_image_of_the_first_level_fills_the_gpu():
     for rows, channels in ((64 * 64, 320), (32 * 32, 640), (16 * 16, 1280)):
         assert tiling(1, rows, channels, "per_sample", 8, "identity", 2).grid[0] >= 132
+
+
+# rows, channels and groups of a norm in float16: rows, lanes and groups of a tile; None where it takes a launch more
+BY_GROUPS = [(64, 1280, 32, (64, 64, 1)), (256, 2560, 32, (64, 128, 1)), (1024, 320, 32, (256, 32, 2))]
+BY_GROUPS += [(1024, 128, 32, (512, 16, 4)), (1024, 1280, 32, None), (4096, 320, 32, None), (64, 12, 3, None)]
+
+
+@pytest.mark.parametrize(("rows", "channels", "num_groups", "tile"), BY_GROUPS)
+def test_groups_that_programs_hold(rows, channels, num_groups, tile):
+    found = tiling_by_groups(tiling(2, rows, channels, "per_sample", 8, "group_norm", 2), num_groups, 2)
+    assert (None if found.width == 0 else (found.block_r, found.block_c, found.groups)) == tile
+    if tile is not None:
+        assert found.grid[0] == 2 * -(-rows // tile[0]) * num_groups // tile[2]
+        assert found.block_r * found.block_c <= 32 * 32 * found.num_warps
 
 
 def test_the_tile_that_merges_statistics_is_bounded():

@@ -78,13 +78,14 @@ Array<int8_t> unpack_words(const Array<uint32_t>& words) {
   return codes;
 }
 
-// Both planes of eight codes each; codes [planes, 8].
-Array<int8_t> unpack_planes(const Array<uint16_t>& low, const Array<uint8_t>& high) {
-  Array<int8_t> codes({low.size(), py::ssize_t{8}});
-  for (py::ssize_t i = 0; i < low.size(); ++i) {
-    uint32_t parts[2];
-    unpack_eight_planes(low.at(i), high.at(i), parts[0], parts[1]);
-    std::memcpy(codes.mutable_data(i, 0), parts, sizeof(parts));
+// Rows of 32 codes of 3 bits.
+Array<int8_t> unpack_rows_of_planes(const Array<uint8_t>& packed) {
+  Array<int8_t> codes({packed.shape(0), py::ssize_t{32}});
+  for (py::ssize_t row = 0; row < packed.shape(0); ++row) {
+    uint32_t planes[3], words[8];
+    std::memcpy(planes, packed.data(row, 0), sizeof(planes));
+    unpack_planes({planes[0], planes[1]}, planes[2], words);
+    std::memcpy(codes.mutable_data(row, 0), words, sizeof(words));
   }
   return codes;
 }
@@ -103,7 +104,7 @@ void define(py::module_ m) {
   m.def("unpack", unpack);
   m.def("pack_eights", pack_eights);
   m.def("unpack_words", unpack_words);
-  m.def("unpack_planes", unpack_planes);
+  m.def("unpack_planes", unpack_rows_of_planes);
 }
 
 }  // namespace common

@@ -14,8 +14,8 @@ struct Request : ProductRequest {  // tile -1: as chosen
 
 template <class Body>
 void launch(const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r) {
-  const int blocks = least(sm90::work_count(args.schedule), static_cast<int>(r.multiprocessors));
-  sm90::launch_on_host<Body>(args, blocks, static_cast<uint32_t>(r.seed));
+  const int blocks = sm90::block_count(args.schedule, static_cast<int>(r.multiprocessors));
+  sm90::launch_on_host<Body>(args, blocks, sm90::in_clusters(args.schedule), static_cast<uint32_t>(r.seed));
 }
 
 void launch_tile(int bits, int tile, const sm90::ProductArgs<sm90::TensorMap>& args, const Request& r) {

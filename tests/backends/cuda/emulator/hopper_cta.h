@@ -10,7 +10,8 @@
 //              when it issues it; operands that ordinary stores wrote must have been published. All threads of a
 //              warpgroup must issue the same operations
 //              stores read their boxes as late as allowed, or with odd seeds as early
-//   blocks     of a launch run together
+//   blocks     of a launch run together, and those of a cluster send each other words, which come as boxes do; a block
+//              must not end before its cluster's other block has done with its memory
 #pragma once
 #include <cstring>
 #include <map>
@@ -69,7 +70,9 @@ class HopperCta {
         size_(size),
         unpublished_(size, 0),
         warps_(static_cast<size_t>(threads / kWarp), Meeting(kWarp)),
+        threads_(threads),
         all_(threads),
+        pair_(2 * threads),
         consumers_(2 * kWarpgroup),
         groups_(static_cast<size_t>(threads)),
         issued_(static_cast<size_t>(threads / kWarpgroup)),
@@ -78,10 +81,30 @@ class HopperCta {
 
   // At the end of the block.
   void require_finished() const {
-    require(loads_.empty(), "a load is under way at the end of the block");
+    require(loads_.empty() && sent_.empty(), "a load is under way at the end of the block");
     for (const auto& [address, barrier] : barriers_) require(barrier.bytes == 0, "bytes are missing at the end");
     for (const auto& groups : groups_) require(groups.empty(), "a wgmma is under way at the end of its thread");
     for (const auto& [thread, groups] : store_groups_) require(groups.empty(), "a store is under way at the end");
+  }
+
+  // Two neighbours are a cluster.
+  void join(HopperCta& peer) { peer_ = &peer; }
+  void leave() { ++left_; }
+  void cluster_sync() { meet(cluster()); }
+  void arrive_at_peer(uint64_t* barrier) { peer().arrive(at_peer(barrier)); }
+  void wait_for_peer(uint64_t* barrier, uint32_t parity) { wait(barrier, parity); }
+  void send(uint8_t* to, uint64_t* barrier, const int32_t* words) {
+    Sent sent{at_peer(to), at_peer(barrier), {}};
+    std::memcpy(sent.words, words, sizeof(sent.words));
+    peer().require_published(shared_address(to) - kBase, 16, "words are sent where stores were not published");
+    std::memset(sent.to, 0x5A, sizeof(sent.words));
+    peer_->sent_.push_back(sent);
+  }
+  // Words that came are to be published like stores, by who reads them.
+  void load_received(int32_t (&words)[4], const uint8_t* p) {
+    std::memcpy(words, p, sizeof(words));
+    require(unpublished_[shared_address(p) - kBase] == kReceived, "words are read that were not sent");
+    note_store(p);
   }
 
   int thread() const { return fibers_.current() - first_fiber_; }
@@ -145,8 +168,8 @@ class HopperCta {
     loads_.push_back(load);
   }
 
-  void shared_store(uint8_t* p, const uint32_t (&words)[4]) {
-    std::memcpy(p, words, sizeof(words));
+  void shared_store(uint8_t* p, const uint32_t* words) {
+    std::memcpy(p, words, 16);
     note_store(p);
   }
 
@@ -227,7 +250,21 @@ class HopperCta {
 
   // Fills some boxes that are under way, or all; false if none is.
   bool deliver(bool all) {
-    if (loads_.empty()) return false;
+    if (loads_.empty() && sent_.empty()) return false;
+    std::vector<Sent> later_sent;
+    for (const Sent& sent : sent_) {
+      if (!all && random_() % 2 == 0) {
+        later_sent.push_back(sent);
+        continue;
+      }
+      require(left_ < threads_, "words are sent to a block that has ended");
+      std::memcpy(sent.to, sent.words, sizeof(sent.words));
+      std::fill_n(unpublished_.begin() + shared_address(sent.to) - kBase, sizeof(sent.words), kReceived);
+      Barrier& b = at(sent.barrier);
+      b.bytes -= static_cast<int>(sizeof(sent.words));
+      complete(b);
+    }
+    sent_.swap(later_sent);
     std::vector<Load> later;
     for (const Load& load : loads_) {
       if (!all && random_() % 2 == 0) {
@@ -250,6 +287,7 @@ class HopperCta {
 
  private:
   static constexpr uint32_t kBase = 7 << 10;
+  static constexpr uint16_t kReceived = 0xFFFF;  // in the place of a thread
   struct Barrier {
     int arrivals, pending, bytes;
     uint32_t phase;
@@ -273,6 +311,11 @@ class HopperCta {
     uint32_t address;
     int x, y;
   };
+  struct Sent {
+    uint8_t* to;
+    uint64_t* barrier;
+    int32_t words[4];
+  };
   struct Mma {
     uint64_t codes, weight;
     bool accumulate;
@@ -283,6 +326,17 @@ class HopperCta {
     uint64_t codes, weight;
     bool accumulate;
   };
+
+  Meeting& cluster() { return peer_ == nullptr ? all_ : block_ % 2 == 0 ? pair_ : peer_->pair_; }
+  HopperCta& peer() {
+    require(peer_ != nullptr && cluster().generation > 0, "the cluster has no other block, or it may not have begun");
+    require(peer_->left_ < threads_, "the other block has ended");
+    return *peer_;
+  }
+  template <class T>
+  T* at_peer(T* p) {
+    return reinterpret_cast<T*>(peer().shared_ + (shared_address(p) - kBase));
+  }
 
   // Bytes that TMA and wgmma do not see before they are published.
   void note_store(const uint8_t* p) {
@@ -441,9 +495,12 @@ class HopperCta {
   size_t size_;
   std::vector<uint16_t> unpublished_;  // the thread, plus one, whose store was not published
   std::vector<Meeting> warps_;
-  Meeting all_, consumers_;
+  int threads_, left_ = 0;  // that have ended
+  Meeting all_, pair_, consumers_;
+  HopperCta* peer_ = nullptr;
   std::map<const uint64_t*, Barrier> barriers_;
   std::vector<Load> loads_;
+  std::vector<Sent> sent_;
   std::map<int, std::vector<uint32_t>> stored_;
   std::map<int, int64_t> counts_;
   std::map<int, std::vector<Mma>> open_;
@@ -455,9 +512,9 @@ class HopperCta {
   std::mt19937 random_;
 };
 
-// Runs all blocks of a launch.
+// Runs all blocks of a launch, in clusters of two or each for itself.
 template <class Body, class Args>
-void launch_on_host(const Args& args, int blocks, uint32_t seed) {
+void launch_on_host(const Args& args, int blocks, bool clusters, uint32_t seed) {
   using Shared = typename Body::Shared;
   WaitingFibers fibers(blocks * Body::kThreads);
   std::vector<std::unique_ptr<Shared>> shared;
@@ -472,7 +529,9 @@ void launch_on_host(const Args& args, int blocks, uint32_t seed) {
   const auto body = [&](int fiber) {
     const auto block = static_cast<size_t>(fiber / Body::kThreads);
     Body::run(*ctas[block], *shared[block], args);
+    ctas[block]->leave();
   };
+  for (size_t block = 0; clusters && block < ctas.size(); ++block) ctas[block]->join(*ctas[block ^ 1]);
   const auto deliver = [&](bool all) {
     bool any = false;
     for (const auto& cta : ctas) any = cta->deliver(all) || any;

@@ -12,7 +12,7 @@ using Launch = modiff::HostLaunch<modiff::HostCta>;
 
 struct Request {
   double form[kQuantizeForm];
-  int64_t shift_stride, norm_stride, falling;
+  int64_t shift_stride, norm_stride, falling, own;
 };
 
 void quantize(const QuantizeCall& call, Launch& launch) {
@@ -24,8 +24,8 @@ void quantize(const QuantizeCall& call, Launch& launch) {
 }
 
 void answer(const Request& r, Launch& launch) {
-  Buffer input, x_hat, gamma, beta, shift, given, codes, scale, third, scratch;
-  for (Buffer* buffer : {&input, &x_hat, &gamma, &beta, &shift, &given}) buffer->read();
+  Buffer input, further, x_hat, gamma, beta, shift, given, codes, scale, third, scratch;
+  for (Buffer* buffer : {&input, &further, &x_hat, &gamma, &beta, &shift, &given}) buffer->read();
   QuantizeCall call{};
   modiff::QuantizeProblem& p = call.problem;
   set_form(call, r.form);
@@ -35,6 +35,8 @@ void answer(const Request& r, Launch& launch) {
   p.x_hat_dtype = x_hat.dtype;
   p.given_scale = static_cast<const float*>(given.data());
   p.given_scale_count = static_cast<int64_t>(given.bytes.size() / 4);
+  call.further = further.data();
+  call.own = r.own;
   call.gamma = gamma.parameter();
   call.beta = beta.parameter();
   call.shift = shift.parameter();
