@@ -27,10 +27,10 @@ struct QuantizeProblem {
   const void* input;  // [samples, rows, channels] (kGeglu: 2 * channels)
   DType input_dtype;
   // Group and layer norm.
-  const float* gamma;  // [channels] or null (ones)
-  const float* beta;   // [channels] or null (zeros)
+  const float* gamma;   // [channels] or null (ones)
+  const float* beta;    // [channels] or null (zeros)
   int64_t norm_stride;  // between the rows of gamma and beta [samples, channels] of a group norm; 0: one row for all
-  const float* shift;  // [samples, channels], added before group norm, or null
+  const float* shift;   // [samples, channels], added before group norm, or null
   int64_t num_groups;
   float eps;
   bool silu;

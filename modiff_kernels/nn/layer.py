@@ -74,6 +74,8 @@ class ModulatedLayer(nn.Module):
             setattr(self, attribute, getattr(original, attribute))
         self.owns_state = state is None
         self.name, self.state = name, (state := state or ModulationState(config.state_dtype))
+        if self.owns_state:
+            state.advice = "put `with mk.sampling_run(network):` around the calls of one picture"
         self.mode = "float" if config.act_bits is None else config.mode
         self.weight_bits, self.act_bits = config.weight_bits, config.act_bits
         self.group_size = -1 if config.group_size is None else config.group_size

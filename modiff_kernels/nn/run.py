@@ -17,7 +17,7 @@ R = TypeVar("R", bound="Run")
 
 NEW_RUN = (
     "begin a new run (scheduler.set_timesteps() of an accelerated pipeline, or of another one after "
-    "handle.wrap_scheduler(pipe), `with handle.sampling_run():`, of layers alone `with mk.sampling_run(network):`)"
+    "handle.wrap_scheduler(pipe), or `with handle.sampling_run():`)"
 )
 
 
@@ -34,6 +34,8 @@ class Run:
     interrupted call the run is over, because its layers hold a mix of two steps.
 
     Owners of state override `needs_run` and the methods that begin with `_on_`."""
+
+    advice = NEW_RUN
 
     def __init__(self) -> None:
         self.action: str | None = None
@@ -180,7 +182,7 @@ class Run:
 
     def _check_run(self, thread: threading.Thread) -> None:
         if self._over is not None:
-            raise RuntimeError(f"the UNet was called outside a run ({self._over}); {NEW_RUN}")
+            raise RuntimeError(f"the UNet was called outside a run ({self._over}); {self.advice}")
         runner: Any = self._runner
         if thread is not runner:
             text = f"but {thread.name!r} calls the UNet; {NEW_RUN} in this thread, or give every thread its own UNet"

@@ -32,7 +32,7 @@ def test_a_step_is_timed_and_recorded(tmp_path, capsys):
     assert float(rows[reference, "speedup_vs_best_eager"]["p50"]) == 1
     assert (reference, "overhead_vs_plain") not in rows
     assert (ours, "state") in rows
-    assert "modulated W8A8, cpu" in tables.steps_table(tmp_path, "cifar10_small16")
+    assert "modulated W8A8, cpu" in tables.MAKERS["steps"](tmp_path, "cifar10_small16")
 
 
 def test_a_wrong_step_is_refused(tmp_path, monkeypatch, capsys):

@@ -134,7 +134,7 @@ Of a transformer (attention, and no convolution but of patches and single channe
 if nothing else is asked for: `plan="modulated"`, or 3 and 4 bits, modulate. A step schedule works on whole outputs, so
 it works for every denoiser that returns one tensor.
 
-A DiT of the shape S/2 at batch 8 on one thread of a Xeon with AVX-512 VNNI, CPU time in turn
+A DiT of the shape S/2 at batch 8 on one thread of an AMD EPYC with AVX-512 VNNI, CPU time in turn
 (`python examples/research_networks.py --time`): float32 1218 ms, compiled 1118, plain W8A8 per token 543 (50.0 dB to
 float), modulated W8A8 595 (55.7 dB) and W8A4 599 (52.2 dB) with 576 MiB of state. Weights are random: what modulation
 gives with trained ones was not measured.

@@ -52,8 +52,7 @@ int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   if (error == cudaSuccess && plain.out.base != nullptr) error = sm90::encode(plain.out, args.out);
   const auto on = static_cast<cudaStream_t>(stream);
   const int64_t scratch = sm90::scratch_of(tiling).words * 4;
-  if (error == cudaSuccess && scratch > 0)
-    error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(scratch), on);
+  if (error == cudaSuccess && scratch > 0) error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(scratch), on);
   if (error != cudaSuccess) return error;
   return call.weight_bits == 8 ? sm90::launch_8bit(tiling.tile, args, device, on)
                                : sm90::launch_packed(tiling.tile, call.weight_bits, args, device, on);
