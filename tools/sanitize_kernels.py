@@ -42,7 +42,7 @@ MULTIPLIER = 16  # the largest of per_block at 4 bits: what a code at a tie is m
 
 @dataclass(frozen=True)
 class Product:
-    """One product, and which kernels it reaches on an H100 (csrc/cuda/sm90/plan.h, csrc/cuda/sm80/tile_config.h)."""
+    """One product, and which kernels it reaches on an H100 (csrc/cuda/sm90/tiling.h, csrc/cuda/sm80/tile_config.h)."""
 
     samples: int
     height: int
