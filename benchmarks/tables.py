@@ -31,7 +31,7 @@ from benchmarks import record
 from modiff_kernels.evaluation import markdown_table, text_table
 
 MARKED = re.compile(r"(<!-- table: ([\w+ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-DOCS = ("calibration", "layer_plan", "performance", "quality", "schedules")
+DOCS = ("calibration", "layer_plan", "triton_kernels", "performance", "quality", "schedules")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 
 Row = Mapping[str, str]
@@ -231,6 +231,21 @@ def study(module: str) -> Callable[..., str | None]:
     return lambda *arguments: import_module(f"benchmarks.studies.{module}").table(*arguments)
 
 
+def triton_table(results: Path) -> str | None:
+    """Tiles of Triton's product on sm_90 as they compile (tools/aot_triton.py)."""
+    reports = loaded(results / "triton_products.json")
+    if reports is None:
+        return None
+    header = ["tile, k-block", "warps", "registers", "shared KiB", "blocks an SM", "wgmma", "left under way by a wait"]
+    cells = []
+    for row in reports:
+        threads, sizes = 32 * row["warps"], [row["constants"][f"BLOCK_{axis}"] for axis in "MNK"]
+        blocks = min(65536 // (row["registers"] * threads), (227 << 10) // row["shared_bytes"], 2048 // threads)
+        line = [" x ".join(sizes[:2]) + f", {sizes[2]}", row["warps"], row["registers"], row["shared_bytes"] >> 10]
+        cells.append([*map(str, line), str(blocks), str(row["counts"]["IGMMA"]), ", ".join(map(str, row["pendings"]))])
+    return markdown_table(header, cells)
+
+
 MAKERS: dict[str, Callable[..., str | None]] = {
     "steps": Pivot("unet_step", r"{0}-b(\d+)-(.+)", "configuration, batch", STEP_COLUMNS, every=True,
                    needed=("update_time",), configurations="step_rows", label="{name}, {0}"),
@@ -243,6 +258,7 @@ MAKERS: dict[str, Callable[..., str | None]] = {
     "calibration": study("calibration"),
     "quality": study("quality"),
     "traffic": study("traffic"),
+    "triton": triton_table,
 }  # fmt: skip
 
 

@@ -37,7 +37,8 @@ COUNTED = ("IGMMA", "IMMA", "LDGSTS", "LDG", "STG", "LDSM", "LDL", "STL")
 class Report:
     """What the machine code of one form says; `failures` are the broken rules.
 
-    constants, types: of the kernel's parameters. ptx: how often each instruction of it occurs, with its modifiers."""
+    constants, types: of the kernel's parameters. ptx: how often each instruction of it occurs, with its modifiers.
+    pendings: how many groups of wgmma its waits leave under way, each once."""
 
     name: str
     kernel: str
@@ -51,6 +52,7 @@ class Report:
     shared_bytes: int
     instructions: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    pendings: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -99,6 +101,7 @@ def compile_variant(name: str, variant: "Variant", capability: int) -> tuple[Rep
     warps, types = variant.options["num_warps"], variant.signature
     form = (name, variant.kernel.__name__, capability, warps, constants, types, words)
     report = Report(*form, code.registers, code.stack_bytes, compiled.metadata.shared)
+    report.pendings = sorted({int(n) for n in re.findall(r"wgmma\.wait_group\S* (\d+)", compiled.asm["ptx"])})
     return report, sass_report.machine_code(cubin)[code.kernel]
 
 
