@@ -301,7 +301,8 @@ class ModulatedLayer(nn.Module):
         held = self.output.contexts.get(self.state.context_name)
         before, self._last_use = self._last_use, self.state.serial
         again = held is not None and held.written and before == self._last_use
-        self.has_more_uses = self.has_more_uses or again
+        if again:
+            self.has_more_uses = True
         return again
 
     def scaled(self, x: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
     sampler = pipeline_sampler(pipe, 6, {})
     groups = accuquant.collect_groups(dataclasses.replace(make_job(pipe), sampler=sampler))
     errors = {}
-    for iterations in (0, 20):
-        options = {**FEW, "group_iterations": iterations, "group_lr": 0.05, "learn_batch": 4}
+    for iterations in (0, 40):
+        options = {**FEW, "group_iterations": iterations, "group_lr": 0.02, "learn_batch": 4}
         result = mk.calibrate(pipe, "accuquant", mk.ModiffConfig(3, None), **SMALL, **options)
         with fake_quantized(pipe.unet, result.layers, "modulated", None, "straight_through") as fakes, torch.no_grad():
             for path, fake in fakes.items():
@@ -138,7 +138,7 @@ def test_learnt_codes_lower_the_error_at_the_ends(pipe):
                 for points, calls in zip(groups.points, groups.calls)
             ]
         errors[iterations] = torch.cat(ends).square().mean()
-    assert errors[20] < 0.8 * errors[0], errors
+    assert errors[40] < 0.8 * errors[0], errors  # 0.28 to 0.54 for three orders of the batches
 
 
 def test_scales_of_groups_are_learnt(pipe):

@@ -207,7 +207,7 @@ def test_bad_requests(pipe):
 
 
 def test_bad_targets(pipe):
-    with pytest.raises(TypeError, match="got str; give a pipeline"):
+    with pytest.raises(TypeError, match="got str, which has no denoiser; give one"):
         mk.calibrate("model")
     with pytest.raises(ValueError, match="a bare UNet does not sample; give scheduler= and sample="):
         mk.calibrate(pipe.unet)
