@@ -345,5 +345,5 @@ def table(results: Path) -> str | None:
         held = [(row["network"], row["host"]["plan"], row["host"]["all"]) for row in report["rows"] if "host" in row]
         texts = [form.format(name, plan["ms"], plan["least_ms"], every["ms"]) for name, plan, every in held]
         least += "\n\nMilliseconds of Python in an eager call, batch 2, with stand-ins for all kernels (`--host`, "
-        least += f"one thread of {report['host']}): {'; '.join(texts)}.\n\n"
+        least += f"{report['host']}): {'; '.join(texts)}.\n\n"
     return f"{markdown_table(header, cells)}\n\n{least} Commit {report['git_commit']}, `{report['command']}`."
