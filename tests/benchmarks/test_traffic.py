@@ -58,15 +58,17 @@ def test_the_model_counts_what_is_launched():
 
 @pytest.mark.parametrize("gpu", traffic.GPUS)
 def test_the_default_is_not_slower_than_a_compiler_by_the_model(gpu):
-    least = {("sd15", 1): 1.25, ("sd15", 64): 1.4, ("ldm8_churches", 1): 1.05, ("ddpm_cifar10", 1): 1.0}
+    least = {("sd15", 1): 1.25, ("sd15", 64): 1.4, ("ldm8_churches", 1): 1.2, ("ddpm_cifar10", 1): 1.15}
+    least |= {("ddpm_cifar10", 64): 1.05, ("cifar10_small16", 64): 1.0}
     for (network, batch), ratio in least.items():
         found = traffic.modelled(network, batch, gpu)
-        assert found["compiled_ms"] / found["plan_ms"] >= ratio or set(found["modes"].split()[1::2]) == {"float"}
+        assert found["compiled_ms"] / found["plan_ms"] >= ratio, (network, batch)
 
 
 @pytest.mark.parametrize(("calibration", "least_db"), [(None, 49.5), ("auto", 55.0)])
 def test_pictures_of_the_default_plan(monkeypatch, calibration, least_db):
-    """The plan of an H100 for the shipped model, computed here: the same codes."""
+    """The plan of an H100 for the shipped model, computed here: the same codes. As it is chosen unit by unit: in
+    float32, as the model is here, all would stay float, for the plan is 0.96x as fast as compiled float at batch 64."""
     for module in (plans, replacements):
         monkeypatch.setattr(module, "runs_on_gpu", lambda unet: True)
     monkeypatch.setattr(layer, "is_gpu", lambda device: True)
