@@ -1,121 +1,160 @@
-// The binding, and the host's part of the product of sm_90, on stubs of kernels, of CUDA and of its driver, as ops of
-// torch for tensors of the CPU: modiff_stubs. Whoever is called notes down what with; the op `calls` has a line for each,
-// in which tests/backends/cuda/test_binding.py names the values.
+// The binding and the launchers (launch_sm80.cu, launch_sm90.cu) on stubs of CUDA and its driver, as ops of torch for
+// tensors of the CPU: modiff_stubs. Whoever is called tells `told`: a launch, a tensor map, memory that is cleared.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <sstream>
+#include <map>
 
 #include "cuda/stream.h"
+
+#define SEEN __attribute__((visibility("default")))
+extern "C" {
+using Told = int64_t (*)(const char* name, const int64_t* values);  // an error, or the number of a map
+SEEN Told told = nullptr;
+SEEN int modiff_device = 0;  // 0, 1: of capability 9.0, with 132 and 2 multiprocessors; 2: of 8.0
+}
 
 #define modiff_cuda modiff_stubs
 #define CUDA CPU
 #define DeviceGuard DeviceIndex
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define current_stream(device, stream) (device) >= 0
-#define get_device_index() get_device_index() + 1  // a tensor of the CPU has -1
+#define get_device_index() get_device_index() + 1 + modiff_device  // a tensor of the CPU has -1
 #include "cuda/ops.cpp"
-
-#include "cuda/sm90/product.cu"
 
 namespace {
 
-using namespace modiff;
+cudaError_t last_error = cudaSuccess;
+dim3 configured[2];  // grid, block
+size_t configured_bytes;
 
-std::ostringstream notes;
-
-template <class... T>
-int note(const char* name, T... values) {
-  notes << name;
-  ((notes << ' ' << (int64_t)values), ...);
-  notes << '\n';
-  return 0;
-}
-
-std::string calls() {
-  const std::string all = notes.str();
-  notes.str("");
-  return all;
-}
-
-// Maps that can be told apart: the address, the bit that drivers up to 13.1 set wrongly, the number of the map.
-CUresult fill(CUtensorMap* map, const void* base) {
-  static cuuint64_t encoded = 0;
-  map->opaque[0] = reinterpret_cast<cuuint64_t>(base);
+// The number of the map, and the bit that drivers up to 13.1 set wrongly.
+CUresult encode(CUtensorMap* map, const char* name, const int64_t* values) {
+  map->opaque[0] = static_cast<cuuint64_t>(told(name, values));
   map->opaque[1] = cuuint64_t{1} << 21;
-  map->opaque[2] = ++encoded;
   return CUDA_SUCCESS;
 }
 
 CUresult tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims,
-               const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave,
-               CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill_with) {
-  note("tiled", type, rank, base, dims[0], dims[1], strides[0], box[0], box[1], steps[0], steps[1], swizzle, fill_with);
-  return fill(map, base);
+               const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave order,
+               CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  const int64_t values[] = {type,
+                            rank,
+                            (int64_t)base,
+                            (int64_t)dims[0],
+                            (int64_t)dims[1],
+                            0,
+                            0,
+                            (int64_t)strides[0],
+                            0,
+                            0,
+                            box[0],
+                            box[1],
+                            0,
+                            0,
+                            0,
+                            0,
+                            steps[0],
+                            steps[1],
+                            1,
+                            1,
+                            order,
+                            swizzle,
+                            fill};
+  return encode(map, "tiled", values);
 }
 
 CUresult im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims,
                 const cuuint64_t* strides, const int* lower, const int* upper, cuuint32_t channels, cuuint32_t pixels,
-                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                CUtensorMapFloatOOBfill fill_with) {
-  note("im2col", type, rank, base, dims[0], dims[1], dims[2], dims[3], strides[0], strides[1], strides[2], lower[0],
-       lower[1], upper[0], upper[1], channels, pixels, steps[0], steps[1], steps[2], steps[3], swizzle, fill_with);
-  return fill(map, base);
+                const cuuint32_t* steps, CUtensorMapInterleave order, CUtensorMapSwizzle swizzle,
+                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  const int64_t values[] = {type,
+                            rank,
+                            (int64_t)base,
+                            (int64_t)dims[0],
+                            (int64_t)dims[1],
+                            (int64_t)dims[2],
+                            (int64_t)dims[3],
+                            (int64_t)strides[0],
+                            (int64_t)strides[1],
+                            (int64_t)strides[2],
+                            channels,
+                            pixels,
+                            lower[0],
+                            lower[1],
+                            upper[0],
+                            upper[1],
+                            steps[0],
+                            steps[1],
+                            steps[2],
+                            steps[3],
+                            order,
+                            swizzle,
+                            fill};
+  return encode(map, "im2col", values);
 }
 
-cudaError_t note_launch(int bits, const cuda::sm90::ProductArgs<CUtensorMap>& args) {
-  const cuuint64_t *codes = args.codes.opaque, *weight = args.weight.opaque;
-  note("launch", bits, args.schedule.splits, codes[0], codes[1] >> 21, codes[2], weight[0], weight[1] >> 21, weight[2],
-       args.high_plane.opaque[0], args.sums != nullptr);
-  return cudaSuccess;
+std::map<const void*, const char*>& names() {
+  static std::map<const void*, const char*> names;
+  return names;
+}
+
+cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t bytes, unsigned cluster, void** args) {
+  const int64_t values[] = {grid.x,  block.x,          (int64_t)bytes,
+                            cluster, (int64_t)args[0], grid.y * grid.z * block.y * block.z};
+  return last_error = static_cast<cudaError_t>(told(name, values));
 }
 
 }  // namespace
 
-namespace modiff::cuda {
-
-int64_t product_sm80_scratch(const ProductCall&, const Device&) { return 64; }
-int product_sm80(const ProductCall& call, const Device&, Stream) {
-  const ProductProblem& p = call.problem;
-  return note("product", p.samples, p.h, p.w, p.c_in, p.c_out, p.out_h, p.out_w, p.codes, p.scale, p.zero_point,
-              call.tap_sums, p.weight, p.weight_scale, call.bias.data, call.bias.dtype, p.y_hat, p.y_hat_dtype, p.skip,
-              p.skip_dtype, p.out, p.out_dtype, call.weight_bits, call.code_bits, call.geglu, call.rows_per_scale,
-              call.scratch != nullptr);
-}
-
-#define NOTE_QUANTIZE(name)                                                                                           \
-  int quantize_##name(const QuantizeCall& call, Stream) {                                                             \
-    const QuantizeProblem& p = call.problem;                                                                          \
-    return note(#name, p.samples, p.rows, p.channels, p.input, p.input_dtype, call.gamma.data, call.gamma.dtype,      \
-                call.beta.data, p.norm_stride, call.shift.data, call.shift_stride, p.num_groups,                      \
-                std::lround(p.eps * 1e6), p.silu, p.x_hat, p.x_hat_dtype, p.affine, p.act_bits, p.granularity,        \
-                std::lround(p.clip_ratio * 1e3), p.given_scale, p.given_scale_count, call.delayed, p.packed, p.codes, \
-                p.scale, p.absmax, p.zero_point);                                                                     \
-  }
-NOTE_QUANTIZE(identity)
-NOTE_QUANTIZE(group_norm)
-NOTE_QUANTIZE(layer_norm)
-NOTE_QUANTIZE(geglu)
-
-namespace sm90 {
-cudaError_t launch_8bit(int, const ProductArgs<CUtensorMap>& args, const Device&, cudaStream_t) {
-  return note_launch(8, args);
-}
-cudaError_t launch_packed(int, int bits, const ProductArgs<CUtensorMap>& args, const Device&, cudaStream_t) {
-  return note_launch(bits, args);
-}
-}  // namespace sm90
-
-}  // namespace modiff::cuda
-
 extern "C" {
 
+void** __cudaRegisterFatBinary(void* binary) { return static_cast<void**>(binary); }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
+  names()[function] = name;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t bytes, CUstream_st*) {
+  configured[0] = grid;
+  configured[1] = block;
+  configured_bytes = bytes;
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* bytes, void*) {
+  *grid = configured[0];
+  *block = configured[1];
+  *bytes = configured_bytes;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<char*>(names().at(function)));
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t bytes, cudaStream_t) {
+  return launch(reinterpret_cast<const char*>(kernel), grid, block, bytes, 1, args);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+  return launch(names().at(function), config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                config->attrs[0].val.clusterDim.x, args);
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int bytes) {
+  const int64_t values[] = {(int64_t)names().at(function), attribute, bytes};
+  return static_cast<cudaError_t>(told("allow", values));
+}
+cudaError_t cudaGetLastError() { return last_error; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the stub"; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const bool multiprocessors = attribute == cudaDevAttrMultiProcessorCount;
+  *value = multiprocessors                                  ? (device == 1 ? 2 : 132)
+           : attribute != cudaDevAttrComputeCapabilityMajor ? 0
+           : device == 2                                    ? 8
+                                                            : 9;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -124,8 +163,8 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   std::memset(p, value, bytes);
-  note("clear", bytes);
-  return cudaSuccess;
+  const int64_t values[] = {(int64_t)p, (int64_t)bytes};
+  return static_cast<cudaError_t>(told("clear", values));
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
@@ -136,6 +175,3 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, uns
 }
 
 }  // extern "C"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(modiff_stubs, m) { m.def("calls() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(modiff_stubs, CompositeExplicitAutograd, m) { m.impl("calls", TORCH_BOX(&calls)); }
