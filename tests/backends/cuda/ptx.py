@@ -136,28 +136,46 @@ def names_in(operand):
     return re.findall(r"[%\w]+", operand)
 
 
+@functools.cache
+def find(name, vectors):
+    """The method of an instruction and what its name says, or the value, with the types of its operands."""
+    for pattern, method in METHODS.items():
+        if (found := re.fullmatch(pattern, name)) and (vectors or not name.startswith("mov")):
+            return method, found.groupdict()
+    for pattern, function, kinds in () if vectors else VALUES:
+        if found := pattern.fullmatch(name):
+            return function, [kind_of(kinds.get(i, next(filter(None, found.groups())))) for i in range(4)]
+    return (lambda *_, **__: None, {}) if re.fullmatch(NOTHING, name) else (None, None)
+
+
+@functools.cache
+def parse(entry):
+    """Types of registers, instructions, labels, bytes of shared memory, how many threads must come together."""
+    kinds, code, labels, size = {}, [], {}, 0
+    for text in re.split(r";|(?<=:)\s", re.sub(r"//.*", "", entry[entry.index("\n{") + 2 :])):
+        text = text.lstrip("{} \n\t").rstrip()
+        if found := re.match(r"\.reg \.(\w+) (.*)", text):
+            for name in found[2].split(","):
+                kinds[name.split("<")[0].strip()] = kind_of(re.sub("^[usf]", "b", found[1]))
+        elif found := re.match(r"\.shared .*\[(\d+)\]", text):
+            assert size == 0, f"a second variable in shared memory: {text}"
+            size = int(found[1])
+        elif text.endswith(":"):
+            labels[text[:-1]] = len(code)
+        elif text and not text.startswith("."):
+            code.append(text)
+    counts = {i: [n for pattern, n in TOGETHER.items() if re.match(pattern, text)] for i, text in enumerate(code)}
+    return kinds, code, labels, size, {i: count[0] for i, count in counts.items() if count}
+
+
 class Launch:
-    """`entry`: the text of a kernel from its name on. `argument`: where its one argument is. `maps`: of what tensor maps
-    were encoded (emulator/stubs.cpp), by number."""
+    """`entry`: the text of a kernel from its name on. `argument`: where its only argument is. `maps`: of what tensor
+    maps were encoded (emulator/stubs.cpp), by number."""
 
     def __init__(self, entry, grid, block, shared, cluster, argument, maps):
         self.grid, self.block, self.cluster, self.maps, self.count = grid, block, cluster, maps, grid * block
-        self.kinds, self.code, self.labels, self.size = {}, [], {}, shared
-        for text in re.split(r";|(?<=:)\s", re.sub(r"//.*", "", entry[entry.index("\n{") + 2 :])):
-            text = text.lstrip("{} \n\t").rstrip()
-            if found := re.match(r"\.reg \.(\w+) (.*)", text):
-                for name in found[2].split(","):
-                    self.kinds[name.split("<")[0].strip()] = kind_of(re.sub("^[usf]", "b", found[1]))
-            elif found := re.match(r"\.shared .*\[(\d+)\]", text):
-                assert self.size == 0, f"a second variable in shared memory: {text}"
-                self.size = int(found[1])
-            elif text.endswith(":"):
-                self.labels[text[:-1]] = len(self.code)
-            elif text and not text.startswith("."):
-                self.code.append(text)
-        together = [[count for pattern, count in TOGETHER.items() if re.match(pattern, text)] for text in self.code]
-        self.together = {at: counts[0] for at, counts in enumerate(together) if counts}
-        self.starts, self.decoded = {*self.labels.values(), *self.together}, {}
+        self.kinds, self.code, self.labels, size, self.together = parse(entry)
+        self.starts, self.decoded, self.size = {*self.labels.values(), *self.together}, {}, size + shared
         self.thread = np.arange(self.count)
         special = {"%tid.x": self.thread % block, "%ctaid.x": self.thread // block, "%laneid": self.thread % 32}
         special |= {"%ntid.x": block, "%nctaid.x": grid, re.match(r"\w+", entry)[0] + "_param_0": argument}
@@ -197,36 +215,31 @@ class Launch:
     def segment(self, at, mask):
         """Goes on until threads part or may meet others; where they are then."""
         while True:
-            text = self.code[at]
-            if found := re.match(r"(?:@(!?)(\S+)\s+)?(bra|ret|trap)\b(?:\.uni)?\s*(\S*)", text):
-                inverse, name, what, label = found.groups()
-                taken = mask if name is None else mask & (self.register(name) ^ bool(inverse))
-                assert what != "trap" or not taken.any(), "trap"
-                return [*([(self.labels[label], taken)] if what == "bra" else []), (at + 1, mask & ~taken)]
-            if text not in self.decoded:
-                self.decoded[text] = self.decode(text)
-            self.decoded[text](mask)
+            if at not in self.decoded:
+                self.decoded[at] = self.decode(self.code[at])
+            if (gone := self.decoded[at](mask)) is not None:
+                to, taken = gone
+                return [*([(to, taken)] if to is not None else []), (at + 1, mask & ~taken)]
             at += 1
             if at in self.starts:
                 return [(at, mask)]
 
     def decode(self, text):
-        """A function of the threads that do it."""
+        """A function of the threads that do it: where some of them go, if they part."""
         if predicate := re.match(r"@(!?)(\S+)\s+(.*)", text, re.DOTALL):
             condition, inverse, function = self.register(predicate[2]), bool(predicate[1]), self.decode(predicate[3])
             return lambda mask: function(mask & (condition ^ inverse))
-        name, operands = split(text)
-        if re.fullmatch(NOTHING, name):
-            return lambda mask: None
-        for pattern, method in METHODS.items():
-            if (found := re.fullmatch(pattern, name)) and ("{" in text or not name.startswith("mov")):
-                return functools.partial(method, self, **found.groupdict(), operands=operands)
-        for pattern, function, kinds in VALUES:
-            if (found := pattern.fullmatch(name)) and "{" not in text:
-                kind = next(group for group in found.groups() if group)
-                given = [self.read(v, kind_of(kinds.get(i, kind))) for i, v in enumerate(operands[1:])]
-                return lambda mask: self.write(mask, operands[0], function(*given))
-        raise NotImplementedError(text)
+        if jump := re.fullmatch(r"bra(?:\.uni)?\s+(\S+)|ret", text):
+            to = self.labels.get(jump[1])
+            return lambda mask: (to, mask)
+        (name, operands), vectors = split(text), "{" in text
+        function, says = find(name, vectors)
+        if function is None:
+            raise NotImplementedError(text)
+        if isinstance(says, dict):
+            return functools.partial(function, self, operands=operands, **says)
+        given = [self.read(operand, kind) for operand, kind in zip(operands[1:], says)]
+        return lambda mask: self.write(mask, operands[0], function(*given))
 
     # Operands.
     def register(self, name):
@@ -376,16 +389,14 @@ class Launch:
         return self.shared[block][self.swizzled(at + np.arange(32), span) - SHARED].view("i1").astype("f4")
 
     def wgmma(self, mask, operands, columns):
+        same = [self.read(name, kind) for name, kind in zip(operands[1:], (U8, U8, bool))]
         for first in np.flatnonzero(mask)[::128]:
-            who, same = (
-                np.zeros_like(mask),
-                [self.read(v, k)[first : first + 128] for v, k in zip(operands[1:], (U8, U8, bool))],
-            )
-            assert all((values == values[0]).all() for values in same), "a warpgroup does not agree"
+            who, same_here = np.zeros_like(mask), [values[first : first + 128] for values in same]
+            assert all((values == values[0]).all() for values in same_here), "a warpgroup does not agree"
             who[first : first + 128] = True
-            a, b = (self.codes(first // self.block, int(of[0]), n) for of, n in zip(same, (64, int(columns))))
+            a, b = (self.codes(first // self.block, int(of[first]), n) for of, n in zip(same, (64, int(columns))))
             sums = (a @ b.T).astype("i4").reshape(4, 2, 8, -1, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(-1, 1, 128)
-            self.put(who, operands[0], sums + self.words(who, operands[0], 128).view("i4") * same[2][0])
+            self.put(who, operands[0], sums + self.words(who, operands[0], 128).view("i4") * same[2][first])
 
     # Barriers in shared memory: arrivals for a phase, those that are missing, bytes that are, number of the phase.
     def initialise(self, mask, operands):
@@ -418,8 +429,8 @@ class Launch:
 
     # TMA.
     def boxes(self, mask, place, shared, offsets=""):
-        """For each thread's box: the block's shared memory, where its bytes are there and in MEMORY, and which lie inside
-        of the tensor."""
+        """Of each thread's box: the block's shared memory, where its bytes are there and in MEMORY, which of them lie
+        inside of the tensor."""
         name, *corners = names_in(place)
         corners = [self.read(v, "i4")[mask] for v in corners] + [self.read(v, U2)[mask] for v in names_in(offsets)]
         corners = np.array(corners, "i8").T
