@@ -40,8 +40,8 @@ def divide(a, b):
     return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
 
 
-def widened(product):
-    return lambda a, b: product(a.astype(f"{a.dtype.kind}8"), b.astype(f"{a.dtype.kind}8"))
+def wide(a, b):
+    return a.astype(f"{a.dtype.kind}8") * b.astype(f"{a.dtype.kind}8")
 
 
 def shifted(way):
@@ -67,15 +67,9 @@ def insert(a, b, at, length):
     return b & ~mask | a << at & mask
 
 
-def convert(rounding, to):
-    def converted(x):
-        if x.dtype.kind == "f":
-            x = {"rni": np.rint, "rpi": np.ceil}[rounding](x)
-        if x.dtype.kind == "f" != to.kind:
-            x = np.clip(np.nan_to_num(x.astype("f8")), np.iinfo(to).min, np.iinfo(to).max)
-        return x.astype(to)
-
-    return converted
+def whole(x):
+    """cvt.rni.s32: NaN becomes 0, what is too large the last number."""
+    return np.clip(np.rint(np.nan_to_num(x.astype("f8"))), -(2**31), 2**31 - 1).astype("i4")
 
 
 def half(x):
@@ -95,8 +89,8 @@ T, I, F = r"\.(pred|[busf](?:8|16|32|64))", r"\.([us](?:16|32|64))", r"\.(f32)" 
 # What a thread computes: instruction with the type of its operands, the value, types of single operands.
 VALUES = [(re.compile(pattern), function, dict(kinds)) for pattern, function, *kinds in (
     (rf"add(?:\.rn)?{T}", np.add), (rf"sub(?:\.rn)?{T}", np.subtract), (rf"neg{T}", np.negative), (rf"abs{F}", np.abs),
-    (rf"mul\.lo{I}|mul(?:\.rn)?{F}", np.multiply), (r"mul\.wide\.([us]32)", widened(np.multiply)),
-    (r"mul\.hi\.([us]32)", widened(lambda a, b: (a * b >> a.dtype.type(32)).astype(f"{a.dtype.kind}4"))),
+    (rf"mul\.lo{I}|mul(?:\.rn)?{F}", np.multiply), (r"mul\.wide\.([us]32)", wide),
+    (r"mul\.hi\.(s32)", lambda a, b: (wide(a, b) >> 32).astype("i4")),
     (rf"mad\.lo{I}", lambda a, b, c: a * b + c), (rf"fma\.rn{F}", fma), (rf"div\.(?:rn|approx){F}", np.divide),
     (rf"div{I}", divide), (rf"rem{I}", lambda a, b: a - divide(a, b) * b), (rf"sqrt\.rn{F}", np.sqrt),
     (rf"ex2\.approx(?:\.ftz)?{F}", np.exp2), (rf"copysign{F}", lambda sign, of: np.copysign(of, sign)),
@@ -105,12 +99,10 @@ VALUES = [(re.compile(pattern), function, dict(kinds)) for pattern, function, *k
     (rf"min{I}|min\.NaN{F}", np.minimum), (rf"max{I}|max\.NaN{F}", np.maximum),
     (rf"selp{T}", lambda a, b, p: np.where(p, a, b), (2, "pred")), (r"prmt\.(b32)", permute), (r"bfi\.(b32)", insert),
     (rf"mov{T}|cvta\.(?:param|to\.global)\.(u64)", lambda a: a), (r"cvt\.f32\.(f16)", lambda a: a.astype("f4")),
-    *((rf"cvt\.rn\.{name}\.(f32)", of) for name, of in (("f16", half), ("bf16", bfloat))),
-    *((rf"cvt\.rn\.{name}x2\.(f32)", two(of)) for name, of in (("f16", half), ("bf16", bfloat))),
-    *((rf"cvt{'.rn' * (to == 'f32')}\.{to}{I}", convert(None, kind_of(to)))
-      for to in ("u16", "u32", "s32", "u64", "s64", "f32")),
-    *((rf"cvt\.{rounding}\.{to}\.(f32)", convert(rounding, kind_of(to)))
-      for rounding in ("rni", "rpi") for to in ("f32", "s32")),
+    (r"cvt\.rn\.f16\.(f32)", half), (r"cvt\.rn\.f16x2\.(f32)", two(half)), (r"cvt\.rn\.bf16\.(f32)", bfloat),
+    (r"cvt\.rn\.bf16x2\.(f32)", two(bfloat)), (r"cvt\.rni\.f32\.(f32)", np.rint), (r"cvt\.rpi\.f32\.(f32)", np.ceil),
+    (r"cvt\.rni\.s32\.(f32)", whole), (rf"cvt\.rn\.f32{I}", lambda a: a.astype("f4")),
+    *((rf"cvt\.{to}{I}", lambda a, to=to: a.astype(kind_of(to))) for to in ("u16", "u32", "u64", "s64")),
     *((rf"setp\.{name}{T}", function) for name, function in (
         ("eq", np.equal), ("lt", np.less), ("le", np.less_equal), ("gt", np.greater), ("ge", np.greater_equal))),
     (r"setp\.ne\.([bus](?:16|32|64))", np.not_equal), (rf"setp\.ltu{F}", lambda a, b: ~(a >= b)),
@@ -204,9 +196,8 @@ class Launch:
             return mask
         name, operands = split(self.code[at])
         if name.startswith("mbarrier"):
-            ready, where = np.zeros_like(mask), self.address(mask, operands[1], "shared")
-            phases = np.array([self.barriers[barrier][3] for barrier in where.tolist()])
-            ready[mask] = phases % 2 != self.read(operands[2], U4)[mask]
+            phases, ready = [self.barriers[at][3] % 2 for at in self.barrier(mask, operands[1])], np.zeros_like(mask)
+            ready[mask] = phases != self.read(operands[2], U4)[mask]
             return ready
         members = together or self.block * (self.cluster if name.startswith("barrier") else 1)
         needed = int(operands[1]) if name == "bar.sync" and len(operands) > 1 else members
@@ -331,7 +322,6 @@ class Launch:
             before, value = memory[i], self.read(given, kind_of(kind))[thread]
             memory[i] = max(before, value) if what == "max" else before + value
             for name in to:
-                self.read(name, kind_of(kind))
                 self.register(name)[thread] = before
 
     def shuffle(self, mask, operands, how):
@@ -342,7 +332,6 @@ class Launch:
         self.write(mask, to.split("|")[0], self.read(given, U4)[source])
 
     def elect(self, mask, operands):
-        assert operands[1] == "0xFFFFFFFF"
         self.write(mask, operands[0].split("|")[1], self.thread % 32 == 31)
 
     def copy(self, mask, operands):
@@ -389,24 +378,27 @@ class Launch:
         return self.shared[block][self.swizzled(at + np.arange(32), span) - SHARED].view("i1").astype("f4")
 
     def wgmma(self, mask, operands, columns):
-        same = [self.read(name, kind) for name, kind in zip(operands[1:], (U8, U8, bool))]
         for first in np.flatnonzero(mask)[::128]:
-            who, same_here = np.zeros_like(mask), [values[first : first + 128] for values in same]
-            assert all((values == values[0]).all() for values in same_here), "a warpgroup does not agree"
-            who[first : first + 128] = True
-            a, b = (self.codes(first // self.block, int(of[first]), n) for of, n in zip(same, (64, int(columns))))
+            who = self.thread // 128 == first // 128
+            (a, *same_a), (b, *same_b) = (self.read(name, U8)[who].tolist() for name in operands[1:3])
+            assert (same_a, same_b) == ([a] * 127, [b] * 127), "a warpgroup does not agree"
+            a, b = (self.codes(first // self.block, of, rows) for of, rows in ((a, 64), (b, int(columns))))
             sums = (a @ b.T).astype("i4").reshape(4, 2, 8, -1, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(-1, 1, 128)
-            self.put(who, operands[0], sums + self.words(who, operands[0], 128).view("i4") * same[2][first])
+            before = self.words(who, operands[0], 128).view("i4") * self.read(operands[3])[first]
+            self.put(who, operands[0], sums + before)
 
     # Barriers in shared memory: arrivals for a phase, those that are missing, bytes that are, number of the phase.
     def initialise(self, mask, operands):
-        for barrier, count in zip(self.address(mask, operands[0], "shared").tolist(), self.read(operands[1], U4)[mask]):
-            self.barriers[barrier] = [int(count), int(count), 0, 0]
+        counts = self.read(operands[1], U4)[mask].tolist()
+        self.barriers |= {at: [n, n, 0, 0] for at, n in zip(self.barrier(mask, operands[0]), counts)}
 
     def arrive(self, mask, operands):
-        expected = self.read(operands[2], U4)[mask] if len(operands) > 2 else np.zeros(mask.sum(), "i4")
-        for barrier, size in zip(self.address(mask, operands[1], "shared").tolist(), expected.tolist()):
-            self.change(barrier, size, 1)
+        _, at, *size = operands
+        for barrier, expected in zip(self.barrier(mask, at), self.read(*size or "0", U4)[mask].tolist()):
+            self.change(barrier, expected, 1)
+
+    def barrier(self, mask, operand):
+        return self.address(mask, operand, "shared").tolist()
 
     def change(self, barrier, size, arrivals=0):
         state = self.barriers[barrier]
@@ -424,7 +416,7 @@ class Launch:
 
     def send(self, mask, operands):
         self.store(mask, operands, "shared", "b32")
-        for barrier in self.address(mask, operands[2], "shared").tolist():
+        for barrier in self.barrier(mask, operands[2]):
             self.change(barrier, -16)
 
     # TMA.
@@ -434,19 +426,15 @@ class Launch:
         name, *corners = names_in(place)
         corners = [self.read(v, "i4")[mask] for v in corners] + [self.read(v, U2)[mask] for v in names_in(offsets)]
         corners = np.array(corners, "i8").T
-        for number, to, corner in zip(self.read(name)[mask], self.address(mask, shared, "shared").tolist(), corners):
-            encoded = MEMORY.view(U8)[(int(number) - PAGE) // 8 + np.arange(2)].tolist()
-            fields = np.array(self.maps[encoded[0]])
-            _, rank, base, dims, strides, box, lower, upper, steps, _, swizzle, _ = np.split(
-                fields, [1, 2, 3, 7, 10, 12, 14, 16, 20, 21, 22]
-            )
-            large = strides[int(rank[0]) - 2] * dims[int(rank[0]) - 1] >= 1 << 17
-            assert (len(corner), encoded[1] >> 21) == (rank[0] // 4 * 2 + rank[0], large), (
-                "another rank, or a misleading bit"
-            )
+        memory, index = self.memory(self.read(name)[mask].astype("i8"), U8, 2)
+        for encoded, to, corner in zip(memory[index].tolist(), self.barrier(mask, shared), corners):
+            (_, rank, base), *parts = np.split(np.array(self.maps[encoded[0]]), [3, 7, 10, 12, 14, 16, 20])
+            dims, strides, box, lower, upper, steps, (_, swizzle, _) = parts
+            bit = strides[rank - 2] * dims[rank - 1] >= 1 << 17
+            assert (len(corner), encoded[1] >> 21) == ({2: 2, 4: 6}[rank], bit), "another rank, or a misleading bit"
             row, byte = np.divmod(np.arange(box[0] * box[1]), box[0])
             outer = [corner[1] + row]
-            if rank[0] == 4:  # pixels by w, h and image, of windows that begin between the corners
+            if rank == 4:  # pixels by w, h and image, of windows that begin between the corners
                 w, h = -((upper - lower + dims[1:3]) // -steps[1:3])
                 x, y = (corner[1:3] - lower) // steps[1:3]
                 pixel, (x, y) = (corner[3] * h + y) * w + x + row, lower + corner[4:]
@@ -455,7 +443,7 @@ class Launch:
             inside = (x >= 0) & (x < dims[0])
             for extent, stride, value in zip(dims[1:], strides, outer):
                 inside, source = inside & (value >= 0) & (value < extent), source + value * stride
-            (block, to), span = divmod(to - self.shared.ctypes.data, self.shared.shape[1]), SPANS[int(swizzle[0])]
+            (block, to), span = divmod(to - self.shared.ctypes.data, self.shared.shape[1]), SPANS[int(swizzle)]
             assert (to + SHARED) % max(128, 8 * span) == 0, "a box is not aligned"
             to = self.swizzled(to + SHARED + np.arange(len(row)), span) - SHARED
             yield self.shared[block], to, self.memory(source[inside], U1)[1][:, 0], inside
@@ -463,11 +451,11 @@ class Launch:
     def load_box(self, mask, operands):
         to, place, barrier, *offsets = operands
         assert mask.sum() <= self.grid, "a box is loaded by one thread of a block"
-        barriers = self.address(mask, barrier, "shared").tolist()
-        for (shared, at, source, inside), state in zip(self.boxes(mask, place, to, *offsets), barriers):
+        boxes = self.boxes(mask, place, to, *offsets)
+        for (shared, at, source, inside), found in zip(boxes, self.barrier(mask, barrier)):
             shared[at] = 0
             shared[at[inside]] = MEMORY[source]
-            self.change(state, -len(at))
+            self.change(found, -len(at))
 
     def store_box(self, mask, operands):
         for shared, at, target, inside in self.boxes(mask, *operands):

@@ -1,11 +1,12 @@
-"""Whole calls of the backend cuda from Python to compiled PTX: the binding, the launchers and what they tell CUDA and
-its driver, and the kernels with the order of operands in their asm, executed by ptx.py on tensors of the CPU. One small
-case per family; everything else about the kernels is asked of their emulation, which is fast and unkind."""
+"""Calls of the backend cuda from Python to compiled PTX: the binding, the launchers and what they tell CUDA and its
+driver, and the kernels with the order of operands in their asm, executed by ptx.py on tensors of the CPU. Small cases of
+every family: what else there is to the kernels is asked of their emulation, which is faster and unkind."""
 
 import ctypes
 import random
 import re
 import struct
+from functools import partial
 
 import pytest
 import torch
@@ -25,173 +26,123 @@ from tests.contract.test_quantize import check_plain, check_prologue, check_resi
 from tests.places import Place
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-SM90, TWO, SM80 = range(3)  # devices of emulator/stubs.cpp; TWO: sm_90 with two multiprocessors
+SM90, SMALL_SM90, SM80 = range(3)  # devices of emulator/stubs.cpp, the second one of two multiprocessors
 
 
 class Device:
-    """What the stubs of CUDA stand for. `calls`: what the driver was told of maps, and the first words of arguments."""
+    """Behind the stubs of CUDA. `told`: what the driver is told of maps, and how the arguments of launches begin."""
 
     def __init__(self, path):
         torch.ops.load_library(str(path))
-        self.stubs, self.ops = ctypes.CDLL(str(path)), torch.ops.modiff_stubs
+        stubs = ctypes.CDLL(str(path))
         parts = path.read_bytes().split(b".visible .entry ")[1:]
-        texts = [part.split(b"\0")[0].decode() for part in parts]
-        self.entries = {re.match(r"\w+", text)[0]: text for text in texts}
-        told = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64))
-        self.told = told(self.tell)
-        ctypes.c_void_p.in_dll(self.stubs, "told").value = ctypes.cast(self.told, ctypes.c_void_p).value
-        self.maps, self.number = [], ctypes.c_int.in_dll(self.stubs, "modiff_device")
-        self.reset()
-
-    def reset(self):
-        self.calls, self.number.value, self.mutated = [], SM90, lambda entry: entry
-        self.error, self.executes = None, True
+        self.entries = {re.match(rb"\w+", part)[0].decode(): part.split(b"\0")[0].decode() for part in parts}
+        self.maps, self.number = [], ctypes.c_int.in_dll(stubs, "modiff_device")
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64))(self.tell)
+        ctypes.c_void_p.in_dll(stubs, "told").value = ctypes.cast(self.callback, ctypes.c_void_p).value
 
     def tell(self, name, values):
         try:
-            return self.answer(name.decode(), values)
-        except BaseException as error:
+            if name in (b"tiled", b"im2col"):
+                self.maps.append(values[:23])
+                self.told.append(values[:23])
+                return len(self.maps) - 1
+            self.told.append(struct.unpack("48q", ctypes.string_at(values[4], 384)))
+            if self.executes:
+                Launch(self.mutated(self.entries[name.decode()]), *values[:5], self.maps).run()
+        except BaseException as error:  # nothing that is raised here comes through the library
             self.error = error
             return 1
-
-    def answer(self, name, values):
-        if name in ("tiled", "im2col"):
-            self.maps.append(values[:23])
-            self.calls.append(self.maps[-1])
-            return len(self.maps) - 1
-        if name in self.entries:
-            *shape, argument, others = values[:6]
-            assert others == 1, "a grid or blocks of more dimensions"
-            self.calls.append(struct.unpack("48q", ctypes.string_at(argument, 384)))
-            if self.executes:
-                Launch(self.mutated(self.entries[name]), *shape, argument, self.maps).run()
         return 0
 
-    def op(self, name):
-        def call(*arguments):
-            try:
-                return getattr(self.ops, name).default(*arguments)
-            except RuntimeError as error:
-                raise self.error or error from None
-
-        return call
+    def op(self, name, *arguments):
+        try:
+            return getattr(torch.ops.modiff_stubs, name).default(*arguments)
+        except RuntimeError as error:
+            raise self.error or error from None
 
 
 @pytest.fixture(scope="module")
 def loaded(compiled, compiler):
-    path = compiled / "launches.so"
-    if not path.exists():
+    if not (path := compiled / "launches.so").exists():
         compile_launches(compiler, path)
     return Device(path)
 
 
 @pytest.fixture
-def device(loaded, monkeypatch, poisoned_empty):
-    loaded.reset()
-    for name in ("quantize", "product"):
-        monkeypatch.setattr(library, f"{name}_op", lambda name=name: loaded.op(name))
-    return loaded
+def device(loaded, poisoned_empty):
+    loaded.told, loaded.error, loaded.executes, loaded.mutated = [], None, True, lambda entry: entry
+    loaded.number.value = SM90
+    ops = {(library, f"{name}_op"): lambda name=name: partial(loaded.op, name) for name in ("quantize", "product")}
+    with Place("ptx", "cuda", stand_in="ptx", raises=False, few=True).entered(lambda _: ops) as loaded.place:
+        yield loaded
 
 
-def entered():
-    return Place("ptx", "cuda", stand_in="ptx", raises=False, few=True).entered(lambda _: {})
-
-
-def quantizing(check):
-    """`check` of a place, where ops/check.py and the dispatcher take part."""
-
-    def run(device):
-        with entered() as place:
-            check(place)
-
-    return run
-
-
-def identity(place):
+def identity(device):
     x, x_hat = cases.activation((2, 33, 64), HALF), cases.activation((2, 33, 64), BFLOAT)
-    for granularity in ("per_tensor", "per_sample", "per_token", "per_block"):
-        check_residual(place, x, x_hat, None, 4, granularity, 0.7)
-    check_residual(place, x, x_hat, torch.full((1,), 0.3), 8)
-    check_plain(place, cases.activation((1, 5, 63), HALF) + 1, 8, "per_sample", True)
+    for granularity in ("per_tensor", "per_token", "per_block"):
+        check_residual(device.place, x, x_hat, None, 4, granularity, 0.7)
+    check_residual(device.place, x, x_hat, torch.full((1,), 0.3), 8)
+    check_plain(device.place, cases.activation((1, 5, 63), HALF) + 1, 8, "per_sample", True)
     for bits in (4, 3):
-        plain, packed = (quantize(x, IDENTITY, x_hat.clone(), None, bits, "per_sample", 1.0, True, packed=packed)[0]
-                         for packed in (False, True))  # fmt: skip
+        given = None, bits, "per_sample", 1.0, True
+        plain, packed = (quantize(x, IDENTITY, x_hat.clone(), *given, packed=packed)[0] for packed in (False, True))
         assert torch.equal(packed, pack_channels(plain, bits))
     last = torch.rand(66).repeat(2, 1)
-    found = place.quantize(x, IDENTITY, x_hat.clone(), None, 8, "per_token", last_absmax=last[0])
-    assert all(
-        map(torch.equal, found, reference.quantize(x, IDENTITY, x_hat, None, 8, "per_token", 1.0, True, last[1]))
-    )
+    found = device.place.quantize(x, IDENTITY, x_hat.clone(), None, 8, "per_token", last_absmax=last[0])
+    wanted = reference.quantize(x, IDENTITY, x_hat, None, 8, "per_token", 1.0, True, last[1])
+    assert all(map(torch.equal, found, wanted))
 
 
-def prologue(make, state):
-    def check(place):
-        given = make()
-        x_hat = (given.x + 0.2 * torch.randn_like(given.x)).to(state)
-        x_hat = x_hat.contiguous(memory_format=cases.memory_format(x_hat.shape))
-        for granularity in ("per_sample", "per_token"):
-            check_prologue(place, given, x_hat.clone(), None, 4, granularity, 0.8)
-
-    return quantizing(check)
+def prologue(make, state, device):
+    given = make()
+    x_hat = (given.x + 0.2 * torch.randn_like(given.x)).to(state)
+    x_hat = x_hat.contiguous(memory_format=cases.memory_format(x_hat.shape))
+    for granularity in ("per_sample", "per_token"):
+        check_prologue(device.place, given, x_hat.clone(), None, 4, granularity, 0.8)
 
 
-def sm80(bits, code_bits=8):
-    """Matrices in splits of K, convolutions; beyond the smallest tile one other."""
-
-    def run(device):
-        device.number.value = SM80
-        pack = (lambda codes: pack_channels(codes, 4)) if code_bits == 4 else None
-        for x, n, window, *tile in (((5, 320), 33, None, 64, 64, 2), ((2, 32, 9, 7), 72, DOWN, 128, 64, 1)):
-            ExactProduct(x, n, window, bits, code_bits).check(product, pack, tile=Tile(80, *tile))
-
-    return run
+def sm80(bits, code_bits, device):
+    device.number.value = SM80
+    pack = (lambda codes: pack_channels(codes, 4)) if code_bits == 4 else None
+    for x, n, window, *tile in (((5, 320), 33, None, 64, 64, 2), ((2, 32, 9, 7), 72, DOWN, 128, 64, 1)):
+        ExactProduct(x, n, window, bits, code_bits).check(product, pack, tile=Tile(80, *tile))
 
 
 def epilogues(device):
-    """Scales, states, skips, biases, zero points and dtypes of the binding and of common/epilogue.h, by chance."""
+    """Scales, states, skips, biases, zero points and dtypes, as the binding and common/epilogue.h have them."""
     device.number.value = SM80
-    with entered() as place:
-        test_product.test_geglu_of_pairs_of_columns(place)
-        draw = random.Random(0).choice
-        for case in test_product.SMALL * 3:
-            test_product.check_floats(place, case, draw)
+    test_product.test_geglu_of_pairs_of_columns(device.place)
+    for case in test_product.SMALL * 3:
+        test_product.check_floats(device.place, case, random.choice)
 
 
-def close(found, wanted):
-    """The compiler fuses multiplications and additions of floats."""
-    return torch.allclose(found.float(), wanted.float(), torch.finfo(found.dtype).eps, 1e-5)
-
-
-def sm90(bits):
+def sm90(bits, device):
     """Boxes of matrices and of pixels, half k-blocks, persistent blocks; sums of a cluster and in memory."""
-
-    def run(device):
-        device.number.value = TWO
-        for splits in (2, 3):
-            ExactProduct((2, 128, 9, 7), 72, THREE, bits).check(product, tile=Tile(90, 128, 64, splits))
-        for case, splits in (
-            (Case(1, 129, 1, 128, 72, bits=bits, granules=129), 1),
-            (Case(2, 9, 7, 128 if bits == 3 else 64, 136, DOWN, bits, out=BFLOAT, bias=FLOAT, zero_point=True), 1),
-            (Case(1, 9, 7, 256, 72, bits=bits, state=BFLOAT, out=BFLOAT), 2),
-        ):
-            plain = case.zero_point is not None
-            case.check(device, Emulated(), not plain, same=close, tile=Tile(90, 128, 64, splits))
-
-    return run
+    device.number.value = SMALL_SM90
+    for splits in (2, 3):
+        ExactProduct((2, 128, 9, 7), 72, THREE, bits).check(product, tile=Tile(90, 128, 64, splits))
+    for case, splits in (
+        (Case(1, 129, 1, 128, 72, bits=bits, granules=129), 1),
+        (Case(2, 9, 7, 128 if bits == 3 else 64, 136, DOWN, bits, out=BFLOAT, bias=FLOAT, zero_point=True), 1),
+        (Case(1, 9, 7, 256, 72, bits=bits, state=BFLOAT, out=BFLOAT), 2),
+    ):
+        close = partial(torch.allclose, rtol=2**-7, atol=1e-5)  # the compiler fuses multiplications and additions
+        case.check(device, Emulated(), with_state=case.zero_point is None, same=close, tile=Tile(90, 128, 64, splits))
 
 
 FAMILIES = {
-    "identity": quantizing(identity),
-    "layer norm": prologue(lambda: cases.layer_norm((3, 5, 64), BFLOAT), FLOAT),
-    "group norm": prologue(lambda: cases.group_norm((2, 96, 5, 7), 8, HALF), HALF),
-    "GEGLU": prologue(lambda: cases.geglu((3, 5, 63)), HALF),
-    "sm_80 bytes": sm80(8),
-    "sm_80 unpacked": sm80(3),
-    "sm_80 nibbles": sm80(4, 4),
-    "epilogues": epilogues,
-    "sm_90 bytes": sm90(8),
-    "sm_90 4 bits": sm90(4),
-    "sm_90 3 bits": sm90(3),
+    "identity": identity,
+    "layer norm": partial(prologue, lambda: cases.layer_norm((3, 5, 64), BFLOAT), FLOAT),
+    "group norm": partial(prologue, lambda: cases.group_norm((2, 96, 5, 7), 8, HALF), HALF),
+    "GEGLU": partial(prologue, lambda: cases.geglu((3, 5, 63)), HALF),
+    "sm_80 bytes": partial(sm80, 8, 8),
+    "sm_80 unpacked": partial(sm80, 3, 8),
+    "sm_80 nibbles": partial(sm80, 4, 4),
+    "sm_80 epilogues": epilogues,
+    "sm_90 bytes": partial(sm90, 8),
+    "sm_90 4 bits": partial(sm90, 4),
+    "sm_90 3 bits": partial(sm90, 3),
 }
 
 
@@ -200,25 +151,20 @@ def test_compiled_kernels(device, family):
     FAMILIES[family](device)
 
 
-# Family, instruction, and which two of its names are exchanged, the result being 0.
-EXCHANGED = [
-    *((family, "sub.rn.f32", 1, 2) for family in ("identity", "layer norm", "group norm", "GEGLU")),
-    ("sm_80 bytes", "mma.sync", 4, 5),
-    ("sm_80 nibbles", "mma.sync", 8, 9),
-    ("sm_80 unpacked", "ldmatrix", 0, 1),
-    ("epilogues", "fma.rn.f32", 1, 3),
-    ("sm_90 bytes", "wgmma.mma_async", 32, 33),
-    ("sm_90 bytes", "cp.async.bulk.tensor.2d.shared", 2, 3),
-    ("sm_90 bytes", "cp.async.bulk.tensor.4d", 6, 7),
-    ("sm_90 bytes", "cp.async.bulk.tensor.2d.global", 1, 2),
-    ("sm_90 bytes", "st.async", 1, 2),
-    ("sm_90 4 bits", "stmatrix", 1, 2),
-    ("sm_90 3 bits", "prmt.b32", 1, 2),
-]
-
-
-@pytest.mark.parametrize(("family", "instruction", "first", "second"), EXCHANGED)
+@pytest.mark.parametrize(
+    ("family", "instruction", "first", "second"),
+    [
+        *((family, "sub.rn.f32", 1, 2) for family in ("identity", "layer norm", "group norm", "GEGLU")),
+        ("sm_80 bytes", "mma.sync", 4, 5), ("sm_80 nibbles", "mma.sync", 8, 9), ("sm_80 unpacked", "ldmatrix", 0, 1),
+        ("sm_80 epilogues", "fma.rn.f32", 1, 3), ("sm_90 bytes", "wgmma.mma_async", 32, 33),
+        ("sm_90 bytes", "cp.async.bulk.tensor.2d.shared", 2, 3), ("sm_90 bytes", "cp.async.bulk.tensor.4d", 6, 7),
+        ("sm_90 bytes", "cp.async.bulk.tensor.2d.global", 1, 2), ("sm_90 bytes", "st.async", 1, 2),
+        ("sm_90 4 bits", "stmatrix", 1, 2), ("sm_90 3 bits", "prmt.b32", 1, 2),
+    ],
+)  # fmt: skip
 def test_exchanged_operands_are_found(device, family, instruction, first, second):
+    """Names are counted from 0, mostly the result."""
+
     def exchange(found):
         parts = re.split(r"(%?\w+)", found[2])
         parts[2 * first + 1], parts[2 * second + 1] = parts[2 * second + 1], parts[2 * first + 1]
@@ -249,10 +195,10 @@ def test_a_map_is_encoded_once_for_its_tensor_and_shape(device):
     weight = PackedWeight(torch.zeros(160, 2304, dtype=torch.uint8), torch.ones(160), 8)
 
     def run(nhwc):
-        device.calls.clear()
+        device.told.clear()
         given = nhwc.permute(0, 3, 1, 2), torch.ones(1), None, weight, None, None, None, window, FLOAT, True
         product(*given, Tile(90, 128, 64, 2))
-        return [list(call) for call in device.calls]
+        return [list(told) for told in device.told]
 
     pixels, matrix, launched = run(codes)
     extents, corners = [256, 8, 96, 2, 256, 256 * 8, 256 * 8 * 96], [-2, -1, -2, -1]

@@ -78,14 +78,6 @@ std::vector<std::array<int, 3>> corners(const Geometry& geometry) {
   return found;
 }
 
-// Row, column of every register of the threads of a warpgroup.
-std::vector<std::pair<int, int>> fragment(int columns) {
-  std::vector<std::pair<int, int>> places;
-  for (int thread = 0; thread < sm90::kWarpgroup; ++thread)
-    for (int i = 0; i < columns / 2; ++i) places.emplace_back(sm90::sum_row(thread, i), sm90::sum_column(thread, i));
-  return places;
-}
-
 // Rows and columns of the tile, row_tiles, column_tiles, splits, k-blocks; bytes of scratch.
 py::dict tiling(const Geometry& geometry, int bits, int multiprocessors) {
   const ProductCall call = call_of(geometry, bits);
@@ -139,7 +131,6 @@ void define(py::module_ m) {
   m.def("boxes", boxes);
   m.def("corners", corners);
   m.def("swizzled", py::vectorize(sm90::swizzled));
-  m.def("fragment", fragment);
   m.def("tiling", tiling);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);

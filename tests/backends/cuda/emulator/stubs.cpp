@@ -1,5 +1,5 @@
-// The binding and the launchers (launch_sm80.cu, launch_sm90.cu) on stubs of CUDA and its driver, as ops of torch for
-// tensors of the CPU: modiff_stubs. Whoever is called tells `told`: a launch, a tensor map, memory that is cleared.
+// The binding and the launchers of launch_*.cu on stubs of CUDA and its driver, as ops of torch for tensors of the CPU:
+// modiff_stubs. `told` hears of launches (grid, block, shared memory, cluster, argument) and of maps, which it numbers.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,91 +10,47 @@
 
 #include "cuda/stream.h"
 
-#define SEEN __attribute__((visibility("default")))
-extern "C" {
-using Told = int64_t (*)(const char* name, const int64_t* values);  // an error, or the number of a map
-SEEN Told told = nullptr;
-SEEN int modiff_device = 0;  // 0, 1: of capability 9.0, with 132 and 2 multiprocessors; 2: of 8.0
-}
-
 #define modiff_cuda modiff_stubs
 #define CUDA CPU
 #define DeviceGuard DeviceIndex
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define current_stream(device, stream) (device) >= 0
 #define get_device_index() get_device_index() + 1 + modiff_device  // a tensor of the CPU has -1
+#define SEEN __attribute__((visibility("default")))
+extern "C" {
+SEEN int64_t (*told)(const char* name, const int64_t* values) = nullptr;  // an error, or the number of a map
+SEEN int modiff_device = 0;  // 0, 1: capability 9.0, with 132 and 2 multiprocessors; 2: 8.0
+}
 #include "cuda/ops.cpp"
 
 namespace {
 
-cudaError_t last_error = cudaSuccess;
-dim3 configured[2];  // grid, block
-size_t configured_bytes;
+using Sizes = const cuuint64_t*;
+using Steps = const cuuint32_t*;
 
 // The number of the map, and the bit that drivers up to 13.1 set wrongly.
-CUresult encode(CUtensorMap* map, const char* name, const int64_t* values) {
-  map->opaque[0] = static_cast<cuuint64_t>(told(name, values));
+CUresult encode(CUtensorMap* map, const char* name, std::initializer_list<cuuint64_t> values) {
+  map->opaque[0] = static_cast<cuuint64_t>(told(name, reinterpret_cast<const int64_t*>(values.begin())));
   map->opaque[1] = cuuint64_t{1} << 21;
   return CUDA_SUCCESS;
 }
 
-CUresult tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims,
-               const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave order,
-               CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const int64_t values[] = {type,
-                            rank,
-                            (int64_t)base,
-                            (int64_t)dims[0],
-                            (int64_t)dims[1],
-                            0,
-                            0,
-                            (int64_t)strides[0],
-                            0,
-                            0,
-                            box[0],
-                            box[1],
-                            0,
-                            0,
-                            0,
-                            0,
-                            steps[0],
-                            steps[1],
-                            1,
-                            1,
-                            order,
-                            swizzle,
-                            fill};
-  return encode(map, "tiled", values);
+CUresult tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, cuuint64_t base, Sizes n, Sizes strides,
+               Steps box, Steps steps, CUtensorMapInterleave order, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+               CUtensorMapFloatOOBfill fill) {
+  return encode(map, "tiled", {type, rank, base, n[0],     n[1],     0, 0, strides[0], 0,       0,   box[0], box[1], 0,
+                               0,    0,    0,    steps[0], steps[1], 1, 1, order,      swizzle, fill});
 }
 
-CUresult im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims,
-                const cuuint64_t* strides, const int* lower, const int* upper, cuuint32_t channels, cuuint32_t pixels,
-                const cuuint32_t* steps, CUtensorMapInterleave order, CUtensorMapSwizzle swizzle,
-                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const int64_t values[] = {type,
-                            rank,
-                            (int64_t)base,
-                            (int64_t)dims[0],
-                            (int64_t)dims[1],
-                            (int64_t)dims[2],
-                            (int64_t)dims[3],
-                            (int64_t)strides[0],
-                            (int64_t)strides[1],
-                            (int64_t)strides[2],
-                            channels,
-                            pixels,
-                            lower[0],
-                            lower[1],
-                            upper[0],
-                            upper[1],
-                            steps[0],
-                            steps[1],
-                            steps[2],
-                            steps[3],
-                            order,
-                            swizzle,
-                            fill};
-  return encode(map, "im2col", values);
+CUresult im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, cuuint64_t base, Sizes n, Sizes strides,
+                const int* lower, const int* upper, cuuint32_t channels, cuuint32_t pixels, Steps steps,
+                CUtensorMapInterleave order, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                CUtensorMapFloatOOBfill fill) {
+  const auto wide = [](int value) { return static_cast<cuuint64_t>(value); };
+  return encode(map, "im2col", {type,           rank,           base,           n[0],           n[1],     n[2],
+                                n[3],           strides[0],     strides[1],     strides[2],     channels, pixels,
+                                wide(lower[0]), wide(lower[1]), wide(upper[0]), wide(upper[1]), steps[0], steps[1],
+                                steps[2],       steps[3],       order,          swizzle,        fill});
 }
 
 std::map<const void*, const char*>& names() {
@@ -102,10 +58,16 @@ std::map<const void*, const char*>& names() {
   return names;
 }
 
+struct Configuration {
+  dim3 grid, block;
+  size_t bytes;
+} configured;
+cudaError_t last_error = cudaSuccess;
+
 cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t bytes, unsigned cluster, void** args) {
-  const int64_t values[] = {grid.x,  block.x,          (int64_t)bytes,
-                            cluster, (int64_t)args[0], grid.y * grid.z * block.y * block.z};
-  return last_error = static_cast<cudaError_t>(told(name, values));
+  const int64_t values[] = {grid.x, block.x, int64_t(bytes), cluster, int64_t(args[0])};
+  const bool flat = grid.y * grid.z * block.y * block.z == 1;
+  return last_error = flat ? static_cast<cudaError_t>(told(name, values)) : cudaErrorInvalidConfiguration;
 }
 
 }  // namespace
@@ -116,45 +78,33 @@ void** __cudaRegisterFatBinary(void* binary) { return static_cast<void**>(binary
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 0; }
-void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
-                            int*) {
-  names()[function] = name;
-}
+void __cudaRegisterFunction(void**, const char* function, char*, const char* name, ...) { names()[function] = name; }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t bytes, CUstream_st*) {
-  configured[0] = grid;
-  configured[1] = block;
-  configured_bytes = bytes;
+  configured = {grid, block, bytes};
   return 0;
 }
 cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* bytes, void*) {
-  *grid = configured[0];
-  *block = configured[1];
-  *bytes = configured_bytes;
+  std::tie(*grid, *block, *bytes) = std::tie(configured.grid, configured.block, configured.bytes);
   return cudaSuccess;
 }
-cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
-  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<char*>(names().at(function)));
+cudaError_t __cudaGetKernel(const char** name, const void* function) {
+  *name = names().at(function);
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t bytes, cudaStream_t) {
-  return launch(reinterpret_cast<const char*>(kernel), grid, block, bytes, 1, args);
+cudaError_t __cudaLaunchKernel(const char* name, dim3 grid, dim3 block, void** args, size_t bytes, cudaStream_t) {
+  return launch(name, grid, block, bytes, 1, args);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
   return launch(names().at(function), config->gridDim, config->blockDim, config->dynamicSmemBytes,
                 config->attrs[0].val.clusterDim.x, args);
 }
-cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int bytes) {
-  const int64_t values[] = {(int64_t)names().at(function), attribute, bytes};
-  return static_cast<cudaError_t>(told("allow", values));
-}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return last_error; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the stub"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  const bool multiprocessors = attribute == cudaDevAttrMultiProcessorCount;
-  *value = multiprocessors                                  ? (device == 1 ? 2 : 132)
-           : attribute != cudaDevAttrComputeCapabilityMajor ? 0
-           : device == 2                                    ? 8
-                                                            : 9;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? (device == 1 ? 2 : 132)
+           : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 2 ? 8 : 9)
+                                                            : 0;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -163,8 +113,7 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   std::memset(p, value, bytes);
-  const int64_t values[] = {(int64_t)p, (int64_t)bytes};
-  return static_cast<cudaError_t>(told("clear", values));
+  return cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
