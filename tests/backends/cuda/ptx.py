@@ -218,6 +218,7 @@ class Launch:
     def decode(self, text):
         """A function of the threads that do it: where some of them go, if they part."""
         if predicate := re.match(r"@(!?)(\S+)\s+(.*)", text, re.DOTALL):
+            assert not any(re.match(pattern, predicate[3]) for pattern in TOGETHER), text
             condition, inverse, function = self.register(predicate[2]), bool(predicate[1]), self.decode(predicate[3])
             return lambda mask: function(mask & (condition ^ inverse))
         if jump := re.fullmatch(r"bra(?:\.uni)?\s+(\S+)|ret", text):
@@ -251,9 +252,8 @@ class Launch:
                 value = np.array(int(name, 0) % (1 << 8 * size), f"u{size}").view(kind)
             else:
                 register = self.register(name)
-                value = (
-                    register if kind is None else register.view(kind)[:: register.itemsize // np.dtype(kind).itemsize]
-                )
+                value = register.view(kind or register.dtype)
+                value = value[:: len(value) // self.count]
             self.known[name, kind] = np.broadcast_to(value, self.count)
         return self.known[name, kind]
 

@@ -1,5 +1,5 @@
-"""The maps of csrc/cuda/sm80, on all of their arguments where there are few: places in shared memory, order of tiles, and
-the choice of a tile."""
+"""The maps of csrc/cuda/sm80, on all of their arguments where there are few: banks of shared memory, order of tiles,
+and the choice of a tile."""
 
 import itertools
 
@@ -14,11 +14,6 @@ def maps(host_module):
 
 
 class TestSwizzle:
-    def test_every_chunk_has_its_own_place_in_its_row(self, maps):
-        for row in range(128):
-            places = [maps.swizzled(row, chunk) for chunk in range(4)]
-            assert sorted(places) == [row * K_BLOCK + chunk * CHUNK for chunk in range(4)]
-
     def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps):
         """A phase reads one chunk of eight rows; 128 bytes are all 32 banks once."""
         for first, chunk in itertools.product(range(0, 128, 8), range(4)):

@@ -25,22 +25,6 @@ ProductCall call_of(const Geometry& geometry, int bits) {
   return call;
 }
 
-template <class Body>
-py::dict kernel() {
-  return py::dict("bits"_a = int{Body::kBits}, "rows"_a = int{Body::kRows}, "columns"_a = int{Body::kColumns},
-                  "stages"_a = int{Body::kStages}, "shared"_a = sizeof(typename Body::Shared),
-                  "threads"_a = int{Body::kThreads}, "blocks"_a = int{Body::kBlocks},
-                  "producer"_a = int{Body::kProducerRegisters}, "unpacker"_a = int{Body::kUnpackerRegisters},
-                  "consumer"_a = int{Body::kConsumerRegisters});
-}
-
-// Bits, rows, columns, stages, bytes of shared memory, threads, blocks of 64 rows, registers of the roles.
-std::vector<py::dict> kernels() {
-  return {kernel<sm90::Product<8, 2, 160>>(), kernel<sm90::Product<8, 1, 256>>(), kernel<sm90::Product<8, 1, 128>>(),
-          kernel<sm90::Product<8, 1, 64>>(),  kernel<sm90::Product<4, 2, 160>>(), kernel<sm90::Product<4, 1, 64>>(),
-          kernel<sm90::Product<3, 2, 160>>(), kernel<sm90::Product<3, 1, 64>>()};
-}
-
 // Row tile, column tile, tile, first k-block and the one behind the last of every work item.
 std::vector<std::array<int, 5>> works(int row_tiles, int column_tiles, int splits, int k_blocks) {
   const sm90::Schedule schedule{row_tiles, column_tiles, splits, k_blocks};
@@ -126,7 +110,6 @@ const char* problem_of_maps(const Geometry& geometry, int bits) {
 }
 
 void define(py::module_ m) {
-  m.def("kernels", kernels);
   m.def("works", works);
   m.def("boxes", boxes);
   m.def("corners", corners);

@@ -8,28 +8,16 @@
 
 namespace modiff::cuda {
 
-template <Prologue prologue, class In, class State>
-int quantize(const QuantizeCall& call, Stream stream) {
-  StreamLaunch launch{static_cast<cudaStream_t>(stream)};
-  if (call.problem.x_hat == nullptr) {
-    quantize_typed<prologue, In, NoState>(call, launch);
-  } else {
-    quantize_typed<prologue, In, State>(call, launch);
+#define QUANTIZE(name, prologue, In, State)                                                           \
+  int quantize_##name(const QuantizeCall& call, Stream stream) {                                      \
+    StreamLaunch launch{static_cast<cudaStream_t>(stream)};                                           \
+    if (call.problem.x_hat == nullptr) quantize_typed<Prologue::prologue, In, NoState>(call, launch); \
+    if (call.problem.x_hat != nullptr) quantize_typed<Prologue::prologue, In, State>(call, launch);   \
+    return launch.error;                                                                              \
   }
-  return launch.error;
-}
-
-int quantize_identity(const QuantizeCall& call, Stream stream) {
-  return quantize<Prologue::kIdentity, Half, BFloat16>(call, stream);
-}
-int quantize_group_norm(const QuantizeCall& call, Stream stream) {
-  return quantize<Prologue::kGroupNorm, Half, Half>(call, stream);
-}
-int quantize_layer_norm(const QuantizeCall& call, Stream stream) {
-  return quantize<Prologue::kLayerNorm, BFloat16, float>(call, stream);
-}
-int quantize_geglu(const QuantizeCall& call, Stream stream) {
-  return quantize<Prologue::kGeglu, float, Half>(call, stream);
-}
+QUANTIZE(identity, kIdentity, Half, BFloat16)
+QUANTIZE(group_norm, kGroupNorm, Half, Half)
+QUANTIZE(layer_norm, kLayerNorm, BFloat16, float)
+QUANTIZE(geglu, kGeglu, float, Half)
 
 }  // namespace modiff::cuda
