@@ -1,7 +1,9 @@
 """Calibration data: inputs of the UNet on the trajectories of the full-precision sampler, at chosen calls of a run."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,21 +17,42 @@ TIME_STEPS = ("uniform", "ndtc")
 CONDITIONS = "conditions."  # before the names of conditions among other tensors
 
 
+class _Begun(Exception):
+    pass
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """How the full-precision network `unet` is sampled, in `steps` of a diffusers scheduler, used through copies.
     run(seeds): one sampling run, image i from the noise of seeds[i]; it calls `unet` once per time step of the
-    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance)."""
+    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance).
+    sets_timesteps: whether `run` sets the time steps of `scheduler` itself."""
 
     unet: nn.Module
     scheduler: Any
     steps: int
     run: Callable[[Sequence[int]], Any]
+    sets_timesteps: bool = False
 
     def new_scheduler(self) -> Any:
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(self.steps)
-        return scheduler
+        """A scheduler at the beginning of a run."""
+        return copy.deepcopy(self._begun)
+
+    @functools.cached_property
+    def _begun(self) -> Any:
+        found = []
+
+        def stop(*call: Any) -> None:
+            found.append(copy.deepcopy(self.scheduler))
+            raise _Begun
+
+        if self.sets_timesteps:  # as its own settings say, and for Flux and others the size of the picture
+            with self.unet.register_forward_pre_hook(stop), contextlib.suppress(_Begun):
+                self.run([0])
+        else:
+            found.append(type(self.scheduler).from_config(self.scheduler.config))
+            found[0].set_timesteps(self.steps)
+        return found[0]
 
     def timesteps(self) -> Tensor:
         """Time steps of the calls of a run, float32 [calls], the noisiest first."""
@@ -66,7 +89,7 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
     options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
     denoiser = denoiser_of("calibrate", pipe)
-    return Sampler(denoiser, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options))
+    return Sampler(denoiser, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options), True)
 
 
 def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[str, Any]) -> Any:
