@@ -127,7 +127,7 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         raise UserError(f"{type(loaded).__name__} takes a text; give --prompt")
     if prompt is not None and not takes_text:
         raise UserError(f"--prompt {prompt!r}: this model takes no text")
-    if not with_pipe and unet.config.out_channels != unet.config.in_channels:
+    if not with_pipe and unet.config.out_channels not in (None, unet.config.in_channels):
         channels = f"{unet.config.in_channels} input and {unet.config.out_channels} output channels"
         raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)

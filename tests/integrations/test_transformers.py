@@ -69,10 +69,12 @@ def test_whole_way(name, tmp_path):
     (tmp_path / stored.FILE_NAME).write_text(stored.add(tmp_path / stored.FILE_NAME, fitted))
     handle.remove()
     assert torch.equal(whole.sample(), exact)
-    handle = mk.accelerate(pipe, mk.ModiffConfig(act_bits=4))
-    assert {row.mode for row in handle.rows()} == {"float", "modulated"}
-    assert sqnr(whole.sample(), exact) > 35
-    handle.remove()
+    for more, granularity in (({"act_bits": 4}, "per_block"), ({"plan": "modulated"}, "per_token")):
+        handle = mk.accelerate(pipe, mk.ModiffConfig(**more))
+        assert {row.mode for row in handle.rows()} == {"float", "modulated"}
+        assert {layer.granularity for layer in handle.layers.values()} == {granularity}
+        assert sqnr(whole.sample(), exact) > 35
+        handle.remove()
     pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / "transformer")
     handle = mk.accelerate(pipe)
     handle.set_schedule(None)
