@@ -26,7 +26,7 @@ class Sampler:
     """How the full-precision network `unet` is sampled, in `steps` of a diffusers scheduler, used through copies.
     run(seeds): one sampling run, image i from the noise of seeds[i]; it calls `unet` once per time step of the
     scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance).
-    sets_timesteps: whether `run` sets the time steps of `scheduler` itself."""
+    sets_timesteps: whether `run` sets the time steps of `scheduler` in a way of its own."""
 
     unet: nn.Module
     scheduler: Any
@@ -46,8 +46,8 @@ class Sampler:
             found.append(copy.deepcopy(self.scheduler))
             raise _Begun
 
-        if self.sets_timesteps:  # as its own settings say, and for Flux and others the size of the picture
-            with self.unet.register_forward_pre_hook(stop), contextlib.suppress(_Begun):
+        if self.sets_timesteps:
+            with self.unet.register_forward_pre_hook(stop, prepend=True), contextlib.suppress(_Begun):
                 self.run([0])
         else:
             found.append(type(self.scheduler).from_config(self.scheduler.config))
@@ -89,7 +89,8 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
     options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
     denoiser = denoiser_of("calibrate", pipe)
-    return Sampler(denoiser, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options), True)
+    shifts = "mu" in inspect.signature(pipe.scheduler.set_timesteps).parameters  # with the size of the picture
+    return Sampler(denoiser, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options), shifts)
 
 
 def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[str, Any]) -> Any:

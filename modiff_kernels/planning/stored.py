@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modiff_kernels.config.schedule import UPDATE, StepSchedule
-from modiff_kernels.nn.call import PLACES
 
 FILE_NAME = "modiff_schedule.json"
 FIT_AGAIN = "fit again with `modiff calibrate --schedule`, or move the file away"
@@ -112,5 +111,7 @@ def place_beside(file_name: str, *models: Any) -> Path | None:
     """The file or folder of this name in the folders of `beside`, None without one."""
     names = [getattr(getattr(model, "config", None), "_name_or_path", None) for model in models]
     folders = [Path(name) for name in names if isinstance(name, (str, Path)) and name]
-    places = [place for folder in folders for place in [folder, *[folder.parent] * (folder.name in PLACES)]]
+    places = [
+        place for folder in folders for place in [folder, *[folder.parent] * (folder.name in ("unet", "transformer"))]
+    ]
     return next((path for place in places if (path := place / file_name).exists()), None)
