@@ -17,10 +17,6 @@ TIME_STEPS = ("uniform", "ndtc")
 CONDITIONS = "conditions."  # before the names of conditions among other tensors
 
 
-class _Begun(Exception):
-    pass
-
-
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """How the full-precision network `unet` is sampled, in `steps` of a diffusers scheduler, used through copies.
@@ -40,19 +36,13 @@ class Sampler:
 
     @functools.cached_property
     def _begun(self) -> Any:
-        found = []
-
-        def stop(*call: Any) -> None:
-            found.append(copy.deepcopy(self.scheduler))
-            raise _Begun
-
         if self.sets_timesteps:
-            with self.unet.register_forward_pre_hook(stop, prepend=True), contextlib.suppress(_Begun):
+            with self.unet.register_forward_pre_hook(_stop, prepend=True), contextlib.suppress(StopIteration):
                 self.run([0])
-        else:
-            found.append(type(self.scheduler).from_config(self.scheduler.config))
-            found[0].set_timesteps(self.steps)
-        return found[0]
+            return copy.deepcopy(self.scheduler)
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(self.steps)
+        return scheduler
 
     def timesteps(self) -> Tensor:
         """Time steps of the calls of a run, float32 [calls], the noisiest first."""
@@ -64,6 +54,10 @@ class Sampler:
         if not torch.equal(scheduler.scale_model_input(probe, scheduler.timesteps[0]), probe):
             what = f"the UNet's input, which {type(scheduler).__name__} scales"
             raise ValueError(f"calibrate: {method} steps from {what}; use DDIMScheduler or DPMSolverMultistepScheduler")
+
+
+def _stop(*call: Any) -> None:
+    raise StopIteration
 
 
 def sampler_of(
