@@ -111,7 +111,5 @@ def place_beside(file_name: str, *models: Any) -> Path | None:
     """The file or folder of this name in the folders of `beside`, None without one."""
     names = [getattr(getattr(model, "config", None), "_name_or_path", None) for model in models]
     folders = [Path(name) for name in names if isinstance(name, (str, Path)) and name]
-    places = [
-        place for folder in folders for place in [folder, *[folder.parent] * (folder.name in ("unet", "transformer"))]
-    ]
+    places = [place for own in folders for place in [own, *[own.parent] * (own.name in ("unet", "transformer"))]]
     return next((path for place in places if (path := place / file_name).exists()), None)
