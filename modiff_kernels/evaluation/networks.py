@@ -34,7 +34,7 @@ OWN_OPTIONS: dict[str, Any] = {
 
 @dataclass
 class Model:
-    """A UNet and what it takes to sample from it. `pipe` is None for an unconditional UNet on pixels, which is sampled
+    """A UNet and what it takes to sample from it. `pipe` is None for a UNet or DiT on pixels, which is sampled
     by the loop in this module, and otherwise the pipeline that holds the UNet. `handle` is that of a UNet that was
     saved in low bits, else None. `calls` of the UNet in a run are known of a model that was opened for a command that
     samples."""
@@ -112,9 +112,10 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
     unet_folder, with_pipe, is_low_bit = look_into(folder, low_bit)
     import diffusers
 
-    loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
+    kind = "DiffusionPipeline" if with_pipe else read_config(unet_folder / "config.json")["_class_name"]
+    place = folder if with_pipe else unet_folder
     try:
-        loaded = loader.from_pretrained(place, torch_dtype=torch.float32).to(device)
+        loaded = getattr(diffusers, kind).from_pretrained(place, torch_dtype=torch.float32).to(device)
     except Exception as error:
         raise UserError(f"diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
     unet, pipe = (loaded.unet, loaded) if with_pipe else (loaded, None)
@@ -126,7 +127,7 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         raise UserError(f"{type(loaded).__name__} takes a text; give --prompt")
     if prompt is not None and not takes_text:
         raise UserError(f"--prompt {prompt!r}: this model takes no text")
-    if not with_pipe and unet.config.out_channels != unet.config.in_channels:
+    if not with_pipe and unet.config.out_channels not in (None, unet.config.in_channels):
         channels = f"{unet.config.in_channels} input and {unet.config.out_channels} output channels"
         raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
@@ -213,15 +214,16 @@ def sample_images(
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    conditions = {}
-    if config.num_class_embeds is not None:
-        conditions["class_labels"] = torch.tensor([seed % config.num_class_embeds for seed in seeds], device=device)
+    conditions, is_dit = {}, "num_embeds_ada_norm" in config
+    if (classes := config.num_embeds_ada_norm if is_dit else config.num_class_embeds) is not None:
+        conditions["class_labels"] = torch.tensor([seed % classes for seed in seeds], device=device)
     extra = {"generator": generators} if "generator" in inspect.signature(schedule.step).parameters else {}
     with torch.inference_mode(), run(schedule):
         schedule.set_timesteps(steps, device=device)
         x = x * schedule.init_noise_sigma
         for t in schedule.timesteps:
-            predicted = unet(schedule.scale_model_input(x, t), t, return_dict=False, **conditions)[0]
+            timestep = t.expand(len(x)) if is_dit else t
+            predicted = unet(schedule.scale_model_input(x, t), timestep, return_dict=False, **conditions)[0]
             x = schedule.step(predicted, t, x, return_dict=False, **extra)[0]
             on_step()
         return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()

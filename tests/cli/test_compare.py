@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, LDMPipeline, VQModel
 from PIL import Image
 
 from modiff_kernels.cli import main
@@ -135,7 +135,10 @@ def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, mon
     assert "float32 torch.compile channels_last is left out, torch.compile failed: division by zero" in out
 
 
-@pytest.mark.parametrize("kind", ["classes", "pixels", "latents"])
+DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "num_embeds_ada_norm": 4}
+
+
+@pytest.mark.parametrize("kind", ["classes", "pixels", "latents", "dit"])
 def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
     model = unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
     if kind == "pixels":
@@ -144,6 +147,8 @@ def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
         torch.manual_seed(0)
         vqvae = VQModel(block_out_channels=(16,), norm_num_groups=8, latent_channels=3)
         model = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False))
+    elif kind == "dit":
+        model = DiTTransformer2DModel(in_channels=3, **DIT)
     model.save_pretrained(tmp_path / "model")
     options = ["--steps", 3, "--rows", "float-contiguous,modulated-w8a8"]
     reference, modulated = rows_of(tmp_path / "a.json", "--model", tmp_path / "model", *options)
