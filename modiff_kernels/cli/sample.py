@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     as_grid = args.out.suffix.lower() == ".png"
     if as_grid and process.count > 1:
         raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
+    if not as_grid and args.scale is not None:
+        raise UserError(f"--scale {args.scale}: pictures in a folder keep their size; give a PNG file as --out")
     model = networks.open_model(args, low_bit=True, local=process.local if process.count > 1 else None)
     sampler = _Sampler(args, model)
     batch = min(args.batch, args.images)
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     images.write_image(_path(args.out, seed), image, _options_of(seed, seeds, options))
     if as_grid:
-        images.write_grid(args.out, grid)
+        images.write_grid(args.out, grid, args.scale)
     if not args.quiet:
         place = f", process {process.rank + 1} of {process.count}" if process.count > 1 else ""
         already = f", {len(kept)} were there already" if kept else ""

@@ -15,13 +15,13 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.calibration.data import run_pipeline
-from modiff_kernels.config import StepSchedule
+from modiff_kernels.config.schedule import AUTO, UPDATE, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.evaluation.folders import look_into, read_config
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
-from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.stored import best_of, run_of
+from modiff_kernels.planning.clock import automatic, host_timesteps
+from modiff_kernels.planning.stored import beside, best_of, run_of
 
 MULTISTEP = {"algorithm_type": "dpmsolver++"}
 OWN_OPTIONS: dict[str, Any] = {
@@ -175,6 +175,18 @@ def _stored_schedule(model: Model, scheduler: str, steps: int, stored: Sequence[
         advice = f"fit one with `modiff calibrate --schedule`, or give --schedule {last.schedule.without_weights()!r}"
         raise UserError(f"--schedule {last.path}: {text}; {advice}")
     return found.schedule
+
+
+def actions_of(model: Model, scheduler: str, steps: int, schedule: str) -> str:
+    """A letter for every call of a run with this --schedule."""
+    own = make_scheduler(model, scheduler)
+    own.set_timesteps(steps)
+    if not AUTO.fullmatch(schedule):
+        return StepSchedule.parse(schedule).actions(model.calls)
+    asked = int(schedule.split()[1]) if " " in schedule else None
+    found = best_of(beside(model.unet, model.pipe), own, host_timesteps(own), asked)
+    chosen = found.schedule if found else None if asked else automatic(own, model.calls)
+    return chosen.actions(model.calls) if chosen else UPDATE * model.calls
 
 
 def sample_images(

@@ -1,6 +1,10 @@
+import base64
+import io
 import json
 import runpy
 import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -113,8 +117,40 @@ def test_markdown_and_grid(report):
     assert text.startswith("| configuration | PSNR dB | SSIM | s/image | speed-up | state MB | avg bits | backend |")
     assert "| float32 eager contiguous | reference | 1 |" in text
     assert "Warm-up of 2 steps" in text
-    grid = Image.open(report / "compare_grid.png")
-    assert grid.height == 10 * (64 + 4) + 4
+    assert Image.open(report / "compare_grid.png").height == 7 * (96 + 4) + 4  # full precision, three rows and errors
+    assert Image.open(report / "speed_quality.png").width > 400
+
+
+class Elements(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_no_other_file(report, rows):
+    text = (report / "compare.html").read_text()
+    elements = Elements(text)
+    assert not elements.open
+    images = [attrs["src"] for tag, attrs in elements.found if tag == "img"]
+    kinds = [src.partition(";base64,")[0] for src in images]
+    assert kinds == ["data:image/png"] * (7 * 3) + ["data:image/svg+xml"]
+    assert {tag for tag, _ in elements.found}.isdisjoint({"script", "link", "iframe"})
+    first = Image.open(io.BytesIO(base64.b64decode(images[0].partition(",")[2])))
+    assert first.size == (8, 8)
+    assert ElementTree.fromstring(base64.b64decode(images[-1].partition(",")[2])).tag.endswith("svg")
+    actions = rows["modulated W8A8 scheduled"]["actions"]
+    assert actions == "UUUFUFUFUFUU"
+    calls = [attrs["title"].partition(": ")[2] for tag, attrs in elements.found if tag == "i"]
+    assert calls == [{"U": "computed", "F": "forecast"}[letter] for letter in actions] * 2  # modulated and plain
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
