@@ -100,7 +100,8 @@ def scatter(rows: Sequence[Row]) -> Figure:
             axis.plot(speeds, qualities, color=colour, marker="o", linewidth=1, label=name.replace("-", " "))
         for row, place in zip(own, zip(speeds, qualities)):
             bits = f"W{row['weight_bits']}" + (f"A{row['act_bits']}" if row["act_bits"] < 32 else "")
-            axis.annotate(bits, place, (6, 3), textcoords="offset points", fontsize=9, color=colour)
+            beside = (6, -11 if name.startswith("plain") else 3)
+            axis.annotate(bits, place, beside, textcoords="offset points", fontsize=9, color=colour)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="images per second", ylabel="dB to full precision")
