@@ -22,6 +22,8 @@ in kB = 10^3 bytes, moved what a call of an estimated plan reads and writes; spe
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.schedule is None:
+        del args.steps  # which the scheduler of the model then need not be able to do
     model = networks.open_model(args)
     row = row_of(args, model.name, plan=args.plan)
     shapes = None

@@ -105,7 +105,7 @@ def scatter(rows: Sequence[Row]) -> Figure:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="images per second", ylabel="dB to full precision")
-    axis.margins(0.12)
+    axis.margins(x=0.2, y=0.12)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=9)
