@@ -176,7 +176,7 @@ def _report(reference: Configuration, configurations: Sequence[Configuration], n
         "notes": [
             f"{model.name}, {args.scheduler}, {args.steps} steps ({model.calls} calls of the UNet), "
             f"batch {args.batch}, {args.images} images from seed {args.seed} on; {device}, {threads} threads.",
-            f"Times: median of {runs} whole sampling run{'s' * (runs > 1)} of a batch, the rows in turn. Speed-up: {fastest}.",
+            f"Times: median of {runs} whole sampling runs of a batch, the rows in turn. Speed-up: {fastest}.",
             f"PSNR and SSIM: mean over the images, against {reference.row.name}, same noise.",
             *notes,
             *of_rows,
