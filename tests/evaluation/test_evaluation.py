@@ -112,6 +112,20 @@ def test_a_sheet_places_images_and_amplified_differences(tmp_path, channels, siz
     assert (grid[:side, :20] == 0).any(), "no label drawn"
 
 
+def test_plots_show_the_numbers():
+    rows = [row(f"modulated-w8a{bits}", act_bits=bits, s_per_image=bits / 8, psnr_db=bits + 30.0) for bits in (8, 4)]
+    axis = report.scatter([FLOAT, *rows, row("plain-w8a8", "quantized", psnr_db=math.inf)]).axes[0]
+    reference, modulated = sorted(axis.lines, key=lambda line: line.get_label())
+    assert list(reference.get_xdata()) == [2.0, 2.0], "images per second in full precision"
+    assert [list(modulated.get_xdata()), list(modulated.get_ydata())] == [[1.0, 2.0], [38.0, 34.0]]
+    assert [text.get_text() for text in axis.texts] == ["W8A8", "W8A4"]
+    times = {"a": ("modulated 8", 30.0, 10.0), "b": ("float", None, 20.0)}
+    calls, state, time = report.layers("title", {"a": 2_000_000, "b": 0}, times, "UFFU").axes
+    assert calls.get_title() == "2 of 4 calls are computed (dark)"
+    assert [bar.get_width() for bar in state.patches] == [2.0, 0.0]
+    assert [bar.get_width() for bar in time.patches] == [30.0, 0.0, 10.0, 20.0]
+
+
 def test_strip_of_calls():
     assert strip("UUFFHU") == "##..=#"
 
