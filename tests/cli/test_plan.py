@@ -52,9 +52,9 @@ def test_calibrate_then_use(unet_folder, tmp_path, cache, capsys):
 
 def test_explain_estimates_where_nothing_is_stored(unet_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plans, "measured_machine", lambda *_: Machine(1e12, 1e10, 1e12))
-    plot = tmp_path / "e.svg"
-    assert main(["explain", "--model", str(unet_folder), "--quiet", "--plot", str(plot), "--schedule", "auto"]) == 0
-    assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+    drawn = ["--plot", str(tmp_path / "e.svg"), "--schedule", "auto"]
+    assert main(["explain", "--model", str(unet_folder), "--quiet", *drawn]) == 0
+    assert ElementTree.parse(tmp_path / "e.svg").getroot().tag.endswith("svg")
     printed = capsys.readouterr().out
     assert "calls are computed (#): ###" in printed
     assert "plan (estimated): estimated from shapes" in printed

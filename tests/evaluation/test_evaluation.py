@@ -124,9 +124,6 @@ def test_plots_show_the_numbers():
     assert calls.get_title() == "2 of 4 calls are computed (dark)"
     assert [bar.get_width() for bar in state.patches] == [2.0, 0.0]
     assert [bar.get_width() for bar in time.patches] == [30.0, 0.0, 10.0, 20.0]
-
-
-def test_strip_of_calls():
     assert strip("UUFFHU") == "##..=#"
 
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,8 @@ def dit_folder(tmp_path_factory):
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "patch_size": 2}
     dit = diffusers.DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, norm_num_groups=4)
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    pipe = diffusers.DiTPipeline(dit.eval(), vae.eval(), diffusers.DDIMScheduler())
-    pipe.save_pretrained(folder := tmp_path_factory.mktemp("dit"))
+    folder = tmp_path_factory.mktemp("dit")
+    diffusers.DiTPipeline(dit.eval(), vae.eval(), diffusers.DDIMScheduler()).save_pretrained(folder)
     return folder
 
 
@@ -32,8 +31,7 @@ def lora_file(sd_folder, tmp_path):
     peft = pytest.importorskip("peft", reason="diffusers loads LoRAs through peft; pip install peft")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd_folder)
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    layers = peft.get_peft_model_state_dict(pipe.unet)
-    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet))
     return tmp_path / "pytorch_lora_weights.safetensors"
 
 
@@ -76,7 +74,7 @@ def test_lora_changes_the_picture_and_may_stand_beside(sd_folder, lora_file, tmp
 @pytest.mark.slow
 def test_batch_job_shares_and_resumes(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = [str(EXAMPLES / "batch_job.py"), "--images", "5", "--batch", "2", "--steps", "2", "--out", str(tmp_path)]
+    job = [str(ROOT / "examples/batch_job.py"), "--images", "5", "--batch", "2", "--steps", "2", "--out", str(tmp_path)]
     for seed in (0, 3):
         (tmp_path / f"{seed:05}.png").touch()  # of an earlier job
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -87,11 +85,10 @@ def test_batch_job_shares_and_resumes(tmp_path):
 
 
 def test_notebook(capsys):
-    notebook = json.loads((EXAMPLES / "quick_start.ipynb").read_text())
+    notebook = json.loads((ROOT / "examples/quick_start.ipynb").read_text())
     assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["language"]) == (4, "python")
     names = {}
     for cell in notebook["cells"]:
-        assert set(cell) >= {"cell_type", "id", "metadata", "source"}
         if cell["cell_type"] == "code":
             assert (cell["outputs"], cell["execution_count"]) == ([], None), "clear it before it is committed"
             exec("".join(cell["source"]), names)

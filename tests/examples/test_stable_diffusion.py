@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modiff_kernels.evaluation import networks
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZE = 64  # the UNet sees 8x8
 
@@ -27,6 +29,12 @@ def sdxl(stable_diffusion):
 
 def options(folder, out, *more):
     return [str(word) for word in ("--model", folder, "--out", out, "--device", "cpu", "--steps", 4, *more)]
+
+
+def test_modiff_sample_counts_the_steps_of_a_pipeline(sd_folder):
+    model, seen = networks.load_model(str(sd_folder), "a lighthouse", torch.device("cpu")), []
+    networks.sample_images(model, model.unet, "ddim", 3, [0, 1], on_step=lambda: seen.append(1) or True)
+    assert len(seen) == 3
 
 
 def pixels(path):

@@ -449,8 +449,7 @@ HEAD = """\
 What becomes of changes that diffusers, torch or you make to a UNet: before `accelerate()`, after it and a first
 picture, or in the middle of a run. "works, 1.0 dB": against the float UNet with the same change, the last output of the
 run is 1.0 dB worse than with 8-bit weights and float activations (negative: better). "refused": this error is raised.
-
-Small networks with random weights. `python -m tests.integrations.test_features` makes the table; the tests check it.
+Small networks with random weights; `python -m tests.integrations.test_features` makes the table, and tests check it.
 
 """
 
