@@ -15,13 +15,13 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.calibration.data import run_pipeline
-from modiff_kernels.config import StepSchedule
+from modiff_kernels.config.schedule import AUTO, UPDATE, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.evaluation.folders import look_into, read_config
 from modiff_kernels.integrations.measurement import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
-from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.stored import best_of, run_of
+from modiff_kernels.planning.clock import automatic, host_timesteps
+from modiff_kernels.planning.stored import beside, best_of, run_of
 
 MULTISTEP = {"algorithm_type": "dpmsolver++"}
 OWN_OPTIONS: dict[str, Any] = {
@@ -178,6 +178,23 @@ def _stored_schedule(model: Model, scheduler: str, steps: int, stored: Sequence[
     return found.schedule
 
 
+def actions_of(model: Model, scheduler: str, steps: int, schedule: str) -> str:
+    """A letter for every call of a run with this --schedule."""
+    own = make_scheduler(model, scheduler)
+    own.set_timesteps(steps)
+    if not AUTO.fullmatch(schedule):
+        return StepSchedule.parse(schedule).actions(model.calls)
+    asked = int(schedule.split()[1]) if " " in schedule else None
+    found = best_of(beside(model.unet, model.pipe), own, host_timesteps(own), asked)
+    chosen = found.schedule if found else None if asked else automatic(own, model.calls)
+    return chosen.actions(model.calls) if chosen else UPDATE * model.calls
+
+
+def tells_steps(model: Model) -> bool:
+    """Whether sampling can tell of its steps: not through every pipeline of diffusers."""
+    return model.pipe is None or "callback_on_step_end" in inspect.signature(model.pipe.__call__).parameters
+
+
 def sample_images(
     model: Model,
     unet: Any,
@@ -191,18 +208,20 @@ def sample_images(
     latent: bool = False,
 ) -> np.ndarray:
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
-    of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each of them
-    (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE,
-    the latents that it would decode."""
+    of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each step
+    where `tells_steps(model)`. scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE, the
+    latents that it would decode."""
     device = next(model.unet.parameters()).device
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:
         model.pipe.unet, model.pipe.scheduler = unet, schedule
         model.pipe.set_progress_bar_config(disable=True)
-        prompt = {} if model.prompt is None else {"prompt": model.prompt}
+        options: dict[str, Any] = {} if model.prompt is None else {"prompt": model.prompt}
+        if tells_steps(model):
+            options["callback_on_step_end"] = lambda pipe, step, t, tensors: (on_step(), tensors)[1]
         with run(schedule):
             kind = "latent" if latent and hasattr(model.pipe, "vae") else "np"
-            images = run_pipeline(model.pipe, steps, seeds, {"output_type": kind, **prompt}).images
+            images = run_pipeline(model.pipe, steps, seeds, {"output_type": kind, **options}).images
         if kind == "latent":
             return images.float().cpu().numpy()
         return np.asarray(images, dtype=np.float32)
