@@ -16,7 +16,8 @@ is broken, or applies to no kernel. RULES (default: sass_rules.json beside this 
   most         how often instructions may occur: {regular expression: count}
   region       "loop X": the smallest loop around the first instruction X; "stretch X": every run of code without
                unconditional jumps that has an X. Of each region:
-  clocks       the most that it may take by `clocks_of`, with `warps` (default 1) of it on a scheduler
+  clocks       the most that it may take by `clocks_of`, with `warps` (default 1) of it on a scheduler; with `tensor`,
+               the clocks of an IMMA, the most of a pass of a loop among many
   region_never instructions that do not occur in it
 
 --clocks prints the regions of such rules as a table instead, and the share of the peak that they add up to.
@@ -44,14 +45,18 @@ RULES = Path(__file__).with_name("sass_rules.json")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)(?: (?:U?P\w+, )?0x([0-9a-f]+) ;)?")
 COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
-REGION = ("region", "clocks", "warps", "region_never")
+REGION = ("region", "clocks", "warps", "tensor", "region_never")
 KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", "most", *LIMITS, *REGION}
+# `tensor` of rules: clocks that an m16n8k32 of bytes or m16n8k64 of nibbles has a scheduler's tensor core, after the
+# dense peaks of NVIDIA's whitepapers. A100: 624e12 operations on int8 a second, 108 multiprocessors, 1.41 GHz, so 512
+# products a clock and scheduler: 8, which is also what ptxas lets a warp stall behind an IMMA. GA102 (RTX 3090: 284e12,
+# 82, 1.695 GHz) and AD102 (RTX 4090: 661e12, 128, 2.52 GHz): 16. int4 has twice the rate in all of them.
 # Clocks from issue to result of what has no fixed latency: guesses, after published microbenchmarks of Hopper.
 LATENCY = {"LDG": 300, "LDC": 30, "SYNCS": 30, "LDS": 30, "LDSM": 33, "S2R": 26, "S2UR": 26, "R2UR": 12, "UTMALDG": 20}
 OTHER_LATENCY = 25
 # What goes through the load and store unit: 128 bytes a clock for the four schedulers of a multiprocessor, so that an
 # instruction of w bytes a thread takes w clocks of one scheduler's share.
-MEMORY = re.compile(r"LDG|STG|LDS|STS|LDSM|STSM")
+MEMORY = re.compile(r"LDG|STG|LDS|STS|LDSM|STSM|LDGSTS")
 WIDTHS = {"M88.4": 16, ".128": 16, ".64": 8, "16": 2, "8": 1}
 
 
@@ -76,21 +81,24 @@ class Instruction(NamedTuple):
         return next((clocks for mark, clocks in WIDTHS.items() if mark in self.opcode), 4)
 
 
-def clocks_of(code: Sequence[Instruction], warps: int = 1) -> int:
+def clocks_of(code: Sequence[Instruction], warps: int = 1, tensor: int = 0) -> int:
     """Of `warps` warps of a scheduler that run `code` in order, branches not taken: a model. An instruction is issued
-    when its stall and scoreboards allow it, one a clock; memory is a queue; results come after LATENCY."""
-    at, ready, clock, queue = [0] * warps, [0] * warps, 0, 0
+    when its stall and scoreboards allow it, one a clock; memory is a queue; results come after LATENCY. An IMMA has the
+    scheduler's tensor core for `tensor` clocks."""
+    at, ready, clock, queue, free = [0] * warps, [0] * warps, 0, 0, 0
     boards = [[0] * 6 for _ in range(warps)]
 
     def earliest(w: int) -> int:
         waits = code[at[w]].control >> 11
-        return max([ready[w], *(boards[w][i] for i in range(6) if waits >> i & 1)])
+        busy = free if code[at[w]].name == "IMMA" else 0
+        return max([ready[w], busy, *(boards[w][i] for i in range(6) if waits >> i & 1)])
 
     while left := [w for w in range(warps) if at[w] < len(code)]:
         w = min(left, key=earliest)
         start, now = max(clock, earliest(w)), code[at[w]]
-        latency = LATENCY.get(now.name, OTHER_LATENCY)
-        done = start
+        latency, done = LATENCY.get(now.name, OTHER_LATENCY), start
+        if now.name == "IMMA":
+            free = start + tensor
         if now.share:
             done = queue = max(queue, start) + now.share
         for board, after in ((now.control >> 5 & 7, latency), (now.control >> 8 & 7, min(latency, 20))):
@@ -99,6 +107,14 @@ def clocks_of(code: Sequence[Instruction], warps: int = 1) -> int:
         ready[w], clock = start + max(now.control & 15, 1), start + 1
         at[w] += 1
     return max([queue, *ready])
+
+
+def clocks_by(rule: dict[str, Any], region: Sequence[Instruction]) -> int:
+    """By a rule: of a region from its begin to its end, or (`tensor`) of a pass of a loop among many, in which warps
+    drift apart, as none waits for another at a barrier here."""
+    warps, tensor = rule.get("warps", 1), rule.get("tensor", 0)
+    first = clocks_of(region, warps, tensor)
+    return first if not tensor else (clocks_of([*region] * 9, warps, tensor) - first + 7) // 8
 
 
 def regions(code: Sequence[Instruction], kind: str) -> list[Sequence[Instruction]]:
@@ -280,7 +296,7 @@ def broken_regions(rule: dict[str, Any], code: Sequence[Instruction]) -> Iterato
     if not found:
         yield f"no {rule['region']}"
     for region in found:
-        clocks = clocks_of(region, rule.get("warps", 1))
+        clocks = clocks_by(rule, region)
         if clocks > rule.get("clocks", clocks):
             yield f"{rule['region']}: {clocks} clocks, at most {rule['clocks']}"
         names = sorted(o for o in opcodes(region) if any(re.match(p, o) for p in rule.get("region_never", ())))
@@ -301,15 +317,17 @@ LAYERS = {
 def clock_table(rows: Sequence[Row], rules: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Regions of rules as Markdown, and what they add up to with 1500 clocks to fill the pipeline, without the launch.
     Memory: an H100's, 3.35 TB/s at 1.755 GHz, for codes, weight, y_hat twice, skip and out."""
-    yield "| kernel | region | instructions | clocks | at most |\n|---|---|---:|---:|---:|"
+    yield "| kernel | region | instructions | tensor cores | clocks | at most |\n|---|---|---:|---:|---:|---:|"
     epilogue = 0
     for rule in (r for r in rules if "clocks" in r):
-        for row in (r for r in rows if re.search(rule["kernel"], r.kernel)):
-            found = [(clocks_of(r, rule.get("warps", 1)), len(r)) for r in regions(row.code, rule["region"])]
-            clocks, instructions = max(found, default=(0, 0))
+        for row in (r for r in rows if re.fullmatch(rule["arch"], r.arch) and re.search(rule["kernel"], r.kernel)):
+            found = [(clocks_by(rule, r), len(r), r) for r in regions(row.code, rule["region"])]
+            clocks, instructions, code = max(found, default=(0, 0, []))
+            busy = sum(i.name == "IMMA" for i in code) * rule.get("warps", 1) * rule.get("tensor", 0)
             if row.kernel.endswith("Product<8, 2, 160>") and "stretch" in rule["region"]:
                 epilogue = clocks
-            yield f"| `{row.kernel}` | `{rule['region']}` | {instructions} | {clocks:,} | {rule['clocks']:,} |"
+            cells = [f"`{row.arch} {row.kernel}`", f"`{rule['region']}`", instructions, f"{busy:,}" if busy else ""]
+            yield "| " + " | ".join(map(str, [*cells, f"{clocks:,}", f"{rule['clocks']:,}"])) + " |"
     yield "\n| layer | tiles, waves | clocks | share of the peak | memory's clocks |\n|---|---:|---:|---:|---:|"
     for name, (m, n, c, taps) in LAYERS.items():
         tiles = -(-m // 256) * -(-n // 160)
