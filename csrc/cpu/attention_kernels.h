@@ -168,12 +168,16 @@ struct Head {
 
   Head(const AttentionProblem& problem, int64_t n, int64_t h) : p(problem), n(n), h(h) {
     const int64_t parts = (keys + kPart - 1) / kPart;
-    const std::pair<float**, int64_t> floats[] = {{&scores, kQueries * block}, {&sums, kQueries * width},
-                                                  {&key_scale, keys},          {&value_scale, parts * width},
-                                                  {&mean, width},              {&zeros, width}};
-    const std::pair<int16_t**, int64_t> words[] = {
-        {&key_codes, keys * depth},    {&low_keys, keys * depth},        {&values, keys * width}, {&weights, kQueries * block},
-        {&queries, kQueries * depth}, {&low_queries, kQueries * depth}, {&lines, kLanes * depth}};
+    const std::pair<float**, int64_t> floats[] = {{&scores, kQueries * block},
+                                                  {&sums, kQueries * width},
+                                                  {&key_scale, keys},
+                                                  {&value_scale, parts * width},
+                                                  {&mean, width},
+                                                  {&zeros, width}};
+    const std::pair<int16_t**, int64_t> words[] = {{&key_codes, keys * depth},   {&low_keys, keys * depth},
+                                                   {&values, keys * width},      {&weights, kQueries * block},
+                                                   {&queries, kQueries * depth}, {&low_queries, kQueries * depth},
+                                                   {&lines, kLanes * depth}};
     int64_t bytes = 0;
     for (const auto& [to, count] : floats) bytes += round_to(4 * count, 64);
     for (const auto& [to, count] : words) bytes += round_to(2 * count, 64);
@@ -270,8 +274,7 @@ struct Head {
     const bool is_wide = largest * largest_key * (kRowNorm * kRowNorm) > kWide;
     if (is_wide) {
       if (!std::exchange(has_low, true)) copy_rows<true>(low_keys);
-      for (int64_t m = 0; m < rows; ++m)
-        row_codes<true>(q + m * p.q_row, zeros, p.width, low_queries + m * depth);
+      for (int64_t m = 0; m < rows; ++m) row_codes<true>(q + m * p.q_row, zeros, p.width, low_queries + m * depth);
     }
     std::fill_n(sums, rows * width, 0.0f);
     for (int64_t b = 0; b < keys; b += kKeys) {
@@ -279,8 +282,7 @@ struct Head {
       Product product{queries, key_codes + 2 * b, depth, keys, depth, scores, block, nullptr, nullptr};
       multiply(product, rows, count);
       if (is_wide) add_low(product, b, rows, count);
-      for (int64_t m = 0; m < rows; ++m)
-        weigh(m, b, count, query_scale[m], most[m], total[m], factor);
+      for (int64_t m = 0; m < rows; ++m) weigh(m, b, count, query_scale[m], most[m], total[m], factor);
       for (int64_t e = 0; e < count; e += kPart) {
         const float* scale = value_scale + (b + e) / kPart * width;
         const int64_t part = std::min(kPart, count - e);

@@ -258,7 +258,8 @@ Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, st
 
 // q [samples, queries, heads * width], k and v [samples, keys, heads * width]: float32, rows contiguous.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, int64_t isa) {
-  STD_TORCH_CHECK(isa == kAvx512 || isa == kAvx512Vnni, "modiff_cpu::attention needs AVX-512, got instruction set ", isa);
+  STD_TORCH_CHECK(isa == kAvx512 || isa == kAvx512Vnni, "modiff_cpu::attention needs AVX-512, got instruction set ",
+                  isa);
   check_isa(isa, kAvx512, "attention");
   for (const Tensor* t : {&q, &k, &v})
     STD_TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == ScalarType::Float,
