@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -82,7 +83,10 @@ def compile_variant(name: str, variant: "Variant", capability: int) -> tuple[Rep
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime import driver
 
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(cast(Any, SimpleNamespace(get_current_target=lambda: target)))  # kernels ask for it
     names = list(variant.signature)
     source = ASTSource(
         fn=variant.kernel,
@@ -90,7 +94,7 @@ def compile_variant(name: str, variant: "Variant", capability: int) -> tuple[Rep
         constexprs={(names.index(key),): value for key, value in variant.constexprs.items()},
         attrs={(names.index(key),): [["tt.divisibility", 16]] for key in variant.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    compiled = triton.compile(source, target=target, options=variant.options)
     cubin = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -15,9 +15,9 @@ is broken, or applies to no kernel. RULES (default: sass_rules.json beside this 
   kernels      how many of an architecture the rule applies to, if that is known
   most         how often instructions may occur: {regular expression: count}
   region       "loop X": the smallest loop around the first instruction X; "stretch X": every run of code without
-               unconditional jumps that has an X. Of each region:
+               unconditional jumps that has an X; "before X": what may run before an X. Of each region:
   clocks       the most that it may take by `clocks_of`, with `warps` (default 1) of it on a scheduler
-  region_never instructions that do not occur in it
+  region_must, region_never     instructions that occur in it, and those that do not
 
 --clocks prints the regions of such rules as a table instead, and the share of the peak that they add up to.
 
@@ -44,7 +44,7 @@ RULES = Path(__file__).with_name("sass_rules.json")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)(?: (?:U?P\w+, )?0x([0-9a-f]+) ;)?")
 COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
-REGION = ("region", "clocks", "warps", "region_never")
+REGION = ("region", "clocks", "warps", "region_must", "region_never")
 KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", "most", *LIMITS, *REGION}
 # Clocks from issue to result of what has no fixed latency: guesses, after published microbenchmarks of Hopper.
 LATENCY = {"LDG": 300, "LDC": 30, "SYNCS": 30, "LDS": 30, "LDSM": 33, "S2R": 26, "S2UR": 26, "R2UR": 12, "UTMALDG": 20}
@@ -108,6 +108,17 @@ def regions(code: Sequence[Instruction], kind: str) -> list[Sequence[Instruction
     if not hits:
         return []
     index = {instruction.address: i for i, instruction in enumerate(code)}
+    if kind == "before":
+        reached, to_do = set(), [0]
+        while to_do:
+            if (i := to_do.pop()) in reached or i in hits or i == len(code):
+                continue
+            reached.add(i)
+            if code[i].jump in index:
+                to_do.append(index[code[i].jump])
+            if code[i].guarded or not re.fullmatch("BRA|(BRX|EXIT|RET).*", code[i].opcode):
+                to_do.append(i + 1)
+        return [[code[i] for i in sorted(reached)]]
     if kind == "loop":
         loops = [(index[b.jump], i) for i, b in enumerate(code) if index.get(b.jump, i + 1) <= hits[0] <= i]
         return [code[first : last + 1] for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0])[:1]]
@@ -283,6 +294,9 @@ def broken_regions(rule: dict[str, Any], code: Sequence[Instruction]) -> Iterato
         clocks = clocks_of(region, rule.get("warps", 1))
         if clocks > rule.get("clocks", clocks):
             yield f"{rule['region']}: {clocks} clocks, at most {rule['clocks']}"
+        for pattern in rule.get("region_must", ()):
+            if not any(re.match(pattern, opcode) for opcode in opcodes(region)):
+                yield f"{rule['region']}: no {pattern}"
         names = sorted(o for o in opcodes(region) if any(re.match(p, o) for p in rule.get("region_never", ())))
         if names:
             yield f"{rule['region']}: {', '.join(names)}"

@@ -15,6 +15,7 @@ struct Consumer {
     const bool leader = cta.thread() % kWarp == 0;
     Ring<P::kStages> ring;
     Peer peer;
+    cta.wait_for_kernels_before();
     for (int index = cta.uniform(static_cast<int>(cta.block())); index < work_count(args.schedule);
          index += cta.blocks()) {
       const Work work = work_of(args.schedule, index);

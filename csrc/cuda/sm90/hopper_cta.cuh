@@ -29,6 +29,11 @@ struct HopperCta : DeviceCta {
   }
   __device__ __forceinline__ void consumers_sync() const { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+  // Until the kernels before have ended and what they wrote is visible.
+  __device__ __forceinline__ void wait_for_kernels_before() const {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+  }
+
   // Barriers that count arrivals and bytes.
   __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) const {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -103,6 +108,9 @@ struct HopperCta : DeviceCta {
     words[3] = four.w;
   }
 
+  __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) const {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+  }
   // TMA. x, y: the first byte and row of the box; channel, corner: the first pixel's, before the tap's offsets.
   __device__ __forceinline__ void load_matrix(const CUtensorMap& map, void* to, uint64_t* barrier, int x, int y) const {
     asm volatile(

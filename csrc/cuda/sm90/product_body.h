@@ -19,6 +19,18 @@
 // last to a tile takes them back and runs the epilogue. Sums are integers, so their order does not matter. Limits:
 // limit_of in tensor_map.h.
 //
+// A launch may begin before the kernel in front of it has ended (programmatic dependent launch): barriers, tensor maps and
+// the weight of the first stages are made ready meanwhile. The weight is constant; everything else in global memory is
+// touched behind griddepcontrol.wait, which returns when all kernels in front have ended and what they wrote is visible:
+//   producer    waits between the weight of its first stages and its first codes, which the quantiser wrote
+//   unpackers   know shared memory alone
+//   consumers   wait first of all: they read scale, bias, sums by ordinary loads, and write y_hat, out, sums, which the
+//               kernels in front may still read (memory that was freed comes back as `out`). They would be late enough
+//               without, as sums need codes, but so no load can be moved up, and nothing has to be argued
+// Every block has work, so a product ends after the kernels in front of it: what waits for it has waited for those. The
+// quantisers are launched as ever, after the end of all before. So a weight is read early only if no kernel that began
+// after the last ordinary launch writes it (ProductCall::weight_settled).
+//
 // Words, and those of CUTLASS and others:
 //   codes, weight; sums       operands A and B, both K-major; accumulators C
 //   k-block, stage            K tile (BLOCK_K = 128) and the place of one in shared memory
@@ -29,6 +41,7 @@
 //
 // The context is that of common/cta.h, and (hopper_cta.cuh on a GPU, hopper_cta.h of the emulator):
 //   blocks(), shared_address(p), exchange(values, mask), warp_sync(), consumers_sync(), uniform(value), elect()
+//   wait_for_kernels_before(), prefetch_map(map)
 //   barrier_init, arrive, arrive_expecting(bytes), wait(parity), barriers_ready()
 //   load_matrix, load_pixels                            TMA, and of the thread that stores
 //   store_matrix, store_commit, store_wait<pending>

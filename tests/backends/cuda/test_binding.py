@@ -19,7 +19,7 @@ QUANTIZE = """samples rows channels input input_dtype gamma gamma_dtype beta nor
 NAMES = dict.fromkeys(("identity", "group_norm", "layer_norm", "geglu"), QUANTIZE)
 NAMES["product"] = """samples h w c_in c_out out_h out_w codes scale zero_point sums weight weight_scale bias bias_dtype
     y_hat y_hat_dtype skip skip_dtype out out_dtype weight_bits code_bits geglu rows_per_scale scratch"""
-NAMES["launch"] = "bits splits codes codes_bit codes_map weight weight_bit weight_map high_plane sums"
+NAMES["launch"] = "bits splits codes codes_bit codes_map weight weight_bit weight_map high_plane sums blocks cluster early"
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 WINDOW = Window((3, 3), (2, 1), (1, 2), (1, 2))  # output 5 x 7 of 9 x 7
 
@@ -161,3 +161,22 @@ def test_a_map_is_encoded_once_for_its_tensor_and_shape(calls):
     state, result = y_hat.data_ptr(), out.data_ptr()
     maps = [(v[2], *v[3:8], v[10]) for name, v in calls() if name == "tiled" and v[2] in (state, result)]
     assert maps == [(t, 128, 4, 128, 64, rows, 2) for t, rows in ((state, 128), (state, 16), (result, 16))]
+
+
+def test_a_product_begins_before_the_end_of_the_quantiser(calls):
+    """Where its weight has rested since a call before and no memset stands between; then in clusters, too."""
+
+    def early(rows, k, n, weight):
+        codes, y_hat = torch.zeros(rows, k, dtype=torch.int8), torch.zeros(rows, n)
+        product(codes, torch.ones(1), None, weight, y_hat, None, None, None, HALF, False)
+        names, launched = zip(*calls())
+        return [names.count("clear"), *(launched[-1][key] for key in ("splits", "blocks", "cluster", "early"))]
+
+    weight = weight_of(1280, 1280, 8)
+    assert early(4096, 1280, 1280, weight) == [0, 1, 128, 1, 0]  # its first call
+    assert early(4096, 1280, 1280, weight) == early(4096, 1280, 1280, weight) == [0, 1, 128, 1, 1]
+    moved = weight._replace(packed=torch.zeros(1280 * 1280 + 1, dtype=torch.uint8)[1:].view(1280, 1280))
+    assert [early(4096, 1280, 1280, moved)[-1] for _ in range(3)] == [0, 0, 0]  # a copy is made at each call
+    wide, tall = weight_of(1280, 11520, 8), weight_of(64, 11520, 8)
+    assert [early(2048, 11520, 1280, wide)[1:] for _ in range(2)] == [[2, 128, 2, 0], [2, 128, 2, 1]]
+    assert [early(64, 11520, 64, tall)[::4] for _ in range(2)] == [[1, 0], [1, 0]]

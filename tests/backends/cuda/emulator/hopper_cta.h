@@ -10,6 +10,8 @@
 //              when it issues it; operands that ordinary stores wrote must have been published. All threads of a
 //              warpgroup must issue the same operations
 //              stores read their boxes as late as allowed, or with odd seeds as early
+//   the kernel before ends when nobody can go on without it; until then its results are not there, and what is written
+//              is lost
 //   blocks     of a launch run together, and those of a cluster send each other words, which come as boxes do; a block
 //              must not end before its cluster's other block has done with its memory
 #pragma once
@@ -106,6 +108,12 @@ class HopperCta {
     require(unpublished_[shared_address(p) - kBase] == kReceived, "words are read that were not sent");
     note_store(p);
   }
+
+  void begin_before_the_end_of(const bool& kernel_before) { ended_before_ = &kernel_before; }
+  void wait_for_kernels_before() {
+    fibers_.wait([this] { return *ended_before_; });
+  }
+  void prefetch_map(const TensorMap& map) const { require(map_problem(map) == nullptr, "a map that is none"); }
 
   int thread() const { return fibers_.current() - first_fiber_; }
   int64_t block() const { return block_; }
@@ -498,6 +506,7 @@ class HopperCta {
   int threads_, left_ = 0;  // that have ended
   Meeting all_, pair_, consumers_;
   HopperCta* peer_ = nullptr;
+  const bool* ended_before_ = nullptr;
   std::map<const uint64_t*, Barrier> barriers_;
   std::vector<Load> loads_;
   std::vector<Sent> sent_;
@@ -512,19 +521,22 @@ class HopperCta {
   std::mt19937 random_;
 };
 
-// Runs all blocks of a launch, in clusters of two or each for itself.
+// Runs all blocks of a launch, in clusters of two or each for itself. kernel_before: what is done at its end.
 template <class Body, class Args>
-void launch_on_host(const Args& args, int blocks, bool clusters, uint32_t seed) {
+void launch_on_host(const Args& args, int blocks, bool clusters, uint32_t seed,
+                    const std::function<void()>& kernel_before) {
   using Shared = typename Body::Shared;
   WaitingFibers fibers(blocks * Body::kThreads);
   std::vector<std::unique_ptr<Shared>> shared;
   std::vector<std::unique_ptr<HopperCta>> ctas;
+  bool ended_before = false;
   for (int block = 0; block < blocks; ++block) {
     shared.push_back(std::make_unique<Shared>());
     std::memset(static_cast<void*>(shared.back().get()), 0xA5, sizeof(Shared));
     ctas.push_back(std::make_unique<HopperCta>(fibers, block * Body::kThreads, Body::kThreads, block, blocks,
                                                seed + 2 * static_cast<uint32_t>(block),
                                                reinterpret_cast<uint8_t*>(shared.back().get()), sizeof(Shared)));
+    ctas.back()->begin_before_the_end_of(ended_before);
   }
   const auto body = [&](int fiber) {
     const auto block = static_cast<size_t>(fiber / Body::kThreads);
@@ -535,7 +547,9 @@ void launch_on_host(const Args& args, int blocks, bool clusters, uint32_t seed) 
   const auto deliver = [&](bool all) {
     bool any = false;
     for (const auto& cta : ctas) any = cta->deliver(all) || any;
-    return any;
+    if (!all || any || ended_before) return any;
+    kernel_before();
+    return ended_before = true;
   };
   fibers.run(body, deliver, seed);
   for (const auto& cta : ctas) cta->require_finished();

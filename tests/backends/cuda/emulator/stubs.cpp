@@ -66,10 +66,17 @@ CUresult im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
   return fill(map, base);
 }
 
-cudaError_t note_launch(int bits, const cuda::sm90::ProductArgs<CUtensorMap>& args) {
+cudaError_t note_launch(int bits, const cuda::sm90::ProductArgs<CUtensorMap>& args, const cudaLaunchConfig_t& config) {
+  int early = 0, cluster = 0;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = static_cast<int>(attribute.val.clusterDim.x);
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      early = attribute.val.programmaticStreamSerializationAllowed;
+  }
   const cuuint64_t *codes = args.codes.opaque, *weight = args.weight.opaque;
   note("launch", bits, args.schedule.splits, codes[0], codes[1] >> 21, codes[2], weight[0], weight[1] >> 21, weight[2],
-       args.high_plane.opaque[0], args.sums != nullptr);
+       args.high_plane.opaque[0], args.sums != nullptr, config.gridDim.x, cluster, early);
   return cudaSuccess;
 }
 
@@ -101,11 +108,11 @@ NOTE_QUANTIZE(layer_norm)
 NOTE_QUANTIZE(geglu)
 
 namespace sm90 {
-cudaError_t launch_8bit(int, const ProductArgs<CUtensorMap>& args, const Device&, cudaStream_t) {
-  return note_launch(8, args);
+cudaError_t launch_8bit(int, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t config, int) {
+  return note_launch(8, args, config);
 }
-cudaError_t launch_packed(int, int bits, const ProductArgs<CUtensorMap>& args, const Device&, cudaStream_t) {
-  return note_launch(bits, args);
+cudaError_t launch_packed(int, int bits, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t config, int) {
+  return note_launch(bits, args, config);
 }
 }  // namespace sm90
 
