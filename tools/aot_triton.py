@@ -20,7 +20,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -83,10 +83,9 @@ def compile_variant(name: str, variant: "Variant", capability: int) -> tuple[Rep
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.runtime import driver
 
     target = GPUTarget("cuda", capability, 32)
-    driver.set_active(cast(Any, SimpleNamespace(get_current_target=lambda: target)))  # kernels ask for it
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))  # kernels ask for it
     names = list(variant.signature)
     source = ASTSource(
         fn=variant.kernel,

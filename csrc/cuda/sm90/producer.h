@@ -1,6 +1,6 @@
 // The producer: one thread, which waits for an empty stage and lets TMA fill it. A work item's k-blocks come first, then
 // the sums of the cluster's other block, then the slices that its epilogue reads, in the same ring. So those are there when the sums are, and the k-blocks of the
-// next work item while the epilogue runs. The weight of the first stages is asked for while the kernel before still runs.
+// next work item while the epilogue runs. The weight of the first stages is asked for while the kernel before may run.
 #pragma once
 #include "cuda/sm90/product_tile.h"
 
@@ -14,14 +14,14 @@ MODIFF_HD void load_weight(Cta& cta, typename P::Shared& shared, const ProductAr
   cta.arrive_expecting(full, P::kPacked ? P::kPackedBytes : P::kCodesBytes + P::kWeightBytes);
   if constexpr (P::kPacked) {
     cta.load_matrix(args.weight, shared.packed[stage], full, code / (P::kBits == 4 ? 2 : 4), column);
-    if (P::kBits == 3)
-      cta.load_matrix(args.high_plane, shared.packed[stage] + P::kLowBytes, full, code / 8, column);
+    if (P::kBits == 3) cta.load_matrix(args.high_plane, shared.packed[stage] + P::kLowBytes, full, code / 8, column);
   } else {
     cta.load_matrix(args.weight, shared.weight[stage], full, code, column);
   }
 }
 
-template <class P, class Cta, class Map>
+// kShared: the cluster's blocks share codes; this one loads half of them for both.
+template <class P, bool kShared, class Cta, class Map>
 MODIFF_HD void produce(Cta& cta, typename P::Shared& shared, const ProductArgs<Map>& args) {
   cta.prefetch_map(args.codes);
   int asked = 0;  // k-blocks, the weight of which is under way
@@ -35,28 +35,32 @@ MODIFF_HD void produce(Cta& cta, typename P::Shared& shared, const ProductArgs<M
     }
   }
   cta.wait_for_kernels_before();
+  const int half = kShared ? static_cast<int>(cta.block() % 2) * P::kRows / 2 : 0;  // first row
   Ring<P::kStages> ring;
   for (int index = static_cast<int>(cta.block()); index < work_count(args.schedule); index += cta.blocks()) {
     const Work work = work_of(args.schedule, index);
     const int row = work.row_tile * P::kRows, column = work.column_tile * P::kColumns;
-    const Corner corner = corner_of(args.image, row);
+    const Corner corner = corner_of(args.image, row + half);
     Walk walk = Walk::begin(args.window, work.first_k_block);
-    MODIFF_NO_UNROLL for (int k_block = work.first_k_block; k_block < work.end_k_block; ++k_block) {
-      if (asked > 0) {
-        --asked;
-      } else {
-        cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
-        load_weight<P>(cta, shared, args, ring.stage, walk.code, column);
-      }
+    const auto load_codes = [&] {
       uint64_t* full = &shared.full[ring.stage];
       if (P::kPacked) cta.arrive_expecting(full, P::kCodesBytes);
+      uint8_t* codes = shared.codes[ring.stage] + half * kBlockK;
       if (args.image.tiled) {
-        cta.load_matrix(args.codes, shared.codes[ring.stage], full, walk.channel, row);
+        cta.load_matrix(args.codes, codes, full, walk.channel, row + half, kShared);
       } else {
-        cta.load_pixels(args.codes, shared.codes[ring.stage], full, walk.channel, corner, walk.offset_w, walk.offset_h);
+        cta.load_pixels(args.codes, codes, full, walk.channel, corner, walk.offset_w, walk.offset_h, kShared);
       }
       walk.advance(args.window);
       ring.advance();
+    };
+    int k_block = work.first_k_block;
+    MODIFF_NO_UNROLL for (; asked > 0; --asked, ++k_block)
+      load_codes();
+    MODIFF_NO_UNROLL for (; k_block < work.end_k_block; ++k_block) {
+      cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
+      load_weight<P>(cta, shared, args, ring.stage, walk.code, column);
+      load_codes();
     }
     MODIFF_NO_UNROLL for (int i = 0; i < P::sum_stages(args.schedule); ++i) {
       cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
@@ -81,6 +85,11 @@ MODIFF_HD void produce(Cta& cta, typename P::Shared& shared, const ProductArgs<M
       if (second && halves == 1) cta.load_matrix(args.slices[1], to, full, x, row);
       ring.advance();
     }
+  }
+  // The other block's consumers must not find this one's barriers gone.
+  MODIFF_NO_UNROLL for (int i = 0; kShared && i < P::kStages; ++i) {
+    cta.wait(&shared.empty[ring.stage], ring.parity ^ 1);
+    ring.advance();
   }
 }
 

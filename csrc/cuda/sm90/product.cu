@@ -65,7 +65,8 @@ int product_sm90(const ProductCall& call, const Device& device, Stream stream) {
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   const int64_t scratch = sm90::scratch_of(tiling).words * 4;
-  if (error == cudaSuccess && scratch > 0) error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(scratch), config.stream);
+  if (error == cudaSuccess && scratch > 0)
+    error = cudaMemsetAsync(call.scratch, 0, static_cast<size_t>(scratch), config.stream);
   if (error != cudaSuccess) return error;
   // Behind a memset there is no kernel to begin before the end of; in graphs, too, no such edge leaves it.
   config.numAttrs = MODIFF_DEPENDENT_LAUNCH && early && scratch == 0 ? 2 : 1;

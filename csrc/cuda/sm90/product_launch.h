@@ -7,6 +7,7 @@
 namespace modiff::cuda::sm90 {
 
 cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t config, int device);
-cudaError_t launch_packed(int tile, int weight_bits, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t config, int device);
+cudaError_t launch_packed(int tile, int weight_bits, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t config,
+                          int device);
 
 }  // namespace modiff::cuda::sm90

@@ -64,9 +64,7 @@ def product(
     settled = stored is packed  # a copy is still being written
     form, k, taps = _form(codes.shape, is_packed, n, window, bits, geglu, write_out, out_dtype, tile, settled)
     sums = None if zero_point is None else weight_sums(weight, k, taps)
-    return library.product_op()(
-        _aligned(codes), scale, zero_point, sums, stored, weight_scale, bias, y_hat, skip, form
-    )
+    return library.product_op()(_aligned(codes), scale, zero_point, sums, stored, weight_scale, bias, y_hat, skip, form)
 
 
 def why_not(problem: Any) -> str | None:

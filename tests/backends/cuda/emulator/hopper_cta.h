@@ -12,7 +12,7 @@
 //              stores read their boxes as late as allowed, or with odd seeds as early
 //   the kernel before ends when nobody can go on without it; until then its results are not there, and what is written
 //              is lost
-//   blocks     of a launch run together, and those of a cluster send each other words, which come as boxes do; a block
+//   blocks     of a launch run together, and those of a cluster send each other words and boxes; a block
 //              must not end before its cluster's other block has done with its memory
 #pragma once
 #include <cstring>
@@ -157,15 +157,16 @@ class HopperCta {
     fibers_.wait([&b, parity] { return b.phase % 2 != parity; });
   }
 
-  void load_matrix(const TensorMap& map, uint8_t* to, uint64_t* barrier, int x, int y) {
+  void load_matrix(const TensorMap& map, uint8_t* to, uint64_t* barrier, int x, int y, bool both = false) {
     require(!map.im2col, "a tiled load with a map for im2col");
     Load load = issue(map, to, barrier);
     load.x = x;
     load.y = y;
     loads_.push_back(load);
+    if (both) peer().load_matrix(map, at_peer(to), at_peer(barrier), x, y);
   }
   void load_pixels(const TensorMap& map, uint8_t* to, uint64_t* barrier, int channel, const Corner& corner,
-                   int offset_w, int offset_h) {
+                   int offset_w, int offset_h, bool both) {
     require(map.im2col, "a load of pixels with a map for tiles");
     require(offset_w >= 0 && offset_w < 256 && offset_h >= 0 && offset_h < 256, "TMA: offsets");
     Load load = issue(map, to, barrier);
@@ -174,6 +175,7 @@ class HopperCta {
     load.offset_w = offset_w;
     load.offset_h = offset_h;
     loads_.push_back(load);
+    if (both) peer().load_pixels(map, at_peer(to), at_peer(barrier), channel, corner, offset_w, offset_h, false);
   }
 
   void shared_store(uint8_t* p, const uint32_t* words) {
