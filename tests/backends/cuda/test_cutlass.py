@@ -35,6 +35,7 @@ ROLES = {
     "remote": ("peer_address(barrier)",),  # remAddr32 there
     "barrier": ("shared_address(barrier)", "address", "smem_int_mbar", "smem_addr"),
     "count": ("arrivals", "arrive_count", "bytes", "transaction_bytes"),
+    "mask": ("uint16_t{3}", "multicast_mask"),
     "parity": ("parity", "phase"),
     "x0": ("x", "channel", "crd0", "coord_c"),
     "x1": ("y", "corner.w", "crd1", "coord_w"),
@@ -47,7 +48,7 @@ ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 COMPARED = (
     "wgmma.mma_async", "mbarrier.", "cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.4d.shared", "ldmatrix.",
     "cp.async.bulk.tensor.2d.global", "cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "stmatrix.",
-    "mapa.", "barrier.cluster.",
+    "mapa.", "barrier.cluster.", "griddepcontrol.", "prefetch.tensormap",
 )  # fmt: skip
 LITERAL = r'"((?:\\.|[^"\\])*)"'
 
@@ -63,19 +64,27 @@ def instructions(source):
             text = re.sub(rf"%{i}\b", ROLE_OF.get(name.strip(), f"%{i}"), text)
         text = re.sub(r"\b(accumulate|passed|P1)\b", "p", text.replace(".global.tile.", ".global."))
         text = re.sub(r"(mbarrier\.\S*)\.(acquire|release)\.cluster", r"\1", text.replace("remAddr32", "remote"))
-        text = text.replace(".L2::cache_hint", "").replace("[barrier], %5", "[barrier]")
-        parts = re.split("[;{]\\s*(?=[a-z@.])|;", text)
+        text = text.replace(".L2::cache_hint", "").replace("[barrier], %5", "[barrier]").replace("mask, %6", "mask")
+        parts = re.split(r";|^\s*\{", text)
         yield from (re.sub(r"\s", "", part) for part in parts if part.strip().startswith(COMPARED))
 
 
 def test_instructions_are_spelled_as_in_cutlass(headers):
-    names = "mma_sm90_gmma", "mma_sm90_gmma_ext", "copy_sm90_tma", "copy_sm90", "copy_sm75", "cluster_sm90"
+    names = (
+        "mma_sm90_gmma",
+        "mma_sm90_gmma_ext",
+        "copy_sm90_tma",
+        "copy_sm90_desc",
+        "copy_sm90",
+        "copy_sm75",
+        "cluster_sm90",
+    )
     sources = [
         *(headers / "cute" / "arch" / f"{name}.hpp" for name in names),
-        headers / "cutlass" / "arch" / "barrier.h",
+        *(headers / "cutlass" / "arch" / f"{name}.h" for name in ("barrier", "grid_dependency_control")),
     ]
     theirs = {i for source in sources for i in instructions(source.read_text())}
-    folder = ROOT / "csrc" / "cuda" / "sm90"
-    ours = [i for name in ("wgmma.cuh", "hopper_cta.cuh") for i in instructions((folder / name).read_text())]
-    assert len(ours) >= 20
+    names = "cuda/sm90/wgmma.cuh", "cuda/sm90/hopper_cta.cuh", "common/cta.h"
+    ours = [i for name in names for i in instructions((ROOT / "csrc" / name).read_text())]
+    assert len(ours) >= 25
     assert [i for i in ours if i not in theirs] == []
