@@ -259,8 +259,7 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
     """How `rule` is broken, a line for each kernel and reason."""
     hits = [row for row in rows if re.fullmatch(rule["arch"], row.arch) and re.search(rule["kernel"], row.kernel)]
     reasons = [] if hits else ["applies to no kernel"]
-    by_arch = Counter(row.arch for row in hits)
-    for arch, count in by_arch.items():
+    for arch, count in Counter(row.arch for row in hits).items():
         if count != rule.get("kernels", count):
             reasons.append(f"{arch}: applies to {count} kernels, {rule['kernels']} are expected")
     for row in hits:
@@ -293,8 +292,7 @@ def broken_regions(rule: dict[str, Any], code: Sequence[Instruction]) -> Iterato
         clocks = clocks_of(region, rule.get("warps", 1))
         if clocks > rule.get("clocks", clocks):
             yield f"{rule['region']}: {clocks} clocks, at most {rule['clocks']}"
-        reasons = missing_or_not_allowed(rule, opcodes(region), "region_")
-        yield from (f"{rule['region']}: {reason}" for reason in reasons)
+        yield from (f"{rule['region']}: {r}" for r in missing_or_not_allowed(rule, opcodes(region), "region_"))
 
 
 # Rows, columns, channels and taps of layers in tiles of 256 x 160 on 132 multiprocessors, in two splits where both fit.

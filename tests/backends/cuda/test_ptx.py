@@ -198,7 +198,7 @@ def test_a_map_is_encoded_once_for_its_tensor_and_shape(device):
     extents = [2304, 160, 0, 0, 2304, 0, 0]
     assert matrix == [0, 2, weight.packed.data_ptr(), *extents, 128, 64, 0, 0, 0, 0, 1, 1, 1, 1, 0, 3, 0]
     assert launched[1] == launched[17] == 1 << 21
-    assert run(codes) == [launched]
+    assert [told[:-1] for told in run(codes)] == [launched[:-1]]
     _, other = run(codes.clone())
     assert (other[0], other[16]) == (launched[0] + 2, launched[16])
 
