@@ -14,11 +14,11 @@ is broken, or applies to no kernel. RULES (default: sass_rules.json beside this 
   registers_exactly                        the only value allowed
   kernels      how many of an architecture the rule applies to, if that is known
   most         how often instructions may occur: {regular expression: count}
-  region       "loop X": the smallest loop around the first instruction X; "stretch X": every run of code without
-               unconditional jumps that has an X. Of each region:
+  region       "loop X": the smallest loop around each instruction X; "stretch X": every run of code without
+               unconditional jumps that has an X; "before X": what may run before an X. Of each region:
   clocks       the most that it may take by `clocks_of`, with `warps` (default 1) of it on a scheduler; with `tensor`,
                the clocks of an IMMA, the most of a pass of a loop among many
-  region_never instructions that do not occur in it
+  region_must, region_never     instructions that occur in it, and those that do not
 
 --clocks prints the regions of such rules as a table instead, and the share of the peak that they add up to.
 
@@ -45,7 +45,7 @@ RULES = Path(__file__).with_name("sass_rules.json")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)(?: (?:U?P\w+, )?0x([0-9a-f]+) ;)?")
 COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
-REGION = ("region", "clocks", "warps", "tensor", "region_never")
+REGION = ("region", "clocks", "warps", "tensor", "region_must", "region_never")
 KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", "most", *LIMITS, *REGION}
 # `tensor` of rules: clocks that an m16n8k32 of bytes or m16n8k64 of nibbles has a scheduler's tensor core, after the
 # dense peaks of NVIDIA's whitepapers. A100: 624e12 operations on int8 a second, 108 multiprocessors, 1.41 GHz, so 512
@@ -124,9 +124,18 @@ def regions(code: Sequence[Instruction], kind: str) -> list[Sequence[Instruction
     if not hits:
         return []
     index = {instruction.address: i for i, instruction in enumerate(code)}
+    if kind == "before":
+        reached, to_do = set(hits), [0]
+        while to_do:
+            if (i := to_do.pop()) < len(code) and i not in reached:
+                reached.add(i)
+                goes_on = code[i].guarded or not re.fullmatch("BRA|(BRX|EXIT|RET).*", code[i].opcode)
+                to_do += [index.get(code[i].jump, i), i + 1] if goes_on else [index.get(code[i].jump, i)]
+        return [[code[i] for i in sorted(reached.difference(hits))]]
     if kind == "loop":
-        loops = [(index[b.jump], i) for i, b in enumerate(code) if index.get(b.jump, i + 1) <= hits[0] <= i]
-        return [code[first : last + 1] for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0])[:1]]
+        loops = [(i - index[b.jump], index[b.jump], i) for i, b in enumerate(code) if index.get(b.jump, i + 1) <= i]
+        around = [min((loop for loop in loops if loop[1] <= hit <= loop[2]), default=None) for hit in hits]
+        return [code[loop[1] : loop[2] + 1] for loop in sorted({loop for loop in around if loop})]
     ends = [i for i, b in enumerate(code) if re.match("BRA|BRX|EXIT|RET", b.opcode) and not b.guarded]
     starts = sorted({ends[k - 1] + 1 if (k := bisect.bisect_left(ends, hit)) else 0 for hit in hits})
     return [code[start : ends[bisect.bisect_left(ends, start)]] for start in starts]
@@ -266,17 +275,11 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
     """How `rule` is broken, a line for each kernel and reason."""
     hits = [row for row in rows if re.fullmatch(rule["arch"], row.arch) and re.search(rule["kernel"], row.kernel)]
     reasons = [] if hits else ["applies to no kernel"]
-    by_arch = Counter(row.arch for row in hits)
-    for arch, count in by_arch.items():
+    for arch, count in Counter(row.arch for row in hits).items():
         if count != rule.get("kernels", count):
             reasons.append(f"{arch}: applies to {count} kernels, {rule['kernels']} are expected")
     for row in hits:
-        for pattern in rule.get("must", ()):
-            if not any(re.match(pattern, opcode) for opcode in row.opcodes):
-                reasons.append(f"{row.arch} {row.kernel}: no {pattern}")
-        for pattern in rule.get("never", ()):
-            if found := [opcode for opcode in row.opcodes if re.match(pattern, opcode)]:
-                reasons.append(f"{row.arch} {row.kernel}: {', '.join(found)}")
+        reasons += (f"{row.arch} {row.kernel}: {reason}" for reason in missing_or_not_allowed(rule, row.opcodes))
         for pattern, most in rule.get("most", {}).items():
             count = sum(n for opcode, n in row.opcodes.items() if re.fullmatch(pattern, opcode))
             if count > most:
@@ -291,6 +294,12 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
     return reasons
 
 
+def missing_or_not_allowed(rule: dict[str, Any], found: Iterable[str], of: str = "") -> Iterator[str]:
+    yield from (f"no {p}" for p in rule.get(f"{of}must", ()) if not any(re.match(p, o) for o in found))
+    if names := sorted(o for o in found if any(re.match(p, o) for p in rule.get(f"{of}never", ()))):
+        yield ", ".join(names)
+
+
 def broken_regions(rule: dict[str, Any], code: Sequence[Instruction]) -> Iterator[str]:
     found = regions(code, rule["region"])
     if not found:
@@ -299,9 +308,7 @@ def broken_regions(rule: dict[str, Any], code: Sequence[Instruction]) -> Iterato
         clocks = clocks_by(rule, region)
         if clocks > rule.get("clocks", clocks):
             yield f"{rule['region']}: {clocks} clocks, at most {rule['clocks']}"
-        names = sorted(o for o in opcodes(region) if any(re.match(p, o) for p in rule.get("region_never", ())))
-        if names:
-            yield f"{rule['region']}: {', '.join(names)}"
+        yield from (f"{rule['region']}: {r}" for r in missing_or_not_allowed(rule, opcodes(region), "region_"))
 
 
 # Rows, columns, channels and taps of layers in tiles of 256 x 160 on 132 multiprocessors, in two splits where both fit.

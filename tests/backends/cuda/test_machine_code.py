@@ -128,6 +128,8 @@ class TestClocks:
             ("loop MOV", []),
             ("stretch STSM", [(6, 10), (11, 12)]),
             ("stretch LDSM", []),
+            ("before SYNCS", [(0, 1)]),
+            ("before FADD", [(0, 6)]),
         ):
             assert sass_report.regions(kernel, region) == [kernel[first:end] for first, end in spans]
 
@@ -151,6 +153,8 @@ def test_a_broken_rule_says_how():
         ({"region": "loop FADD", "clocks": 5}, None),
         ({"region": "loop FADD", "clocks": 4}, "sm_90a TilePass<float>: loop FADD: 5 clocks, at most 4"),
         ({"region": "loop FADD", "region_never": ["BR"]}, "sm_90a TilePass<float>: loop FADD: BRA"),
+        ({"region": "loop FADD", "region_must": ["MUFU"]}, "sm_90a TilePass<float>: loop FADD: no MUFU"),
+        ({"region": "before BRA", "region_must": ["FADD"], "region_never": ["BRA"]}, None),
         ({"region": "loop MUFU"}, "sm_90a TilePass<float>: no loop MUFU"),
     ):
         assert sass_report.broken({**RULE, **changes}, [ROW]) == ([] if reason is None else [reason])
