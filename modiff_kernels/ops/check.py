@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..quant.operands import PROLOGUES, PackedWeight, Prologue, Window, summed
-from ..quant.packing import KPACK_V1, packed_dtype, packed_width
+from ..quant.packing import KPACK_V1, check_packed
 from ..quant.spec import check_bits, check_granularity, check_group_size, granule_count, group_count, row_count
 from .problem import Problem, capability
 
@@ -165,23 +165,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -
     return _problem(op, q, q.dtype, m=samples * tokens, n=k.shape[1], k=channels // heads)
 
 
-def pack_weight(weight_q: Tensor, weight_bits: int) -> Problem:
-    op = "pack_weight"
-    check_bits(op, "weight_bits", weight_bits)
-    _require_tensors(op, weight_q, torch.int8, weight_q=weight_q)
-    if weight_q.ndim != 2:
-        raise ValueError(f"{op}: weight_q has {_text(weight_q)}; expected [N, K], of a convolution K = (r, s, c)")
-    n, k = weight_q.shape
-    return _problem(op, weight_q, None, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
-
-
-def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Problem:
-    op = "unpack_weight"
-    check_bits(op, "weight_bits", weight_bits)
-    _require_kpack_v1(op, weight_packed, weight_bits, n, k)
-    return _problem(op, weight_packed, None, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
-
-
 def _problem(op: str, x: Tensor, dtype: torch.dtype | None, state: Tensor | None = None, **fields: Any) -> Problem:
     state_dtype = None if state is None else state.dtype
     return Problem(op, x.device.type, capability(x.device), dtype, state_dtype, **fields)
@@ -278,11 +261,4 @@ def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
         needs = f"group_size={group_size} with k={k} needs a contiguous [{', '.join(['N', *map(str, columns)])}]"
         raise ValueError(f"{op}: weight.scale has {_text(scale)}; {needs}")
     if layout == KPACK_V1:
-        _require_kpack_v1(op, packed, bits, weight.n, k)
-
-
-def _require_kpack_v1(op: str, packed: Tensor, bits: int, n: int, k: int) -> None:
-    shape, dtype = (n, packed_width(bits, k)), packed_dtype(bits)
-    if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
-        text = f"{KPACK_V1} with {bits} bits, n={n}, k={k} needs a contiguous {dtype} {shape}; make it with pack_weight"
-        raise ValueError(f"{op}: the packed weight has {_text(packed)}; {text}")
+        check_packed(op, packed, bits, weight.n, k)

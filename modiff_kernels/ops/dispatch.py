@@ -20,9 +20,8 @@ from .problem import Problem
 
 AUTO = "auto"
 REFERENCE = "reference"
-OPS = ("quantize", "product", "attention", "pack_weight", "unpack_weight")
-# Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
-REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
+OPS = ("quantize", "product", "attention")
+REFERENCE_OPS = ("attention",)  # where the reference is no loss: it is torch's own kernel
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
 logger = logging.getLogger("modiff_kernels")

@@ -1,5 +1,6 @@
 """Fitted schedules that are stored beside a model, and the runs that they hold for."""
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -87,7 +88,7 @@ def _read_entry(entry: Any, path: Path) -> StoredSchedule:
     if unknown := sorted(entry.keys() - KEYS):
         raise ValueError(f"unknown key {unknown[0]!r}")
     parsed = StepSchedule.parse(entry["schedule"])
-    schedule = StepSchedule(**{**parsed.fields(), "weights": entry.get("weights", parsed.weights)})
+    schedule = dataclasses.replace(parsed, weights=entry.get("weights", parsed.weights))
     run = {"sampler": dict(entry["sampler"]), "timesteps": [float(timestep) for timestep in entry["timesteps"]]}
     return StoredSchedule(schedule, run, path, {name: entry[name] for name in NOTES if name in entry})
 

@@ -5,7 +5,7 @@ import torch
 
 from modiff_kernels.quant import weight_sums
 from modiff_kernels.quant.operands import PackedWeight
-from modiff_kernels.quant.packing import pack, packed_dtype, packed_width, unpack
+from modiff_kernels.quant.packing import pack, packed_dtype, packed_width, unpack, unpack_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -55,6 +55,26 @@ def test_known_bytes():
     assert pack(codes, 3).tolist() == [[0b11001100, 0b00000010, 0b11110110]]
     assert pack(codes, 4).tolist() == [[0x3C, 0xF0, 0x02]]
     assert pack(codes, 8).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        *[(pack, (torch.zeros(6, 10, dtype=torch.int8), bits), f"weight_bits={bits} ") for bits in (0, 5, True)],
+        (pack, (torch.zeros(6, 10), 4), r"weight_q is torch\.float32 \(6, 10\); expected int8 \[N, K\]"),
+        (pack, (torch.zeros(6, 2, 5, dtype=torch.int8), 4), r"expected int8 \[N, K\]"),
+        (pack, (torch.full((1, 2), 8, dtype=torch.int8), 4), "codes from 8 to 8, but 4 bits hold -8 to 7"),
+        (
+            unpack_weight,
+            (torch.zeros(6, 5, dtype=torch.uint8), 4, 6, 13),
+            r"k=13 needs a contiguous torch\.uint8 \(6, 7\)",
+        ),
+        (unpack_weight, (torch.zeros(6, 5, dtype=torch.uint8), 2, 6, 10), "weight_bits=2 "),
+    ],
+)
+def test_what_does_not_fit_is_refused(function, arguments, message):
+    with pytest.raises(ValueError, match=f"(un)?pack_weight: .*{message}"):
+        function(*arguments)
 
 
 def test_sums_live_as_long_as_the_weight():
