@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from modiff_kernels.config.check import read_json
+from modiff_kernels.config.check import read_json, text_table
 
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
 BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
@@ -219,14 +219,8 @@ class LayerPlan:
 
     def describe(self) -> str:
         """The decision, the whole plans that were timed, and `table` as text."""
-        header, rows = self.table()
-        columns = []
-        for name, *cells in zip(header, *rows):
-            width = max(map(len, (name, *cells)))
-            align = str.ljust if name in ("unit", "mode", "reason") else str.rjust
-            columns.append([align(cell, width) for cell in (name, "-" * width, *cells)])
         lines = [f"plan ({self.source}): {self.summary or 'as given'}", *(f"  {each}" for each in self.candidates)]
-        return "\n".join([*lines, *("  ".join(line).rstrip() for line in zip(*columns))])
+        return "\n".join([*lines, text_table(*self.table(), left=("unit", "mode", "reason"))])
 
 
 def digest(values: Any) -> str:

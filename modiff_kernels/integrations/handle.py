@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.config.check import text_table
 from modiff_kernels.config.plan import MODULATED, QUANTIZED
 from modiff_kernels.config.schedule import ACTION_NAMES, UPDATE, StepSchedule
 from modiff_kernels.integrations import hooks
@@ -192,10 +193,8 @@ class Handle:
     def explain(self, state: str | None = None) -> str:
         """A table of `rows`, and why layers stay float. state: its size, where no run has allocated it yet."""
         rows = self.rows()
-        cells = [[field.name for field in dataclasses.fields(LayerRow)], *map(dataclasses.astuple, rows)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        names = [field.name for field in dataclasses.fields(LayerRow)]
+        table = text_table(names, [*map(dataclasses.astuple, rows)], left=names)
         low_bit = sum(row.mode != "float" for row in rows)
         state = f"{low_bit} of {len(rows)} layers low-bit, state {state or f'{self.state.nbytes() / 2**20:.1f} MiB'}"
         if self.state.time_table is not None:
@@ -218,7 +217,7 @@ class Handle:
         if self._forward.uncompiled:
             summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
         vae = [] if self.vae is None else [f"\nVAE, {self.vae.explain()}"]
-        return "\n".join([*summary, *lines, *vae])
+        return "\n".join([*summary, table, *vae])
 
     def set_schedule(self, schedule: StepSchedule | str | None) -> None:
         """Take another schedule, "auto" or None from the next run on. RuntimeError if `accelerate` got none."""

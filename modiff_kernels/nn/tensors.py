@@ -289,6 +289,10 @@ class ModulationState(Run):
         self.kept.expire()
         self.serial += 1
         super().begin_call(look)
+        if self.scheduled:
+            self._set_scale_factors()
+        if self.calls_calibrated is not None:
+            self._take_static_values()
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -350,18 +354,14 @@ class ModulationState(Run):
             for holder in self._holders():
                 holder.contexts.clear()
 
-    def _on_begin_run(self) -> None:
+    def begin_run(self, num_calls: int | None = None) -> None:
+        super().begin_run(num_calls)
         self.trajectories = {}
         self.kept.forget()
 
-    def _on_end_run(self) -> None:
+    def invalidate(self, reason: str) -> None:
+        super().invalidate(reason)
         self.kept.forget()
-
-    def _on_begin_call(self) -> None:
-        if self.scheduled:
-            self._set_scale_factors()
-        if self.calls_calibrated is not None:
-            self._take_static_values()
 
     def _on_leave_call(self, ended: bool) -> None:
         self._stop_sharing()
