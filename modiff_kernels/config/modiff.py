@@ -80,8 +80,8 @@ class ModiffConfig:
         VNNI, which multiply codes of few bits faster. A convolution whose scale per pixel does not factor out of its
         sum (anything but 1x1 with stride 1 and no padding) takes "per_sample" in place of "per_token".
     scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
-        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration` or
-        static_scales; in mode "quantized" it is the scale of the activation itself.
+        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration`;
+        in mode "quantized" it is the scale of the activation itself.
     state_dtype: "float32", "float16", "bfloat16" or the torch dtype; None is float32 on the CPU, float16 on CUDA.
     group_size: None for one weight scale per output channel, else the number of weights along K that share one.
     skip_modules: parts of module paths that stay float. A part "a.b" fits a path with consecutive names that

@@ -93,7 +93,6 @@ class Bench:
     config: ModiffConfig
     modes: Sequence[Mode]
     calibration: CalibrationResult | str | None
-    static_scales: Mapping[str, Tensor | float]
     sample: Sample
     calls: list[Call]
     pictures: np.ndarray
@@ -116,8 +115,7 @@ class Bench:
         self._modules = [(path, name) for path, names in own.items() for name in names]
 
     def _accelerated(self, config: ModiffConfig) -> Handle:
-        scales = self.static_scales if config.scale_mode == "static" else {}
-        return accelerate(share_copy(self.unet), config, calibration=self.calibration, static_scales=scales)
+        return accelerate(share_copy(self.unet), config, calibration=self.calibration)
 
     def planned(self, modes: Mapping[str, Mode]) -> Subject:
         plan = LayerPlan(tuple(UnitPlan(path, mode, self.units[path]) for path, mode in modes.items()))

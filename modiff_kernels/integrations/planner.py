@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from modiff_kernels.calibration.result import CalibrationResult, read_result
@@ -46,7 +46,6 @@ def make_plan(
     max_loss_db: float = MAX_LOSS_DB,
     rounds: int = 5,
     calibration: CalibrationResult | str | Path | None = "auto",
-    static_scales: Mapping[str, Tensor | float] | None = None,
     use_cache: bool = True,
     progress: bool = True,
     clock: Callable[[], float] | None = None,
@@ -58,7 +57,7 @@ def make_plan(
     every call and returns the pictures, floats [N, H, W, C] in 0..1 in an array or on the CPU; batch and size must be
     those that the plan is for. Without it a pipeline is called with the arguments `call` and a generator of seed 0.
     max_loss_db: how far the mean PSNR may fall below that of the best single mode. rounds: how often the trajectory is
-    timed. calibration, static_scales: as for `accelerate`. use_cache: take the plan that was stored for this device,
+    timed. calibration: as for `accelerate`. use_cache: take the plan that was stored for this device,
     model, shape, configuration, versions and max_loss_db, if there is one, and store a new one; what is sampled and
     calibrated is not part of that. progress: show a bar. clock: gives seconds, in the place of the device's own.
 
@@ -85,7 +84,7 @@ def make_plan(
         known = plan_cache.stored(key) if use_cache else None
         if known is not None and known.source == "measured" and known.max_loss_db == max_loss_db:
             return known
-        bench = Bench(unet, own, modes, result, static_scales or {}, sample, calls, pictures, clock, bar.update)
+        bench = Bench(unet, own, modes, result, sample, calls, pictures, clock, bar.update)
         bar.reset(2 + len(modes) + CHOICES + 2 * rounds)
         plan = _measured(bench, max_loss_db, config.max_state_bytes, rounds)
         plan = dataclasses.replace(plan, key=key, max_loss_db=max_loss_db)

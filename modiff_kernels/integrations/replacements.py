@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from modiff_kernels.calibration.job import layers_of
@@ -61,9 +61,9 @@ class Replacements:
 def replacements_of(
     unet: nn.Module, config: ModiffConfig, calibrated: Calibrated, share_inputs: bool, plan: LayerPlan | None = None
 ) -> Replacements:
-    """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for. The UNet
-    is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does not fit;
-    BackendUnavailable if config.backend cannot do it."""
+    """What `accelerate` puts into `unet`, which is only read. calibrated: what is known of its layers. plan: what
+    config.plan stands for. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan
+    does not fit; BackendUnavailable if config.backend cannot do it."""
     modules = dict(unet.named_modules(remove_duplicate=False))
     originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     if not originals:
@@ -71,7 +71,7 @@ def replacements_of(
     unknown = [path for path in calibrated if path not in originals]
     if unknown:
         text = f"which is no Linear or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
-        raise ValueError(f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, {text}")
+        raise ValueError(f"accelerate: the calibration names {', '.join(map(repr, unknown[:5]))}, {text}")
     for pattern in config.skip_modules:
         alone = dataclasses.replace(config, skip_modules=(pattern,))
         if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
@@ -154,22 +154,6 @@ def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
     kind = config.mode if mode == FLOAT_MODE else mode.kind
     own = {"mode": kind, "act_bits": mode.act_bits, "scale_mode": scale_mode}
     return dataclasses.replace(config, **own, schedule=None, plan=None, max_state_bytes=None)
-
-
-def calibrated_layers(
-    config: ModiffConfig, result: CalibrationResult | None, static_scales: Mapping[str, Tensor | float]
-) -> dict[str, CalibratedLayer]:
-    """What `accelerate` knows about layers, by path, from a calibration or from static scales. ValueError for both."""
-    if static_scales and result is not None:
-        raise ValueError("accelerate: give either calibration or static_scales; a calibration has scales of its own")
-    if static_scales and config.scale_mode != "static":
-        raise ValueError(f"accelerate: static_scales: scale_mode={config.scale_mode!r} does not use them; set 'static'")
-    if result is not None:
-        return layers_for(result, config)
-    return {
-        path: CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
-        for path, scale in static_scales.items()
-    }
 
 
 def calibrated_beside(config: ModiffConfig, unet: nn.Module, pipe: Any) -> tuple[dict[str, CalibratedLayer], str]:

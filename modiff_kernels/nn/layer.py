@@ -224,7 +224,7 @@ class ModulatedLayer(nn.Module):
     def _set_static_scale(self, state: InputState) -> None:
         scale, zero_point, device = self.calibrated.act_scale, self.calibrated.act_zero_point, self.like.device
         if scale is None and state.static_scale is None:
-            text = f"calibrate with it or pass static_scales[{self.name!r}], or use scale_mode='dynamic' or 'delayed'"
+            text = "give accelerate() a calibration that has one, or use scale_mode='dynamic' or 'delayed'"
             raise ValueError(f"scale_mode='static' needs a calibrated scale for its input and none was given; {text}")
         if scale is not None:
             zero_point = None if zero_point is None else zero_point.to(device)
