@@ -17,7 +17,7 @@ from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.planning import clock
-from modiff_kernels.planning.forecast import DEGREE, combine, polynomial
+from modiff_kernels.planning.clock import DEGREE, combine, polynomial
 from modiff_kernels.planning.stored import StoredSchedule, best_of
 
 WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"

@@ -47,9 +47,6 @@ class Watch:
         self._read = [*self._inside, *blocks.items(), *replaced.layers.items()]
         modules = [*self._of_time, *[module for _, module in self._read]]
         self._attributes = [module.__dict__ for module in modules]
-        self._owned = [module.__dict__ for _, module in self._read if not isinstance(module, ModulatedLayer)]
-        self._owned += [module._modules for _, module in self._read]
-        self._copies: list[Any] = []
         processors = [block.fused_for for block in blocks.values() if isinstance(block, FusedAttention)]
         self._classes = list({*map(type, (*processors, *modules))})
         self._convs = [module for module in unet.modules() if isinstance(module, nn.Conv2d)]
@@ -57,7 +54,7 @@ class Watch:
         self._contents = [_contents_of(module) for _, module in self._read]
         self._outside = self._outside_now()
         self._signs: Any = None
-        self._kinds: Any = None
+        self._time: Any = None
         self._ends = -1
         self._verdict: Tensor | None = None
         self._take_stock()
@@ -70,16 +67,16 @@ class Watch:
         state = self._state
         begins, self._ends = state.kept.ends != self._ends, state.kept.ends
         signs = RemovableHandle.next_id, self._unet.training, sum(map(len, self._attributes))
-        kinds = self._look_at_modules() if begins else self._kinds
-        if signs != self._signs or kinds != self._kinds or (begins and self._owned != self._copies):
+        if begins or signs != self._signs:
             self._check_modules()
-            self._signs, self._kinds, self._copies = signs, kinds, [*map(dict, self._owned)]
+            self._signs = signs
         try:
             same = self._parameters == self._known  # which looks at identity first, and that in C
         except RuntimeError:  # another tensor was there, and compared
             same = False
         if not same or list(map(_version, self._counted)) != self._versions:
             self._check_modules()
+            self._state.weight_changes += 1
             self.follow(begins)
         elif begins or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)
@@ -101,12 +98,6 @@ class Watch:
         devices = {tensor.device for part in parts for tensor in part}
         whole = len(devices) == 1 and devices.pop().type != "meta"
         return [[*map(sample_of, part)] for part in parts] if whole else []
-
-    def _look_at_modules(self) -> list[Any]:
-        """What else than `signs` decides `_check_modules`."""
-        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self._of_time]
-        contents = [_contents_of(module) for module in (*self._of_time, *self._layers)]
-        return [hooks, [type(module) for _, module in self._inside], contents, self._outside_now()]
 
     def _outside_now(self) -> list[Any]:
         """Methods of the classes, and what convolutions that stayed float are like: who changes all convolutions does
@@ -169,7 +160,10 @@ class Watch:
         other += ["float convolutions, or methods of classes,"] if self._outside != self._outside_now() else []
         if other:
             raise RuntimeError(f"{other[0]} were changed, and low-bit layers do not follow; {CHANGE}")
-        self._state.weight_changes += 1  # what follows from the timestep is made anew
+        time = [(_facts(module), _contents_of(module)) for module in self._of_time]
+        if time != self._time:
+            self._time = time
+            self._state.weight_changes += 1  # what follows from the timestep is made anew
         if (table := self._table) is not None:
             hooks = [module._forward_hooks or module._forward_pre_hooks for module in table.modules]
             below = [module for top in table.modules for module in top.modules() if module is not top]

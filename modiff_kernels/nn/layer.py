@@ -172,7 +172,9 @@ class ModulatedLayer(nn.Module):
                 self.adopt_parameters()
 
     def become_constant(self) -> None:
-        self.state.drop_consumer(self.input)
+        self.input.consumers -= 1
+        if self.input.consumers == 0:
+            del self.state.inputs[self.input.key]
         self.state.outputs.pop(self.name, None)
         self.mode, self.act_bits, self.input, self.output = "constant", None, None, None
 

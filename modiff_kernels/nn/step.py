@@ -178,7 +178,8 @@ def run_shared(layer: Layer, source: Tensor, x: Tensor) -> Tensor:
         modulated = layer.mode == "modulated"
         if modulated and shared.uses:
             if not layer.state.is_first:
-                shared.refuse_second_source()
+                text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
+                raise RuntimeError(f"the layers that share the input of '{shared.key}' got different tensors {text}")
             layer.input = layer.state.separate_input(shared, layer.name)
             return run(layer, IDENTITY, x, x.dtype)
         codes = residual_codes(layer, IDENTITY, x, x.dtype) if modulated else plain_codes(layer, IDENTITY, x)

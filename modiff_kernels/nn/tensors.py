@@ -212,10 +212,6 @@ class InputState(StateTensor):
         self.uses = 1
         self._shared = (source, tensor_version(source), codes)
 
-    def refuse_second_source(self) -> NoReturn:
-        text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
-        raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
-
 
 class ModulationState(Run):
     """Owner of the state of one accelerated network. Layers hold an `InputState` and an `OutputState`, never a tensor.
@@ -250,12 +246,6 @@ class ModulationState(Run):
         found = self.inputs[key]
         found.consumers += 1
         return found
-
-    def drop_consumer(self, state: InputState) -> None:
-        """Count one layer less that reads it; it goes with its last one."""
-        state.consumers -= 1
-        if state.consumers == 0:
-            del self.inputs[state.key]
 
     def separate_input(self, shared: InputState, key: str) -> InputState:
         """Give the layer `key` an input of its own, because it does not read the tensor of the `shared` one."""

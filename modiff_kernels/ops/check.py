@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.operands import PROLOGUES, PackedWeight, Prologue, Window, summed
+from ..quant.operands import PROLOGUES, PackedWeight, Prologue, summed
 from ..quant.packing import KPACK_V1, check_packed
-from ..quant.spec import check_bits, check_granularity, check_group_size, granule_count, group_count, row_count
+from ..quant.spec import GRANULARITIES, check_bits, check_group_size, granule_count, group_count, row_count
 from .problem import Problem, capability
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,7 +22,9 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, l
     op = "quantize"
     shape, image = _quantized_shape(op, h, prologue)
     check_bits(op, "bits", bits)
-    check_granularity(op, granularity)
+    if granularity not in GRANULARITIES:
+        known = ", ".join(map(repr, GRANULARITIES))
+        raise ValueError(f"{op}: granularity={granularity!r} is not known; choose one of {known}")
     if not (isfinite(clip_ratio) and clip_ratio > 0):
         raise ValueError(f"{op}: clip_ratio={clip_ratio!r} is not allowed; give a finite number above 0 (1 clips none)")
     if x_hat is not None:
@@ -117,7 +119,11 @@ def _product(op, x, weight, y_hat, skip, window, out_dtype, write_out) -> Proble
     """The product of a tensor like `x`, an image where there is a window; checks all but `x` and its scales."""
     image = window is not None
     if window is not None:
-        _require_window(op, window, x)
+        for name, pair, least in zip(window._fields, window[:4], (1, 1, 0, 1)):
+            if len(pair) != 2 or any(value < least for value in pair):
+                raise ValueError(f"{op}: {name}={list(pair)} is not allowed; give two integers of at least {least}")
+        if window.groups < 1 or x.shape[1] % window.groups != 0:
+            raise ValueError(f"{op}: groups={window.groups} does not divide the {x.shape[1]} input channels")
     k, n = summed(x.shape[1 if image else -1], window), weight.n
     _require_weight(op, x, weight, k)
     shape = (*x.shape[:-1], weight.outputs)
@@ -240,14 +246,6 @@ def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:
     if count == 1:
         return "per_tensor"
     return "per_token" if count == rows and count != samples else "per_sample"
-
-
-def _require_window(op: str, window: Window, codes: Tensor) -> None:
-    for name, pair, least in zip(window._fields, window[:4], (1, 1, 0, 1)):
-        if len(pair) != 2 or any(value < least for value in pair):
-            raise ValueError(f"{op}: {name}={list(pair)} is not allowed; give two integers of at least {least}")
-    if window.groups < 1 or codes.shape[1] % window.groups != 0:
-        raise ValueError(f"{op}: groups={window.groups} does not divide the {codes.shape[1]} input channels")
 
 
 def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:

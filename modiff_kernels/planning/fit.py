@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from modiff_kernels.config.schedule import FORECAST, UPDATE, StepSchedule
-from modiff_kernels.planning.forecast import DEGREE, combine, polynomial
+from modiff_kernels.planning.clock import DEGREE, combine, polynomial
 
 TERMS = 4  # computed outputs in a form; more gain 0.1 dB
 RIDGE = 1e-4  # of the diagonal, which keeps weights small: outputs of consecutive calls are nearly parallel
