@@ -235,13 +235,9 @@ def watched(modules: Mapping[str, nn.Module], on_call: Callable[[str, tuple[Any,
 
 
 def stream(
-    unet: nn.Module,
-    data: CalibrationData,
-    layers: Mapping[str, nn.Module],
-    on_input: Callable[[str, Tensor, Tensor | None, Tensor], None],
-    batches: Iterable[Tensor],
-    pairs: bool = False,
-) -> None:
+    unet: nn.Module, data: CalibrationData, layers: Mapping[str, nn.Module],
+    on_input: Callable[[str, Tensor, Tensor | None, Tensor], None], batches: Iterable[Tensor], pairs: bool = False,
+) -> None:  # fmt: skip
     """Call on_input(path, x, previous, points) for every layer and batch, in the order of computation. layers: modules
     of `unet`. x: input of the layer at `points` (int64) of the data. previous: with `pairs` its input at the calls
     before, else None. In memory at a time: with `pairs` the inputs of all layers for one batch, else one."""

@@ -108,17 +108,10 @@ def call(module: nn.Module, items: Mapping[Any, Any]) -> Any:
 
 
 def learn(
-    job: Job,
-    part: str,
-    layers: Layers,
-    names: Sequence[str],
-    loss_of: Callable[[Tensor, Mapping[str, FakeLayer]], Tensor],
-    data: CalibrationData,
-    points: int,
-    iterations: int,
-    lr: float,
-    rounding_weight: float | None = None,
-) -> Layers:
+    job: Job, part: str, layers: Layers, names: Sequence[str],
+    loss_of: Callable[[Tensor, Mapping[str, FakeLayer]], Tensor], data: CalibrationData, points: int, iterations: int,
+    lr: float, rounding_weight: float | None = None,
+) -> Layers:  # fmt: skip
     """`layers` after Adam, its rate falling to 0 as a cosine, on the parameters `names` of their FakeLayers.
 
     part: names the random numbers. loss_of(drawn, fakes): of learn_batch of so many points (int64), with the FakeLayers

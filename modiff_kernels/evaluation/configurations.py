@@ -44,12 +44,9 @@ def row_of(args: argparse.Namespace, name: str, **more: Any) -> Row:
 
 
 def build_rows(
-    weight_bits: Sequence[int],
-    act_bits: Sequence[int] | None,
-    compiled: bool,
-    schedule: str | None = None,
+    weight_bits: Sequence[int], act_bits: Sequence[int] | None, compiled: bool, schedule: str | None = None,
     plan: str | None = None,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """All rows for these bits; `act_bits` None takes 8, 4 for plain layers, 8, 4, 3 for modulated ones.
 
     schedule: of more rows, modulated and plain ones with `act_bits` (None: 8); None leaves them out. plan: of one more

@@ -178,17 +178,10 @@ def _stored_schedule(model: Model, scheduler: str, steps: int, stored: Sequence[
 
 
 def sample_images(
-    model: Model,
-    unet: Any,
-    scheduler: str,
-    steps: int,
-    seeds: Sequence[int],
-    channels_last: bool = True,
+    model: Model, unet: Any, scheduler: str, steps: int, seeds: Sequence[int], channels_last: bool = True,
     run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    on_step: Callable[[], Any] = lambda: None,
-    scheduler_options: Mapping[str, Any] | None = None,
-    latent: bool = False,
-) -> np.ndarray:
+    on_step: Callable[[], Any] = lambda: None, scheduler_options: Mapping[str, Any] | None = None, latent: bool = False,
+) -> np.ndarray:  # fmt: skip
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
     of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each of them
     (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE,

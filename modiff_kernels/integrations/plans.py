@@ -103,14 +103,9 @@ def low_bit_modes(config: ModiffConfig) -> tuple[Mode, ...]:
 
 
 def estimated(
-    unet: nn.Module,
-    config: ModiffConfig,
-    calibrated: Mapping[str, CalibratedLayer],
-    share_inputs: bool,
-    machine: Machine | None = None,
-    batch: int = BATCH,
-    compared_at: Sequence[int] = COMPARED_AT,
-) -> LayerPlan:
+    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool,
+    machine: Machine | None = None, batch: int = BATCH, compared_at: Sequence[int] = COMPARED_AT,
+) -> LayerPlan:  # fmt: skip
     """A plan from shapes: of every unit the mode that is fastest by the cost model (planning/cost.py), after what its
     errors weigh in the pictures. machine: None for the rates of the UNet's device, which take a second to measure.
     compared_at: all stays float if on a GPU the plan loses to the compiled float network at one of these batches."""

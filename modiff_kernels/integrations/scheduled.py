@@ -98,13 +98,9 @@ class ScheduledUNet:
     """Installs a schedule. steps: those of the run. stored: those from which "auto" chooses."""
 
     def __init__(
-        self,
-        unet: nn.Module,
-        state: ModulationState,
-        schedule: StepSchedule | str | None,
-        steps: Callable[[], Steps | None],
-        stored: Sequence[StoredSchedule] = (),
-    ) -> None:
+        self, unet: nn.Module, state: ModulationState, schedule: StepSchedule | str | None,
+        steps: Callable[[], Steps | None], stored: Sequence[StoredSchedule] = (),
+    ) -> None:  # fmt: skip
         self.unet, self.state, self.schedule = unet, state, schedule
         self._steps, self._stored = steps, stored
         self._warned: set[str] = set()

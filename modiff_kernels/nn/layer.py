@@ -54,14 +54,9 @@ class ModulatedLayer(nn.Module):
         return super().__new__(cls)
 
     def __init__(
-        self,
-        original: nn.Module,
-        config: ModiffConfig,
-        state: ModulationState | None,
-        name: str,
-        shared_input: str | None = None,
-        calibrated: CalibratedLayer = NOT_CALIBRATED,
-    ) -> None:
+        self, original: nn.Module, config: ModiffConfig, state: ModulationState | None, name: str,
+        shared_input: str | None = None, calibrated: CalibratedLayer = NOT_CALIBRATED,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.__dict__["original"] = original  # not a child: its parameters are ours, under the same keys
         if isinstance(original, nn.Conv2d):

@@ -51,15 +51,9 @@ class Spread(NamedTuple):
 
 
 def run(
-    layer: Layer,
-    prologue: Prologue,
-    h: Tensor,
-    dtype: torch.dtype,
-    *,
-    skip: Tensor | None = None,
-    write_out: bool = True,
-    spread: Spread | None = None,
-) -> Tensor:
+    layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dtype, *, skip: Tensor | None = None,
+    write_out: bool = True, spread: Spread | None = None,
+) -> Tensor:  # fmt: skip
     """layer(spread(prologue(h))) + skip, in `dtype`, that of the activations around; mutates the layer's state.
 
     h may have another dtype: that of a y_hat. write_out False: the reader takes any float dtype and changes nothing, so
@@ -106,13 +100,9 @@ def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dty
 
 
 def accumulate(
-    layer: Layer,
-    updates: Sequence[Codes],
-    skip: Tensor | None,
-    dtype: torch.dtype,
-    write_out: bool = True,
+    layer: Layer, updates: Sequence[Codes], skip: Tensor | None, dtype: torch.dtype, write_out: bool = True,
     spread: Spread | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing
     is written."""
     shape = updates[0][0].shape

@@ -96,14 +96,9 @@ class FusedAttention(FusedBlock):
         return out.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
     def attend(
-        self,
-        prologue: Prologue,
-        x: Tensor,
-        skip: Tensor | None,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        others: dict[str, Any] | None = None,
-    ) -> Tensor:
+        self, prologue: Prologue, x: Tensor, skip: Tensor | None, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, others: dict[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
         """to_out of the attention, plus `skip`: new tokens [N, L, C].
 
         x: tokens [N, L, C], contiguous. encoder_hidden_states: [N, S, K], for cross-attention alone. attention_mask,

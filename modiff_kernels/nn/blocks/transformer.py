@@ -94,16 +94,10 @@ class FusedBasicTransformerBlock(FusedBlock):
             raise RuntimeError(f"block '{self.path}' is fused and feeds all tokens forward at once; {text}")
 
     def run(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        *unused: Any,
-        **unused_too: Any,
-    ) -> Tensor:
+        self, x: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None, *unused: Any, **unused_too: Any,
+    ) -> Tensor:  # fmt: skip
         h = x.contiguous()
         attentions = [(self.attn1, self.norm1, None, attention_mask)]
         if self.attn2 is not None:
@@ -147,17 +141,11 @@ class FusedTransformer2DModel(FusedBlock):
         self.proj_out = make("proj_out")
 
     def run(
-        self,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        timestep: Tensor | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        class_labels: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
+        self, x: Tensor, encoder_hidden_states: Tensor | None = None, timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None, class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None, attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, return_dict: bool = True,
+    ) -> Any:  # fmt: skip
         dtype = x.dtype
         x = x.contiguous(memory_format=torch.channels_last)
         image = _tokens(x) if self.is_linear else x
