@@ -1,7 +1,6 @@
 """Which layers of a UNet are replaced by what, decided and made before anything is touched."""
 
 import dataclasses
-import importlib.util
 import logging
 from collections.abc import Mapping, Set
 from typing import Any
@@ -14,11 +13,11 @@ from modiff_kernels.calibration.job import layers_of
 from modiff_kernels.calibration.result import FOLDER_NAME, CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode
-from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
+from modiff_kernels.nn import ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.blocks.base import Calibrated, is_adapter, is_as_written
 from modiff_kernels.nn.cache import sample_of
-from modiff_kernels.nn.layer import ModulatedLayer, is_gpu, why_not_conv2d
+from modiff_kernels.nn.layer import ModulatedLayer, is_gpu, low_bit, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
 from modiff_kernels.planning.stored import place_beside
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
@@ -92,14 +91,13 @@ def replacements_of(
     replacements: dict[str, nn.Module] = {}
     fused: dict[str, FusedBlock] = {}
     made: dict[int, ModulatedLayer] = {}
-    may_fuse = config.fuse and importlib.util.find_spec("diffusers") is not None
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
         if plan is not None and plan.source == "estimated" and has_delayed_scales(unet, own):
             own = dataclasses.replace(own, scale_mode="delayed")
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
         static_codes = own.mode == "quantized" and own.scale_mode == "static"  # no fused pass makes them
-        fuse = may_fuse and own.act_bits is not None and not static_codes
+        fuse = config.fuse and own.act_bits is not None and not static_codes
         whole = blocks.fuse(unet, state, own, left, calibrated) if fuse else {}
         shared = _shared_inputs(modules, left, calibrated) if share_inputs else {}
         replacements.update(whole)
@@ -108,10 +106,8 @@ def replacements_of(
             if path in left or blocks.covering(path, whole) is not None:
                 continue
             if id(module) not in made:
-                is_image = isinstance(module, nn.Conv2d)
-                make: Any = ModulatedConv2d.from_conv2d if is_image else ModulatedLinear.from_linear
                 known = calibrated.get(path, NOT_CALIBRATED)
-                made[id(module)] = make(module, own, state, path, shared.get(path), known)
+                made[id(module)] = low_bit(module, own, state, path, shared.get(path), known)
             replacements[path] = made[id(module)]
     # Outer blocks first: a layer or block that one leaves out is put into that one.
     replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))

@@ -427,6 +427,11 @@ class ModulatedConv2d(ModulatedLayer):
         return cls(conv, config or ModiffConfig(), state, name, *more, **options)
 
 
+def low_bit(layer: nn.Module, *args: Any) -> ModulatedLayer:
+    """The low-bit form of a Linear or Conv2d, with the arguments of `ModulatedLinear.from_linear`."""
+    return (ModulatedConv2d.from_conv2d if isinstance(layer, nn.Conv2d) else ModulatedLinear.from_linear)(layer, *args)
+
+
 @contextlib.contextmanager
 def sampling_run(network: nn.Module) -> Iterator[None]:
     """One run of the layers in `network` that have a state of their own: each forward is a call."""

@@ -18,6 +18,7 @@ class FusedResnetBlock2D(FusedBlock):
     (1 + scale) + time: a gamma and a beta for every sample. A 1x1 shortcut adds its product onto the y_hat of conv2,
     because only the sum of the two leaves the block: one state tensor less."""
 
+    stands_for = "resnet.ResnetBlock2D"
     takes = "input_tensor"
     layers: ClassVar = {
         "conv1": Role("group_norm", silu=True),
@@ -40,16 +41,16 @@ class FusedResnetBlock2D(FusedBlock):
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         self.norm1 = block.norm1
-        self.conv1 = parts.conv2d("conv1")
+        self.conv1 = parts.layer("conv1")
         self.time_emb_proj = block.time_emb_proj
         self.norm2 = block.norm2
-        self.conv2 = parts.conv2d("conv2")
+        self.conv2 = parts.layer("conv2")
         self.conv_shortcut = None
         self.skip_time_act, self.scale_shift = block.skip_time_act, block.time_embedding_norm == "scale_shift"
         self.takes_time = self.scale_shift or block.time_embedding_norm == "default"  # a VAE has "group"
         self.time_projections: TimeProjections | None = None
         if block.conv_shortcut is not None:
-            self.conv_shortcut = parts.conv2d("conv_shortcut")
+            self.conv_shortcut = parts.layer("conv_shortcut")
             if self.conv_shortcut.mode == "modulated":
                 self.conv_shortcut.add_onto(self.conv2.output)
 

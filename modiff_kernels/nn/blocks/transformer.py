@@ -15,6 +15,7 @@ class FusedFeedForward(FusedBlock):
     """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)). As a block of its own
     prologue and skip are nothing."""
 
+    stands_for = "attention.FeedForward"
     layers: ClassVar = {"net.0.proj": Role(is_gated=True), "net.2": Role("geglu")}
 
     @staticmethod
@@ -31,9 +32,9 @@ class FusedFeedForward(FusedBlock):
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         geglu = nn.Module()
-        geglu.proj = parts.linear("net.0.proj")
+        geglu.proj = parts.layer("net.0.proj")
         geglu.proj.fuse_geglu(True)
-        self.net = nn.ModuleList([geglu, block.net[1], parts.linear("net.2"), *block.net[3:]])
+        self.net = nn.ModuleList([geglu, block.net[1], parts.layer("net.2"), *block.net[3:]])
 
     def run(self, x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
         tokens = self.net[2].canonical(x)
@@ -50,6 +51,7 @@ class FusedBasicTransformerBlock(FusedBlock):
     """h = x + attn1(norm1(x)); h = h + attn2(norm2(h), encoder states); out = h + ff(norm3(h)). Each LayerNorm is
     computed in the pass that quantises its residual, each addition in the epilogue of a projection."""
 
+    stands_for = "attention.BasicTransformerBlock"
     parts = ("attn1", "attn2", "ff")
     layers: ClassVar = {
         **{f"attn{i}.{name}": role for i in (1, 2) for name, role in FusedAttention.layers.items()},
@@ -118,6 +120,7 @@ class FusedTransformer2DModel(FusedBlock):
     GroupNorm is computed in the pass that quantises the residual of proj_in, the addition in the epilogue of proj_out;
     pixels become tokens without a copy. The blocks between have fused forms of their own, or none."""
 
+    stands_for = "transformers.transformer_2d.Transformer2DModel"
     layers: ClassVar = {"proj_in": Role("group_norm"), "proj_out": Role(adds=True)}
     left_out = ("transformer_blocks",)
 
@@ -133,12 +136,11 @@ class FusedTransformer2DModel(FusedBlock):
         )
 
     def build(self, block: nn.Module, parts: Parts) -> None:
-        make = parts.linear if isinstance(block.proj_in, nn.Linear) else parts.conv2d
         self.is_linear = isinstance(block.proj_in, nn.Linear)
         self.norm = block.norm
-        self.proj_in = make("proj_in")
+        self.proj_in = parts.layer("proj_in")
         self.transformer_blocks = block.transformer_blocks
-        self.proj_out = make("proj_out")
+        self.proj_out = parts.layer("proj_out")
 
     def run(
         self, x: Tensor, encoder_hidden_states: Tensor | None = None, timestep: Tensor | None = None,
