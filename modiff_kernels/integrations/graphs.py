@@ -1,11 +1,8 @@
 """UNet calls as CUDA graphs: one graph per kind of call, input formats, shape of the sample and context.
 
-A graph repeats kernels at fixed addresses and no Python. So inputs are copied into tensors of their own (those that are
-the same objects as in the call before stay), outputs are cloned, state has fixed addresses anyway, and what the Python
-of an update leaves to the next one is done here. The first calls of a kind run as they are: steps of a run like any
-other, which warm up what may not happen while a graph is captured (compiling kernels, choosing algorithms). Capturing
-runs nothing, so the captured call is done by the first replay, and no state is updated twice; after an error in a
-capture the call runs as it is, and nothing is captured any more."""
+A graph repeats kernels at fixed addresses and no Python, so what the Python of an update leaves to the next one is done
+here. The first calls of a kind run as they are and are the warm-up; capturing runs nothing, so the captured call is done
+by the first replay, and no state is updated twice (docs/fused_blocks.md)."""
 
 import collections
 import dataclasses

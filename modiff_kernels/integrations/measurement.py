@@ -1,12 +1,8 @@
 """What `make_plan` measures: time, fidelity and state of units and of whole UNets, on copies that share the weights.
 
-Each mode has a copy of the UNet with a state of its own. Their inputs are those of a real trajectory, recorded from one
-sampling in float.
-
-Time of a unit: that of its forward pass within whole UNet calls, so that the caches hold what the rest of the call
-leaves there and shared work is counted once; the copies take turns at every call, those that initialise do not count.
-The host is ahead of a GPU then, so that kernels are timed as they run in a CUDA graph, and no Python.
-Fidelity of a unit: SQNR of its output against float, both fed with the float trajectory."""
+Each mode has a copy with a state of its own; inputs are those of one sampling in float. Time of a unit: that of its
+forward pass within whole UNet calls, in which the copies take turns; the host is ahead of a GPU, so that kernels are
+timed and no Python. Fidelity of a unit: SQNR of its output, fed with the float trajectory (docs/layer_plan.md)."""
 
 import contextlib
 import copy

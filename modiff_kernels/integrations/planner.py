@@ -1,8 +1,7 @@
 """`make_plan`: measures every mode of every unit of a UNet in real sampling on this device, and chooses.
 
-How a unit is measured stands in measurement.py. Plans are chosen by the sums of their units' times and errors, which
-are estimates; so what a plan does to whole calls and to the pictures is measured before it is taken, against float and
-against all units in one mode."""
+Plans are chosen by the sums of their units' times and errors (measurement.py), which are estimates; so what a plan does
+to whole calls and pictures is measured before it is taken, against float and against all units in one mode."""
 
 import dataclasses
 import logging
