@@ -1,8 +1,8 @@
 """UNet calls as CUDA graphs: one graph per kind of call, input formats, shape of the sample and context.
 
 A graph repeats kernels at fixed addresses and no Python, so what the Python of an update leaves to the next one is done
-here. The first calls of a kind run as they are and are the warm-up; capturing runs nothing, so the captured call is done
-by the first replay, and no state is updated twice (docs/fused_blocks.md)."""
+here. The first calls of a kind run as they are and are the warm-up; capturing runs nothing, so the captured call is
+done by the first replay, and no state is updated twice (docs/fused_blocks.md)."""
 
 import collections
 import dataclasses

@@ -11,7 +11,7 @@ share what is added to them; these few numbers per span are fitted in two ways:
 
     states   span after span, to the sample of the wanted trajectory at the span's end, by least squares. The network is
              computed at the computed calls alone, so the search for these has the fit inside.
-    end      all spans together, to the final picture, by Gauss-Newton steps as long as other pictures gain from them."""
+    end      all spans together, to the final picture, by Gauss-Newton steps as long as other pictures gain by them."""
 
 import contextlib
 import functools
