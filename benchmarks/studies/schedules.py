@@ -196,13 +196,8 @@ class Study:
             more = {"steps": steps, "towards": towards, "images": images, "seed": FITTING_SEED, "quiet": True}
             with mock.patch.object(Fit, "jacobian", seen):
                 made = mk.fit_schedule(unet, count, scheduler=scheduler, sample=pictures, **more)
-            found = {
-                **about,
-                **made.notes,
-                "recalled": unet.recalled,
-                **dataclasses.asdict(made.schedule),
-                "states": begun[0],
-            }
+            pattern = dataclasses.asdict(made.schedule)
+            found = {**about, **made.notes, "recalled": unet.recalled, **pattern, "states": begun[0]}
             fits.append(found)
             self.report.write()
         return [mk.StepSchedule(found["rule"], weights=found[rows]) for rows in ("weights", "states")]

@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData, Sampler
-from modiff_kernels.calibration.fake import FakeLayer, remember
 from modiff_kernels.calibration.job import Job, Layers, choice, number
+from modiff_kernels.calibration.reconstruction import FakeLayer, remember
 from modiff_kernels.calibration.static import StaticOptions, learnt_layers, with_scales
 
 GRADIENTS = ("identity", "scheduler-coefficients", "exact")
@@ -147,8 +147,7 @@ class Rollout:
 def _learn(
     job: Job, part: str, groups: Groups, layers: Layers, names: Sequence[str], group: int | None, *rate: Any
 ) -> Layers:
-    """Learn `names` of all layers by the end of group number `group`, None: of one drawn in each iteration. Kept as
-    `part`. rate: as `learn`."""
+    """Learn `names` of all layers by the end of `group`, None: of one drawn in each iteration. rate: as `learn`."""
     generator = job.generator("group")
 
     def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:

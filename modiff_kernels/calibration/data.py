@@ -166,8 +166,7 @@ def collect(
     sampler: Sampler, calls: Tensor, seeds: Sequence[int], batch: int, on_run: Callable[[int], Any] = lambda n: None
 ) -> CalibrationData:
     """Run the full-precision sampler and keep, of the image from seeds[i], the calls calls[i] (int64 [samples, k]).
-    on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on inputs
-    that are not per image."""
+    on_run(images): called after each run. ValueError unless the UNet is called once a time step, on rows per image."""
     timesteps = sampler.timesteps()
     parts: list[dict[str, Tensor]] = []
     rows = 0

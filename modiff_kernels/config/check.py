@@ -23,8 +23,7 @@ def read_json(what: str, text: str) -> Any:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str] | None = None) -> str:
-    """Table in plain text of cells that are strings. left: names of the columns that are aligned to the left, None: of
-    the first."""
+    """Table in plain text of cells that are strings. left: names of columns aligned to the left, None: the first."""
     left = header[:1] if left is None else left
     columns = []
     for name, *cells in zip(header, *rows, strict=True):

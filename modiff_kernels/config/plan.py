@@ -199,8 +199,7 @@ class LayerPlan:
             raise ValueError(f"LayerPlan: not a plan as to_json() writes it ({error!r})") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and rows of cells: for each unit its mode, the time of every mode, what follows of the one it has, and
-        the reason."""
+        """Header and rows of cells: of each unit its mode, times of all, what its own gives, and the reason."""
         modes = list(dict.fromkeys(cost.mode for unit in self.units for cost in unit.costs))
         times_of_modes = [f"{mode} us" for mode in modes]
         header = ("unit", "mode", *times_of_modes, "speed-up", "SQNR dB", "state kB", "moved kB", "reason")

@@ -104,9 +104,8 @@ class Quantised:
     state_bytes = 0
 
     def __init__(self, unet: Any, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any) -> None:
-        """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here. of_config,
-        more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then
-        count."""
+        """Accelerate `unet` in place as `row` says; UserError where it cannot run here. of_config, more: as
+        `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then count."""
         with user_errors(f"{row.name}: "):
             config = config_of_row(row, *of_config, **more)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)

@@ -18,7 +18,7 @@ from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.config import StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.evaluation.folders import look_into, read_config
-from modiff_kernels.integrations.measurement import share_copy as share_copy
+from modiff_kernels.integrations.planner import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 from modiff_kernels.planning.clock import host_timesteps
 from modiff_kernels.planning.stored import best_of, run_of
@@ -36,8 +36,7 @@ OWN_OPTIONS: dict[str, Any] = {
 class Model:
     """A UNet and what it takes to sample from it. `pipe` is None for an unconditional UNet on pixels, which is sampled
     by the loop in this module, and otherwise the pipeline that holds the UNet. `handle` is that of a UNet that was
-    saved in low bits, else None. `calls` of the UNet in a run are known of a model that was opened for a command that
-    samples."""
+    saved in low bits, else None. `calls` of the UNet in a run are known where a command samples."""
 
     name: str
     unet: Any
@@ -52,8 +51,7 @@ def open_model(
     args: argparse.Namespace, low_bit: bool = False, local: int | None = None, channels_last: bool = True
 ) -> Model:
     """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler, --steps and
-    --schedule of a command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last:
-    layout of the UNet."""
+    --schedule where they are given. low_bit: as of `load_model`, local: as of `choose_device`."""
     quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -64,8 +64,7 @@ class Handle:
     path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
     by_kind: what the kind of network has changed in the config that was asked for, and why.
     vae: the handle of the decoder of the pipeline's VAE, or None where that is float.
-    is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether the float weights of low-bit layers
-    are kept."""
+    is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether float weights are kept."""
 
     calibration = by_kind = ""
     vae: "Handle | None" = None

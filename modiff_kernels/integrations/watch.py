@@ -100,8 +100,7 @@ class Watch:
         return [[*map(sample_of, part)] for part in parts] if whole else []
 
     def _outside_now(self) -> list[Any]:
-        """Methods of the classes, and what convolutions that stayed float are like: who changes all convolutions does
-        not find the low-bit ones."""
+        """Methods of the classes, and float convolutions: who changes all of these does not find the low-bit ones."""
         methods = [getattr(kind, name, None) for kind in self._classes for name in COMPUTING]
         return methods + [(conv.padding_mode, conv.__dict__.get("_conv_forward")) for conv in self._convs]
 

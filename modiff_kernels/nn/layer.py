@@ -263,9 +263,8 @@ class ModulatedLayer(nn.Module):
 
         Mode "modulated" mutates x_hat and y_hat of the current context at its first use in a call; others in it, as
         some attention processors make, are computed like a first call, without state. LoRA-compatible layers say
-        hidden_states and add a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
-        shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them
-        name the layer."""
+        hidden_states and add a scale, which is `unused`. Errors name the layer: RuntimeError outside a UNet call of a
+        run, on a changed shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN."""
         x: Any = hidden_states if input is None else input
         if self.owns_state and self.state.action is None:
             with self.state.call():
@@ -396,9 +395,8 @@ class ModulatedLinear(ModulatedLayer):
         config: None for ModiffConfig(). state: None for one of its own: every forward is then a call of the run that
         `sampling_run` has begun. name: the path of the layer, unique in `state`. more: shared_input, key of the tensor
         it reads (layers that always get the very same tensor share one; None: a tensor of its own), and calibrated:
-        codes, scales and bias.
-        Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on a calibration
-        of another layer."""
+        codes, scales and bias. ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and
+        on a calibration of another layer."""
         return cls(linear, config or ModiffConfig(), state, name, *more, **options)
 
 

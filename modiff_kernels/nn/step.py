@@ -82,8 +82,7 @@ def run(
 
 
 def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dtype) -> tuple[Codes, ...]:
-    """Codes of the residual of prologue(h), for the input of `layer`: of one update, or those of a first call. Updates
-    x_hat."""
+    """Codes of the residual of prologue(h), for the input of `layer`: of one update or a first call; x_hat follows."""
     source: Any = layer.input
     x_hat = source.ensure(prologue.shape(h), dtype, h.device, layer.memory_format)
     if layer.state.is_first:
@@ -103,8 +102,7 @@ def accumulate(
     layer: Layer, updates: Sequence[Codes], skip: Tensor | None, dtype: torch.dtype, write_out: bool = True,
     spread: Spread | None = None,
 ) -> Tensor:  # fmt: skip
-    """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing
-    is written."""
+    """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself if nothing is written."""
     shape = updates[0][0].shape
     out_shape = layer.output_shape(shape if spread is None else spread.shape(shape))
     output: Any = layer.output

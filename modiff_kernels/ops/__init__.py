@@ -1,5 +1,4 @@
-"""The ops, as functions and as torch ops `torch.ops.modiff.*`; see `schema` for their contracts and `dispatch` for
-backends."""
+"""The ops, as functions and as torch ops `torch.ops.modiff.*`: `schema` has contracts, `dispatch` backends."""
 
 from ..quant.operands import GEGLU, IDENTITY, PackedWeight, Prologue, Window
 from ..quant.packing import pack as pack_weight

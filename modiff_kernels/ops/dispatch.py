@@ -34,8 +34,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Selection(NamedTuple):
-    """The chosen backend, its function, those that were asked before it, and whether compiled code can call what the
-    function is made of."""
+    """The chosen backend, its function, those asked before it, and whether compiled code can call its parts."""
 
     backend: str
     fn: Callable[..., Any]

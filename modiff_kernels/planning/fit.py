@@ -101,8 +101,7 @@ class Fit:
         return self.known[name]
 
     def states(self, computed: Computed) -> tuple[Rows, Outputs]:
-        """The fit of the spans, one after the other, and the outputs of the computed calls. Beginnings that were fitted
-        before are not fitted again."""
+        """The fit of the spans in order, but for fitted beginnings, and the outputs of the computed calls."""
         rows: Rows = []
         outputs: Outputs = {}
         for m, end in enumerate([*computed[1:], self.calls]):
@@ -134,8 +133,7 @@ class Fit:
         return columns
 
     def end(self, computed: Computed, rows: Rows, columns: Callable[[], Sequence[Tensor]]) -> Rows:
-        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best. columns: give the
-        Jacobian there or near."""
+        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best. columns: the Jacobian."""
         left = (self._target.picture - self._run(computed, rows, {})).flatten()
         steps = [_least_squares(columns(), left, damping) for damping in DAMPINGS]
         changes = [[size * change for change in step] for step in steps for size in (1.0, 0.5)]

@@ -61,8 +61,7 @@ def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
 def best_of(
     stored: Sequence[StoredSchedule], scheduler: Any, timesteps: Sequence[float], evaluations: int | None = None
 ) -> StoredSchedule | None:
-    """Of those for this run the one with so many evaluations; None: with the fewest that has ENOUGH_DB, or else the one
-    that has most."""
+    """Of those for this run the one of so many evaluations; None: of the fewest with ENOUGH_DB, else the one with most."""
     run = run_of(scheduler, timesteps)
     fit = [found for found in stored if found.difference(run) is None]
     if evaluations is not None:
@@ -72,8 +71,7 @@ def best_of(
 
 
 def read(path: Path) -> list[StoredSchedule]:
-    """The schedules in the file at `path`, one or a list. ValueError naming the file if one is not whole or has other
-    keys."""
+    """The schedules in the file at `path`, one or a list; ValueError naming it if one is damaged or has other keys."""
     try:
         stored = json.loads(path.read_text())
         if stored == []:

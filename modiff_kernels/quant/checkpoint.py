@@ -138,8 +138,7 @@ class Checkpoint:
         """The part of the state_dict that the tensors of one file stand for, after `check`.
 
         Weights of low-bit layers are on device meta, and their codes go into `layers`; a layer whose tensors are spread
-        over files comes with the last of them. Raises ValueError, naming file and key, where the bytes of a tensor are
-        not those that were saved."""
+        over files comes with the last of them. ValueError, naming file and key, for bytes that were not saved so."""
         state_dict = {}
         for key, tensor in tensors.items():
             found, stored = crc32(tensor.contiguous()), self._stored[key]

@@ -58,8 +58,7 @@ def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
 
 
 def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Tensor:
-    """The codes int8 [n, k] of a weight made by `pack_weight`: its exact inverse, a new tensor. ValueError where it is
-    of another size."""
+    """The codes int8 [n, k] of a weight made by `pack_weight`: its exact inverse, new. ValueError for another size."""
     check_packed("unpack_weight", weight_packed, weight_bits, n, k)
     return unpack(weight_packed, weight_bits, k)
 

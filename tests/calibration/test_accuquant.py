@@ -12,8 +12,8 @@ import modiff_kernels as mk
 from modiff_kernels.calibration import accuquant
 from modiff_kernels.calibration.accuquant import Rollout, scheduler_at
 from modiff_kernels.calibration.data import collect, pipeline_sampler
-from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.job import Job, layers_of
+from modiff_kernels.calibration.reconstruction import fake_quantized
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static", mode="quantized")

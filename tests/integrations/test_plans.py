@@ -13,7 +13,7 @@ from modiff_kernels.backends import cpu
 from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.integrations import plan_cache, plans, replacements
-from modiff_kernels.integrations.measurement import Bench
+from modiff_kernels.integrations.planner import Bench
 from modiff_kernels.nn import layer
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.planning.cost import Machine

@@ -1,8 +1,7 @@
 """Fused forms of diffusers' blocks: what stands between two products becomes one pass that ends in int8 codes.
 
 `fuse` finds the blocks that have exactly the form that the fused ones compute; every other block stays as it is, with
-single layers replaced. Results equal those of the single layers up to float rounding. docs/fused_blocks.md has the
-passes."""
+single layers replaced, and the same results up to float rounding. docs/fused_blocks.md has the passes."""
 
 from collections.abc import Container
 
@@ -12,8 +11,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.blocks.attention import FusedAttention
 from modiff_kernels.nn.blocks.base import Calibrated, FusedBlock, Parts
 from modiff_kernels.nn.blocks.resample import FusedDownsample2D, FusedUpsample2D
-from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D
-from modiff_kernels.nn.blocks.time_projections import TimeProjections
+from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D, TimeProjections
 from modiff_kernels.nn.blocks.transformer import FusedBasicTransformerBlock, FusedFeedForward, FusedTransformer2DModel
 from modiff_kernels.nn.tensors import ModulationState
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED

@@ -12,8 +12,7 @@ from modiff_kernels.ops import GEGLU, IDENTITY, Prologue
 
 
 class FusedFeedForward(FusedBlock):
-    """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)). As a block of its own
-    prologue and skip are nothing."""
+    """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)); alone without the two."""
 
     stands_for = "attention.FeedForward"
     layers: ClassVar = {"net.0.proj": Role(is_gated=True), "net.2": Role("geglu")}
