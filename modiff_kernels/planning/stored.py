@@ -61,7 +61,7 @@ def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
 def best_of(
     stored: Sequence[StoredSchedule], scheduler: Any, timesteps: Sequence[float], evaluations: int | None = None
 ) -> StoredSchedule | None:
-    """Of those for this run the one of so many evaluations; None: of the fewest with ENOUGH_DB, else the one with most."""
+    """Of those for this run the one of so many evaluations; None: of the fewest with ENOUGH_DB, else of most."""
     run = run_of(scheduler, timesteps)
     fit = [found for found in stored if found.difference(run) is None]
     if evaluations is not None:
