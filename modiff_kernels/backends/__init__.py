@@ -69,7 +69,7 @@ def int8_products(capability: tuple[int, int]) -> str:
 
 
 def why_no_sums(problem: Any, grouped: bool = False) -> str | None:
-    """Why int32 cannot hold a product's sums, or scales do not leave them, or None. grouped: scales of groups may."""
+    """Why int32 cannot hold a product's sums, or scales do not leave them, or None. grouped: groups' need not."""
     if problem.group_size != -1 and not grouped:
         return f"group_size={problem.group_size}: only one weight scale per output channel; use group_size=-1"
     if problem.k > MAX_K:

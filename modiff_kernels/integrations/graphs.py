@@ -116,12 +116,13 @@ class GraphedCalls:
         they are and None, where an argument cannot be told from others."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         autocast = torch.is_autocast_enabled(self.device_type) and torch.get_autocast_dtype(self.device_type)
-        key = (spec, device, autocast, tuple([_format(leaf) for leaf in leaves]))
+        formats = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves]
+        key = (spec, device, autocast, *formats)
         sample: Any = args[0] if args else kwargs.get("sample")
         form = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
         try:
-            formats = self._shape_of(form).formats
-            calls = formats.pop(key, None)
+            known = self._shape_of(form).formats
+            calls = known.pop(key, None)
         except TypeError:  # of a key that cannot be hashed
             self.warn("not possible for calls with arguments that cannot be hashed")
             return args, kwargs, None
@@ -129,9 +130,9 @@ class GraphedCalls:
         if calls is None:
             with torch.inference_mode(False):
                 calls = Calls([_Input(torch.empty_like(tensor, device=device)) for tensor in tensors])
-        formats[key] = calls
-        if len(formats) > MOST_FORMATS:
-            del formats[next(iter(formats))]
+        known[key] = calls
+        if len(known) > MOST_FORMATS:
+            del known[next(iter(known))]
         for held, tensor in zip(calls.inputs, tensors):
             held.take(tensor)
         places = iter(calls.inputs)
@@ -215,7 +216,3 @@ class GraphedCalls:
         if text not in self._warned:
             self._warned.add(text)
             logger.warning("CUDA graphs: %s; calls run as they are", text)
-
-
-def _format(leaf: Any) -> Hashable:
-    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf

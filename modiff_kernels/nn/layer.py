@@ -382,14 +382,9 @@ class ModulatedLinear(ModulatedLayer):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        config: ModiffConfig | None = None,
-        state: ModulationState | None = None,
-        name: str = "linear",
-        *more: Any,
-        **options: Any,
-    ) -> "ModulatedLinear":
+        cls, linear: nn.Linear, config: ModiffConfig | None = None, state: ModulationState | None = None,
+        name: str = "linear", *more: Any, **options: Any,
+    ) -> "ModulatedLinear":  # fmt: skip
         """The low-bit form of `linear`, which is kept inside and not changed.
 
         config: None for ModiffConfig(). state: None for one of its own: every forward is then a call of the run that
@@ -409,14 +404,9 @@ class ModulatedConv2d(ModulatedLayer):
 
     @classmethod
     def from_conv2d(
-        cls,
-        conv: nn.Conv2d,
-        config: ModiffConfig | None = None,
-        state: ModulationState | None = None,
-        name: str = "conv2d",
-        *more: Any,
-        **options: Any,
-    ) -> "ModulatedConv2d":
+        cls, conv: nn.Conv2d, config: ModiffConfig | None = None, state: ModulationState | None = None,
+        name: str = "conv2d", *more: Any, **options: Any,
+    ) -> "ModulatedConv2d":  # fmt: skip
         """The low-bit form of `conv`, from the arguments of `ModulatedLinear.from_linear`. Raises ValueError also on
         padding that is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
