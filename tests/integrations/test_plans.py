@@ -190,7 +190,7 @@ def test_what_is_in_one_mode_is_so_on_a_gpu(unet, monkeypatch):
         assert {layer.mode for layer in handle.layers.values()} == {mode}
         handle.remove()
     modes, zeros = (PLAIN, Mode("modulated", 8)), np.zeros((1, 8, 8, 3))
-    bench = Bench(unet, mk.ModiffConfig(), modes, None, {}, None, [], zeros, None, lambda: None)
+    bench = Bench(unet, mk.ModiffConfig(), modes, None, None, [], zeros, None, lambda: None)
     found = [{layer.mode for layer in subject.handle.layers.values()} for subject in bench.subjects.values()]
     assert found == [{"quantized"}, {"modulated"}]
 
