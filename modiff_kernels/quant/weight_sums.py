@@ -1,6 +1,5 @@
 """Sums of a weight's codes, which zero points are multiplied with: made once per weight and kept beside it."""
 
-import weakref
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from .affine import expand_weight_scale
 from .operands import PackedWeight
 from .packing import unpack
 
-_kept: dict[tuple[int, int], tuple[Any, ...]] = {}
+KEPT = "_modiff_sums"  # attribute of a packed weight: its sums by taps, with what they were made of
 
 
 def weight_sums(weight: PackedWeight, k: int, taps: int) -> Tensor:
@@ -18,16 +17,16 @@ def weight_sums(weight: PackedWeight, k: int, taps: int) -> Tensor:
     times their scales, float32. They live as long as `weight.packed` and are made again after it was written to; a
     graph that captures the first call makes them in every replay, as only a replay would fill what is kept."""
     packed, scale = weight.packed, weight.scale
-    key, made_of = (id(packed), taps), (_version(packed), _version(scale))
-    held = _kept.get(key)
-    if held is not None and held[1] is scale and held[2] == made_of:
-        return held[3]
+    kept, made_of = packed.__dict__.setdefault(KEPT, {}), (_version(packed), _version(scale))
+    held: Any = kept.get(taps)
+    if held is not None and held[0] is scale and held[1] == made_of:
+        return held[2]
     codes = unpack(packed, weight.bits, k)
     grouped = weight.group_size != -1
     terms = codes * expand_weight_scale(scale, k, weight.group_size) if grouped else codes
     sums = terms.view(weight.n, taps, -1).sum(-1, dtype=torch.float32 if grouped else torch.int32)
     if not (packed.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _kept[key] = weakref.ref(packed, lambda _: _kept.pop(key, None)), scale, made_of, sums
+        kept[taps] = scale, made_of, sums
     return sums
 
 

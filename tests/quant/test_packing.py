@@ -1,5 +1,7 @@
 """kpack_v1: exact round trip, the bit layout itself, and refusal of what does not fit."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -79,11 +81,12 @@ def test_what_does_not_fit_is_refused(function, arguments, message):
 
 def test_sums_live_as_long_as_the_weight():
     """And are made again when it was written to; tests/contract has the products that need them."""
-    kept, weight = weight_sums._kept, PackedWeight(torch.ones(3, 8, dtype=torch.int8), torch.ones(3), 8)
-    before, sums = len(kept), weight_sums.weight_sums(weight, 8, 1)
+    weight = PackedWeight(torch.ones(3, 8, dtype=torch.int8), torch.ones(3), 8)
+    sums = weight_sums.weight_sums(weight, 8, 1)
     assert weight_sums.weight_sums(weight, 8, 1) is sums
     weight.packed[1] = 2
     assert weight_sums.weight_sums(weight, 8, 1).tolist() == [[8], [16], [8]]
-    assert len(kept) == before + 1
+    held = weakref.ref(weight_sums.weight_sums(weight, 8, 1))
+    assert held() is not None
     del weight
-    assert len(kept) == before
+    assert held() is None
