@@ -217,13 +217,9 @@ class Bench:
                         first = index % len(turns)
                         for subject, spans in turns[first:] + turns[:first]:
                             spans.clear()
-                            self.timer.lead()
-                            start = self.timer.mark()
-                            subject(call)
-                            end = self.timer.mark()
-                            self.timer.wait()
+                            seconds = self.timer.timed(subject, call)
                             if index:
-                                subject.steps.append(self.timer.seconds(start, end))
+                                subject.steps.append(seconds)
                                 for path, marks in spans.items():
                                     subject.units[path].append(sum(self.timer.seconds(*pair) for pair in marks))
                 self.on_run()

@@ -256,6 +256,15 @@ class Timer(NamedTuple):
     wait: Callable[[], None]
     seconds: Callable[[Any, Any], float]
 
+    def timed(self, function: Callable[..., Any], *inputs: Any) -> float:
+        """Seconds that function(*inputs) takes."""
+        self.lead()
+        start = self.mark()
+        function(*inputs)
+        end = self.mark()
+        self.wait()
+        return self.seconds(start, end)
+
 
 def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> Timer:
     """The timer of `device`, current or not: events in its current stream, set without waiting, or readings of `clock`
@@ -295,15 +304,7 @@ def measured_machine(device: torch.device, config: ModiffConfig) -> Machine:
     target = torch.empty_like(source)
 
     def best(function: Callable[..., Any], *inputs: Tensor) -> float:
-        seconds = []
-        for _ in range(PROBE_REPEATS):
-            timer.lead()
-            start = timer.mark()
-            function(*inputs)
-            end = timer.mark()
-            timer.wait()
-            seconds.append(timer.seconds(start, end))
-        return max(min(seconds), 1e-9)
+        return max(min(timer.timed(function, *inputs) for _ in range(PROBE_REPEATS)), 1e-9)
 
     def rate(linear: nn.Module, conv: nn.Module) -> float:
         product = 2 * PROBE_ROWS * PROBE_FEATURES**2 / best(linear, x)
