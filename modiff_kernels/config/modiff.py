@@ -4,7 +4,6 @@ import dataclasses
 import enum
 import functools
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 from modiff_kernels.config.check import is_int, not_allowed, read_json
 from modiff_kernels.config.plan import MODULATED, QUANTIZED, LayerPlan
 from modiff_kernels.config.schedule import AUTO, StepSchedule
+from modiff_kernels.log import logger
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
@@ -27,7 +27,6 @@ DEFAULT_SKIP_MODULES = {
 compute one row per sample, and whose errors are in all that follows."""
 FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
 
-log = logging.getLogger(__name__)
 _error = functools.partial(not_allowed, "ModiffConfig")
 Check = tuple[Callable[[Any], bool], str]
 
@@ -176,7 +175,7 @@ class ModiffConfig:
         if (method := values.pop("quant_method", cls.quant_method.value)) != cls.quant_method.value:
             raise _error("quant_method", method, repr(cls.quant_method.value))
         if (bits := values.pop("first_step_bits", None)) is not None:
-            log.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
+            logger.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [key for key in values if key not in known]:
             names = ", ".join(map(repr, unknown))

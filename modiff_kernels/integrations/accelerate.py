@@ -4,7 +4,6 @@
 
 import contextlib
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +15,9 @@ from modiff_kernels.integrations.forward import obstacle_of
 from modiff_kernels.integrations.handle import HANDLE, Handle, Handles
 from modiff_kernels.integrations.plans import plan_of, why_slow
 from modiff_kernels.integrations.replacements import calibrated_beside, for_kind, replacements_of
+from modiff_kernels.log import logger
 from modiff_kernels.nn.call import denoiser_of, denoisers_of
 from modiff_kernels.nn.layer import ModulatedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 
 def accelerate(

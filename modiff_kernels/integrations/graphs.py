@@ -6,7 +6,6 @@ done by the first replay, and no state is updated twice (docs/fused_blocks.md)."
 
 import collections
 import dataclasses
-import logging
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.tensors import ContextTensor
 from modiff_kernels.planning import clock
-
-logger = logging.getLogger("modiff_kernels")
 
 WARM_UP_CALLS = 2
 MOST_SHAPES = 3  # of samples, in a context, whose graphs and state are kept

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import os
 from collections import Counter
@@ -24,13 +23,12 @@ from modiff_kernels.integrations.replacements import Replacements, runs_on_gpu
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.integrations.watch import Watch
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.call import CallForm
 from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
-
-logger = logging.getLogger("modiff_kernels")
 
 MOVED = (
     "the UNet was accelerated before it came to the GPU, so all of its layers are modulated, which moves more bytes "

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import logging
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -36,13 +35,12 @@ from modiff_kernels.integrations.handle import Handle, channels_last
 from modiff_kernels.integrations.plans import low_bit_modes, timer_of
 from modiff_kernels.integrations.replacements import config_of
 from modiff_kernels.integrations.scheduled import sample_of
+from modiff_kernels.log import logger
 from modiff_kernels.metrics import psnr
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.call import CallForm, denoisers_of
 from modiff_kernels.planning import choice
 from modiff_kernels.planning.choice import Costs
-
-logger = logging.getLogger("modiff_kernels")
 
 MAX_LOSS_DB = 0.5
 LEAST_GAIN = 1.02  # a measured difference below 2 % is noise, and float is exact

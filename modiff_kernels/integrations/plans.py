@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.replacements import Replacements, has_delayed_scales, replacements_of, runs_on_gpu
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.nn.blocks.base import ALONE
 from modiff_kernels.nn.blocks.resample import FusedResample, FusedUpsample2D
@@ -28,8 +28,6 @@ from modiff_kernels.planning import choice
 from modiff_kernels.planning import cost as cost_model
 from modiff_kernels.planning.cost import LayerShape, Machine, Sizes
 from modiff_kernels.quant.calibrated import CalibratedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 BATCH = 8  # of the UNet: four pictures with guidance. Modes hardly depend on it
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time

@@ -1,7 +1,6 @@
 """Which layers of a UNet are replaced by what, decided and made before anything is touched."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -13,6 +12,7 @@ from modiff_kernels.calibration.job import layers_of
 from modiff_kernels.calibration.result import FOLDER_NAME, CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.blocks.base import Calibrated, is_adapter, is_as_written
@@ -21,8 +21,6 @@ from modiff_kernels.nn.layer import ModulatedLayer, is_gpu, low_bit, why_not_con
 from modiff_kernels.ops.check import FLOAT_DTYPES
 from modiff_kernels.planning.stored import place_beside
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 
 @dataclasses.dataclass

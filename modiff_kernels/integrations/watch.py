@@ -1,6 +1,5 @@
 """`Watch`: whether a network still is what its low-bit layers and fused blocks were made from."""
 
-import logging
 from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modiff_kernels.integrations.replacements import Replacements
+from modiff_kernels.log import logger
 from modiff_kernels.nn.blocks import FusedAttention, FusedBlock
 from modiff_kernels.nn.blocks.base import CHANGE, COMPUTING, REMEDY, has_no_hook, is_adapter
 from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 FREE = ("training", "forward", "processor", "fused_for", "original")  # of blocks, which follow changes of them
 

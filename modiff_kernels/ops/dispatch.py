@@ -4,7 +4,6 @@
 MODIFF_BACKEND, read once, puts one backend in the place of "auto". One that fails to load stays with its reason."""
 
 import importlib
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import BACKENDS
+from ..log import logger
 from ..quant.operands import PackedWeight, Window
 from ..quant.packing import KPACK_V1
 from .problem import Problem
@@ -24,7 +24,6 @@ OPS = ("quantize", "product", "attention")
 REFERENCE_OPS = ("attention",)  # where the reference is no loss: it is torch's own kernel
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
-logger = logging.getLogger("modiff_kernels")
 Rejected = tuple[tuple[str, str], ...]
 """Backends and why they were not taken."""
 
