@@ -5,8 +5,7 @@ import weakref
 import pytest
 import torch
 
-from modiff_kernels.quant import weight_sums
-from modiff_kernels.quant.operands import PackedWeight
+from modiff_kernels.quant.operands import PackedWeight, weight_sums
 from modiff_kernels.quant.packing import pack, packed_dtype, packed_width, unpack, unpack_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -82,11 +81,11 @@ def test_what_does_not_fit_is_refused(function, arguments, message):
 def test_sums_live_as_long_as_the_weight():
     """And are made again when it was written to; tests/contract has the products that need them."""
     weight = PackedWeight(torch.ones(3, 8, dtype=torch.int8), torch.ones(3), 8)
-    sums = weight_sums.weight_sums(weight, 8, 1)
-    assert weight_sums.weight_sums(weight, 8, 1) is sums
+    sums = weight_sums(weight, 8, 1)
+    assert weight_sums(weight, 8, 1) is sums
     weight.packed[1] = 2
-    assert weight_sums.weight_sums(weight, 8, 1).tolist() == [[8], [16], [8]]
-    held = weakref.ref(weight_sums.weight_sums(weight, 8, 1))
+    assert weight_sums(weight, 8, 1).tolist() == [[8], [16], [8]]
+    held = weakref.ref(weight_sums(weight, 8, 1))
     assert held() is not None
     del weight
     assert held() is None

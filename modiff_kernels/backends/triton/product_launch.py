@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from ...quant.operands import Window
+from ...quant.operands import Window, weight_sums
 from ...quant.packing import packed_width
-from ...quant.weight_sums import weight_sums
 from .launch import launch
 from .product_kernel import finish_kernel, product_kernel
 from .tiles import Shape, TileConfig, choose, gpu_of
