@@ -135,7 +135,7 @@ KEPT = "_modiff_sums"  # attribute of a packed weight: its sums by taps, with wh
 
 
 def weight_sums(weight: PackedWeight, k: int, taps: int) -> Tensor:
-    """What zero points are multiplied with: of a weight [N, k] in kpack_v1 the sums [N, taps] over the codes of each tap,
+    """What zero points are multiplied with: of a weight [N, k] in kpack_v1 the sums [N, taps] over each tap's codes,
     int32; with groups along K of codes times their scales, float32. They live as long as `weight.packed` and are made
     again after it was written to; a graph that captures the first call makes them in every replay, as only a replay
     would fill what is kept."""
