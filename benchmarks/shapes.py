@@ -21,12 +21,16 @@ diffusers builds them. sd15, sdxl: the UNets of Stable Diffusion 1.5 (512x512) a
 model have random weights."""
 
 VAE_DECODER = "sd_vae_decoder"
-"""That of Stable Diffusion's AutoencoderKL with random weights, for whole steps, as a network that gets a timestep."""
+"""That of Stable Diffusion's AutoencoderKL with random weights, as a network that gets a timestep."""
+
+OF_STEPS = (*NETWORKS, "dit_s2", VAE_DECODER)
+"""What whole steps are timed of. dit_s2: a DiT of the shape S/2 on latents of 256x256, random weights."""
 
 CONFIGS: dict[str, Any] = json.loads(Path(__file__).with_name("networks.json").read_text())
 """Of those: class and configuration of the UNet in diffusers, and the noise schedule that it is trained on."""
 TEXT_TOKENS = 77
-NOT_COUNTED = {"time_embedding", "time_emb_proj", "add_embedding"}  # once per image, not per pixel or token
+NOT_COUNTED = {"time_embedding", "time_emb_proj", "add_embedding", "timestep_embedder", "norm1", "proj_out_1"}
+"""Once per image, not per pixel or token."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ def build_unet(network: str, device: str | torch.device = "cpu") -> torch.nn.Mod
     """The network in float32, eval, on `device`; random weights are those of seed 0 (none on device meta)."""
     import diffusers
 
-    if network not in (*NETWORKS, VAE_DECODER):
-        raise ValueError(f"network {network!r} is unknown; allowed: {', '.join(NETWORKS)}")
+    if network not in OF_STEPS:
+        raise ValueError(f"network {network!r} is unknown; allowed: {', '.join(OF_STEPS)}")
     if network == "cifar10_small16":
         from modiff_kernels.models import shipped_model_path
 
@@ -88,7 +92,9 @@ def build_unet(network: str, device: str | torch.device = "cpu") -> torch.nn.Mod
 
 
 def conditions(unet: torch.nn.Module, batch: int) -> dict[str, Any]:
-    """Keyword arguments of a call beside sample and timestep: random text and sizes, in the UNet's dtype and device."""
+    """Keyword arguments of a call beside sample and timestep: classes, or random text and sizes in its dtype."""
+    if classes := getattr(unet.config, "num_embeds_ada_norm", None):
+        return {"class_labels": torch.arange(batch, device=unet.device) % classes}
     width = getattr(unet.config, "cross_attention_dim", None)
     if width is None:
         return {}

@@ -28,7 +28,7 @@ import torch
 from benchmarks import bounds, record
 from benchmarks.configurations import QUICK, STEP_ORDER, Network, Networks, chosen, label, step_rows
 from benchmarks.runner import Entrant, Measure, Row, Session, add_options
-from benchmarks.shapes import NETWORKS, SMALL_NETWORKS, VAE_DECODER, build_unet, conditions
+from benchmarks.shapes import OF_STEPS, SMALL_NETWORKS, build_unet, conditions
 from benchmarks.tables import show
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.planning.cost import Machine
@@ -68,8 +68,10 @@ class Step:
         self.machine = machine
         inputs = trajectory(unet.config.sample_size, batch, calls, unet.config.in_channels)
         self.inputs = [(x.to(unet.device, unet.dtype), t.to(unet.device)) for x, t in inputs]
-        networks.shown = self.inputs
         self.keywords = networks.conditions = conditions(unet, batch)
+        if "class_labels" in self.keywords:  # a DiT takes the timestep of every image
+            self.inputs = [(x, t.expand(batch)) for x, t in self.inputs]
+        networks.shown = self.inputs
         self.expected = unet(*self.inputs[-1], **self.keywords, return_dict=False)[0]
 
     def make(self, config: Any) -> Network:
@@ -149,8 +151,7 @@ def least_sqnr_db(config: Any, dtype: torch.dtype) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    known = (*NETWORKS, VAE_DECODER)
-    add("--network", nargs="+", default=list(SMALL_NETWORKS), choices=known, help="default: %(default)s")
+    add("--network", nargs="+", default=list(SMALL_NETWORKS), choices=OF_STEPS, help="default: %(default)s")
     add("--batch", type=int, nargs="+", default=[8], help="one or several (%(default)s)")
     add("--calls", type=int, default=12, choices=range(2, 51), metavar="2-50", help="of a run (%(default)s)")
     add_options(parser, rounds=3)

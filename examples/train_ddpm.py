@@ -1,4 +1,4 @@
-r"""Train a small unconditional DDPM UNet on CIFAR-10 and save it as a diffusers folder.
+r"""Train a small denoiser on CIFAR-10, a DDPM UNet or a diffusion transformer, and save it as a diffusers folder.
 
     python examples/train_ddpm.py --data DATA --out my_model --preset small16 --steps 4000
 
@@ -6,6 +6,7 @@ The data folder holds CIFAR-10 as ``examples/cifar10.py`` reads it, such as the 
 The folder written by ``--out`` loads with ``UNet2DModel.from_pretrained(out)`` (EMA weights, fp16, in files of up to
 14 MB) and ``DDIMScheduler.from_pretrained(out, subfolder="scheduler")``.  Give the same command with ``--resume`` to go
 on from the last checkpoint.  Every schedule counts steps, so a run may be paused or restarted at any time.
+``--network dit`` trains a DiT, a ``DiTTransformer2DModel`` that knows the classes of CIFAR-10.
 
 On a GPU, where the data stay on the device and bf16 and ``torch.compile`` are used, a limit in minutes fits better:
 
@@ -31,8 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cifar10 import load_cifar10
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from cifar10 import CLASSES, load_cifar10
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from tqdm import tqdm
 
@@ -77,6 +78,15 @@ PRESETS: dict[str, dict] = {
         "freq_shift": 1,
         "norm_eps": 1e-6,
     },
+    # A DiT of 4.5 M parameters (2.7 M of them in its layers per token), 64 tokens of 2x2 pixels.
+    "dit": {
+        "size": 16,
+        "num_layers": 6,
+        "num_attention_heads": 3,
+        "attention_head_dim": 64,
+        "patch_size": 2,
+        "num_embeds_ada_norm": len(CLASSES),
+    },
 }
 
 
@@ -110,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder of CIFAR-10")
     add("--out", type=Path, required=True, help="folder to write the model to")
     add("--size", type=int, choices=(16, 32), help="image size (default: that of the preset)")
-    add("--preset", choices=tuple(PRESETS), default="small16", help="network size (%(default)s)")
+    add("--preset", "--network", choices=tuple(PRESETS), default="small16", help="network and its size (%(default)s)")
     add("--steps", type=positive(int), help=f"optimiser steps ({STEPS}, with --minutes without limit)")
     add("--minutes", type=positive(float), help="end training after this time, resumed runs included")
     add("--batch-size", type=positive(int), default=128, help="images per step (%(default)s)")
@@ -118,6 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", type=positive(float), default=0.999, help="largest EMA decay, below 1 (%(default)s)")
     add("--seed", type=int, default=0, help="seed of weights, data order and noise (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
+    add("--bf16", action=flag, default=None, help="bfloat16 autocast (default: on CUDA only)")
     add("--compile", action=flag, default=None, help="torch.compile the network (default: on CUDA only)")
     add("--checkpoint-dir", type=Path, help="folder of the checkpoint (default: --out)")
     add("--checkpoint-every", type=positive(int), metavar="STEPS", help="between checkpoints (default: two minutes)")
@@ -135,22 +146,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     elif args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda asked for, but torch sees no CUDA device")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
+    args.bf16 = args.device == "cuda" if args.bf16 is None else args.bf16
     args.checkpoint_dir = args.checkpoint_dir or args.out
     return args
 
 
-def load_images(args: argparse.Namespace, split: str) -> torch.Tensor:
-    """uint8 images (n, 3, size, size) of "train" or "test"."""
+def load_data(args: argparse.Namespace, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images (n, 3, size, size) and int64 labels (n) of "train" or "test"."""
     try:
-        return load_cifar10(args.data, split, args.size, args.quiet)[0]
+        return load_cifar10(args.data, split, args.size, args.quiet)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--data: {error}") from error
 
 
-def build_unet(preset: str, size: int) -> UNet2DModel:
+def build_network(preset: str, size: int) -> UNet2DModel | DiTTransformer2DModel:
     """Build the network of a preset with fresh weights."""
     config = {key: value for key, value in PRESETS[preset].items() if key != "size"}
-    return UNet2DModel(sample_size=size, in_channels=3, out_channels=3, **config)
+    if "num_embeds_ada_norm" not in config:
+        return UNet2DModel(sample_size=size, in_channels=3, out_channels=3, **config)
+    network = DiTTransformer2DModel(sample_size=size, in_channels=3, out_channels=3, **config)
+    # As in DiT: a block begins as the identity, and the output as zero.
+    blocks = network.transformer_blocks
+    for layer in (network.proj_out_1, network.proj_out_2, *(block.norm1.linear for block in blocks)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    for block in blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0  # no guidance: the label is always given
+    return network
+
+
+def conditions(network: torch.nn.Module, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a network takes beside the noisy images and their times."""
+    return {} if isinstance(network, UNet2DModel) else {"class_labels": labels}
 
 
 def lr_factor(step: int, steps: int, elapsed: float = 0.0, begun: float = 0.0) -> float:
@@ -171,13 +198,13 @@ class Trainer:
 
     COUNTERS = ("step", "seconds", "cpu_seconds", "losses", "loss_sum", "loss_from", "plan")
 
-    def __init__(self, args: argparse.Namespace, train: torch.Tensor):
+    def __init__(self, args: argparse.Namespace, train: torch.Tensor, labels: torch.Tensor):
         torch.manual_seed(args.seed)
         torch.backends.cudnn.benchmark = True
         self.args, self.device = args, torch.device(args.device)
-        self.train_set = train.to(self.device)
-        self.model = build_unet(args.preset, args.size).to(self.device, memory_format=torch.channels_last)
-        self.ema = build_unet(args.preset, args.size).to(self.device, memory_format=torch.channels_last)
+        self.train_set, self.labels = train.to(self.device), labels.to(self.device)
+        self.model = build_network(args.preset, args.size).to(self.device, memory_format=torch.channels_last)
+        self.ema = build_network(args.preset, args.size).to(self.device, memory_format=torch.channels_last)
         self.ema.load_state_dict(self.model.state_dict())
         self.ema.eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -205,28 +232,29 @@ class Trainer:
         compiled = torch.compile(self.model)
         images = self.train_set[: self.args.batch_size]
         images = images.repeat(-(-self.args.batch_size // len(images)), 1, 1, 1)[: self.args.batch_size]
+        labels = self.labels[:1].repeat(len(images))
         try:
-            self.loss(compiled, images, torch.Generator(self.device)).backward()
+            self.loss(compiled, images, labels, torch.Generator(self.device)).backward()
             self.forward = compiled
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             print(f"train_ddpm.py: torch.compile failed, going on without it: {reason}", file=sys.stderr)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def loss(self, model, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Mean squared error of the predicted noise on uint8 `images`, at random times."""
+    def loss(self, model, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Mean squared error of the predicted noise on uint8 `images` of classes `labels`, at random times."""
         images = images.to(self.device).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
         noise = torch.randn(images.shape, generator=generator, device=self.device)
         times = torch.randint(0, 1000, (len(images),), generator=generator, device=self.device)
         noisy = self.schedule.add_noise(images, noise, times).contiguous(memory_format=torch.channels_last)
         with self.autocast():
-            predicted = model(noisy, times, return_dict=False)[0]
+            predicted = model(noisy, times, return_dict=False, **conditions(self.model, labels))[0]
         return F.mse_loss(predicted.float(), noise)
 
     def autocast(self):
-        """bf16 on CUDA, nothing on the CPU."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
+        """bfloat16 with --bf16, else nothing."""
+        if self.args.bf16:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
     def train_step(self) -> torch.Tensor:
@@ -239,7 +267,7 @@ class Trainer:
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * lr_factor(self.step, args.steps, self.elapsed, self.begun)
-        loss = self.loss(self.forward, images, generator)
+        loss = self.loss(self.forward, images, self.labels[index], generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -296,11 +324,12 @@ class Trainer:
         self.generator.set_state(state["rng"].cpu())
 
     @torch.no_grad()
-    def test_loss(self, test: torch.Tensor) -> float:
+    def test_loss(self, test: tuple[torch.Tensor, torch.Tensor]) -> float:
         """Loss of the EMA weights on the test set, with fixed noise and times."""
         generator = torch.Generator(self.device).manual_seed(1234)
-        total = sum(self.loss(self.ema, batch, generator).item() * len(batch) for batch in test.split(250))
-        return total / len(test)
+        batches = zip(*(tensor.to(self.device).split(250) for tensor in test))
+        total = sum(self.loss(self.ema, *batch, generator).item() * len(batch[0]) for batch in batches)
+        return total / len(test[0])
 
     @torch.no_grad()
     def sample(self, count: int = 64, steps: int = 50) -> np.ndarray:
@@ -309,9 +338,11 @@ class Trainer:
         scheduler.set_timesteps(steps)
         size = self.args.size
         x = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        more = conditions(self.ema, torch.arange(count, device=self.device) % len(CLASSES))
         for t in scheduler.timesteps:
             with self.autocast():
-                noise = self.ema(x.contiguous(memory_format=torch.channels_last), t, return_dict=False)[0]
+                noisy, times = x.contiguous(memory_format=torch.channels_last), t.to(self.device).expand(count)
+                noise = self.ema(noisy, times, return_dict=False, **more)[0]
             x = scheduler.step(noise.float(), t, x).prev_sample
         return x.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
@@ -326,14 +357,14 @@ class Trainer:
         limits = {name: value for name, value in limits.items() if value is not None}
         options = {"data": "DATA", "out": args.out.name, **self.identity, **limits, "device": args.device}
         pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
-        pairs.append(("--compile" if args.compile else "--no-compile",))
+        pairs.append(tuple(f"--{'' if getattr(args, key) else 'no-'}{key}" for key in ("bf16", "compile")))
         return shlex.join(["python", "examples/train_ddpm.py", *(word for pair in pairs for word in pair)])
 
-    def export(self, test: torch.Tensor, sample_grid: bool) -> dict:
+    def export(self, test: tuple[torch.Tensor, torch.Tensor], sample_grid: bool) -> dict:
         """Write the EMA model, the scheduler, the training record and the sample grid to --out."""
         args, out = self.args, self.args.out
         out.mkdir(parents=True, exist_ok=True)
-        half = build_unet(args.preset, args.size).half()
+        half = build_network(args.preset, args.size).half()
         half.load_state_dict(self.ema.state_dict())
         half.save_pretrained(out, max_shard_size=SHARD)
         self.ddim().save_pretrained(out / "scheduler")
@@ -346,7 +377,7 @@ class Trainer:
             "images_seen": self.step * args.batch_size,
             "train_images": len(self.train_set),
             "parameters": sum(p.numel() for p in self.ema.parameters()),
-            "test_images": len(test),
+            "test_images": len(test[0]),
             "test_loss_ema": round(self.test_loss(test), 5),
             "train_loss_curve": self.losses,
             "torch": torch.__version__,
@@ -367,7 +398,7 @@ def save_grid(images: np.ndarray, path: Path, columns: int = 8, zoom: int = 4) -
     Image.fromarray(grid).resize((grid.shape[1] * zoom, grid.shape[0] * zoom), Image.Resampling.NEAREST).save(path)
 
 
-def train_until_finished(trainer: Trainer, test: torch.Tensor, before: float, before_cpu: float) -> None:
+def train_until_finished(trainer: Trainer, test: tuple, before: float, before_cpu: float) -> None:
     """The training loop, with checkpoints. before, before_cpu: what the clocks are behind the times of the run."""
     args = trainer.args
     total = None if args.steps == UNLIMITED_STEPS else args.steps
@@ -398,8 +429,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out is not a folder: {args.out}")
     started, started_cpu = time.perf_counter(), time.process_time()
-    train, test = (load_images(args, split) for split in ("train", "test"))
-    trainer = Trainer(args, train)
+    train, test = (load_data(args, split) for split in ("train", "test"))
+    trainer = Trainer(args, *train)
     if args.resume:
         trainer.load_checkpoint()
     if args.compile and not trainer.finished:

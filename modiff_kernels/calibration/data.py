@@ -1,7 +1,9 @@
 """Calibration data: inputs of the UNet on the trajectories of the full-precision sampler, at chosen calls of a run."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,14 +21,25 @@ CONDITIONS = "conditions."  # before the names of conditions among other tensors
 class Sampler:
     """How the full-precision network `unet` is sampled, in `steps` of a diffusers scheduler, used through copies.
     run(seeds): one sampling run, image i from the noise of seeds[i]; it calls `unet` once per time step of the
-    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance)."""
+    scheduler, with a batch whose size is that of `seeds` or a multiple of it (classifier-free guidance).
+    sets_timesteps: whether `run` sets the time steps of `scheduler` in a way of its own."""
 
     unet: nn.Module
     scheduler: Any
     steps: int
     run: Callable[[Sequence[int]], Any]
+    sets_timesteps: bool = False
 
     def new_scheduler(self) -> Any:
+        """A scheduler at the beginning of a run."""
+        return copy.deepcopy(self._begun)
+
+    @functools.cached_property
+    def _begun(self) -> Any:
+        if self.sets_timesteps:
+            with self.unet.register_forward_pre_hook(_stop, prepend=True), contextlib.suppress(StopIteration):
+                self.run([0])
+            return copy.deepcopy(self.scheduler)
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(self.steps)
         return scheduler
@@ -41,6 +54,10 @@ class Sampler:
         if not torch.equal(scheduler.scale_model_input(probe, scheduler.timesteps[0]), probe):
             what = f"the UNet's input, which {type(scheduler).__name__} scales"
             raise ValueError(f"calibrate: {method} steps from {what}; use DDIMScheduler or DPMSolverMultistepScheduler")
+
+
+def _stop(*call: Any) -> None:
+    raise StopIteration
 
 
 def sampler_of(
@@ -66,7 +83,8 @@ def pipeline_sampler(pipe: Any, steps: int, call_kwargs: Mapping[str, Any]) -> S
         raise ValueError(f"calibrate: {type(pipe).__name__} takes a text; give call_kwargs={{'prompt': ...}}")
     options = {"output_type": "latent" if "prompt" in accepted else "np", **call_kwargs}
     denoiser = denoiser_of("calibrate", pipe)
-    return Sampler(denoiser, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options))
+    shifts = "mu" in inspect.signature(pipe.scheduler.set_timesteps).parameters  # with the size of the picture
+    return Sampler(denoiser, pipe.scheduler, steps, lambda seeds: run_pipeline(pipe, steps, seeds, options), shifts)
 
 
 def run_pipeline(pipe: Any, steps: int, seeds: Sequence[int], options: Mapping[str, Any]) -> Any:

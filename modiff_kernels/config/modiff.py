@@ -74,10 +74,11 @@ class ModiffConfig:
         (float activations with dequantised weights: the ceiling that weight quantisation alone sets).
     granularity: how many activation scales a tensor has: "per_tensor", "per_sample", "per_token" or "per_block" (one
         per sample, input channel and 16 rows or pixels; dynamic scales of residuals only). None is "per_block" where it
-        can be had at 3 and 4 bits, else "per_sample"; on a GPU "per_token" for plain Linears and 1x1 convolutions, and
-        "per_sample" for W4A4 on sm_80 to sm_89, whose 4-bit tensor cores take it, and for 8-bit weights on CPUs without
-        VNNI, which multiply codes of few bits faster. A convolution whose scale per pixel does not factor out of its
-        sum (anything but 1x1 with stride 1 and no padding) takes "per_sample" in place of "per_token".
+        can be had at 3 and 4 bits, else "per_sample"; "per_token" for plain Linears and 1x1 convolutions on a GPU, and
+        for plain and 8-bit layers of transformers; and "per_sample" for W4A4 on sm_80 to sm_89, whose 4-bit tensor
+        cores take it, and for 8-bit weights on CPUs without VNNI, which multiply codes of few bits faster. A
+        convolution whose scale per pixel does not factor out of its sum (anything but 1x1 with stride 1 and no padding)
+        takes "per_sample" in place of "per_token".
     scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
         update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration`;
         in mode "quantized" it is the scale of the activation itself.

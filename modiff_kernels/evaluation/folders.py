@@ -23,7 +23,7 @@ def look_into(folder: Path, low_bit: bool) -> tuple[Path, bool, bool]:
     method, kind = (config.get("quantization_config") or {}).get("quant_method"), config.get("_class_name")
     if method is not None and not (low_bit and method == ModiffConfig.quant_method.value):
         raise ValueError(f"was saved in low bits ({method}); give the model in full precision")
-    if not with_pipe and kind != "UNet2DModel":
+    if not with_pipe and kind not in ("UNet2DModel", "DiTTransformer2DModel"):
         raise ValueError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
     return unet, with_pipe, method is not None
 

@@ -15,13 +15,13 @@ import torch
 
 import modiff_kernels as mk
 from modiff_kernels.calibration.data import run_pipeline
-from modiff_kernels.config import StepSchedule
+from modiff_kernels.config.schedule import AUTO, UPDATE, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.evaluation.folders import look_into, read_config
 from modiff_kernels.integrations.planner import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
-from modiff_kernels.planning.clock import host_timesteps
-from modiff_kernels.planning.stored import best_of, run_of
+from modiff_kernels.planning.clock import automatic, host_timesteps
+from modiff_kernels.planning.stored import beside, best_of, run_of
 
 MULTISTEP = {"algorithm_type": "dpmsolver++"}
 OWN_OPTIONS: dict[str, Any] = {
@@ -34,7 +34,7 @@ OWN_OPTIONS: dict[str, Any] = {
 
 @dataclass
 class Model:
-    """A UNet and what it takes to sample from it. `pipe` is None for an unconditional UNet on pixels, which is sampled
+    """A UNet and what it takes to sample from it. `pipe` is None for a UNet or DiT on pixels, which is sampled
     by the loop in this module, and otherwise the pipeline that holds the UNet. `handle` is that of a UNet that was
     saved in low bits, else None. `calls` of the UNet in a run are known where a command samples."""
 
@@ -110,9 +110,10 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
     unet_folder, with_pipe, is_low_bit = look_into(folder, low_bit)
     import diffusers
 
-    loader, place = (diffusers.DiffusionPipeline, folder) if with_pipe else (diffusers.UNet2DModel, unet_folder)
+    kind = "DiffusionPipeline" if with_pipe else read_config(unet_folder / "config.json")["_class_name"]
+    place = folder if with_pipe else unet_folder
     try:
-        loaded = loader.from_pretrained(place, torch_dtype=torch.float32).to(device)
+        loaded = getattr(diffusers, kind).from_pretrained(place, torch_dtype=torch.float32).to(device)
     except Exception as error:
         raise UserError(f"diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
     unet, pipe = (loaded.unet, loaded) if with_pipe else (loaded, None)
@@ -124,7 +125,7 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         raise UserError(f"{type(loaded).__name__} takes a text; give --prompt")
     if prompt is not None and not takes_text:
         raise UserError(f"--prompt {prompt!r}: this model takes no text")
-    if not with_pipe and unet.config.out_channels != unet.config.in_channels:
+    if not with_pipe and unet.config.out_channels not in (None, unet.config.in_channels):
         channels = f"{unet.config.in_channels} input and {unet.config.out_channels} output channels"
         raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
@@ -175,24 +176,43 @@ def _stored_schedule(model: Model, scheduler: str, steps: int, stored: Sequence[
     return found.schedule
 
 
+def actions_of(model: Model, scheduler: str, steps: int, schedule: str) -> str:
+    """A letter for every call of a run with this --schedule."""
+    own = make_scheduler(model, scheduler)
+    own.set_timesteps(steps)
+    if not AUTO.fullmatch(schedule):
+        return StepSchedule.parse(schedule).actions(model.calls)
+    asked = int(schedule.split()[1]) if " " in schedule else None
+    found = best_of(beside(model.unet, model.pipe), own, host_timesteps(own), asked)
+    chosen = found.schedule if found else None if asked else automatic(own, model.calls)
+    return chosen.actions(model.calls) if chosen else UPDATE * model.calls
+
+
+def tells_steps(model: Model) -> bool:
+    """Whether sampling can tell of its steps: not through every pipeline of diffusers."""
+    return model.pipe is None or "callback_on_step_end" in inspect.signature(model.pipe.__call__).parameters
+
+
 def sample_images(
     model: Model, unet: Any, scheduler: str, steps: int, seeds: Sequence[int], channels_last: bool = True,
     run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
     on_step: Callable[[], Any] = lambda: None, scheduler_options: Mapping[str, Any] | None = None, latent: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
-    of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each of them
-    (for a pipeline: not at all). scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE,
-    the latents that it would decode."""
+    of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each step
+    where `tells_steps(model)`. scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE, the
+    latents that it would decode."""
     device = next(model.unet.parameters()).device
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:
         model.pipe.unet, model.pipe.scheduler = unet, schedule
         model.pipe.set_progress_bar_config(disable=True)
-        prompt = {} if model.prompt is None else {"prompt": model.prompt}
+        options: dict[str, Any] = {} if model.prompt is None else {"prompt": model.prompt}
+        if tells_steps(model):
+            options["callback_on_step_end"] = lambda pipe, step, t, tensors: (on_step(), tensors)[1]
         with run(schedule):
             kind = "latent" if latent and hasattr(model.pipe, "vae") else "np"
-            images = run_pipeline(model.pipe, steps, seeds, {"output_type": kind, **prompt}).images
+            images = run_pipeline(model.pipe, steps, seeds, {"output_type": kind, **options}).images
         if kind == "latent":
             return images.float().cpu().numpy()
         return np.asarray(images, dtype=np.float32)
@@ -204,15 +224,16 @@ def sample_images(
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    conditions = {}
-    if config.num_class_embeds is not None:
-        conditions["class_labels"] = torch.tensor([seed % config.num_class_embeds for seed in seeds], device=device)
+    conditions, is_dit = {}, "num_embeds_ada_norm" in config
+    if (classes := config.num_embeds_ada_norm if is_dit else config.num_class_embeds) is not None:
+        conditions["class_labels"] = torch.tensor([seed % classes for seed in seeds], device=device)
     extra = {"generator": generators} if "generator" in inspect.signature(schedule.step).parameters else {}
     with torch.inference_mode(), run(schedule):
         schedule.set_timesteps(steps, device=device)
         x = x * schedule.init_noise_sigma
         for t in schedule.timesteps:
-            predicted = unet(schedule.scale_model_input(x, t), t, return_dict=False, **conditions)[0]
+            timestep = t.expand(len(x)) if is_dit else t
+            predicted = unet(schedule.scale_model_input(x, t), timestep, return_dict=False, **conditions)[0]
             x = schedule.step(predicted, t, x, return_dict=False, **extra)[0]
             on_step()
         return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()

@@ -228,6 +228,8 @@ class Handle:
         self._require_active()
         if self._scheduled is None:
             raise RuntimeError("set_schedule: accelerate() got no schedule; give one in its ModiffConfig")
+        if isinstance(schedule, str):
+            self._scheduled.stored = beside(self.unet, *self._pipes)
         self._scheduled.schedule = schedule
 
     def explain_schedule(self) -> str:

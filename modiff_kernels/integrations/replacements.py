@@ -122,16 +122,22 @@ def runs_on_gpu(unet: nn.Module) -> bool:
 def for_kind(unet: nn.Module, config: ModiffConfig) -> tuple[ModiffConfig, str]:
     """`config` as its defaults are meant for this network, and what that changes. A transformer has attention, and no
     convolution but of patches and single channels."""
-    if config.plan is not None or (config.mode, config.act_bits, config.scale_mode) != (MODULATED, 8, "dynamic"):
+    is_plain, of_kind = QUANTIZED in (config.mode, config.plan), config.plan in (None, MODULATED, QUANTIZED)
+    bits_that_count = config.act_bits is not None and (is_plain or config.act_bits == 8)  # else per_block
+    if config.scale_mode != "dynamic" or not (of_kind and bits_that_count):
         return config, ""
     names = " ".join(f"{path} {type(each).__name__}" for path, each in unet.named_modules()).lower()
     attends = "attention" in names or "attn" in names
     convs = [each for path, each in unet.named_modules() if isinstance(each, nn.Conv2d) and not config.skips(path)]
     if not attends or any(conv.groups == 1 and conv.kernel_size > conv.stride for conv in convs):
         return config, ""
+    text = "" if config.granularity else "layers of a transformer have a scale per token"
+    config = dataclasses.replace(config, granularity=config.granularity or "per_token")
+    if config.plan is not None or is_plain:
+        return config, text
     text = "modulating them moves more bytes than it saves; plan='modulated' modulates them"
-    config = dataclasses.replace(config, mode=QUANTIZED, granularity=config.granularity or "per_token")
-    return config, f"8-bit layers of a transformer are plain, with a scale per token: {text}"
+    text = f"8-bit layers of a transformer are plain, with a scale per token: {text}"
+    return dataclasses.replace(config, mode=QUANTIZED), text
 
 
 def has_delayed_scales(unet: nn.Module, config: ModiffConfig) -> bool:

@@ -102,7 +102,7 @@ class ScheduledUNet:
         steps: Callable[[], Steps | None], stored: Sequence[StoredSchedule] = (),
     ) -> None:  # fmt: skip
         self.unet, self.state, self.schedule = unet, state, schedule
-        self._steps, self._stored = steps, stored
+        self._steps, self.stored = steps, stored
         self._warned: set[str] = set()
         self._in_use: StepSchedule | None = None
         self._found: StoredSchedule | None = None  # where that is stored
@@ -178,7 +178,7 @@ class ScheduledUNet:
             reason = f"{name} adds noise at its steps"
         elif scheduler is not None and not timesteps:
             reason = f"the UNet is called with other timesteps than {name} announced"
-        elif chosen is None and not steps.first and (found := best_of(self._stored, scheduler, timesteps, asked)):
+        elif chosen is None and not steps.first and (found := best_of(self.stored, scheduler, timesteps, asked)):
             self._found, chosen = found, found.schedule
         elif chosen is None and asked is not None:
             reason = f"no schedule of {asked} evaluations is stored for it; `modiff calibrate --schedule` fits one"

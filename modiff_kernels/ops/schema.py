@@ -173,7 +173,7 @@ _both_ops = dispatch.composed(quantize, product)
 
 @declare(check.attention)
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float, backend: str = "auto") -> Tensor:
-    """What stands between the projections of an attention block, in float.
+    """What stands between the projections of an attention block.
 
     ::
 
@@ -186,5 +186,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float, b
 
     Returns:
         out [N, L, heads * width], contiguous, in q's dtype. Raises ValueError on shapes that do not fit. Backend
-        reference is torch's scaled_dot_product_attention."""
+        reference is torch's scaled_dot_product_attention; cpu computes in 16-bit fixed point, 70 dB."""
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -100,8 +100,8 @@ def add(path: Path, found: StoredSchedule) -> str:
 
 
 def beside(*models: Any) -> list[StoredSchedule]:
-    """The schedules in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a UNet also in that
-    around its own `unet`. ValueError as of `read`."""
+    """The schedules in the folder that one of `models` (UNet, pipeline, None) was loaded from, for a denoiser also in
+    that around its own `unet` or `transformer`. ValueError as of `read`."""
     path = place_beside(FILE_NAME, *models)
     return [] if path is None else read(path)
 
@@ -110,5 +110,5 @@ def place_beside(file_name: str, *models: Any) -> Path | None:
     """The file or folder of this name in the folders of `beside`, None without one."""
     names = [getattr(getattr(model, "config", None), "_name_or_path", None) for model in models]
     folders = [Path(name) for name in names if isinstance(name, (str, Path)) and name]
-    places = [place for folder in folders for place in [folder, *[folder.parent] * (folder.name == "unet")]]
+    places = [place for own in folders for place in [own, *[own.parent] * (own.name in ("unet", "transformer"))]]
     return next((path for place in places if (path := place / file_name).exists()), None)

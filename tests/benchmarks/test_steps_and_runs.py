@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import record, runs, steps, tables
+from benchmarks import record, runs, shapes, steps, tables
 from benchmarks.configurations import telling_first, with_backends
 from tests.benchmarks.test_baselines import GPU, step_rows
 
@@ -33,6 +33,18 @@ def test_a_step_is_timed_and_recorded(tmp_path, capsys):
     assert (reference, "overhead_vs_plain") not in rows
     assert (ours, "state") in rows
     assert "modulated W8A8, cpu" in tables.MAKERS["steps"](tmp_path, "cifar10_small16")
+
+
+def test_a_step_of_a_dit(tmp_path, monkeypatch):
+    linears = {str(layer): n for layer, n in shapes.layer_table("dit_s2").items() if layer.kind == "linear"}
+    assert linears.pop("linear-384-32@256") == 1
+    assert linears == {"linear-384-384@256": 48, "linear-384-1536@256": 12, "linear-1536-384@256": 12}
+    small = {**shapes.CONFIGS["dit_s2"]["unet"], "num_layers": 1, "sample_size": 8}
+    monkeypatch.setitem(shapes.CONFIGS["dit_s2"], "unet", small)
+    words = ("--network", "dit_s2", "--batch", "2", "--calls", "3", "--rows", "float-contiguous,plain-w8a8")
+    code, rows = command(steps, tmp_path, *words)
+    assert code == 0
+    assert float(rows["dit_s2-b2-plain-w8a8", "update_time"]["sqnr_db"]) > 35
 
 
 def test_a_wrong_step_is_refused(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,13 @@
+import base64
+import io
 import json
 import runpy
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, VQModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, LDMPipeline, VQModel
 from PIL import Image
 
 from modiff_kernels.cli import main
@@ -113,8 +116,21 @@ def test_markdown_and_grid(report):
     assert text.startswith("| configuration | PSNR dB | SSIM | s/image | speed-up | state MB | avg bits | backend |")
     assert "| float32 eager contiguous | reference | 1 |" in text
     assert "Warm-up of 2 steps" in text
-    grid = Image.open(report / "compare_grid.png")
-    assert grid.height == 10 * (64 + 4) + 4
+    assert Image.open(report / "compare_grid.png").height == 7 * (96 + 4) + 4  # full precision, three rows and errors
+    assert Image.open(report / "speed_quality.png").width > 400
+
+
+def test_the_page_needs_no_other_file(report, rows):
+    page = ElementTree.parse(report / "compare.html")
+    images = [image.get("src").split(";base64,") for image in page.iter("img")]
+    assert [kind for kind, _ in images] == ["data:image/png"] * (7 * 3) + ["data:image/svg+xml"]
+    assert {element.tag for element in page.iter()}.isdisjoint({"script", "link", "iframe"})
+    assert Image.open(io.BytesIO(base64.b64decode(images[0][1]))).size == (8, 8)
+    assert ElementTree.fromstring(base64.b64decode(images[-1][1])).tag.endswith("svg")
+    actions = rows["modulated W8A8 scheduled"]["actions"]
+    assert actions == "UUUFUFUFUFUU"
+    calls = [call.get("title").partition(": ")[2] for call in page.iter("i")]
+    assert calls == [{"U": "computed", "F": "forecast"}[letter] for letter in actions] * 2  # modulated and plain
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -135,7 +151,10 @@ def test_a_failing_torch_compile_is_left_out_and_said(unet_folder, tmp_path, mon
     assert "float32 torch.compile channels_last is left out, torch.compile failed: division by zero" in out
 
 
-@pytest.mark.parametrize("kind", ["classes", "pixels", "latents"])
+DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "num_embeds_ada_norm": 4}
+
+
+@pytest.mark.parametrize("kind", ["classes", "pixels", "latents", "dit"])
 def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
     model = unet = tiny_unet(num_class_embeds=4 if kind == "classes" else None)
     if kind == "pixels":
@@ -144,6 +163,8 @@ def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
         torch.manual_seed(0)
         vqvae = VQModel(block_out_channels=(16,), norm_num_groups=8, latent_channels=3)
         model = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler(clip_sample=False))
+    elif kind == "dit":
+        model = DiTTransformer2DModel(in_channels=3, **DIT)
     model.save_pretrained(tmp_path / "model")
     options = ["--steps", 3, "--rows", "float-contiguous,modulated-w8a8"]
     reference, modulated = rows_of(tmp_path / "a.json", "--model", tmp_path / "model", *options)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 
 from tests.calibration.conftest import interrupt
 from tests.cifar10_files import write_packed
@@ -21,6 +21,7 @@ def train_ddpm():
         module = importlib.import_module("train_ddpm")
     small = module.PRESETS["small16"]
     module.PRESETS["tiny"] = {**small, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
+    module.PRESETS["dit"] |= {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
     return module
 
 
@@ -31,15 +32,17 @@ def data(tmp_path_factory) -> Path:
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
     words = ["--data", data, "--out", out, "--batch-size", 2, "--steps", 2, "--device", "cpu", "--quiet", *more]
-    return [str(word) for word in (*words, "--preset", "tiny", "--no-sample-grid")]
+    words = words if "--network" in words else [*words, "--preset", "tiny"]
+    return [str(word) for word in (*words, "--no-sample-grid")]
 
 
-def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "more"), [(UNet2DModel, []), (DiTTransformer2DModel, ["--network", "dit", "--bf16"])])
+def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch, kind, more):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train_ddpm.main(arguments(data, whole)) == 0
+    assert train_ddpm.main(arguments(data, whole, *more)) == 0
 
     # Stop a second run after its first step, then resume it: the result has to be the same.
-    options = arguments(data, parts, "--checkpoint-every", "1")
+    options = arguments(data, parts, "--checkpoint-every", "1", *more)
     with monkeypatch.context() as patch:
         interrupt(patch, train_ddpm.Trainer, "train_step", 2)
         with pytest.raises(KeyboardInterrupt):
@@ -47,7 +50,7 @@ def test_trains_resumes_and_loads(train_ddpm, data, tmp_path, monkeypatch):
     assert not (parts / "config.json").exists()
     assert train_ddpm.main([*options, "--resume"]) == 0
 
-    one, two = (UNet2DModel.from_pretrained(folder) for folder in (whole, parts))
+    one, two = (kind.from_pretrained(folder) for folder in (whole, parts))
     assert one.config.sample_size == 16
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import modiff_kernels as mk
 from modiff_kernels.evaluation import sqnr
+from modiff_kernels.planning import stored
 from tests.denoisers import DENOISERS
 from tests.unets import trajectory, unet2d
 
@@ -32,7 +33,8 @@ PIPELINES = {
 class Pipeline:
     def __init__(self, name):
         kind, (denoiser, self.options) = getattr(diffusers, f"{name}Pipeline"), PIPELINES[name]
-        flow = FlowMatchEulerDiscreteScheduler if name != "PixArtAlpha" else partial(DDIMScheduler, clip_sample=False)
+        flow = partial(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=name == "Flux")
+        flow = partial(DDIMScheduler, clip_sample=False) if name == "PixArtAlpha" else flow
         parts = {part: None for part in PARTS if part in kind.__init__.__annotations__}
         self.pipe = kind(transformer=DENOISERS[denoiser].build(), scheduler=flow(), **parts)
         self.pipe.set_progress_bar_config(disable=True)
@@ -63,17 +65,23 @@ def test_whole_way(name, tmp_path):
     assert sqnr(plain, exact) > 35
     handle.compile(backend="eager")
     assert sqnr(whole.sample(), plain) > 60
-    handle.save_pretrained(tmp_path)
+    handle.save_pretrained(tmp_path / "transformer")
+    (tmp_path / stored.FILE_NAME).write_text(stored.add(tmp_path / stored.FILE_NAME, fitted))
     handle.remove()
     assert torch.equal(whole.sample(), exact)
-    handle = mk.accelerate(pipe, mk.ModiffConfig(act_bits=4))
-    assert {row.mode for row in handle.rows()} == {"float", "modulated"}
-    assert sqnr(whole.sample(), exact) > 35
-    handle.remove()
-    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path)
+    for more, granularity in (({"act_bits": 4}, "per_block"), ({"plan": "modulated"}, "per_token")):
+        handle = mk.accelerate(pipe, mk.ModiffConfig(**more))
+        assert {row.mode for row in handle.rows()} == {"float", "modulated"}
+        assert {layer.granularity for layer in handle.layers.values()} == {granularity}
+        assert sqnr(whole.sample(), exact) > 35
+        handle.remove()
+    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / "transformer")
     handle = mk.accelerate(pipe)
     handle.set_schedule(None)
     assert sqnr(whole.sample(), plain) > 60
+    handle.set_schedule("auto 5")
+    assert sqnr(whole.sample(), exact) > 35
+    assert handle.skipped_calls() == 3, handle.explain_schedule()
 
 
 def test_one_handle_for_several_denoisers():

@@ -93,13 +93,14 @@ def test_the_best_of_several(tmp_path):
 
 
 def test_it_is_found_in_the_folder_of_the_unet_or_the_pipeline(tmp_path):
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "other").mkdir()
-    assert stored.beside(loaded_from(tmp_path / "unet"), None) == []
+    for name in ("unet", "transformer", "other"):
+        (tmp_path / name).mkdir()
+        assert stored.beside(loaded_from(tmp_path / name), None) == []
     path = write(tmp_path)
     assert stored.beside(loaded_from(tmp_path), None)[0].path == path
     assert stored.beside(types.SimpleNamespace(config=types.SimpleNamespace(_name_or_path=tmp_path)))[0].path == path
-    assert stored.beside(loaded_from(tmp_path / "unet"), None)[0].path == path
+    for name in ("unet", "transformer"):
+        assert stored.beside(loaded_from(tmp_path / name), None)[0].path == path
     assert stored.beside(loaded_from(tmp_path / "other"), None) == []
     assert stored.beside(types.SimpleNamespace(), loaded_from(tmp_path))[0].path == path
 

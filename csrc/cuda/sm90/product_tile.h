@@ -103,6 +103,10 @@ struct ProductTile {
   };
   static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
   static_assert(kStages >= 3 && kColumns % kSlice == 0 && kCodesBytes % 1024 == 0 && kWeightBytes % 1024 == 0, "tile");
+  static_assert(kWarpgroup * (2 * kConsumerRegisters + kProducerRegisters + (kPacked ? kUnpackerRegisters : 0)) <=
+                    65536,
+                "registers of a multiprocessor");
+  static_assert(kConsumerRegisters <= 255 && kConsumerRegisters - kBlocks * kSums >= 64, "registers beside the sums");
   static_assert(kStageSlices == 2 && kSliceBytes % 1024 == 0, "slices");
 
   // Half of a tile's sums, those of a consumer, pass from one block of a cluster to the other through stages.

@@ -1,0 +1,17 @@
+// The launchers of sm_90, as above, with the smallest tile of each width of the weight.
+#include "cuda/sm90/product.cu"
+#include "cuda/sm90/product.cuh"
+
+namespace modiff::cuda::sm90 {
+
+cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, const Device& device, cudaStream_t stream) {
+  if (tile != 3) return cudaErrorInvalidValue;
+  return launch<Product<8, 1, 64>>(args, device, stream);
+}
+cudaError_t launch_packed(int tile, int bits, const ProductArgs<CUtensorMap>& args, const Device& device,
+                          cudaStream_t on) {
+  if (tile != 3) return cudaErrorInvalidValue;
+  return bits == 4 ? launch<Product<4, 1, 64>>(args, device, on) : launch<Product<3, 1, 64>>(args, device, on);
+}
+
+}  // namespace modiff::cuda::sm90
