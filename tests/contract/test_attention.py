@@ -7,8 +7,8 @@ from modiff_kernels import ops
 
 OP = "attention"
 
-# samples, queries, keys, heads, width: one of everything, odd, around vectors (16), tiles (6), parts (128 keys) and blocks
-# (96 queries, 512 keys), and the layers of the shipped model, DDPM CIFAR-10, SD 1.5 and its VAE.
+# samples, queries, keys, heads, width: one of everything, odd, around vectors (16), tiles (6), parts (128 keys) and
+# blocks (96 queries, 512 keys), and the layers of the shipped model, DDPM CIFAR-10, SD 1.5 and its VAE.
 SHAPES = [(1, 1, 1, 1, 1), (2, 7, 5, 1, 3), (3, 15, 17, 2, 16), (1, 95, 127, 3, 17), (1, 97, 129, 1, 65)]
 SHAPES += [(2, 96, 16, 2, 48), (8, 64, 64, 3, 32), (2, 256, 256, 1, 256), (1, 300, 77, 8, 40), (1, 40, 4096, 1, 40)]
 SHAPES += [(1, 20, 513, 1, 512)]
