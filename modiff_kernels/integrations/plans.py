@@ -232,8 +232,8 @@ def _example_inputs(unet: nn.Module, batch: int) -> tuple[Tensor, dict[str, Any]
 
     size = config.sample_size
     sample = empty(config.in_channels, *((size, size) if isinstance(size, int) else size))
-    arguments: dict[str, Any] = {"timestep": torch.empty((), device="meta")}
-    if getattr(config, "num_class_embeds", None) is not None:
+    arguments: dict[str, Any] = {"timestep": torch.empty(batch, device="meta")}
+    if any(getattr(config, name, None) is not None for name in ("num_class_embeds", "num_embeds_ada_norm")):
         arguments["class_labels"] = torch.empty(batch, dtype=torch.long, device="meta")
     width = getattr(config, "cross_attention_dim", None)
     if width is not None:

@@ -117,7 +117,8 @@ def product(
             Of an image: one for all, one per image, or one per pixel, which leaves the sum over K only for a pointwise
             window (for other windows the backend reference alone takes it).
         zero_point: int32, as many, or None for symmetric codes; not with y_hat.
-        weight: see `PackedWeight`; one with geglu is of a Linear and goes with neither y_hat nor skip.
+        weight: see `PackedWeight`; one with geglu is of a Linear and goes with neither y_hat nor skip. Codes that are
+            changed in place must be there when the kernel launched before begins (sm_90 reads them before it ends).
         y_hat: state [..., N] or [N, n, P, Q]: the product is added onto it. **Mutated.**
         bias: float [N] or None; not with y_hat, which holds it from the beginning of a run.
         skip: of the output's shape, in out_dtype, or None.

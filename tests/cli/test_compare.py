@@ -171,6 +171,7 @@ def test_other_kinds_of_models(tiny_unet, tmp_path, kind):
     assert reference["psnr_db"] is None
     assert modulated["psnr_db"] > 20
     assert modulated["state_bytes"] > 10_000
+    assert main(["explain", "--model", str(tmp_path / "model"), "--quiet"]) == 0
 
 
 def test_python_m_is_the_command(monkeypatch, capsys):

@@ -28,7 +28,6 @@ def test_every_mode_writes_a_grid(unet_folder, tmp_path, capsys, mode):
     assert Image.open(out).size == (512, 512)
     own = tmp_path / "own.png"
     assert sample(unet_folder, own, "--images", "3", "--mode", mode, "--act-bits", "4", "--scale", "1") == 0
-    assert Image.open(own).size == (16, 16)
     assert Image.open(out).resize((16, 16), Image.Resampling.NEAREST).tobytes() == Image.open(own).tobytes()
     assert capsys.readouterr().out == ""
 

@@ -30,7 +30,8 @@ def dit_folder(tmp_path_factory):
 def lora_file(sd_folder, tmp_path):
     peft = pytest.importorskip("peft", reason="diffusers loads LoRAs through peft; pip install peft")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd_folder)
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_v", "to_out.0"], init_lora_weights=False))
     pipe.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet))
     return tmp_path / "pytorch_lora_weights.safetensors"
 
@@ -65,10 +66,10 @@ def test_lora_changes_the_picture_and_may_stand_beside(sd_folder, lora_file, tmp
     pictures = []
     for place, options in enumerate(([], ["--beside"], ["--scale", 0])):
         out = tmp_path / f"{place}.png"
-        run("lora", "--model", sd_folder, "--lora", lora_file, "--steps", 3, "--out", out, *options)
+        run("lora", "--model", sd_folder, "--lora", lora_file, "--steps", 6, "--out", out, *options)
         pictures.append(torch.frombuffer(bytearray(Image.open(out).tobytes()), dtype=torch.uint8).float())
-    fused, beside, without = pictures
-    assert (fused - beside).abs().mean() < (fused - without).abs().mean() / 4
+    near, far = [(pictures[0] - other).abs().mean() for other in pictures[1:]]  # of 255
+    assert near < 1.5 < 4 < far
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), ro
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.target_info import cuda_capability_geq
 
 from ...quant.spec import BLOCK_ROWS
 from .launch import INTERPRETED
@@ -335,6 +337,8 @@ def quantize_kernel(
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    if not _INTERPRETED and cuda_capability_geq(9):
+        gdc_launch_dependents()  # the product of `cuda` may begin, up to its wait for the end of this kernel
     STEP: tl.constexpr = WIDTH * GROUPS if PROLOGUE == "groups" else BLOCK_C
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, STEP, False)
     inside = col < channels

@@ -113,7 +113,7 @@ TOGETHER |= {r"wgmma\.mma": 128, r"bar\.sync|barrier\.cluster\.wait|mbarrier\.tr
 NOTHING = (
     r"bar\.(warp\.)?sync|barrier\.cluster\.(arrive|wait)\.aligned|cp\.async\.(bulk\.)?(commit_group|wait_group(\.read)?)|"
     r"wgmma\.(fence|commit_group|wait_group)\.sync\.aligned|membar\.gl|setmaxnreg\.(inc|dec)\.sync\.aligned\.u32|"
-    r"fence\.(mbarrier_init\.release\.cluster|proxy\.async\.shared::cta)"
+    r"fence\.(mbarrier_init\.release\.cluster|proxy\.async\.shared::cta)|griddepcontrol\.\w+|prefetch\.tensormap"
 )
 OPERAND = re.compile(r"\[(?:[^\]{]|\{[^}]*\})*\]|\{[^}]*\}|[^,\s\[{]+")
 
@@ -448,14 +448,18 @@ class Launch:
             to = self.swizzled(to + SHARED + np.arange(len(row)), span) - SHARED
             yield self.shared[block], to, self.memory(source[inside], U1)[1][:, 0], inside
 
-    def load_box(self, mask, operands):
+    def load_box(self, mask, operands, multicast):
         to, place, barrier, *offsets = operands
         assert mask.sum() <= self.grid, "a box is loaded by one thread of a block"
-        boxes = self.boxes(mask, place, to, *offsets)
-        for (shared, at, source, inside), found in zip(boxes, self.barrier(mask, barrier)):
-            shared[at] = 0
-            shared[at[inside]] = MEMORY[source]
-            self.change(found, -len(at))
+        members = self.read(offsets.pop(), U2)[mask].tolist() if multicast else [0] * mask.sum()
+        boxes, width = self.boxes(mask, place, to, *offsets), self.shared.shape[1]
+        for (_, at, source, inside), found, ranks in zip(boxes, self.barrier(mask, barrier), members):
+            block, place = divmod(found - self.shared.ctypes.data, width)
+            first, ranks = block // self.cluster * self.cluster, ranks or 1 << block % self.cluster
+            for member in (first + i for i in range(self.cluster) if ranks >> i & 1):
+                self.shared[member][at] = 0
+                self.shared[member][at[inside]] = MEMORY[source]
+                self.change(self.shared.ctypes.data + member * width + place, -len(at))
 
     def store_box(self, mask, operands):
         for shared, at, target, inside in self.boxes(mask, *operands):
@@ -480,6 +484,6 @@ METHODS = {
     r"mapa\.shared::cluster\.u32": Launch.at_rank,
     r"st\.async\.weak\.shared::cluster\.mbarrier::complete_tx::bytes\.v4\.s32": Launch.send,
     r"cp\.async\.bulk\.tensor\.(?:2d\.shared::cluster\.global\.tile|4d\.shared::cluster\.global\.im2col)"
-    r"\.mbarrier::complete_tx::bytes": Launch.load_box,
+    r"\.mbarrier::complete_tx::bytes(?P<multicast>\.multicast::cluster)?": Launch.load_box,
     r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta\.bulk_group": Launch.store_box,
 }

@@ -31,6 +31,8 @@ def test_every_k_block_of_every_tile_once(maps, row_tiles, column_tiles, splits,
     done = [(row, column, i) for row, column, _, first, end in works for i in range(first, end)]
     assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(k_blocks)))
     assert all(tile == row * column_tiles + column and end > first for row, column, tile, first, end in works)
+    if splits == 1 and column_tiles % 2 == 0:  # the two of a cluster share their codes
+        assert all(left[0] == right[0] and left[3:] == right[3:] for left, right in zip(works[::2], works[1::2]))
 
 
 class TestWalks:

@@ -103,6 +103,13 @@ class TestTiles:
         case = Case(2, 9, 9, 128, 72, THREE, bits)
         case.check(hopper, Launch(tile, splits=splits, multiprocessors=2, seed=tile))
 
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_two_blocks_share_codes(self, hopper, bits, seed):
+        """Two column tiles of 429 rows, so that of the last codes a half is past the end; by one cluster or by two."""
+        case = Case(3, 13, 11, 64, 168, THREE, bits, seed=seed)
+        case.check(hopper, Launch(0, multiprocessors=(2, 5)[seed // 2], seed=seed))
+
 
 class TestOrders:
     """The model's freedom: which thread goes on, when a load is there. Results do not depend on it."""

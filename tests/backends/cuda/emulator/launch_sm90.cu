@@ -4,14 +4,13 @@
 
 namespace modiff::cuda::sm90 {
 
-cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, const Device& device, cudaStream_t stream) {
+cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t config, int device) {
   if (tile != 3) return cudaErrorInvalidValue;
-  return launch<Product<8, 1, 64>>(args, device, stream);
+  return launch<Product<8, 1, 64>>(args, config, device);
 }
-cudaError_t launch_packed(int tile, int bits, const ProductArgs<CUtensorMap>& args, const Device& device,
-                          cudaStream_t on) {
+cudaError_t launch_packed(int tile, int bits, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t on, int device) {
   if (tile != 3) return cudaErrorInvalidValue;
-  return bits == 4 ? launch<Product<4, 1, 64>>(args, device, on) : launch<Product<3, 1, 64>>(args, device, on);
+  return bits == 4 ? launch<Product<4, 1, 64>>(args, on, device) : launch<Product<3, 1, 64>>(args, on, device);
 }
 
 }  // namespace modiff::cuda::sm90

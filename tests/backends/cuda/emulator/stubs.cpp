@@ -64,8 +64,8 @@ struct Configuration {
 } configured;
 cudaError_t last_error = cudaSuccess;
 
-cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t bytes, unsigned cluster, void** args) {
-  const int64_t values[] = {grid.x, block.x, int64_t(bytes), cluster, int64_t(args[0])};
+cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t bytes, unsigned cluster, bool early, void** args) {
+  const int64_t values[] = {grid.x, block.x, int64_t(bytes), cluster, int64_t(args[0]), early};
   const bool flat = grid.y * grid.z * block.y * block.z == 1;
   return last_error = flat ? static_cast<cudaError_t>(told(name, values)) : cudaErrorInvalidConfiguration;
 }
@@ -92,11 +92,13 @@ cudaError_t __cudaGetKernel(const char** name, const void* function) {
   return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(const char* name, dim3 grid, dim3 block, void** args, size_t bytes, cudaStream_t) {
-  return launch(name, grid, block, bytes, 1, args);
+  return launch(name, grid, block, bytes, 1, false, args);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+  const bool early = config->numAttrs == 2 && config->attrs[1].val.programmaticStreamSerializationAllowed == 1 &&
+                     config->attrs[1].id == cudaLaunchAttributeProgrammaticStreamSerialization;
   return launch(names().at(function), config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                config->attrs[0].val.clusterDim.x, args);
+                config->attrs[0].val.clusterDim.x, early, args);
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return last_error; }
