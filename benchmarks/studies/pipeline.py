@@ -10,11 +10,13 @@ that of the picture to the first row's; with random weights it says little about
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ import torch
 import modiff_kernels as mk
 from benchmarks import record
 from benchmarks.shapes import CONFIGS, VAE_DECODER, build_unet
-from modiff_kernels.evaluation import psnr, to_json
+from benchmarks.tables import caption, loaded
+from modiff_kernels.evaluation import markdown_table, psnr, to_json
 
 ROWS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -86,6 +89,25 @@ def measure(name: str, steps: int, picture: str) -> dict[str, float]:
     return {**seconds, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
+def table(results: Path) -> str | None:
+    """The median round of each row."""
+    report = loaded(results / "pipeline.json")
+    if report is None:
+        return None
+    parts = ("text encoder", "UNet", "VAE", "all")
+    cells, best = [], min(median(report["rows"][name], "all") for name in report["rows"] if "float" in name)
+    for name, rounds in report["rows"].items():
+        seconds = [median(rounds, part) for part in parts]
+        more = [f"{best / seconds[-1]:.2f}x", f"{median(rounds, 'peak') / 2**30:.1f}", f"{median(rounds, 'psnr'):.1f}"]
+        cells.append([name, *(f"{s:.1f}" for s in seconds), *more])
+    header = ["pipeline", *(f"{part} s" for part in parts), "vs best float32", "peak GiB", "PSNR dB"]
+    return f"{markdown_table(header, cells)}\n\n{caption([report])}"
+
+
+def median(rounds: Sequence[dict[str, float]], key: str) -> float:
+    return statistics.median(one[key] for one in rounds)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=25, help="of the sampler (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="of all configurations (%(default)s)")
@@ -114,6 +136,6 @@ def main(args: argparse.Namespace) -> int:
             rows[name][-1]["psnr"] = float(psnr(own, first).mean())
             print(name, {key: round(value, 2) for key, value in rows[name][-1].items()}, flush=True)
     if args.json:
-        about = {**record.environment(), "steps": args.steps}
+        about = record.environment()
         args.json.write_text(to_json({**about, "rows": rows}))
     return 0
