@@ -54,7 +54,7 @@ def build(steps: int) -> Any:
     return pipe
 
 
-def measure(name: str, steps: int, picture: str) -> dict[str, float]:
+def measure(name: str, steps: int, guidance: float, picture: str) -> dict[str, float]:
     """Seconds of the parts of one picture, which goes to a file, and the peak memory of this process in bytes."""
     pipe, row, seconds = build(steps), ROWS[name], defaultdict(float)
     pipe.unet.to(memory_format=torch.channels_last)
@@ -83,7 +83,8 @@ def measure(name: str, steps: int, picture: str) -> dict[str, float]:
         started = time.perf_counter()
         texts = {f"{sign}prompt_embeds": encode(tokens + i)[0] for i, sign in enumerate(("", "negative_"))}
         generator = torch.Generator().manual_seed(0)
-        image = pipe(**texts, num_inference_steps=count, generator=generator, output_type="np").images
+        options = {"guidance_scale": guidance, "generator": generator, "output_type": "np"}
+        image = pipe(**texts, num_inference_steps=count, **options).images
         seconds["all"] = time.perf_counter() - started
     np.save(picture, image)
     return {**seconds, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
@@ -110,6 +111,8 @@ def median(rounds: Sequence[dict[str, float]], key: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=25, help="of the sampler (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="1: none, one sample a call (%(default)s)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="default: all")
     parser.add_argument("--rounds", type=int, default=1, help="of all configurations (%(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
@@ -121,18 +124,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     if args.one:
-        print(json.dumps(measure(args.one, args.steps, args.picture)))
+        print(json.dumps(measure(args.one, args.steps, args.guidance, args.picture)))
         return 0
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
-    shared = [sys.executable, "-m", "benchmarks", "pipeline", "--steps", args.steps, "--threads", args.threads]
+    shared = [sys.executable, "-m", "benchmarks", "pipeline", "--steps", args.steps, "--guidance", args.guidance]
+    shared += ["--threads", args.threads]
     with tempfile.TemporaryDirectory() as folder:
-        pictures = {name: Path(folder) / f"{i}.npy" for i, name in enumerate(ROWS)}
-        for name in [*ROWS] * args.rounds:
+        pictures = {name: Path(folder) / f"{i}.npy" for i, name in enumerate(args.rows)}
+        for name in args.rows * args.rounds:
             command = [*map(str, shared), "--one", name, "--picture", str(pictures[name])]
             rows[name].append(
                 json.loads(subprocess.run(command, check=True, capture_output=True).stdout.split(b"\n")[-2])
             )
-            first, own = np.load(pictures["float32"]), np.load(pictures[name])
+            first, own = np.load(pictures[args.rows[0]]), np.load(pictures[name])
             rows[name][-1]["psnr"] = float(psnr(own, first).mean())
             print(name, {key: round(value, 2) for key, value in rows[name][-1].items()}, flush=True)
     if args.json:
