@@ -40,7 +40,7 @@ $(STAMP): $(BUILD_INPUTS)
 
 demo: setup
 	$(BIN)/modiff compare --out demo
-	@echo "demo: table in demo/compare.md, pictures in demo/compare_grid.png, numbers in demo/compare.json"
+	@echo "demo: open demo/compare.html in a browser; its parts are compare.md, compare_grid.png and compare.json beside it"
 
 lint: setup
 	$(BIN)/ruff check .

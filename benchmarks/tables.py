@@ -10,7 +10,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
     compare [FILE [ROW ...]]                         FILE.json, as `modiff compare --json` writes it; ROW: keys, all
     schedules own|converged|fits|distances [NETWORK], calibration SAMPLER      pareto.json and calibration.json
     quality FILE SAMPLER                             FILE.json, of the study `quality`
-    traffic                                          traffic.json
+    pipeline, traffic                                pipeline.json, traffic.json
 
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.
 """
@@ -257,6 +257,7 @@ MAKERS: dict[str, Callable[..., str | None]] = {
     "schedules": study("schedules"),
     "calibration": study("calibration"),
     "quality": study("quality"),
+    "pipeline": study("pipeline"),
     "traffic": study("traffic"),
     "triton": triton_table,
 }  # fmt: skip

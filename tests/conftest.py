@@ -81,9 +81,8 @@ def host_module(tmp_path_factory, compiler):
 
 
 @pytest.fixture(scope="session")
-def emulators(pytestconfig, tmp_path_factory, compiler):
-    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80), "hopper" (sm_90). A sanitizer's complaint
-    fails the test whose call it ends. Compiled programs are kept until a source changes."""
+def compiled(pytestconfig, tmp_path_factory, compiler):
+    """A folder for programs compiled of csrc and tests/backends/cuda/emulator, kept until a source changes."""
     from tests.backends.cuda import emulation
 
     sources = [p for f in (emulation.ROOT / "csrc", emulation.EMULATOR) for p in sorted(f.rglob("*")) if p.is_file()]
@@ -91,11 +90,20 @@ def emulators(pytestconfig, tmp_path_factory, compiler):
     cache = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
     folder = (cache.mkdir("emulator") if cache else tmp_path_factory.mktemp("emulator")) / digest
     folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulators(compiled, compiler):
+    """The CUDA kernels on the host, by name: "quantize", "product" (sm_80), "hopper" (sm_90). A sanitizer's complaint
+    fails the test whose call it ends."""
+    from tests.backends.cuda import emulation
+
     running = {}
 
     def start(name):
         if name not in running:
-            program = folder / name
+            program = compiled / name
             if not program.exists():
                 source, new = emulation.EMULATOR / f"{name}.cpp", program.with_suffix(".new")
                 emulation.compile_source(compiler, source, new, *emulation.SANITIZED)

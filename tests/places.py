@@ -191,7 +191,7 @@ PLACES = (
     Place("reference", "reference", ("quantize", "product", "modulate", "attention")),
     Place("cpu", "cpu", ("quantize", "product", "modulate", "attention")),
     Place("cpu-2-threads", "cpu", ("quantize", "product", "attention"), threads=2),  # other tiles of the work
-    Place("cpu-avx512", "cpu", _PRODUCT, isa="avx512"),
+    Place("cpu-avx512", "cpu", (*_PRODUCT, "attention"), isa="avx512"),
     Place("cpu-avx-vnni", "cpu", _PRODUCT, isa="avx_vnni"),
     Place("cpu-avx2", "cpu", ("quantize", "product", "modulate"), isa="avx2"),
     Place("cpu-plain", "cpu", _QUANTIZE, isa="plain"),

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,6 +84,8 @@ def compile_variant(name: str, variant: "Variant", capability: int) -> tuple[Rep
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    target = GPUTarget("cuda", capability, 32)
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))  # kernels ask for it
     names = list(variant.signature)
     source = ASTSource(
         fn=variant.kernel,
@@ -90,7 +93,7 @@ def compile_variant(name: str, variant: "Variant", capability: int) -> tuple[Rep
         constexprs={(names.index(key),): value for key, value in variant.constexprs.items()},
         attrs={(names.index(key),): [["tt.divisibility", 16]] for key in variant.divisible},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    compiled = triton.compile(source, target=target, options=variant.options)
     cubin = compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

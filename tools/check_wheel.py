@@ -16,9 +16,8 @@ import zipfile
 from pathlib import Path
 
 CARD = "modiff_kernels/models/cifar10_small16/README.md"
-IN_WHEEL = (CARD, "modiff_kernels/py.typed", "modiff_kernels/_lib/libmodiff_cpu.so", ".dist-info/licenses/LICENSE")
-IN_SDIST = (CARD, "CHANGELOG.md", "CMakeLists.txt", "csrc/cpu/ops.cpp", "docs/method.md", "tests/conftest.py",
-            "examples/sdxl.py", "docs/compare_grid.png")  # fmt: skip
+IN_WHEEL = (CARD, "py.typed", "evaluation/report.html", "_lib/libmodiff_cpu.so", ".dist-info/licenses/LICENSE")
+IN_SDIST = (CARD, "CHANGELOG.md", "CMakeLists.txt", "cpu/ops.cpp", "docs/ops.md", "tests/conftest.py", "sdxl.py")
 USE = """
 import pathlib, sys, torch, modiff_kernels as mk
 from modiff_kernels import ops

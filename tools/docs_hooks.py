@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "modiff_kernels/models/cifar10_small16"
 ELSEWHERE = {"CONTRIBUTING.md": "contributing.md", "ENVS.md": "environment.md", "CHANGELOG.md": "changelog.md"}
 ELSEWHERE |= {f"{MODEL}/README.md": "model_card.md", f"{MODEL}/sample_grid.png": "sample_grid.png"}
+ELSEWHERE |= {place: place for place in (f"examples/{path.name}" for path in (ROOT / "examples").glob("*.[ip]*"))}
 PLACES = {**ELSEWHERE, "README.md": "index.md"}  # where links out of docs/ lead
 
 

@@ -14,10 +14,11 @@ is broken, or applies to no kernel. RULES (default: sass_rules.json beside this 
   registers_exactly                        the only value allowed
   kernels      how many of an architecture the rule applies to, if that is known
   most         how often instructions may occur: {regular expression: count}
-  region       "loop X": the smallest loop around the first instruction X; "stretch X": every run of code without
-               unconditional jumps that has an X. Of each region:
-  clocks       the most that it may take by `clocks_of`, with `warps` (default 1) of it on a scheduler
-  region_never instructions that do not occur in it
+  region       "loop X": the smallest loop around each instruction X; "stretch X": every run of code without
+               unconditional jumps that has an X; "before X": what may run before an X. Of each region:
+  clocks       the most that it may take by `clocks_of`, with `warps` (default 1) of it on a scheduler; with `tensor`,
+               the clocks of an IMMA, the most of a pass of a loop among many
+  region_must, region_never     instructions that occur in it, and those that do not
 
 --clocks prints the regions of such rules as a table instead, and the share of the peak that they add up to.
 
@@ -44,14 +45,18 @@ RULES = Path(__file__).with_name("sass_rules.json")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)(?: (?:U?P\w+, )?0x([0-9a-f]+) ;)?")
 COUNTED = ("IGMMA", "IMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL", "CALL")
 LIMITS = ("registers", "stack_bytes", "shared_bytes")
-REGION = ("region", "clocks", "warps", "region_never")
+REGION = ("region", "clocks", "warps", "tensor", "region_must", "region_never")
 KEYS = {"why", "arch", "kernel", "must", "never", "kernels", "registers_exactly", "most", *LIMITS, *REGION}
+# `tensor` of rules: clocks that an m16n8k32 of bytes or m16n8k64 of nibbles has a scheduler's tensor core, after the
+# dense peaks of NVIDIA's whitepapers. A100: 624e12 operations on int8 a second, 108 multiprocessors, 1.41 GHz, so 512
+# products a clock and scheduler: 8, which is also what ptxas lets a warp stall behind an IMMA. GA102 (RTX 3090: 284e12,
+# 82, 1.695 GHz) and AD102 (RTX 4090: 661e12, 128, 2.52 GHz): 16. int4 has twice the rate in all of them.
 # Clocks from issue to result of what has no fixed latency: guesses, after published microbenchmarks of Hopper.
 LATENCY = {"LDG": 300, "LDC": 30, "SYNCS": 30, "LDS": 30, "LDSM": 33, "S2R": 26, "S2UR": 26, "R2UR": 12, "UTMALDG": 20}
 OTHER_LATENCY = 25
 # What goes through the load and store unit: 128 bytes a clock for the four schedulers of a multiprocessor, so that an
 # instruction of w bytes a thread takes w clocks of one scheduler's share.
-MEMORY = re.compile(r"LDG|STG|LDS|STS|LDSM|STSM")
+MEMORY = re.compile(r"LDG|STG|LDS|STS|LDSM|STSM|LDGSTS")
 WIDTHS = {"M88.4": 16, ".128": 16, ".64": 8, "16": 2, "8": 1}
 
 
@@ -76,21 +81,24 @@ class Instruction(NamedTuple):
         return next((clocks for mark, clocks in WIDTHS.items() if mark in self.opcode), 4)
 
 
-def clocks_of(code: Sequence[Instruction], warps: int = 1) -> int:
+def clocks_of(code: Sequence[Instruction], warps: int = 1, tensor: int = 0) -> int:
     """Of `warps` warps of a scheduler that run `code` in order, branches not taken: a model. An instruction is issued
-    when its stall and scoreboards allow it, one a clock; memory is a queue; results come after LATENCY."""
-    at, ready, clock, queue = [0] * warps, [0] * warps, 0, 0
+    when its stall and scoreboards allow it, one a clock; memory is a queue; results come after LATENCY. An IMMA has the
+    scheduler's tensor core for `tensor` clocks."""
+    at, ready, clock, queue, free = [0] * warps, [0] * warps, 0, 0, 0
     boards = [[0] * 6 for _ in range(warps)]
 
     def earliest(w: int) -> int:
         waits = code[at[w]].control >> 11
-        return max([ready[w], *(boards[w][i] for i in range(6) if waits >> i & 1)])
+        busy = free if code[at[w]].name == "IMMA" else 0
+        return max([ready[w], busy, *(boards[w][i] for i in range(6) if waits >> i & 1)])
 
     while left := [w for w in range(warps) if at[w] < len(code)]:
         w = min(left, key=earliest)
         start, now = max(clock, earliest(w)), code[at[w]]
-        latency = LATENCY.get(now.name, OTHER_LATENCY)
-        done = start
+        latency, done = LATENCY.get(now.name, OTHER_LATENCY), start
+        if now.name == "IMMA":
+            free = start + tensor
         if now.share:
             done = queue = max(queue, start) + now.share
         for board, after in ((now.control >> 5 & 7, latency), (now.control >> 8 & 7, min(latency, 20))):
@@ -101,6 +109,14 @@ def clocks_of(code: Sequence[Instruction], warps: int = 1) -> int:
     return max([queue, *ready])
 
 
+def clocks_by(rule: dict[str, Any], region: Sequence[Instruction]) -> int:
+    """By a rule: of a region from its begin to its end, or (`tensor`) of a pass of a loop among many, in which warps
+    drift apart, as none waits for another at a barrier here."""
+    warps, tensor = rule.get("warps", 1), rule.get("tensor", 0)
+    first = clocks_of(region, warps, tensor)
+    return first if not tensor else (clocks_of([*region] * 9, warps, tensor) - first + 7) // 8
+
+
 def regions(code: Sequence[Instruction], kind: str) -> list[Sequence[Instruction]]:
     """Those of a rule's `region`."""
     kind, pattern = kind.split(maxsplit=1)
@@ -108,9 +124,18 @@ def regions(code: Sequence[Instruction], kind: str) -> list[Sequence[Instruction
     if not hits:
         return []
     index = {instruction.address: i for i, instruction in enumerate(code)}
+    if kind == "before":
+        reached, to_do = set(hits), [0]
+        while to_do:
+            if (i := to_do.pop()) < len(code) and i not in reached:
+                reached.add(i)
+                goes_on = code[i].guarded or not re.fullmatch("BRA|(BRX|EXIT|RET).*", code[i].opcode)
+                to_do += [index.get(code[i].jump, i), i + 1] if goes_on else [index.get(code[i].jump, i)]
+        return [[code[i] for i in sorted(reached.difference(hits))]]
     if kind == "loop":
-        loops = [(index[b.jump], i) for i, b in enumerate(code) if index.get(b.jump, i + 1) <= hits[0] <= i]
-        return [code[first : last + 1] for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0])[:1]]
+        loops = [(i - index[b.jump], index[b.jump], i) for i, b in enumerate(code) if index.get(b.jump, i + 1) <= i]
+        around = [min((loop for loop in loops if loop[1] <= hit <= loop[2]), default=None) for hit in hits]
+        return [code[loop[1] : loop[2] + 1] for loop in sorted({loop for loop in around if loop})]
     ends = [i for i, b in enumerate(code) if re.match("BRA|BRX|EXIT|RET", b.opcode) and not b.guarded]
     starts = sorted({ends[k - 1] + 1 if (k := bisect.bisect_left(ends, hit)) else 0 for hit in hits})
     return [code[start : ends[bisect.bisect_left(ends, start)]] for start in starts]
@@ -250,17 +275,11 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
     """How `rule` is broken, a line for each kernel and reason."""
     hits = [row for row in rows if re.fullmatch(rule["arch"], row.arch) and re.search(rule["kernel"], row.kernel)]
     reasons = [] if hits else ["applies to no kernel"]
-    by_arch = Counter(row.arch for row in hits)
-    for arch, count in by_arch.items():
+    for arch, count in Counter(row.arch for row in hits).items():
         if count != rule.get("kernels", count):
             reasons.append(f"{arch}: applies to {count} kernels, {rule['kernels']} are expected")
     for row in hits:
-        for pattern in rule.get("must", ()):
-            if not any(re.match(pattern, opcode) for opcode in row.opcodes):
-                reasons.append(f"{row.arch} {row.kernel}: no {pattern}")
-        for pattern in rule.get("never", ()):
-            if found := [opcode for opcode in row.opcodes if re.match(pattern, opcode)]:
-                reasons.append(f"{row.arch} {row.kernel}: {', '.join(found)}")
+        reasons += (f"{row.arch} {row.kernel}: {reason}" for reason in missing_or_not_allowed(rule, row.opcodes))
         for pattern, most in rule.get("most", {}).items():
             count = sum(n for opcode, n in row.opcodes.items() if re.fullmatch(pattern, opcode))
             if count > most:
@@ -275,17 +294,21 @@ def broken(rule: dict[str, Any], rows: list[Row]) -> list[str]:
     return reasons
 
 
+def missing_or_not_allowed(rule: dict[str, Any], found: Iterable[str], of: str = "") -> Iterator[str]:
+    yield from (f"no {p}" for p in rule.get(f"{of}must", ()) if not any(re.match(p, o) for o in found))
+    if names := sorted(o for o in found if any(re.match(p, o) for p in rule.get(f"{of}never", ()))):
+        yield ", ".join(names)
+
+
 def broken_regions(rule: dict[str, Any], code: Sequence[Instruction]) -> Iterator[str]:
     found = regions(code, rule["region"])
     if not found:
         yield f"no {rule['region']}"
     for region in found:
-        clocks = clocks_of(region, rule.get("warps", 1))
+        clocks = clocks_by(rule, region)
         if clocks > rule.get("clocks", clocks):
             yield f"{rule['region']}: {clocks} clocks, at most {rule['clocks']}"
-        names = sorted(o for o in opcodes(region) if any(re.match(p, o) for p in rule.get("region_never", ())))
-        if names:
-            yield f"{rule['region']}: {', '.join(names)}"
+        yield from (f"{rule['region']}: {r}" for r in missing_or_not_allowed(rule, opcodes(region), "region_"))
 
 
 # Rows, columns, channels and taps of layers in tiles of 256 x 160 on 132 multiprocessors, in two splits where both fit.
@@ -301,15 +324,17 @@ LAYERS = {
 def clock_table(rows: Sequence[Row], rules: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Regions of rules as Markdown, and what they add up to with 1500 clocks to fill the pipeline, without the launch.
     Memory: an H100's, 3.35 TB/s at 1.755 GHz, for codes, weight, y_hat twice, skip and out."""
-    yield "| kernel | region | instructions | clocks | at most |\n|---|---|---:|---:|---:|"
+    yield "| kernel | region | instructions | tensor cores | clocks | at most |\n|---|---|---:|---:|---:|---:|"
     epilogue = 0
     for rule in (r for r in rules if "clocks" in r):
-        for row in (r for r in rows if re.search(rule["kernel"], r.kernel)):
-            found = [(clocks_of(r, rule.get("warps", 1)), len(r)) for r in regions(row.code, rule["region"])]
-            clocks, instructions = max(found, default=(0, 0))
+        for row in (r for r in rows if re.fullmatch(rule["arch"], r.arch) and re.search(rule["kernel"], r.kernel)):
+            found = [(clocks_by(rule, r), len(r), r) for r in regions(row.code, rule["region"])]
+            clocks, instructions, code = max(found, default=(0, 0, []))
+            busy = sum(i.name == "IMMA" for i in code) * rule.get("warps", 1) * rule.get("tensor", 0)
             if row.kernel.endswith("Product<8, 2, 160>") and "stretch" in rule["region"]:
                 epilogue = clocks
-            yield f"| `{row.kernel}` | `{rule['region']}` | {instructions} | {clocks:,} | {rule['clocks']:,} |"
+            cells = [f"`{row.arch} {row.kernel}`", f"`{rule['region']}`", instructions, f"{busy:,}" if busy else ""]
+            yield "| " + " | ".join(map(str, [*cells, f"{clocks:,}", f"{rule['clocks']:,}"])) + " |"
     yield "\n| layer | tiles, waves | clocks | share of the peak | memory's clocks |\n|---|---:|---:|---:|---:|"
     for name, (m, n, c, taps) in LAYERS.items():
         tiles = -(-m // 256) * -(-n // 160)

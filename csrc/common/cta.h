@@ -39,6 +39,11 @@ struct DeviceCta {
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads) kernel(const __grid_constant__ typename Body::Args args) {
   __shared__ typename Body::Shared shared;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // A product may begin, up to its wait for this kernel's end (cuda/sm90/product_body.h): once no block of this one is
+  // left to be placed, and where a multiprocessor is free.
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
   DeviceCta cta;
   Body::run(cta, shared, args);
 }

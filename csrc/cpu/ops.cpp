@@ -257,8 +257,10 @@ Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, st
 }
 
 // q [samples, queries, heads * width], k and v [samples, keys, heads * width]: float32, rows contiguous.
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
-  STD_TORCH_CHECK(isas() >> kAvx512 & 1, "modiff_cpu::attention needs AVX-512");
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, int64_t isa) {
+  STD_TORCH_CHECK(isa == kAvx512 || isa == kAvx512Vnni, "modiff_cpu::attention needs AVX-512, got instruction set ",
+                  isa);
+  check_isa(isa, kAvx512, "attention");
   for (const Tensor* t : {&q, &k, &v})
     STD_TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == ScalarType::Float,
                     "modiff_cpu::attention: float32 [samples, tokens, heads * width] with contiguous rows expected");
@@ -268,8 +270,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t head
   p.queries = q.size(1);
   p.keys = k.size(1);
   p.width = q.size(2) / heads;
-  STD_TORCH_CHECK(p.keys > 0 && p.keys <= kAttentionKeys, "modiff_cpu::attention: 1 to ", kAttentionKeys, " keys, got ",
-                  p.keys);
+  STD_TORCH_CHECK(p.keys > 0, "modiff_cpu::attention: no keys");
   p.scale = static_cast<float>(scale);
   p.q = static_cast<const float*>(q.const_data_ptr());
   p.k = static_cast<const float*>(k.const_data_ptr());
@@ -283,7 +284,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t head
   Tensor out = empty({p.samples, p.queries, q.size(2)}, ScalarType::Float);
   p.out = static_cast<float*>(out.mutable_data_ptr());
 #if defined(__x86_64__)
-  attention_avx512(p);
+  isa == kAvx512 ? attention_avx512(p) : attention_avx512_vnni(p);
 #endif
   return out;
 }
@@ -342,7 +343,7 @@ STABLE_TORCH_LIBRARY(modiff_cpu, m) {
       "product_plain(Tensor codes, Tensor scale, int granularity, Tensor? zero_point, Tensor weight, "
       "Tensor weight_scale, Tensor? bias, Tensor? y_hat, Tensor? skip, bool write_out, ScalarType out_dtype, "
       "int[] geometry, int weight_bits, int isa) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, int heads, float scale, int isa) -> Tensor");
   m.def("pack_vnni(Tensor weight_q, int groups) -> Tensor");
   m.def("unpack_vnni(Tensor packed, int[] sizes, int groups) -> Tensor");
 }

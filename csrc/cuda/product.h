@@ -28,6 +28,7 @@ struct ProductCall {
   const int32_t* tap_sums = nullptr;  // of the weight's codes, with zero points: common/epilogue.h
   void* scratch;                      // aligned to 16
   ProductTiling tiling;
+  bool weight_settled = false;  // no kernel that may still run writes the weight: it is read before those end
 };
 
 constexpr int64_t kMostPixels = int64_t{1} << 31;  // of all images of a call; kernels count them in 31 bits
@@ -45,8 +46,8 @@ inline void set_geometry(ProductProblem& p, const int64_t* values) {
 }
 
 // What a call is told besides tensors, as numbers, of which integers below 2^53 are exact: the geometry, weight_bits,
-// geglu, whether out is wanted, its dtype, and the fields of a ProductTiling.
-constexpr int kProductForm = kGeometry + 8;
+// geglu, whether out is wanted, its dtype, the fields of a ProductTiling, and weight_settled.
+constexpr int kProductForm = kGeometry + 9;
 
 // Sets all of it but whether out is wanted, and returns that.
 inline bool set_form(ProductCall& call, const double* form) {
@@ -59,6 +60,7 @@ inline bool set_form(ProductCall& call, const double* form) {
   call.problem.out_dtype = static_cast<DType>(more[3]);
   call.tiling = {static_cast<int>(more[4]), static_cast<int>(more[5]), static_cast<int>(more[6]),
                  static_cast<int>(more[7])};
+  call.weight_settled = more[8] != 0;
   return more[2] != 0;
 }
 

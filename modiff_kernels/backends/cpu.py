@@ -25,7 +25,6 @@ ISAS = ("plain", "avx2", "avx512", "avx_vnni", "avx512_vnni")
 
 _isa = 0  # of the kernels; unavailable() chooses it
 _MAX_TAPS = 49
-_MAX_KEYS = 2048  # csrc/cpu/attention.h kAttentionKeys
 
 
 @lru_cache(maxsize=1)
@@ -74,10 +73,7 @@ def why_not(problem: Any) -> str | None:
     if problem.op == "attention":
         if "avx512" not in isa():
             return f"attention needs AVX-512, the instruction set here is {isa()}; torch's own is as fast with AVX2"
-        if problem.dtype != torch.float32:
-            return f"attention is computed in float32 only, got {problem.dtype}"
-        too_many = f"attention over {problem.n} keys; at most {_MAX_KEYS} fit into the cache"
-        return too_many if problem.n > _MAX_KEYS else None
+        return None if problem.dtype == torch.float32 else f"attention takes float32 only, got {problem.dtype}"
     if (reason := why_slow()) is not None:
         return reason
     if problem.layout != VNNI_V1:
@@ -153,7 +149,7 @@ def product(codes, scale, zero_point, weight, y_hat, bias, skip, window, out_dty
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -> Tensor:
-    return torch.ops.modiff_cpu.attention.default(q, k, v, heads, score_scale)
+    return torch.ops.modiff_cpu.attention.default(q, k, v, heads, score_scale, _isa)
 
 
 def _quantize_fake(
@@ -184,6 +180,6 @@ _FAKES: dict[str, Any] = {
     "quantize": _quantize_fake,
     "product": _product_fake,
     "product_plain": _product_fake,
-    "attention": lambda q, k, v, heads, scale: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+    "attention": lambda q, k, v, heads, scale, isa: torch.empty(q.shape, dtype=q.dtype, device=q.device),
 }
 """Results without values, of the ops of the library that compiled code may call."""

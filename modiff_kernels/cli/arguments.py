@@ -173,7 +173,7 @@ def plan(text: str) -> str:
 
 
 def add_model_options(add: Callable[..., Any], sampled: bool = True) -> None:
-    """The model and how it runs; sampled: also how it is sampled."""
+    """The model and how it runs; sampled: with a seed."""
     folder = "UNet or pipeline folder of diffusers, or a hub id (default: the model shipped with the package)"
     add("--model", type=model, help=folder)
     add("--prompt", help="text for a text-to-image pipeline")
@@ -186,9 +186,9 @@ def add_model_options(add: Callable[..., Any], sampled: bool = True) -> None:
     add("--granularity", choices=GRANULARITIES, help=scales)
     add("--quiet", action="store_true", help="no progress bars, notes and warnings")
     add("--batch", type=positive, default=8, help="images sampled at once (%(default)s)")
+    add("--steps", type=positive, default=50, help="sampling steps (%(default)s)")
+    add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
     if sampled:
-        add("--steps", type=positive, default=50, help="sampling steps (%(default)s)")
-        add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="sampler (%(default)s)")
         seeds = number(int, 0, 2**63 - 1)
         add("--seed", type=seeds, default=0, help="the noise of image i has seed SEED + i (%(default)s)")
 
@@ -221,8 +221,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=positive, default=2, help="how often every run is timed (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    add("--grid", type=png, metavar="FILE", help="write the first images of every row as PNG")
-    add("--out", type=Path, metavar="DIR", help="write compare.json, compare.md and compare_grid.png")
+    add("--grid", type=png, metavar="FILE", help="draw images of a few rows, and their differences, as PNG")
+    add("--html", type=Path, metavar="FILE", help="write table, images and plots as one page for a browser")
+    everything = "write compare.json, compare.md, compare_grid.png, compare.html and speed_quality.png"
+    add("--out", type=Path, metavar="DIR", help=everything)
 
     add = command("sample", "sample images in one configuration", SAMPLE_HELP).add_argument
     add_model_options(add)
@@ -235,6 +237,8 @@ def build_parser() -> argparse.ArgumentParser:
     places = "a PNG of all images, or a folder for one PNG each (%(default)s)"
     pictures = functools.partial(png, or_folder=True)
     add("--out", type=pictures, default=Path("samples.png"), metavar="PATH", help=places)
+    larger = "how many times as large a PNG of all images shows every pixel (default: to about 512 pixels across)"
+    add("--scale", type=positive, metavar="N", help=larger)
 
     summary = "calibrate weights and activation scales, or find the step schedule or the layer plan of a model"
     calibrate = command("calibrate", summary, CALIBRATE_HELP)
@@ -274,7 +278,10 @@ modiff_plan.json in the folder of --model, where --schedule auto finds the first
     add_layer_options(add)
     add("--plan", type=plan, default="auto", metavar="FILE", help=f"{PLAN_HELP} (%(default)s)")
     add("--max-state-bytes", type=number(int, 0), help="bytes of state that a plan may take")
+    add("--schedule", type=schedule, help=f"shows the calls that are computed: {SCHEDULE_HELP} (none)")
     add("--json", type=Path, metavar="FILE", help="write the same as JSON")
+    drawing = "draw state, time as the plan has it, and computed calls as PNG, or as the ending says"
+    add("--plot", type=Path, metavar="FILE", help=drawing)
 
     commands.add_parser("doctor", help="what runs on this machine, what does not, and why")
     return parser
@@ -306,7 +313,7 @@ def check(args: argparse.Namespace) -> None:
     if (folder := getattr(args, "model", None)) is not None and Path(folder).is_dir():
         with user_errors(f"--model {folder}: "):
             look_into(Path(folder), low_bit=args.command == "sample")
-    outputs, out = [getattr(args, name, None) for name in ("json", "grid")], getattr(args, "out", None)
+    outputs, out = [getattr(args, name, None) for name in ("json", "grid", "html", "plot")], getattr(args, "out", None)
     if out is not None and getattr(args, "method", None) is None:
         is_folder = args.command == "compare" or (args.command == "sample" and out.suffix.lower() != ".png")
         outputs.append(out / f".modiff_{os.getpid()}" if is_folder else out)

@@ -22,13 +22,14 @@ from modiff_kernels import __version__
 from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.cli.arguments import writable
 from modiff_kernels.evaluation import UserError, command_line, markdown_table, networks, psnr, ssim, text_table, to_json
+from modiff_kernels.evaluation import report as pictures
 from modiff_kernels.evaluation.configurations import Quantised, Row, build_rows
-from modiff_kernels.evaluation.images import image_grid
-from modiff_kernels.evaluation.table import HEADER, table_cells
+from modiff_kernels.evaluation.table import HEADER, SHORT, strip, table_cells
 from modiff_kernels.integrations.plan_cache import device_name
 
 WARM_UP_STEPS = 2
-FILES = {"json": "compare.json", "markdown": "compare.md", "grid": "compare_grid.png"}  # in the folder --out
+FILES = {"json": "compare.json", "markdown": "compare.md", "grid": "compare_grid.png", "html": "compare.html"}
+FILES |= {"scatter": "speed_quality.png"}  # in the folder --out
 
 
 class Configuration:
@@ -79,13 +80,14 @@ class Configuration:
             "backend": own.backend if own else "torch",
             "average_bits": own.average_bits(calls) if own else 32.0,
             "calls": calls,
+            "actions": "".join(action[0].upper() for action in own.handle.actions()) if own else "",
             "calls_computed": own.calls_computed(calls) if own else calls,
             "is_reference": is_reference,
         }
 
 
 def run(args: argparse.Namespace) -> int:
-    outputs = {"json": args.json, "grid": args.grid}
+    outputs = {"json": args.json, "grid": args.grid, "html": args.html}
     paths = [(kind, path) for kind, path in outputs.items() if path]
     paths += [(kind, writable(args.out / name)) for kind, name in FILES.items() if args.out]  # before the long work
     model = networks.open_model(args, channels_last=False)
@@ -95,13 +97,11 @@ def run(args: argparse.Namespace) -> int:
     made = [Configuration(args, model, row, unet) for row, unet in zip(args.rows, unets)]
     configurations, notes = _warm_up(args, made)
     starts = range(0, args.images, args.batch)
-    shown = {}
     reference = next((c for c in configurations if c.row.mode == "float"), None)
     if reference is None:  # no row of full precision was asked for
         reference = Configuration(args, model, build_rows((), (), False)[0], model.unet)
         for start in starts:
             reference.measure(start, keep=True)
-        shown["full precision"] = reference.shown()
     turns = [(repeat, start, c) for repeat in range(args.repeats) for start in starts for c in configurations]
     for repeat, start, configuration in (bar := tqdm(turns, "sample", unit="run", disable=args.quiet, leave=False)):
         bar.set_postfix_str(configuration.row.key)
@@ -111,11 +111,19 @@ def run(args: argparse.Namespace) -> int:
     print(text_table(HEADER, cells))
     if not args.quiet:
         print("\n" + "\n".join(report["notes"]))
+        for row in (row for row in report["rows"] if 0 < len(row["actions"]) <= SHORT):
+            print(f"{row['name']}, computed (#) and predicted calls: {strip(row['actions'])}")
     listed = "\n".join(f"- {note}" for note in report["notes"])
     markdown = f"{markdown_table(HEADER, cells)}\n\n{listed}\n\n    {report['command']}\n"
+    images = {c.row.name: c.shown() for c in (reference, *configurations)}
+    exact = next((row for row in report["rows"] if row["is_reference"]), None) or reference.results(reference, None)
     for kind, path in paths:
         if kind == "grid":
-            image_grid(shown | {c.row.name: c.shown() for c in configurations}, path)
+            pictures.sheet(path, exact, pictures.drawn(report["rows"]), images)
+        elif kind == "html":
+            pictures.page(path, report, exact, images)
+        elif kind == "scatter":
+            pictures.save(pictures.scatter(report["rows"]), path)
         else:
             text = to_json(report) if kind == "json" else markdown
             replace_file(path, partial(Path.write_text, data=text))

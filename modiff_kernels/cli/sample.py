@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     as_grid = args.out.suffix.lower() == ".png"
     if as_grid and process.count > 1:
         raise UserError(f"--out {args.out}: {process.count} processes cannot write one file; give a folder")
+    if not as_grid and args.scale is not None:
+        raise UserError(f"--scale {args.scale}: pictures in a folder keep their size; give a PNG file as --out")
     model = networks.open_model(args, low_bit=True, local=process.local if process.count > 1 else None)
     sampler = _Sampler(args, model)
     batch = min(args.batch, args.images)
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     grid: list[np.ndarray] = []
     count = 0
     name = f"sample {process.rank + 1}/{process.count}" if process.count > 1 else "sample"
-    unit, length = ("step", model.calls) if model.pipe is None else ("run", 1)
+    unit, length = ("step", model.calls) if networks.tells_steps(model) else ("run", 1)
     with tqdm(total=len(batches) * length, desc=name, unit=unit, disable=args.quiet, leave=False) as bar:
         for seeds in batches:
             # The last batch is a whole one too: its images beyond --images are dropped.
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     images.write_image(_path(args.out, seed), image, _options_of(seed, seeds, options))
     if as_grid:
-        images.write_grid(args.out, grid)
+        images.write_grid(args.out, grid, args.scale)
     if not args.quiet:
         place = f", process {process.rank + 1} of {process.count}" if process.count > 1 else ""
         already = f", {len(kept)} were there already" if kept else ""
@@ -128,7 +130,7 @@ class _Sampler:
         run = self.quantised.sampling_run if self.quantised else contextlib.nullcontext
         of_run = (self.model, self.unet, self.args.scheduler, self.args.steps, seeds)
         pictures = networks.sample_images(*of_run, run=run, on_step=on_step)
-        if self.model.pipe is not None:  # which has no steps to count
+        if not networks.tells_steps(self.model):
             on_step()
         if not np.isfinite(pictures).all():
             raise UserError("the images hold NaN; try another --scheduler or more --steps")

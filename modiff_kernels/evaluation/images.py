@@ -1,4 +1,4 @@
-"""PNG files of images: single ones, known again by what they were sampled with, and grids."""
+"""PNG files of images: single ones, known again by what they were sampled with, and grids of all."""
 
 import json
 import math
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from modiff_kernels.calibration.result import replace_file
 from modiff_kernels.evaluation import UserError
 
 TEXT = "modiff"  # keyword of the PNG text that holds the options
+ACROSS = 512  # pixels of a grid of small images
 
 
 def tensors_crc32(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -54,39 +55,24 @@ def write_image(path: Path, image: np.ndarray, options: Mapping[str, Any]) -> No
     """`image` [H, W, C] in 0..1 as PNG, with `options` for `is_kept`. A file at `path` is whole at any time."""
     info = PngInfo()
     info.add_text(TEXT, json.dumps(options, sort_keys=True))
-    replace_file(path, lambda new: _picture(image).save(new, format="PNG", pnginfo=info))
+    replace_file(path, lambda new: picture_of(image).save(new, format="PNG", pnginfo=info))
 
 
-def write_grid(path: Path, images: Sequence[np.ndarray]) -> None:
+def write_grid(path: Path, images: Sequence[np.ndarray], scale: int | None = None) -> None:
+    """All images in rows as one PNG, each pixel `scale` times as large; None: to about 512 pixels across."""
     columns = math.ceil(math.sqrt(len(images)))
     cells = [*images, *[np.ones_like(images[0])] * (-len(images) % columns)]
     rows = [np.concatenate(cells[first : first + columns], axis=1) for first in range(0, len(cells), columns)]
-    picture = _picture(np.concatenate(rows))
+    picture = enlarged(picture_of(np.concatenate(rows)), ACROSS, scale)
     replace_file(path, lambda new: picture.save(new, format="PNG"))
 
 
-def image_grid(rows: Mapping[str, np.ndarray], path: str | Path, cell: int = 64, columns: int = 8) -> None:
-    """Write a PNG with one labelled row of images per entry of `rows`.
-
-    rows: label -> float array [N, H, W, C], values in 0..1, C = 1 or 3. The first `columns` images of each row are
-    shown, small ones enlarged to at least `cell` pixels by a whole factor (nearest neighbour), others as they are."""
-    font = ImageFont.load_default(size=14)
-    pad, label_width = 4, 8 + math.ceil(max(font.getlength(label) for label in rows))
-    height, width = next(iter(rows.values())).shape[1:3]
-    factor = max(1, math.ceil(cell / max(height, width)))
-    row_height, column_width = height * factor + pad, width * factor + pad
-    count = min(columns, max(map(len, rows.values())))
-    canvas = Image.new("RGB", (label_width + count * column_width, len(rows) * row_height + pad), "white")
-    draw = ImageDraw.Draw(canvas)
-    for index, (label, images) in enumerate(rows.items()):
-        top = pad + index * row_height
-        draw.text((4, top + row_height / 2), label, fill="black", font=font, anchor="lm")
-        for column, image in enumerate(images[:columns]):
-            tile = _picture(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
-            canvas.paste(tile, (label_width + column * column_width, top))
-    replace_file(Path(path), lambda new: canvas.save(new, format="PNG", optimize=True))
+def enlarged(picture: Image.Image, across: int, scale: int | None = None) -> Image.Image:
+    """`picture` with whole pixels, as often as brings it nearest to a width of `across`, or `scale` times as large."""
+    scale = max(1, round(across / picture.width)) if scale is None else scale
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def _picture(image: np.ndarray) -> Image.Image:
+def picture_of(image: np.ndarray) -> Image.Image:
     pixels = (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 import numpy as np
 
 HEADER = ("configuration", "PSNR dB", "SSIM", "s/image", "speed-up", "state MB", "avg bits", "backend")
+SHORT = 100  # calls of a run that fit into a line
+MARKS = str.maketrans("UFH", "#.=")
+OUTPUTS = ("--json", "--grid", "--html", "--plot", "--out")
 
 
 def table_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -28,19 +30,14 @@ def table_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Table in plain text: the first column to the left, the others to the right. Cells are strings."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in [header, ["-" * width for width in widths], *rows]:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
     return "\n".join([lines[0], f"| --- |{' ---: |' * (len(header) - 1)}", *lines[1:]])
+
+
+def strip(actions: str) -> str:
+    """The calls of a run, given as letters of a schedule, as a line: # computed, . forecast, = held."""
+    return actions.translate(MARKS)
 
 
 def to_json(report: Mapping) -> str:
@@ -54,8 +51,9 @@ def command_line(argv: Sequence[str]) -> str:
     words = iter(argv)
     kept = []
     for word in words:
-        if word in ("--json", "--grid", "--out"):
-            next(words, None)
-        elif not re.match("--(json|grid|out)=", word):
+        name, given, _ = word.partition("=")
+        if name not in OUTPUTS:
             kept.append(word)
+        elif not given:
+            next(words, None)
     return shlex.join(["modiff", *kept])

@@ -1,6 +1,9 @@
+import base64
+import io
 import json
 import runpy
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -113,8 +116,21 @@ def test_markdown_and_grid(report):
     assert text.startswith("| configuration | PSNR dB | SSIM | s/image | speed-up | state MB | avg bits | backend |")
     assert "| float32 eager contiguous | reference | 1 |" in text
     assert "Warm-up of 2 steps" in text
-    grid = Image.open(report / "compare_grid.png")
-    assert grid.height == 10 * (64 + 4) + 4
+    assert Image.open(report / "compare_grid.png").height == 7 * (96 + 4) + 4  # full precision, three rows and errors
+    assert Image.open(report / "speed_quality.png").width > 400
+
+
+def test_the_page_needs_no_other_file(report, rows):
+    page = ElementTree.parse(report / "compare.html")
+    images = [image.get("src").split(";base64,") for image in page.iter("img")]
+    assert [kind for kind, _ in images] == ["data:image/png"] * (7 * 3) + ["data:image/svg+xml"]
+    assert {element.tag for element in page.iter()}.isdisjoint({"script", "link", "iframe"})
+    assert Image.open(io.BytesIO(base64.b64decode(images[0][1]))).size == (8, 8)
+    assert ElementTree.fromstring(base64.b64decode(images[-1][1])).tag.endswith("svg")
+    actions = rows["modulated W8A8 scheduled"]["actions"]
+    assert actions == "UUUFUFUFUFUU"
+    calls = [call.get("title").partition(": ")[2] for call in page.iter("i")]
+    assert calls == [{"U": "computed", "F": "forecast"}[letter] for letter in actions] * 2  # modulated and plain
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

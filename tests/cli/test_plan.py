@@ -1,8 +1,10 @@
 """`modiff calibrate --plan`, `modiff explain`, and `--plan` of the other commands."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 from modiff_kernels.cli import main
 from modiff_kernels.config.plan import LayerPlan
@@ -48,10 +50,13 @@ def test_calibrate_then_use(unet_folder, tmp_path, cache, capsys):
     assert LayerPlan.from_json(json.dumps(explained["plan"])) == plan
 
 
-def test_explain_estimates_where_nothing_is_stored(unet_folder, capsys, monkeypatch):
+def test_explain_estimates_where_nothing_is_stored(unet_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plans, "measured_machine", lambda *_: Machine(1e12, 1e10, 1e12))
-    assert main(["explain", "--model", str(unet_folder), "--quiet"]) == 0
+    drawn = ["--plot", str(tmp_path / "e.svg"), "--schedule", "auto"]
+    assert main(["explain", "--model", str(unet_folder), "--quiet", *drawn]) == 0
+    assert ElementTree.parse(tmp_path / "e.svg").getroot().tag.endswith("svg")
     printed = capsys.readouterr().out
+    assert "calls are computed (#): ###" in printed
     assert "plan (estimated): estimated from shapes" in printed
     assert "times are microseconds" not in printed
     for mode in ("float", "weight_only"):
@@ -65,8 +70,11 @@ def test_a_plan_by_hand(unet_folder, by_hand, tmp_path, capsys):
     options = ["--images", "2", "--repeats", "1", "--rows", "planned", "--json", str(out)]
     planned = ["--model", str(unet_folder), "--plan", str(by_hand)]
     assert main(["compare", *planned, *SAMPLING, *options]) == 0
-    assert main(["explain", *planned, "--batch", "2", "--json", str(tmp_path / "e.json")]) == 0
+    drawn = ["--plot", str(tmp_path / "e.png"), "--schedule", "U2F2", "--steps", "4"]
+    assert main(["explain", *planned, *drawn, "--batch", "2", "--json", str(tmp_path / "e.json")]) == 0
+    assert Image.open(tmp_path / "e.png").width > 800
     printed = capsys.readouterr().out
+    assert "2 of 4 calls are computed (#): ##..\n" in printed
     assert "plan (given)" in printed
     assert "times are microseconds" in printed
     explained, row = json.loads((tmp_path / "e.json").read_text()), json.loads(out.read_text())["rows"][0]
@@ -93,6 +101,7 @@ def test_a_plan_by_hand(unet_folder, by_hand, tmp_path, capsys):
         ("explain --mode float --plan BY_HAND", "--mode float has no low bits to plan"),
         ("explain --plan FOREIGN", "'no_such_block' is no Linear, Conv2d or block"),
         ("explain --plan MODULATED --max-state-bytes 0", "does not say for which shape"),
+        ("sample --scale 2", "--scale 2: pictures in a folder keep their size; give a PNG file as --out"),
         ("sample --plan README.md", "cannot read README.md as a layer plan"),
     ],
 )

@@ -25,7 +25,10 @@ def pixels(folder):
 def test_every_mode_writes_a_grid(unet_folder, tmp_path, capsys, mode):
     out = tmp_path / "grid.png"
     assert sample(unet_folder, out, "--images", "3", "--mode", mode, "--act-bits", "4") == 0
-    assert Image.open(out).size == (16, 16)
+    assert Image.open(out).size == (512, 512)
+    own = tmp_path / "own.png"
+    assert sample(unet_folder, own, "--images", "3", "--mode", mode, "--act-bits", "4", "--scale", "1") == 0
+    assert Image.open(out).resize((16, 16), Image.Resampling.NEAREST).tobytes() == Image.open(own).tobytes()
     assert capsys.readouterr().out == ""
 
 

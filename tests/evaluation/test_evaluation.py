@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from examples.cifar10 import load_cifar10
-from modiff_kernels.evaluation import markdown_table, psnr, sqnr, ssim, text_table, to_json
-from modiff_kernels.evaluation.images import image_grid
+from modiff_kernels.evaluation import markdown_table, psnr, report, sqnr, ssim, text_table, to_json
+from modiff_kernels.evaluation.table import strip
 from tests.cifar10_files import write_packed
 
 ROWS = [["plain W8A8", "45.1", "1.02"], ["a", "9", "-"]]
@@ -78,21 +78,53 @@ def test_tables():
     ]
 
 
+def row(key, mode="modulated", weight_bits=8, act_bits=8, **more):
+    numbers = {"psnr_db": 40.0, "ssim": 1.0, "s_per_image": 0.5, "speedup": 2.0, "state_bytes": 0, "average_bits": 8.0}
+    common = {"backend": "cpu", "schedule": None, "calls_computed": 3, "actions": "", "is_reference": False}
+    named = {"key": key, "name": key, "mode": mode, "weight_bits": weight_bits, "act_bits": act_bits}
+    return {**numbers, **common, **named, **more}
+
+
+FLOAT = row("float-contiguous", "float", 32, 32, psnr_db=None, is_reference=True, average_bits=32.0, speedup=1.0)
+
+
+def test_one_row_of_each_family_is_drawn_where_there_are_many():
+    many = [row(f"{name}-w8a{bits}", act_bits=bits) for name in ("plain", "modulated") for bits in (8, 4, 3)]
+    assert [each["key"] for each in report.drawn([FLOAT, *many])] == ["plain-w8a4", "modulated-w8a4"]
+    assert report.drawn([FLOAT, *many[:4]]) == many[:4]
+
+
+@pytest.mark.parametrize(("size", "factor"), [(16, 6), (60, 2), (200, 1)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_image_grid_places_every_image(tmp_path, channels):
-    dark, bright = np.zeros((3, 16, 16, channels)), np.ones((3, 16, 16, channels))
-    image_grid({"dark": dark, "bright": bright}, tmp_path / "grid.png", cell=64, columns=2)
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape[0] == 2 * 68 + 4
-    assert (grid[4:68, -68:-4] == 0).all()
-    assert (grid[72:136, -68:-4] == 255).all()
-    assert (grid[4:68, -136:-72] == 0).all()
-    assert (grid[:68, :20] == 0).any(), "no label drawn"
+def test_a_sheet_places_images_and_amplified_differences(tmp_path, channels, size, factor):
+    low_bit, side = row("modulated-w8a4"), size * factor
+    pictures = {FLOAT["name"]: np.full((3, size, size, channels), 0.5)}
+    pictures[low_bit["name"]] = pictures[FLOAT["name"]] - 0.05
+    pictures[low_bit["name"]][2] = np.nan
+    report.sheet(tmp_path / "grid.png", FLOAT, [low_bit], pictures)
+    grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+    assert grid.shape[0] == 3 * (side + 4) + 4
+    for line, values in enumerate(((128, 128, 128), (115, 115, 0), (128, 128, 0))):  # of 10 times 0.05: half
+        top = 4 + line * (side + 4)
+        for column, value in enumerate(values):
+            left = grid.shape[1] - (3 - column) * (side + 4)
+            assert (abs(grid[top : top + side, left : left + side] - value) <= 1).all()
+    assert (grid[:side, :20] == 0).any(), "no label drawn"
 
 
-def test_image_grid_keeps_large_images_and_survives_nan(tmp_path):
-    image_grid({"nan": np.full((1, 100, 80, 3), np.nan)}, tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").height == 108
+def test_plots_show_the_numbers():
+    rows = [row(f"modulated-w8a{bits}", act_bits=bits, s_per_image=bits / 8, psnr_db=bits + 30.0) for bits in (8, 4)]
+    axis = report.scatter([FLOAT, *rows, row("plain-w8a8", "quantized", psnr_db=math.inf)]).axes[0]
+    reference, modulated = sorted(axis.lines, key=lambda line: line.get_label())
+    assert list(reference.get_xdata()) == [2.0, 2.0], "images per second in full precision"
+    assert [list(modulated.get_xdata()), list(modulated.get_ydata())] == [[1.0, 2.0], [38.0, 34.0]]
+    assert [text.get_text() for text in axis.texts] == ["W8A8", "W8A4"]
+    times = {"a": ("modulated 8", 30.0, 10.0), "b": ("float", None, 20.0)}
+    calls, state, time = report.layers("title", {"a": 2_000_000, "b": 0}, times, "UFFU").axes
+    assert calls.get_title() == "2 of 4 calls are computed (dark)"
+    assert [bar.get_width() for bar in state.patches] == [2.0, 0.0]
+    assert [bar.get_width() for bar in time.patches] == [30.0, 0.0, 10.0, 20.0]
+    assert strip("UUFFHU") == "##..=#"
 
 
 def test_json_is_standard():

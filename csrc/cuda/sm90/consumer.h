@@ -15,6 +15,7 @@ struct Consumer {
     const bool leader = cta.thread() % kWarp == 0;
     Ring<P::kStages> ring;
     Peer peer;
+    cta.wait_for_kernels_before();
     for (int index = cta.uniform(static_cast<int>(cta.block())); index < work_count(args.schedule);
          index += cta.blocks()) {
       const Work work = work_of(args.schedule, index);
@@ -32,15 +33,15 @@ struct Consumer {
         }
         if (k_block > work.first_k_block) {
           cta.template mma_wait<1>(sums);
-          if (leader) cta.arrive(&shared.empty[before]);
+          if (leader) release(cta, shared, args.schedule, before);
         }
         before = ring.stage;
         ring.advance();
       }
       cta.template mma_wait<0>(sums);
-      if (leader) cta.arrive(&shared.empty[before]);
+      if (leader) release(cta, shared, args.schedule, before);
       const Schedule& s = args.schedule;
-      if (s.splits == 1 || (in_clusters(s) ? exchange_sums(cta, shared, s.k_blocks % 2, consumer, sums, ring, peer)
+      if (s.splits == 1 || (trades_sums(s) ? exchange_sums(cta, shared, s.k_blocks % 2, consumer, sums, ring, peer)
                                            : reduce_splits(cta, shared, args, work, consumer, sums))) {
         finish(cta, shared, args, work, consumer, sums, ring);
       } else {

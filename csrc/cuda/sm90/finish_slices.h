@@ -136,7 +136,7 @@ struct SliceEpilogue {
           cta.store_commit();
           if (slice * kParts >= P::kStageSlices) {
             cta.template store_wait<1>();
-            cta.arrive(&shared.empty[before]);
+            release(cta, shared, args.schedule, before);
           }
         }
       }
@@ -147,7 +147,7 @@ struct SliceEpilogue {
     }
     if (leader) {
       cta.template store_wait<0>();
-      cta.arrive(&shared.empty[before]);
+      release(cta, shared, args.schedule, before);
     }
     cta.warp_sync();
   }

@@ -29,6 +29,9 @@ struct HopperCta : DeviceCta {
   }
   __device__ __forceinline__ void consumers_sync() const { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+  // Until the kernels before have ended and what they wrote is visible.
+  __device__ __forceinline__ void wait_for_kernels_before() const { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
   // Barriers that count arrivals and bytes.
   __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) const {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -103,8 +106,21 @@ struct HopperCta : DeviceCta {
     words[3] = four.w;
   }
 
-  // TMA. x, y: the first byte and row of the box; channel, corner: the first pixel's, before the tap's offsets.
-  __device__ __forceinline__ void load_matrix(const CUtensorMap& map, void* to, uint64_t* barrier, int x, int y) const {
+  __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) const {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+  }
+  // TMA. x, y: the first byte and row of the box; channel, corner: the first pixel's, before the tap's offsets. both:
+  // also to the same place, and for the same barrier, of the cluster's other block.
+  __device__ __forceinline__ void load_matrix(const CUtensorMap& map, void* to, uint64_t* barrier, int x, int y,
+                                              bool both = false) const {
+    if (both) {
+      asm volatile(
+          "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+          "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+          "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(uint16_t{3})
+          : "memory");
+      return;
+    }
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
         "[%4];" ::"r"(shared_address(to)),
@@ -112,7 +128,16 @@ struct HopperCta : DeviceCta {
         : "memory");
   }
   __device__ __forceinline__ void load_pixels(const CUtensorMap& map, void* to, uint64_t* barrier, int channel,
-                                              const Corner& corner, int offset_w, int offset_h) const {
+                                              const Corner& corner, int offset_w, int offset_h, bool both) const {
+    if (both) {
+      asm volatile(
+          "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+          "[%1, {%2, %3, %4, %5}], [%6], {%7, %8}, %9;" ::"r"(shared_address(to)),
+          "l"(&map), "r"(channel), "r"(corner.w), "r"(corner.h), "r"(corner.n), "r"(shared_address(barrier)),
+          "h"(static_cast<uint16_t>(offset_w)), "h"(static_cast<uint16_t>(offset_h)), "h"(uint16_t{3})
+          : "memory");
+      return;
+    }
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
         "%5}], [%6], {%7, %8};" ::"r"(shared_address(to)),

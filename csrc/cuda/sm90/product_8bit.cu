@@ -2,16 +2,16 @@
 
 namespace modiff::cuda::sm90 {
 
-cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, const Device& device, cudaStream_t stream) {
+cudaError_t launch_8bit(int tile, const ProductArgs<CUtensorMap>& args, cudaLaunchConfig_t config, int device) {
   switch (tile) {
     case 0:
-      return launch<Product<8, 2, 160>>(args, device, stream);
+      return launch<Product<8, 2, 160>>(args, config, device);
     case 1:
-      return launch<Product<8, 1, 256>>(args, device, stream);
+      return launch<Product<8, 1, 256>>(args, config, device);
     case 2:
-      return launch<Product<8, 1, 128>>(args, device, stream);
+      return launch<Product<8, 1, 128>>(args, config, device);
     default:
-      return launch<Product<8, 1, 64>>(args, device, stream);
+      return launch<Product<8, 1, 64>>(args, config, device);
   }
 }
 

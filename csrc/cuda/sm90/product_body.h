@@ -15,9 +15,23 @@
 //               stages for the next work item
 //
 // Two splits are computed by the two blocks of a cluster: each sends half of its sums to the other, into stages of the
-// pipeline, and finishes half of the rows. With more splits consumers add their sums to scratch; the block that comes
+// pipeline, and finishes half of the rows. Where columns of tiles are even in number, two blocks of a cluster have tiles
+// of the same rows: each loads half of the codes into the same stage of both (multicast), and a stage is empty when the
+// consumers of both have released it. With more splits consumers add their sums to scratch; the block that comes
 // last to a tile takes them back and runs the epilogue. Sums are integers, so their order does not matter. Limits:
 // limit_of in tensor_map.h.
+//
+// A launch may begin before the kernel in front of it has ended (programmatic dependent launch): barriers, tensor maps
+// and the weight of the first stages are made ready meanwhile. The weight is constant; everything else in global memory
+// is touched behind griddepcontrol.wait, which returns when all kernels in front have ended and what they wrote is seen:
+//   producer    waits between the weight of its first stages and its first codes, which the quantiser wrote
+//   unpackers   know shared memory alone
+//   consumers   wait first of all: they read scale, bias, sums by ordinary loads, and write y_hat, out, sums, which the
+//               kernels in front may still read (memory that was freed comes back as `out`). They would be late enough
+//               without, as sums need codes, but so no load can be moved up, and nothing has to be argued
+// Every block has work, so a product ends after the kernels in front of it: what waits for it has waited for those. The
+// quantisers are launched as ever, after the end of all before. So a weight is read early only if no kernel that began
+// after the last ordinary launch writes it (ProductCall::weight_settled).
 //
 // Words, and those of CUTLASS and others:
 //   codes, weight; sums       operands A and B, both K-major; accumulators C
@@ -29,11 +43,13 @@
 //
 // The context is that of common/cta.h, and (hopper_cta.cuh on a GPU, hopper_cta.h of the emulator):
 //   blocks(), shared_address(p), exchange(values, mask), warp_sync(), consumers_sync(), uniform(value), elect()
+//   wait_for_kernels_before(), prefetch_map(map)
 //   barrier_init, arrive, arrive_expecting(bytes), wait(parity), barriers_ready()
 //   load_matrix, load_pixels                            TMA, and of the thread that stores
 //   store_matrix, store_commit, store_wait<pending>
 //   load_matrices, store_matrices                       ldmatrix, stmatrix
-//   cluster_sync(), arrive_at_peer, wait_for_peer, send, load_received   the other block of a cluster, or none
+//   cluster_sync(), arrive_at_peer, wait_for_peer, send, load_received, load_matrix and load_pixels for `both`
+//                                                       the other block of a cluster, or none
 //   shared_store(p, 16 bytes), publish_stores()         shared memory for wgmma and TMA
 //   mma<N>, mma_begin, mma_commit, mma_wait<pending>    wgmma
 //   add, count_arrival, add_is_visible, load_sum        scratch in global memory
@@ -55,7 +71,8 @@ struct Product : ProductTile<bits, blocks, columns> {
       for (int stage = 0; stage < P::kStages; ++stage) {
         cta.barrier_init(&shared.full[stage], P::kPacked ? 1 + P::kWarpgroupWarps : 1);
         cta.barrier_init(&shared.packed_full[stage], 1);
-        cta.barrier_init(&shared.empty[stage], P::kConsumers * P::kWarpgroupWarps);
+        cta.barrier_init(&shared.empty[stage],
+                         P::kConsumers * P::kWarpgroupWarps * (shares_codes(args.schedule) ? 2 : 1));
         cta.barrier_init(&shared.peer_empty[stage], 1);
       }
       cta.barriers_ready();
@@ -70,7 +87,13 @@ struct Product : ProductTile<bits, blocks, columns> {
       if constexpr (P::kPacked) unpack<P>(cta, shared, args);
     } else {
       cta.template limit_registers<P::kProducerRegisters>();
-      if (warp == 0 && cta.elect()) produce<P>(cta, shared, args);
+      if (warp == 0 && cta.elect()) {
+        if (shares_codes(args.schedule)) {
+          produce<P, true>(cta, shared, args);
+        } else {
+          produce<P, false>(cta, shared, args);
+        }
+      }
     }
   }
 };
@@ -80,7 +103,7 @@ inline ProductArgs<TensorMap> product_args(const ProductCall& call, const Tiling
   const ProductProblem& p = call.problem;
   const Tile tile = kTiles[tiling.tile];
   ProductArgs<TensorMap> args{};
-  args.codes = codes_map(p, tile.rows);
+  args.codes = codes_map(p, shares_codes(tiling.schedule) ? tile.rows / 2 : tile.rows);
   args.weight = weight_map(call, tile.columns, call.weight_bits == 3 ? Plane::kLow : Plane::kWhole);
   if (call.weight_bits == 3) args.high_plane = weight_map(call, tile.columns, Plane::kHigh);
   args.schedule = tiling.schedule;

@@ -44,6 +44,13 @@ struct Ring {
   }
 };
 
+// A warp gives a stage back to the producer, and to that of the other block if both fill it.
+template <class Cta, class Shared>
+MODIFF_HD void release(Cta& cta, Shared& shared, const Schedule& schedule, int stage) {
+  cta.arrive(&shared.empty[stage]);
+  if (shares_codes(schedule)) cta.arrive_at_peer(&shared.empty[stage]);
+}
+
 // A value of which the compiler does not know where it is from: what is computed from it stays where it is needed, and
 // takes no registers meanwhile.
 template <class T>
@@ -103,12 +110,16 @@ struct ProductTile {
   };
   static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
   static_assert(kStages >= 3 && kColumns % kSlice == 0 && kCodesBytes % 1024 == 0 && kWeightBytes % 1024 == 0, "tile");
+  static_assert(kWarpgroup * (2 * kConsumerRegisters + kProducerRegisters + (kPacked ? kUnpackerRegisters : 0)) <=
+                    65536,
+                "registers of a multiprocessor");
+  static_assert(kConsumerRegisters <= 255 && kConsumerRegisters - kBlocks * kSums >= 64, "registers beside the sums");
   static_assert(kStageSlices == 2 && kSliceBytes % 1024 == 0, "slices");
 
   // Half of a tile's sums, those of a consumer, pass from one block of a cluster to the other through stages.
   static constexpr int kStageSums = kCodesBytes / (kWarpgroup * 4);  // of a thread
   static constexpr int kSumStages = (kBlocks * kSums + kStageSums - 1) / kStageSums;
-  static MODIFF_HD int sum_stages(const Schedule& schedule) { return in_clusters(schedule) ? kSumStages : 0; }
+  static MODIFF_HD int sum_stages(const Schedule& schedule) { return trades_sums(schedule) ? kSumStages : 0; }
 
   // How many stages the slices of a tile take.
   static MODIFF_HD int slice_stages(int parts) { return ceil_div(kSlices * parts, kStageSlices); }

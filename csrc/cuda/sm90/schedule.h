@@ -18,8 +18,15 @@ struct Work {
   int tile;  // row_tile * column_tiles + column_tile
 };
 
-// Two splits of a tile are computed at the same time by the two blocks of a cluster: work item i by block i % 2 of it.
-MODIFF_HD bool in_clusters(const Schedule& s) { return s.splits == 2; }
+#ifndef MODIFF_MULTICAST  // 0: every block loads all of its codes
+#define MODIFF_MULTICAST 1
+#endif
+
+// The two blocks of a cluster compute work items i and i + 1 at the same time: two splits of a tile, whose sums they
+// trade, or two tiles of the same rows, of which each loads half of the codes, for both.
+MODIFF_HD bool trades_sums(const Schedule& s) { return s.splits == 2; }
+MODIFF_HD bool shares_codes(const Schedule& s) { return MODIFF_MULTICAST && s.splits == 1 && s.column_tiles % 2 == 0; }
+MODIFF_HD bool in_clusters(const Schedule& s) { return trades_sums(s) || shares_codes(s); }
 
 MODIFF_HD int work_count(const Schedule& s) { return s.row_tiles * s.column_tiles * s.splits; }
 
@@ -29,18 +36,20 @@ MODIFF_HD int block_count(const Schedule& s, int multiprocessors) {
   return in_clusters(s) ? most(2, blocks / 2 * 2) : blocks;
 }
 
-// Blocks take the work items block, block + blocks, ... at about the same time. Splits of a tile are neighbours; tiles
+// Blocks take the work items block, block + blocks, ... at about the same time. Splits of a tile are neighbours, so are tiles that
+// share codes; tiles
 // go down kBand tiles of rows before they go to the next column, so that the work items of a wave share rows and
 // columns in the L2 cache.
 constexpr int kBand = 8;
 
 MODIFF_HD Work work_of(const Schedule& s, int index) {
-  const int split = index % s.splits, tile = index / s.splits;
-  const int band = tile / (kBand * s.column_tiles), within = tile % (kBand * s.column_tiles);
+  const int wide = shares_codes(s) ? 2 : 1, columns = s.column_tiles / wide;
+  const int split = index % s.splits, tile = index / s.splits / wide;
+  const int band = tile / (kBand * columns), within = tile % (kBand * columns);
   const int height = least(kBand, s.row_tiles - band * kBand);
   Work work;
   work.row_tile = band * kBand + within % height;
-  work.column_tile = within / height;
+  work.column_tile = within / height * wide + index % wide;
   work.first_k_block = s.k_blocks * split / s.splits;
   work.end_k_block = s.k_blocks * (split + 1) / s.splits;
   work.tile = work.row_tile * s.column_tiles + work.column_tile;

@@ -67,11 +67,12 @@ inline cudaError_t encode_anew(const TensorMap& map, CUtensorMap& encoded) {
   return cudaSuccess;
 }
 
-// The layers of a network come back with the same tensors, so a map is encoded once.
-inline cudaError_t encode(const TensorMap& map, CUtensorMap& encoded) {
+// The layers of a network come back with the same tensors, so a map is encoded once. known: set to false when it is.
+inline cudaError_t encode(const TensorMap& map, CUtensorMap& encoded, bool* known = nullptr) {
   using Encoded = std::pair<cudaError_t, CUtensorMap>;
   const Encoded& found = kept<Encoded>(key_of(map), [&] {
     Encoded made{};
+    if (known != nullptr) *known = false;
     made.first = encode_anew(map, made.second);
     return made;
   });

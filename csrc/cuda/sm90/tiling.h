@@ -36,7 +36,8 @@ struct Tiling {
 
 // Estimated clocks of a multiprocessor; only their order matters, and none of them is measured yet. Those of the epilogue
 // are read from the machine code (docs/cuda_kernels.md, "Clocks").
-//   per k-block     multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache
+//   per k-block     multiplications at 4096 a clock, or loads at 32 bytes a clock of the L2 cache, of codes that two
+//                   blocks share half
 //   per work item   the epilogue: a clock for kEpilogue sums, by all splits in turn or by one; with splits before it an
 //                   addition of 4 bytes in the L2 cache at half that rate. In a cluster one consumer of each block runs
 //                   it for its rows, hardly faster than two for all of them, and half of the sums go to the other
@@ -48,12 +49,13 @@ inline int64_t estimated_clocks(const Tiling& tiling, int weight_bits, int multi
   const Tile tile = kTiles[tiling.tile];
   const Schedule& s = tiling.schedule;
   const int64_t sums = int64_t{tile.rows} * tile.columns;
-  const int64_t loaded = int64_t{kBlockK} * (tile.rows + tile.columns * weight_bits / 8) / kLoads;
+  const int rows_loaded = shares_codes(s) ? tile.rows / 2 : tile.rows;
+  const int64_t loaded = int64_t{kBlockK} * (rows_loaded + tile.columns * weight_bits / 8) / kLoads;
   const int64_t multiplied = sums * kBlockK / kMultiplications;
   // Half a k-block is loaded as a whole one; the pipeline evens out loads over a tap.
   const Window& w = tiling.window;
   const int64_t tap = most(loaded * w.boxes, multiplied * w.boxes - (w.last_half ? multiplied / 2 : 0));
-  const bool added = s.splits > 1 && !in_clusters(s);
+  const bool added = s.splits > 1 && !trades_sums(s);
   const int64_t finished = added           ? sums / kEpilogue / s.splits + sums * 4 * 2 / kLoads
                            : s.splits == 1 ? sums / kEpilogue
                                            : sums / kEpilogue + sums / 2 * 4 / kSent;
@@ -100,8 +102,8 @@ inline Tiling tiling_of(const ProductCall& call, int multiprocessors) {
   return best;
 }
 
-// Scratch of a call, in words: with splits outside of clusters, how many of every tile have arrived, then the tiles' sums in the order of
-// registers.
+// Scratch of a call, in words: with more than two splits, how many of every tile have arrived, then the tiles' sums
+// in the order of registers.
 struct Scratch {
   int64_t arrived, sums, words;
 };
@@ -110,7 +112,7 @@ inline Scratch scratch_of(const Tiling& tiling) {
   const Schedule& s = tiling.schedule;
   const int64_t tiles = int64_t{s.row_tiles} * s.column_tiles;
   Scratch scratch{};
-  if (s.splits == 1 || in_clusters(s)) return scratch;
+  if (s.splits <= 2) return scratch;
   scratch.sums = ceil_div(tiles, 4) * 4;
   scratch.words = scratch.sums + tiles * kTiles[tiling.tile].rows * kTiles[tiling.tile].columns;
   return scratch;

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...quant.operands import Window
+from ...quant.operands import Window, weight_sums
 from ...quant.packing import KPACK_V1
-from ...quant.weight_sums import weight_sums
 from .. import why_no_sums
 from . import library
 
@@ -46,10 +45,10 @@ def geometry_of(shape: torch.Size, is_packed: bool, n: int, window: Window | Non
 
 
 @lru_cache(maxsize=4096)
-def _form(shape, is_packed, n, window, bits, geglu, write_out, out_dtype, tile) -> tuple[Tensor, int, int]:
+def _form(shape, is_packed, n, window, bits, geglu, write_out, out_dtype, tile, settled) -> tuple[Tensor, int, int]:
     """`library.form` of a call; K, and the taps that weights' sums are kept for."""
     geometry = geometry_of(shape, is_packed, n, window)
-    form = library.form(*geometry, bits, geglu, write_out, _DTYPE[out_dtype], *(tile or (0, 0, 0, 0)))
+    form = library.form(*geometry, bits, geglu, write_out, _DTYPE[out_dtype], *(tile or (0, 0, 0, 0)), settled)
     taps = geometry[5] * geometry[6]
     return form, geometry[3] * taps, taps if geometry[9:11] != (0, 0) else 1
 
@@ -60,12 +59,11 @@ def product(
     """`ops.product`, its arguments already checked; codes in uint8 are packed. tile None: the kernels choose by an
     estimate (csrc/cuda/sm90/tiling.h, sm80/tile_config.h); `library.tiles_op` lists what may be asked for."""
     packed, weight_scale, bits, _, _, geglu = weight
-    is_packed, n = codes.dtype is torch.uint8, weight_scale.shape[0]
-    form, k, taps = _form(codes.shape, is_packed, n, window, bits, geglu, write_out, out_dtype, tile)
+    is_packed, n, stored = codes.dtype is torch.uint8, weight_scale.shape[0], _aligned(packed)
+    settled = stored is packed  # a copy is still being written
+    form, k, taps = _form(codes.shape, is_packed, n, window, bits, geglu, write_out, out_dtype, tile, settled)
     sums = None if zero_point is None else weight_sums(weight, k, taps)
-    return library.product_op()(
-        _aligned(codes), scale, zero_point, sums, _aligned(packed), weight_scale, bias, y_hat, skip, form
-    )
+    return library.product_op()(_aligned(codes), scale, zero_point, sums, stored, weight_scale, bias, y_hat, skip, form)
 
 
 def why_not(problem: Any) -> str | None:

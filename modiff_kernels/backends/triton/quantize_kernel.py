@@ -33,9 +33,8 @@ each reads all of them. Otherwise every tensor is
 read at most once per pass; the range pass runs from the last tile to the first, so that the second reading comes from
 the L2 cache as far as it reaches.
 
-A range over many programs has no zeros to begin with and no atomic maximum: each stores its part, and the last one to
-arrive merges them. Parts are the bit patterns of non-negative float32 in int32: their maximum does not depend on the
-order, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
+A range over many programs: each stores its part, and the last one to arrive merges them. Parts are the bit patterns of
+non-negative float32 in int32, whose maximum orders finite < inf < NaN, so that a NaN reaches absmax and scale.
 
 The formulas (ops/schema.py, `quant/affine.py`) keep their order of float32 roundings, so that scales and codes come out
 bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`."""
@@ -43,6 +42,8 @@ bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), ro
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.target_info import cuda_capability_geq
 
 from ...quant.spec import BLOCK_ROWS
 from .launch import INTERPRETED
@@ -336,6 +337,8 @@ def quantize_kernel(
     PROLOGUE: tl.constexpr, SILU: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    if not _INTERPRETED and cuda_capability_geq(9):
+        gdc_launch_dependents()  # the product of `cuda` may begin, up to its wait for the end of this kernel
     STEP: tl.constexpr = WIDTH * GROUPS if PROLOGUE == "groups" else BLOCK_C
     sample, first, row, col = tile_of_program(rows, channels, BLOCK_R, BLOCK_C, STEP, False)
     inside = col < channels

@@ -4,6 +4,7 @@ ops `modiff_cuda::quantize` and `modiff_cuda::product` (`stand_ins`); builds its
 
 import importlib.util
 import os
+import shutil
 import struct
 import subprocess
 import sysconfig
@@ -58,6 +59,33 @@ def cuda_includes() -> list[str]:
     if not (folder / "cuda_runtime_api.h").is_file():
         pytest.skip(f"the headers of CUDA were not found in {folder}; set CUDA_HOME")
     return [f"-isystem{folder}", f"-isystem{folder / 'cccl'}"]
+
+
+def compile_launches(compiler: str, library: Path) -> None:
+    """emulator/stubs.cpp with the launchers and kernels of emulator/launch_*.cu, which have their PTX with them."""
+    nvcc = shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+    if not Path(nvcc).is_file():
+        pytest.skip(f"the compiler of CUDA, {nvcc}, was not found; set CUDA_HOME")
+    objects = []
+    for arch, name in (("80", "sm80"), ("90a", "sm90")):
+        objects.append(library.with_name(f"{name}.o"))
+        command = [
+            nvcc,
+            "-std=c++17",
+            f"-ccbin={compiler}",
+            f"-I{ROOT / 'csrc'}",
+            "--no-compress",
+            "-Xcompiler=-fPIC,-w",
+        ]
+        command += [f"-gencode=arch=compute_{arch},code=compute_{arch}", "-c", EMULATOR / f"launch_{name}.cu"]
+        done = subprocess.run([*command, "-o", objects[-1]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    folder, new = Path(torch.__file__).parent, library.with_suffix(".new")
+    flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-w", f"-isystem{folder / 'include'}", *cuda_includes()]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DMODIFF_SM90=1", '-DMODIFF_SOURCES=""']
+    flags += ['-DMODIFF_COMPILER=""', *map(str, objects), "-Wl,--no-as-needed", f"-L{folder / 'lib'}", "-ltorch_cpu"]
+    compile_source(compiler, EMULATOR / "stubs.cpp", new, *flags)
+    new.rename(library)
 
 
 def compile_module(compiler: str, folder: Path, pybind11_include: str) -> ModuleType:

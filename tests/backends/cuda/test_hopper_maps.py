@@ -31,6 +31,8 @@ def test_every_k_block_of_every_tile_once(maps, row_tiles, column_tiles, splits,
     done = [(row, column, i) for row, column, _, first, end in works for i in range(first, end)]
     assert sorted(done) == list(itertools.product(range(row_tiles), range(column_tiles), range(k_blocks)))
     assert all(tile == row * column_tiles + column and end > first for row, column, tile, first, end in works)
+    if splits == 1 and column_tiles % 2 == 0:  # the two of a cluster share their codes
+        assert all(left[0] == right[0] and left[3:] == right[3:] for left, right in zip(works[::2], works[1::2]))
 
 
 class TestWalks:
@@ -63,37 +65,11 @@ class TestWalks:
 
 class TestSharedMemory:
     @pytest.mark.parametrize("swizzle", [64, 128])
-    def test_swizzles_permute_chunks_within_their_rows(self, maps, swizzle):
-        at = maps.swizzled(np.arange(4096), swizzle)
-        assert sorted(at) == list(range(4096))
-        assert all(at[i] // swizzle == i // swizzle and at[i] % 16 == i % 16 for i in range(4096))
-
-    @pytest.mark.parametrize("swizzle", [64, 128])
     def test_eight_rows_of_a_chunk_meet_every_bank_once(self, maps, swizzle):
         """A wgmma reads 16 bytes of eight rows at a time: 128 bytes, the width of the 32 banks."""
         at = maps.swizzled(np.arange(4096), swizzle)
         for group, chunk in itertools.product(range(0, 4096, 8 * swizzle), range(0, swizzle, 16)):
             assert len({at[group + row * swizzle + chunk] // 16 % 8 for row in range(8)}) == 8
-
-    @pytest.mark.parametrize("columns", [64, 128, 160, 256])
-    def test_a_warpgroup_holds_every_sum_once(self, maps, columns):
-        assert sorted(maps.fragment(columns)) == list(itertools.product(range(64), range(columns)))
-
-    def test_kernels_fit_a_multiprocessor(self, maps):
-        """227 KiB of shared memory, 65536 registers, 255 a thread; sums leave a consumer 64 registers at least."""
-        kernels = maps.kernels()
-        assert len(kernels) == 8
-        for kernel in kernels:
-            assert kernel["shared"] <= 227 * 1024
-            assert kernel["stages"] >= 3
-            assert kernel["rows"] == 2 * 64 * kernel["blocks"]
-            producer, unpacker, consumer = (kernel[role] for role in ("producer", "unpacker", "consumer"))
-            others = [producer] + [unpacker] * (kernel["bits"] != 8)
-            assert kernel["threads"] == 128 * (2 + len(others))
-            assert 128 * (2 * consumer + sum(others)) <= 65536
-            assert consumer <= 255
-            assert consumer - kernel["blocks"] * kernel["columns"] // 2 >= 64
-            assert all(registers % 8 == 0 for registers in (producer, unpacker, consumer))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])

@@ -15,7 +15,7 @@ from tools import sass_report
 from tools.sass_report import Instruction, Row
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
-ARCHS = ["sm_80", "sm_90a"]  # sm_86 and sm_89 are made of the same PTX as sm_80
+ARCHS = ["sm_80", "sm_86", "sm_90a"]  # sm_89 is made of the same PTX as sm_86
 NEWER = {"sm_100a": "product_bytes.cu", "sm_120a": "product_unpacked.cu"}  # than Hopper, with a source for each
 RULES = sass_report.load_rules(sass_report.RULES)
 
@@ -110,6 +110,13 @@ class TestClocks:
         ):
             assert sass_report.clocks_of(region, warps) == clocks
 
+    def test_tensor_cores_by_hand(self):
+        """They are busy for 8 clocks an IMMA, whoever's; of many passes a warp's waits are filled by another's."""
+        two, one = code(("IMMA", 2), ("IMMA", 8), ("FADD", 4)), code(("IMMA", 12))
+        assert [sass_report.clocks_of(two, warps, tensor=8) for warps in (1, 2)] == [20, 37]  # one for an issue slot
+        rules = {"warps": 1, "tensor": 8}, {"warps": 2, "tensor": 8}, {"warps": 2}
+        assert [sass_report.clocks_by(rule, one) for rule in rules] == [12, 16, 13]
+
     def test_regions(self):
         kernel = code(
             ("MOV",), ("SYNCS",), ("UTMALDG.2D",), ("@BRA 2",), ("@BRA 1",), ("BRA 7",),
@@ -121,6 +128,8 @@ class TestClocks:
             ("loop MOV", []),
             ("stretch STSM", [(6, 10), (11, 12)]),
             ("stretch LDSM", []),
+            ("before SYNCS", [(0, 1)]),
+            ("before FADD", [(0, 6)]),
         ):
             assert sass_report.regions(kernel, region) == [kernel[first:end] for first, end in spans]
 
@@ -144,6 +153,8 @@ def test_a_broken_rule_says_how():
         ({"region": "loop FADD", "clocks": 5}, None),
         ({"region": "loop FADD", "clocks": 4}, "sm_90a TilePass<float>: loop FADD: 5 clocks, at most 4"),
         ({"region": "loop FADD", "region_never": ["BR"]}, "sm_90a TilePass<float>: loop FADD: BRA"),
+        ({"region": "loop FADD", "region_must": ["MUFU"]}, "sm_90a TilePass<float>: loop FADD: no MUFU"),
+        ({"region": "before BRA", "region_must": ["FADD"], "region_never": ["BRA"]}, None),
         ({"region": "loop MUFU"}, "sm_90a TilePass<float>: no loop MUFU"),
     ):
         assert sass_report.broken({**RULE, **changes}, [ROW]) == ([] if reason is None else [reason])

@@ -154,6 +154,37 @@ def test_layers_of_unets(hopper, layer):
     assert_equal(layer.results("cuda"), layer.results("reference"))
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("layer", [LAYERS[3], LAYERS[9], LAYERS[11], (3, 17, 640, 960, THREE, 8)], ids=str)
+def test_clusters(hopper, layer, splits):
+    """Two blocks that share codes, or that trade sums of two splits of K."""
+    layer = Layer(*layer)
+    assert_equal(layer.results("cuda", product_launch.Tile(90, 256, 160, splits)), layer.results("reference"))
+
+
+@pytest.mark.parametrize("quantizer", ["auto", "cuda"])  # triton, and csrc/cuda/common
+@pytest.mark.parametrize("layer", [LINEAR, ((8, 640, 32, 32), 640, THREE)], ids=str)
+def test_a_product_waits_for_its_quantiser(hopper, quantizer, layer):
+    """Products that begin before the end of the quantiser, which the first of a weight does not; in graphs, too."""
+    runs = {}
+    for name in (quantizer, "reference"):
+        torch.manual_seed(0)
+        runs[name] = update(name, *layer)
+    run, state = runs[quantizer]
+    start = [t.clone() for t in state]
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    wanted = [[t.clone() for t in runs["reference"][0]()] for _ in range(10)][-1]
+    for replay in (graph.replay, run):
+        for t, value in zip(state, start):
+            t.copy_(value)
+        for _ in range(10):
+            found = replay() or found
+        assert_equal(found, wanted)
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3])
 @pytest.mark.parametrize("layer", [(3, 17, 128, 328, THREE), (3, 9, 1280, 328, POINT)], ids=str)
 def test_every_tile_is_exact(hopper, layer, bits):

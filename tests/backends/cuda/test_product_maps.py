@@ -1,10 +1,9 @@
-"""The maps of csrc/cuda/sm80, on all of their arguments where there are few: fragments, places in shared memory, order
-of tiles, and the choice of a tile."""
+"""The maps of csrc/cuda/sm80, on all of their arguments where there are few: banks of shared memory, order of tiles,
+and the choice of a tile."""
 
 import itertools
 
 import pytest
-import torch
 
 CHUNK, K_BLOCK = 16, 64
 
@@ -14,52 +13,7 @@ def maps(host_module):
     return host_module("maps")
 
 
-def codes_of_words(words, bits):
-    """int64 codes of uint32 words, the lowest bits first."""
-    shifts = torch.arange(0, 32, bits)
-    codes = (words.long().unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return torch.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_fragments_are_those_of_the_ptx_isa(maps, bits):
-    """Rows and columns as the PTX ISA gives them for the i-th code of a thread, for mma.m16n8k32 (8 bits) and m16n8k64
-    (4 bits); the product of the matrices is the oracle."""
-    k, per_word = 256 // bits, 32 // bits
-    words_a, words_b = (torch.randint(1 << 32, (32, count)).to(torch.uint32) for count in (4, 2))
-    a, b = torch.zeros(16, k).long(), torch.zeros(k, 8).long()
-    codes_a, codes_b = (codes_of_words(words, bits).flatten(1) for words in (words_a, words_b))
-    for lane in range(32):
-        group, member = lane // 4, lane % 4
-        for i in range(4 * per_word):
-            row = group if i < per_word or 2 * per_word <= i < 3 * per_word else group + 8
-            column = member * per_word + i % per_word + (k // 2 if i >= 2 * per_word else 0)
-            a[row, column] = codes_a[lane, i]
-        for i in range(2 * per_word):
-            b[member * per_word + i % per_word + (k // 2 if i >= per_word else 0), group] = codes_b[lane, i]
-    sums = maps.multiply(words_a, words_b, nibbles=bits == 4)
-    expected = a @ b
-    for lane, i in itertools.product(range(32), range(4)):
-        row, column = lane // 4 + (8 if i >= 2 else 0), lane % 4 * 2 + i % 2
-        assert sums[lane, i] == expected[row, column]
-
-
-def test_matrices_are_loaded_as_the_ptx_isa_says(maps):
-    """Thread t gets elements 2 * (t % 4) and the next of row t / 4 of four 8x8 matrices of 16 bits; thread 8 * i + j
-    gives the address of row j of matrix i."""
-    rows = torch.randint(256, (32, 16)).to(torch.uint8)
-    words = torch.from_numpy(maps.load_matrices(rows))
-    for thread, matrix in itertools.product(range(32), range(4)):
-        wanted = rows[8 * matrix + thread // 4][thread % 4 * 4 : thread % 4 * 4 + 4]
-        assert torch.equal(words[thread].view(torch.uint8)[4 * matrix : 4 * matrix + 4], wanted)
-
-
 class TestSwizzle:
-    def test_every_chunk_has_its_own_place_in_its_row(self, maps):
-        for row in range(128):
-            places = [maps.swizzled(row, chunk) for chunk in range(4)]
-            assert sorted(places) == [row * K_BLOCK + chunk * CHUNK for chunk in range(4)]
-
     def test_no_phase_of_ldmatrix_meets_a_bank_twice(self, maps):
         """A phase reads one chunk of eight rows; 128 bytes are all 32 banks once."""
         for first, chunk in itertools.product(range(0, 128, 8), range(4)):

@@ -1,4 +1,4 @@
-"""The insides of `quantize` of the backend cuda, emulated: the order of threads, and packed codes."""
+"""The insides of `quantize` of the backend cuda, emulated: the order of threads. Packed codes: test_ptx.py."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 from modiff_kernels.backends.cuda import library
 from modiff_kernels.backends.cuda.quantize_launch import quantize
 from modiff_kernels.quant.operands import IDENTITY, Prologue
-from tests.backends.cuda.emulation import pack_channels
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 GRANULARITIES = ["per_tensor", "per_sample", "per_token"]
@@ -53,18 +52,3 @@ class TestOrderOfThreads:
             results.append([*found] if state is None else [*found, state])
         for rising, falling in zip(*results, strict=True):
             assert torch.equal(rising, falling)
-
-
-@pytest.mark.parametrize("bits", [4, 3])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("shape", [(2, 35, 64), (2, 9, 33), (2, 40, 5, 7)], ids=str)
-def test_packed_codes_are_the_codes_in_kpack_v1(emulator, shape, granularity, bits):
-    h, x_hat = (torch.randn(shape) if len(shape) == 3 else image(shape) for _ in range(2))
-    states = x_hat.clone(), x_hat.clone()
-    plain, packed = (
-        quantize(h, IDENTITY, state, None, bits, granularity, 1.0, True, packed=packed)
-        for state, packed in zip(states, (False, True))
-    )
-    assert torch.equal(packed[0], pack_channels(plain[0], bits))
-    for got, wanted in zip((*packed[1:], states[1]), (*plain[1:], states[0]), strict=True):
-        assert torch.equal(got, wanted)

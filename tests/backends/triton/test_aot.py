@@ -78,6 +78,12 @@ def test_tensors_move_in_16_byte_accesses(compiled):
             assert count(row, r"st\.global(\.L\S*)?\.v4\.b32") == stores, row["constants"]
 
 
+def test_a_product_may_begin_before_the_end_of_the_codes(found):
+    for row in found:
+        wanted = row["kernel"] == "quantize_kernel" and row["capability"] >= 90
+        assert count(row, r"griddepcontrol\.launch_dependents") == wanted, row["name"]
+
+
 def test_scales_and_codes_are_rounded_as_the_contract_says(compiled):
     for row in compiled:
         if row["kernel"] == "quantize_kernel":

@@ -10,7 +10,9 @@
 //              when it issues it; operands that ordinary stores wrote must have been published. All threads of a
 //              warpgroup must issue the same operations
 //              stores read their boxes as late as allowed, or with odd seeds as early
-//   blocks     of a launch run together, and those of a cluster send each other words, which come as boxes do; a block
+//   the kernel before ends when nobody can go on without it; until then its results are not there, and what is written
+//              is lost
+//   blocks     of a launch run together, and those of a cluster send each other words and boxes; a block
 //              must not end before its cluster's other block has done with its memory
 #pragma once
 #include <cstring>
@@ -107,6 +109,12 @@ class HopperCta {
     note_store(p);
   }
 
+  void begin_before_the_end_of(const bool& kernel_before) { ended_before_ = &kernel_before; }
+  void wait_for_kernels_before() {
+    fibers_.wait([this] { return *ended_before_; });
+  }
+  void prefetch_map(const TensorMap& map) const { require(map_problem(map) == nullptr, "a map that is none"); }
+
   int thread() const { return fibers_.current() - first_fiber_; }
   int64_t block() const { return block_; }
   int blocks() const { return blocks_; }
@@ -149,15 +157,16 @@ class HopperCta {
     fibers_.wait([&b, parity] { return b.phase % 2 != parity; });
   }
 
-  void load_matrix(const TensorMap& map, uint8_t* to, uint64_t* barrier, int x, int y) {
+  void load_matrix(const TensorMap& map, uint8_t* to, uint64_t* barrier, int x, int y, bool both = false) {
     require(!map.im2col, "a tiled load with a map for im2col");
     Load load = issue(map, to, barrier);
     load.x = x;
     load.y = y;
     loads_.push_back(load);
+    if (both) peer().load_matrix(map, at_peer(to), at_peer(barrier), x, y);
   }
   void load_pixels(const TensorMap& map, uint8_t* to, uint64_t* barrier, int channel, const Corner& corner,
-                   int offset_w, int offset_h) {
+                   int offset_w, int offset_h, bool both) {
     require(map.im2col, "a load of pixels with a map for tiles");
     require(offset_w >= 0 && offset_w < 256 && offset_h >= 0 && offset_h < 256, "TMA: offsets");
     Load load = issue(map, to, barrier);
@@ -166,6 +175,7 @@ class HopperCta {
     load.offset_w = offset_w;
     load.offset_h = offset_h;
     loads_.push_back(load);
+    if (both) peer().load_pixels(map, at_peer(to), at_peer(barrier), channel, corner, offset_w, offset_h, false);
   }
 
   void shared_store(uint8_t* p, const uint32_t* words) {
@@ -498,6 +508,7 @@ class HopperCta {
   int threads_, left_ = 0;  // that have ended
   Meeting all_, pair_, consumers_;
   HopperCta* peer_ = nullptr;
+  const bool* ended_before_ = nullptr;
   std::map<const uint64_t*, Barrier> barriers_;
   std::vector<Load> loads_;
   std::vector<Sent> sent_;
@@ -512,19 +523,22 @@ class HopperCta {
   std::mt19937 random_;
 };
 
-// Runs all blocks of a launch, in clusters of two or each for itself.
+// Runs all blocks of a launch, in clusters of two or each for itself. kernel_before: what is done at its end.
 template <class Body, class Args>
-void launch_on_host(const Args& args, int blocks, bool clusters, uint32_t seed) {
+void launch_on_host(const Args& args, int blocks, bool clusters, uint32_t seed,
+                    const std::function<void()>& kernel_before) {
   using Shared = typename Body::Shared;
   WaitingFibers fibers(blocks * Body::kThreads);
   std::vector<std::unique_ptr<Shared>> shared;
   std::vector<std::unique_ptr<HopperCta>> ctas;
+  bool ended_before = false;
   for (int block = 0; block < blocks; ++block) {
     shared.push_back(std::make_unique<Shared>());
     std::memset(static_cast<void*>(shared.back().get()), 0xA5, sizeof(Shared));
     ctas.push_back(std::make_unique<HopperCta>(fibers, block * Body::kThreads, Body::kThreads, block, blocks,
                                                seed + 2 * static_cast<uint32_t>(block),
                                                reinterpret_cast<uint8_t*>(shared.back().get()), sizeof(Shared)));
+    ctas.back()->begin_before_the_end_of(ended_before);
   }
   const auto body = [&](int fiber) {
     const auto block = static_cast<size_t>(fiber / Body::kThreads);
@@ -535,7 +549,9 @@ void launch_on_host(const Args& args, int blocks, bool clusters, uint32_t seed) 
   const auto deliver = [&](bool all) {
     bool any = false;
     for (const auto& cta : ctas) any = cta->deliver(all) || any;
-    return any;
+    if (!all || any || ended_before) return any;
+    kernel_before();
+    return ended_before = true;
   };
   fibers.run(body, deliver, seed);
   for (const auto& cta : ctas) cta->require_finished();

@@ -25,22 +25,6 @@ ProductCall call_of(const Geometry& geometry, int bits) {
   return call;
 }
 
-template <class Body>
-py::dict kernel() {
-  return py::dict("bits"_a = int{Body::kBits}, "rows"_a = int{Body::kRows}, "columns"_a = int{Body::kColumns},
-                  "stages"_a = int{Body::kStages}, "shared"_a = sizeof(typename Body::Shared),
-                  "threads"_a = int{Body::kThreads}, "blocks"_a = int{Body::kBlocks},
-                  "producer"_a = int{Body::kProducerRegisters}, "unpacker"_a = int{Body::kUnpackerRegisters},
-                  "consumer"_a = int{Body::kConsumerRegisters});
-}
-
-// Bits, rows, columns, stages, bytes of shared memory, threads, blocks of 64 rows, registers of the roles.
-std::vector<py::dict> kernels() {
-  return {kernel<sm90::Product<8, 2, 160>>(), kernel<sm90::Product<8, 1, 256>>(), kernel<sm90::Product<8, 1, 128>>(),
-          kernel<sm90::Product<8, 1, 64>>(),  kernel<sm90::Product<4, 2, 160>>(), kernel<sm90::Product<4, 1, 64>>(),
-          kernel<sm90::Product<3, 2, 160>>(), kernel<sm90::Product<3, 1, 64>>()};
-}
-
 // Row tile, column tile, tile, first k-block and the one behind the last of every work item.
 std::vector<std::array<int, 5>> works(int row_tiles, int column_tiles, int splits, int k_blocks) {
   const sm90::Schedule schedule{row_tiles, column_tiles, splits, k_blocks};
@@ -76,14 +60,6 @@ std::vector<std::array<int, 3>> corners(const Geometry& geometry) {
     found.push_back({corner.w, corner.h, corner.n});
   }
   return found;
-}
-
-// Row, column of every register of the threads of a warpgroup.
-std::vector<std::pair<int, int>> fragment(int columns) {
-  std::vector<std::pair<int, int>> places;
-  for (int thread = 0; thread < sm90::kWarpgroup; ++thread)
-    for (int i = 0; i < columns / 2; ++i) places.emplace_back(sm90::sum_row(thread, i), sm90::sum_column(thread, i));
-  return places;
 }
 
 // Rows and columns of the tile, row_tiles, column_tiles, splits, k-blocks; bytes of scratch.
@@ -134,12 +110,10 @@ const char* problem_of_maps(const Geometry& geometry, int bits) {
 }
 
 void define(py::module_ m) {
-  m.def("kernels", kernels);
   m.def("works", works);
   m.def("boxes", boxes);
   m.def("corners", corners);
   m.def("swizzled", py::vectorize(sm90::swizzled));
-  m.def("fragment", fragment);
   m.def("tiling", tiling);
   m.def("limit", limit, "geometry"_a, "bits"_a, "codes_offset"_a = 0, "weight_offset"_a = 0);
   m.def("problem_of_maps", problem_of_maps);

@@ -1,13 +1,12 @@
-// The binding, and the host's part of the product of sm_90, on stubs of kernels, of CUDA and of its driver, as ops of
-// torch for tensors of the CPU: modiff_stubs. Whoever is called notes down what with; the op `calls` has a line for each,
-// in which tests/backends/cuda/test_binding.py names the values.
+// The binding and the launchers of launch_*.cu on stubs of CUDA and its driver, as ops of torch for tensors of the CPU:
+// modiff_stubs. `told` hears of launches (grid, block, shared memory, cluster, argument) and of maps, which it numbers.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <sstream>
+#include <map>
 
 #include "cuda/stream.h"
 
@@ -16,106 +15,98 @@
 #define DeviceGuard DeviceIndex
 #define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #define current_stream(device, stream) (device) >= 0
-#define get_device_index() get_device_index() + 1  // a tensor of the CPU has -1
+#define get_device_index() get_device_index() + 1 + modiff_device  // a tensor of the CPU has -1
+#define SEEN __attribute__((visibility("default")))
+extern "C" {
+SEEN int64_t (*told)(const char* name, const int64_t* values) = nullptr;  // an error, or the number of a map
+SEEN int modiff_device = 0;  // 0, 1: capability 9.0, with 132 and 2 multiprocessors; 2: 8.0
+}
 #include "cuda/ops.cpp"
-
-#include "cuda/sm90/product.cu"
 
 namespace {
 
-using namespace modiff;
+using Sizes = const cuuint64_t*;
+using Steps = const cuuint32_t*;
 
-std::ostringstream notes;
-
-template <class... T>
-int note(const char* name, T... values) {
-  notes << name;
-  ((notes << ' ' << (int64_t)values), ...);
-  notes << '\n';
-  return 0;
-}
-
-std::string calls() {
-  const std::string all = notes.str();
-  notes.str("");
-  return all;
-}
-
-// Maps that can be told apart: the address, the bit that drivers up to 13.1 set wrongly, the number of the map.
-CUresult fill(CUtensorMap* map, const void* base) {
-  static cuuint64_t encoded = 0;
-  map->opaque[0] = reinterpret_cast<cuuint64_t>(base);
+// The number of the map, and the bit that drivers up to 13.1 set wrongly.
+CUresult encode(CUtensorMap* map, const char* name, std::initializer_list<cuuint64_t> values) {
+  map->opaque[0] = static_cast<cuuint64_t>(told(name, reinterpret_cast<const int64_t*>(values.begin())));
   map->opaque[1] = cuuint64_t{1} << 21;
-  map->opaque[2] = ++encoded;
   return CUDA_SUCCESS;
 }
 
-CUresult tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims,
-               const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave,
-               CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill_with) {
-  note("tiled", type, rank, base, dims[0], dims[1], strides[0], box[0], box[1], steps[0], steps[1], swizzle, fill_with);
-  return fill(map, base);
+CUresult tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, cuuint64_t base, Sizes n, Sizes strides,
+               Steps box, Steps steps, CUtensorMapInterleave order, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+               CUtensorMapFloatOOBfill fill) {
+  return encode(map, "tiled", {type, rank, base, n[0],     n[1],     0, 0, strides[0], 0,       0,   box[0], box[1], 0,
+                               0,    0,    0,    steps[0], steps[1], 1, 1, order,      swizzle, fill});
 }
 
-CUresult im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* dims,
-                const cuuint64_t* strides, const int* lower, const int* upper, cuuint32_t channels, cuuint32_t pixels,
-                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                CUtensorMapFloatOOBfill fill_with) {
-  note("im2col", type, rank, base, dims[0], dims[1], dims[2], dims[3], strides[0], strides[1], strides[2], lower[0],
-       lower[1], upper[0], upper[1], channels, pixels, steps[0], steps[1], steps[2], steps[3], swizzle, fill_with);
-  return fill(map, base);
+CUresult im2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, cuuint64_t base, Sizes n, Sizes strides,
+                const int* lower, const int* upper, cuuint32_t channels, cuuint32_t pixels, Steps steps,
+                CUtensorMapInterleave order, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                CUtensorMapFloatOOBfill fill) {
+  const auto wide = [](int value) { return static_cast<cuuint64_t>(value); };
+  return encode(map, "im2col", {type,           rank,           base,           n[0],           n[1],     n[2],
+                                n[3],           strides[0],     strides[1],     strides[2],     channels, pixels,
+                                wide(lower[0]), wide(lower[1]), wide(upper[0]), wide(upper[1]), steps[0], steps[1],
+                                steps[2],       steps[3],       order,          swizzle,        fill});
 }
 
-cudaError_t note_launch(int bits, const cuda::sm90::ProductArgs<CUtensorMap>& args) {
-  const cuuint64_t *codes = args.codes.opaque, *weight = args.weight.opaque;
-  note("launch", bits, args.schedule.splits, codes[0], codes[1] >> 21, codes[2], weight[0], weight[1] >> 21, weight[2],
-       args.high_plane.opaque[0], args.sums != nullptr);
-  return cudaSuccess;
+std::map<const void*, const char*>& names() {
+  static std::map<const void*, const char*> names;
+  return names;
+}
+
+struct Configuration {
+  dim3 grid, block;
+  size_t bytes;
+} configured;
+cudaError_t last_error = cudaSuccess;
+
+cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t bytes, unsigned cluster, bool early, void** args) {
+  const int64_t values[] = {grid.x, block.x, int64_t(bytes), cluster, int64_t(args[0]), early};
+  const bool flat = grid.y * grid.z * block.y * block.z == 1;
+  return last_error = flat ? static_cast<cudaError_t>(told(name, values)) : cudaErrorInvalidConfiguration;
 }
 
 }  // namespace
 
-namespace modiff::cuda {
-
-int64_t product_sm80_scratch(const ProductCall&, const Device&) { return 64; }
-int product_sm80(const ProductCall& call, const Device&, Stream) {
-  const ProductProblem& p = call.problem;
-  return note("product", p.samples, p.h, p.w, p.c_in, p.c_out, p.out_h, p.out_w, p.codes, p.scale, p.zero_point,
-              call.tap_sums, p.weight, p.weight_scale, call.bias.data, call.bias.dtype, p.y_hat, p.y_hat_dtype, p.skip,
-              p.skip_dtype, p.out, p.out_dtype, call.weight_bits, call.code_bits, call.geglu, call.rows_per_scale,
-              call.scratch != nullptr);
-}
-
-#define NOTE_QUANTIZE(name)                                                                                           \
-  int quantize_##name(const QuantizeCall& call, Stream) {                                                             \
-    const QuantizeProblem& p = call.problem;                                                                          \
-    return note(#name, p.samples, p.rows, p.channels, p.input, p.input_dtype, call.gamma.data, call.gamma.dtype,      \
-                call.beta.data, p.norm_stride, call.shift.data, call.shift_stride, p.num_groups,                      \
-                std::lround(p.eps * 1e6), p.silu, p.x_hat, p.x_hat_dtype, p.affine, p.act_bits, p.granularity,        \
-                std::lround(p.clip_ratio * 1e3), p.given_scale, p.given_scale_count, call.delayed, p.packed, p.codes, \
-                p.scale, p.absmax, p.zero_point);                                                                     \
-  }
-NOTE_QUANTIZE(identity)
-NOTE_QUANTIZE(group_norm)
-NOTE_QUANTIZE(layer_norm)
-NOTE_QUANTIZE(geglu)
-
-namespace sm90 {
-cudaError_t launch_8bit(int, const ProductArgs<CUtensorMap>& args, const Device&, cudaStream_t) {
-  return note_launch(8, args);
-}
-cudaError_t launch_packed(int, int bits, const ProductArgs<CUtensorMap>& args, const Device&, cudaStream_t) {
-  return note_launch(bits, args);
-}
-}  // namespace sm90
-
-}  // namespace modiff::cuda
-
 extern "C" {
 
+void** __cudaRegisterFatBinary(void* binary) { return static_cast<void**>(binary); }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+void __cudaRegisterFunction(void**, const char* function, char*, const char* name, ...) { names()[function] = name; }
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t bytes, CUstream_st*) {
+  configured = {grid, block, bytes};
+  return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* bytes, void*) {
+  std::tie(*grid, *block, *bytes) = std::tie(configured.grid, configured.block, configured.bytes);
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(const char** name, const void* function) {
+  *name = names().at(function);
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(const char* name, dim3 grid, dim3 block, void** args, size_t bytes, cudaStream_t) {
+  return launch(name, grid, block, bytes, 1, false, args);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** args) {
+  const bool early = config->numAttrs == 2 && config->attrs[1].val.programmaticStreamSerializationAllowed == 1 &&
+                     config->attrs[1].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+  return launch(names().at(function), config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                config->attrs[0].val.clusterDim.x, early, args);
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return last_error; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the stub"; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? (device == 1 ? 2 : 132)
+           : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 2 ? 8 : 9)
+                                                            : 0;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -124,7 +115,6 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   std::memset(p, value, bytes);
-  note("clear", bytes);
   return cudaSuccess;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
@@ -136,6 +126,3 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, uns
 }
 
 }  // extern "C"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(modiff_stubs, m) { m.def("calls() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(modiff_stubs, CompositeExplicitAutograd, m) { m.impl("calls", TORCH_BOX(&calls)); }

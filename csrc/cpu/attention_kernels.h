@@ -1,0 +1,389 @@
+// Attention over tokens, out = softmax(scale * q k^T) v, with products in 16-bit fixed point: a head of a sample, or a
+// part of its queries, a task. A file attention_<instruction set>.cpp includes this one.
+//
+//   operand  shape                               dtype  layout
+//   q        [samples, queries, heads * width]   f32    rows contiguous, any row and sample stride
+//   k, v     [samples, keys, heads * width]      f32    likewise
+//   out      [samples, queries, heads * width]   f32    contiguous
+//
+// vpdpwssd does 32 multiply-adds where a float instruction does 16, and int16 keeps more bits than bfloat16:
+//   scores   Rows of q and of k, less the mean of all keys, which moves every score of a query alike, become codes of
+//            Euclidean norm kRowNorm: no sum of their products leaves int32, by Cauchy and Schwarz. What is lost is
+//            1.3e-5 |q| |k|; where that could move a score by more than kWide * 1.3e-5, what rounding lost of both rows
+//            is multiplied as well.
+//   weights  exp(score - most) of a part of kPart keys are codes up to 32767, fewer where many are large, such that
+//            the sum of their products with values, up to kMaxValue of a scale per part and channel, fits int32.
+// A part's sums are added to floats, scaled by the part's own most. SQNR to float64 is 70 dB; the sum of the
+// exponentials divides the output, not the weights.
+//
+// Both products are the same one: rows of A, broadcast two values at a time, times pairs of rows of B. Sums of kTileRows
+// rows by up to kTileVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values
+// [keys / 2, width, 2] of its head, padded to whole vectors; the scores of kQueries queries and kKeys keys stay in the
+// second-level cache. Bound: 2 * queries * keys * width multiply-adds a head at 32 a cycle and core (Zen 4), and 1.1
+// cycles a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "common/problem.h"
+#include "cpu/attention.h"
+#include "cpu/convert.h"
+#include "cpu/parallel.h"
+
+namespace modiff::cpu {
+namespace {
+
+constexpr int64_t kLanes = 16, kPart = 128;
+constexpr int64_t kQueries = 96, kKeys = 4 * kPart;  // of a block
+constexpr int kTileRows = 6, kTileVectors = 4;       // 24 sums, 4 of B and a broadcast in 32 registers
+constexpr float kRowNorm = 32000.0f, kMaxValue = 4095.0f;
+constexpr float kMaxWeight = 32767.0f, kMaxWeights = 2147000000.0f / kMaxValue;  // one, and the sum of a part's
+constexpr float kWide = 64.0f;
+constexpr float kLow = 4096.0f;  // steps of the low codes in one of the others; low * other fits int32 to width 1000
+constexpr float kNone = -1e30f;  // score of a key that is padding
+
+int64_t round_to(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
+
+float power_of_two(float n) {
+  return bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(std::max(n, -126.0f)) + 127) << 23);
+}
+
+bool is_finite(float v) { return (float_to_bits(v) & 0x7F800000u) != 0x7F800000u; }
+
+// sum + products of pairs, in the register of sum: GCC copies the result of the intrinsic, and spills.
+MODIFF_INLINE void dot(__m512i& sum, __m512i a, __m512i b) {
+#ifdef __AVX512VNNI__
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+// A product: a [rows, depth], b [depth / 2, columns, 2] with pairs of rows b_row apart; to c, as floats, or added to it
+// times a factor per row and one per column.
+struct Product {
+  const int16_t *a, *b;
+  int64_t a_row, b_row, depth;
+  float* c;
+  int64_t c_row;
+  const float *row_factor, *column_factor;  // null: c is written
+};
+
+// Not inlined: GCC keeps the sums in memory then.
+template <int MR, int NR>
+__attribute__((noinline)) void tile(const Product& p, int64_t first, int64_t column) {
+  __m512i acc[MR][NR];
+  const int16_t* row[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    row[m] = p.a + (first + m) * p.a_row;
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) acc[m][n] = _mm512_setzero_si512();
+  }
+  const int16_t* b = p.b + 2 * column;
+  for (int64_t k = 0; k < p.depth; k += 2, b += 2 * p.b_row) {
+    __m512i columns[NR];
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) columns[n] = _mm512_loadu_si512(b + n * 2 * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      int32_t pair;
+      std::memcpy(&pair, row[m] + k, sizeof(pair));
+      const __m512i value = _mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) dot(acc[m][n], value, columns[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) {
+      float* to = p.c + (first + m) * p.c_row + column + n * kLanes;
+      __m512 sum = _mm512_cvtepi32_ps(acc[m][n]);
+      if (p.row_factor != nullptr) {
+        sum = _mm512_mul_ps(sum, _mm512_loadu_ps(p.column_factor + column + n * kLanes));
+        sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(p.row_factor[first + m]), _mm512_loadu_ps(to));
+      }
+      _mm512_storeu_ps(to, sum);
+    }
+}
+
+using TileFn = void (*)(const Product&, int64_t, int64_t);
+
+template <int... I>
+TileFn tile_for(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
+  static constexpr TileFn tiles[] = {&tile<I / kTileVectors + 1, I % kTileVectors + 1>...};
+  return tiles[(rows - 1) * kTileVectors + vectors - 1];
+}
+
+void multiply(const Product& p, int64_t rows, int64_t columns) {
+  for (int64_t n = 0; n < columns;) {
+    const int64_t vectors = std::min<int64_t>((columns - n) / kLanes, kTileVectors);
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t count = std::min<int64_t>(rows - m, kTileRows);
+      tile_for(count, vectors, std::make_integer_sequence<int, kTileRows * kTileVectors>())(p, m, n);
+    }
+    n += vectors * kLanes;
+  }
+}
+
+// 2^x for x <= 0, relative error 5e-6: a weight's code has a step of 3e-5.
+MODIFF_INLINE __m512 exp2_(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(9.6171e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5503e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.2402265f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6931472f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Codes of a row less `mean`, or what rounding lost of them in steps of 1 / kLow; returns the row's scale.
+template <bool kIsLow = false>
+float row_codes(const float* row, const float* mean, int64_t width, int16_t* to) {
+  float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < width; ++i) squares += (row[i] - mean[i]) * (row[i] - mean[i]);
+  const float norm = std::sqrt(squares), inverse = norm > 0.0f ? kRowNorm / norm : 0.0f;
+  for (int64_t i = 0; i < width; ++i) {
+    const float value = (row[i] - mean[i]) * inverse, code = __builtin_rintf(value);
+    to[i] = static_cast<int16_t>(kIsLow ? __builtin_rintf((value - code) * kLow) : code);
+  }
+  if (width % 2 != 0) to[width] = 0;
+  return norm / kRowNorm;
+}
+
+struct Head {
+  const AttentionProblem& p;
+  const int64_t n, h;
+  const int64_t keys = round_to(p.keys, kLanes), depth = round_to(p.width, 2), width = round_to(p.width, kLanes);
+  const int64_t block = std::min(keys, kKeys);
+  float *scores, *sums, *key_scale, *value_scale, *mean, *zeros;
+  int16_t *key_codes, *low_keys, *values, *weights, *queries, *low_queries, *lines;
+  float largest_key = 0.0f;
+  bool finite = true, has_low = false;
+
+  Head(const AttentionProblem& problem, int64_t n, int64_t h) : p(problem), n(n), h(h) {
+    const int64_t parts = (keys + kPart - 1) / kPart;
+    const std::pair<float**, int64_t> floats[] = {{&scores, kQueries * block},
+                                                  {&sums, kQueries * width},
+                                                  {&key_scale, keys},
+                                                  {&value_scale, parts * width},
+                                                  {&mean, width},
+                                                  {&zeros, width}};
+    const std::pair<int16_t**, int64_t> words[] = {{&key_codes, keys * depth},   {&low_keys, keys * depth},
+                                                   {&values, keys * width},      {&weights, kQueries * block},
+                                                   {&queries, kQueries * depth}, {&low_queries, kQueries * depth},
+                                                   {&lines, kLanes * depth}};
+    int64_t bytes = 0;
+    for (const auto& [to, count] : floats) bytes += round_to(4 * count, 64);
+    for (const auto& [to, count] : words) bytes += round_to(2 * count, 64);
+    auto* next = static_cast<char*>(thread_scratch(1, bytes));
+    for (const auto& [to, count] : floats) {
+      *to = reinterpret_cast<float*>(next);
+      next += round_to(4 * count, 64);
+    }
+    for (const auto& [to, count] : words) {
+      *to = reinterpret_cast<int16_t*>(next);
+      next += round_to(2 * count, 64);
+    }
+    std::fill_n(zeros, width, 0.0f);
+    copy_keys();
+    copy_values();
+  }
+
+  const float* key(int64_t l) const { return p.k + n * p.k_sample + l * p.k_row + h * p.width; }
+  const float* value(int64_t l) const { return p.v + n * p.v_sample + l * p.v_row + h * p.width; }
+
+  void copy_keys() {
+    std::fill_n(mean, width, 0.0f);
+    for (int64_t l = 0; l < p.keys; ++l)
+      for (int64_t i = 0; i < p.width; ++i) mean[i] += key(l)[i];
+    for (int64_t i = 0; i < p.width; ++i) mean[i] /= static_cast<float>(p.keys);
+    copy_rows<false>(key_codes);
+    for (int64_t l = 0; l < p.keys; ++l) {
+      largest_key = std::max(largest_key, key_scale[l]);
+      finite &= is_finite(key_scale[l]);
+    }
+  }
+
+  template <bool kIsLow>
+  void copy_rows(int16_t* to) {
+    for (int64_t l0 = 0; l0 < keys; l0 += kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) {
+        if (l0 + l < p.keys) {
+          key_scale[l0 + l] = row_codes<kIsLow>(key(l0 + l), mean, p.width, lines + l * depth);
+        } else {
+          key_scale[l0 + l] = 0.0f;
+          std::fill_n(lines + l * depth, depth, 0);
+        }
+      }
+      for (int64_t i = 0; i < depth; i += 2)
+        for (int64_t l = 0; l < kLanes; ++l) std::memcpy(to + i * keys + 2 * (l0 + l), lines + l * depth + i, 4);
+    }
+  }
+
+  void copy_values() {
+    uint32_t bits = 0;  // of the largest magnitude: comparisons of floats do not see NaN
+    for (int64_t l0 = 0; l0 < keys; l0 += kPart) {
+      float* __restrict scale = value_scale + l0 / kPart * width;
+      const int64_t end = std::min(l0 + kPart, p.keys);
+      std::fill_n(scale, width, 0.0f);
+      for (int64_t l = l0; l < end; ++l) {
+        const float* __restrict row = value(l);
+#pragma omp simd reduction(max : bits)
+        for (int64_t i = 0; i < p.width; ++i) {
+          const uint32_t magnitude = float_to_bits(row[i]) & 0x7FFFFFFFu;
+          bits = magnitude > bits ? magnitude : bits;
+          scale[i] = std::max(scale[i], std::fabs(row[i]));
+        }
+      }
+      float* __restrict inverse = sums;  // not in use yet
+      for (int64_t i = 0; i < p.width; ++i) {
+        inverse[i] = scale[i] > 0.0f ? kMaxValue / scale[i] : 0.0f;
+        scale[i] /= kMaxValue;
+      }
+      for (int64_t l = l0; l < std::min(l0 + kPart, keys); l += 2) {
+        const float* __restrict even = l < p.keys ? value(l) : zeros;
+        const float* __restrict odd = l + 1 < p.keys ? value(l + 1) : zeros;
+        auto* __restrict to = reinterpret_cast<uint32_t*>(values + l * width);
+        for (int64_t i = 0; i < p.width; ++i) {
+          const auto low = static_cast<int32_t>(__builtin_rintf(even[i] * inverse[i]));
+          const auto high = static_cast<int32_t>(__builtin_rintf(odd[i] * inverse[i]));
+          to[i] = (static_cast<uint32_t>(low) & 0xFFFFu) | static_cast<uint32_t>(high) << 16;
+        }
+        for (int64_t i = p.width; i < width; ++i) to[i] = 0;
+      }
+    }
+    finite &= bits < 0x7F800000u;
+  }
+
+  // Up to kQueries queries from `first` on.
+  void attend(int64_t first, int64_t rows) {
+    float query_scale[kQueries], most[kQueries], total[kQueries], factor[kKeys / kPart][kQueries], largest = 0.0f;
+    const float* q = p.q + n * p.q_sample + first * p.q_row + h * p.width;
+    for (int64_t m = 0; m < rows; ++m) {
+      query_scale[m] = row_codes(q + m * p.q_row, zeros, p.width, queries + m * depth) * p.scale * 1.44269504f;
+      largest = std::max(largest, std::fabs(query_scale[m]));
+      most[m] = kNone;
+      total[m] = 0.0f;
+    }
+    const bool is_wide = largest * largest_key * (kRowNorm * kRowNorm) > kWide;
+    if (is_wide) {
+      if (!std::exchange(has_low, true)) copy_rows<true>(low_keys);
+      for (int64_t m = 0; m < rows; ++m) row_codes<true>(q + m * p.q_row, zeros, p.width, low_queries + m * depth);
+    }
+    std::fill_n(sums, rows * width, 0.0f);
+    for (int64_t b = 0; b < keys; b += kKeys) {
+      const int64_t count = std::min(kKeys, keys - b);
+      Product product{queries, key_codes + 2 * b, depth, keys, depth, scores, block, nullptr, nullptr};
+      multiply(product, rows, count);
+      if (is_wide) add_low(product, b, rows, count);
+      for (int64_t m = 0; m < rows; ++m) weigh(m, b, count, query_scale[m], most[m], total[m], factor);
+      for (int64_t e = 0; e < count; e += kPart) {
+        const float* scale = value_scale + (b + e) / kPart * width;
+        const int64_t part = std::min(kPart, count - e);
+        multiply({weights + e, values + (b + e) * width, block, width, part, sums, width, factor[e / kPart], scale},
+                 rows, width);
+      }
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const float inverse = finite && is_finite(query_scale[m]) ? 1.0f / total[m] : bits_to_float(0x7FC00000u);
+      const float* __restrict from = sums + m * width;
+      float* __restrict to = p.out + ((n * p.queries + first + m) * p.heads + h) * p.width;
+      for (int64_t i = 0; i < p.width; ++i) to[i] = from[i] * inverse;
+    }
+  }
+
+  void add_low(Product product, int64_t b, int64_t rows, int64_t count) const {
+    float one[kQueries], step[kKeys];
+    std::fill_n(one, kQueries, 1.0f);
+    std::fill_n(step, kKeys, 1.0f / kLow);
+    product.row_factor = one;
+    product.column_factor = step;
+    product.a = low_queries;
+    multiply(product, rows, count);
+    product.a = queries;
+    product.b = low_keys + 2 * b;
+    multiply(product, rows, count);
+  }
+
+  // The weights of a block of keys for query m, and the factors that make them exp(score - most); `most` of all keys so
+  // far, which the sums and their total follow.
+  void weigh(int64_t m, int64_t b, int64_t count, float scale, float& most, float& total, float (*factor)[kQueries]) {
+    float own[kKeys / kPart], all[kKeys / kPart];
+    const float before = most;
+    for (int64_t e = 0, i = 0; e < count; e += kPart, ++i) {
+      const int64_t part = std::min(kPart, count - e), valid = std::min(part, p.keys - b - e);
+      const float* from = scores + m * block + e;
+      int16_t* to = weights + m * block + e;
+      factor[i][m] = valid == kPart ? part_weights(from, key_scale + b + e, scale, kPart, kPart, to, own[i], all[i])
+                                    : part_weights(from, key_scale + b + e, scale, valid, part, to, own[i], all[i]);
+      most = std::max(most, own[i]);
+    }
+    if (most > before) {
+      const float smaller = power_of_two(before - most);
+      total *= smaller;
+      for (int64_t i = 0; i < width; ++i) sums[m * width + i] *= smaller;
+    }
+    for (int64_t i = 0; i < (count + kPart - 1) / kPart; ++i) {
+      const float relative = power_of_two(own[i] - most);
+      total += all[i] * relative;
+      factor[i][m] *= relative;
+    }
+  }
+
+  // weights = rint(levels * 2^(scale * score - own)), `own` the integer above the largest exponent and `all` the sum of
+  // the powers; returns 1 / levels.
+  MODIFF_INLINE float part_weights(const float* from, const float* key_scale, float scale, int64_t valid, int64_t count,
+                                   int16_t* to, float& own, float& all) const {
+    constexpr int kVectors = kPart / kLanes;
+    __m512 s[kVectors], top = _mm512_set1_ps(kNone), sum = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
+      const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(key_scale + j * kLanes));
+      s[j] = _mm512_mul_ps(_mm512_loadu_ps(from + j * kLanes), both);
+      if (valid < (j + 1) * kLanes) {
+        const auto there = static_cast<__mmask16>((1u << (valid - j * kLanes)) - 1);
+        s[j] = _mm512_mask_blend_ps(there, _mm512_set1_ps(kNone), s[j]);
+      }
+      top = _mm512_max_ps(top, s[j]);
+    }
+    own = std::ceil(_mm512_reduce_max_ps(top));
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
+      const __m512 exponent = _mm512_sub_ps(s[j], _mm512_set1_ps(own));
+      s[j] = exp2_(_mm512_max_ps(exponent, _mm512_set1_ps(-40.0f)));
+      sum = _mm512_add_ps(sum, s[j]);
+    }
+    all = _mm512_reduce_add_ps(sum);
+    const float levels = std::min(kMaxWeight, kMaxWeights / all);
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
+      const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(s[j], _mm512_set1_ps(levels)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j * kLanes), _mm512_cvtepi32_epi16(codes));
+    }
+    return 1.0f / levels;
+  }
+};
+
+void attend(const AttentionProblem& p) {
+  const int64_t heads = p.samples * p.heads;
+  // The queries of a head are split only where there are too few heads, for every part copies keys and values again:
+  // into so few that the threads have equal shares.
+  const int64_t threads = num_threads(), most = heads >= 2 * threads ? 1 : std::min(threads, p.queries / kTileRows);
+  int64_t parts = 1;
+  while (parts < most && heads * parts % threads != 0) ++parts;
+  parallel_tasks(heads * parts, [&](int64_t i) {
+    const int64_t head = i / parts, part = i % parts;
+    Head own(p, head / p.heads, head % p.heads);
+    const int64_t end = (part + 1) * p.queries / parts;
+    for (int64_t l = part * p.queries / parts; l < end; l += kQueries) own.attend(l, std::min(kQueries, end - l));
+  });
+}
+
+}  // namespace
+}  // namespace modiff::cpu
