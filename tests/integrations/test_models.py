@@ -134,8 +134,8 @@ whole outputs, so it works for every denoiser that returns one tensor.
 
 A DiT of the shape S/2 at batch 8 on one thread of an AMD EPYC with AVX-512 VNNI, CPU time in turn
 (`python examples/research_networks.py --time`): float32 1218 ms, compiled 1118, plain W8A8 per token 543 (50.0 dB to
-float), modulated W8A8 595 (55.7 dB) and W8A4 599 (52.2 dB) with 576 MiB of state. Weights are random: what modulation
-gives with trained ones was not measured.
+float), modulated W8A8 595 (55.7 dB) and W8A4 599 (52.2 dB) with 576 MiB of state. Weights are random; those of a small
+trained DiT are in [quality.md](quality.md#a-diffusion-transformer).
 
 """
 COLUMNS = "architecture", "low-bit layers", "fused blocks", "ceiling W8", "ceiling W4", "W8A8", "W4A4", "plain W8A8"
