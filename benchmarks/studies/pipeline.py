@@ -99,7 +99,8 @@ def table(results: Path) -> str | None:
     cells, best = [], min(median(report["rows"][name], "all") for name in report["rows"] if "float" in name)
     for name, rounds in report["rows"].items():
         seconds = [median(rounds, part) for part in parts]
-        more = [f"{best / seconds[-1]:.2f}x", f"{median(rounds, 'peak') / 2**30:.1f}", f"{median(rounds, 'psnr'):.1f}"]
+        quality = "reference" if rounds[0]["psnr"] is None else f"{median(rounds, 'psnr'):.1f}"
+        more = [f"{best / seconds[-1]:.2f}x", f"{median(rounds, 'peak') / 2**30:.1f}", quality]
         cells.append([name, *(f"{s:.1f}" for s in seconds), *more])
     header = ["pipeline", *(f"{part} s" for part in parts), "vs best float32", "peak GiB", "PSNR dB"]
     return f"{markdown_table(header, cells)}\n\n{caption([report])}"
