@@ -14,6 +14,7 @@ COMMANDS = {
     "layers": "layers",
     "steps": "steps",
     "runs": "runs",
+    "pipeline": "studies.pipeline",
     "traffic": "studies.traffic",
     "schedules": "studies.schedules",
     "quality": "studies.quality",

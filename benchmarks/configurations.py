@@ -5,6 +5,7 @@ A layer of ours that is asked for from a named backend has that name behind its 
 import contextlib
 import copy
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -73,17 +74,21 @@ class InBfloat16(torch.nn.Module):
 
 
 class Networks:
-    """Makes the UNets of rows; all share the weights of `unet`, but for its memory format and for those of peers.
+    """Makes the UNets of rows; all share the weights of `unet`, which becomes channels_last, but for those of peers.
 
     shown: calls that peers may calibrate with, (sample, timestep) each, and conditions: what they have besides; set
     both before their rows are made."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
-        self.unet = unet
+        self.unet = unet.to(memory_format=torch.channels_last)
         self.shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
         self.conditions: dict[str, Any] = {}
-        self.channels_last = copy.deepcopy(unet).to(memory_format=torch.channels_last)
-        self._own = {tensor.data_ptr() for net in (unet, self.channels_last) for tensor in _tensors(net)}
+        self._own = {tensor.data_ptr() for tensor in _tensors(unet)}
+
+    @functools.cached_property
+    def contiguous(self) -> torch.nn.Module:
+        """A copy: large networks have room for it only if a row asks for it."""
+        return copy.deepcopy(self.unet).to(memory_format=torch.contiguous_format)
 
     def make(self, row: Row, pipe_of: Callable[[torch.nn.Module], Any] | None = None) -> Network:
         """The UNet of `row`. pipe_of: makes the pipeline around it that is to begin its runs."""
@@ -92,7 +97,7 @@ class Networks:
             return Network(row, OpenVinoUNet(self.unet, row.key, self.shown, self.conditions))
         if row.key == BFLOAT16:
             return Network(row, InBfloat16(self.unet))
-        unet = share_copy(self.channels_last if row.channels_last else self.unet)
+        unet = share_copy(self.unet if row.channels_last else self.contiguous)
         network = Network(row, unet)
         if row.mode != "float" or row.schedule is not None:
             sampled = unet if pipe_of is None else pipe_of(unet)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "modiff_kernels"
 
 # From low to high: a part imports only parts of a lower level; parts of one level do not import each other.
 TIERS = (
-    ("models", "metrics", "_version"),
+    ("models", "metrics", "log", "_version"),
     ("quant",),
     ("backends", "config"),
     ("ops",),

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modiff_kernels.backends import BACKENDS, reference
+from modiff_kernels.calibration.result import CalibrationResult
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.ops import dispatch
 from modiff_kernels.quant.affine import quantize_weight
@@ -207,9 +208,11 @@ def calibrated_layer(layer, bits, scales, is_scaled=True, bias_change=0.01):
     return CalibratedLayer(codes, act_scale=torch.linspace(*scales), input_scale=input_scale, bias=bias)
 
 
-def static_scales(module, scale=0.02):
-    """One scale for every layer: about that of a residual along `trajectory`."""
-    return dict.fromkeys(low_bit_paths(module), scale)
+def static_scales(module, config, scale=0.02):
+    """A calibration with one scale for every layer, about that of a residual along `trajectory`; None for others."""
+    known = CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
+    layers = dict.fromkeys(low_bit_paths(module), known)
+    return CalibrationResult("given", config, layers) if config.scale_mode == "static" else None
 
 
 def fused_blocks(module, kind=FusedBlock):

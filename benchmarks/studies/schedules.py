@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -105,8 +106,8 @@ def ruled(computed: tuple[int, ...], calls: int, rule: Callable[..., Any]) -> mk
 
 def uniform(calls: int, count: int) -> list[tuple[int, ...]]:
     """Computed calls: evenly spread, and with the first three and the last computed."""
-    every = next(n for n in range(2, calls) if mk.StepSchedule.uniform(n).actions(calls).count("U") == count)
-    begun = mk.StepSchedule.uniform(every).actions(calls)
+    every = next(n for n in range(2, calls) if mk.StepSchedule("forecast", every=n).actions(calls).count("U") == count)
+    begun = mk.StepSchedule("forecast", every=every).actions(calls)
     even = [round(k * (calls - 1) / (count - 1)) for k in range(count)]
     return [tuple(even), tuple(call for call in range(calls) if begun[call] == "U")]
 
@@ -195,7 +196,8 @@ class Study:
             more = {"steps": steps, "towards": towards, "images": images, "seed": FITTING_SEED, "quiet": True}
             with mock.patch.object(Fit, "jacobian", seen):
                 made = mk.fit_schedule(unet, count, scheduler=scheduler, sample=pictures, **more)
-            found = {**about, **made.notes, "recalled": unet.recalled, **made.schedule.fields(), "states": begun[0]}
+            pattern = dataclasses.asdict(made.schedule)
+            found = {**about, **made.notes, "recalled": unet.recalled, **pattern, "states": begun[0]}
             fits.append(found)
             self.report.write()
         return [mk.StepSchedule(found["rule"], weights=found[rows]) for rows in ("weights", "states")]

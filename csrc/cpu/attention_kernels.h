@@ -371,16 +371,17 @@ struct Head {
 };
 
 void attend(const AttentionProblem& p) {
-  const int64_t heads = p.samples * p.heads, blocks = (p.queries + kQueries - 1) / kQueries;
-  // The queries of a head are split only where there are too few heads: every part copies keys and values again.
-  const int64_t wanted = 2 * num_threads();
-  const int64_t parts = heads >= wanted ? 1 : std::min(blocks, (wanted + heads - 1) / heads);
+  const int64_t heads = p.samples * p.heads;
+  // The queries of a head are split only where there are too few heads, for every part copies keys and values again:
+  // into so few that the threads have equal shares.
+  const int64_t threads = num_threads(), most = heads >= 2 * threads ? 1 : std::min(threads, p.queries / kTileRows);
+  int64_t parts = 1;
+  while (parts < most && heads * parts % threads != 0) ++parts;
   parallel_tasks(heads * parts, [&](int64_t i) {
     const int64_t head = i / parts, part = i % parts;
     Head own(p, head / p.heads, head % p.heads);
-    const int64_t end = std::min((part + 1) * blocks / parts * kQueries, p.queries);
-    for (int64_t l = part * blocks / parts * kQueries; l < end; l += kQueries)
-      own.attend(l, std::min(kQueries, end - l));
+    const int64_t end = (part + 1) * p.queries / parts;
+    for (int64_t l = part * p.queries / parts; l < end; l += kQueries) own.attend(l, std::min(kQueries, end - l));
   });
 }
 

@@ -48,18 +48,14 @@ def why_no_gpu() -> str | None:
 
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    if max(found) >= LEAST_CAPABILITY:
-        return None
-    capabilities = ", ".join(f"{major}.{minor}" for major, minor in found)
-    return f"compute capability {capabilities}: the kernels need 8.0 (A100) or newer"
+    return why_too_old(max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())))
 
 
 def why_too_old(capability: tuple[int, int] | None) -> str | None:
     """Why the kernels do not run on a GPU of this compute capability, or None."""
     if capability is None or capability >= LEAST_CAPABILITY:
         return None
-    return f"compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
+    return f"compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 (A100) or newer"
 
 
 def int8_products(capability: tuple[int, int]) -> str:
@@ -73,8 +69,7 @@ def int8_products(capability: tuple[int, int]) -> str:
 
 
 def why_no_sums(problem: Any, grouped: bool = False) -> str | None:
-    """Why int32 cannot hold the sums of a product, or its scales do not factor out of them, or None. grouped: those of
-    groups along K need not."""
+    """Why int32 cannot hold a product's sums, or scales do not leave them, or None. grouped: groups' need not."""
     if problem.group_size != -1 and not grouped:
         return f"group_size={problem.group_size}: only one weight scale per output channel; use group_size=-1"
     if problem.k > MAX_K:

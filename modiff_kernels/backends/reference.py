@@ -180,13 +180,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -
     samples, tokens, channels = q.shape
     q, k, v = [t.view(samples, -1, heads, channels // heads).transpose(1, 2) for t in (q, k, v)]
     return F.scaled_dot_product_attention(q, k, v, scale=score_scale).transpose(1, 2).reshape(samples, tokens, channels)
-
-
-@torch.no_grad()
-def pack_weight(weight_q: Tensor, weight_bits: int) -> Tensor:
-    return packing.pack(weight_q, weight_bits)
-
-
-@torch.no_grad()
-def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Tensor:
-    return packing.unpack(weight_packed, weight_bits, k)

@@ -68,8 +68,7 @@ def calibrate(
     group_size and skip_modules, whose codes are kept: only activation scales are calibrated. options: of
     the method, see METHODS[method].options.
 
-    The same arguments give the same result. ValueError for what is not allowed, before anything is sampled; TypeError
-    for a target that is neither."""
+    The same arguments give the same result. ValueError or TypeError for what is not allowed, ahead of all sampling."""
     check_choice("method", method, METHODS)
     chosen = METHODS[method]
     config = ModiffConfig() if config is None else config

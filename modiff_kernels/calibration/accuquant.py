@@ -4,9 +4,9 @@ Both networks start a group of M calls from the same x_t of the float trajectory
 
     L = mean (x'_{t-M} - x_{t-M})^2,    x'_{k+1} = step_k(x'_k, eps'(x'_k)),    g_k = dL/dx'_k
 
-The parameters' gradient is the sum over steps of that of <g_{k+1}, step_k(x'_k, eps'(x'_k))>, with x'_k fixed: a step
-is computed again when its turn comes, so that the activations of one step are in memory whatever M is. What g is at the
-steps before the end is the option `gradient`; the paper approximates it from the end, and the form is not published:
+A step is computed again when its turn comes, so that the activations of one step are in memory whatever M is. What g is
+at the steps before the end is the option `gradient`; the paper approximates it from the end, and the form is not
+published:
 
     identity                  g_k = g_{k+1}
     scheduler-coefficients    g_k = (dstep_k/dx)^T g_{k+1}, the network's output held fixed
@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData, Sampler
-from modiff_kernels.calibration.fake import FakeLayer, remember
 from modiff_kernels.calibration.job import Job, Layers, choice, number
+from modiff_kernels.calibration.reconstruction import FakeLayer, remember
 from modiff_kernels.calibration.static import StaticOptions, learnt_layers, with_scales
 
 GRADIENTS = ("identity", "scheduler-coefficients", "exact")
@@ -117,79 +118,43 @@ class Rollout:
         (self.previous, previous_timestep), _ = data.arguments(points, previous=True)
         self.timesteps = {call: data.timesteps[call].expand(len(points)) for call in calls}
         self.timesteps[calls.start - 1] = previous_timestep
-        self.states: list[tuple[Any, Tensor, Tensor]] = []
 
-    @torch.no_grad()
-    def run(self) -> Tensor:
-        """The sample at the end; keeps the sample and the scheduler before every step for `gradients`."""
-        scheduler = scheduler_at(self.sampler, self.calls.start)
-        previous, sample = self.previous, self.start
-        self.states = []
-        for call in self.calls:
-            self.states.append((copy.deepcopy(scheduler), previous, sample))
-            after = self._step(scheduler, call, self._output(call, sample, previous), sample)
-            previous, sample = sample, after
+    def run(self, form: str | None = None) -> Tensor:
+        """The sample at the end. With a form of GRADIENTS `backward` goes through it, and computes every step again."""
+        self.scheduler, previous = scheduler_at(self.sampler, self.calls.start), self.previous
+        with torch.set_grad_enabled(form is not None):
+            sample = self.start.detach().requires_grad_(form is not None)
+            for call in self.calls:
+                step = functools.partial(self._step, form, call, self.scheduler, previous)
+                previous = sample.detach()
+                sample = step(sample) if form is None else checkpoint(step, sample, use_reentrant=True)
         return sample
 
-    def gradients(self, end: Tensor, parameters: Sequence[Tensor], form: str) -> list[Tensor]:
-        """dL/dparameter for every one, from end = dL/d(what `run` gave), the last step first; form: of GRADIENTS."""
-        totals = [torch.zeros_like(parameter) for parameter in parameters]
-        for call, (scheduler, previous, fixed) in reversed(list(zip(self.calls, self.states))):
-            with torch.enable_grad():
-                sample = fixed.detach().requires_grad_(True)
-                output = self._output(call, sample if form == "exact" else fixed, previous)
-                after = self._step(copy.deepcopy(scheduler), call, output, sample)
-                through, *own = torch.autograd.grad(after, [sample, *parameters], end, allow_unused=True)
-            for total, part in zip(totals, own):
-                if part is not None:
-                    total += part
-            if form != "identity":
-                end = through
-        return totals
-
-    def _output(self, call: int, sample: Tensor, previous: Tensor) -> Tensor:
+    def _step(self, form: str | None, call: int, scheduler: Any, previous: Tensor, sample: Tensor) -> Tensor:
+        """What follows `sample`, by a copy of `scheduler`, which is left for the next step."""
+        fixed = sample.detach()
         self.before(lambda: self.unet(previous, self.timesteps[call - 1], **self.conditions))
-        return self.unet(sample, self.timesteps[call], **self.conditions, return_dict=False)[0]
-
-    def _step(self, scheduler: Any, call: int, output: Tensor, sample: Tensor) -> Tensor:
+        seen, given = sample if form == "exact" else fixed, fixed if form == "identity" else sample
+        output = self.unet(seen, self.timesteps[call], **self.conditions, return_dict=False)[0]
         noise = {}
         if "generator" in inspect.signature(scheduler.step).parameters:  # the same noise for both networks
             noise["generator"] = torch.Generator().manual_seed(call)
-        return scheduler.step(output, scheduler.timesteps[call], sample, **noise, return_dict=False)[0]
-
-
-class EndLoss(torch.autograd.Function):
-    """EndLoss.apply(rollout, target, form, *parameters): mean squared distance of rollout.run() from target, a scalar.
-    Its gradient is that of `Rollout.gradients`. parameters: all that the network is differentiated by."""
-
-    @staticmethod
-    def forward(ctx: Any, rollout: Rollout, target: Tensor, form: str, *parameters: Tensor) -> Tensor:
-        difference = rollout.run() - target
-        ctx.rollout, ctx.form, ctx.parameters = rollout, form, parameters
-        ctx.end = difference * (2 / difference.numel())
-        return difference.square().mean()
-
-    @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *ctx.rollout.gradients(ctx.end * outer, ctx.parameters, ctx.form)
-
-
-def learnt(fakes: Mapping[str, FakeLayer]) -> list[Tensor]:
-    return list({id(p): p for fake in fakes.values() for p in fake.parameters() if p.requires_grad}.values())
+        self.scheduler = copy.deepcopy(scheduler)
+        after = self.scheduler.step(output, scheduler.timesteps[call], given, **noise, return_dict=False)[0]
+        return after + (sample - fixed) if form == "identity" else after
 
 
 def _learn(
     job: Job, part: str, groups: Groups, layers: Layers, names: Sequence[str], group: int | None, *rate: Any
 ) -> Layers:
-    """Learn `names` of all layers by the end of group number `group`, None: of one drawn in each iteration. Kept as
-    `part`. rate: as `learn`."""
+    """Learn `names` of all layers by the end of `group`, None: of one drawn in each iteration. rate: as `learn`."""
     generator = job.generator("group")
 
     def loss_of(drawn: Tensor, fakes: Mapping[str, FakeLayer]) -> Tensor:
         index = int(torch.randint(len(groups.calls), (1,), generator=generator)) if group is None else group
         points, before = groups.points[index][drawn], functools.partial(remember, fakes)
         rollout = Rollout(job.sampler, groups.data, points, groups.calls[index], before)
-        return EndLoss.apply(rollout, groups.target[points], job.options.gradient, *learnt(fakes))
+        return (rollout.run(job.options.gradient) - groups.target[points]).square().mean()
 
     settings = (job, part, layers, names, loss_of, groups.data, job.samples, *rate)
     return job.layers_once(part, functools.partial(reconstruction.learn, *settings))

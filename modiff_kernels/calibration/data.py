@@ -184,8 +184,7 @@ def collect(
     sampler: Sampler, calls: Tensor, seeds: Sequence[int], batch: int, on_run: Callable[[int], Any] = lambda n: None
 ) -> CalibrationData:
     """Run the full-precision sampler and keep, of the image from seeds[i], the calls calls[i] (int64 [samples, k]).
-    on_run(images): called after each run. Raises ValueError if the UNet is not called once per time step, and on inputs
-    that are not per image."""
+    on_run(images): called after each run. ValueError unless the UNet is called once a time step, on rows per image."""
     timesteps = sampler.timesteps()
     parts: list[dict[str, Tensor]] = []
     rows = 0
@@ -253,13 +252,9 @@ def watched(modules: Mapping[str, nn.Module], on_call: Callable[[str, tuple[Any,
 
 
 def stream(
-    unet: nn.Module,
-    data: CalibrationData,
-    layers: Mapping[str, nn.Module],
-    on_input: Callable[[str, Tensor, Tensor | None, Tensor], None],
-    batches: Iterable[Tensor],
-    pairs: bool = False,
-) -> None:
+    unet: nn.Module, data: CalibrationData, layers: Mapping[str, nn.Module],
+    on_input: Callable[[str, Tensor, Tensor | None, Tensor], None], batches: Iterable[Tensor], pairs: bool = False,
+) -> None:  # fmt: skip
     """Call on_input(path, x, previous, points) for every layer and batch, in the order of computation. layers: modules
     of `unet`. x: input of the layer at `points` (int64) of the data. previous: with `pairs` its input at the calls
     before, else None. In memory at a time: with `pairs` the inputs of all layers for one batch, else one."""

@@ -1,7 +1,6 @@
 """What every calibration method gets, and the options that all of them have.
 
-A method is a function `(job: Job) -> dict[str, CalibratedLayer]` with options in a frozen dataclass; `METHODS` of the
-package has them by name."""
+A method is a function `(job: Job) -> dict[str, CalibratedLayer]` with options in a frozen dataclass, see `METHODS`."""
 
 import dataclasses
 import hashlib

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from modiff_kernels.calibration import reconstruction
 from modiff_kernels.calibration.data import CalibrationData
-from modiff_kernels.calibration.fake import FakeLayer, fake_quantized, remember
 from modiff_kernels.calibration.job import Job, Layers, Split, Tensors, number
+from modiff_kernels.calibration.reconstruction import FakeLayer, fake_quantized, remember
 from modiff_kernels.calibration.static import StaticOptions, find_scale, histograms, with_scales
 from modiff_kernels.calibration.weights import layers_with_codes
 

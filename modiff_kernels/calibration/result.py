@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
-from modiff_kernels.quant.packing import KPACK_V1, pack, packed_dtype, packed_width, unpack
+from modiff_kernels.quant.packing import KPACK_V1, check_packed, pack, unpack
 
 TENSORS, DESCRIPTION = "calibration.safetensors", "calibration.json"
 FOLDER_NAME = "modiff_calibration"  # of the one in the folder of a model, which `accelerate` takes by itself
@@ -76,8 +76,7 @@ def _layer(path: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     if "bits" in entry:
         bits, (n, k) = entry["bits"], entry["shape"]
         packed = tensors[f"{path}.weight_packed"]
-        if packed.dtype != packed_dtype(bits) or tuple(packed.shape) != (n, packed_width(bits, k)):
-            raise ValueError(f"{path}: {tuple(packed.shape)} {packed.dtype} holds no {n} x {k} codes of {bits} bits")
+        check_packed(path, packed, bits, n, k)
         weight = QuantizedWeight(unpack(packed, bits, k), tensors[f"{path}.weight_scale"], bits, entry["group_size"])
     return CalibratedLayer(weight, **{name: tensors.get(f"{path}.{name}") for name in OPTIONAL})
 

@@ -8,8 +8,7 @@ with lambda = log(alpha / sigma)::
     x_{t_{j+1}} = alpha_{j+1} / alpha_j x_{t_j} - sigma_{j+1} (e^h - 1) eps(u_j, s_j)
     h = lambda_{j+1} - lambda_j, and s_j the time in the middle: lambda_s = (lambda_j + lambda_{j+1}) / 2
 
-Blocks are reconstructed as in `qdiffusion`, at (u_j, s_j). The paper aligns a quantised module at one point of an
-interval, (u_j, s_j) or (x_{t_j}, t_j), with the float one at the other, with a cosine in the loss; that lost its study
+Blocks are reconstructed as in `qdiffusion`, at (u_j, s_j); the paper's alignment of two points lost its study
 (docs/calibration.md). Every row of the UNet's batch is a trajectory of its own, without guidance."""
 
 import dataclasses

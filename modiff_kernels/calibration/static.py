@@ -1,8 +1,7 @@
 """Calibration from full-precision activations: methods "minmax", "mse", "percentile", "ndtc" (PTQ4DM) and "distill".
 
-Weight codes come from `weights`. Activation scales are searched on histograms of the layer's input in mode "quantized",
-of its change since the call before (MoDiff's residual) in mode "modulated": min-max, percentile, or the least L_p error
-(PTQ4DM: p = 2.4)."""
+Weight codes come from `weights`. Activation scales are searched on histograms of the layer's input, in mode "modulated"
+of its change since the call before: min-max, percentile, or the least L_p error (PTQ4DM: p = 2.4)."""
 
 import dataclasses
 import math

@@ -115,9 +115,7 @@ def _fit_schedule(args: argparse.Namespace, out: Path) -> int:
         text = stored.add(out, found._replace(notes=notes))
     replace_file(out, lambda new: new.write_text(text))
     known.path.unlink(missing_ok=True)
-    wanted = {"own": "that of the same sampler with every call computed", "converged": "the converged one"}[
-        args.towards
-    ]
+    wanted = "the converged one" if args.towards == "converged" else "that of the same sampler with every call computed"
     print(f"--schedule {out}: {found.schedule.without_weights()}")
     print(
         f"{notes['evaluations']} of {model.calls} calls are computed; {notes['held_out_db']:.1f} dB to {wanted} on "

@@ -71,10 +71,8 @@ def _devices() -> Items:
     listed = re.search(r"^(?:flags|Features)\s*:(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     flags = listed[1].split() if listed else []
     known = " ".join(flag for flag in CPU_FLAGS if flag in flags) or "none that matters here"
-    yield (
-        "cpu",
-        f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {known}",
-    )
+    machine = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield "cpu", f"{machine}; {known}"
     if not torch.cuda.is_available():
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
         yield "cuda", f"none: {built}"

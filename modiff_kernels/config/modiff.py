@@ -4,7 +4,6 @@ import dataclasses
 import enum
 import functools
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 from modiff_kernels.config.check import is_int, not_allowed, read_json
 from modiff_kernels.config.plan import MODULATED, QUANTIZED, LayerPlan
 from modiff_kernels.config.schedule import AUTO, StepSchedule
+from modiff_kernels.log import logger
 from modiff_kernels.quant.spec import BITS, GRANULARITIES
 
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
@@ -27,7 +27,6 @@ DEFAULT_SKIP_MODULES = {
 compute one row per sample, and whose errors are in all that follows."""
 FIRST_CALL = "a run begins with two 8-bit updates of every layer, which measures as well as a float first call"
 
-log = logging.getLogger(__name__)
 _error = functools.partial(not_allowed, "ModiffConfig")
 Check = tuple[Callable[[Any], bool], str]
 
@@ -81,8 +80,8 @@ class ModiffConfig:
         convolution whose scale per pixel does not factor out of its sum (anything but 1x1 with stride 1 and no padding)
         takes "per_sample" in place of "per_token".
     scale_mode: where residual scales come from. "dynamic": absmax of this residual. "delayed": absmax of the last
-        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration` or
-        static_scales; in mode "quantized" it is the scale of the activation itself.
+        update (the first update of a run is dynamic). "static": calibrated, given to `accelerate` as `calibration`;
+        in mode "quantized" it is the scale of the activation itself.
     state_dtype: "float32", "float16", "bfloat16" or the torch dtype; None is float32 on the CPU, float16 on CUDA.
     group_size: None for one weight scale per output channel, else the number of weights along K that share one.
     skip_modules: parts of module paths that stay float. A part "a.b" fits a path with consecutive names that
@@ -177,7 +176,7 @@ class ModiffConfig:
         if (method := values.pop("quant_method", cls.quant_method.value)) != cls.quant_method.value:
             raise _error("quant_method", method, repr(cls.quant_method.value))
         if (bits := values.pop("first_step_bits", None)) is not None:
-            log.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
+            logger.warning("first_step_bits=%s is not used any more: %s", bits, FIRST_CALL)
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [key for key in values if key not in known]:
             names = ", ".join(map(repr, unknown))

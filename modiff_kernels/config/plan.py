@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from modiff_kernels.config.check import read_json
+from modiff_kernels.config.check import read_json, text_table
 
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
 BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
@@ -199,8 +199,7 @@ class LayerPlan:
             raise ValueError(f"LayerPlan: not a plan as to_json() writes it ({error!r})") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and rows of cells: for each unit its mode, the time of every mode, what follows of the one it has, and
-        the reason."""
+        """Header and rows of cells: of each unit its mode, times of all, what its own gives, and the reason."""
         modes = list(dict.fromkeys(cost.mode for unit in self.units for cost in unit.costs))
         times_of_modes = [f"{mode} us" for mode in modes]
         header = ("unit", "mode", *times_of_modes, "speed-up", "SQNR dB", "state kB", "moved kB", "reason")
@@ -219,14 +218,8 @@ class LayerPlan:
 
     def describe(self) -> str:
         """The decision, the whole plans that were timed, and `table` as text."""
-        header, rows = self.table()
-        columns = []
-        for name, *cells in zip(header, *rows):
-            width = max(map(len, (name, *cells)))
-            align = str.ljust if name in ("unit", "mode", "reason") else str.rjust
-            columns.append([align(cell, width) for cell in (name, "-" * width, *cells)])
         lines = [f"plan ({self.source}): {self.summary or 'as given'}", *(f"  {each}" for each in self.candidates)]
-        return "\n".join([*lines, *("  ".join(line).rstrip() for line in zip(*columns))])
+        return "\n".join([*lines, text_table(*self.table(), left=("unit", "mode", "reason"))])
 
 
 def digest(values: Any) -> str:

@@ -3,13 +3,12 @@
 import ast
 import dataclasses
 import functools
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from modiff_kernels.config.check import is_int, not_allowed, read_json
+from modiff_kernels.config.check import is_int, not_allowed
 
 UPDATE = "U"
 HOLD, FORECAST = "H", "F"
@@ -83,11 +82,6 @@ class StepSchedule:
                 raise _error(field, getattr(self, field), "nothing: a pattern says itself which calls are computed")
 
     @classmethod
-    def uniform(cls, every: int = 2, **options: Any) -> "StepSchedule":
-        """Forecasts the output of the whole network but at every `every`-th call."""
-        return cls("forecast", every=every, **options)
-
-    @classmethod
     def parse(cls, text: str) -> "StepSchedule":
         """Read what `str(schedule)` writes: the rule or pattern, then field=value where it is not the default."""
         if not isinstance(text, str) or not text.split():
@@ -111,28 +105,9 @@ class StepSchedule:
         values = (f"{field.name}={getattr(self, field.name)}".replace(" ", "") for field in options)
         return " ".join([self.rule, *values])
 
-    def fields(self) -> dict[str, Any]:
-        """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
     def without_weights(self) -> str:
         """The text of the pattern alone, as it is printed."""
         return " ".join(word for word in str(self).split() if not word.startswith("weights="))
-
-    def to_json(self) -> str:
-        """The fields as a JSON object."""
-        return json.dumps(self.fields())
-
-    @classmethod
-    def from_json(cls, text: str) -> "StepSchedule":
-        """Read what `to_json` wrote, with null for fields of earlier versions; ValueError on anything else."""
-        values = read_json("StepSchedule", text)
-        names = [field.name for field in dataclasses.fields(cls)]
-        if isinstance(values, Mapping):
-            values = {name: value for name, value in values.items() if value is not None}
-        if not isinstance(values, Mapping) or "rule" not in values or not set(values) <= set(names):
-            raise ValueError(f"StepSchedule: {text!r} is not an object with a rule; the fields are {', '.join(names)}")
-        return cls(**values)
 
     @property
     def needs_axis(self) -> bool:
@@ -159,12 +134,11 @@ class StepSchedule:
         nearest = [min((abs(place - i), letter) for place, letter in skips)[1] for i in range(calls)]
         return "".join(UPDATE if i in computed else nearest[i] for i in range(calls))
 
-    def describe(self, calls: int | None = None) -> str:
-        """One line: the schedule, what it skips, and how many of `calls` calls are computed in full."""
-        how = ", forecast" if self.needs_axis else ", held"
-        how = how if self.weights is None else ", forecast with fitted weights"
-        count = "" if calls is None else f"; {self.actions(calls).count(UPDATE)} of {calls} calls are computed"
-        return f"{self.without_weights()}: skips calls{how}{count}"
+    def describe(self) -> str:
+        """One line: the schedule, and what takes the place of calls."""
+        how = "forecast" if self.needs_axis else "held"
+        how = how if self.weights is None else "forecast with fitted weights"
+        return f"{self.without_weights()}: skips calls, {how}"
 
 
 def _expanded(pattern: str) -> str:

@@ -5,7 +5,8 @@ Nothing here loads torch: bad options of a command are answered at once."""
 import contextlib
 from collections.abc import Iterator
 
-from modiff_kernels.evaluation.table import command_line, markdown_table, text_table, to_json
+from modiff_kernels.config.check import text_table
+from modiff_kernels.evaluation.table import command_line, markdown_table, to_json
 from modiff_kernels.metrics import psnr, sqnr, ssim
 
 __all__ = ["SCHEDULERS", "UserError", "command_line", "markdown_table", "psnr", "sqnr", "ssim", "text_table", "to_json"]

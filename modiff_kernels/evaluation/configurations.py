@@ -44,12 +44,9 @@ def row_of(args: argparse.Namespace, name: str, **more: Any) -> Row:
 
 
 def build_rows(
-    weight_bits: Sequence[int],
-    act_bits: Sequence[int] | None,
-    compiled: bool,
-    schedule: str | None = None,
+    weight_bits: Sequence[int], act_bits: Sequence[int] | None, compiled: bool, schedule: str | None = None,
     plan: str | None = None,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """All rows for these bits; `act_bits` None takes 8, 4 for plain layers, 8, 4, 3 for modulated ones.
 
     schedule: of more rows, modulated and plain ones with `act_bits` (None: 8); None leaves them out. plan: of one more
@@ -107,9 +104,8 @@ class Quantised:
     state_bytes = 0
 
     def __init__(self, unet: Any, row: Row, *of_config: Any, calibration: Path | None = None, **more: Any) -> None:
-        """Accelerate `unet` in place as `row` says. UserError for a configuration that cannot run here. of_config,
-        more: as `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then
-        count."""
+        """Accelerate `unet` in place as `row` says; UserError where it cannot run here. of_config, more: as
+        `config_of_row` takes them. calibration: folder of a CalibrationResult, whose mode and bits then count."""
         with user_errors(f"{row.name}: "):
             config = config_of_row(row, *of_config, **more)
             result = None if calibration is None else mk.CalibrationResult.load(calibration)

@@ -18,7 +18,7 @@ from modiff_kernels.calibration.data import run_pipeline
 from modiff_kernels.config.schedule import AUTO, UPDATE, StepSchedule
 from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.evaluation.folders import look_into, read_config
-from modiff_kernels.integrations.measurement import share_copy as share_copy
+from modiff_kernels.integrations.planner import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
 from modiff_kernels.planning.clock import automatic, host_timesteps
 from modiff_kernels.planning.stored import beside, best_of, run_of
@@ -36,8 +36,7 @@ OWN_OPTIONS: dict[str, Any] = {
 class Model:
     """A UNet and what it takes to sample from it. `pipe` is None for a UNet or DiT on pixels, which is sampled
     by the loop in this module, and otherwise the pipeline that holds the UNet. `handle` is that of a UNet that was
-    saved in low bits, else None. `calls` of the UNet in a run are known of a model that was opened for a command that
-    samples."""
+    saved in low bits, else None. `calls` of the UNet in a run are known where a command samples."""
 
     name: str
     unet: Any
@@ -52,8 +51,7 @@ def open_model(
     args: argparse.Namespace, low_bit: bool = False, local: int | None = None, channels_last: bool = True
 ) -> Model:
     """The model that --model, --prompt, --device and --threads stand for, after a look at --scheduler, --steps and
-    --schedule of a command that has them. low_bit: as of `load_model`, local: as of `choose_device`, channels_last:
-    layout of the UNet."""
+    --schedule where they are given. low_bit: as of `load_model`, local: as of `choose_device`."""
     quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -196,17 +194,10 @@ def tells_steps(model: Model) -> bool:
 
 
 def sample_images(
-    model: Model,
-    unet: Any,
-    scheduler: str,
-    steps: int,
-    seeds: Sequence[int],
-    channels_last: bool = True,
+    model: Model, unet: Any, scheduler: str, steps: int, seeds: Sequence[int], channels_last: bool = True,
     run: Callable[[Any], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    on_step: Callable[[], Any] = lambda: None,
-    scheduler_options: Mapping[str, Any] | None = None,
-    latent: bool = False,
-) -> np.ndarray:
+    on_step: Callable[[], Any] = lambda: None, scheduler_options: Mapping[str, Any] | None = None, latent: bool = False,
+) -> np.ndarray:  # fmt: skip
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
     of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each step
     where `tells_steps(model)`. scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE, the

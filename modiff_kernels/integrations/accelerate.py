@@ -4,23 +4,20 @@
 
 import contextlib
 import dataclasses
-import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from modiff_kernels.calibration.result import CalibrationResult, read_result
+from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.integrations.forward import obstacle_of
 from modiff_kernels.integrations.handle import HANDLE, Handle, Handles
 from modiff_kernels.integrations.plans import plan_of, why_slow
-from modiff_kernels.integrations.replacements import calibrated_beside, calibrated_layers, for_kind, replacements_of
+from modiff_kernels.integrations.replacements import calibrated_beside, for_kind, replacements_of
+from modiff_kernels.log import logger
 from modiff_kernels.nn.call import denoiser_of, denoisers_of
 from modiff_kernels.nn.layer import ModulatedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 
 def accelerate(
@@ -28,7 +25,6 @@ def accelerate(
     config: ModiffConfig | None = None,
     *,
     calibration: CalibrationResult | str | Path | None = "auto",
-    static_scales: Mapping[str, Tensor | float] | None = None,
     share_inputs: bool = True,
     keep_original: bool | None = None,
     vae: bool = False,
@@ -41,7 +37,6 @@ def accelerate(
     every denoiser a UNet. calibration: a CalibrationResult or its folder: weight codes and, for scale_mode "static",
     activation scales; config None is then the one it was calibrated for. "auto": the one in the folder
     `modiff_calibration` beside the model, if there is one for these weights, layers and weight_bits; None: round.
-    static_scales: scale per layer path for scale_mode "static", without a calibration.
     share_inputs: let to_q/to_k/to_v of self-attention and to_k/to_v of cross-attention share one quantised input.
     keep_original: whether the float weights of low-bit layers stay in memory beside their codes. Without them, the
     state_dict has none, `remove()`, `refresh()` and other weights are refused, and attention processors other than the
@@ -62,16 +57,14 @@ def accelerate(
         with contextlib.ExitStack() as undo:
             if (decoder := _decoder_of(target, config)) is not None:
                 undo.callback(decoder.remove)
-            handle = accelerate(target, config, static_scales=static_scales, **options)
+            handle = accelerate(target, config, **options)
             undo.pop_all()
         first = next(iter(handle.handles.values())) if isinstance(handle, Handles) else handle
         first.vae = decoder
         return handle
     if not isinstance(target, nn.Module) and len(several := denoisers_of(target)) > 1:
-        if static_scales or calibration not in (None, "auto"):
-            raise ValueError(
-                f"accelerate: scales and calibration are of one denoiser; give {' or '.join(several)} alone"
-            )
+        if calibration not in (None, "auto"):
+            raise ValueError(f"accelerate: a calibration is of one denoiser; give {' or '.join(several)} alone")
         handles = {}
         with contextlib.ExitStack() as undo:
             for name, denoiser in several.items():
@@ -83,7 +76,7 @@ def accelerate(
     unet, pipe = resolve(target, allow_loaded=True)
     loaded: Handle | None = unet.__dict__.get(HANDLE)
     if loaded is not None:
-        if (config, calibration, static_scales, keep_original) != (None, "auto", None, None) or not share_inputs:
+        if (config, calibration, keep_original) != (None, "auto", None) or not share_inputs:
             text = "it was saved or loaded with; leave out the other arguments, or call remove() on the handle before"
             raise ValueError(f"accelerate: this {type(unet).__name__} was loaded in low bits, with the config {text}")
         if pipe is not None:
@@ -96,9 +89,8 @@ def accelerate(
         raise TypeError(f"accelerate: config is a {type(config).__name__}; give a ModiffConfig, as from_dict() does")
     if config.cuda_graphs and (obstacle := obstacle_of(unet, "cuda")) is not None:
         raise ValueError(f"ModiffConfig: cuda_graphs=True is {obstacle}, or leave cuda_graphs out")
-    calibrated = calibrated_layers(config, result, static_scales or {})
-    origin = "" if result is None else result.method
-    if calibration == "auto" and not static_scales:
+    calibrated, origin = ({}, "") if result is None else (layers_for(result, config), result.method)
+    if calibration == "auto":
         calibrated, origin = calibrated_beside(config, unet, pipe)
     config, by_kind = (config, "") if result is not None else for_kind(unet, config)
     plan = plan_of(unet, config, calibrated, share_inputs)

@@ -19,7 +19,6 @@ from modiff_kernels.integrations.scheduled import in_form, sample_of
 from modiff_kernels.nn.call import CallForm, denoiser_of
 from modiff_kernels.planning import clock, stored
 from modiff_kernels.planning.fit import Answer, Fit, Target, fitted
-from modiff_kernels.planning.forecast import combine, polynomial
 
 TARGETS = ("own", "converged")
 CONVERGED = 250  # calls, or ten for one of the run, or as many as the network was trained on
@@ -168,7 +167,7 @@ def _between(finer: _Passes, fine_snr: Sequence[float], log_snr: Sequence[float]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for first, place in zip(places, log_snr):
         near = range(first, first + NEIGHBOURS)
-        weights = polynomial([fine_snr[call] for call in near], place)
+        weights = clock.polynomial([fine_snr[call] for call in near], place)
         for values, into in zip((states, outputs), found):
-            into.append(combine(weights, [values[needed.index(call)] for call in near]))
+            into.append(clock.combine(weights, [values[needed.index(call)] for call in near]))
     return Target(*found, picture, log_snr)

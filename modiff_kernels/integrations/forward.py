@@ -10,7 +10,6 @@ captured, and code compiled, for all timesteps."""
 import contextlib
 import functools
 import itertools
-import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modiff_kernels.integrations.graphs import GraphedCalls
 from modiff_kernels.integrations.hooks import Wrapper, set_attribute, wrap_forward
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks.base import is_adapter
 from modiff_kernels.nn.blocks.concatenation import forward_without_concatenation
@@ -29,8 +29,6 @@ from modiff_kernels.nn.call import CallForm
 from modiff_kernels.ops.dispatch import torch_must_see
 from modiff_kernels.ops.registry import inline_kernels, is_about_values
 from modiff_kernels.planning import clock
-
-logger = logging.getLogger("modiff_kernels")
 
 MORE_SIZES = "calls with more sizes than torch.compile keeps code for are not compiled"
 MAKES_GRAPHS = ("reduce-overhead", "max-autotune")

@@ -1,15 +1,11 @@
 """UNet calls as CUDA graphs: one graph per kind of call, input formats, shape of the sample and context.
 
-A graph repeats kernels at fixed addresses and no Python. So inputs are copied into tensors of their own (those that are
-the same objects as in the call before stay), outputs are cloned, state has fixed addresses anyway, and what the Python
-of an update leaves to the next one is done here. The first calls of a kind run as they are: steps of a run like any
-other, which warm up what may not happen while a graph is captured (compiling kernels, choosing algorithms). Capturing
-runs nothing, so the captured call is done by the first replay, and no state is updated twice; after an error in a
-capture the call runs as it is, and nothing is captured any more."""
+A graph repeats kernels at fixed addresses and no Python, so what the Python of an update leaves to the next one is done
+here. The first calls of a kind run as they are and are the warm-up; capturing runs nothing, so the captured call is
+done by the first replay, and no state is updated twice (docs/fused_blocks.md)."""
 
 import collections
 import dataclasses
-import logging
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.tensors import ContextTensor
 from modiff_kernels.planning import clock
-
-logger = logging.getLogger("modiff_kernels")
 
 WARM_UP_CALLS = 2
 MOST_SHAPES = 3  # of samples, in a context, whose graphs and state are kept
@@ -119,12 +114,13 @@ class GraphedCalls:
         they are and None, where an argument cannot be told from others."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         autocast = torch.is_autocast_enabled(self.device_type) and torch.get_autocast_dtype(self.device_type)
-        key = (spec, device, autocast, tuple([_format(leaf) for leaf in leaves]))
+        formats = [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves]
+        key = (spec, device, autocast, *formats)
         sample: Any = args[0] if args else kwargs.get("sample")
         form = (sample.shape, sample.dtype, sample.device) if isinstance(sample, Tensor) else None
         try:
-            formats = self._shape_of(form).formats
-            calls = formats.pop(key, None)
+            known = self._shape_of(form).formats
+            calls = known.pop(key, None)
         except TypeError:  # of a key that cannot be hashed
             self.warn("not possible for calls with arguments that cannot be hashed")
             return args, kwargs, None
@@ -132,9 +128,9 @@ class GraphedCalls:
         if calls is None:
             with torch.inference_mode(False):
                 calls = Calls([_Input(torch.empty_like(tensor, device=device)) for tensor in tensors])
-        formats[key] = calls
-        if len(formats) > MOST_FORMATS:
-            del formats[next(iter(formats))]
+        known[key] = calls
+        if len(known) > MOST_FORMATS:
+            del known[next(iter(known))]
         for held, tensor in zip(calls.inputs, tensors):
             held.take(tensor)
         places = iter(calls.inputs)
@@ -218,7 +214,3 @@ class GraphedCalls:
         if text not in self._warned:
             self._warned.add(text)
             logger.warning("CUDA graphs: %s; calls run as they are", text)
-
-
-def _format(leaf: Any) -> Hashable:
-    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf

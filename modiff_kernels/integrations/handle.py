@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import os
 from collections import Counter
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modiff_kernels.config import ModiffConfig
+from modiff_kernels.config.check import text_table
 from modiff_kernels.config.plan import MODULATED, QUANTIZED
 from modiff_kernels.config.schedule import ACTION_NAMES, UPDATE, StepSchedule
 from modiff_kernels.integrations import hooks
@@ -23,13 +23,12 @@ from modiff_kernels.integrations.replacements import Replacements, runs_on_gpu
 from modiff_kernels.integrations.scheduled import ScheduledUNet
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.integrations.watch import Watch
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.nn.blocks import covering
 from modiff_kernels.nn.call import CallForm
 from modiff_kernels.nn.run import DEFAULT_CONTEXT
 from modiff_kernels.planning.stored import beside
-
-logger = logging.getLogger("modiff_kernels")
 
 MOVED = (
     "the UNet was accelerated before it came to the GPU, so all of its layers are modulated, which moves more bytes "
@@ -63,8 +62,7 @@ class Handle:
     path. replaced: what was put where. calibration: where weight codes come from, or why not from beside the model.
     by_kind: what the kind of network has changed in the config that was asked for, and why.
     vae: the handle of the decoder of the pipeline's VAE, or None where that is float.
-    is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether the float weights of low-bit layers
-    are kept."""
+    is_loaded: whether diffusers loaded the UNet in low bits. keep_original: whether float weights are kept."""
 
     calibration = by_kind = ""
     vae: "Handle | None" = None
@@ -102,16 +100,23 @@ class Handle:
             self._scheduled = ScheduledUNet(unet, self.state, config.schedule, lambda: self._steps, stored)
         self._undo: contextlib.ExitStack | None = None
 
-    def sampling_run(
-        self, num_calls: int | None = None, scheduler: Any = None
-    ) -> contextlib.AbstractContextManager[ModulationState]:
+    @contextlib.contextmanager
+    def sampling_run(self, num_calls: int | None = None, scheduler: Any = None) -> Iterator[ModulationState]:
         """One run of an own sampler: all UNet calls of one picture go inside.
 
         num_calls: more of them raise. scheduler: the one that samples; a step schedule reads its timesteps and noise
         levels at the first call, so `set_timesteps` may come inside. On a GPU, set them before: the embeddings of
         timesteps that are known when the run begins are kept from run to run."""
         self._require_active()
-        return self._own_run(num_calls, scheduler)
+        with self.state.sampling_run(num_calls), contextlib.ExitStack() as own:
+            self._own_runs.append((num_calls, scheduler))
+            own.callback(self._own_runs.pop)
+            if scheduler is not None:
+                self._forward.timesteps.announce(scheduler)
+                known = self._is_wrapped(scheduler) or not hasattr(scheduler, "set_timesteps")
+                for wrapper in () if known else self._wrapped(scheduler):
+                    own.callback(wrapper.restore)
+            yield self.state
 
     def context(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A trajectory of its own for the UNet calls inside, such as "cond" and "uncond". Without it, calls of one step
@@ -192,10 +197,8 @@ class Handle:
     def explain(self, state: str | None = None) -> str:
         """A table of `rows`, and why layers stay float. state: its size, where no run has allocated it yet."""
         rows = self.rows()
-        cells = [[field.name for field in dataclasses.fields(LayerRow)], *map(dataclasses.astuple, rows)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        names = [field.name for field in dataclasses.fields(LayerRow)]
+        table = text_table(names, [*map(dataclasses.astuple, rows)], left=names)
         low_bit = sum(row.mode != "float" for row in rows)
         state = f"{low_bit} of {len(rows)} layers low-bit, state {state or f'{self.state.nbytes() / 2**20:.1f} MiB'}"
         if self.state.time_table is not None:
@@ -218,7 +221,7 @@ class Handle:
         if self._forward.uncompiled:
             summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
         vae = [] if self.vae is None else [f"\nVAE, {self.vae.explain()}"]
-        return "\n".join([*summary, *lines, *vae])
+        return "\n".join([*summary, table, *vae])
 
     def set_schedule(self, schedule: StepSchedule | str | None) -> None:
         """Take another schedule, "auto" or None from the next run on. RuntimeError if `accelerate` got none."""
@@ -241,18 +244,6 @@ class Handle:
     def skipped_calls(self, context: str = DEFAULT_CONTEXT) -> int:
         """How many calls of the last run in `context` did not compute the UNet."""
         return sum(action != ACTION_NAMES[UPDATE] for action in self.actions(context))
-
-    @contextlib.contextmanager
-    def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:
-        with self.state.sampling_run(num_calls), contextlib.ExitStack() as own:
-            self._own_runs.append((num_calls, scheduler))
-            own.callback(self._own_runs.pop)
-            if scheduler is not None:
-                self._forward.timesteps.announce(scheduler)
-                known = self._is_wrapped(scheduler) or not hasattr(scheduler, "set_timesteps")
-                for wrapper in () if known else self._wrapped(scheduler):
-                    own.callback(wrapper.restore)
-            yield self.state
 
     def _require_active(self) -> None:
         if self._undo is None:

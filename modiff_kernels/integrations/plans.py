@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.config.plan import CONSTANT, FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.integrations import plan_cache
 from modiff_kernels.integrations.replacements import Replacements, has_delayed_scales, replacements_of, runs_on_gpu
+from modiff_kernels.log import logger
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.nn.blocks.base import ALONE
 from modiff_kernels.nn.blocks.resample import FusedResample, FusedUpsample2D
@@ -28,8 +28,6 @@ from modiff_kernels.planning import choice
 from modiff_kernels.planning import cost as cost_model
 from modiff_kernels.planning.cost import LayerShape, Machine, Sizes
 from modiff_kernels.quant.calibrated import CalibratedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 BATCH = 8  # of the UNet: four pictures with guidance. Modes hardly depend on it
 TEXT_TOKENS = 77  # of a text encoder, where a model does not say it; keys and values are a small part of its time
@@ -103,14 +101,9 @@ def low_bit_modes(config: ModiffConfig) -> tuple[Mode, ...]:
 
 
 def estimated(
-    unet: nn.Module,
-    config: ModiffConfig,
-    calibrated: Mapping[str, CalibratedLayer],
-    share_inputs: bool,
-    machine: Machine | None = None,
-    batch: int = BATCH,
-    compared_at: Sequence[int] = COMPARED_AT,
-) -> LayerPlan:
+    unet: nn.Module, config: ModiffConfig, calibrated: Mapping[str, CalibratedLayer], share_inputs: bool,
+    machine: Machine | None = None, batch: int = BATCH, compared_at: Sequence[int] = COMPARED_AT,
+) -> LayerPlan:  # fmt: skip
     """A plan from shapes: of every unit the mode that is fastest by the cost model (planning/cost.py), after what its
     errors weigh in the pictures. machine: None for the rates of the UNet's device, which take a second to measure.
     compared_at: all stays float if on a GPU the plan loses to the compiled float network at one of these batches."""
@@ -261,6 +254,15 @@ class Timer(NamedTuple):
     wait: Callable[[], None]
     seconds: Callable[[Any, Any], float]
 
+    def timed(self, function: Callable[..., Any], *inputs: Any) -> float:
+        """Seconds that function(*inputs) takes."""
+        self.lead()
+        start = self.mark()
+        function(*inputs)
+        end = self.mark()
+        self.wait()
+        return self.seconds(start, end)
+
 
 def timer_of(device: torch.device, clock: Callable[[], float] | None = None) -> Timer:
     """The timer of `device`, current or not: events in its current stream, set without waiting, or readings of `clock`
@@ -300,15 +302,7 @@ def measured_machine(device: torch.device, config: ModiffConfig) -> Machine:
     target = torch.empty_like(source)
 
     def best(function: Callable[..., Any], *inputs: Tensor) -> float:
-        seconds = []
-        for _ in range(PROBE_REPEATS):
-            timer.lead()
-            start = timer.mark()
-            function(*inputs)
-            end = timer.mark()
-            timer.wait()
-            seconds.append(timer.seconds(start, end))
-        return max(min(seconds), 1e-9)
+        return max(min(timer.timed(function, *inputs) for _ in range(PROBE_REPEATS)), 1e-9)
 
     def rate(linear: nn.Module, conv: nn.Module) -> float:
         product = 2 * PROBE_ROWS * PROBE_FEATURES**2 / best(linear, x)

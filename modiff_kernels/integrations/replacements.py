@@ -1,29 +1,26 @@
 """Which layers of a UNet are replaced by what, decided and made before anything is touched."""
 
 import dataclasses
-import importlib.util
-import logging
 from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from modiff_kernels.calibration.job import layers_of
 from modiff_kernels.calibration.result import FOLDER_NAME, CalibrationResult, layers_for
 from modiff_kernels.config import DEFAULT_SKIP_MODULES, ModiffConfig
 from modiff_kernels.config.plan import FLOAT_MODE, MODULATED, QUANTIZED, LayerPlan, Mode
-from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState, blocks
+from modiff_kernels.log import logger
+from modiff_kernels.nn import ModulationState, blocks
 from modiff_kernels.nn.blocks import FusedBlock
 from modiff_kernels.nn.blocks.base import Calibrated, is_adapter, is_as_written
 from modiff_kernels.nn.cache import sample_of
-from modiff_kernels.nn.layer import ModulatedLayer, is_gpu, why_not_conv2d
+from modiff_kernels.nn.layer import ModulatedLayer, is_gpu, low_bit, why_not_conv2d
 from modiff_kernels.ops.check import FLOAT_DTYPES
 from modiff_kernels.planning.stored import place_beside
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 
 @dataclasses.dataclass
@@ -61,9 +58,9 @@ class Replacements:
 def replacements_of(
     unet: nn.Module, config: ModiffConfig, calibrated: Calibrated, share_inputs: bool, plan: LayerPlan | None = None
 ) -> Replacements:
-    """What `accelerate` puts into `unet`, with `calibrated_layers` and the plan that config.plan stands for. The UNet
-    is only read. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan does not fit;
-    BackendUnavailable if config.backend cannot do it."""
+    """What `accelerate` puts into `unet`, which is only read. calibrated: what is known of its layers. plan: what
+    config.plan stands for. ValueError where there is nothing to replace, a scale is missing or unknown, or the plan
+    does not fit; BackendUnavailable if config.backend cannot do it."""
     modules = dict(unet.named_modules(remove_duplicate=False))
     originals = {path: module for path, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     if not originals:
@@ -71,7 +68,7 @@ def replacements_of(
     unknown = [path for path in calibrated if path not in originals]
     if unknown:
         text = f"which is no Linear or Conv2d of the UNet; use module paths such as {next(iter(originals))!r}"
-        raise ValueError(f"accelerate: static_scales or calibration names {', '.join(map(repr, unknown[:5]))}, {text}")
+        raise ValueError(f"accelerate: the calibration names {', '.join(map(repr, unknown[:5]))}, {text}")
     for pattern in config.skip_modules:
         alone = dataclasses.replace(config, skip_modules=(pattern,))
         if pattern not in DEFAULT_SKIP_MODULES and not any(alone.skips(path) for path in modules):
@@ -92,14 +89,13 @@ def replacements_of(
     replacements: dict[str, nn.Module] = {}
     fused: dict[str, FusedBlock] = {}
     made: dict[int, ModulatedLayer] = {}
-    may_fuse = config.fuse and importlib.util.find_spec("diffusers") is not None
     for mode in dict.fromkeys(modes.get(path) for path in originals if path not in reasons):
         own = config if mode is None else config_of(config, mode)
         if plan is not None and plan.source == "estimated" and has_delayed_scales(unet, own):
             own = dataclasses.replace(own, scale_mode="delayed")
         left = {path for path in originals if path in reasons or modes.get(path) != mode}
         static_codes = own.mode == "quantized" and own.scale_mode == "static"  # no fused pass makes them
-        fuse = may_fuse and own.act_bits is not None and not static_codes
+        fuse = config.fuse and own.act_bits is not None and not static_codes
         whole = blocks.fuse(unet, state, own, left, calibrated) if fuse else {}
         shared = _shared_inputs(modules, left, calibrated) if share_inputs else {}
         replacements.update(whole)
@@ -108,10 +104,8 @@ def replacements_of(
             if path in left or blocks.covering(path, whole) is not None:
                 continue
             if id(module) not in made:
-                is_image = isinstance(module, nn.Conv2d)
-                make: Any = ModulatedConv2d.from_conv2d if is_image else ModulatedLinear.from_linear
                 known = calibrated.get(path, NOT_CALIBRATED)
-                made[id(module)] = make(module, own, state, path, shared.get(path), known)
+                made[id(module)] = low_bit(module, own, state, path, shared.get(path), known)
             replacements[path] = made[id(module)]
     # Outer blocks first: a layer or block that one leaves out is put into that one.
     replacements = dict(sorted(replacements.items(), key=lambda item: item[0].count(".")))
@@ -160,22 +154,6 @@ def config_of(config: ModiffConfig, mode: Mode) -> ModiffConfig:
     kind = config.mode if mode == FLOAT_MODE else mode.kind
     own = {"mode": kind, "act_bits": mode.act_bits, "scale_mode": scale_mode}
     return dataclasses.replace(config, **own, schedule=None, plan=None, max_state_bytes=None)
-
-
-def calibrated_layers(
-    config: ModiffConfig, result: CalibrationResult | None, static_scales: Mapping[str, Tensor | float]
-) -> dict[str, CalibratedLayer]:
-    """What `accelerate` knows about layers, by path, from a calibration or from static scales. ValueError for both."""
-    if static_scales and result is not None:
-        raise ValueError("accelerate: give either calibration or static_scales; a calibration has scales of its own")
-    if static_scales and config.scale_mode != "static":
-        raise ValueError(f"accelerate: static_scales: scale_mode={config.scale_mode!r} does not use them; set 'static'")
-    if result is not None:
-        return layers_for(result, config)
-    return {
-        path: CalibratedLayer(act_scale=torch.as_tensor(scale, dtype=torch.float32).reshape(-1))
-        for path, scale in static_scales.items()
-    }
 
 
 def calibrated_beside(config: ModiffConfig, unet: nn.Module, pipe: Any) -> tuple[dict[str, CalibratedLayer], str]:

@@ -17,7 +17,7 @@ from modiff_kernels.integrations.hooks import wrap_forward
 from modiff_kernels.integrations.steps import Steps
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.planning import clock
-from modiff_kernels.planning.forecast import DEGREE, combine, polynomial
+from modiff_kernels.planning.clock import DEGREE, combine, polynomial
 from modiff_kernels.planning.stored import StoredSchedule, best_of
 
 WITH_SCHEDULER = "`with handle.sampling_run(scheduler=...):`"
@@ -98,13 +98,9 @@ class ScheduledUNet:
     """Installs a schedule. steps: those of the run. stored: those from which "auto" chooses."""
 
     def __init__(
-        self,
-        unet: nn.Module,
-        state: ModulationState,
-        schedule: StepSchedule | str | None,
-        steps: Callable[[], Steps | None],
-        stored: Sequence[StoredSchedule] = (),
-    ) -> None:
+        self, unet: nn.Module, state: ModulationState, schedule: StepSchedule | str | None,
+        steps: Callable[[], Steps | None], stored: Sequence[StoredSchedule] = (),
+    ) -> None:  # fmt: skip
         self.unet, self.state, self.schedule = unet, state, schedule
         self._steps, self.stored = steps, stored
         self._warned: set[str] = set()

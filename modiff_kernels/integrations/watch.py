@@ -1,6 +1,5 @@
 """`Watch`: whether a network still is what its low-bit layers and fused blocks were made from."""
 
-import logging
 from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modiff_kernels.integrations.replacements import Replacements
+from modiff_kernels.log import logger
 from modiff_kernels.nn.blocks import FusedAttention, FusedBlock
 from modiff_kernels.nn.blocks.base import CHANGE, COMPUTING, REMEDY, has_no_hook, is_adapter
 from modiff_kernels.nn.cache import sample_of
 from modiff_kernels.nn.layer import ModulatedLayer
-
-logger = logging.getLogger("modiff_kernels")
 
 FREE = ("training", "forward", "processor", "fused_for", "original")  # of blocks, which follow changes of them
 
@@ -47,9 +45,6 @@ class Watch:
         self._read = [*self._inside, *blocks.items(), *replaced.layers.items()]
         modules = [*self._of_time, *[module for _, module in self._read]]
         self._attributes = [module.__dict__ for module in modules]
-        self._owned = [module.__dict__ for _, module in self._read if not isinstance(module, ModulatedLayer)]
-        self._owned += [module._modules for _, module in self._read]
-        self._copies: list[Any] = []
         processors = [block.fused_for for block in blocks.values() if isinstance(block, FusedAttention)]
         self._classes = list({*map(type, (*processors, *modules))})
         self._convs = [module for module in unet.modules() if isinstance(module, nn.Conv2d)]
@@ -57,7 +52,7 @@ class Watch:
         self._contents = [_contents_of(module) for _, module in self._read]
         self._outside = self._outside_now()
         self._signs: Any = None
-        self._kinds: Any = None
+        self._time: Any = None
         self._ends = -1
         self._verdict: Tensor | None = None
         self._take_stock()
@@ -70,16 +65,16 @@ class Watch:
         state = self._state
         begins, self._ends = state.kept.ends != self._ends, state.kept.ends
         signs = RemovableHandle.next_id, self._unet.training, sum(map(len, self._attributes))
-        kinds = self._look_at_modules() if begins else self._kinds
-        if signs != self._signs or kinds != self._kinds or (begins and self._owned != self._copies):
+        if begins or signs != self._signs:
             self._check_modules()
-            self._signs, self._kinds, self._copies = signs, kinds, [*map(dict, self._owned)]
+            self._signs = signs
         try:
             same = self._parameters == self._known  # which looks at identity first, and that in C
         except RuntimeError:  # another tensor was there, and compared
             same = False
         if not same or list(map(_version, self._counted)) != self._versions:
             self._check_modules()
+            self._state.weight_changes += 1
             self.follow(begins)
         elif begins or (self._verdict is not None and self._verdict) or self._finds_write():
             self._compare_values(begins)
@@ -102,15 +97,8 @@ class Watch:
         whole = len(devices) == 1 and devices.pop().type != "meta"
         return [[*map(sample_of, part)] for part in parts] if whole else []
 
-    def _look_at_modules(self) -> list[Any]:
-        """What else than `signs` decides `_check_modules`."""
-        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in self._of_time]
-        contents = [_contents_of(module) for module in (*self._of_time, *self._layers)]
-        return [hooks, [type(module) for _, module in self._inside], contents, self._outside_now()]
-
     def _outside_now(self) -> list[Any]:
-        """Methods of the classes, and what convolutions that stayed float are like: who changes all convolutions does
-        not find the low-bit ones."""
+        """Methods of the classes, and float convolutions: who changes all of these does not find the low-bit ones."""
         methods = [getattr(kind, name, None) for kind in self._classes for name in COMPUTING]
         return methods + [(conv.padding_mode, conv.__dict__.get("_conv_forward")) for conv in self._convs]
 
@@ -169,7 +157,10 @@ class Watch:
         other += ["float convolutions, or methods of classes,"] if self._outside != self._outside_now() else []
         if other:
             raise RuntimeError(f"{other[0]} were changed, and low-bit layers do not follow; {CHANGE}")
-        self._state.weight_changes += 1  # what follows from the timestep is made anew
+        time = [(_facts(module), _contents_of(module)) for module in self._of_time]
+        if time != self._time:
+            self._time = time
+            self._state.weight_changes += 1  # what follows from the timestep is made anew
         if (table := self._table) is not None:
             hooks = [module._forward_hooks or module._forward_pre_hooks for module in table.modules]
             below = [module for top in table.modules for module in top.modules() if module is not top]

@@ -16,8 +16,7 @@ class CallForm:
     """Where sample and timestep stand among the arguments of a denoiser's forward. Within the package all calls are
     like those of a UNet of diffusers: (sample, timestep), the others by keyword, which may have any names.
 
-    sample: name of the first argument, timestep: of the timestep; None where the forward takes calls as UNets do, or
-    does not tell."""
+    sample: name of the first argument, timestep: of the timestep; None where calls are as UNets', or unknown."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY

@@ -54,14 +54,9 @@ class ModulatedLayer(nn.Module):
         return super().__new__(cls)
 
     def __init__(
-        self,
-        original: nn.Module,
-        config: ModiffConfig,
-        state: ModulationState | None,
-        name: str,
-        shared_input: str | None = None,
-        calibrated: CalibratedLayer = NOT_CALIBRATED,
-    ) -> None:
+        self, original: nn.Module, config: ModiffConfig, state: ModulationState | None, name: str,
+        shared_input: str | None = None, calibrated: CalibratedLayer = NOT_CALIBRATED,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.__dict__["original"] = original  # not a child: its parameters are ours, under the same keys
         if isinstance(original, nn.Conv2d):
@@ -172,7 +167,9 @@ class ModulatedLayer(nn.Module):
                 self.adopt_parameters()
 
     def become_constant(self) -> None:
-        self.state.drop_consumer(self.input)
+        self.input.consumers -= 1
+        if self.input.consumers == 0:
+            del self.state.inputs[self.input.key]
         self.state.outputs.pop(self.name, None)
         self.mode, self.act_bits, self.input, self.output = "constant", None, None, None
 
@@ -224,7 +221,7 @@ class ModulatedLayer(nn.Module):
     def _set_static_scale(self, state: InputState) -> None:
         scale, zero_point, device = self.calibrated.act_scale, self.calibrated.act_zero_point, self.like.device
         if scale is None and state.static_scale is None:
-            text = f"calibrate with it or pass static_scales[{self.name!r}], or use scale_mode='dynamic' or 'delayed'"
+            text = "give accelerate() a calibration that has one, or use scale_mode='dynamic' or 'delayed'"
             raise ValueError(f"scale_mode='static' needs a calibrated scale for its input and none was given; {text}")
         if scale is not None:
             zero_point = None if zero_point is None else zero_point.to(device)
@@ -266,9 +263,8 @@ class ModulatedLayer(nn.Module):
 
         Mode "modulated" mutates x_hat and y_hat of the current context at its first use in a call; others in it, as
         some attention processors make, are computed like a first call, without state. LoRA-compatible layers say
-        hidden_states and add a scale, which is `unused`. Raises RuntimeError outside a UNet call of a run, on a changed
-        shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN or Inf; all of them
-        name the layer."""
+        hidden_states and add a scale, which is `unused`. Errors name the layer: RuntimeError outside a UNet call of a
+        run, on a changed shape, dtype or device within a run and on inputs that need a gradient; ValueError on NaN."""
         x: Any = hidden_states if input is None else input
         if self.owns_state and self.state.action is None:
             with self.state.call():
@@ -386,22 +382,16 @@ class ModulatedLinear(ModulatedLayer):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        config: ModiffConfig | None = None,
-        state: ModulationState | None = None,
-        name: str = "linear",
-        *more: Any,
-        **options: Any,
-    ) -> "ModulatedLinear":
+        cls, linear: nn.Linear, config: ModiffConfig | None = None, state: ModulationState | None = None,
+        name: str = "linear", *more: Any, **options: Any,
+    ) -> "ModulatedLinear":  # fmt: skip
         """The low-bit form of `linear`, which is kept inside and not changed.
 
         config: None for ModiffConfig(). state: None for one of its own: every forward is then a call of the run that
         `sampling_run` has begun. name: the path of the layer, unique in `state`. more: shared_input, key of the tensor
         it reads (layers that always get the very same tensor share one; None: a tensor of its own), and calibrated:
-        codes, scales and bias.
-        Raises ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and on a calibration
-        of another layer."""
+        codes, scales and bias. ValueError on weights that hold NaN or Inf, on a missing or impossible static scale, and
+        on a calibration of another layer."""
         return cls(linear, config or ModiffConfig(), state, name, *more, **options)
 
 
@@ -414,20 +404,20 @@ class ModulatedConv2d(ModulatedLayer):
 
     @classmethod
     def from_conv2d(
-        cls,
-        conv: nn.Conv2d,
-        config: ModiffConfig | None = None,
-        state: ModulationState | None = None,
-        name: str = "conv2d",
-        *more: Any,
-        **options: Any,
-    ) -> "ModulatedConv2d":
+        cls, conv: nn.Conv2d, config: ModiffConfig | None = None, state: ModulationState | None = None,
+        name: str = "conv2d", *more: Any, **options: Any,
+    ) -> "ModulatedConv2d":  # fmt: skip
         """The low-bit form of `conv`, from the arguments of `ModulatedLinear.from_linear`. Raises ValueError also on
         padding that is not the same number of zeros on both sides."""
         reason = why_not_conv2d(conv)
         if reason is not None:
             raise ValueError(f"layer '{name}': {reason}; leave it float")
         return cls(conv, config or ModiffConfig(), state, name, *more, **options)
+
+
+def low_bit(layer: nn.Module, *args: Any) -> ModulatedLayer:
+    """The low-bit form of a Linear or Conv2d, with the arguments of `ModulatedLinear.from_linear`."""
+    return (ModulatedConv2d.from_conv2d if isinstance(layer, nn.Conv2d) else ModulatedLinear.from_linear)(layer, *args)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ class Run:
     One thread samples at a time: the one that began the run. Every misuse raises RuntimeError; after a failed or
     interrupted call the run is over, because its layers hold a mix of two steps.
 
-    Owners of state override `needs_run` and the methods that begin with `_on_`."""
+    Owners of state override `needs_run`, and add to what happens where runs and calls begin and end."""
 
     advice = NEW_RUN
 
@@ -58,15 +58,6 @@ class Run:
         """Whether a call outside a run is an error."""
         return self.scheduled or self.calls_calibrated is not None
 
-    def _on_begin_run(self) -> None:
-        """A run begins."""
-
-    def _on_end_run(self) -> None:
-        """The run is over, or has been before."""
-
-    def _on_begin_call(self) -> None:
-        """A call that needs a run begins."""
-
     def _on_leave_call(self, ended: bool) -> None:
         """A call ends. ended: one that needs a run, and well."""
 
@@ -88,7 +79,6 @@ class Run:
             num_calls = self.calls_calibrated
         with self._between_calls("begin a run"):
             self.begin_anew()
-            self._on_begin_run()
             self.run_index += 1
             self._runner = threading.current_thread()
             self._calls, self._num_calls, self._over = {}, num_calls, None
@@ -147,7 +137,6 @@ class Run:
         self._begun.add(self.context_name)
         self.action = UPDATE
         self._caller = self._runner
-        self._on_begin_call()
 
     def end_call(self, failed: bool = False) -> None:
         """Leave the call of this thread, if it is in one; a failed one ends the run."""
@@ -175,7 +164,6 @@ class Run:
 
     def invalidate(self, reason: str) -> None:
         """End the run, for `reason`, which may have made its state worthless."""
-        self._on_end_run()
         if self._over is None:
             self._over = reason
             self._num_calls = None

@@ -51,15 +51,9 @@ class Spread(NamedTuple):
 
 
 def run(
-    layer: Layer,
-    prologue: Prologue,
-    h: Tensor,
-    dtype: torch.dtype,
-    *,
-    skip: Tensor | None = None,
-    write_out: bool = True,
-    spread: Spread | None = None,
-) -> Tensor:
+    layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dtype, *, skip: Tensor | None = None,
+    write_out: bool = True, spread: Spread | None = None,
+) -> Tensor:  # fmt: skip
     """layer(spread(prologue(h))) + skip, in `dtype`, that of the activations around; mutates the layer's state.
 
     h may have another dtype: that of a y_hat. write_out False: the reader takes any float dtype and changes nothing, so
@@ -88,8 +82,7 @@ def run(
 
 
 def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dtype) -> tuple[Codes, ...]:
-    """Codes of the residual of prologue(h), for the input of `layer`: of one update, or those of a first call. Updates
-    x_hat."""
+    """Codes of the residual of prologue(h), for the input of `layer`: of one update or a first call; x_hat follows."""
     source: Any = layer.input
     x_hat = source.ensure(prologue.shape(h), dtype, h.device, layer.memory_format)
     if layer.state.is_first:
@@ -106,15 +99,10 @@ def residual_codes(layer: Layer, prologue: Prologue, h: Tensor, dtype: torch.dty
 
 
 def accumulate(
-    layer: Layer,
-    updates: Sequence[Codes],
-    skip: Tensor | None,
-    dtype: torch.dtype,
-    write_out: bool = True,
+    layer: Layer, updates: Sequence[Codes], skip: Tensor | None, dtype: torch.dtype, write_out: bool = True,
     spread: Spread | None = None,
-) -> Tensor:
-    """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself (not to be changed) if nothing
-    is written."""
+) -> Tensor:  # fmt: skip
+    """Adds the products of the codes onto y_hat; its value plus `skip`, or y_hat itself if nothing is written."""
     shape = updates[0][0].shape
     out_shape = layer.output_shape(shape if spread is None else spread.shape(shape))
     output: Any = layer.output
@@ -178,7 +166,8 @@ def run_shared(layer: Layer, source: Tensor, x: Tensor) -> Tensor:
         modulated = layer.mode == "modulated"
         if modulated and shared.uses:
             if not layer.state.is_first:
-                shared.refuse_second_source()
+                text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
+                raise RuntimeError(f"the layers that share the input of '{shared.key}' got different tensors {text}")
             layer.input = layer.state.separate_input(shared, layer.name)
             return run(layer, IDENTITY, x, x.dtype)
         codes = residual_codes(layer, IDENTITY, x, x.dtype) if modulated else plain_codes(layer, IDENTITY, x)

@@ -125,8 +125,7 @@ def fill_with_bias(tensor: Tensor, writers: list[Any]) -> None:
 
 class InputState(StateTensor):
     """x_hat of a tensor that one or several layers read, and how its residual is quantised. A shared one (`consumers` >
-    1) is quantised once per call, by the first consumer; the others take the same codes. In a call all of them must
-    read the very same tensor."""
+    1) is quantised once per call, by the first consumer; the others, who read the very same tensor, take these."""
 
     def __init__(self, state: "ModulationState", key: str, config: ModiffConfig, granularity: str) -> None:
         super().__init__(state, key)
@@ -160,8 +159,7 @@ class InputState(StateTensor):
         return None, given, self.clip_ratio if given is None else self.delayed_ratio
 
     def record(self, absmax: Tensor) -> None:
-        """Note this update, and its absmax (float32 [granules]) for the delayed scale of the next one: where the op has
-        not left it there."""
+        """Note this update, and its absmax (float32 [granules]) for a delayed scale, if the op did not."""
         if self.scale_mode == "dynamic":
             return
         held = self.contexts[self.state.context_name]
@@ -212,10 +210,6 @@ class InputState(StateTensor):
         self.uses = 1
         self._shared = (source, tensor_version(source), codes)
 
-    def refuse_second_source(self) -> NoReturn:
-        text = "in one UNet call, but not in the first one of this run; accelerate with share_inputs=False"
-        raise RuntimeError(f"the layers that share the input of '{self.key}' got different tensors {text}")
-
 
 class ModulationState(Run):
     """Owner of the state of one accelerated network. Layers hold an `InputState` and an `OutputState`, never a tensor.
@@ -225,8 +219,7 @@ class ModulationState(Run):
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
     relocations: grows whenever weights move, or anything else that calls read; moves: tensors of a context.
-    weight_changes: when weights change or move. shelves: by context and shape, what is set aside.
-    serial: grows with every call."""
+    weight_changes: when weights change or move. serial: with every call. shelves: by context and shape, what waits."""
 
     def __init__(self, state_dtype: torch.dtype | str | None = None) -> None:
         super().__init__()
@@ -250,12 +243,6 @@ class ModulationState(Run):
         found = self.inputs[key]
         found.consumers += 1
         return found
-
-    def drop_consumer(self, state: InputState) -> None:
-        """Count one layer less that reads it; it goes with its last one."""
-        state.consumers -= 1
-        if state.consumers == 0:
-            del self.inputs[state.key]
 
     def separate_input(self, shared: InputState, key: str) -> InputState:
         """Give the layer `key` an input of its own, because it does not read the tensor of the `shared` one."""
@@ -289,6 +276,10 @@ class ModulationState(Run):
         self.kept.expire()
         self.serial += 1
         super().begin_call(look)
+        if self.scheduled:
+            self._set_scale_factors()
+        if self.calls_calibrated is not None:
+            self._take_static_values()
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -305,8 +296,7 @@ class ModulationState(Run):
             raise
 
     def set_aside(self, context: str, shape: Hashable) -> None:
-        """Take the tensors of `context`, for calls of `shape`, out while those of another run: they keep their
-        addresses."""
+        """Take the tensors of `context` for calls of `shape` out; they keep their addresses."""
         held = {holder: holder.contexts.pop(context) for holder in self._holders() if context in holder.contexts}
         self.shelves[context, shape] = held, self.kept.take(context)
 
@@ -350,18 +340,14 @@ class ModulationState(Run):
             for holder in self._holders():
                 holder.contexts.clear()
 
-    def _on_begin_run(self) -> None:
+    def begin_run(self, num_calls: int | None = None) -> None:
+        super().begin_run(num_calls)
         self.trajectories = {}
         self.kept.forget()
 
-    def _on_end_run(self) -> None:
+    def invalidate(self, reason: str) -> None:
+        super().invalidate(reason)
         self.kept.forget()
-
-    def _on_begin_call(self) -> None:
-        if self.scheduled:
-            self._set_scale_factors()
-        if self.calls_calibrated is not None:
-            self._take_static_values()
 
     def _on_leave_call(self, ended: bool) -> None:
         self._stop_sharing()
@@ -393,8 +379,7 @@ class ModulationState(Run):
         self._factors_in_use = frozenset(values)
 
     def _take_static_values(self) -> None:
-        """Put the calibrated values of this call where layers read them: one address for all calls, which compiled code
-        and graphs rely on."""
+        """Put the calibrated values of this call where layers, compiled code and graphs read them: at one address."""
         call = slice(self.call_index, self.call_index + 1)
         states = [state for state in self.inputs.values() if state.static is not None and state.static[0].numel() > 1]
         if states:

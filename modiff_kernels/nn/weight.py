@@ -75,8 +75,7 @@ def stack(weights: Sequence[PackedWeight], k: int) -> PackedWeight:
 
 
 def parts_of(stacked: PackedWeight, weights: Sequence[PackedWeight]) -> list[PackedWeight]:
-    """`weights`, which `stacked` is made of, as views of it where the layout allows it, so that nothing is stored
-    twice."""
+    """`weights`, which `stacked` is made of, as views of it where the layout allows it: nothing is stored twice."""
     flat = [weight.packed.flatten() for weight in weights]
     if not torch.equal(torch.cat(flat), stacked.packed.flatten()):
         return list(weights)

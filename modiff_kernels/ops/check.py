@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.operands import PROLOGUES, PackedWeight, Prologue, Window, summed
-from ..quant.packing import KPACK_V1, packed_dtype, packed_width
-from ..quant.spec import check_bits, check_granularity, check_group_size, granule_count, group_count, row_count
+from ..quant.operands import PROLOGUES, PackedWeight, Prologue, summed
+from ..quant.packing import KPACK_V1, check_packed
+from ..quant.spec import GRANULARITIES, check_bits, check_group_size, granule_count, group_count, row_count
 from .problem import Problem, capability
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,7 +22,9 @@ def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, l
     op = "quantize"
     shape, image = _quantized_shape(op, h, prologue)
     check_bits(op, "bits", bits)
-    check_granularity(op, granularity)
+    if granularity not in GRANULARITIES:
+        known = ", ".join(map(repr, GRANULARITIES))
+        raise ValueError(f"{op}: granularity={granularity!r} is not known; choose one of {known}")
     if not (isfinite(clip_ratio) and clip_ratio > 0):
         raise ValueError(f"{op}: clip_ratio={clip_ratio!r} is not allowed; give a finite number above 0 (1 clips none)")
     if x_hat is not None:
@@ -117,7 +119,11 @@ def _product(op, x, weight, y_hat, skip, window, out_dtype, write_out) -> Proble
     """The product of a tensor like `x`, an image where there is a window; checks all but `x` and its scales."""
     image = window is not None
     if window is not None:
-        _require_window(op, window, x)
+        for name, pair, least in zip(window._fields, window[:4], (1, 1, 0, 1)):
+            if len(pair) != 2 or any(value < least for value in pair):
+                raise ValueError(f"{op}: {name}={list(pair)} is not allowed; give two integers of at least {least}")
+        if window.groups < 1 or x.shape[1] % window.groups != 0:
+            raise ValueError(f"{op}: groups={window.groups} does not divide the {x.shape[1]} input channels")
     k, n = summed(x.shape[1 if image else -1], window), weight.n
     _require_weight(op, x, weight, k)
     shape = (*x.shape[:-1], weight.outputs)
@@ -163,23 +169,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float) -
     if not isfinite(score_scale):
         raise ValueError(f"{op}: score_scale={score_scale!r} is not allowed; give a finite number, as width ** -0.5")
     return _problem(op, q, q.dtype, m=samples * tokens, n=k.shape[1], k=channels // heads)
-
-
-def pack_weight(weight_q: Tensor, weight_bits: int) -> Problem:
-    op = "pack_weight"
-    check_bits(op, "weight_bits", weight_bits)
-    _require_tensors(op, weight_q, torch.int8, weight_q=weight_q)
-    if weight_q.ndim != 2:
-        raise ValueError(f"{op}: weight_q has {_text(weight_q)}; expected [N, K], of a convolution K = (r, s, c)")
-    n, k = weight_q.shape
-    return _problem(op, weight_q, None, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
-
-
-def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Problem:
-    op = "unpack_weight"
-    check_bits(op, "weight_bits", weight_bits)
-    _require_kpack_v1(op, weight_packed, weight_bits, n, k)
-    return _problem(op, weight_packed, None, n=n, k=k, weight_bits=weight_bits, layout=KPACK_V1)
 
 
 def _problem(op: str, x: Tensor, dtype: torch.dtype | None, state: Tensor | None = None, **fields: Any) -> Problem:
@@ -259,14 +248,6 @@ def _granularity_of(op: str, codes: Tensor, scale: Tensor, image: bool) -> str:
     return "per_token" if count == rows and count != samples else "per_sample"
 
 
-def _require_window(op: str, window: Window, codes: Tensor) -> None:
-    for name, pair, least in zip(window._fields, window[:4], (1, 1, 0, 1)):
-        if len(pair) != 2 or any(value < least for value in pair):
-            raise ValueError(f"{op}: {name}={list(pair)} is not allowed; give two integers of at least {least}")
-    if window.groups < 1 or codes.shape[1] % window.groups != 0:
-        raise ValueError(f"{op}: groups={window.groups} does not divide the {codes.shape[1]} input channels")
-
-
 def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
     packed, scale, bits, group_size, layout, _ = weight
     check_bits(op, "weight.bits", bits)
@@ -278,11 +259,4 @@ def _require_weight(op: str, x: Tensor, weight: PackedWeight, k: int) -> None:
         needs = f"group_size={group_size} with k={k} needs a contiguous [{', '.join(['N', *map(str, columns)])}]"
         raise ValueError(f"{op}: weight.scale has {_text(scale)}; {needs}")
     if layout == KPACK_V1:
-        _require_kpack_v1(op, packed, bits, weight.n, k)
-
-
-def _require_kpack_v1(op: str, packed: Tensor, bits: int, n: int, k: int) -> None:
-    shape, dtype = (n, packed_width(bits, k)), packed_dtype(bits)
-    if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
-        text = f"{KPACK_V1} with {bits} bits, n={n}, k={k} needs a contiguous {dtype} {shape}; make it with pack_weight"
-        raise ValueError(f"{op}: the packed weight has {_text(packed)}; {text}")
+        check_packed(op, packed, bits, weight.n, k)

@@ -4,7 +4,6 @@
 MODIFF_BACKEND, read once, puts one backend in the place of "auto". One that fails to load stays with its reason."""
 
 import importlib
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,18 +13,17 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import BACKENDS
+from ..log import logger
 from ..quant.operands import PackedWeight, Window
 from ..quant.packing import KPACK_V1
 from .problem import Problem
 
 AUTO = "auto"
 REFERENCE = "reference"
-OPS = ("quantize", "product", "attention", "pack_weight", "unpack_weight")
-# Where the reference is no loss: conversions happen once per weight, before sampling; attention is torch's own kernel.
-REFERENCE_OPS = ("attention", "pack_weight", "unpack_weight")
+OPS = ("quantize", "product", "attention")
+REFERENCE_OPS = ("attention",)  # where the reference is no loss: it is torch's own kernel
 EAGER_TYPES = (torch.Tensor, torch.nn.Parameter)  # other types (fake, functional tensors) need torch's dispatcher
 
-logger = logging.getLogger("modiff_kernels")
 Rejected = tuple[tuple[str, str], ...]
 """Backends and why they were not taken."""
 
@@ -35,8 +33,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Selection(NamedTuple):
-    """The chosen backend, its function, those that were asked before it, and whether compiled code can call what the
-    function is made of."""
+    """The chosen backend, its function, those asked before it, and whether compiled code can call its parts."""
 
     backend: str
     fn: Callable[..., Any]

@@ -13,7 +13,7 @@ from ..quant.operands import Window
 class Problem:
     """What an op is asked to do, without the data.
 
-    op: "quantize", "product", "attention", "pack_weight", "unpack_weight", or "modulate": the first two in one piece.
+    op: "quantize", "product", "attention", or "modulate": the first two in one piece.
     m: rows (Linear), pixels of the output (convolution) or of the image (quantize). n: output features (0: the op has
         none). k: products summed per output, or channels of what is quantised. Of attention: m queries of all samples,
         n keys of a sample, k values of a head.

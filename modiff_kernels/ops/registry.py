@@ -105,11 +105,10 @@ class _Arguments:
 def declare(check: Callable[..., Problem], mutates: Sequence[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the decorated function as op `modiff::<its name>`; its schema is that of its signature.
 
-    check: gives the problem of arguments, or raises. The function's body is the op's fake: it returns empty tensors of
-    the right shapes, dtypes and strides, and runs only after the arguments were checked. The returned function checks,
-    selects a backend and calls it: directly in eager mode, through torch.ops where torch must see the op (compiling,
-    fake tensors, dispatch modes). What was found for a combination of shapes, strides, dtypes, devices and other
-    arguments is kept, so that a repeated call costs a lookup.
+    check: gives the problem of arguments, or raises. The function's body is the op's fake: empty tensors of the right
+    shapes, dtypes and strides for checked arguments. The returned function checks, selects a backend and calls it,
+    through torch.ops where torch must see the op (compiling, fake tensors, dispatch modes). What was found for a
+    combination of formats and other arguments is kept, so that a repeated call costs a lookup.
 
     Its `kernel_for` checks arguments, all of them by position, and gives the selected backend's function, which takes
     them without `backend`: for callers that repeat a call on tensors of the same formats and cannot afford the checks.

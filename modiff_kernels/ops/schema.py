@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ..quant.operands import IDENTITY, PackedWeight, Prologue, Window
-from ..quant.packing import packed_dtype, packed_width
 from ..quant.spec import granule_count
 from . import check, dispatch
 from .dispatch import torch_must_see
@@ -190,20 +189,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float, b
         out [N, L, heads * width], contiguous, in q's dtype. Raises ValueError on shapes that do not fit. Backend
         reference is torch's scaled_dot_product_attention; cpu computes in 16-bit fixed point, 70 dB."""
     return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-@declare(check.pack_weight)
-def pack_weight(weight_q: Tensor, weight_bits: int, backend: str = "auto") -> Tensor:
-    """Storage of weight codes in layout kpack_v1: exact, see `modiff_kernels.quant.packing`.
-
-    weight_q int8 [N, K], codes in -2^(b-1) .. 2^(b-1)-1; for a convolution K = r * s * c_in / groups in (r, s, c)
-    order, that is `weight.permute(0, 2, 3, 1).reshape(N, -1)`. Returns int8 [N, K] (8 bits), uint8 [N, ceil(K/2)] (4
-    bits) or uint8 [N, ceil(K/4) + ceil(K/8)] (3 bits). Raises ValueError for codes out of range."""
-    n, k = weight_q.shape
-    return weight_q.new_empty((n, packed_width(weight_bits, k)), dtype=packed_dtype(weight_bits))
-
-
-@declare(check.unpack_weight)
-def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int, backend: str = "auto") -> Tensor:
-    """The codes int8 [n, k] of a weight made by `pack_weight`: its exact inverse."""
-    return weight_packed.new_empty((n, k), dtype=torch.int8)

@@ -1,16 +1,19 @@
-"""Where the calls of a run lie on the axis of a schedule, read from the scheduler once a run, as host numbers."""
+"""Where the calls of a run lie on the axis of a schedule, read from the scheduler once a run, as host numbers; and what
+they return: a linear form of the last computed outputs and of the sample."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from modiff_kernels.config.schedule import StepSchedule
 
 LEAST_ALPHA = 2.0**-24  # of schedules that end in pure noise; diffusers' DPM-Solver takes the same
 STOCHASTIC = ("DDPM", "Ancestral", "SDE", "LCM", "TCD", "CMStochastic", "RePaint", "UnCLIP", "SdeVe", "SASolver")
 MANY_CALLS = 40  # from here on DDIM moves so little per call that most calls can be forecast
+DEGREE = 2  # of the polynomial where nothing is fitted; lower where fewer outputs are known
 FEW_CALLS = 12  # with fewer, a skipped call costs more fidelity than a step less
 
 DDIM = StepSchedule("forecast", every=3, first=3, last=1)
@@ -75,3 +78,25 @@ def automatic(scheduler: Any, calls: int) -> StepSchedule | None:
     if type(scheduler).__name__.startswith("DDIM") and calls >= MANY_CALLS:
         return DDIM
     return MULTISTEP
+
+
+def polynomial(nodes: Sequence[float], position: float) -> list[float]:
+    """Weights of the values at `nodes` in the value at `position` of the polynomial through them (Lagrange)."""
+    weights = []
+    for node in nodes:
+        weight = 1.0
+        for other in nodes:
+            weight *= 1.0 if other == node else (position - other) / (node - other)
+        weights.append(weight)
+    return weights
+
+
+def combine(weights: Sequence[float], outputs: Sequence[Tensor], sample: Tensor | None = None) -> Tensor:
+    """sum_k weights[k] outputs[k], plus weights[-1] sample where one is given: a new tensor, summed in float32, in the
+    dtype of the outputs. Of a sample with more channels, such as those of a mask behind, the first ones count."""
+    total = outputs[0].float() * weights[0]
+    for weight, output in zip(weights[1:], outputs[1:]):
+        total.add_(output.float(), alpha=weight)
+    if sample is not None and weights[-1]:
+        total.add_(sample[:, : total.shape[1]].float(), alpha=weights[-1])
+    return total.to(outputs[0].dtype)

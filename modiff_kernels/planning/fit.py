@@ -11,10 +11,7 @@ share what is added to them; these few numbers per span are fitted in two ways:
 
     states   span after span, to the sample of the wanted trajectory at the span's end, by least squares. The network is
              computed at the computed calls alone, so the search for these has the fit inside.
-    end      all spans together, to the final picture, by Gauss-Newton steps as long as other pictures gain from them.
-
-Published relatives fit other things: LTC-Accel and L2P (weights of past outputs, to the next output), DC-Solver (one
-ratio per step, all calls computed), bespoke solvers (Shaul et al. 2024: a sampler of their own)."""
+    end      all spans together, to the final picture, by Gauss-Newton steps as long as other pictures gain by them."""
 
 import contextlib
 import functools
@@ -28,7 +25,7 @@ import torch
 from torch import Tensor
 
 from modiff_kernels.config.schedule import FORECAST, UPDATE, StepSchedule
-from modiff_kernels.planning.forecast import DEGREE, combine, polynomial
+from modiff_kernels.planning.clock import DEGREE, combine, polynomial
 
 TERMS = 4  # computed outputs in a form; more gain 0.1 dB
 RIDGE = 1e-4  # of the diagonal, which keeps weights small: outputs of consecutive calls are nearly parallel
@@ -104,8 +101,7 @@ class Fit:
         return self.known[name]
 
     def states(self, computed: Computed) -> tuple[Rows, Outputs]:
-        """The fit of the spans, one after the other, and the outputs of the computed calls. Beginnings that were fitted
-        before are not fitted again."""
+        """The fit of the spans in order, but for fitted beginnings, and the outputs of the computed calls."""
         rows: Rows = []
         outputs: Outputs = {}
         for m, end in enumerate([*computed[1:], self.calls]):
@@ -137,8 +133,7 @@ class Fit:
         return columns
 
     def end(self, computed: Computed, rows: Rows, columns: Callable[[], Sequence[Tensor]]) -> Rows:
-        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best. columns: give the
-        Jacobian there or near."""
+        """A Gauss-Newton step from `rows` on the picture, damped and as long as fits best. columns: the Jacobian."""
         left = (self._target.picture - self._run(computed, rows, {})).flatten()
         steps = [_least_squares(columns(), left, damping) for damping in DAMPINGS]
         changes = [[size * change for change in step] for step in steps for size in (1.0, 0.5)]

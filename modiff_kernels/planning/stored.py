@@ -1,5 +1,6 @@
 """Fitted schedules that are stored beside a model, and the runs that they hold for."""
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -60,8 +61,7 @@ def run_of(scheduler: Any, timesteps: Sequence[float]) -> dict[str, Any]:
 def best_of(
     stored: Sequence[StoredSchedule], scheduler: Any, timesteps: Sequence[float], evaluations: int | None = None
 ) -> StoredSchedule | None:
-    """Of those for this run the one with so many evaluations; None: with the fewest that has ENOUGH_DB, or else the one
-    that has most."""
+    """Of those for this run the one of so many evaluations; None: of the fewest with ENOUGH_DB, else of most."""
     run = run_of(scheduler, timesteps)
     fit = [found for found in stored if found.difference(run) is None]
     if evaluations is not None:
@@ -71,8 +71,7 @@ def best_of(
 
 
 def read(path: Path) -> list[StoredSchedule]:
-    """The schedules in the file at `path`, one or a list. ValueError naming the file if one is not whole or has other
-    keys."""
+    """The schedules in the file at `path`, one or a list; ValueError naming it if one is damaged or has other keys."""
     try:
         stored = json.loads(path.read_text())
         if stored == []:
@@ -87,7 +86,7 @@ def _read_entry(entry: Any, path: Path) -> StoredSchedule:
     if unknown := sorted(entry.keys() - KEYS):
         raise ValueError(f"unknown key {unknown[0]!r}")
     parsed = StepSchedule.parse(entry["schedule"])
-    schedule = StepSchedule(**{**parsed.fields(), "weights": entry.get("weights", parsed.weights)})
+    schedule = dataclasses.replace(parsed, weights=entry.get("weights", parsed.weights))
     run = {"sampler": dict(entry["sampler"]), "timesteps": [float(timestep) for timestep in entry["timesteps"]]}
     return StoredSchedule(schedule, run, path, {name: entry[name] for name in NOTES if name in entry})
 

@@ -63,8 +63,7 @@ def affine_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x holds neither NaN nor Inf (both stay in a sum; one that overflows needs a second look). Waits for the
-    device."""
+    """Whether x holds neither NaN nor Inf: both stay in a sum; one that overflows needs a second look. Waits."""
     return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 

@@ -138,8 +138,7 @@ class Checkpoint:
         """The part of the state_dict that the tensors of one file stand for, after `check`.
 
         Weights of low-bit layers are on device meta, and their codes go into `layers`; a layer whose tensors are spread
-        over files comes with the last of them. Raises ValueError, naming file and key, where the bytes of a tensor are
-        not those that were saved."""
+        over files comes with the last of them. ValueError, naming file and key, for bytes that were not saved so."""
         state_dict = {}
         for key, tensor in tensors.items():
             found, stored = crc32(tensor.contiguous()), self._stored[key]
@@ -154,16 +153,13 @@ class Checkpoint:
             parts = [suffix for suffix in _OF_LAYER if stem + suffix in self._stored]
             if all(stem + suffix in self._waiting for suffix in parts):
                 own = {suffix: self._waiting.pop(stem + suffix) for suffix in parts}
-                self.layers[stem] = self._decode_layer(stem, own)
-                state_dict[stem + WEIGHT] = torch.empty(tuple(self._shapes[stem + WEIGHT]), device="meta")
+                shape = tuple(self._shapes[stem + WEIGHT])
+                codes = unpack(own[WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
+                weight = QuantizedWeight(codes, own[WEIGHT_SCALE], self._weight_bits, self._group_size)
+                optional: dict[str, Any] = {field: own.get(suffix) for field, suffix in _OPTIONAL.items()}
+                self.layers[stem] = CalibratedLayer(weight, **optional)
+                state_dict[stem + WEIGHT] = torch.empty(shape, device="meta")
         return state_dict
-
-    def _decode_layer(self, path: str, parts: Mapping[str, Tensor]) -> CalibratedLayer:
-        k = math.prod(self._shapes[path + WEIGHT][1:])
-        codes = unpack(parts[WEIGHT_PACKED], self._weight_bits, k)
-        weight = QuantizedWeight(codes, parts[WEIGHT_SCALE], self._weight_bits, self._group_size)
-        optional: dict[str, Any] = {field: parts.get(suffix) for field, suffix in _OPTIONAL.items()}
-        return CalibratedLayer(weight, **optional)
 
     def _read_header(self, file: str) -> None:
         try:

@@ -12,7 +12,7 @@ Positions past K hold code 0."""
 import torch
 from torch import Tensor
 
-from .spec import quant_max, quant_min
+from .spec import check_bits, quant_max, quant_min
 
 KPACK_V1 = "kpack_v1"
 
@@ -37,7 +37,15 @@ def misfit(codes: Tensor, bits: int) -> tuple[int, int] | None:
 
 
 def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
-    """kpack_v1 storage of weight_q int8 [N, K]; a new tensor. Raises ValueError if a code does not fit."""
+    """Storage of weight codes in layout kpack_v1, exact: new, int8 [N, K] (8 bits), uint8 [N, ceil(K/2)] (4 bits) or
+    uint8 [N, ceil(K/4) + ceil(K/8)] (3 bits).
+
+    weight_q int8 [N, K], codes in -2^(b-1) .. 2^(b-1)-1; for a convolution K = r * s * c_in / groups in (r, s, c)
+    order, that is `weight.permute(0, 2, 3, 1).reshape(N, -1)`. Raises ValueError for codes out of range."""
+    check_bits("pack_weight", "weight_bits", weight_bits)
+    if weight_q.dtype != torch.int8 or weight_q.ndim != 2:
+        given = f"{weight_q.dtype} {tuple(weight_q.shape)}"
+        raise ValueError(f"pack_weight: weight_q is {given}; expected int8 [N, K], of a convolution K = (r, s, c)")
     if (found := misfit(weight_q, weight_bits)) is not None:
         allowed = f"{weight_bits} bits hold {quant_min(weight_bits)} to {quant_max(weight_bits)}"
         raise ValueError(f"pack_weight: weight_q holds codes from {found[0]} to {found[1]}, but {allowed}")
@@ -49,8 +57,22 @@ def pack(weight_q: Tensor, weight_bits: int) -> Tensor:
     return torch.cat((_pack_plane(biased & 3, 2, fill=0), _pack_plane(biased >> 2, 1, fill=1)), dim=1)
 
 
+def unpack_weight(weight_packed: Tensor, weight_bits: int, n: int, k: int) -> Tensor:
+    """The codes int8 [n, k] of a weight made by `pack_weight`: its exact inverse, new. ValueError for another size."""
+    check_packed("unpack_weight", weight_packed, weight_bits, n, k)
+    return unpack(weight_packed, weight_bits, k)
+
+
+def check_packed(where: str, packed: Tensor, bits: int, n: int, k: int) -> None:
+    check_bits(where, "weight_bits", bits)
+    shape, dtype = (n, packed_width(bits, k)), packed_dtype(bits)
+    if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
+        text = f"{KPACK_V1} with {bits} bits, n={n}, k={k} needs a contiguous {dtype} {shape}; make it with pack_weight"
+        given = f"shape {tuple(packed.shape)}, {packed.dtype}, strides {packed.stride()}"
+        raise ValueError(f"{where}: the packed weight has {given}; {text}")
+
+
 def unpack(weight_packed: Tensor, weight_bits: int, k: int) -> Tensor:
-    """Codes int8 [N, k] of a kpack_v1 weight; a new tensor."""
     if weight_bits == 8:
         return weight_packed.clone(memory_format=torch.contiguous_format)
     if weight_bits == 4:

@@ -30,12 +30,6 @@ def check_bits(where: str, name: str, bits: int) -> None:
         raise ValueError(f"{where}: {name}={bits!r} is not supported; choose one of {', '.join(map(str, BITS))}")
 
 
-def check_granularity(where: str, granularity: str) -> None:
-    if granularity not in GRANULARITIES:
-        known = ", ".join(map(repr, GRANULARITIES))
-        raise ValueError(f"{where}: granularity={granularity!r} is not known; choose one of {known}")
-
-
 def check_group_size(where: str, group_size: int) -> None:
     """Raise ValueError unless `group_size` is -1 (one scale per output channel) or a positive number."""
     is_integer = hasattr(group_size, "__index__") and not isinstance(group_size, bool)  # symbolic while compiling

@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 import modiff_kernels as mk
 from modiff_kernels.calibration import accuquant
-from modiff_kernels.calibration.accuquant import EndLoss, Rollout, learnt, scheduler_at
+from modiff_kernels.calibration.accuquant import Rollout, scheduler_at
 from modiff_kernels.calibration.data import collect, pipeline_sampler
-from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.job import Job, layers_of
+from modiff_kernels.calibration.reconstruction import fake_quantized
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=8, scale_mode="static", mode="quantized")
@@ -41,11 +41,8 @@ def starts(sampler, first):
 
 
 def watch(fakes):
-    for fake in fakes.values():
-        for parameter in (fake.variable, fake.weight_scale, fake.act_scale, fake.bias):
-            if parameter is not None:
-                parameter.requires_grad_(True)
-    return learnt(fakes)
+    owned = ((fake.variable, fake.weight_scale, fake.act_scale, fake.bias) for fake in fakes.values())
+    return [each.requires_grad_(True) for own in owned for each in own if each is not None]
 
 
 def whole_graph(pipe, sampler, start, calls, form):
@@ -71,9 +68,9 @@ def test_gradient_against_back_propagation(pipe, sampler, layers, steps, form):
         parameters = watch(fakes)
         loss = (whole_graph(pipe, sampler, data.sample, calls, form) - target).square().mean()
         expected = torch.autograd.grad(loss, parameters)
-        rollout = Rollout(sampler, data, torch.arange(2), calls)
-        found_loss = EndLoss.apply(rollout, target, form, *parameters)
-        found = torch.autograd.grad(3 * found_loss, parameters)
+        found_loss = (Rollout(sampler, data, torch.arange(2), calls).run(form) - target).square().mean()
+        (3 * found_loss).backward()
+    found = [parameter.grad for parameter in parameters]
     torch.testing.assert_close(found_loss, loss)
     size = max(float(part.abs().max()) for part in expected)  # some, like that of the bias of to_k, are 0 but for noise
     for mine, theirs in zip(found, expected):
@@ -97,7 +94,9 @@ def test_memory_does_not_grow_with_the_steps_of_a_group(pipe, sampler, layers, f
 
         def back_propagate(steps):
             rollout = Rollout(sampler, data, torch.arange(2), range(1, 1 + steps))
-            torch.autograd.grad(EndLoss.apply(rollout, target, form, *parameters), parameters)
+            (rollout.run(form) - target).square().mean().backward()
+            for parameter in parameters:
+                parameter.grad = None
 
         few, many = (peak_bytes(functools.partial(back_propagate, steps)) for steps in (2, 6))
     assert many <= 1.1 * few

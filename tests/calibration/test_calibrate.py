@@ -139,8 +139,6 @@ class TestAccelerate:
         with pytest.raises(ValueError, match=r"its codes are calibrated for the ones it has; handle.remove\(\) first"):
             pipe.unet.load_state_dict({name: value + 0.01 for name, value in state.items()})
         handle.remove()
-        with pytest.raises(ValueError, match="either calibration or static_scales"):
-            mk.accelerate(pipe, calibration=result, static_scales={"conv_in": 1.0})
         weight = pipe.unet.mid_block.resnets[0].conv1.weight
         weight.copy_(torch.randn_like(weight) * weight.std())
         with pytest.raises(ValueError, match=r"conv1'.* away from the weight of the layer; calibrate this checkpoint"):
@@ -230,6 +228,6 @@ def test_files_that_cannot_be_read(calibrated, tmp_path):
     refused("is not a calibration of version 1")
     report["layers"]["mid_block.resnets.0.conv1"]["bits"] = 8
     described.write_text(json.dumps(report))
-    refused(r"holds no .* codes of 8 bits")
+    refused(r"kpack_v1 with 8 bits, n=\d+, k=\d+ needs")
     tensors.write_bytes(tensors.read_bytes()[:-5])
     refused("cannot read a calibration from")

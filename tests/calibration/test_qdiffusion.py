@@ -6,8 +6,8 @@ import torch
 import modiff_kernels as mk
 from modiff_kernels.calibration import qdiffusion, reconstruction
 from modiff_kernels.calibration.data import collect, pipeline_sampler, stream, uniform_calls
-from modiff_kernels.calibration.fake import fake_quantized
 from modiff_kernels.calibration.job import Job
+from modiff_kernels.calibration.reconstruction import fake_quantized
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")

@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import modiff_kernels as mk
 from modiff_kernels.calibration import sampling_aware
 from modiff_kernels.calibration.data import pipeline_sampler
-from modiff_kernels.calibration.fake import fake_quantized
+from modiff_kernels.calibration.reconstruction import fake_quantized
 from modiff_kernels.calibration.sampling_aware import Solver
 
 STATIC = mk.ModiffConfig(weight_bits=4, act_bits=4, scale_mode="static")

@@ -14,6 +14,7 @@ import modiff_kernels as mk
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.evaluation import sqnr
 from modiff_kernels.ops import BackendUnavailable, dispatch
+from modiff_kernels.quant.calibrated import CalibratedLayer
 from tests.unets import NETWORKS, assert_equal, noise, outputs, pipeline, sample, snapshot, unet2d, unet2d_condition
 
 
@@ -97,8 +98,8 @@ class TestReplacement:
         refused(ValueError, "'conv_in' cannot be modulated 8: conv_in stays float", config=plan)
         static = mk.ModiffConfig(scale_mode="static")
         refused(ValueError, "needs a calibrated scale", config=static)
-        refused(ValueError, "scale_mode='dynamic' does not use them", static_scales={"conv_in": 1.0})
-        refused(ValueError, "names 'conv', which is no .*such as 'conv_in'", config=static, static_scales={"conv": 1.0})
+        result = mk.CalibrationResult("given", static, {"conv": CalibratedLayer(act_scale=torch.ones(1))})
+        refused(ValueError, "names 'conv', which is no .*such as 'conv_in'", config=static, calibration=result)
         monkeypatch.setattr(dispatch, "load", lambda name: "it is broken")
         dispatch.reset()
         refused((BackendUnavailable, ValueError), "it is broken", config=mk.ModiffConfig(backend="reference"))

@@ -57,9 +57,9 @@ def accelerated(scale_mode="dynamic", table=0, attention=True, **config):
     """table: calls that have static scales of their own."""
     torch.manual_seed(0)
     net = Net(attention).eval()
-    scales = static_scales(net, torch.linspace(0.03, 0.01, table) if table else 0.02)
-    scales = scales if scale_mode == "static" else None
-    return net, mk.accelerate(net, mk.ModiffConfig(scale_mode=scale_mode, **config), static_scales=scales)
+    config = mk.ModiffConfig(scale_mode=scale_mode, **config)
+    scales = static_scales(net, config, torch.linspace(0.03, 0.01, table) if table else 0.02)
+    return net, mk.accelerate(net, config, calibration=scales)
 
 
 def graphed(**options):

@@ -25,9 +25,8 @@ def test_a_network_with_attention(backend, scale_mode):
     for cuda_graphs in (False, True):
         torch.manual_seed(0)
         net = Net().eval().cuda()
-        scales = static_scales(net) if scale_mode == "static" else None
         config = mk.ModiffConfig(scale_mode=scale_mode, cuda_graphs=cuda_graphs, backend=backend)
-        handle = mk.accelerate(net, config, static_scales=scales)
+        handle = mk.accelerate(net, config, calibration=static_scales(net, config))
         outputs = []
         for _ in range(4):
             with handle.sampling_run():

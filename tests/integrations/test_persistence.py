@@ -190,7 +190,7 @@ class TestLoadedUNet:
     def test_is_what_was_saved(self, saved_once):
         """With the config, the weights and the dtype it was saved with; what is refused changes nothing."""
         loaded = load(saved_once[0])
-        arguments = {"config": mk.ModiffConfig(), "static_scales": {}, "calibration": "folder", "share_inputs": False}
+        arguments = {"config": mk.ModiffConfig(), "calibration": "folder", "share_inputs": False}
         for name, value in arguments.items():
             with pytest.raises(ValueError, match="was loaded in low bits, with the config it was saved"):
                 mk.accelerate(loaded.unet, **{name: value})

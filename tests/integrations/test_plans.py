@@ -13,7 +13,7 @@ from modiff_kernels.backends import cpu
 from modiff_kernels.config.plan import LayerPlan, Mode, ModeCost, UnitPlan
 from modiff_kernels.evaluation.configurations import Quantised, Row
 from modiff_kernels.integrations import plan_cache, plans, replacements
-from modiff_kernels.integrations.measurement import Bench
+from modiff_kernels.integrations.planner import Bench
 from modiff_kernels.nn import layer
 from modiff_kernels.nn.layer import ModulatedLayer
 from modiff_kernels.planning.cost import Machine
@@ -190,7 +190,7 @@ def test_what_is_in_one_mode_is_so_on_a_gpu(unet, monkeypatch):
         assert {layer.mode for layer in handle.layers.values()} == {mode}
         handle.remove()
     modes, zeros = (PLAIN, Mode("modulated", 8)), np.zeros((1, 8, 8, 3))
-    bench = Bench(unet, mk.ModiffConfig(), modes, None, {}, None, [], zeros, None, lambda: None)
+    bench = Bench(unet, mk.ModiffConfig(), modes, None, None, [], zeros, None, lambda: None)
     found = [{layer.mode for layer in subject.handle.layers.values()} for subject in bench.subjects.values()]
     assert found == [{"quantized"}, {"modulated"}]
 

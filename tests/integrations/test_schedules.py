@@ -165,9 +165,8 @@ def test_scales_cope_with_the_gap(mode):
         torch.manual_seed(0)
         unet = OneConv()
         step = torch.randn(1, 4, 8, 8)
-        scales = {"conv": float(step.abs().max() / 127)} if mode == "static" else None
         config = mk.ModiffConfig(scale_mode=mode, schedule=schedule, backend="reference")
-        handle = mk.accelerate(unet, config, static_scales=scales)
+        handle = mk.accelerate(unet, config, calibration=unets.static_scales(unet, config, step.abs().max() / 127))
         with handle.sampling_run(9):
             for call in range(9):
                 unet(step * call, 9 - call)

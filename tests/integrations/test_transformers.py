@@ -95,8 +95,8 @@ def test_one_handle_for_several_denoisers():
     assert torch.equal(whole.sample(), exact)
     with pytest.raises(TypeError, match="has transformer and transformer_2; give one of them"):
         mk.make_plan(whole.pipe)
-    with pytest.raises(ValueError, match="are of one denoiser; give transformer or transformer_2 alone"):
-        mk.accelerate(whole.pipe, static_scales={"proj_out": 1.0})
+    with pytest.raises(ValueError, match="is of one denoiser; give transformer or transformer_2 alone"):
+        mk.accelerate(whole.pipe, calibration="folder")
 
 
 class OwnNames(torch.nn.Module):

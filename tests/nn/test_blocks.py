@@ -38,8 +38,8 @@ def run(network, change=None, dtype=torch.float32, keywords=None, unet_options=N
     unet = NETWORKS[network](**(unet_options or {})).to(dtype)
     if change is not None:
         change(unet)
-    scales = unets.static_scales(unet) if config.get("scale_mode") == "static" else None
-    handle = mk.accelerate(unet, mk.ModiffConfig(**config), static_scales=scales)
+    config = mk.ModiffConfig(**config)
+    handle = mk.accelerate(unet, config, calibration=unets.static_scales(unet, config))
     return unet, handle, outputs(unet, handle, **(keywords or {}))
 
 

@@ -57,8 +57,6 @@ def calls():
                                       "window": WINDOW, **y_pixels}),
         "attention": ("attention", {"q": x, "k": torch.randn(3, 7, 10), "v": torch.randn(3, 7, 10), "heads": 2,
                                     "score_scale": 0.5}),
-        "pack": ("pack_weight", {"weight_q": torch.randint(-8, 8, (6, 10), dtype=torch.int8), "weight_bits": 4}),
-        "unpack": ("unpack_weight", {"weight_packed": weight(10).packed, "weight_bits": 4, "n": 6, "k": 10}),
     }  # fmt: skip
 
 

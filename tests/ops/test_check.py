@@ -89,12 +89,6 @@ OTHERS = [
     ("attention", "q", torch.randn(3, 10, 4).transpose(1, 2), VALUE, "contiguous rows"),
     ("attention", "v", torch.randn(3, 7, 10).double(), TYPE, r"v is torch\.float64"),
     ("attention", "score_scale", NAN, VALUE, "score_scale=nan is not allowed"),
-    *[("pack unpack", "weight_bits", bits, VALUE, f"weight_bits={bits} {ANY_BITS}") for bits in (0, 2, 5, 16, True)],
-    ("pack", "weight_q", torch.zeros(6, 10), TYPE, r"weight_q is torch\.float32; it must be torch\.int8"),
-    ("pack", "weight_q", zeros(6, 2, 5, dtype=torch.int8), VALUE, r"expected \[N, K\]"),
-    ("pack", "weight_q", torch.full((1, 2), 8, dtype=torch.int8), VALUE, "codes from 8 to 8, but 4 bits hold -8 to 7"),
-    ("pack", "weight_q", torch.full((1, 2), -9, dtype=torch.int8), VALUE, "codes from -9 to -9, but 4 bits hold -8"),
-    ("unpack", "k", 13, VALUE, r"n=6, k=13 needs a contiguous torch\.uint8 \(6, 7\)"),
 ]
 # fmt: on
 
@@ -137,6 +131,6 @@ def test_wrong_calls_raise_type_errors():
     with pytest.raises(TypeError, match="multiple values for argument 'h'"):
         ops.quantize(x, h=x)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        ops.unpack_weight(x, 4, 1, 1, "auto", 1)
+        ops.attention(x, x, x, 1, 1.0, "auto", 1)
     with pytest.raises((TypeError, RuntimeError), match="quantize"):
         ops.quantize(x, x_hat=3)

@@ -75,14 +75,14 @@ def test_auto_falls_back_with_a_reason_and_one_warning(with_cpu, caplog, module,
     assert f"{what} on the slower backend 'reference', not on 'cpu': {reason}" in caplog.text
 
 
-def test_a_forced_backend_leaves_conversions_to_the_reference(with_cpu, monkeypatch):
-    with_cpu(stand_in())
+def test_a_forced_backend_leaves_attention_to_the_reference(with_cpu, monkeypatch):
+    with_cpu(stand_in(without=("attention",)))
     monkeypatch.setenv("MODIFF_BACKEND", "cpu")
     dispatch.reset()
-    codes = torch.zeros(2, 4, dtype=torch.int8)
-    assert ops.pack_weight(codes, 4).shape == (2, 2)
-    with pytest.raises(ops.BackendUnavailable, match="it has no pack_weight"):
-        ops.pack_weight(codes, 4, backend="cpu")
+    q = torch.zeros(1, 2, 4)
+    assert ops.attention(q, q, q, 1, 0.5).shape == (1, 2, 4)
+    with pytest.raises(ops.BackendUnavailable, match="it has no attention"):
+        ops.attention(q, q, q, 1, 0.5, backend="cpu")
 
 
 def test_a_named_backend_never_falls_back_and_every_reason_is_listed(with_cpu):

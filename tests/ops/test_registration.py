@@ -15,7 +15,7 @@ from modiff_kernels.ops import Window, check, dispatch
 from modiff_kernels.quant.affine import quantize_weight
 from tests.ops.arguments import FORMS, call, calls, image, tensors, zeros
 
-OPS_OF_TORCH = ("quantize", "product", "attention", "pack_weight", "unpack_weight")
+OPS_OF_TORCH = ("quantize", "product", "attention")
 TORCH_FORMS = [form for form in FORMS if calls()[form][0] in OPS_OF_TORCH]
 
 

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...quant.operands import Window
+from ...quant.operands import Window, weight_sums
 from ...quant.packing import KPACK_V1
-from ...quant.weight_sums import weight_sums
 from .. import why_no_sums
 from . import library
 

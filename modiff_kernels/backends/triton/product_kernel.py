@@ -30,8 +30,7 @@ one sequence, so the pipeline of loads never drains between taps; a step is insi
 scales. Rows and columns past the end read the last one instead of a mask and are not stored. With splits > 1 (fewer
 tiles than multiprocessors) every split writes its sums to `partial`, and `finish_kernel` adds them in order.
 
-Limits: k <= 65536, so that no sum of 8-bit products, also minus the zero point, leaves int32; groups of weight scales
-are multiples of BLOCK_K."""
+Limits: k <= 65536, so that no sum of 8-bit products leaves int32; groups of weight scales are multiples of BLOCK_K."""
 
 import triton
 import triton.language as tl

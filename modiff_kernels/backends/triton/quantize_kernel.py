@@ -33,9 +33,8 @@ each reads all of them. Otherwise every tensor is
 read at most once per pass; the range pass runs from the last tile to the first, so that the second reading comes from
 the L2 cache as far as it reaches.
 
-A range over many programs has no zeros to begin with and no atomic maximum: each stores its part, and the last one to
-arrive merges them. Parts are the bit patterns of non-negative float32 in int32: their maximum does not depend on the
-order, and it orders finite < inf < NaN, so that a NaN reaches absmax and scale.
+A range over many programs: each stores its part, and the last one to arrive merges them. Parts are the bit patterns of
+non-negative float32 in int32, whose maximum orders finite < inf < NaN, so that a NaN reaches absmax and scale.
 
 The formulas (ops/schema.py, `quant/affine.py`) keep their order of float32 roundings, so that scales and codes come out
 bit for bit: divisions are `tl.div_rn` (a plain `/` is approximate on a GPU), rounding is `rne`."""

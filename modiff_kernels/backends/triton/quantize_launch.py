@@ -19,9 +19,8 @@ from .quantize_tiling import tiling, tiling_by_groups
 
 
 class _Form(NamedTuple):
-    """What calls with the same formats have in common. integers: elements of range, partial and block, 0 where one is
-    not used; floats: of partial, a and b of a norm; counters: of all kernels, at most. groups: of a tile, and
-    channels of one."""
+    """What calls with the same formats have in common. integers: elements of range, partial and block, 0 if not used;
+    floats: of partial, a and b of a norm; counters: of all kernels, at most. groups: of a tile, and channels of one."""
 
     grid: tuple[int]
     sizes: tuple[int, int, int, int]

@@ -1,8 +1,7 @@
 """Fused forms of diffusers' blocks: what stands between two products becomes one pass that ends in int8 codes.
 
 `fuse` finds the blocks that have exactly the form that the fused ones compute; every other block stays as it is, with
-single layers replaced. Results equal those of the single layers up to float rounding. docs/fused_blocks.md has the
-passes."""
+single layers replaced, and the same results up to float rounding. docs/fused_blocks.md has the passes."""
 
 from collections.abc import Container
 
@@ -12,11 +11,14 @@ from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn.blocks.attention import FusedAttention
 from modiff_kernels.nn.blocks.base import Calibrated, FusedBlock, Parts
 from modiff_kernels.nn.blocks.resample import FusedDownsample2D, FusedUpsample2D
-from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D
-from modiff_kernels.nn.blocks.time_projections import TimeProjections
+from modiff_kernels.nn.blocks.resnet import FusedResnetBlock2D, TimeProjections
 from modiff_kernels.nn.blocks.transformer import FusedBasicTransformerBlock, FusedFeedForward, FusedTransformer2DModel
 from modiff_kernels.nn.tensors import ModulationState
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED
+
+OF_IMAGES = FusedResnetBlock2D, FusedUpsample2D, FusedDownsample2D
+OF_TOKENS = FusedAttention, FusedBasicTransformerBlock, FusedFeedForward, FusedTransformer2DModel
+FORMS: dict[str, type[FusedBlock]] = {f"diffusers.models.{form.stands_for}": form for form in (*OF_IMAGES, *OF_TOKENS)}
 
 
 def fuse(
@@ -25,25 +27,9 @@ def fuse(
     """The fused form of every block of `unet` that has one, by path, outer blocks first. The UNet is only read.
     left_float: paths of layers that must stay float; a block that holds one is not fused. calibrated: by path of the
     layer. Codes that a fused pass computes take no input_scale: a block that needs it is not fused either."""
-    from diffusers.models.attention import BasicTransformerBlock, FeedForward
-    from diffusers.models.attention_processor import Attention
-    from diffusers.models.downsampling import Downsample2D
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from diffusers.models.upsampling import Upsample2D
-
-    forms: dict[type, type[FusedBlock]] = {
-        ResnetBlock2D: FusedResnetBlock2D,
-        Attention: FusedAttention,
-        BasicTransformerBlock: FusedBasicTransformerBlock,
-        FeedForward: FusedFeedForward,
-        Transformer2DModel: FusedTransformer2DModel,
-        Upsample2D: FusedUpsample2D,
-        Downsample2D: FusedDownsample2D,
-    }
     fused: dict[str, FusedBlock] = {}
     for path, module in unet.named_modules():
-        form = forms.get(type(module))
+        form = FORMS.get(f"{type(module).__module__}.{type(module).__name__}")
         if form is None or covering(path, fused) is not None or not form.fits(module):
             continue
         below = dict(module.named_modules(remove_duplicate=False))

@@ -29,6 +29,7 @@ class FusedAttention(FusedBlock):
     states are the same tensor (`nn.cache`). With another processor than those of this equation, or inputs that it does
     not have, the original attention computes in float."""
 
+    stands_for = "attention_processor.Attention"
     layers: ClassVar = {"to_q": Role("group_norm"), "to_k": ALONE, "to_v": ALONE, "to_out.0": Role(adds=True)}
 
     @staticmethod
@@ -47,10 +48,10 @@ class FusedAttention(FusedBlock):
         self.fused_for = block.processor
         self.is_cross_attention = block.is_cross_attention
         shared = "to_k" if self.is_cross_attention else "to_q"
-        self.to_q = parts.linear("to_q", "to_q")
-        self.to_k = parts.linear("to_k", shared)
-        self.to_v = parts.linear("to_v", shared)
-        self.to_out = nn.ModuleList([parts.linear("to_out.0"), block.to_out[1]])
+        self.to_q = parts.layer("to_q", "to_q")
+        self.to_k = parts.layer("to_k", shared)
+        self.to_v = parts.layer("to_v", shared)
+        self.to_out = nn.ModuleList([parts.layer("to_out.0"), block.to_out[1]])
         readers = (self.to_k, self.to_v) if self.is_cross_attention else (self.to_q, self.to_k, self.to_v)
         if self.is_cross_attention:
             for layer in readers:
@@ -96,14 +97,9 @@ class FusedAttention(FusedBlock):
         return out.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
     def attend(
-        self,
-        prologue: Prologue,
-        x: Tensor,
-        skip: Tensor | None,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        others: dict[str, Any] | None = None,
-    ) -> Tensor:
+        self, prologue: Prologue, x: Tensor, skip: Tensor | None, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, others: dict[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
         """to_out of the attention, plus `skip`: new tokens [N, L, C].
 
         x: tokens [N, L, C], contiguous. encoder_hidden_states: [N, S, K], for cross-attention alone. attention_mask,

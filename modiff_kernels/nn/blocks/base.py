@@ -1,6 +1,6 @@
 """What all fused blocks have in common."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modiff_kernels import ops
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.nn.layer import ModulatedConv2d, ModulatedLinear
+from modiff_kernels.nn.layer import low_bit
 from modiff_kernels.nn.tensors import ModulationState
 from modiff_kernels.ops import Prologue
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer
@@ -26,17 +26,11 @@ class Parts(NamedTuple):
     path: str
     calibrated: Calibrated
 
-    def conv2d(self, name: str) -> ModulatedConv2d:
-        return self._layer(ModulatedConv2d.from_conv2d, name, None)
-
-    def linear(self, name: str, shared_input: str | None = None) -> ModulatedLinear:
-        """The low-bit form of the Linear `name`; shared_input: name of the layer whose input it shares."""
-        return self._layer(ModulatedLinear.from_linear, name, shared_input and f"{self.path}.{shared_input}")
-
-    def _layer(self, form: Callable[..., Any], name: str, shared_input: str | None) -> Any:
-        path = f"{self.path}.{name}"
+    def layer(self, name: str, shared_input: str | None = None) -> Any:
+        """The low-bit form of the layer `name`; shared_input: name of the layer whose input it shares."""
+        path, shared = f"{self.path}.{name}", shared_input and f"{self.path}.{shared_input}"
         known = self.calibrated.get(path, NOT_CALIBRATED)
-        return form(self.block.get_submodule(name), self.config, self.state, path, shared_input, known)
+        return low_bit(self.block.get_submodule(name), self.config, self.state, path, shared, known)
 
     def inner(self, form: type[Block], name: str) -> Block:
         return form(self._replace(block=self.block.get_submodule(name), path=f"{self.path}.{name}"))
@@ -62,11 +56,12 @@ CHANGE = "call handle.remove(), make the change, then accelerate() again"
 class FusedBlock(nn.Module):
     """A block whose layers are low-bit and whose elementwise passes are fused with their quantisation.
 
-    takes: the name of its input. layers: names of the layers that are computed in low bits, where the block has them.
-    left_out: children that stay as they are, and whose layers are replaced by themselves. parts: children that are
-    called as they are where something was put on them, such as a hook. scalable: names of layers whose input is
-    quantised as it is, so that its channels may be scaled before (`ModulatedLayer.scaled`)."""
+    stands_for: the block of diffusers.models. takes: the name of its input. layers: names of the layers that are
+    computed in low bits, where the block has them. left_out: children that stay as they are, and whose layers are
+    replaced by themselves. parts: children that are called as they are where something was put on them, such as a hook.
+    scalable: names of layers whose input is quantised as it is, so that its channels may be scaled before."""
 
+    stands_for: ClassVar[str]
     takes: ClassVar[str] = "hidden_states"
     layers: ClassVar[Mapping[str, Role]]
     left_out: ClassVar[tuple[str, ...]] = ()

@@ -18,11 +18,13 @@ class FusedResample(FusedBlock):
     layers: ClassVar = {"conv": ALONE}
 
     def build(self, block: nn.Module, parts: Parts) -> None:
-        self.conv = parts.conv2d("conv")
+        self.conv = parts.layer("conv")
 
 
 class FusedUpsample2D(FusedResample):
     """out = conv(repeat(x)), every pixel twice in both directions; x_hat and codes at the low resolution."""
+
+    stands_for = "upsampling.Upsample2D"
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
@@ -46,6 +48,8 @@ class FusedUpsample2D(FusedResample):
 class FusedDownsample2D(FusedResample):
     """out = conv(x with a row of zeros below and a column of zeros at the right); x_hat without these zeros. Other
     forms of diffusers' block pad in the convolution itself and have nothing to fuse."""
+
+    stands_for = "downsampling.Downsample2D"
 
     @staticmethod
     def fits(block: nn.Module) -> bool:

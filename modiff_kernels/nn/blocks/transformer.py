@@ -12,9 +12,9 @@ from modiff_kernels.ops import GEGLU, IDENTITY, Prologue
 
 
 class FusedFeedForward(FusedBlock):
-    """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)). As a block of its own
-    prologue and skip are nothing."""
+    """out = net.2(value * gelu(gate)) + skip with [value, gate] = net.0.proj(prologue(x)); alone without the two."""
 
+    stands_for = "attention.FeedForward"
     layers: ClassVar = {"net.0.proj": Role(is_gated=True), "net.2": Role("geglu")}
 
     @staticmethod
@@ -31,9 +31,9 @@ class FusedFeedForward(FusedBlock):
 
     def build(self, block: nn.Module, parts: Parts) -> None:
         geglu = nn.Module()
-        geglu.proj = parts.linear("net.0.proj")
+        geglu.proj = parts.layer("net.0.proj")
         geglu.proj.fuse_geglu(True)
-        self.net = nn.ModuleList([geglu, block.net[1], parts.linear("net.2"), *block.net[3:]])
+        self.net = nn.ModuleList([geglu, block.net[1], parts.layer("net.2"), *block.net[3:]])
 
     def run(self, x: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
         tokens = self.net[2].canonical(x)
@@ -50,6 +50,7 @@ class FusedBasicTransformerBlock(FusedBlock):
     """h = x + attn1(norm1(x)); h = h + attn2(norm2(h), encoder states); out = h + ff(norm3(h)). Each LayerNorm is
     computed in the pass that quantises its residual, each addition in the epilogue of a projection."""
 
+    stands_for = "attention.BasicTransformerBlock"
     parts = ("attn1", "attn2", "ff")
     layers: ClassVar = {
         **{f"attn{i}.{name}": role for i in (1, 2) for name, role in FusedAttention.layers.items()},
@@ -94,16 +95,10 @@ class FusedBasicTransformerBlock(FusedBlock):
             raise RuntimeError(f"block '{self.path}' is fused and feeds all tokens forward at once; {text}")
 
     def run(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        *unused: Any,
-        **unused_too: Any,
-    ) -> Tensor:
+        self, x: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None, *unused: Any, **unused_too: Any,
+    ) -> Tensor:  # fmt: skip
         h = x.contiguous()
         attentions = [(self.attn1, self.norm1, None, attention_mask)]
         if self.attn2 is not None:
@@ -124,6 +119,7 @@ class FusedTransformer2DModel(FusedBlock):
     GroupNorm is computed in the pass that quantises the residual of proj_in, the addition in the epilogue of proj_out;
     pixels become tokens without a copy. The blocks between have fused forms of their own, or none."""
 
+    stands_for = "transformers.transformer_2d.Transformer2DModel"
     layers: ClassVar = {"proj_in": Role("group_norm"), "proj_out": Role(adds=True)}
     left_out = ("transformer_blocks",)
 
@@ -139,25 +135,18 @@ class FusedTransformer2DModel(FusedBlock):
         )
 
     def build(self, block: nn.Module, parts: Parts) -> None:
-        make = parts.linear if isinstance(block.proj_in, nn.Linear) else parts.conv2d
         self.is_linear = isinstance(block.proj_in, nn.Linear)
         self.norm = block.norm
-        self.proj_in = make("proj_in")
+        self.proj_in = parts.layer("proj_in")
         self.transformer_blocks = block.transformer_blocks
-        self.proj_out = make("proj_out")
+        self.proj_out = parts.layer("proj_out")
 
     def run(
-        self,
-        x: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        timestep: Tensor | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        class_labels: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
+        self, x: Tensor, encoder_hidden_states: Tensor | None = None, timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None, class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None, attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, return_dict: bool = True,
+    ) -> Any:  # fmt: skip
         dtype = x.dtype
         x = x.contiguous(memory_format=torch.channels_last)
         image = _tokens(x) if self.is_linear else x

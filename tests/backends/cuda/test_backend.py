@@ -23,7 +23,7 @@ def reason(op, **fields):
 
 def test_reasons_of_quantize():
     for fields, words in (
-        ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 or newer"),
+        ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 .A100. or newer"),
         ({"k": 8193, "granularity": "per_token"}, "8193 channels: rows are held in registers"),
         ({"k": 8193, "prologue": "layer_norm"}, "of at most 8192 channels"),
         ({"m": 1 << 31, "k": 8}, "rows; they are counted in 31 bits"),
@@ -47,7 +47,7 @@ def test_reasons_of_product():
         ({**POINT, "k": 1 << 16}, None),
         ({**POINT, "k": 1 << 13, "granularity": "per_token"}, None),
         ({"m": (1 << 30) - 1, "n": 320, "k": 9 * 32}, None),
-        ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 or newer"),
+        ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0 .A100. or newer"),
         ({"k": 9 * 4}, "4 input channels: codes are read 16 at a time, so their number must be divisible by 16"),
         ({"k": 9 * 16, "weight_bits": 4}, "4-bit weights with k=144: .* divisible by 32, .* use weight_bits=8"),
         ({"k": 9 * 7296}, "k=65664 products can overflow int32; at most 65536"),

@@ -30,7 +30,7 @@ def test_it_solves_the_layers_of_a_unet(problem):
 
 def test_reasons():
     for problem, words in (
-        (replace(CONV, capability=(7, 5)), "compute capability 7.5: the kernels need 8.0 or newer"),
+        (replace(CONV, capability=(7, 5)), "compute capability 7.5: the kernels need 8.0 .A100. or newer"),
         (replace(CONV, layout="vnni_v1"), "reads weights in layout 'kpack_v1', not 'vnni_v1'"),
         (replace(LINEAR, k=65537), "k=65537 products can overflow int32; at most 65536 are summed"),
         (replace(LINEAR, m=1 << 31), "rows; they are counted in int32"),

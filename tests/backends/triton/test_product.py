@@ -55,7 +55,10 @@ def test_the_largest_sums_do_not_leave_int32(product):
 
 
 @pytest.mark.parametrize(("x_shape", "n", "window", "taps"), [((2, 16, 64), 9, None, 1), ((2, 64, 4, 4), 9, THREE, 9)])
-def test_what_the_choice_of_a_tile_depends_on(x_shape, n, window, taps):
-    codes, weight = ExactProduct(x_shape, n, window, 4).draw()
-    found = product_launch.geometry_of(codes, n, window).shape(weight)
-    assert found == Shape(32, 9, 64, taps, 1, weight_bits=4, group_size=-1)
+def test_what_the_choice_of_a_tile_depends_on(product, monkeypatch, x_shape, n, window, taps):
+    asked = []
+    monkeypatch.setattr(
+        product_launch, "choose", lambda shape, gpu: asked.append(shape) or TileConfig(64, 64, 32, 4, 2)
+    )
+    ExactProduct(x_shape, n, window, 4).check(product, tile=None)
+    assert set(asked) == {Shape(32, 9, 64, taps, 1, weight_bits=4, group_size=-1)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modiff_kernels.calibration.fake import ROUNDINGS, FakeLayer, fake_quantize, fake_quantized
+from modiff_kernels.calibration.reconstruction import ROUNDINGS, FakeLayer, fake_quantize, fake_quantized
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn import ModulatedConv2d, ModulatedLinear, ModulationState
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
