@@ -69,15 +69,14 @@ def compiler():
 
 
 @pytest.fixture(scope="session")
-def host_module(tmp_path_factory, compiler):
-    """By name the functions of csrc that tests/backends/cuda/emulator/host.cpp compiles into a Python module."""
+def maps(tmp_path_factory, compiler):
+    """The functions of csrc that tests/backends/cuda/emulator/maps.cpp compiles into a Python module."""
     from tests.backends.cuda.emulation import compile_module
 
     pybind11 = pytest.importorskip("pybind11", reason="pybind11, of the extra `test`, was not found")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         pytest.skip("Python.h was not found: the headers of this Python (python3-dev on Debian and Ubuntu) are missing")
-    module = compile_module(compiler, tmp_path_factory.mktemp("host"), pybind11.get_include())
-    return lambda name: getattr(module, name)
+    return compile_module(compiler, tmp_path_factory.mktemp("maps"), pybind11.get_include())
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Insides of the backend cpu: its build, conversions of 16-bit state, its weight layout, what it refuses."""
 
+import itertools
 import math
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from modiff_kernels.backends import cpu
 from modiff_kernels.ops.problem import Problem
 from modiff_kernels.quant.operands import IDENTITY, PackedWeight, Window
 from modiff_kernels.quant.packing import pack
-from tests.contract.cases import MIN_SCALE
+from tests.contract.cases import BITS, MIN_SCALE, oracle_codes
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -112,6 +114,14 @@ class TestStateConversion:
         codes = place.quantize(x, IDENTITY, x_hat, values.abs(), 8, "per_token")[0]
         assert torch.equal(codes.float(), x.sign())
         assert torch.equal(x_hat.view(torch.int16), x.to(dtype).view(torch.int16))
+
+
+def test_codes_of_every_float16(place):
+    x = every(torch.float16).view(1, -1, 1)
+    for bits, scale in itertools.product(BITS, (MIN_SCALE, 0.1, 1.0, 3.7, 1e30)):
+        found = place.quantize(x, IDENTITY, torch.zeros(x.shape), torch.full((1,), scale), bits, "per_tensor")[0]
+        wanted = oracle_codes(x.float().view(1, -1).numpy(), np.full(1, scale, np.float32), bits)
+        assert (found.numpy().ravel() == wanted).all()
 
 
 def test_the_layout_of_weights():

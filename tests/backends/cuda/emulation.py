@@ -89,13 +89,13 @@ def compile_launches(compiler: str, library: Path) -> None:
 
 
 def compile_module(compiler: str, folder: Path, pybind11_include: str) -> ModuleType:
-    """The pybind11 module emulator/host.cpp; what is undefined in it ends the process with a message."""
-    library = folder / f"host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    """The pybind11 module emulator/maps.cpp; what is undefined in it ends the process with a message."""
+    library = folder / f"maps{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-shared", "-fPIC", "-fvisibility=hidden", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     for include in (pybind11_include, sysconfig.get_path("include")):
         flags += ["-isystem", include]
-    compile_source(compiler, EMULATOR / "host.cpp", library, *flags)
-    spec = importlib.util.spec_from_file_location("host", library)
+    compile_source(compiler, EMULATOR / "maps.cpp", library, *flags)
+    spec = importlib.util.spec_from_file_location("maps", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -64,7 +64,7 @@ def test_reasons_of_product():
 
 
 def test_the_library_lists_the_tiles_that_may_be_asked_for():
-    """What the list holds: test_hopper_maps.py. It needs no GPU."""
+    """What the list holds: test_maps.py. It needs no GPU."""
     if (why_not := library.why_not_loaded()) is not None:
         pytest.skip(why_not)
     values = library.tiles_op()([2, 16, 16, 640, 1280, 3, 3, 1, 1, 1, 1, 1, 1, 1], 8, 8, 90, 132)

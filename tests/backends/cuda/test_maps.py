@@ -1,20 +1,16 @@
-"""How the kernels of csrc/cuda/sm90 tile and walk a call: compiled by the host compiler, against definitions."""
+"""How the products of csrc/cuda share out a call, compiled by the host compiler: work items, order of tiles, banks of
+shared memory, choice of tiles, and what the kernels or TMA do not take."""
 
 import itertools
 import random
 
 import numpy as np
 import pytest
-import torch
 
 ONE = ((1, 1), (1, 1), (0, 0), (1, 1))  # kernel size, stride, padding, dilation
 THREE = ((3, 3), (1, 1), (1, 1), (1, 1))
 DOWN = ((3, 3), (2, 2), (1, 1), (1, 1))
-
-
-@pytest.fixture(scope="module")
-def maps(host_module):
-    return host_module("hopper_maps")
+CHUNK = 16
 
 
 def sizes(samples, h, w, c_in, c_out, window=ONE, groups=1):
@@ -35,41 +31,45 @@ def test_every_k_block_of_every_tile_once(maps, row_tiles, column_tiles, splits,
         assert all(left[0] == right[0] and left[3:] == right[3:] for left, right in zip(works[::2], works[1::2]))
 
 
-class TestWalks:
-    @pytest.mark.parametrize("again", [1, 7, 1000])
-    @pytest.mark.parametrize("window", [ONE, THREE, ((2, 3), (1, 1), (0, 1), (3, 2))], ids=["1x1", "3x3", "2x3"])
-    @pytest.mark.parametrize("channels", [16, 64, 80, 128, 192, 320, 640, 960])
-    def test_every_code_of_the_weight_once(self, maps, channels, window, again):
-        """Codes of boxes inside the channels are all of K, in order; behind the channels TMA fills zeros."""
-        (r, s), _, _, (dilation_h, dilation_w) = window
-        last_half, boxes = maps.boxes(sizes(1, 16, 16, channels, 64, window), again)
-        codes = []
-        for channel, offset_h, offset_w, code in boxes:
-            inside = range(min(128, channels - channel))
-            tap = (offset_h // dilation_h) * s + offset_w // dilation_w
-            assert all(code + i == tap * channels + channel + i for i in inside)
-            codes += [code + i for i in inside]
-        assert codes == list(range(r * s * channels))
-        assert last_half == ((channels - 1) % 128 < 64)
-
-    @pytest.mark.parametrize("window", [ONE, THREE, DOWN, ((3, 2), (1, 3), (0, 2), (2, 1))])
-    def test_windows_begin_where_unfold_has_them(self, maps, window):
-        n, h, w = 3, 9, 7
-        kernel, stride, padding, dilation = window
-        place = torch.arange(n * h * w, dtype=torch.float64).view(n, 1, h, w) + 1
-        first = torch.nn.functional.unfold(place, kernel, dilation, padding, stride)[:, 0].flatten()
-        corners = maps.corners(sizes(n, h, w, 16, 16, window))
-        got = [n_ * h * w + y * w + x + 1 if 0 <= x < w and 0 <= y < h else 0 for x, y, n_ in corners]
-        assert got == first.int().tolist()
+def test_tiles_of_sm_80_are_a_permutation_in_bands(maps):
+    for tiles_m, tiles_n in itertools.product((1, 7, 8, 9, 16, 19), (1, 2, 5)):
+        bands = [range(band, min(band + 8, tiles_m)) for band in range(0, tiles_m, 8)]
+        places = [maps.tile_place(tile, tiles_m, tiles_n) for tile in range(tiles_m * tiles_n)]
+        assert places == [(m, n) for band in bands for n in range(tiles_n) for m in band]
 
 
-class TestSharedMemory:
+class TestBanks:
+    """128 bytes are all 32 banks once."""
+
     @pytest.mark.parametrize("swizzle", [64, 128])
-    def test_eight_rows_of_a_chunk_meet_every_bank_once(self, maps, swizzle):
-        """A wgmma reads 16 bytes of eight rows at a time: 128 bytes, the width of the 32 banks."""
-        at = maps.swizzled(np.arange(4096), swizzle)
-        for group, chunk in itertools.product(range(0, 4096, 8 * swizzle), range(0, swizzle, 16)):
-            assert len({at[group + row * swizzle + chunk] // 16 % 8 for row in range(8)}) == 8
+    def test_eight_rows_of_a_wgmma(self, maps, swizzle):
+        at = maps.swizzled_sm90(np.arange(4096), swizzle)
+        for group, chunk in itertools.product(range(0, 4096, 8 * swizzle), range(0, swizzle, CHUNK)):
+            assert len({at[group + row * swizzle + chunk] // CHUNK % 8 for row in range(8)}) == 8
+
+    def test_phases_of_ldmatrix_and_of_copies(self, maps):
+        """A phase reads one chunk of eight rows; eight threads write the chunks of two rows (operands.h), or unpack the
+        halves of four."""
+        phases = [[(row + i, chunk) for i in range(8)] for row in range(0, 128, 8) for chunk in range(4)]
+        for row in range(0, 128, 4):
+            phases.append([(row + thread // 4, thread % 4) for thread in range(8)])
+            phases += [[(row + thread // 2, thread % 2 * 2 + half) for thread in range(8)] for half in range(2)]
+        for places in phases:
+            assert len({maps.swizzled_sm80(*place) % 128 // CHUNK for place in places}) == 8
+
+
+def test_many_rows_get_a_large_tile_of_sm_80_and_few_are_split(maps):
+    """For 108 multiprocessors: 640 channels at 32x32, batch 8, and 1280 there; 1280 at 8x8, batch 1, is one row."""
+    assert [maps.choose(8 * 1024, channels, 9 * channels, 8, 108) for channels in (640, 1280)] == [(1, 1), (0, 1)]
+    tile, splits = maps.choose(64, 1280, 9 * 1280, 8, 108)
+    assert splits > 1
+    assert 1280 // (256, 128, 64, 64)[tile] * splits >= 100
+    rows = (1, 1, 16), (64, 320, 2880), (4096, 320, 320), (77, 1280, 768)
+    for call, multiprocessors, bits in itertools.product(rows, (1, 84, 108, 132), (8, 4, 3)):
+        tile, splits = maps.choose(*call, bits, multiprocessors)
+        k_blocks = -(-call[2] // 64)
+        assert (splits - 1) * -(-k_blocks // splits) < k_blocks, "every split has work"
+        assert tile in range(0 if bits == 8 else 1, 4), "the wide one does not unpack"
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
