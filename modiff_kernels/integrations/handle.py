@@ -100,23 +100,16 @@ class Handle:
             self._scheduled = ScheduledUNet(unet, self.state, config.schedule, lambda: self._steps, stored)
         self._undo: contextlib.ExitStack | None = None
 
-    @contextlib.contextmanager
-    def sampling_run(self, num_calls: int | None = None, scheduler: Any = None) -> Iterator[ModulationState]:
+    def sampling_run(
+        self, num_calls: int | None = None, scheduler: Any = None
+    ) -> contextlib.AbstractContextManager[ModulationState]:
         """One run of an own sampler: all UNet calls of one picture go inside.
 
         num_calls: more of them raise. scheduler: the one that samples; a step schedule reads its timesteps and noise
         levels at the first call, so `set_timesteps` may come inside. On a GPU, set them before: the embeddings of
         timesteps that are known when the run begins are kept from run to run."""
         self._require_active()
-        with self.state.sampling_run(num_calls), contextlib.ExitStack() as own:
-            self._own_runs.append((num_calls, scheduler))
-            own.callback(self._own_runs.pop)
-            if scheduler is not None:
-                self._forward.timesteps.announce(scheduler)
-                known = self._is_wrapped(scheduler) or not hasattr(scheduler, "set_timesteps")
-                for wrapper in () if known else self._wrapped(scheduler):
-                    own.callback(wrapper.restore)
-            yield self.state
+        return self._own_run(num_calls, scheduler)
 
     def context(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A trajectory of its own for the UNet calls inside, such as "cond" and "uncond". Without it, calls of one step
@@ -244,6 +237,18 @@ class Handle:
     def skipped_calls(self, context: str = DEFAULT_CONTEXT) -> int:
         """How many calls of the last run in `context` did not compute the UNet."""
         return sum(action != ACTION_NAMES[UPDATE] for action in self.actions(context))
+
+    @contextlib.contextmanager
+    def _own_run(self, num_calls: int | None, scheduler: Any) -> Iterator[ModulationState]:
+        with self.state.sampling_run(num_calls), contextlib.ExitStack() as own:
+            self._own_runs.append((num_calls, scheduler))
+            own.callback(self._own_runs.pop)
+            if scheduler is not None:
+                self._forward.timesteps.announce(scheduler)
+                known = self._is_wrapped(scheduler) or not hasattr(scheduler, "set_timesteps")
+                for wrapper in () if known else self._wrapped(scheduler):
+                    own.callback(wrapper.restore)
+            yield self.state
 
     def _require_active(self) -> None:
         if self._undo is None:
