@@ -39,7 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
 """By name what is done to the pipeline; ours have their state in float16, and keep no float weights."""
 
 
-def build(steps: int) -> Any:
+def build() -> Any:
     """Stable Diffusion 1.5 without tokenizer, safety checker and trained weights; DPM-Solver++."""
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -56,7 +56,7 @@ def build(steps: int) -> Any:
 
 def measure(name: str, steps: int, guidance: float, picture: str) -> dict[str, float]:
     """Seconds of the parts of one picture, which goes to a file, and the peak memory of this process in bytes."""
-    pipe, row, seconds = build(steps), ROWS[name], defaultdict(float)
+    pipe, row, seconds = build(), ROWS[name], defaultdict(float)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     if "config" in row:

@@ -12,18 +12,6 @@ MODIFF_HD int64_t packed_width(int bits, int64_t k) {
   return bits == 8 ? k : bits == 4 ? ceil_div(k, 2) : ceil_div(k, 4) + ceil_div(k, 8);
 }
 
-// Code i of a row.
-MODIFF_HD int8_t unpack_code(const uint8_t* row, int bits, int64_t k, int64_t i) {
-  if (bits == 8) return static_cast<int8_t>(row[i]);
-  if (bits == 4) {
-    const int nibble = (row[i / 2] >> (4 * (i % 2))) & 15;
-    return static_cast<int8_t>((nibble ^ 8) - 8);
-  }
-  const uint8_t* high = row + ceil_div(k, 4);
-  const int low_bits = (row[i / 4] >> (2 * (i % 4))) & 3, high_bit = (high[i / 8] >> (i % 8)) & 1;
-  return static_cast<int8_t>(low_bits + 4 * high_bit - 4);
-}
-
 // Eight codes of a row from a multiple of eight on: the nibbles of a word; the bytes of both planes of 3 bits.
 MODIFF_HD uint32_t pack_nibbles(const int8_t (&codes)[8]) {
   uint32_t word = 0;

@@ -42,7 +42,7 @@ constexpr int kTileRows = 6, kTileVectors = 4;       // 24 sums, 4 of B and a br
 constexpr float kRowNorm = 32000.0f, kMaxValue = 4095.0f;
 constexpr float kMaxWeight = 32767.0f, kMaxWeights = 2147000000.0f / kMaxValue;  // one, and the sum of a part's
 constexpr float kWide = 64.0f;
-constexpr float kLow = 4096.0f;  // steps of the low codes in one of the others; low * other fits int32 to width 1000
+constexpr float kLow = 4096.0f;  // steps of the low codes in one of the others; low * other fits int32 to width 1024
 constexpr float kNone = -1e30f;  // score of a key that is padding
 
 int64_t round_to(int64_t v, int64_t step) { return (v + step - 1) / step * step; }

@@ -25,6 +25,7 @@ ISAS = ("plain", "avx2", "avx512", "avx_vnni", "avx512_vnni")
 
 _isa = 0  # of the kernels; unavailable() chooses it
 _MAX_TAPS = 49
+_MAX_HEAD = 1024  # of attention: low codes times others fit int32 (csrc/cpu/attention_kernels.h)
 
 
 @lru_cache(maxsize=1)
@@ -73,6 +74,8 @@ def why_not(problem: Any) -> str | None:
     if problem.op == "attention":
         if "avx512" not in isa():
             return f"attention needs AVX-512, the instruction set here is {isa()}; torch's own is as fast with AVX2"
+        if problem.k > _MAX_HEAD:
+            return f"attention takes heads of up to {_MAX_HEAD} values, got {problem.k}"
         return None if problem.dtype == torch.float32 else f"attention takes float32 only, got {problem.dtype}"
     if (reason := why_slow()) is not None:
         return reason

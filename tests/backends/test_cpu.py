@@ -42,7 +42,8 @@ def test_reasons():
         ({"window": Window((5, 10)), "k": 50 * 64}, r"kernel_size \(5, 10\) has more than 49 taps"),
         ({"k": 65537, "window": None}, "k=65537 products can overflow int32; at most 65536"),
         ({"layout": "kpack_v1"}, "layout kpack_v1 is not vnni_v1; prepare the weight"),
-        ({"op": "attention", "dtype": torch.float16}, "takes float32 only"),
+        ({"op": "attention", "dtype": torch.float16, "k": 64}, "takes float32 only"),
+        ({"op": "attention", "k": 1025}, "heads of up to 1024 values, got 1025"),
     ):
         assert re.search(reason, cpu.why_not(replace(PROBLEM, **changes)))
 
