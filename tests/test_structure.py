@@ -227,7 +227,6 @@ BUILDS = {  # code, variables, and the end of its output and errors; sys.executa
     "not wanted": (WHEEL, {"MODIFF_SKIP_BUILD": "1"}, f"{ALONE}MODIFF_SKIP_BUILD=1\n.*py3-none-any.whl"),
     "demanded": (WHEEL, {"CXX": "/none", "MODIFF_SKIP_BUILD": "0"}, "cannot be compiled: no C.. compiler /none: .*"),
     "broken": (KERNELS, {"CXX": "false"}, "could not be built, see above; MODIFF_SKIP_BUILD=1 .*"),
-    "kernels": (KERNELS, {"CXX": "/none"}, "cannot be compiled: no C.. compiler .*"),
 }
 
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from benchmarks import record, runs, shapes, steps, tables
-from benchmarks.configurations import telling_first, with_backends
-from tests.benchmarks.test_baselines import GPU, step_rows
 
 
 def command(module, tmp_path, *words):
@@ -73,12 +71,3 @@ def test_a_run_is_timed_and_recorded(tmp_path, monkeypatch):
     assert rows[ours, "full_calls"]["p50"] == "4"
     reference = float(rows["cifar10_small16-ddim50-n1-float-channels_last", "run_time"]["p50"])
     assert float(rows[ours, "speedup_vs_float"]["p50"]) == pytest.approx(reference / seconds, rel=1e-3)
-
-
-def test_ours_comes_once_for_each_backend_and_what_tells_most_first():
-    rows = with_backends(step_rows(GPU, torch.bfloat16, compiled=True), ["cuda", "triton"])
-    keys = [row.key for row in telling_first(rows, steps.STEP_ORDER)]
-    assert keys[:2] == ["float-contiguous", "float-channels_last"]
-    assert keys[2:4] == ["modulated-w8a8-graphs.cuda", "modulated-w8a8-graphs.triton"]
-    assert keys.count("float-contiguous") == 1
-    assert with_backends(rows[:3], ["auto"]) == rows[:3]

@@ -21,7 +21,7 @@ def pixels(folder):
     return images
 
 
-@pytest.mark.parametrize("mode", ["float", "weight_only", "quantized", "modulated"])
+@pytest.mark.parametrize("mode", ["weight_only", "modulated"])
 def test_every_mode_writes_a_grid(unet_folder, tmp_path, capsys, mode):
     out = tmp_path / "grid.png"
     assert sample(unet_folder, out, "--images", "3", "--mode", mode, "--act-bits", "4") == 0

@@ -79,14 +79,6 @@ class TestRuns:
             with pytest.raises(RuntimeError, match=match):
                 handle.wrap_scheduler(*given)
 
-    @both_ways
-    def test_gradients_are_refused(self, fuse):
-        pipe = pipeline()
-        mk.accelerate(pipe, mk.ModiffConfig(fuse=fuse))
-        pipe.scheduler.set_timesteps(2)
-        with torch.enable_grad(), pytest.raises(RuntimeError, match=r"torch.no_grad\(\)"):
-            pipe.unet(noise(), 1)
-
     def test_another_scheduler_after_an_interrupted_picture(self):
         pipe = pipeline(DDIMScheduler(clip_sample=False))
         handle = mk.accelerate(pipe, mk.ModiffConfig(act_bits=3, schedule="forecast"))

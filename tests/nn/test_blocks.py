@@ -5,8 +5,7 @@ import functools
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import modiff_kernels as mk
@@ -72,16 +71,6 @@ class TestFusedEqualsLayers:
         assert not fused_blocks(unet)
         assert_same_run(fused, single, exact(network))
 
-    def test_attention_masks(self):
-        mask = torch.ones(2, unets.TOKENS)
-        mask[0, 3:] = 0
-        results = [
-            run("sd15", keywords={"encoder_attention_mask": mask}, **options)[2]
-            for options in ({}, {"fuse": False}, {"act_bits": None})
-        ]
-        assert_same_run(*results)
-        assert relative_error(results[0][0], exact("sd15")[0]) > 1e-3  # the mask changes something
-
     def test_padded_downsampling(self):
         results = []
         for options in ({}, {"fuse": False}, {"act_bits": None}):
@@ -136,41 +125,12 @@ def test_the_invariant_of_all_layers(network, scale_mode, state_dtype):
     assert unets.y_hat_of(conv).shape == (2, 32, 8, 8)
 
 
-def with_resnet(**options):
-    arguments = {"in_channels": 32, "out_channels": 32, "temb_channels": 64, "groups": 4, "eps": 1e-5, **options}
-    return lambda unet: unet.mid_block.resnets.__setitem__(0, ResnetBlock2D(**arguments).eval())
-
-
 def with_attention(**options):
     arguments = {"heads": 4, "dim_head": 8, "bias": True, "residual_connection": True, "norm_num_groups": 4, **options}
     return lambda unet: unet.mid_block.attentions.__setitem__(0, Attention(32, **arguments).eval())
 
 
-def calling(path, method, *arguments):
-    return lambda unet: getattr(unet.get_submodule(path), method)(*arguments)
-
-
-def with_own_forward(unet):
-    block = unet.get_submodule(WITHOUT_SHORTCUT)
-    block.forward = block.forward
-
-
-HOOK = "register_forward_hook", lambda *_: None
-NOT_FUSED = {
-    "output-scale": ("unet2d", WITHOUT_SHORTCUT, with_resnet(output_scale_factor=2.0)),
-    "gelu": ("unet2d", WITHOUT_SHORTCUT, with_resnet(non_linearity="gelu")),
-    "hook": ("unet2d", WITHOUT_SHORTCUT, calling(WITHOUT_SHORTCUT, *HOOK)),
-    "pre-hook": ("unet2d", WITHOUT_SHORTCUT, calling(WITHOUT_SHORTCUT, "register_forward_pre_hook", HOOK[1])),
-    "layer-hook": ("unet2d", WITHOUT_SHORTCUT, calling(f"{WITHOUT_SHORTCUT}.conv2", *HOOK)),
-    "own-forward": ("unet2d", WITHOUT_SHORTCUT, with_own_forward),
-    "without-norm": ("unet2d", ATTENTION, with_attention(norm_num_groups=None)),
-    "rescaled": ("unet2d", ATTENTION, with_attention(rescale_output_factor=2.0)),
-    "qk-norm": ("unet2d", ATTENTION, with_attention(qk_norm="layer_norm")),
-    "processor": ("unet2d", ATTENTION, calling(ATTENTION, "set_processor", SlicedAttnProcessor(2))),
-    "self-attention": ("sd15", BLOCK, calling(f"{BLOCK}.attn1", "set_processor", SlicedAttnProcessor(2))),
-    "block-hook": ("sd15", BLOCK, calling(BLOCK, *HOOK)),
-    "chunks": ("sd15", BLOCK, calling(BLOCK, "set_chunk_feed_forward", 1)),
-}
+NOT_FUSED = {"norm_num_groups": None, "rescale_output_factor": 2.0, "qk_norm": "layer_norm"}  # of attention
 
 
 class TestWhichBlocksAreFused:
@@ -186,27 +146,18 @@ class TestWhichBlocksAreFused:
         outside = [path for path in single if not any(path.startswith(f"{block}.") for block in fused_blocks(unet))]
         assert outside == ["down_blocks.0.downsamplers.0.conv"]  # which pads itself: nothing to fuse
 
-    @pytest.mark.parametrize("case", NOT_FUSED)
-    def test_other_forms_are_left_to_single_layers(self, case):
-        network, path, change = NOT_FUSED[case]
-        unet = NETWORKS[network]()
-        change(unet)
+    @pytest.mark.parametrize("option", NOT_FUSED)
+    def test_other_forms_are_left_to_single_layers(self, option):
+        """Hooks, processors and forwards of users: tests/integrations/test_features.py."""
+        unet = unet2d()
+        with_attention(**{option: NOT_FUSED[option]})(unet)
         handle = mk.accelerate(unet)
         blocks = fused_blocks(unet)
-        assert path not in blocks
+        assert ATTENTION not in blocks
         assert blocks
-        if network == "sd15":
-            assert MODEL in blocks
-            assert handle.layers[f"{BLOCK}.attn2.to_k"].mode == "modulated"
         got = outputs(unet, handle, calls=2)
         handle.remove()
         assert relative_error(got[-1], outputs(unet, calls=2)[-1]) < 0.1  # weights rounded to 8 bits: about 0.02
-
-    @pytest.mark.parametrize("training", [True, False])
-    def test_dropout_is_fused_only_in_eval_mode(self, training):
-        unet = unet2d(dropout=0.1).train(training)
-        mk.accelerate(unet)
-        assert (WITHOUT_SHORTCUT in fused_blocks(unet)) != training
 
     def test_a_block_with_a_skipped_layer_and_float_activations_are_not_fused(self):
         unet = unet2d()
@@ -234,12 +185,15 @@ def test_no_float_product_runs_in_the_layers_of_fused_blocks(mode):
             assert len(products.seen) - len(names) == (0 if has_attention else 4)
 
 
-HOOKED = calling(WITH_SHORTCUT, "register_forward_pre_hook", lambda _, inputs: (inputs[0] * 2, *inputs[1:]))
+def doubled(module, inputs):
+    return inputs[0] * 2, *inputs[1:]
+
+
 IN_PARTS = {  # network, what is done to it before, whether a residual block needs the whole
     "unet2d": ("unet2d", None, False),
     "sdxl": ("sdxl", None, False),
     "freeu": ("sd15", lambda unet: unet.enable_freeu(0.2, 0.2, 1.5, 1.6), False),
-    "hook": ("sd15", HOOKED, True),
+    "hook": ("sd15", lambda unet: unet.get_submodule(WITH_SHORTCUT).register_forward_pre_hook(doubled), True),
     "own-forward": ("sd15", lambda unet: setattr(unet.up_blocks[1], "forward", unet.up_blocks[1].forward), False),
 }
 
@@ -263,17 +217,6 @@ def test_up_blocks_do_not_concatenate(case, monkeypatch):
 
 
 class TestAround:
-    @pytest.mark.parametrize("network", ["unet2d", "sd15"])
-    def test_loaded_weights_are_used_and_stacked_again(self, network):
-        unet, other = NETWORKS[network](), NETWORKS[network](seed=1)
-        handle = mk.accelerate(unet)
-        outputs(unet, handle)
-        handle.state.begin_run()
-        unet.load_state_dict(other.state_dict())
-        with pytest.raises(RuntimeError, match="weights were loaded"):
-            unet(torch.ones(1, unet.config.in_channels, 8, 8), 5, **unets.conditions_of(unet, 1))
-        unets.assert_equal(outputs(unet, handle), outputs(other, mk.accelerate(other)))
-
     def test_attention_takes_other_inputs_in_float(self):
         unet, mask = unet2d(), torch.zeros(2, 16, 16)
         mask[..., :8] = -torch.inf

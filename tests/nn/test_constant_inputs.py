@@ -50,28 +50,6 @@ def last_output(x, encoders, **config):
 
 @pytest.mark.parametrize("mode", ["modulated", "quantized"])
 class TestWhenTheyAreComputed:
-    def test_once_per_run(self, mode, computed):
-        net, handle = accelerated(mode=mode)
-        encoder = text()
-        for run in range(1, 3):
-            with handle.sampling_run():
-                for call in range(4):
-                    net(tokens(call), encoder)
-            assert len(computed) == 2 * run
-        assert set(computed) == {f"blocks.{i}.attn2.to_k+to_v" for i in (0, 1)}
-
-    def test_again_for_another_tensor_and_after_a_change_in_place(self, mode, computed):
-        net, handle = accelerated(mode=mode)
-        encoder, other = text(), text(seed=5)
-        with handle.sampling_run():
-            net(tokens(), encoder)
-            again = net(tokens(), encoder := encoder.clone())
-            encoder.copy_(other)
-            changed = net(tokens(), encoder)
-        assert len(computed) == 3 * 2
-        assert torch.equal(again, last_output(tokens(), [text()] * 2, mode=mode))
-        assert torch.equal(changed, last_output(tokens(), [text(), text(), other], mode=mode))
-
     def test_again_in_every_call_for_inference_tensors(self, mode, computed):
         net, handle = accelerated(mode=mode)
         with torch.inference_mode(), handle.sampling_run():

@@ -149,26 +149,6 @@ def test_static_scales_are_checked():
         make(linear, CalibratedLayer(act_scale=torch.ones(5)), state, "d", scale_mode="static")
 
 
-def test_weights_that_are_assigned_on_loading_are_used():
-    layer, shape = build("linear")
-    x = torch.randn(shape)
-    run(layer, [x])
-    other = make(nn.Linear(24, 20))
-    layer.load_state_dict(other.state_dict(), assign=True)
-    # two updates of 8 bits leave 1/255^2 of the input
-    torch.testing.assert_close(run(layer, [x]), on(other, x), rtol=1e-3, atol=1e-3)
-    assert torch.equal(layer.original.weight, other.weight)
-
-
-def test_dtype_conversion_derives_the_weights_again():
-    layer, shape = build("linear")
-    layer.to(torch.float16)
-    assert layer.weight.dtype == torch.float16
-    assert layer.original.weight is layer.weight
-    assert layer.packed.scale.dtype == torch.float32
-    assert run(layer, [x.half() for x in trajectory(shape, 3)]).dtype == torch.float16
-
-
 def test_a_layer_looks_like_the_original():
     layer, _ = build("conv-groups-dilation")
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -214,14 +194,6 @@ class TestCalibrated:
         assert (x_hat_of(layer) - layer.scaled(x + 0.06)).abs().max() <= 0.02 * 0.5 + 1e-5
         layer, x = self.layer(kind, act_bits=None)
         torch.testing.assert_close(layer(x), on(layer, x), rtol=1e-4, atol=1e-4)  # float32 sums
-
-    def test_bits_and_groups_are_those_of_the_codes(self):
-        known = CalibratedLayer(QuantizedWeight.rounded(torch.randn(6, 20), 3, 10))
-        linear = nn.Linear(20, 6).requires_grad_(False)
-        linear.weight.copy_(known.weight.dequantized())
-        layer = make(linear, known, weight_bits=4, act_bits=None)
-        assert (layer.weight_bits, layer.group_size) == (3, 10)
-        torch.testing.assert_close(layer.float_weight, linear.weight)
 
     CODES = staticmethod(lambda value=0: torch.full((6, 20), value, dtype=torch.int8))
 

@@ -28,21 +28,6 @@ def call(state, layer, x):
         return layer(x)
 
 
-def test_contexts_have_their_own_calls_and_tensors(state):
-    layer = linear(state)
-    state.begin_run()
-    first = []
-    for _ in range(2):
-        for name in ("cond", "uncond"):
-            with state.context(name), state.call():
-                first.append(state.is_first)
-                layer(torch.randn(2, 8))
-    assert first == [True, True, False, False]
-    assert set(layer.input.contexts) == {"cond", "uncond"}
-    assert state.context_name == "default"
-    assert state.nbytes() == 2 * 2 * 2 * 8 * 4
-
-
 def test_context_misuse(state):
     linear(state)
     with pytest.raises(ValueError, match="name='' is not allowed"), state.context(""):
@@ -90,34 +75,6 @@ def test_call_outside_a_run(state):
         copy.deepcopy(layer)
 
 
-@pytest.mark.parametrize(
-    ("changed", "text"),
-    [
-        (torch.randn(3, 8), r"got \(3, 8\) .* in a run that began with \(2, 8\) torch.float32 on cpu"),
-        (torch.randn(2, 8).half(), r"got \(2, 8\) torch.float16"),
-        (torch.randn(2, 8).to("meta"), r"got \(2, 8\) torch.float32 on meta"),
-    ],
-)
-def test_change_within_a_run(state, changed, text):
-    layer = linear(state)
-    state.begin_run()
-    call(state, layer, torch.randn(2, 8))
-    with pytest.raises(RuntimeError, match=rf"layer 'layer' {text}.*begin a new run"):
-        call(state, layer, changed)
-    with pytest.raises(RuntimeError, match=r"outside a run \(a UNet call failed\)"):
-        call(state, layer, torch.randn(2, 8))
-    state.begin_run()
-    call(state, layer, torch.randn(2, 8))
-
-
-def test_layer_that_the_first_call_left_out(state):
-    first, second = linear(state, "first"), linear(state, "second")
-    state.begin_run()
-    call(state, first, torch.randn(2, 8))
-    with pytest.raises(RuntimeError, match=r"layer 'second' has no state in context 'default': the first call"):
-        call(state, second, torch.randn(2, 8))
-
-
 @pytest.mark.parametrize(("calibrated", "advice"), [(False, "num_calls=2: give as many"), (True, "calibrate one for")])
 def test_more_calls_than_announced(state, calibrated, advice):
     layer = linear(state)
@@ -129,21 +86,6 @@ def test_more_calls_than_announced(state, calibrated, advice):
         call(state, layer, torch.randn(2, 8))
     with state.context("uncond"):
         call(state, layer, torch.randn(2, 8))
-
-
-def test_a_context_begins_anew_within_a_run(state):
-    """With another shape here; the other context goes on, and so do the numbers of calls."""
-    layer, x, first = linear(state), torch.randn(3, 8), []
-    state.begin_run()
-    for name, rows in (("cond", 2), ("uncond", 2), ("cond", 3), ("uncond", 2), ("cond", 3)):
-        with state.context(name):
-            if rows == 3 and len(first) == 2:
-                state.begin_anew(name)
-            with state.call():
-                first.append((state.is_first, state.call_index))
-                out = layer(x[:rows])
-    assert first == [(True, 0), (True, 0), (True, 1), (False, 1), (False, 2)]
-    torch.testing.assert_close(out.double(), operator(layer, x)[0], rtol=1e-3, atol=1e-3)
 
 
 def in_thread(function):
@@ -206,14 +148,6 @@ class TestSharedInput:
         assert counts == ([2, 1, 1] if mode == "modulated" else [1, 1, 1])
         assert len({id(layer.input) for layer in layers}) == 1
         assert state.nbytes() == (4 * 2 * 3 * 8 * 4 if mode == "modulated" else 0)
-
-    def test_plain_codes_follow_a_change_in_place(self, state):
-        config = ModiffConfig(mode="quantized", backend="reference")
-        q, k = (linear(state, name, "q", config) for name in "qk")
-        x = torch.randn(2, 8)
-        q(x)
-        x += 1
-        assert torch.equal(k(x), ModulatedLinear.from_linear(k.original, config, ModulationState(), "alone")(x))
 
     @pytest.mark.parametrize("rows", [(2, 2, 2), (2, 5, 3)])
     def test_different_tensors_from_the_start_get_inputs_of_their_own(self, state, layers, rows):

@@ -10,7 +10,6 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modiff_kernels import ops
-from modiff_kernels.backends import reference
 from modiff_kernels.ops import Window, check, dispatch
 from modiff_kernels.quant.affine import quantize_weight
 from tests.ops.arguments import FORMS, call, calls, image, tensors, zeros
@@ -125,14 +124,6 @@ def test_a_call_with_other_formats_is_checked_again():
         ops.quantize(torch.randn(2, 8), x_hat=torch.zeros(4, 8), backend="reference")
     with pytest.raises(ValueError, match="not contiguous"):
         ops.quantize(torch.randn(8, 2).T, x_hat=torch.zeros(2, 8), backend="reference")
-
-
-def test_kernel_for_gives_the_backend_function():
-    x, x_hat = torch.randn(2, 8), torch.zeros(2, 8)
-    args = (x, ops.IDENTITY, x_hat, None, 8, "per_sample", 1.0, True, None)
-    assert ops.quantize.kernel_for(*args, "reference") is reference.quantize
-    with pytest.raises(ValueError, match="x_hat has shape"):
-        ops.quantize.kernel_for(x, ops.IDENTITY, x_hat[:1], *args[3:], "reference")
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("reference", True), ("cpu", False), ("onednn", False)])

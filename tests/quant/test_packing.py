@@ -28,29 +28,6 @@ def test_round_trip(bits, n, k):
     assert torch.equal(again, codes)
 
 
-def test_every_byte_of_4_bits():
-    packed = torch.arange(256, dtype=torch.uint8).reshape(1, 256)
-    codes = unpack(packed, 4, 512)
-    for byte in range(256):
-        low, high = byte & 15, byte >> 4
-        assert codes[0, 2 * byte] == (low - 16 if low > 7 else low)
-        assert codes[0, 2 * byte + 1] == (high - 16 if high > 7 else high)
-    assert torch.equal(pack(codes, 4), packed)
-
-
-def test_every_byte_of_3_bits():
-    """Every byte in the 2-bit plane (4 codes) with the bits above it; two such bytes share one of the 1-bit plane."""
-    low = torch.arange(256, dtype=torch.uint8)
-    for high in range(0, 256, 17):
-        packed = torch.stack([low, low.flip(0), torch.full_like(low, high)], dim=1)
-        codes = unpack(packed, 3, 8)
-        for row in (0, 1, 85, 170, 254, 255):
-            planes = [int(low[row]) | int(low.flip(0)[row]) << 8, high]
-            expected = [((planes[0] >> 2 * j) & 3) + 4 * ((planes[1] >> j) & 1) - 4 for j in range(8)]
-            assert codes[row].tolist() == expected
-        assert torch.equal(pack(codes, 3), packed)
-
-
 def test_known_bytes():
     codes = torch.tensor([[-4, 3, 0, -1, 2]], dtype=torch.int8)  # code + 4: 0, 7, 4, 3, 6
     assert pack(codes, 3).tolist() == [[0b11001100, 0b00000010, 0b11110110]]

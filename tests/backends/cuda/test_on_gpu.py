@@ -154,14 +154,6 @@ def test_layers_of_unets(hopper, layer):
     assert_equal(layer.results("cuda"), layer.results("reference"))
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("layer", [LAYERS[3], LAYERS[9], LAYERS[11], (3, 17, 640, 960, THREE, 8)], ids=str)
-def test_clusters(hopper, layer, splits):
-    """Two blocks that share codes, or that trade sums of two splits of K."""
-    layer = Layer(*layer)
-    assert_equal(layer.results("cuda", product_launch.Tile(90, 256, 160, splits)), layer.results("reference"))
-
-
 @pytest.mark.parametrize("quantizer", ["auto", "cuda"])  # triton, and csrc/cuda/common
 @pytest.mark.parametrize("layer", [LINEAR, ((8, 640, 32, 32), 640, THREE)], ids=str)
 def test_a_product_waits_for_its_quantiser(hopper, quantizer, layer):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
 import torch
 
 from modiff_kernels.backends import triton as backend
@@ -18,14 +17,6 @@ HALF = {"dtype": torch.float16, "state_dtype": torch.float16}
 CONV = Problem("product", "cuda", (9, 0), granularity="per_sample", layout=KPACK_V1, **SIZES, **HALF)
 LINEAR = replace(CONV, window=None, k=1280)
 QUANTIZE = Problem("quantize", "cuda", m=4, k=320, granularity="per_token", prologue="identity")
-
-
-@pytest.mark.parametrize("problem", [CONV, LINEAR], ids=["conv", "linear"])
-def test_it_solves_the_layers_of_a_unet(problem):
-    for bits, capability in ((8, (8, 0)), (4, (9, 0)), (3, (8, 9)), (8, (10, 0)), (4, (12, 0))):
-        assert backend.why_not(replace(problem, weight_bits=bits, capability=capability)) is None
-    assert backend.why_not(replace(problem, group_size=64)) is None
-    assert backend.why_not(replace(problem, m=0)) is None, "the number of rows may not be known yet"
 
 
 def test_reasons():

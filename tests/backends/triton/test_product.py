@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modiff_kernels.backends.triton import product_launch
-from modiff_kernels.backends.triton.tiles import Shape, TileConfig
+from modiff_kernels.backends.triton.tiles import TileConfig
 from tests.backends.exact_product import THREE, ExactProduct, check_largest_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -52,13 +52,3 @@ def test_splits_of_k_give_the_same_sums(product, x_shape, n, window, split_k, bi
 
 def test_the_largest_sums_do_not_leave_int32(product):
     check_largest_sum(product, 65536, tile=TileConfig(64, 64, 128, 4, 2, split_k=4))
-
-
-@pytest.mark.parametrize(("x_shape", "n", "window", "taps"), [((2, 16, 64), 9, None, 1), ((2, 64, 4, 4), 9, THREE, 9)])
-def test_what_the_choice_of_a_tile_depends_on(product, monkeypatch, x_shape, n, window, taps):
-    asked = []
-    monkeypatch.setattr(
-        product_launch, "choose", lambda shape, gpu: asked.append(shape) or TileConfig(64, 64, 32, 4, 2)
-    )
-    ExactProduct(x_shape, n, window, 4).check(product, tile=None)
-    assert set(asked) == {Shape(32, 9, 64, taps, 1, weight_bits=4, group_size=-1)}

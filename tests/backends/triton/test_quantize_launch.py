@@ -70,11 +70,3 @@ def test_scratch_is_one_memory_of_a_thread():
     thread.start()
     thread.join()
     assert found[0] != take(9, 7)[0].data_ptr()
-
-
-def test_counters():
-    """Made once; a launch that needs more gets new ones."""
-    few, many = (launch.counters(torch.device("cpu"), count) for count in (3, 5000))
-    assert launch.counters(torch.device("cpu"), 5) is few
-    assert (few.shape, many.shape) == ((4096,), (5000,))
-    assert not torch.cat((few, many)).any()

@@ -20,7 +20,7 @@
 
 #include "common/cta.h"
 #include "cuda/sm90/tensor_map.h"
-#include "hopper_fibers.h"
+#include "fibers.h"
 
 // The tests are compiled without optimisation, because most of their time is the compiler's; not so these functions.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -71,11 +71,10 @@ class HopperCta {
         shared_(shared),
         size_(size),
         unpublished_(size, 0),
-        warps_(static_cast<size_t>(threads / kWarp), Meeting(kWarp)),
+        warps_(static_cast<size_t>(threads / kWarp)),
         threads_(threads),
-        all_(threads),
-        pair_(2 * threads),
-        consumers_(2 * kWarpgroup),
+        all_{threads},
+        pair_{2 * threads},
         groups_(static_cast<size_t>(threads)),
         issued_(static_cast<size_t>(threads / kWarpgroup)),
         early_(seed % 2 != 0),
@@ -92,7 +91,7 @@ class HopperCta {
   // Two neighbours are a cluster.
   void join(HopperCta& peer) { peer_ = &peer; }
   void leave() { ++left_; }
-  void cluster_sync() { meet(cluster()); }
+  void cluster_sync() { fibers_.meet(cluster()); }
   void arrive_at_peer(uint64_t* barrier) { peer().arrive(at_peer(barrier)); }
   void wait_for_peer(uint64_t* barrier, uint32_t parity) { wait(barrier, parity); }
   void send(uint8_t* to, uint64_t* barrier, const int32_t* words) {
@@ -118,19 +117,19 @@ class HopperCta {
   int thread() const { return fibers_.current() - first_fiber_; }
   int64_t block() const { return block_; }
   int blocks() const { return blocks_; }
-  void sync() { meet(all_); }
-  void warp_sync() { meet(warps_[static_cast<size_t>(thread() / kWarp)]); }
-  void consumers_sync() { meet(consumers_); }
+  void sync() { fibers_.meet(all_); }
+  void warp_sync() { fibers_.meet(warps_[static_cast<size_t>(thread() / kWarp)]); }
+  void consumers_sync() { fibers_.meet(consumers_); }
   int uniform(int value) const { return value; }
   bool elect() const { return thread() % kWarp == 31; }  // any one
 
   void exchange(uint32_t (&values)[4], int mask) {
-    Meeting& warp = warps_[static_cast<size_t>(thread() / kWarp)];
+    Warp& warp = warps_[static_cast<size_t>(thread() / kWarp)];
     const int lane = thread() % kWarp;
     std::memcpy(warp.values[lane], values, sizeof(values));
-    meet(warp);
+    fibers_.meet(warp);
     std::memcpy(values, warp.values[lane ^ mask], sizeof(values));
-    meet(warp);
+    fibers_.meet(warp);
   }
 
   // Shared memory begins at an address that is not 0.
@@ -302,10 +301,8 @@ class HopperCta {
     int arrivals, pending, bytes;
     uint32_t phase;
   };
-  struct Meeting {
-    explicit Meeting(int count) : members(count) {}
-    int members, there = 0;
-    uint64_t generation = 0;
+  struct Warp : Meeting {
+    Warp() : Meeting{kWarp} {}
     uint32_t values[kWarp][4], rows[kWarp];
   };
   struct Load {
@@ -358,24 +355,15 @@ class HopperCta {
 
   // Where the 32 rows of four matrices are in shared memory, as every lane named one.
   uint32_t* exchange_rows(const uint8_t* row) {
-    Meeting& warp = warps_[static_cast<size_t>(thread() / kWarp)];
+    Warp& warp = warps_[static_cast<size_t>(thread() / kWarp)];
     warp.rows[thread() % kWarp] = shared_address(row) - kBase;
     require(warp.rows[thread() % kWarp] % 16 == 0, "a row of a matrix is not aligned");
-    meet(warp);
+    fibers_.meet(warp);
     return warp.rows;
   }
   uint8_t* pair_of(const uint32_t* rows, int m) {
     const int lane = thread() % kWarp;
     return shared_ + rows[8 * m + lane / 4] + lane % 4 * 4;
-  }
-
-  void meet(Meeting& meeting) {
-    const uint64_t generation = meeting.generation;
-    if (++meeting.there == meeting.members) {
-      meeting.there = 0;
-      ++meeting.generation;
-    }
-    fibers_.wait([&meeting, generation] { return meeting.generation != generation; });
   }
 
   Barrier& at(uint64_t* barrier) {
@@ -504,9 +492,9 @@ class HopperCta {
   uint8_t* shared_;
   size_t size_;
   std::vector<uint16_t> unpublished_;  // the thread, plus one, whose store was not published
-  std::vector<Meeting> warps_;
+  std::vector<Warp> warps_;
   int threads_, left_ = 0;  // that have ended
-  Meeting all_, pair_, consumers_;
+  Meeting all_, pair_, consumers_{2 * kWarpgroup};
   HopperCta* peer_ = nullptr;
   const bool* ended_before_ = nullptr;
   std::map<const uint64_t*, Barrier> barriers_;

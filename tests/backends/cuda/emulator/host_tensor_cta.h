@@ -1,6 +1,6 @@
 // The context of cuda/sm80/tensor_cta.h on the host, with fragments as the PTX ISA draws them. Copies arrive at one of
-// the two ends of the time that a GPU has for them: when they are issued (threads in falling order), which shows in a
-// place that is still read, or when they are waited for (rising), which shows where a wait or a barrier is missing.
+// the two ends of the time that a GPU has for them: when they are issued (odd seeds), which shows in a place that is
+// still read, or when they are waited for (even seeds), which shows where a wait or a barrier is missing.
 #pragma once
 #include <array>
 #include <deque>
@@ -52,8 +52,8 @@ __attribute__((optimize("O3"), no_sanitize("address", "undefined"))) inline void
 
 class HostTensorCta : public HostCta {
  public:
-  HostTensorCta(Fibers& fibers, int threads, int64_t block, bool falling)
-      : HostCta(fibers, threads, block, falling), early_(falling), threads_(static_cast<size_t>(threads)) {}
+  HostTensorCta(WaitingFibers& fibers, int threads, int64_t block, uint32_t seed)
+      : HostCta(fibers, threads, block, seed), early_(seed % 2 != 0), threads_(static_cast<size_t>(threads)) {}
 
   template <int kBytes>
   void copy_async(void* to, const void* from, bool there) {

@@ -11,7 +11,7 @@ using namespace modiff::cuda;
 using Launch = modiff::HostLaunch<modiff::HostTensorCta>;
 
 struct Request : modiff::ProductRequest {
-  int64_t falling;
+  int64_t seed;
 };
 
 void answer(const Request& r, Launch& launch) {
@@ -25,7 +25,7 @@ void answer(const Request& r, Launch& launch) {
   const sm80::Tiling tiling = sm80::tiling_of(call, splits);
   scratch.fill(tiling.bytes);
   call.scratch = scratch.data();
-  launch.falling = r.falling != 0;
+  launch.seed = static_cast<uint32_t>(r.seed);
   sm80::multiply(call, tiling, launch);
   for (const Buffer* buffer : {&out, &y_hat}) buffer->write();
   std::fflush(stdout);

@@ -12,7 +12,7 @@ using Launch = modiff::HostLaunch<modiff::HostCta>;
 
 struct Request {
   double form[kQuantizeForm];
-  int64_t shift_stride, norm_stride, falling, own;
+  int64_t shift_stride, norm_stride, seed, own;
 };
 
 void quantize(const QuantizeCall& call, Launch& launch) {
@@ -54,7 +54,7 @@ void answer(const Request& r, Launch& launch) {
   p.zero_point = x_hat.there ? nullptr : static_cast<int32_t*>(third.data());
   call.scratch = scratch.data();
 
-  launch.falling = r.falling != 0;
+  launch.seed = static_cast<uint32_t>(r.seed);
   quantize(call, launch);
   for (const Buffer* buffer : {&codes, &scale, &third, &x_hat}) buffer->write();
   std::fflush(stdout);

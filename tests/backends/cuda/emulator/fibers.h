@@ -13,6 +13,12 @@
 
 namespace modiff {
 
+// Where `members` threads wait for each other, again and again.
+struct Meeting {
+  int members, there = 0;
+  uint64_t generation = 0;
+};
+
 class WaitingFibers {
  public:
   explicit WaitingFibers(int threads) : fibers_(static_cast<size_t>(threads)) {}
@@ -59,6 +65,15 @@ class WaitingFibers {
     Fiber& fiber = fibers_[static_cast<size_t>(current_)];
     fiber.ready = std::move(ready);
     swapcontext(&fiber.context, &scheduler_);
+  }
+
+  void meet(Meeting& meeting) {
+    const uint64_t generation = meeting.generation;
+    if (++meeting.there == meeting.members) {
+      meeting.there = 0;
+      ++meeting.generation;
+    }
+    wait([&meeting, generation] { return meeting.generation != generation; });
   }
 
  private:
