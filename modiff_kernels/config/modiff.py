@@ -76,7 +76,7 @@ class ModiffConfig:
     granularity: how many activation scales a tensor has: "per_tensor", "per_sample", "per_token" or "per_block" (one
         per sample, input channel and 16 rows or pixels; dynamic scales of residuals only). None is "per_block" where it
         can be had at 3 and 4 bits, else "per_sample"; "per_token" for plain Linears and 1x1 convolutions on a GPU, and
-        for plain and 8-bit layers of transformers; and "per_sample" for W4A4 on sm_80 to sm_89, whose 4-bit tensor
+        for plain, 7- and 8-bit layers of transformers; and "per_sample" for W4A4 on sm_80 to sm_89, whose 4-bit tensor
         cores take it, and for 8-bit weights on CPUs without VNNI, which multiply codes of few bits faster. A
         convolution whose scale per pixel does not factor out of its sum (anything but 1x1 with stride 1 and no padding)
         takes "per_sample" in place of "per_token".
