@@ -1,31 +1,36 @@
-// Attention over tokens, out = softmax(scale * q k^T) v, with products in 16-bit fixed point: a head of a sample, or a
-// part of its queries, a task. A file attention_<instruction set>.cpp includes this one.
+// Attention over tokens, out = softmax(scale * q k^T) v, with products of integers: a head of a sample, or a part of its
+// queries, a task. A file attention_<instruction set>.cpp includes this one.
 //
 //   operand  shape                               dtype  layout
 //   q        [samples, queries, heads * width]   f32    rows contiguous, any row and sample stride
 //   k, v     [samples, keys, heads * width]      f32    likewise
 //   out      [samples, queries, heads * width]   f32    contiguous
 //
-// vpdpwssd does 32 multiply-adds where a float instruction does 16, and int16 keeps more bits than bfloat16:
+// vpdpwssd does 32 multiply-adds of 16 bits where a float instruction does 16, and int16 keeps more bits than bfloat16;
+// vpdpbusd does 64 of 8 bits. An error in a score multiplies a weight, and grows with the scores of a network; one in a
+// weight or a value is averaged over the keys. So scores are made of 16 bits, and the output of 8:
 //   scores   Rows of q and of k, less the mean of all keys, which moves every score of a query alike, become codes of
 //            Euclidean norm kRowNorm: no sum of their products leaves int32, by Cauchy and Schwarz. What is lost is
 //            1.3e-5 |q| |k|; where that could move a score by more than kWide * 1.3e-5, what rounding lost of both rows
 //            is multiplied as well.
-//   weights  exp(score - most) of a part of kPart keys are codes up to 32767, fewer where many are large, such that
-//            the sum of their products with values, up to kMaxValue of a scale per part and channel, fits int32.
-// A part's sums are added to floats, scaled by the part's own most. SQNR to float64 is 70 dB; the sum of the
-// exponentials divides the output, not the weights.
+//   weights  exp(score - most) of a part of kPart keys, `most` that of the part up to an eighth of a power of two, are
+//            codes from 0 to 255.
+//   values   codes up to kMaxValue of a scale per part and channel.
+// A part's sums are added to floats, scaled by the part's own most; the sum of the codes of the weights divides the
+// output. SQNR to float64 is 40 dB, of which values have 44 and weights 45.
 //
-// Both products are the same one: rows of A, broadcast two values at a time, times pairs of rows of B. Sums of kTileRows
-// rows by up to kTileVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values
-// [keys / 2, width, 2] of its head, padded to whole vectors; the scores of kQueries queries and kKeys keys stay in the
-// second-level cache. Bound: 2 * queries * keys * width multiply-adds a head at 32 a cycle and core (Zen 4), and 1.1
-// cycles a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32.
+// Both products are the same one: rows of A, broadcast four bytes at a time, times groups of rows of B. Sums of
+// kTileRows rows by up to kTileVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values
+// [keys / 4, width, 4] of its head, padded to whole vectors; the scores of kQueries queries and kKeys keys stay in the
+// second-level cache. Bound: queries * keys * width multiply-adds a head at 32 a cycle and core (Zen 4), as many at 64,
+// and a cycle a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32, and a vpmaddubsw
+// before them for bytes, for which weights have 7 bits.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "common/problem.h"
@@ -39,22 +44,30 @@ namespace {
 constexpr int64_t kLanes = 16, kPart = 128;
 constexpr int64_t kQueries = 96, kKeys = 4 * kPart;  // of a block
 constexpr int kTileRows = 6, kTileVectors = 4;       // 24 sums, 4 of B and a broadcast in 32 registers
-constexpr float kRowNorm = 32000.0f, kMaxValue = 4095.0f;
-constexpr float kMaxWeight = 32767.0f, kMaxWeights = 2147000000.0f / kMaxValue;  // one, and the sum of a part's
+constexpr float kRowNorm = 32000.0f, kMaxValue = 127.0f;
+#ifdef __AVX512VNNI__
+constexpr float kLog2MaxWeight = 7.99435344f;  // of 255
+#else
+constexpr float kLog2MaxWeight = 6.98868469f;  // of 127: two products with values fit int16
+#endif
 constexpr float kWide = 64.0f;
 constexpr float kLow = 4096.0f;  // steps of the low codes in one of the others; low * other fits int32 to width 1024
 constexpr float kNone = -1e30f;  // score of a key that is padding
 
 int64_t round_to(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
-float power_of_two(float n) {
-  return bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(std::max(n, -126.0f)) + 127) << 23);
+// 2^x for x <= 0 in eighths.
+float power_of_two(float x) {
+  static constexpr float eighths[] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
+                                      1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+  const auto n = static_cast<int32_t>(8.0f * std::max(x, -126.0f));
+  return eighths[n & 7] * bits_to_float(static_cast<uint32_t>((n >> 3) + 127) << 23);
 }
 
 bool is_finite(float v) { return (float_to_bits(v) & 0x7F800000u) != 0x7F800000u; }
 
 // sum + products of pairs, in the register of sum: GCC copies the result of the intrinsic, and spills.
-MODIFF_INLINE void dot(__m512i& sum, __m512i a, __m512i b) {
+MODIFF_INLINE void dot(__m512i& sum, __m512i a, __m512i b, int16_t) {
 #ifdef __AVX512VNNI__
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #else
@@ -62,10 +75,21 @@ MODIFF_INLINE void dot(__m512i& sum, __m512i a, __m512i b) {
 #endif
 }
 
-// A product: a [rows, depth], b [depth / 2, columns, 2] with pairs of rows b_row apart; to c, as floats, or added to it
-// times a factor per row and one per column.
+// Of four: those of a without sign.
+MODIFF_INLINE void dot(__m512i& sum, __m512i a, __m512i b, uint8_t) {
+#ifdef __AVX512VNNI__
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
+#endif
+}
+
+// A product: a [rows, depth], b [depth / group, columns, group] with groups of as many rows as fill four bytes, b_row
+// columns apart; to c, as floats, or added to it times a factor per row and one per column.
+template <class A, class B>
 struct Product {
-  const int16_t *a, *b;
+  const A* a;
+  const B* b;
   int64_t a_row, b_row, depth;
   float* c;
   int64_t c_row;
@@ -73,28 +97,29 @@ struct Product {
 };
 
 // Not inlined: GCC keeps the sums in memory then.
-template <int MR, int NR>
-__attribute__((noinline)) void tile(const Product& p, int64_t first, int64_t column) {
+template <class A, class B, int MR, int NR>
+__attribute__((noinline)) void tile(const Product<A, B>& p, int64_t first, int64_t column) {
+  constexpr int64_t kGroup = 4 / sizeof(A);
   __m512i acc[MR][NR];
-  const int16_t* row[MR];
+  const A* row[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     row[m] = p.a + (first + m) * p.a_row;
 #pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) acc[m][n] = _mm512_setzero_si512();
   }
-  const int16_t* b = p.b + 2 * column;
-  for (int64_t k = 0; k < p.depth; k += 2, b += 2 * p.b_row) {
+  const B* b = p.b + kGroup * column;
+  for (int64_t k = 0; k < p.depth; k += kGroup, b += kGroup * p.b_row) {
     __m512i columns[NR];
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) columns[n] = _mm512_loadu_si512(b + n * 2 * kLanes);
+    for (int n = 0; n < NR; ++n) columns[n] = _mm512_loadu_si512(b + n * kGroup * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      int32_t pair;
-      std::memcpy(&pair, row[m] + k, sizeof(pair));
-      const __m512i value = _mm512_set1_epi32(pair);
+      int32_t group;
+      std::memcpy(&group, row[m] + k, sizeof(group));
+      const __m512i value = _mm512_set1_epi32(group);
 #pragma GCC unroll 8
-      for (int n = 0; n < NR; ++n) dot(acc[m][n], value, columns[n]);
+      for (int n = 0; n < NR; ++n) dot(acc[m][n], value, columns[n], A());
     }
   }
 #pragma GCC unroll 8
@@ -111,33 +136,34 @@ __attribute__((noinline)) void tile(const Product& p, int64_t first, int64_t col
     }
 }
 
-using TileFn = void (*)(const Product&, int64_t, int64_t);
+template <class A, class B>
+using TileFn = void (*)(const Product<A, B>&, int64_t, int64_t);
 
-template <int... I>
-TileFn tile_for(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
-  static constexpr TileFn tiles[] = {&tile<I / kTileVectors + 1, I % kTileVectors + 1>...};
+template <class A, class B, int... I>
+TileFn<A, B> tile_for(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
+  static constexpr TileFn<A, B> tiles[] = {&tile<A, B, I / kTileVectors + 1, I % kTileVectors + 1>...};
   return tiles[(rows - 1) * kTileVectors + vectors - 1];
 }
 
-void multiply(const Product& p, int64_t rows, int64_t columns) {
+template <class A, class B>
+void multiply(const Product<A, B>& p, int64_t rows, int64_t columns) {
   for (int64_t n = 0; n < columns;) {
     const int64_t vectors = std::min<int64_t>((columns - n) / kLanes, kTileVectors);
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t count = std::min<int64_t>(rows - m, kTileRows);
-      tile_for(count, vectors, std::make_integer_sequence<int, kTileRows * kTileVectors>())(p, m, n);
+      tile_for<A, B>(count, vectors, std::make_integer_sequence<int, kTileRows * kTileVectors>())(p, m, n);
     }
     n += vectors * kLanes;
   }
 }
 
-// 2^x for x <= 0, relative error 5e-6: a weight's code has a step of 3e-5.
+// 2^x for x < 9, relative error 1e-4: a weight's code has a step of 4e-3.
 MODIFF_INLINE __m512 exp2_(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(9.6171e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5503e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.2402265f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.6931472f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  __m512 p = _mm512_set1_ps(5.517164e-2f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24261138f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69326101f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99992806f));
   return _mm512_scalef_ps(p, n);
 }
 
@@ -162,34 +188,37 @@ struct Head {
   const int64_t keys = round_to(p.keys, kLanes), depth = round_to(p.width, 2), width = round_to(p.width, kLanes);
   const int64_t block = std::min(keys, kKeys);
   float *scores, *sums, *key_scale, *value_scale, *mean, *zeros;
-  int16_t *key_codes, *low_keys, *values, *weights, *queries, *low_queries, *lines;
+  int16_t *key_codes, *low_keys, *queries, *low_queries, *lines;
+  int8_t* values;
+  uint8_t* weights;
   float largest_key = 0.0f;
   bool finite = true, has_low = false;
 
   Head(const AttentionProblem& problem, int64_t n, int64_t h) : p(problem), n(n), h(h) {
     const int64_t parts = (keys + kPart - 1) / kPart;
-    const std::pair<float**, int64_t> floats[] = {{&scores, kQueries * block},
-                                                  {&sums, kQueries * width},
-                                                  {&key_scale, keys},
-                                                  {&value_scale, parts * width},
-                                                  {&mean, width},
-                                                  {&zeros, width}};
-    const std::pair<int16_t**, int64_t> words[] = {{&key_codes, keys * depth},   {&low_keys, keys * depth},
-                                                   {&values, keys * width},      {&weights, kQueries * block},
-                                                   {&queries, kQueries * depth}, {&low_queries, kQueries * depth},
-                                                   {&lines, kLanes * depth}};
-    int64_t bytes = 0;
-    for (const auto& [to, count] : floats) bytes += round_to(4 * count, 64);
-    for (const auto& [to, count] : words) bytes += round_to(2 * count, 64);
-    auto* next = static_cast<char*>(thread_scratch(1, bytes));
-    for (const auto& [to, count] : floats) {
-      *to = reinterpret_cast<float*>(next);
-      next += round_to(4 * count, 64);
-    }
-    for (const auto& [to, count] : words) {
-      *to = reinterpret_cast<int16_t*>(next);
-      next += round_to(2 * count, 64);
-    }
+    char* next = nullptr;
+    const auto place = [&](auto*& to, int64_t count) {  // first on nullptr, for the size of all
+      to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(next);
+      next += round_to(count * static_cast<int64_t>(sizeof(*to)), 64);
+    };
+    const auto place_all = [&] {
+      place(scores, kQueries * block);
+      place(sums, kQueries * width);
+      place(key_scale, keys);
+      place(value_scale, parts * width);
+      place(mean, width);
+      place(zeros, width);
+      place(key_codes, keys * depth);
+      place(low_keys, keys * depth);
+      place(queries, kQueries * depth);
+      place(low_queries, kQueries * depth);
+      place(lines, kLanes * depth);
+      place(values, keys * width);
+      place(weights, kQueries * block);
+    };
+    place_all();
+    next = static_cast<char*>(thread_scratch(1, reinterpret_cast<intptr_t>(next)));
+    place_all();
     std::fill_n(zeros, width, 0.0f);
     copy_keys();
     copy_values();
@@ -246,15 +275,16 @@ struct Head {
         inverse[i] = scale[i] > 0.0f ? kMaxValue / scale[i] : 0.0f;
         scale[i] /= kMaxValue;
       }
-      for (int64_t l = l0; l < std::min(l0 + kPart, keys); l += 2) {
-        const float* __restrict even = l < p.keys ? value(l) : zeros;
-        const float* __restrict odd = l + 1 < p.keys ? value(l + 1) : zeros;
+      for (int64_t l = l0; l < std::min(l0 + kPart, keys); l += 4) {
+        const float* row[4];
+        for (int64_t j = 0; j < 4; ++j) row[j] = l + j < p.keys ? value(l + j) : zeros;
+        const float* __restrict a = row[0], * __restrict b = row[1], * __restrict c = row[2], * __restrict d = row[3];
         auto* __restrict to = reinterpret_cast<uint32_t*>(values + l * width);
-        for (int64_t i = 0; i < p.width; ++i) {
-          const auto low = static_cast<int32_t>(__builtin_rintf(even[i] * inverse[i]));
-          const auto high = static_cast<int32_t>(__builtin_rintf(odd[i] * inverse[i]));
-          to[i] = (static_cast<uint32_t>(low) & 0xFFFFu) | static_cast<uint32_t>(high) << 16;
-        }
+        const auto code = [&](float v, int64_t i) {
+          return static_cast<uint32_t>(static_cast<int32_t>(__builtin_rintf(v * inverse[i]))) & 0xFFu;
+        };
+        for (int64_t i = 0; i < p.width; ++i)
+          to[i] = code(a[i], i) | code(b[i], i) << 8 | code(c[i], i) << 16 | code(d[i], i) << 24;
         for (int64_t i = p.width; i < width; ++i) to[i] = 0;
       }
     }
@@ -279,14 +309,16 @@ struct Head {
     std::fill_n(sums, rows * width, 0.0f);
     for (int64_t b = 0; b < keys; b += kKeys) {
       const int64_t count = std::min(kKeys, keys - b);
-      Product product{queries, key_codes + 2 * b, depth, keys, depth, scores, block, nullptr, nullptr};
+      const Product<int16_t, int16_t> product{queries, key_codes + 2 * b, depth,  keys, depth, scores,
+                                              block,   nullptr,           nullptr};
       multiply(product, rows, count);
       if (is_wide) add_low(product, b, rows, count);
       for (int64_t m = 0; m < rows; ++m) weigh(m, b, count, query_scale[m], most[m], total[m], factor);
       for (int64_t e = 0; e < count; e += kPart) {
         const float* scale = value_scale + (b + e) / kPart * width;
         const int64_t part = std::min(kPart, count - e);
-        multiply({weights + e, values + (b + e) * width, block, width, part, sums, width, factor[e / kPart], scale},
+        multiply(Product<uint8_t, int8_t>{weights + e, values + (b + e) * width, block, width, part, sums, width,
+                                          factor[e / kPart], scale},
                  rows, width);
       }
     }
@@ -298,7 +330,7 @@ struct Head {
     }
   }
 
-  void add_low(Product product, int64_t b, int64_t rows, int64_t count) const {
+  void add_low(Product<int16_t, int16_t> product, int64_t b, int64_t rows, int64_t count) const {
     float one[kQueries], step[kKeys];
     std::fill_n(one, kQueries, 1.0f);
     std::fill_n(step, kKeys, 1.0f / kLow);
@@ -311,17 +343,18 @@ struct Head {
     multiply(product, rows, count);
   }
 
-  // The weights of a block of keys for query m, and the factors that make them exp(score - most); `most` of all keys so
-  // far, which the sums and their total follow.
+  // The weights of a block of keys for query m, and the factors that make them multiples of exp(score - most); `most` of
+  // all keys so far, which the sums and their total follow.
   void weigh(int64_t m, int64_t b, int64_t count, float scale, float& most, float& total, float (*factor)[kQueries]) {
     float own[kKeys / kPart], all[kKeys / kPart];
     const float before = most;
     for (int64_t e = 0, i = 0; e < count; e += kPart, ++i) {
       const int64_t part = std::min(kPart, count - e), valid = std::min(part, p.keys - b - e);
       const float* from = scores + m * block + e;
-      int16_t* to = weights + m * block + e;
-      factor[i][m] = valid == kPart ? part_weights(from, key_scale + b + e, scale, kPart, kPart, to, own[i], all[i])
-                                    : part_weights(from, key_scale + b + e, scale, valid, part, to, own[i], all[i]);
+      uint8_t* to = weights + m * block + e;
+      const int32_t sum = valid == kPart ? part_weights(from, key_scale + b + e, scale, kPart, kPart, to, own[i])
+                                         : part_weights(from, key_scale + b + e, scale, valid, part, to, own[i]);
+      all[i] = static_cast<float>(sum);
       most = std::max(most, own[i]);
     }
     if (most > before) {
@@ -330,18 +363,17 @@ struct Head {
       for (int64_t i = 0; i < width; ++i) sums[m * width + i] *= smaller;
     }
     for (int64_t i = 0; i < (count + kPart - 1) / kPart; ++i) {
-      const float relative = power_of_two(own[i] - most);
-      total += all[i] * relative;
-      factor[i][m] *= relative;
+      factor[i][m] = power_of_two(own[i] - most);
+      total += all[i] * factor[i][m];
     }
   }
 
-  // weights = rint(levels * 2^(scale * score - own)), `own` the integer above the largest exponent and `all` the sum of
-  // the powers; returns 1 / levels.
-  MODIFF_INLINE float part_weights(const float* from, const float* key_scale, float scale, int64_t valid, int64_t count,
-                                   int16_t* to, float& own, float& all) const {
+  // weights = rint(255 * 2^(scale * score - own)), `own` the eighth above the largest exponent; returns their sum.
+  MODIFF_INLINE int32_t part_weights(const float* from, const float* key_scale, float scale, int64_t valid,
+                                     int64_t count, uint8_t* to, float& own) const {
     constexpr int kVectors = kPart / kLanes;
-    __m512 s[kVectors], top = _mm512_set1_ps(kNone), sum = _mm512_setzero_ps();
+    __m512 s[kVectors], top = _mm512_set1_ps(kNone);
+    __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
       const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(key_scale + j * kLanes));
@@ -352,21 +384,16 @@ struct Head {
       }
       top = _mm512_max_ps(top, s[j]);
     }
-    own = std::ceil(_mm512_reduce_max_ps(top));
+    own = std::ceil(8.0f * _mm512_reduce_max_ps(top)) / 8.0f;
+    const __m512 one = _mm512_set1_ps(own - kLog2MaxWeight);
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
-      const __m512 exponent = _mm512_sub_ps(s[j], _mm512_set1_ps(own));
-      s[j] = exp2_(_mm512_max_ps(exponent, _mm512_set1_ps(-40.0f)));
-      sum = _mm512_add_ps(sum, s[j]);
+      const __m512 power = exp2_(_mm512_max_ps(_mm512_sub_ps(s[j], one), _mm512_set1_ps(-40.0f)));
+      const __m512i codes = _mm512_cvtps_epi32(power);
+      sum = _mm512_add_epi32(sum, codes);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j * kLanes), _mm512_cvtusepi32_epi8(codes));
     }
-    all = _mm512_reduce_add_ps(sum);
-    const float levels = std::min(kMaxWeight, kMaxWeights / all);
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
-      const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(s[j], _mm512_set1_ps(levels)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j * kLanes), _mm512_cvtepi32_epi16(codes));
-    }
-    return 1.0f / levels;
+    return _mm512_reduce_add_epi32(sum);
   }
 };
 

@@ -22,9 +22,9 @@ def oracle(q, k, v, heads, scale):
 def check(place, q, k, v, heads, scale):
     out = place.call("attention", q, k, v, heads, scale)
     expected = oracle(q, k, v, heads, scale)
-    # Scores and values in 16-bit fixed point, 68 to 81 dB: the least of a run of all shapes is 68.5.
+    # The kernel of the CPU: weights and values in 8 bits, without VNNI 7 and 8.
     error = (out.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert error.max() < 10 ** (-66 / 20)
+    assert error.max() < 10 ** (-30 / 20)
     assert out.is_contiguous()
     assert out.shape == q.shape
 
