@@ -118,7 +118,7 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         loaded = getattr(diffusers, kind).from_pretrained(place, torch_dtype=torch.float32).to(device)
     except Exception as error:
         raise UserError(f"diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
-    unet, pipe = (denoiser_of("modiff", loaded), loaded) if with_pipe else (loaded, None)
+    unet: Any = denoiser_of("modiff", loaded)  # itself, where it is no pipeline
     for key, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"parameter {key} holds NaN or Inf; repair or re-download the model")
@@ -132,7 +132,9 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
     handle = mk.accelerate(unet) if is_low_bit else None
-    return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
+    return Model(
+        label, unet.eval().requires_grad_(False), scheduler_config, loaded if with_pipe else None, prompt, handle
+    )
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
@@ -156,9 +158,7 @@ def check_steps(model: Model, scheduler: str, steps: int) -> int:
     """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them."""
     own = model.scheduler_config.get("_class_name", "")
     if ("FlowMatch" in own) != (scheduler == "flow-euler"):
-        raise UserError(
-            f"--scheduler {scheduler}: flow-euler is for models of flow matching alone, and this has a {own}"
-        )
+        raise UserError(f"--scheduler {scheduler}: flow-euler is for models of flow matching alone; this has a {own}")
     schedule = make_scheduler(model, scheduler)
     longest = schedule.config.num_train_timesteps
     if steps > longest:

@@ -30,7 +30,7 @@ from modiff_kernels.cli import main
         ("--weight-bits 5", "'5' is not a supported number of bits; allowed: 3, 4, 8"),
         ("--schedule none.json", "none.json is no schedule of this version (FileNotFoundError"),
         ("--prompt cat", "takes no text"),
-        ("--scheduler flow-euler", "flow-euler is for models of flow matching alone, and this has a "),
+        ("--scheduler flow-euler", "flow-euler is for models of flow matching alone; this has a "),
         ("--colour red", "unrecognized arguments: --colour red"),
     ],
 )
