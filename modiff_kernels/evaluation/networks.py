@@ -132,9 +132,8 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
     handle = mk.accelerate(unet) if is_low_bit else None
-    return Model(
-        label, unet.eval().requires_grad_(False), scheduler_config, loaded if with_pipe else None, prompt, handle
-    )
+    pipe = loaded if with_pipe else None
+    return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
@@ -167,8 +166,7 @@ def check_steps(model: Model, scheduler: str, steps: int) -> int:
         schedule.set_timesteps(steps)
         schedule.step(torch.zeros(1, 1, 1, 1), schedule.timesteps[0], torch.zeros(1, 1, 1, 1))
     except Exception as error:
-        text = f"--scheduler {scheduler}, --steps {steps}: cannot be used with this model ({error})"
-        raise UserError(f"{text}; give others, or sample it in Python with mk.accelerate(pipe)") from error
+        raise UserError(f"--scheduler {scheduler}, --steps {steps}: not for this model ({error})") from error
     return len(schedule.timesteps)
 
 
