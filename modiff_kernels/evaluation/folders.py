@@ -27,7 +27,7 @@ def look_into(folder: Path, low_bit: bool) -> tuple[Path, bool, bool]:
     if method is not None and not (low_bit and method == ModiffConfig.quant_method.value):
         raise ValueError(f"was saved in low bits ({method}); give the model in full precision")
     if not with_pipe and kind not in ("UNet2DModel", "DiTTransformer2DModel"):
-        raise ValueError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
+        raise ValueError(f"{kind or 'this network'} cannot be sampled by itself; give the folder of a pipeline")
     return unet, with_pipe, method is not None
 
 

@@ -68,7 +68,7 @@ def test_outputs_that_cannot_be_written(refused, tmp_path):
         ("other.json", "{}", "neither config.json"),
         ("config.json", "{", "cannot read"),
         ("config.json", {"_class_name": "UNet2DModel"}, "cannot load it"),
-        ("config.json", {"_class_name": "UNet2DConditionModel"}, "give the folder of its pipeline"),
+        ("config.json", {"_class_name": "UNet2DConditionModel"}, "give the folder of a pipeline"),
         ("model_index.json", {"vae": ["a", "b"]}, "holds no denoiser (of vae); `modiff` takes one unet or transformer"),
         ("model_index.json", {"transformer": ["a"], "transformer_2": ["a"]}, "transformer and transformer_2"),
     ],
