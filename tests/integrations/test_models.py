@@ -22,8 +22,8 @@ COMPILED = ("FluxTransformer2DModel", "DiT (research)")
 REFUSED = ("UNet1DModel",)
 NOTES = {
     "Kandinsky3UNet": "W8A8: 0.5 dB in the mean of five draws of weights, from -0.3 to 1.1",
-    "StableCascadeUNet": "W8A8 and W4A4: features of the timestep have a period of 6e-4 of the run, so that with random "
-    "weights all that follows from them is another at every call (0.0 dB where the timestep stays)",
+    "StableCascadeUNet": "W8A8 and W4A4: features of the timestep have a period of 6e-4 of the run, so that with "
+    "random weights all that follows from them is another at every call (0.0 dB where the timestep stays)",
     "UVit2DModel (aMUSEd)": "W8A8: 0.4 dB in the mean of five draws of weights, from 0.2 to 0.7",
     "UNet1DModel": "refused: its convolutions are Conv1d, for which there are no low-bit kernels",
     "Lumina2Transformer2DModel": "breaks in diffusers' code, which reads lengths; `compile(fullgraph=False)`",
