@@ -17,7 +17,7 @@ from modiff_kernels.nn import weight as weights
 from modiff_kernels.nn.tensors import InputState, ModulationState, OutputState
 from modiff_kernels.ops import IDENTITY, PackedWeight, Window, dispatch
 from modiff_kernels.ops.problem import Problem, capability
-from modiff_kernels.quant.affine import check_finite
+from modiff_kernels.quant.affine import all_finite
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer, QuantizedWeight
 from modiff_kernels.quant.spec import row_count
 
@@ -230,14 +230,13 @@ class ModulatedLayer(nn.Module):
             state.set_static(scale.detach().to(device, torch.float32), zero_point)
 
     def _checked_weight(self) -> Tensor:
-        """What codes are made of. ValueError where it holds NaN or Inf or the calibrated codes are those of another one,
-        BackendUnavailable where nothing multiplies them."""
+        """What codes are made of; raises all that making them may raise."""
         weight = self.weight.detach()
         with self._named_errors():
             scaled = weight if self.input_scale is None else weight / self.input_scale
-            if self.calibrated.weight is None:
-                check_finite(scaled)
-            elif not weights.is_placeholder(weight):
+            if self.calibrated.weight is None and not all_finite(scaled):
+                raise ValueError("the weight holds NaN or Inf; repair the checkpoint before quantising it")
+            if self.calibrated.weight is not None and not weights.is_placeholder(weight):
                 self.calibrated.weight.to(weight.device).check_belongs(scaled)
             if self.mode != "float":
                 ops.preferred_layout(self.problem("product", NOMINAL_ROWS), self.backend)

@@ -140,7 +140,8 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str
     if method not in WEIGHT_METHODS:
         raise ValueError(f"{where}: method={method!r} is not known; choose one of {str(WEIGHT_METHODS)[1:-1]}")
     rows = weight_rows(weight.detach()).to(torch.float32)
-    check_finite(rows)
+    if not all_finite(rows):
+        raise ValueError(f"{where}: weight holds NaN or Inf; repair the checkpoint before quantising it")
     n, k = rows.shape
     groups = group_count(k, group_size)
     width = k if group_size == -1 else group_size
@@ -150,11 +151,6 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str
     scale = full if method == "absmax" else _smallest_error_scale(blocks, full, bits)
     weight_q = quantize(blocks, scale, bits).reshape(n, groups * width)[:, :k].contiguous()
     return weight_q, scale if group_size == -1 else scale.reshape(n, groups)
-
-
-def check_finite(weight: Tensor) -> None:
-    if not all_finite(weight):
-        raise ValueError("quantize_weight: weight holds NaN or Inf; repair the checkpoint before quantising it")
 
 
 def _smallest_error_scale(blocks: Tensor, full: Tensor, bits: int) -> Tensor:
