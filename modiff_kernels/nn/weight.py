@@ -24,8 +24,7 @@ def is_placeholder(weight: Tensor) -> bool:
 
 def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeight:
     """The storage of `weight` for products like `problem`. Raises BackendUnavailable if nothing solves them."""
-    codes = weight.codes if weight.bits == 8 else ops.pack_weight(weight.codes, weight.bits)  # the same at 8 bits
-    packed = PackedWeight(codes, weight.scale, weight.bits, weight.group_size)
+    packed = PackedWeight(ops.pack_weight(weight.codes, weight.bits), weight.scale, weight.bits, weight.group_size)
     return ops.prepare_weight(packed, problem.k, problem.window, ops.preferred_layout(problem, backend))
 
 
