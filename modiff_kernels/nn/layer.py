@@ -88,10 +88,7 @@ class ModulatedLayer(nn.Module):
             if calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
                 raise ValueError("a convolution with groups takes no input_scale; calibrate again")
         self.adopt_parameters()
-        if makes_codes or self.weight_bits is None:
-            self.refresh_weight()
-        else:
-            self._checked_weight()
+        (self.refresh_weight if makes_codes else self._checked_weight)()
         self.input: InputState | None = None
         if self.mode != "float":
             self.input = state.input_of(shared_input or name, config, self.granularity)
@@ -143,10 +140,9 @@ class ModulatedLayer(nn.Module):
             return
         weight = self.weight.detach()
         self.kernels.clear()
-        self.float_weight = weight
+        self.float_weight = weight if self.weight_bits is None else None
         if self.weight_bits is None:
             return
-        self.float_weight = None
         quantized = self._quantized_weight()
         if self.mode == "float":
             dequantized = quantized.dequantized(weight.shape).to(weight.dtype)
@@ -236,17 +232,17 @@ class ModulatedLayer(nn.Module):
             scaled = weight if self.input_scale is None else weight / self.input_scale
             if self.calibrated.weight is None and not all_finite(scaled):
                 raise ValueError("the weight holds NaN or Inf; repair the checkpoint before quantising it")
-            if self.calibrated.weight is not None and not weights.is_placeholder(weight):
-                self.calibrated.weight.to(weight.device).check_belongs(scaled)
+            if self.calibrated.weight is not None and weight.untyped_storage().nbytes() >= weight.nbytes:
+                self.calibrated.weight.to(weight.device).check_belongs(scaled)  # else it is a placeholder
             if self.mode != "float":
                 ops.preferred_layout(self.problem("product", NOMINAL_ROWS), self.backend)
         return scaled
 
     def _quantized_weight(self) -> QuantizedWeight:
-        scaled = self._checked_weight()
-        if self.calibrated.weight is None:
-            return QuantizedWeight.rounded(scaled, self.weight_bits, self.group_size)
-        return self.calibrated.weight.to(scaled.device)
+        weight, known = self._checked_weight(), self.calibrated.weight
+        if known is None:
+            return QuantizedWeight.rounded(weight, self.weight_bits, self.group_size)
+        return known.to(weight.device)
 
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulate" or "product") with `rows` output rows."""
@@ -430,8 +426,7 @@ class ModulatedConv2d(ModulatedLayer):
 
 
 def low_bit(layer: nn.Module, *args: Any) -> ModulatedLayer:
-    """The low-bit form of a Linear or Conv2d, with the arguments of `ModulatedLinear.from_linear`; `refresh_weight` is
-    still to be called, and raises nothing that this does not."""
+    """The low-bit form of a Linear or Conv2d, whose codes `refresh_weight` is to make; arguments of `from_linear`."""
     make: Any = ModulatedConv2d.from_conv2d if isinstance(layer, nn.Conv2d) else ModulatedLinear.from_linear
     return make(layer, *args, makes_codes=False)
 
@@ -490,7 +485,7 @@ class LinearStack:
 
     @staticmethod
     def fits(layers: Sequence[ModulatedLayer]) -> bool:
-        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype. Layers that scale the
+        """Whether the layers are of one kind: input, mode, bits, groups, backend and dtype. Layers that scale the
         channels of their input do not read one tensor."""
         formats = {(layer.weight_bits, layer.group_size, layer.weight_shape[1], layer.like.dtype) for layer in layers}
         kinds = {(layer.input, layer.mode, layer.backend, layer.input_scale) for layer in layers}

@@ -18,10 +18,6 @@ def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     return torch.zeros((1,) * len(shape), dtype=dtype, device=device).expand(tuple(shape))
 
 
-def is_placeholder(weight: Tensor) -> bool:
-    return weight.numel() > 1 and not any(step for step, size in zip(weight.stride(), weight.shape) if size > 1)
-
-
 def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeight:
     """The storage of `weight` for products like `problem`. Raises BackendUnavailable if nothing solves them."""
     packed = PackedWeight(ops.pack_weight(weight.codes, weight.bits), weight.scale, weight.bits, weight.group_size)
