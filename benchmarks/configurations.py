@@ -18,6 +18,7 @@ from benchmarks.baselines.openvino_unet import PRECISIONS, OpenVinoUNet
 from benchmarks.runner import Session, default_dtype, is_wanted
 from benchmarks.shapes import NOT_COUNTED
 from benchmarks.shared import Quantised, Row, build_rows, share_copy
+from modiff_kernels.backends import cpu
 from modiff_kernels.integrations.graphs import CudaCapture
 from modiff_kernels.integrations.handle import channels_last
 
@@ -176,7 +177,8 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: st
     """The rows of whole steps, as tables show them: those of `modiff compare` with weights in 8 bits, and more.
 
     plan: of the rows "planned", which are left out without one."""
-    rows = {row.key: row for row in build_rows((8,), None, compiled)}
+    more = [] if device.type == "cuda" or cpu.has_vnni() else [(7,)]  # bits that count without VNNI alone
+    rows = {row.key: row for bits in (None, *more) for row in build_rows((8,), bits, compiled)}
     ours, on_cuda = rows["modulated-w8a8"], device.type == "cuda"
 
     def add(key: str, base: Row, name: str, **changes: Any) -> None:

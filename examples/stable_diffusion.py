@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None, model: str) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the noise that the picture begins with (%(default)s)")
     add("--size", type=size, help="width and height in pixels (default: that of the model)")
     add("--weight-bits", type=int, choices=(3, 4, 8), default=8, help="of the weights (%(default)s)")
-    add("--act-bits", type=int, choices=(3, 4, 8), default=8, help="of the change of activations (%(default)s)")
+    add("--act-bits", type=int, choices=(3, 4, 7, 8), default=8, help="of the change of activations (%(default)s)")
     add("--schedule", help='calls of the UNet to forecast: auto, "forecast every=3", ... (docs/schedules.md)')
     add("--compile", action="store_true", help="compile the UNet with torch.compile; with --compare, both")
     graphs = argparse.BooleanOptionalAction

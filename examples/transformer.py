@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--classes", type=int, nargs="+", default=[207, 360], help="of ImageNet, one picture each")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    parser.add_argument("--act-bits", type=int, choices=(3, 4, 8), default=8, help="of the activations (%(default)s)")
+    parser.add_argument("--act-bits", type=int, choices=(3, 4, 7, 8), default=8, help="of activations (%(default)s)")
     parser.add_argument("--out", default="transformer.png", help="file of the pictures, side by side (%(default)s)")
     args = parser.parse_args(argv)
 

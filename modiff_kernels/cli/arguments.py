@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from modiff_kernels.evaluation import SCHEDULERS, UserError, user_errors
 from modiff_kernels.evaluation.folders import look_into
 from modiff_kernels.models import SHIPPED
 from modiff_kernels.planning import stored
-from modiff_kernels.quant.spec import BITS, GRANULARITIES
+from modiff_kernels.quant.spec import ACT_BITS, BITS, GRANULARITIES
 
 METHODS = ("minmax", "mse", "percentile", "ndtc", "distill", "qdiffusion", "accuquant", "sampling_aware")
 MODES = ("modulated", "quantized", "weight_only", "float")
@@ -27,7 +27,7 @@ SCHEDULE_HELP = (
     "docs/schedules.md"
 )
 PLAN_HELP = "auto, none, or a file of `modiff calibrate --plan`, see docs/layer_plan.md"
-LAYER_BITS = "3, 4 or 8 (8); unused with --mode float"
+LAYER_BITS = "(8); unused with --mode float"
 
 COMPARE_HELP = """\
 Sample the same images from the same noise in several configurations and print how close they come to full precision,
@@ -101,14 +101,14 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
 positive, above_0 = number(int, 1), number(float, 0, above=True)
 
 
-def bits(text: str) -> int:
-    if text not in map(str, BITS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a supported number of bits; allowed: 3, 4, 8")
+def bits(text: str, allowed: Sequence[int] = BITS) -> int:
+    if text not in (known := [str(number) for number in allowed]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a supported number of bits; allowed: {', '.join(known)}")
     return int(text)
 
 
-def bits_list(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(bits(item.strip()) for item in text.split(",")))
+def bits_list(text: str, allowed: Sequence[int] = BITS) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(bits(item.strip(), allowed) for item in text.split(",")))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -196,8 +196,9 @@ def add_model_options(add: Callable[..., Any], sampled: bool = True) -> None:
 def add_layer_options(add: Callable[..., Any], mode: str | None = "modulated", bits_of_layers: int | None = 8) -> None:
     """The defaults are None where it counts whether an option was given."""
     add("--mode", choices=MODES, default=mode, help="how layers are computed (modulated)")
-    add("--weight-bits", type=bits, default=bits_of_layers, help=LAYER_BITS)
-    add("--act-bits", type=bits, default=bits_of_layers, help=f"{LAYER_BITS}, weight_only")
+    add("--weight-bits", type=bits, default=bits_of_layers, help=f"3, 4 or 8 {LAYER_BITS}")
+    of_codes = functools.partial(bits, allowed=ACT_BITS)
+    add("--act-bits", type=of_codes, default=bits_of_layers, help=f"3, 4, 7 or 8 {LAYER_BITS}, weight_only")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -217,7 +218,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", type=positive, default=16, help="images to judge, IMAGES / BATCH runs (%(default)s)")
     add("--rows", type=names, default=(), metavar="A,B", help="configurations to show (default: all)")
     add("--weight-bits", type=bits_list, default=(8,), metavar="A,B", help="of 3, 4, 8 (8)")
-    add("--act-bits", type=bits_list, metavar="A,B", help="of 3, 4, 8 (plain: 8,4; modulated: 8,4,3)")
+    of_codes = functools.partial(bits_list, allowed=ACT_BITS)
+    add("--act-bits", type=of_codes, metavar="A,B", help="of 3, 4, 7, 8 (plain: 8,4; modulated: 8,4,3)")
     add("--repeats", type=positive, default=2, help="how often every run is timed (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="with or without torch.compile")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")

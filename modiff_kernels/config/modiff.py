@@ -12,7 +12,7 @@ from modiff_kernels.config.check import is_int, not_allowed, read_json
 from modiff_kernels.config.plan import MODULATED, QUANTIZED, LayerPlan
 from modiff_kernels.config.schedule import AUTO, StepSchedule
 from modiff_kernels.log import logger
-from modiff_kernels.quant.spec import BITS, GRANULARITIES
+from modiff_kernels.quant.spec import ACT_BITS, BITS, GRANULARITIES
 
 BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
 FIRST, LAST, TIME, MODULATION = ": the first layer", ": the last layer", ": of the timestep", ": modulation"
@@ -39,7 +39,7 @@ def _one_of(*allowed: Any) -> Check:
 # By field: what it may be, and how that is called in an error.
 CHECKS: dict[str, Check] = {
     "weight_bits": _one_of(*BITS, None),
-    "act_bits": _one_of(*BITS, None),
+    "act_bits": _one_of(*ACT_BITS, None),
     "granularity": _one_of(*GRANULARITIES, None),
     "scale_mode": _one_of("dynamic", "delayed", "static"),
     "mode": _one_of("modulated", "quantized"),
@@ -70,12 +70,13 @@ class ModiffConfig:
     Immutable. Every impossible value raises ValueError naming the field, the value and what is allowed.
 
     weight_bits: 3, 4, 8, or None (weights untouched; then act_bits must be None too).
-    act_bits: bits of the residual codes (mode "modulated") or activation codes ("quantized"): 3, 4, 8, or None
-        (float activations with dequantised weights: the ceiling that weight quantisation alone sets).
+    act_bits: bits of the residual codes (mode "modulated") or activation codes ("quantized"): 3, 4, 7, 8, or
+        None (float activations with dequantised weights: the ceiling that weight quantisation alone sets). 7 are
+        faster than 8 on CPUs without VNNI, and nowhere else.
     granularity: how many activation scales a tensor has: "per_tensor", "per_sample", "per_token" or "per_block" (one
         per sample, input channel and 16 rows or pixels; dynamic scales of residuals only). None is "per_block" where it
         can be had at 3 and 4 bits, else "per_sample"; "per_token" for plain Linears and 1x1 convolutions on a GPU, and
-        for plain and 8-bit layers of transformers; and "per_sample" for W4A4 on sm_80 to sm_89, whose 4-bit tensor
+        for plain, 7- and 8-bit layers of transformers; and "per_sample" for W4A4 on sm_80 to sm_89, whose 4-bit tensor
         cores take it, and for 8-bit weights on CPUs without VNNI, which multiply codes of few bits faster. A
         convolution whose scale per pixel does not factor out of its sum (anything but 1x1 with stride 1 and no padding)
         takes "per_sample" in place of "per_token".

@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from modiff_kernels.config.check import read_json, text_table
+from modiff_kernels.quant.spec import ACT_BITS
 
 FLOAT, QUANTIZED, MODULATED, CONSTANT = "float", "quantized", "modulated", "constant"
-BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), QUANTIZED: (3, 4, 8), MODULATED: (3, 4, 8)}
+BITS: dict[str, tuple[Any, ...]] = {FLOAT: (None,), QUANTIZED: ACT_BITS, MODULATED: ACT_BITS}
 SOURCES = ("given", "estimated", "measured")
 
 
@@ -24,7 +25,7 @@ class Mode:
 
     def __post_init__(self) -> None:
         if self.act_bits not in BITS.get(self.kind, ()):
-            allowed = "float, or quantized or modulated with 3, 4 or 8 bits, such as 'modulated 4'"
+            allowed = "float, or quantized or modulated with 3, 4, 7 or 8 bits, such as 'modulated 4'"
             raise ValueError(f"LayerPlan: mode {str(self)!r} is not allowed; give {allowed}")
 
     def __str__(self) -> str:

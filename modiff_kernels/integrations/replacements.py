@@ -123,7 +123,7 @@ def for_kind(unet: nn.Module, config: ModiffConfig) -> tuple[ModiffConfig, str]:
     """`config` as its defaults are meant for this network, and what that changes. A transformer has attention, and no
     convolution but of patches and single channels."""
     is_plain, of_kind = QUANTIZED in (config.mode, config.plan), config.plan in (None, MODULATED, QUANTIZED)
-    bits_that_count = config.act_bits is not None and (is_plain or config.act_bits == 8)  # else per_block
+    bits_that_count = config.act_bits is not None and (is_plain or config.act_bits >= 7)  # else per_block
     if config.scale_mode != "dynamic" or not (of_kind and bits_that_count):
         return config, ""
     names = " ".join(f"{path} {type(each).__name__}" for path, each in unet.named_modules()).lower()
@@ -136,7 +136,7 @@ def for_kind(unet: nn.Module, config: ModiffConfig) -> tuple[ModiffConfig, str]:
     if config.plan is not None or is_plain:
         return config, text
     text = "modulating them moves more bytes than it saves; plan='modulated' modulates them"
-    text = f"8-bit layers of a transformer are plain, with a scale per token: {text}"
+    text = f"{config.act_bits}-bit layers of a transformer are plain, with a scale per token: {text}"
     return dataclasses.replace(config, mode=QUANTIZED), text
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant.operands import PROLOGUES, PackedWeight, Prologue, summed
 from ..quant.packing import KPACK_V1, check_packed
-from ..quant.spec import GRANULARITIES, check_bits, check_group_size, granule_count, group_count, row_count
+from ..quant.spec import ACT_BITS, GRANULARITIES, check_bits, check_group_size, granule_count, group_count, row_count
 from .problem import Problem, capability
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,7 +21,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def quantize(h, prologue, x_hat, scale, bits, granularity, clip_ratio, affine, last_absmax) -> Problem:
     op = "quantize"
     shape, image = _quantized_shape(op, h, prologue)
-    check_bits(op, "bits", bits)
+    check_bits(op, "bits", bits, ACT_BITS)
     if granularity not in GRANULARITIES:
         known = ", ".join(map(repr, GRANULARITIES))
         raise ValueError(f"{op}: granularity={granularity!r} is not known; choose one of {known}")

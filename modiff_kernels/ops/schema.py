@@ -66,7 +66,7 @@ def quantize(
         x_hat: state of x's shape and memory format. **Mutated.**
         scale: None, or the scales to use for the residual (static): positive and finite, one per granule, or one for
             all.
-        bits: b = 3, 4 or 8.
+        bits: b = 3, 4, 7 or 8.
         granularity: "per_tensor", "per_sample", "per_token", or, for residuals with scale None, "per_block": codes are
             then code * multiplier with an integer multiplier per (sample, 16 consecutive rows, input channel), still
             int8, and scale is per sample (`quant.affine.block_multipliers`); at 8 bits, and with fewer than 16 rows in

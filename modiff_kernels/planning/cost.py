@@ -124,7 +124,7 @@ def seconds(layer: LayerShape, mode: Mode, sizes: Sizes, machine: Machine, compi
 # learnt codes, 63.2 dB where all is modulated) a single plain unit leaves 54.6 or 56.4 dB in the two convolution blocks
 # of the last level, near the output, 60 to 63 in the others, and 62.8 to 63.2 in attention.
 ERRORS = {"tokens": 0.02, "images": 0.25, "last": 2.5}
-RESIDUAL_ERRORS = {8: 0.02, 4: 0.4, 3: 1.6}
+RESIDUAL_ERRORS = {8: 0.02, 7: 0.08, 4: 0.4, 3: 1.6}
 """Of a modulated unit, as a part of that, by bits of the codes: its noise over that of the plain unit."""
 
 

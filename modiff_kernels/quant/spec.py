@@ -9,7 +9,8 @@ multiplier still fits int8, so an integer product takes it without knowing (`aff
 from collections.abc import Sequence
 from math import prod
 
-BITS = (3, 4, 8)
+BITS = (3, 4, 8)  # of weights
+ACT_BITS = (3, 4, 7, 8)
 GRANULARITIES = ("per_tensor", "per_sample", "per_token", "per_block")
 GRANULARITY_VALUE = {name: value for value, name in enumerate(GRANULARITIES)}  # csrc/common/problem.h
 BLOCK_ROWS = 16  # rows (pixels) of a per_block block; the last one of a sample takes the rest, up to 31
@@ -25,9 +26,9 @@ def quant_max(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def check_bits(where: str, name: str, bits: int) -> None:
-    if bits not in BITS or isinstance(bits, bool):
-        raise ValueError(f"{where}: {name}={bits!r} is not supported; choose one of {', '.join(map(str, BITS))}")
+def check_bits(where: str, name: str, bits: int, allowed: Sequence[int] = BITS) -> None:
+    if bits not in allowed or isinstance(bits, bool):
+        raise ValueError(f"{where}: {name}={bits!r} is not supported; choose one of {', '.join(map(str, allowed))}")
 
 
 def check_group_size(where: str, group_size: int) -> None:

@@ -34,7 +34,7 @@ def test_counts_add_up_over_a_stream(values):
     assert whole.counts.sum() == values.numel()
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 7, 8])
 def test_symmetric_scales(values, bits):
     absmax = values.abs().max().item()
     scale, zero_point = found(values, bits, "minmax", False)
@@ -45,10 +45,10 @@ def test_symmetric_scales(values, bits):
         least = found(values, bits, "mse", False, p)[0].item()
         best = min(error(values, scale.item(), 0, bits, p) for scale in candidates)
         assert error(values, least, 0, bits, p) <= best * 1.01  # the histogram moves values by up to half a bin
-        assert bits == 8 or least < candidates[0] * 0.7  # few bits: clipping the tail pays
+        assert bits > 4 or least < candidates[0] * 0.7  # few bits: clipping the tail pays
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 7, 8])
 def test_affine_mse_is_the_best_of_all_candidates(values, bits):
     x = torch.nn.functional.silu(values)
     scale, zero_point = found(x, bits, "mse", True)

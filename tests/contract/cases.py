@@ -12,7 +12,8 @@ from torch import Tensor
 from modiff_kernels.quant.operands import PackedWeight, Prologue, Window
 from modiff_kernels.quant.packing import pack
 
-BITS = (3, 4, 8)
+BITS = (3, 4, 8)  # of weights
+ACT_BITS = (3, 4, 7, 8)
 GRANULARITIES = ("per_tensor", "per_sample", "per_token")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS32 = torch.finfo(torch.float32).eps

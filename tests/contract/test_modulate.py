@@ -13,7 +13,7 @@ from modiff_kernels.ops import naive
 from modiff_kernels.quant.affine import residual_scale
 from modiff_kernels.quant.operands import IDENTITY
 from tests.contract import cases
-from tests.contract.cases import BITS, EPS32, SMALL, Case, activation, conv, weight_of
+from tests.contract.cases import ACT_BITS, BITS, EPS32, SMALL, Case, activation, conv, weight_of
 
 OP = "modulate"
 
@@ -125,7 +125,7 @@ def test_forms_of_the_update(place):
         if granularity == "per_token" and case.window and not case.window.is_pointwise:
             continue  # such scales do not leave the sum
         layer = Layer(place, case, weight_bits, -1, granularity, dtype, state_dtype)
-        layer.run(trajectory(case, 2 if place.few else 4, dtype), draw(BITS), granularity, scale_mode)
+        layer.run(trajectory(case, 2 if place.few else 4, dtype), draw(ACT_BITS), granularity, scale_mode)
 
 
 def test_group_scales_of_weights(place):

@@ -9,7 +9,7 @@ import torch
 from modiff_kernels import ops
 from modiff_kernels.quant.packing import pack
 from tests.contract import cases
-from tests.contract.cases import BITS, CONVS, EPS32, LAYERS, LINEARS, SMALL, Case, conv, weight_of
+from tests.contract.cases import ACT_BITS, BITS, CONVS, EPS32, LAYERS, LINEARS, SMALL, Case, conv, weight_of
 from tests.places import LIMITS
 
 OP = "product"
@@ -114,7 +114,7 @@ def check_floats(place, case, draw, group_size=-1):
     if weight is None:
         return False
     state_dtype, out_dtype = draw(place.dtypes), draw(place.dtypes)
-    codes, count = codes_of(case, draw(BITS)), case.scales(granularity)
+    codes, count = codes_of(case, draw(ACT_BITS)), case.scales(granularity)
     scale = torch.rand(count) * 0.1 + 0.01
     zero = None if with_state or draw([True, False]) else zero_points(count)
     bias = None if with_state or draw([True, False]) else torch.randn(case.n).to(draw(place.dtypes))

@@ -13,7 +13,7 @@ import torch
 from modiff_kernels.backends import reference
 from modiff_kernels.quant.operands import IDENTITY
 from tests.contract import cases
-from tests.contract.cases import BITS, EPS32, GRANULARITIES, activation, granules, memory_format, over_granules
+from tests.contract.cases import ACT_BITS, EPS32, GRANULARITIES, activation, granules, memory_format, over_granules
 
 OP = "quantize"
 
@@ -94,7 +94,7 @@ def test_residuals(place):
     """Shapes times sources of the scale, with formats drawn at random; on fast places every width for each."""
     draw = random.Random(0).choice
     for shape, (granularity, source) in itertools.product(shapes(place), SOURCES):
-        for bits in [draw(BITS)] if place.few else BITS:
+        for bits in [draw(ACT_BITS)] if place.few else ACT_BITS:
             x, x_hat = activation(shape, draw(place.dtypes)), activation(shape, draw(place.dtypes))
             scale = scale_for(source, granularity, x)
             check_residual(place, x, x_hat, scale, bits, granularity, draw([1.0, 1.0, 0.7, 1.25]))
@@ -110,7 +110,7 @@ def test_plain_codes(place):
     draw = random.Random(1).choice
     for shape, granularity, affine in itertools.product(shapes(place), GRANULARITIES, (True, False)):
         offset = draw([-3.0, 0.0, 0.3, 3.0])
-        for bits in [draw(BITS)] if place.few else BITS:
+        for bits in [draw(ACT_BITS)] if place.few else ACT_BITS:
             check_plain(place, activation(shape, draw(place.dtypes)) + offset, bits, granularity, affine)
 
 
@@ -125,7 +125,7 @@ def test_extreme_values(place):
 
 
 def test_ties_go_to_the_even_code_and_ends_clamp(place):
-    for bits in BITS:
+    for bits in ACT_BITS:
         steps = torch.arange(-(2**bits), 2**bits + 1) / 2  # every code, every tie, both ends beyond the range
         x = steps.repeat(1, 3, 1).contiguous()
         codes, *_ = check_residual(place, x, torch.zeros_like(x), torch.ones(1), bits, "per_tensor")
@@ -136,7 +136,7 @@ def test_ties_go_to_the_even_code_and_ends_clamp(place):
 def test_channels_of_uneven_range(place):
     """per_block: multipliers from 1 to their largest; a last block of 16, 17 and 31 rows; none."""
     some = [(2, 32, 13, 5), (2, 31, 40), (3, 48, 33), (2, 32, 7, 9), (2, 9, 40)]
-    for shape, bits in zip(some, (3, 4, 4, 3, 8)) if place.few else itertools.product(some, BITS):
+    for shape, bits in zip(some, (3, 4, 7, 3, 8)) if place.few else itertools.product(some, ACT_BITS):
         ranges = 10.0 ** torch.linspace(-3, 0, shape[1 if len(shape) == 4 else -1])
         x = activation(shape, spread=ranges.view(-1, 1, 1) if len(shape) == 4 else ranges)
         for clip_ratio in [0.7] if place.few else [1.0, 0.7]:
@@ -216,7 +216,7 @@ def check_prologue(place, given, x_hat, scale=None, bits=4, granularity="per_sam
         # Rounding moves a value over a tie, or a maximum so that a multiplier's ceiling jumps: rarely, and by a step.
         apart = np.abs(granules(codes, granularity) - wanted) / multiplier
         assert apart.max() <= 2
-        assert (apart > 0).mean() < 0.02
+        assert (apart > 0).sum() < 2 + 0.02 * apart.size  # the largest value lies at a tie where there are no blocks
         return
     if scale is None:
         np.testing.assert_array_equal(used.numpy(), cases.oracle_scale(absmax.numpy(), bits, clip_ratio))
@@ -236,7 +236,8 @@ def test_prologues_of_residuals(place):
         x_hat = (given.x + 0.2 * torch.randn_like(given.x)).to(draw(place.dtypes))
         x_hat = x_hat.contiguous(memory_format=memory_format(x_hat.shape))
         clip_ratio = draw([1.0, 0.8]) if source == "dynamic" else 1.0
-        check_prologue(place, given, x_hat, scale_for(source, granularity, x_hat), draw(BITS), granularity, clip_ratio)
+        scale, bits = scale_for(source, granularity, x_hat), draw(ACT_BITS)
+        check_prologue(place, given, x_hat, scale, bits, granularity, clip_ratio)
 
 
 def test_group_norm_options(place):
@@ -268,7 +269,7 @@ def test_prologues_of_plain_codes(place):
     for make, granularity, affine in itertools.product(prologues(place.few), GRANULARITIES, (True, False)):
         if place.few and draw([True, True, False]):
             continue
-        (h, prologue, x, error), bits = make(draw(place.dtypes)), draw(BITS)
+        (h, prologue, x, error), bits = make(draw(place.dtypes)), draw(ACT_BITS)
         codes, scale, zero_point = place.quantize(h, prologue, bits=bits, granularity=granularity, affine=affine)
         assert codes.is_contiguous(memory_format=memory_format(x.shape))
         assert zero_point.dtype == torch.int32

@@ -31,7 +31,7 @@ SHAPES = {"linear": (3, 7, 24), "conv3x3": (2, 16, 5, 5)}
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("act_bits", [3, 4, 8])
+@pytest.mark.parametrize("act_bits", [3, 4, 7, 8])
 @each_backend
 def test_runs_equal_the_method_as_the_papers_write_it(kind, act_bits, backend):
     """Also the second run, whose state is not new. The largest residual of a sample lies at a tie by definition of the

@@ -75,5 +75,5 @@ def test_errors_weigh_most_near_the_output():
     plain = [weight_of_error(kind, PLAIN) for kind in kinds]
     assert plain == sorted(plain)
     for kind in kinds:
-        eight, four, three = (weight_of_error(kind, Mode("modulated", bits)) for bits in (8, 4, 3))
-        assert weight_of_error(kind, FLOAT) == 0 < eight < four < weight_of_error(kind, PLAIN) < three
+        eight, seven, four, three = (weight_of_error(kind, Mode("modulated", bits)) for bits in (8, 7, 4, 3))
+        assert weight_of_error(kind, FLOAT) == 0 < eight < seven < four < weight_of_error(kind, PLAIN) < three
