@@ -156,3 +156,17 @@ def place(request, stand_in, poisoned_empty):
     """A place, entered; whatever is allocated while the test runs is poisoned."""
     with request.param.entered(stand_in) as entered:
         yield entered
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory):
+    """A pipeline of a class-conditional transformer on latents, with random weights."""
+    import diffusers
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "patch_size": 2}
+    dit = diffusers.DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, norm_num_groups=4)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    folder = tmp_path_factory.mktemp("dit")
+    diffusers.DiTPipeline(dit.eval(), vae.eval(), diffusers.DDIMScheduler()).save_pretrained(folder)
+    return folder

@@ -164,6 +164,7 @@ def pretended_gpu() -> Iterator[tuple[Counter[str], Counter[str]]]:
         (replacements, "runs_on_gpu", lambda unet: True),
         (plans, "runs_on_gpu", lambda unet: True),
         (layer_module, "is_gpu", lambda device: True),
+        (layer_module, "all_finite", lambda weight: True),
         (layer_module.ModulatedLayer, "problem", on_gpu),
         (ModulationState, "dtype_on", lambda state, device: state.state_dtype or torch.float16),
         (QuantizedWeight, "rounded", staticmethod(rounded)),

@@ -202,7 +202,7 @@ def add_layer_options(add: Callable[..., Any], mode: str | None = "modulated", b
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="modiff", description="Faster sampling of diffusion UNets with low-bit modulated layers.")
+    parser = Parser(prog="modiff", description="Faster sampling of diffusion models with low-bit modulated layers.")
     parser.add_argument("--version", action="version", version=f"modiff_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 

@@ -25,10 +25,10 @@ def run(args: argparse.Namespace) -> int:
     if args.schedule is None:
         del args.steps  # which the scheduler of the model then need not be able to do
     model = networks.open_model(args)
-    row = row_of(args, model.name, plan=args.plan)
     shapes = None
     with contextlib.suppress(ValueError):  # of a UNet whose inputs cannot be made up
         samples, shapes = traced_shapes(model.unet, args.batch)
+    row = row_of(args, model.name, plan=None if shapes is None and args.plan == "auto" else args.plan)
     handle = Quantised(model.unet, row, args.backend, args.granularity, args.max_state_bytes).handle
     size, state_bytes = "not known before a run", None
     if shapes is not None:

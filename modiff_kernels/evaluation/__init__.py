@@ -20,6 +20,7 @@ SCHEDULERS = {
     "dpmsolver++-karras": "DPMSolverMultistepScheduler",
     "dpmsolver++-lu": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 
 

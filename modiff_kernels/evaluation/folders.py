@@ -6,17 +6,20 @@ from typing import Any
 
 from modiff_kernels.config import ModiffConfig
 
+DENOISERS = {"unet", "transformer", "transformer_2", "prior", "decoder"}
+
 
 def look_into(folder: Path, low_bit: bool) -> tuple[Path, bool, bool]:
-    """The folder of the UNet, whether a pipeline has to be loaded around it, and whether it was saved in low bits.
+    """The folder of the denoiser, whether a pipeline has to be loaded around it, and whether it was saved in low bits.
     low_bit: whether such a one will do. ValueError for a folder that cannot be sampled."""
     unet, with_pipe = folder, False
     if (folder / "model_index.json").is_file():
         parts = {key for key in read_config(folder / "model_index.json") if not key.startswith("_")}
-        if "unet" not in parts:
-            held = ", ".join(sorted(parts))
-            raise ValueError(f"the pipeline holds no unet (it holds {held}); only UNets can be sampled")
-        unet, with_pipe = folder / "unet" if (folder / "unet").is_dir() else folder, not parts <= {"unet", "scheduler"}
+        if len(found := sorted(parts & DENOISERS)) != 1 or found[0] not in ("unet", "transformer"):
+            held = f"the pipeline holds {' and '.join(found) or 'no denoiser'} (of {', '.join(sorted(parts))})"
+            raise ValueError(f"{held}; `modiff` takes one unet or transformer, mk.accelerate(pipe) in Python any")
+        unet = folder / found[0] if (folder / found[0]).is_dir() else folder
+        with_pipe = not parts <= {found[0], "scheduler"}
     elif not (folder / "config.json").is_file():
         raise ValueError("neither config.json (a UNet) nor model_index.json (a pipeline) in this folder")
     config = read_config(unet / "config.json")
@@ -24,7 +27,7 @@ def look_into(folder: Path, low_bit: bool) -> tuple[Path, bool, bool]:
     if method is not None and not (low_bit and method == ModiffConfig.quant_method.value):
         raise ValueError(f"was saved in low bits ({method}); give the model in full precision")
     if not with_pipe and kind not in ("UNet2DModel", "DiTTransformer2DModel"):
-        raise ValueError(f"a {kind} cannot be sampled by itself; give the folder of its pipeline")
+        raise ValueError(f"{kind or 'this network'} cannot be sampled by itself; give the folder of a pipeline")
     return unet, with_pipe, method is not None
 
 

@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from modiff_kernels.evaluation import SCHEDULERS, UserError
 from modiff_kernels.evaluation.folders import look_into, read_config
 from modiff_kernels.integrations.planner import share_copy as share_copy
 from modiff_kernels.models import SHIPPED, shipped_model_path
+from modiff_kernels.nn.call import denoiser_of, denoisers_of
 from modiff_kernels.planning.clock import automatic, host_timesteps
 from modiff_kernels.planning.stored import beside, best_of, run_of
 
@@ -116,7 +118,7 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         loaded = getattr(diffusers, kind).from_pretrained(place, torch_dtype=torch.float32).to(device)
     except Exception as error:
         raise UserError(f"diffusers cannot load it: {str(error).strip().splitlines()[0]}") from error
-    unet, pipe = (loaded.unet, loaded) if with_pipe else (loaded, None)
+    unet: Any = denoiser_of("modiff", loaded)  # itself, where it is no pipeline
     for key, parameter in unet.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"parameter {key} holds NaN or Inf; repair or re-download the model")
@@ -130,6 +132,7 @@ def _load_folder(label: str, folder: Path, prompt: str | None, device: torch.dev
         raise UserError(f"{channels}; only UNets that predict the noise alone can be sampled (no learned variance)")
     scheduler_config = dict(loaded.scheduler.config) if with_pipe else _scheduler_config(folder)
     handle = mk.accelerate(unet) if is_low_bit else None
+    pipe = loaded if with_pipe else None
     return Model(label, unet.eval().requires_grad_(False), scheduler_config, pipe, prompt, handle)
 
 
@@ -152,14 +155,18 @@ def make_scheduler(model: Model, name: str, **more: Any):
 
 def check_steps(model: Model, scheduler: str, steps: int) -> int:
     """Number of UNet calls that `steps` make; UserError if the scheduler cannot do them."""
+    own = model.scheduler_config.get("_class_name", "")
+    if ("FlowMatch" in own) != (scheduler == "flow-euler"):
+        raise UserError(f"--scheduler {scheduler}: flow-euler is for models of flow matching alone; this has a {own}")
     schedule = make_scheduler(model, scheduler)
     longest = schedule.config.num_train_timesteps
     if steps > longest:
         raise UserError(f"--steps {steps}: the model was trained on {longest} steps; give at most {longest}")
     try:
         schedule.set_timesteps(steps)
+        schedule.step(torch.zeros(1, 1, 1, 1), schedule.timesteps[0], torch.zeros(1, 1, 1, 1))
     except Exception as error:
-        raise UserError(f"--steps {steps}: {scheduler} cannot do them ({error}); give another number") from error
+        raise UserError(f"--scheduler {scheduler}, --steps {steps}: not for this model ({error})") from error
     return len(schedule.timesteps)
 
 
@@ -200,18 +207,19 @@ def sample_images(
 ) -> np.ndarray:  # fmt: skip
     """One sampling run: float32 images [N, H, W, C] in 0..1, image i from the noise of seeds[i]. `unet` takes the place
     of the model's own, `run(scheduler)` is entered around the calls of the UNet, `on_step` is called after each step
-    where `tells_steps(model)`. scheduler_options: as `make_scheduler` takes them. latent: of a pipeline with a VAE, the
-    latents that it would decode."""
+    where `tells_steps(model)`. scheduler_options: as `make_scheduler` takes them. latent: of a text pipeline with a
+    VAE, the latents that it would decode."""
     device = next(model.unet.parameters()).device
     schedule = make_scheduler(model, scheduler, **(scheduler_options or {}))
     if model.pipe is not None:
-        model.pipe.unet, model.pipe.scheduler = unet, schedule
+        setattr(model.pipe, next(iter(denoisers_of(model.pipe))), unet)
+        model.pipe.scheduler = schedule
         model.pipe.set_progress_bar_config(disable=True)
         options: dict[str, Any] = {} if model.prompt is None else {"prompt": model.prompt}
         if tells_steps(model):
             options["callback_on_step_end"] = lambda pipe, step, t, tensors: (on_step(), tensors)[1]
         with run(schedule):
-            kind = "latent" if latent and hasattr(model.pipe, "vae") else "np"
+            kind = "latent" if latent and model.prompt is not None and hasattr(model.pipe, "vae") else "np"
             images = run_pipeline(model.pipe, steps, seeds, {"output_type": kind, **options}).images
         if kind == "latent":
             return images.float().cpu().numpy()
@@ -243,6 +251,7 @@ def quiet_libraries() -> None:
     """Keep progress bars, advice and logged errors of other libraries out of the terminal; exceptions tell enough."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # the name that all versions know
     import diffusers
 
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)

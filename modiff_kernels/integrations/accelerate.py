@@ -49,9 +49,9 @@ def accelerate(
     runs from now on. The other arguments must be left out then.
 
     The UNet computes in channels_last inside and returns a contiguous sample. Its state_dict, config and attributes
-    stay. On any error nothing is replaced: TypeError for a target without a UNet, ValueError where there is nothing
-    to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible, RuntimeError if the
-    UNet is accelerated already, BackendUnavailable if config.backend cannot do it."""
+    stay. On any error nothing is replaced (keep_original=False: see docs/saving.md): TypeError for no UNet, ValueError
+    where there is nothing to replace, a scale is missing, the calibration does not fit or cuda_graphs are not possible,
+    RuntimeError if the UNet is accelerated already, BackendUnavailable if config.backend cannot do it."""
     options: Any = {"share_inputs": share_inputs, "keep_original": keep_original, "calibration": calibration}
     if vae:
         with contextlib.ExitStack() as undo:

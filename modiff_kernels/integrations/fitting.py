@@ -22,6 +22,7 @@ from modiff_kernels.planning.fit import Answer, Fit, Target, fitted
 
 TARGETS = ("own", "converged")
 CONVERGED = 250  # calls, or ten for one of the run, or as many as the network was trained on
+RUNS = 2  # of the sampler, for each call and squared evaluation: fits of the shipped model took 1 to 2.5
 NEIGHBOURS = 4  # calls of the converged run between which its states are interpolated
 
 
@@ -73,7 +74,8 @@ def fit_schedule(
         raise ValueError(f"fit_schedule: {type(own).__name__} adds noise at its steps; choose another sampler")
     started = time.perf_counter()
     run, log_snr = _described(sampler(steps))
-    with tqdm(desc="fit", unit="run", disable=quiet, leave=False, mininterval=1) as bar, torch.no_grad():
+    total = evaluations and RUNS * len(log_snr) * evaluations**2
+    with tqdm(desc="fit", total=total, unit="run", disable=quiet, leave=False, mininterval=1) as bar, torch.no_grad():
 
         def fit_on(first: int, count: int, *more: Any) -> Fit:
             seeds = range(seed + first, seed + first + count)

@@ -274,8 +274,9 @@ class Handle:
             undo.callback(self._detach)
             if self.pipe is not None:
                 self.attach(self.pipe)
-            if not self.keep_original:
-                for layer in self.layers.values():
+            for layer in self.layers.values():
+                layer.refresh_weight()
+                if not self.keep_original:
                     layer.free_original()
             self._watch = Watch(unet, self.replaced)
             self._undo = undo.pop_all()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modiff_kernels import ops
 from modiff_kernels.backends import cpu
 from modiff_kernels.config import ModiffConfig
 from modiff_kernels.nn import step
@@ -16,6 +17,7 @@ from modiff_kernels.nn import weight as weights
 from modiff_kernels.nn.tensors import InputState, ModulationState, OutputState
 from modiff_kernels.ops import IDENTITY, PackedWeight, Window, dispatch
 from modiff_kernels.ops.problem import Problem, capability
+from modiff_kernels.quant.affine import all_finite
 from modiff_kernels.quant.calibrated import NOT_CALIBRATED, CalibratedLayer, QuantizedWeight
 from modiff_kernels.quant.spec import row_count
 
@@ -55,7 +57,7 @@ class ModulatedLayer(nn.Module):
 
     def __init__(
         self, original: nn.Module, config: ModiffConfig, state: ModulationState | None, name: str,
-        shared_input: str | None = None, calibrated: CalibratedLayer = NOT_CALIBRATED,
+        shared_input: str | None = None, calibrated: CalibratedLayer = NOT_CALIBRATED, makes_codes: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.__dict__["original"] = original  # not a child: its parameters are ours, under the same keys
@@ -72,8 +74,9 @@ class ModulatedLayer(nn.Module):
         if self.owns_state:
             state.advice = "put `with mk.sampling_run(network):` around the calls of one picture"
         self.mode = "float" if config.act_bits is None else config.mode
-        self.weight_bits, self.act_bits = config.weight_bits, config.act_bits
-        self.group_size = -1 if config.group_size is None else config.group_size
+        self.act_bits, known = config.act_bits, calibrated.weight
+        self.weight_bits = config.weight_bits if known is None else known.bits
+        self.group_size = (config.group_size or -1) if known is None else known.group_size
         self.backend = config.backend
         self.granularity = self._granularity(config)
         self.calibrated = calibrated
@@ -84,7 +87,8 @@ class ModulatedLayer(nn.Module):
             calibrated.check(self.weight_shape, self.bias is not None)
             if calibrated.input_scale is not None and self.window is not None and self.window.groups != 1:
                 raise ValueError("a convolution with groups takes no input_scale; calibrate again")
-        self.refresh_weight()
+        self.adopt_parameters()
+        (self.refresh_weight if makes_codes else self._checked_weight)()
         self.input: InputState | None = None
         if self.mode != "float":
             self.input = state.input_of(shared_input or name, config, self.granularity)
@@ -136,16 +140,10 @@ class ModulatedLayer(nn.Module):
             return
         weight = self.weight.detach()
         self.kernels.clear()
-        self.input_scale: Tensor | None = None
-        self.float_weight: Tensor | None = None
+        self.float_weight = weight if self.weight_bits is None else None
         if self.weight_bits is None:
-            self.float_weight = weight
             return
-        if self.calibrated.input_scale is not None:
-            channels = (1, -1, 1, 1) if weight.ndim == 4 else (-1,)
-            self.input_scale = self.calibrated.input_scale.to(weight.device, weight.dtype).view(channels)
-        quantized = self._quantized_weight(weight)
-        self.weight_bits, self.group_size = quantized.bits, quantized.group_size
+        quantized = self._quantized_weight()
         if self.mode == "float":
             dequantized = quantized.dequantized(weight.shape).to(weight.dtype)
             self.float_weight = dequantized.contiguous(memory_format=self.memory_format)
@@ -177,7 +175,7 @@ class ModulatedLayer(nn.Module):
         """What this layer computes with: `calibrated`, and the codes of its weight where calibration gave none."""
         codes = self.calibrated.weight
         if self.weight is not None:
-            codes = self._quantized_weight(self.weight.detach())
+            codes = self._quantized_weight()
         elif codes is None:
             codes = weights.codes_of(self.packed, self.problem("product", NOMINAL_ROWS))
         return dataclasses.replace(self.calibrated, weight=codes)
@@ -227,15 +225,24 @@ class ModulatedLayer(nn.Module):
             zero_point = None if zero_point is None else zero_point.to(device)
             state.set_static(scale.detach().to(device, torch.float32), zero_point)
 
-    def _quantized_weight(self, weight: Tensor) -> QuantizedWeight:
+    def _checked_weight(self) -> Tensor:
+        """What codes are made of; raises all that making them may raise."""
+        weight = self.weight.detach()
         with self._named_errors():
             scaled = weight if self.input_scale is None else weight / self.input_scale
-            if self.calibrated.weight is None:
-                return QuantizedWeight.rounded(scaled, self.weight_bits, self.group_size)
-            quantized = self.calibrated.weight.to(weight.device)
-            if not weights.is_placeholder(weight):
-                quantized.check_belongs(scaled)
-            return quantized
+            if self.calibrated.weight is None and not all_finite(scaled):
+                raise ValueError("the weight holds NaN or Inf; repair the checkpoint before quantising it")
+            if self.calibrated.weight is not None and weight.untyped_storage().nbytes() >= weight.nbytes:
+                self.calibrated.weight.to(weight.device).check_belongs(scaled)  # else it is a placeholder
+            if self.mode != "float":
+                ops.preferred_layout(self.problem("product", NOMINAL_ROWS), self.backend)
+        return scaled
+
+    def _quantized_weight(self) -> QuantizedWeight:
+        weight, known = self._checked_weight(), self.calibrated.weight
+        if known is None:
+            return QuantizedWeight.rounded(weight, self.weight_bits, self.group_size)
+        return known.to(weight.device)
 
     def problem(self, op: str, rows: int) -> Problem:
         """The dispatch key of `op` ("modulate" or "product") with `rows` output rows."""
@@ -327,8 +334,8 @@ class ModulatedLayer(nn.Module):
 
     def _move_weight(self, dtype: torch.dtype, device: torch.device) -> None:
         """Bring what was made of the weight to `device`: codes in the layout that is liked there, not made again."""
-        held = self.float_weight, self.input_scale
-        self.float_weight, self.input_scale = (None if tensor is None else tensor.to(device, dtype) for tensor in held)
+        if self.float_weight is not None:
+            self.float_weight = self.float_weight.to(device, dtype)
         self.kernels.clear()
         if (packed := self.packed) is not None:
             self.packed = None
@@ -365,6 +372,9 @@ class ModulatedLayer(nn.Module):
         self.bias_data = None if self.bias is None else self.bias.detach()
         if self.calibrated.bias is not None:
             self.bias_data = self.calibrated.bias.to(self.like.device, self.like.dtype)
+        if (factors := self.calibrated.input_scale) is not None:
+            factors = factors.to(self.like.device, self.like.dtype).view(-1, *[1] * (len(self.weight_shape) - 2))
+        self.input_scale = factors
         if self.packed is not None and self.packed.geglu and self.bias_data is not None:
             self.bias_data = weights.interleaved(self.bias_data)
         if self.stack is not None:
@@ -416,8 +426,9 @@ class ModulatedConv2d(ModulatedLayer):
 
 
 def low_bit(layer: nn.Module, *args: Any) -> ModulatedLayer:
-    """The low-bit form of a Linear or Conv2d, with the arguments of `ModulatedLinear.from_linear`."""
-    return (ModulatedConv2d.from_conv2d if isinstance(layer, nn.Conv2d) else ModulatedLinear.from_linear)(layer, *args)
+    """The low-bit form of a Linear or Conv2d, whose codes `refresh_weight` is to make; arguments of `from_linear`."""
+    make: Any = ModulatedConv2d.from_conv2d if isinstance(layer, nn.Conv2d) else ModulatedLinear.from_linear
+    return make(layer, *args, makes_codes=False)
 
 
 @contextlib.contextmanager
@@ -474,12 +485,11 @@ class LinearStack:
 
     @staticmethod
     def fits(layers: Sequence[ModulatedLayer]) -> bool:
-        """Whether the layers are of one kind: input, mode, bits, groups, layout and dtype. Layers that scale the
+        """Whether the layers are of one kind: input, mode, bits, groups, backend and dtype. Layers that scale the
         channels of their input do not read one tensor."""
-        if any(layer.input_scale is not None or layer.packed is None for layer in layers):
-            return False
-        formats = {(layer.packed[2:], layer.weight_shape[1], layer.like.dtype) for layer in layers}
-        return len(formats) == 1 and len({(layer.input, layer.mode, layer.backend) for layer in layers}) == 1
+        formats = {(layer.weight_bits, layer.group_size, layer.weight_shape[1], layer.like.dtype) for layer in layers}
+        kinds = {(layer.input, layer.mode, layer.backend, layer.input_scale) for layer in layers}
+        return len(formats) == len(kinds) == 1 and layers[0].mode != "float" and layers[0].input_scale is None
 
     def __init__(self, layers: Sequence[ModulatedLayer]) -> None:
         first = layers[0]

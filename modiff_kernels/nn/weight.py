@@ -18,14 +18,9 @@ def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     return torch.zeros((1,) * len(shape), dtype=dtype, device=device).expand(tuple(shape))
 
 
-def is_placeholder(weight: Tensor) -> bool:
-    return weight.numel() > 1 and not any(step for step, size in zip(weight.stride(), weight.shape) if size > 1)
-
-
 def pack(weight: QuantizedWeight, problem: Problem, backend: str) -> PackedWeight:
     """The storage of `weight` for products like `problem`. Raises BackendUnavailable if nothing solves them."""
-    codes = weight.codes if weight.bits == 8 else ops.pack_weight(weight.codes, weight.bits)  # the same at 8 bits
-    packed = PackedWeight(codes, weight.scale, weight.bits, weight.group_size)
+    packed = PackedWeight(ops.pack_weight(weight.codes, weight.bits), weight.scale, weight.bits, weight.group_size)
     return ops.prepare_weight(packed, problem.k, problem.window, ops.preferred_layout(problem, backend))
 
 

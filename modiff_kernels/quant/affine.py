@@ -87,7 +87,7 @@ def inverse(scale: Tensor) -> Tensor:
 
 def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
     """Codes int8 [granules, elements] of x float32 [granules, elements]; scale and zero_point [granules]."""
-    codes = torch.round(x * inverse(scale).unsqueeze(-1))
+    codes = (x * inverse(scale).unsqueeze(-1)).round_()
     if zero_point is not None:
         codes += zero_point.unsqueeze(-1)
     return codes.clamp_(quant_min(bits), quant_max(bits)).to(torch.int8)
@@ -140,13 +140,14 @@ def quantize_weight(weight: Tensor, bits: int, group_size: int = -1, method: str
     if method not in WEIGHT_METHODS:
         raise ValueError(f"{where}: method={method!r} is not known; choose one of {str(WEIGHT_METHODS)[1:-1]}")
     rows = weight_rows(weight.detach()).to(torch.float32)
-    if not torch.isfinite(rows).all():
+    if not all_finite(rows):
         raise ValueError(f"{where}: weight holds NaN or Inf; repair the checkpoint before quantising it")
     n, k = rows.shape
     groups = group_count(k, group_size)
     width = k if group_size == -1 else group_size
-    blocks = torch.nn.functional.pad(rows, (0, groups * width - k)).reshape(n * groups, width)
-    full = torch.clamp_min(blocks.abs().amax(1) / quant_max(bits), MIN_SCALE)
+    missing = groups * width - k
+    blocks = (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).reshape(n * groups, width)
+    full = torch.clamp_min(torch.linalg.vector_norm(blocks, torch.inf, 1) / quant_max(bits), MIN_SCALE)
     scale = full if method == "absmax" else _smallest_error_scale(blocks, full, bits)
     weight_q = quantize(blocks, scale, bits).reshape(n, groups * width)[:, :k].contiguous()
     return weight_q, scale if group_size == -1 else scale.reshape(n, groups)

@@ -145,6 +145,7 @@ class Checkpoint:
             if found != stored.crc32:
                 sums = f"the CRC-32 of its bytes is {found:08x}, that of what was saved is {stored.crc32:08x}"
                 raise ValueError(f"{stored.file}: {key!r} is damaged: {sums}; {_ADVICE}")
+            tensor = tensor if key.endswith(WEIGHT_PACKED) else tensor.clone()  # codes alone stand in the mapped file
             stem, dot, name = key.rpartition(".")
             if dot + name not in _OF_LAYER or stem + WEIGHT_PACKED not in self._stored:
                 state_dict[key] = tensor
@@ -154,8 +155,9 @@ class Checkpoint:
             if all(stem + suffix in self._waiting for suffix in parts):
                 own = {suffix: self._waiting.pop(stem + suffix) for suffix in parts}
                 shape = tuple(self._shapes[stem + WEIGHT])
-                codes = unpack(own[WEIGHT_PACKED], self._weight_bits, math.prod(shape[1:]))
-                weight = QuantizedWeight(codes, own[WEIGHT_SCALE], self._weight_bits, self._group_size)
+                codes, bits = own[WEIGHT_PACKED], self._weight_bits
+                codes = codes if bits == 8 else unpack(codes, bits, math.prod(shape[1:]))
+                weight = QuantizedWeight(codes, own[WEIGHT_SCALE], bits, self._group_size)
                 optional: dict[str, Any] = {field: own.get(suffix) for field, suffix in _OPTIONAL.items()}
                 self.layers[stem] = CalibratedLayer(weight, **optional)
                 state_dict[stem + WEIGHT] = torch.empty(shape, device="meta")

@@ -17,7 +17,10 @@ from modiff_kernels.cli import main
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--scheduler euler", "'ddim', 'ddpm', 'pndm', 'dpmsolver++', 'dpmsolver++-karras', 'dpmsolver++-lu', 'unipc'"),
+        (
+            "--scheduler euler",
+            "'ddim', 'ddpm', 'pndm', 'dpmsolver++', 'dpmsolver++-karras', 'dpmsolver++-lu', 'unipc', 'flow-euler'",
+        ),
         ("--steps many", "--steps: invalid number value: 'many'"),
         ("--steps 1001", "trained on 1000 steps"),
         ("--threads 0", "--threads: must be at least 1"),
@@ -28,6 +31,7 @@ from modiff_kernels.cli import main
         ("--act-bits 5", "'5' is not a supported number of bits; allowed: 3, 4, 7, 8"),
         ("--schedule none.json", "none.json is no schedule of this version (FileNotFoundError"),
         ("--prompt cat", "takes no text"),
+        ("--scheduler flow-euler", "flow-euler is for models of flow matching alone; this has a "),
         ("--colour red", "unrecognized arguments: --colour red"),
     ],
 )
@@ -64,8 +68,9 @@ def test_outputs_that_cannot_be_written(refused, tmp_path):
         ("other.json", "{}", "neither config.json"),
         ("config.json", "{", "cannot read"),
         ("config.json", {"_class_name": "UNet2DModel"}, "cannot load it"),
-        ("config.json", {"_class_name": "UNet2DConditionModel"}, "give the folder of its pipeline"),
-        ("model_index.json", {"_class_name": "DiT", "transformer": ["a", "b"]}, "no unet (it holds transformer)"),
+        ("config.json", {"_class_name": "UNet2DConditionModel"}, "give the folder of a pipeline"),
+        ("model_index.json", {"vae": ["a", "b"]}, "holds no denoiser (of vae); `modiff` takes one unet or transformer"),
+        ("model_index.json", {"transformer": ["a"], "transformer_2": ["a"]}, "transformer and transformer_2"),
     ],
 )
 def test_folders_without_a_unet(refused, tmp_path, file, text, message):

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -30,6 +31,19 @@ def test_every_mode_writes_a_grid(unet_folder, tmp_path, capsys, mode):
     assert sample(unet_folder, own, "--images", "3", "--mode", mode, "--act-bits", "4", "--scale", "1") == 0
     assert Image.open(out).resize((16, 16), Image.Resampling.NEAREST).tobytes() == Image.open(own).tobytes()
     assert capsys.readouterr().out == ""
+
+
+def test_pipeline_of_a_transformer(dit_folder, tmp_path):
+    """It takes no text: a fit looks at its pictures, not at latents."""
+    fit, report = tmp_path / "fit.json", tmp_path / "report.json"
+    common = f"--model {dit_folder} --batch 2 --steps 8 --threads 1 --images 2 --quiet"
+    assert main(f"calibrate --schedule --evaluations 5 --out {fit} {common}".split()) == 0
+    assert main(f"compare --no-compile --repeats 1 --schedule {fit} --json {report} {common}".split()) == 0
+    rows = {row["key"]: row for row in json.loads(report.read_text())["rows"]}
+    assert min(rows[key]["psnr_db"] for key in ("plain-w8a8", "modulated-w8a8")) > 30
+    assert rows["scheduled-w8a8"]["calls_computed"] == 5
+    assert sample(dit_folder, tmp_path / "a", "--images", "2") == 0
+    assert len(pixels(tmp_path / "a")) == 2
 
 
 def test_images_depend_on_the_seed_alone(unet_folder, tmp_path):

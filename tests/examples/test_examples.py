@@ -15,17 +15,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def dit_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "patch_size": 2}
-    dit = diffusers.DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, norm_num_groups=4)
-    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    folder = tmp_path_factory.mktemp("dit")
-    diffusers.DiTPipeline(dit.eval(), vae.eval(), diffusers.DDIMScheduler()).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def lora_file(sd_folder, tmp_path):
     peft = pytest.importorskip("peft", reason="diffusers loads LoRAs through peft; pip install peft")

@@ -446,10 +446,15 @@ def shortened(row):
 HEAD = """\
 # Table of features
 
-What becomes of changes that diffusers, torch or you make to a UNet: before `accelerate()`, after it and a first
-picture, or in the middle of a run. "works, 1.0 dB": against the float UNet with the same change, the last output of the
-run is 1.0 dB worse than with 8-bit weights and float activations (negative: better). "refused": this error is raised.
-Small networks with random weights; `python -m tests.integrations.test_features` makes the table, and tests check it.
+What becomes of changes that diffusers, torch or you make to a UNet, at one of three times: before `accelerate()`,
+after it and a first picture, or in the middle of a run. [Supported models and features](diffusers.md) is the summary.
+
+- "works, 1.0 dB": the last output of the run is 1.0 dB further from the float UNet with the same change than it is with
+  8-bit weights and float activations. A negative number means nearer.
+- "refused": this error is raised.
+
+The networks are small and have random weights. `python -m tests.integrations.test_features` makes the table, and tests
+check it.
 
 """
 

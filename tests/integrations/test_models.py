@@ -22,8 +22,8 @@ COMPILED = ("FluxTransformer2DModel", "DiT (research)")
 REFUSED = ("UNet1DModel",)
 NOTES = {
     "Kandinsky3UNet": "W8A8: 0.5 dB in the mean of five draws of weights, from -0.3 to 1.1",
-    "StableCascadeUNet": "both: features of the timestep have a period of 6e-4 of the run, so that with random weights "
-    "all that follows from them is another at every call (0.0 dB where the timestep stays)",
+    "StableCascadeUNet": "W8A8 and W4A4: features of the timestep have a period of 6e-4 of the run, so that with "
+    "random weights all that follows from them is another at every call (0.0 dB where the timestep stays)",
     "UVit2DModel (aMUSEd)": "W8A8: 0.4 dB in the mean of five draws of weights, from 0.2 to 0.7",
     "UNet1DModel": "refused: its convolutions are Conv1d, for which there are no low-bit kernels",
     "Lumina2Transformer2DModel": "breaks in diffusers' code, which reads lengths; `compile(fullgraph=False)`",
@@ -117,25 +117,31 @@ def test_graph_breaks(name):
 HEAD = """\
 # Denoisers
 
-Made by `python -m tests.integrations.test_models`, and checked by the same file among the tests, which counts the graph
-breaks of two of them. `accelerate()` takes any network that is called with a sample and a timestep, and any pipeline
-that has one as its `unet`, `transformer`, `prior` or `decoder`; with several, one handle stands for all.
+`accelerate()` takes any network that is called with a sample and a timestep, and any pipeline that has one as its
+`unet`, `transformer`, `prior` or `decoder`. Of a pipeline with several, one handle stands for all. The commands of
+`modiff` take pipelines that have one `unet` or one `transformer` and make pictures.
 
-Small networks of random weights, six calls as at the beginning of a run of 50 steps. "ceiling" is how near the last
-output is to that of the float network with 8- and 4-bit weights and float activations, in dB; the columns after it say
-how far below that low-bit activations are: modulated, and plain with a scale per token (negative: above). `remove()`
-gives back the very output of before in every row. Graph breaks are those of `handle.compile()`.
+**What stays float.** First, last, timestep and modulation layers, by the names in `skip_modules`, and Conv1d and
+Conv3d, for which there are no low-bit kernels. `explain()` gives the reason for every layer. The Linears of temporal
+attention are low-bit like others.
 
-First, last, timestep and modulation layers stay float, by the names in `skip_modules`; so do Conv1d and Conv3d, which
-have no low-bit kernels. `explain()` says so of every layer. The Linears of temporal attention are low-bit as others.
-Of a transformer (attention, and no convolution but of patches and single channels) 8-bit layers are plain, per token,
-if nothing else is asked for: `plan="modulated"`, per token too, or 3 and 4 bits, modulate. A step schedule works on
-whole outputs, so it works for every denoiser that returns one tensor.
+**Transformers** (networks with attention, and no convolutions but those of patches and of single channels) have plain
+8-bit layers by default, with a scale per token. `act_bits=4` or 3 modulates them, and so does `plan="modulated"`. A
+step schedule predicts whole outputs, so it works for every denoiser that returns one tensor.
 
-A DiT of the shape S/2 at batch 8 on one thread of an AMD EPYC with AVX-512 VNNI, CPU time in turn
-(`python examples/research_networks.py --time`): float32 1218 ms, compiled 1118, plain W8A8 per token 543 (50.0 dB to
-float), modulated W8A8 595 (55.7 dB) and W8A4 599 (52.2 dB) with 576 MiB of state. Weights are random; those of a small
-trained DiT are in [quality.md](quality.md#a-diffusion-transformer).
+A DiT of the shape S/2 at batch 8 on one thread of an AMD EPYC with AVX-512 VNNI, the configurations taking turns, CPU
+time of a call (`python examples/research_networks.py --time`): float32 1218 ms, compiled 1118, plain W8A8 per token 543
+(50.0 dB to float), modulated W8A8 595 (55.7 dB) and W8A4 599 (52.2 dB) with 576 MiB of state. These weights are random;
+[Quality](quality.md#a-diffusion-transformer) has those of a small trained DiT.
+
+## The table
+
+Small networks with random weights, six calls as at the beginning of a run of 50 steps. "Ceiling" is how near the last
+output comes to that of the float network, in dB, with weights of 8 or 4 bits and float activations. The columns after
+it say how far below the ceiling low-bit activations are (negative: above): modulated ones, and plain ones with a scale
+per token. "Graph breaks" are those of `handle.compile()`. In every row `remove()` gives back the very output of before.
+`python -m tests.integrations.test_models` makes the table; a test checks all of it but the graph breaks, of which it
+counts those of two networks.
 
 """
 COLUMNS = "architecture", "low-bit layers", "fused blocks", "ceiling W8", "ceiling W4", "W8A8", "W4A4", "plain W8A8"

@@ -24,7 +24,8 @@ from modiff_kernels.config import DEFAULT_SKIP_MODULES
 from modiff_kernels.config.plan import LayerPlan
 from modiff_kernels.integrations import quantizer
 from modiff_kernels.models import shipped_model_path
-from tests.unets import FLOAT, calibrated_layer, outputs, unet2d, unet2d_condition
+from modiff_kernels.nn.layer import ModulatedLayer
+from tests.unets import FLOAT, calibrated_layer, outputs, snapshot, unet2d, unet2d_condition
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -262,14 +263,18 @@ class TestWithoutOriginals:
             each.set_attn_processor(processor())
         torch.testing.assert_close(sample(handle), sample(kept), atol=0.05, rtol=0.05)
 
-    def test_memory(self, tmp_path):
-        """At 8 bits of float16: no float weights of low-bit layers, when loaded nor later."""
+    def test_memory(self, tmp_path, monkeypatch):
+        """At 8 bits of float16: no float weights of low-bit layers, when loaded nor later, nor all beside codes."""
         options = {"block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
         unet = unet2d_condition(**options, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).half()
         everything, before = sum(p.nbytes for p in unet.parameters()), live_bytes()
+        free, found = ModulatedLayer.free_original, []
+        look = lambda layer: [found or found.append(live_bytes()), free(layer)]  # noqa: E731
+        monkeypatch.setattr(ModulatedLayer, "free_original", look)
         handle = mk.accelerate(unet, mk.ModiffConfig(backend="reference"), keep_original=False)
         low_bit = sum(layer.weight_shape.numel() for layer in handle.layers.values())
         expected = everything - low_bit  # one byte instead of two
+        assert found[0] - before < low_bit / 4
         assert live_bytes() - before + everything < 1.1 * expected
         handle.save_pretrained(tmp_path)
         del unet, handle
@@ -277,6 +282,15 @@ class TestWithoutOriginals:
         loaded = load(tmp_path, diffusers.UNet2DConditionModel, torch_dtype=torch.float16)
         assert live_bytes() - before < 1.1 * expected
         assert loaded.unet.dtype is torch.float16
+
+    def test_nothing_is_let_go_of_on_an_error(self):
+        unet = unet2d_condition()
+        before = snapshot(unet), [*map(id, unet.parameters())]
+        last = unet.up_blocks[-1].resnets[-1].conv2.weight
+        last.data[0, 0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"conv2': the weight holds NaN or Inf; repair"):
+            mk.accelerate(unet, keep_original=False)
+        assert (snapshot(unet), [*map(id, unet.parameters())]) == before
 
 
 def pictures(pipe):
