@@ -22,9 +22,10 @@ def oracle(q, k, v, heads, scale):
 def check(place, q, k, v, heads, scale):
     out = place.call("attention", q, k, v, heads, scale)
     expected = oracle(q, k, v, heads, scale)
-    # The kernel of the CPU: weights and values in 8 bits, without VNNI 7 and 8.
+    # The kernel of the CPU has weights and values of 8 bits: at least 38.6 dB in six runs of all shapes. Without VNNI
+    # weights have 7: 33.2 dB.
     error = (out.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert error.max() < 10 ** (-30 / 20)
+    assert error.max() < 10 ** (-32 / 20)
     assert out.is_contiguous()
     assert out.shape == q.shape
 

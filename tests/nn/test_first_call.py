@@ -61,10 +61,10 @@ def test_the_first_call_takes_8_bits_and_dynamic_scales_whatever_later_ones_take
 
 def test_first_calls_are_those_of_float_activations():
     for network, options, decibels in (
-        ("unet2d", {}, FIRST_CALL_DB),
+        ("unet2d", {}, 55),  # attention on a CPU has weights and values of 8 bits
         ("unet2d", {"fuse": False}, FIRST_CALL_DB),
         ("sd15", {"state_dtype": "float16"}, 45),  # a state in float16 has 11 bits itself: 66 dB for one layer
-        ("sdxl", {}, FIRST_CALL_DB),
+        ("sdxl", {}, 55),
     ):
         first = []
         for act_bits in (None, 3):
