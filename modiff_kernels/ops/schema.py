@@ -187,5 +187,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, score_scale: float, b
 
     Returns:
         out [N, L, heads * width], contiguous, in q's dtype. Raises ValueError on shapes that do not fit. Backend
-        reference is torch's scaled_dot_product_attention; cpu takes scores of 16 bits, weights and values of 8, 40 dB."""
+        reference is torch's scaled_dot_product_attention; cpu: scores of 16 bits, weights and values of 8, 40 dB."""
     return torch.empty_like(q, memory_format=torch.contiguous_format)
