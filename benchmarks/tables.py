@@ -10,7 +10,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a make
     compare [FILE [ROW ...]]                         FILE.json, as `modiff compare --json` writes it; ROW: keys, all
     schedules own|converged|fits|distances [NETWORK], calibration SAMPLER      pareto.json and calibration.json
     quality FILE SAMPLER                             FILE.json, of the study `quality`
-    pipeline, traffic                                pipeline.json, traffic.json
+    pipeline FILE ...                                FILE.json, of the study `pipeline`
+    traffic                                          traffic.json
 
 All but the reports of studies are one pivot: rows whose op and problem match become lines, of each metric the newest.
 """

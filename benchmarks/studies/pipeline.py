@@ -32,9 +32,9 @@ from modiff_kernels.evaluation import markdown_table, psnr, to_json
 ROWS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float32 compiled": {"compile": True},
-    "modulated W8A8": {"config": {}},
-    "modulated W8A8, VAE": {"config": {}, "vae": True},
-    "modulated W8A8, VAE, schedule auto": {"config": {"schedule": "auto"}, "vae": True},
+    "W8A8": {"config": {}},
+    "W8A8, VAE": {"config": {}, "vae": True},
+    "W8A8, VAE, schedule auto": {"config": {"schedule": "auto"}, "vae": True},
 }
 """By name what is done to the pipeline; ours have their state in float16, and keep no float weights."""
 
@@ -90,20 +90,21 @@ def measure(name: str, steps: int, guidance: float, picture: str) -> dict[str, f
     return {**seconds, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
-def table(results: Path) -> str | None:
-    """The median round of each row."""
-    report = loaded(results / "pipeline.json")
-    if report is None:
+def table(results: Path, *files: str) -> str | None:
+    """The median round of each row of the reports, which are those of different numbers of steps."""
+    reports = [loaded(results / f"{file}.json") for file in files]
+    if None in reports:
         return None
-    parts = ("text encoder", "UNet", "VAE", "all")
-    cells, best = [], min(median(report["rows"][name], "all") for name in report["rows"] if "float" in name)
-    for name, rounds in report["rows"].items():
-        seconds = [median(rounds, part) for part in parts]
-        quality = "reference" if rounds[0]["psnr"] is None else f"{median(rounds, 'psnr'):.1f}"
-        more = [f"{best / seconds[-1]:.2f}x", f"{median(rounds, 'peak') / 2**30:.1f}", quality]
-        cells.append([name, *(f"{s:.1f}" for s in seconds), *more])
-    header = ["pipeline", *(f"{part} s" for part in parts), "vs best float32", "peak GiB", "PSNR dB"]
-    return f"{markdown_table(header, cells)}\n\n{caption([report])}"
+    parts, cells = ("text encoder", "UNet", "VAE", "all"), []
+    for report in reports:
+        best = min(median(report["rows"][name], "all") for name in report["rows"] if "float" in name)
+        for name, rounds in report["rows"].items():
+            seconds = [median(rounds, part) for part in parts]
+            quality = "reference" if rounds[0]["psnr"] is None else f"{median(rounds, 'psnr'):.1f}"
+            more = [f"{best / seconds[-1]:.2f}x", f"{median(rounds, 'peak') / 2**30:.1f}", quality]
+            cells.append([name, str(report["steps"]), *(f"{s:.1f}" for s in seconds), *more])
+    header = ["pipeline", "steps", *(f"{part} s" for part in parts), "vs best float32", "peak GiB", "PSNR dB"]
+    return f"{markdown_table(header, cells)}\n\n{caption(reports)}"
 
 
 def median(rounds: Sequence[dict[str, float]], key: str) -> float:
@@ -142,5 +143,5 @@ def main(args: argparse.Namespace) -> int:
             print(name, {key: round(value, 2) for key, value in rows[name][-1].items()}, flush=True)
     if args.json:
         about = record.environment()
-        args.json.write_text(to_json({**about, "rows": rows}))
+        args.json.write_text(to_json({**about, "steps": args.steps, "rows": rows}))
     return 0
