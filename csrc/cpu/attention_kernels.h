@@ -17,7 +17,7 @@
 //            codes from 0 to 255.
 //   values   codes up to kMaxValue of a scale per part and channel.
 // A part's sums are added to floats, scaled by the part's own most; the sum of the codes of the weights divides the
-// output. SQNR to float64 is 40 dB, of which values have 44 and weights 45.
+// output. SQNR to float64 is 40 dB, of which values have 44 and weights 43.
 //
 // Both products are the same one: rows of A, broadcast four bytes at a time, times groups of rows of B. Sums of
 // kTileRows rows by up to kTileVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values

@@ -22,7 +22,7 @@ from modiff_kernels.planning.fit import Answer, Fit, Target, fitted
 
 TARGETS = ("own", "converged")
 CONVERGED = 250  # calls, or ten for one of the run, or as many as the network was trained on
-RUNS = 2  # of the sampler, for each call and squared evaluation: fits of the shipped model took 1 to 2.5
+RUNS = 2  # of the sampler, for each call and squared evaluation: fits of small models took 1 to 3
 NEIGHBOURS = 4  # calls of the converged run between which its states are interpolated
 
 

@@ -70,7 +70,7 @@ def test_whole_way(name, tmp_path):
     (tmp_path / stored.FILE_NAME).write_text(stored.add(tmp_path / stored.FILE_NAME, fitted))
     handle.remove()
     assert torch.equal(whole.sample(), exact)
-    few_bits = "per_block" if "vnni" in cpu.isa() else "per_sample"  # which is faster there
+    few_bits = "per_block" if cpu.has_vnni() else "per_sample"  # which is faster there
     for more, granularity in (({"act_bits": 4}, few_bits), ({"plan": "modulated"}, "per_token")):
         handle = mk.accelerate(pipe, mk.ModiffConfig(**more))
         assert {row.mode for row in handle.rows()} == {"float", "modulated"}
