@@ -9,12 +9,12 @@
 // vpdpwssd does 32 multiply-adds of 16 bits where a float instruction does 16, and int16 keeps more bits than bfloat16;
 // vpdpbusd does 64 of 8 bits. An error in a score multiplies a weight, and grows with the scores of a network; one in a
 // weight or a value is averaged over the keys. So scores are made of 16 bits, and the output of 8:
-//   scores   Rows of q and of k, less the mean of all keys, which moves every score of a query alike, become codes of
-//            Euclidean norm kRowNorm: no sum of their products leaves int32, by Cauchy and Schwarz. What is lost is
-//            1.3e-5 |q| |k|; where that could move a score by more than kWide * 1.3e-5, what rounding lost of both rows
-//            is multiplied as well.
-//   weights  exp(score - most) of a part of kPart keys, `most` that of the part up to an eighth of a power of two, are
-//            codes from 0 to 255.
+//   scores   Rows of q, and all keys less their mean, which moves every score of a query alike, become codes of a
+//            Euclidean norm up to kRowNorm: no sum of their products leaves int32, by Cauchy and Schwarz. Its upper half
+//            times a factor of the query is the score in steps of 1 / kOctave powers of two. Where |q| times the largest
+//            |k| passes kWide, sums are floats, and what rounding lost of both rows is multiplied as well.
+//   weights  2^(score - most) of a part of kPart keys, `most` that of the part up to an eighth of a power of two, are
+//            codes from 0 to 255, computed in 16 bits.
 //   values   codes up to kMaxValue of a scale per part and channel.
 // A part's sums are added to floats, scaled by the part's own most; the sum of the codes of the weights divides the
 // output. SQNR to float64 is 40 dB, of which values have 44 and weights 43.
@@ -23,7 +23,7 @@
 // kTileRows rows by up to kTileVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values
 // [keys / 4, width, 4] of its head, padded to whole vectors; the scores of kQueries queries and kKeys keys stay in the
 // second-level cache. Bound: queries * keys * width multiply-adds a head at 32 a cycle and core (Zen 4), as many at 64,
-// and a cycle a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32, and a vpmaddubsw
+// and a third of a cycle a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32, and a vpmaddubsw
 // before them for bytes, for which weights have 7 bits.
 #include <immintrin.h>
 
@@ -41,22 +41,24 @@
 namespace modiff::cpu {
 namespace {
 
-constexpr int64_t kLanes = 16, kPart = 128;
+constexpr int64_t kLanes = 16, kWords = 32, kPart = 128;  // int32 and int16 of a register; keys
 constexpr int64_t kQueries = 96, kKeys = 4 * kPart;  // of a block
 constexpr int kTileRows = 6, kTileVectors = 4;       // 24 sums, 4 of B and a broadcast in 32 registers
 constexpr float kRowNorm = 32000.0f, kMaxValue = 127.0f;
 #ifdef __AVX512VNNI__
-constexpr float kLog2MaxWeight = 7.99435344f;  // of 255
+constexpr int kWeightBits = 8;
 #else
-constexpr float kLog2MaxWeight = 6.98868469f;  // of 127: two products with values fit int16
+constexpr int kWeightBits = 7;  // two products with values fit int16
 #endif
-constexpr float kWide = 64.0f;
+constexpr int kOctave = 128, kEighth = kOctave / 8;  // steps of a score
+constexpr int kZeroOctave = kWeightBits + 1;
+constexpr float kWide = 122.0f;  // powers of two; the factor of a query fits int16
 constexpr float kLow = 4096.0f;  // steps of the low codes in one of the others; low * other fits int32 to width 1024
-constexpr float kNone = -1e30f;  // score of a key that is padding
+constexpr float kNone = -1e30f;  // below all scores
 
 int64_t round_to(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
-// 2^x for x <= 0 in eighths.
+// 2^x for x <= 0, a multiple of an eighth.
 float power_of_two(float x) {
   static constexpr float eighths[] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
                                       1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
@@ -84,21 +86,28 @@ MODIFF_INLINE void dot(__m512i& sum, __m512i a, __m512i b, uint8_t) {
 #endif
 }
 
+// The upper halves of two registers of int32, to permutex2var_epi16.
+MODIFF_INLINE __m512i odd_words() {
+  alignas(64) static constexpr int16_t index[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                  33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_load_si512(index);
+}
+
 // A product: a [rows, depth], b [depth / group, columns, group] with groups of as many rows as fill four bytes, b_row
-// columns apart; to c, as floats, or added to it times a factor per row and one per column.
-template <class A, class B>
+// columns apart; to c: the upper halves of the sums, or floats, or added to it times a factor per row and one per column.
+template <class A, class B, class C>
 struct Product {
   const A* a;
   const B* b;
   int64_t a_row, b_row, depth;
-  float* c;
+  C* c;
   int64_t c_row;
   const float *row_factor, *column_factor;  // null: c is written
 };
 
 // Not inlined: GCC keeps the sums in memory then.
-template <class A, class B, int MR, int NR>
-__attribute__((noinline)) void tile(const Product<A, B>& p, int64_t first, int64_t column) {
+template <class A, class B, class C, int MR, int NR>
+__attribute__((noinline)) void tile(const Product<A, B, C>& p, int64_t first, int64_t column) {
   constexpr int64_t kGroup = 4 / sizeof(A);
   __m512i acc[MR][NR];
   const A* row[MR];
@@ -123,75 +132,99 @@ __attribute__((noinline)) void tile(const Product<A, B>& p, int64_t first, int64
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < MR; ++m) {
+    C* to = p.c + (first + m) * p.c_row + column;
+    if constexpr (std::is_same_v<C, int16_t>) {
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) {
-      float* to = p.c + (first + m) * p.c_row + column + n * kLanes;
-      __m512 sum = _mm512_cvtepi32_ps(acc[m][n]);
-      if (p.row_factor != nullptr) {
-        sum = _mm512_mul_ps(sum, _mm512_loadu_ps(p.column_factor + column + n * kLanes));
-        sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(p.row_factor[first + m]), _mm512_loadu_ps(to));
+      for (int n = 0; n + 1 < NR; n += 2)
+        _mm512_storeu_si512(to + n * kLanes, _mm512_permutex2var_epi16(acc[m][n], odd_words(), acc[m][n + 1]));
+      if (NR % 2 != 0)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (NR - 1) * kLanes),
+                            _mm512_cvtepi32_epi16(_mm512_srai_epi32(acc[m][NR - 1], 16)));
+    } else {
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; ++n) {
+        __m512 sum = _mm512_cvtepi32_ps(acc[m][n]);
+        if (p.row_factor != nullptr) {
+          sum = _mm512_mul_ps(sum, _mm512_loadu_ps(p.column_factor + column + n * kLanes));
+          sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(p.row_factor[first + m]), _mm512_loadu_ps(to + n * kLanes));
+        }
+        _mm512_storeu_ps(to + n * kLanes, sum);
       }
-      _mm512_storeu_ps(to, sum);
     }
+  }
 }
 
-template <class A, class B>
-using TileFn = void (*)(const Product<A, B>&, int64_t, int64_t);
+template <class A, class B, class C>
+using TileFn = void (*)(const Product<A, B, C>&, int64_t, int64_t);
 
-template <class A, class B, int... I>
-TileFn<A, B> tile_for(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
-  static constexpr TileFn<A, B> tiles[] = {&tile<A, B, I / kTileVectors + 1, I % kTileVectors + 1>...};
+template <class A, class B, class C, int... I>
+TileFn<A, B, C> tile_for(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
+  static constexpr TileFn<A, B, C> tiles[] = {&tile<A, B, C, I / kTileVectors + 1, I % kTileVectors + 1>...};
   return tiles[(rows - 1) * kTileVectors + vectors - 1];
 }
 
-template <class A, class B>
-void multiply(const Product<A, B>& p, int64_t rows, int64_t columns) {
+template <class A, class B, class C>
+void multiply(const Product<A, B, C>& p, int64_t rows, int64_t columns) {
   for (int64_t n = 0; n < columns;) {
     const int64_t vectors = std::min<int64_t>((columns - n) / kLanes, kTileVectors);
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t count = std::min<int64_t>(rows - m, kTileRows);
-      tile_for<A, B>(count, vectors, std::make_integer_sequence<int, kTileRows * kTileVectors>())(p, m, n);
+      tile_for<A, B, C>(count, vectors, std::make_integer_sequence<int, kTileRows * kTileVectors>())(p, m, n);
     }
     n += vectors * kLanes;
   }
 }
 
-// 2^x for x < 9, relative error 1e-4: a weight's code has a step of 4e-3.
-MODIFF_INLINE __m512 exp2_(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(5.517164e-2f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24261138f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69326101f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99992806f));
-  return _mm512_scalef_ps(p, n);
+MODIFF_INLINE __m512i words(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
+
+int largest_of(__m512i v) {
+  const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  const __m128i most = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i least = _mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(INT16_MAX), most));  // without sign
+  return INT16_MAX - _mm_extract_epi16(least, 0);
 }
 
-// Codes of a row less `mean`, or what rounding lost of them in steps of 1 / kLow; returns the row's scale.
-template <bool kIsLow = false>
-float row_codes(const float* row, const float* mean, int64_t width, int16_t* to) {
+// rint(2^(kWeightBits + t)), t <= -1 step of 1 / kOctave, given kZeroOctave octaves higher, which makes shifts of them.
+// 2^f = 1 + f (0.6602 + 0.3398 f) to 0.3 % on an octave: the step of a code is 0.4 %.
+MODIFF_INLINE __m512i weight_codes(__m512i t) {
+  const __m512i f = _mm512_and_si512(_mm512_slli_epi16(t, 8), words(0x7FFF));  // of 2^15
+  const __m512i slope = _mm512_add_epi16(_mm512_mulhrs_epi16(f, words(5567)), words(10817));  // of 2^14
+  const __m512i power = _mm512_add_epi16(_mm512_mulhrs_epi16(f, slope), words(1 << 14));
+  // A shift by more than 15, which a negative one is, gives 0.
+  const __m512i octave = _mm512_sllv_epi16(words(1), _mm512_srai_epi16(t, 7));
+  return _mm512_mulhrs_epi16(power, octave);
+}
+
+float norm_of(const float* row, const float* mean, int64_t width) {
   float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
   for (int64_t i = 0; i < width; ++i) squares += (row[i] - mean[i]) * (row[i] - mean[i]);
-  const float norm = std::sqrt(squares), inverse = norm > 0.0f ? kRowNorm / norm : 0.0f;
+  return std::sqrt(squares);
+}
+
+// Codes of a row less `mean`, or what rounding lost of them in steps of 1 / kLow.
+template <bool kIsLow = false>
+void row_codes(const float* row, const float* mean, float inverse, int64_t width, int16_t* to) {
   for (int64_t i = 0; i < width; ++i) {
     const float value = (row[i] - mean[i]) * inverse, code = __builtin_rintf(value);
     to[i] = static_cast<int16_t>(kIsLow ? __builtin_rintf((value - code) * kLow) : code);
   }
   if (width % 2 != 0) to[width] = 0;
-  return norm / kRowNorm;
 }
+
+float inverse_of(float norm) { return norm > 0.0f ? kRowNorm / norm : 0.0f; }
 
 struct Head {
   const AttentionProblem& p;
   const int64_t n, h;
   const int64_t keys = round_to(p.keys, kLanes), depth = round_to(p.width, 2), width = round_to(p.width, kLanes);
   const int64_t block = std::min(keys, kKeys);
-  float *scores, *sums, *key_scale, *value_scale, *mean, *zeros;
+  float *scores, *sums, *value_scale, *mean, *zeros;  // scores of int16 where they are not wide
   int16_t *key_codes, *low_keys, *queries, *low_queries, *lines;
   int8_t* values;
   uint8_t* weights;
-  float largest_key = 0.0f;
+  float largest_key = 0.0f;  // Euclidean norm
   bool finite = true, has_low = false;
 
   Head(const AttentionProblem& problem, int64_t n, int64_t h) : p(problem), n(n), h(h) {
@@ -202,9 +235,8 @@ struct Head {
       next += round_to(count * static_cast<int64_t>(sizeof(*to)), 64);
     };
     const auto place_all = [&] {
-      place(scores, kQueries * block);
+      place(scores, kQueries * block + kLanes);  // and half a register of int16, of what is no score
       place(sums, kQueries * width);
-      place(key_scale, keys);
       place(value_scale, parts * width);
       place(mean, width);
       place(zeros, width);
@@ -214,7 +246,7 @@ struct Head {
       place(low_queries, kQueries * depth);
       place(lines, kLanes * depth);
       place(values, keys * width);
-      place(weights, kQueries * block);
+      place(weights, kQueries * block + kLanes);
     };
     place_all();
     next = static_cast<char*>(thread_scratch(1, reinterpret_cast<intptr_t>(next)));
@@ -232,23 +264,23 @@ struct Head {
     for (int64_t l = 0; l < p.keys; ++l)
       for (int64_t i = 0; i < p.width; ++i) mean[i] += key(l)[i];
     for (int64_t i = 0; i < p.width; ++i) mean[i] /= static_cast<float>(p.keys);
-    copy_rows<false>(key_codes);
     for (int64_t l = 0; l < p.keys; ++l) {
-      largest_key = std::max(largest_key, key_scale[l]);
-      finite &= is_finite(key_scale[l]);
+      const float norm = norm_of(key(l), mean, p.width);
+      largest_key = std::max(largest_key, norm);
+      finite &= is_finite(norm);
     }
+    copy_rows<false>(key_codes);
   }
 
   template <bool kIsLow>
   void copy_rows(int16_t* to) {
+    const float inverse = inverse_of(largest_key);
     for (int64_t l0 = 0; l0 < keys; l0 += kLanes) {
       for (int64_t l = 0; l < kLanes; ++l) {
-        if (l0 + l < p.keys) {
-          key_scale[l0 + l] = row_codes<kIsLow>(key(l0 + l), mean, p.width, lines + l * depth);
-        } else {
-          key_scale[l0 + l] = 0.0f;
+        if (l0 + l < p.keys)
+          row_codes<kIsLow>(key(l0 + l), mean, inverse, p.width, lines + l * depth);
+        else
           std::fill_n(lines + l * depth, depth, 0);
-        }
       }
       for (int64_t i = 0; i < depth; i += 2)
         for (int64_t l = 0; l < kLanes; ++l) std::memcpy(to + i * keys + 2 * (l0 + l), lines + l * depth + i, 4);
@@ -256,20 +288,18 @@ struct Head {
   }
 
   void copy_values() {
-    uint32_t bits = 0;  // of the largest magnitude: comparisons of floats do not see NaN
     for (int64_t l0 = 0; l0 < keys; l0 += kPart) {
       float* __restrict scale = value_scale + l0 / kPart * width;
       const int64_t end = std::min(l0 + kPart, p.keys);
       std::fill_n(scale, width, 0.0f);
       for (int64_t l = l0; l < end; ++l) {
         const float* __restrict row = value(l);
-#pragma omp simd reduction(max : bits)
-        for (int64_t i = 0; i < p.width; ++i) {
-          const uint32_t magnitude = float_to_bits(row[i]) & 0x7FFFFFFFu;
-          bits = magnitude > bits ? magnitude : bits;
-          scale[i] = std::max(scale[i], std::fabs(row[i]));
+        for (int64_t i = 0; i < p.width; ++i) {  // as bits: comparisons of floats do not see NaN
+          const uint32_t magnitude = float_to_bits(row[i]) & 0x7FFFFFFFu, most = float_to_bits(scale[i]);
+          scale[i] = bits_to_float(magnitude > most ? magnitude : most);
         }
       }
+      for (int64_t i = 0; i < p.width; ++i) finite &= is_finite(scale[i]);
       float* __restrict inverse = sums;  // not in use yet
       for (int64_t i = 0; i < p.width; ++i) {
         inverse[i] = scale[i] > 0.0f ? kMaxValue / scale[i] : 0.0f;
@@ -288,49 +318,66 @@ struct Head {
         for (int64_t i = p.width; i < width; ++i) to[i] = 0;
       }
     }
-    finite &= bits < 0x7F800000u;
   }
 
   // Up to kQueries queries from `first` on.
   void attend(int64_t first, int64_t rows) {
-    float query_scale[kQueries], most[kQueries], total[kQueries], factor[kKeys / kPart][kQueries], largest = 0.0f;
+    float range[kQueries], most[kQueries], total[kQueries], factor[kKeys / kPart][kQueries], largest = 0.0f;
     const float* q = p.q + n * p.q_sample + first * p.q_row + h * p.width;
     for (int64_t m = 0; m < rows; ++m) {
-      query_scale[m] = row_codes(q + m * p.q_row, zeros, p.width, queries + m * depth) * p.scale * 1.44269504f;
-      largest = std::max(largest, std::fabs(query_scale[m]));
+      const float* row = q + m * p.q_row;
+      const float norm = norm_of(row, zeros, p.width);
+      row_codes(row, zeros, inverse_of(norm), p.width, queries + m * depth);
+      range[m] = norm * largest_key * p.scale * 1.44269504f;  // no score, as a power of two, is larger
+      largest = std::max(largest, std::fabs(range[m]));
       most[m] = kNone;
       total[m] = 0.0f;
     }
-    const bool is_wide = largest * largest_key * (kRowNorm * kRowNorm) > kWide;
+    const bool is_wide = largest > kWide;
     if (is_wide) {
       if (!std::exchange(has_low, true)) copy_rows<true>(low_keys);
-      for (int64_t m = 0; m < rows; ++m) row_codes<true>(q + m * p.q_row, zeros, p.width, low_queries + m * depth);
+      for (int64_t m = 0; m < rows; ++m) {
+        const float* row = q + m * p.q_row;
+        row_codes<true>(row, zeros, inverse_of(norm_of(row, zeros, p.width)), p.width, low_queries + m * depth);
+      }
     }
     std::fill_n(sums, rows * width, 0.0f);
     for (int64_t b = 0; b < keys; b += kKeys) {
       const int64_t count = std::min(kKeys, keys - b);
-      const Product<int16_t, int16_t> product{queries, key_codes + 2 * b, depth,  keys, depth, scores,
-                                              block,   nullptr,           nullptr};
-      multiply(product, rows, count);
-      if (is_wide) add_low(product, b, rows, count);
-      for (int64_t m = 0; m < rows; ++m) weigh(m, b, count, query_scale[m], most[m], total[m], factor);
+      multiply_scores(is_wide, b, rows, count);
+      for (int64_t m = 0; m < rows; ++m) {
+        if (is_wide)
+          weigh<true>(m, b, count, range[m], most[m], total[m], factor);
+        else
+          weigh<false>(m, b, count, range[m], most[m], total[m], factor);
+      }
       for (int64_t e = 0; e < count; e += kPart) {
         const float* scale = value_scale + (b + e) / kPart * width;
         const int64_t part = std::min(kPart, count - e);
-        multiply(Product<uint8_t, int8_t>{weights + e, values + (b + e) * width, block, width, part, sums, width,
-                                          factor[e / kPart], scale},
+        multiply(Product<uint8_t, int8_t, float>{weights + e, values + (b + e) * width, block, width, part, sums, width,
+                                                 factor[e / kPart], scale},
                  rows, width);
       }
     }
     for (int64_t m = 0; m < rows; ++m) {
-      const float inverse = finite && is_finite(query_scale[m]) ? 1.0f / total[m] : bits_to_float(0x7FC00000u);
+      const float inverse = finite && is_finite(range[m]) ? 1.0f / total[m] : bits_to_float(0x7FC00000u);
       const float* __restrict from = sums + m * width;
       float* __restrict to = p.out + ((n * p.queries + first + m) * p.heads + h) * p.width;
       for (int64_t i = 0; i < p.width; ++i) to[i] = from[i] * inverse;
     }
   }
 
-  void add_low(Product<int16_t, int16_t> product, int64_t b, int64_t rows, int64_t count) const {
+  // Of a block of keys from b on.
+  void multiply_scores(bool is_wide, int64_t b, int64_t rows, int64_t count) const {
+    if (!is_wide) {
+      multiply(Product<int16_t, int16_t, int16_t>{queries, key_codes + 2 * b, depth, keys, depth,
+                                                  reinterpret_cast<int16_t*>(scores), block, nullptr, nullptr},
+               rows, count);
+      return;
+    }
+    Product<int16_t, int16_t, float> product{queries, key_codes + 2 * b, depth,  keys, depth, scores,
+                                             block,   nullptr,           nullptr};
+    multiply(product, rows, count);
     float one[kQueries], step[kKeys];
     std::fill_n(one, kQueries, 1.0f);
     std::fill_n(step, kKeys, 1.0f / kLow);
@@ -343,18 +390,16 @@ struct Head {
     multiply(product, rows, count);
   }
 
-  // The weights of a block of keys for query m, and the factors that make them multiples of exp(score - most); `most` of
+  // The weights of a block of keys for query m, and the factors that make them multiples of 2^(score - most); `most` of
   // all keys so far, which the sums and their total follow.
-  void weigh(int64_t m, int64_t b, int64_t count, float scale, float& most, float& total, float (*factor)[kQueries]) {
+  template <bool kIsWide>
+  void weigh(int64_t m, int64_t b, int64_t count, float range, float& most, float& total, float (*factor)[kQueries]) {
     float own[kKeys / kPart], all[kKeys / kPart];
     const float before = most;
     for (int64_t e = 0, i = 0; e < count; e += kPart, ++i) {
       const int64_t part = std::min(kPart, count - e), valid = std::min(part, p.keys - b - e);
-      const float* from = scores + m * block + e;
-      uint8_t* to = weights + m * block + e;
-      const int32_t sum = valid == kPart ? part_weights(from, key_scale + b + e, scale, kPart, kPart, to, own[i])
-                                         : part_weights(from, key_scale + b + e, scale, valid, part, to, own[i]);
-      all[i] = static_cast<float>(sum);
+      all[i] = static_cast<float>(valid == kPart ? part_weights<kIsWide>(m, e, range, kPart, kPart, own[i])
+                                                 : part_weights<kIsWide>(m, e, range, valid, part, own[i]));
       most = std::max(most, own[i]);
     }
     if (most > before) {
@@ -368,32 +413,59 @@ struct Head {
     }
   }
 
-  // weights = rint(255 * 2^(scale * score - own)), `own` the eighth above the largest exponent; returns their sum.
-  MODIFF_INLINE int32_t part_weights(const float* from, const float* key_scale, float scale, int64_t valid,
-                                     int64_t count, uint8_t* to, float& own) const {
-    constexpr int kVectors = kPart / kLanes;
-    __m512 s[kVectors], top = _mm512_set1_ps(kNone);
-    __m512i sum = _mm512_setzero_si512();
+  // Codes of the weights of a part, `own` the eighth above the largest score; returns their sum.
+  template <bool kIsWide>
+  MODIFF_INLINE int64_t part_weights(int64_t m, int64_t e, float range, int64_t valid, int64_t count, float& own) const {
+    constexpr int kVectors = kPart / kWords;
+    __m512i s[kVectors], top = words(INT16_MIN), sum = _mm512_setzero_si512();
+    float origin = 0.0f;
+    if constexpr (kIsWide) {
+      origin = wide_scores(scores + m * block + e, range, valid, count, s);
+    } else {
+      // Upper halves of sums are at most kRowNorm^2 / 2^16, which stands for `range`.
+      const float one = 65536.0f * 32768.0f * kOctave / (kRowNorm * kRowNorm);
+      const __m512i to_steps = words(_mm_cvtss_si32(_mm_set_ss(range * one)));
+      const auto* from = reinterpret_cast<const int16_t*>(scores) + m * block + e;
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
-      const __m512 both = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(key_scale + j * kLanes));
-      s[j] = _mm512_mul_ps(_mm512_loadu_ps(from + j * kLanes), both);
-      if (valid < (j + 1) * kLanes) {
-        const auto there = static_cast<__mmask16>((1u << (valid - j * kLanes)) - 1);
-        s[j] = _mm512_mask_blend_ps(there, _mm512_set1_ps(kNone), s[j]);
-      }
-      top = _mm512_max_ps(top, s[j]);
+      for (int j = 0; j < kVectors && j * kWords < count; ++j)
+        s[j] = _mm512_mulhrs_epi16(_mm512_loadu_si512(from + j * kWords), to_steps);
     }
-    own = std::ceil(8.0f * _mm512_reduce_max_ps(top)) / 8.0f;
-    const __m512 one = _mm512_set1_ps(own - kLog2MaxWeight);
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors && j * kLanes < count; ++j) {
-      const __m512 power = exp2_(_mm512_max_ps(_mm512_sub_ps(s[j], one), _mm512_set1_ps(-40.0f)));
-      const __m512i codes = _mm512_cvtps_epi32(power);
-      sum = _mm512_add_epi32(sum, codes);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j * kLanes), _mm512_cvtusepi32_epi8(codes));
+    for (int j = 0; j < kVectors && j * kWords < count; ++j) {
+      if (valid < (j + 1) * kWords)
+        s[j] = _mm512_mask_mov_epi16(words(INT16_MIN), (1u << (valid - j * kWords)) - 1, s[j]);
+      top = _mm512_max_epi16(top, s[j]);
     }
-    return _mm512_reduce_add_epi32(sum);
+    const int most = (largest_of(top) + kEighth - 1) & -kEighth;
+    own = origin + static_cast<float>(most) / kOctave;
+    const __m512i zero = words(most + 1 - kZeroOctave * kOctave);
+    uint8_t* to = weights + m * block + e;
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors && j * kWords < count; ++j) {
+      const __m512i codes = weight_codes(_mm512_subs_epi16(s[j], zero));
+      sum = _mm512_add_epi16(sum, codes);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j * kWords), _mm512_cvtepi16_epi8(codes));
+    }
+    return _mm512_reduce_add_epi32(_mm512_madd_epi16(sum, words(1)));
+  }
+
+  // Scores from float sums, in steps above what is returned, the eighth above the largest.
+  static float wide_scores(const float* from, float range, int64_t valid, int64_t count, __m512i* to) {
+    const __m512 one = _mm512_set1_ps(range / (kRowNorm * kRowNorm));
+    __m512 top = _mm512_set1_ps(kNone);
+    for (int64_t i = 0; i < valid; i += kLanes) {
+      const auto there = static_cast<__mmask16>((1u << std::min(valid - i, kLanes)) - 1);
+      top = _mm512_mask_max_ps(top, there, top, _mm512_mul_ps(_mm512_loadu_ps(from + i), one));
+    }
+    const float origin = std::ceil(8.0f * _mm512_reduce_max_ps(top)) / 8.0f;
+    const auto steps = [&](const float* at) {
+      const __m512 score = _mm512_fmsub_ps(_mm512_loadu_ps(at), one, _mm512_set1_ps(origin));
+      return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(
+          _mm512_max_ps(_mm512_mul_ps(score, _mm512_set1_ps(kOctave)), _mm512_set1_ps(INT16_MIN))));
+    };
+    for (int64_t i = 0; i < count; i += kWords)  // reads past count, as above
+      to[i / kWords] = _mm512_inserti64x4(_mm512_castsi256_si512(steps(from + i)), steps(from + i + kLanes), 1);
+    return origin;
   }
 };
 
