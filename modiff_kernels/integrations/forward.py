@@ -4,8 +4,8 @@ It stands below a step schedule, so calls that are held or forecast do not come 
 unless something may do otherwise at the next call (`obstacle_of`). Calls whose Python does what later ones rely on stay
 as they are: the first one of a run, which allocates state, those with other encoder states than the call before, which
 compute constants, and, where others are compiled, the first with other weights, which stacks them.
-Calls that run as they are take what follows from the timestep alone from a table (`nn.cache.TimeTable`); a graph is
-captured, and code compiled, for all timesteps."""
+Calls that run as they are, and compiled code, take what follows from the timestep alone from a table
+(`nn.cache.TimeTable`); a graph is captured for all timesteps."""
 
 import contextlib
 import functools
@@ -106,10 +106,12 @@ class UNetForward:
         if graphs is not None:
             args, kwargs, calls = graphs.static(args, kwargs, device_of(self._owners))
         if self._is_first(args, kwargs):
-            output = original(*args, **kwargs)
+            output = original(*args, **kwargs) if graphs is not None else self._with_time_table(original, args, kwargs)
             self._relocations = self.state.relocations
             return output
         step = original if self._compiled is None else self._call_compiled
+        if self._compiled is not None and self.state.time_table is not None:
+            self._load_time_table(self.state.time_table, calls is None, args, kwargs)
         return step(*args, **kwargs) if graphs is None or calls is None else graphs.call(step, args, kwargs, calls)
 
     def _graphs_now(self) -> GraphedCalls | None:
@@ -153,11 +155,23 @@ class UNetForward:
                 "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a new run"
             ) from error
 
+    def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, float | None]:
+        """Sample and timestep of a call, and that as a number where it may come from a table."""
+        sample = args[0] if args else kwargs.get("sample")
+        timestep = args[1] if len(args) > 1 else kwargs.get("timestep")
+        return sample, timestep, None if torch_must_see(sample) else self.timesteps.value(timestep)
+
+    def _load_time_table(self, table: TimeTable, may: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample, timestep, value = self._timestep(args, kwargs)
+        if may and value is not None:
+            table.load(value, timestep.reshape(-1)[:1].expand(len(sample)).to(sample.device))
+        else:
+            table.for_compiled = None
+
     def _with_time_table(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        table, timestep = self.state.time_table, None
-        if table is not None and not torch_must_see(args[0] if args else kwargs.get("sample")):
-            timestep = self.timesteps.value(args[1] if len(args) > 1 else kwargs.get("timestep"))
-        if timestep is None:
+        table = self.state.time_table
+        timestep = None if table is None else self._timestep(args, kwargs)[2]
+        if table is None or timestep is None:
             return original(*args, **kwargs)
         table.begin_call(timestep)
         try:

@@ -129,7 +129,7 @@ class Entry:
 
     features: Tensor
     embedding: Tensor | None = None
-    projections: dict[int, tuple[Any, list[Tensor]]] = dataclasses.field(default_factory=dict)
+    projections: dict[Any, tuple[Any, list[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes in memory, of one row each."""
@@ -152,9 +152,10 @@ class TimeTable:
     and `embedding`.
 
     A call of the UNet with a known timestep stands between `begin_call` and `end_call`; all others compute as ever, as
-    do compiled code, calls with gradients, and `time_embedding` of anything but the features. Entries hold as long as
-    the weights stay, as `state` counts it. is_active: whether there are entries at all; for one who sees that a hook or
-    an adapter is on the modules or below."""
+    do calls with gradients, and `time_embedding` of anything but the features. Compiled code reads tensors that stay:
+    `for_compiled`, the embedding, and with it the projections; before its call `load` writes them, or takes them away.
+    Entries hold as long as the weights stay, as `state` counts it. is_active: whether there are entries at all; for one
+    who sees that a hook or an adapter is on the modules or below."""
 
     def __init__(self, state: Any, time_proj: nn.Module, time_embedding: nn.Module) -> None:
         self.modules = time_proj, time_embedding
@@ -162,6 +163,9 @@ class TimeTable:
         self._state, self._made_at = state, state.weight_changes
         self._entries: dict[tuple[float, int], Entry] = {}
         self._call = _Call()
+        self._projecting: list[Any] = []  # what has asked for projections
+        self._rows: list[Tensor] = []
+        self.for_compiled: Tensor | None = None
 
     def begin_call(self, timestep: float) -> None:
         self._call.number += 1
@@ -169,6 +173,43 @@ class TimeTable:
 
     def end_call(self) -> None:
         self._call.timestep = self._call.entry = None
+
+    def load(self, timestep: float | None, timesteps: Tensor) -> None:
+        """For compiled code that is called next: timesteps [N] on its device, all `timestep`; None if not known."""
+        entry = None
+        if timestep is not None and self._projecting:
+            self.begin_call(timestep)
+            embedding = self.modules[1](self.modules[0](timesteps))
+            if (entry := self.entry_of(embedding)) is not None:
+                for one in self._projecting:
+                    one.project(embedding)
+            self.end_call()
+        if entry is None or entry.embedding is None:
+            self.for_compiled = None
+            return
+        rows = [entry.embedding[:1]] + [part for one in self._projecting for part in entry.projections[one][1]]
+        forms = [[(row.shape, row.dtype, row.device) for row in some] for some in (rows, self._rows)]
+        if forms[0] != forms[1]:
+            with torch.inference_mode(False):
+                self._rows = [torch.empty_like(row) for row in rows]
+            self.for_compiled = None
+        for row, value in zip(self._rows, rows):
+            row.copy_(value)
+        if self.for_compiled is None or len(self.for_compiled) != len(timesteps):
+            left = iter(self._rows)
+            self.for_compiled = next(left).expand(len(timesteps), -1)
+            for one in self._projecting:
+                one.for_compiled = [next(left) for _ in entry.projections[one][1]]
+
+    def projections(self, owner: Any, embedding: Tensor) -> tuple[Any, list[Tensor]] | None:
+        """Where `embedding` is that of this call: what `keep_projections` got for it from `owner`, or (None, [])."""
+        entry = self.entry_of(embedding)
+        return None if entry is None else entry.projections.get(owner, (None, []))
+
+    def keep_projections(self, owner: Any, weight: Any, parts: list[Tensor]) -> None:
+        self._call.entry.projections[owner] = weight, parts
+        if owner not in self._projecting:
+            self._projecting.append(owner)
 
     @property
     def call_number(self) -> int:
@@ -200,7 +241,9 @@ class TimeTable:
 
     def embedding(self, compute: Callable[..., Tensor], features: Tensor, condition: Tensor | None = None) -> Tensor:
         """compute(features, condition) [N, D]; not to be written to."""
-        entry = None if torch.compiler.is_compiling() else self._call.entry
+        if torch.compiler.is_compiling():
+            return compute(features, condition) if self.for_compiled is None else self.for_compiled
+        entry = self._call.entry
         if entry is None or entry.features is not features or condition is not None:
             return compute(features, condition)
         if entry.embedding is None:
@@ -208,10 +251,11 @@ class TimeTable:
         return entry.embedding
 
     def nbytes(self) -> int:
-        return sum(entry.nbytes() for entry in list(self._entries.values()))
+        return sum(entry.nbytes() for entry in list(self._entries.values())) + sum(row.nbytes for row in self._rows)
 
     def release(self) -> None:
         self._entries.clear()
+        self._rows, self.for_compiled = [], None
 
 
 def one_row(rows: Tensor) -> Tensor:

@@ -69,6 +69,33 @@ class TestTimeTable:
         assert "timesteps" not in own or handle.state.time_table.nbytes() == 0
         assert not torch.allclose(expected[0][0], expected[-1][0], atol=1e-3) or len(keywords) == 1
 
+    @pytest.mark.parametrize("options", [{}, {"resnet_time_scale_shift": "scale_shift"}], ids=["default", "scale_shift"])
+    def test_compiled_code_reads_it(self, options):
+        unet = unet2d(**options)
+        handle = mk.accelerate(unet)
+        handle.compile(backend="eager")
+        rows = embedded_rows(unet)
+        first = run(unet, handle)
+        assert_equal(run(unet, handle), first)
+        assert rows == [ROWS] * len(STEPS)
+        for weight in (unet.time_embedding.linear_1.weight, unet.mid_block.resnets[0].time_emb_proj.weight):
+            with torch.no_grad():
+                weight.mul_(1.5)
+            changed = run(unet, handle)
+            assert not torch.allclose(changed[-1], first[-1], atol=1e-3)
+            first = changed
+        handle.remove()
+        assert_equal(changed, without_table(unet))
+
+    def test_compiled_code_computes_what_is_not_in_it(self):
+        unet = unet2d(class_embed_type="timestep", num_class_embeds=None)
+        timesteps = [*STEPS, torch.tensor([900, 100]), 300]
+        expected = [without_table(unet, timesteps=timesteps, **own) for own in CLASSES]
+        handle = mk.accelerate(unet)
+        handle.compile(backend="eager")
+        for own, wanted in zip(CLASSES, expected):
+            assert_equal(run(unet, handle, timesteps, **own), wanted)
+
     def test_memory_is_bounded_and_counted(self, unet):
         handle = mk.accelerate(unet, mk.ModiffConfig(mode="quantized"))
         unet(noise(), 5)

@@ -33,6 +33,7 @@ class TimeProjections:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._last: tuple[Tensor | None, int, int, list[Tensor]] = (None, 0, 0, [])
+        self.for_compiled: list[Tensor] = []  # where the table has them
 
     @staticmethod
     def share(blocks: list[Any]) -> None:
@@ -45,12 +46,19 @@ class TimeProjections:
         for (_, _, skip_time_act, scale_shift), kind in kinds.items():
             norms = [block.norm2 for block in kind if scale_shift]
             shared = TimeProjections([block.time_emb_proj for block in kind], norms, skip_time_act, kind[0].state)
-            for block in kind:
-                block.time_projections = shared
+            for i, block in enumerate(kind):
+                block.time_projections, block.time_index = shared, i
 
     def covers(self, linear: nn.Module) -> bool:
         """Whether `linear` is one of those, with nothing put on it; a LoRA, for one, puts another in its place."""
         return id(linear) in self._index and has_no_hook(linear)
+
+    def of_table(self, index: int, linear: nn.Module, temb: Tensor) -> list[Tensor] | None:
+        """As `of`, for compiled code: of block `index`, if the table has loaded them for it; else None."""
+        table = self._state.time_table
+        if table is None or temb is not table.for_compiled or linear is not self._linears[index]:
+            return None
+        return self.for_compiled[index :: len(self._linears)]
 
     def of(self, linear: nn.Linear, temb: Tensor) -> list[Tensor]:
         """[linear(silu(temb))], or gamma and beta of `scaled_norm`: [N, C], [1, C] where rows are equal; contiguous."""
@@ -58,20 +66,21 @@ class TimeProjections:
         call = 0 if table is None else table.call_number  # where there is a table, embeddings outlive their call
         source, *known, parts = self._last
         if temb is not source or known != [tensor_version(temb), call]:
-            parts = self._project(temb)
+            parts = self.project(temb)
             self._last = temb, tensor_version(temb), call, parts
         return parts[self._index[id(linear)] :: len(self._linears)]
 
-    def _project(self, temb: Tensor) -> list[Tensor]:
+    def project(self, temb: Tensor) -> list[Tensor]:
+        """For all blocks, scales before shifts."""
         self._stack_weights()
         table = self._state.time_table
-        entry = None if table is None else table.entry_of(temb)
-        if entry is None:
+        known = None if table is None else table.projections(self, temb)
+        if table is None or known is None:
             return self._parts(temb)
-        weight, parts = entry.projections.get(id(self), (None, []))
+        weight, parts = known
         if weight is not self._weight:
             parts = [one_row(part) for part in self._parts(temb[:1].expand(ROWS, -1))]
-            entry.projections[id(self)] = self._weight, parts
+            table.keep_projections(self, self._weight, parts)
         return parts
 
     def _parts(self, temb: Tensor) -> list[Tensor]:
@@ -139,6 +148,7 @@ class FusedResnetBlock2D(FusedBlock):
         self.skip_time_act, self.scale_shift = block.skip_time_act, block.time_embedding_norm == "scale_shift"
         self.takes_time = self.scale_shift or block.time_embedding_norm == "default"  # a VAE has "group"
         self.time_projections: TimeProjections | None = None
+        self.time_index = 0  # of this block there
         if block.conv_shortcut is not None:
             self.conv_shortcut = parts.layer("conv_shortcut")
             if self.conv_shortcut.mode == "modulated":
@@ -171,9 +181,12 @@ class FusedResnetBlock2D(FusedBlock):
                 raise ValueError("time_embedding_norm='scale_shift' needs a time embedding, but temb is None; pass one")
             return norm
         shared, projection = self.time_projections, self.time_emb_proj
-        if shared is not None and shared.covers(projection) and not torch.compiler.is_compiling():
+        parts = None
+        if shared is not None and torch.compiler.is_compiling():
+            parts = shared.of_table(self.time_index, projection, temb)
+        elif shared is not None and shared.covers(projection):
             parts = shared.of(projection, temb)
-        else:
+        if parts is None:
             time = temb if projection is None else projection(temb if self.skip_time_act else F.silu(temb))
             parts = scaled_norm(time, norm.gamma, norm.beta) if self.scale_shift else [time]
         rows = [part.expand(samples, -1) for part in parts]
