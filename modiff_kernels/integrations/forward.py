@@ -10,8 +10,9 @@ Calls that run as they are, and compiled code, take what follows from the timest
 import contextlib
 import functools
 import itertools
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,9 +39,13 @@ OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedd
 
 
 class UNetForward:
-    """Takes the place of the forward of `unet`. graphs: for CUDA graphs, or None. timesteps: reads those of calls."""
+    """Takes the place of the forward of `unet`. own_paths: of low-bit layers and fused blocks there. graphs: for CUDA
+    graphs, or None. timesteps: reads those of calls."""
 
-    def __init__(self, unet: nn.Module, form: CallForm, state: ModulationState, graphs: GraphedCalls | None) -> None:
+    def __init__(
+        self, unet: nn.Module, form: CallForm, state: ModulationState, own_paths: Iterable[str],
+        graphs: GraphedCalls | None,
+    ) -> None:  # fmt: skip
         self.state = state
         self.graphs = graphs
         self.timesteps = HostTimesteps()
@@ -50,6 +55,9 @@ class UNetForward:
         self._plain = form.adapted(getattr(unet, self._name))
         self._compiled: Callable[..., Any] | None = None
         self.uncompiled = 0  # calls
+        self._forms: dict[Any, str] = {}
+        self._own_paths = tuple([f"{path}." for path in own_paths])
+        self._outside: tuple[Any, tuple[Any, ...]] = (None, ())
         self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
         self._owners = [module._parameters for module in unet.modules() if module._parameters]
@@ -79,17 +87,26 @@ class UNetForward:
         wrap_forward(modules[1], table.embedding, undo)
 
     def compile(self, **options: Any) -> None:
-        """Compile the calls that are not excepted above, with the options of torch.compile. Inductor's, if the user
-        gives none: attributes of torch's own layers stay within a run, so they are not guarded, and on a CPU the
-        kernels are called from C++ (torch before 2.13 would go through Python for some even so)."""
+        """Compile the calls that are not excepted above, with the options of torch.compile. If the user gives none:
+        attributes of torch's own layers stay within a run, so they are not guarded, nor are many others of a whole
+        graph (`_guards_needed`); and on a CPU inductor calls the kernels from C++ (torch before 2.13 would go through
+        Python for some even so)."""
         inline_kernels()
-        if not options.keys() & {"backend", "mode", "options"}:
-            asked = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-            on_cpu = device_of(self._owners).type == "cpu"
-            options["options"] = {**asked, "cpp_wrapper": True} if on_cpu and torch.__version__ >= (2, 13) else asked
+        if not options.keys() & {"mode", "options"}:
+            asked: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
+            if options.get("fullgraph", True):  # else the parts after the first do not see the form
+                asked["guard_filter_fn"] = functools.partial(_guards_needed, self._own_paths)
+            if "backend" not in options and device_of(self._owners).type == "cpu" and torch.__version__ >= (2, 13):
+                asked["cpp_wrapper"] = True
+            options["options"] = asked
         if options.get("mode") in MAKES_GRAPHS or "triton.cudagraphs" in options.get("options", {}):
             self.graphs = None  # torch makes its own
-        self._compiled = torch.compile(self._plain, **{"fullgraph": True, "dynamic": False, **options})
+        plain = self._plain
+
+        def formed(form: str, *args: Any, **kwargs: Any) -> Any:
+            return plain(*args, **kwargs) if form else None  # read, or it is not guarded
+
+        self._compiled = torch.compile(formed, **{"fullgraph": True, "dynamic": False, **options})
 
     def _then_capture_again(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """`method`, which sets numbers that a graph has taken into its kernels, and makes other outputs of the UNet."""
@@ -142,7 +159,7 @@ class UNetForward:
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self._compiled(*args, **kwargs)
+            return self._compiled(self._form_of_call(), *args, **kwargs)
         except Exception as error:
             if "RecompileLimit" in type(error).__name__:  # raised before anything has run
                 if self.uncompiled == 0:
@@ -154,6 +171,22 @@ class UNetForward:
             raise ValueError(
                 "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a new run"
             ) from error
+
+    def _form_of_call(self) -> str:
+        """A name for all that calls depend on beside their arguments and tensors, where no guard looks at it."""
+        state = self.state
+        has_time = state.time_table is not None and state.time_table.for_compiled is not None
+        seen = RemovableHandle.next_id, state.run_index
+        if seen != self._outside[0]:
+            self._outside = seen, self._modules_outside()
+        form = state.context_name, state.free_mode, state.forms_of_scales(), has_time, self._outside[1]
+        return self._forms.setdefault(form, f"form {len(self._forms)}")
+
+    def _modules_outside(self) -> tuple[Any, ...]:
+        """What is not in low-bit layers and fused blocks; looked at when a run begins, and after any hook was made."""
+        named = [(f"{path}.", module) for path, module in self._unet.named_modules() if path]
+        outside = [(path, module) for path, module in named if not path.startswith(self._own_paths)]
+        return tuple([(p, type(m), m.training, *m._forward_hooks, *m._forward_pre_hooks) for p, m in outside])
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, float | None]:
         """Sample and timestep of a call, and that as a number where it may come from a table."""
@@ -256,6 +289,20 @@ def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
     if device.type != device_type:
         return f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
     return None
+
+
+_CHILD = re.compile(r"_modules(?:'\])?\['([^']+)'\]")
+
+
+def _guards_needed(own_paths: tuple[str, ...], entries: list[Any]) -> list[bool]:
+    """Which guards compiled code keeps, of thousands, which would take a tenth of a small call. Left out is what
+    `Watch` looks at or `_form_of_call` tells: of modules at `own_paths` all but the tensors, and this package."""
+    kept = list(torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(entries))
+    for i, entry in enumerate(entries):
+        path = ".".join(_CHILD.findall(entry.name)) + "."
+        of_tensor = entry.guard_type in ("TENSOR_MATCH", "DUPLICATE_INPUT")
+        kept[i] = kept[i] and (of_tensor or not (path.startswith(own_paths) or "modiff_kernels" in entry.name))
+    return kept
 
 
 def _unless_compiling(forward: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ class Handle:
         if graphs is not None and config.max_state_bytes is not None:
             graphs.most_shapes = 1
         self._form = CallForm(unet)
-        self._forward = UNetForward(unet, self._form, self.state, graphs)
+        self._forward = UNetForward(unet, self._form, self.state, replaced.replacements, graphs)
         self._steps: Steps | None = None
         self._scheduled: ScheduledUNet | None = None
         if config.schedule is not None:
@@ -300,6 +300,7 @@ class Handle:
         if mode == QUANTIZED and self._by_calls and not self._told_of_few:
             self._told_of_few = True
             logger.warning("%s", FEW)
+        self.state.free_mode = mode
         for layer in self._by_calls:
             self.state.relocations += layer.mode != mode
             layer.mode = mode

@@ -218,6 +218,7 @@ class ModulationState(Run):
     trajectories: by context, what a schedule remembers of this run; they have `nbytes()` and `forget()`.
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
+    free_mode: that of layers whose mode the number of calls decides.
     relocations: grows whenever weights move, or anything else that calls read; moves: tensors of a context.
     weight_changes: when weights change or move. serial: with every call. shelves: by context and shape, what waits."""
 
@@ -230,6 +231,7 @@ class ModulationState(Run):
         self.trajectories: dict[str, Any] = {}
         self.time_table: TimeTable | None = None
         self.fixed_addresses = False
+        self.free_mode = "modulated"
         self.relocations = self.weight_changes = self.serial = 0
         self.moves: Counter[str] = self.kept.moves
         self.shelves: dict[tuple[str, Hashable], tuple[dict[StateTensor, ContextTensor], dict[Any, Any]]] = {}
@@ -271,6 +273,12 @@ class ModulationState(Run):
         given = self._inputs_with_given_scales()
         pending = any(state.scale_mode == "delayed" and held.absmax is None for state, held in given)
         return self.is_first, self._factors_in_use, pending
+
+    def forms_of_scales(self) -> frozenset[tuple[bool, bool]]:
+        """Of scales that are not dynamic: whether they are yet to come, and else whether a factor multiplies them."""
+        given = self._inputs_with_given_scales()
+        pending = [(held, state.scale_mode == "delayed" and held.absmax is None) for state, held in given]
+        return frozenset((late, not late and held.factor is not None) for held, late in pending)
 
     def begin_call(self, look: Callable[[], str | None] = lambda: None) -> None:
         self.kept.expire()

@@ -2,11 +2,13 @@
 
 import contextlib
 import weakref
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
+from diffusers import DDIMScheduler
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -125,6 +127,33 @@ class TestCompile:
         for wanted in expected:
             assert_close(run(net, handle, encoder, calls=calls), wanted)
         assert len(graphs) == kinds_of(options)
+
+    def test_what_no_guard_of_a_layer_looks_at(self):
+        """Contexts in turn, the mode that the number of calls decides, a hook, another layer, another size."""
+
+        def outputs(net, handle):
+            found, xs = [], trajectory((2, 4, 8, 8), CALLS)
+            scheduler = DDIMScheduler()
+            handle.wrap_scheduler(SimpleNamespace(scheduler=scheduler))
+            for calls in (CALLS, 3, CALLS):
+                scheduler.set_timesteps(calls)
+                for call, x in enumerate(xs[:calls]):
+                    for context in ("cond", "uncond"):
+                        with handle.context(context):
+                            x = x + (context == "cond")
+                            found.append(net(x, 500 - 10 * call, encoder_hidden_states=None)[0])
+                if calls == 3:
+                    hook = net.conv_out.register_forward_hook(lambda module, args, output: output.tanh())
+            hook.remove()
+            net.conv_out = nn.Sequential(net.conv_out, nn.Tanh())
+            return found + run(net, handle, calls=CALLS, batch=3)
+
+        expected = outputs(*accelerated(attention=False))
+        net, handle = accelerated(attention=False)
+        graphs = []
+        handle.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        assert_close(outputs(net, handle), expected)
+        assert len(graphs) == 7  # two contexts by plain, modulated and hooked, and the last run
 
     @torch._dynamo.config.patch(recompile_limit=2)
     def test_more_sizes_than_code_is_kept_for(self, caplog):
