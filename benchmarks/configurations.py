@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS, OpenVinoUNet
+from benchmarks.baselines.x86_inductor import X86_INT8, X86InductorUNet
 from benchmarks.runner import Session, default_dtype, is_wanted
 from benchmarks.shapes import NOT_COUNTED
 from benchmarks.shared import Quantised, Row, build_rows, share_copy
@@ -96,6 +97,8 @@ class Networks:
         on_cuda = self.unet.device.type == "cuda"
         if row.key in PRECISIONS:
             return Network(row, OpenVinoUNet(self.unet, row.key, self.shown, self.conditions))
+        if row.key == X86_INT8:
+            return Network(row, X86InductorUNet(self.unet, self.shown, self.conditions))
         if row.key == BFLOAT16:
             return Network(row, InBfloat16(self.unet))
         unet = share_copy(self.unet if row.channels_last else self.contiguous)
@@ -188,7 +191,7 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: st
         best = rows["float-compile"]
         add("float-compile-graphs", best, "float32 torch.compile channels_last, CUDA graphs", cuda_graphs=True)
         add(QUICK, best, "float32 torch.compile default mode channels_last, CUDA graphs", cuda_graphs=True)
-        # On a CPU its compiled products are made in float32, so it is no peer there.
+        # On a CPU the compiled products of its dynamic int8 are made in float32, so it is no peer there.
         add(TORCHAO, best, "torchao int8 dynamic, torch.compile, CUDA graphs", cuda_graphs=True)
         rows[TORCHAO] = dataclasses.replace(rows[TORCHAO], weight_bits=8, act_bits=8)
     if compiled:
@@ -200,6 +203,8 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: st
             bits = 8 if in_int8 else 16 if precision == "bf16" else 32
             name = key.replace("openvino-", "OpenVINO ").replace("-bf", ", bf")
             rows[key] = Row(key, name, "float", bits, bits, channels_last=False)
+        if compiled:
+            rows[X86_INT8] = Row(X86_INT8, "torchao x86 int8 static, torch.compile", "float", 8, 8, compiled=True)
     if on_cuda:
         add("modulated-w8a8-graphs", ours, "modulated W8A8, CUDA graphs", cuda_graphs=True)
     if on_cuda and compiled:
@@ -215,7 +220,11 @@ def step_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: st
 def run_rows(device: torch.device, dtype: torch.dtype, compiled: bool, plan: str | None = None) -> list[Row]:
     """The rows of whole runs, as tables show them: those of whole steps that matter, DeepCache, and schedules."""
     steps = [row for row in step_rows(device, torch.float32, compiled, plan) if row.mode != "weight_only"]
-    steps = [row for row in steps if min(row.act_bits, row.weight_bits) >= 8 and row.key not in (BFLOAT16, *PRECISIONS)]
+    steps = [
+        row
+        for row in steps
+        if min(row.act_bits, row.weight_bits) >= 8 and row.key not in (BFLOAT16, X86_INT8, *PRECISIONS)
+    ]
     graphs = device.type == "cuda"
     rows = {row.key: row for row in steps if row.mode == "float"}
     for key, interval in DEEPCACHE.items():
@@ -264,7 +273,7 @@ def chosen(rows: Sequence[Row], session: Session, order: Sequence[str]) -> list[
     """`rows` as the options of `session` ask for them, without those of packages that are not installed, which stderr
     is told."""
     rows = [row for row in with_backends(rows, session.args.backend) if is_wanted(row.key, session.args.rows)]
-    needed = {TORCHAO: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
+    needed = {TORCHAO: {"torchao"}, X86_INT8: {"torchao"}, **{key: {"DeepCache"} for key in DEEPCACHE}}
     needed |= {key: {"openvino", "nncf"} if in_int8 else {"openvino"} for key, (_, in_int8) in PRECISIONS.items()}
     wanted = set().union(*(needed.get(row.key, set()) for row in rows))
     missing = {package for package in wanted if find_spec(package) is None}

@@ -14,9 +14,9 @@ the most telling first, so that --budget cuts off what stands last. --backend cu
 
 Baselines: eager in both memory formats; torch.compile, on CUDA with max-autotune, without and with CUDA graphs, and in
 its default mode with graphs (on the CPU max-autotune and freezing took the same time within 3 % and are left out);
-torchao's dynamic int8, OpenVINO and bfloat16 where they are installed. --plan FILE, made by `modiff calibrate --plan`
-or make_plan() on this device, adds the rows "planned". Bound: benchmarks/bounds.py. Peak memory is known
-on CUDA only, and counts the weights."""
+torchao's int8 (dynamic on CUDA, static on a CPU), OpenVINO and bfloat16 where they are installed. --plan FILE, made by
+`modiff calibrate --plan` or make_plan() on this device, adds the rows "planned". Bound: benchmarks/bounds.py. Peak
+memory is known on CUDA only, and counts the weights."""
 
 import argparse
 import functools

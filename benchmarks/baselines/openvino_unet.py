@@ -36,10 +36,10 @@ class OpenVinoUNet(nn.Module):
 
         precision, in_int8 = PRECISIONS[key]
         self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
-        calls = [_leaves(*call, conditions) for call in shown]
+        calls = [leaves_of(*call, conditions) for call in shown]
         with torch.no_grad():
             example = {"example_input": tuple(calls[0]), "input": [tuple(leaf.shape) for leaf in calls[0]]}
-            model = openvino.convert_model(_Plain(unet, torch.utils._pytree.tree_structure(conditions)), **example)
+            model = openvino.convert_model(Plain(unet, torch.utils._pytree.tree_structure(conditions)), **example)
         if in_int8:
             model = _quantised(model, [[leaf.numpy() for leaf in call] for call in calls], in_int8 == "hybrid")
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
@@ -48,7 +48,7 @@ class OpenVinoUNet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True, **conditions: Any) -> tuple[Tensor]:
         """The UNet's output in a tuple, whatever return_dict is; overwritten by the next call."""
-        leaves = [leaf.numpy() for leaf in _leaves(sample, timestep, conditions)]
+        leaves = [leaf.numpy() for leaf in leaves_of(sample, timestep, conditions)]
         return (torch.from_numpy(self._request.infer(leaves, share_outputs=True)[0]),)
 
 
@@ -73,11 +73,11 @@ def _is_constant(value: Any) -> bool:
     return node.get_type_name() == "Constant"
 
 
-def _leaves(sample: Tensor, timestep: Tensor, conditions: Mapping[str, Any]) -> list[Tensor]:
+def leaves_of(sample: Tensor, timestep: Tensor, conditions: Mapping[str, Any]) -> list[Tensor]:
     return [sample.contiguous(), timestep.float(), *tree_leaves(dict(conditions))]
 
 
-class _Plain(nn.Module):
+class Plain(nn.Module):
     """Tensors in, a tensor out. form: of the conditions."""
 
     def __init__(self, unet: nn.Module, form: Any) -> None:

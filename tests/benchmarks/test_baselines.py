@@ -8,6 +8,7 @@ import torch
 from benchmarks.baselines import deepcache
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS
+from benchmarks.baselines.x86_inductor import X86_INT8
 from benchmarks.configurations import BFLOAT16, QUICK, TORCHAO, run_rows, step_rows
 from benchmarks.steps import BASELINES, least_sqnr_db
 from tests.unets import unet2d
@@ -82,10 +83,10 @@ def test_both_forms_of_deepcache_compute_the_same(monkeypatch):
 def test_the_strongest_baselines_are_there(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     steps = {row.key: row for row in step_rows(CPU, torch.float32, compiled=True)}
-    peers = {BFLOAT16, *PRECISIONS}
+    peers = {BFLOAT16, X86_INT8, *PRECISIONS}
     assert peers | {"float-compile"} <= set(steps)
     least = {key: least_sqnr_db(steps[key], torch.float32) for key in peers}
-    in_int8 = {key for key, (_, what) in PRECISIONS.items() if what}
+    in_int8 = {X86_INT8} | {key for key, (_, what) in PRECISIONS.items() if what}
     assert least == {key: 80 if key == "openvino-float32" else 15 if key in in_int8 else 25 for key in peers}
     on_gpu = {row.key for row in step_rows(GPU, torch.bfloat16, compiled=True)}
     assert {"float-compile", "float-compile-graphs", QUICK, TORCHAO} <= on_gpu
