@@ -193,8 +193,7 @@ class TimeTable:
             with torch.inference_mode(False):
                 self._rows = [torch.empty_like(row) for row in rows]
             self.for_compiled = None
-        for row, value in zip(self._rows, rows):
-            row.copy_(value)
+        torch._foreach_copy_(self._rows, rows)
         if self.for_compiled is None or len(self.for_compiled) != len(timesteps):
             left = iter(self._rows)
             self.for_compiled = next(left).expand(len(timesteps), -1)
