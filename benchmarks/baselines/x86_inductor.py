@@ -32,10 +32,9 @@ class X86InductorUNet(nn.Module):
                 prepared(*call)
             converted = convert_pt2e(prepared)
         self._step = torch.compile(converted, dynamic=False)
-        with torch._inductor.config.patch(freezing=True):  # an option of torch.compile comes too late
-            self(*shown[0], **conditions)
 
-    @torch.inference_mode()  # in one mode, or it is compiled again, without freezing
+    @torch.inference_mode()
+    @torch._inductor.config.patch(freezing=True)  # as an option of torch.compile it comes too late
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True, **conditions: Any) -> tuple[Tensor]:
         """The UNet's output in a tuple, whatever return_dict is."""
         return (self._step(*leaves_of(sample, timestep, conditions)),)
