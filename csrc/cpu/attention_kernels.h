@@ -42,8 +42,8 @@ namespace modiff::cpu {
 namespace {
 
 constexpr int64_t kLanes = 16, kWords = 32, kPart = 128;  // int32 and int16 of a register; keys
-constexpr int64_t kQueries = 96, kKeys = 4 * kPart;  // of a block
-constexpr int kTileRows = 6, kTileVectors = 4;       // 24 sums, 4 of B and a broadcast in 32 registers
+constexpr int64_t kQueries = 96, kKeys = 4 * kPart;       // of a block
+constexpr int kTileRows = 6, kTileVectors = 4;            // 24 sums, 4 of B and a broadcast in 32 registers
 constexpr float kRowNorm = 32000.0f, kMaxValue = 127.0f;
 #ifdef __AVX512VNNI__
 constexpr int kWeightBits = 8;
@@ -188,7 +188,7 @@ int largest_of(__m512i v) {
 // rint(2^(kWeightBits + t)), t <= -1 step of 1 / kOctave, given kZeroOctave octaves higher, which makes shifts of them.
 // 2^f = 1 + f (0.6602 + 0.3398 f) to 0.3 % on an octave: the step of a code is 0.4 %.
 MODIFF_INLINE __m512i weight_codes(__m512i t) {
-  const __m512i f = _mm512_and_si512(_mm512_slli_epi16(t, 8), words(0x7FFF));  // of 2^15
+  const __m512i f = _mm512_and_si512(_mm512_slli_epi16(t, 8), words(0x7FFF));                 // of 2^15
   const __m512i slope = _mm512_add_epi16(_mm512_mulhrs_epi16(f, words(5567)), words(10817));  // of 2^14
   const __m512i power = _mm512_add_epi16(_mm512_mulhrs_epi16(f, slope), words(1 << 14));
   // A shift by more than 15, which a negative one is, gives 0.
@@ -415,7 +415,8 @@ struct Head {
 
   // Codes of the weights of a part, `own` the eighth above the largest score; returns their sum.
   template <bool kIsWide>
-  MODIFF_INLINE int64_t part_weights(int64_t m, int64_t e, float range, int64_t valid, int64_t count, float& own) const {
+  MODIFF_INLINE int64_t part_weights(int64_t m, int64_t e, float range, int64_t valid, int64_t count,
+                                     float& own) const {
     constexpr int kVectors = kPart / kWords;
     __m512i s[kVectors], top = words(INT16_MIN), sum = _mm512_setzero_si512();
     float origin = 0.0f;
@@ -460,8 +461,8 @@ struct Head {
     const float origin = std::ceil(8.0f * _mm512_reduce_max_ps(top)) / 8.0f;
     const auto steps = [&](const float* at) {
       const __m512 score = _mm512_fmsub_ps(_mm512_loadu_ps(at), one, _mm512_set1_ps(origin));
-      return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(
-          _mm512_max_ps(_mm512_mul_ps(score, _mm512_set1_ps(kOctave)), _mm512_set1_ps(INT16_MIN))));
+      return _mm512_cvtsepi32_epi16(
+          _mm512_cvtps_epi32(_mm512_max_ps(_mm512_mul_ps(score, _mm512_set1_ps(kOctave)), _mm512_set1_ps(INT16_MIN))));
     };
     for (int64_t i = 0; i < count; i += kWords)  // reads past count, as above
       to[i / kWords] = _mm512_inserti64x4(_mm512_castsi256_si512(steps(from + i)), steps(from + i + kLanes), 1);

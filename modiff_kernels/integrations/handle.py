@@ -179,7 +179,8 @@ class Handle:
         In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
         first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
         between updates: pass timesteps in any form, and the same tensor of encoder states at every call. Where neither
-        backend, mode nor options are given, inductor gets options that save time on the host."""
+        mode nor options are given, torch gets some that save time on the host: then a layer that is replaced within a
+        run, or another attribute of one of torch's own, is seen at the next run; a hook at once."""
         self._require_active()
         self._forward.compile(**options)
 
