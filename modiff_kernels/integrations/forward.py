@@ -92,9 +92,10 @@ class UNetForward:
         graph (`_guards_needed`); and on a CPU inductor calls the kernels from C++ (torch before 2.13 would go through
         Python for some even so)."""
         inline_kernels()
+        whole = options.get("fullgraph", True)
         if not options.keys() & {"mode", "options"}:
             asked: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-            if options.get("fullgraph", True):  # else the parts after the first do not see the form
+            if whole:  # else the parts after the first do not see the form
                 asked["guard_filter_fn"] = functools.partial(_guards_needed, self._own_paths)
             if "backend" not in options and device_of(self._owners).type == "cpu" and torch.__version__ >= (2, 13):
                 asked["cpp_wrapper"] = True
@@ -106,7 +107,8 @@ class UNetForward:
         def formed(form: str, *args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs) if form else None  # read, or it is not guarded
 
-        self._compiled = torch.compile(formed, **{"fullgraph": True, "dynamic": False, **options})
+        compiled = torch.compile(formed if whole else plain, **{"fullgraph": True, "dynamic": False, **options})
+        self._compiled = compiled if whole else lambda form, *args, **kwargs: compiled(*args, **kwargs)
 
     def _then_capture_again(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """`method`, which sets numbers that a graph has taken into its kernels, and makes other outputs of the UNet."""
