@@ -179,11 +179,13 @@ class TimeTable:
         entry = None
         if timestep is not None and self._projecting:
             self.begin_call(timestep)
-            embedding = self.modules[1](self.modules[0](timesteps))
-            if (entry := self.entry_of(embedding)) is not None:
-                for one in self._projecting:
-                    one.project(embedding)
-            self.end_call()
+            try:
+                embedding = self.modules[1](self.modules[0](timesteps))
+                if (entry := self.entry_of(embedding)) is not None:
+                    for one in self._projecting:
+                        one.project(embedding)
+            finally:
+                self.end_call()
         if entry is None or entry.embedding is None:
             self.for_compiled = None
             return
@@ -241,7 +243,8 @@ class TimeTable:
     def embedding(self, compute: Callable[..., Tensor], features: Tensor, condition: Tensor | None = None) -> Tensor:
         """compute(features, condition) [N, D]; not to be written to."""
         if torch.compiler.is_compiling():
-            return compute(features, condition) if self.for_compiled is None else self.for_compiled
+            known = self.for_compiled if condition is None else None
+            return compute(features, condition) if known is None else known
         entry = self._call.entry
         if entry is None or entry.features is not features or condition is not None:
             return compute(features, condition)

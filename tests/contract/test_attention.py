@@ -44,6 +44,8 @@ def test_columns_of_a_wider_tensor_and_large_scores(place):
     check(place, *(100 * torch.randn(3, 2, 20, 16)), 1, 1.0)
     q, k, v = torch.randn(3, 2, 200, 16)
     check(place, 5 * q, k + 50 * torch.randn(16), v * torch.logspace(-1, 1, 200)[:, None], 1, 0.25)
+    k[:, 0] *= 100  # all keys share a scale
+    check(place, q, k, v, 1, 0.25)
 
 
 def test_nan_reaches_the_rows_that_read_it(place):

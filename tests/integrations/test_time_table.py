@@ -87,13 +87,20 @@ class TestTimeTable:
         handle.remove()
         assert_equal(changed, without_table(unet))
 
-    def test_compiled_code_computes_what_is_not_in_it(self):
-        unet = unet2d(class_embed_type="timestep", num_class_embeds=None)
-        timesteps = [*STEPS, torch.tensor([900, 100]), 300]
-        expected = [without_table(unet, timesteps=timesteps, **own) for own in CLASSES]
+    @pytest.mark.parametrize(
+        ("make", "keywords"),
+        [
+            (lambda: unet2d(class_embed_type="timestep", num_class_embeds=None), CLASSES),
+            (lambda: unet2d_condition(time_cond_proj_dim=4), [STATES, *CONDITIONS, STATES]),
+        ],
+        ids=["classes", "condition"],
+    )
+    def test_compiled_code_computes_what_is_not_in_it(self, make, keywords):
+        unet, timesteps = make(), [*STEPS, torch.tensor([900, 100]), 300]
+        expected = [without_table(unet, timesteps=timesteps, **own) for own in keywords]
         handle = mk.accelerate(unet)
         handle.compile(backend="eager")
-        for own, wanted in zip(CLASSES, expected):
+        for own, wanted in zip(keywords, expected):
             assert_equal(run(unet, handle, timesteps, **own), wanted)
 
     def test_memory_is_bounded_and_counted(self, unet):
