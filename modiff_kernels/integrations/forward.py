@@ -188,7 +188,8 @@ class UNetForward:
         """What is not in low-bit layers and fused blocks; looked at when a run begins, and after any hook was made."""
         named = [(f"{path}.", module) for path, module in self._unet.named_modules() if path]
         outside = [(path, module) for path, module in named if not path.startswith(self._own_paths)]
-        return tuple([(p, type(m), m.training, *m._forward_hooks, *m._forward_pre_hooks) for p, m in outside])
+        hooks = [(*module._forward_hooks, *module._forward_pre_hooks) for _, module in outside]
+        return tuple([(p, type(m), m.training, m.extra_repr(), ids) for (p, m), ids in zip(outside, hooks)])
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, float | None]:
         """Sample and timestep of a call, and that as a number where it may come from a table."""

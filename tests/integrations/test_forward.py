@@ -129,7 +129,7 @@ class TestCompile:
         assert len(graphs) == kinds_of(options)
 
     def test_what_no_guard_of_a_layer_looks_at(self):
-        """Contexts in turn, the mode that the number of calls decides, a hook, another layer, another size."""
+        """Contexts in turn, the mode that the number of calls decides, a hook, another layer, size and attribute."""
 
         def outputs(net, handle):
             found, xs = [], trajectory((2, 4, 8, 8), CALLS)
@@ -146,6 +146,8 @@ class TestCompile:
                     hook = net.conv_out.register_forward_hook(lambda module, args, output: output.tanh())
             hook.remove()
             net.conv_out = nn.Sequential(net.conv_out, nn.Tanh())
+            found += run(net, handle, calls=CALLS, batch=3)
+            net.conv_out[0].stride = (2, 2)
             return found + run(net, handle, calls=CALLS, batch=3)
 
         expected = outputs(*accelerated(attention=False))
@@ -153,7 +155,7 @@ class TestCompile:
         graphs = []
         handle.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
         assert_close(outputs(net, handle), expected)
-        assert len(graphs) == 7  # two contexts by plain, modulated and hooked, and the last run
+        assert len(graphs) == 8  # two contexts by plain, modulated and hooked, and the last runs
 
     @torch._dynamo.config.patch(recompile_limit=2)
     def test_more_sizes_than_code_is_kept_for(self, caplog):
