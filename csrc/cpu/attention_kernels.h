@@ -23,8 +23,8 @@
 // kTileRows rows by up to kTileVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values
 // [keys / 4, width, 4] of its head, padded to whole vectors; the scores of kQueries queries and kKeys keys stay in the
 // second-level cache. Bound: queries * keys * width multiply-adds a head at 32 a cycle and core (Zen 4), as many at 64,
-// and a third of a cycle a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32, and a vpmaddubsw
-// before them for bytes, for which weights have 7 bits.
+// and a third of a cycle a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32, and a
+// vpmaddubsw before them for bytes, for which weights have 7 bits.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -57,7 +57,7 @@ class UNetForward:
         self.uncompiled = 0  # calls
         self._forms: dict[Any, str] = {}
         self._own_paths = tuple([f"{path}." for path in own_paths])
-        self._outside: tuple[Any, tuple[Any, ...]] = (None, ())
+        self._outside: tuple[Any, str] = (None, "")
         self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
         self._owners = [module._parameters for module in unet.modules() if module._parameters]
@@ -180,8 +180,11 @@ class UNetForward:
         has_time = state.time_table is not None and state.time_table.for_compiled is not None
         seen = RemovableHandle.next_id, state.run_index
         if seen != self._outside[0]:
-            self._outside = seen, self._modules_outside()
+            self._outside = seen, self._name_of(self._modules_outside())
         form = state.context_name, state.free_mode, state.forms_of_scales(), has_time, self._outside[1]
+        return self._name_of(form)
+
+    def _name_of(self, form: Any) -> str:
         return self._forms.setdefault(form, f"form {len(self._forms)}")
 
     def _modules_outside(self) -> tuple[Any, ...]:

@@ -52,6 +52,7 @@ class StateTensor:
         self.contexts: dict[str, ContextTensor] = {}
 
     def fill(self, tensor: Tensor) -> None:
+        """Write what a run begins with. Abstract: of the two kinds below."""
         raise NotImplementedError
 
     def ensure(
