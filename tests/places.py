@@ -105,6 +105,8 @@ class Place:
         if (reason := dispatch.why_unavailable(self.backend)) is not None:
             return reason
         if self.backend == "cpu":
+            if self.isa == cpu.isa():
+                return "it is that of the place cpu"
             isa = cpu.isa() if self.isa is None else self.isa
             if not torch.ops.modiff_cpu.isas() >> cpu.ISAS.index(isa) & 1 or (isa == "plain" and self.own != _QUANTIZE):
                 return f"this CPU has {cpu.isa()}"
@@ -191,6 +193,7 @@ PLACES = (
     Place("reference", "reference", ("quantize", "product", "modulate", "attention")),
     Place("cpu", "cpu", ("quantize", "product", "modulate", "attention")),
     Place("cpu-2-threads", "cpu", ("quantize", "product", "attention"), threads=2),  # other tiles of the work
+    Place("cpu-avx512-vnni", "cpu", _PRODUCT, isa="avx512_vnni"),
     Place("cpu-avx512", "cpu", (*_PRODUCT, "attention"), isa="avx512"),
     Place("cpu-avx-vnni", "cpu", _PRODUCT, isa="avx_vnni"),
     Place("cpu-avx2", "cpu", ("quantize", "product", "modulate"), isa="avx2"),

@@ -8,6 +8,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <memory>
@@ -66,10 +70,23 @@ bool avx_vnni() {
   return false;
 #endif
 }
+
+// Whether tdpbssd runs: Linux gives a process the tile registers when it asks for them.
+bool amx() {
+#if MODIFF_AMX && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool tiles = edx >> 24 & 1, int8 = edx >> 25 & 1;
+  return tiles && int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Instruction sets in rising order of preference; the names in modiff_kernels/backends/cpu.py follow it.
-enum Isa : int64_t { kPlain, kAvx2, kAvx512, kAvxVnni, kAvx512Vnni };
+enum Isa : int64_t { kPlain, kAvx2, kAvx512, kAvxVnni, kAvx512Vnni, kAvx512Amx };
 
 // Bit i: instruction set i is available here.
 int64_t isas() {
@@ -84,6 +101,7 @@ int64_t isas() {
     if (avx512) found |= 1 << kAvx512;
     if (avx_vnni() || vnni) found |= 1 << kAvxVnni;
     if (vnni) found |= 1 << kAvx512Vnni;
+    if (vnni && amx()) found |= 1 << kAvx512Amx;
 #endif
     return found;
   }();
@@ -98,7 +116,7 @@ void check_isa(int64_t isa, int64_t least, const char* op) {
 QuantizeFn quantize_for(int64_t isa) {
   check_isa(isa, kPlain, "quantize");
 #if defined(__x86_64__)
-  if (isa == kAvx512 || isa == kAvx512Vnni) return &quantize_avx512;
+  if (isa == kAvx512 || isa >= kAvx512Vnni) return &quantize_avx512;
   if (isa != kPlain) return &quantize_avx2;
 #endif
   return &quantize_plain;
@@ -109,6 +127,9 @@ void run_product(const ProductProblem& p, int64_t isa) {
   if (isa == kAvx2) return product_avx2(p);
   if (isa == kAvx512) return product_avx512(p);
   if (isa == kAvx512Vnni) return product_avx512_vnni(p);
+#if MODIFF_AMX
+  if (isa == kAvx512Amx) return product_avx512_amx(p);
+#endif
 #if MODIFF_AVX_VNNI
   if (avx_vnni()) return product_avx_vnni(p);
 #endif
@@ -258,7 +279,7 @@ Tensor product(const Tensor& codes, const Tensor& scale, int64_t granularity, st
 
 // q [samples, queries, heads * width], k and v [samples, keys, heads * width]: float32, rows contiguous.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale, int64_t isa) {
-  STD_TORCH_CHECK(isa == kAvx512 || isa == kAvx512Vnni, "modiff_cpu::attention needs AVX-512, got instruction set ",
+  STD_TORCH_CHECK(isa == kAvx512 || isa >= kAvx512Vnni, "modiff_cpu::attention needs AVX-512, got instruction set ",
                   isa);
   check_isa(isa, kAvx512, "attention");
   for (const Tensor* t : {&q, &k, &v})

@@ -27,44 +27,20 @@
 // c_in / groups >= 16 and c_out / groups >= 16.
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstring>
 #include <type_traits>
 #include <utility>
 
-#include "common/problem.h"
-#include "cpu/convert.h"
-#include "cpu/product.h"
-#include "cpu/parallel.h"
+#include "cpu/product_tasks.h"
 
 namespace modiff::cpu {
 namespace {
 
-constexpr int kMaxPixels = 14;        // largest MR
-constexpr int64_t kTaskPixels = 256;  // output pixels of a task, which reads a weight panel set from the L2 cache once
-constexpr int64_t kMaxRuns = 64;
 constexpr int64_t kMaxSums = 24 * kPanel;  // largest MR * NR, times the channels of a panel
-constexpr int64_t kSet = 4;                // panels of a share of the output channels are a multiple of this
 
-// A run is a contiguous piece of K in the padded image; the weights of all runs follow each other.
-struct Runs {
-  int64_t count;
-  int64_t length;  // codes, a multiple of 4
-  const int64_t* offset;
-};
-
-struct Block {
-  const ProductProblem* p;
-  const uint8_t* const* pixel;  // MR pointers into the padded image
-  const int64_t* output_pixel;  // MR flat output pixels
-  Runs runs;
-  const int8_t* weight;  // first panel
-  int64_t panel_bytes;
-  const int32_t* weight_sum;  // of the first panel's channels
-  int64_t channel;            // first output channel
-  int64_t channels;           // valid ones
-  int64_t span;               // of kBytes
-  int32_t shift, code_bytes;  // image = code + shift
+struct VectorBlock : Block {
+  using Block::Block;
+  int64_t span;  // of kBytes
+  int32_t code_bytes;
 };
 
 enum Arithmetic { kVnni, kBytes, kPairs, kWords };
@@ -150,7 +126,7 @@ MODIFF_INLINE void multiply_add(Vector& sum, Vector codes, Vector weight) {
 // sums[MR][NR][16] = codes of MR pixels times NR weight panels. Kept apart from the epilogue so that the accumulators
 // have the registers to themselves.
 template <Arithmetic A, int MR, int NR>
-void multiply(const Block& b, int32_t* sums) {
+void multiply(const VectorBlock& b, int32_t* sums) {
   constexpr int kVectors = NR * kPanelVectors<A>, kPass = std::min(kVectors, kMaxVectors);
   constexpr int kVectorWeights = A == kWords ? MODIFF_VECTOR_BYTES / 2 : MODIFF_VECTOR_BYTES;
   if (A == kBytes) std::memset(sums, 0, MR * NR * kPanel * sizeof(int32_t));
@@ -205,87 +181,7 @@ void multiply(const Block& b, int32_t* sums) {
   }
 }
 
-// Asks for the lines that the epilogue of this block will read, while multiply() still has arithmetic to do: the state
-// of a network does not fit into the caches, and rows of a few lines each are no pattern that the hardware prefetches.
-MODIFF_INLINE void prefetch_epilogue(const Block& b, int pixels, int panels) {
-  const ProductProblem& p = *b.p;
-  const int64_t count = std::min<int64_t>(b.channels, panels * kPanel);
-  for (int m = 0; m < pixels; ++m) {
-    const int64_t offset = b.output_pixel[m] * p.c_out + b.channel;
-    if (p.y_hat != nullptr) prefetch(p.y_hat, p.y_hat_dtype, offset, count);
-    if (p.skip != nullptr) prefetch(p.skip, p.skip_dtype, offset, count);
-  }
-}
-
-// A panel's channels of one pixel, in one or two registers. Passed by reference: by value they are no part of the ABI.
-using Floats = float __attribute__((vector_size(kPanel * 4)));
-using Ints = int32_t __attribute__((vector_size(kPanel * 4)));
-
-MODIFF_INLINE void load_floats(Floats& to, const void* base, DType dtype, int64_t offset, int64_t count) {
-  alignas(64) float buffer[kPanel] = {};
-  const float* row = load_row(base, dtype, offset, count, buffer);
-  if (count == kPanel) {
-    std::memcpy(&to, row, sizeof(to));
-  } else {
-    if (row != buffer) std::memcpy(buffer, row, count * sizeof(float));
-    std::memcpy(&to, buffer, sizeof(to));
-  }
-}
-
-MODIFF_INLINE void store_floats(void* base, DType dtype, int64_t offset, int64_t count, const Floats& value) {
-  alignas(64) float buffer[kPanel];
-  std::memcpy(buffer, &value, sizeof(value));
-  store_row(base, dtype, offset, count, buffer);
-}
-
-// Panel n of the set, of which `count` channels exist.
-MODIFF_INLINE void finish(const Block& b, int pixels, int panels, int n, int64_t count, const int64_t* granule,
-                          const int32_t* sums) {
-  const ProductProblem& p = *b.p;
-  const int64_t channel = b.channel + n * kPanel;
-  Floats weight_scale, bias = {}, other;
-  load_floats(weight_scale, p.weight_scale, DType::kFloat32, channel, count);
-  if (p.bias != nullptr) load_floats(bias, p.bias, DType::kFloat32, channel, count);
-  Ints weight_sum, sum;
-  std::memcpy(&weight_sum, b.weight_sum + n * kPanel, sizeof(weight_sum));
-  for (int m = 0; m < pixels; ++m) {
-    const int64_t offset = b.output_pixel[m] * p.c_out + channel;
-    std::memcpy(&sum, sums + (m * panels + n) * kPanel, sizeof(sum));
-    sum -= weight_sum * (b.shift + (p.zero_point != nullptr ? p.zero_point[granule[m]] : 0));
-    Floats value = __builtin_convertvector(sum, Floats) * weight_scale * p.scale[granule[m]];
-    if (p.y_hat != nullptr) {
-      load_floats(other, p.y_hat, p.y_hat_dtype, offset, count);
-      value += other;
-      store_floats(p.y_hat, p.y_hat_dtype, offset, count, value);
-    } else {
-      value += bias;
-    }
-    if (p.out == nullptr) continue;
-    if (p.skip != nullptr) {
-      load_floats(other, p.skip, p.skip_dtype, offset, count);
-      value += other;
-    }
-    store_floats(p.out, p.out_dtype, offset, count, value);
-  }
-}
-
-void epilogue(const Block& b, int pixels, int panels, const int32_t* sums) {
-  const int64_t rows = b.p->out_h * b.p->out_w;
-  int64_t granule[kMaxPixels];
-  for (int m = 0; m < pixels; ++m)
-    granule[m] = b.p->granularity == Granularity::kPerTensor   ? 0
-                 : b.p->granularity == Granularity::kPerSample ? b.output_pixel[m] / rows
-                                                               : b.output_pixel[m];
-  for (int n = 0; n < panels; ++n) {
-    const int64_t count = std::min(kPanel, b.channels - n * kPanel);
-    if (count == kPanel)
-      finish(b, pixels, panels, n, kPanel, granule, sums);
-    else
-      finish(b, pixels, panels, n, count, granule, sums);
-  }
-}
-
-using MultiplyFn = void (*)(const Block&, int32_t*);
+using MultiplyFn = void (*)(const VectorBlock&, int32_t*);
 
 template <Arithmetic A, int NR, int... MR>
 constexpr MultiplyFn pick(int mr, std::integer_sequence<int, MR...>) {
@@ -337,10 +233,15 @@ void set_codes(uint8_t* image, int64_t first, int64_t count, int code, const Ker
     std::memset(image + first, code + k.shift, count);
 }
 
-class Convolution {
+class Convolution final : public Tasks {
  public:
-  explicit Convolution(const ProductProblem& problem)
-      : p_(problem), layout_(p_.c_in, p_.c_out, p_.kernel_h * p_.kernel_w, p_.groups) {
+#ifdef MODIFF_DPBUSD
+  static constexpr double kProducts = 2 * MODIFF_VECTOR_BYTES;  // two vpdpbusd
+#else
+  static constexpr double kProducts = MODIFF_VECTOR_BYTES;
+#endif
+
+  explicit Convolution(const ProductProblem& problem) : Tasks(problem, kProducts) {
     pixel_codes_ = layout_.groups * layout_.c_padded;
     // Columns of the padded image that any output reads.
     padded_w_ = (p_.out_w - 1) * p_.stride_w + (p_.kernel_w - 1) * p_.dilation_w + 1;
@@ -353,106 +254,36 @@ class Convolution {
         run_offset_[i++] = (r * p_.dilation_h * padded_w_ + s * p_.dilation_w) * pixel_codes_;
   }
 
-  void run() {
-    const int64_t pixels = p_.out_h * p_.out_w;
-    images_ = std::max<int64_t>(1, std::min(p_.samples, kTaskPixels / std::max<int64_t>(pixels, 1)));
-    rows_ = images_ > 1 ? p_.out_h : std::max<int64_t>(1, std::min(p_.out_h, kTaskPixels / p_.out_w));
-    if (p_.out_w == 1 && p_.kernel_h == 1) rows_ = std::min(p_.out_h, kTaskPixels);
-    const int64_t image_blocks = (p_.samples + images_ - 1) / images_;
-    if (image_blocks * ((p_.out_h + rows_ - 1) / rows_) < 2 * num_threads()) split_further(image_blocks);
-    const int64_t row_blocks = (p_.out_h + rows_ - 1) / rows_, blocks = image_blocks * row_blocks;
-    const int64_t sets = panel_sets();
-    parallel_tasks(blocks * splits_, [&](int64_t i) {
-      const int64_t split = i % splits_, b = i / splits_;
-      const int64_t n = b / row_blocks * images_, row = b % row_blocks * rows_;
-      task(n, std::min(n + images_, p_.samples), row, std::min(row + rows_, p_.out_h), kSet * (split * sets / splits_),
-           std::min(kSet * ((split + 1) * sets / splits_), layout_.panels));
-    });
-  }
-
  private:
-  int64_t panel_sets() const { return (layout_.panels + kSet - 1) / kSet; }
+  int64_t input_rows(int64_t rows) const { return (rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1; }
 
-  // Too few blocks of rows to occupy the threads: splits the output channels, at multiples of four panels, and the rows
-  // of an image such that the busiest thread takes least. Every split of the channels copies the input again, every
-  // split of the rows reads the weight again.
-  void split_further(int64_t image_blocks) {
-    const int64_t sets = panel_sets(), threads = num_threads(), rows = rows_;
-    const int64_t most_row_blocks = images_ > 1 ? 1 : std::min(p_.out_h, 2 * threads);
-    double best = 0;
-    for (int64_t row_blocks = (p_.out_h + rows - 1) / rows; row_blocks <= most_row_blocks; row_blocks *= 2) {
-      const int64_t some_rows = (p_.out_h + row_blocks - 1) / row_blocks;
-      for (int64_t splits = 1; splits <= std::min(sets, 2 * threads); ++splits) {
-        const int64_t tasks = image_blocks * ((p_.out_h + some_rows - 1) / some_rows) * splits;
-        const int64_t panels = std::min(kSet * ((sets + splits - 1) / splits), layout_.panels);
-        const double longest = (tasks + threads - 1) / threads * task_cycles(some_rows, panels);
-        if (best != 0 && longest >= 0.97 * best) continue;
-        best = longest;
-        rows_ = some_rows;
-        splits_ = splits;
-      }
-    }
-  }
+  int64_t input_codes(int64_t rows) const override { return input_rows(rows) * padded_w_ * pixel_codes_; }
 
-  // Rough cycles of a task: two vpdpbusd a cycle, or half as many products without it, the copy of its input, its weight from the L2 cache.
-  double task_cycles(int64_t rows, int64_t panels) const {
-    const double k = static_cast<double>(run_count_ * run_length_ * p_.groups);
-    const double pixels = static_cast<double>(images_ * rows * p_.out_w),
-                 channels = static_cast<double>(panels * kPanel);
-    const int64_t input_rows = (rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1;
-    const double input = static_cast<double>(images_ * input_rows * padded_w_ * pixel_codes_);
-#ifdef MODIFF_DPBUSD
-    constexpr int kProducts = 2 * MODIFF_VECTOR_BYTES;
-#else
-    constexpr int kProducts = MODIFF_VECTOR_BYTES;
-#endif
-    return pixels * channels * k / kProducts + input / 32 + channels * k / 32 + 200;
-  }
-
-  void task(int64_t n0, int64_t n1, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) {
-    const int64_t image_h = (row1 - row0 - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1;
-    const int64_t first = row0 * p_.stride_h - p_.pad_h;
+  void task(int64_t n0, int64_t n1, int64_t row0, int64_t row1, int64_t panel0, int64_t panel1) override {
+    const int64_t image_h = input_rows(row1 - row0), first = row0 * p_.stride_h - p_.pad_h;
     const Kernel k = choose(n0, n1, first, image_h);
     const int64_t pixel_bytes = pixel_codes_ * k.code_bytes, image_bytes = image_h * padded_w_ * pixel_bytes;
     auto* image = static_cast<uint8_t*>(thread_scratch(3, (n1 - n0) * image_bytes + 64));
     for (int64_t n = n0; n < n1; ++n) fill(n, first, image_h, image + (n - n0) * image_bytes, k);
 
-    const int64_t per_image = (row1 - row0) * p_.out_w, total = (n1 - n0) * per_image;
-    const uint8_t* pixel[kMaxPixels];
-    int64_t output_pixel[kMaxPixels];
+    const int64_t total = (n1 - n0) * (row1 - row0) * p_.out_w;
     alignas(64) int32_t sums[kMaxSums];
     for (int64_t g = 0; g < p_.groups; ++g) {
       for (int64_t panel = panel0; panel < panel1;) {
         const int nr = k.panel_set(panel1 - panel);
-        Block b;
-        b.p = &p_;
-        b.pixel = pixel;
-        b.output_pixel = output_pixel;
+        const Input input{image + g * layout_.c_padded * k.code_bytes, image_bytes,
+                          p_.stride_h * padded_w_ * pixel_bytes, p_.stride_w * pixel_bytes};
+        Walk walk{p_, input, n0, row0, row1 - row0};
+        VectorBlock b(p_, layout_, g, panel);
+        b.pixel = walk.pixel;
+        b.output_pixel = walk.output_pixel;
         b.runs = {run_count_, run_length_, run_offset_};
-        b.panel_bytes = layout_.panel_bytes();
-        b.weight = p_.weight + (g * layout_.panels + panel) * b.panel_bytes;
-        b.weight_sum = reinterpret_cast<const int32_t*>(p_.weight + layout_.weight_bytes()) +
-                       (g * layout_.panels + panel) * kPanel;
-        b.channel = g * layout_.n_group + panel * kPanel;
-        b.channels = layout_.n_group - panel * kPanel;
-        b.span = k.span;
         b.shift = k.shift;
+        b.span = k.span;
         b.code_bytes = k.code_bytes;
-        int64_t n = 0, row = 0, column = 0;
         for (int64_t done = 0; done < total;) {
           const int mr = static_cast<int>(std::min<int64_t>(k.pixels_of(nr), total - done));
-          for (int m = 0; m < mr; ++m) {
-            pixel[m] = image + n * image_bytes + (row * p_.stride_h * padded_w_ + column * p_.stride_w) * pixel_bytes +
-                       g * layout_.c_padded * k.code_bytes;
-            output_pixel[m] = ((n0 + n) * p_.out_h + row0 + row) * p_.out_w + column;
-            if (++column == p_.out_w) {
-              column = 0;
-              if (++row == row1 - row0) {
-                row = 0;
-                ++n;
-              }
-            }
-          }
+          walk.next(mr);
           prefetch_epilogue(b, mr, nr);
           k.multiply_for(mr, nr)(b, sums);
           epilogue(b, mr, nr, sums);
@@ -461,10 +292,6 @@ class Convolution {
         panel += nr;
       }
     }
-  }
-
-  int zero_of(int64_t n) const {
-    return p_.zero_point == nullptr ? 0 : p_.zero_point[p_.granularity == Granularity::kPerSample ? n : 0];
   }
 
   // The micro-kernel for input rows [first, first + count) of samples [n0, n1).
@@ -523,11 +350,8 @@ class Convolution {
     }
   }
 
-  const ProductProblem& p_;
-  VnniLayout layout_;
   int64_t pixel_codes_, padded_w_, run_count_, run_length_;
   int64_t run_offset_[kMaxRuns];
-  int64_t images_ = 1, rows_ = 1, splits_ = 1;
 };
 
 }  // namespace

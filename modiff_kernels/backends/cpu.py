@@ -20,7 +20,7 @@ from . import library_build_info, load_library, why_no_sums
 TRACEABLE = True
 VNNI_V1 = "vnni_v1"
 
-ISAS = ("plain", "avx2", "avx512", "avx_vnni", "avx512_vnni")
+ISAS = ("plain", "avx2", "avx512", "avx_vnni", "avx512_vnni", "avx512_amx")
 """Instruction sets in rising order of preference: those of csrc/cpu/ops.cpp."""
 
 _isa = 0  # of the kernels; unavailable() chooses it

@@ -126,15 +126,16 @@ def test_codes_of_every_float16(place):
 
 
 def test_the_layout_of_weights():
-    """Panels of 16 output channels by 4 input channels, padded with zeros, then an int32 sum per channel."""
+    """Panels of 16 output channels by 4 input channels, zero padding, an int32 sum per channel, 1024 bytes more."""
     for (kernel, c, n), groups in [(((1, 1), 1, 1), 1), (((3, 3), 17, 33), 2), (((2, 5), 64, 130), 3)]:
         window = Window(kernel, groups=groups)
         k, n = math.prod(kernel) * c, n * groups
         codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
         weight = ops.prepare_weight(PackedWeight(pack(codes, 8), torch.ones(n), 8), k, window, cpu.VNNI_V1, "cpu")
         panels = groups * math.ceil(n / groups / 16)
-        assert weight.packed.numel() == panels * 16 * (math.prod(kernel) * math.ceil(c / 4) * 4 + 4)
-        sums = weight.packed[-panels * 16 * 4 :].view(torch.int32).view(groups, -1)
+        bytes_of = {"weight": panels * 16 * math.prod(kernel) * math.ceil(c / 4) * 4, "sums": panels * 16 * 4, "": 1024}
+        assert weight.packed.numel() == sum(bytes_of.values())
+        sums = weight.packed.split(list(bytes_of.values()))[1].view(torch.int32).view(groups, -1)
         assert torch.equal(sums[:, : n // groups].flatten(), codes.sum(1, dtype=torch.int32))
         assert not sums[:, n // groups :].any()
 
