@@ -20,11 +20,16 @@
 // output. SQNR to float64 is 40 dB, of which values have 44 and weights 43.
 //
 // Both products are the same one: rows of A, broadcast four bytes at a time, times groups of rows of B. Sums of
-// kTileRows rows by up to kTileVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values
+// kRegisterRows rows by up to kVectors vectors stay in registers. A task copies keys [width / 2, keys, 2] and values
 // [keys / 4, width, 4] of its head, padded to whole vectors; the scores of kQueries queries and kKeys keys stay in the
 // second-level cache. Bound: queries * keys * width multiply-adds a head at 32 a cycle and core (Zen 4), as many at 64,
 // and a third of a cycle a score for its exponential. Without VNNI a vpmaddwd and a vpaddd, as many as in float32, and a
 // vpmaddubsw before them for bytes, for which weights have 7 bits.
+//
+// With AMX (MODIFF_TILES) both products are those of tiles of bytes, 1024 multiply-adds a cycle. A code of a score is
+// 256 times an upper byte and a lower one, both with sign: the product of the upper bytes and a 256th of the two mixed
+// ones are the upper half of a sum, where what the lower bytes are worth, half a unit at width 40, is left out. Keys are
+// copied as tiles, [keys / 32, 2, 2, width / 4, 16, 4]. Wide scores have no such form.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -37,13 +42,16 @@
 #include "cpu/attention.h"
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
+#ifdef MODIFF_TILES
+#include "cpu/tiles.h"
+#endif
 
 namespace modiff::cpu {
 namespace {
 
 constexpr int64_t kLanes = 16, kWords = 32, kPart = 128;  // int32 and int16 of a register; keys
 constexpr int64_t kQueries = 96, kKeys = 4 * kPart;       // of a block
-constexpr int kTileRows = 6, kTileVectors = 4;            // 24 sums, 4 of B and a broadcast in 32 registers
+constexpr int kRegisterRows = 6, kVectors = 4;            // 24 sums, 4 of B and a broadcast in 32 registers
 constexpr float kRowNorm = 32000.0f, kMaxValue = 127.0f;
 #ifdef __AVX512VNNI__
 constexpr int kWeightBits = 8;
@@ -55,6 +63,11 @@ constexpr int kZeroOctave = kWeightBits + 1;
 constexpr float kWide = 122.0f;  // powers of two; the factor of a query fits int16
 constexpr float kLow = 4096.0f;  // steps of the low codes in one of the others; low * other fits int32 to width 1024
 constexpr float kNone = -1e30f;  // below all scores
+#ifdef MODIFF_TILES
+constexpr int64_t kKeysUnit = kTileBytes;  // weights of a query and rows of values, of which more are 0
+#else
+constexpr int64_t kKeysUnit = kLanes;
+#endif
 
 int64_t round_to(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
@@ -160,17 +173,17 @@ using TileFn = void (*)(const Product<A, B, C>&, int64_t, int64_t);
 
 template <class A, class B, class C, int... I>
 TileFn<A, B, C> tile_for(int64_t rows, int64_t vectors, std::integer_sequence<int, I...>) {
-  static constexpr TileFn<A, B, C> tiles[] = {&tile<A, B, C, I / kTileVectors + 1, I % kTileVectors + 1>...};
-  return tiles[(rows - 1) * kTileVectors + vectors - 1];
+  static constexpr TileFn<A, B, C> tiles[] = {&tile<A, B, C, I / kVectors + 1, I % kVectors + 1>...};
+  return tiles[(rows - 1) * kVectors + vectors - 1];
 }
 
 template <class A, class B, class C>
 void multiply(const Product<A, B, C>& p, int64_t rows, int64_t columns) {
   for (int64_t n = 0; n < columns;) {
-    const int64_t vectors = std::min<int64_t>((columns - n) / kLanes, kTileVectors);
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      const int64_t count = std::min<int64_t>(rows - m, kTileRows);
-      tile_for<A, B, C>(count, vectors, std::make_integer_sequence<int, kTileRows * kTileVectors>())(p, m, n);
+    const int64_t vectors = std::min<int64_t>((columns - n) / kLanes, kVectors);
+    for (int64_t m = 0; m < rows; m += kRegisterRows) {
+      const int64_t count = std::min<int64_t>(rows - m, kRegisterRows);
+      tile_for<A, B, C>(count, vectors, std::make_integer_sequence<int, kRegisterRows * kVectors>())(p, m, n);
     }
     n += vectors * kLanes;
   }
@@ -219,13 +232,18 @@ struct Head {
   const AttentionProblem& p;
   const int64_t n, h;
   const int64_t keys = round_to(p.keys, kLanes), depth = round_to(p.width, 2), width = round_to(p.width, kLanes);
-  const int64_t block = std::min(keys, kKeys);
+  const int64_t block = round_to(std::min(keys, kKeys), kKeysUnit);
   float *scores, *sums, *value_scale, *mean, *zeros;  // scores of int16 where they are not wide
   int16_t *key_codes, *low_keys, *queries, *low_queries, *lines;
   int8_t* values;
   uint8_t* weights;
   float largest_key = 0.0f;  // Euclidean norm
   bool finite = true, has_low = false;
+#ifdef MODIFF_TILES
+  const int64_t steps = (p.width + kTileBytes - 1) / kTileBytes, step = round_to((p.width + steps - 1) / steps, 4);
+  int8_t *key_tiles, *query_bytes, *line_bytes;  // upper bytes, then lower ones
+  Tiles tiles;
+#endif
 
   Head(const AttentionProblem& problem, int64_t n, int64_t h) : p(problem), n(n), h(h) {
     const int64_t parts = (keys + kPart - 1) / kPart;
@@ -245,8 +263,13 @@ struct Head {
       place(queries, kQueries * depth);
       place(low_queries, kQueries * depth);
       place(lines, kLanes * depth);
-      place(values, keys * width);
+      place(values, round_to(keys, kKeysUnit) * width);
       place(weights, kQueries * block + kLanes);
+#ifdef MODIFF_TILES
+      place(key_tiles, 2 * round_to(keys, kWords) * steps * step);
+      place(query_bytes, 2 * kQueries * steps * step);
+      place(line_bytes, 2 * kLanes * steps * step);
+#endif
     };
     place_all();
     next = static_cast<char*>(thread_scratch(1, reinterpret_cast<intptr_t>(next)));
@@ -284,8 +307,124 @@ struct Head {
       }
       for (int64_t i = 0; i < depth; i += 2)
         for (int64_t l = 0; l < kLanes; ++l) std::memcpy(to + i * keys + 2 * (l0 + l), lines + l * depth + i, 4);
+#ifdef MODIFF_TILES
+      if (!kIsLow) copy_tiles(l0);
+#endif
     }
   }
+
+#ifdef MODIFF_TILES
+  // Upper and lower bytes of a row of codes, padded with zeros.
+  void split(const int16_t* __restrict row, int8_t* __restrict upper, int8_t* __restrict lower) const {
+    for (int64_t i = 0; i < p.width; ++i) {
+      upper[i] = static_cast<int8_t>((row[i] + 128) >> 8);
+      lower[i] = static_cast<int8_t>(row[i]);
+    }
+    std::memset(upper + p.width, 0, steps * step - p.width);
+    std::memset(lower + p.width, 0, steps * step - p.width);
+  }
+
+  // Keys l0 to l0 + 15, which are `lines`, in the order in which packs_epi32 takes them from two tiles.
+  void copy_tiles(int64_t l0) {
+    const int64_t depth = steps * step, bytes = kLanes * depth;
+    for (int64_t l = 0; l < kLanes; ++l)
+      split(lines + l * this->depth, line_bytes + l * depth, line_bytes + bytes + l * depth);
+    int8_t* to = key_tiles + 2 * (l0 / kWords * kWords) * depth;
+    for (int64_t half = 0; half < 2; ++half)
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t key = l0 % kWords + l, tile = key / 4 % 2, column = key / 8 * 4 + key % 4;
+        const int8_t* from = line_bytes + half * bytes + l * depth;
+        int8_t* at = to + (2 * tile + half) * bytes + 4 * column;
+        for (int64_t i = 0; i < depth; i += 4) std::memcpy(at + i * kLanes, from + i, 4);
+      }
+  }
+
+  // int16 scores of up to kQueries queries and a block of keys from b on.
+  void tile_scores(int64_t b, int64_t rows, int64_t count) {
+    const int64_t depth = steps * step, bytes = kLanes * depth;
+    const TileShape sums{kTileRows, kTileBytes}, query{kTileRows, step}, key{static_cast<int>(step / 4), kTileBytes};
+    tiles.shape({sums, sums, sums, sums, query, query, key, key});
+    alignas(64) int32_t products[4][kTileRows * kLanes];  // upper and mixed ones of two tiles of keys
+    for (int64_t l = 0; l < count; l += kWords)
+      for (int64_t m = 0; m < rows; m += kTileRows) {
+        asm volatile("" ::: "memory");  // GCC's loads of tiles do not say that they read memory
+        const int8_t *a = query_bytes + m * depth, *k = key_tiles + 2 * (b + l) * depth;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < depth; i += step) {
+          _tile_loadd(4, a + i, depth);
+          _tile_loadd(5, a + kQueries * depth + i, depth);
+          _tile_loadd(6, k + i * kLanes, kTileBytes);
+          _tile_loadd(7, k + bytes + i * kLanes, kTileBytes);
+          _tile_dpbssd(0, 4, 6);
+          _tile_dpbssd(1, 4, 7);
+          _tile_dpbssd(1, 5, 6);
+          _tile_loadd(6, k + 2 * bytes + i * kLanes, kTileBytes);
+          _tile_loadd(7, k + 3 * bytes + i * kLanes, kTileBytes);
+          _tile_dpbssd(2, 4, 6);
+          _tile_dpbssd(3, 4, 7);
+          _tile_dpbssd(3, 5, 6);
+        }
+        _tile_stored(0, products[0], kTileBytes);
+        _tile_stored(1, products[1], kTileBytes);
+        _tile_stored(2, products[2], kTileBytes);
+        _tile_stored(3, products[3], kTileBytes);
+        auto* to = reinterpret_cast<int16_t*>(scores) + m * block + l;
+        const auto sum = [&](int tile, int64_t row) {
+          const __m512i mixed = _mm512_load_si512(products[2 * tile + 1] + row * kLanes);
+          return _mm512_add_epi32(_mm512_load_si512(products[2 * tile] + row * kLanes), _mm512_srai_epi32(mixed, 8));
+        };
+        for (int64_t i = 0; i < kTileRows; ++i)
+          _mm512_storeu_si512(to + i * block, _mm512_packs_epi32(sum(0, i), sum(1, i)));
+      }
+  }
+
+  // Adds the products of weights from key e of the block on and of values from key l on, of a part.
+  void tile_sums(int64_t e, int64_t l, int64_t rows, int64_t part, const float* row_factor,
+                 const float* column_factor) {
+    alignas(64) int32_t products[4][kTileRows * kLanes];
+    for (int64_t m = 0; m < rows; m += kTileRows)
+      for (int64_t n = 0; n < width; n += 4 * kLanes) {
+        const int64_t vectors = std::min<int64_t>((width - n) / kLanes, 4);
+        asm volatile("" ::: "memory");
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < part; k += kTileBytes) {
+          const int8_t* v = values + (l + k) * width + 4 * n;
+          _tile_loadd(4, weights + m * block + e + k, block);
+          _tile_loadd(5, v, 4 * width);
+          _tile_dpbusd(0, 4, 5);
+          if (vectors > 1) {
+            _tile_loadd(6, v + kTileBytes, 4 * width);
+            _tile_dpbusd(1, 4, 6);
+          }
+          if (vectors > 2) {
+            _tile_loadd(7, v + 2 * kTileBytes, 4 * width);
+            _tile_dpbusd(2, 4, 7);
+          }
+          if (vectors > 3) {
+            _tile_loadd(5, v + 3 * kTileBytes, 4 * width);
+            _tile_dpbusd(3, 4, 5);
+          }
+        }
+        _tile_stored(0, products[0], kTileBytes);
+        if (vectors > 1) _tile_stored(1, products[1], kTileBytes);
+        if (vectors > 2) _tile_stored(2, products[2], kTileBytes);
+        if (vectors > 3) _tile_stored(3, products[3], kTileBytes);
+        for (int64_t i = 0; i < std::min<int64_t>(kTileRows, rows - m); ++i)
+          for (int64_t j = 0; j < vectors; ++j) {
+            float* to = sums + (m + i) * width + n + j * kLanes;
+            const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(products[j] + i * kLanes)),
+                                             _mm512_loadu_ps(column_factor + n + j * kLanes));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(row_factor[m + i]), _mm512_loadu_ps(to)));
+          }
+      }
+  }
+#endif
 
   void copy_values() {
     for (int64_t l0 = 0; l0 < keys; l0 += kPart) {
@@ -318,6 +457,7 @@ struct Head {
         for (int64_t i = p.width; i < width; ++i) to[i] = 0;
       }
     }
+    std::memset(values + keys * width, 0, (round_to(keys, kKeysUnit) - keys) * width);
   }
 
   // Up to kQueries queries from `first` on.
@@ -328,6 +468,9 @@ struct Head {
       const float* row = q + m * p.q_row;
       const float norm = norm_of(row, zeros, p.width);
       row_codes(row, zeros, inverse_of(norm), p.width, queries + m * depth);
+#ifdef MODIFF_TILES
+      split(queries + m * depth, query_bytes + m * steps * step, query_bytes + (kQueries + m) * steps * step);
+#endif
       range[m] = norm * largest_key * p.scale * 1.44269504f;  // no score, as a power of two, is larger
       largest = std::max(largest, std::fabs(range[m]));
       most[m] = kNone;
@@ -351,12 +494,20 @@ struct Head {
         else
           weigh<false>(m, b, count, range[m], most[m], total[m], factor);
       }
+#ifdef MODIFF_TILES
+      const TileShape full{kTileRows, kTileBytes};
+      tiles.shape({full, full, full, full, full, full, full, full});
+#endif
       for (int64_t e = 0; e < count; e += kPart) {
         const float* scale = value_scale + (b + e) / kPart * width;
         const int64_t part = std::min(kPart, count - e);
+#ifdef MODIFF_TILES
+        tile_sums(e, b + e, rows, part, factor[e / kPart], scale);
+#else
         multiply(Product<uint8_t, int8_t, float>{weights + e, values + (b + e) * width, block, width, part, sums, width,
                                                  factor[e / kPart], scale},
                  rows, width);
+#endif
       }
     }
     for (int64_t m = 0; m < rows; ++m) {
@@ -368,11 +519,15 @@ struct Head {
   }
 
   // Of a block of keys from b on.
-  void multiply_scores(bool is_wide, int64_t b, int64_t rows, int64_t count) const {
+  void multiply_scores(bool is_wide, int64_t b, int64_t rows, int64_t count) {
     if (!is_wide) {
+#ifdef MODIFF_TILES
+      tile_scores(b, rows, count);
+#else
       multiply(Product<int16_t, int16_t, int16_t>{queries, key_codes + 2 * b, depth, keys, depth,
                                                   reinterpret_cast<int16_t*>(scores), block, nullptr, nullptr},
                rows, count);
+#endif
       return;
     }
     Product<int16_t, int16_t, float> product{queries, key_codes + 2 * b, depth,  keys, depth, scores,
@@ -417,8 +572,8 @@ struct Head {
   template <bool kIsWide>
   MODIFF_INLINE int64_t part_weights(int64_t m, int64_t e, float range, int64_t valid, int64_t count,
                                      float& own) const {
-    constexpr int kVectors = kPart / kWords;
-    __m512i s[kVectors], top = words(INT16_MIN), sum = _mm512_setzero_si512();
+    constexpr int kRegisters = kPart / kWords;
+    __m512i s[kRegisters], top = words(INT16_MIN), sum = _mm512_setzero_si512();
     float origin = 0.0f;
     if constexpr (kIsWide) {
       origin = wide_scores(scores + m * block + e, range, valid, count, s);
@@ -428,11 +583,11 @@ struct Head {
       const __m512i to_steps = words(_mm_cvtss_si32(_mm_set_ss(range * one)));
       const auto* from = reinterpret_cast<const int16_t*>(scores) + m * block + e;
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors && j * kWords < count; ++j)
+      for (int j = 0; j < kRegisters && j * kWords < count; ++j)
         s[j] = _mm512_mulhrs_epi16(_mm512_loadu_si512(from + j * kWords), to_steps);
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors && j * kWords < count; ++j) {
+    for (int j = 0; j < kRegisters && j * kWords < count; ++j) {
       if (valid < (j + 1) * kWords)
         s[j] = _mm512_mask_mov_epi16(words(INT16_MIN), (1u << (valid - j * kWords)) - 1, s[j]);
       top = _mm512_max_epi16(top, s[j]);
@@ -442,11 +597,12 @@ struct Head {
     const __m512i zero = words(most + 1 - kZeroOctave * kOctave);
     uint8_t* to = weights + m * block + e;
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors && j * kWords < count; ++j) {
+    for (int j = 0; j < kRegisters && j * kWords < count; ++j) {
       const __m512i codes = weight_codes(_mm512_subs_epi16(s[j], zero));
       sum = _mm512_add_epi16(sum, codes);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j * kWords), _mm512_cvtepi16_epi8(codes));
     }
+    if constexpr (kKeysUnit > kLanes) std::memset(to + count, 0, round_to(count, kKeysUnit) - count);
     return _mm512_reduce_add_epi32(_mm512_madd_epi16(sum, words(1)));
   }
 
@@ -474,7 +630,7 @@ void attend(const AttentionProblem& p) {
   const int64_t heads = p.samples * p.heads;
   // The queries of a head are split only where there are too few heads, for every part copies keys and values again:
   // into so few that the threads have equal shares.
-  const int64_t threads = num_threads(), most = heads >= 2 * threads ? 1 : std::min(threads, p.queries / kTileRows);
+  const int64_t threads = num_threads(), most = heads >= 2 * threads ? 1 : std::min(threads, p.queries / kRegisterRows);
   int64_t parts = 1;
   while (parts < most && heads * parts % threads != 0) ++parts;
   parallel_tasks(heads * parts, [&](int64_t i) {

@@ -305,7 +305,12 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t head
   Tensor out = empty({p.samples, p.queries, q.size(2)}, ScalarType::Float);
   p.out = static_cast<float*>(out.mutable_data_ptr());
 #if defined(__x86_64__)
-  isa == kAvx512 ? attention_avx512(p) : attention_avx512_vnni(p);
+#if MODIFF_AMX
+  if (isa == kAvx512Amx)
+    attention_avx512_amx(p);
+  else
+#endif
+    (isa == kAvx512 ? attention_avx512 : attention_avx512_vnni)(p);
 #endif
   return out;
 }

@@ -15,50 +15,22 @@
 //
 // Bounds: tdpbssd takes 16 cycles for 16,384 multiply-adds; the load of a tile takes 8 from the first-level cache, and
 // there are as many loads as products.
-#include <immintrin.h>
-
 #include "cpu/product_tasks.h"
+#include "cpu/tiles.h"
 
 namespace modiff::cpu {
 namespace {
 
-constexpr int kTileRows = 16;
-constexpr int64_t kTileBytes = 64;        // of a row
 constexpr int64_t kBlockPanels = 20;      // that share an epilogue: whole rows of y_hat, for most layers
 constexpr int64_t kBlockBytes = 1 << 20;  // of their weights, which stay in the second-level cache
 constexpr int64_t kLeastChannels = 16;    // with fewer, copying codes to tiles takes longer than vpdpbusd
 
-// The shapes of this thread's tile registers, released at the end: registers in use cost every change of context.
-class Tiles {
- public:
-  ~Tiles() {
-    if (pixels_ != 0) _tile_release();
-  }
-
-  void shape(int pixels) {
-    if (pixels == pixels_) return;
-    pixels_ = pixels;
-    struct {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } shapes = {};
-    static_assert(sizeof(shapes) == 64);
-    shapes.palette = 1;
-    const auto first = static_cast<uint8_t>(std::min(pixels, kTileRows));
-    const auto second = static_cast<uint8_t>(pixels - first);
-    const uint8_t rows[] = {first, first, second, second, first, second, kTileRows, kTileRows};
-    for (int i = 0; i < 8; ++i) {
-      if (rows[i] == 0) continue;  // not in use
-      shapes.row_bytes[i] = kTileBytes;
-      shapes.rows[i] = rows[i];
-    }
-    _tile_loadconfig(&shapes);
-  }
-
- private:
-  int pixels_ = 0;
-};
+// Of `pixels` pixels, in one or two tiles.
+void shape(Tiles& tiles, int pixels) {
+  const int first = std::min(pixels, kTileRows), second = pixels - first;
+  const TileShape one{first, kTileBytes}, two{second, kTileBytes}, weights{kTileRows, kTileBytes};
+  tiles.shape({one, one, two, two, one, two, weights, weights});
+}
 
 // sums[pixel][panel][16] of MT tiles of pixels and NT panels, from `panel` of the block, which has `panels`.
 template <int MT, int NT>
@@ -134,6 +106,7 @@ class TiledConvolution final : public Tasks {
     const int64_t total = (n1 - n0) * (row1 - row0) * p_.out_w;
     alignas(64) int32_t sums[kBlockPanels * kPanel * kMaxPixels];
     Tiles tiles;
+    int shaped = 0;
     const int64_t most = std::clamp<int64_t>(kBlockBytes / layout_.panel_bytes() & ~1, 2, kBlockPanels);
     for (int64_t panel = panel0; panel < panel1; panel += most) {
       const int panels = static_cast<int>(std::min(panel1 - panel, most));
@@ -158,7 +131,8 @@ class TiledConvolution final : public Tasks {
           pixels += more;
         }
         prefetch_epilogue(b, pixels, panels);
-        tiles.shape(pixels);
+        if (pixels != shaped) shape(tiles, pixels);
+        shaped = pixels;
         for (int i = 0; i < panels; i += 2) {
           const auto multiply_pair = pixels > kTileRows ? multiply<2, 2> : multiply<1, 2>;
           const auto multiply_last = pixels > kTileRows ? multiply<2, 1> : multiply<1, 1>;

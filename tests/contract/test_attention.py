@@ -12,7 +12,7 @@ OP = "attention"
 # blocks (96 queries, 512 keys), and the layers of the shipped model, DDPM CIFAR-10, SD 1.5 and its VAE.
 SHAPES = [(1, 1, 1, 1, 1), (2, 7, 5, 1, 3), (3, 15, 17, 2, 16), (1, 95, 127, 3, 17), (1, 97, 129, 1, 65)]
 SHAPES += [(2, 96, 16, 2, 48), (8, 64, 64, 3, 32), (2, 256, 256, 1, 256), (1, 300, 77, 8, 40), (1, 40, 4096, 1, 40)]
-SHAPES += [(1, 20, 513, 1, 512)]
+SHAPES += [(1, 20, 513, 1, 512), (2, 97, 530, 2, 65), (1, 33, 600, 3, 17)]
 
 
 def oracle(q, k, v, heads, scale):
@@ -41,15 +41,17 @@ def test_equals_float64(place):
 
 def test_columns_of_a_wider_tensor_and_large_scores(place):
     check(place, *torch.randn(2, 20, 3 * 24).chunk(3, dim=2), 2, 0.3)
-    check(place, *(100 * torch.randn(3, 2, 20, 16)), 1, 1.0)
+    for keys in (20, 600):  # tiles of AMX from 512 on
+        check(place, *(100 * torch.randn(3, 2, keys, 16)), 1, 1.0)
     q, k, v = torch.randn(3, 2, 200, 16)
     check(place, 5 * q, k + 50 * torch.randn(16), v * torch.logspace(-1, 1, 200)[:, None], 1, 0.25)
     k[:, 0] *= 100  # all keys share a scale
     check(place, q, k, v, 1, 0.25)
 
 
-def test_nan_reaches_the_rows_that_read_it(place):
-    q, k, v = torch.randn(3, 2, 20, 16)
+@pytest.mark.parametrize("keys", [20, 600])
+def test_nan_reaches_the_rows_that_read_it(place, keys):
+    q, (k, v) = torch.randn(2, 20, 16), torch.randn(2, 2, keys, 16)
     q[1, 3] = torch.nan
     out = place.call("attention", q, k, v, 1, 0.25)
     assert out[1, 3].isnan().all()

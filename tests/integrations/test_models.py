@@ -16,7 +16,7 @@ from tests.denoisers import DENOISERS, output_of
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 MOST_LOSS = {8: 0.5, 4: 3.0}  # dB below the ceiling, where the table gives no reason
-SLACK_DB = 0.3  # between machines
+SLACK_DB = 1.0  # between processors: float sums differ, and a value near a tie gets the one code or the other
 COMPILED = ("FluxTransformer2DModel", "DiT (research)")
 """Those whose graph breaks are counted here, too; tracing all of them takes minutes."""
 REFUSED = ("UNet1DModel",)
