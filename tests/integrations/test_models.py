@@ -16,7 +16,8 @@ from tests.denoisers import DENOISERS, output_of
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 MOST_LOSS = {8: 0.5, 4: 3.0}  # dB below the ceiling, where the table gives no reason
-SLACK_DB = 1.0  # between processors: float sums differ, and a value near a tie gets the one code or the other
+CEILING_SLACK_DB = 0.3
+LOSS_SLACK_DB = 0.7  # float sums differ between processors and codes fall either way: up to 0.5 from EPYC to Xeon
 COMPILED = ("FluxTransformer2DModel", "DiT (research)")
 """Those whose graph breaks are counted here, too; tracing all of them takes minutes."""
 REFUSED = ("UNet1DModel",)
@@ -99,8 +100,9 @@ def test_the_table_has_every_architecture_and_says_why_one_is_far_below():
 def test_architecture_is_as_the_table_says(name):
     said, found = told()[name][:7], measured(name)
     assert said[:2] == found[:2]
-    for one, other in zip(said[2:], found[2:]):
-        assert abs(float(one) - float(other)) < SLACK_DB, (said, found)
+    for column, (one, other) in enumerate(zip(said[2:], found[2:])):
+        slack = CEILING_SLACK_DB if column < 2 else LOSS_SLACK_DB
+        assert abs(float(one) - float(other)) < slack, (said, found)
 
 
 @pytest.mark.parametrize("name", REFUSED)
