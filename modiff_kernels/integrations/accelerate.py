@@ -11,8 +11,9 @@ from torch import nn
 
 from modiff_kernels.calibration.result import CalibrationResult, layers_for, read_result
 from modiff_kernels.config import ModiffConfig
-from modiff_kernels.integrations.forward import obstacle_of
+from modiff_kernels.integrations.forward import device_of
 from modiff_kernels.integrations.handle import HANDLE, Handle, Handles
+from modiff_kernels.integrations.hooks import obstacle_of
 from modiff_kernels.integrations.plans import plan_of, why_slow
 from modiff_kernels.integrations.replacements import calibrated_beside, for_kind, replacements_of
 from modiff_kernels.log import logger
@@ -87,8 +88,13 @@ def accelerate(
         config = ModiffConfig() if result is None else result.config
     if not isinstance(config, ModiffConfig):
         raise TypeError(f"accelerate: config is a {type(config).__name__}; give a ModiffConfig, as from_dict() does")
-    if config.cuda_graphs and (obstacle := obstacle_of(unet, "cuda")) is not None:
-        raise ValueError(f"ModiffConfig: cuda_graphs=True is {obstacle}, or leave cuda_graphs out")
+    if config.cuda_graphs:
+        device = device_of([module._parameters for module in unet.modules()])
+        obstacle = obstacle_of(unet)
+        if device.type != "cuda":
+            obstacle = f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
+        if obstacle is not None:
+            raise ValueError(f"ModiffConfig: cuda_graphs=True is {obstacle}, or leave cuda_graphs out")
     calibrated, origin = ({}, "") if result is None else (layers_for(result, config), result.method)
     if calibration == "auto":
         calibrated, origin = calibrated_beside(config, unet, pipe)

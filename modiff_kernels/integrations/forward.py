@@ -10,7 +10,6 @@ Calls that run as they are, and compiled code, take what follows from the timest
 import contextlib
 import functools
 import itertools
-import re
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,19 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from modiff_kernels.integrations.compiled import CompiledCalls
 from modiff_kernels.integrations.graphs import GraphedCalls
-from modiff_kernels.integrations.hooks import Wrapper, set_attribute, wrap_forward
-from modiff_kernels.log import logger
+from modiff_kernels.integrations.hooks import obstacle_of, set_attribute, wrap_forward
 from modiff_kernels.nn import ModulationState
-from modiff_kernels.nn.blocks.base import is_adapter
 from modiff_kernels.nn.blocks.concatenation import forward_without_concatenation
 from modiff_kernels.nn.cache import TimeTable, tensor_version
 from modiff_kernels.nn.call import CallForm
 from modiff_kernels.ops.dispatch import torch_must_see
-from modiff_kernels.ops.registry import inline_kernels, is_about_values
 from modiff_kernels.planning import clock
 
-MORE_SIZES = "calls with more sizes than torch.compile keeps code for are not compiled"
 MAKES_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile."""
 OF_TIME = {"time_proj": ("Timesteps", "GaussianFourierProjection"), "time_embedding": ("TimestepEmbedding",)}
@@ -53,11 +49,8 @@ class UNetForward:
         # Hooks of Hugging Face's accelerate, which move the weights of the whole UNet, stay outside.
         self._name = "_old_forward" if "_hf_hook" in unet.__dict__ and hasattr(unet, "_old_forward") else "forward"
         self._plain = form.adapted(getattr(unet, self._name))
-        self._compiled: Callable[..., Any] | None = None
-        self.uncompiled = 0  # calls
-        self._forms: dict[Any, str] = {}
+        self._compiled: CompiledCalls | None = None
         self._own_paths = tuple([f"{path}." for path in own_paths])
-        self._outside: tuple[Any, str] = (None, "")
         self._relocations = -1  # of the state, after the last call that was run as it is
         self._encoders: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
         self._owners = [module._parameters for module in unet.modules() if module._parameters]
@@ -87,28 +80,11 @@ class UNetForward:
         wrap_forward(modules[1], table.embedding, undo)
 
     def compile(self, **options: Any) -> None:
-        """Compile the calls that are not excepted above, with the options of torch.compile. If the user gives none:
-        attributes of torch's own layers stay within a run, so they are not guarded, nor are many others of a whole
-        graph (`_guards_needed`); and on a CPU inductor calls the kernels from C++ (torch before 2.13 would go through
-        Python for some even so)."""
-        inline_kernels()
-        whole = options.get("fullgraph", True)
-        if not options.keys() & {"mode", "options"}:
-            asked: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe}
-            if whole:  # else the parts after the first do not see the form
-                asked["guard_filter_fn"] = functools.partial(_guards_needed, self._own_paths)
-            if "backend" not in options and device_of(self._owners).type == "cpu" and torch.__version__ >= (2, 13):
-                asked["cpp_wrapper"] = True
-            options["options"] = asked
+        """Compile the calls that are not excepted above, with the options of torch.compile (`CompiledCalls`)."""
         if options.get("mode") in MAKES_GRAPHS or "triton.cudagraphs" in options.get("options", {}):
             self.graphs = None  # torch makes its own
-        plain = self._plain
-
-        def formed(form: str, *args: Any, **kwargs: Any) -> Any:
-            return plain(*args, **kwargs) if form else None  # read, or it is not guarded
-
-        compiled = torch.compile(formed if whole else plain, **{"fullgraph": True, "dynamic": False, **options})
-        self._compiled = compiled if whole else lambda form, *args, **kwargs: compiled(*args, **kwargs)
+        on_cpu = device_of(self._owners).type == "cpu"
+        self._compiled = CompiledCalls(self._unet, self._plain, self.state, self._own_paths, on_cpu, **options)
 
     def _then_capture_again(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """`method`, which sets numbers that a graph has taken into its kernels, and makes other outputs of the UNet."""
@@ -127,8 +103,10 @@ class UNetForward:
         if self._is_first(args, kwargs):
             output = original(*args, **kwargs) if graphs is not None else self._with_time_table(original, args, kwargs)
             self._relocations = self.state.relocations
+            if self._compiled is not None:
+                self._compiled.check_again()
             return output
-        step = original if self._compiled is None else self._call_compiled
+        step = original if self._compiled is None else self._compiled
         if self._compiled is not None and self.state.time_table is not None:
             self._load_time_table(self.state.time_table, calls is None, args, kwargs)
         return step(*args, **kwargs) if graphs is None or calls is None else graphs.call(step, args, kwargs, calls)
@@ -146,53 +124,21 @@ class UNetForward:
             if (addresses, self._signs) != self._seen:  # of float weights, which graphs read too
                 state.relocations += 1
                 self._seen = addresses, self._signs
-            graphs.obstacle = obstacle_of(unet, graphs.device_type)
+            graphs.obstacle = obstacle_of(unet)
         if graphs.obstacle is not None:
             graphs.warn(graphs.obstacle)
             return None
         state.fixed_addresses = True
         return graphs
 
-    def describe_graphs(self) -> str:
-        device = device_of(self._owners)
-        if self.graphs is None or device.type == "cpu" != self.graphs.device_type:
-            return ""
-        return self.graphs.describe() if device.type == self.graphs.device_type else f"CUDA graphs: off on {device}"
-
-    def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self._compiled(self._form_of_call(), *args, **kwargs)
-        except Exception as error:
-            if "RecompileLimit" in type(error).__name__:  # raised before anything has run
-                if self.uncompiled == 0:
-                    logger.warning("%s; raise torch._dynamo.config.recompile_limit to compile for more", MORE_SIZES)
-                self.uncompiled += 1
-                return self._plain(*args, **kwargs)
-            if not isinstance(error, RuntimeError) or not is_about_values(error):
-                raise
-            raise ValueError(
-                "a layer of the compiled UNet got NaN or Inf; check the model's input and weights, then start a new run"
-            ) from error
-
-    def _form_of_call(self) -> str:
-        """A name for all that calls depend on beside their arguments and tensors, where no guard looks at it."""
-        state = self.state
-        has_time = state.time_table is not None and state.time_table.for_compiled is not None
-        seen = RemovableHandle.next_id, state.run_index
-        if seen != self._outside[0]:
-            self._outside = seen, self._name_of(self._modules_outside())
-        form = state.context_name, state.free_mode, state.forms_of_scales(), has_time, self._outside[1]
-        return self._name_of(form)
-
-    def _name_of(self, form: Any) -> str:
-        return self._forms.setdefault(form, f"form {len(self._forms)}")
-
-    def _modules_outside(self) -> tuple[Any, ...]:
-        """What is not in low-bit layers and fused blocks; looked at when a run begins, and after any hook was made."""
-        named = [(f"{path}.", module) for path, module in self._unet.named_modules() if path]
-        outside = [(path, module) for path, module in named if not path.startswith(self._own_paths)]
-        hooks = [(*module._forward_hooks, *module._forward_pre_hooks) for _, module in outside]
-        return tuple([(p, type(m), m.training, m.extra_repr(), ids) for (p, m), ids in zip(outside, hooks)])
+    def describe(self) -> list[str]:
+        """How calls were run, as far as it is not as they are."""
+        found, device = [], device_of(self._owners).type
+        if self.graphs is not None and device == self.graphs.device_type:
+            found = [self.graphs.describe()]
+        elif self.graphs is not None and device != "cpu":
+            found = [f"CUDA graphs: off on {device}"]
+        return found + (self._compiled.describe() if self._compiled is not None else [])
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, float | None]:
         """Sample and timestep of a call, and that as a number where it may come from a table."""
@@ -203,7 +149,7 @@ class UNetForward:
     def _load_time_table(self, table: TimeTable, may: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample, timestep, value = self._timestep(args, kwargs)
         if may and value is not None:
-            table.load(value, timestep.reshape(-1)[:1].expand(len(sample)).to(sample.device))
+            table.load(value, timestep, len(sample), sample.device)
         else:
             table.for_compiled = None
 
@@ -274,41 +220,6 @@ def device_of(owners: list[dict[str, Any]]) -> torch.device:
     """That of the first parameter, or meta, on which nothing runs; owners: the `_parameters` of modules."""
     found = (tensor.device for owner in owners for tensor in owner.values() if tensor is not None)
     return next(found, torch.device("meta"))
-
-
-def obstacle_of(unet: nn.Module, device_type: str) -> str | None:
-    """What stands against graphs of `unet` on such a device, which run none of its Python."""
-    for path, module in unet.named_modules():
-        own, processor = module.__dict__, getattr(module, "processor", None)
-        if is_adapter(module):
-            text = "whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
-            return f"not possible with a LoRA, {text}"
-        hooked = not isinstance(own.get("forward"), Wrapper | None) or own.keys() & {"_hf_hook", "_diffusers_hook"}
-        if path and (hooked or module._forward_hooks or module._forward_pre_hooks):
-            text = f"on '{path}', which has to see every call; remove it"
-            return f"not possible with a hook or a forward of its own {text}"
-        of_diffusers = type(processor).__module__.startswith("diffusers.models.")
-        if processor is not None and (not of_diffusers or isinstance(processor, nn.Module)):
-            text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
-            return f"not possible with the attention processor {text}"
-    device = device_of([module._parameters for module in unet.modules()])
-    if device.type != device_type:
-        return f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
-    return None
-
-
-_CHILD = re.compile(r"_modules(?:'\])?\['([^']+)'\]")
-
-
-def _guards_needed(own_paths: tuple[str, ...], entries: list[Any]) -> list[bool]:
-    """Which guards compiled code keeps, of thousands, which would take a tenth of a small call. Left out is what
-    `Watch` looks at or `_form_of_call` tells: of modules at `own_paths` all but the tensors, and this package."""
-    kept = list(torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(entries))
-    for i, entry in enumerate(entries):
-        path = ".".join(_CHILD.findall(entry.name)) + "."
-        of_tensor = entry.guard_type in ("TENSOR_MATCH", "DUPLICATE_INPUT")
-        kept[i] = kept[i] and (of_tensor or not (path.startswith(own_paths) or "modiff_kernels" in entry.name))
-    return kept
 
 
 def _unless_compiling(forward: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

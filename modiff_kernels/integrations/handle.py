@@ -17,7 +17,7 @@ from modiff_kernels.config.check import text_table
 from modiff_kernels.config.plan import MODULATED, QUANTIZED
 from modiff_kernels.config.schedule import ACTION_NAMES, UPDATE, StepSchedule
 from modiff_kernels.integrations import hooks
-from modiff_kernels.integrations.forward import MORE_SIZES, UNetForward
+from modiff_kernels.integrations.forward import UNetForward
 from modiff_kernels.integrations.graphs import CudaCapture, GraphedCalls
 from modiff_kernels.integrations.replacements import Replacements, runs_on_gpu
 from modiff_kernels.integrations.scheduled import ScheduledUNet
@@ -179,8 +179,8 @@ class Handle:
         In the place of torch.compile(unet), which would see the run's bookkeeping. The first call of a run and the
         first one with other encoder states run as they are; a step schedule stays outside. Nothing is compiled again
         between updates: pass timesteps in any form, and the same tensor of encoder states at every call. Where neither
-        mode nor options are given, torch gets some that save time on the host: then a layer that is replaced within a
-        run, or another attribute of one of torch's own, is seen at the next run; a hook at once."""
+        mode nor options are given, torch checks its guards once a run, which saves time on the host: then modules and
+        attributes that are changed within a run are seen at the next run; weights and hooks at once."""
         self._require_active()
         self._forward.compile(**options)
 
@@ -210,10 +210,7 @@ class Handle:
         if others:
             listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
             summary.append(f"float besides: {listed}, for which there are no low-bit kernels")
-        if graphs := self._forward.describe_graphs():
-            summary.append(graphs)
-        if self._forward.uncompiled:
-            summary.append(f"{MORE_SIZES} ({self._forward.uncompiled} so far)")
+        summary += self._forward.describe()
         vae = [] if self.vae is None else [f"\nVAE, {self.vae.explain()}"]
         return "\n".join([*summary, table, *vae])
 

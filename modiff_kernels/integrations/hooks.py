@@ -42,6 +42,24 @@ class Wrapper:
         return self if copied is None else types.MethodType(getattr(type(copied), self._name), copied)
 
 
+def obstacle_of(unet: nn.Module) -> str | None:
+    """What stands against repeating kernels of `unet` without its Python, be it as CUDA graphs or as compiled code."""
+    for path, module in unet.named_modules():
+        own, processor = module.__dict__, getattr(module, "processor", None)
+        if is_adapter(module):
+            text = "whose weight may change; call fuse_lora() and unload_lora() before accelerate()"
+            return f"not possible with a LoRA, {text}"
+        hooked = not isinstance(own.get("forward"), Wrapper | None) or own.keys() & {"_hf_hook", "_diffusers_hook"}
+        if path and (hooked or module._forward_hooks or module._forward_pre_hooks):
+            text = f"on '{path}', which has to see every call; remove it"
+            return f"not possible with a hook or a forward of its own {text}"
+        of_diffusers = type(processor).__module__.startswith("diffusers.models.")
+        if processor is not None and (not of_diffusers or isinstance(processor, nn.Module)):
+            text = f"{type(processor).__name__} of '{path}', which may change; call set_default_attn_processor()"
+            return f"not possible with the attention processor {text}"
+    return None
+
+
 def wrap_scheduler(
     scheduler: Any, state: ModulationState, announce: Callable[[Any], Any], tell_noise: Callable[[str], None]
 ) -> list[Wrapper]:

@@ -164,7 +164,7 @@ class TimeTable:
         self._entries: dict[tuple[float, int], Entry] = {}
         self._call = _Call()
         self._projecting: list[Any] = []  # what has asked for projections
-        self._rows: list[Tensor] = []
+        self.rows: list[Tensor] = []
         self.for_compiled: Tensor | None = None
 
     def begin_call(self, timestep: float) -> None:
@@ -174,31 +174,33 @@ class TimeTable:
     def end_call(self) -> None:
         self._call.timestep = self._call.entry = None
 
-    def load(self, timestep: float | None, timesteps: Tensor) -> None:
-        """For compiled code that is called next: timesteps [N] on its device, all `timestep`; None if not known."""
+    def load(self, value: float | None, timestep: Tensor, batch: int, device: torch.device) -> None:
+        """For compiled code that is called next: `timestep` of `batch` images, all `value`; None if not known."""
         entry = None
-        if timestep is not None and self._projecting:
-            self.begin_call(timestep)
+        if value is not None and self._projecting:
+            self.begin_call(value)
             try:
-                embedding = self.modules[1](self.modules[0](timesteps))
-                if (entry := self.entry_of(embedding)) is not None:
-                    for one in self._projecting:
-                        one.project(embedding)
+                if (entry := self._complete_entry(batch, device)) is None:
+                    timesteps = timestep.reshape(-1)[:1].expand(batch).to(device)
+                    embedding = self.modules[1](self.modules[0](timesteps))
+                    if (entry := self.entry_of(embedding)) is not None:
+                        for one in self._projecting:
+                            one.project(embedding)
             finally:
                 self.end_call()
         if entry is None or entry.embedding is None:
             self.for_compiled = None
             return
         rows = [entry.embedding[:1]] + [part for one in self._projecting for part in entry.projections[one][1]]
-        forms = [[(row.shape, row.dtype, row.device) for row in some] for some in (rows, self._rows)]
+        forms = [[(row.shape, row.dtype, row.device) for row in some] for some in (rows, self.rows)]
         if forms[0] != forms[1]:
             with torch.inference_mode(False):
-                self._rows = [torch.empty_like(row) for row in rows]
+                self.rows = [torch.empty_like(row) for row in rows]
             self.for_compiled = None
-        torch._foreach_copy_(self._rows, rows)
-        if self.for_compiled is None or len(self.for_compiled) != len(timesteps):
-            left = iter(self._rows)
-            self.for_compiled = next(left).expand(len(timesteps), -1)
+        torch._foreach_copy_(self.rows, rows)
+        if self.for_compiled is None or len(self.for_compiled) != batch:
+            left = iter(self.rows)
+            self.for_compiled = next(left).expand(batch, -1)
             for one in self._projecting:
                 one.for_compiled = [next(left) for _ in entry.projections[one][1]]
 
@@ -211,6 +213,13 @@ class TimeTable:
         self._call.entry.projections[owner] = weight, parts
         if owner not in self._projecting:
             self._projecting.append(owner)
+
+    def _complete_entry(self, batch: int, device: torch.device) -> Entry | None:
+        """That of the call, if it holds all that compiled code asks for."""
+        if self._made_at != self._state.weight_changes or torch.is_autocast_enabled(device.type):
+            return None
+        entry = self._entries.get((self._call.timestep, batch))
+        return entry if entry is not None and all(one in entry.projections for one in self._projecting) else None
 
     @property
     def call_number(self) -> int:
@@ -253,11 +262,11 @@ class TimeTable:
         return entry.embedding
 
     def nbytes(self) -> int:
-        return sum(entry.nbytes() for entry in list(self._entries.values())) + sum(row.nbytes for row in self._rows)
+        return sum(entry.nbytes() for entry in list(self._entries.values())) + sum(row.nbytes for row in self.rows)
 
     def release(self) -> None:
         self._entries.clear()
-        self._rows, self.for_compiled = [], None
+        self.rows, self.for_compiled = [], None
 
 
 def one_row(rows: Tensor) -> Tensor:

@@ -372,8 +372,9 @@ class ModulationState(Run):
 
     def _inputs_with_given_scales(self) -> list[tuple[InputState, ContextTensor]]:
         """Inputs with a static or delayed scale, and their tensors in this run."""
-        pairs = [(state, state.contexts.get(self.context_name)) for state in self.inputs.values()]
-        return [(s, held) for s, held in pairs if s.scale_mode != "dynamic" and held is not None and held.written]
+        given = [state for state in self.inputs.values() if state.scale_mode != "dynamic"]
+        pairs = [(state, state.contexts.get(self.context_name)) for state in given]
+        return [(state, held) for state, held in pairs if held is not None and held.written]
 
     def _set_scale_factors(self) -> None:
         """See `InputState.scale`. Set around a call, never inside."""

@@ -155,7 +155,7 @@ class TestCompile:
         graphs = []
         handle.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
         assert_close(outputs(net, handle), expected)
-        assert len(graphs) == 8  # two contexts by plain, modulated and hooked, and the last runs
+        assert len(graphs) == 7  # two contexts modulated and hooked, plain in any, and the last runs
 
     @torch._dynamo.config.patch(recompile_limit=2)
     def test_more_sizes_than_code_is_kept_for(self, caplog):
@@ -218,6 +218,113 @@ class TestCompile:
                 net(x, 500 - 10 * call, encoder_hidden_states=None)
             with pytest.raises(ValueError, match="got NaN or Inf; check the model's input"):
                 net(x.fill_(torch.nan), 460, encoder_hidden_states=None)
+
+
+CHANGES = {
+    "float weights": lambda net: setattr(net.conv_in, "weight", nn.Parameter(net.conv_in.weight * 1.5)),
+    "float values": lambda net: net.conv_in.weight.data.mul_(1.5),
+    "low-bit weights": lambda net: net.down_blocks[0].resnets[0].conv1.weight.mul_(1.5),
+    "training": lambda net: net.train(),
+    "threads": lambda net: torch.set_num_threads(1),
+}
+
+
+class TestGuardsOnceARun:
+    """Code that torch has checked is called again past its guards, unless what it relies on may have changed."""
+
+    @pytest.mark.parametrize("network", unets.NETWORKS)
+    def test_the_same_outputs(self, network):
+        net = unets.NETWORKS[network]()
+        handle = mk.accelerate(net)
+        expected = [unets.outputs(net, handle, batch=batch) for batch in (2, 2, 2)]
+        handle.compile(backend="eager")
+        for batch, wanted in zip((2, 2, 2), expected):
+            assert_close(unets.outputs(net, handle, batch=batch), wanted)
+        assert "compiled calls: guards checked at 3, not at 9" in handle.explain()
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_what_changes_within_a_run(self, change):
+        def outputs(compiled):
+            net = unets.unet2d()
+            handle = mk.accelerate(net)
+            if compiled:
+                handle.compile(backend="eager")
+            found, threads = [], torch.get_num_threads()
+            with handle.sampling_run():
+                for call, x in enumerate(trajectory((2, 3, 8, 8), 9)):
+                    if call == 5:
+                        CHANGES[change](net)
+                    found.append(net(x, 500 - 10 * call).sample)
+            torch.set_num_threads(threads)
+            return found, handle._forward._compiled
+
+        expected, _ = outputs(compiled=False)
+        found, calls = outputs(compiled=True)
+        assert_close(found, expected)
+        assert calls.repeated >= 3
+
+    def test_gradients_are_refused_as_ever(self):
+        net = unets.unet2d()
+        handle = mk.accelerate(net)
+        handle.compile(backend="eager")
+        xs = trajectory((2, 3, 8, 8), 5)
+        with handle.sampling_run():
+            for call, x in enumerate(xs[:4]):
+                net(x, 500 - 10 * call)
+            with pytest.raises(RuntimeError, match="has no gradient but its input asks for one"), torch.enable_grad():
+                net(xs[4].requires_grad_(), 460)
+
+    def test_what_has_to_see_every_call(self, caplog):
+        caplog.set_level("INFO")
+        net, factor = unets.unet2d(), {"value": 1.0}
+
+        def outputs():
+            factor["value"], found = 2.0, []
+            with handle.sampling_run():
+                for call, x in enumerate(trajectory((2, 3, 8, 8), 6)):
+                    factor["value"] = 2.0 if call < 4 else 3.0
+                    found.append(net(x, 500 - 10 * call).sample)
+            return found
+
+        handle = mk.accelerate(net)
+        hook = net.conv_out.register_forward_hook(lambda module, args, output: output * factor["value"])
+        expected = outputs()
+        hook.remove()
+        handle.compile(backend="eager")
+        outputs()
+        hook = net.conv_out.register_forward_hook(lambda module, args, output: output * factor["value"])
+        for _ in range(2):
+            assert_close(outputs(), expected)
+        assert caplog.text.count("without a check of their guards: not possible with a hook") == 1
+        assert "at 11, not at 4 (not possible with a hook or a forward of its own on 'conv_out'" in handle.explain()
+        hook.remove()
+        outputs()
+        assert "at 12, not at 8\n" in handle.explain()
+
+    def test_classes_that_are_not_known(self):
+        class Counting(nn.Conv2d):
+            calls = 0
+
+            def forward(self, x):
+                self.calls += 1
+                return super().forward(x)
+
+        net = unets.unet2d()
+        net.conv_out.__class__ = Counting
+        handle = mk.accelerate(net)
+        handle.compile(backend="eager")
+        unets.outputs(net, handle)
+        assert net.conv_out.calls == 5
+        assert "not possible with a Counting, whose forward may do more than compute" in handle.explain()
+
+    @pytest.mark.parametrize("options", [{"fullgraph": False}, {"options": {}}], ids=str)
+    def test_options_of_the_user(self, options):
+        net = unets.unet2d()
+        handle = mk.accelerate(net)
+        expected = unets.outputs(net, handle)
+        handle.compile(backend="eager", **options)
+        assert_close(unets.outputs(net, handle), expected)
+        assert "at 4, not at 0 (not possible with fullgraph=False, a mode or options)" in handle.explain()
 
 
 class TestGraphs:
