@@ -23,11 +23,13 @@ model have random weights."""
 VAE_DECODER = "sd_vae_decoder"
 """That of Stable Diffusion's AutoencoderKL with random weights, as a network that gets a timestep."""
 
-OF_STEPS = (*NETWORKS, "dit_s2", VAE_DECODER)
-"""What whole steps are timed of. dit_s2: a DiT of the shape S/2 on latents of 256x256, random weights."""
+OF_STEPS = (*NETWORKS, "sdxl_512", "dit_s2", VAE_DECODER)
+"""What whole steps are timed of. sdxl_512: sdxl on latents of 512x512. dit_s2: a DiT of the shape S/2 on latents of
+256x256, random weights."""
 
 CONFIGS: dict[str, Any] = json.loads(Path(__file__).with_name("networks.json").read_text())
 """Of those: class and configuration of the UNet in diffusers, and the noise schedule that it is trained on."""
+CONFIGS["sdxl_512"] = {**CONFIGS["sdxl"], "unet": {**CONFIGS["sdxl"]["unet"], "sample_size": 64}}
 TEXT_TOKENS = 77
 NOT_COUNTED = {"time_embedding", "time_emb_proj", "add_embedding", "timestep_embedder", "norm1", "proj_out_1"}
 """Once per image, not per pixel or token."""

@@ -64,7 +64,6 @@ class CompiledCalls:
         self.guarded = self.repeated = self.uncompiled = 0
         self.obstacle: str | None = None
         self._unet, self._plain, self._state, self._own_paths = unet, plain, state, own_paths
-        self._repetitions: dict[Hashable, _Repetition | None] = {}
         self._watched: tuple[list[dict[str, Any]], list[Any]] = [], []
         self._said: set[str] = set()
         self._ran: list[tuple[Code, tuple[Any, ...], Sequence[Any]]] | None = None
@@ -72,7 +71,8 @@ class CompiledCalls:
         if chosen and whole:
             backend, more = options.get("backend", "inductor"), {}
             if backend == "inductor" and on_cpu and torch.__version__ >= (2, 13):
-                more["config_patches"] = {"cpp_wrapper": True}
+                # The calls apart from the kernels: in one file, gcc takes minutes for what it need not optimise.
+                more["config_patches"] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
             options["backend"] = self._recording(torch._dynamo.lookup_backend(backend), more)
         else:
             self.obstacle = OPTIONS
@@ -85,18 +85,19 @@ class CompiledCalls:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, key = self._key_of(args, kwargs)
-        repetition = self._repetitions.get(key)
+        repetitions: dict[Hashable, _Repetition | None] = self._state.repetitions
+        repetition = repetitions.get(key)
         try:
             if repetition is not None:
                 output = repetition(leaves)
                 self.repeated += 1
                 return output
-            new = key is not None and key not in self._repetitions and self._may_repeat()
+            new = key is not None and key not in repetitions and self._may_repeat()
             self._ran = [] if new else None
             output = self._compiled(self._hooks(), *args, **kwargs)
             self.guarded += 1
             if new:
-                self._repetitions[key] = self._repetition_of(leaves, output)
+                repetitions[key] = self._repetition_of(leaves, output)
             return output
         except Exception as error:
             if "RecompileLimit" in type(error).__name__:  # raised before anything has run
@@ -114,7 +115,7 @@ class CompiledCalls:
 
     def check_again(self) -> None:
         """Have torch check its guards at the next call."""
-        self._repetitions = {}
+        self._state.repetitions = {}
         self.obstacle = OPTIONS if self.obstacle == OPTIONS else None
         named = [(f"{path}.", module) for path, module in self._unet.named_modules()]
         outside = [module for path, module in named if not path.startswith(self._own_paths)]

@@ -217,6 +217,7 @@ class ModulationState(Run):
 
     inputs, outputs: by key. kept: outputs of layers whose input does not change along a run.
     trajectories: by context, what a schedule remembers of this run; they have `nbytes()` and `forget()`.
+    repetitions: compiled calls of this run, which hold all tensors that they read.
     time_table: what the network derives from the timestep alone, None where it is computed at every call.
     fixed_addresses: whether what one call leaves to the next must stay at one address, as CUDA graphs need it.
     free_mode: that of layers whose mode the number of calls decides.
@@ -230,6 +231,7 @@ class ModulationState(Run):
         self.outputs: dict[str, OutputState] = {}
         self.kept = KeptOutputs()
         self.trajectories: dict[str, Any] = {}
+        self.repetitions: dict[Hashable, Any] = {}
         self.time_table: TimeTable | None = None
         self.fixed_addresses = False
         self.free_mode = "modulated"
@@ -341,7 +343,7 @@ class ModulationState(Run):
     def release(self) -> None:
         with self._between_calls("release the state"):
             self.invalidate("the state was released")
-            self.trajectories = {}
+            self.trajectories, self.repetitions = {}, {}
             self.kept.release()
             self.shelves.clear()
             if self.time_table is not None:
@@ -351,7 +353,7 @@ class ModulationState(Run):
 
     def begin_run(self, num_calls: int | None = None) -> None:
         super().begin_run(num_calls)
-        self.trajectories = {}
+        self.trajectories, self.repetitions = {}, {}
         self.kept.forget()
 
     def invalidate(self, reason: str) -> None:

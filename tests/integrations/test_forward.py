@@ -301,6 +301,16 @@ class TestGuardsOnceARun:
         outputs()
         assert "at 12, not at 8\n" in handle.explain()
 
+    def test_the_state_can_be_released(self):
+        net = unets.unet2d()
+        handle = mk.accelerate(net)
+        handle.compile(backend="eager")
+        unets.outputs(net, handle)
+        held = [weakref.ref(tensor.contexts["default"].tensor) for tensor in handle.state.outputs.values()]
+        assert all(each() is not None for each in held)
+        handle.state.release()
+        assert all(each() is None for each in held)
+
     def test_classes_that_are_not_known(self):
         class Counting(nn.Conv2d):
             calls = 0
