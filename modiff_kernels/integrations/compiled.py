@@ -65,6 +65,7 @@ class CompiledCalls:
         self.obstacle: str | None = None
         self._unet, self._plain, self._state, self._own_paths = unet, plain, state, own_paths
         self._watched: tuple[list[dict[str, Any]], list[Any]] = [], []
+        self._run_index = -1
         self._said: set[str] = set()
         self._ran: list[tuple[Code, tuple[Any, ...], Sequence[Any]]] | None = None
         whole, chosen = options.get("fullgraph", True), not options.keys() & {"mode", "options"}
@@ -84,6 +85,8 @@ class CompiledCalls:
         self._compiled = compiled if whole else lambda _, *args, **kwargs: compiled(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._state.run_index != self._run_index:
+            self.check_again()
         leaves, key = self._key_of(args, kwargs)
         repetitions: dict[Hashable, _Repetition | None] = self._state.repetitions
         repetition = repetitions.get(key)
@@ -115,7 +118,7 @@ class CompiledCalls:
 
     def check_again(self) -> None:
         """Have torch check its guards at the next call."""
-        self._state.repetitions = {}
+        self._run_index, self._state.repetitions = self._state.run_index, {}
         self.obstacle = OPTIONS if self.obstacle == OPTIONS else None
         named = [(f"{path}.", module) for path, module in self._unet.named_modules()]
         outside = [module for path, module in named if not path.startswith(self._own_paths)]
@@ -148,8 +151,8 @@ class CompiledCalls:
         state, scales = self._state, self._state.forms_of_scales()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if self.obstacle or not scales <= {(False, False)} or (scales and state.scheduled):
-            return leaves, None  # an update would leave more behind than tensors
+        if self.obstacle or not state.is_open or not scales <= {(False, False)} or (scales and state.scheduled):
+            return leaves, None  # the last two: an update would leave more behind than tensors
         if any(map(torch_must_see, tensors)) or len({*map(id, tensors)}) < len(tensors):
             return leaves, None
         formats: list[Any] = []
@@ -161,13 +164,14 @@ class CompiledCalls:
             else:
                 return leaves, None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
-        modes += torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), self._unet.training
+        kinds = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")]
         weights, attention = self._watched
         objects = map(id, chain.from_iterable(map(dict.values, weights)))  # whose ids the repetition keeps taken
         moved = state.relocations, state.weight_changes, RemovableHandle.next_id, *objects
         table = state.time_table
         of_run = state.context_name, state.free_mode, scales, table and (id(table.rows), table.for_compiled is None)
-        return leaves, (spec, *formats, *modes, *moved, *[module.processor for module in attention], *of_run)
+        processors = [module.processor for module in attention]
+        return leaves, (spec, *formats, *modes, *kinds, self._unet.training, *moved, *processors, *of_run)
 
     def _may_repeat(self) -> bool:
         """Whether nothing in the UNet may do more than compute, which repeated code would miss. Logs what may."""

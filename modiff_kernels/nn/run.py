@@ -58,6 +58,11 @@ class Run:
         """Whether a call outside a run is an error."""
         return self.scheduled or self.calls_calibrated is not None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a run has begun and has not ended."""
+        return self._over is None
+
     def _on_leave_call(self, ended: bool) -> None:
         """A call ends. ended: one that needs a run, and well."""
 

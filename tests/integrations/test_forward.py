@@ -301,6 +301,15 @@ class TestGuardsOnceARun:
         outputs()
         assert "at 12, not at 8\n" in handle.explain()
 
+    def test_plain_calls_outside_a_run_are_checked(self):
+        net = unets.unet2d()
+        handle = mk.accelerate(net, mk.ModiffConfig(mode="quantized"))
+        expected = unets.outputs(net)
+        handle.compile(backend="eager")
+        for run in (None, None, handle, handle):
+            assert_close(unets.outputs(net, run), expected)
+        assert "guards checked at 11, not at 8" in handle.explain()
+
     def test_the_state_can_be_released(self):
         net = unets.unet2d()
         handle = mk.accelerate(net)
