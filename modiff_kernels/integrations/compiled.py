@@ -122,7 +122,7 @@ class CompiledCalls:
         self.obstacle = OPTIONS if self.obstacle == OPTIONS else None
         named = [(f"{path}.", module) for path, module in self._unet.named_modules()]
         outside = [module for path, module in named if not path.startswith(self._own_paths)]
-        attention = [module for module in outside if hasattr(module, "processor")]
+        attention = [module for module in self._unet.modules() if hasattr(module, "processor")]
         self._watched = [module._parameters for module in outside if module._parameters], attention
 
     def describe(self) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -220,10 +221,16 @@ class TestCompile:
                 net(x.fill_(torch.nan), 460, encoder_hidden_states=None)
 
 
+class Doubled(AttnProcessor):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        return 2 * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
 CHANGES = {
     "float weights": lambda net: setattr(net.conv_in, "weight", nn.Parameter(net.conv_in.weight * 1.5)),
     "float values": lambda net: net.conv_in.weight.data.mul_(1.5),
     "low-bit weights": lambda net: net.down_blocks[0].resnets[0].conv1.weight.mul_(1.5),
+    "a processor": lambda net: net.mid_block.attentions[0].set_processor(Doubled()),
     "training": lambda net: net.train(),
     "threads": lambda net: torch.set_num_threads(1),
 }
