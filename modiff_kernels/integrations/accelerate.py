@@ -91,7 +91,7 @@ def accelerate(
     if config.cuda_graphs:
         device = device_of([module._parameters for module in unet.modules()])
         obstacle = obstacle_of(unet)
-        if device.type != "cuda":
+        if obstacle is None and device.type != "cuda":
             obstacle = f"not possible for a UNet on {device}; move it to a GPU before accelerate()"
         if obstacle is not None:
             raise ValueError(f"ModiffConfig: cuda_graphs=True is {obstacle}, or leave cuda_graphs out")
