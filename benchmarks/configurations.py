@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.baselines.deepcache import CachedUNet
 from benchmarks.baselines.openvino_unet import PRECISIONS, OpenVinoUNet
@@ -72,7 +73,12 @@ class InBfloat16(torch.nn.Module):
 
     def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         """The output in a tuple, with return_dict=False."""
+        args, kwargs = tree_map_only(torch.Tensor, _in_bfloat16, (args, kwargs))
         return (self._unet(sample.bfloat16(), *args, **kwargs)[0].float(),)
+
+
+def _in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.bfloat16() if tensor.dtype == torch.float32 and tensor.ndim > 1 else tensor  # not the timestep
 
 
 class Networks:
