@@ -101,6 +101,8 @@ class CompiledCalls:
             self.guarded += 1
             if new:
                 repetitions[key] = self._repetition_of(leaves, output)
+                if repetitions[key] is None:
+                    self._tell("not possible for a call that leaves more behind than its output")
             return output
         except Exception as error:
             if "RecompileLimit" in type(error).__name__:  # raised before anything has run
@@ -179,10 +181,16 @@ class CompiledCalls:
         self.obstacle = obstacle_of(self._unet)
         if strange:
             self.obstacle = f"not possible with a {strange[0].__name__}, whose forward may do more than compute"
-        if self.obstacle is not None and self.obstacle not in self._said:
-            self._said.add(self.obstacle)
-            logger.info("compiled calls without a check of their guards: %s", self.obstacle)
+        if self.obstacle is not None:
+            self._tell(self.obstacle)
         return self.obstacle is None
+
+    def _tell(self, obstacle: str) -> None:
+        """Repeat no call of this run; the log says why, once."""
+        self.obstacle = obstacle
+        if obstacle not in self._said:
+            self._said.add(obstacle)
+            logger.info("compiled calls without a check of their guards: %s", obstacle)
 
     def _repetition_of(self, leaves: list[Any], output: Any) -> _Repetition | None:
         """The call that has just been recorded; None if its output holds not just what its code gave."""
