@@ -21,7 +21,7 @@ from modiff_kernels.ops import dispatch
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
-WIDTH, TOKENS = 24, 5  # of encoder states
+WIDTH, TOKENS = 32, 5  # of encoder states
 SKIPPED = ("conv_in", "conv_out", "time_emb")  # what stays float if nothing else is said
 FLOAT = {"weight_bits": None, "act_bits": None}
 

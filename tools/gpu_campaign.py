@@ -1,12 +1,12 @@
 """One unattended run on a bare GPU machine: build, GPU tests and benchmarks, the most important first.
 
-    python tools/gpu_campaign.py --set first --seconds 480 --carried-build --wheels wheels --out out
+    python tools/gpu_campaign.py --set first --seconds 480 --carried build/carry --out out
     python tools/gpu_campaign.py --list
 
 Needs a CUDA build of torch with triton, nvcc, CMake and ninja; CUDA's tools are sought on PATH and in its usual folder.
-What else a part needs and is not installed can be given as wheels in a folder (`--wheels`; `--list` names them), for
-machines without a network; one that does not install is told and left out. --carried-build takes the libraries in
-modiff_kernels/_lib if they load, and builds only if not: carry those of the same commit.
+What the machine lacks comes in a folder that tools/gpu_carry.py fills (`--carried`): wheels, as there may be no network
+(one that does not install is told and left out), Triton's cache, and compiled libraries, in whose place new ones are
+built if they do not load or are of other sources.
 
 Every part has a time limit, and the whole never takes longer than `--seconds`: a part that would not fit is cut short
 or not begun. It is asked to end first, so that tests print what failed. Benchmarks append rows to benchmarks/results as
@@ -50,6 +50,9 @@ GRACE_SECONDS = 5  # between a request to end and the next, and the end
 LONGEST_ANSWER = 90  # seconds that torch may take to find the GPU
 TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")  # where CUDA's are, if not on PATH
 LOG_TAIL = 30  # lines of a failed part in the summary
+LIBRARIES = ROOT / "modiff_kernels" / "_lib"
+CACHE = Path("/tmp/modiff_triton_cache")  # Triton's, at the same place everywhere: it holds its own paths
+CACHE_ARCHIVE = "triton_cache.tar.gz"
 
 
 @dataclasses.dataclass
@@ -66,9 +69,14 @@ class Campaign:
     """Runs parts within a deadline and keeps their outcomes in `work`/campaign.json."""
 
     def __init__(
-        self, parts: Sequence[Part], work: Path, seconds: float, variables: dict[str, str] | None = None
+        self,
+        parts: Sequence[Part],
+        work: Path,
+        seconds: float,
+        variables: dict[str, str] | None = None,
+        slower: float = 1,
     ) -> None:
-        self.parts, self.work = list(parts), work
+        self.parts, self.work, self.slower = list(parts), work, slower
         self.deadline = time.monotonic() + seconds - TAIL_SECONDS
         self.variables = variables or {}
         self.logs = work / "logs"
@@ -105,9 +113,10 @@ class Campaign:
         return None
 
     def _executed(self, part: Part) -> Outcome:
-        limit = min(part.seconds, self.deadline - time.monotonic())
+        limit = min(part.seconds * self.slower, self.deadline - time.monotonic())
         budget = max(limit - part.margin_seconds, 1)
-        values = {"python": sys.executable, "work": self.work, "budget": int(budget)}
+        jobs = max((os.cpu_count() or 1) - 2, 2)
+        values = {"python": sys.executable, "work": self.work, "budget": int(budget), "jobs": jobs}
         command = [word.format(**values) for word in part.command]
         print(f"campaign: {part.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
         begun = time.monotonic()
@@ -201,30 +210,26 @@ def pack(work: Path, since: float, out: Path, most_bytes: int) -> list[str]:
     return left_out
 
 
-def install_wheels(folder: Path, target: Path) -> dict[str, str]:
-    """Install the wheels of `folder` into `target`, without a network. The variables that put them on the path."""
-    wheels = sorted(folder.glob("*.whl"))
-    if not wheels:
-        raise SystemExit(f"gpu_campaign: {folder} holds no wheels")
+def unpack(carried: Path, target: Path) -> dict[str, str]:
+    """Put what was carried in its place, wheels into `target`, without a network. The variables that parts need."""
+    variables = {"TRITON_CACHE_DIR": str(CACHE)}
+    LIBRARIES.mkdir(exist_ok=True)
+    for library in carried.glob("*.so"):
+        shutil.copy(library, LIBRARIES)
+    if (archive := carried / CACHE_ARCHIVE).exists():
+        shutil.unpack_archive(archive, CACHE)
     flags = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(target))
-    for wheel in wheels:  # one by one: a bad one costs the parts that need it alone
+    for wheel in sorted(carried.glob("*.whl")):  # one by one: a bad one costs the parts that need it alone
         if subprocess.run([sys.executable, "-m", "pip", "install", *flags, str(wheel)], check=False).returncode:
             print(f"gpu_campaign: {wheel.name} could not be installed", file=sys.stderr, flush=True)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))}
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))
+    return variables
 
 
 def find_tools() -> None:
     """Put the folders of CUDA's tools behind PATH, for the parts too."""
     folders = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *folders, *TOOLS])
-
-
-KEEP_BUILD = """import subprocess, sys
-from modiff_kernels.backends import cpu, cuda
-reasons = [reason for backend in (cpu, cuda) if (reason := backend.unavailable())]
-print(*reasons or (cpu.build_info(), cuda.build_info()), sep="\\n", flush=True)
-sys.exit(subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"]) if reasons else 0)"""
-"""Takes the carried libraries, and builds where they do not load."""
 
 
 def selected(names: Sequence[str], set_name: str) -> list[Part]:
@@ -247,8 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--work", type=Path, default=ROOT / "build" / "gpu_campaign", help="state and logs (%(default)s)")
     add("--out", type=Path, help="folder that gets summary and results")
     add("--archive-mb", type=float, default=15, help="most MiB of one archive in --out (%(default)s)")
-    add("--carried-build", action="store_true", help="build only if modiff_kernels/_lib does not load")
-    add("--wheels", type=Path, help="folder of wheels to install first, into --work")
+    add("--carried", type=Path, help="folder that tools/gpu_carry.py has filled")
+    add("--slower", type=float, default=1, help="more time for each part, in a rehearsal (%(default)s)")
     add("--list", action="store_true", help="show sets and parts, and end")
     args = parser.parse_args(argv)
     if args.list:
@@ -258,9 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     find_tools()
     parts = selected(args.part, args.set)
-    if args.carried_build:
-        kept = ("{python}", "-c", KEEP_BUILD)
-        parts = [dataclasses.replace(part, command=kept) if part.name == "build" else part for part in parts]
+    if args.carried is not None and not args.carried.is_dir():
+        parser.error(f"--carried {args.carried}: there is no such folder")
     if args.seconds < LEAST_SECONDS + TAIL_SECONDS:
         parser.error(f"--seconds {args.seconds:g} is too little, at least {LEAST_SECONDS + TAIL_SECONDS}")
     reason = why_no_gpu()
@@ -268,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu_campaign: {reason}; nothing was run", file=sys.stderr)
         return 2
     work = args.work.resolve()
-    variables = install_wheels(args.wheels, work / "site") if args.wheels else {}
-    campaign = Campaign(parts, work, args.seconds - (time.monotonic() - begun), variables)
+    variables = unpack(args.carried, work / "site") if args.carried else {}
+    campaign = Campaign(parts, work, args.seconds - (time.monotonic() - begun), variables, args.slower)
 
     def keep() -> None:
         if args.out:

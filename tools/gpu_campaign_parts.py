@@ -11,7 +11,8 @@ TWELVE = ("--network", "sd15", "sdxl", "ddpm_cifar10", "--batch", "8", "16", "--
 class Part:
     """One command of the campaign.
 
-    command: words in which {python}, {work} (the campaign's folder) and {budget} (seconds it may use) are filled in.
+    command: words in which {python}, {work} (the campaign's folder), {budget} (seconds it may use) and {jobs} (as many
+    processes as there are processors but two) are filled in.
     seconds: after which it is stopped; a command with {budget} ends itself `margin_seconds` before.
     needs: parts that must have passed. every_time: run again although it has passed, since what it makes is no result.
     program: one that must be found."""
@@ -28,9 +29,9 @@ class Part:
 
 
 def _tests(name: str, purpose: str, seconds: int, *arguments: str) -> Part:
-    """Tests that need a GPU, in 14 processes: a lost context costs one of them, a hanging test itself."""
+    """Tests that need a GPU, in many processes: a lost context costs one of them, a hanging test itself."""
     words = ("{python}", "-m", "pytest", "-p", "tools.pytest_gpu", "-v", "--tb=long", "-m", "gpu")
-    kept = ("--failures", "{work}/failures.txt", "-n", "14", "--max-worker-restart", "60")
+    kept = ("--failures", "{work}/failures.txt", "-n", "{jobs}", "--max-worker-restart", "60")
     only = ("-k", "not emulated and not interpreter")  # they stand for the host as well
     return Part(name, purpose, (*words, *kept, *only, *arguments), seconds, variables=(("OMP_NUM_THREADS", "1"),))
 
@@ -50,7 +51,7 @@ def _steps(network: str, batch: str, kind: str, seconds: int, rows: str) -> Part
 
 
 def _families(backend: str, seconds: int) -> Part:
-    words = ("{python}", "tools/sanitize_kernels.py", "--backend", backend, "--jobs", "14")
+    words = ("{python}", "tools/sanitize_kernels.py", "--backend", backend, "--jobs", "{jobs}")
     purpose = "every family of kernels once, against the reference"
     return Part(f"families_{backend}", purpose, words, seconds, variables=(("OMP_NUM_THREADS", "1"),))
 
@@ -64,11 +65,17 @@ def _sanitized(tool: str, purpose: str, seconds: int, *arguments: str) -> Part:
     return Part(tool, purpose, command, seconds, program="compute-sanitizer", variables=variables)
 
 
+BUILD = """import subprocess, sys
+from modiff_kernels.backends import cpu, cuda, source_hash
+found = [backend.unavailable() or backend.build_info() for backend in (cpu, cuda)]
+print(*found, sep="\\n", flush=True)
+good = all(isinstance(info, dict) and info["sources"] == source_hash() for info in found)
+sys.exit(0 if good else subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"]))"""
 FLOATS, GRAPHS = "float-channels_last,float-compile-default-graphs", "modulated-w8a8-graphs"
 PARTS = (
     Part("environment", "GPU, driver, versions", ("nvidia-smi",), 20, needs=()),
-    Part("build", "compiled kernels for this CPU and GPU", ("{python}", "setup.py", "build_ext", "--inplace"), 120,
-         needs=(), every_time=True, variables=(("MODIFF_CUDA", "ON"),)),
+    Part("build", "compiled kernels for this CPU and GPU, where none of these sources load", ("{python}", "-c", BUILD),
+         120, needs=(), every_time=True, variables=(("MODIFF_CUDA", "ON"),)),
     _tests("tests_cuda", "tests of the CUDA kernels", 90, "tests/backends/cuda"),
     _tests("tests", "all other tests that need a GPU", 120, "tests", "--ignore", "tests/backends/cuda"),
     _products("products_cuda", 50, "twelve layers by cuda", "--backend", "cuda", "--rows", "product,modulate"),

@@ -31,7 +31,7 @@ def test_a_network_with_attention(backend, scale_mode):
         for _ in range(4):
             with handle.sampling_run():
                 xs = trajectory((2, 4, 8, 8), 6)
-                outputs += [net(x.cuda(), 500, encoder_hidden_states=encoder)[0] for x in xs]
+                outputs += [net(x.cuda(), 980 - 40 * i, encoder_hidden_states=encoder)[0] for i, x in enumerate(xs)]
         results.append(outputs)
     assert isinstance(handle._forward.graphs._capture, CudaCapture)
     assert handle._forward.graphs.replayed > 0

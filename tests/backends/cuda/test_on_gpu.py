@@ -37,7 +37,7 @@ def update(backend, x_shape=SPLIT[0], n=SPLIT[1], window=SPLIT[2], granularity="
     weight = PackedWeight(pack(codes, 8), scale, 8)
     h, x_hat = random(x_shape), random(x_shape)
     y_hat = random((*x_shape[:-1], n) if window is None else window.output_shape(x_shape, n))
-    rest = (None, window, torch.float16, 4, granularity, 1.0, True, backend)
+    rest = (None, window, torch.float16, 4, granularity, 1.0, True, None, backend)
 
     def run():
         return (*ops.modulate(h, prologue, x_hat, None, weight, y_hat, *rest), x_hat, y_hat)
