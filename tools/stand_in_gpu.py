@@ -285,8 +285,8 @@ def play_backends() -> None:
             layout = ops.preferred_layout(problem)
             ones = weight._replace(scale=torch.ones_like(weight.scale))
             kept[key] = weight, ops.prepare_weight(ones, problem.k, window, layout)
-        one, no_state = torch.ones(1), (None, None, None, window, torch.float32)
-        sums = ops.product(codes, one, zero_point, kept[key][1], *no_state)
+        no_state = None, None, None, window, torch.float32
+        sums = ops.product(codes, torch.ones_like(scale), zero_point, kept[key][1], *no_state)
         rows, columns = reference.per_row(scale, sums.shape, window), reference.per_channel(weight.scale, window)
         return reference.finish(sums * (rows * columns), y_hat, bias, skip, window, out_dtype, write_out)
 
