@@ -50,6 +50,8 @@ GRACE_SECONDS = 5  # between a request to end and the next, and the end
 LONGEST_ANSWER = 90  # seconds that torch may take to find the GPU
 TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")  # where CUDA's are, if not on PATH
 LOG_TAIL = 30  # lines of a failed part in the summary
+TEST_SECONDS = 90  # after which a test is given up
+JOBS = max((os.cpu_count() or 1) - 2, 2)
 LIBRARIES = ROOT / "modiff_kernels" / "_lib"
 CACHE = Path("/tmp/modiff_triton_cache")  # Triton's, at the same place everywhere: it holds its own paths
 CACHE_ARCHIVE = "triton_cache.tar.gz"
@@ -115,8 +117,8 @@ class Campaign:
     def _executed(self, part: Part) -> Outcome:
         limit = min(part.seconds * self.slower, self.deadline - time.monotonic())
         budget = max(limit - part.margin_seconds, 1)
-        jobs = max((os.cpu_count() or 1) - 2, 2)
-        values = {"python": sys.executable, "work": self.work, "budget": int(budget), "jobs": jobs}
+        values = {"python": sys.executable, "work": self.work, "budget": int(budget), "jobs": JOBS}
+        values |= {"test_seconds": TEST_SECONDS * self.slower}
         command = [word.format(**values) for word in part.command]
         print(f"campaign: {part.name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
         begun = time.monotonic()

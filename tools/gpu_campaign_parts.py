@@ -11,8 +11,8 @@ TWELVE = ("--network", "sd15", "sdxl", "ddpm_cifar10", "--batch", "8", "16", "--
 class Part:
     """One command of the campaign.
 
-    command: words in which {python}, {work} (the campaign's folder), {budget} (seconds it may use) and {jobs} (as many
-    processes as there are processors but two) are filled in.
+    command: words in which {python}, {work} (the campaign's folder), {budget} (seconds it may use), {test_seconds} (and
+    one test) and {jobs} (as many processes as there are processors but two) are filled in.
     seconds: after which it is stopped; a command with {budget} ends itself `margin_seconds` before.
     needs: parts that must have passed. every_time: run again although it has passed, since what it makes is no result.
     program: one that must be found."""
@@ -32,6 +32,7 @@ def _tests(name: str, purpose: str, seconds: int, *arguments: str) -> Part:
     """Tests that need a GPU, in many processes: a lost context costs one of them, a hanging test itself."""
     words = ("{python}", "-m", "pytest", "-p", "tools.pytest_gpu", "-v", "--tb=long", "-m", "gpu")
     kept = ("--failures", "{work}/failures.txt", "-n", "{jobs}", "--max-worker-restart", "60")
+    kept += ("--test-seconds", "{test_seconds}")
     only = ("-k", "not emulated and not interpreter")  # they stand for the host as well
     return Part(name, purpose, (*words, *kept, *only, *arguments), seconds, variables=(("OMP_NUM_THREADS", "1"),))
 

@@ -19,7 +19,7 @@ LOST = 70  # exit code of a process that is given up
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--failures", type=Path, default=Path(os.devnull), help="file that failures are appended to")
-    parser.addoption("--test-seconds", type=float, default=90.0, help="after which a test is given up (%(default)s)")
+    parser.addoption("--test-seconds", type=float, default=90, help="after which a test is given up (%(default)s)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -96,6 +96,7 @@ class Tape:
 
 
 tape: Tape | None = None
+_NO_SCHEMA = types.SimpleNamespace(arguments=(), returns=())
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
@@ -111,8 +112,7 @@ def run(func: Any, args: Any, kwargs: Any, stays: bool = True, changed: Any = ()
     given = {id(tensor.host): tensor for tensor in tensors_of((args, kwargs)) if isinstance(tensor, OnGpu)}
     args, kwargs = to_host(args), to_host(kwargs)
     if tape is not None:
-        schema = getattr(func, "_schema", None)
-        named = zip(schema.arguments, args) if schema is not None else ()
+        named = zip(getattr(func, "_schema", _NO_SCHEMA).arguments, args)
         written = [value for argument, value in named if argument.is_write]
         tape.keep(tensors_of([written, to_host(list(changed)), kwargs.get("out")]))
     result = func(*args, **kwargs)
@@ -122,7 +122,11 @@ def run(func: Any, args: Any, kwargs: Any, stays: bool = True, changed: Any = ()
     def placed(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if not stays else given[id(tensor)] if id(tensor) in given else OnGpu(tensor)
 
-    return pytree.tree_map_only(torch.Tensor, placed, result)
+    # A view of what was made outside of inference mode counts changes as that does.
+    views = any(returned.alias_info is not None for returned in getattr(func, "_schema", _NO_SCHEMA).returns)
+    counts = views and any(not tensor.is_inference() for tensor in given.values())
+    with torch.inference_mode(False) if counts else contextlib.nullcontext():
+        return pytree.tree_map_only(torch.Tensor, placed, result)
 
 
 def is_gpu(value: Any) -> bool:
@@ -265,6 +269,7 @@ def play_backends() -> None:
     """Let the backends of a GPU compute on the host what their kernels would."""
     from modiff_kernels import ops
     from modiff_kernels.backends import cuda, reference, triton
+    from modiff_kernels.backends.triton import product_launch, quantize_launch
     from modiff_kernels.ops import check, dispatch
 
     kept: dict[Any, Any] = {}
@@ -300,10 +305,11 @@ def play_backends() -> None:
 
         return both
 
-    cuda.quantize, cuda.product = quantize, product
-    cuda.product_launch.product = product  # with a tile, which makes no difference here
-    triton.quantize = compiled_first(triton.quantize, quantize)
-    triton.product = compiled_first(triton.product, product)
+    reference._require_finite = lambda *bounds: None  # type: ignore[assignment] # a GPU does not look
+    cuda.quantize = quantize
+    cuda.product = cuda.product_launch.product = product
+    triton.quantize = quantize_launch.quantize = compiled_first(quantize_launch.quantize, quantize)
+    triton.product = product_launch.product = compiled_first(product_launch.product, product)
 
 
 DRIVER = """

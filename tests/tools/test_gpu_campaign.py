@@ -97,7 +97,10 @@ def test_every_command_is_accepted_by_its_program(monkeypatch, tmp_path):
     monkeypatch.chdir(gpu_campaign.ROOT)
     for own in PARTS:
         begin = own.command.index("{python}") + 1 if "{python}" in own.command else None
-        words = [word.format(python="python", work=tmp_path, budget=100, jobs=4) for word in own.command[begin:]]
+        words = [
+            word.format(python="python", work=tmp_path, budget=100, jobs=4, test_seconds=90)
+            for word in own.command[begin:]
+        ]
         if begin is None or words[0] == "-c":
             continue
         if words[:2] == ["-m", "pytest"]:
