@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from modiff_kernels.backends import cpu, cuda, source_hash  # noqa: E402
+from tools import stand_in_gpu  # noqa: E402
 from tools.gpu_campaign import CACHE, CACHE_ARCHIVE, LIBRARIES  # noqa: E402
 from tools.gpu_campaign_parts import SETS, WHEELS  # noqa: E402
 
@@ -105,7 +106,7 @@ def rehearse(python: Path, command: Sequence[str], more: Sequence[str]) -> int:
     archive.unlink()
     shutil.copytree(CARRY, tree / CARRY.relative_to(ROOT))
     shutil.rmtree(CACHE, ignore_errors=True)  # as there, only what is carried is in it
-    (played / "sitecustomize.py").write_text("from tools import stand_in_gpu\n\nstand_in_gpu.play()\n")
+    stand_in_gpu.write(played)
     for name, text in PROGRAMS.items():
         (played / name).write_text(f"#!/bin/sh\n{text}\n")
         (played / name).chmod(0o755)

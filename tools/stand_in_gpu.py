@@ -1,7 +1,7 @@
 """An sm_90 GPU played by the CPU, for all Python of a process: to rehearse what will run on a GPU (tools/gpu_carry.py).
 
-    from tools import stand_in_gpu                    in a module sitecustomize, on PYTHONPATH beside the checkout
-    stand_in_gpu.play()
+    python -c 'from tools import stand_in_gpu as s; s.write(s.Path("folder"))'
+    PYTHONPATH=folder:. python -m pytest -m gpu tests/integrations
 
 Tensors on "cuda" say that they are there, and hold one on the CPU, on which every operation runs. The backends cuda and
 triton choose, check and prepare as on a GPU; then ops of the CPU compute what their kernels would. Triton's kernels are
@@ -11,6 +11,7 @@ events tell the time, memory is not counted, and torch.compile compiles nothing.
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import subprocess
 import tempfile
@@ -346,26 +347,45 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) DONE
 """
 """What Triton asks of a driver."""
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+"""
+"""What a torch for CPUs lacks, which asks on which device it is before it takes a value out of a tensor."""
+
+
+def load(source: str, name: str, *options: str) -> Path:
+    """Compile `source` as the library `name`, once, and load it; its folder."""
+    folder = Path(tempfile.gettempdir()) / f"stand_in_gpu-{zlib.crc32(repr((source, options)).encode()):x}"
+    library = folder / name
+    if not library.exists():
+        folder.mkdir(exist_ok=True)
+        new = folder / f"{os.getpid()}.so"
+        flags = ("-shared", "-fPIC", f"-Wl,-soname,{name}", *options, "-o", str(new), "-")
+        subprocess.run([os.environ.get("CXX", "g++"), *flags], input=source, text=True, check=True)
+        new.replace(library)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return folder
 
 
 def play_driver() -> None:
     """Put a driver that does nothing in the place of libcuda, for what Triton compiles and loads."""
-    import triton
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        include = Path(spec.origin).parent / "backends" / "nvidia" / "include"
+        os.environ["TRITON_LIBCUDA_PATH"] = str(load(DRIVER, "libcuda.so.1", "-x", "c", f"-I{include}"))
 
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    folder = Path(tempfile.gettempdir()) / f"stand_in_driver-{zlib.crc32(DRIVER.encode()):x}"
-    library = folder / "libcuda.so.1"
-    if not library.exists():
-        folder.mkdir(exist_ok=True)
-        new = folder / f"{os.getpid()}.so"
-        options = ("-x", "c", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o", str(new), "-")
-        subprocess.run([os.environ.get("CC", "gcc"), *options], input=DRIVER, text=True, check=True)
-        new.replace(library)
-    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+def write(folder: Path) -> None:
+    """Make the module in `folder` that lets Python begin with the stand-in where the folder is on PYTHONPATH."""
+    (folder / "sitecustomize.py").write_text("from tools import stand_in_gpu\n\nstand_in_gpu.play()\n")
 
 
 def play() -> None:
+    if torch.version.cuda is None:
+        folder = Path(torch.__file__).parent
+        linked = "-Wl,--no-as-needed", f"-L{folder / 'lib'}", "-lc10"
+        load(GUARD, "guard.so", "-x", "c++", "-std=c++20", f"-I{folder / 'include'}", *linked)
     play_driver()
     play_cuda()
     play_backends()
