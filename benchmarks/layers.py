@@ -2,7 +2,7 @@
 
 On a GPU the baselines are bf16 and fp16 (cuDNN in channels_last with cudnn.benchmark, cuBLAS), torch._int_mm with both
 operands along K, and the fastest of CUTLASS's int8 kernels that benchmarks/baselines/cutlass_int8/build.py has built;
-on a CPU float32, and the backend onednn, whose product is oneDNN's own in int8. Forms of ours:
+on a CPU float32. Forms of ours:
 
     product        y_hat += A(codes), and the output           modulate       both
     product_plain  the output, without state                   quantize       the residual's codes, x_hat += ...
@@ -165,7 +165,7 @@ def backends_here(names: Sequence[str], on_cuda: bool) -> list[str]:
     """`names`, with all that run on this device in the place of "auto"."""
     if list(names) != ["auto"]:
         return list(names)
-    candidates = ("cuda", "triton") if on_cuda else ("cpu", "onednn")
+    candidates = ("cuda", "triton") if on_cuda else ("cpu",)
     return [name for name in candidates if ops.dispatch.why_unavailable(name) is None]
 
 

@@ -38,13 +38,6 @@ def _cpu_limits(problem: Problem) -> bool:
     return problem.geglu or problem.group_size != -1 or _per_token_of_a_window(problem) or problem.k > 1 << 16
 
 
-def _onednn_limits(problem: Problem) -> bool:
-    """Like those of cpu, and no window may lie wholly in the padding."""
-    kernel_size, _, padding, dilation, _ = problem.window or ((1,), (), (0,), (1,), 1)
-    outside = any(p > (k - 1) * d for k, p, d in zip(kernel_size, padding, dilation))
-    return problem.op != "quantize" and (outside or _cpu_limits(problem))
-
-
 def _triton_limits(problem: Problem) -> bool:
     if problem.op == "quantize":
         return False
@@ -62,7 +55,7 @@ def _cuda_limits(problem: Problem) -> bool:
     return groups or packed or problem.channels % 16 != 0 or _per_token_of_a_window(problem)
 
 
-LIMITS = {"cpu": _cpu_limits, "onednn": _onednn_limits, "triton": _triton_limits, "cuda": _cuda_limits}
+LIMITS = {"cpu": _cpu_limits, "triton": _triton_limits, "cuda": _cuda_limits}
 LIMITS["reference"] = lambda problem: False
 
 
@@ -198,7 +191,6 @@ PLACES = (
     Place("cpu-avx-vnni", "cpu", _PRODUCT, isa="avx_vnni"),
     Place("cpu-avx2", "cpu", ("quantize", "product", "modulate"), isa="avx2"),
     Place("cpu-plain", "cpu", _QUANTIZE, isa="plain"),
-    Place("onednn", "onednn", _PRODUCT),  # it quantises with the reference
     Place("sm80-emulated", "cuda", stand_in="sm80", **_STAND_IN),
     Place("sm90-emulated", "cuda", ("product",), stand_in="sm90", **_STAND_IN),  # one code quantises on both
     # The interpreter truncates float32 to bfloat16 instead of rounding it.

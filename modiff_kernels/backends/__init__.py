@@ -29,7 +29,6 @@ from typing import Any
 
 BACKENDS: dict[str, str | None] = {
     "cpu": "cpu",
-    "onednn": "cpu",
     # Not measured yet: triton comes first because it needs no compiler and has group scales, groups and channels that
     # are no multiple of 16, but for what cuda is the faster one for by its machine code (`cuda.goes_first`).
     "triton": "cuda",

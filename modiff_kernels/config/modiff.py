@@ -14,7 +14,7 @@ from modiff_kernels.config.schedule import AUTO, StepSchedule
 from modiff_kernels.log import logger
 from modiff_kernels.quant.spec import ACT_BITS, BITS, GRANULARITIES
 
-BACKENDS = ("auto", "cpu", "onednn", "triton", "cuda", "reference")
+BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 FIRST, LAST, TIME, MODULATION = ": the first layer", ": the last layer", ": of the timestep", ": modulation"
 DEFAULT_SKIP_MODULES = {
     **dict.fromkeys(("conv_in", "init_conv", "x_embedder", "img_in", "patch_embed"), FIRST),

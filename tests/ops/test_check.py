@@ -117,7 +117,7 @@ def test_the_reference_refuses_unusable_scales(value):
 
 @pytest.mark.parametrize("backend", ["gpu", "", "Reference"])
 def test_unknown_backend(backend):
-    names = "auto, cpu, onednn, triton, cuda, reference"
+    names = "auto, cpu, triton, cuda, reference"
     with pytest.raises(ValueError, match=f"backend='{backend}' is not known; choose one of {names}"):
         ops.quantize(torch.randn(2, 4), backend=backend)
 
