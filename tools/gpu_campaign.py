@@ -214,7 +214,7 @@ def pack(work: Path, since: float, out: Path, most_bytes: int) -> list[str]:
 
 def unpack(carried: Path, target: Path) -> dict[str, str]:
     """Put what was carried in its place, wheels into `target`, without a network. The variables that parts need."""
-    variables = {"TRITON_CACHE_DIR": str(CACHE)}
+    variables = {"TRITON_CACHE_DIR": str(CACHE), "TRITON_STORE_BINARY_ONLY": "1"}
     LIBRARIES.mkdir(exist_ok=True)
     for library in carried.glob("*.so"):
         shutil.copy(library, LIBRARIES)
