@@ -49,7 +49,8 @@ class OnGpu(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             copy = OnGpu(self.host.detach().clone())
-            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if is_parameter(self) else copy
+            own = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if own else copy
         return memo[id(self)]
 
     def data_ptr(self) -> int:
@@ -66,10 +67,6 @@ class OnGpu(torch.Tensor):
             kwargs["device"] = torch.device("cpu")
         stays = wanted is None or torch.device(wanted).type == "cuda"
         return run(func, args, kwargs, stays)
-
-
-def is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter)
 
 
 class Tape:
@@ -131,9 +128,7 @@ def run(func: Any, args: Any, kwargs: Any, stays: bool = True, changed: Any = ()
 
 
 def is_gpu(value: Any) -> bool:
-    return (isinstance(value, str) and value.startswith("cuda")) or (
-        isinstance(value, torch.device) and value.type == "cuda"
-    )
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
 
 
 class Moves(TorchFunctionMode):
@@ -143,6 +138,8 @@ class Moves(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.tolist and isinstance(args[0], OnGpu):
             return args[0].host.tolist()
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], OnGpu) and isinstance(args[1], list):
+            return run(func, args, kwargs)  # torch would move the indices to the GPU
         if kwargs.pop("pin_memory", False):
             return func(*args, **kwargs)
         if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor):
@@ -160,8 +157,7 @@ class Moves(TorchFunctionMode):
         result = func(*args, **kwargs)
         if on_gpu:
             return result
-        wrap = lambda t: t if isinstance(t, OnGpu) else OnGpu(t.detach())  # noqa: E731
-        return pytree.tree_map_only(torch.Tensor, wrap, result)
+        return pytree.tree_map_only(torch.Tensor, lambda t: t if isinstance(t, OnGpu) else OnGpu(t.detach()), result)
 
 
 class Stream:
