@@ -46,8 +46,10 @@ def _products(name: str, seconds: int, purpose: str, *arguments: str) -> Part:
 
 
 def _steps(network: str, batch: str, kind: str, seconds: int, rows: str) -> Part:
-    backend = kind if kind in ("cuda", "triton") else "auto"
-    words = ("steps", "--network", network, "--batch", batch, "--backend", backend, "--rows", rows)
+    """kind: "float", "default" (what users get: plan, backends, graphs), or a backend, with all layers modulated."""
+    by = ("--backend", kind if kind in ("cuda", "triton") else "auto")
+    by += ("--plan", "auto") if kind == "default" else ()
+    words = ("steps", "--network", network, "--batch", batch, *by, "--rows", rows)
     return _bench(f"step_{network}_{kind}", f"a step of {network}, {kind}", seconds, *words, "--calls", "8")
 
 
@@ -73,6 +75,7 @@ print(*found, sep="\\n", flush=True)
 good = all(isinstance(info, dict) and info["sources"] == source_hash() for info in found)
 sys.exit(0 if good else subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"]))"""
 FLOATS, GRAPHS = "float-channels_last,float-compile-default-graphs", "modulated-w8a8-graphs"
+DEFAULT = "planned-w8-graphs"
 PARTS = (
     Part("environment", "GPU, driver, versions", ("nvidia-smi",), 20, needs=()),
     Part("build", "compiled kernels for this CPU and GPU, where none of these sources load", ("{python}", "-c", BUILD),
@@ -80,13 +83,15 @@ PARTS = (
     _tests("tests_cuda", "tests of the CUDA kernels", 90, "tests/backends/cuda"),
     _tests("tests", "all other tests that need a GPU", 120, "tests", "--ignore", "tests/backends/cuda"),
     _products("products_cuda", 50, "twelve layers by cuda", "--backend", "cuda", "--rows", "product,modulate"),
-    _products("products_triton", 70, "the same by triton", "--backend", "triton", "--rows", "product,modulate"),
     _products("products_torch", 40, "the same by cuDNN, cuBLAS and CUTLASS", "--rows", "bf16,int_mm,cutlass_int8"),
+    _steps("ddpm_cifar10", "16", "default", 45, DEFAULT),
     _steps("ddpm_cifar10", "16", "float", 70, FLOATS),
-    _steps("ddpm_cifar10", "16", "cuda", 45, GRAPHS),
-    _steps("ddpm_cifar10", "16", "triton", 60, GRAPHS),
-    _steps("sd15", "8", "cuda", 60, GRAPHS),
+    _steps("sd15", "8", "default", 60, DEFAULT),
     _steps("sd15", "8", "float", 120, FLOATS),
+    _products("products_triton", 70, "twelve layers by triton", "--backend", "triton", "--rows", "product,modulate"),
+    _steps("ddpm_cifar10", "16", "cuda", 45, GRAPHS),
+    _steps("sd15", "8", "cuda", 60, GRAPHS),
+    _steps("ddpm_cifar10", "16", "triton", 60, GRAPHS),
     _steps("sd15", "8", "triton", 90, GRAPHS),
     _bench("machine", "rates of copies and products, as rows", 30, "layers", "--machine"),
     _families("cuda", 60),
@@ -96,7 +101,7 @@ PARTS = (
     _sanitized("initcheck", "the same: reads of memory that nothing has written", 60, "--match", "quantize"),
     Part("cutlass", "CUTLASS's int8 kernels, a baseline; what is carried in build/cutlass_int8 is not compiled again",
          ("{python}", "-m", "benchmarks.baselines.cutlass_int8.build"), 240, needs=(), every_time=True, program="nvcc"),
-    _steps("sdxl", "8", "cuda", 120, GRAPHS),
+    _steps("sdxl", "8", "default", 120, DEFAULT),
     _steps("sdxl", "8", "float", 180, FLOATS),
     _bench("runs_sd15", "whole runs of sd15", 240, "runs", "--network", "sd15", "--images", "4", "--backend", "cuda"),
     _bench("runs_shipped", "whole runs of the shipped model, which is trained", 120, "runs", "--images", "64"),
@@ -111,8 +116,8 @@ def _until(first: str, last: str) -> tuple[str, ...]:
 SETS = {
     "first": _until("environment", "machine"),
     "checks": ("tests_cuda", "tests", *_until("families_cuda", "initcheck")),
-    "kernels": ("products_cuda", "products_triton", "products_torch"),
-    "sampling": _until("step_sdxl_cuda", "runs_shipped"),
+    "kernels": ("products_cuda", "products_torch", "products_triton"),
+    "sampling": _until("step_sdxl_default", "runs_shipped"),
     "all": _until(PARTS[0].name, PARTS[-1].name),
 }
 """Parts by what they are for; what a part needs comes along."""

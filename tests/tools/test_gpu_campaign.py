@@ -79,6 +79,8 @@ def test_parts_fit_and_stand_behind_what_they_need():
     for backend in ("cuda", "triton"):
         command = steps[f"step_sd15_{backend}"]
         assert command[command.index("--backend") + 1] == backend, "auto would time one of them alone"
+    default = steps["step_sd15_default"]
+    assert default[default.index("--plan") + 1] == "auto"
 
 
 class Parsed(Exception):
