@@ -53,16 +53,10 @@ def _steps(network: str, batch: str, kind: str, seconds: int, rows: str) -> Part
     return _bench(f"step_{network}_{kind}", f"a step of {network}, {kind}", seconds, *words, "--calls", "8")
 
 
-def _families(backend: str, seconds: int) -> Part:
-    words = ("{python}", "tools/sanitize_kernels.py", "--backend", backend, "--jobs", "{jobs}")
-    purpose = "every family of kernels once, against the reference"
-    return Part(f"families_{backend}", purpose, words, seconds, variables=(("OMP_NUM_THREADS", "1"),))
-
-
 def _sanitized(tool: str, purpose: str, seconds: int, *arguments: str) -> Part:
     only_ours = () if tool == "memcheck" else ("--kernel-name", "kns=modiff")
     watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only_ours)
-    command = (*watched, "{python}", "tools/sanitize_kernels.py", "--backend", "cuda", *arguments)
+    command = (*watched, "{python}", "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *arguments)
     # Every tensor is an allocation whose ends are watched.
     variables = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return Part(tool, purpose, command, seconds, program="compute-sanitizer", variables=variables)
@@ -76,6 +70,7 @@ good = all(isinstance(info, dict) and info["sources"] == source_hash() for info 
 sys.exit(0 if good else subprocess.call([sys.executable, "setup.py", "build_ext", "--inplace"]))"""
 FLOATS, GRAPHS = "float-channels_last,float-compile-default-graphs", "modulated-w8a8-graphs"
 DEFAULT = "planned-w8-graphs"
+CONTRACT, ON_GPU = "tests/contract", "tests/backends/cuda/test_on_gpu.py"
 PARTS = (
     Part("environment", "GPU, driver, versions", ("nvidia-smi",), 20, needs=()),
     Part("build", "compiled kernels for this CPU and GPU, where none of these sources load", ("{python}", "-c", BUILD),
@@ -94,11 +89,10 @@ PARTS = (
     _steps("ddpm_cifar10", "16", "triton", 60, GRAPHS),
     _steps("sd15", "8", "triton", 90, GRAPHS),
     _bench("machine", "rates of copies and products, as rows", 30, "layers", "--machine"),
-    _families("cuda", 60),
-    _families("triton", 90),
-    _sanitized("memcheck", "the families of cuda under compute-sanitizer: addresses", 60),
-    _sanitized("racecheck", "the same: races in shared memory", 60),
-    _sanitized("initcheck", "the same: reads of memory that nothing has written", 60, "--match", "quantize"),
+    _sanitized("memcheck", "the contract of cuda under compute-sanitizer: addresses", 60, CONTRACT, "-k", "cuda-gpu"),
+    _sanitized("racecheck", "races in shared memory, in every tile of products", 60, ON_GPU, "-k", "every_tile"),
+    # Tests of the contract fill all memory first.
+    _sanitized("initcheck", "reads of memory that nothing has written", 60, ON_GPU, "-k", "cuda-per_"),
     Part("cutlass", "CUTLASS's int8 kernels, a baseline; what is carried in build/cutlass_int8 is not compiled again",
          ("{python}", "-m", "benchmarks.baselines.cutlass_int8.build"), 240, needs=(), every_time=True, program="nvcc"),
     _steps("sdxl", "8", "default", 120, DEFAULT),
@@ -115,7 +109,7 @@ def _until(first: str, last: str) -> tuple[str, ...]:
 
 SETS = {
     "first": _until("environment", "machine"),
-    "checks": ("tests_cuda", "tests", *_until("families_cuda", "initcheck")),
+    "checks": ("tests_cuda", "tests", *_until("memcheck", "initcheck")),
     "kernels": ("products_cuda", "products_torch", "products_triton"),
     "sampling": _until("step_sdxl_default", "runs_shipped"),
     "all": _until(PARTS[0].name, PARTS[-1].name),

@@ -62,10 +62,9 @@ class OnGpu(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        wanted = kwargs.get("device")
-        if wanted is not None:
+        stays = kwargs.get("device") is None or is_gpu(kwargs["device"])
+        if kwargs.get("device") is not None and stays:
             kwargs["device"] = torch.device("cpu")
-        stays = wanted is None or torch.device(wanted).type == "cuda"
         return run(func, args, kwargs, stays)
 
 
