@@ -46,7 +46,7 @@ NOT_FINISHED = 3
 PASSED, FAILED, STOPPED, SKIPPED, WAITING = "passed", "failed", "stopped", "skipped", "not reached"
 LEAST_SECONDS = 10  # a part is not begun with less
 TAIL_SECONDS = 8  # kept for packing the results
-GRACE_SECONDS = 5  # between a request to end and the next, and the end
+GRACE_SECONDS = 3  # between a request to end and the next, and the end
 LONGEST_ANSWER = 90  # seconds that torch may take to find the GPU
 TOOLS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")  # where CUDA's are, if not on PATH
 LOG_TAIL = 30  # lines of a failed part in the summary
@@ -116,7 +116,7 @@ class Campaign:
 
     def _executed(self, part: Part) -> Outcome:
         limit = min(part.seconds * self.slower, self.deadline - time.monotonic())
-        budget = max(limit - part.margin_seconds, 1)
+        budget = max(limit - 2 * GRACE_SECONDS - part.margin_seconds, 1)
         values = {"python": sys.executable, "work": self.work, "budget": int(budget), "jobs": JOBS}
         values |= {"test_seconds": TEST_SECONDS * self.slower}
         command = [word.format(**values) for word in part.command]

@@ -13,7 +13,7 @@ class Part:
 
     command: words in which {python}, {work} (the campaign's folder), {budget} (seconds it may use), {test_seconds} (and
     one test) and {jobs} (as many processes as there are processors but two) are filled in.
-    seconds: after which it is stopped; a command with {budget} ends itself `margin_seconds` before.
+    seconds: after which it is stopped; a command with {budget} ends itself before. margin_seconds: it begins and ends in.
     needs: parts that must have passed. every_time: run again although it has passed, since what it makes is no result.
     program: one that must be found."""
 
@@ -24,7 +24,7 @@ class Part:
     needs: tuple[str, ...] = ("build",)
     every_time: bool = False
     program: str | None = None
-    margin_seconds: int = 10
+    margin_seconds: int = 8
     variables: tuple[tuple[str, str], ...] = ()
 
 
