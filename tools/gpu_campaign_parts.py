@@ -13,9 +13,9 @@ class Part:
 
     command: words in which {python}, {work} (the campaign's folder), {budget} (seconds it may use), {test_seconds} (and
     one test) and {jobs} (as many processes as there are processors but two) are filled in.
-    seconds: after which it is stopped; a command with {budget} ends itself before. margin_seconds: it begins and ends in.
-    needs: parts that must have passed. every_time: run again although it has passed, since what it makes is no result.
-    program: one that must be found."""
+    seconds: after which it is stopped; a command with {budget} ends itself before, and has `margin_seconds` besides to
+    begin and end. needs: parts that must have passed. every_time: run again although it has passed, since what it makes
+    is no result. program: one that must be found."""
 
     name: str
     purpose: str
