@@ -4,9 +4,9 @@
     python tools/gpu_campaign.py --list
 
 Needs a CUDA build of torch with triton, nvcc, CMake and ninja; CUDA's tools are sought on PATH and in its usual folder.
-What the machine lacks comes in a folder that tools/gpu_carry.py fills (`--carried`): wheels, as there may be no network
-(one that does not install is told and left out), Triton's cache, and compiled libraries, in whose place new ones are
-built if they do not load or are of other sources.
+What the machine lacks comes in a folder that tools/gpu_carry.py fills (`--carried`): wheels, as there may be no
+network, Triton's cache, and compiled libraries, in whose place new ones are built if they do not load or are of other
+sources.
 
 Every part has a time limit, and the whole never takes longer than `--seconds`: a part that would not fit is cut short
 or not begun. It is asked to end first, so that tests print what failed. Benchmarks append rows to benchmarks/results as
@@ -34,7 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.gpu_campaign_parts import PARTS, SETS, WHEELS, Part
+from tools.gpu_campaign_parts import PARTS, SETS, Part
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -220,11 +220,12 @@ def unpack(carried: Path, target: Path) -> dict[str, str]:
         shutil.copy(library, LIBRARIES)
     if (archive := carried / CACHE_ARCHIVE).exists():
         shutil.unpack_archive(archive, CACHE)
-    flags = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(target))
-    for wheel in sorted(carried.glob("*.whl")):  # one by one: a bad one costs the parts that need it alone
-        if subprocess.run([sys.executable, "-m", "pip", "install", *flags, str(wheel)], check=False).returncode:
-            print(f"gpu_campaign: {wheel.name} could not be installed", file=sys.stderr, flush=True)
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))
+    for wheel in carried.glob("*.whl"):  # of Python alone: to unpack one is to install it
+        try:
+            shutil.unpack_archive(wheel, target, "zip")
+        except shutil.ReadError as error:  # it costs the parts that need it alone
+            print(f"gpu_campaign: {wheel.name} is left out: {error}", file=sys.stderr, flush=True)
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH"))))
     return variables
 
 
@@ -260,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.list:
         print(*(f"{name}: {', '.join(parts)}" for name, parts in SETS.items()), sep="\n")
-        print(*(f"{part.name:18} {part.seconds:4} s  {part.purpose}" for part in PARTS), f"wheels: {WHEELS}", sep="\n")
+        print(*(f"{part.name:25} {part.seconds:4} s  {part.purpose}" for part in PARTS), sep="\n")
         return 0
     begun = time.monotonic()
     find_tools()

@@ -116,5 +116,6 @@ SETS = {
 }
 """Parts by what they are for; what a part needs comes along."""
 
-WHEELS = ("diffusers==0.42.1", "DeepCache==0.1.1", "nvidia-cutlass==4.2.0.0")
-"""What parts import beside torch, triton and the package's own dependencies; diffusers alone is needed for `first`."""
+DIFFUSERS, DEEPCACHE = "diffusers==0.42.1", "DeepCache==0.1.1"
+MORE_WHEELS = {"cutlass": "nvidia-cutlass==4.2.0.0", "runs_sd15": DEEPCACHE, "runs_shipped": DEEPCACHE}
+"""What parts import beside torch, triton, diffusers and the package's own dependencies, by their names."""

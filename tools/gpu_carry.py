@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from modiff_kernels.backends import cpu, cuda, source_hash  # noqa: E402
 from tools import stand_in_gpu  # noqa: E402
-from tools.gpu_campaign import CACHE, CACHE_ARCHIVE, LIBRARIES  # noqa: E402
-from tools.gpu_campaign_parts import SETS, WHEELS  # noqa: E402
+from tools.gpu_campaign import CACHE, CACHE_ARCHIVE, LIBRARIES, selected  # noqa: E402
+from tools.gpu_campaign_parts import DIFFUSERS, MORE_WHEELS, SETS  # noqa: E402
 
 BUILD = ROOT / "build"
 CARRY, BARE, REHEARSAL = BUILD / "carry", BUILD / "bare", BUILD / "rehearsal"
@@ -80,8 +80,8 @@ def bare_python(python: str) -> Path:
     return own
 
 
-def fill() -> None:
-    """The folder to be carried, but for Triton's cache."""
+def fill(wheels: set[str]) -> None:
+    """The folder to be carried, but for Triton's cache, which stays if it is there."""
     for backend in (cpu, cuda):
         info = backend.build_info()
         if isinstance(info, str) or info["sources"] != source_hash():
@@ -89,8 +89,9 @@ def fill() -> None:
     CARRY.mkdir(parents=True, exist_ok=True)
     for library in LIBRARIES.glob("*.so"):
         shutil.copy(library, CARRY)
-    if len(list(CARRY.glob("*.whl"))) != len(WHEELS):
-        run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", CARRY, *WHEELS)
+    for old in CARRY.glob("*.whl"):
+        old.unlink()
+    run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", CARRY, *wheels)
 
 
 def rehearse(python: Path, command: Sequence[str], more: Sequence[str]) -> int:
@@ -129,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output("git", "status", "--porcelain"):
         parser.error("there are local changes; what will run there is what HEAD has, so commit them")
     commit = output("git", "rev-parse", "--short=12", "HEAD")
-    fill()
+    parts = selected(args.part, args.set)
+    fill({DIFFUSERS, *(MORE_WHEELS[part.name] for part in parts if part.name in MORE_WHEELS)})
     chosen = [word for name in args.part for word in ("--part", name)] or ["--set", args.set]
     command = ["tools/gpu_campaign.py", *chosen, "--carried", str(CARRY.relative_to(ROOT))]
     code = 0
