@@ -18,6 +18,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modiff_kernels as mk
+from modiff_kernels.integrations import compiled
 from modiff_kernels.integrations.graphs import WARM_UP_CALLS, GraphedCalls
 from modiff_kernels.nn import ModulationState
 from modiff_kernels.ops import dispatch
@@ -226,6 +227,12 @@ class Doubled(AttnProcessor):
         return 2 * super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
+class Keeping(AttnProcessor):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        self.kept = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return self.kept
+
+
 CHANGES = {
     "float weights": lambda net: setattr(net.conv_in, "weight", nn.Parameter(net.conv_in.weight * 1.5)),
     "float values": lambda net: net.conv_in.weight.data.mul_(1.5),
@@ -342,6 +349,20 @@ class TestGuardsOnceARun:
         unets.outputs(net, handle)
         assert net.conv_out.calls == 5
         assert "not possible with a Counting, whose forward may do more than compute" in handle.explain()
+
+    def test_a_call_that_leaves_more_behind(self, monkeypatch):
+        monkeypatch.setattr(compiled, "obstacle_of", lambda net: None)  # that would be the processor
+        kept = []
+        for is_compiled in (False, True):
+            net, processor = unets.unet2d(), Keeping()
+            net.mid_block.attentions[0].set_processor(processor)
+            handle = mk.accelerate(net)
+            if is_compiled:
+                handle.compile(backend="eager")
+            unets.outputs(net, handle)
+            kept.append(processor.kept)
+        assert_close([kept[1]], [kept[0]])
+        assert "not at 0 (not possible for a call that leaves more behind than its output)" in handle.explain()
 
     @pytest.mark.parametrize("options", [{"fullgraph": False}, {"options": {}}], ids=str)
     def test_options_of_the_user(self, options):
