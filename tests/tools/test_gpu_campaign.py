@@ -4,6 +4,8 @@ import argparse
 import os
 import runpy
 import sys
+import tarfile
+import zipfile
 
 import pytest
 
@@ -81,6 +83,25 @@ def test_parts_fit_and_stand_behind_what_they_need():
         assert command[command.index("--backend") + 1] == backend, "auto would time one of them alone"
     default = steps["step_sd15_default"]
     assert default[default.index("--plan") + 1] == "auto"
+
+
+def test_what_is_carried_comes_to_its_place(tmp_path, monkeypatch, capsys):
+    carried, site = tmp_path / "carried", tmp_path / "site"
+    carried.mkdir()
+    for name in ("LIBRARIES", "CACHE"):
+        monkeypatch.setattr(gpu_campaign, name, tmp_path / name)
+    (carried / "lib.so").write_text("library")
+    with zipfile.ZipFile(carried / "good-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("good/__init__.py", "")
+    (carried / "bad-1-py3-none-any.whl").write_text("")
+    with tarfile.open(carried / gpu_campaign.CACHE_ARCHIVE, "w:gz") as archive:
+        archive.add(carried / "lib.so", "key/kernel.cubin")
+    variables = gpu_campaign.unpack(carried, site)
+    assert variables["PYTHONPATH"].split(os.pathsep)[0] == str(site)
+    assert (variables["TRITON_CACHE_DIR"], variables["TRITON_STORE_BINARY_ONLY"]) == (str(tmp_path / "CACHE"), "1")
+    for place in ("LIBRARIES/lib.so", "CACHE/key/kernel.cubin", "site/good/__init__.py"):
+        assert (tmp_path / place).is_file()
+    assert "bad-1-py3-none-any.whl is left out" in capsys.readouterr().err
 
 
 class Parsed(Exception):
