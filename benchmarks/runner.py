@@ -275,6 +275,8 @@ class Session:
         case = attempt(name, case_of, self.budget) if todo else None
         if case is not None:
             _Run(self, name, case, known, rounds).run(todo)
+        elif todo and self.budget.is_over:
+            self.left += len(todo)
         elif todo:
             self.failed += len(todo)
         return self.rows[before:]

@@ -54,7 +54,7 @@ TEST_SECONDS = 90  # after which a test is given up
 JOBS = max((os.cpu_count() or 1) - 2, 2)
 LIBRARIES = ROOT / "modiff_kernels" / "_lib"
 CACHE = Path("/tmp/modiff_triton_cache")  # Triton's, at the same place everywhere: it holds its own paths
-CACHE_ARCHIVE = "triton_cache.tar.gz"
+CACHE_ARCHIVE = "triton_cache.tar.xz"
 
 
 @dataclasses.dataclass

@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = rehearse(bare_python(args.python), command, [*more, "--out", str(REHEARSAL / "out")])
         if CACHE.is_dir():
             archive = CARRY / CACHE_ARCHIVE
-            with tarfile.open(archive, "w:gz") as packed:
+            with tarfile.open(archive, "w:xz") as packed:  # half of what gzip makes
                 for child in sorted(CACHE.iterdir()):
                     packed.add(child, child.name)
     sizes = {path.name: path.stat().st_size for path in sorted(CARRY.iterdir())}

@@ -94,7 +94,7 @@ def test_what_is_carried_comes_to_its_place(tmp_path, monkeypatch, capsys):
     with zipfile.ZipFile(carried / "good-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("good/__init__.py", "")
     (carried / "bad-1-py3-none-any.whl").write_text("")
-    with tarfile.open(carried / gpu_campaign.CACHE_ARCHIVE, "w:gz") as archive:
+    with tarfile.open(carried / gpu_campaign.CACHE_ARCHIVE, "w:xz") as archive:
         archive.add(carried / "lib.so", "key/kernel.cubin")
     variables = gpu_campaign.unpack(carried, site)
     assert variables["PYTHONPATH"].split(os.pathsep)[0] == str(site)
