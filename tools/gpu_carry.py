@@ -1,15 +1,16 @@
 """Fill a folder with what a bare GPU machine lacks, rehearse the campaign there without a GPU, and say how to begin it.
 
-    python tools/gpu_carry.py --python python3.12               once for a commit; minutes, and an hour the first time
-    python tools/gpu_carry.py --python python3.12 --set checks --part memcheck --seconds 240        what is to come next
+    .venv/bin/python tools/gpu_carry.py --python python3.12                  an hour, as Triton compiles 3400 forms
+    .venv/bin/python tools/gpu_carry.py --python python3.12 --part step_sd15_float --seconds 240     something else
 
-From a clean checkout, with the compiled kernels of `make setup`. In `build/bare` an environment like the machine's is
+From a clean checkout, with the environment of `make setup`. In `build/bare` an environment like the machine's is
 made: Python (--python), torch for CUDA, triton. The sources of HEAD go to a folder without .git, the carried files
 beside them, and the command that is printed at the end runs there, on a GPU that the CPU plays (stand_in_gpu.py): tests
 and benchmarks do all but kernels. Parts have more time there, and what Triton compiled for them is carried, too. A
 second rehearsal, with the time that there will be, shows that every part ends by its clock (--slower 1).
 
-`build/carry` holds the libraries, wheels and Triton's cache, `build/rehearsal/out` what the campaign gave."""
+`build/carry` holds the libraries, wheels and Triton's cache, which grows with every change of its kernels: remove it
+then. `build/rehearsal/out` has what the campaign gave."""
 
 import argparse
 import os
@@ -33,23 +34,7 @@ BUILD = ROOT / "build"
 CARRY, BARE, REHEARSAL = BUILD / "carry", BUILD / "bare", BUILD / "rehearsal"
 MOST_BYTES = 64 << 20
 """Of the sources and what is carried, together."""
-PACKAGES = (
-    *("torch==2.11.0", "triton==3.6.0", "numpy==2.5.2", "transformers==5.17.0", "huggingface_hub==1.33.0"),
-    *(
-        "safetensors",
-        "tqdm",
-        "pillow",
-        "requests",
-        "regex",
-        "psutil",
-        "accelerate",
-        "peft",
-        "scikit-image",
-        "matplotlib",
-    ),
-    *("pytest", "pytest-xdist", "hypothesis", "pybind11", "cmake", "ninja", "setuptools<82", "wheel"),
-)
-"""What the machine has, as far as the campaign imports it."""
+PACKAGES = ROOT / "tools" / "gpu_machine.txt"
 PROGRAMS = {
     "nvidia-smi": "echo no GPU: this is a rehearsal",
     "compute-sanitizer": 'while [ "${1##*/python*}" ]; do shift; done; exec "$@"',
@@ -70,12 +55,12 @@ def output(*command: str) -> str:
 def bare_python(python: str) -> Path:
     """The Python of an environment like that of the machine, made if it is not there."""
     own, made = BARE / "bin" / "python", BARE / "made"
-    wanted = "\n".join((python, *PACKAGES))
+    wanted = f"{python}\n{PACKAGES.read_text()}"
     if not made.exists() or made.read_text() != wanted:
         print(f"gpu_carry: making {BARE}, several GB", flush=True)
         shutil.rmtree(BARE, ignore_errors=True)
         run(python, "-m", "venv", BARE)
-        run(own, "-m", "pip", "install", "--quiet", *PACKAGES)
+        run(own, "-m", "pip", "install", "--quiet", "-r", PACKAGES)
         made.write_text(wanted)
     return own
 
@@ -94,8 +79,8 @@ def fill(wheels: set[str]) -> None:
     run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", CARRY, *wheels)
 
 
-def rehearse(python: Path, command: Sequence[str], more: Sequence[str]) -> int:
-    """Run `command` with `more` options in sources without .git, on a GPU that the CPU plays; its exit code."""
+def rehearse(python: Path, commit: str, command: Sequence[str]) -> int:
+    """Run `command` in the sources of HEAD without .git, on a GPU that the CPU plays; its exit code."""
     tree, played = REHEARSAL / "tree", REHEARSAL / "played"
     shutil.rmtree(REHEARSAL, ignore_errors=True)
     for folder in (tree, played):
@@ -112,8 +97,8 @@ def rehearse(python: Path, command: Sequence[str], more: Sequence[str]) -> int:
         (played / name).write_text(f"#!/bin/sh\n{text}\n")
         (played / name).chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "TMPDIR")}
-    paths = {"PATH": f"{played}:{python.parent}:{os.defpath}", "PYTHONPATH": f"{played}:{tree}"}
-    done = subprocess.run([str(python), *command, *more], cwd=tree, env={**kept, **paths}, check=False)
+    own = {"PATH": f"{played}:{python.parent}:{os.defpath}", "PYTHONPATH": f"{played}:{tree}", "MODIFF_COMMIT": commit}
+    done = subprocess.run([str(python), *command], cwd=tree, env={**kept, **own}, check=False)
     return done.returncode
 
 
@@ -136,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["tools/gpu_campaign.py", *chosen, "--carried", str(CARRY.relative_to(ROOT))]
     code = 0
     if not args.no_rehearsal:
-        os.environ["MODIFF_COMMIT"] = commit
         more = ["--seconds", str(args.seconds * args.slower), "--slower", str(args.slower)]
-        code = rehearse(bare_python(args.python), command, [*more, "--out", str(REHEARSAL / "out")])
+        more += ["--out", str(REHEARSAL / "out")]
+        code = rehearse(bare_python(args.python), commit, [*command, *more])
         if CACHE.is_dir():
             archive = CARRY / CACHE_ARCHIVE
             with tarfile.open(archive, "w:xz") as packed:  # half of what gzip makes
