@@ -21,7 +21,7 @@ from modiff_kernels.ops import dispatch
 from modiff_kernels.quant.affine import quantize_weight
 from modiff_kernels.quant.calibrated import CalibratedLayer, QuantizedWeight
 
-WIDTH, TOKENS = 32, 5  # of encoder states
+WIDTH, TOKENS = 24, 5  # of encoder states
 SKIPPED = ("conv_in", "conv_out", "time_emb")  # what stays float if nothing else is said
 FLOAT = {"weight_bits": None, "act_bits": None}
 
@@ -110,9 +110,9 @@ def noise(batch=2, channels=3, size=8, seed=1):
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def text(batch=2, seed=2):
+def text(batch=2, seed=2, width=WIDTH):
     """Encoder states."""
-    return torch.randn(batch, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, TOKENS, width, generator=torch.Generator().manual_seed(seed))
 
 
 def trajectory(shape, calls, angle=0.5):

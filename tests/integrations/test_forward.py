@@ -33,12 +33,12 @@ SCHEDULE = "forecast every=3"
 class Net(nn.Module):
     """A resnet and a transformer, or a resnet alone, in the form of a UNet."""
 
-    def __init__(self, attention=True):
+    def __init__(self, attention=True, width=WIDTH):
         super().__init__()
         self.conv_in = nn.Conv2d(4, 16, 3, padding=1)
         self.resnet = ResnetBlock2D(in_channels=16, out_channels=16, temb_channels=16, groups=4)
         if attention:
-            self.transformer = Transformer2DModel(2, 8, 16, norm_num_groups=4, cross_attention_dim=WIDTH)
+            self.transformer = Transformer2DModel(2, 8, 16, norm_num_groups=4, cross_attention_dim=width)
         self.attention = attention
         self.conv_out = nn.Conv2d(16, 4, 3, padding=1)
 
